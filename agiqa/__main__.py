@@ -1,0 +1,5 @@
+"""`python -m agiqa` is the `agiqa` command."""
+
+from agiqa.cli import main
+
+main()

@@ -1,0 +1,65 @@
+"""The command line: `agiqa COMMAND ...`. Commands are loaded when they are asked for, so `--help` is quick."""
+
+import sys
+import traceback
+from importlib import import_module
+
+import click
+
+from agiqa.errors import AgiqaError
+from agiqa.version import agiqa_version
+
+COMMANDS = ("demo", "extract", "store", "train", "evaluate", "predict")
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are the `command` objects of the modules in `agiqa.commands`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of the data's way."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command called `cmd_name`, or None."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = import_module(f"agiqa.commands.{cmd_name}").command
+        return command if isinstance(command, click.Command) else None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with the nearest known command in the message for an unknown one."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from agiqa.errors import UnknownName
+
+            raise click.UsageError(str(UnknownName.of(kind="command", name=args[0], known=COMMANDS)), ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(agiqa_version(), prog_name="agiqa")
+def cli() -> None:
+    """Quality assessment of AI-generated images from cached features of a multimodal language model.
+
+    Phase 1 runs the model once (extract); phase 2 trains heads from the store in minutes (train).
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed with one message, 2 wrong usage, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        cli.main(args=arguments, prog_name="agiqa", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except (AgiqaError, OSError) as error:
+        if "-v" in arguments or "--verbose" in arguments:
+            traceback.print_exc()
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        print(f"error: {error}{notes}", file=sys.stderr)
+        sys.exit(1)

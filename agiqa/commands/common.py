@@ -1,0 +1,86 @@
+"""What all commands share: `--json`, `-v`, `--config`, and how a result is printed."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from agiqa.errors import ConfigError, UnknownName
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def shared_options(command: Command) -> Command:
+    """Add `--json`, `-v/--verbose` and `--config` to a command; it receives `as_json`."""
+    config = click.option(
+        "--config",
+        type=click.Path(path_type=Path, dir_okay=False),
+        is_eager=True,
+        expose_value=False,
+        callback=_load_config,
+        help="YAML file with option values; options given here beat it.",
+    )
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, help="Show where an error was raised.")
+    return config(as_json(verbose(command)))
+
+
+def _load_config(ctx: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        message = f"{path}: cannot be read as YAML ({error})."
+        raise ConfigError(message) from error
+    if not isinstance(values, dict):
+        message = f"{path}: expected `option: value` lines, found a {type(values).__name__}."
+        raise ConfigError(message)
+    known = {
+        _spelling(parameter): parameter.name for parameter in ctx.command.params if isinstance(parameter, click.Option)
+    }
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        name = known.get(str(key).replace("_", "-"))
+        if name is None:
+            error = UnknownName.of(kind="option", name=str(key), known=known)
+            error.add_note(f"in {path}")
+            raise error
+        defaults[name] = value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return path
+
+
+def _spelling(option: click.Option) -> str:
+    longest = max(option.opts, key=len)
+    return longest.removeprefix("--")
+
+
+class Share(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic only in newer click
+    """A share `K/N` of the work, as the tuple (K, N)."""
+
+    name = "K/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parse `K/N` with 1 <= K <= N."""
+        if isinstance(value, tuple):
+            return value  # pyright: ignore[reportUnknownVariableType]
+        share, _, shares = str(value).partition("/")
+        if not (share.isdigit() and shares.isdigit() and 1 <= int(share) <= int(shares)):
+            self.fail(f"{value!r} is not a share such as 1/4.", param, ctx)
+        return int(share), int(shares)
+
+
+def print_result(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+    """Print the result of a command to the output stream: `text`, or `result` as one JSON object."""
+    click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """Lines `name  value` with the values aligned."""
+    width = max(len(name) for name in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())

@@ -1,0 +1,80 @@
+"""`agiqa extract`: phase 1, from images, prompts and conversations to a sealed feature store."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from agiqa.commands.common import Share, print_result, shared_options, table
+
+
+@click.command("extract")
+@click.argument("data", type=click.Path(path_type=Path, exists=True))
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="Hugging Face name, checkpoint folder, GGUF file, or PACKAGE:FILE.gguf.")
+@click.option("--conversations", multiple=True, metavar="[SPLIT=]FILE", help="M3-AGIQA conversation file; repeatable.")
+@click.option("--labels", type=click.Path(path_type=Path, exists=True), help="Table of MOS for a conversation file.")
+@click.option("--variant", default="id", show_default=True, help="Rounds of the conversation: no_id, id or full.")
+@click.option("--aspect", default="quality", show_default=True, help="quality, correspondence or authenticity.")
+@click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
+@click.option("--encoding", type=click.Choice(["hidden", "sketch"]), default="hidden", show_default=True)
+@click.option("--rank", type=click.IntRange(min=1), help="Rank of a sketch, calibrated on training items.")
+@click.option("--basis", type=click.Path(path_type=Path, exists=True), help="Sketch store whose basis is used.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest conversation; the model's own limit if absent.")
+@click.option("--truncate", is_flag=True, help="Cut longer conversations, and count them.")
+@click.option("--on-bad-item", type=click.Choice(["fail", "skip"]), default="fail", show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Items per forward pass.")
+@click.option("--dtype", default="auto", show_default=True, help="bfloat16, float16, float32, or the checkpoint's own.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or the GPU if there is one.")
+@click.option("--part", type=Share(), default="1/1", show_default=True, help="Fill only this share of the units.")
+@click.option("--plan-only", is_flag=True, help="Check and tokenise everything, compute nothing.")
+@shared_options
+def command(
+    data: Path,
+    store: Path,
+    *,
+    as_json: bool,
+    model: str,
+    conversations: tuple[str, ...],
+    labels: Path | None,
+    variant: str,
+    aspect: str,
+    mos_range: tuple[float, float],
+    max_tokens: int | None,
+    on_bad_item: Literal["fail", "skip"],
+    dtype: str,
+    device: str,
+    **settings: Any,
+) -> None:
+    """Run the model once over DATA and keep what heads need in STORE. Run it again to resume.
+
+    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels.
+    """
+    from agiqa.extract import ExtractionSettings, LengthRule, load_data_set, open_backbone, run_extraction
+    from agiqa.progress import say
+
+    backbone = open_backbone(model, dtype=dtype, device=device)
+    data_set = load_data_set(
+        data,
+        conversations=conversations,
+        labels=labels,
+        variant=variant,
+        aspect=aspect,
+        images=backbone.reads_images,
+        mos_range=mos_range,
+        on_bad_item=on_bad_item,
+    )
+    for note in data_set.notes:
+        say(note)
+    length = LengthRule(max_tokens=max_tokens, truncate=settings.pop("truncate"), on_bad_item=on_bad_item)
+    result = run_extraction(
+        data_set,
+        backbone,
+        store,
+        ExtractionSettings(variant=variant, aspect=aspect, length=length, **settings),
+    ).as_dict()
+    for line in result["skipped"]:
+        say(f"skipped {line}")
+    shown = {name: result[name] for name in ("store", "state", "items", "tokens", "units", "truncated")}
+    shown["skipped"] = len(result["skipped"])
+    print_result(result, table(shown), as_json=as_json)

@@ -1,0 +1,107 @@
+"""`agiqa store ...`: look at, check, finish and sketch feature stores."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agiqa.commands.common import print_result, shared_options, table
+
+_STORE = click.argument("store", type=click.Path(path_type=Path, exists=True))
+
+
+@click.group("store")
+def command() -> None:
+    """Look at, check, finish and sketch feature stores."""
+
+
+@command.command("info")
+@_STORE
+@shared_options
+def info(store: Path, *, as_json: bool) -> None:
+    """Encoding, items, tokens, bytes, provenance, state and labels of STORE."""
+    from agiqa.store import open_store, store_summary
+
+    summary = store_summary(open_store(store, allow_partial=True))
+    shown = {name: value for name, value in summary.items() if name != "provenance"}
+    shown["labels"] = ", ".join(f"{aspect} ({count})" for aspect, count in summary["labels"].items()) or "none"
+    shown["splits"] = ", ".join(f"{split} ({count})" for split, count in summary["splits"].items())
+    shown["model"] = summary["provenance"].get("model", {}).get("name", "unknown")
+    print_result(summary, table(shown), as_json=as_json)
+
+
+@command.command("verify")
+@_STORE
+@click.option(
+    "--level", default="quick", show_default=True, help="quick (sizes), full (sha256) or numeric (logits too)."
+)
+@shared_options
+def check(store: Path, level: str, *, as_json: bool) -> None:
+    """Check STORE and name every damaged unit and its items; exit 1 if there is any, or if it is unfinished."""
+    from agiqa.store import open_store, verify
+
+    report = verify(open_store(store, allow_partial=True), level)
+    lines = [f"{store}: {report.state}, {report.objects} objects checked at level {level}"]
+    if report.missing_units:
+        lines.append(f"  {len(report.missing_units)} units are not filled; run the same `agiqa extract` again")
+    for damage in report.damage:
+        unit = "" if damage.unit is None else f" (unit {damage.unit})"
+        lines.append(f"  {damage.problem}{unit}{_named(damage.items)}")
+    if report.probe_error is not None:
+        lines.append(f"  probe logits: relative error {report.probe_error:.2e}")
+    lines.append("sound" if report.sound else "NOT sound")
+    print_result(report.as_dict(), "\n".join(lines), as_json=as_json)
+    if not report.sound:
+        raise SystemExit(1)
+
+
+def _named(items: tuple[str, ...]) -> str:
+    if not items:
+        return ""
+    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return f": items {', '.join(items[:5])}{more}"
+
+
+@command.command("seal")
+@_STORE
+@shared_options
+def seal_store(store: Path, *, as_json: bool) -> None:
+    """Finish STORE by hand once all its units are filled."""
+    from agiqa.store import open_store, seal
+
+    sealed = seal(open_store(store, allow_partial=True))
+    print_result({"store": str(store), "id": sealed.id, "state": "complete"}, f"{store} is complete", as_json=as_json)
+
+
+@command.command("sketch")
+@_STORE
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--rank", type=click.IntRange(min=1), help="Coordinates per token.")
+@click.option("--basis", type=click.Path(path_type=Path, exists=True), help="Sketch store whose basis is used instead.")
+@shared_options
+def sketch(store: Path, out: Path, rank: int | None, basis: Path | None, *, as_json: bool) -> None:
+    """Write a rank-R sketch of STORE to OUT; prints the energy kept and the measured logit error.
+
+    The basis is calibrated on the training split (on all items if there are no splits). Stores sketched in one
+    basis are interchangeable for a head: give --basis the first sketch to make the second.
+    """
+    from agiqa.errors import ConfigError
+    from agiqa.progress import track
+    from agiqa.store import basis_from, open_store, sketch_store
+
+    if (rank is None) == (basis is None):
+        message = "Give either --rank R, to make a basis, or --basis STORE, to use another sketch's."
+        raise ConfigError(message)
+    source = open_store(store)
+    chosen = basis_from(source, rank) if rank is not None else open_store(basis or store).basis()
+    with track("sketch", int(source.n_tokens.sum()), "tokens") as advance:
+        result = sketch_store(source, out, basis=chosen, advance=advance)
+    report: dict[str, Any] = {
+        "store": str(out),
+        "rank": chosen.rank,
+        "basis": chosen.id,
+        "energy_kept": result.energy_kept,
+        "logit_error": result.logit_error,
+    }
+    shown = {**report, "energy_kept": f"{result.energy_kept:.5f}", "logit_error": f"{result.logit_error:.5f}"}
+    print_result(report, table(shown), as_json=as_json)

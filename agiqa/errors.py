@@ -1,0 +1,92 @@
+"""Every error that agiqa raises on purpose, each also the builtin that a caller would expect.
+
+AgiqaError
+├── DataError (ValueError)            images, prompts, labels or conversations that cannot be used
+├── ModelError (ValueError)           a checkpoint that does not fit what is asked of it
+├── ConfigError (ValueError)          a setting that contradicts another or is out of range
+├── UnknownName (LookupError)         no such encoder, pooling, label ...; names the nearest known one
+├── HeadError (ValueError)            a head asked to read features that mean nothing to it
+└── StoreError
+    ├── SchemaError (ValueError)      a format or version that this agiqa does not read
+    ├── SettingsConflict (ValueError) the store exists, made with other settings
+    ├── BusyStore (RuntimeError)      another run is at work on the same store
+    ├── IncompleteStore (RuntimeError) units are missing, or the store was never sealed
+    ├── DamagedStore (OSError)        bytes on disk differ from what was recorded
+    └── ViewRefused (LookupError)     this encoding cannot answer what was asked
+
+The message of each says what is wrong, where, and what to do about it.
+"""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class AgiqaError(Exception):
+    """Base of all errors raised on purpose; the command line prints it as one message and exits 1."""
+
+
+class DataError(AgiqaError, ValueError):
+    """Input items that cannot be used: images, prompts, labels or conversations."""
+
+    SHOWN = 20
+
+    @classmethod
+    def from_problems(cls, where: str, problems: Sequence[str]) -> "DataError":
+        """One error that lists every problem found in `where` (a file name or a data set), up to 20 lines."""
+        shown = "\n".join(f"  {problem}" for problem in problems[: cls.SHOWN])
+        rest = len(problems) - cls.SHOWN
+        more = f"\n  ... and {rest} more" if rest > 0 else ""
+        noun = "problem" if len(problems) == 1 else "problems"
+        return cls(f"{where}: {len(problems)} {noun}\n{shown}{more}")
+
+
+class ModelError(AgiqaError, ValueError):
+    """A checkpoint that is missing, incomplete, or does not fit what is asked of it."""
+
+
+class ConfigError(AgiqaError, ValueError):
+    """A setting that is unknown, out of range, or contradicts another one."""
+
+
+class UnknownName(AgiqaError, LookupError):
+    """A name that no registry or table holds."""
+
+    @classmethod
+    def of(cls, kind: str, name: str, known: Iterable[str]) -> "UnknownName":
+        """The error for `name`, with the nearest known name and the whole list."""
+        names = sorted(known)
+        near = get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return cls(f"No {kind} is called {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+
+
+class HeadError(AgiqaError, ValueError):
+    """A head asked to read features that mean nothing to it, or a run folder that is not one."""
+
+
+class StoreError(AgiqaError):
+    """Base of what can be wrong with a feature store."""
+
+
+class SchemaError(StoreError, ValueError):
+    """A format or version that this agiqa does not read."""
+
+
+class SettingsConflict(StoreError, ValueError):
+    """The store exists already and was made with other settings."""
+
+
+class BusyStore(StoreError, RuntimeError):
+    """Another run is at work on the same store."""
+
+
+class IncompleteStore(StoreError, RuntimeError):
+    """Units are missing, or the store was never sealed."""
+
+
+class DamagedStore(StoreError, OSError):
+    """Bytes on disk differ from what was recorded."""
+
+
+class ViewRefused(StoreError, LookupError):
+    """The store's encoding cannot answer what was asked of it."""

@@ -1,0 +1,67 @@
+"""Progress on the error stream: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+Advance = Callable[[int], None]
+
+
+def say(text: str) -> None:
+    """Print one line to the error stream, which keeps the output stream for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def track(label: str, total: int, unit: str) -> Generator[Advance]:
+    """Show the progress of `total` `unit`s (a plural noun) of the job `label`; yields a function that adds to it."""
+    if sys.stderr.isatty():
+        with _bar(label, total, unit) as advance:
+            yield advance
+    else:
+        with _lines(label, total, unit) as advance:
+            yield advance
+
+
+@contextmanager
+def _bar(label: str, total: int, unit: str) -> Generator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit} {{task.fields[rate]}}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total, rate="")
+
+        def advance(count: int) -> None:
+            progress.advance(task, count)
+            speed = progress.tasks[0].speed
+            progress.update(task, rate=f"{speed:.1f}/s" if speed else "")
+
+        yield advance
+
+
+@contextmanager
+def _lines(label: str, total: int, unit: str) -> Generator[Advance]:
+    started = spoken = time.monotonic()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done, spoken
+        done += count
+        now = time.monotonic()
+        if now - spoken >= _SECONDS_BETWEEN_LINES:
+            spoken = now
+            rate = done / (now - started)
+            say(f"{label}: {done}/{total} {unit}, {rate:.1f}/s, {(total - done) / rate:.0f} s left")
+
+    yield advance
+    say(f"{label}: {done}/{total} {unit} in {time.monotonic() - started:.1f} s")

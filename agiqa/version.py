@@ -1,0 +1,11 @@
+"""The version of this agiqa: what the installed distribution says of itself."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+
+def agiqa_version() -> str:
+    """The installed version, or `0+source` when run from a tree that was never installed."""
+    try:
+        return version("agiqa")
+    except PackageNotFoundError:
+        return "0+source"

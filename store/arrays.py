@@ -1,0 +1,104 @@
+"""The arrays of a store: geometry, codecs and how each is created. Sizes were chosen by measurement, see FORMAT.md."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from agiqa.store.bits import storage_dtype
+
+CHUNK_BYTES = 1 << 20
+SHARD_BYTES = 64 << 20
+FEWEST_UNITS = 16
+_BLOSC_BLOCK = 512 << 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """How the rows of a store are laid out; a row is one token."""
+
+    units: int
+    unit_rows: int
+    """Rows that one unit (one shard) has room for; a multiple of `chunk_rows`."""
+    chunk_rows: int
+    width: int
+    """Values per row: hidden size D, or sketch rank r."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the features array."""
+        return (self.units * self.unit_rows, self.width)
+
+
+def chunk_rows_for(*, total_rows: int, row_bytes: int) -> int:
+    """Rows of a chunk: a power of two, about 1 MiB, less where that would leave the store under 16 chunks."""
+    rows = max(1, min(CHUNK_BYTES // row_bytes, -(-total_rows // FEWEST_UNITS)))
+    return 1 << (rows - 1).bit_length()
+
+
+def choose_geometry(*, total_rows: int, longest: int, width: int, itemsize: int) -> Geometry:
+    """The geometry for items of `total_rows` tokens in all, before they are binned (so with one unit).
+
+    A unit has 64 MiB, less where the store would have under 16 units, and never under the longest item: a unit
+    is what a killed run loses.
+    """
+    row_bytes = width * itemsize
+    chunk = chunk_rows_for(total_rows=total_rows, row_bytes=row_bytes)
+    wanted = max(1, longest, min(SHARD_BYTES // row_bytes, -(-total_rows // FEWEST_UNITS)))
+    return Geometry(units=1, unit_rows=-(-wanted // chunk) * chunk, chunk_rows=chunk, width=width)
+
+
+def _codecs(itemsize: int) -> list[Any]:
+    blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=itemsize, blocksize=_BLOSC_BLOCK)
+    return [blosc, Crc32cCodec()]
+
+
+def create_rows_array(group: zarr.Group, name: str, geometry: Geometry, logical_dtype: str) -> zarr.Array[Any]:
+    """Create `features`: one shard per unit, chunks of about 1 MiB, byte shuffle + zstd + crc32c."""
+    dtype = storage_dtype(logical_dtype)
+    return group.create_array(
+        name,
+        shape=geometry.shape,
+        shards=(geometry.unit_rows, geometry.width),
+        chunks=(geometry.chunk_rows, geometry.width),
+        dtype=dtype,
+        compressors=_codecs(dtype.itemsize),
+        fill_value=0,
+        attributes={"logical_dtype": logical_dtype},
+    )
+
+
+def create_token_array(group: zarr.Group, name: str, geometry: Geometry, dtype: str) -> zarr.Array[Any]:
+    """Create a per-token array with the row addresses of `features`: one chunk, one object, per unit."""
+    return group.create_array(
+        name,
+        shape=(geometry.units * geometry.unit_rows,),
+        chunks=(geometry.unit_rows,),
+        dtype=dtype,
+        compressors=_codecs(np.dtype(dtype).itemsize),
+        fill_value=0,
+    )
+
+
+def create_whole_array(
+    group: zarr.Group, name: str, values: np.ndarray[Any, Any], *, attributes: dict[str, Any] | None = None
+) -> None:
+    """Create `name` with `values`, in shards of at most 64 MiB along the first axis; replaces what is there."""
+    row_bytes = max(1, values[:1].nbytes)
+    rows = max(1, len(values))
+    chunk = min(rows, max(1, CHUNK_BYTES // row_bytes))
+    shard = max(chunk, min(-(-rows // chunk) * chunk, SHARD_BYTES // row_bytes // chunk * chunk))
+    array = group.create_array(
+        name,
+        shape=values.shape,
+        shards=(shard, *values.shape[1:]),
+        chunks=(chunk, *values.shape[1:]),
+        dtype=values.dtype,
+        compressors=_codecs(values.dtype.itemsize),
+        fill_value=0,
+        attributes=attributes or {},
+        overwrite=True,
+    )
+    array[...] = values

@@ -1,0 +1,40 @@
+"""The data card that a sealed store carries: what it is, how it was made, how to load it."""
+
+import json
+
+from agiqa.store.reading import Store
+
+
+def data_card(store: Store) -> str:
+    """The README.md of `store` as markdown."""
+    items = store.items
+    aspects = ", ".join(sorted(items.labels)) or "none"
+    return f"""# {store.path.name}
+
+Features of {len(items)} AI-generated images and their conversations, {int(store.n_tokens.sum())} tokens, made once by a
+multimodal language model so that quality-assessment heads can be trained without it.
+
+| | |
+|---|---|
+| format | agiqa.features v1 (Zarr v3) |
+| store id | `{store.id}` |
+| encoding | {store.encoding}, {store.logical_dtype}, {store.width} values per token |
+| MOS | {aspects} |
+
+## Load
+
+```python
+from agiqa.store import open_store
+store = open_store("{store.path.name}")
+rows = store.read([0, 1])          # rows.rows (tokens, {store.width}), rows.offsets, rows.roles
+```
+
+`agiqa train {store.path.name} RUN` trains a head.
+`agiqa store verify {store.path.name} --level full` checks every byte.
+
+## How it was made
+
+```json
+{json.dumps(store.provenance, indent=2, ensure_ascii=False, sort_keys=True)}
+```
+"""

@@ -1,0 +1,127 @@
+"""Fill: one writer per unit, a unit exists when its commit record does, and any run can take up the rest."""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from agiqa.errors import DamagedStore, DataError
+from agiqa.store.bits import finite_rows
+from agiqa.store.files import (
+    canonical_json,
+    describe_object,
+    exclusive_lock,
+    put_text_if_absent,
+    sync_file,
+    waiting_lock,
+    write_text_atomically,
+)
+from agiqa.store.reading import Store
+
+
+class UnitWriter:
+    """Writes the units of a planned store, each once, safely against kills and other writers."""
+
+    def __init__(self, store: Store) -> None:
+        """A writer for `store`, which must be planned and not sealed."""
+        self.store = store
+        self.group = zarr.open_group(store.layout.zarr, mode="r+", use_consolidated=False)
+        self._worker = f"{socket.gethostname()}:{os.getpid()}"
+
+    def pending(self, *, part: tuple[int, int] = (1, 1)) -> list[int]:
+        """Units without a commit record in share `part` = (K, N), K from 1 to N."""
+        share, shares = part
+        done = set(self.store.committed_units())
+        units = range(share - 1, self.store.geometry.units, shares)
+        return [unit for unit in units if unit not in done]
+
+    @contextmanager
+    def claim(self, unit: int) -> Generator[bool]:
+        """Hold `unit` for this process; False when another process holds it or has finished it."""
+        with exclusive_lock(self.store.layout.locks / f"{unit:08d}") as held:
+            yield held and not self.store.layout.commit(unit).exists()
+
+    def write_unit(self, unit: int, rows: NDArray[Any], *, seconds: float) -> None:
+        """Write the features of `unit` and its commit record.
+
+        `rows` is (rows used, width) in the bits of the store, the items of the unit one after the other;
+        `seconds` is what computing them took. Raises DataError naming the first item with a NaN or infinite
+        value, and DamagedStore when the disk gives back other bytes than were written.
+        """
+        self._check(unit, rows)
+        geometry = self.store.geometry
+        block = np.zeros((geometry.unit_rows, geometry.width), rows.dtype)
+        block[: len(rows)] = rows
+        first = unit * geometry.unit_rows
+        features = self._features()
+        path = self.store.layout.features_object(unit)
+        if path.parent.exists():  # what a killed run left of a unit that has no record
+            shutil.rmtree(path.parent)
+        features[first : first + geometry.unit_rows] = block
+        objects: list[dict[str, Any]] = []
+        if path.exists():  # a unit of zeros only (or of zero tokens) is stored as no object at all
+            sync_file(path)
+            sync_file(path.parent)
+            objects.append(describe_object(self.store.path, path))
+        if not np.array_equal(np.asarray(features[first : first + geometry.unit_rows]), block):
+            message = f"{path}: the disk gave back other bytes than were written. Check the disk, then run again."
+            raise DamagedStore(message)
+        record = {
+            "unit": unit,
+            "objects": objects,
+            "items": len(self.store.items_of(unit)),
+            "rows": len(rows),
+            "worker": self._worker,
+            "seconds": round(seconds, 3),
+        }
+        put_text_if_absent(self.store.layout.commit(unit), canonical_json(record))
+
+    def write_model_arrays(self, write: Callable[[zarr.Group], None]) -> None:
+        """Let `write` create the arrays that come from the model (`lm_head`, `basis`, `probe`), once per store.
+
+        Other processes wait here until the first one is done. A part written by a killed run is replaced.
+        """
+        layout = self.store.layout
+        with waiting_lock(layout.locks / "model"):
+            if layout.model_commit.exists():
+                return
+            write(self.group)
+            names = [name for name in ("lm_head", "basis", "probe") if (layout.zarr / name).exists()]
+            files = [path for name in names for path in sorted((layout.zarr / name).rglob("*")) if path.is_file()]
+            for path in files:
+                sync_file(path)
+            objects = [describe_object(self.store.path, path) for path in files]
+            write_text_atomically(layout.model_commit, canonical_json({"objects": objects}))
+
+    def _features(self) -> zarr.Array[Any]:
+        found = self.group["features"]
+        if not isinstance(found, zarr.Array):
+            message = f"{self.store.path}: 'features' is no array. Plan the store again at another path."
+            raise DamagedStore(message)
+        return found
+
+    def _check(self, unit: int, rows: NDArray[Any]) -> None:
+        used, width = self.store.rows_used(unit), self.store.width
+        dtype = self._features().dtype
+        if rows.shape != (used, width) or rows.dtype != dtype:
+            message = (
+                f"unit {unit}: features are {rows.dtype} {rows.shape}, the plan expects {dtype} {(used, width)}. "
+                "The model does not fit this store."
+            )
+            raise DataError(message)
+        finite = finite_rows(rows, self.store.logical_dtype)
+        if not finite.all():
+            row = unit * self.store.geometry.unit_rows + int(np.argmin(finite))
+            items = self.store.items_of(unit)
+            item = int(items[np.searchsorted(self.store.row_starts[items], row, side="right") - 1])
+            message = (
+                f"item {self.store.items.names[item]!r} (unit {unit}): the model gave a NaN or infinite value at "
+                f"token {row - int(self.store.row_starts[item])}. Try --dtype float32, or leave the item out."
+            )
+            raise DataError(message)

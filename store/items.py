@@ -1,0 +1,84 @@
+"""The items of a store, one row each: names, prompts, labels, splits. Labels are no part of the features."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from agiqa.errors import DamagedStore
+from agiqa.store.files import sync_file
+
+LABEL_PREFIX = "mos_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Items:
+    """The columns of items.parquet; entry i of every column belongs to item i of the store."""
+
+    names: list[str]
+    prompts: list[str]
+    splits: list[str | None]
+    generators: list[str | None]
+    descriptions: list[str | None]
+    labels: Mapping[str, NDArray[np.float64]] = field(default_factory=dict[str, NDArray[np.float64]])
+    """Aspect (quality, correspondence, authenticity) to MOS per item, (items,), NaN where there is none."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.names)
+
+    def in_split(self, split: str) -> list[int]:
+        """Positions of the items whose split is `split`."""
+        return [position for position, name in enumerate(self.splits) if name == split]
+
+    def same_as(self, other: "Items") -> bool:
+        """Whether every column holds the same values, missing labels included."""
+        return bool(self.table().equals(other.table()))
+
+    def table(self) -> pa.Table:
+        """The rows as an Arrow table; a missing label is null."""
+        text = pa.string()
+        columns = {
+            "name": pa.array(self.names, text),
+            "prompt": pa.array(self.prompts, text),
+            "split": pa.array(self.splits, text),
+            "generator": pa.array(self.generators, text),
+            "description": pa.array(self.descriptions, text),
+        }
+        for aspect in sorted(self.labels):
+            columns[LABEL_PREFIX + aspect] = pa.array(self.labels[aspect], pa.float64(), from_pandas=True)
+        return pa.table(columns)
+
+
+def write_items(path: Path, items: Items) -> None:
+    """Write `items` to the parquet file `path`, replacing it in one step."""
+    temporary = path.with_name(f".{path.name}.new")
+    pq.write_table(items.table(), temporary, compression="zstd")
+    sync_file(temporary)
+    temporary.replace(path)
+
+
+def read_items(path: Path) -> Items:
+    """The items in `path`. Raises DamagedStore, naming the file, when it is missing or unreadable."""
+    try:
+        table = pq.read_table(path)
+        columns = {name: table.column(name) for name in table.column_names}
+        return Items(
+            names=columns["name"].to_pylist(),
+            prompts=columns["prompt"].to_pylist(),
+            splits=columns["split"].to_pylist(),
+            generators=columns["generator"].to_pylist(),
+            descriptions=columns["description"].to_pylist(),
+            labels={
+                name.removeprefix(LABEL_PREFIX): column.to_numpy().astype(np.float64)
+                for name, column in columns.items()
+                if name.startswith(LABEL_PREFIX)
+            },
+        )
+    except (OSError, KeyError, pa.ArrowException) as error:
+        message = f"{path}: the item table cannot be read ({error}). Copy the store again, or extract it again."
+        raise DamagedStore(message) from error

@@ -1,0 +1,69 @@
+"""Where everything lies inside a store folder, and what the format is called.
+
+The prose specification is `FORMAT.md` beside this file; names here are the only place where code spells them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+FORMAT = "agiqa.features"
+VERSION = 1
+ENCODINGS = ("hidden", "sketch")
+
+TOKEN_ROLES = {"special": 0, "image": 1, "question": 2, "answer": 3}
+ITEM_STATUS = {"whole": 0, "truncated": 1}
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """Paths of the parts of the store folder `root`."""
+
+    root: Path
+
+    @property
+    def zarr(self) -> Path:
+        """The Zarr v3 group with all arrays."""
+        return self.root / "store.zarr"
+
+    @property
+    def items(self) -> Path:
+        """One row per item: name, prompt, labels, split, generator."""
+        return self.root / "items.parquet"
+
+    @property
+    def commits(self) -> Path:
+        """One JSON record per finished unit, and one each for the plan and the model's own arrays."""
+        return self.root / "commits"
+
+    @property
+    def locks(self) -> Path:
+        """Empty files that the runs at work hold locked; no part of a finished store."""
+        return self.root / "locks"
+
+    @property
+    def manifest(self) -> Path:
+        """Every object with its bytes and sha256; written last, so its presence means a complete store."""
+        return self.root / "MANIFEST.json"
+
+    @property
+    def card(self) -> Path:
+        """The generated data card."""
+        return self.root / "README.md"
+
+    def commit(self, unit: int) -> Path:
+        """The commit record of a unit of features."""
+        return self.commits / f"{unit:08d}.json"
+
+    @property
+    def plan_commit(self) -> Path:
+        """The record of what the plan wrote."""
+        return self.commits / "plan.json"
+
+    @property
+    def model_commit(self) -> Path:
+        """The record of the arrays that come from the model: `lm_head`, `basis` and `probe`."""
+        return self.commits / "model.json"
+
+    def features_object(self, unit: int) -> Path:
+        """The one object (shard) that holds the features of a unit."""
+        return self.zarr / "features" / "c" / str(unit) / "0"

@@ -1,0 +1,230 @@
+"""Plan: everything of a store but the features, written in one step before the first unit is computed."""
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from agiqa.errors import SettingsConflict
+from agiqa.store.arrays import (
+    Geometry,
+    choose_geometry,
+    create_rows_array,
+    create_token_array,
+    create_whole_array,
+)
+from agiqa.store.bits import storage_dtype
+from agiqa.store.files import (
+    canonical_json,
+    describe_object,
+    exclusive_lock,
+    sync_file,
+    write_text_atomically,
+)
+from agiqa.store.items import Items, write_items
+from agiqa.store.layout import FORMAT, ITEM_STATUS, VERSION, StoreLayout
+from agiqa.store.provenance import differences, store_id
+from agiqa.store.reading import Store, is_planned, open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorePlan:
+    """What a store will hold, known before any feature is computed."""
+
+    encoding: str
+    """`hidden` or `sketch`."""
+    logical_dtype: str
+    width: int
+    provenance: Mapping[str, Any]
+    items: Items
+    token_ids: Sequence[NDArray[np.int32]]
+    """Per item, (tokens,)."""
+    roles: Sequence[NDArray[np.uint8]]
+    """Per item, (tokens,), values of TOKEN_ROLES."""
+    item_keys: Sequence[bytes]
+    """Per item, sha256 of the image bytes and the conversation."""
+    truncated: Sequence[bool]
+
+    def full_provenance(self) -> dict[str, Any]:
+        """The provenance with what decides the shape of the features; its hash is the store id."""
+        return {
+            **self.provenance,
+            "encoding": self.encoding,
+            "logical_dtype": self.logical_dtype,
+            "width": self.width,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where each item's rows lie: unit and first row, both (items,)."""
+
+    geometry: Geometry
+    units: NDArray[np.int32]
+    row_starts: NDArray[np.int64]
+
+
+def place_items(n_tokens: NDArray[np.int32], geometry: Geometry) -> Placement:
+    """Bin items into units in their own order; no item crosses a unit."""
+    units = np.zeros(len(n_tokens), np.int32)
+    starts = np.zeros(len(n_tokens), np.int64)
+    unit, used = 0, 0
+    for position, length in enumerate(n_tokens.tolist()):
+        if used + length > geometry.unit_rows:
+            unit, used = unit + 1, 0
+        units[position] = unit
+        starts[position] = unit * geometry.unit_rows + used
+        used += length
+    placed = Geometry(
+        units=unit + 1, unit_rows=geometry.unit_rows, chunk_rows=geometry.chunk_rows, width=geometry.width
+    )
+    return Placement(geometry=placed, units=units, row_starts=starts)
+
+
+def place(n_tokens: NDArray[np.int32], *, width: int, logical_dtype: str) -> Placement:
+    """Choose the geometry for items of these lengths and bin them."""
+    itemsize = storage_dtype(logical_dtype).itemsize
+    geometry = choose_geometry(
+        total_rows=int(n_tokens.sum()), longest=int(n_tokens.max(initial=0)), width=width, itemsize=itemsize
+    )
+    return place_items(n_tokens, geometry)
+
+
+def create_store(path: Path, plan: StorePlan) -> Store:
+    """Write the plan at `path`, or take up the store that is there if it was planned alike.
+
+    The plan is written beside `path` and renamed, so a killed plan leaves no store. An unfinished store takes
+    over the labels of `plan`. Returns the store, opened with what is there of it.
+
+    Raises SettingsConflict, naming every difference, when `path` holds a store made with other settings, a
+    finished store with other labels, or something that is no store.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        return _take_up(path, plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_killed_plans(path)
+    temporary = Path(tempfile.mkdtemp(prefix=_plan_prefix(path), dir=path.parent))
+    layout = StoreLayout(temporary)
+    try:
+        with exclusive_lock(layout.locks / _PLAN_LOCK):
+            _write_plan(layout, plan)
+            temporary.chmod(0o755)
+            temporary.replace(path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return _take_up(path, plan)  # another run was first
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_file(path.parent)
+    return open_store(path, allow_partial=True)
+
+
+_PLAN_LOCK = "plan"
+
+
+def _plan_prefix(path: Path) -> str:
+    return f".{path.name}.plan-"
+
+
+def _remove_killed_plans(path: Path) -> None:
+    for left_over in path.parent.glob(f"{_plan_prefix(path)}*/"):
+        lock = StoreLayout(left_over).locks / _PLAN_LOCK
+        if lock.exists():
+            with exclusive_lock(lock) as ended:
+                if ended:
+                    shutil.rmtree(left_over)
+
+
+def _take_up(path: Path, plan: StorePlan) -> Store:
+    if not is_planned(path):
+        message = f"{path} exists and is not a feature store. Choose another path, or move it away."
+        raise SettingsConflict(message)
+    store = open_store(path, allow_partial=True)
+    asked = plan.full_provenance()
+    if store_id(asked) != store.id:
+        lines = "\n".join(f"  {line}" for line in differences(store.provenance, asked))
+        message = (
+            f"{path} exists and was made with other settings:\n{lines}\n"
+            "Give the settings that it was made with, or another path."
+        )
+        raise SettingsConflict(message)
+    if not store.items.same_as(plan.items):
+        if store.is_complete:
+            message = (
+                f"{path} is finished and its labels, splits or prompts differ from those given now. "
+                "Extract to another path, or give the labels that it was made with."
+            )
+            raise SettingsConflict(message)
+        write_items(store.layout.items, plan.items)
+        store = open_store(path, allow_partial=True)
+    return store
+
+
+def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
+    n_tokens = np.array([len(ids) for ids in plan.token_ids], np.int32)
+    placement = place(n_tokens, width=plan.width, logical_dtype=plan.logical_dtype)
+    group = zarr.create_group(store=layout.zarr, attributes=_attributes(plan, placement.geometry))
+    create_rows_array(group, "features", placement.geometry, plan.logical_dtype)
+    _write_tokens(group, plan, placement)
+    index: dict[str, np.ndarray[Any, Any]] = {
+        "row_start": placement.row_starts,
+        "n_tokens": n_tokens,
+        "unit": placement.units,
+        "item_key": np.frombuffer(b"".join(plan.item_keys), np.uint8).reshape(len(n_tokens), -1),
+        "status": np.array([ITEM_STATUS["truncated" if cut else "whole"] for cut in plan.truncated], np.uint8),
+    }
+    for name, values in index.items():
+        create_whole_array(group, f"index/{name}", values)
+    write_items(layout.items, plan.items)
+    layout.commits.mkdir()
+    root_metadata = layout.zarr / "zarr.json"  # rewritten by the seal, so no part of the record
+    objects = [
+        describe_object(layout.root, path)
+        for path in sorted(layout.zarr.rglob("*"))
+        if path.is_file() and path != root_metadata
+    ]
+    write_text_atomically(layout.plan_commit, canonical_json({"objects": objects}))
+
+
+def _attributes(plan: StorePlan, geometry: Geometry) -> dict[str, Any]:
+    provenance = plan.full_provenance()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "id": store_id(provenance),
+        "encoding": plan.encoding,
+        "logical_dtype": plan.logical_dtype,
+        "units": geometry.units,
+        "unit_rows": geometry.unit_rows,
+        "chunk_rows": geometry.chunk_rows,
+        "width": geometry.width,
+        "provenance": provenance,
+    }
+
+
+def _write_tokens(group: zarr.Group, plan: StorePlan, placement: Placement) -> None:
+    geometry = placement.geometry
+    per_token: dict[str, tuple[Sequence[NDArray[Any]], str]] = {
+        "ids": (plan.token_ids, "int32"),
+        "roles": (plan.roles, "uint8"),
+    }
+    for name, (per_item, dtype) in per_token.items():
+        array = create_token_array(group, f"tokens/{name}", geometry, dtype)
+        for unit in range(geometry.units):
+            block = np.zeros(geometry.unit_rows, dtype)
+            for position in np.flatnonzero(placement.units == unit).tolist():
+                start = int(placement.row_starts[position]) - unit * geometry.unit_rows
+                values = per_item[position]
+                block[start : start + len(values)] = values
+            first = unit * geometry.unit_rows
+            array[first : first + geometry.unit_rows] = block

@@ -1,0 +1,21 @@
+"""Where a store comes from, as JSON, and what two stores of one name differ in."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from agiqa.store.files import canonical_json
+
+
+def store_id(provenance: Mapping[str, Any]) -> str:
+    """Hex sha256 of the canonical JSON of `provenance`; equal ids mean interchangeable features."""
+    return hashlib.sha256(canonical_json(provenance).encode()).hexdigest()
+
+
+def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
+    """One line `dotted.path: stored X, asked Y` for every leaf in which two provenances differ."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in sorted({*there, *here}):
+            yield from differences(there.get(key), here.get(key), f"{where}.{key}" if where else str(key))
+    elif there != here:
+        yield f"{where}: stored {there!r}, asked {here!r}"

@@ -1,0 +1,44 @@
+"""What a store holds, in numbers that a person asks for first."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from agiqa.store.files import read_json
+from agiqa.store.reading import Store
+
+
+def store_summary(store: Store) -> dict[str, Any]:
+    """State, encoding, items, tokens, bytes, labels, splits and provenance of `store`, JSON-able.
+
+    `bytes_raw_features` is what the finished units take decoded; `bytes_raw_logits` what their logits would take
+    as float16 (present where the size of the vocabulary is known).
+    """
+    items, done = store.items, store.committed_units()
+    records = [read_json(store.layout.commit(unit)) for unit in done]
+    rows = sum(int(record["rows"]) for record in records)
+    summary: dict[str, Any] = {
+        "path": str(store.path),
+        "id": store.id,
+        "state": "complete" if store.is_complete else f"unfinished, {len(done)} of {store.geometry.units} units",
+        "encoding": store.encoding,
+        "logical_dtype": store.logical_dtype,
+        "width": store.width,
+        "items": len(items),
+        "tokens": int(store.n_tokens.sum()),
+        "longest_item": int(store.n_tokens.max(initial=0)),
+        "units": store.geometry.units,
+        "unit_rows": store.geometry.unit_rows,
+        "bytes_on_disk": sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file()),
+        "bytes_features": sum(int(entry["bytes"]) for record in records for entry in record["objects"]),
+        "bytes_raw_features": rows * store.width * store.array("features").dtype.itemsize,
+        "seconds_of_work": round(sum(float(record["seconds"]) for record in records), 1),
+        "labels": {aspect: int(np.isfinite(mos).sum()) for aspect, mos in items.labels.items()},
+        "splits": dict(Counter(split or "none" for split in items.splits)),
+        "provenance": store.provenance,
+    }
+    if store.layout.model_commit.exists():
+        vocabulary = int(store.array("probe/logits").shape[1])
+        summary["bytes_raw_logits"] = rows * vocabulary * 2
+    return summary

@@ -1,0 +1,134 @@
+"""Verify: find every damaged or missing object and say which units and items it costs."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from agiqa.errors import StoreError, UnknownName
+from agiqa.store.bits import to_float32
+from agiqa.store.files import read_json, sha256_of_file
+from agiqa.store.reading import Store
+from agiqa.store.sealing import size_problem
+
+Level = Literal["quick", "full", "numeric"]
+
+_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.05}
+"""Relative error of the probe logits: the forward of one item against the batch that was stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """One thing that is wrong with a store."""
+
+    where: str
+    problem: str
+    unit: int | None = None
+    items: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `verify` found; `sound` is the verdict."""
+
+    level: str
+    state: str
+    objects: int
+    missing_units: tuple[int, ...]
+    damage: tuple[Damage, ...]
+    probe_error: float | None
+    """Largest relative error of a probe row's logits, at level numeric."""
+
+    @property
+    def sound(self) -> bool:
+        """Complete and undamaged at the level asked for."""
+        return self.state == "complete" and not self.damage
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"sound": self.sound, **asdict(self)}
+
+
+def verify(store: Store, level: str = "quick") -> Report:
+    """Check `store`: `quick` records and sizes, `full` every sha256, `numeric` also the probe logits.
+
+    Raises UnknownName for another level.
+    """
+    if level not in get_args(Level):
+        raise UnknownName.of(kind="verification level", name=level, known=get_args(Level))
+    entries = list(_entries(store))
+    damage = [found for entry, unit in entries if (found := _check_object(store, entry, unit, level))]
+    damage += _undocumented(store, [entry for entry, _ in entries])
+    probe_error = None
+    if level == "numeric" and not damage and store.is_complete:
+        probe_error, problem = _check_probe(store)
+        damage += problem
+    done = set(store.committed_units())
+    return Report(
+        level=level,
+        state="complete" if store.is_complete else "unfinished",
+        objects=len(entries),
+        missing_units=tuple(unit for unit in range(store.geometry.units) if unit not in done),
+        damage=tuple(damage),
+        probe_error=probe_error,
+    )
+
+
+def _entries(store: Store) -> Iterable[tuple[dict[str, Any], int | None]]:
+    layout = store.layout
+    if store.is_complete:
+        manifest = read_json(layout.manifest)
+        units = {
+            layout.features_object(unit).relative_to(store.path).as_posix(): unit
+            for unit in range(store.geometry.units)
+        }
+        for entry in [*manifest["objects"], manifest["labels"]]:
+            yield entry, units.get(entry["path"])
+        return
+    for record in (layout.plan_commit, layout.model_commit):
+        if record.exists():
+            yield from ((entry, None) for entry in read_json(record)["objects"])
+    for unit in store.committed_units():
+        yield from ((entry, unit) for entry in read_json(layout.commit(unit))["objects"])
+
+
+def _check_object(store: Store, entry: dict[str, Any], unit: int | None, level: str) -> Damage | None:
+    problem = size_problem(store, entry)
+    if problem is None and level != "quick" and sha256_of_file(store.path / entry["path"]) != entry["sha256"]:
+        problem = f"{entry['path']} does not have its recorded sha256"
+    if problem is None:
+        return None
+    names = () if unit is None else tuple(store.items.names[item] for item in store.items_of(unit))
+    return Damage(where=entry["path"], problem=problem, unit=unit, items=names)
+
+
+def _undocumented(store: Store, entries: list[dict[str, Any]]) -> list[Damage]:
+    """Objects that a finished store's manifest does not list would be read without any proof."""
+    if not store.is_complete:
+        return []
+    known = {entry["path"] for entry in entries}
+    files = (path for path in store.layout.zarr.rglob("*") if path.is_file())
+    found = sorted(path.relative_to(store.path).as_posix() for path in files)
+    return [Damage(where=path, problem=f"{path} is not in the manifest") for path in found if path not in known]
+
+
+def _check_probe(store: Store) -> tuple[float, list[Damage]]:
+    logits_array = store.array("probe/logits")
+    rows = np.asarray(store.array("probe/rows")[...])
+    expected = to_float32(np.asarray(logits_array[...]), str(logits_array.attrs["logical_dtype"]))
+    try:
+        features = np.stack([np.asarray(store.array("features")[int(row)]) for row in rows])
+        values = to_float32(features, store.logical_dtype)
+        if store.encoding == "hidden":
+            rebuilt, tolerance = values @ store.lm_head().T, _TOLERANCE[store.logical_dtype]
+        else:
+            basis = store.basis()
+            rebuilt, tolerance = values @ basis.q.T, 0.05 + 3.0 * np.sqrt(1.0 - basis.energy_kept)
+    except (StoreError, ValueError, RuntimeError) as failure:
+        return float("nan"), [Damage(where="probe", problem=f"the probe rows cannot be rebuilt: {failure}")]
+    error = float((np.linalg.norm(rebuilt - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())
+    if error <= tolerance:
+        return error, []
+    problem = f"logits rebuilt from the features are off by {error:.3g} of their norm (allowed {tolerance:.3g})"
+    return error, [Damage(where="probe", problem=problem)]
