@@ -21,6 +21,7 @@ from agiqa.store.files import canonical_json
 
 METHOD = "second-moment"
 _BLOCK_ROWS = 8192
+_LARGEST_FLOAT16 = 65504.0
 _RANK_TOLERANCE = 1e-10
 """Directions of W_lm^T W_lm below this share of the largest eigenvalue count as not there."""
 
@@ -53,7 +54,7 @@ class Basis:
     def logical_dtype(self) -> str:
         """float16 for the coordinates, or float32 where 64 times the largest RMS would leave its range."""
         largest = 64.0 * float(np.sqrt(self.energy[0]))
-        return "float16" if largest < np.finfo(np.float16).max else "float32"
+        return "float16" if largest < _LARGEST_FLOAT16 else "float32"
 
     def coordinates(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Sketch hidden states: (tokens, D) to (tokens, r)."""

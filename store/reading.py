@@ -63,18 +63,26 @@ class Store:
         """Whether the store was sealed."""
         return self.layout.manifest.exists()
 
-    @cached_property
+    @property
     def items(self) -> Items:
         """Names, prompts, splits and labels of the items."""
+        return self._items
+
+    @cached_property
+    def _items(self) -> Items:
         items = read_items(self.layout.items)
         if len(items) != len(self.n_tokens):
             message = f"{self.layout.items} has {len(items)} rows, the index {len(self.n_tokens)} items."
             raise DamagedStore(message)
         return items
 
-    @cached_property
+    @property
     def n_tokens(self) -> NDArray[np.int32]:
         """Tokens per item, (items,)."""
+        return self._n_tokens
+
+    @cached_property
+    def _n_tokens(self) -> NDArray[np.int32]:
         return self._index("n_tokens")
 
     @cached_property
@@ -175,7 +183,7 @@ class Store:
                 )
                 raise IncompleteStore(message)
 
-    @cached_property
+    @property
     def lm_head_sha256(self) -> str:
         """Which language-model head the features belong to: sha256 of its bits in row-major order."""
         source = "lm_head/weight" if self.encoding == "hidden" else "basis/q"

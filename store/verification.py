@@ -14,8 +14,9 @@ from agiqa.store.sealing import size_problem
 
 Level = Literal["quick", "full", "numeric"]
 
-_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.05}
-"""Relative error of the probe logits: the forward of one item against the batch that was stored."""
+_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.15}
+"""Relative error of the probe logits, the forward of one item against the batch that was stored: up to .05 was
+measured in bfloat16 over 30 layers, where hidden states of before the final norm are off by about 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,15 @@ from agiqa.errors import ConfigError, UnknownName
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def output_options(command: Command) -> Command:
+    """Add `--json` and `-v/--verbose` to a command; it receives `as_json`."""
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, help="Show where an error was raised.")
+    return as_json(verbose(command))
+
+
 def shared_options(command: Command) -> Command:
-    """Add `--json`, `-v/--verbose` and `--config` to a command; it receives `as_json`."""
+    """Add `--config`, a YAML file of option values, to what `output_options` adds."""
     config = click.option(
         "--config",
         type=click.Path(path_type=Path, dir_okay=False),
@@ -22,9 +29,7 @@ def shared_options(command: Command) -> Command:
         callback=_load_config,
         help="YAML file with option values; options given here beat it.",
     )
-    as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
-    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, help="Show where an error was raised.")
-    return config(as_json(verbose(command)))
+    return config(output_options(command))
 
 
 def _load_config(ctx: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:

@@ -11,7 +11,11 @@ from agiqa.commands.common import Share, print_result, shared_options, table
 @click.command("extract")
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option("--model", required=True, help="Hugging Face name, checkpoint folder, GGUF file, or PACKAGE:FILE.gguf.")
+@click.option(
+    "--model",
+    required=True,
+    help="Hub id (owner/name[@revision]), checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
+)
 @click.option("--conversations", multiple=True, metavar="[SPLIT=]FILE", help="M3-AGIQA conversation file; repeatable.")
 @click.option("--labels", type=click.Path(path_type=Path, exists=True), help="Table of MOS for a conversation file.")
 @click.option("--variant", default="id", show_default=True, help="Rounds of the conversation: no_id, id or full.")

@@ -1,0 +1,8 @@
+"""`agiqa demo`."""
+
+import click
+
+
+@click.command("demo")
+def command() -> None:
+    """x"""

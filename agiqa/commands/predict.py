@@ -1,0 +1,34 @@
+"""`agiqa predict`: the scores of a trained head, item by item."""
+
+import csv
+from pathlib import Path
+
+import click
+
+from agiqa.commands.common import print_result, shared_options
+
+
+@click.command("predict")
+@click.argument("run", type=click.Path(path_type=Path, exists=True))
+@click.argument("store", type=click.Path(path_type=Path, exists=True))
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@shared_options
+def command(run: Path, store: Path, out: Path, device: str, batch_size: int, *, as_json: bool) -> None:
+    """Write the scores of the head RUN for every item of STORE to the csv OUT (name, prompt, predicted)."""
+    from agiqa.heads import load_run, predict
+    from agiqa.store import open_store
+
+    source = open_store(store)
+    scores = predict(load_run(run), source, device=device, batch_size=batch_size)
+    temporary = out.with_name(f".{out.name}.new")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "prompt", "predicted"])
+        writer.writerows(
+            [name, prompt, f"{score:.6f}"]
+            for name, prompt, score in zip(source.items.names, source.items.prompts, scores.tolist(), strict=True)
+        )
+    temporary.replace(out)
+    print_result({"out": str(out), "items": len(scores)}, f"{out}: {len(scores)} scores", as_json=as_json)

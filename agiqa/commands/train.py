@@ -1,0 +1,78 @@
+"""`agiqa train`: phase 2, from a feature store to a trained and evaluated head."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from agiqa.commands.common import output_options, print_result
+
+
+@click.command("train")
+@click.argument("store", type=click.Path(path_type=Path, exists=True))
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--config", type=click.Path(path_type=Path, exists=True), help="YAML with sections `head` and `train`.")
+@click.option("--projection", help="vocabulary (W_proj on the logits, from hidden states) or sketch.")
+@click.option("--encoder", help="xlstm, gru or none.")
+@click.option("--pooling", help="mean or last.")
+@click.option("--width", type=int, help="Channels from the projection to the pooling.  [default: 512]")
+@click.option("--blocks", type=int, help="Blocks of the xLSTM.  [default: 4]")
+@click.option("--num-heads", type=int, help="Heads of every xLSTM block.  [default: 4]")
+@click.option("--layers", type=int, help="Layers of the GRU.  [default: 1]")
+@click.option("--bidirectional/--causal", default=None, help="Direction of the GRU.  [default: causal]")
+@click.option("--standardise/--no-standardise", default=None, help="Scale projected tokens once.  [default: yes]")
+@click.option("--dropout", type=float, help="Within the encoder.  [default: 0]")
+@click.option("--regressor-hidden", type=int, help="Channels between the regressor's layers.  [default: 128]")
+@click.option("--label", help="Aspect whose MOS is learned.  [default: quality]")
+@click.option("--split", help="published (of the data set) or grouped (by prompt).  [default: published]")
+@click.option("--split-seed", type=int, help="Draws the grouped test part and the validation part.")
+@click.option("--test-share", type=float, help="Share that a grouped split holds out.  [default: 0.2]")
+@click.option("--validation", type=float, help="Share of training that chooses the epoch.  [default: 0.1]")
+@click.option("--loss", help="mse.")
+@click.option("--epochs", type=int, help="Passes over the training items.  [default: 20]")
+@click.option("--batch-size", type=int, help="Items per step.  [default: 32]")
+@click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-3]")
+@click.option("--projection-lr", type=float, help="Peak learning rate of the projection.")
+@click.option("--weight-decay", type=float, help="Of AdamW.  [default: 0.01]")
+@click.option("--schedule", help="cosine or constant.  [default: cosine]")
+@click.option("--warmup", type=float, help="Share of the steps that warm up.  [default: 0.05]")
+@click.option("--gradient-clip", type=float, help="Largest norm of the gradient.  [default: 1]")
+@click.option("--patience", type=int, help="Stop after so many epochs without a better validation SRCC.")
+@click.option("--refit/--no-refit", default=None, help="Train again on training + validation for the chosen epochs.")
+@click.option("--seed", type=int, help="Of weights, batches and intervals.  [default: 0]")
+@click.option("--device", help="auto, cpu or cuda.  [default: auto]")
+@click.option("--precision", help="fp32 or bf16.  [default: fp32]")
+@click.option("--threads", type=int, help="CPU threads.")
+@output_options
+def command(store: Path, run: Path, config: Path | None, *, as_json: bool, **overrides: Any) -> None:
+    """Train a head on STORE and write RUN: weights, config, metrics, predictions and curves.
+
+    The epoch is chosen on a validation part with prompts of its own; the test part is read once, at the end.
+    """
+    from rich.console import Console
+
+    from agiqa.heads import load_settings, train_head, training_progress
+    from agiqa.progress import say
+    from agiqa.store import open_store
+
+    head, train = load_settings(config, overrides)
+    trained = train_head(
+        open_store(store), run, head=head, train=train, progress=training_progress(Console(stderr=True))
+    )
+    for warning in trained.metrics["warnings"]:
+        say(f"warning: {warning}")
+    metrics = dict(trained.metrics)
+    lines = [f"{run}: epoch {metrics['chosen_epoch']} of {metrics['epochs_run']}, chosen by {metrics['chosen_by']}"]
+    lines += [scores_line(part, metrics[part]) for part in ("validation", "test") if metrics[part]]
+    print_result({"run": str(run), **metrics}, "\n".join(lines), as_json=as_json)
+
+
+def scores_line(name: str, scores: dict[str, Any]) -> str:
+    """`name` with SRCC, PLCC, KRCC and RMSE and the intervals of the first two, on one line."""
+    parts = [f"{name:<10} n {scores['n']}"]
+    for metric in ("srcc", "plcc", "krcc", "rmse"):
+        value, interval = scores[metric], scores["ci"].get(metric)
+        shown = "undefined" if value is None else f"{value:.4f}"
+        around = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval and metric in ("srcc", "plcc") else ""
+        parts.append(f"{metric.upper()} {shown}{around}")
+    return "  ".join(parts)

@@ -1,0 +1,183 @@
+"""What text and vision backbones share: one transformers model, run up to its final norm."""
+
+import hashlib
+import importlib.metadata
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from agiqa.errors import ConfigError, ModelError, UnknownName
+from agiqa.extract.backbones.batching import alike, collate
+from agiqa.extract.backbones.contract import Prepared
+from agiqa.extract.backbones.linearity import check_linear
+from agiqa.extract.backbones.loading import load_model
+from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
+from agiqa.extract.checkpoints import Checkpoint
+from agiqa.extract.items import Message
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PROBE_TOKENS = 8
+"""Length of the input on which linearity is checked."""
+
+
+class HuggingFaceBackbone(ABC):
+    """A `Backbone` over any transformers model of one auto class."""
+
+    kind: str
+    reads_images: bool
+    auto_class: Any
+    """The transformers auto class that loads the model."""
+    classes: Any
+    """transformers' mapping from configuration to model class."""
+    packages: tuple[str, ...] = ("torch", "transformers", "tokenizers")
+    """Libraries whose version may change a number."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Any, *, dtype: str, device: str) -> None:
+        """`dtype` is auto or one of DTYPES, `device` auto or a torch device."""
+        text_config = config.get_text_config()
+        self.checkpoint = checkpoint
+        self.config = config
+        self.device = _device(device)
+        self.logical_dtype = _dtype_name(checkpoint, config, dtype)
+        self.hidden_size: int = text_config.hidden_size
+        self.vocab_size: int = text_config.vocab_size
+        self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.model_class: Any = self.classes[type(config)]
+        self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
+        self.renderer = self._make_renderer()
+        self._model: Any = None
+        self._hashes: dict[str, str] | None = None
+
+    @abstractmethod
+    def _make_renderer(self) -> Renderer:
+        """Load tokenizer or processor, and the renderer over them."""
+
+    @abstractmethod
+    def prepare(self, conversation: Sequence[Message], image: Path | None) -> Prepared:
+        """See `Backbone.prepare`."""
+
+    @property
+    def _image_token_id(self) -> int | None:
+        return None
+
+    def provenance(self) -> dict[str, Any]:
+        """See `Backbone.provenance`. The first call reads every file of the checkpoint to hash it."""
+        if self._hashes is None:
+            self._hashes = self.checkpoint.hashes()
+        return {
+            "name": self.checkpoint.label,
+            "kind": self.kind,
+            "model_type": self.config.model_type,
+            "architecture": self.model_class.__name__,
+            "revision": self.checkpoint.revision,
+            "gguf": self.checkpoint.gguf,
+            "files": dict(self._hashes),
+            "chat_template": {
+                "source": "plain" if self.renderer.plain else "checkpoint",
+                "sha256": hashlib.sha256(self.renderer.template.encode()).hexdigest(),
+                "style": self.renderer.style,
+                "date": TEMPLATE_DATE.date().isoformat(),
+            },
+            "dtype": self.logical_dtype,
+            "attention": self.attention,
+            "versions": _versions(self.packages),
+        }
+
+    def load(self) -> None:
+        """See `Backbone.load`."""
+        if self._model is not None:
+            return
+        dtype = DTYPES[self.logical_dtype]
+        model = load_model(self.checkpoint, self.auto_class, dtype, self.attention)
+        model = model.to(self.device)
+        check_linear(self.checkpoint.name, model, self._probe())
+        found = tuple(model.get_output_embeddings().weight.shape)
+        if found != (self.vocab_size, self.hidden_size):
+            expected = (self.vocab_size, self.hidden_size)
+            message = f"{self.checkpoint.name}: lm_head has shape {found}, expected {expected} by the configuration."
+            raise ModelError(message)
+        self._model = model
+
+    def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
+        """See `Backbone.hidden_states`. Items with unlike image inputs run in forward passes of their own."""
+        model = self._loaded()
+        rows: dict[int, torch.Tensor] = {}
+        for group in alike(batch):
+            items = [batch[position] for position in group]
+            with torch.inference_mode():
+                states = model.base_model(**self._collate(items), use_cache=False).last_hidden_state
+            for row, position in enumerate(group):
+                rows[position] = states[row, : len(batch[position].token_ids)].to(DTYPES[self.logical_dtype])
+        return [rows[position] for position in range(len(batch))]
+
+    def logits(self, item: Prepared) -> torch.Tensor:
+        """See `Backbone.logits`."""
+        model = self._loaded()
+        with torch.inference_mode():
+            logits: torch.Tensor = model(**self._collate([item]), use_cache=False).logits[0]
+        return logits
+
+    def lm_head(self) -> torch.Tensor:
+        """See `Backbone.lm_head`."""
+        weight: torch.Tensor = self._loaded().get_output_embeddings().weight.detach()
+        return weight
+
+    def _loaded(self) -> Any:
+        self.load()
+        return self._model
+
+    def _collate(self, items: Sequence[Prepared]) -> dict[str, torch.Tensor]:
+        pad = self.renderer.tokenizer.pad_token_id
+        pad_id = next(p for p in (pad, 0, 1) if p is not None and p != self._image_token_id)
+        return collate(items, pad_id=pad_id, dtype=DTYPES[self.logical_dtype], device=self.device)
+
+    def _probe(self) -> torch.Tensor:
+        """A few ordinary token ids (1, n), spread over the vocabulary, none of them an image token."""
+        special = {*self.renderer.tokenizer.all_special_ids, self._image_token_id}
+        ordinary = [token for token in range(min(self.vocab_size, 4096)) if token not in special]
+        chosen = np.linspace(0, len(ordinary) - 1, PROBE_TOKENS).astype(int)
+        return torch.tensor([[ordinary[position] for position in chosen]], device=self.device)
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        message = f"No device is called {device!r}; use auto, cpu, cuda or cuda:N."
+        raise ConfigError(message) from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        message = f"The device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices."
+        raise ConfigError(message)
+    return chosen
+
+
+def _dtype_name(checkpoint: Checkpoint, config: Any, dtype: str) -> str:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            unknown = UnknownName.of("dtype", dtype, ["auto", *DTYPES])
+            raise unknown
+        return dtype
+    if checkpoint.gguf is not None:
+        return "bfloat16"
+    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    name = str(stated).removeprefix("torch.") if stated is not None else checkpoint.stored_dtype()
+    if name not in DTYPES:
+        message = f"{checkpoint.name}: the dtype {name!r} is none of {', '.join(DTYPES)}; choose one with --dtype."
+        raise ModelError(message)
+    return str(name)
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

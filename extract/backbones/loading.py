@@ -1,0 +1,144 @@
+"""transformers' objects from a checkpoint: quietly, as data only, complete, and with failures that name it."""
+
+import io
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from agiqa.errors import ModelError
+from agiqa.extract.checkpoints import Checkpoint
+
+_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+
+
+@contextmanager
+def quiet_transformers() -> Generator[None]:
+    """Silence transformers' warnings and progress bars within the block, and restore them after it."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def failures_of(checkpoint: Checkpoint, task: str) -> Generator[None]:
+    """Quiet, and whatever fails within the block is a ModelError that names the checkpoint and the task."""
+    try:
+        with quiet_transformers():
+            yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except _FAILURES as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        message = f"{checkpoint.name}: cannot {task} with what is in {checkpoint.folder} ({reason.strip()})"
+        raise ModelError(message) from error
+
+
+def load_config(checkpoint: Checkpoint) -> Any:
+    """The model's configuration. Raises ModelError for a model that exists only as remote code."""
+    raw = checkpoint.raw_config
+    if checkpoint.gguf is None and raw.get("model_type") not in CONFIG_MAPPING:
+        kind = raw.get("model_type")
+        message = f"{checkpoint.name}: transformers {transformers.__version__} knows no model of type {kind!r}."
+        if "auto_map" in raw:
+            message = (
+                f"{checkpoint.name}: this checkpoint (model type {kind!r}) wants to run Python code of its own, "
+                "trust_remote_code, which agiqa never does; use a model that transformers itself implements."
+            )
+        raise ModelError(message)
+    with failures_of(checkpoint, "load the configuration"):
+        return transformers.AutoConfig.from_pretrained(**checkpoint.source)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The fast tokenizer. Raises ModelError when there is only a slow one: roles need character offsets."""
+    with failures_of(checkpoint, "load the tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**checkpoint.source)
+    return require_fast(checkpoint, tokenizer)
+
+
+def require_fast(checkpoint: Checkpoint, tokenizer: Any) -> Any:
+    """`tokenizer`, if it is a fast one. Raises ModelError otherwise."""
+    if not getattr(tokenizer, "is_fast", False):
+        message = (
+            f"{checkpoint.name}: {type(tokenizer).__name__} gives no character offsets, which token roles need; "
+            "add the tokenizer.json of the fast tokenizer."
+        )
+        raise ModelError(message)
+    return tokenizer
+
+
+def load_processor(checkpoint: Checkpoint, config: Any) -> Any:
+    """The processor (tokenizer and image processor in one).
+
+    Where torchvision is missing, transformers takes image processors that run on Pillow by itself, but has no
+    video processors at all; a processor that wants one is then built without it.
+    """
+    with failures_of(checkpoint, "load the processor"):
+        try:
+            processor = transformers.AutoProcessor.from_pretrained(**checkpoint.source)
+        except ImportError:
+            images_only = _without_video(config)
+            if images_only is None:
+                raise
+            processor = images_only.from_pretrained(**checkpoint.source)
+    if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
+        message = f"{checkpoint.name}: its {type(processor).__name__} does not prepare both text and images."
+        raise ModelError(message)
+    require_fast(checkpoint, processor.tokenizer)
+    return processor
+
+
+def _without_video(config: Any) -> Any:
+    """The processor class of `config`, less its video part; None where it has no such part."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    if type(config) not in PROCESSOR_MAPPING:
+        return None
+    parent: Any = PROCESSOR_MAPPING[type(config)]
+    if "video_processor" not in parent.get_attributes():
+        return None
+
+    parts = [name for name in parent.get_attributes() if name != "video_processor"]
+    return type(parent.__name__, (parent,), {"get_attributes": classmethod(lambda _cls: parts)})
+
+
+def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, attention: str) -> Any:
+    """The model on the CPU, in `dtype`, for inference only.
+
+    GGUF weights are unpacked on the way: where transformers has a GgufConfig it is asked to (newer releases
+    would keep the blocks packed), and releases without one unpack by themselves. Raises ModelError when a
+    tensor is missing, has another shape, or is not floating-point after all.
+    """
+    checkpoint.weight_files()
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    packing = getattr(transformers, "GgufConfig", None)
+    if checkpoint.gguf is not None and packing is not None:
+        options["quantization_config"] = packing(dequantize=True)
+    # The GGUF reader draws a progress bar that transformers' own switch does not reach.
+    bar = redirect_stderr(io.StringIO()) if checkpoint.gguf is not None else nullcontext()
+    with failures_of(checkpoint, "load the weights"), bar:
+        model, report = auto_class.from_pretrained(**checkpoint.source, **options)
+    for problem in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(key) for key in report.get(problem) or ())
+        if names:
+            noun = problem.removesuffix("_keys")
+            message = f"{checkpoint.name}: {len(names)} {noun} weights in {checkpoint.folder}: {', '.join(names[:5])}."
+            raise ModelError(message)
+    packed = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
+    if packed:
+        message = f"{checkpoint.name}: the weights stayed quantised ({packed[0]}); give an unquantised checkpoint."
+        raise ModelError(message)
+    return model.eval().requires_grad_(requires_grad=False)

@@ -1,0 +1,52 @@
+"""From a model's name to its backbone: the kinds that there are, and the one that fits a checkpoint."""
+
+from collections.abc import Callable
+from typing import Any
+
+from agiqa.errors import ModelError, UnknownName
+from agiqa.extract.backbones.contract import Backbone
+from agiqa.extract.backbones.huggingface import HuggingFaceBackbone
+from agiqa.extract.backbones.loading import load_config
+from agiqa.extract.backbones.text import TextBackbone
+from agiqa.extract.backbones.vision import VisionBackbone
+from agiqa.extract.checkpoints import Checkpoint, resolve_checkpoint
+from agiqa.registry import Registry
+
+BACKBONES: Registry[Callable[..., HuggingFaceBackbone]] = Registry("backbone")
+BACKBONES.add("text", TextBackbone)
+BACKBONES.add("vision", VisionBackbone)
+
+
+def open_backbone(model: str, *, kind: str = "auto", dtype: str = "auto", device: str = "auto") -> Backbone:
+    """The backbone over `model`, ready to prepare items; its weights are not read before `load`.
+
+    `model` is a folder, a .gguf file, `pkg:PACKAGE[/FILE]` or a hub id (see `agiqa.extract.checkpoints`).
+    `kind` is text, vision, or auto: vision for image-text-to-text models that come with a processor, else
+    text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own, bfloat16 for GGUF. `device`
+    is a torch device, or auto: CUDA where there is one. Raises UnknownName for a kind or dtype, ConfigError
+    for a device, ModelError for a checkpoint that is missing, broken, or of no such kind.
+    """
+    if kind != "auto" and kind not in BACKBONES.names():
+        unknown = UnknownName.of("backbone", kind, ["auto", *BACKBONES.names()])
+        raise unknown
+    checkpoint = resolve_checkpoint(model)
+    config = load_config(checkpoint)
+    chosen = _fitting(checkpoint, config) if kind == "auto" else kind
+    make: Any = BACKBONES.get(chosen)
+    if type(config) not in make.classes:
+        message = f"{model}: the model type {config.model_type!r} cannot serve as the backbone {chosen!r}."
+        raise ModelError(message)
+    backbone: HuggingFaceBackbone = make(checkpoint, config, dtype=dtype, device=device)
+    return backbone
+
+
+def _fitting(checkpoint: Checkpoint, config: Any) -> str:
+    if type(config) in VisionBackbone.classes and checkpoint.has_processor:
+        return "vision"
+    if type(config) in TextBackbone.classes:
+        return "text"
+    message = (
+        f"{checkpoint.name}: the model type {config.model_type!r} is neither a causal language model nor an "
+        "image-text-to-text model with its processor (processor_config.json or preprocessor_config.json)."
+    )
+    raise ModelError(message)

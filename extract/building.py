@@ -1,0 +1,78 @@
+"""One item made from its row, its conversation and its image, or the line that says why it cannot be."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from agiqa.errors import DataError
+from agiqa.extract.images import open_image
+from agiqa.extract.items import Item, Message
+from agiqa.extract.joining import Pair
+from agiqa.extract.sources import Sources
+from agiqa.extract.templates import Template, fill
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemBuilder:
+    """Builds the items of one data set under one conversation variant."""
+
+    sources: Sources
+    template: Template
+    variant: str
+    images: bool
+
+    def build(self, pair: Pair) -> Item | str:
+        """The item of `pair`, its image decoded once for the check, or one line naming item, file and reasons."""
+        row, talk = pair
+        problems = [*row.problems, *self._missing_words(pair)]
+        image = self.sources.image_of(row.name) if self.images and not row.problems else None
+        if self.images and not row.problems:
+            problems.extend(self._image_faults(image))
+        if problems:
+            label = row.name if row.name.strip() else "a row without a name"
+            return f"{label} ({self.sources.table.name}, line {row.number}): {'; '.join(problems)}"
+        turns = self._conversation(pair)
+        return Item(
+            name=row.name,
+            prompt=row.prompt,
+            conversation=turns,
+            image=image,
+            labels=dict(row.labels),
+            split=talk.split if talk is not None and talk.split is not None else row.split,
+            generator=row.generator,
+            description=turns[1].content if len(turns) > 1 else None,
+        )
+
+    def _image_faults(self, image: Path | None) -> list[str]:
+        if image is None:
+            return [f"no image of that name in {' or '.join(str(folder) for folder in self.sources.folders)}"]
+        try:
+            open_image(image)
+        except DataError as error:
+            return [str(error)]
+        return []
+
+    def _missing_words(self, pair: Pair) -> list[str]:
+        row, talk = pair
+        problems: list[str] = []
+        if self.variant != "no_id" and talk is None and row.description is None:
+            problems.append("no description; give --conversations or use --variant no_id")
+        if self.variant == "full" and (row.rating if talk is None else talk.rating) is None:
+            problems.append("no rating word, which the variant full needs; use --variant id")
+        if talk is not None and talk.split and row.split and talk.split != row.split:
+            problems.append(f"in split {row.split} by the table but {talk.split} by {talk.where}")
+        return problems
+
+    def _conversation(self, pair: Pair) -> tuple[Message, ...]:
+        row, talk = pair
+        if self.variant == "no_id":
+            return (Message(role="user", content=fill(self.template.one_round, row.prompt)),)
+        if talk is not None:
+            return talk.messages(self.variant)
+        turns = [
+            Message(role="user", content=fill(self.template.describe, row.prompt)),
+            Message(role="assistant", content=row.description or ""),
+            Message(role="user", content=self.template.rate),
+        ]
+        if self.variant == "full":
+            turns.append(Message(role="assistant", content=row.rating or ""))
+        return tuple(turns)

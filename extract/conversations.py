@@ -1,0 +1,140 @@
+"""M3-AGIQA conversation files: the published questions with the descriptions that the models gave.
+
+A file holds one JSON list, or one JSON object per line, of
+`{id, image, conversations: [{role, content} x 4], response_0?, response_1?}`. `response_0` and `response_1`
+are the fine-tuned local model's own description and rating word; where they are given they stand in for
+the teacher's, which were written with the MOS in view.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from agiqa.errors import DataError, UnknownName
+from agiqa.extract.items import Message
+from agiqa.extract.labels import SPLITS, read_text
+
+IMAGE_MARK = re.compile(r"\A<image>\n?")
+"""Where the published training files say that the image goes: always before the first question."""
+
+_ROLES = ("user", "assistant", "user", "assistant")
+_SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talk:
+    """One conversation of a file; where `problems` is not empty its texts mean nothing."""
+
+    where: str
+    """The file's name and the conversation's id, for messages."""
+    image: str
+    split: str | None
+    describe: str = ""
+    description: str = ""
+    rate: str = ""
+    rating: str | None = None
+    problems: tuple[str, ...] = ()
+
+    def messages(self, variant: str) -> tuple[Message, ...]:
+        """What the model reads under `variant`: id ends with the second question, full with the rating word."""
+        turns = [
+            Message(role="user", content=self.describe),
+            Message(role="assistant", content=self.description),
+            Message(role="user", content=self.rate),
+        ]
+        if variant == "full" and self.rating is not None:
+            turns.append(Message(role="assistant", content=self.rating))
+        return tuple(turns)
+
+
+def parse_source(source: str) -> tuple[str | None, Path]:
+    """`SPLIT=FILE` or `FILE` as (split, file); without SPLIT the file's name tells, if it can.
+
+    Raises UnknownName when what stands before `=` is not a split and no file has that name.
+    """
+    name, mark, rest = source.partition("=")
+    if mark and name in SPLITS:
+        return name, Path(rest)
+    if mark and name.isalpha() and not Path(source).exists():
+        unknown = UnknownName.of("split", name, SPLITS)
+        raise unknown
+    path = Path(source)
+    words = set(_SPLIT_WORD.findall(path.stem.lower()))
+    return (words.pop() if len(words) == 1 else None), path
+
+
+def read_conversations(path: Path, split: str | None) -> list[Talk]:
+    """Every conversation of `path`. Raises DataError when the file is not JSON, not a list, or empty."""
+    records = _records(path, read_text(path))
+    if not records:
+        message = f"{path}: no conversations in the file."
+        raise DataError(message)
+    return [_talk(path, number, record, split) for number, record in enumerate(records, start=1)]
+
+
+def _records(path: Path, text: str) -> list[Any]:
+    if text.lstrip().startswith("["):
+        parsed: list[Any] = _parse(f"{path}", text)
+        return parsed
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if lines[0][1].strip() == "{":
+        return [_parse(f"{path}", text)]
+    return [_parse(f"{path}, line {number}", line) for number, line in lines]
+
+
+def _parse(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        message = f"{where}: not JSON ({error}); expected an M3-AGIQA conversation list."
+        raise DataError(message) from error
+
+
+def _talk(path: Path, number: int, record: Any, split: str | None) -> Talk:
+    if not isinstance(record, dict):
+        return Talk(where=f"{path.name}, entry {number}", image="", split=split, problems=("is not a JSON object",))
+    entry = cast(Mapping[str, Any], record)
+    where = f"{path.name}, id {entry['id']!r}" if "id" in entry else f"{path.name}, entry {number}"
+    image = entry.get("image")
+    problems = [] if isinstance(image, str) and image else ["has no `image`"]
+    texts, faults = _texts(entry.get("conversations"))
+    problems.extend(faults)
+    for key in ("response_0", "response_1"):
+        if entry.get(key) is not None and not _is_text(entry[key]):
+            problems.append(f"`{key}` is empty or not text")
+    if problems:
+        name = image if isinstance(image, str) else ""
+        return Talk(where=where, image=name, split=split, problems=tuple(problems))
+    return Talk(
+        where=where,
+        image=cast(str, image),
+        split=split,
+        describe=IMAGE_MARK.sub("", texts[0]),
+        description=entry.get("response_0") or texts[1],
+        rate=texts[2],
+        rating=entry.get("response_1") or (texts[3] if len(texts) > 3 else None),
+    )
+
+
+def _texts(messages: Any) -> tuple[list[str], list[str]]:
+    """The contents of the messages, and what is wrong with them."""
+    if not isinstance(messages, list):
+        return [], ["has no list `conversations`"]
+    turns = [cast(Mapping[str, Any], turn) if isinstance(turn, dict) else {} for turn in messages]
+    roles = [turn.get("role") for turn in turns]
+    if len(roles) not in (3, 4):
+        return [], [f"has {len(roles)} messages, expected 4 (or 3, without the rating word)"]
+    if roles != list(_ROLES[: len(roles)]):
+        return [], [f"has the roles {roles}, expected user, assistant, user, assistant"]
+    contents = [turn.get("content") for turn in turns]
+    empty = [number for number, content in enumerate(contents, start=1) if not _is_text(content)]
+    if _is_text(contents[0]) and not IMAGE_MARK.sub("", cast(str, contents[0])).strip():
+        empty.append(1)
+    return cast(list[str], contents), [f"message {number} is empty or not text" for number in empty]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())

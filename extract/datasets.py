@@ -1,0 +1,67 @@
+"""Data sets: rows, conversations and images joined into items, with every problem found in one go."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from agiqa.errors import ConfigError, DataError
+from agiqa.extract.building import ItemBuilder
+from agiqa.extract.conversations import Talk, read_conversations
+from agiqa.extract.items import DataSet, Item
+from agiqa.extract.joining import join
+from agiqa.extract.labels import Row, read_rows
+from agiqa.extract.sources import Sources, find_sources
+from agiqa.extract.templates import check_variant, template_of
+
+
+def load_data_set(
+    data: Path,
+    *,
+    conversations: Sequence[str] = (),
+    labels: Path | None = None,
+    variant: str = "id",
+    aspect: str = "quality",
+    images: bool,
+    mos_range: tuple[float, float] = (0.0, 5.0),
+    on_bad_item: Literal["fail", "skip"] = "fail",
+) -> DataSet:
+    """Read and check a whole data set; every image is decoded once when `images` is true.
+
+    `data` is a folder with data.csv (and images/), a csv file, or an M3-AGIQA conversation file whose MOS
+    are in the csv `labels`. `conversations` are `FILE` or `SPLIT=FILE`; a conversation belongs to the row
+    whose `name` ends its `image` field. Rows that no conversation names are not part of the data set; their
+    number is in `notes`. MOS must lie within `mos_range` (lowest, highest).
+
+    Raises UnknownName for a variant, aspect or split; ConfigError for options that contradict each other;
+    DataError for files that cannot be used at all and, under `on_bad_item="fail"`, one that lists every bad
+    item. "skip" leaves bad items out, and raises DataError only when no item is left.
+    """
+    check_variant(variant)
+    template = template_of(aspect)
+    if not mos_range[0] < mos_range[1]:
+        message = f"The MOS range {mos_range[0]:g} to {mos_range[1]:g} is empty; give the lowest value first."
+        raise ConfigError(message)
+    sources = find_sources(data, conversations, labels)
+    rows = read_rows(sources.table, mos_range)
+    talks = [talk for split, path in sources.conversations for talk in read_conversations(path, split)]
+    _check_descriptions(sources, rows, talks, variant)
+    joined = join(sources, rows, talks)
+    builder = ItemBuilder(sources=sources, template=template, variant=variant, images=images)
+    with ThreadPoolExecutor() as pool:
+        outcomes = list(pool.map(builder.build, joined.pairs))
+    items = tuple(outcome for outcome in outcomes if isinstance(outcome, Item))
+    problems = (*joined.problems, *(outcome for outcome in outcomes if isinstance(outcome, str)))
+    if problems and (on_bad_item == "fail" or not items):
+        raise DataError.from_problems(str(data), problems)
+    return DataSet(name=sources.name, items=items, skipped=problems, notes=joined.notes)
+
+
+def _check_descriptions(sources: Sources, rows: Sequence[Row], talks: Sequence[Talk], variant: str) -> None:
+    if variant == "no_id" or talks or any(row.description for row in rows):
+        return
+    message = (
+        f"{sources.table}: the variant {variant!r} needs descriptions, and there are none; "
+        "give --conversations or use --variant no_id."
+    )
+    raise DataError(message)

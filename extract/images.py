@@ -1,0 +1,72 @@
+"""Images from disk as upright RGB pixels, or one clear error that names the file."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from agiqa.errors import DataError
+
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded, in pixels: Pillow's own limit for suspected decompression bombs."""
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def open_image(path: Path) -> Image.Image:
+    """The whole image at `path` as RGB: turned upright by its EXIF tag, alpha laid over white.
+
+    Palette, greyscale, 16-bit greyscale and CMYK images are converted; of an animation the first frame is
+    read. Raises DataError, naming the file, when it is missing, truncated, no image, or over MAX_PIXELS.
+    """
+    try:
+        with Image.open(path) as image:
+            _refuse_bombs(path, image.size)
+            image.load()
+            return _to_rgb(path, ImageOps.exif_transpose(image))
+    except FileNotFoundError as error:
+        message = f"{path}: no such image."
+        raise DataError(message) from error
+    except _BOMBS as error:
+        message = f"{path}: the image has more than {MAX_PIXELS} pixels; shrink it or leave it out."
+        raise DataError(message) from error
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        message = f"{path}: not a readable image ({_reason(error)}); replace the file."
+        raise DataError(message) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _refuse_bombs(path: Path, size: tuple[int, int]) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        message = f"{path}: the image has {width} x {height} pixels, more than {MAX_PIXELS}; shrink it or leave it out."
+        raise DataError(message)
+
+
+def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        message = f"{path}: the pixels are floating-point numbers without a known range; save it as 8-bit RGB."
+        raise DataError(message)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_16_bit(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit greyscale to 8 bits: Pillow's own conversion clips everything above 255 to white."""
+    values = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")

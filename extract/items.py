@@ -1,0 +1,71 @@
+"""What phase 1 works on: one image with its conversation and labels, and a set of them."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from agiqa.errors import DataError
+
+Role = Literal["user", "assistant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a conversation; the image, where there is one, precedes the first."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One image, the words that the model reads with it, and what people said of it."""
+
+    name: str
+    """Unique in its data set: the image's path below the images folder, with forward slashes."""
+    prompt: str
+    """The text that the image was generated from."""
+    conversation: tuple[Message, ...]
+    image: Path | None
+    """The image file, or None when the backbone reads no images."""
+    labels: Mapping[str, float]
+    """MOS by aspect (quality, correspondence, authenticity); an absent aspect has no label."""
+    split: str | None
+    """train, val, test or None."""
+    generator: str | None
+    """The text-to-image model, where the data set names it."""
+    description: str | None
+    """The description that the conversation contains, if any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """Items in the order of their table, and what was left out."""
+
+    name: str
+    items: tuple[Item, ...]
+    skipped: tuple[str, ...]
+    """One line, with the reason, per item left out under `on_bad_item="skip"`."""
+    notes: tuple[str, ...] = ()
+    """What a user should know though nothing is wrong, such as rows that no conversation names."""
+
+
+def item_key(item: Item) -> bytes:
+    """The 32 bytes that say what the model reads of `item`: SHA-256 over conversation and image file.
+
+    Two items with equal keys give the same features. The conversation enters as canonical JSON, its
+    length first, so that no text can pass for image bytes. Raises DataError when the image is gone.
+    """
+    turns = [[message.role, message.content] for message in item.conversation]
+    text = json.dumps(turns, separators=(",", ":"), ensure_ascii=True).encode("ascii")
+    digest = hashlib.sha256(len(text).to_bytes(8, "big") + text)
+    if item.image is not None:
+        try:
+            digest.update(item.image.read_bytes())
+        except OSError as error:
+            message = f"{item.name}: cannot read the image {item.image} ({error.strerror or error})."
+            raise DataError(message) from error
+    return digest.digest()

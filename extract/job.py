@@ -1,0 +1,117 @@
+"""The whole of phase 1: plan a store, fill it, seal it. Run it again to resume."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agiqa.errors import ConfigError
+from agiqa.extract.backbones import Backbone
+from agiqa.extract.calibration import calibrate, stored_basis
+from agiqa.extract.fill import Filler, FillReport
+from agiqa.extract.items import DataSet
+from agiqa.extract.plan import LengthRule, TokenisedItems, plan_store, tokenise
+from agiqa.progress import say, track
+from agiqa.store import Basis, Store, open_store, seal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionSettings:
+    """How to extract; the defaults are those of the command line."""
+
+    variant: str = "id"
+    aspect: str = "quality"
+    encoding: str = "hidden"
+    rank: int | None = None
+    """Sketch rank; needed for `sketch` without `basis`."""
+    basis: Path | None = None
+    """A sketch store whose basis is to be used."""
+    length: LengthRule = field(default_factory=LengthRule)
+    batch_size: int = 8
+    part: tuple[int, int] = (1, 1)
+    """Share (K, N) of the units that this run fills."""
+    plan_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionResult:
+    """The store and what this run did for it."""
+
+    store: Store
+    skipped: tuple[str, ...]
+    truncated: int
+    fill: FillReport | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {
+            "store": str(self.store.path),
+            "id": self.store.id,
+            "state": "complete" if self.store.is_complete else "unfinished",
+            "items": len(self.store.items),
+            "tokens": int(self.store.n_tokens.sum()),
+            "units": self.store.geometry.units,
+            "skipped": list(self.skipped),
+            "truncated": self.truncated,
+            "filled": None if self.fill is None else asdict(self.fill),
+        }
+
+
+def run_extraction(data_set: DataSet, backbone: Backbone, path: Path, settings: ExtractionSettings) -> ExtractionResult:
+    """Plan, fill and seal the store at `path`; what an earlier run finished is kept.
+
+    With `plan_only` nothing is computed; with a `part` the store is sealed by whichever run completes it.
+    """
+    with track("plan", len(data_set.items), "items") as advance:
+        tokenised = tokenise(data_set, backbone, settings.length, advance=advance)
+    basis = _choose_basis(backbone, tokenised, path, settings)
+    conversation = {"variant": settings.variant, "aspect": settings.aspect}
+    store = plan_store(
+        path, data_set, backbone, tokenised, rule=settings.length, conversation=conversation, basis=basis
+    )
+    report = None
+    if not store.is_complete and not settings.plan_only:
+        store, report = _fill_and_seal(store, backbone, tokenised, basis, settings)
+    return ExtractionResult(
+        store=store,
+        skipped=(*data_set.skipped, *tokenised.skipped),
+        truncated=sum(tokenised.truncated),
+        fill=report,
+    )
+
+
+def _choose_basis(
+    backbone: Backbone, tokenised: TokenisedItems, path: Path, settings: ExtractionSettings
+) -> Basis | None:
+    if settings.encoding == "hidden":
+        if settings.rank is not None or settings.basis is not None:
+            message = "--rank and --basis belong to --encoding sketch; hidden states are stored whole."
+            raise ConfigError(message)
+        return None
+    if settings.basis is not None:
+        return open_store(settings.basis).basis()
+    if settings.rank is None:
+        message = "--encoding sketch needs --rank R, or --basis STORE to use the basis of another sketch."
+        raise ConfigError(message)
+    used = stored_basis(path)
+    if used is not None:
+        return used
+    with track("calibrate", min(256, len(tokenised.items)), "items") as advance:
+        return calibrate(backbone, tokenised, rank=settings.rank, batch_size=settings.batch_size, advance=advance)
+
+
+def _fill_and_seal(
+    store: Store, backbone: Backbone, tokenised: TokenisedItems, basis: Basis | None, settings: ExtractionSettings
+) -> tuple[Store, FillReport]:
+    filler = Filler(store, backbone, tokenised.items, batch_size=settings.batch_size)
+    filler.write_model_arrays(basis)
+    pending = filler.writer.pending(part=settings.part)
+    done = len(store.committed_units())
+    if done:
+        say(f"resume: {done} of {store.geometry.units} units are there already")
+    with track("extract", sum(len(store.items_of(unit)) for unit in pending), "items") as advance:
+        report = filler.fill(part=settings.part, advance=advance)
+    left = len(filler.writer.pending())
+    if left:
+        say(f"{left} units are left to other runs; the run that completes the last one seals the store")
+        return store, report
+    return seal(store), report

@@ -1,0 +1,89 @@
+"""Rows and conversations matched by image name; what matches nothing is a problem with an address."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from agiqa.errors import DataError
+from agiqa.extract.conversations import Talk
+from agiqa.extract.labels import Row
+from agiqa.extract.sources import Sources
+
+Pair = tuple[Row, Talk | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """What belongs together, in the order of the table."""
+
+    pairs: tuple[Pair, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def join(sources: Sources, rows: Sequence[Row], talks: Sequence[Talk]) -> Joined:
+    """Pair each row with its conversation, or with None where there are no conversation files.
+
+    Raises DataError when not a single conversation finds its row.
+    """
+    table = sources.table.name
+    if not talks:
+        first = _first_by_name(rows)
+        alone: list[Pair] = [(row, None) for row in rows if not row.name or first[row.name] is row]
+        return Joined(pairs=tuple(alone), problems=tuple(_repeats(table, rows, first)), notes=())
+    first = _first_by_name(rows)
+    chosen, problems = _choose(table, first, talks)
+    if not chosen and not any(talk.problems for talk in talks):
+        _refuse_strangers(sources, rows, talks)
+    named = {name for talk in talks if (name := row_name(talk.image, first)) is not None}
+    problems.extend(_repeats(table, [row for row in rows if row.name in named], first))
+    pairs: list[Pair] = [(first[name], talk) for name, talk in chosen.items()]
+    pairs.sort(key=lambda pair: pair[0].number)
+    left = sum(row.name not in named for row in rows)
+    notes = (f"{left} of {len(rows)} rows of {table} are left out: no conversation names them.",) if left else ()
+    return Joined(pairs=tuple(pairs), problems=tuple(problems), notes=notes)
+
+
+def row_name(image: str, rows: Mapping[str, Row]) -> str | None:
+    """The row that `image` (a path such as data/set/images/0.png) ends in: its longest known tail."""
+    parts = image.replace("\\", "/").split("/")
+    tails = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((tail for tail in tails if tail in rows), None)
+
+
+def _first_by_name(rows: Sequence[Row]) -> dict[str, Row]:
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row.name, row)
+    return first
+
+
+def _repeats(table: str, rows: Sequence[Row], first: Mapping[str, Row]) -> Iterator[str]:
+    for row in rows:
+        if row.name and first[row.name] is not row:
+            yield f"{row.name} ({table}, line {row.number}): duplicate of line {first[row.name].number}"
+
+
+def _choose(table: str, rows: Mapping[str, Row], talks: Sequence[Talk]) -> tuple[dict[str, Talk], list[str]]:
+    """The conversation of each row name, and the conversations that cannot be used."""
+    chosen: dict[str, Talk] = {}
+    problems: list[str] = []
+    for talk in talks:
+        name = row_name(talk.image, rows)
+        if talk.problems:
+            problems.append(f"{talk.where}: {'; '.join(talk.problems)}")
+        elif name is None:
+            problems.append(f"{talk.where}: no row of {table} is named like its image {talk.image!r}")
+        elif name in chosen:
+            problems.append(f"{talk.where}: the image {name} has a conversation already ({chosen[name].where})")
+        else:
+            chosen[name] = talk
+    return chosen, problems
+
+
+def _refuse_strangers(sources: Sources, rows: Sequence[Row], talks: Sequence[Talk]) -> None:
+    files = ", ".join(str(path) for _, path in sources.conversations)
+    message = (
+        f"{files} and {sources.table} have no image in common: the conversations speak of {talks[0].image!r}, "
+        f"the table of {rows[0].name!r}. Is it the table of another data set?"
+    )
+    raise DataError(message)

@@ -1,0 +1,154 @@
+"""Plan: tokenise every item, check lengths, and write all of a store but the features. Needs no weights."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.errors import DataError
+from agiqa.extract.backbones import Backbone, Prepared
+from agiqa.extract.items import DataSet, Item, item_key
+from agiqa.store import TOKEN_ROLES, Basis, Items, Store, StorePlan, create_store
+from agiqa.version import agiqa_version
+
+OnBadItem = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthRule:
+    """What happens to a conversation that is longer than the limit."""
+
+    max_tokens: int | None = None
+    """Tokens; None stands for the model's own number of positions."""
+    truncate: bool = False
+    """Cut what is too long, and count it; otherwise it is a bad item."""
+    on_bad_item: OnBadItem = "fail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenisedItems:
+    """The items that will be stored, with their tokens; entry i of every list belongs to item i."""
+
+    items: list[Item]
+    token_ids: list[NDArray[np.int32]]
+    roles: list[NDArray[np.uint8]]
+    keys: list[bytes]
+    truncated: list[bool]
+    skipped: list[str]
+
+
+def tokenise(
+    data_set: DataSet, backbone: Backbone, rule: LengthRule, *, advance: Callable[[int], None] = lambda _items: None
+) -> TokenisedItems:
+    """Prepare every item of `data_set` for `backbone` and keep its tokens.
+
+    Raises DataError with all items that are too long or cannot be prepared, unless `rule` skips or truncates.
+    """
+    limit = min(limit for limit in (rule.max_tokens, backbone.max_positions, 1 << 30) if limit is not None)
+    found = TokenisedItems(items=[], token_ids=[], roles=[], keys=[], truncated=[], skipped=[])
+    for item in data_set.items:
+        try:
+            prepared = backbone.prepare(item.conversation, item.image)
+            cut = fit(prepared, limit, truncate=rule.truncate)
+        except DataError as error:
+            found.skipped.append(f"{item.name}: {error}")
+        else:
+            found.items.append(item)
+            found.token_ids.append(cut.token_ids)
+            found.roles.append(cut.roles)
+            found.keys.append(item_key(item))
+            found.truncated.append(len(cut.token_ids) < len(prepared.token_ids))
+        advance(1)
+    if found.skipped and (rule.on_bad_item == "fail" or not found.items):
+        raise DataError.from_problems(data_set.name, found.skipped)
+    return found
+
+
+def fit(prepared: Prepared, limit: int, *, truncate: bool) -> Prepared:
+    """`prepared`, cut to `limit` tokens if it is longer and `truncate` is set.
+
+    Raises DataError when it is longer and may not be cut, or when the cut would go through the image.
+    """
+    length = len(prepared.token_ids)
+    if length <= limit:
+        return prepared
+    if not truncate:
+        message = (
+            f"{length} tokens, the limit is {limit}. Give --truncate, a higher --max-tokens or --on-bad-item skip."
+        )
+        raise DataError(message)
+    if (prepared.roles[limit:] == TOKEN_ROLES["image"]).any():
+        message = f"{length} tokens, and a cut at {limit} would go through the image. Give a higher --max-tokens."
+        raise DataError(message)
+    return Prepared(token_ids=prepared.token_ids[:limit], roles=prepared.roles[:limit], inputs=prepared.inputs)
+
+
+def plan_store(
+    path: Path,
+    data_set: DataSet,
+    backbone: Backbone,
+    tokenised: TokenisedItems,
+    *,
+    rule: LengthRule,
+    conversation: dict[str, str],
+    basis: Basis | None = None,
+) -> Store:
+    """Create the store at `path`, or take up the one that was planned alike.
+
+    `conversation` says how the items were worded (variant and aspect) and goes into the provenance. With a
+    `basis` the store will hold sketches, else hidden states. Raises SettingsConflict, see `create_store`.
+    """
+    sketch = {} if basis is None else {"sketch": {"rank": basis.rank, "calibration": basis.calibration}}
+    provenance: dict[str, Any] = {
+        "agiqa": agiqa_version(),
+        "model": backbone.provenance(),
+        "conversation": conversation,
+        "data_set": {
+            "name": data_set.name,
+            "items": len(tokenised.items),
+            "skipped": len(tokenised.skipped) + len(data_set.skipped),
+            "plan_sha256": _plan_hash(tokenised),
+        },
+        "tokens": {"max_tokens": rule.max_tokens, "truncated": sum(tokenised.truncated)},
+        **sketch,
+    }
+    plan = StorePlan(
+        encoding="hidden" if basis is None else "sketch",
+        logical_dtype=backbone.logical_dtype if basis is None else basis.logical_dtype,
+        width=backbone.hidden_size if basis is None else basis.rank,
+        provenance=provenance,
+        items=item_table(tokenised.items),
+        token_ids=tokenised.token_ids,
+        roles=tokenised.roles,
+        item_keys=tokenised.keys,
+        truncated=tokenised.truncated,
+    )
+    return create_store(path, plan)
+
+
+def item_table(items: Sequence[Item]) -> Items:
+    """The store's item table; an aspect that no item has a MOS for gets no column."""
+    aspects = sorted({aspect for item in items for aspect in item.labels})
+    return Items(
+        names=[item.name for item in items],
+        prompts=[item.prompt for item in items],
+        splits=[item.split for item in items],
+        generators=[item.generator for item in items],
+        descriptions=[item.description for item in items],
+        labels={aspect: np.array([item.labels.get(aspect, np.nan) for item in items]) for aspect in aspects},
+    )
+
+
+def _plan_hash(tokenised: TokenisedItems) -> str:
+    digest = hashlib.sha256()
+    for item, key, ids, roles in zip(
+        tokenised.items, tokenised.keys, tokenised.token_ids, tokenised.roles, strict=True
+    ):
+        name = item.name.encode()
+        for part in (name, key, ids.astype("<i4").tobytes(), roles.tobytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

@@ -1,0 +1,52 @@
+"""Heads: small networks that learn MOS from a feature store, without the model that made it.
+
+config.py      HeadConfig and TrainConfig, from YAML, options and defaults
+features.py    a store's tokens in one flat tensor
+batches.py     padded batches, bucketed by length
+projection.py  features to the width of the head: `vocabulary`, `sketch`
+encoders/      sequence encoders: `xlstm`, `gru`, `none`
+pooling.py     tokens to one vector: `mean`, `last`
+regressor.py   one vector to a MOS
+head.py        the four in a row
+losses.py      `mse`
+metrics.py     SRCC, PLCC, KRCC, RMSE with intervals by prompt
+bootstrap.py   the intervals, for all resamples at once
+prompts.py     when two prompts are the same
+splits.py      train, validation and test parts, and the leak between them
+learner.py     steps, schedule and the choice of the epoch
+fitting.py     one fit: device, random state, trainer
+training.py    from a store to a run folder
+runs.py        the run folder, and which stores it can read
+scoring.py     predict and evaluate
+progress.py    a bar on a terminal, lines elsewhere
+"""
+
+from agiqa.heads.config import HeadConfig, TrainConfig, load_settings
+from agiqa.heads.encoders import ENCODERS
+from agiqa.heads.features import FeatureSource
+from agiqa.heads.losses import LOSSES
+from agiqa.heads.pooling import POOLINGS
+from agiqa.heads.progress import LineProgress, TrainingProgress, training_progress
+from agiqa.heads.projection import PROJECTIONS
+from agiqa.heads.runs import Run, load_run
+from agiqa.heads.scoring import evaluate, predict
+from agiqa.heads.training import train_head
+
+__all__ = [
+    "ENCODERS",
+    "LOSSES",
+    "POOLINGS",
+    "PROJECTIONS",
+    "FeatureSource",
+    "HeadConfig",
+    "LineProgress",
+    "Run",
+    "TrainConfig",
+    "TrainingProgress",
+    "evaluate",
+    "load_run",
+    "load_settings",
+    "predict",
+    "train_head",
+    "training_progress",
+]

@@ -1,0 +1,106 @@
+"""Padded batches of a FeatureSet: bucketed by length, shuffled by seed and epoch, collated without a loop."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from agiqa.heads.features import FeatureSet
+
+_BATCHES_PER_BUCKET = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Some items, padded on the right to the longest of them."""
+
+    features: Float[Tensor, "batch token channel"]
+    """float32, zero in the padding."""
+    mask: Bool[Tensor, "batch token"]
+    """True on real tokens."""
+    lengths: Int64[Tensor, " batch"]
+    targets: Float[Tensor, " batch"] | None
+    """Labels, float32."""
+    positions: Int64[Tensor, " batch"]
+    """Where each item stands in the FeatureSet."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(
+            features=self.features.to(device),
+            mask=self.mask.to(device),
+            lengths=self.lengths.to(device),
+            targets=None if self.targets is None else self.targets.to(device),
+            positions=self.positions.to(device),
+        )
+
+
+class BatchLoader:
+    """An iterable of batches over `positions` of a FeatureSet; the same every time it is iterated."""
+
+    def __init__(
+        self,
+        features: FeatureSet,
+        positions: NDArray[np.int64],
+        *,
+        batch_size: int,
+        order: tuple[int, int] | None = None,
+    ) -> None:
+        """`order` is (seed, epoch) of a shuffled pass; None goes from the longest item to the shortest."""
+        self._features = features
+        lengths = features.lengths[positions]
+        plan = sorted_plan(lengths, batch_size) if order is None else shuffled_plan(lengths, batch_size, *order)
+        self._batches = [positions[chosen] for chosen in plan]
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches, collated where the rows of the FeatureSet are."""
+        for positions in self._batches:
+            yield collate(self._features, positions)
+
+
+def sorted_plan(lengths: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    """Batches from the longest items to the shortest, so that memory that does not suffice shows at once."""
+    return _cut(np.argsort(-lengths, kind="stable"), batch_size)
+
+
+def shuffled_plan(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
+    """Batches of items of like length, in random order: shuffle, sort within buckets of 16 batches, cut, shuffle."""
+    random = np.random.default_rng([seed, epoch])
+    shuffled = random.permutation(len(lengths))
+    batches: list[NDArray[np.int64]] = []
+    for bucket in _cut(shuffled, batch_size * _BATCHES_PER_BUCKET):
+        batches += _cut(bucket[np.argsort(lengths[bucket], kind="stable")], batch_size)
+    return [batches[k] for k in random.permutation(len(batches))]
+
+
+def collate(features: FeatureSet, positions: NDArray[np.int64]) -> Batch:
+    """The batch of these items: one gather from the flat rows, on their device."""
+    device = features.rows.device
+    chosen = torch.from_numpy(positions)
+    starts = features.offsets[chosen]
+    lengths = features.offsets[chosen + 1] - starts
+    steps = torch.arange(int(lengths.max()))
+    mask = steps < lengths[:, None]
+    index = torch.where(mask, starts[:, None] + steps, starts[:, None]).to(device)
+    mask = mask.to(device)
+    padded = features.rows.index_select(0, index.flatten()).view(*index.shape, -1).float()
+    return Batch(
+        features=padded.masked_fill_(~mask[..., None], 0.0),
+        mask=mask,
+        lengths=lengths.to(device),
+        targets=None if features.targets is None else features.targets[chosen].float().to(device),
+        positions=chosen.to(device),
+    )
+
+
+def _cut(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """Consecutive pieces of at most `size`."""
+    return [order[start : start + size] for start in range(0, len(order), size)]

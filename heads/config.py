@@ -1,0 +1,162 @@
+"""What a head is and how it is trained: two frozen configs, from YAML, options and defaults.
+
+The file has two sections, `head:` and `train:`, with the field names of the classes below. Options of the
+command line are flat, since no name occurs in both. An option beats the file, which beats the default.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agiqa.errors import ConfigError, UnknownName
+
+
+class _Settings(BaseModel):
+    """A frozen, keyword-only config whose every fault is a ConfigError."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    if not TYPE_CHECKING:  # a checker keeps the signature that pydantic makes from the fields
+
+        def __init__(self, **values: object) -> None:
+            for name in values:
+                if name not in type(self).model_fields:
+                    raise ConfigError(str(UnknownName.of("setting", name, type(self).model_fields)))
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                raise ConfigError(_faults(error)) from None
+
+
+class HeadConfig(_Settings):
+    """The parts of a head, by registered name, and their sizes."""
+
+    projection: str = "vocabulary"
+    """How features become the encoder's input: `vocabulary` or `sketch`."""
+    encoder: str = "xlstm"
+    """The sequence encoder: `xlstm`, `gru` or `none`."""
+    pooling: str = "mean"
+    """How the tokens become one vector: `mean` or `last`."""
+    width: int = Field(default=512, ge=1)
+    """Channels from the projection to the pooling (d of the paper)."""
+    standardise: bool = True
+    """Centre and scale the projected tokens once, by statistics of the training tokens; False is the bare paper."""
+    blocks: int = Field(default=4, ge=1)
+    """Blocks of the xLSTM stack; the one at index 1 is an sLSTM, the others are mLSTMs."""
+    num_heads: int = Field(default=4, ge=1)
+    """Heads of every xLSTM block."""
+    layers: int = Field(default=1, ge=1)
+    """Layers of the GRU."""
+    bidirectional: bool = False
+    """Whether the GRU also reads backwards, with half of the width in each direction."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of activations dropped in training, within the encoder."""
+    regressor_hidden: int = Field(default=128, ge=1)
+    """Channels between the two linear layers of the regressor."""
+
+
+class TrainConfig(_Settings):
+    """How a head is trained, on which label, and which items are held out."""
+
+    label: str = "quality"
+    """The aspect whose MOS is learned."""
+    split: Literal["published", "grouped"] = "published"
+    """`published`: the split of the store; `grouped`: no prompt on both sides, drawn by `split_seed`."""
+    test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
+    """Share of the items that `grouped` holds out."""
+    validation: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the training part, whole prompts, that chooses the epoch; 0 keeps the last epoch."""
+    split_seed: int = Field(default=0, ge=0)
+    """Draws the test part of `grouped` and the validation part; apart from `seed`, so that seeds compare."""
+    loss: str = "mse"
+    """The loss, by registered name, on labels scaled to mean 0 and variance 1."""
+    epochs: int = Field(default=20, ge=1)
+    """Passes over the training items, and the length of the schedule."""
+    batch_size: int = Field(default=32, ge=1)
+    """Items per step."""
+    lr: float = Field(default=1e-3, gt=0.0)
+    """Peak learning rate of AdamW."""
+    projection_lr: float | None = Field(default=None, gt=0.0)
+    """The projection's own peak learning rate; None is `lr` times the projection's `lr_scale`."""
+    weight_decay: float = Field(default=1e-2, ge=0.0)
+    """Decoupled weight decay of AdamW, on every parameter."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """What follows the warm-up: half a cosine down to 0, or the peak throughout."""
+    warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of all steps over which the learning rate rises linearly."""
+    gradient_clip: float | None = Field(default=1.0, gt=0.0)
+    """Largest norm of the whole gradient; None clips nothing."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after so many epochs without a better validation SRCC; None runs all epochs."""
+    refit: bool = False
+    """Train again on training + validation items for the chosen number of epochs."""
+    seed: int = Field(default=0, ge=0)
+    """Of the initial weights, the order of the batches, dropout and the bootstrap."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` is cuda where there is one."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16` computes in mixed precision; weights and optimiser stay in fp32."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch while training; None leaves them as they are."""
+
+
+def load_settings(
+    file: Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> tuple[HeadConfig, TrainConfig]:
+    """Both configs: `overrides` (flat; None means not given) beat the sections of `file`, which beat defaults.
+
+    Raises ConfigError for a file that is no such YAML, an unknown key or a value out of range.
+    """
+    sections = _read_sections(file) if file is not None else {"head": {}, "train": {}}
+    for name, value in (overrides or {}).items():
+        if value is None:
+            continue
+        if name in HeadConfig.model_fields:
+            sections["head"][name] = value
+        elif name in TrainConfig.model_fields:
+            sections["train"][name] = value
+        else:
+            known = [*HeadConfig.model_fields, *TrainConfig.model_fields]
+            raise ConfigError(str(UnknownName.of("setting", name, known)))
+    try:
+        return HeadConfig(**sections["head"]), TrainConfig(**sections["train"])
+    except ConfigError as error:
+        if file is not None:
+            error.add_note(f"while reading {file} and the options given")
+        raise
+
+
+def _read_sections(file: Path) -> dict[str, dict[str, Any]]:
+    """The sections `head` and `train` of a YAML file, each empty when absent."""
+    try:
+        loaded: object = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        message = f"{file} cannot be read as YAML: {error}"
+        raise ConfigError(message) from error
+    content = _mapping(f"{file}", loaded)
+    for name in content:
+        if name not in ("head", "train"):
+            raise ConfigError(f"{file}: " + str(UnknownName.of("section", name, ("head", "train"))))
+    return {name: _mapping(f"{file}, section {name!r}", content.get(name)) for name in ("head", "train")}
+
+
+def _mapping(where: str, value: object) -> dict[str, Any]:
+    """`value` as a new dict with text keys; an empty section is an empty dict."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        message = f"{where}: expected keys and values, found {type(value).__name__}."
+        raise ConfigError(message)
+    return {str(key): item for key, item in cast("dict[object, Any]", value).items()}
+
+
+def _faults(error: ValidationError) -> str:
+    """One line per value that pydantic refused."""
+    lines = [
+        f"{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']} (given: {fault['input']!r})"
+        for fault in error.errors()
+    ]
+    return "Settings out of range:\n" + "\n".join(f"  {line}" for line in lines)

@@ -1,0 +1,85 @@
+"""The encoder `xlstm`: the published stack from the xlstm package (Beck et al. 2024, NX-AI)."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+from xlstm import (
+    FeedForwardConfig,
+    mLSTMBlockConfig,
+    mLSTMLayerConfig,
+    sLSTMBlockConfig,
+    sLSTMLayerConfig,
+    xLSTMBlockStack,
+    xLSTMBlockStackConfig,
+)
+from xlstm.blocks.mlstm.cell import mLSTMCell
+
+from agiqa.errors import ConfigError
+from agiqa.heads.config import HeadConfig
+from agiqa.heads.encoders.base import ENCODERS, Encoder
+
+_SLSTM_INDEX = 1
+_FIRST_CONTEXT = 512
+
+
+@ENCODERS.register("xlstm")
+class XLSTMEncoder(Encoder):
+    """Pre-norm residual blocks: an sLSTM at index 1, mLSTMs elsewhere, a norm at the end.
+
+    Published settings: convolution kernel 4, qkv block size 4, sLSTM bias `powerlaw_blockdependent`, gated
+    feed-forward of factor 1.3 with GELU. Every part is causal, so right padding cannot reach a real token;
+    it is zeroed on the way in all the same, since the parallel form multiplies it by zero, which NaN survives.
+    """
+
+    kernels = "vanilla"
+    """The package's own torch code on every device: mLSTM in parallel form, sLSTM step by step."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        """Raises ConfigError when the heads do not divide the width into two channels or more each."""
+        super().__init__()
+        if config.width % config.num_heads or config.width < 2 * config.num_heads:
+            message = (
+                f"An xLSTM of width {config.width} cannot have {config.num_heads} heads: "
+                f"the width must be a multiple of the heads, and at least twice as many."
+            )
+            raise ConfigError(message)
+        self.stack = xLSTMBlockStack(stack_config(config))
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch token width"]:
+        """The normed output of the last block, with zeros in the padding."""
+        self._make_room(tokens.shape[1])
+        padding = ~mask[..., None]
+        outputs: Tensor = self.stack(tokens.masked_fill(padding, 0.0))
+        return outputs.masked_fill(padding, 0.0)
+
+    def _make_room(self, length: int) -> None:
+        """Grow the causal masks of the mLSTM cells, constants that the package sizes by its context length."""
+        for module in self.stack.modules():
+            if isinstance(module, mLSTMCell):
+                mask = module.get_buffer("causal_mask")
+                if len(mask) < length:
+                    module.causal_mask = mask.new_ones(length, length).tril()
+
+
+def stack_config(config: HeadConfig) -> xLSTMBlockStackConfig:
+    """The package's config of the published stack at the sizes of `config`; a stack of one block is an mLSTM."""
+    return xLSTMBlockStackConfig(
+        mlstm_block=mLSTMBlockConfig(
+            mlstm=mLSTMLayerConfig(conv1d_kernel_size=4, qkv_proj_blocksize=4, num_heads=config.num_heads)
+        ),
+        slstm_block=sLSTMBlockConfig(
+            slstm=sLSTMLayerConfig(
+                backend="vanilla",
+                num_heads=config.num_heads,
+                conv1d_kernel_size=4,
+                bias_init="powerlaw_blockdependent",
+            ),
+            feedforward=FeedForwardConfig(proj_factor=1.3, act_fn="gelu", dropout=config.dropout),
+        ),
+        context_length=_FIRST_CONTEXT,
+        num_blocks=config.blocks,
+        embedding_dim=config.width,
+        slstm_at=[_SLSTM_INDEX] if config.blocks > _SLSTM_INDEX else [],
+        dropout=config.dropout,
+    )

@@ -1,0 +1,52 @@
+"""A head: projection, encoder, pooling and regressor in a row."""
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from agiqa.heads.config import HeadConfig
+from agiqa.heads.encoders import ENCODERS
+from agiqa.heads.features import TokenStatistics
+from agiqa.heads.pooling import POOLINGS
+from agiqa.heads.projection import PROJECTIONS, FeatureSpec
+from agiqa.heads.regressor import Regressor
+
+
+class Head(nn.Module):
+    """Features of the tokens in, MOS out."""
+
+    def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
+        """Use `build_head`, which checks all names first."""
+        super().__init__()
+        self.projection = PROJECTIONS.get(config.projection)(config, spec)
+        self.encoder = ENCODERS.get(config.encoder)(config)
+        self.pooling = POOLINGS.get(config.pooling)(config)
+        self.regressor = Regressor(config)
+
+    def calibrate(self, statistics: TokenStatistics, labels: Float[Tensor, " items"]) -> None:
+        """Fix the constants that come from the training items, before training."""
+        self.projection.calibrate(statistics)
+        self.regressor.calibrate(labels)
+
+    def forward(
+        self, features: Float[Tensor, "batch token channel"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, " batch"]:
+        """The predicted MOS of each item; `mask` is True on real tokens."""
+        tokens = self.encoder(self.projection(features), mask)
+        predicted: Tensor = self.regressor(self.pooling(tokens, mask))
+        return predicted
+
+
+def check_parts(config: HeadConfig) -> None:
+    """Raise UnknownName for a part that no registry holds."""
+    PROJECTIONS.get(config.projection)
+    ENCODERS.get(config.encoder)
+    POOLINGS.get(config.pooling)
+
+
+def build_head(config: HeadConfig, spec: FeatureSpec) -> Head:
+    """A fresh head for features of this spec; its weights come from torch's random state.
+
+    Raises UnknownName for a part, ConfigError for sizes, HeadError for features that the projection cannot read.
+    """
+    check_parts(config)
+    return Head(config, spec)

@@ -1,0 +1,191 @@
+"""Projections: from the features of a token to the width of the head.
+
+Each reads one encoding and refuses the others. `calibrate` fixes an affine change of coordinates from the
+training tokens once, before training; it never changes which functions the head can express, only how well
+conditioned they are for AdamW. Its constants are buffers of the checkpoint, so encoders without a norm of
+their own (`gru`, `none`) get inputs of unit scale too.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from agiqa.errors import HeadError
+from agiqa.heads.config import HeadConfig
+from agiqa.heads.features import FeatureSource, TokenStatistics
+from agiqa.registry import Registry
+
+_STD_FLOOR = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """What the features of a store mean: enough to build a head for them and to compare two stores."""
+
+    encoding: str
+    width: int
+    """Channels per token: D of hidden states, r of a sketch."""
+    lm_head_sha256: str
+    basis_id: str | None
+    """Of a sketch only."""
+    lm_head: Callable[[], NDArray[np.float32]] | None = None
+    """Reads W_lm (V, D), float32; None where the projection has no need of it."""
+
+    @classmethod
+    def of(cls, source: FeatureSource) -> "FeatureSpec":
+        """The spec of a store. W_lm is read when a projection asks for it."""
+        sketch = source.encoding == "sketch"
+        return cls(
+            encoding=source.encoding,
+            width=source.width,
+            lm_head_sha256=source.lm_head_sha256,
+            basis_id=source.basis().id if sketch else None,
+            lm_head=None if sketch else source.lm_head,
+        )
+
+
+class Projection(nn.Module, ABC):
+    """Base: `reads` names the encoding, `remedy` what to do about a store of another one."""
+
+    reads: ClassVar[str]
+    remedy: ClassVar[str]
+    lr_scale: float = 1.0
+    """How much smaller than the rest of the head this projection's AdamW steps must be."""
+
+    def __init__(self, spec: FeatureSpec) -> None:
+        """Raises HeadError when the encoding of `spec` is not the one that this projection reads."""
+        super().__init__()
+        if spec.encoding != self.reads:
+            message = (
+                f"The projection {type(self).__name__} reads {self.reads!r} features, "
+                f"but the store holds {spec.encoding!r}. {self.remedy}"
+            )
+            raise HeadError(message)
+
+    @abstractmethod
+    def calibrate(self, statistics: TokenStatistics) -> None:
+        """Fix the affine change of coordinates from the training tokens."""
+
+    @abstractmethod
+    def forward(self, features: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token width"]:
+        """Project every token on its own."""
+
+
+PROJECTIONS: Registry[Callable[[HeadConfig, FeatureSpec], Projection]] = Registry("projection")
+
+
+@PROJECTIONS.register("vocabulary")
+class VocabularyProjection(Projection):
+    """The paper's W_proj (d, V) on logits that are never made (identity 2 of the method).
+
+    `E W_proj^T = H (W_proj W_lm)^T`: the parameter and its gradient live in vocabulary coordinates, so AdamW
+    walks exactly as it would on explicit logits. Xavier initialisation and a bias, as published. An AdamW step
+    moves all V entries of a row by about the learning rate, and the logits span D directions only, hence
+    `lr_scale` = D / V. W_lm is frozen and not in the checkpoint.
+    """
+
+    reads = "hidden"
+    remedy = "Choose the projection 'sketch', or the hidden store that this sketch was made from."
+
+    def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
+        """Reads W_lm. Raises HeadError when its width is not that of the features."""
+        super().__init__(spec)
+        if spec.lm_head is None:
+            message = "A vocabulary projection needs the language-model head, and this spec holds none."
+            raise HeadError(message)
+        lm_head = torch.from_numpy(np.require(spec.lm_head(), np.float32, ["C", "W"]))
+        if lm_head.shape[1] != spec.width:
+            message = f"W_lm has shape {tuple(lm_head.shape)}, expected (*, {spec.width}) to fit the features."
+            raise HeadError(message)
+        self.weight = nn.Parameter(torch.empty(config.width, len(lm_head)))
+        self.bias = nn.Parameter(torch.zeros(config.width))
+        nn.init.xavier_uniform_(self.weight)
+        self.lm_head: Tensor
+        self.register_buffer("lm_head", lm_head, persistent=False)
+        self.shift: Tensor
+        self.register_buffer("shift", torch.zeros(config.width))
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones(()))
+        self.lr_scale = min(1.0, lm_head.shape[1] / len(lm_head))
+        self._standardise = config.standardise
+        self._cached: tuple[int, Tensor] | None = None
+
+    @torch.no_grad()
+    def calibrate(self, statistics: TokenStatistics) -> None:
+        """Centre each output channel, and divide all of them by one scale, over a sample of the tokens."""
+        if not self._standardise:
+            return
+        sample = statistics.sample.to(self.weight.device, self.weight.dtype)
+        outputs = (sample @ self.effective_weight().T + self.bias).double()
+        self.shift.copy_(outputs.mean(0))
+        spread = (outputs - outputs.mean(0)).square().mean().sqrt()
+        self.scale.copy_(spread if spread > 0 else torch.ones(()))
+
+    def effective_weight(self) -> Float[Tensor, "width channel"]:
+        """W_eff = W_proj W_lm."""
+        return self.weight @ self.lm_head
+
+    def train(self, mode: bool = True) -> "VocabularyProjection":  # noqa: FBT001, FBT002 - torch's own signature
+        """As torch's; also forgets the product kept for evaluation."""
+        self._cached = None
+        super().train(mode)
+        return self
+
+    def forward(self, features: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token width"]:
+        """(H W_eff^T + bias - shift) / scale."""
+        outputs = nn.functional.linear(features, self._current_weight(), self.bias)
+        return (outputs - self.shift) / self.scale
+
+    def _current_weight(self) -> Tensor:
+        """W_eff, computed at every step of training and once per evaluation."""
+        if self.training or torch.is_grad_enabled():
+            return self.effective_weight()
+        version = self.weight._version
+        if self._cached is None or self._cached[0] != version or self._cached[1].device != self.weight.device:
+            self._cached = (version, self.effective_weight())
+        return self._cached[1]
+
+
+@PROJECTIONS.register("sketch")
+class SketchProjection(Projection):
+    """Linear(r, d) on sketch coordinates (identity 3), each standardised over the training tokens.
+
+    The standard deviations fall by orders of magnitude along the basis, so AdamW on raw coordinates would
+    learn from the leading few only. Those under 1e-4 of the largest are taken for rounding and held there.
+    """
+
+    reads = "sketch"
+    remedy = "Make a sketch with `agiqa store sketch STORE OUT --rank R`, or choose the projection 'vocabulary'."
+
+    def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
+        """Xavier initialisation, zero bias."""
+        super().__init__(spec)
+        self.linear = nn.Linear(spec.width, config.width)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.mean: Tensor
+        self.register_buffer("mean", torch.zeros(spec.width))
+        self.std: Tensor
+        self.register_buffer("std", torch.ones(spec.width))
+        self._standardise = config.standardise
+
+    @torch.no_grad()
+    def calibrate(self, statistics: TokenStatistics) -> None:
+        """Take mean and standard deviation of every coordinate."""
+        if not self._standardise:
+            return
+        largest = statistics.std.max()
+        self.mean.copy_(statistics.mean)
+        self.std.copy_(statistics.std.clamp_min(largest * _STD_FLOOR) if largest > 0 else torch.ones(()))
+
+    def forward(self, features: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token width"]:
+        """W (c - mean) / std + bias."""
+        outputs: Tensor = self.linear((features - self.mean) / self.std)
+        return outputs

@@ -1,0 +1,178 @@
+"""The run folder: what it holds, how it is written at one go, and which stores its head can read.
+
+head.safetensors  weights and constants of the head, without W_lm
+config.json       head and training settings, the store and what its features mean, versions, kernels
+metrics.json      validation and test metrics with intervals, the chosen epoch, the split and its warnings
+predictions.csv   name, prompt, split, mos, predicted for the validation and test items
+curves.csv        a row per epoch
+"""
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from agiqa.errors import HeadError
+from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.features import FeatureSource
+from agiqa.heads.head import Head, build_head, check_parts
+from agiqa.heads.projection import FeatureSpec
+
+FORMAT = "agiqa.head"
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, METRICS = "head.safetensors", "config.json", "metrics.json"
+PREDICTIONS, CURVES = "predictions.csv", "curves.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trained head on disk."""
+
+    path: Path
+    head: HeadConfig
+    train: TrainConfig
+    store_id: str
+    """The store that it was trained on."""
+    spec: FeatureSpec
+    """What the features meant that it was trained on."""
+    config: Mapping[str, Any]
+    """config.json."""
+    metrics: Mapping[str, Any]
+    """metrics.json."""
+
+    def check(self, source: FeatureSource) -> FeatureSpec:
+        """The spec of `source`. Raises HeadError, naming both sides, when its features mean nothing to this head."""
+        found, expected = FeatureSpec.of(source), self.spec
+        problem = _mismatch(expected, found)
+        if problem is not None:
+            message = f"The head {self.path} cannot read the store {source.id}: {problem}"
+            raise HeadError(message)
+        return found
+
+    def load_head(self, source: FeatureSource, *, device: torch.device) -> Head:
+        """The head in evaluation mode, W_lm taken from `source` where needed. Raises HeadError."""
+        spec = self.check(source)
+        with torch.random.fork_rng(devices=[]):
+            head = build_head(self.head, spec)
+        path = self.path / WEIGHTS
+        try:
+            head.load_state_dict(load_file(path))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            message = f"{path} does not hold the weights that {self.path / CONFIG} describes: {error}"
+            raise HeadError(message) from error
+        return head.to(device).eval()
+
+
+def load_run(path: Path) -> Run:
+    """Open a run folder. Raises HeadError when it is none, or of a version that this agiqa does not read."""
+    config = _read_json(path, CONFIG)
+    found = (config.get("format"), config.get("version"))
+    if found != (FORMAT, FORMAT_VERSION):
+        message = f"{path / CONFIG} is {found[0]} v{found[1]}; this agiqa reads {FORMAT} v{FORMAT_VERSION}."
+        raise HeadError(message)
+    features = config["features"]
+    head = HeadConfig(**config["head"])
+    check_parts(head)
+    return Run(
+        path=path,
+        head=head,
+        train=TrainConfig(**config["train"]),
+        store_id=features["store"],
+        spec=FeatureSpec(
+            encoding=features["encoding"],
+            width=features["width"],
+            lm_head_sha256=features["lm_head_sha256"],
+            basis_id=features["basis_id"],
+        ),
+        config=config,
+        metrics=_read_json(path, METRICS),
+    )
+
+
+def refuse_taken(path: Path) -> None:
+    """Raise HeadError when something is at `path` that is not an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        message = f"{path} is there already and not empty. Choose another run folder, or remove it first."
+        raise HeadError(message)
+
+
+def write_run(
+    path: Path,
+    *,
+    head: Head,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    predictions: Sequence[Mapping[str, Any]],
+    curves: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the folder beside its place, then move it there: a run that was killed is never taken for a run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, partial / WEIGHTS)
+        _write_csv(partial / PREDICTIONS, predictions)
+        _write_csv(partial / CURVES, curves)
+        _write_json(partial / METRICS, metrics)
+        _write_json(partial / CONFIG, {"format": FORMAT, "version": FORMAT_VERSION, **config})
+        refuse_taken(path)
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _mismatch(expected: FeatureSpec, found: FeatureSpec) -> str | None:
+    """Why features of spec `found` mean nothing to a head for `expected`; None when they are the same."""
+    if found.encoding != expected.encoding:
+        return (
+            f"it reads {expected.encoding!r} features, and the store holds {found.encoding!r}. "
+            f"A sketch of hidden states is made with `agiqa store sketch STORE OUT --basis TRAINED_STORE`."
+        )
+    if found.basis_id != expected.basis_id:
+        return (
+            f"it was trained on the sketch basis {expected.basis_id}, and the store has {found.basis_id}. Sketch "
+            f"the hidden store anew in the same basis: `agiqa store sketch STORE OUT --basis TRAINED_STORE`."
+        )
+    if found.lm_head_sha256 != expected.lm_head_sha256:
+        return (
+            f"it was trained with the language-model head {expected.lm_head_sha256}, and the store has "
+            f"{found.lm_head_sha256}. Extract with the same model, or train a head on this store."
+        )
+    if found.width != expected.width:
+        return f"features have width {found.width}, expected {expected.width}."
+    return None
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    """One JSON file of a run folder."""
+    try:
+        content: dict[str, Any] = json.loads((path / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"{path} is no run folder of a trained head: {name} cannot be read ({error})."
+        raise HeadError(message) from error
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON; NaN is refused."""
+    path.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows under the keys of the first; None and nothing look the same."""
+    write_table: Callable[..., Any] = csv.DictWriter
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = write_table(file, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,176 @@
+"""Training a head from a store, from the split to the run folder.
+
+The epoch is chosen by the validation part; the test part is read once, after every choice is made.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
+from agiqa.heads.fitting import Fit, fit_head, resolve_device
+from agiqa.heads.head import check_parts
+from agiqa.heads.losses import LOSSES
+from agiqa.heads.metrics import evaluate_scores
+from agiqa.heads.progress import LineProgress, TrainingProgress
+from agiqa.heads.projection import FeatureSpec
+from agiqa.heads.runs import Run, load_run, refuse_taken, write_run
+from agiqa.heads.scoring import predict_items
+from agiqa.heads.splits import Partition, make_partition
+from agiqa.version import agiqa_version
+
+
+def train_head(
+    source: FeatureSource,
+    run: Path,
+    *,
+    head: HeadConfig | None = None,
+    train: TrainConfig | None = None,
+    progress: TrainingProgress | None = None,
+) -> Run:
+    """Train a head on `source`, evaluate it, and write the folder `run`, which must be absent or empty.
+
+    Raises HeadError for a taken folder, features that the projection cannot read, or training that diverges;
+    DataError for missing labels, no such split, NaN features; UnknownName and ConfigError for settings.
+    """
+    head_config, config = head or HeadConfig(), train or TrainConfig()
+    progress = progress or LineProgress(lambda _: None)
+    _check(run, head_config, config)
+    started = time.perf_counter()
+    spec = FeatureSpec.of(source)
+    partition = make_partition(source, config)
+    test_labels = read_labels(source, partition.test, label=config.label)
+    selection, final = _fit(source, spec, partition, head_config, config, progress)
+    trained = time.perf_counter()
+    tested = predict_items(final.head, source, partition.test, batch_size=config.batch_size)
+    validation_labels = read_labels(source, partition.validation, label=config.label)
+    parts = {
+        "validation": (partition.validation, validation_labels, selection.validation_predictions),
+        "test": (partition.test, test_labels, tested),
+    }
+    metrics = {
+        **{name: _metrics(source, *part, seed=config.seed) for name, part in parts.items()},
+        "label": config.label,
+        "chosen_epoch": selection.epoch,
+        "chosen_by": selection.choice,
+        "epochs_run": len(selection.curves),
+        "refit": config.refit,
+        "split": {"name": config.split, **partition.record()},
+        "warnings": partition.warnings(),
+        "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
+    }
+    fits = [selection] if final is selection else [selection, final]
+    write_run(
+        run,
+        head=final.head,
+        config=_record(source, spec, head_config, config, final),
+        metrics=metrics,
+        predictions=[row for name, part in parts.items() for row in _rows(source, name, *part)],
+        curves=[epoch.row() for fit in fits for epoch in fit.curves],
+    )
+    return load_run(run)
+
+
+def _check(run: Path, head: HeadConfig, train: TrainConfig) -> None:
+    """Raise what can be known to be wrong before any feature is read."""
+    refuse_taken(run)
+    check_parts(head)
+    LOSSES.get(train.loss)
+    resolve_device(train.device)
+
+
+def _fit(
+    source: FeatureSource,
+    spec: FeatureSpec,
+    partition: Partition,
+    head_config: HeadConfig,
+    config: TrainConfig,
+    progress: TrainingProgress,
+) -> tuple[Fit, Fit]:
+    """The fit that chose the epoch, and the fit to keep: the same one, or the refit on train + validation."""
+    items = np.concatenate([partition.train, partition.validation])
+    features = FeatureSet.from_store(source, items, label=config.label)
+    everything = np.arange(len(items))
+    train, validation = everything[: len(partition.train)], everything[len(partition.train) :]
+    selection = fit_head(
+        features,
+        spec,
+        head_config,
+        config,
+        train=train,
+        validation=validation,
+        epochs=config.epochs,
+        stage="train",
+        progress=progress,
+    )
+    if not config.refit or not len(validation):
+        return selection, selection
+    refit = fit_head(
+        features,
+        spec,
+        head_config,
+        config,
+        train=everything,
+        validation=everything[:0],
+        epochs=selection.epoch,
+        stage="refit",
+        progress=progress,
+    )
+    return selection, refit
+
+
+def _metrics(
+    source: FeatureSource,
+    items: NDArray[np.int64],
+    labels: NDArray[np.float64],
+    predicted: NDArray[np.float64],
+    *,
+    seed: int,
+) -> dict[str, Any] | None:
+    """The metrics of one part; None when it has no items."""
+    if not len(items):
+        return None
+    return evaluate_scores(predicted, labels, [source.items.prompts[k] for k in items], seed=seed)
+
+
+def _rows(
+    source: FeatureSource,
+    part: str,
+    items: NDArray[np.int64],
+    labels: NDArray[np.float64],
+    predicted: NDArray[np.float64],
+) -> list[Mapping[str, Any]]:
+    """The rows of predictions.csv of one part."""
+    names, prompts = source.items.names, source.items.prompts
+    return [
+        {"name": names[item], "prompt": prompts[item], "split": part, "mos": float(mos), "predicted": float(value)}
+        for item, mos, value in zip(items, labels, predicted, strict=True)
+    ]
+
+
+def _record(source: FeatureSource, spec: FeatureSpec, head: HeadConfig, train: TrainConfig, fit: Fit) -> dict[str, Any]:
+    """What config.json says: enough to repeat the run, and to know which features the head can read."""
+    return {
+        "head": head.model_dump(),
+        "train": train.model_dump(),
+        "features": {
+            "store": source.id,
+            "encoding": spec.encoding,
+            "width": spec.width,
+            "logical_dtype": source.logical_dtype,
+            "lm_head_sha256": spec.lm_head_sha256,
+            "basis_id": spec.basis_id,
+        },
+        "label": train.label,
+        "seed": train.seed,
+        "kernels": fit.head.encoder.kernels,
+        "device": str(next(fit.head.parameters()).device),
+        "agiqa": agiqa_version(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,83 @@
+"""Every kind of image file comes out upright and RGB, or as one clear error."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agiqa.errors import DataError
+from agiqa.extract import images
+from agiqa.extract.images import open_image
+
+
+def pixel(path):
+    image = open_image(path)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGB", (200, 10, 20), (200, 10, 20)),
+        ("L", 90, (90, 90, 90)),
+        ("1", 1, (255, 255, 255)),
+        ("LA", (0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+        ("P", 0, (0, 0, 0)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16", 257 * 100, (100, 100, 100)),
+    ],
+)
+def test_modes(tmp_path, mode, colour, expected):
+    Image.new(mode, (4, 4), colour).save(tmp_path / "a.png")
+    assert pixel(tmp_path / "a.png") == expected
+
+
+def test_cmyk_and_transparent_palettes(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.jpg")
+    assert pixel(tmp_path / "a.jpg") == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30] + [0] * 765)
+    palette.save(tmp_path / "b.png", transparency=0)
+    assert pixel(tmp_path / "b.png") == (255, 255, 255)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.zeros((4, 10, 3), dtype=np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path / "a.jpg").size == (4, 10)
+
+
+def test_truncated_files_are_not_half_read(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for name in ("a.png", "a.jpg", "a.bmp", "a.webp", "a.gif"):
+        path = tmp_path / name
+        Image.fromarray(noise).save(path)
+        data = path.read_bytes()
+        for kept in (len(data) // 2, 20, 0):
+            path.write_bytes(data[:kept])
+            with pytest.raises(DataError, match=rf"{name}: not a readable image \(.+\)"):
+                open_image(path)
+
+
+def test_missing_folders_and_floats_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"absent\.png: no such image"):
+        open_image(tmp_path / "absent.png")
+    with pytest.raises(DataError, match="not a readable image"):
+        open_image(tmp_path)
+    Image.new("F", (4, 4), 0.5).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match="floating-point"):
+        open_image(tmp_path / "a.tiff")
+
+
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    with pytest.raises(DataError, match=r"a\.png: the image has 64 x 64 pixels, more than 1000"):
+        open_image(tmp_path / "a.png")
+    for limit in (3000, 1000):  # Pillow warns above its own limit and raises above twice that
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(DataError, match=r"a\.png: the image has"):
+            open_image(tmp_path / "a.png")

@@ -1,0 +1,191 @@
+"""Tiny random models in the official layout (config.json, model.safetensors, tokenizer.json, templates)."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPVisionConfig,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from agiqa.extract.backbones.loading import quiet_transformers
+
+TEXT_TEMPLATE = (
+    "{{ bos_token }}<|system|>\nYou rate images.</s>\n{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] | trim + '</s>\n' }}{% endfor %}"
+)
+"""Writes BOS itself, a system prompt, and trimmed contents."""
+
+PARTS_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}</s>\n{% endfor %}"
+)
+"""For processors: typed parts, IMAGE standing for the model's own marks; BOS is left to the tokenizer."""
+
+
+def make_tokenizer(*extra: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that puts BOS in front, with `extra` special tokens."""
+    bpe = Tokenizer(models.BPE(unk_token=None))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        special_tokens=["<unk>", "<s>", "</s>", "<pad>", *extra],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = "please rate the image quality describe what you see a blurry dog is good fair poor <|user|> <|assistant|>"
+    bpe.train_from_iterator([words] * 4, trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def _widths(vocab_size: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+
+
+def _save(folder: Path, model_class: Any, config: Any, saver: Any, seed: int, dtype: torch.dtype) -> Path:
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        with quiet_transformers():
+            model = model_class(config)
+            for weight in model.parameters():  # the usual tiny scale would hide mistakes in near-zero logits
+                weight.data.mul_(4 if weight.ndim > 1 else 1)
+            model.to(dtype).save_pretrained(folder)
+            saver.save_pretrained(folder)
+    finally:
+        torch.random.set_rng_state(state)
+    return folder
+
+
+def write_text_checkpoint(
+    folder: Path, *, template: str | None = TEXT_TEMPLATE, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Path:
+    """A Llama with a chat template; `template=None` leaves it without one."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    return _save(folder, LlamaForCausalLM, LlamaConfig(**_widths(len(tokenizer))), tokenizer, seed, dtype)
+
+
+def write_softcapped_checkpoint(folder: Path) -> Path:
+    """A Gemma 2, which caps its logits at +-30."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEXT_TEMPLATE
+    config = Gemma2Config(**_widths(len(tokenizer)), head_dim=16, final_logit_softcapping=30.0)
+    return _save(folder, Gemma2ForCausalLM, config, tokenizer, 0, torch.float32)
+
+
+def _tower() -> dict[str, int]:
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+
+
+def write_vision_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """A Llava: a 32 x 32 image is 16 image tokens."""
+    tokenizer = make_tokenizer("<image>")
+    template = PARTS_TEMPLATE.replace("IMAGE", "<image>\n")
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**_tower()),
+        text_config=LlamaConfig(**_widths(len(tokenizer))),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    return _save(folder, LlavaForConditionalGeneration, config, processor, 0, dtype)
+
+
+def write_tiled_checkpoint(folder: Path) -> Path:
+    """An Idefics 3: images over 32 x 32 are cut into tiles with row and column marks; 4 image tokens each."""
+    marks = [f"<row_{row}_col_{col}>" for row in range(1, 4) for col in range(1, 4)]
+    tokenizer = make_tokenizer("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *marks)
+    processor = Idefics3Processor(
+        Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
+        tokenizer,
+        image_seq_len=4,
+        chat_template=PARTS_TEMPLATE.replace("IMAGE", "<image>"),
+    )
+    config = Idefics3Config(
+        vision_config=_tower(),
+        text_config=LlamaConfig(**_widths(len(tokenizer))),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=3,
+    )
+    return _save(folder, Idefics3ForConditionalGeneration, config, processor, 0, torch.float32)
+
+
+class _Parts:
+    """Saves tokenizer and image processor side by side, as checkpoints with a video processor are published."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def save_pretrained(self, folder: Path) -> None:
+        for part in self.parts:
+            part.save_pretrained(folder)
+
+
+def write_grid_checkpoint(folder: Path) -> Path:
+    """A Qwen2-VL: patches of all images in one row, image_grid_thw beside them, and a processor that wants video."""
+    tokenizer = make_tokenizer("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    tokenizer.chat_template = PARTS_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    images = Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56)
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in [("image", "<|image_pad|>"), ("video", "<|video_pad|>")]
+    }
+    ids |= {
+        f"vision_{edge}_token_id": tokenizer.convert_tokens_to_ids(f"<|vision_{edge}|>") for edge in ("start", "end")
+    }
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    config = Qwen2VLConfig(
+        text_config={**_widths(len(tokenizer)), "rope_parameters": rope},
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+        **ids,
+    )
+    return _save(folder, Qwen2VLForConditionalGeneration, config, _Parts(tokenizer, images), 0, torch.float32)

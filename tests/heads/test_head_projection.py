@@ -1,0 +1,124 @@
+"""Projections against explicit logits in float64, and their refusals."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from agiqa.errors import HeadError
+from agiqa.heads.config import HeadConfig
+from agiqa.heads.features import FeatureSet
+from agiqa.heads.projection import PROJECTIONS, FeatureSpec, SketchProjection, VocabularyProjection
+
+
+class ExplicitLogits(nn.Module):
+    """The paper as written: logits, then Linear(V, d)."""
+
+    def __init__(self, like: VocabularyProjection) -> None:
+        super().__init__()
+        self.linear = nn.Linear(like.weight.shape[1], like.weight.shape[0])
+        self.linear.load_state_dict({"weight": like.weight, "bias": like.bias})
+        self.constants = like.lm_head.clone(), like.shift.clone(), like.scale.clone()
+
+    def forward(self, hidden):
+        lm_head, shift, scale = self.constants
+        return (self.linear(hidden @ lm_head.T) - shift) / scale
+
+
+def build(store, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    config = HeadConfig(width=6, **settings)
+    projection = PROJECTIONS.get(config.projection)(config, FeatureSpec.of(store))
+    projection.calibrate(FeatureSet.from_store(store, range(40), label=None).statistics(np.arange(40)))
+    return projection.double()
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_vocabulary_trains_as_explicit_logits_do(make_store, standardise):
+    ours = build(make_store(40, encoding="hidden"), projection="vocabulary", standardise=standardise)
+    paper = ExplicitLogits(ours).double()
+    pairs = [(ours.weight, paper.linear.weight), (ours.bias, paper.linear.bias)]
+    optimizers = [
+        torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-12) for module in (ours, paper)
+    ]
+    torch.manual_seed(1)
+    for _ in range(10):
+        hidden = torch.randn(3, 5, 4, dtype=torch.float64)
+        targets = torch.randn(3, 5, 6, dtype=torch.float64)
+        outputs = [module(hidden) for module in (ours, paper)]
+        torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+        for optimizer, output in zip(optimizers, outputs, strict=True):
+            optimizer.zero_grad()
+            (output - targets).square().mean().backward()
+        for mine, theirs in pairs:
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-8, atol=1e-12)
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_vocabulary_keeps_the_language_model_head_out_of_the_checkpoint(make_store):
+    projection = build(make_store(40, encoding="hidden"), projection="vocabulary")
+    assert set(projection.state_dict()) == {"weight", "bias", "shift", "scale"}
+    assert not projection.lm_head.requires_grad
+
+
+def test_vocabulary_evaluates_with_the_weights_of_the_moment(make_store):
+    projection = build(make_store(40, encoding="hidden"), projection="vocabulary").eval()
+    hidden = torch.randn(1, 3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        before = projection(hidden)
+        assert torch.equal(before, projection(hidden))
+        projection.weight.mul_(2.0)
+        changed = projection(hidden)
+        projection.load_state_dict({**projection.state_dict(), "weight": projection.weight / 2.0})
+        restored = projection(hidden)
+    assert not torch.allclose(before, changed)
+    torch.testing.assert_close(before, restored)
+
+
+def test_vocabulary_steps_shrink_with_the_vocabulary(make_store):
+    assert build(make_store(40, encoding="hidden", vocabulary=40), projection="vocabulary").lr_scale == 4 / 40
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("vocabulary", "hidden"), ("sketch", "sketch")])
+def test_calibrated_outputs_have_unit_scale(make_store, name, encoding):
+    store = make_store(40, encoding=encoding)
+    for rows in store.features:
+        rows[:] = rows * np.array([1e3, 1.0, 1e-2, 30.0]) + 500.0
+    projection = build(store, projection=name)
+    tokens = torch.from_numpy(np.concatenate(store.features)).double()[None]
+    outputs = projection(tokens)[0]
+    assert outputs.mean(0).abs().max() < 1e-2
+    assert 0.5 < outputs.std() < 1.5
+
+
+def test_sketch_is_a_linear_map_of_standardised_coordinates(make_store):
+    store = make_store(40)
+    for rows in store.features:
+        rows[:, 2] = 7.0
+    projection = build(store, projection="sketch")
+    assert isinstance(projection, SketchProjection)
+    tokens = np.concatenate(store.features).astype(np.float64)
+    std = np.maximum(tokens.std(0), 1e-4 * tokens.std(0).max())
+    by_hand = (tokens - tokens.mean(0)) / std @ projection.linear.weight.detach().numpy().T
+    assert projection(torch.from_numpy(tokens)[None])[0].detach().numpy() == pytest.approx(by_hand, abs=1e-4)
+    assert {"mean", "std"} <= set(projection.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "said"),
+    [
+        ("vocabulary", "sketch", "reads 'hidden' features, but the store holds 'sketch'.*'sketch'"),
+        ("sketch", "hidden", "agiqa store sketch"),
+    ],
+)
+def test_other_encodings_are_refused_with_a_remedy(make_store, name, encoding, said):
+    with pytest.raises(HeadError, match=said):
+        build(make_store(40, encoding=encoding), projection=name)
+
+
+def test_a_language_model_head_of_another_width_is_refused(make_store):
+    with pytest.raises(HeadError, match=r"shape \(9, 5\), expected \(\*, 4\)"):
+        build(make_store(40, encoding="hidden", weights=np.ones((9, 5), np.float32)), projection="vocabulary")

@@ -1,0 +1,96 @@
+"""Run folders: what a saved head predicts, and which stores it refuses."""
+
+import json
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from agiqa.errors import DataError, HeadError, UnknownName
+from agiqa.heads import HeadConfig, TrainConfig, evaluate, load_run, predict, train_head, training_progress
+
+QUICK = TrainConfig(split="grouped", epochs=1, lr=1e-2)
+
+
+@pytest.fixture(params=[("sketch", "sketch"), ("vocabulary", "hidden")], ids=str)
+def trained(request, make_store, tmp_path: Path):
+    projection, encoding = request.param
+    store = make_store(60, encoding=encoding)
+    head = HeadConfig(projection=projection, encoder="gru", width=8)
+    return store, train_head(store, tmp_path / "run", head=head, train=QUICK)
+
+
+def test_a_loaded_run_repeats_its_own_metrics(trained):
+    store, run = trained
+    again = load_run(run.path)
+    assert again.head == run.head
+    assert again.train == run.train
+    for part in ("test", "validation"):
+        result = evaluate(again, store, part)
+        assert result["n"] == run.metrics[part]["n"]
+        assert result["srcc"] == pytest.approx(run.metrics[part]["srcc"], abs=1e-6)
+    assert evaluate(again, store, "train")["n"] == run.metrics["split"]["train"]
+    assert evaluate(again, store, "all")["n"] == 60
+
+
+def test_predictions_keep_the_asked_order_in_any_batch(trained):
+    store, run = trained
+    items = np.random.default_rng(0).permutation(60)
+    everything = predict(run, store)
+    assert predict(run, store, items, batch_size=7) == pytest.approx(everything[items], abs=1e-5)
+    assert predict(run, store, []).shape == (0,)
+
+
+def test_another_data_set_with_the_same_features_is_read(trained, make_store):
+    store, run = trained
+    other = make_store(25, published=True, seed=9, encoding=store.encoding, weights=store.weights, id="other")
+    assert evaluate(run, other)["n"] == 5
+    assert evaluate(run, other, "all")["n"] == 25
+    with pytest.raises(DataError, match=r"split 'val'.*test \(5\), train \(20\)"):
+        evaluate(run, other, "validation")
+    with pytest.raises(UnknownName, match="Did you mean 'test'"):
+        evaluate(run, other, "tset")
+
+
+def test_features_of_another_meaning_are_refused_with_both_sides(trained):
+    store, run = trained
+    other = {"encoding": "hidden" if store.encoding == "sketch" else "sketch", "weights": store.weights + 1}
+    with pytest.raises(HeadError, match=f"reads {store.encoding!r} features, and the store holds"):
+        predict(run, replace(store, encoding=other["encoding"]))
+    with pytest.raises(
+        HeadError, match=f"{store.lm_head_sha256}.*\n?.*{replace(store, weights=other['weights']).lm_head_sha256}"
+    ):
+        predict(run, replace(store, weights=other["weights"]))
+    if store.encoding == "sketch":
+        with pytest.raises(HeadError, match=r"basis-a.*basis-b.*agiqa store sketch STORE OUT --basis"):
+            predict(run, replace(store, basis_id="basis-b"))
+
+
+def test_folders_that_are_no_runs_are_refused(trained, tmp_path: Path):
+    _, run = trained
+    with pytest.raises(HeadError, match="no run folder"):
+        load_run(tmp_path / "absent")
+    config = json.loads((run.path / "config.json").read_text())
+    (run.path / "config.json").write_text(json.dumps({**config, "version": 3}))
+    with pytest.raises(HeadError, match=r"agiqa.head v3; this agiqa reads agiqa.head v1"):
+        load_run(run.path)
+
+
+def test_damaged_weights_are_refused(trained):
+    store, run = trained
+    (run.path / "head.safetensors").write_bytes(b"nothing")
+    with pytest.raises(HeadError, match="does not hold the weights"):
+        predict(run, store)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(make_store, tmp_path: Path, terminal):
+    out = StringIO()
+    console = Console(file=out, force_terminal=terminal, width=100)
+    head = HeadConfig(projection="sketch", encoder="none", width=4)
+    train_head(make_store(40), tmp_path / "run", head=head, train=QUICK, progress=training_progress(console))
+    assert "epoch 1: loss" in out.getvalue()
+    assert ("\x1b[" in out.getvalue()) is terminal
