@@ -8,19 +8,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError
-from agiqa.extract.backbones import Backbone
+from agiqa.extract.backbones import Backbone, Prepared
 from agiqa.extract.fill import CALIBRATION_ITEMS, tensor_bits
-from agiqa.extract.plan import TokenisedItems
+from agiqa.extract.plan import TokenisedItems, fit
 from agiqa.store import Basis, is_planned, make_basis, moments_of, open_store, to_float32
 
 
-def stored_basis(path: Path) -> Basis | None:
-    """The basis that an unfinished sketch store at `path` already uses, if there is one."""
+def stored_basis(path: Path, tokenised: TokenisedItems, *, rank: int) -> Basis | None:
+    """The basis of the sketch store at `path`, if it is the one that `calibrate` would make anew."""
     if not is_planned(path):
         return None
     store = open_store(path, allow_partial=True)
-    has_basis = store.encoding == "sketch" and store.layout.model_commit.exists()
-    return store.basis() if has_basis else None
+    if store.encoding != "sketch" or not store.layout.model_commit.exists():
+        return None
+    basis = store.basis()
+    asked = (rank, calibration_id(tokenised))
+    return basis if (basis.rank, basis.calibration) == asked else None
+
+
+def calibration_id(tokenised: TokenisedItems) -> str:
+    """What a calibration on these items is taken over: a hash of the chosen items, and their number."""
+    chosen = calibration_positions([item.split for item in tokenised.items])
+    keys = b"".join(tokenised.keys[position] for position in chosen)
+    return f"{hashlib.sha256(keys).hexdigest()}:{len(chosen)} items"
 
 
 def calibrate(
@@ -43,23 +53,27 @@ def calibrate(
     chosen = calibration_positions([item.split for item in tokenised.items])
     backbone.load()
     bits, dtype = tensor_bits(backbone.lm_head())
-    keys = b"".join(tokenised.keys[position] for position in chosen)
 
     def blocks() -> Iterator[NDArray[np.float32]]:
         for first in range(0, len(chosen), batch_size):
-            items = [tokenised.items[position] for position in chosen[first : first + batch_size]]
-            prepared = [backbone.prepare(item.conversation, item.image) for item in items]
+            prepared = [_prepare(backbone, tokenised, position) for position in chosen[first : first + batch_size]]
             for states in backbone.hidden_states(prepared):
                 yield states.float().cpu().numpy()
-            advance(len(items))
+            advance(len(prepared))
 
     return make_basis(
         to_float32(bits, dtype),
         moments_of(blocks(), backbone.hidden_size),
         rank=rank,
         lm_head_sha256=hashlib.sha256(bits.tobytes()).hexdigest(),
-        calibration=f"{hashlib.sha256(keys).hexdigest()}:{len(chosen)} items",
+        calibration=calibration_id(tokenised),
     )
+
+
+def _prepare(backbone: Backbone, tokenised: TokenisedItems, position: int) -> Prepared:
+    """The item as it will be stored: cut to the length that the plan gave it."""
+    item = tokenised.items[position]
+    return fit(backbone.prepare(item.conversation, item.image), len(tokenised.token_ids[position]), truncate=True)
 
 
 def calibration_positions(splits: Sequence[str | None]) -> list[int]:

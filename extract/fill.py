@@ -15,7 +15,7 @@ from agiqa.errors import DataError, HeadError
 from agiqa.extract.backbones import Backbone, Prepared
 from agiqa.extract.items import Item
 from agiqa.extract.plan import fit
-from agiqa.store import Basis, Store, UnitWriter, create_whole_array, from_float32, save_basis
+from agiqa.store import Basis, Store, UnitWriter, create_whole_array, from_float32, open_store, save_basis
 
 _PROBE_ITEMS = 2
 _PROBE_ROWS = 4
@@ -49,16 +49,10 @@ class Filler:
     def write_model_arrays(self, basis: Basis | None) -> None:
         """Load the model, and store W_lm (or the basis of a sketch) and a few rows of its own logits."""
         self.backbone.load()
-        weight = self.backbone.lm_head()
-        bits, dtype = tensor_bits(weight)
+        bits, dtype = tensor_bits(self.backbone.lm_head())
         sha256 = hashlib.sha256(bits.tobytes()).hexdigest()
-        if basis is not None and basis.lm_head_sha256 != sha256:
-            message = (
-                f"The basis {basis.id[:12]} belongs to the language-model head {basis.lm_head_sha256[:12]}, this model "
-                f"has {sha256[:12]}. Use a basis made from this model."
-            )
-            raise HeadError(message)
-        self._basis = basis
+        if basis is not None:
+            _check_basis(basis, sha256)
 
         def write(group: zarr.Group) -> None:
             if basis is None:
@@ -72,6 +66,8 @@ class Filler:
             create_whole_array(group, "probe/logits", probe_bits, attributes={"logical_dtype": probe_dtype})
 
         self.writer.write_model_arrays(write)
+        if basis is not None:  # a run beside this one may have stored its own rounding of the same basis first
+            self._basis = open_store(self.store.path, allow_partial=True).basis()
 
     def fill(
         self, *, part: tuple[int, int] = (1, 1), advance: Callable[[int], None] = lambda _items: None
@@ -138,6 +134,21 @@ class Filler:
             rows.extend((self.store.row_starts[position] + tokens).tolist())
             logits.append(self.backbone.logits(self._prepare(position))[torch.from_numpy(tokens)])
         return np.array(rows, np.int64), torch.cat(logits)
+
+
+def check_basis(backbone: Backbone, basis: Basis) -> None:
+    """Raise HeadError unless `basis` was made for the language-model head of `backbone`, which is loaded for it."""
+    backbone.load()
+    _check_basis(basis, hashlib.sha256(tensor_bits(backbone.lm_head())[0].tobytes()).hexdigest())
+
+
+def _check_basis(basis: Basis, lm_head_sha256: str) -> None:
+    if basis.lm_head_sha256 != lm_head_sha256:
+        message = (
+            f"The basis {basis.id[:12]} belongs to the language-model head {basis.lm_head_sha256[:12]}, this model "
+            f"has {lm_head_sha256[:12]}. Use a basis made from this model."
+        )
+        raise HeadError(message)
 
 
 def tensor_bits(tensor: torch.Tensor) -> tuple[NDArray[Any], str]:

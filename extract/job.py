@@ -7,11 +7,11 @@ from typing import Any
 from agiqa.errors import ConfigError
 from agiqa.extract.backbones import Backbone
 from agiqa.extract.calibration import calibrate, stored_basis
-from agiqa.extract.fill import Filler, FillReport
+from agiqa.extract.fill import CALIBRATION_ITEMS, Filler, FillReport, check_basis
 from agiqa.extract.items import DataSet
 from agiqa.extract.plan import LengthRule, TokenisedItems, plan_store, tokenise
 from agiqa.progress import say, track
-from agiqa.store import Basis, Store, open_store, seal
+from agiqa.store import Basis, Store, is_planned, open_store, seal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,7 @@ def run_extraction(data_set: DataSet, backbone: Backbone, path: Path, settings: 
 
     With `plan_only` nothing is computed; with a `part` the store is sealed by whichever run completes it.
     """
+    _check_sketch(settings)
     with track("plan", len(data_set.items), "items") as advance:
         tokenised = tokenise(data_set, backbone, settings.length, advance=advance)
     basis = _choose_basis(backbone, tokenised, path, settings)
@@ -79,23 +80,31 @@ def run_extraction(data_set: DataSet, backbone: Backbone, path: Path, settings: 
     )
 
 
+def _check_sketch(settings: ExtractionSettings) -> None:
+    """Raise ConfigError when the encoding and its options do not go together."""
+    given = [option for option in (settings.rank, settings.basis) if option is not None]
+    if settings.encoding == "hidden" and given:
+        message = "--rank and --basis belong to --encoding sketch; hidden states are stored whole."
+        raise ConfigError(message)
+    if settings.encoding == "sketch" and len(given) != 1:
+        message = "--encoding sketch needs either --rank R, or --basis STORE to use the basis of another sketch."
+        raise ConfigError(message)
+
+
 def _choose_basis(
     backbone: Backbone, tokenised: TokenisedItems, path: Path, settings: ExtractionSettings
 ) -> Basis | None:
-    if settings.encoding == "hidden":
-        if settings.rank is not None or settings.basis is not None:
-            message = "--rank and --basis belong to --encoding sketch; hidden states are stored whole."
-            raise ConfigError(message)
-        return None
     if settings.basis is not None:
-        return open_store(settings.basis).basis()
+        basis = open_store(settings.basis).basis()
+        if not is_planned(path):  # refused before there is a store; a store that is there names its model itself
+            check_basis(backbone, basis)
+        return basis
     if settings.rank is None:
-        message = "--encoding sketch needs --rank R, or --basis STORE to use the basis of another sketch."
-        raise ConfigError(message)
-    used = stored_basis(path)
+        return None
+    used = stored_basis(path, tokenised, rank=settings.rank)
     if used is not None:
         return used
-    with track("calibrate", min(256, len(tokenised.items)), "items") as advance:
+    with track("calibrate", min(CALIBRATION_ITEMS, len(tokenised.items)), "items") as advance:
         return calibrate(backbone, tokenised, rank=settings.rank, batch_size=settings.batch_size, advance=advance)
 
 

@@ -78,7 +78,8 @@ def fit(prepared: Prepared, limit: int, *, truncate: bool) -> Prepared:
         return prepared
     if not truncate:
         message = (
-            f"{length} tokens, the limit is {limit}. Give --truncate, a higher --max-tokens or --on-bad-item skip."
+            f"{length} tokens, the limit is {limit}. Give --truncate, --on-bad-item skip, or a higher --max-tokens "
+            "where that set the limit."
         )
         raise DataError(message)
     if (prepared.roles[limit:] == TOKEN_ROLES["image"]).any():

@@ -43,7 +43,7 @@ class HeadConfig(_Settings):
     width: int = Field(default=512, ge=1)
     """Channels from the projection to the pooling (d of the paper)."""
     standardise: bool = True
-    """Centre and scale the projected tokens once, by statistics of the training tokens; False is the bare paper."""
+    """Centre and scale (or whiten) the features once, by statistics of the training tokens; False is the bare paper."""
     blocks: int = Field(default=4, ge=1)
     """Blocks of the xLSTM stack; the one at index 1 is an sLSTM, the others are mLSTMs."""
     num_heads: int = Field(default=4, ge=1)
@@ -54,6 +54,8 @@ class HeadConfig(_Settings):
     """Whether the GRU also reads backwards, with half of the width in each direction."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of activations dropped in training, within the encoder."""
+    token_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of tokens hidden from the encoder in training, each item anew at every step."""
     regressor_hidden: int = Field(default=128, ge=1)
     """Channels between the two linear layers of the regressor."""
 
@@ -89,6 +91,8 @@ class TrainConfig(_Settings):
     """Share of all steps over which the learning rate rises linearly."""
     gradient_clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient; None clips nothing."""
+    ema: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Decay per step of a moving average of the weights, which is validated and kept; None keeps the weights."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many epochs without a better validation SRCC; None runs all epochs."""
     refit: bool = False

@@ -1,5 +1,6 @@
 """A head: projection, encoder, pooling and regressor in a row."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ class Head(nn.Module):
         self.encoder = ENCODERS.get(config.encoder)(config)
         self.pooling = POOLINGS.get(config.pooling)(config)
         self.regressor = Regressor(config)
+        self._token_dropout = config.token_dropout
 
     def calibrate(self, statistics: TokenStatistics, labels: Float[Tensor, " items"]) -> None:
         """Fix the constants that come from the training items, before training."""
@@ -31,7 +33,11 @@ class Head(nn.Module):
         self, features: Float[Tensor, "batch token channel"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, " batch"]:
         """The predicted MOS of each item; `mask` is True on real tokens."""
-        tokens = self.encoder(self.projection(features), mask)
+        projected: Tensor = self.projection(features)
+        if self.training and self._token_dropout:
+            hidden = torch.rand(mask.shape, device=mask.device) < self._token_dropout
+            projected = projected.masked_fill(hidden[..., None], 0.0)
+        tokens = self.encoder(projected, mask)
         predicted: Tensor = self.regressor(self.pooling(tokens, mask))
         return predicted
 

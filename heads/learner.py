@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from agiqa.errors import HeadError
 from agiqa.heads.batches import Batch, BatchLoader
@@ -81,6 +82,7 @@ class Learner(pl.LightningModule):
         self._loss = LOSSES.get(config.loss)
         self._losses: list[Tensor] = []
         self._predicted: NDArray[np.float64] = np.full(len(features), math.nan)
+        self._average: AveragedModel | None = None
         self._lr = 0.0
         self._started = 0.0
 
@@ -130,15 +132,27 @@ class Learner(pl.LightningModule):
         self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
+    def on_train_start(self) -> None:
+        """Start the average at the first weights, where one is wanted."""
+        if self._config.ema is not None:
+            self._average = AveragedModel(self.head, multi_avg_fn=get_ema_multi_avg_fn(self._config.ema))
+
+    @property
+    def _kept(self) -> torch.nn.Module:
+        """The weights that are validated and kept: the moving average, or those of the last step."""
+        return self.head if self._average is None else self._average.module
+
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        """Move the progress."""
+        """Move the average and the progress."""
         del outputs, batch, batch_idx
+        if self._average is not None:
+            self._average.update_parameters(self.head)
         self._progress.step()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the predictions of one batch."""
         del batch_idx
-        predicted = self.head(batch.features, batch.mask).double().cpu().numpy()
+        predicted = self._kept(batch.features, batch.mask).double().cpu().numpy()
         self._predicted[batch.positions.cpu().numpy()] = predicted
 
     def on_train_epoch_end(self) -> None:
@@ -196,7 +210,7 @@ class Learner(pl.LightningModule):
         self._best_srcc = math.nan if srcc is None else srcc
         self.best_epoch = number
         self.best_predictions = self._predicted[self._validation].copy()
-        self.best_weights = {name: value.detach().cpu().clone() for name, value in self.head.state_dict().items()}
+        self.best_weights = {name: value.detach().cpu().clone() for name, value in self._kept.state_dict().items()}
 
 
 def lr_factor(step: int, steps: int, config: TrainConfig) -> float:

@@ -23,6 +23,8 @@ from agiqa.heads.features import FeatureSource, TokenStatistics
 from agiqa.registry import Registry
 
 _STD_FLOOR = 1e-4
+_WHITENING_FLOOR = 1e-3
+"""Directions of hidden states with a smaller share of the largest deviation are near the rounding of bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +66,7 @@ class Projection(nn.Module, ABC):
         super().__init__()
         if spec.encoding != self.reads:
             message = (
-                f"The projection {type(self).__name__} reads {self.reads!r} features, "
-                f"but the store holds {spec.encoding!r}. {self.remedy}"
+                f"This projection reads {self.reads!r} features, but the store holds {spec.encoding!r}. {self.remedy}"
             )
             raise HeadError(message)
 
@@ -83,10 +84,12 @@ PROJECTIONS: Registry[Callable[[HeadConfig, FeatureSpec], Projection]] = Registr
 
 @PROJECTIONS.register("vocabulary")
 class VocabularyProjection(Projection):
-    """The paper's W_proj (d, V) on logits that are never made (identity 2 of the method).
+    """The paper's W_proj (d, V) on logits that are never made.
 
     `E W_proj^T = H (W_proj W_lm)^T`: the parameter and its gradient live in vocabulary coordinates, so AdamW
-    walks exactly as it would on explicit logits. Xavier initialisation and a bias, as published. An AdamW step
+    walks exactly as it would on explicit logits. Xavier initialisation and a bias, as published. A few directions
+    hold nearly all energy of the logits, and AdamW on them as they are learns from little else: `calibrate` centres
+    and whitens the hidden states first, which leaves the set of functions as it is (W_lm has full rank). An AdamW step
     moves all V entries of a row by about the learning rate, and the logits span D directions only, hence
     `lr_scale` = D / V. W_lm is frozen and not in the checkpoint.
     """
@@ -110,7 +113,9 @@ class VocabularyProjection(Projection):
         self.lm_head: Tensor
         self.register_buffer("lm_head", lm_head, persistent=False)
         self.shift: Tensor
-        self.register_buffer("shift", torch.zeros(config.width))
+        self.register_buffer("shift", torch.zeros(spec.width))
+        self.whitening: Tensor
+        self.register_buffer("whitening", torch.eye(spec.width))
         self.scale: Tensor
         self.register_buffer("scale", torch.ones(()))
         self.lr_scale = min(1.0, lm_head.shape[1] / len(lm_head))
@@ -119,18 +124,23 @@ class VocabularyProjection(Projection):
 
     @torch.no_grad()
     def calibrate(self, statistics: TokenStatistics) -> None:
-        """Centre each output channel, and divide all of them by one scale, over a sample of the tokens."""
+        """Take mean and whitening of the hidden states, and the scale of the outputs, from a sample of the tokens."""
         if not self._standardise:
             return
-        sample = statistics.sample.to(self.weight.device, self.weight.dtype)
-        outputs = (sample @ self.effective_weight().T + self.bias).double()
-        self.shift.copy_(outputs.mean(0))
-        spread = (outputs - outputs.mean(0)).square().mean().sqrt()
-        self.scale.copy_(spread if spread > 0 else torch.ones(()))
+        centred = statistics.sample.double() - statistics.mean
+        variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+        deviations = variances.clamp_min(0.0).sqrt()
+        if deviations[-1] == 0:
+            return
+        deviations = deviations.clamp_min(float(deviations[-1]) * _WHITENING_FLOOR)
+        self.shift.copy_(statistics.mean)
+        self.whitening.copy_((directions / deviations) @ directions.T)
+        outputs = self(statistics.sample.to(self.weight.device, self.weight.dtype)[None])
+        self.scale.copy_(outputs.double().std())
 
     def effective_weight(self) -> Float[Tensor, "width channel"]:
-        """W_eff = W_proj W_lm."""
-        return self.weight @ self.lm_head
+        """W_eff = W_proj W_lm, in front of whitened hidden states."""
+        return self.weight @ self.lm_head @ self.whitening
 
     def train(self, mode: bool = True) -> "VocabularyProjection":  # noqa: FBT001, FBT002 - torch's own signature
         """As torch's; also forgets the product kept for evaluation."""
@@ -139,9 +149,8 @@ class VocabularyProjection(Projection):
         return self
 
     def forward(self, features: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token width"]:
-        """(H W_eff^T + bias - shift) / scale."""
-        outputs = nn.functional.linear(features, self._current_weight(), self.bias)
-        return (outputs - self.shift) / self.scale
+        """((H - shift) W_eff^T + bias) / scale."""
+        return nn.functional.linear(features - self.shift, self._current_weight(), self.bias) / self.scale
 
     def _current_weight(self) -> Tensor:
         """W_eff, computed at every step of training and once per evaluation."""
@@ -155,7 +164,7 @@ class VocabularyProjection(Projection):
 
 @PROJECTIONS.register("sketch")
 class SketchProjection(Projection):
-    """Linear(r, d) on sketch coordinates (identity 3), each standardised over the training tokens.
+    """Linear(r, d) on sketch coordinates (`W_proj E = (W_proj Q) c`), each standardised over the training tokens.
 
     The standard deviations fall by orders of magnitude along the basis, so AdamW on raw coordinates would
     learn from the leading few only. Those under 1e-4 of the largest are taken for rounding and held there.

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from agiqa.errors import DamagedStore
+
 _BLOCK = 1 << 20
 
 
@@ -75,8 +77,12 @@ def _write_temporary(path: Path, text: str) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The JSON value in `path`. Raises DamagedStore, naming the file, when it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        message = f"{path} is damaged: it is not JSON ({error}). Copy the store again."
+        raise DamagedStore(message) from error
 
 
 @contextmanager

@@ -152,7 +152,8 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
     store = open_store(path, allow_partial=True)
     asked = plan.full_provenance()
     if store_id(asked) != store.id:
-        lines = "\n".join(f"  {line}" for line in differences(store.provenance, asked))
+        found = [*differences(store.provenance, asked), *_changed_items(store, plan)]
+        lines = "\n".join(f"  {line}" for line in found)
         message = (
             f"{path} exists and was made with other settings:\n{lines}\n"
             "Give the settings that it was made with, or another path."
@@ -168,6 +169,22 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
         write_items(store.layout.items, plan.items)
         store = open_store(path, allow_partial=True)
     return store
+
+
+def _changed_items(store: Store, plan: StorePlan) -> list[str]:
+    """Which items differ in image, conversation or presence, five of each kind by name."""
+    there = {name: key.tobytes() for name, key in zip(store.items.names, store.item_keys, strict=True)}
+    here = dict(zip(plan.items.names, plan.item_keys, strict=True))
+    kinds = {
+        "changed items": [name for name in here if name in there and here[name] != there[name]],
+        "items only asked": [name for name in here if name not in there],
+        "items only stored": [name for name in there if name not in here],
+    }
+    return [
+        f"{kind}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for kind, names in kinds.items()
+        if names
+    ]
 
 
 def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:

@@ -1,7 +1,8 @@
 """Reading a store: its items, its rows, and the model's arrays that give the rows a meaning."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from agiqa.errors import DamagedStore, IncompleteStore, SchemaError, ViewRefused
 from agiqa.store.arrays import Geometry
 from agiqa.store.basis import Basis, load_basis
 from agiqa.store.bits import to_float32
+from agiqa.store.files import read_json, sha256_of_file
 from agiqa.store.items import Items, read_items
 from agiqa.store.layout import ENCODINGS, FORMAT, VERSION, StoreLayout
 
@@ -70,6 +72,11 @@ class Store:
 
     @cached_property
     def _items(self) -> Items:
+        if self.is_complete:
+            recorded = read_json(self.layout.manifest)["labels"]["sha256"]
+            if not self.layout.items.exists() or sha256_of_file(self.layout.items) != recorded:
+                message = f"{self.layout.items} is not the item table that the manifest lists. Copy the store again."
+                raise DamagedStore(message)
         items = read_items(self.layout.items)
         if len(items) != len(self.n_tokens):
             message = f"{self.layout.items} has {len(items)} rows, the index {len(self.n_tokens)} items."
@@ -111,7 +118,23 @@ class Store:
         return self._index("status")
 
     def _index(self, name: str) -> NDArray[Any]:
-        return np.asarray(self.array(f"index/{name}")[...])
+        return self._whole(f"index/{name}")
+
+    def _whole(self, name: str) -> NDArray[Any]:
+        array = self.array(name)
+        with self._decoding(f"{name!r}"):
+            return np.asarray(array[...])
+
+    @contextmanager
+    def _decoding(self, what: str) -> Generator[None]:
+        try:
+            yield
+        except (ValueError, RuntimeError, OSError) as error:
+            message = (
+                f"{self.path}: {what} cannot be decoded, its bytes are damaged ({error}). "
+                f"`agiqa store verify --level full {self.path}` names all that is damaged."
+            )
+            raise DamagedStore(message) from error
 
     def array(self, name: str) -> zarr.Array[Any]:
         """The Zarr array `name`. Raises IncompleteStore when it is not there (yet)."""
@@ -140,14 +163,9 @@ class Store:
     def unit_rows(self, unit: int, array: str = "features") -> NDArray[Any]:
         """The used rows of `unit` of `features`, `tokens/ids` or `tokens/roles`, in the bits of the store."""
         first = unit * self.geometry.unit_rows
-        try:
-            return np.asarray(self.array(array)[first : first + self.rows_used(unit)])
-        except (ValueError, RuntimeError, OSError) as error:
-            message = (
-                f"{self.path}: unit {unit} of {array!r} cannot be decoded ({error}). "
-                f"`agiqa store verify --level full {self.path}` names all that is damaged."
-            )
-            raise DamagedStore(message) from error
+        rows, used = self.array(array), self.rows_used(unit)
+        with self._decoding(f"unit {unit} of {array!r}"):
+            return np.asarray(rows[first : first + used])
 
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
         """The rows of `items` (positions), in that order; each unit is decoded once.
@@ -195,7 +213,7 @@ class Store:
             message = f"{self.path} holds a {self.encoding}, without W_lm; read it from the store it came from."
             raise ViewRefused(message)
         array = self.array("lm_head/weight")
-        bits = np.asarray(array[...])
+        bits = self._whole("lm_head/weight")
         if hashlib.sha256(bits.tobytes()).hexdigest() != self.lm_head_sha256:
             message = f"{self.path}: lm_head/weight is not the head that its hash names. Copy the store again."
             raise DamagedStore(message)
@@ -210,7 +228,8 @@ class Store:
             )
             raise ViewRefused(message)
         self.array("basis/q")
-        return load_basis(self.group)
+        with self._decoding("the basis"):
+            return load_basis(self.group)
 
 
 def is_planned(path: Path) -> bool:

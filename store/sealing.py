@@ -32,7 +32,8 @@ def _seal(store: Store) -> None:
     if damaged:
         message = f"{store.path} cannot be sealed:\n" + "\n".join(f"  {line}" for line in damaged)
         raise DamagedStore(message)
-    for left_over in store.layout.zarr.rglob("*.partial"):  # writes of killed runs that were never renamed
+    # writes of killed runs that were never renamed
+    for left_over in (*store.layout.zarr.rglob("*.partial"), *store.layout.commits.glob(".*")):
         left_over.unlink()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")

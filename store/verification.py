@@ -114,7 +114,7 @@ def _undocumented(store: Store, entries: list[dict[str, Any]]) -> list[Damage]:
     return [Damage(where=path, problem=f"{path} is not in the manifest") for path in found if path not in known]
 
 
-def _check_probe(store: Store) -> tuple[float, list[Damage]]:
+def _check_probe(store: Store) -> tuple[float | None, list[Damage]]:
     logits_array = store.array("probe/logits")
     rows = np.asarray(store.array("probe/rows")[...])
     expected = to_float32(np.asarray(logits_array[...]), str(logits_array.attrs["logical_dtype"]))
@@ -127,7 +127,7 @@ def _check_probe(store: Store) -> tuple[float, list[Damage]]:
             basis = store.basis()
             rebuilt, tolerance = values @ basis.q.T, 0.05 + 3.0 * np.sqrt(1.0 - basis.energy_kept)
     except (StoreError, ValueError, RuntimeError) as failure:
-        return float("nan"), [Damage(where="probe", problem=f"the probe rows cannot be rebuilt: {failure}")]
+        return None, [Damage(where="probe", problem=f"the probe rows cannot be rebuilt: {failure}")]
     error = float((np.linalg.norm(rebuilt - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())
     if error <= tolerance:
         return error, []

@@ -27,3 +27,13 @@ def tiny_vision_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.extract.tiny_models import write_vision_checkpoint
 
     return write_vision_checkpoint(tmp_path_factory.mktemp("tiny-vision"))
+
+
+@pytest.fixture(scope="session")
+def agiqa():
+    """Calls the command line in processes of its own: `agiqa("store", "info", path)`."""
+    from tests.command_line import CommandLine
+
+    command_line = CommandLine()
+    yield command_line
+    command_line.close()

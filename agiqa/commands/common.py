@@ -52,9 +52,9 @@ def _load_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     for key, value in values.items():
         name = known.get(str(key).replace("_", "-"))
         if name is None:
-            error = UnknownName.of(kind="option", name=str(key), known=known)
-            error.add_note(f"in {path}")
-            raise error
+            unknown = UnknownName.of(kind="option", name=str(key), known=known)
+            unknown.add_note(f"in {path}")
+            raise unknown
         defaults[name] = value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
@@ -65,7 +65,7 @@ def _spelling(option: click.Option) -> str:
     return longest.removeprefix("--")
 
 
-class Share(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic only in newer click
+class Share(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
     """A share `K/N` of the work, as the tuple (K, N)."""
 
     name = "K/N"

@@ -11,8 +11,14 @@ from agiqa.commands.common import print_result, shared_options
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
 @click.argument("store", type=click.Path(path_type=Path, exists=True))
 @click.option("--split", default="test", show_default=True, help="test, validation, train or all.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto is the GPU if there is one.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items at a time.")
 @shared_options
 def command(run: Path, store: Path, split: str, device: str, batch_size: int, *, as_json: bool) -> None:
     """SRCC, PLCC, KRCC and RMSE of the head RUN on STORE, with prompt-clustered bootstrap intervals.

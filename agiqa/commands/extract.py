@@ -21,12 +21,24 @@ from agiqa.commands.common import Share, print_result, shared_options, table
 @click.option("--variant", default="id", show_default=True, help="Rounds of the conversation: no_id, id or full.")
 @click.option("--aspect", default="quality", show_default=True, help="quality, correspondence or authenticity.")
 @click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
-@click.option("--encoding", type=click.Choice(["hidden", "sketch"]), default="hidden", show_default=True)
+@click.option(
+    "--encoding",
+    type=click.Choice(["hidden", "sketch"]),
+    default="hidden",
+    show_default=True,
+    help="Final hidden states, or coordinates in a basis of the logits.",
+)
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of a sketch, calibrated on training items.")
 @click.option("--basis", type=click.Path(path_type=Path, exists=True), help="Sketch store whose basis is used.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest conversation; the model's own limit if absent.")
 @click.option("--truncate", is_flag=True, help="Cut longer conversations, and count them.")
-@click.option("--on-bad-item", type=click.Choice(["fail", "skip"]), default="fail", show_default=True)
+@click.option(
+    "--on-bad-item",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="Stop with the list of unusable items, or leave them out and say so.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Items per forward pass.")
 @click.option("--dtype", default="auto", show_default=True, help="bfloat16, float16, float32, or the checkpoint's own.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or the GPU if there is one.")

@@ -12,8 +12,14 @@ from agiqa.commands.common import print_result, shared_options
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
 @click.argument("store", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="auto is the GPU if there is one.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items at a time.")
 @shared_options
 def command(run: Path, store: Path, out: Path, device: str, batch_size: int, *, as_json: bool) -> None:
     """Write the scores of the head RUN for every item of STORE to the csv OUT (name, prompt, predicted)."""

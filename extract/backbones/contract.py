@@ -27,7 +27,7 @@ class Prepared:
 
 
 class Backbone(Protocol):
-    """A frozen multimodal or text model whose logits are `H W_lm^T` (method.md section 7, identity 1)."""
+    """A frozen multimodal or text model whose logits are `H W_lm^T`."""
 
     hidden_size: int
     """D"""

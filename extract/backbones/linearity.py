@@ -1,4 +1,4 @@
-"""The check that a model's logits are `E = H W_lm^T` (method.md section 7, identities 1 and 5).
+"""The check that a model's logits are `E = H W_lm^T`.
 
 Stores keep `H` and `W_lm` instead of the logits, which is only right for a model that does nothing else to
 them. Bends such as soft-capping hide while logits are small, so the check also feeds the output embedding
@@ -83,6 +83,6 @@ def _bends(settings: Any, key: str) -> bool:
 
 def _bent(name: str, why: str) -> ModelError:
     return ModelError(
-        f"{name}: its logits are not a linear image of the hidden states: {why}. The encodings hidden and sketch "
-        "(method.md section 7, identities 1 to 3) would not hold it; only the raw encoding logits could."
+        f"{name}: its logits are not a linear image of the hidden states: {why}. Hidden states and sketches "
+        "of them would not hold it. Use another checkpoint of the family, without that setting."
     )

@@ -1,5 +1,6 @@
 """The encoder `xlstm`: the published stack from the xlstm package (Beck et al. 2024, NX-AI)."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from xlstm import (
@@ -12,10 +13,13 @@ from xlstm import (
     xLSTMBlockStackConfig,
 )
 from xlstm.blocks.mlstm.cell import mLSTMCell
+from xlstm.blocks.slstm.cell import sLSTMCell_vanilla
+from xlstm.blocks.slstm.layer import sLSTMLayer
 
 from agiqa.errors import ConfigError
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
+from agiqa.heads.encoders.slstm import slstm
 
 _SLSTM_INDEX = 1
 _FIRST_CONTEXT = 512
@@ -30,8 +34,8 @@ class XLSTMEncoder(Encoder):
     it is zeroed on the way in all the same, since the parallel form multiplies it by zero, which NaN survives.
     """
 
-    kernels = "vanilla"
-    """The package's own torch code on every device: mLSTM in parallel form, sLSTM step by step."""
+    kernels = "vanilla mlstm, explicit slstm"
+    """Torch code on every device: the package's own mLSTM in parallel form, and the sLSTM of slstm.py."""
 
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError when the heads do not divide the width into two channels or more each."""
@@ -43,6 +47,7 @@ class XLSTMEncoder(Encoder):
             )
             raise ConfigError(message)
         self.stack = xLSTMBlockStack(stack_config(config))
+        install_slstm(self.stack)
 
     def forward(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
@@ -83,3 +88,40 @@ def stack_config(config: HeadConfig) -> xLSTMBlockStackConfig:
         slstm_at=[_SLSTM_INDEX] if config.blocks > _SLSTM_INDEX else [],
         dropout=config.dropout,
     )
+
+
+class SLSTMCell(sLSTMCell_vanilla):
+    """The package's torch cell, parameters and all, with `slstm` for whole sequences from the zero state."""
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002  (the package's name)
+        state: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As the package's; where a state is given, the package's own loop runs.
+
+        Computed in float32 at least; the result has the wider dtype of input and weights.
+        """
+        if state is not None:
+            output, last = super().forward(input, state, lengths)
+            return output, last
+        self._check_input(input)
+        heads, dim = self.config.num_heads, self.config.head_dim
+        result_dtype = torch.promote_types(input.dtype, self._recurrent_kernel.dtype)
+        dtype = torch.promote_types(result_dtype, torch.float32)
+        hidden, last = slstm(
+            self._permute_input(input).unflatten(-1, (4, heads, dim)).to(dtype),
+            self._recurrent_kernel.view(heads, 4, dim, dim).to(dtype),
+            self._bias.view(4, heads, dim).to(dtype),
+        )
+        return self._permute_output(hidden.flatten(2).to(result_dtype)), last.flatten(2).to(result_dtype)
+
+
+def install_slstm(stack: xLSTMBlockStack) -> None:
+    """Put a SLSTMCell with the same weights in the place of every torch sLSTM cell of `stack`."""
+    for layer in stack.modules():
+        if isinstance(layer, sLSTMLayer):
+            cell = SLSTMCell(layer.config)
+            cell.load_state_dict(layer.slstm_cell.state_dict())
+            layer.slstm_cell = cell

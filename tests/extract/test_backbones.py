@@ -246,7 +246,7 @@ def test_dtype_missing_from_the_configuration_is_read_from_the_weights(tmp_path)
 
 def test_soft_capped_logits_are_refused_by_name(tmp_path):
     backbone = open_backbone(str(tiny_models.write_softcapped_checkpoint(tmp_path)), device="cpu")
-    with pytest.raises(ModelError, match=r"final_logit_softcapping = 30\.0.*only the raw encoding logits"):
+    with pytest.raises(ModelError, match=r"final_logit_softcapping = 30\.0.*without that setting"):
         backbone.load()
 
 

@@ -1,4 +1,4 @@
-"""The laws of style.md for every registered encoder, and padding laws for every registered pooling and head."""
+"""Laws for every registered encoder, and padding laws for every registered pooling and head."""
 
 from collections import Counter
 

@@ -43,7 +43,7 @@ def test_xlstm_is_the_published_stack():
     torch.testing.assert_close(ours(tokens, torch.ones(3, 11, dtype=torch.bool)), theirs(tokens))
     kinds = [type(block.xlstm) for block in ours.stack.blocks]
     assert kinds == [mLSTMLayer, sLSTMLayer, mLSTMLayer, mLSTMLayer]
-    assert ours.kernels == "vanilla"
+    assert ours.kernels == "vanilla mlstm, explicit slstm"
 
 
 def test_xlstm_reads_past_its_first_context_and_stays_causal():

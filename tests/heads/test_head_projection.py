@@ -18,11 +18,12 @@ class ExplicitLogits(nn.Module):
         super().__init__()
         self.linear = nn.Linear(like.weight.shape[1], like.weight.shape[0])
         self.linear.load_state_dict({"weight": like.weight, "bias": like.bias})
-        self.constants = like.lm_head.clone(), like.shift.clone(), like.scale.clone()
+        self.constants = like.lm_head.clone(), like.shift.clone(), like.whitening.clone(), like.scale.clone()
 
     def forward(self, hidden):
-        lm_head, shift, scale = self.constants
-        return (self.linear(hidden @ lm_head.T) - shift) / scale
+        lm_head, shift, whitening, scale = self.constants
+        logits = (hidden - shift) @ whitening.T @ lm_head.T
+        return self.linear(logits) / scale
 
 
 def build(store, **settings) -> nn.Module:
@@ -60,7 +61,7 @@ def test_vocabulary_trains_as_explicit_logits_do(make_store, standardise):
 
 def test_vocabulary_keeps_the_language_model_head_out_of_the_checkpoint(make_store):
     projection = build(make_store(40, encoding="hidden"), projection="vocabulary")
-    assert set(projection.state_dict()) == {"weight", "bias", "shift", "scale"}
+    assert set(projection.state_dict()) == {"weight", "bias", "shift", "whitening", "scale"}
     assert not projection.lm_head.requires_grad
 
 
@@ -92,6 +93,17 @@ def test_calibrated_outputs_have_unit_scale(make_store, name, encoding):
     outputs = projection(tokens)[0]
     assert outputs.mean(0).abs().max() < 1e-2
     assert 0.5 < outputs.std() < 1.5
+
+
+def test_whitened_tokens_weigh_alike_in_every_direction(make_store):
+    store = make_store(200, encoding="hidden")
+    mixing = np.array([[1.0, 0.9, 0.0, 0.2], [0.0, 0.3, 0.1, 0.0], [0.0, 0.0, 0.2, 0.1], [0.0, 0.0, 0.0, 0.05]])
+    for rows in store.features:
+        rows[:] = rows @ mixing + 3.0
+    projection = build(store, projection="vocabulary")
+    tokens = np.concatenate([store.features[item] for item in range(40)]).astype(np.float64)
+    white = (tokens - projection.shift.numpy()) @ projection.whitening.numpy().T
+    np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(4), atol=0.02)
 
 
 def test_sketch_is_a_linear_map_of_standardised_coordinates(make_store):

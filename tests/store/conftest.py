@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from agiqa.store import (
     Items,
     Store,
@@ -40,8 +41,7 @@ def make_content(lengths, *, width=16, vocabulary=40, logical_dtype="bfloat16", 
     count = len(lengths)
     scale = np.linspace(3.0, 0.1, width).astype(np.float32)
     hidden = [
-        from_float32((rng.normal(size=(length, width)) * scale).astype(np.float32), logical_dtype)
-        for length in lengths
+        from_float32((rng.normal(size=(length, width)) * scale).astype(np.float32), logical_dtype) for length in lengths
     ]
     items = Items(
         names=[f"image_{position}.png" for position in range(count)],
@@ -89,9 +89,7 @@ def write_model(writer: UnitWriter, content: Content) -> None:
         if item is not None:
             first = to_float32(content.hidden[item][:1], content.logical_dtype)
         create_whole_array(group, "probe/rows", rows)
-        create_whole_array(
-            group, "probe/logits", first @ content.lm_head.T, attributes={"logical_dtype": "float32"}
-        )
+        create_whole_array(group, "probe/logits", first @ content.lm_head.T, attributes={"logical_dtype": "float32"})
 
     writer.write_model_arrays(write)
 

@@ -1,21 +1,21 @@
 """Kills, flipped bits, missing files and lies: nothing is lost, and nothing is silently wrong."""
 
-import os
 import random
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+
 from agiqa.errors import DamagedStore, DataError, SchemaError, SettingsConflict
 from agiqa.store import UnitWriter, create_store, open_store, seal, verify
-
 from tests.store.conftest import fill, make_content, make_store, plan_of, unit_features
 
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def flip_a_bit(path, seed):

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from agiqa.errors import IncompleteStore, SchemaError, ViewRefused
-from agiqa.store import create_store, from_float32, open_store, to_float32
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agiqa.errors import IncompleteStore, SchemaError, ViewRefused
+from agiqa.store import create_store, from_float32, open_store, to_float32
 from tests.store.conftest import fill, make_content, make_store, plan_of
 
 

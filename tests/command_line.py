@@ -1,0 +1,131 @@
+"""Real `agiqa` processes at the price of a fork: one process imports the libraries, each command is a child of it.
+
+A cold start of torch and transformers costs seconds, and these tests run a hundred commands. A child runs the
+same `agiqa.cli.main`, with a process id to kill, file descriptors of its own and nothing shared but imports.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+_SERVER = """
+import gc, json, os, sys, traceback
+import lightning.pytorch, pyarrow.parquet, torch, transformers, xlstm, zarr
+import agiqa.extract.backbones.opening, agiqa.heads
+from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
+from agiqa.cli import main
+gc.freeze()
+print("ready", flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        for descriptor in (1, 2):
+            os.dup2(os.open(request["streams"][descriptor - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        torch.set_num_threads(request["threads"])
+        code = 0
+        try:
+            main(request["arguments"])
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a command ended and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object that the output stream must be."""
+        assert self.code == 0, self.err
+        result = json.loads(self.out)
+        assert isinstance(result, dict)
+        return result
+
+
+class CommandLine:
+    """Calls `agiqa` with arguments, one command at a time."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
+        self._server = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _SERVER],
+            cwd=REPOSITORY,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._read() == "ready"
+
+    def __call__(self, *arguments: object, threads: int = 1) -> Outcome:
+        """Run `agiqa ARGUMENTS` to its end."""
+        return self._run(arguments, lambda: False, threads)
+
+    def killed(self, *arguments: object, when: Callable[[], bool], delay: float = 0.0) -> Outcome:
+        """Run `agiqa ARGUMENTS` and kill it `delay` seconds after `when()` became true; code -9, or 0 if too late."""
+        return self._run(arguments, when, 1, delay)
+
+    def close(self) -> None:
+        """End the process that the commands are forked from."""
+        self._server.communicate()
+
+    def _run(
+        self, arguments: tuple[object, ...], when: Callable[[], bool], threads: int, delay: float = 0.0
+    ) -> Outcome:
+        with tempfile.TemporaryDirectory() as folder:
+            streams = [Path(folder) / "out", Path(folder) / "err"]
+            request = {
+                "arguments": [str(argument) for argument in arguments],
+                "streams": [str(stream) for stream in streams],
+                "threads": threads,
+            }
+            assert self._server.stdin is not None
+            self._server.stdin.write(json.dumps(request) + "\n")
+            self._server.stdin.flush()
+            child = int(self._read())
+            while _alive(child):
+                if when():
+                    time.sleep(delay)
+                    if _alive(child):
+                        os.kill(child, signal.SIGKILL)
+                    break
+                time.sleep(0.001)
+            code = int(self._read())
+            return Outcome(code=code, out=streams[0].read_text(), err=streams[1].read_text())
+
+    def _read(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline().strip()
+
+
+def _alive(process: int) -> bool:
+    """Whether the process is there; its id is not given to another while the server has not told its exit code."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
