@@ -1,0 +1,6 @@
+"""Questions asked of the other rooms: the demo and its pictures. LOG.md beside this file is the lab log."""
+
+from agiqa.bench.demo import DemoResult, run_demo
+from agiqa.bench.pictures import Panel, scatter
+
+__all__ = ["DemoResult", "Panel", "run_demo", "scatter"]
