@@ -99,6 +99,11 @@ class UnitWriter:
             objects = [describe_object(self.store.path, path) for path in files]
             write_text_atomically(layout.model_commit, canonical_json({"objects": objects}))
 
+    def _remedy(self) -> str:
+        if self.store.encoding == "sketch":
+            return "If the hidden states are finite there, it left the range of the sketch's dtype: store them instead."
+        return "Try --dtype float32, or leave the item out."
+
     def _features(self) -> zarr.Array[Any]:
         found = self.group["features"]
         if not isinstance(found, zarr.Array):
@@ -122,6 +127,6 @@ class UnitWriter:
             item = int(items[np.searchsorted(self.store.row_starts[items], row, side="right") - 1])
             message = (
                 f"item {self.store.items.names[item]!r} (unit {unit}): the model gave a NaN or infinite value at "
-                f"token {row - int(self.store.row_starts[item])}. Try --dtype float32, or leave the item out."
+                f"token {row - int(self.store.row_starts[item])}. {self._remedy()}"
             )
             raise DataError(message)
