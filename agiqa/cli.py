@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; finished units of a store are kept: run the same command again", file=sys.stderr)
         sys.exit(130)
     except (AgiqaError, OSError) as error:
         if "-v" in arguments or "--verbose" in arguments:

@@ -6,8 +6,8 @@ from typing import Any
 
 from agiqa.errors import ConfigError
 from agiqa.extract.backbones import Backbone
-from agiqa.extract.calibration import calibrate, stored_basis
-from agiqa.extract.fill import CALIBRATION_ITEMS, Filler, FillReport, check_basis
+from agiqa.extract.calibration import calibrate, calibration_positions, stored_basis
+from agiqa.extract.fill import Filler, FillReport, check_basis
 from agiqa.extract.items import DataSet
 from agiqa.extract.plan import LengthRule, TokenisedItems, plan_store, tokenise
 from agiqa.progress import say, track
@@ -89,6 +89,9 @@ def _check_sketch(settings: ExtractionSettings) -> None:
     if settings.encoding == "sketch" and len(given) != 1:
         message = "--encoding sketch needs either --rank R, or --basis STORE to use the basis of another sketch."
         raise ConfigError(message)
+    if settings.plan_only and settings.rank is not None:
+        message = "--plan-only computes nothing, and a sketch of --rank R needs a basis: plan with --basis STORE."
+        raise ConfigError(message)
 
 
 def _choose_basis(
@@ -104,7 +107,8 @@ def _choose_basis(
     used = stored_basis(path, tokenised, rank=settings.rank)
     if used is not None:
         return used
-    with track("calibrate", min(CALIBRATION_ITEMS, len(tokenised.items)), "items") as advance:
+    chosen = calibration_positions([item.split for item in tokenised.items])
+    with track("calibrate", len(chosen), "items") as advance:
         return calibrate(backbone, tokenised, rank=settings.rank, batch_size=settings.batch_size, advance=advance)
 
 

@@ -109,7 +109,6 @@ def plan_store(
         "model": backbone.provenance(),
         "conversation": conversation,
         "data_set": {
-            "name": data_set.name,
             "items": len(tokenised.items),
             "skipped": len(tokenised.skipped) + len(data_set.skipped),
             "plan_sha256": _plan_hash(tokenised),

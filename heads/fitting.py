@@ -72,6 +72,8 @@ def fit_head(
         try:
             with _quiet_lightning():
                 _trainer(config, device, epochs=epochs, validate=len(validation) > 0).fit(learner)
+        except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+            raise KeyboardInterrupt from stopped
         finally:
             progress.end()
     head.load_state_dict(learner.best_weights)

@@ -29,7 +29,7 @@ from agiqa.heads.projection import FeatureSpec
 FORMAT = "agiqa.head"
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, METRICS = "head.safetensors", "config.json", "metrics.json"
-PREDICTIONS, CURVES = "predictions.csv", "curves.csv"
+PREDICTIONS, CURVES, PARTS = "predictions.csv", "curves.csv", "parts.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,11 @@ class Run:
     """config.json."""
     metrics: Mapping[str, Any]
     """metrics.json."""
+
+    def parts(self) -> dict[str, set[tuple[str, str]]]:
+        """Name and prompt of the items that trained the head, chose its epoch, and were tested on."""
+        recorded = _read_json(self.path, PARTS)
+        return {part: {(name, prompt) for name, prompt in items} for part, items in recorded.items()}
 
     def check(self, source: FeatureSource) -> FeatureSpec:
         """The spec of `source`. Raises HeadError, naming both sides, when its features mean nothing to this head."""
@@ -112,6 +117,7 @@ def write_run(
     metrics: Mapping[str, Any],
     predictions: Sequence[Mapping[str, Any]],
     curves: Sequence[Mapping[str, Any]],
+    parts: Mapping[str, Sequence[tuple[str, str]]],
 ) -> None:
     """Write the folder beside its place, then move it there: a run that was killed is never taken for a run."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +127,7 @@ def write_run(
         save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, partial / WEIGHTS)
         _write_csv(partial / PREDICTIONS, predictions)
         _write_csv(partial / CURVES, curves)
+        _write_json(partial / PARTS, parts)
         _write_json(partial / METRICS, metrics)
         _write_json(partial / CONFIG, {"format": FORMAT, "version": FORMAT_VERSION, **config})
         refuse_taken(path)

@@ -13,11 +13,14 @@ from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head import Head
 from agiqa.heads.metrics import evaluate_scores
+from agiqa.heads.prompts import normalise_prompt
 from agiqa.heads.runs import Run
-from agiqa.heads.splits import make_partition, split_items
+from agiqa.heads.splits import identities, split_items
 
 _ITEMS_AT_ONCE = 512
 PARTS = ("test", "validation", "train", "all")
+_TRAINING_PARTS = ("train", "validation", "val")
+_ALIASES = {"val": "validation"}
 
 
 def predict(
@@ -43,29 +46,43 @@ def evaluate(
     """Metrics with intervals on one part of a store: `test`, `validation`, `train` or `all`.
 
     On the store of the run the parts are those of its training; on another store they are its split column's.
+    `warnings` in the result count the items and prompts that the head was trained on.
     Raises as `predict`, UnknownName for the part, DataError for an empty part or missing labels.
     """
     items = part_items(run, source, part)
     labels = read_labels(source, items, label=run.train.label)
     predicted = predict(run, source, items, device=device, batch_size=batch_size)
     prompts = [source.items.prompts[k] for k in items]
-    return evaluate_scores(predicted, labels, prompts, seed=run.train.seed)
+    scores = evaluate_scores(predicted, labels, prompts, seed=run.train.seed)
+    return {**scores, "warnings": [] if part in _TRAINING_PARTS else _leaks(run, source, items)}
 
 
 def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
     """The items of a part, never empty; see `evaluate`."""
+    part = _ALIASES.get(part, part)
     if part not in PARTS:
         kind = "part"
         raise UnknownName.of(kind, part, PARTS)
     if part == "all" or source.id != run.store_id:
-        items = split_items(source, {"validation": "val"}.get(part, part))
-    else:
-        partition = make_partition(source, run.train)
-        items = {"train": partition.train, "validation": partition.validation, "test": partition.test}[part]
+        return split_items(source, {"validation": "val"}.get(part, part))
+    wanted = run.parts()[part]
+    everything = np.arange(len(source.items.names))
+    items = everything[[identity in wanted for identity in identities(source, everything)]]
     if not len(items):
         message = f"{source.id}: no item is in the part {part!r} of the run {run.path}."
         raise DataError(message)
     return items
+
+
+def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[str]:
+    """Warnings about items and prompts that the head was trained on, or that chose its epoch."""
+    parts = run.parts()
+    trained = parts["train"] | parts["validation"]
+    known = {normalise_prompt(prompt) for _, prompt in trained}
+    seen = sum(identity in trained for identity in identities(source, items))
+    prompts = sum(normalise_prompt(source.items.prompts[item]) in known for item in items)
+    counts = {"were in the training of this head": seen, "have a prompt that occurs in its training": prompts}
+    return [f"{count} of {len(items)} items {what}." for what, count in counts.items() if count]
 
 
 def predict_items(

@@ -31,6 +31,12 @@ class Partition:
     """Items of the store in no part."""
     leaked: int
     """Test items whose normalised prompt also occurs in train or validation."""
+    validation_leaked: int
+    """Validation items whose normalised prompt also occurs in train; 0 unless the data set brings its own."""
+
+    def parts(self) -> dict[str, NDArray[np.int64]]:
+        """The items of each part by its name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def record(self) -> dict[str, Any]:
         """The counts, ready for JSON."""
@@ -49,6 +55,11 @@ class Partition:
             found.append(
                 f"{self.leaked} of {len(self.test)} test items have a prompt that also occurs in training; "
                 f"the metrics tell of new images for known prompts. Use the split 'grouped' for new prompts."
+            )
+        if self.validation_leaked:
+            found.append(
+                f"{self.validation_leaked} of {len(self.validation)} validation items, which choose the epoch, have a "
+                "prompt that also occurs in training: the data set's own 'val' part was used."
             )
         if self.left_out:
             found.append(f"{self.left_out} items of the store are in no part of the split.")
@@ -72,14 +83,21 @@ def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
     if config.validation > 0.0 and not len(validation):
         seed = [config.split_seed, _VALIDATION_STREAM]
         train, validation = _hold_out(items, train, config.validation, seed)
-    known = {normalise_prompt(items.prompts[k]) for k in (*train, *validation)}
+    trained = {normalise_prompt(items.prompts[k]) for k in train}
+    known = trained | {normalise_prompt(items.prompts[k]) for k in validation}
     return Partition(
         train=train,
         validation=validation,
         test=test,
         left_out=len(items.names) - len(train) - len(validation) - len(test),
         leaked=sum(normalise_prompt(items.prompts[k]) in known for k in test),
+        validation_leaked=sum(normalise_prompt(items.prompts[k]) in trained for k in validation),
     )
+
+
+def identities(source: FeatureSource, items: NDArray[np.int64]) -> list[tuple[str, str]]:
+    """Name and prompt of each item: what makes it the same item in another store."""
+    return [(source.items.names[item], source.items.prompts[item]) for item in items]
 
 
 def split_items(source: FeatureSource, part: str) -> NDArray[np.int64]:
@@ -93,7 +111,7 @@ def split_items(source: FeatureSource, part: str) -> NDArray[np.int64]:
     if not len(chosen):
         message = (
             f"{source.id}: no item is in the split {part!r}. The split column holds: "
-            f"{_counts(source.items.splits)}. Join one with `agiqa store labels`."
+            f"{_counts(source.items.splits)}. Extract again from a table with a split column, or evaluate `all`."
         )
         raise DataError(message)
     return chosen
@@ -105,7 +123,7 @@ def _published(source: FeatureSource) -> tuple[NDArray[np.int64], NDArray[np.int
     if not {"train", "test"} <= set(splits):
         message = (
             f"{source.id}: the split 'published' needs items marked train and test, and the split column holds: "
-            f"{_counts(splits)}. Use the split 'grouped', or join a split column with `agiqa store labels`."
+            f"{_counts(splits)}. Use the split 'grouped', or extract again from a table with a split column."
         )
         raise DataError(message)
     validation = split_items(source, "val") if "val" in splits else np.arange(0)

@@ -22,7 +22,7 @@ from agiqa.heads.progress import LineProgress, TrainingProgress
 from agiqa.heads.projection import FeatureSpec
 from agiqa.heads.runs import Run, load_run, refuse_taken, write_run
 from agiqa.heads.scoring import predict_items
-from agiqa.heads.splits import Partition, make_partition
+from agiqa.heads.splits import Partition, identities, make_partition
 from agiqa.version import agiqa_version
 
 
@@ -73,6 +73,7 @@ def train_head(
         metrics=metrics,
         predictions=[row for name, part in parts.items() for row in _rows(source, name, *part)],
         curves=[epoch.row() for fit in fits for epoch in fit.curves],
+        parts={name: identities(source, items) for name, items in partition.parts().items()},
     )
     return load_run(run)
 

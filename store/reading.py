@@ -117,6 +117,12 @@ class Store:
         """Per item, a value of ITEM_STATUS, (items,)."""
         return self._index("status")
 
+    @property
+    def remedy(self) -> str:
+        """How an unfinished store is finished."""
+        maker = "store sketch" if "source" in self.provenance else "extract"
+        return f"Run the same `agiqa {maker}` again to finish it."
+
     def _index(self, name: str) -> NDArray[Any]:
         return self._whole(f"index/{name}")
 
@@ -141,7 +147,7 @@ class Store:
         try:
             found = self.group[name]
         except KeyError:
-            message = f"{self.path} has no array {name!r} yet; run the same `agiqa extract` again to finish it."
+            message = f"{self.path} has no array {name!r} yet. {self.remedy}"
             raise IncompleteStore(message) from None
         if not isinstance(found, zarr.Array):
             message = f"{self.path}: {name!r} is a group where an array was expected."
@@ -149,7 +155,9 @@ class Store:
         return found
 
     def committed_units(self) -> list[int]:
-        """Units whose features are on disk with a commit record, ascending."""
+        """Units whose features are on disk with a commit record, ascending; all of them once the store is sealed."""
+        if self.is_complete:
+            return list(range(self.geometry.units))
         return [unit for unit in range(self.geometry.units) if self.layout.commit(unit).exists()]
 
     def items_of(self, unit: int) -> NDArray[np.int64]:
@@ -197,7 +205,7 @@ class Store:
             if int(self.units[position]) in missing:
                 message = (
                     f"{self.path}: item {self.items.names[position]!r} has no features yet "
-                    f"({len(missing)} of the units asked for are missing). Run the same `agiqa extract` again."
+                    f"({len(missing)} of the units asked for are missing). {self.remedy}"
                 )
                 raise IncompleteStore(message)
 
@@ -234,7 +242,8 @@ class Store:
 
 def is_planned(path: Path) -> bool:
     """Whether `path` holds a store, finished or not."""
-    return StoreLayout(path).plan_commit.exists()
+    layout = StoreLayout(path)
+    return layout.plan_commit.exists() or layout.manifest.exists()
 
 
 def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
@@ -248,7 +257,7 @@ def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
         done = len(store.committed_units())
         message = (
             f"{path} is incomplete: {done} of {store.geometry.units} units are finished and it is not sealed. "
-            "Run the same `agiqa extract` again to finish it."
+            f"{store.remedy}"
         )
         raise IncompleteStore(message)
     return store

@@ -60,7 +60,7 @@ def recorded_objects(store: Store) -> list[dict[str, Any]]:
     if missing or not layout.model_commit.exists():
         what = f"units {', '.join(map(str, missing[:10]))}" if missing else "the model's arrays"
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        message = f"{store.path}: {what}{more} not finished. Run the same `agiqa extract` again."
+        message = f"{store.path}: {what}{more} not finished. {store.remedy}"
         raise IncompleteStore(message)
     records = [layout.plan_commit, layout.model_commit, *map(layout.commit, range(store.geometry.units))]
     return [entry for record in records for entry in read_json(record)["objects"]]

@@ -16,8 +16,9 @@ def store_summary(store: Store) -> dict[str, Any]:
     as float16 (present where the size of the vocabulary is known).
     """
     items, done = store.items, store.committed_units()
-    records = [read_json(store.layout.commit(unit)) for unit in done]
-    rows = sum(int(record["rows"]) for record in records)
+    records = [read_json(path) for unit in done if (path := store.layout.commit(unit)).exists()]
+    rows = sum(store.rows_used(unit) for unit in done)
+    shards = [path for unit in done if (path := store.layout.features_object(unit)).exists()]
     summary: dict[str, Any] = {
         "path": str(store.path),
         "id": store.id,
@@ -31,14 +32,14 @@ def store_summary(store: Store) -> dict[str, Any]:
         "units": store.geometry.units,
         "unit_rows": store.geometry.unit_rows,
         "bytes_on_disk": sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file()),
-        "bytes_features": sum(int(entry["bytes"]) for record in records for entry in record["objects"]),
+        "bytes_features": sum(path.stat().st_size for path in shards),
         "bytes_raw_features": rows * store.width * store.array("features").dtype.itemsize,
         "seconds_of_work": round(sum(float(record["seconds"]) for record in records), 1),
         "labels": {aspect: int(np.isfinite(mos).sum()) for aspect, mos in items.labels.items()},
         "splits": dict(Counter(split or "none" for split in items.splits)),
         "provenance": store.provenance,
     }
-    if store.layout.model_commit.exists():
+    if store.is_complete or store.layout.model_commit.exists():
         vocabulary = int(store.array("probe/logits").shape[1])
         summary["bytes_raw_logits"] = rows * vocabulary * 2
     return summary

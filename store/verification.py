@@ -122,10 +122,10 @@ def _check_probe(store: Store) -> tuple[float | None, list[Damage]]:
         features = np.stack([np.asarray(store.array("features")[int(row)]) for row in rows])
         values = to_float32(features, store.logical_dtype)
         if store.encoding == "hidden":
-            rebuilt, tolerance = values @ store.lm_head().T, _TOLERANCE[store.logical_dtype]
-        else:
-            basis = store.basis()
-            rebuilt, tolerance = values @ basis.q.T, 0.05 + 3.0 * np.sqrt(1.0 - basis.energy_kept)
+            rebuilt = values @ store.lm_head().T
+        else:  # the frame is orthonormal, so the coordinates are what the logits project to, whatever the rank
+            rebuilt, expected = values, expected @ store.basis().q
+        tolerance = _TOLERANCE[str(logits_array.attrs["logical_dtype"])]
     except (StoreError, ValueError, RuntimeError) as failure:
         return None, [Damage(where="probe", problem=f"the probe rows cannot be rebuilt: {failure}")]
     error = float((np.linalg.norm(rebuilt - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())

@@ -19,7 +19,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 _SERVER = """
-import gc, json, os, sys, traceback
+import gc, json, os, signal, sys, traceback
 import lightning.pytorch, pyarrow.parquet, torch, transformers, xlstm, zarr
 import agiqa.extract.backbones.opening, agiqa.heads
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
@@ -33,6 +33,7 @@ for line in sys.stdin:
         for descriptor in (1, 2):
             os.dup2(os.open(request["streams"][descriptor - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         torch.set_num_threads(request["threads"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         code = 0
         try:
             main(request["arguments"])
@@ -83,21 +84,32 @@ class CommandLine:
 
     def __call__(self, *arguments: object, threads: int = 1) -> Outcome:
         """Run `agiqa ARGUMENTS` to its end."""
-        return self._run(arguments, lambda: False, threads)
+        return self._run(arguments, lambda _error: False, threads)
 
     def killed(self, *arguments: object, when: Callable[[], bool], delay: float = 0.0) -> Outcome:
         """Run `agiqa ARGUMENTS` and kill it `delay` seconds after `when()` became true; code -9, or 0 if too late."""
-        return self._run(arguments, when, 1, delay)
+        return self._run(arguments, lambda _error: when(), 1, delay)
+
+    def interrupted(self, *arguments: object, after: str) -> Outcome:
+        """Run `agiqa ARGUMENTS` and press Ctrl-C once it has written `after` to its error stream."""
+        return self._run(arguments, lambda error: after in error.read_text(), 1, number=signal.SIGINT)
 
     def close(self) -> None:
         """End the process that the commands are forked from."""
         self._server.communicate()
 
     def _run(
-        self, arguments: tuple[object, ...], when: Callable[[], bool], threads: int, delay: float = 0.0
+        self,
+        arguments: tuple[object, ...],
+        when: Callable[[Path], bool],
+        threads: int,
+        delay: float = 0.0,
+        number: signal.Signals = signal.SIGKILL,
     ) -> Outcome:
         with tempfile.TemporaryDirectory() as folder:
             streams = [Path(folder) / "out", Path(folder) / "err"]
+            for stream in streams:
+                stream.touch()
             request = {
                 "arguments": [str(argument) for argument in arguments],
                 "streams": [str(stream) for stream in streams],
@@ -108,10 +120,10 @@ class CommandLine:
             self._server.stdin.flush()
             child = int(self._read())
             while _alive(child):
-                if when():
+                if when(streams[1]):
                     time.sleep(delay)
                     if _alive(child):
-                        os.kill(child, signal.SIGKILL)
+                        os.kill(child, number)
                     break
                 time.sleep(0.001)
             code = int(self._read())

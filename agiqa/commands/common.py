@@ -48,6 +48,7 @@ def _load_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
     known = {
         _spelling(parameter): parameter.name for parameter in ctx.command.params if isinstance(parameter, click.Option)
     }
+    repeated = {option.name for option in ctx.command.params if isinstance(option, click.Option) and option.multiple}
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = known.get(str(key).replace("_", "-"))
@@ -55,7 +56,7 @@ def _load_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
             unknown = UnknownName.of(kind="option", name=str(key), known=known)
             unknown.add_note(f"in {path}")
             raise unknown
-        defaults[name] = value
+        defaults[name] = [value] if name in repeated and not isinstance(value, list) else value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
 

@@ -28,7 +28,10 @@ def command(run: Path, store: Path, split: str, device: str, batch_size: int, *,
     """
     from agiqa.commands.train import scores_line
     from agiqa.heads import evaluate, load_run
+    from agiqa.progress import say
     from agiqa.store import open_store
 
     scores = evaluate(load_run(run), open_store(store), split, device=device, batch_size=batch_size)
+    for warning in scores["warnings"]:
+        say(f"warning: {warning}")
     print_result(scores, scores_line(split, scores), as_json=as_json)

@@ -23,9 +23,13 @@ from agiqa.commands.common import print_result, shared_options
 @shared_options
 def command(run: Path, store: Path, out: Path, device: str, batch_size: int, *, as_json: bool) -> None:
     """Write the scores of the head RUN for every item of STORE to the csv OUT (name, prompt, predicted)."""
+    from agiqa.errors import DataError
     from agiqa.heads import load_run, predict
     from agiqa.store import open_store
 
+    if not out.parent.is_dir():
+        message = f"{out.parent} is no folder; make it, or write to another path."
+        raise DataError(message)
     source = open_store(store)
     scores = predict(load_run(run), source, device=device, batch_size=batch_size)
     temporary = out.with_name(f".{out.name}.new")

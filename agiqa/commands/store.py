@@ -40,10 +40,11 @@ def check(store: Path, level: str, *, as_json: bool) -> None:
     """Check STORE and name every damaged unit and its items; exit 1 if there is any, or if it is unfinished."""
     from agiqa.store import open_store, verify
 
-    report = verify(open_store(store, allow_partial=True), level)
+    opened = open_store(store, allow_partial=True)
+    report = verify(opened, level)
     lines = [f"{store}: {report.state}, {report.objects} objects checked at level {level}"]
     if report.missing_units:
-        lines.append(f"  {len(report.missing_units)} units are not filled; run the same `agiqa extract` again")
+        lines.append(f"  {len(report.missing_units)} units are not filled. {opened.remedy}")
     for damage in report.damage:
         unit = "" if damage.unit is None else f" (unit {damage.unit})"
         lines.append(f"  {damage.problem}{unit}{_named(damage.items)}")
@@ -103,5 +104,9 @@ def sketch(store: Path, out: Path, rank: int | None, basis: Path | None, *, as_j
         "energy_kept": result.energy_kept,
         "logit_error": result.logit_error,
     }
-    shown = {**report, "energy_kept": f"{result.energy_kept:.5f}", "logit_error": f"{result.logit_error:.5f}"}
+    shown = {
+        **report,
+        "energy_kept": f"{result.energy_kept:.5f} (of the tokens that the basis was calibrated on)",
+        "logit_error": f"{result.logit_error:.5f} (of this store, measured over 256 tokens)",
+    }
     print_result(report, table(shown), as_json=as_json)

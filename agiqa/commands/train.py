@@ -49,7 +49,8 @@ from agiqa.commands.common import output_options, print_result
 def command(store: Path, run: Path, config: Path | None, *, as_json: bool, **overrides: Any) -> None:
     """Train a head on STORE and write RUN: weights, config, metrics, predictions and curves.
 
-    The epoch is chosen on a validation part with prompts of its own; the test part is read once, at the end.
+    The epoch is chosen on the data set's own `val` part, or else on training items held out with prompts of their
+    own; the test part is read once, at the end.
     """
     from rich.console import Console
 
@@ -58,9 +59,11 @@ def command(store: Path, run: Path, config: Path | None, *, as_json: bool, **ove
     from agiqa.store import open_store
 
     head, train = load_settings(config, overrides)
-    trained = train_head(
-        open_store(store), run, head=head, train=train, progress=training_progress(Console(stderr=True))
-    )
+    source = open_store(store)
+    asked = source.provenance.get("conversation", {}).get("aspect", train.label)
+    if asked != train.label:
+        say(f"warning: the conversations of {store} ask for {asked}, and the head learns {train.label}")
+    trained = train_head(source, run, head=head, train=train, progress=training_progress(Console(stderr=True)))
     for warning in trained.metrics["warnings"]:
         say(f"warning: {warning}")
     metrics = dict(trained.metrics)

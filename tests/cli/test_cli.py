@@ -208,7 +208,7 @@ def test_a_config_file_gives_values_and_options_beat_it(agiqa, example, tmp_path
     config = tmp_path / "extract.yaml"
     values = {
         "model": str(example.model),
-        "conversations": [str(example.talks)],
+        "conversations": str(example.talks),
         "variant": "full",
         "max_tokens": 300,
         "batch-size": 3,
@@ -283,6 +283,22 @@ def test_train_options_and_config_reach_the_run(agiqa, example, tmp_path):
     assert outcome.code == 1
     assert "Did you mean 'width'?" in outcome.err
     assert str(config) in outcome.err
+
+
+def test_a_head_for_an_aspect_that_the_conversations_do_not_ask_for_is_warned_of(agiqa, example, tmp_path):
+    store = tmp_path / "s.agiqa"
+    agiqa("extract", example.data, store, "--model", example.model, "--variant", "no_id", "--aspect", "authenticity")
+    outcome = agiqa("train", store, tmp_path / "run", *SMALL_HEAD, "--json")
+    assert outcome.code == 0, outcome.err
+    assert "ask for authenticity, and the head learns quality" in outcome.err
+
+
+def test_ctrl_c_in_training_exits_130_and_leaves_no_run(agiqa, example, tmp_path):
+    arguments = ("train", example.store, tmp_path / "run", *SMALL_HEAD, "--epochs", 100000)
+    outcome = agiqa.interrupted(*arguments, after="epoch 1:")
+    assert outcome.code == 130
+    assert "Traceback" not in outcome.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_share_of_the_units_can_be_filled_from_the_command_line(agiqa, example, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from agiqa.errors import DataError, SettingsConflict
+from agiqa.errors import ConfigError, DataError, SettingsConflict
 from agiqa.extract import LengthRule
 from agiqa.extract.plan import fit, tokenise
 from agiqa.store import ITEM_STATUS, TOKEN_ROLES, open_store
@@ -28,6 +28,12 @@ def pictures(tmp_path):
     folder = write_set(tmp_path / "pictures", 6, images=True)
     write_talks(folder)
     return folder
+
+
+def test_a_sketch_is_not_planned_without_its_basis(texts, tiny_text_checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match="plan with --basis STORE"):
+        extract(texts, tiny_text_checkpoint, tmp_path / "s.agiqa", plan_only=True, encoding="sketch", rank=4)
+    assert not (tmp_path / "s.agiqa").exists()
 
 
 def test_plan_only_stores_all_tokens_and_no_features(texts, tiny_text_checkpoint, tmp_path):

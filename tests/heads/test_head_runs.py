@@ -11,6 +11,7 @@ from rich.console import Console
 
 from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads import HeadConfig, TrainConfig, evaluate, load_run, predict, train_head, training_progress
+from agiqa.heads.splits import make_partition
 
 QUICK = TrainConfig(split="grouped", epochs=1, lr=1e-2)
 
@@ -53,6 +54,36 @@ def test_another_data_set_with_the_same_features_is_read(trained, make_store):
         evaluate(run, other, "validation")
     with pytest.raises(UnknownName, match="Did you mean 'test'"):
         evaluate(run, other, "tset")
+
+
+def test_the_parts_of_a_run_do_not_move_when_the_split_column_does(make_store, tmp_path: Path):
+    store = make_store(60, published=True)
+    head = HeadConfig(projection="sketch", encoder="none", width=8)
+    run = train_head(store, tmp_path / "run", head=head, train=QUICK.model_copy(update={"split": "published"}))
+    items = replace(store.items, splits=store.items.splits[::-1])
+    assert evaluate(run, replace(store, items=items), "test")["srcc"] == run.metrics["test"]["srcc"]
+    assert evaluate(run, store, "val")["srcc"] == run.metrics["validation"]["srcc"]
+    trained = {name for name, _ in run.parts()["train"] | run.parts()["validation"]}
+    assert trained == {
+        name for name, split in zip(store.items.names, store.items.splits, strict=True) if split != "test"
+    }
+
+
+def test_items_of_the_training_are_told_when_a_copy_is_evaluated(make_store, tmp_path: Path):
+    store = make_store(60, published=True, prompts=20)
+    head = HeadConfig(projection="sketch", encoder="none", width=8)
+    run = train_head(store, tmp_path / "run", head=head, train=QUICK)
+    held_out = make_partition(store, QUICK).test
+    clean = [f"{'test' if k in held_out else 'train'}" for k in range(60)]
+    copy = replace(store, id="copy", items=replace(store.items, splits=clean))
+    assert evaluate(run, copy)["warnings"] == []
+    leaking = replace(copy, items=replace(store.items, splits=["test"] * 60))
+    warnings = evaluate(run, leaking)["warnings"]
+    trained = 60 - len(held_out)
+    assert warnings == [
+        f"{trained} of 60 items were in the training of this head.",
+        f"{trained} of 60 items have a prompt that occurs in its training.",
+    ]
 
 
 def test_features_of_another_meaning_are_refused_with_both_sides(trained):

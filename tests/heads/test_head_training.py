@@ -82,6 +82,7 @@ def test_the_run_folder_holds_what_it_says(make_store, tmp_path: Path):
         "curves.csv",
         "head.safetensors",
         "metrics.json",
+        "parts.json",
         "predictions.csv",
     ]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["run"]
@@ -147,6 +148,17 @@ def test_patience_stops(make_store, tmp_path: Path):
     config = QUICK.model_copy(update={"epochs": 50, "patience": 2, "lr": 1e-9, "schedule": "constant"})
     run = train_head(make_store(60), tmp_path / "run", head=GRU, train=config)
     assert run.metrics["epochs_run"] - run.metrics["chosen_epoch"] == 2
+
+
+def test_hidden_tokens_and_averaged_weights_still_learn_and_repeat(make_store, tmp_path: Path):
+    store = make_store(300, encoding="sketch")
+    head = GRU.model_copy(update={"token_dropout": 0.2})
+    config = QUICK.model_copy(update={"epochs": 15, "ema": 0.9})
+    runs = [train_head(store, tmp_path / name, head=head, train=config) for name in ("a", "b")]
+    assert runs[0].metrics["test"] == runs[1].metrics["test"]
+    assert runs[0].metrics["test"]["srcc"] > 0.4
+    plain = train_head(store, tmp_path / "c", head=GRU, train=config.model_copy(update={"ema": None}))
+    assert plain.metrics["test"] != runs[0].metrics["test"]
 
 
 @pytest.mark.parametrize("encoder", ["gru", "xlstm"])

@@ -1,6 +1,7 @@
 """Kills, flipped bits, missing files and lies: nothing is lost, and nothing is silently wrong."""
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from agiqa.errors import DamagedStore, DataError, SchemaError, SettingsConflict
-from agiqa.store import UnitWriter, create_store, open_store, seal, verify
+from agiqa.store import UnitWriter, basis_from, create_store, open_store, seal, sketch_store, store_summary, verify
 from tests.store.conftest import fill, make_content, make_store, plan_of, unit_features
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -67,16 +68,43 @@ def test_labels_and_strays_are_checked_too(stored):
     assert where == {"store.zarr/features/c/99/0", "items.parquet"}
 
 
-def test_hidden_states_of_another_layer_fail_the_numeric_check(tmp_path, content):
-    store = create_store(tmp_path / "s.agiqa", plan_of(content))
+def rolled(path, content):
+    """A sealed store whose hidden states are not those that its probe logits were made from."""
+    store = create_store(path, plan_of(content))
     writer = UnitWriter(store)
     fill(store, content, units=[])
     for unit in writer.pending():
         writer.write_unit(unit, np.roll(unit_features(store, content, unit), 1, axis=1), seconds=0.0)
-    report = verify(seal(store), "numeric")
+    return seal(store)
+
+
+def test_hidden_states_of_another_layer_fail_the_numeric_check(tmp_path, content):
+    report = verify(rolled(tmp_path / "s.agiqa", content), "numeric")
     assert not report.sound
     assert report.probe_error is not None
     assert report.probe_error > 0.5
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_a_sketch_of_other_hidden_states_fails_the_numeric_check(stored, tmp_path, content, rank):
+    """At a low rank too, where a sound sketch is far from the logits."""
+    assert verify(sketch_store(stored, tmp_path / "sound.agiqa", basis=basis_from(stored, rank)).store, "numeric").sound
+    wrong = rolled(tmp_path / "wrong.agiqa", content)
+    sketch = sketch_store(wrong, tmp_path / "sketch.agiqa", basis=basis_from(wrong, rank)).store
+    report = verify(sketch, "numeric")
+    assert not report.sound
+    assert report.probe_error is not None
+    assert report.probe_error > 0.5
+
+
+def test_a_sealed_store_without_its_commit_records_is_whole(stored):
+    """They serve resumption only, and a copy may leave them out."""
+    shutil.rmtree(stored.layout.commit(0).parent)
+    again = open_store(stored.path)
+    assert again.committed_units() == list(range(again.geometry.units))
+    summary = store_summary(again)
+    assert summary["state"] == "complete"
+    assert summary["bytes_features"] > 0
 
 
 def test_a_sound_store_passes_every_level(stored):
