@@ -5,10 +5,10 @@ features.py    a store's tokens in one flat tensor
 batches.py     padded batches, bucketed by length
 projection.py  features to the width of the head: `vocabulary`, `sketch`
 encoders/      sequence encoders: `xlstm`, `gru`, `none`
-pooling.py     tokens to one vector: `mean`, `last`
+pooling.py     tokens to one vector: mean, max, last, first, attention, each over all tokens or a role
 regressor.py   one vector to a MOS
 head.py        the four in a row
-losses.py      `mse`
+losses.py      regression, correlation and ranking losses, and weighted sums of them
 metrics.py     SRCC, PLCC, KRCC, RMSE with intervals by prompt
 bootstrap.py   the intervals, for all resamples at once
 prompts.py     when two prompts are the same

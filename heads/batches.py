@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,17 +22,25 @@ class Batch:
     """float32, zero in the padding."""
     mask: Bool[Tensor, "batch token"]
     """True on real tokens."""
+    roles: UInt8[Tensor, "batch token"]
+    """Values of TOKEN_ROLES, zero in the padding."""
     lengths: Int64[Tensor, " batch"]
     targets: Float[Tensor, " batch"] | None
     """Labels, float32."""
     positions: Int64[Tensor, " batch"]
     """Where each item stands in the FeatureSet."""
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a head is called with: features, mask and roles."""
+        return self.features, self.mask, self.roles
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
         return Batch(
             features=self.features.to(device),
             mask=self.mask.to(device),
+            roles=self.roles.to(device),
             lengths=self.lengths.to(device),
             targets=None if self.targets is None else self.targets.to(device),
             positions=self.positions.to(device),
@@ -49,11 +57,18 @@ class BatchLoader:
         *,
         batch_size: int,
         order: tuple[int, int] | None = None,
+        smallest: int = 1,
     ) -> None:
-        """`order` is (seed, epoch) of a shuffled pass; None goes from the longest item to the shortest."""
+        """`order` is (seed, epoch) of a shuffled pass; None goes from the longest item to the shortest.
+
+        A shuffled pass has no batch under `smallest` items where there are as many; see `shuffled_plan`.
+        """
         self._features = features
         lengths = features.lengths[positions]
-        plan = sorted_plan(lengths, batch_size) if order is None else shuffled_plan(lengths, batch_size, *order)
+        if order is None:
+            plan = sorted_plan(lengths, batch_size)
+        else:
+            plan = shuffled_plan(lengths, batch_size, *order, smallest=smallest)
         self._batches = [positions[chosen] for chosen in plan]
 
     def __len__(self) -> int:
@@ -71,14 +86,28 @@ def sorted_plan(lengths: NDArray[np.int64], batch_size: int) -> list[NDArray[np.
     return _cut(np.argsort(-lengths, kind="stable"), batch_size)
 
 
-def shuffled_plan(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[NDArray[np.int64]]:
-    """Batches of items of like length, in random order: shuffle, sort within buckets of 16 batches, cut, shuffle."""
+def shuffled_plan(
+    lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int, *, smallest: int = 1
+) -> list[NDArray[np.int64]]:
+    """Batches of items of like length, in random order: shuffle, sort within buckets of 16 batches, cut, shuffle.
+
+    Items left over that are fewer than `smallest` join the batch before them, which is then larger than
+    `batch_size`: a loss that compares items needs two.
+    """
     random = np.random.default_rng([seed, epoch])
     shuffled = random.permutation(len(lengths))
     batches: list[NDArray[np.int64]] = []
     for bucket in _cut(shuffled, batch_size * _BATCHES_PER_BUCKET):
         batches += _cut(bucket[np.argsort(lengths[bucket], kind="stable")], batch_size)
+    if len(batches) > batches_per_epoch(len(lengths), batch_size, smallest=smallest):
+        batches[-2:] = [np.concatenate(batches[-2:])]
     return [batches[k] for k in random.permutation(len(batches))]
+
+
+def batches_per_epoch(items: int, batch_size: int, *, smallest: int = 1) -> int:
+    """How many batches `shuffled_plan` makes."""
+    whole, left = divmod(items, batch_size)
+    return whole + (left >= smallest or (left > 0 and whole == 0))
 
 
 def collate(features: FeatureSet, positions: NDArray[np.int64]) -> Batch:
@@ -92,9 +121,11 @@ def collate(features: FeatureSet, positions: NDArray[np.int64]) -> Batch:
     index = torch.where(mask, starts[:, None] + steps, starts[:, None]).to(device)
     mask = mask.to(device)
     padded = features.rows.index_select(0, index.flatten()).view(*index.shape, -1).float()
+    roles = features.roles.index_select(0, index.flatten()).view(index.shape)
     return Batch(
         features=padded.masked_fill_(~mask[..., None], 0.0),
         mask=mask,
+        roles=roles.masked_fill_(~mask, 0),
         lengths=lengths.to(device),
         targets=None if features.targets is None else features.targets[chosen].float().to(device),
         positions=chosen.to(device),

@@ -39,7 +39,8 @@ class HeadConfig(_Settings):
     encoder: str = "xlstm"
     """The sequence encoder: `xlstm`, `gru` or `none`."""
     pooling: str = "mean"
-    """How the tokens become one vector: `mean` or `last`."""
+    """How the tokens become one vector: `mean`, `max`, `first`, `last`, `first-last-mean` or `attention`, over all
+    tokens or, as in `mean@answer`, those of one role: `special`, `image`, `question` or `answer`."""
     width: int = Field(default=512, ge=1)
     """Channels from the projection to the pooling (d of the paper)."""
     standardise: bool = True
@@ -74,7 +75,8 @@ class TrainConfig(_Settings):
     split_seed: int = Field(default=0, ge=0)
     """Draws the test part of `grouped` and the validation part; apart from `seed`, so that seeds compare."""
     loss: str = "mse"
-    """The loss, by registered name, on labels scaled to mean 0 and variance 1."""
+    """The loss on labels scaled to mean 0 and variance 1: `mse`, `mae`, `huber`, `plcc`, `fidelity`, `margin` or
+    `ranknet`, or a weighted sum such as `mse+0.5*plcc`. The last four compare the items of a batch."""
     epochs: int = Field(default=20, ge=1)
     """Passes over the training items, and the length of the schedule."""
     batch_size: int = Field(default=32, ge=1)

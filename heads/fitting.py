@@ -13,10 +13,12 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
+from agiqa.heads.batches import batches_per_epoch
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.features import FeatureSet
 from agiqa.heads.head import Head, build_head
 from agiqa.heads.learner import Epoch, Learner
+from agiqa.heads.losses import get_loss
 from agiqa.heads.progress import TrainingProgress
 from agiqa.heads.projection import FeatureSpec
 
@@ -55,7 +57,7 @@ def fit_head(
     """
     device = resolve_device(config.device)
     labels = _training_labels(features, train)
-    steps = epochs * -(-len(train) // config.batch_size)
+    steps = epochs * batches_per_epoch(len(train), config.batch_size, smallest=get_loss(config.loss).smallest_batch)
     with _random_state(config.seed, device), _threads(config.threads):
         head = build_head(head_config, spec).to(device)
         head.calibrate(features.statistics(train), labels)

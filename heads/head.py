@@ -1,13 +1,13 @@
 """A head: projection, encoder, pooling and regressor in a row."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders import ENCODERS
 from agiqa.heads.features import TokenStatistics
-from agiqa.heads.pooling import POOLINGS
+from agiqa.heads.pooling import POOLINGS, PoolingName, select_role
 from agiqa.heads.projection import PROJECTIONS, FeatureSpec
 from agiqa.heads.regressor import Regressor
 
@@ -20,8 +20,11 @@ class Head(nn.Module):
         super().__init__()
         self.projection = PROJECTIONS.get(config.projection)(config, spec)
         self.encoder = ENCODERS.get(config.encoder)(config)
-        self.pooling = POOLINGS.get(config.pooling)(config)
+        name = PoolingName.parse(config.pooling)
+        self.pooling = POOLINGS.get(name.pooling)(config)
         self.regressor = Regressor(config)
+        self.pooling_name = config.pooling
+        self._pooled_role = name.role
         self._token_dropout = config.token_dropout
 
     def calibrate(self, statistics: TokenStatistics, labels: Float[Tensor, " items"]) -> None:
@@ -30,23 +33,30 @@ class Head(nn.Module):
         self.regressor.calibrate(labels)
 
     def forward(
-        self, features: Float[Tensor, "batch token channel"], mask: Bool[Tensor, "batch token"]
+        self,
+        features: Float[Tensor, "batch token channel"],
+        mask: Bool[Tensor, "batch token"],
+        roles: UInt8[Tensor, "batch token"] | None = None,
     ) -> Float[Tensor, " batch"]:
-        """The predicted MOS of each item; `mask` is True on real tokens."""
+        """The predicted MOS of each item; `mask` is True on real tokens, `roles` are values of TOKEN_ROLES.
+
+        A pooling over a role raises HeadError without `roles`, and DataError for an item without such a token.
+        """
         projected: Tensor = self.projection(features)
         if self.training and self._token_dropout:
             hidden = torch.rand(mask.shape, device=mask.device) < self._token_dropout
             projected = projected.masked_fill(hidden[..., None], 0.0)
         tokens = self.encoder(projected, mask)
-        predicted: Tensor = self.regressor(self.pooling(tokens, mask))
+        pooled = mask if self._pooled_role is None else select_role(mask, roles, self._pooled_role)
+        predicted: Tensor = self.regressor(self.pooling(tokens, pooled))
         return predicted
 
 
 def check_parts(config: HeadConfig) -> None:
-    """Raise UnknownName for a part that no registry holds."""
+    """Raise UnknownName for a part that no registry holds, or a token role that does not exist."""
     PROJECTIONS.get(config.projection)
     ENCODERS.get(config.encoder)
-    POOLINGS.get(config.pooling)
+    PoolingName.parse(config.pooling)
 
 
 def build_head(config: HeadConfig, spec: FeatureSpec) -> Head:

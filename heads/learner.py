@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from agiqa.errors import HeadError
-from agiqa.heads.batches import Batch, BatchLoader
+from agiqa.heads.batches import Batch, BatchLoader, batches_per_epoch
 from agiqa.heads.config import TrainConfig
 from agiqa.heads.features import FeatureSet
 from agiqa.heads.head import Head
-from agiqa.heads.losses import LOSSES
+from agiqa.heads.losses import check_loss, get_loss
 from agiqa.heads.metrics import score
 from agiqa.heads.progress import TrainingProgress
 
@@ -65,8 +65,12 @@ class Learner(pl.LightningModule):
         stage: str,
         progress: TrainingProgress,
     ) -> None:
-        """`validation` are positions too, possibly none: then the last epoch is the best."""
+        """`validation` are positions too, possibly none: then the last epoch is the best.
+
+        Raises UnknownName or ConfigError for the loss, as `check_loss`.
+        """
         super().__init__()
+        check_loss(config)
         self.head = head
         self.curves: list[Epoch] = []
         self.best_epoch = 0
@@ -79,7 +83,7 @@ class Learner(pl.LightningModule):
         self._validation = validation
         self._stage = stage
         self._progress = progress
-        self._loss = LOSSES.get(config.loss)
+        self._loss = get_loss(config.loss)
         self._losses: list[Tensor] = []
         self._predicted: NDArray[np.float64] = np.full(len(features), math.nan)
         self._average: AveragedModel | None = None
@@ -87,9 +91,14 @@ class Learner(pl.LightningModule):
         self._started = 0.0
 
     def train_dataloader(self) -> BatchLoader:
-        """The batches of the present epoch; Lightning asks anew every epoch."""
-        order = (self._config.seed, self.current_epoch)
-        return BatchLoader(self._features, self._positions, batch_size=self._config.batch_size, order=order)
+        """The batches of the present epoch, as large as the loss needs them; Lightning asks anew every epoch."""
+        return BatchLoader(
+            self._features,
+            self._positions,
+            batch_size=self._config.batch_size,
+            order=(self._config.seed, self.current_epoch),
+            smallest=self._loss.smallest_batch,
+        )
 
     def val_dataloader(self) -> BatchLoader:
         """The validation items, sorted by length."""
@@ -111,7 +120,8 @@ class Learner(pl.LightningModule):
             {"params": list(projection.parameters()), "lr": own_lr},
         ]
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-        steps = config.epochs * -(-len(self._positions) // config.batch_size)
+        per_epoch = batches_per_epoch(len(self._positions), config.batch_size, smallest=self._loss.smallest_batch)
+        steps = config.epochs * per_epoch
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -127,7 +137,7 @@ class Learner(pl.LightningModule):
             message = "Training needs a FeatureSet that was read with a label."
             raise HeadError(message)
         scaled = self.head.regressor.scaled
-        loss = self._loss(scaled(self.head(batch.features, batch.mask)), scaled(batch.targets))
+        loss = self._loss(scaled(self.head(*batch.inputs)), scaled(batch.targets))
         self._losses.append(loss.detach())
         self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
@@ -152,7 +162,7 @@ class Learner(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the predictions of one batch."""
         del batch_idx
-        predicted = self._kept(batch.features, batch.mask).double().cpu().numpy()
+        predicted = self._kept(*batch.inputs).double().cpu().numpy()
         self._predicted[batch.positions.cpu().numpy()] = predicted
 
     def on_train_epoch_end(self) -> None:

@@ -13,6 +13,7 @@ from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head import Head
 from agiqa.heads.metrics import evaluate_scores
+from agiqa.heads.pooling import check_roles
 from agiqa.heads.prompts import normalise_prompt
 from agiqa.heads.runs import Run
 from agiqa.heads.splits import identities, split_items
@@ -88,13 +89,17 @@ def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[st
 def predict_items(
     head: Head, source: FeatureSource, items: NDArray[np.int64], *, batch_size: int
 ) -> NDArray[np.float64]:
-    """Predict with a head in evaluation mode, holding the features of 512 items at a time."""
+    """Predict with a head in evaluation mode, holding the features of 512 items at a time.
+
+    Raises DataError, naming the items, when the head pools a role of which they have no token.
+    """
     device = next(head.parameters()).device
     predicted = np.empty(len(items))
     with torch.no_grad():
         for start in range(0, len(items), _ITEMS_AT_ONCE):
             features = FeatureSet.from_store(source, items[start : start + _ITEMS_AT_ONCE], label=None)
+            check_roles(source, features, head.pooling_name)
             for batch in BatchLoader(features, np.arange(len(features)), batch_size=batch_size):
-                outputs = head(batch.features.to(device), batch.mask.to(device))
+                outputs = head(*batch.to(device).inputs)
                 predicted[start + batch.positions.numpy()] = outputs.double().cpu().numpy()
     return predicted

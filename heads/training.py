@@ -16,8 +16,9 @@ from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.fitting import Fit, fit_head, resolve_device
 from agiqa.heads.head import check_parts
-from agiqa.heads.losses import LOSSES
+from agiqa.heads.losses import check_loss
 from agiqa.heads.metrics import evaluate_scores
+from agiqa.heads.pooling import check_item_roles, check_roles
 from agiqa.heads.progress import LineProgress, TrainingProgress
 from agiqa.heads.projection import FeatureSpec
 from agiqa.heads.runs import Run, load_run, refuse_taken, write_run
@@ -46,6 +47,7 @@ def train_head(
     spec = FeatureSpec.of(source)
     partition = make_partition(source, config)
     test_labels = read_labels(source, partition.test, label=config.label)
+    check_item_roles(source, partition.test, head_config.pooling)
     selection, final = _fit(source, spec, partition, head_config, config, progress)
     trained = time.perf_counter()
     tested = predict_items(final.head, source, partition.test, batch_size=config.batch_size)
@@ -82,7 +84,7 @@ def _check(run: Path, head: HeadConfig, train: TrainConfig) -> None:
     """Raise what can be known to be wrong before any feature is read."""
     refuse_taken(run)
     check_parts(head)
-    LOSSES.get(train.loss)
+    check_loss(train)
     resolve_device(train.device)
 
 
@@ -97,6 +99,7 @@ def _fit(
     """The fit that chose the epoch, and the fit to keep: the same one, or the refit on train + validation."""
     items = np.concatenate([partition.train, partition.validation])
     features = FeatureSet.from_store(source, items, label=config.label)
+    check_roles(source, features, head_config.pooling)
     everything = np.arange(len(items))
     train, validation = everything[: len(partition.train)], everything[len(partition.train) :]
     selection = fit_head(

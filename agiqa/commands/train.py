@@ -14,7 +14,11 @@ from agiqa.commands.common import output_options, print_result
 @click.option("--config", type=click.Path(path_type=Path, exists=True), help="YAML with sections `head` and `train`.")
 @click.option("--projection", help="vocabulary (W_proj on the logits, from hidden states) or sketch.")
 @click.option("--encoder", help="xlstm, gru or none.")
-@click.option("--pooling", help="mean or last.")
+@click.option(
+    "--pooling",
+    help="mean, max, first, last, first-last-mean or attention; @special, @image, @question or @answer limits it to "
+    "those tokens, as in mean@answer.  [default: mean]",
+)
 @click.option("--width", type=int, help="Channels from the projection to the pooling.  [default: 512]")
 @click.option("--blocks", type=int, help="Blocks of the xLSTM.  [default: 4]")
 @click.option("--num-heads", type=int, help="Heads of every xLSTM block.  [default: 4]")
@@ -29,7 +33,10 @@ from agiqa.commands.common import output_options, print_result
 @click.option("--split-seed", type=int, help="Draws the grouped test part and the validation part.")
 @click.option("--test-share", type=float, help="Share that a grouped split holds out.  [default: 0.2]")
 @click.option("--validation", type=float, help="Share of training that chooses the epoch.  [default: 0.1]")
-@click.option("--loss", help="mse.")
+@click.option(
+    "--loss",
+    help="mse, mae, huber, plcc, fidelity, margin or ranknet, or a weighted sum such as mse+0.5*plcc.  [default: mse]",
+)
 @click.option("--epochs", type=int, help="Passes over the training items.  [default: 20]")
 @click.option("--batch-size", type=int, help="Items per step.  [default: 32]")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-3]")

@@ -42,6 +42,8 @@ class MemoryStore:
     encoding: str = "sketch"
     logical_dtype: str = "float32"
     basis_id: str = "basis-a"
+    roles: list[NDArray[np.uint8]] | None = None
+    """Per item; None is the answer throughout."""
     weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     @property
@@ -64,10 +66,13 @@ class MemoryStore:
         rows = rows.astype(np.float16) if self.logical_dtype == "float16" else rows
         return MemoryRows(
             rows=rows,
-            roles=np.full(len(rows), 3, dtype=np.uint8),
+            roles=np.concatenate([self.item_roles(int(item)) for item in items]),
             offsets=np.concatenate([[0], np.cumsum([len(part) for part in chosen])]),
             logical_dtype=self.logical_dtype,
         )
+
+    def item_roles(self, item: int) -> NDArray[np.uint8]:
+        return np.full(len(self.features[item]), 3, dtype=np.uint8) if self.roles is None else self.roles[item]
 
     def lm_head(self) -> NDArray[np.float32]:
         return self.weights

@@ -1,5 +1,6 @@
 """Batches: every item once, deterministic, of like length, and padded as a loop would pad."""
 
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agiqa.heads.batches import BatchLoader, collate, shuffled_plan, sorted_plan
+from agiqa.heads.batches import BatchLoader, batches_per_epoch, collate, shuffled_plan, sorted_plan
 from agiqa.heads.features import FeatureSet
 
 
@@ -23,6 +24,25 @@ def test_plans_hold_every_item_once(lengths, batch_size, seed, epoch):
     for plan in (shuffled_plan(lengths, batch_size, seed, epoch), sorted_plan(lengths, batch_size)):
         assert sorted(np.concatenate([*plan, np.arange(0)]).tolist()) == list(range(len(lengths)))
         assert len(plan) == -(-len(lengths) // batch_size)
+
+
+@given(items=st.integers(0, 200), batch_size=st.integers(2, 9), seed=st.integers(0, 9))
+def test_a_plan_with_a_smallest_batch_merges_what_is_left_over(items, batch_size, seed):
+    lengths = np.random.default_rng(seed).integers(1, 50, size=items)
+    plan = shuffled_plan(lengths, batch_size, seed, 0, smallest=2)
+    assert sorted(np.concatenate([*plan, np.arange(0)]).tolist()) == list(range(items))
+    assert len(plan) == batches_per_epoch(items, batch_size, smallest=2)
+    sizes = sorted(len(batch) for batch in plan)
+    if items >= 2:
+        assert sizes[0] >= 2
+    assert all(size <= batch_size for size in sizes[:-1])
+    assert sum(sizes[-1:]) <= batch_size + 1
+
+
+def test_a_plan_without_left_overs_is_the_same_with_a_smallest_batch():
+    lengths = np.random.default_rng(0).integers(1, 50, size=70)
+    plain, paired = (shuffled_plan(lengths, 8, 3, 1, smallest=smallest) for smallest in (1, 2))
+    assert [batch.tolist() for batch in plain] == [batch.tolist() for batch in paired]
 
 
 def test_a_plan_follows_seed_and_epoch_and_spares_padding():
@@ -47,8 +67,24 @@ def test_collate_pads_as_a_loop_would(make_store, dtype):
         assert (batch.features[row, len(rows) :] == 0).all()
         assert batch.mask[row].tolist() == [True] * len(rows) + [False] * (batch.mask.shape[1] - len(rows))
         assert batch.lengths[row] == len(rows)
+        assert batch.roles[row].tolist() == [3] * len(rows) + [0] * (batch.mask.shape[1] - len(rows))
         assert batch.targets[row].item() == pytest.approx(store.items.labels["quality"][item])
     assert batch.positions.tolist() == [4, 19, 0]
+    assert batch.roles.dtype == torch.uint8
+
+
+def test_collate_keeps_each_tokens_role_beside_its_row(make_store):
+    store = make_store(6)
+    random = np.random.default_rng(0)
+    store = replace(store, roles=[random.integers(0, 4, len(rows)).astype(np.uint8) for rows in store.features])
+    features = FeatureSet.from_store(store, [5, 1, 3], label=None)
+    batch = collate(features, np.array([2, 0])).to(torch.device("cpu"))
+    for row, item in enumerate([3, 5]):
+        assert batch.roles[row][batch.mask[row]].tolist() == store.roles[item].tolist()
+        assert (batch.roles[row][~batch.mask[row]] == 0).all()
+    assert [part.data_ptr() for part in batch.inputs] == [
+        part.data_ptr() for part in (batch.features, batch.mask, batch.roles)
+    ]
 
 
 def test_a_loader_is_the_same_each_time_and_keeps_to_its_positions(make_store):
