@@ -1,4 +1,4 @@
-"""A basis for `extract --encoding sketch`: from another store, or calibrated on training items of this one."""
+"""The basis of a sketch and the scale of `int8`, calibrated on training items before a store is planned."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,21 +9,27 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError
 from agiqa.extract.backbones import Backbone, Prepared
-from agiqa.extract.fill import CALIBRATION_ITEMS, tensor_bits
 from agiqa.extract.plan import TokenisedItems, fit
-from agiqa.store import Basis, is_planned, make_basis, moments_of, open_store, to_float32
+from agiqa.extract.targets import Target, tensor_bits
+from agiqa.store import Scale, is_planned, load_scale, make_basis, moments_of, open_store, to_float32
+
+CALIBRATION_ITEMS = 256
 
 
-def stored_basis(path: Path, tokenised: TokenisedItems, *, rank: int) -> Basis | None:
-    """The basis of the sketch store at `path`, if it is the one that `calibrate` would make anew."""
+def stored_constants(path: Path, tokenised: TokenisedItems, *, rank: int | None) -> Target | None:
+    """The target of the store at `path`, if its basis or scale is the one that `calibrated` would make anew."""
     if not is_planned(path):
         return None
     store = open_store(path, allow_partial=True)
-    if store.encoding != "sketch" or not store.layout.model_commit.exists():
+    asked = calibration_id(tokenised)
+    if not store.layout.model_commit.exists():
         return None
-    basis = store.basis()
-    asked = (rank, calibration_id(tokenised))
-    return basis if (basis.rank, basis.calibration) == asked else None
+    if rank is None:
+        scale = load_scale(store.group) if store.encoding == "int8" else None
+        return None if scale is None or scale.calibration != asked else Target(encoding="int8", scale=scale)
+    basis = store.basis() if store.encoding == "sketch" else None
+    same = basis is not None and (basis.rank, basis.calibration) == (rank, asked)
+    return Target(encoding="sketch", basis=basis) if same else None
 
 
 def calibration_id(tokenised: TokenisedItems) -> str:
@@ -33,26 +39,26 @@ def calibration_id(tokenised: TokenisedItems) -> str:
     return f"{hashlib.sha256(keys).hexdigest()}:{len(chosen)} items"
 
 
-def calibrate(
+def calibrated(
     backbone: Backbone,
     tokenised: TokenisedItems,
     *,
-    rank: int,
+    rank: int | None,
     batch_size: int,
     advance: Callable[[int], None] = lambda _items: None,
-) -> Basis:
-    """The rank-`rank` basis of the logits over up to 256 training items (all items if there are no splits).
+) -> Target:
+    """A rank-`rank` sketch, or `int8` where there is no rank, by the moments of up to 256 training items.
 
-    Raises ConfigError for a rank outside 1..D, and for splits without a training part.
+    All items count as training items if there are no splits. Raises ConfigError for a rank outside 1..D, and for
+    splits without a training part.
     """
-    if not 1 <= rank <= backbone.hidden_size:
+    if rank is not None and not 1 <= rank <= backbone.hidden_size:
         message = (
             f"Sketch rank {rank} is outside 1..{backbone.hidden_size}, the model's hidden size. Give another --rank."
         )
         raise ConfigError(message)
     chosen = calibration_positions([item.split for item in tokenised.items])
     backbone.load()
-    bits, dtype = tensor_bits(backbone.lm_head())
 
     def blocks() -> Iterator[NDArray[np.float32]]:
         for first in range(0, len(chosen), batch_size):
@@ -61,13 +67,18 @@ def calibrate(
                 yield states.float().cpu().numpy()
             advance(len(prepared))
 
-    return make_basis(
+    moments, calibration = moments_of(blocks(), backbone.hidden_size), calibration_id(tokenised)
+    if rank is None:
+        return Target(encoding="int8", scale=Scale.of(moments, calibration=calibration))
+    bits, dtype = tensor_bits(backbone.lm_head())
+    basis = make_basis(
         to_float32(bits, dtype),
-        moments_of(blocks(), backbone.hidden_size),
+        moments,
         rank=rank,
-        lm_head_sha256=hashlib.sha256(bits.tobytes()).hexdigest(),
-        calibration=calibration_id(tokenised),
+        lm_head_sha256=hashlib.sha256(bits.data).hexdigest(),
+        calibration=calibration,
     )
+    return Target(encoding="sketch", basis=basis)
 
 
 def _prepare(backbone: Backbone, tokenised: TokenisedItems, position: int) -> Prepared:

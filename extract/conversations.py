@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from agiqa.errors import DataError, UnknownName
 from agiqa.extract.items import Message
-from agiqa.extract.labels import SPLITS, read_text
+from agiqa.store.label_tables import SPLITS, read_text
 
 IMAGE_MARK = re.compile(r"\A<image>\n?")
 """Where the published training files say that the image goes: always before the first question."""

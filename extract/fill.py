@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,20 @@ from agiqa.errors import DataError, HeadError
 from agiqa.extract.backbones import Backbone, Prepared
 from agiqa.extract.items import Item
 from agiqa.extract.plan import fit
-from agiqa.store import Basis, Store, UnitWriter, create_whole_array, from_float32, open_store, save_basis
+from agiqa.extract.targets import Target, logits_of, tensor_bits, tensor_of
+from agiqa.store import (
+    Basis,
+    Store,
+    UnitWriter,
+    create_whole_array,
+    load_scale,
+    open_store,
+    save_basis,
+    save_scale,
+)
 
 _PROBE_ITEMS = 2
 _PROBE_ROWS = 4
-CALIBRATION_ITEMS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,37 +46,48 @@ class FillReport:
 class Filler:
     """Fills the units of one store with what one backbone makes of its items."""
 
-    def __init__(self, store: Store, backbone: Backbone, items: Sequence[Item], *, batch_size: int) -> None:
+    def __init__(
+        self, store: Store, backbone: Backbone, items: Sequence[Item], *, target: Target, batch_size: int
+    ) -> None:
         """`items` are those of the store, in its order; `batch_size` is in items."""
         self.store = store
         self.backbone = backbone
         self.items = items
         self.batch_size = batch_size
         self.writer = UnitWriter(store)
-        self._basis: Basis | None = None
+        self.target = target
 
-    def write_model_arrays(self, basis: Basis | None) -> None:
-        """Load the model, and store W_lm (or the basis of a sketch) and a few rows of its own logits."""
+    def write_model_arrays(self) -> None:
+        """Load the model; store what the target needs of it (W_lm, basis, scale), and a few rows of its own logits."""
         self.backbone.load()
         bits, dtype = tensor_bits(self.backbone.lm_head())
-        sha256 = hashlib.sha256(bits.tobytes()).hexdigest()
+        sha256 = hashlib.sha256(bits.data).hexdigest()
+        basis, scale = self.target.basis, self.target.scale
         if basis is not None:
             _check_basis(basis, sha256)
 
         def write(group: zarr.Group) -> None:
-            if basis is None:
+            if self.target.encoding in ("hidden", "int8"):
                 attributes = {"logical_dtype": dtype, "lm_head_sha256": sha256}
                 create_whole_array(group, "lm_head/weight", bits, attributes=attributes)
-            else:
+            if basis is not None:
                 save_basis(group, basis)
+            if scale is not None:
+                save_scale(group, scale)
             rows, logits = self._probe()
             probe_bits, probe_dtype = tensor_bits(logits)
             create_whole_array(group, "probe/rows", rows)
-            create_whole_array(group, "probe/logits", probe_bits, attributes={"logical_dtype": probe_dtype})
+            attributes = {"logical_dtype": probe_dtype, "lm_head_sha256": sha256}
+            create_whole_array(group, "probe/logits", probe_bits, attributes=attributes)
 
         self.writer.write_model_arrays(write)
-        if basis is not None:  # a run beside this one may have stored its own rounding of the same basis first
-            self._basis = open_store(self.store.path, allow_partial=True).basis()
+        # a run beside this one may have stored its own rounding of the same constants first
+        stored = open_store(self.store.path, allow_partial=True)
+        self.target = replace(
+            self.target,
+            basis=None if basis is None else stored.basis(),
+            scale=None if scale is None else load_scale(stored.group),
+        )
 
     def fill(
         self, *, part: tuple[int, int] = (1, 1), advance: Callable[[int], None] = lambda _items: None
@@ -90,13 +110,23 @@ class Filler:
         started = time.perf_counter()
         positions = self.store.items_of(unit).tolist()
         rows = np.empty((self.store.rows_used(unit), self.store.width), self.store.array("features").dtype)
+        scale = np.empty(len(rows), np.float32) if self.target.scale is not None else None
         starts = self.store.row_starts[positions] - unit * self.store.geometry.unit_rows
         for batch in self._batches(positions):
             prepared = [self._prepare(positions[place]) for place in batch]
             for place, states in zip(batch, self.backbone.hidden_states(prepared), strict=True):
-                rows[int(starts[place]) :][: len(states)] = self._encode(states)
+                where = slice(int(starts[place]), int(starts[place]) + len(states))
+                rows[where], token_scale = self.target.encode(states, self.backbone)
+                if scale is not None and token_scale is not None:
+                    scale[where] = token_scale
             advance(len(batch))
-        self.writer.write_unit(unit, rows, seconds=time.perf_counter() - started)
+
+        def logits(start: int, stop: int) -> NDArray[Any]:
+            states = tensor_of(rows[start:stop], self.store.logical_dtype)
+            return tensor_bits(logits_of(states, self.backbone))[0]
+
+        kept = logits if self.target.keep_logits else None
+        self.writer.write_unit(unit, rows, seconds=time.perf_counter() - started, scale=scale, logits=kept)
         return len(rows)
 
     def _batches(self, positions: Sequence[int]) -> Iterator[list[int]]:
@@ -117,12 +147,6 @@ class Filler:
             raise DataError(message)
         return prepared
 
-    def _encode(self, states: torch.Tensor) -> NDArray[Any]:
-        if self._basis is None:
-            return tensor_bits(states)[0]
-        coordinates = self._basis.coordinates(states.float().cpu().numpy())
-        return from_float32(coordinates, self.store.logical_dtype)
-
     def _probe(self) -> tuple[NDArray[np.int64], torch.Tensor]:
         """Rows (n,) spread over the store and the model's own logits there, (n, V)."""
         with_tokens = np.flatnonzero(self.store.n_tokens > 0)
@@ -139,7 +163,7 @@ class Filler:
 def check_basis(backbone: Backbone, basis: Basis) -> None:
     """Raise HeadError unless `basis` was made for the language-model head of `backbone`, which is loaded for it."""
     backbone.load()
-    _check_basis(basis, hashlib.sha256(tensor_bits(backbone.lm_head())[0].tobytes()).hexdigest())
+    _check_basis(basis, hashlib.sha256(tensor_bits(backbone.lm_head())[0].data).hexdigest())
 
 
 def _check_basis(basis: Basis, lm_head_sha256: str) -> None:
@@ -149,11 +173,3 @@ def _check_basis(basis: Basis, lm_head_sha256: str) -> None:
             f"has {lm_head_sha256[:12]}. Use a basis made from this model."
         )
         raise HeadError(message)
-
-
-def tensor_bits(tensor: torch.Tensor) -> tuple[NDArray[Any], str]:
-    """The values of `tensor` in their own bits (uint16 for bfloat16), and the name of its dtype."""
-    values = tensor.detach().contiguous().cpu()
-    if values.dtype == torch.bfloat16:
-        return values.view(torch.int16).numpy().view(np.uint16), "bfloat16"
-    return values.numpy(), str(values.dtype).removeprefix("torch.")

@@ -1,25 +1,11 @@
 """Label tables: a csv with one row per image, under the column names of the published data sets."""
 
-import csv
-import io
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from agiqa.errors import DataError
-
-ASPECT_COLUMNS = {
-    "mos": "quality",
-    "mos_quality": "quality",
-    "mos_align": "correspondence",
-    "mos_alignment": "correspondence",
-    "mos_correspondence": "correspondence",
-    "mos_authenticity": "authenticity",
-}
-"""Aspect by column name, as AGIQA-3k, AIGCIQA2023 and AIGIQA-20k call them."""
-
-SPLITS = ("train", "val", "test")
+from agiqa.store.label_tables import ASPECT_COLUMNS, SPLITS, read_mos, read_table
 
 _TEXT_COLUMNS = ("name", "prompt", "split", "generator", "description", "rating")
 
@@ -40,39 +26,14 @@ class Row:
     problems: tuple[str, ...]
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of `path` (a byte-order mark is dropped). Raises DataError when it has none."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        message = f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8."
-        raise DataError(message) from error
-    except OSError as error:
-        message = f"{path}: cannot be read ({error.strerror or error})."
-        raise DataError(message) from error
-    if not text.strip():
-        message = f"{path}: the file is empty."
-        raise DataError(message)
-    return text
-
-
 def read_rows(path: Path, mos_range: tuple[float, float]) -> list[Row]:
     """Every row of the csv file `path`; MOS outside `mos_range` (lowest, highest) become problems of their row.
 
     Raises DataError when the file is no UTF-8 csv, lacks `name`, `prompt` or any MOS column, or has no rows.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        header = [cell.strip() for cell in next(reader)]
-        _check_header(path, header)
-        rows = [_row(reader.line_num, header, cells, mos_range) for cells in reader if cells]
-    except csv.Error as error:
-        message = f"{path}, line {reader.line_num}: not a csv file ({error})."
-        raise DataError(message) from error
-    if not rows:
-        message = f"{path}: a header but no rows."
-        raise DataError(message)
-    return rows
+    header, rows = read_table(path)
+    _check_header(path, header)
+    return [_row(row.number, header, row.cells, mos_range) for row in rows]
 
 
 def _check_header(path: Path, header: list[str]) -> None:
@@ -118,19 +79,12 @@ def _labels(columns: Mapping[str, str], mos_range: tuple[float, float]) -> tuple
     labels: dict[str, float] = {}
     problems: list[str] = []
     marks = [(column, cell.strip()) for column, cell in columns.items() if column in ASPECT_COLUMNS]
-    low, high = mos_range
     for column, cell in marks:
-        if not cell:
-            continue
         try:
-            value = float(cell)
-        except ValueError:
-            problems.append(f"{column} is {cell!r}, not a number")
-            continue
-        if math.isfinite(value) and low <= value <= high:
-            labels[ASPECT_COLUMNS[column]] = value
-        else:
-            problems.append(f"{column} is {cell}, outside {low:g} to {high:g}")
+            if cell:
+                labels[ASPECT_COLUMNS[column]] = read_mos(column, cell, mos_range)
+        except DataError as error:
+            problems.append(str(error))
     if not any(cell for _, cell in marks):
         problems.append("no MOS at all")
     return labels, problems

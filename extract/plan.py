@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from agiqa.errors import DataError
 from agiqa.extract.backbones import Backbone, Prepared
 from agiqa.extract.items import DataSet, Item, item_key
-from agiqa.store import TOKEN_ROLES, Basis, Items, Store, StorePlan, create_store
+from agiqa.extract.targets import Target
+from agiqa.store import TOKEN_ROLES, Items, Store, StorePlan, create_store
 from agiqa.version import agiqa_version
 
 OnBadItem = Literal["fail", "skip"]
@@ -96,14 +97,13 @@ def plan_store(
     *,
     rule: LengthRule,
     conversation: dict[str, str],
-    basis: Basis | None = None,
+    target: Target,
 ) -> Store:
     """Create the store at `path`, or take up the one that was planned alike.
 
-    `conversation` says how the items were worded (variant and aspect) and goes into the provenance. With a
-    `basis` the store will hold sketches, else hidden states. Raises SettingsConflict, see `create_store`.
+    `conversation` says how the items were worded (variant and aspect) and goes into the provenance; `target` says
+    what is stored of the hidden states. Raises SettingsConflict, see `create_store`.
     """
-    sketch = {} if basis is None else {"sketch": {"rank": basis.rank, "calibration": basis.calibration}}
     provenance: dict[str, Any] = {
         "agiqa": agiqa_version(),
         "model": backbone.provenance(),
@@ -114,12 +114,13 @@ def plan_store(
             "plan_sha256": _plan_hash(tokenised),
         },
         "tokens": {"max_tokens": rule.max_tokens, "truncated": sum(tokenised.truncated)},
-        **sketch,
+        **target.provenance(),
     }
     plan = StorePlan(
-        encoding="hidden" if basis is None else "sketch",
-        logical_dtype=backbone.logical_dtype if basis is None else basis.logical_dtype,
-        width=backbone.hidden_size if basis is None else basis.rank,
+        encoding=target.encoding,
+        logical_dtype=target.logical_dtype(backbone),
+        width=target.width(backbone),
+        kept_logits=backbone.vocab_size if target.keep_logits else None,
         provenance=provenance,
         items=item_table(tokenised.items),
         token_ids=tokenised.token_ids,

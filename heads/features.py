@@ -177,7 +177,7 @@ def read_labels(source: FeatureSource, items: NDArray[np.int64], *, label: str) 
         )
         problems = [f"{name!r} has no {label} MOS" for name in missing]
         error = DataError.from_problems(source.id, problems)
-        error.add_note(f"Labels of this store: {counts}. Extract again from a table that has more.")
+        error.add_note(f"Labels of this store: {counts}. Join more with `agiqa store labels`.")
         raise error
     return values
 

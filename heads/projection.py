@@ -42,10 +42,10 @@ class FeatureSpec:
 
     @classmethod
     def of(cls, source: FeatureSource) -> "FeatureSpec":
-        """The spec of a store. W_lm is read when a projection asks for it."""
+        """The spec of a store. W_lm is read when a projection asks for it; `int8` rows are read as hidden states."""
         sketch = source.encoding == "sketch"
         return cls(
-            encoding=source.encoding,
+            encoding="hidden" if source.encoding == "int8" else source.encoding,
             width=source.width,
             lm_head_sha256=source.lm_head_sha256,
             basis_id=source.basis().id if sketch else None,

@@ -111,7 +111,7 @@ def split_items(source: FeatureSource, part: str) -> NDArray[np.int64]:
     if not len(chosen):
         message = (
             f"{source.id}: no item is in the split {part!r}. The split column holds: "
-            f"{_counts(source.items.splits)}. Extract again from a table with a split column, or evaluate `all`."
+            f"{_counts(source.items.splits)}. Join one with `agiqa store labels`, or evaluate `all`."
         )
         raise DataError(message)
     return chosen
@@ -123,7 +123,7 @@ def _published(source: FeatureSource) -> tuple[NDArray[np.int64], NDArray[np.int
     if not {"train", "test"} <= set(splits):
         message = (
             f"{source.id}: the split 'published' needs items marked train and test, and the split column holds: "
-            f"{_counts(splits)}. Use the split 'grouped', or extract again from a table with a split column."
+            f"{_counts(splits)}. Use the split 'grouped', or join a split column with `agiqa store labels`."
         )
         raise DataError(message)
     validation = split_items(source, "val") if "val" in splits else np.arange(0)

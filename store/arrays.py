@@ -12,7 +12,6 @@ from agiqa.store.bits import storage_dtype
 CHUNK_BYTES = 1 << 20
 SHARD_BYTES = 64 << 20
 FEWEST_UNITS = 16
-_BLOSC_BLOCK = 512 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,24 +49,49 @@ def choose_geometry(*, total_rows: int, longest: int, width: int, itemsize: int)
     return Geometry(units=1, unit_rows=-(-wanted // chunk) * chunk, chunk_rows=chunk, width=width)
 
 
-def _codecs(itemsize: int) -> list[Any]:
-    blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=itemsize, blocksize=_BLOSC_BLOCK)
+def _codecs(itemsize: int, chunk_bytes: int) -> list[Any]:
+    """One Blosc block per chunk: smaller ones find less of what repeats."""
+    blosc = BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=itemsize, blocksize=chunk_bytes)
     return [blosc, Crc32cCodec()]
 
 
-def create_rows_array(group: zarr.Group, name: str, geometry: Geometry, logical_dtype: str) -> zarr.Array[Any]:
+def create_features(group: zarr.Group, geometry: Geometry, *, dtype: np.dtype[Any], logical_dtype: str) -> None:
     """Create `features`: one shard per unit, chunks of about 1 MiB, byte shuffle + zstd + crc32c."""
+    _create_rows(group, "features", geometry, shard_rows=geometry.unit_rows, dtype=dtype, logical_dtype=logical_dtype)
+
+
+def create_kept_logits(group: zarr.Group, geometry: Geometry, *, vocabulary: int, logical_dtype: str) -> None:
+    """Create `logits` beside hidden states: same row addresses, several shards of about 64 MiB per unit."""
     dtype = storage_dtype(logical_dtype)
-    return group.create_array(
+    row_bytes = vocabulary * dtype.itemsize
+    shard_rows = _largest_divisor(geometry.unit_rows, max(1, SHARD_BYTES // row_bytes))
+    chunk_rows = _largest_divisor(shard_rows, max(1, CHUNK_BYTES // row_bytes))
+    wide = Geometry(units=geometry.units, unit_rows=geometry.unit_rows, chunk_rows=chunk_rows, width=vocabulary)
+    _create_rows(group, "logits", wide, shard_rows=shard_rows, dtype=dtype, logical_dtype=logical_dtype)
+
+
+def _create_rows(
+    group: zarr.Group, name: str, geometry: Geometry, *, shard_rows: int, dtype: np.dtype[Any], logical_dtype: str
+) -> None:
+    group.create_array(
         name,
         shape=geometry.shape,
-        shards=(geometry.unit_rows, geometry.width),
+        shards=(shard_rows, geometry.width),
         chunks=(geometry.chunk_rows, geometry.width),
         dtype=dtype,
-        compressors=_codecs(dtype.itemsize),
+        compressors=_codecs(dtype.itemsize, geometry.chunk_rows * geometry.width * dtype.itemsize),
         fill_value=0,
         attributes={"logical_dtype": logical_dtype},
     )
+
+
+def object_rows(array: zarr.Array[Any]) -> int:
+    """Rows of one object (shard, or chunk where there are no shards) of `array`."""
+    return int((array.shards or array.chunks)[0])
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)
 
 
 def create_token_array(group: zarr.Group, name: str, geometry: Geometry, dtype: str) -> zarr.Array[Any]:
@@ -77,7 +101,7 @@ def create_token_array(group: zarr.Group, name: str, geometry: Geometry, dtype: 
         shape=(geometry.units * geometry.unit_rows,),
         chunks=(geometry.unit_rows,),
         dtype=dtype,
-        compressors=_codecs(np.dtype(dtype).itemsize),
+        compressors=_codecs(np.dtype(dtype).itemsize, geometry.unit_rows * np.dtype(dtype).itemsize),
         fill_value=0,
     )
 
@@ -96,7 +120,7 @@ def create_whole_array(
         shards=(shard, *values.shape[1:]),
         chunks=(chunk, *values.shape[1:]),
         dtype=values.dtype,
-        compressors=_codecs(values.dtype.itemsize),
+        compressors=_codecs(values.dtype.itemsize, chunk * row_bytes),
         fill_value=0,
         attributes=attributes or {},
         overwrite=True,

@@ -19,7 +19,7 @@ from agiqa.errors import ConfigError
 from agiqa.store.arrays import create_whole_array
 from agiqa.store.files import canonical_json
 
-METHOD = "second-moment"
+METHODS = ("second-moment", "lm_head")
 _BLOCK_ROWS = 8192
 _LARGEST_FLOAT16 = 65504.0
 _RANK_TOLERANCE = 1e-10
@@ -33,9 +33,10 @@ class Basis:
     id: str
     rank: int
     method: str
+    """One of METHODS: `second-moment` of the data, or `lm_head` alone."""
     lm_head_sha256: str
     calibration: str
-    """Hash of what the second moment was taken over."""
+    """Hash of what the second moment was taken over; `none` for the method `lm_head`."""
     map: NDArray[np.float32]
     """(r, D): coordinates of hidden states, c = map @ h."""
     q: NDArray[np.float32]
@@ -55,13 +56,24 @@ class Basis:
         """float16 for the coordinates, or float32 where 16 times the largest RMS would leave its range.
 
         After a final norm all hidden states are of like length: on real text the largest coordinate was 2.5 RMS.
+        Without calibration no RMS is known, so float32 too.
         """
+        if self.method == "lm_head":
+            return "float32"
         largest = 16.0 * float(np.sqrt(self.energy[0]))
         return "float16" if largest < _LARGEST_FLOAT16 else "float32"
 
     def coordinates(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Sketch hidden states: (tokens, D) to (tokens, r)."""
         return hidden @ self.map.T
+
+    def lift(self, weight: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        """A projection of coordinates (d, r) as the projection of logits (d, V) that it is: `W (Q^T E) = (W Q^T) E`."""
+        return weight @ self.q.T.astype(weight.dtype)
+
+    def fold(self, weight: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+        """A projection of logits (d, V) as one of coordinates (d, r), `W_proj Q`: exact on what the rank keeps."""
+        return weight @ self.q.astype(weight.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +85,11 @@ class Moments:
     """(D, D), the mean of h h^T."""
     first: NDArray[np.float64]
     """(D,), the mean of h."""
+
+
+def isotropic_moments(width: int) -> Moments:
+    """Moments of hidden states of which nothing is known but their width D."""
+    return Moments(tokens=0, second=np.eye(width), first=np.zeros(width))
 
 
 def moments_of(blocks: Iterable[NDArray[np.float32]], width: int) -> Moments:
@@ -91,7 +108,13 @@ def moments_of(blocks: Iterable[NDArray[np.float32]], width: int) -> Moments:
 
 
 def make_basis(
-    lm_head: NDArray[np.float32], moments: Moments, *, rank: int, lm_head_sha256: str, calibration: str
+    lm_head: NDArray[np.float32],
+    moments: Moments,
+    *,
+    rank: int,
+    lm_head_sha256: str,
+    calibration: str,
+    method: str = "second-moment",
 ) -> Basis:
     """The rank-`rank` basis of the logits `W_lm h` whose hidden states have `moments`.
 
@@ -112,7 +135,7 @@ def make_basis(
     energy[: len(order)] = np.maximum(values[order], 0.0)
     to_coordinates = leading.T @ root
     content = {
-        "method": METHOD,
+        "method": method,
         "rank": rank,
         "lm_head_sha256": lm_head_sha256,
         "calibration": calibration,
@@ -121,7 +144,7 @@ def make_basis(
     return Basis(
         id=hashlib.sha256(canonical_json(content).encode()).hexdigest(),
         rank=rank,
-        method=METHOD,
+        method=method,
         lm_head_sha256=lm_head_sha256,
         calibration=calibration,
         map=to_coordinates.astype(np.float32),

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,30 @@ def write_text_atomically(path: Path, text: str) -> None:
     temporary = _write_temporary(path, text)
     temporary.replace(path)
     sync_file(path.parent)
+
+
+def write_bytes_atomically(path: Path, pieces: Iterable[bytes]) -> dict[str, Any]:
+    """Write `pieces` one after the other to `path`, in a folder made for it; its bytes and sha256.
+
+    What a crash or a full disk leaves is a file named `*.partial`, never a part under the name of the whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    digest, size = hashlib.sha256(), 0
+    try:
+        with temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+                digest.update(piece)
+                size += len(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    temporary.replace(path)
+    sync_file(path.parent)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def put_text_if_absent(path: Path, text: str) -> bool:

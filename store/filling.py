@@ -1,7 +1,6 @@
 """Fill: one writer per unit, a unit exists when its commit record does, and any run can take up the rest."""
 
 import os
-import shutil
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import zarr
 from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, DataError
+from agiqa.store.arrays import object_rows
 from agiqa.store.bits import finite_rows
 from agiqa.store.files import (
     canonical_json,
@@ -20,8 +20,11 @@ from agiqa.store.files import (
     put_text_if_absent,
     sync_file,
     waiting_lock,
+    write_bytes_atomically,
     write_text_atomically,
 )
+from agiqa.store.layout import MODEL_GROUPS
+from agiqa.store.objects import ObjectCodec
 from agiqa.store.reading import Store
 
 
@@ -47,31 +50,29 @@ class UnitWriter:
         with exclusive_lock(self.store.layout.locks / f"{unit:08d}") as held:
             yield held and not self.store.layout.commit(unit).exists()
 
-    def write_unit(self, unit: int, rows: NDArray[Any], *, seconds: float) -> None:
+    def write_unit(
+        self,
+        unit: int,
+        rows: NDArray[Any],
+        *,
+        seconds: float,
+        scale: NDArray[np.float32] | None = None,
+        logits: Callable[[int, int], NDArray[Any]] | None = None,
+    ) -> None:
         """Write the features of `unit` and its commit record.
 
-        `rows` is (rows used, width) in the bits of the store, the items of the unit one after the other;
-        `seconds` is what computing them took. Raises DataError naming the first item with a NaN or infinite
-        value, and DamagedStore when the disk gives back other bytes than were written.
+        `rows` is (rows used, width) in the dtype of `features`, the items of the unit one after the other;
+        `seconds` is what computing them took. `scale` (rows used,) belongs to `int8`; `logits(start, stop)` gives the
+        raw logits (stop - start, V) of these rows of the unit where the store keeps them. Raises DataError naming the
+        first item with a NaN or infinite value, and DamagedStore when the disk gives back other bytes than were
+        written.
         """
         self._check(unit, rows)
-        geometry = self.store.geometry
-        block = np.zeros((geometry.unit_rows, geometry.width), rows.dtype)
-        block[: len(rows)] = rows
-        first = unit * geometry.unit_rows
-        features = self._features()
-        path = self.store.layout.features_object(unit)
-        if path.parent.exists():  # what a killed run left of a unit that has no record
-            shutil.rmtree(path.parent)
-        features[first : first + geometry.unit_rows] = block
-        objects: list[dict[str, Any]] = []
-        if path.exists():  # a unit of zeros only (or of zero tokens) is stored as no object at all
-            sync_file(path)
-            sync_file(path.parent)
-            objects.append(describe_object(self.store.path, path))
-        if not np.array_equal(np.asarray(features[first : first + geometry.unit_rows]), block):
-            message = f"{path}: the disk gave back other bytes than were written. Check the disk, then run again."
-            raise DamagedStore(message)
+        objects = self._put("features", unit, rows)
+        if scale is not None:
+            objects += self._put("tokens/scale", unit, scale)
+        if logits is not None:
+            objects += self._put_logits(unit, len(rows), logits)
         record = {
             "unit": unit,
             "objects": objects,
@@ -92,41 +93,77 @@ class UnitWriter:
             if layout.model_commit.exists():
                 return
             write(self.group)
-            names = [name for name in ("lm_head", "basis", "probe") if (layout.zarr / name).exists()]
+            names = [name for name in MODEL_GROUPS if (layout.zarr / name).exists()]
             files = [path for name in names for path in sorted((layout.zarr / name).rglob("*")) if path.is_file()]
             for path in files:
                 sync_file(path)
             objects = [describe_object(self.store.path, path) for path in files]
             write_text_atomically(layout.model_commit, canonical_json({"objects": objects}))
 
+    def _put_logits(self, unit: int, used: int, logits: Callable[[int, int], NDArray[Any]]) -> list[dict[str, Any]]:
+        """Write the raw logits of `unit`, one shard in memory at a time."""
+        shard_rows = object_rows(self._array("logits"))
+        first = unit * self.store.geometry.unit_rows
+        objects: list[dict[str, Any]] = []
+        for start in range(0, used, shard_rows):
+            block = logits(start, min(start + shard_rows, used))
+            finite = finite_rows(block, self.store.logical_dtype)
+            if not finite.all():
+                raise self._not_finite(unit, start + int(np.argmin(finite)))
+            objects += self._put("logits", (first + start) // shard_rows, block)
+        return objects
+
+    def _put(self, name: str, position: int, values: NDArray[Any]) -> list[dict[str, Any]]:
+        """Write object number `position` of the array `name`, whole, and read it back; its record."""
+        array = self._array(name)
+        codec = ObjectCodec.of(array)
+        path = self.store.layout.object_of(name, position, dimensions=array.ndim)
+        path.unlink(missing_ok=True)  # what a killed run left of a unit that has no record
+        pieces = codec.encode(values)
+        if not pieces:  # zeros only are not stored at all
+            return []
+        written = write_bytes_atomically(path, pieces)
+        try:
+            same = np.array_equal(codec.read(path, 0, len(values)), values)
+        except ValueError:
+            same = False
+        if not same:
+            message = f"{path}: the disk gave back other bytes than were written. Check the disk, then run again."
+            raise DamagedStore(message)
+        return [{"path": path.relative_to(self.store.path).as_posix(), **written}]
+
     def _remedy(self) -> str:
         if self.store.encoding == "sketch":
             return "If the hidden states are finite there, it left the range of the sketch's dtype: store them instead."
         return "Try --dtype float32, or leave the item out."
 
-    def _features(self) -> zarr.Array[Any]:
-        found = self.group["features"]
+    def _array(self, name: str) -> zarr.Array[Any]:
+        found = self.group[name]
         if not isinstance(found, zarr.Array):
-            message = f"{self.store.path}: 'features' is no array. Plan the store again at another path."
+            message = f"{self.store.path}: {name!r} is no array. Plan the store again at another path."
             raise DamagedStore(message)
         return found
 
     def _check(self, unit: int, rows: NDArray[Any]) -> None:
         used, width = self.store.rows_used(unit), self.store.width
-        dtype = self._features().dtype
+        dtype = self._array("features").dtype
         if rows.shape != (used, width) or rows.dtype != dtype:
             message = (
                 f"unit {unit}: features are {rows.dtype} {rows.shape}, the plan expects {dtype} {(used, width)}. "
                 "The model does not fit this store."
             )
             raise DataError(message)
+        if rows.dtype == np.int8:
+            return
         finite = finite_rows(rows, self.store.logical_dtype)
         if not finite.all():
-            row = unit * self.store.geometry.unit_rows + int(np.argmin(finite))
-            items = self.store.items_of(unit)
-            item = int(items[np.searchsorted(self.store.row_starts[items], row, side="right") - 1])
-            message = (
-                f"item {self.store.items.names[item]!r} (unit {unit}): the model gave a NaN or infinite value at "
-                f"token {row - int(self.store.row_starts[item])}. {self._remedy()}"
-            )
-            raise DataError(message)
+            raise self._not_finite(unit, int(np.argmin(finite)))
+
+    def _not_finite(self, unit: int, row_of_unit: int) -> DataError:
+        row = unit * self.store.geometry.unit_rows + row_of_unit
+        items = self.store.items_of(unit)
+        item = int(items[np.searchsorted(self.store.row_starts[items], row, side="right") - 1])
+        return DataError(
+            f"item {self.store.items.names[item]!r} (unit {unit}): the model gave a NaN or infinite value at "
+            f"token {row - int(self.store.row_starts[item])}. {self._remedy()}"
+        )

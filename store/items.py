@@ -62,10 +62,18 @@ def write_items(path: Path, items: Items) -> None:
     temporary.replace(path)
 
 
+def count_items(path: Path) -> int:
+    """Rows of the item table, from its footer alone. Raises DamagedStore as `read_items`."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+
+
 def read_items(path: Path) -> Items:
     """The items in `path`. Raises DamagedStore, naming the file, when it is missing or unreadable."""
     try:
-        table = pq.read_table(path)
+        table = pq.ParquetFile(path).read()  # pq.read_table would import pandas where it is installed
         columns = {name: table.column(name) for name in table.column_names}
         return Items(
             names=columns["name"].to_pylist(),
@@ -74,11 +82,14 @@ def read_items(path: Path) -> Items:
             generators=columns["generator"].to_pylist(),
             descriptions=columns["description"].to_pylist(),
             labels={
-                name.removeprefix(LABEL_PREFIX): column.to_numpy().astype(np.float64)
+                name.removeprefix(LABEL_PREFIX): np.array(column.to_pylist(), np.float64)  # None becomes NaN
                 for name, column in columns.items()
                 if name.startswith(LABEL_PREFIX)
             },
         )
     except (OSError, KeyError, pa.ArrowException) as error:
-        message = f"{path}: the item table cannot be read ({error}). Copy the store again, or extract it again."
-        raise DamagedStore(message) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DamagedStore:
+    return DamagedStore(f"{path}: the item table cannot be read ({error}). Copy the store again, or extract it again.")

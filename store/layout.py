@@ -8,7 +8,13 @@ from pathlib import Path
 
 FORMAT = "agiqa.features"
 VERSION = 1
-ENCODINGS = ("hidden", "sketch")
+ENCODINGS = ("hidden", "sketch", "int8", "logits")
+
+MODEL_GROUPS = ("lm_head", "basis", "scale", "probe")
+"""Groups of the store whose arrays come from the model."""
+
+ROW_ARRAYS = ("features", "logits", "tokens/ids", "tokens/roles", "tokens/scale")
+"""Arrays with a row, or an entry, per token; all have the same row addresses."""
 
 TOKEN_ROLES = {"special": 0, "image": 1, "question": 2, "answer": 3}
 ITEM_STATUS = {"whole": 0, "truncated": 1}
@@ -66,4 +72,8 @@ class StoreLayout:
 
     def features_object(self, unit: int) -> Path:
         """The one object (shard) that holds the features of a unit."""
-        return self.zarr / "features" / "c" / str(unit) / "0"
+        return self.object_of("features", unit, dimensions=2)
+
+    def object_of(self, array: str, position: int, *, dimensions: int) -> Path:
+        """The object number `position` along the first axis of `array`, which is cut along that axis only."""
+        return self.zarr.joinpath(array, "c", str(position), *["0"] * (dimensions - 1))

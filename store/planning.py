@@ -12,11 +12,12 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import SettingsConflict
+from agiqa.errors import ConfigError, SettingsConflict
 from agiqa.store.arrays import (
     Geometry,
     choose_geometry,
-    create_rows_array,
+    create_features,
+    create_kept_logits,
     create_token_array,
     create_whole_array,
 )
@@ -39,9 +40,11 @@ class StorePlan:
     """What a store will hold, known before any feature is computed."""
 
     encoding: str
-    """`hidden` or `sketch`."""
+    """One of ENCODINGS."""
     logical_dtype: str
+    """Of the rows as they are read; `int8` rows are stored as int8."""
     width: int
+    """Hidden size D (`hidden`, `int8`), rank r (`sketch`) or vocabulary V (`logits`)."""
     provenance: Mapping[str, Any]
     items: Items
     token_ids: Sequence[NDArray[np.int32]]
@@ -51,6 +54,19 @@ class StorePlan:
     item_keys: Sequence[bytes]
     """Per item, sha256 of the image bytes and the conversation."""
     truncated: Sequence[bool]
+    kept_logits: int | None = None
+    """Size of the vocabulary, where the raw logits are kept beside hidden states."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where raw logits are to be kept beside anything but hidden states."""
+        if self.kept_logits is not None and self.encoding != "hidden":
+            message = f"Raw logits are kept beside hidden states only, not beside {self.encoding!r}."
+            raise ConfigError(message)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of the stored rows."""
+        return np.dtype(np.int8) if self.encoding == "int8" else storage_dtype(self.logical_dtype)
 
     def full_provenance(self) -> dict[str, Any]:
         """The provenance with what decides the shape of the features; its hash is the store id."""
@@ -59,6 +75,7 @@ class StorePlan:
             "encoding": self.encoding,
             "logical_dtype": self.logical_dtype,
             "width": self.width,
+            **({} if self.kept_logits is None else {"kept_logits": self.kept_logits}),
         }
 
 
@@ -88,9 +105,8 @@ def place_items(n_tokens: NDArray[np.int32], geometry: Geometry) -> Placement:
     return Placement(geometry=placed, units=units, row_starts=starts)
 
 
-def place(n_tokens: NDArray[np.int32], *, width: int, logical_dtype: str) -> Placement:
+def place(n_tokens: NDArray[np.int32], *, width: int, itemsize: int) -> Placement:
     """Choose the geometry for items of these lengths and bin them."""
-    itemsize = storage_dtype(logical_dtype).itemsize
     geometry = choose_geometry(
         total_rows=int(n_tokens.sum()), longest=int(n_tokens.max(initial=0)), width=width, itemsize=itemsize
     )
@@ -189,9 +205,14 @@ def _changed_items(store: Store, plan: StorePlan) -> list[str]:
 
 def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
     n_tokens = np.array([len(ids) for ids in plan.token_ids], np.int32)
-    placement = place(n_tokens, width=plan.width, logical_dtype=plan.logical_dtype)
-    group = zarr.create_group(store=layout.zarr, attributes=_attributes(plan, placement.geometry))
-    create_rows_array(group, "features", placement.geometry, plan.logical_dtype)
+    placement = place(n_tokens, width=plan.width, itemsize=plan.dtype.itemsize)
+    geometry = placement.geometry
+    group = zarr.create_group(store=layout.zarr, attributes=_attributes(plan, geometry))
+    create_features(group, geometry, dtype=plan.dtype, logical_dtype=plan.logical_dtype)
+    if plan.kept_logits is not None:
+        create_kept_logits(group, geometry, vocabulary=plan.kept_logits, logical_dtype=plan.logical_dtype)
+    if plan.encoding == "int8":
+        create_token_array(group, "tokens/scale", geometry, "float32")
     _write_tokens(group, plan, placement)
     index: dict[str, np.ndarray[Any, Any]] = {
         "row_start": placement.row_starts,

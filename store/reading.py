@@ -13,12 +13,15 @@ import zarr
 from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, IncompleteStore, SchemaError, ViewRefused
-from agiqa.store.arrays import Geometry
 from agiqa.store.basis import Basis, load_basis
-from agiqa.store.bits import to_float32
-from agiqa.store.files import read_json, sha256_of_file
-from agiqa.store.items import Items, read_items
-from agiqa.store.layout import ENCODINGS, FORMAT, VERSION, StoreLayout
+from agiqa.store.bits import storage_dtype, to_float32
+from agiqa.store.checks import check_attributes, check_index, check_rows_array, damaged
+from agiqa.store.files import read_json
+from agiqa.store.items import Items, count_items, read_items
+from agiqa.store.layout import StoreLayout
+from agiqa.store.objects import ObjectCodec
+from agiqa.store.recorded_items import read_recorded_items
+from agiqa.store.scaling import Scale, load_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +49,39 @@ class Store:
         self.path = path
         self.layout = StoreLayout(path)
         self.group = _open_group(self.layout)
-        attributes = dict(self.group.attrs)
-        _check_schema(path, attributes)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+        self._codecs: dict[str, ObjectCodec] = {}
+        attributes: dict[str, Any] = dict(self.group.attrs)
+        self.geometry = check_attributes(path, attributes)
         self.id: str = str(attributes["id"])
         self.encoding: str = str(attributes["encoding"])
         self.logical_dtype: str = str(attributes["logical_dtype"])
-        self.provenance: dict[str, Any] = _as_dict(attributes["provenance"])
-        numbers = {name: int(str(attributes[name])) for name in ("units", "unit_rows", "chunk_rows", "width")}
-        self.geometry = Geometry(**numbers)
+        self.provenance: dict[str, Any] = attributes["provenance"]
+        self.dtype = np.dtype(np.int8) if self.encoding == "int8" else storage_dtype(self.logical_dtype)
+        check_rows_array(path, self.array("features"), self.geometry, self.dtype)
 
     @property
     def width(self) -> int:
-        """Values per token: hidden size D, or sketch rank r."""
+        """Values per token: hidden size D, sketch rank r, or vocabulary V of raw logits."""
         return self.geometry.width
 
     @property
+    def keeps_logits(self) -> bool:
+        """Whether the raw logits lie beside the hidden states."""
+        return "kept_logits" in self.provenance
+
+    @property
     def is_complete(self) -> bool:
-        """Whether the store was sealed."""
+        """Whether the store was sealed; so is a part that was pulled of a sealed store."""
         return self.layout.manifest.exists()
+
+    @cached_property
+    def pulled_units(self) -> list[int] | None:
+        """The units that are here of a store that was pulled in part; None for any other store."""
+        if not self.is_complete:
+            return None
+        manifest = read_json(self.layout.manifest)
+        return [int(unit) for unit in manifest["units"]] if manifest.get("state") == "partial" else None
 
     @property
     def items(self) -> Items:
@@ -72,25 +90,12 @@ class Store:
 
     @cached_property
     def _items(self) -> Items:
-        if self.is_complete:
-            recorded = read_json(self.layout.manifest)["labels"]["sha256"]
-            if not self.layout.items.exists() or sha256_of_file(self.layout.items) != recorded:
-                message = f"{self.layout.items} is not the item table that the manifest lists. Copy the store again."
-                raise DamagedStore(message)
-        items = read_items(self.layout.items)
-        if len(items) != len(self.n_tokens):
-            message = f"{self.layout.items} has {len(items)} rows, the index {len(self.n_tokens)} items."
-            raise DamagedStore(message)
-        return items
+        return read_recorded_items(self.layout) if self.is_complete else read_items(self.layout.items)
 
     @property
     def n_tokens(self) -> NDArray[np.int32]:
         """Tokens per item, (items,)."""
-        return self._n_tokens
-
-    @cached_property
-    def _n_tokens(self) -> NDArray[np.int32]:
-        return self._index("n_tokens")
+        return self._checked_index["n_tokens"]
 
     @cached_property
     def row_starts(self) -> NDArray[np.int64]:
@@ -119,12 +124,32 @@ class Store:
 
     @property
     def remedy(self) -> str:
-        """How an unfinished store is finished."""
+        """How a store without all its units gets the rest."""
+        if self.pulled_units is not None:
+            return "It was pulled in part: `agiqa store pull` it again, with the items you need or without --items."
         maker = "store sketch" if "source" in self.provenance else "extract"
         return f"Run the same `agiqa {maker}` again to finish it."
 
     def _index(self, name: str) -> NDArray[Any]:
-        return self._whole(f"index/{name}")
+        arrays = self._checked_index
+        return arrays[name] if name in arrays else self._whole(f"index/{name}")
+
+    @cached_property
+    def _checked_index(self) -> dict[str, NDArray[Any]]:
+        """The three arrays that addresses come from, none of them read unless all have a row per item."""
+        names, count = ("n_tokens", "row_start", "unit"), count_items(self.layout.items)
+        for name in names:
+            if self.array(f"index/{name}").shape != (count,):
+                raise damaged(self.path, f"index/{name} does not have one entry for each of {count} items")
+        arrays = {name: self._whole(f"index/{name}") for name in names}
+        check_index(
+            self.path,
+            self.geometry,
+            n_tokens=arrays["n_tokens"],
+            row_starts=arrays["row_start"],
+            units=arrays["unit"],
+        )
+        return arrays
 
     def _whole(self, name: str) -> NDArray[Any]:
         array = self.array(name)
@@ -142,8 +167,13 @@ class Store:
             )
             raise DamagedStore(message) from error
 
+    def _have(self, path: Path) -> None:
+        """Called before the object at `path` is read: where a remote store gets it, if it is not here yet."""
+
     def array(self, name: str) -> zarr.Array[Any]:
         """The Zarr array `name`. Raises IncompleteStore when it is not there (yet)."""
+        if name in self._arrays:
+            return self._arrays[name]
         try:
             found = self.group[name]
         except KeyError:
@@ -152,12 +182,14 @@ class Store:
         if not isinstance(found, zarr.Array):
             message = f"{self.path}: {name!r} is a group where an array was expected."
             raise DamagedStore(message)
+        self._arrays[name] = found
         return found
 
     def committed_units(self) -> list[int]:
         """Units whose features are on disk with a commit record, ascending; all of them once the store is sealed."""
         if self.is_complete:
-            return list(range(self.geometry.units))
+            pulled = self.pulled_units
+            return list(range(self.geometry.units)) if pulled is None else pulled
         return [unit for unit in range(self.geometry.units) if self.layout.commit(unit).exists()]
 
     def items_of(self, unit: int) -> NDArray[np.int64]:
@@ -171,12 +203,39 @@ class Store:
     def unit_rows(self, unit: int, array: str = "features") -> NDArray[Any]:
         """The used rows of `unit` of `features`, `tokens/ids` or `tokens/roles`, in the bits of the store."""
         first = unit * self.geometry.unit_rows
-        rows, used = self.array(array), self.rows_used(unit)
-        with self._decoding(f"unit {unit} of {array!r}"):
-            return np.asarray(rows[first : first + used])
+        return self._stored(array, first, first + self.rows_used(unit))
+
+    def _stored(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` of a row array as they are stored; Zarr is asked for the array's shape only."""
+        if name not in self._codecs:
+            self._codecs[name] = ObjectCodec.of(self.array(name))
+        codec, parts = self._codecs[name], list[NDArray[Any]]()
+        while start < stop or not parts:
+            position = start // codec.rows
+            first, end = position * codec.rows, min(stop, (position + 1) * codec.rows)
+            path = self.layout.object_of(name, position, dimensions=1 + len(codec.row_shape))
+            with self._decoding(f"unit {start // self.geometry.unit_rows} of {name!r}"):
+                parts.append(self._read_object(codec, path, start - first, max(start, end) - first))
+            start = max(start + 1, end)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _read_object(self, codec: ObjectCodec, path: Path, start: int, stop: int) -> NDArray[Any]:
+        self._have(path)
+        try:
+            return codec.read(path, start, stop)
+        except FileNotFoundError:
+            if self._is_recorded(path):
+                raise
+            return np.zeros((stop - start, *codec.row_shape), codec.dtype)  # all zero, so never stored
+
+    def _is_recorded(self, path: Path) -> bool:
+        """Whether the store's records list the object at `path`."""
+        records = [self.layout.manifest] if self.is_complete else sorted(self.layout.commits.glob("*.json"))
+        listed = path.relative_to(self.path).as_posix()
+        return any(entry["path"] == listed for record in records for entry in read_json(record)["objects"])
 
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
-        """The rows of `items` (positions), in that order; each unit is decoded once.
+        """The rows of `items` (positions), in that order; only the chunks that they lie in are decoded, each once.
 
         Raises IncompleteStore when an item's unit was never committed, naming the item; DamagedStore when a
         checksum does not match.
@@ -184,21 +243,53 @@ class Store:
         wanted = np.asarray(items, np.int64)
         self._require_committed(wanted)
         offsets = np.concatenate([[0], np.cumsum(self.n_tokens[wanted], dtype=np.int64)])
-        rows = np.empty((int(offsets[-1]), self.width), self.array("features").dtype)
+        rows = np.empty((int(offsets[-1]), self.width), storage_dtype(self.logical_dtype))
         roles = np.empty(int(offsets[-1]), np.uint8)
-        for unit in np.unique(self.units[wanted]).tolist():
-            unit_rows = self.unit_rows(unit)
-            unit_roles = self.unit_rows(unit, "tokens/roles")
-            for place in np.flatnonzero(self.units[wanted] == unit):
-                start = int(self.row_starts[wanted[place]]) - unit * self.geometry.unit_rows
-                source = slice(start, start + int(self.n_tokens[wanted[place]]))
+        for places in self._runs(wanted):
+            items_of_run = wanted[places]
+            first, last = int(self.row_starts[items_of_run[0]]), int(self.row_ends[items_of_run[-1]])
+            run_rows, run_roles = self.rows_at(first, last), self._stored("tokens/roles", first, last)
+            for place, item in zip(places.tolist(), items_of_run.tolist(), strict=True):
+                source = slice(int(self.row_starts[item]) - first, int(self.row_ends[item]) - first)
                 target = slice(int(offsets[place]), int(offsets[place + 1]))
-                rows[target] = unit_rows[source]
-                roles[target] = unit_roles[source]
+                rows[target] = run_rows[source]
+                roles[target] = run_roles[source]
         return TokenRows(rows=rows, roles=roles, offsets=offsets, logical_dtype=self.logical_dtype)
 
+    def _runs(self, items: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Places in `items` whose rows lie in one unit and less than a chunk apart, each run by address."""
+        order = np.lexsort((items, self.row_starts[items]))
+        starts, ends = self.row_starts[items][order], self.row_ends[items][order]
+        apart = starts[1:] - np.maximum.accumulate(ends)[:-1] >= self.geometry.chunk_rows
+        cuts = np.flatnonzero(apart | (np.diff(self.units[items][order]) != 0)) + 1
+        return np.split(order, cuts) if len(order) else []
+
+    def rows_of(self, item: int, start: int, stop: int, *, array: str = "features") -> NDArray[Any]:
+        """Tokens `start` to `stop` of `item` of `features` or `logits`, in the bits of `logical_dtype`.
+
+        Raises as `read`.
+        """
+        self._require_committed(np.array([item]))
+        first = int(self.row_starts[item])
+        return self.rows_at(first + start, first + stop, array=array)
+
+    def rows_at(self, start: int, stop: int, *, array: str = "features") -> NDArray[Any]:
+        """Rows by address, all of one unit, in the bits of `logical_dtype`; those of `int8` are rescaled.
+
+        Whether the unit was committed is not asked. Raises DamagedStore when a checksum does not match.
+        """
+        rows = self._stored(array, start, stop)
+        if self.encoding != "int8":
+            return rows
+        return self._scale.decode(rows, self._stored("tokens/scale", start, stop))
+
+    @cached_property
+    def _scale(self) -> Scale:
+        self.array("scale/mean")
+        return load_scale(self.group)
+
     def _require_committed(self, wanted: NDArray[np.int64]) -> None:
-        if self.is_complete:
+        if self.is_complete and self.pulled_units is None:
             return
         missing = set(self.units[wanted].tolist()) - set(self.committed_units())
         for position in wanted.tolist():
@@ -212,20 +303,23 @@ class Store:
     @property
     def lm_head_sha256(self) -> str:
         """Which language-model head the features belong to: sha256 of its bits in row-major order."""
-        source = "lm_head/weight" if self.encoding == "hidden" else "basis/q"
+        source = {"sketch": "basis/q", "logits": "probe/logits"}.get(self.encoding, "lm_head/weight")
         return str(self.array(source).attrs["lm_head_sha256"])
 
     def lm_head(self) -> NDArray[np.float32]:
         """The language-model head W_lm, (V, D) float32. Raises ViewRefused where the store has none."""
-        if self.encoding != "hidden":
-            message = f"{self.path} holds a {self.encoding}, without W_lm; read it from the store it came from."
+        return to_float32(*self.lm_head_bits())
+
+    def lm_head_bits(self) -> tuple[NDArray[Any], str]:
+        """W_lm (V, D) in the bits of the model, and their logical dtype. Raises ViewRefused where there is none."""
+        if self.encoding not in ("hidden", "int8"):
+            message = f"{self.path} holds {self.encoding} features without W_lm; read it from the store it came from."
             raise ViewRefused(message)
-        array = self.array("lm_head/weight")
-        bits = self._whole("lm_head/weight")
-        if hashlib.sha256(bits.tobytes()).hexdigest() != self.lm_head_sha256:
+        bits = np.ascontiguousarray(self._whole("lm_head/weight"))
+        if hashlib.sha256(bits.data).hexdigest() != self.lm_head_sha256:
             message = f"{self.path}: lm_head/weight is not the head that its hash names. Copy the store again."
             raise DamagedStore(message)
-        return to_float32(bits, str(array.attrs["logical_dtype"]))
+        return bits, str(self.array("lm_head/weight").attrs["logical_dtype"])
 
     def basis(self) -> Basis:
         """The basis of a sketch. Raises ViewRefused on other encodings."""
@@ -272,20 +366,3 @@ def _open_group(layout: StoreLayout) -> zarr.Group:
     except (ValueError, TypeError, KeyError) as error:
         message = f"{layout.zarr}/zarr.json cannot be read ({error}). Copy the store again, or extract it again."
         raise DamagedStore(message) from error
-
-
-def _check_schema(path: Path, attributes: dict[str, Any]) -> None:
-    found, version = attributes.get("format"), attributes.get("version")
-    if found != FORMAT or version != VERSION:
-        message = f"{path} is {found} v{version}; this agiqa reads {FORMAT} v{VERSION}."
-        raise SchemaError(message)
-    if attributes.get("encoding") not in ENCODINGS:
-        message = f"{path}: encoding {attributes.get('encoding')!r}; this agiqa reads {', '.join(ENCODINGS)}."
-        raise SchemaError(message)
-
-
-def _as_dict(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        message = f"A store's provenance is {type(value).__name__}, expected an object."
-        raise SchemaError(message)
-    return {str(key): entry for key, entry in value.items()}

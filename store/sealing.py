@@ -8,9 +8,11 @@ import zarr
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.card import data_card
-from agiqa.store.files import canonical_json, describe_object, read_json, waiting_lock, write_text_atomically
+from agiqa.store.checks import check_object_path
+from agiqa.store.files import canonical_json, describe_object, read_json, write_text_atomically
 from agiqa.store.layout import FORMAT, VERSION
 from agiqa.store.reading import Store, open_store
+from agiqa.store.upkeep import upkeep_lock
 
 
 def seal(store: Store) -> Store:
@@ -19,10 +21,10 @@ def seal(store: Store) -> Store:
     Returns the store, opened as complete. Raises IncompleteStore naming the missing units, and DamagedStore
     naming the objects that are missing or of another size.
     """
-    with waiting_lock(store.layout.locks / "seal"):
+    with upkeep_lock(store.layout):
         if not store.is_complete:
             _seal(store)
-    shutil.rmtree(store.layout.locks, ignore_errors=True)
+        shutil.rmtree(store.layout.locks, ignore_errors=True)
     return open_store(store.path)
 
 
@@ -68,7 +70,7 @@ def recorded_objects(store: Store) -> list[dict[str, Any]]:
 
 def size_problem(store: Store, entry: dict[str, Any]) -> str | None:
     """What is wrong with the presence and size of a recorded object, or None."""
-    path = store.path / entry["path"]
+    path = store.path / check_object_path(store.path, entry["path"])
     if not path.is_file():
         return f"{entry['path']} is missing"
     if path.stat().st_size != entry["bytes"]:

@@ -1,6 +1,5 @@
 """Sketch a store of hidden states: the same items and tokens, r coordinates per token."""
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,14 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import ConfigError, HeadError, SettingsConflict, ViewRefused
-from agiqa.store.arrays import create_whole_array
-from agiqa.store.basis import Basis, make_basis, moments_of, save_basis
+from agiqa.errors import ConfigError, HeadError, UnknownName
+from agiqa.store.basis import METHODS, Basis, Moments, isotropic_moments, make_basis, moments_of, save_basis
 from agiqa.store.bits import from_float32, to_float32
-from agiqa.store.filling import UnitWriter
-from agiqa.store.layout import ITEM_STATUS
-from agiqa.store.planning import StorePlan, create_store
+from agiqa.store.deriving import Derivation, derive_store, require_hidden
 from agiqa.store.reading import Store
-from agiqa.store.sealing import seal
 
 _MEASURED_TOKENS = 256
+_MEASURED_OUTPUTS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,27 +25,47 @@ class SketchResult:
 
     store: Store
     energy_kept: float
-    """Share of the calibration tokens' squared logits, 0 to 1."""
+    """Share of the calibration tokens' squared logits, 0 to 1; for the method `lm_head` of isotropic hidden states."""
     logit_error: float
     """Measured relative Frobenius error of the logits over 256 tokens spread over all items."""
+    projection_error: float
+    """The same of `W_proj E` for a random Gaussian W_proj with 64 outputs."""
 
 
-def basis_from(store: Store, rank: int) -> Basis:
-    """The rank-`rank` basis calibrated on the training split of `store`, or on all items if it has no splits.
+def basis_from(store: Store, rank: int, *, method: str = "second-moment") -> Basis:
+    """The rank-`rank` basis of the logits of `store`.
 
-    Test and validation items are never used. Raises ConfigError for a rank outside 1..D or a store whose
-    splits include no training items, and ViewRefused when `store` holds no hidden states.
+    `second-moment` is calibrated on the training split, or on all items if there are no splits, and never on test or
+    validation items; `lm_head` looks at W_lm alone, as if hidden states were isotropic. Raises ConfigError for a rank
+    outside 1..D or a store whose splits include no training items, UnknownName for another method, and ViewRefused
+    when `store` holds no hidden states.
     """
-    _require_hidden(store)
+    require_hidden(store)
+    if method not in METHODS:
+        raise UnknownName.of(kind="basis method", name=method, known=METHODS)
     if not 1 <= rank <= store.width:
         message = (
             f"Sketch rank {rank} is outside 1..{store.width} (the hidden size of {store.path}). Give another --rank."
         )
         raise ConfigError(message)
+    if method == "lm_head":
+        moments, calibration = isotropic_moments(store.width), "none"
+    else:
+        moments, calibration = calibration_moments(store)
+    return make_basis(
+        store.lm_head(),
+        moments,
+        rank=rank,
+        method=method,
+        lm_head_sha256=store.lm_head_sha256,
+        calibration=calibration,
+    )
+
+
+def calibration_moments(store: Store) -> tuple[Moments, str]:
+    """Moments of the hidden states of the calibration items, and what they were taken over."""
     items = calibration_items(store)
-    moments = moments_of(_hidden_blocks(store, items), store.width)
-    calibration = f"{store.id}:{len(items)} items"
-    return make_basis(store.lm_head(), moments, rank=rank, lm_head_sha256=store.lm_head_sha256, calibration=calibration)
+    return moments_of(_hidden_blocks(store, items), store.width), f"{store.id}:{len(items)} items"
 
 
 def calibration_items(store: Store) -> NDArray[np.int64]:
@@ -75,88 +91,51 @@ def sketch_store(
     `advance` is called with the tokens of every finished unit. Raises HeadError when `basis` belongs to another W_lm,
     SettingsConflict when `out` is a store made otherwise.
     """
-    _require_hidden(source)
+    require_hidden(source)
     if basis.lm_head_sha256 != source.lm_head_sha256:
         message = (
             f"The basis {basis.id[:12]} belongs to the language-model head {basis.lm_head_sha256[:12]}, {source.path} "
             f"to {source.lm_head_sha256[:12]}: their logits live in different spaces. Use a basis of the same model."
         )
         raise HeadError(message)
-    if out.resolve() == source.path.resolve():
-        message = f"{out} is the store to be sketched; give another path for the sketch."
-        raise SettingsConflict(message)
-    sketch = create_store(out, _plan(source, basis))
-    if not sketch.is_complete:
-        writer = UnitWriter(sketch)
-        writer.write_model_arrays(lambda group: _write_model_arrays(group, source, sketch, basis))
-        for unit in writer.pending():
-            with writer.claim(unit) as mine:
-                if mine:
-                    _sketch_unit(source, writer, basis, unit)
-            advance(sketch.rows_used(unit))
-        sketch = seal(sketch)
-    return SketchResult(store=sketch, energy_kept=basis.energy_kept, logit_error=measure_logit_error(source, sketch))
+
+    def encode(hidden: NDArray[np.float32]) -> tuple[NDArray[np.generic], None]:
+        return from_float32(basis.coordinates(hidden), basis.logical_dtype), None
+
+    def write_model(group: zarr.Group) -> None:
+        save_basis(group, basis)
+
+    derivation = Derivation(
+        encoding="sketch",
+        logical_dtype=basis.logical_dtype,
+        width=basis.rank,
+        provenance={"basis": basis.id},
+        encode=encode,
+        write_model=write_model,
+        probe_attributes={},
+    )
+    sketch = derive_store(source, out, derivation, advance=advance)
+    logit_error, projection_error = measure_errors(source, sketch)
+    return SketchResult(
+        store=sketch, energy_kept=basis.energy_kept, logit_error=logit_error, projection_error=projection_error
+    )
 
 
-def measure_logit_error(source: Store, sketch: Store) -> float:
-    """Relative Frobenius error of the sketch's logits against `H W_lm^T`, both explicit, over 256 tokens."""
+def measure_errors(source: Store, sketch: Store) -> tuple[float, float]:
+    """Relative Frobenius errors of the logits, and of a random projection of them, over 256 tokens, both explicit."""
     items = np.unique(np.linspace(0, len(source.items) - 1, 64).astype(int))
     hidden, coordinates = source.read(items), sketch.read(items)
     rows = np.unique(np.linspace(0, len(hidden.rows) - 1, _MEASURED_TOKENS).astype(int))
     exact = to_float32(hidden.rows[rows], source.logical_dtype) @ source.lm_head().T
-    kept = to_float32(coordinates.rows[rows], sketch.logical_dtype) @ sketch.basis().q.T
-    return float(np.linalg.norm(exact - kept) / np.linalg.norm(exact))
+    error = exact - to_float32(coordinates.rows[rows], sketch.logical_dtype) @ sketch.basis().q.T
+    projection = np.random.default_rng(0).standard_normal((exact.shape[1], _MEASURED_OUTPUTS), np.float32)
+    return _share(error, exact), _share(error @ projection, exact @ projection)
 
 
-def _require_hidden(store: Store) -> None:
-    if store.encoding != "hidden":
-        message = f"{store.path} holds a {store.encoding}; only a store of hidden states can be sketched."
-        raise ViewRefused(message)
+def _share(error: NDArray[Any], of: NDArray[Any]) -> float:
+    return float(np.linalg.norm(error) / np.linalg.norm(of))
 
 
 def _hidden_blocks(store: Store, items: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
     for unit in np.unique(store.units[items]).tolist():
         yield store.read(items[store.units[items] == unit]).float32()
-
-
-def _plan(source: Store, basis: Basis) -> StorePlan:
-    token_ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(source.items)
-    roles: list[NDArray[np.uint8]] = [np.zeros(0, np.uint8)] * len(source.items)
-    for unit in range(source.geometry.units):
-        unit_ids, unit_roles = source.unit_rows(unit, "tokens/ids"), source.unit_rows(unit, "tokens/roles")
-        for item in source.items_of(unit).tolist():
-            start = int(source.row_starts[item]) - unit * source.geometry.unit_rows
-            rows = slice(start, start + int(source.n_tokens[item]))
-            token_ids[item], roles[item] = unit_ids[rows], unit_roles[rows]
-    return StorePlan(
-        encoding="sketch",
-        logical_dtype=basis.logical_dtype,
-        width=basis.rank,
-        provenance={**_without_shape(source.provenance), "source": source.id, "basis": basis.id},
-        items=source.items,
-        token_ids=token_ids,
-        roles=roles,
-        item_keys=[key.tobytes() for key in source.item_keys],
-        truncated=(source.status == ITEM_STATUS["truncated"]).tolist(),
-    )
-
-
-def _without_shape(provenance: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in provenance.items() if key not in {"encoding", "logical_dtype", "width"}}
-
-
-def _write_model_arrays(group: zarr.Group, source: Store, sketch: Store, basis: Basis) -> None:
-    save_basis(group, basis)
-    probe = source.array("probe/logits")
-    rows = np.asarray(source.array("probe/rows")[...])
-    items = [int(np.flatnonzero((source.row_starts <= row) & (row < source.row_ends))[0]) for row in rows]
-    create_whole_array(group, "probe/logits", np.asarray(probe[...]), attributes=dict(probe.attrs))
-    create_whole_array(group, "probe/rows", rows - source.row_starts[items] + sketch.row_starts[items])
-
-
-def _sketch_unit(source: Store, writer: UnitWriter, basis: Basis, unit: int) -> None:
-    started = time.perf_counter()
-    items = writer.store.items_of(unit)
-    coordinates = basis.coordinates(source.read(items).float32())
-    rows = from_float32(coordinates, writer.store.logical_dtype)
-    writer.write_unit(unit, rows, seconds=time.perf_counter() - started)

@@ -23,13 +23,14 @@ from agiqa.commands.common import Share, print_result, shared_options, table
 @click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
 @click.option(
     "--encoding",
-    type=click.Choice(["hidden", "sketch"]),
+    type=click.Choice(["hidden", "sketch", "int8", "logits"]),
     default="hidden",
     show_default=True,
-    help="Final hidden states, or coordinates in a basis of the logits.",
+    help="Final hidden states, coordinates in a basis of the logits, hidden states in 8 bits, or raw logits.",
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of a sketch, calibrated on training items.")
 @click.option("--basis", type=click.Path(path_type=Path, exists=True), help="Sketch store whose basis is used.")
+@click.option("--keep-logits", is_flag=True, help="Keep the raw logits beside hidden states (V/D times the bytes).")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest conversation; the model's own limit if absent.")
 @click.option("--truncate", is_flag=True, help="Cut longer conversations, and count them.")
 @click.option(

@@ -6,6 +6,8 @@ from typing import Any
 import click
 
 from agiqa.commands.common import print_result, shared_options, table
+from agiqa.commands.hdf5 import export_store, import_store
+from agiqa.commands.upkeep import gc, labels, repair
 
 _STORE = click.argument("store", type=click.Path(path_type=Path, exists=True))
 
@@ -74,13 +76,44 @@ def seal_store(store: Path, *, as_json: bool) -> None:
     print_result({"store": str(store), "id": sealed.id, "state": "complete"}, f"{store} is complete", as_json=as_json)
 
 
+_ENERGY_OF = {
+    "second-moment": "of the tokens that the basis was calibrated on",
+    "lm_head": "as if hidden states were isotropic",
+}
+
+
+@command.command("convert")
+@_STORE
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--encoding", required=True, help="int8 (half the bytes, rounded) or logits (raw, for tools without W_lm)."
+)
+@shared_options
+def convert(store: Path, out: Path, encoding: str, *, as_json: bool) -> None:
+    """Write the hidden states of STORE to OUT in another encoding."""
+    from agiqa.progress import track
+    from agiqa.store import convert_store, open_store, store_summary
+
+    source = open_store(store)
+    with track("convert", int(source.n_tokens.sum()), "tokens") as advance:
+        made = store_summary(convert_store(source, out, encoding, advance=advance))
+    report = {name: made[name] for name in ("path", "id", "encoding", "items", "tokens", "bytes_on_disk")}
+    print_result(report, table(report), as_json=as_json)
+
+
 @command.command("sketch")
 @_STORE
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--rank", type=click.IntRange(min=1), help="Coordinates per token.")
 @click.option("--basis", type=click.Path(path_type=Path, exists=True), help="Sketch store whose basis is used instead.")
+@click.option(
+    "--method",
+    default="second-moment",
+    show_default=True,
+    help="second-moment of the training tokens, or lm_head: of W_lm alone, without looking at data.",
+)
 @shared_options
-def sketch(store: Path, out: Path, rank: int | None, basis: Path | None, *, as_json: bool) -> None:
+def sketch(store: Path, out: Path, rank: int | None, basis: Path | None, method: str, *, as_json: bool) -> None:
     """Write a rank-R sketch of STORE to OUT; prints the energy kept and the measured logit error.
 
     The basis is calibrated on the training split (on all items if there are no splits). Stores sketched in one
@@ -94,7 +127,7 @@ def sketch(store: Path, out: Path, rank: int | None, basis: Path | None, *, as_j
         message = "Give either --rank R, to make a basis, or --basis STORE, to use another sketch's."
         raise ConfigError(message)
     source = open_store(store)
-    chosen = basis_from(source, rank) if rank is not None else open_store(basis or store).basis()
+    chosen = basis_from(source, rank, method=method) if rank is not None else open_store(basis or store).basis()
     with track("sketch", int(source.n_tokens.sum()), "tokens") as advance:
         result = sketch_store(source, out, basis=chosen, advance=advance)
     report: dict[str, Any] = {
@@ -103,10 +136,16 @@ def sketch(store: Path, out: Path, rank: int | None, basis: Path | None, *, as_j
         "basis": chosen.id,
         "energy_kept": result.energy_kept,
         "logit_error": result.logit_error,
+        "projection_error": result.projection_error,
     }
     shown = {
         **report,
-        "energy_kept": f"{result.energy_kept:.5f} (of the tokens that the basis was calibrated on)",
+        "energy_kept": f"{result.energy_kept:.5f} ({_ENERGY_OF[chosen.method]})",
         "logit_error": f"{result.logit_error:.5f} (of this store, measured over 256 tokens)",
+        "projection_error": f"{result.projection_error:.5f} (of a random W_proj on them)",
     }
     print_result(report, table(shown), as_json=as_json)
+
+
+for _further in (labels, repair, gc, export_store, import_store):
+    command.add_command(_further)

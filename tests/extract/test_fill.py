@@ -8,9 +8,10 @@ import pytest
 
 from agiqa.errors import ConfigError, DataError, HeadError, SettingsConflict, ViewRefused
 from agiqa.extract import LengthRule
-from agiqa.extract.calibration import calibrate
+from agiqa.extract.calibration import calibrated
 from agiqa.extract.fill import Filler
 from agiqa.extract.plan import plan_store, tokenise
+from agiqa.extract.targets import Target
 from agiqa.store import TOKEN_ROLES, open_store, seal, verify
 from tests.extract import tiny_models
 from tests.extract.jobs import extract, inputs
@@ -224,9 +225,11 @@ def test_runs_that_calibrate_side_by_side_store_in_one_basis(texts, tiny_text_ch
     """Eigenvectors have no sign: another machine may give the same basis the other way round."""
     data_set, backbone = inputs(texts, tiny_text_checkpoint)
     tokenised = tokenise(data_set, backbone, LengthRule())
-    basis = calibrate(backbone, tokenised, rank=4, batch_size=8)
+    target = calibrated(backbone, tokenised, rank=4, batch_size=8)
+    basis = target.basis
+    assert basis is not None
     turned = replace(basis, id="turned", map=-basis.map, q=-basis.q, mean=-basis.mean)
-    for share, mine in ((1, basis), (2, turned)):
+    for share, mine in ((1, target), (2, Target(encoding="sketch", basis=turned))):
         store = plan_store(
             tmp_path / "s.agiqa",
             data_set,
@@ -234,10 +237,10 @@ def test_runs_that_calibrate_side_by_side_store_in_one_basis(texts, tiny_text_ch
             tokenised,
             rule=LengthRule(),
             conversation={"variant": "id", "aspect": "quality"},
-            basis=mine,
+            target=mine,
         )
-        filler = Filler(store, backbone, tokenised.items, batch_size=8)
-        filler.write_model_arrays(mine)
+        filler = Filler(store, backbone, tokenised.items, target=mine, batch_size=8)
+        filler.write_model_arrays()
         filler.fill(part=(share, 2))
     store = seal(store)
     own = all_hidden(tiny_text_checkpoint, data_set.items) @ store.basis().map.T
@@ -251,9 +254,10 @@ def test_an_image_that_vanishes_midway_is_named_and_the_rest_is_kept(tiny_vision
     tokenised = tokenise(data_set, backbone, LengthRule())
     conversation = {"variant": "id", "aspect": "quality"}
     path = tmp_path / "s.agiqa"
-    store = plan_store(path, data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation)
-    filler = Filler(store, backbone, tokenised.items, batch_size=4)
-    filler.write_model_arrays(None)
+    target = Target(encoding="hidden")
+    store = plan_store(path, data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation, target=target)
+    filler = Filler(store, backbone, tokenised.items, target=target, batch_size=4)
+    filler.write_model_arrays()
     missing = folder / "images" / "003.png"
     content = missing.read_bytes()
     missing.unlink()

@@ -31,7 +31,7 @@ def pictures(tmp_path):
 
 
 def test_a_sketch_is_not_planned_without_its_basis(texts, tiny_text_checkpoint, tmp_path):
-    with pytest.raises(ConfigError, match="plan with --basis STORE"):
+    with pytest.raises(ConfigError, match="a sketch with --basis STORE"):
         extract(texts, tiny_text_checkpoint, tmp_path / "s.agiqa", plan_only=True, encoding="sketch", rank=4)
     assert not (tmp_path / "s.agiqa").exists()
 

@@ -189,7 +189,7 @@ def test_killed_at_random_moments_and_resumed_equals_an_uninterrupted_store(tmp_
         worker = start_worker(path)
         assert worker.stdout is not None
         worker.stdout.readline()  # planned, or died before
-        time.sleep(moments.uniform(0.0, 0.12))
+        time.sleep(moments.uniform(0.0, 0.03))
         worker.send_signal(signal.SIGKILL)
         worker.wait()
         worker.stdout.close()

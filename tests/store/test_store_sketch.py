@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from agiqa.errors import ConfigError, HeadError, SettingsConflict, ViewRefused
+from agiqa.errors import ConfigError, HeadError, SettingsConflict, UnknownName, ViewRefused
 from agiqa.store import basis_from, open_store, sketch_store, to_float32, verify
 from tests.store.conftest import make_content, make_store
 
@@ -39,6 +39,37 @@ def test_at_full_rank_norms_inner_products_and_projections_are_kept(stored, cont
     np.testing.assert_allclose(coordinates @ folded.T, logits @ projection.T, rtol=1e-3, atol=1e-2)
 
 
+def test_a_basis_of_the_head_alone_is_its_leading_singular_frame(stored, content, tmp_path):
+    basis = basis_from(stored, 5, method="lm_head")
+    left, singular, _ = np.linalg.svd(content.lm_head.astype(np.float64), full_matrices=False)
+    np.testing.assert_allclose(basis.q @ basis.q.T, left[:, :5] @ left[:, :5].T, atol=1e-5)
+    assert basis.energy_kept == pytest.approx((singular[:5] ** 2).sum() / (singular**2).sum(), rel=1e-6)
+    assert (basis.method, basis.calibration) == ("lm_head", "none")
+    made = sketch_store(stored, tmp_path / "sketch.agiqa", basis=basis)
+    assert verify(made.store, "numeric").sound
+    assert made.store.basis().method == "lm_head"
+    with pytest.raises(UnknownName, match="Did you mean 'lm_head'"):
+        basis_from(stored, 5, method="lmhead")
+
+
+def test_lifted_and_folded_projections_give_the_outputs_of_explicit_logits(stored, content):
+    logits = explicit_logits(content, range(40))
+    hidden = np.concatenate([to_float32(rows, content.logical_dtype) for rows in content.hidden])
+    random = np.random.default_rng(2)
+    basis = basis_from(stored, 6)
+    coordinates = basis.coordinates(hidden).astype(np.float64)
+    trained = random.normal(size=(3, 6))
+    kept = logits @ basis.q.astype(np.float64) @ basis.q.T.astype(np.float64)
+    np.testing.assert_allclose(kept @ basis.lift(trained).T, coordinates @ trained.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits @ basis.lift(trained).T, coordinates @ trained.T, rtol=1e-4, atol=1e-4)
+    vocabulary = random.normal(size=(3, 40))
+    np.testing.assert_allclose(kept @ vocabulary.T, coordinates @ basis.fold(vocabulary).T, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(basis.fold(basis.lift(trained)), trained, atol=1e-5)
+    whole = basis_from(stored, 16)
+    outputs = whole.coordinates(hidden).astype(np.float64) @ whole.fold(vocabulary).T
+    np.testing.assert_allclose(outputs, logits @ vocabulary.T, rtol=1e-3, atol=1e-2)
+
+
 def test_sketched_store_holds_the_coordinates_and_says_its_error(stored, content, tmp_path):
     basis = basis_from(stored, 6)
     result = sketch_store(stored, tmp_path / "sketch.agiqa", basis=basis)
@@ -54,6 +85,9 @@ def test_sketched_store_holds_the_coordinates_and_says_its_error(stored, content
     kept = expected @ basis.q.T.astype(np.float64)
     exact_error = np.linalg.norm(logits - kept) / np.linalg.norm(logits)
     assert result.logit_error == pytest.approx(exact_error, rel=0.15)
+    projection = np.random.default_rng(5).normal(size=(40, 200))
+    projected = np.linalg.norm((logits - kept) @ projection) / np.linalg.norm(logits @ projection)
+    assert result.projection_error == pytest.approx(projected, rel=0.3)
 
 
 def test_test_items_never_enter_the_basis(tmp_path, content):
@@ -92,5 +126,5 @@ def test_a_sketch_answers_neither_w_lm_nor_a_second_sketch(stored, tmp_path):
     sketch = sketch_store(stored, tmp_path / "sketch.agiqa", basis=basis_from(stored, 4)).store
     with pytest.raises(ViewRefused, match="without W_lm"):
         sketch.lm_head()
-    with pytest.raises(ViewRefused, match="only a store of hidden states"):
+    with pytest.raises(ViewRefused, match="needs the store of hidden states"):
         basis_from(sketch, 2)

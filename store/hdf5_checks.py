@@ -1,0 +1,263 @@
+"""What an HDF5 file must be before a store is made of it: whole, of this version, and true to itself."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.errors import DamagedStore, SchemaError
+from agiqa.store.arrays import Geometry
+from agiqa.store.bits import STORAGE_DTYPES, storage_dtype
+from agiqa.store.hdf5 import (
+    METADATA_SHA256,
+    metadata_sha256,
+    read_attributes,
+    read_items,
+    reading,
+    require_filters,
+)
+from agiqa.store.items import Items
+from agiqa.store.layout import ENCODINGS, FORMAT, ITEM_STATUS, TOKEN_ROLES, VERSION
+from agiqa.store.provenance import store_id
+
+_Shape = tuple[int | None, ...]
+"""None where any length will do."""
+_GEOMETRY = ("units", "unit_rows", "chunk_rows", "width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreFile:
+    """An HDF5 file that passed all checks but those of its rows, and what was read of it."""
+
+    path: Path
+    arrays: dict[str, h5py.Dataset]
+    """Every array of the store, by name."""
+    encoding: str
+    logical_dtype: str
+    provenance: dict[str, Any]
+    geometry: Geometry
+    row_starts: NDArray[np.int64]
+    n_tokens: NDArray[np.int32]
+    units: NDArray[np.int32]
+    item_keys: NDArray[np.uint8]
+    """(items, 32)"""
+    status: NDArray[np.uint8]
+    items: Items
+
+
+def check_store_file(path: Path, file: h5py.File) -> StoreFile:
+    """Read and check all of `file`, at `path`, but the rows of units.
+
+    Raises SchemaError for a foreign version, missing, unknown or wrongly shaped arrays, and filters that are not here;
+    DamagedStore for damaged bytes and for parts that contradict each other.
+    """
+    with reading(path, "its attributes"):
+        attributes = read_attributes(file)
+    _check_version(path, attributes)
+    with reading(path, "its attributes"):
+        if attributes.get(METADATA_SHA256) != metadata_sha256(file):
+            raise _damaged(path, "its attributes are not those that metadata_sha256 names")
+        arrays = _arrays(file)
+    source = _read(path, file, attributes, arrays)
+    _check_items(source)
+    _check_model(source)
+    return source
+
+
+def _arrays(file: h5py.File) -> dict[str, h5py.Dataset]:
+    """Every array of the store in `file`, by name; the item table is none."""
+    found: dict[str, h5py.Dataset] = {}
+
+    def visit(name: str, node: h5py.Group | h5py.Dataset) -> None:
+        if isinstance(node, h5py.Dataset) and not name.startswith("items/"):
+            found[name] = node
+
+    file.visititems(visit)
+    return dict(sorted(found.items()))
+
+
+def _damaged(path: Path, problem: str) -> DamagedStore:
+    return DamagedStore(f"{path}: {problem}. Copy or export it again.")
+
+
+def _check_version(path: Path, attributes: dict[str, Any]) -> None:
+    found, version = attributes.get("format"), attributes.get("version")
+    if found != FORMAT:
+        message = f"{path} holds no feature store: its format is {found!r}, expected {FORMAT!r}."
+        raise SchemaError(message)
+    if version != VERSION:
+        message = f"{path} is {found} v{version}; this agiqa reads {FORMAT} v{VERSION}."
+        raise SchemaError(message)
+    if attributes.get("encoding") not in ENCODINGS:
+        message = f"{path}: encoding {attributes.get('encoding')!r}; this agiqa reads {', '.join(ENCODINGS)}."
+        raise SchemaError(message)
+    if attributes.get("logical_dtype") not in STORAGE_DTYPES:
+        message = f"{path}: logical_dtype {attributes.get('logical_dtype')!r}; expected {', '.join(STORAGE_DTYPES)}."
+        raise SchemaError(message)
+    provenance = attributes.get("provenance")
+    if not isinstance(provenance, dict) or attributes.get("id") != store_id(provenance):
+        raise _damaged(path, "its id is not the sha256 of its provenance")
+    wrong = [name for name in _GEOMETRY if not (isinstance(attributes.get(name), int) and attributes[name] > 0)]
+    stated = {name: provenance.get(name) for name in ("encoding", "logical_dtype", "width")}
+    wrong += [name for name, value in stated.items() if attributes.get(name) != value]
+    if wrong:
+        raise _damaged(path, f"the attributes {', '.join(wrong)} are missing, or not those of its provenance")
+
+
+def _read(path: Path, file: h5py.File, attributes: dict[str, Any], arrays: dict[str, h5py.Dataset]) -> StoreFile:
+    geometry = Geometry(**{name: attributes[name] for name in _GEOMETRY})
+    items = arrays["index/n_tokens"].shape[:1] if "index/n_tokens" in arrays else ()
+    _check_arrays(path, attributes, geometry, items=items[0] if items else 0, arrays=arrays)
+    with reading(path, "its index"):
+        index = {name: np.asarray(array[...]) for name, array in arrays.items() if name.startswith("index/")}
+    with reading(path, "its item table"):
+        table = _item_table(path, file)
+    return StoreFile(
+        path=path,
+        arrays=arrays,
+        encoding=attributes["encoding"],
+        logical_dtype=attributes["logical_dtype"],
+        provenance=attributes["provenance"],
+        geometry=geometry,
+        row_starts=index["index/row_start"],
+        n_tokens=index["index/n_tokens"],
+        units=index["index/unit"],
+        item_keys=index["index/item_key"],
+        status=index["index/status"],
+        items=table,
+    )
+
+
+def _item_table(path: Path, file: h5py.File) -> Items:
+    group = file["items"]
+    if not isinstance(group, h5py.Group):
+        message = "'items' is no group"
+        raise KeyError(message)
+    for column in group.values():
+        if isinstance(column, h5py.Dataset):
+            require_filters(path, column)
+    items = read_items(group)
+    items.table()  # refuses columns of unequal length
+    return items
+
+
+def _expected(
+    attributes: dict[str, Any], geometry: Geometry, items: int
+) -> dict[str, tuple[_Shape, np.dtype[Any] | None]]:
+    """Shape and dtype of every array that a store with these attributes has; None for a dtype that is the model's."""
+    rows, width = geometry.shape
+    encoding, bits = attributes["encoding"], storage_dtype(attributes["logical_dtype"])
+    float32 = np.dtype(np.float32)
+    arrays: dict[str, tuple[_Shape, np.dtype[Any] | None]] = {
+        "features": ((rows, width), np.dtype(np.int8) if encoding == "int8" else bits),
+        "tokens/ids": ((rows,), np.dtype(np.int32)),
+        "tokens/roles": ((rows,), np.dtype(np.uint8)),
+        "index/row_start": ((items,), np.dtype(np.int64)),
+        "index/n_tokens": ((items,), np.dtype(np.int32)),
+        "index/unit": ((items,), np.dtype(np.int32)),
+        "index/item_key": ((items, 32), np.dtype(np.uint8)),
+        "index/status": ((items,), np.dtype(np.uint8)),
+        "probe/rows": ((None,), np.dtype(np.int64)),
+        "probe/logits": ((None, None), None),
+    }
+    if encoding in ("hidden", "int8"):
+        arrays["lm_head/weight"] = ((None, width), None)
+    if encoding == "int8":
+        arrays["tokens/scale"] = ((rows,), float32)
+        arrays |= {f"scale/{name}": ((width,), float32) for name in ("mean", "rms")}
+    if encoding == "sketch":
+        arrays |= {"basis/map": ((width, None), float32), "basis/q": ((None, width), float32)}
+        arrays |= {"basis/mean": ((width,), float32), "basis/energy": ((None,), np.dtype(np.float64))}
+    if "kept_logits" in attributes["provenance"]:
+        arrays["logits"] = ((rows, attributes["provenance"]["kept_logits"]), bits)
+    return arrays
+
+
+def _check_arrays(
+    path: Path, attributes: dict[str, Any], geometry: Geometry, *, items: int, arrays: dict[str, h5py.Dataset]
+) -> None:
+    expected = _expected(attributes, geometry, items)
+    missing = sorted(set(expected) - set(arrays))
+    unknown = sorted(set(arrays) - set(expected))
+    if missing or unknown:
+        what = (
+            f"no array {', '.join(missing)}" if missing else f"arrays that this agiqa knows not: {', '.join(unknown)}"
+        )
+        message = f"{path} has {what}."
+        raise SchemaError(message)
+    for name, (shape, dtype) in expected.items():
+        found = arrays[name]
+        fits = len(found.shape) == len(shape) and all(
+            wanted in (None, length) for wanted, length in zip(shape, found.shape, strict=True)
+        )
+        if not fits or dtype not in (None, found.dtype):
+            wanted = ", ".join("*" if length is None else str(length) for length in shape)
+            message = (
+                f"{path}: {name!r} is {found.dtype} {found.shape}, expected {dtype or 'the model dtype'} ({wanted})."
+            )
+            raise SchemaError(message)
+        require_filters(path, found)
+
+
+def _check_items(source: StoreFile) -> None:
+    """The index must lead into the arrays, and the items must be those of the index."""
+    starts, lengths, units = source.row_starts, source.n_tokens.astype(np.int64), source.units.astype(np.int64)
+    ends, firsts = starts + lengths, units * source.geometry.unit_rows
+    names = source.items.names
+    if len(names) != len(starts) or not len(names):
+        raise _damaged(source.path, f"its item table has {len(names)} rows, its index {len(starts)} items")
+    if len(set(names)) != len(names):
+        raise _damaged(source.path, "an item name occurs twice in its item table")
+    wrong = (lengths < 0) | (units < 0) | (units >= source.geometry.units)
+    wrong |= (starts < firsts) | (ends > firsts + source.geometry.unit_rows)
+    wrong[1:] |= (starts[1:] < ends[:-1]) | (units[1:] < units[:-1])
+    if wrong.any():
+        name = names[int(np.argmax(wrong))]
+        raise _damaged(source.path, f"the index of item {name!r} leads out of its unit, or into another item's rows")
+    if not np.isin(source.status, list(ITEM_STATUS.values())).all():
+        raise _damaged(source.path, "its index has a status that is neither whole nor truncated")
+    with reading(source.path, "'tokens/roles'"):
+        roles = source.arrays["tokens/roles"]
+        for unit in range(source.geometry.units):
+            first = unit * source.geometry.unit_rows
+            if roles[first : first + source.geometry.unit_rows].max() > max(TOKEN_ROLES.values()):
+                raise _damaged(source.path, f"a token of unit {unit} has an unknown role")
+
+
+def _check_model(source: StoreFile) -> None:
+    """The model's arrays must be what their own attributes say, and the probe rows must be tokens."""
+    with reading(source.path, "its probe"):
+        rows = np.asarray(source.arrays["probe/rows"][...])
+    items = np.searchsorted(source.row_starts, rows, side="right") - 1
+    ends = source.row_starts + source.n_tokens
+    if len(rows) != len(source.arrays["probe/logits"]) or (items < 0).any() or (rows >= ends[items]).any():
+        raise _damaged(source.path, "its probe rows are not tokens, or not as many as its probe logits")
+    for name in ("probe/logits", "lm_head/weight"):
+        if name in source.arrays:
+            _check_bits(source.path, name, source.arrays[name])
+    holder = {"sketch": "basis/q", "logits": "probe/logits"}.get(source.encoding, "lm_head/weight")
+    with reading(source.path, f"{holder!r}"):
+        stated = read_attributes(source.arrays[holder]).get("lm_head_sha256")
+        found = _sha256(source.arrays[holder]) if holder == "lm_head/weight" else stated
+    if stated is None or found != stated:
+        raise _damaged(source.path, f"{holder!r} does not name its language-model head, or is not the one it names")
+
+
+def _check_bits(path: Path, name: str, array: h5py.Dataset) -> None:
+    with reading(path, f"{name!r}"):
+        stated = read_attributes(array).get("logical_dtype")
+    if stated not in STORAGE_DTYPES or storage_dtype(stated) != array.dtype:
+        raise _damaged(path, f"{name!r} is {array.dtype} and says to hold {stated!r}")
+
+
+def _sha256(dataset: h5py.Dataset) -> str:
+    """Hex sha256 of the bits in row-major order, read a chunk of rows at a time."""
+    digest = hashlib.sha256()
+    step = dataset.chunks[0] if dataset.chunks else 1
+    for start in range(0, len(dataset), step):
+        digest.update(np.ascontiguousarray(dataset[start : start + step]).data)
+    return digest.hexdigest()

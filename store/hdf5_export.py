@@ -1,0 +1,245 @@
+"""A finished store as one HDF5 file, for tools that read HDF5 and not Zarr.
+
+A process killed while it changes an HDF5 file can leave one that nothing can open, and no flush protocol of HDF5
+promises otherwise for a file that is opened again to be written. So each unit is compressed into a file of its own,
+renamed when it is whole; in the end the compressed chunks are moved, as they are, into one file, and that is renamed to
+OUT. A killed export loses the unit at work, or the move. The price: at the end the disk holds the compressed
+features twice.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import zarr
+
+from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, SettingsConflict
+from agiqa.store.arrays import object_rows
+from agiqa.store.files import canonical_json, exclusive_lock, read_json, sync_file, write_text_atomically
+from agiqa.store.hdf5 import (
+    LIBVER,
+    METADATA_SHA256,
+    chosen_compression,
+    create_dataset,
+    dataset_of,
+    metadata_sha256,
+    open_hdf5,
+    read_attributes,
+    reading,
+    write_attributes,
+    write_items,
+)
+from agiqa.store.reading import Store
+from agiqa.store.verification import verify
+
+_CONTENT = "content_sha256"
+_COMPRESSION = "compression"
+_BASE = "base"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HDF5Export:
+    """What an export wrote, or found written."""
+
+    path: Path
+    id: str
+    compression: str
+    """zstd, gzip or none."""
+    bytes: int
+    """Size of the file."""
+    already_there: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**asdict(self), "path": str(self.path)}
+
+
+def export_hdf5(
+    store: Store, out: Path, *, compression: str = "auto", advance: Callable[[int], None] = lambda _tokens: None
+) -> HDF5Export:
+    """Write `store` to the HDF5 file `out`, or go on with the export that was begun there.
+
+    `compression` is zstd (through hdf5plugin), gzip, none, or auto: zstd if it is installed, else gzip. `advance` is
+    called with the tokens of every finished unit. A file that holds this very store is left as it is.
+
+    Raises IncompleteStore for a store that is not finished, DamagedStore naming what of it is missing or unreadable,
+    SettingsConflict where `out` is anything else, BusyStore while another process exports to `out`, UnknownName for
+    another compression, and ConfigError for zstd without its plugin.
+    """
+    compression = chosen_compression(compression)
+    _require_sound(store)
+    if store.path.resolve() in out.resolve().parents:
+        message = f"{out} lies inside the store, whose files are all listed. Give a path outside of it."
+        raise SettingsConflict(message)
+    content, work = _content_sha256(store), out.with_name(f".{out.name}.parts")
+    found = _found(store, out, content)
+    if found and not work.exists():
+        return found
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(work / "lock") as mine:
+        if not mine:
+            message = f"Another process is exporting to {out}. Wait for it, or give another path."
+            raise BusyStore(message)
+        found = _found(store, out, content)
+        if not found:
+            _Export(store, work, content=content, compression=compression).write(out, advance)
+        shutil.rmtree(work)
+    size = out.stat().st_size
+    return found or HDF5Export(path=out, id=store.id, compression=compression, bytes=size, already_there=False)
+
+
+def _require_sound(store: Store) -> None:
+    if not store.is_complete:
+        message = f"{store.path} is not finished, and only finished stores are exported. {store.remedy}"
+        raise IncompleteStore(message)
+    report = verify(store, "quick")
+    if not report.sound:
+        lines = "\n".join(f"  {damage.problem}" for damage in report.damage[:20])
+        message = f"{store.path} cannot be exported, {len(report.damage)} of its objects are damaged:\n{lines}"
+        raise DamagedStore(message)
+
+
+def _content_sha256(store: Store) -> str:
+    """What decides the content of the file: the bytes of every object, and the item table."""
+    objects = sorted([entry["path"], entry["sha256"]] for entry in read_json(store.layout.manifest)["objects"])
+    content = {"objects": objects, "items": store.items.table().to_pydict()}
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def _found(store: Store, out: Path, content: str) -> HDF5Export | None:
+    """The export of this store that lies at `out`, or None where nothing does."""
+    if not out.exists():
+        return None
+    attributes: dict[str, Any] = {}
+    if out.is_file() and h5py.is_hdf5(out):
+        with open_hdf5(out) as file, reading(out, "its attributes"):
+            attributes = read_attributes(file)
+    if attributes.get(_CONTENT) != content:
+        same = attributes.get("id") == store.id
+        what = "an export of this store with other labels or bits" if same else "not an export of this store"
+        message = f"{out} exists and is {what}. Give another path, or move it away."
+        raise SettingsConflict(message)
+    return HDF5Export(
+        path=out,
+        id=store.id,
+        compression=str(attributes[_COMPRESSION]),
+        bytes=out.stat().st_size,
+        already_there=True,
+    )
+
+
+class _Export:
+    """One export at work, in the folder `work` beside the file to be made."""
+
+    def __init__(self, store: Store, work: Path, *, content: str, compression: str) -> None:
+        self._store, self._work = store, work
+        self._content, self._compression = content, compression
+        nodes = dict(store.group.members(max_depth=None))
+        self._groups = {name: node for name, node in sorted(nodes.items()) if isinstance(node, zarr.Group)}
+        self._arrays = {name: node for name, node in sorted(nodes.items()) if isinstance(node, zarr.Array)}
+        self._per_unit = [name for name, array in self._arrays.items() if self._goes_by_units(array)]
+
+    def write(self, out: Path, advance: Callable[[int], None]) -> None:
+        """Make what parts are not there yet, then `out` of them."""
+        self._begin()
+        self._part(_BASE, self._write_base)
+        for unit in range(self._store.geometry.units):
+            self._part(f"{unit:08d}", partial(self._write_unit, unit))
+            advance(self._store.rows_used(unit))
+        merged = self._merge()
+        sync_file(merged)
+        merged.replace(out)
+        sync_file(out.parent)
+
+    def _begin(self) -> None:
+        """Keep the parts of a killed export of the same content, and remove any others."""
+        state, record = {_CONTENT: self._content, _COMPRESSION: self._compression}, self._work / "export.json"
+        if record.exists() and read_json(record) == state:
+            return
+        for left_over in self._work.iterdir():
+            if left_over.name != "lock":
+                left_over.unlink()
+        write_text_atomically(record, canonical_json(state))
+
+    def _part(self, name: str, write: Callable[[h5py.File], None]) -> None:
+        path = self._work / f"{name}.h5"
+        if path.exists():
+            return
+        temporary = self._work / "part.new"
+        with h5py.File(temporary, "w", libver=LIBVER) as file:
+            write(file)
+        sync_file(temporary)
+        temporary.replace(path)
+        sync_file(self._work)
+
+    def _goes_by_units(self, array: zarr.Array[Any]) -> bool:
+        """Whether units of `array` are whole chunks, so that they can be compressed apart."""
+        geometry = self._store.geometry
+        return array.shape[:1] == (geometry.shape[0],) and geometry.unit_rows % array.chunks[0] == 0
+
+    def _write_base(self, file: h5py.File) -> None:
+        """All but the rows of units: groups, attributes, whole arrays, items."""
+        for name, group in self._groups.items():
+            write_attributes(file.require_group(name), dict(group.attrs))
+        for name, array in self._arrays.items():
+            dataset = self._dataset(file, name, array.shape)
+            write_attributes(dataset, dict(array.attrs))
+            if name not in self._per_unit:
+                self._copy(name, dataset, first=0, rows=array.shape[0] if array.shape else 1)
+        write_items(file.create_group("items"), self._store.items, self._compression)
+        write_attributes(file, dict(self._store.group.attrs))
+        write_attributes(file, {_CONTENT: self._content, _COMPRESSION: self._compression})
+        file.attrs[METADATA_SHA256] = metadata_sha256(file)
+
+    def _write_unit(self, unit: int, file: h5py.File) -> None:
+        unit_rows, used = self._store.geometry.unit_rows, self._store.rows_used(unit)
+        for name in self._per_unit:
+            dataset = self._dataset(file, name, (unit_rows, *self._arrays[name].shape[1:]))
+            self._copy(name, dataset, first=unit * unit_rows, rows=used)
+
+    def _dataset(self, file: h5py.File, name: str, shape: tuple[int, ...]) -> h5py.Dataset:
+        array = self._arrays[name]
+        return create_dataset(
+            file, name, shape=shape, dtype=array.dtype, chunks=array.chunks, compression=self._compression
+        )
+
+    def _copy(self, name: str, dataset: h5py.Dataset, *, first: int, rows: int) -> None:
+        """Copy `rows` rows of the array `name` from row `first` on to the start of `dataset`, one object at a time."""
+        array = self._arrays[name]
+        step = object_rows(array) if array.shape else 1
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            try:
+                block = np.asarray(array[first + start : first + stop] if array.shape else array[()])
+            except (ValueError, RuntimeError, OSError) as error:
+                message = (
+                    f"{self._store.path}: rows {first + start} to {first + stop} of {name!r} cannot be decoded, their "
+                    f"bytes are damaged ({error}). `agiqa store verify --level full` names all that is damaged."
+                )
+                raise DamagedStore(message) from error
+            dataset[slice(start, stop) if array.shape else ()] = block
+
+    def _merge(self) -> Path:
+        """One file of all parts; chunks are moved as they are, neither decompressed nor compressed again."""
+        merged = self._work / "merged.new"
+        shutil.copyfile(self._work / f"{_BASE}.h5", merged)
+        with h5py.File(merged, "r+", libver=LIBVER) as file:
+            for unit in range(self._store.geometry.units):
+                first = unit * self._store.geometry.unit_rows
+                with h5py.File(self._work / f"{unit:08d}.h5", "r") as part:
+                    for name in self._per_unit:
+                        _move_chunks(dataset_of(part, name), dataset_of(file, name), first)
+        return merged
+
+
+def _move_chunks(source: h5py.Dataset, target: h5py.Dataset, first: int) -> None:
+    for number in range(source.id.get_num_chunks()):
+        row, *columns = source.id.get_chunk_info(number).chunk_offset
+        mask, data = source.id.read_direct_chunk((row, *columns))
+        target.id.write_direct_chunk((first + row, *columns), data, mask)

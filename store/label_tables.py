@@ -1,0 +1,78 @@
+"""Label tables: a csv with one row per image. Its columns, and how its cells are read, whoever reads them."""
+
+import csv
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from agiqa.errors import DataError
+
+ASPECT_COLUMNS = {
+    "mos": "quality",
+    "mos_quality": "quality",
+    "mos_align": "correspondence",
+    "mos_alignment": "correspondence",
+    "mos_correspondence": "correspondence",
+    "mos_authenticity": "authenticity",
+}
+"""Aspect by column name, as AGIQA-3k, AIGCIQA2023 and AIGIQA-20k call them."""
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """One row as it is written."""
+
+    number: int
+    """The line of the file that the row ends on, counted from 1."""
+    cells: list[str]
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of `path` (a byte-order mark is dropped). Raises DataError when it has none."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8."
+        raise DataError(message) from error
+    except OSError as error:
+        message = f"{path}: cannot be read ({error.strerror or error})."
+        raise DataError(message) from error
+    if not text.strip():
+        message = f"{path}: the file is empty."
+        raise DataError(message)
+    return text
+
+
+def read_table(path: Path) -> tuple[list[str], list[TableRow]]:
+    """Header and rows of the csv file `path`; blank lines are no rows.
+
+    Raises DataError when it is no UTF-8 csv, or has no rows.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        header = [cell.strip() for cell in next(reader)]
+        rows = [TableRow(number=reader.line_num, cells=cells) for cells in reader if cells]
+    except csv.Error as error:
+        message = f"{path}, line {reader.line_num}: not a csv file ({error})."
+        raise DataError(message) from error
+    if not rows:
+        message = f"{path}: a header but no rows."
+        raise DataError(message)
+    return header, rows
+
+
+def read_mos(column: str, cell: str, mos_range: tuple[float, float]) -> float:
+    """The MOS in `cell`. Raises DataError, in words for a list of problems, unless it lies in `mos_range`."""
+    low, high = mos_range
+    try:
+        value = float(cell)
+    except ValueError:
+        message = f"{column} is {cell!r}, not a number"
+        raise DataError(message) from None
+    if not (math.isfinite(value) and low <= value <= high):
+        message = f"{column} is {cell}, outside {low:g} to {high:g}"
+        raise DataError(message)
+    return value

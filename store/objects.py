@@ -1,0 +1,158 @@
+"""Objects of arrays with a row per token, encoded and decoded on all cores.
+
+The bytes are those of the Zarr v3 codecs `bytes`, `blosc`, `crc32c` and `sharding_indexed` (index at the end), so
+zarr-python reads what is written here and the other way round. It is done here since zarr-python works through the
+chunks of a shard one after the other, decodes a whole shard's chunks with an extra copy, and its event loop does not
+survive a fork: here one item costs the chunks that it lies in, and a reader works in worker processes.
+"""
+
+import os
+import struct
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import google_crc32c
+import numpy as np
+import zarr
+from numcodecs import blosc
+from numpy.typing import NDArray
+
+_ABSENT = 2**64 - 1
+"""What a shard's index holds for a chunk that is all fill value."""
+_CRC_BYTES = 4
+_BLOSC_HEADER = 16
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectCodec:
+    """How one object of an array lies in its file; all values of one array have the same codec."""
+
+    rows: int
+    """Rows of the object."""
+    chunk_rows: int
+    """Rows of one compressed chunk; as many as `rows` in an array without shards."""
+    row_shape: tuple[int, ...]
+    """(width,), or () for an array with one value per token."""
+    dtype: np.dtype[Any]
+    sharded: bool
+
+    @classmethod
+    def of(cls, array: zarr.Array[Any]) -> "ObjectCodec":
+        """The codec of an array that `store.arrays` created."""
+        return cls(
+            rows=int((array.shards or array.chunks)[0]),
+            chunk_rows=int(array.chunks[0]),
+            row_shape=tuple(array.shape[1:]),
+            dtype=np.dtype(array.dtype),
+            sharded=array.shards is not None,
+        )
+
+    def encode(self, values: NDArray[Any]) -> list[bytes]:
+        """The file of `values` (up to `rows` rows, the rest is 0) in pieces; none at all where every value is 0."""
+        chunks = list(self._each(lambda chunk: self._encode_chunk(values, chunk), range(self._chunks)))
+        if not any(chunks):
+            return []
+        if not self.sharded:
+            return chunks
+        index = np.full((len(chunks), 2), _ABSENT, "<u8")
+        sizes = np.array([len(chunk) for chunk in chunks], np.uint64)
+        present = sizes > 0
+        index[present, 0] = (np.cumsum(sizes) - sizes)[present]
+        index[present, 1] = sizes[present]
+        return [*filter(None, chunks), _with_crc(index.tobytes())]
+
+    def read(self, path: Path, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` of the object in the file `path`, (stop - start, *row_shape).
+
+        Raises FileNotFoundError where there is no file, and ValueError where its bytes are damaged.
+        """
+        out = np.empty((stop - start, *self.row_shape), self.dtype)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            index = self._index(descriptor)
+            wanted = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
+            for _ in self._each(lambda chunk: self._read_chunk(descriptor, index, chunk, start, out), wanted):
+                pass
+        finally:
+            os.close(descriptor)
+        return out
+
+    @property
+    def _chunks(self) -> int:
+        return self.rows // self.chunk_rows
+
+    def _each(self, work: Callable[[int], _Answer], chunks: range) -> Iterable[_Answer]:
+        """`work` on every chunk, on all cores where there are several; threads of one call, so none outlives a fork."""
+        threads = min(len(chunks), len(os.sched_getaffinity(0)))
+        if threads <= 1:
+            return [work(chunk) for chunk in chunks]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, chunks))
+
+    def _encode_chunk(self, values: NDArray[Any], chunk: int) -> bytes:
+        part = np.ascontiguousarray(values[chunk * self.chunk_rows : (chunk + 1) * self.chunk_rows])
+        if not part.any():
+            return b""
+        if len(part) < self.chunk_rows:
+            whole = np.zeros((self.chunk_rows, *self.row_shape), self.dtype)
+            whole[: len(part)] = part
+            part = whole
+        return _with_crc(blosc.compress(part, b"zstd", 1, blosc.SHUFFLE, part.nbytes))
+
+    def _index(self, descriptor: int) -> NDArray[np.uint64]:
+        """Offset and length of every chunk, (chunks, 2)."""
+        size = os.fstat(descriptor).st_size
+        if not self.sharded:
+            return np.array([[0, size]], np.uint64)
+        length = 16 * self._chunks + _CRC_BYTES
+        index = np.frombuffer(_checked(os.pread(descriptor, length, max(0, size - length)), length), "<u8")
+        index = index.reshape(-1, 2)
+        present = index[:, 1] != _ABSENT
+        if (index[present].astype(object).sum(axis=1) > size - length).any():
+            message = "its index points outside of the object"
+            raise ValueError(message)
+        return index
+
+    def _read_chunk(
+        self, descriptor: int, index: NDArray[np.uint64], chunk: int, start: int, out: NDArray[Any]
+    ) -> None:
+        first = chunk * self.chunk_rows
+        low, high = max(start, first), min(start + len(out), first + self.chunk_rows)
+        target = out[low - start : high - start]
+        offset, length = index[chunk].tolist()
+        if length == _ABSENT:
+            target[...] = 0
+            return
+        compressed = _checked(os.pread(descriptor, length, offset), length)
+        size = self.chunk_rows * int(np.prod(self.row_shape)) * self.dtype.itemsize
+        if len(compressed) < _BLOSC_HEADER or struct.unpack_from("<I", compressed, 4)[0] != size:
+            message = f"chunk {chunk} does not hold {size} bytes"
+            raise ValueError(message)
+        if high - low == self.chunk_rows:
+            blosc.decompress(compressed, target)
+            return
+        whole = np.empty((self.chunk_rows, *self.row_shape), self.dtype)
+        blosc.decompress(compressed, whole)
+        target[...] = whole[low - first : high - first]
+
+
+def _with_crc(data: bytes) -> bytes:
+    return data + struct.pack("<I", google_crc32c.value(data))
+
+
+def _checked(data: bytes, length: int) -> bytes:
+    """`data` without the crc32c at its end. Raises ValueError where it does not fit, or bytes are missing."""
+    if len(data) != length or length < _CRC_BYTES:
+        message = f"{length} bytes expected, {len(data)} found"
+        raise ValueError(message)
+    body = data[:-_CRC_BYTES]
+    stored = struct.unpack("<I", data[-_CRC_BYTES:])[0]
+    computed = google_crc32c.value(body)
+    if stored != computed:
+        message = f"checksum {computed:#010x} of the bytes, {stored:#010x} stored"
+        raise ValueError(message)
+    return body

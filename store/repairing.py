@@ -1,0 +1,206 @@
+"""Repair: a damaged unit loses its record and its objects, so that the next run computes it anew, and only it.
+
+No step leaves a store that claims more than it holds, so a kill at any moment is followed by another repair: the
+records of what is damaged go first, then MANIFEST.json, and only then the objects.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from agiqa.errors import DamagedStore, IncompleteStore
+from agiqa.store.files import read_json, sha256_of_file, sync_file, waiting_lock
+from agiqa.store.layout import StoreLayout
+from agiqa.store.reading import Store, open_store
+from agiqa.store.recorded_items import recorded_labels, settle_labels
+from agiqa.store.records import (
+    Owner,
+    objects_by_owner,
+    owners,
+    record_path,
+    recorded_objects_of,
+    restore_records,
+    root_metadata,
+    unreadable_records,
+)
+from agiqa.store.sealing import size_problem
+from agiqa.store.upkeep import upkeep_lock
+from agiqa.store.verification import Damage
+
+_LINES = 20
+
+Objects = Mapping[Owner, Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairReport:
+    """What was damaged, and what the next run will compute anew."""
+
+    damage: tuple[Damage, ...]
+    units: tuple[int, ...]
+    """Units that lost their record."""
+    items: int
+    """Items in these units."""
+    model: bool
+    """Whether the model's own arrays (`lm_head`, `basis`, `scale`, `probe`) lost their record."""
+    strays: tuple[str, ...]
+    """Files of a finished store that nothing lists; `collect_garbage` removes them."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was dropped."""
+        return bool(self.units) or self.model
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"changed": self.changed, **asdict(self)}
+
+
+def repair(store: Store) -> RepairReport:
+    """Drop what is damaged in `store` and can be computed anew; a finished store is unfinished then.
+
+    Every object is read. Rows that mean nothing without the model's own arrays (those of a sketch whose basis the
+    provenance does not name) go with them. The command that made the store computes what was dropped. Labels are
+    kept, but `agiqa extract` sets those of its own table again while a store is unfinished. Open the store again.
+
+    Raises DamagedStore, and changes nothing, when objects of the plan (tokens, index, metadata, item table) are
+    damaged; IncompleteStore for a store of which only a part was pulled.
+    """
+    with upkeep_lock(store.layout):
+        finished = store.layout.manifest.exists()
+        if finished:
+            _refuse_partial(store)
+            settle_labels(store.layout)
+        store = open_store(store.path, allow_partial=True)
+        lost = set[Owner]() if finished else set(unreadable_records(store))
+        objects = _objects(store, lost, finished=finished)
+        broken = _damage(store, "plan", _plan_objects(store, objects, finished=finished))
+        if broken or "plan" in lost:
+            raise DamagedStore(_not_repairable(store, [*broken, *(_unreadable(store, owner) for owner in lost)]))
+        damage = [_unreadable(store, owner) for owner in sorted(lost, key=str)]
+        dropped = set(lost)
+        for owner, entries in objects.items():
+            if found := _damage(store, owner, entries):
+                dropped.add(owner)
+                damage += found
+        if "model" in dropped and _rows_need_their_model(store):
+            dropped |= {owner for owner in objects if isinstance(owner, int)}
+        strays = _strays(store, objects) if finished else []
+        if dropped:
+            _drop(store, objects, dropped, finished=finished)
+    units = tuple(sorted(owner for owner in dropped if isinstance(owner, int)))
+    return RepairReport(
+        damage=tuple(damage),
+        units=units,
+        items=sum(len(store.items_of(unit)) for unit in units),
+        model="model" in dropped,
+        strays=tuple(strays),
+    )
+
+
+def _refuse_partial(store: Store) -> None:
+    if read_json(store.layout.manifest).get("state") != "complete":
+        message = f"{store.path} holds a part of a store. Pull it again: `agiqa store pull` fetches what is damaged."
+        raise IncompleteStore(message)
+
+
+def _objects(store: Store, lost: set[Owner], *, finished: bool) -> Objects:
+    """What is recorded, by who wrote it."""
+    if finished:
+        return objects_by_owner(store, read_json(store.layout.manifest))
+    found: dict[Owner, list[dict[str, Any]]] = {}
+    for owner in owners(store):
+        entries = None if owner in lost else recorded_objects_of(store, owner)
+        if entries is not None:
+            found[owner] = entries
+    return found
+
+
+def _plan_objects(store: Store, objects: Objects, *, finished: bool) -> list[Mapping[str, Any]]:
+    """What no unit can bring back; a finished store lists its item table and root metadata too."""
+    planned = list(objects.get("plan", []))
+    if finished:
+        manifest = read_json(store.layout.manifest)
+        planned += [entry for entry in manifest["objects"] if entry["path"] == root_metadata(store)]
+        planned.append(recorded_labels(store.layout, manifest))
+    return planned
+
+
+def _damage(store: Store, owner: Owner, entries: Sequence[Mapping[str, Any]]) -> list[Damage]:
+    found: list[Damage] = []
+    for entry in entries:
+        problem = size_problem(store, dict(entry))
+        if problem is None and sha256_of_file(store.path / entry["path"]) != entry["sha256"]:
+            problem = f"{entry['path']} does not have its recorded sha256"
+        if problem is not None:
+            found.append(Damage(where=entry["path"], problem=problem, **_whose(store, owner)))
+    return found
+
+
+def _unreadable(store: Store, owner: Owner) -> Damage:
+    where = record_path(store, owner).relative_to(store.path).as_posix()
+    return Damage(where=where, problem=f"{where} is no record", **_whose(store, owner))
+
+
+def _whose(store: Store, owner: Owner) -> dict[str, Any]:
+    if not isinstance(owner, int):
+        return {}
+    return {"unit": owner, "items": tuple(store.items.names[item] for item in store.items_of(owner))}
+
+
+def _rows_need_their_model(store: Store) -> bool:
+    """Whether rows are coordinates in a basis (or scale) that might come out otherwise when it is computed anew.
+
+    Where the provenance names it, another one is another store and is refused.
+    """
+    return store.encoding in ("sketch", "int8") and not {"basis", "scale"} & store.provenance.keys()
+
+
+def _strays(store: Store, objects: Objects) -> list[str]:
+    listed = {entry["path"] for entries in objects.values() for entry in entries} | {root_metadata(store)}
+    files = (path for path in store.layout.zarr.rglob("*") if path.is_file())
+    return sorted(name for path in files if (name := path.relative_to(store.path).as_posix()) not in listed)
+
+
+def _drop(store: Store, objects: Objects, dropped: set[Owner], *, finished: bool) -> None:
+    layout = store.layout
+    if finished:  # records serve resumption only, and a copy may have left them out
+        restore_records(store, {owner: entries for owner, entries in objects.items() if owner not in dropped})
+    for owner in dropped:
+        record_path(store, owner).unlink(missing_ok=True)
+    sync_file(layout.commits)
+    if finished:
+        layout.manifest.unlink()
+        sync_file(store.path)
+    _forget_consolidated(layout)
+    for owner in dropped:
+        lock = f"{owner:08d}" if isinstance(owner, int) else owner
+        with waiting_lock(layout.locks / lock):
+            if not record_path(store, owner).exists():  # else a run has computed it anew already
+                for entry in objects.get(owner, []):
+                    (store.path / entry["path"]).unlink(missing_ok=True)
+
+
+def _forget_consolidated(layout: StoreLayout) -> None:
+    """Take back what the seal wrote into the root metadata: a copy of those of arrays that may be dropped."""
+    path = layout.zarr / "zarr.json"
+    metadata = read_json(path)
+    if metadata.pop("consolidated_metadata", None) is None:
+        return
+    temporary = layout.commits / f".{path.name}.new"  # not beside it: the seal lists all of store.zarr, and tidies here
+    temporary.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+    sync_file(temporary)
+    temporary.replace(path)
+    sync_file(path.parent)
+
+
+def _not_repairable(store: Store, damage: Sequence[Damage]) -> str:
+    lines = [f"  {found.problem}" for found in damage[:_LINES]]
+    if len(damage) > _LINES:
+        lines.append(f"  ... and {len(damage) - _LINES} more")
+    what = "\n".join(lines)
+    return (
+        f"{store.path}: damage in what the plan wrote, which cannot be computed unit by unit:\n{what}\n"
+        "Nothing was changed. Copy the store again from where it came, or make it again at another path."
+    )

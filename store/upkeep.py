@@ -1,0 +1,61 @@
+"""What relabelling, repair and garbage collection share: one of them at a time, and never beside a seal."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from agiqa.store.layout import StoreLayout
+
+UPKEEP_LOCK = "seal"
+"""All that write MANIFEST.json hold the lock of the seal."""
+
+
+@contextmanager
+def upkeep_lock(layout: StoreLayout) -> Generator[None]:
+    """Hold the store at `layout` against other upkeep and the seal, after waiting for those at work.
+
+    A finished store has no `locks` folder, so there the lock is removed by its holder; who waited for a removed
+    lock file tries again.
+    """
+    path = layout.locks / UPKEEP_LOCK
+    while True:
+        layout.locks.mkdir(exist_ok=True)
+        try:
+            file = path.open("a")
+        except FileNotFoundError:  # the folder was removed since
+            continue
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(file, path):
+                continue
+            try:
+                yield
+            finally:
+                if layout.manifest.exists():
+                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # of other holders
+                        layout.locks.rmdir()
+            return
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process holds the lock file `lock` at this moment; creates nothing."""
+    if not lock.is_file():
+        return False
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

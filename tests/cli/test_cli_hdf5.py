@@ -1,0 +1,77 @@
+"""`agiqa store export` and `agiqa store import`, as a user calls them."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+from agiqa.store import open_store
+
+
+def same_features(found, expected):
+    everything = np.arange(len(expected.items))
+    here, there = found.read(everything), expected.read(everything)
+    return np.array_equal(here.rows, there.rows) and np.array_equal(here.roles, there.roles)
+
+
+@pytest.mark.parametrize("kind", ["store", "sketch"])
+def test_a_store_goes_out_and_comes_back(agiqa, example, tmp_path, kind):
+    source, out, again = getattr(example, kind), tmp_path / "s.h5", tmp_path / "again.agiqa"
+    written = agiqa("store", "export", source, out, "--json").json
+    assert written["path"] == str(out)
+    assert written["compression"] == "zstd"
+    assert written["bytes"] == out.stat().st_size
+    made = agiqa("store", "import", out, again, "--json").json
+    assert made["id"] == written["id"] == open_store(source).id
+    assert made["state"] == "complete"
+    assert same_features(open_store(again), open_store(source))
+    assert open_store(again).items.same_as(open_store(source).items)
+    assert agiqa("store", "verify", again, "--level", "numeric", "--json").json["sound"]
+
+
+def test_a_killed_export_and_a_killed_import_go_on(agiqa, example, tmp_path):
+    out, again = tmp_path / "s.h5", tmp_path / "again.agiqa"
+    export = ("store", "export", example.store, out, "--compression", "gzip")
+    assert agiqa.killed(*export, when=lambda: any(tmp_path.glob(".s.h5.parts/0000000[2-9].h5"))).code == -9
+    assert not out.exists()
+    assert agiqa(*export).code == 0
+    assert agiqa.killed("store", "import", out, again, when=(again / "commits" / "00000002.json").exists).code == -9
+    assert not (again / "MANIFEST.json").exists()
+    assert agiqa("store", "import", out, again).code == 0
+    assert same_features(open_store(again), open_store(example.store))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.agiqa", "s.h5"]
+
+
+def test_the_second_export_says_that_it_is_there(agiqa, example, tmp_path):
+    out = tmp_path / "s.h5"
+    assert not agiqa("store", "export", example.store, out, "--json").json["already_there"]
+    again = agiqa("store", "export", example.store, out, "--json")
+    assert again.json["already_there"]
+    assert "holds this store already" in again.err
+    other = agiqa("store", "export", example.sketch, out)
+    assert (other.code, other.out) == (1, "")
+    assert "not an export of this store" in other.err
+
+
+def test_mistakes_are_one_message_and_exit_code_1(agiqa, example, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["mine"] = 1
+    for arguments, message in (
+        (("export", example.store, tmp_path / "s.h5", "--compression", "gzp"), "Did you mean 'gzip'?"),
+        (("import", tmp_path / "notes.txt", tmp_path / "s.agiqa"), "no HDF5 file"),
+        (("import", tmp_path / "other.h5", tmp_path / "s.agiqa"), "no feature store"),
+    ):
+        outcome = agiqa("store", *arguments)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert message in outcome.err
+        assert "Traceback" not in outcome.err
+    assert not (tmp_path / "s.agiqa").exists()
+
+
+def test_options_can_stand_in_a_config_file(agiqa, example, tmp_path):
+    config = tmp_path / "export.yaml"
+    config.write_text("compression: none\n")
+    made = agiqa("store", "export", example.store, tmp_path / "s.h5", "--config", config, "--json")
+    assert json.loads(made.out)["compression"] == "none"

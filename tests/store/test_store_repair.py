@@ -1,0 +1,425 @@
+"""Repair and garbage collection: what is lost is computed anew, what is listed is never lost."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from agiqa.errors import DamagedStore
+from agiqa.store import (
+    StorePlan,
+    UnitWriter,
+    basis_from,
+    convert_store,
+    create_store,
+    create_whole_array,
+    from_float32,
+    open_store,
+    save_basis,
+    seal,
+    sketch_store,
+    to_float32,
+    verify,
+)
+from agiqa.store.files import exclusive_lock
+from agiqa.store.garbage import collect_garbage
+from agiqa.store.labelling import join_labels
+from agiqa.store.records import owner_of
+from agiqa.store.repairing import repair
+from tests.store.conftest import fill, make_content, make_store, plan_of
+from tests.store.crash_points import REPOSITORY, states_after_kills
+
+
+def contents(store, *, but=()):
+    """Every file of a store but the commit records, which say who computed a unit and how fast."""
+    files = (path for path in sorted(store.path.rglob("*")) if path.is_file() and path.parent != store.layout.commits)
+    return {path.relative_to(store.path).as_posix(): path.read_bytes() for path in files if path.name not in but}
+
+
+def everything(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def harm(path, how):
+    raw = bytearray(path.read_bytes())
+    if how == "remove":
+        path.unlink()
+    elif how == "truncate":
+        path.write_bytes(raw[:-1])
+    else:
+        raw[len(raw) // 2] ^= 4
+        path.write_bytes(raw)
+
+
+def object_of(store, array):
+    return next(path for path in sorted((store.layout.zarr / array / "c").rglob("*")) if path.is_file())
+
+
+def refill(store, content):
+    store = open_store(store.path, allow_partial=True)
+    fill(store, content)
+    return seal(store)
+
+
+@pytest.mark.parametrize("records", ["kept", "left out", "unreadable"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+def test_a_damaged_unit_is_dropped_and_computed_anew(stored, content, how, records):
+    before = contents(stored)
+    kept = everything(stored.layout.commits)
+    if records == "left out":
+        shutil.rmtree(stored.layout.commits)
+    if records == "unreadable":
+        stored.layout.commit(5).write_text("{")
+        stored.layout.plan_commit.write_text("[]")
+    harm(stored.layout.features_object(1), how)
+    harm(stored.layout.features_object(3), how)
+    report = repair(stored)
+    assert (report.units, report.model, report.strays) == ((1, 3), False, ())
+    assert report.items == len(stored.items_of(1)) + len(stored.items_of(3))
+    assert set(report.damage[0].items) == {content.items.names[item] for item in stored.items_of(1)}
+    unfinished = open_store(stored.path, allow_partial=True)
+    assert UnitWriter(unfinished).pending() == [1, 3]
+    assert not unfinished.layout.features_object(1).exists()
+    if records == "kept":
+        assert everything(stored.layout.commits) == {
+            name: raw for name, raw in kept.items() if name not in ("00000001.json", "00000003.json")
+        }
+    whole = refill(stored, content)
+    assert contents(whole) == before
+    assert verify(whole, "numeric").sound
+
+
+def test_a_sound_store_is_left_as_it_is(stored):
+    before = everything(stored.path)
+    report = repair(stored)
+    assert not report.changed
+    assert everything(stored.path) == before
+    assert not stored.layout.locks.exists()
+
+
+@pytest.mark.parametrize("array", ["lm_head/weight", "probe/logits"])
+def test_damaged_model_arrays_are_computed_anew_and_units_kept(stored, content, array):
+    before = contents(stored)
+    written = [stored.layout.features_object(unit).stat().st_mtime_ns for unit in range(stored.geometry.units)]
+    damaged = object_of(stored, array)
+    harm(damaged, "flip")
+    report = repair(stored)
+    assert (report.units, report.model) == ((), True)
+    unfinished = open_store(stored.path, allow_partial=True)
+    assert unfinished.committed_units() == list(range(stored.geometry.units))
+    assert not damaged.exists()
+    assert contents(refill(stored, content)) == before
+    assert [stored.layout.features_object(unit).stat().st_mtime_ns for unit in range(len(written))] == written
+
+
+@pytest.mark.parametrize("name", ["lm_head/zarr.json", "lm_head/weight/zarr.json", "probe/rows/zarr.json"])
+def test_metadata_of_model_arrays_are_written_anew(stored, content, name):
+    before = contents(stored)
+    harm(stored.layout.zarr / name, "truncate")
+    assert repair(stored).model
+    assert contents(refill(stored, content)) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokens/ids", "tokens/roles", "index/row_start", "index/item_key", "zarr.json", "features/zarr.json", "items"],
+)
+def test_damage_in_the_plan_is_told_and_nothing_changed(stored, name):
+    path = stored.layout.zarr / name
+    if name == "items":
+        harm(stored.layout.items, "flip")
+    elif path.suffix:
+        path.write_text(path.read_text() + " ")
+    else:
+        harm(object_of(stored, name), "flip")
+    harm(stored.layout.features_object(2), "flip")
+    before = everything(stored.path)
+    with pytest.raises(DamagedStore, match=r"(?i)copy the store again"):
+        repair(open_store(stored.path))
+    assert everything(stored.path) == before
+
+
+LIES = ("../mine.txt", "store.zarr/features/c/1/../../../../../mine.txt", "/etc/hostname", "store.zarr/features/c/99/0")
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_manifest_that_lists_files_of_others_deletes_none(stored, tmp_path, lie):
+    (tmp_path / "mine.txt").write_text("mine")
+    manifest = json.loads(stored.layout.manifest.read_text())
+    manifest["objects"].append({"path": lie, "bytes": 1, "sha256": "0" * 64})
+    stored.layout.manifest.write_text(json.dumps(manifest))
+    with pytest.raises(DamagedStore, match=r"is no object of a store|of a unit that it does not have"):
+        repair(stored)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_an_unfinished_store_loses_its_damaged_units_and_records(content, tmp_path):
+    store = create_store(tmp_path / "s.agiqa", plan_of(content))
+    fill(store, content, units=range(5))
+    harm(store.layout.features_object(2), "flip")
+    store.layout.commit(4).write_text("{")
+    report = repair(store)
+    assert report.units == (2, 4)
+    assert {damage.where for damage in report.damage} == {"store.zarr/features/c/2/0", "commits/00000004.json"}
+    assert contents(refill(store, content)) == contents(make_store(tmp_path / "s2.agiqa", content), but=()) | {
+        "README.md": store.layout.card.read_bytes()
+    }
+
+
+def test_labels_joined_to_a_finished_store_outlive_its_repair(stored, content, tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("name,mos_authenticity\nimage_3.png,2.5\n")
+    join_labels(stored, table)
+    before = contents(stored)
+    harm(stored.layout.features_object(0), "flip")
+    repair(stored)
+    whole = refill(stored, content)
+    assert contents(whole) == before
+    assert whole.items.labels["authenticity"][3] == 2.5
+
+
+def test_a_sketch_in_a_named_basis_keeps_its_units(stored, tmp_path):
+    basis = basis_from(stored, 4)
+    sketch = sketch_store(stored, tmp_path / "k.agiqa", basis=basis).store
+    before = contents(sketch)
+    harm(object_of(sketch, "basis/q"), "flip")
+    report = repair(sketch)
+    assert (report.units, report.model) == ((), True)
+    assert contents(sketch_store(stored, sketch.path, basis=basis).store) == before
+
+
+def unnamed_sketch(path, stored, content):
+    """A sketch whose provenance does not name its basis, as `agiqa extract --encoding sketch --rank 4` makes it."""
+    basis = basis_from(stored, 4)
+    hidden = plan_of(content)
+    settings = {name: getattr(hidden, name) for name in ("items", "token_ids", "roles", "item_keys", "truncated")}
+    plan = StorePlan(
+        encoding="sketch", logical_dtype="float32", width=4, provenance={"sketch": {"rank": 4}}, **settings
+    )
+    store = create_store(path, plan)
+    writer = UnitWriter(store)
+
+    def write(group):
+        save_basis(group, basis)
+        create_whole_array(group, "probe/rows", np.zeros(0, np.int64))
+        logits = np.zeros((0, 40), np.float32)
+        create_whole_array(group, "probe/logits", logits, attributes={"logical_dtype": "float32"})
+
+    writer.write_model_arrays(write)
+    for unit in writer.pending():
+        hidden_rows = [to_float32(content.hidden[item], content.logical_dtype) for item in store.items_of(unit)]
+        rows = from_float32(basis.coordinates(np.concatenate(hidden_rows)), "float32")
+        writer.write_unit(unit, rows, seconds=0.0)
+    return seal(store)
+
+
+@pytest.mark.parametrize("array", ["basis/map", "probe/rows"])
+def test_a_sketch_in_a_basis_of_its_own_loses_the_units_with_it(stored, content, tmp_path, array):
+    """A basis calibrated anew may have other signs; units of the old one would be in another space."""
+    sketch = unnamed_sketch(tmp_path / "k.agiqa", stored, content)
+    harm(next(path for path in sorted((sketch.layout.zarr / array).rglob("*")) if path.is_file()), "truncate")
+    report = repair(sketch)
+    assert report.model
+    assert report.units == tuple(range(sketch.geometry.units))
+    again = open_store(sketch.path, allow_partial=True)
+    assert again.committed_units() == []
+
+
+def test_killed_before_any_change_on_disk_a_repair_can_be_repeated(tmp_path):
+    content = make_content([5] * 4)
+    stored = make_store(tmp_path / "s.agiqa", content)
+    assert stored.geometry.units == 4
+    before = contents(stored)
+    harm(stored.layout.features_object(1), "flip")
+    harm(object_of(stored, "lm_head/weight"), "flip")
+    stored.layout.plan_commit.unlink()
+    stored.layout.commit(2).unlink()
+    states = states_after_kills(
+        stored.path,
+        tmp_path / "states",
+        imports="from agiqa.store import open_store\nfrom agiqa.store.repairing import repair",
+        job="repair(open_store(path))",
+    )
+    finished, previous = [], {}
+    for state in states:
+        now = {name: raw for name, raw in everything(state).items() if "/." not in name}
+        if now == previous:  # only a temporary file more, and what follows would be the same
+            continue
+        previous = now
+        store = open_store(state, allow_partial=True)
+        finished.append(store.is_complete)
+        if store.is_complete:
+            assert [damage.unit for damage in verify(store, "full").damage if damage.unit is not None] == [1]
+        else:
+            assert not verify(store, "full").damage
+            assert 1 not in store.committed_units()
+            assert not store.layout.model_commit.exists()
+        repair(store)
+        assert contents(refill(store, content)) == before
+    assert finished == sorted(finished, reverse=True)
+    assert len(set(finished)) == 2
+
+
+KILLED_FILL = """
+    import os, signal, sys
+    from pathlib import Path
+    from tests.store.conftest import make_content, plan_of, unit_features, write_model
+    from agiqa.store import UnitWriter, create_store
+    content = make_content([37] * 60)
+    store = create_store(Path(sys.argv[1]), plan_of(content))
+    writer = UnitWriter(store)
+    write_model(writer, content)
+    def watch(event, arguments):  # the record of unit 2 is about to be linked to its name
+        if event == "os.link" and str(arguments[1]).endswith("00000002.json"):
+            if sys.argv[2] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            print("held", flush=True)
+            sys.stdin.readline()
+    sys.addaudithook(watch)
+    for unit in writer.pending():
+        with writer.claim(unit):
+            writer.write_unit(unit, unit_features(store, content, unit), seconds=0.0)
+"""
+
+
+def start_fill(path, how):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(KILLED_FILL), str(path), how],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+
+
+def names(report, root):
+    return {os.path.relpath(found.path, root) for found in report.garbage}
+
+
+def test_what_a_killed_fill_left_is_removed(tmp_path):
+    path = tmp_path / "s.agiqa"
+    start_fill(path, "kill").communicate()
+    store = open_store(path, allow_partial=True)
+    partial = store.layout.zarr / "features" / "c" / "4" / "0.0123.partial"
+    partial.parent.mkdir()
+    partial.write_bytes(b"half")
+    before = everything(tmp_path)
+    planned = collect_garbage(store, dry_run=True)
+    assert everything(tmp_path) == before
+    report = collect_garbage(store)
+    assert planned.garbage == report.garbage
+    left_record = next(name for name in before if "/commits/." in name)
+    locks = {f"locks/{name}" for name in ("plan", "model", "00000000", "00000001")}
+    expected = {"store.zarr/features/c/2/0", "store.zarr/features/c/4/0.0123.partial", *locks}
+    assert names(report, path) == expected | {os.path.relpath(left_record, "s.agiqa")}
+    assert report.bytes == sum(len(before[f"s.agiqa/{name}"]) for name in names(report, path))
+    assert not partial.parent.exists()
+    assert verify(store, "full").damage == ()
+    content = make_content([37] * 60)
+    assert contents(refill(store, content)) == contents(make_store(tmp_path / "w" / "s.agiqa", content))
+
+
+def test_what_a_run_is_at_work_on_stays(tmp_path):
+    path = tmp_path / "s.agiqa"
+    run = start_fill(path, "wait")
+    assert run.stdout is not None
+    assert run.stdout.readline() == b"held\n"
+    store = open_store(path, allow_partial=True)
+    for dry_run in (True, False):
+        report = collect_garbage(store, dry_run=dry_run)
+        assert names(report, path) == {f"locks/{name}" for name in ("plan", "model", "00000000", "00000001")}
+        left = {os.path.relpath(name, path) for name in report.in_use}
+        assert "store.zarr/features/c/2/0" in left
+        assert any(name.startswith("commits/.") for name in left)
+    run.communicate(b"\n")
+    assert run.returncode == 0
+    assert verify(seal(store), "full").sound
+
+
+def test_strays_and_left_overs_of_a_finished_store_are_removed_and_nothing_else(stored):
+    before = everything(stored.path)
+    strays = {
+        "store.zarr/features/c/99/0": b"stray",
+        "store.zarr/notes/zarr.json": b"{}",
+        "store.zarr/features/c/1/0.0123.partial": b"half",
+        "commits/.00000001.json.x1y2": b"half",
+        ".MANIFEST.json.x1y2": b"half",
+        ".items.parquet.next": b"half",
+        "locks/00000007": b"",
+    }
+    for name, raw in strays.items():
+        (stored.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (stored.path / name).write_bytes(raw)
+    (stored.path / "notes.txt").write_text("mine")
+    assert repair(stored).strays == tuple(sorted(name for name in strays if name.startswith("store.zarr")))
+    report = collect_garbage(stored)
+    assert names(report, stored.path) == set(strays)
+    assert everything(stored.path) == {**before, "notes.txt": b"mine"}
+    assert not stored.layout.locks.exists()
+    assert not (stored.layout.zarr / "notes").exists()
+    assert verify(stored, "full").sound
+    assert collect_garbage(stored).garbage == ()
+
+
+def test_killed_plans_are_removed_and_living_ones_stay(stored, tmp_path):
+    killed, living, other = (tmp_path / name for name in (".small.agiqa.plan-a", ".small.agiqa.plan-b", ".x.plan-c"))
+    for plan in (killed, living, other):
+        (plan / "locks").mkdir(parents=True)
+        (plan / "locks" / "plan").touch()
+        (plan / "data").write_bytes(b"12345")
+    with exclusive_lock(living / "locks" / "plan"):
+        report = collect_garbage(stored)
+    assert (names(report, tmp_path), report.bytes) == ({killed.name}, 5)
+    assert report.in_use == (str(living),)
+    assert not killed.exists()
+    assert living.exists()
+    assert other.exists()
+
+
+def test_collecting_at_any_time_costs_no_unit(tmp_path):
+    """A fill, kills, and collections beside it and between: the store comes out whole."""
+    path, moments = tmp_path / "s.agiqa", random.Random(0)
+    content = make_content([37] * 60)
+    for _ in range(3):
+        run = start_fill(path, moments.choice(["kill", "wait"]))
+        while run.poll() is None and not (path / "commits").exists():
+            pass
+        if path.exists():
+            collect_garbage(open_store(path, allow_partial=True))
+        run.communicate(b"\n")
+        collect_garbage(open_store(path, allow_partial=True))
+    whole = refill(open_store(path, allow_partial=True), content)
+    assert verify(whole, "numeric").sound
+    np.testing.assert_array_equal(whole.read(range(60)).rows, np.concatenate(content.hidden))
+
+
+@pytest.mark.parametrize(("array", "units", "model"), [("tokens/scale", (0,), False), ("scale/mean", (), True)])
+def test_int8_units_and_scale_are_dropped_apart(stored, tmp_path, array, units, model):
+    int8 = convert_store(stored, tmp_path / "i.agiqa", "int8")
+    before = contents(int8)
+    shutil.rmtree(int8.layout.commits)
+    harm(object_of(int8, array), "flip")
+    report = repair(int8)
+    assert (report.units, report.model) == (units, model)
+    assert contents(convert_store(stored, int8.path, "int8")) == before
+
+
+def test_each_object_of_kept_logits_belongs_to_one_unit(content, tmp_path):
+    plan = replace(plan_of(content), kept_logits=1_000_000)
+    store = create_store(tmp_path / "s.agiqa", plan)
+    rows = store.array("logits").shards[0]
+    assert rows < store.geometry.unit_rows
+    per_unit = store.geometry.unit_rows // rows
+    for unit in range(store.geometry.units):
+        for number in range(unit * per_unit, (unit + 1) * per_unit):
+            assert owner_of(store, f"store.zarr/logits/c/{number}/0") == unit
+            assert owner_of(store, f"store.zarr/logits/c/{number}/0.12ab.partial") == unit
+    assert owner_of(store, "store.zarr/logits/zarr.json") == "plan"
+    assert owner_of(store, "store.zarr/tokens/ids/c/0") == "plan"
+    assert owner_of(store, "store.zarr/probe/logits/c/0/0") == "model"
