@@ -12,7 +12,8 @@ AgiqaError
     ├── BusyStore (RuntimeError)      another run is at work on the same store
     ├── IncompleteStore (RuntimeError) units are missing, or the store was never sealed
     ├── DamagedStore (OSError)        bytes on disk differ from what was recorded
-    └── ViewRefused (LookupError)     this encoding cannot answer what was asked
+    ├── ViewRefused (LookupError)     this encoding cannot answer what was asked
+    └── RemoteError (OSError)         a URL that cannot be reached, or refuses what is asked of it
 
 The message of each says what is wrong, where, and what to do about it.
 """
@@ -90,3 +91,10 @@ class DamagedStore(StoreError, OSError):
 
 class ViewRefused(StoreError, LookupError):
     """The store's encoding cannot answer what was asked of it."""
+
+
+class RemoteError(StoreError, OSError):
+    """A URL that cannot be reached, or that refuses what is asked of it."""
+
+    refused: bool = False
+    """Whether it would answer the same again: no right to do this, for example."""

@@ -12,8 +12,9 @@ from agiqa.store.garbage import GcReport, collect_garbage
 from agiqa.store.items import Items
 from agiqa.store.labelling import LabelReport, join_labels
 from agiqa.store.layout import ENCODINGS, ITEM_STATUS, TOKEN_ROLES
+from agiqa.store.opening import open_store
 from agiqa.store.planning import StorePlan, create_store
-from agiqa.store.reading import Store, TokenRows, is_planned, open_store
+from agiqa.store.reading import Store, TokenRows, is_planned
 from agiqa.store.repairing import RepairReport, repair
 from agiqa.store.scaling import LOGICAL_DTYPE as SCALED_DTYPE
 from agiqa.store.scaling import Scale, load_scale, save_scale

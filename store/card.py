@@ -26,7 +26,7 @@ multimodal language model so that quality-assessment heads can be trained withou
 ```python
 from agiqa.store import open_store
 store = open_store("{store.path.name}")
-rows = store.read([0, 1])          # rows.rows (tokens, {store.width}), rows.offsets, rows.roles
+rows = store.read([0, 1])  # rows.float32() (tokens, {store.width}), rows.offsets, rows.roles
 ```
 
 `agiqa train {store.path.name} RUN` trains a head.

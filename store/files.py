@@ -122,7 +122,10 @@ def exclusive_lock(path: Path) -> Generator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        try:
+            yield True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # closing does not release it while a forked child has the file open
 
 
 @contextmanager
@@ -131,4 +134,7 @@ def waiting_lock(path: Path) -> Generator[None]:
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)

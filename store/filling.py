@@ -119,10 +119,9 @@ class UnitWriter:
         codec = ObjectCodec.of(array)
         path = self.store.layout.object_of(name, position, dimensions=array.ndim)
         path.unlink(missing_ok=True)  # what a killed run left of a unit that has no record
-        pieces = codec.encode(values)
-        if not pieces:  # zeros only are not stored at all
+        if not values.any():  # zeros only are not stored at all
             return []
-        written = write_bytes_atomically(path, pieces)
+        written = write_bytes_atomically(path, codec.encode(values))
         try:
             same = np.array_equal(codec.read(path, 0, len(values)), values)
         except ValueError:

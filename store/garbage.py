@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import DamagedStore
+from agiqa.errors import BusyStore, DamagedStore
 from agiqa.store.files import exclusive_lock, read_json
-from agiqa.store.layout import StoreLayout
+from agiqa.store.layout import PULL_RECORD, StoreLayout
 from agiqa.store.reading import Store
 from agiqa.store.records import Owner, owner_of, owners, recorded_objects_of, root_metadata
 from agiqa.store.upkeep import UPKEEP_LOCK, is_held, upkeep_lock
@@ -51,8 +51,11 @@ def collect_garbage(store: Store, *, dry_run: bool = False) -> GcReport:
 
     That is: files below store.zarr, temporary files of killed writes, lock files that no run will want, and killed
     plans beside the store. What a run is at work on stays, told by its locks; what is listed is never removed.
-    Raises DamagedStore where a record or the manifest cannot be read.
+    Raises DamagedStore where a record or the manifest cannot be read, and BusyStore where a pull is not finished.
     """
+    if (store.path / PULL_RECORD).exists():
+        message = f"{store.path} is being pulled, or a pull was cut off: finish it with the same `agiqa store pull`."
+        raise BusyStore(message)
     with contextlib.nullcontext() if dry_run else upkeep_lock(store.layout):
         collector = _Collector(store, dry_run=dry_run)
         collector.collect()

@@ -13,6 +13,9 @@ ENCODINGS = ("hidden", "sketch", "int8", "logits")
 MODEL_GROUPS = ("lm_head", "basis", "scale", "probe")
 """Groups of the store whose arrays come from the model."""
 
+PULL_RECORD = "PULLING.json"
+"""In a folder that a pull is at work in: the manifest of what is being pulled."""
+
 ROW_ARRAYS = ("features", "logits", "tokens/ids", "tokens/roles", "tokens/scale")
 """Arrays with a row, or an entry, per token; all have the same row addresses."""
 

@@ -8,7 +8,7 @@ survive a fork: here one item costs the chunks that it lies in, and a reader wor
 
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,19 +51,20 @@ class ObjectCodec:
             sharded=array.shards is not None,
         )
 
-    def encode(self, values: NDArray[Any]) -> list[bytes]:
-        """The file of `values` (up to `rows` rows, the rest is 0) in pieces; none at all where every value is 0."""
-        chunks = list(self._each(lambda chunk: self._encode_chunk(values, chunk), range(self._chunks)))
-        if not any(chunks):
-            return []
-        if not self.sharded:
-            return chunks
-        index = np.full((len(chunks), 2), _ABSENT, "<u8")
-        sizes = np.array([len(chunk) for chunk in chunks], np.uint64)
-        present = sizes > 0
-        index[present, 0] = (np.cumsum(sizes) - sizes)[present]
-        index[present, 1] = sizes[present]
-        return [*filter(None, chunks), _with_crc(index.tobytes())]
+    def encode(self, values: NDArray[Any]) -> Iterator[bytes]:
+        """The file of `values` (up to `rows` rows, the rest is 0) in pieces, each as soon as it is compressed.
+
+        An object whose values are all 0 is to be left out: it would be an index, or a chunk, of nothing.
+        """
+        index = np.full((self._chunks, 2), _ABSENT, "<u8")
+        position = 0
+        for chunk, piece in enumerate(self._each(lambda at: self._encode_chunk(values, at), range(self._chunks))):
+            if piece:
+                index[chunk] = (position, len(piece))
+                position += len(piece)
+                yield piece
+        if self.sharded:
+            yield _with_crc(index.tobytes())
 
     def read(self, path: Path, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` of the object in the file `path`, (stop - start, *row_shape).
@@ -85,13 +86,14 @@ class ObjectCodec:
     def _chunks(self) -> int:
         return self.rows // self.chunk_rows
 
-    def _each(self, work: Callable[[int], _Answer], chunks: range) -> Iterable[_Answer]:
+    def _each(self, work: Callable[[int], _Answer], chunks: range) -> Iterator[_Answer]:
         """`work` on every chunk, on all cores where there are several; threads of one call, so none outlives a fork."""
         threads = min(len(chunks), len(os.sched_getaffinity(0)))
         if threads <= 1:
-            return [work(chunk) for chunk in chunks]
+            yield from map(work, chunks)
+            return
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(work, chunks))
+            yield from pool.map(work, chunks)
 
     def _encode_chunk(self, values: NDArray[Any], chunk: int) -> bytes:
         part = np.ascontiguousarray(values[chunk * self.chunk_rows : (chunk + 1) * self.chunk_rows])

@@ -245,12 +245,13 @@ class Store:
         offsets = np.concatenate([[0], np.cumsum(self.n_tokens[wanted], dtype=np.int64)])
         rows = np.empty((int(offsets[-1]), self.width), storage_dtype(self.logical_dtype))
         roles = np.empty(int(offsets[-1]), np.uint8)
+        ends = self.row_ends
         for places in self._runs(wanted):
             items_of_run = wanted[places]
-            first, last = int(self.row_starts[items_of_run[0]]), int(self.row_ends[items_of_run[-1]])
+            first, last = int(self.row_starts[items_of_run[0]]), int(ends[items_of_run].max())
             run_rows, run_roles = self.rows_at(first, last), self._stored("tokens/roles", first, last)
             for place, item in zip(places.tolist(), items_of_run.tolist(), strict=True):
-                source = slice(int(self.row_starts[item]) - first, int(self.row_ends[item]) - first)
+                source = slice(int(self.row_starts[item]) - first, int(ends[item]) - first)
                 target = slice(int(offsets[place]), int(offsets[place + 1]))
                 rows[target] = run_rows[source]
                 roles[target] = run_roles[source]

@@ -81,6 +81,19 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repor
         return int(share), int(shares)
 
 
+class StoreLocation(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]
+    """A store to be read: the path of a folder that exists, or a URL."""
+
+    name = "PATH|URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        """A URL as text; a path as a Path, refused where nothing is."""
+        if "://" in str(value):
+            return str(value)
+        path: Path = click.Path(path_type=Path, exists=True).convert(value, param, ctx)
+        return path
+
+
 def print_result(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print the result of a command to the output stream: `text`, or `result` as one JSON object."""
     click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)

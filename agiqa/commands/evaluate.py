@@ -4,12 +4,12 @@ from pathlib import Path
 
 import click
 
-from agiqa.commands.common import print_result, shared_options
+from agiqa.commands.common import StoreLocation, print_result, shared_options
 
 
 @click.command("evaluate")
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
-@click.argument("store", type=click.Path(path_type=Path, exists=True))
+@click.argument("store", type=StoreLocation())
 @click.option("--split", default="test", show_default=True, help="test, validation, train or all.")
 @click.option(
     "--device",
@@ -20,7 +20,7 @@ from agiqa.commands.common import print_result, shared_options
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items at a time.")
 @shared_options
-def command(run: Path, store: Path, split: str, device: str, batch_size: int, *, as_json: bool) -> None:
+def command(run: Path, store: str | Path, split: str, device: str, batch_size: int, *, as_json: bool) -> None:
     """SRCC, PLCC, KRCC and RMSE of the head RUN on STORE, with prompt-clustered bootstrap intervals.
 
     On the store that it was trained on, the parts are those of its training; on another store of the same model

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import click
 
-from agiqa.commands.common import print_result, shared_options
+from agiqa.commands.common import StoreLocation, print_result, shared_options
 
 
 @click.command("predict")
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
-@click.argument("store", type=click.Path(path_type=Path, exists=True))
+@click.argument("store", type=StoreLocation())
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--device",
@@ -21,7 +21,7 @@ from agiqa.commands.common import print_result, shared_options
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items at a time.")
 @shared_options
-def command(run: Path, store: Path, out: Path, device: str, batch_size: int, *, as_json: bool) -> None:
+def command(run: Path, store: str | Path, out: Path, device: str, batch_size: int, *, as_json: bool) -> None:
     """Write the scores of the head RUN for every item of STORE to the csv OUT (name, prompt, predicted)."""
     from agiqa.errors import DataError
     from agiqa.heads import load_run, predict

@@ -1,26 +1,28 @@
-"""`agiqa store ...`: look at, check, finish and sketch feature stores."""
+"""`agiqa store ...`: look at, check, mend, convert and share feature stores."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from agiqa.commands.common import print_result, shared_options, table
+from agiqa.commands.common import StoreLocation, print_result, shared_options, table
 from agiqa.commands.hdf5 import export_store, import_store
+from agiqa.commands.sharing import pull_store, push_store
 from agiqa.commands.upkeep import gc, labels, repair
 
 _STORE = click.argument("store", type=click.Path(path_type=Path, exists=True))
+_ANYWHERE = click.argument("store", type=StoreLocation())
 
 
 @click.group("store")
 def command() -> None:
-    """Look at, check, finish and sketch feature stores."""
+    """Look at, check, mend, convert and share feature stores."""
 
 
 @command.command("info")
-@_STORE
+@_ANYWHERE
 @shared_options
-def info(store: Path, *, as_json: bool) -> None:
+def info(store: str | Path, *, as_json: bool) -> None:
     """Encoding, items, tokens, bytes, provenance, state and labels of STORE."""
     from agiqa.store import open_store, store_summary
 
@@ -83,13 +85,13 @@ _ENERGY_OF = {
 
 
 @command.command("convert")
-@_STORE
+@_ANYWHERE
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--encoding", required=True, help="int8 (half the bytes, rounded) or logits (raw, for tools without W_lm)."
 )
 @shared_options
-def convert(store: Path, out: Path, encoding: str, *, as_json: bool) -> None:
+def convert(store: str | Path, out: Path, encoding: str, *, as_json: bool) -> None:
     """Write the hidden states of STORE to OUT in another encoding."""
     from agiqa.progress import track
     from agiqa.store import convert_store, open_store, store_summary
@@ -102,10 +104,10 @@ def convert(store: Path, out: Path, encoding: str, *, as_json: bool) -> None:
 
 
 @command.command("sketch")
-@_STORE
+@_ANYWHERE
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--rank", type=click.IntRange(min=1), help="Coordinates per token.")
-@click.option("--basis", type=click.Path(path_type=Path, exists=True), help="Sketch store whose basis is used instead.")
+@click.option("--basis", type=StoreLocation(), help="Sketch store whose basis is used instead.")
 @click.option(
     "--method",
     default="second-moment",
@@ -113,7 +115,9 @@ def convert(store: Path, out: Path, encoding: str, *, as_json: bool) -> None:
     help="second-moment of the training tokens, or lm_head: of W_lm alone, without looking at data.",
 )
 @shared_options
-def sketch(store: Path, out: Path, rank: int | None, basis: Path | None, method: str, *, as_json: bool) -> None:
+def sketch(
+    store: str | Path, out: Path, rank: int | None, basis: str | Path | None, method: str, *, as_json: bool
+) -> None:
     """Write a rank-R sketch of STORE to OUT; prints the energy kept and the measured logit error.
 
     The basis is calibrated on the training split (on all items if there are no splits). Stores sketched in one
@@ -147,5 +151,5 @@ def sketch(store: Path, out: Path, rank: int | None, basis: Path | None, method:
     print_result(report, table(shown), as_json=as_json)
 
 
-for _further in (labels, repair, gc, export_store, import_store):
+for _further in (labels, repair, gc, export_store, import_store, push_store, pull_store):
     command.add_command(_further)

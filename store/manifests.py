@@ -1,0 +1,149 @@
+"""What a MANIFEST.json lists, read without trusting it, and which of its objects belong to which unit."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agiqa.errors import DamagedStore, IncompleteStore, SchemaError
+from agiqa.store.files import canonical_json, read_json
+from agiqa.store.layout import FORMAT, VERSION, StoreLayout
+
+ITEM_TABLE = "items.parquet"
+ROOT_METADATA = "store.zarr/zarr.json"
+_OBJECT_PATH = re.compile(r"store\.zarr(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
+_ROWS_OBJECT = re.compile(r"store\.zarr/(?P<array>features|logits|tokens/[^/]+)/c/(?P<position>\d+)(/0)*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One object of a store, as its manifest records it."""
+
+    path: str
+    """Relative to the store, with slashes; never leads out of it."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A manifest, checked: every path lies inside the store, every hash is a hash."""
+
+    text: str
+    id: str
+    objects: tuple[Entry, ...]
+    labels: Entry
+    """The entry of items.parquet."""
+    state: str = "complete"
+    """`complete`, or `partial` for some units of a store."""
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """All objects, the item table among them."""
+        return (self.labels, *self.objects)
+
+    @property
+    def metadata(self) -> list[Entry]:
+        """What is needed to know the items and where they lie: metadata, index and item table."""
+        return [entry for entry in self.entries if _is_metadata(entry.path)]
+
+    def part(self, units: Iterable[int], unit_of: Mapping[str, int]) -> "Manifest":
+        """The manifest of the part of this store that holds `units`; state `partial`."""
+        kept = set(units)
+        objects = [entry for entry in self.objects if entry.path not in unit_of or unit_of[entry.path] in kept]
+        whole = json.loads(self.text)
+        listed = {entry.path for entry in objects}
+        text = canonical_json(
+            {
+                **whole,
+                "state": "partial",
+                "units": sorted(kept),
+                "objects": [entry for entry in whole["objects"] if entry["path"] in listed],
+            }
+        )
+        return Manifest(text=text, id=self.id, objects=tuple(objects), labels=self.labels, state="partial")
+
+
+def parse_manifest(text: str, where: str) -> Manifest:
+    """The manifest in `text`, found at `where` (a URL or a path, for messages).
+
+    Raises SchemaError for another format or version, IncompleteStore for a store that is there in part only, and
+    DamagedStore where the text is no manifest or names a path outside the store.
+    """
+    try:
+        found = json.loads(text)
+        form = (found["format"], found["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _not_a_manifest(where, f"{type(error).__name__}: {error}") from error
+    if form != (FORMAT, VERSION):
+        message = f"{where} is {form[0]} v{form[1]}; this agiqa reads {FORMAT} v{VERSION}."
+        raise SchemaError(message)
+    if found.get("state") != "complete":
+        message = (
+            f"{where}: state {found.get('state')!r}; only a complete store can be shared. Complete that one first."
+        )
+        raise IncompleteStore(message)
+    if "labels_next" in found:
+        message = f"{where}: its labels are being replaced, or that was cut off. Run `agiqa store labels` again first."
+        raise IncompleteStore(message)
+    try:
+        objects = tuple(_entry(entry, where) for entry in found["objects"])
+        labels = _entry(found["labels"], where)
+        manifest = Manifest(text=text, id=str(found["id"]), objects=objects, labels=labels)
+    except (KeyError, TypeError) as error:
+        raise _not_a_manifest(where, f"{type(error).__name__}: {error}") from error
+    _check(manifest, where)
+    return manifest
+
+
+def units_of_objects(folder: Path, manifest: Manifest) -> dict[str, int]:
+    """The unit of every object that holds rows, by path; `folder` must have the metadata of the store already."""
+    zarr = StoreLayout(folder).zarr
+    unit_rows = int(read_json(zarr / "zarr.json")["attributes"]["unit_rows"])
+    rows: dict[str, int] = {}
+    units: dict[str, int] = {}
+    for entry in manifest.objects:
+        if found := _ROWS_OBJECT.fullmatch(entry.path):
+            array = found["array"]
+            if array not in rows:
+                grid = read_json(zarr / array / "zarr.json")["chunk_grid"]
+                rows[array] = int(grid["configuration"]["chunk_shape"][0])
+            units[entry.path] = int(found["position"]) * rows[array] // unit_rows
+    return units
+
+
+def array_of(path: str) -> str | None:
+    """The array with row addresses that the object at `path` belongs to, or None for all other objects."""
+    found = _ROWS_OBJECT.fullmatch(path)
+    return found["array"] if found else None
+
+
+def _is_metadata(path: str) -> bool:
+    return path == ITEM_TABLE or path.endswith("/zarr.json") or path.startswith("store.zarr/index/")
+
+
+def _entry(found: Any, where: str) -> Entry:
+    path, size, sha256 = found["path"], found["bytes"], found["sha256"]
+    if not isinstance(size, int) or size < 0 or not _SHA256.fullmatch(str(sha256)):
+        raise _not_a_manifest(where, f"{path!r} has no valid size and sha256")
+    return Entry(path=str(path), bytes=size, sha256=str(sha256))
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    paths = [entry.path for entry in manifest.objects]
+    stray = [path for path in paths if not _OBJECT_PATH.fullmatch(path)]
+    if manifest.labels.path != ITEM_TABLE:
+        stray.append(manifest.labels.path)
+    if stray:
+        raise _not_a_manifest(where, f"it names {stray[0]!r}, which is no place for an object of a store")
+    if len(set(paths)) != len(paths) or ROOT_METADATA not in paths:
+        raise _not_a_manifest(where, f"it names an object twice, or not {ROOT_METADATA}")
+    if not _SHA256.fullmatch(manifest.id):
+        raise _not_a_manifest(where, f"its id is {manifest.id!r}")
+
+
+def _not_a_manifest(where: str, reason: str) -> DamagedStore:
+    return DamagedStore(f"{where} is no manifest of a feature store ({reason}). Nothing was written; push it again.")
