@@ -24,7 +24,7 @@ class ExtractionSettings:
     encoding: str = "hidden"
     rank: int | None = None
     """Sketch rank; needed for `sketch` without `basis`."""
-    basis: Path | None = None
+    basis: str | Path | None = None
     """A sketch store whose basis is to be used."""
     keep_logits: bool = False
     """Keep the raw logits beside hidden states."""

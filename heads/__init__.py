@@ -1,8 +1,12 @@
 """Heads: small networks that learn MOS from a feature store, without the model that made it.
 
 config.py      HeadConfig and TrainConfig, from YAML, options and defaults
-features.py    a store's tokens in one flat tensor
+features.py    a store's tokens: kept, mapped or streamed
+feeding.py     where the rows of a training are kept
+decoded.py     the decoded copy on disk
+memory.py      how much is free
 batches.py     padded batches, bucketed by length
+worker_batches.py  batches for loops of one's own, with worker processes
 projection.py  features to the width of the head: `vocabulary`, `sketch`
 encoders/      sequence encoders: `xlstm`, `gru`, `none`
 pooling.py     tokens to one vector: mean, max, last, first, attention, each over all tokens or a role
@@ -31,12 +35,14 @@ from agiqa.heads.projection import PROJECTIONS
 from agiqa.heads.runs import Run, load_run
 from agiqa.heads.scoring import evaluate, predict
 from agiqa.heads.training import train_head
+from agiqa.heads.worker_batches import FeatureBatches
 
 __all__ = [
     "ENCODERS",
     "LOSSES",
     "POOLINGS",
     "PROJECTIONS",
+    "FeatureBatches",
     "FeatureSource",
     "HeadConfig",
     "LineProgress",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from agiqa.errors import ConfigError, UnknownName
 
@@ -107,6 +107,13 @@ class TrainConfig(_Settings):
     """`bf16` computes in mixed precision; weights and optimiser stay in fp32."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch while training; None leaves them as they are."""
+    keep: Literal["auto", "device", "ram", "memmap", "stream"] = "auto"
+    """Where the decoded features are during training: the memory of `device`, RAM, a decoded copy on disk that is
+    mapped, or RAM for what fits there with the rest read from the store for every batch. `auto` is the first of these
+    that holds all of them, else `stream`. The numbers are the same."""
+    memory: ByteSize | None = Field(default=None, gt=0)
+    """Bytes of decoded features to hold at most, in RAM or in the memory of the device, as in `8GB`; None is 80 % of
+    what is free on the device and 60 % of what is free in RAM."""
 
 
 def load_settings(

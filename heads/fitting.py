@@ -22,8 +22,6 @@ from agiqa.heads.losses import get_loss
 from agiqa.heads.progress import TrainingProgress
 from agiqa.heads.projection import FeatureSpec
 
-_SHARE_OF_DEVICE = 0.5
-
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
@@ -52,6 +50,7 @@ def fit_head(
 ) -> Fit:
     """Train a fresh head on the positions `train` for `epochs`; the schedule is that of `config.epochs`.
 
+    The features stay where they are kept; batches made elsewhere move to the device one by one.
     The caller's random state is left as it was. Raises HeadError when training diverges, DataError when all
     labels are equal, and what `build_head` raises.
     """
@@ -63,7 +62,7 @@ def fit_head(
         head.calibrate(features.statistics(train), labels)
         learner = Learner(
             head,
-            _on_device(features, device),
+            features,
             train,
             config,
             validation=validation,
@@ -126,15 +125,6 @@ def _training_labels(features: FeatureSet, train: NDArray[np.int64]) -> torch.Te
         message = f"All {len(train)} training items have the label {float(labels[0])}: there is nothing to learn."
         raise DataError(message)
     return labels
-
-
-def _on_device(features: FeatureSet, device: torch.device) -> FeatureSet:
-    """The features on `device` where they take at most half of its free memory, else as they are."""
-    if device.type != "cuda":
-        return features
-    free, _ = torch.cuda.mem_get_info(device)
-    size = features.rows.numel() * features.rows.element_size()
-    return features.to(device) if size <= _SHARE_OF_DEVICE * free else features
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class VocabularyProjection(Projection):
     """
 
     reads = "hidden"
-    remedy = "Choose the projection 'sketch', or the hidden store that this sketch was made from."
+    remedy = "Give the store of hidden states that it came from, or the projection 'sketch' for a sketch."
 
     def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
         """Reads W_lm. Raises HeadError when its width is not that of the features."""
@@ -171,7 +171,7 @@ class SketchProjection(Projection):
     """
 
     reads = "sketch"
-    remedy = "Make a sketch with `agiqa store sketch STORE OUT --rank R`, or choose the projection 'vocabulary'."
+    remedy = "Make a sketch of hidden states with `agiqa store sketch STORE OUT --rank R`, or take 'vocabulary'."
 
     def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
         """Xavier initialisation, zero bias."""

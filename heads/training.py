@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
+from agiqa.heads.feeding import Feeding, feed
 from agiqa.heads.fitting import Fit, fit_head, resolve_device
 from agiqa.heads.head import check_parts
 from agiqa.heads.losses import check_loss
@@ -24,6 +25,7 @@ from agiqa.heads.projection import FeatureSpec
 from agiqa.heads.runs import Run, load_run, refuse_taken, write_run
 from agiqa.heads.scoring import predict_items
 from agiqa.heads.splits import Partition, identities, make_partition
+from agiqa.progress import say
 from agiqa.version import agiqa_version
 
 
@@ -48,7 +50,9 @@ def train_head(
     partition = make_partition(source, config)
     test_labels = read_labels(source, partition.test, label=config.label)
     check_item_roles(source, partition.test, head_config.pooling)
-    selection, final = _fit(source, spec, partition, head_config, config, progress)
+    feeding = _feed(source, partition, head_config, config)
+    say(feeding.line())
+    selection, final = _fit(feeding.features, spec, partition, head_config, config, progress)
     trained = time.perf_counter()
     tested = predict_items(final.head, source, partition.test, batch_size=config.batch_size)
     validation_labels = read_labels(source, partition.validation, label=config.label)
@@ -65,6 +69,7 @@ def train_head(
         "refit": config.refit,
         "split": {"name": config.split, **partition.record()},
         "warnings": partition.warnings(),
+        "features": feeding.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
     fits = [selection] if final is selection else [selection, final]
@@ -88,8 +93,16 @@ def _check(run: Path, head: HeadConfig, train: TrainConfig) -> None:
     resolve_device(train.device)
 
 
+def _feed(source: FeatureSource, partition: Partition, head: HeadConfig, config: TrainConfig) -> Feeding:
+    """The features of the training and then the validation items, kept as `config` says, and checked."""
+    items = np.concatenate([partition.train, partition.validation])
+    feeding = feed(source, items, config, device=resolve_device(config.device))
+    check_roles(source, feeding.features, head.pooling)
+    return feeding
+
+
 def _fit(
-    source: FeatureSource,
+    features: FeatureSet,
     spec: FeatureSpec,
     partition: Partition,
     head_config: HeadConfig,
@@ -97,10 +110,7 @@ def _fit(
     progress: TrainingProgress,
 ) -> tuple[Fit, Fit]:
     """The fit that chose the epoch, and the fit to keep: the same one, or the refit on train + validation."""
-    items = np.concatenate([partition.train, partition.validation])
-    features = FeatureSet.from_store(source, items, label=config.label)
-    check_roles(source, features, head_config.pooling)
-    everything = np.arange(len(items))
+    everything = np.arange(len(features))
     train, validation = everything[: len(partition.train)], everything[len(partition.train) :]
     selection = fit_head(
         features,

@@ -4,6 +4,13 @@ import json
 
 from agiqa.store.reading import Store
 
+_TRAINING = {
+    "hidden": "`agiqa train {name} RUN` trains a head.",
+    "int8": "`agiqa train {name} RUN` trains a head, on hidden states rounded to eight bits.",
+    "sketch": "`agiqa train {name} RUN --projection sketch` trains a head.",
+    "logits": '`agiqa.store.view(store, "logits")` gives an item\'s logits; heads are trained from hidden states.',
+}
+
 
 def data_card(store: Store) -> str:
     """The README.md of `store` as markdown."""
@@ -29,7 +36,7 @@ store = open_store("{store.path.name}")
 rows = store.read([0, 1])  # rows.float32() (tokens, {store.width}), rows.offsets, rows.roles
 ```
 
-`agiqa train {store.path.name} RUN` trains a head.
+{_TRAINING[store.encoding].format(name=store.path.name)}
 `agiqa store verify {store.path.name} --level full` checks every byte.
 
 ## How it was made

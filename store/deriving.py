@@ -10,7 +10,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import SettingsConflict, ViewRefused
+from agiqa.errors import BusyStore, SettingsConflict, ViewRefused
 from agiqa.store.arrays import create_whole_array
 from agiqa.store.filling import UnitWriter
 from agiqa.store.layout import ITEM_STATUS
@@ -60,6 +60,10 @@ def derive_store(
                 rows, scale = derivation.encode(source.read(made.items_of(unit)).float32())
                 writer.write_unit(unit, rows, scale=scale, seconds=time.perf_counter() - started)
         advance(made.rows_used(unit))
+    left = writer.pending()
+    if left:
+        message = f"{out}: another process is at work on unit {left[0]}. Run the same command again when it is done."
+        raise BusyStore(message)
     return seal(made)
 
 

@@ -95,8 +95,8 @@ def export_hdf5(
 
 
 def _require_sound(store: Store) -> None:
-    if not store.is_complete:
-        message = f"{store.path} is not finished, and only finished stores are exported. {store.remedy}"
+    if not store.is_complete or store.pulled_units is not None:
+        message = f"{store.path} is not whole, and only finished stores are exported. {store.remedy}"
         raise IncompleteStore(message)
     report = verify(store, "quick")
     if not report.sound:

@@ -127,7 +127,9 @@ class Store:
         """How a store without all its units gets the rest."""
         if self.pulled_units is not None:
             return "It was pulled in part: `agiqa store pull` it again, with the items you need or without --items."
-        maker = "store sketch" if "source" in self.provenance else "extract"
+        maker = "extract"
+        if "source" in self.provenance:
+            maker = "store sketch" if self.encoding == "sketch" else "store convert"
         return f"Run the same `agiqa {maker}` again to finish it."
 
     def _index(self, name: str) -> NDArray[Any]:

@@ -22,7 +22,7 @@ def store_summary(store: Store) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "path": str(store.path),
         "id": store.id,
-        "state": "complete" if store.is_complete else f"unfinished, {len(done)} of {store.geometry.units} units",
+        "state": _state(store, len(done)),
         "encoding": store.encoding,
         "logical_dtype": store.logical_dtype,
         "width": store.width,
@@ -43,3 +43,9 @@ def store_summary(store: Store) -> dict[str, Any]:
         vocabulary = int(store.array("probe/logits").shape[1])
         summary["bytes_raw_logits"] = rows * vocabulary * 2
     return summary
+
+
+def _state(store: Store, done: int) -> str:
+    if store.is_complete and store.pulled_units is None:
+        return "complete"
+    return f"{'partial' if store.is_complete else 'unfinished'}, {done} of {store.geometry.units} units"

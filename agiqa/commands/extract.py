@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import click
 
-from agiqa.commands.common import Share, print_result, shared_options, table
+from agiqa.commands.common import Share, StoreLocation, print_result, shared_options, table
 
 
 @click.command("extract")
@@ -29,7 +29,7 @@ from agiqa.commands.common import Share, print_result, shared_options, table
     help="Final hidden states, coordinates in a basis of the logits, hidden states in 8 bits, or raw logits.",
 )
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of a sketch, calibrated on training items.")
-@click.option("--basis", type=click.Path(path_type=Path, exists=True), help="Sketch store whose basis is used.")
+@click.option("--basis", type=StoreLocation(), help="Sketch store whose basis is used.")
 @click.option("--keep-logits", is_flag=True, help="Keep the raw logits beside hidden states (V/D times the bytes).")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest conversation; the model's own limit if absent.")
 @click.option("--truncate", is_flag=True, help="Cut longer conversations, and count them.")

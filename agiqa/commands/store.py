@@ -110,13 +110,11 @@ def convert(store: str | Path, out: Path, encoding: str, *, as_json: bool) -> No
 @click.option("--basis", type=StoreLocation(), help="Sketch store whose basis is used instead.")
 @click.option(
     "--method",
-    default="second-moment",
-    show_default=True,
-    help="second-moment of the training tokens, or lm_head: of W_lm alone, without looking at data.",
+    help="second-moment of the training tokens, or lm_head: of W_lm alone, in float32.  [default: second-moment]",
 )
 @shared_options
 def sketch(
-    store: str | Path, out: Path, rank: int | None, basis: str | Path | None, method: str, *, as_json: bool
+    store: str | Path, out: Path, rank: int | None, basis: str | Path | None, method: str | None, *, as_json: bool
 ) -> None:
     """Write a rank-R sketch of STORE to OUT; prints the energy kept and the measured logit error.
 
@@ -130,8 +128,12 @@ def sketch(
     if (rank is None) == (basis is None):
         message = "Give either --rank R, to make a basis, or --basis STORE, to use another sketch's."
         raise ConfigError(message)
+    if basis is not None and method is not None:
+        message = "--method is how a basis is made; the one of --basis STORE is made already."
+        raise ConfigError(message)
     source = open_store(store)
-    chosen = basis_from(source, rank, method=method) if rank is not None else open_store(basis or store).basis()
+    made = None if rank is None else basis_from(source, rank, method=method or "second-moment")
+    chosen = made or open_store(basis or store).basis()
     with track("sketch", int(source.n_tokens.sum()), "tokens") as advance:
         result = sketch_store(source, out, basis=chosen, advance=advance)
     report: dict[str, Any] = {

@@ -5,12 +5,13 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import output_options, print_result
+from agiqa.commands.common import StoreLocation, output_options, print_result
 
 
 @click.command("train")
-@click.argument("store", type=click.Path(path_type=Path, exists=True))
+@click.argument("store", type=StoreLocation())
 @click.argument("run", type=click.Path(path_type=Path))
+@click.option("--also", type=StoreLocation(), multiple=True, help="Train on this store's items too; repeatable.")
 @click.option("--config", type=click.Path(path_type=Path, exists=True), help="YAML with sections `head` and `train`.")
 @click.option("--projection", help="vocabulary (W_proj on the logits, from hidden states) or sketch.")
 @click.option("--encoder", help="xlstm, gru or none.")
@@ -52,8 +53,19 @@ from agiqa.commands.common import output_options, print_result
 @click.option("--device", help="auto, cpu or cuda.  [default: auto]")
 @click.option("--precision", help="fp32 or bf16.  [default: fp32]")
 @click.option("--threads", type=int, help="CPU threads.")
+@click.option(
+    "--keep",
+    help="Where decoded features are: device, ram, memmap (a decoded copy on disk) or stream (what fits in RAM, the "
+    "rest from STORE for every batch); auto is the first that holds them.  [default: auto]",
+)
+@click.option(
+    "--memory",
+    help="Bytes of features to hold at most, as in 8GB.  [default: 80 % of free device memory, 60 % of free RAM]",
+)
 @output_options
-def command(store: Path, run: Path, config: Path | None, *, as_json: bool, **overrides: Any) -> None:
+def command(
+    store: str | Path, run: Path, also: tuple[str | Path, ...], config: Path | None, *, as_json: bool, **overrides: Any
+) -> None:
     """Train a head on STORE and write RUN: weights, config, metrics, predictions and curves.
 
     The epoch is chosen on the data set's own `val` part, or else on training items held out with prompts of their
@@ -63,10 +75,10 @@ def command(store: Path, run: Path, config: Path | None, *, as_json: bool, **ove
 
     from agiqa.heads import load_settings, train_head, training_progress
     from agiqa.progress import say
-    from agiqa.store import open_store
+    from agiqa.store import open_store, union
 
     head, train = load_settings(config, overrides)
-    source = open_store(store)
+    source = union([open_store(one) for one in (store, *also)]) if also else open_store(store)
     asked = source.provenance.get("conversation", {}).get("aspect", train.label)
     if asked != train.label:
         say(f"warning: the conversations of {store} ask for {asked}, and the head learns {train.label}")

@@ -74,7 +74,7 @@ def test_every_command_has_help_json_verbose_and_config(agiqa, words, command):
         (("extrat",), "'extract'"),
         (("store", "verfy"), "'verify'"),
         (("extract", "--modle", "x"), "'--model'"),
-        (("train", "--encodr", "gru"), "'--encoder'"),
+        (("train", "--gradient-clp", "1"), "'--gradient-clip'"),
     ],
 )
 def test_unknown_commands_and_options_answer_with_the_nearest(agiqa, arguments, nearest):

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agiqa.heads.batches import BatchLoader, batches_per_epoch, collate, shuffled_plan, sorted_plan
+from agiqa.errors import ConfigError
+from agiqa.heads.batches import BatchLoader, batches_per_epoch, collate, gather, shuffled_plan, sorted_plan
 from agiqa.heads.features import FeatureSet
 
 
@@ -85,6 +86,42 @@ def test_collate_keeps_each_tokens_role_beside_its_row(make_store):
     assert [part.data_ptr() for part in batch.inputs] == [
         part.data_ptr() for part in (batch.features, batch.mask, batch.roles)
     ]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_gather_of_devices_makes_the_batch_that_copies_make(make_store, dtype):
+    features = FeatureSet.from_store(make_store(20, logical_dtype=dtype), range(20), label="quality")
+    positions = np.array([4, 19, 0, 4])
+    gathered, copied = gather(features, positions), collate(features, positions)
+    for name in vars(copied):
+        assert torch.equal(getattr(gathered, name), getattr(copied, name)), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_made_on_a_device_is_that_of_the_cpu(make_store):
+    store = make_store(20, logical_dtype="bfloat16")
+    cuda = torch.device("cuda")
+    there, here = (
+        FeatureSet.from_store(store, range(20), label="quality", device=d) for d in (cuda, torch.device("cpu"))
+    )
+    found, wanted = (collate(features, np.array([4, 19, 0])) for features in (there, here))
+    assert found.features.device.type == "cuda"
+    for name in vars(wanted):
+        assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
+    assert torch.equal(there.statistics(np.arange(20)).std, here.statistics(np.arange(20)).std)
+
+
+@pytest.mark.parametrize("order", [None, (3, 1)])
+def test_a_loader_resumes_in_the_middle_of_a_pass(make_store, order):
+    features = FeatureSet.from_store(make_store(30), range(30), label=None)
+    whole = [batch.positions.tolist() for batch in BatchLoader(features, np.arange(30), batch_size=4, order=order)]
+    for skip in (0, 3, 8):
+        rest = BatchLoader(features, np.arange(30), batch_size=4, order=order, skip=skip)
+        assert len(rest) == 8 - skip
+        assert [batch.positions.tolist() for batch in rest] == whole[skip:]
+    for skip in (-1, 9):
+        with pytest.raises(ConfigError, match=f"Of 8 batches {skip} cannot be skipped"):
+            BatchLoader(features, np.arange(30), batch_size=4, order=order, skip=skip)
 
 
 def test_a_loader_is_the_same_each_time_and_keeps_to_its_positions(make_store):

@@ -68,3 +68,23 @@ def test_statistics_are_those_of_the_chosen_tokens_in_float64(make_store):
     assert statistics.std.numpy() == pytest.approx(tokens.std(0), rel=1e-9)
     assert statistics.sample.shape == (7, 4)
     assert np.isin(statistics.sample.numpy(), tokens.astype(np.float32)).all()
+
+
+def test_some_items_are_kept_and_the_others_are_read_when_asked_for(make_store):
+    store = make_store(20, logical_dtype="bfloat16")
+    items = np.random.default_rng(0).permutation(20)
+    whole, part = (FeatureSet.from_store(store, items, label=None, kept=kept) for kept in (None, 8))
+    assert not whole.is_streamed
+    assert part.is_streamed
+    assert len(part.rows) == part.offsets[8]
+    assert part.row_bytes == whole.row_bytes == whole.rows.nbytes
+    assert torch.equal(part.roles, whole.roles)
+    positions = np.array([12, 3, 19, 3, 12, 0])
+    for found, wanted in zip(part.take(positions), whole.take(positions), strict=True):
+        assert torch.equal(found.rows, wanted.rows)
+        assert torch.equal(found.roles, wanted.roles)
+
+
+def test_no_items_make_an_empty_set(make_store):
+    features = FeatureSet.from_store(make_store(3), [], label="quality")
+    assert (len(features), features.rows.shape, features.is_streamed) == (0, (0, 4), False)

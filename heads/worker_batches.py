@@ -1,0 +1,99 @@
+"""Batches for training loops of one's own: a data set for `torch.utils.data.DataLoader`, with workers or without.
+
+    batches = FeatureBatches(open_store(path), items, batch_size=32, seed=0, epoch=epoch, label="quality")
+    for batch in DataLoader(batches, batch_size=None, num_workers=2):
+        ...
+
+The batches and their order are the same for any number of workers, forked or spawned.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from agiqa.errors import HeadError
+from agiqa.heads.batches import Batch, pad, plan_batches
+from agiqa.heads.features import FeatureSource, describe_items, items_identity, read_checked
+from agiqa.store import Store, StoreUnion, open_store, union
+
+
+class FeatureBatches(Dataset[Batch]):
+    """The batches of one epoch over some items, each read from the store when it is asked for by its number."""
+
+    def __init__(
+        self,
+        source: FeatureSource,
+        items: Sequence[int] | NDArray[Any],
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        label: str | None = None,
+        smallest: int = 1,
+        skip: int = 0,
+    ) -> None:
+        """The same batches as a shuffled `BatchLoader` over a FeatureSet of `items` makes; `positions` are in `items`.
+
+        `skip` leaves out the first batches, to go on in the middle of an epoch. Raises DataError for missing labels
+        and items without tokens (for NaN and inf when the batch is read), and ConfigError when `skip` is too large.
+        """
+        self._source = source
+        self._items = np.asarray(items, dtype=np.int64)
+        self._targets, offsets = describe_items(source, self._items, label=label)
+        self._plan = plan_batches(np.diff(offsets), batch_size, order=(seed, epoch), smallest=smallest, skip=skip)
+        source.read(self._items[:1])  # has the store read its index now, since Zarr may not run in a forked worker
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._plan)
+
+    def __getitem__(self, number: int) -> Batch:
+        """One batch, on the CPU."""
+        positions = self._plan[number]
+        read = dict(read_checked(self._source, self._items[positions]))
+        return pad([read[k] for k in range(len(positions))], positions=positions, targets=self._targets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a spawned worker: how to open the store, not the open store."""
+        state = self.__dict__.copy()
+        source = state.pop("_source")
+        return {**state, "_identity": items_identity(source, self._items), "_open": _opener(source)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the store again. Raises HeadError when other items have its place by now."""
+        identity, reopen = state.pop("_identity"), state.pop("_open")
+        self.__dict__.update(state)
+        self._source = reopen()
+        if len(self._source.n_tokens) <= self._items.max() or items_identity(self._source, self._items) != identity:
+            message = f"The store {self._source.id} that a worker opened has other items: it was replaced meanwhile."
+            raise HeadError(message)
+
+
+def _opener(source: FeatureSource) -> Callable[[], FeatureSource]:
+    """What opens `source` again in another process; a source that is no store travels as it is."""
+    if isinstance(source, StoreUnion):
+        return partial(_open_union, [_opener(store) for store in source.stores])
+    if isinstance(source, Store):
+        url = getattr(source, "url", None)
+        if url is not None:
+            return partial(_open_remote, url)
+        return partial(open_store, source.path.absolute(), allow_partial=not source.is_complete)
+    return partial(_as_it_is, source)
+
+
+def _open_union(openers: Sequence[Callable[[], Any]]) -> Any:
+    return union([reopen() for reopen in openers])
+
+
+def _open_remote(url: str) -> FeatureSource:
+    from agiqa.store.cached import open_remote  # its drivers are imported where they are needed only
+
+    return open_remote(url)
+
+
+def _as_it_is(source: FeatureSource) -> FeatureSource:
+    return source
