@@ -64,10 +64,13 @@ class Projection(nn.Module, ABC):
     def __init__(self, spec: FeatureSpec) -> None:
         """Raises HeadError when the encoding of `spec` is not the one that this projection reads."""
         super().__init__()
-        if spec.encoding != self.reads:
-            message = (
-                f"This projection reads {self.reads!r} features, but the store holds {spec.encoding!r}. {self.remedy}"
-            )
+        self.refuse_other(spec.encoding)
+
+    @classmethod
+    def refuse_other(cls, encoding: str) -> None:
+        """Raise HeadError, with the remedy, unless this projection reads `encoding`."""
+        if encoding != cls.reads:
+            message = f"This projection reads {cls.reads!r} features, but the store holds {encoding!r}. {cls.remedy}"
             raise HeadError(message)
 
     @abstractmethod
@@ -80,6 +83,13 @@ class Projection(nn.Module, ABC):
 
 
 PROJECTIONS: Registry[Callable[[HeadConfig, FeatureSpec], Projection]] = Registry("projection")
+
+
+def check_encoding(source: FeatureSource, projection: str) -> None:
+    """Raise HeadError when the projection of this name cannot read `source`, before any feature is decoded."""
+    part = PROJECTIONS.get(projection)
+    if isinstance(part, type) and issubclass(part, Projection):
+        part.refuse_other(FeatureSpec.of(source).encoding)
 
 
 @PROJECTIONS.register("vocabulary")

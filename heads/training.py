@@ -21,7 +21,7 @@ from agiqa.heads.losses import check_loss
 from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.pooling import check_item_roles, check_roles
 from agiqa.heads.progress import LineProgress, TrainingProgress
-from agiqa.heads.projection import FeatureSpec
+from agiqa.heads.projection import FeatureSpec, check_encoding
 from agiqa.heads.runs import Run, load_run, refuse_taken, write_run
 from agiqa.heads.scoring import predict_items
 from agiqa.heads.splits import Partition, identities, make_partition
@@ -44,7 +44,7 @@ def train_head(
     """
     head_config, config = head or HeadConfig(), train or TrainConfig()
     progress = progress or LineProgress(lambda _: None)
-    _check(run, head_config, config)
+    _check(source, run, head_config, config)
     started = time.perf_counter()
     spec = FeatureSpec.of(source)
     partition = make_partition(source, config)
@@ -85,10 +85,11 @@ def train_head(
     return load_run(run)
 
 
-def _check(run: Path, head: HeadConfig, train: TrainConfig) -> None:
+def _check(source: FeatureSource, run: Path, head: HeadConfig, train: TrainConfig) -> None:
     """Raise what can be known to be wrong before any feature is read."""
     refuse_taken(run)
     check_parts(head)
+    check_encoding(source, head.projection)
     check_loss(train)
     resolve_device(train.device)
 

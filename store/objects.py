@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import google_crc32c
 import numpy as np
 import zarr
-from numcodecs import blosc
+from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]  # has no stub
 from numpy.typing import NDArray
 
 _ABSENT = 2**64 - 1

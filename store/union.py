@@ -64,9 +64,13 @@ class StoreUnion:
             if (found := _differing(first.provenance, other.provenance))
         )
 
-    @cached_property
+    @property
     def items(self) -> Items:
         """The items of all stores; an aspect that a store lacks is NaN there. A name may occur in two stores."""
+        return self._items
+
+    @cached_property
+    def _items(self) -> Items:
         tables = [store.items for store in self.stores]
         aspects = sorted({aspect for table in tables for aspect in table.labels})
         return Items(
@@ -78,9 +82,13 @@ class StoreUnion:
             labels={aspect: np.concatenate([_mos(table, aspect) for table in tables]) for aspect in aspects},
         )
 
-    @cached_property
+    @property
     def n_tokens(self) -> NDArray[np.int32]:
         """Tokens per item, (items,)."""
+        return self._n_tokens
+
+    @cached_property
+    def _n_tokens(self) -> NDArray[np.int32]:
         return np.concatenate([store.n_tokens for store in self.stores])
 
     @property

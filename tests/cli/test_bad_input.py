@@ -323,7 +323,7 @@ def test_training_on_what_is_not_there(agiqa, example, tmp_path):
     refuse(agiqa("evaluate", example.run, unfinished), unfinished, "incomplete")
     refuse(agiqa("store", "sketch", unfinished, tmp_path / "sketch", "--rank", 4), unfinished, "incomplete")
     refuse(agiqa("train", example.store, run, "--width", 0), "width", "greater than or equal to 1")
-    refuse(agiqa("train", example.sketch, run, "--projection", "vocabulary"), "Choose the projection 'sketch'")
+    refuse(agiqa("train", example.sketch, run, "--projection", "vocabulary"), "the projection 'sketch' for a sketch")
     assert not run.exists()
     assert not (tmp_path / "sketch").exists()
 
