@@ -1,18 +1,46 @@
 """Files that are whole or absent: atomic writes, durable names, hashes and locks."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from agiqa.errors import DamagedStore
+from agiqa.errors import AgiqaError, DamagedStore
 
 _BLOCK = 1 << 20
+_REMEDIES = {
+    errno.ENOSPC: "Free some space",
+    errno.EDQUOT: "Free some space of your quota",
+    errno.EROFS: "Make the file system writable",
+    errno.EACCES: "Give this user the right to write there",
+    errno.EPERM: "Give this user the right to write there",
+    errno.EFBIG: "Raise the limit on file sizes (`ulimit -f`)",
+    errno.EMFILE: "Raise the limit on open files (`ulimit -n`)",
+    errno.EIO: "Check the disk",
+}
+
+
+@contextmanager
+def telling_disk_errors(doing: str, kept: str) -> Generator[None]:
+    """Add to an OSError from inside what was being done, what is kept and the remedy; it travels on unchanged.
+
+    One that bears notes already is left alone: whoever was nearest to it knew most.
+    """
+    try:
+        yield
+    except AgiqaError:
+        raise
+    except OSError as error:
+        if not hasattr(error, "__notes__"):
+            remedy = _REMEDIES.get(error.errno or 0, "Put that right")
+            error.add_note(f"while {doing}; {kept}. {remedy} and run the same command again.")
+        raise
 
 
 def canonical_json(value: Any) -> str:
@@ -62,7 +90,7 @@ def write_bytes_atomically(path: Path, pieces: Iterable[bytes]) -> dict[str, Any
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     digest, size = hashlib.sha256(), 0
-    try:
+    with _removed_on_failure(temporary, of=path):
         with temporary.open("wb") as file:
             for piece in pieces:
                 file.write(piece)
@@ -70,10 +98,7 @@ def write_bytes_atomically(path: Path, pieces: Iterable[bytes]) -> dict[str, Any
                 size += len(piece)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    temporary.replace(path)
+        temporary.replace(path)
     sync_file(path.parent)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
@@ -92,20 +117,33 @@ def put_text_if_absent(path: Path, text: str) -> bool:
 
 
 def _write_temporary(path: Path, text: str) -> Path:
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # readable to whom the umask lets read it
+    with _removed_on_failure(temporary, of=path), temporary.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    return Path(name)
+    return temporary
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`. Raises DamagedStore, naming the file, when it holds none."""
+@contextmanager
+def _removed_on_failure(temporary: Path, *, of: Path) -> Generator[None]:
+    """Remove `temporary` when writing it fails; the error names `of`, since that of a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.filename is None:
+            error.filename = str(of)
+        raise
+
+
+def read_json(path: Path, *, remedy: str = "Copy the store again.") -> Any:
+    """The JSON value in `path`. Raises DamagedStore, naming the file and `remedy`, when it holds none."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        message = f"{path} is damaged: it is not JSON ({error}). Copy the store again."
+    except (ValueError, RecursionError) as error:
+        message = f"{path} is damaged: it is not JSON ({error}). {remedy}"
         raise DamagedStore(message) from error
 
 
@@ -115,8 +153,7 @@ def exclusive_lock(path: Path) -> Generator[bool]:
 
     The kernel drops the lock when its process ends, however it ends, so a killed run leaves nothing to clean up.
     """
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
+    with open_lock(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -129,12 +166,53 @@ def exclusive_lock(path: Path) -> Generator[bool]:
 
 
 @contextmanager
+def new_lock(path: Path) -> Generator[None]:
+    """Create the lock file `path` and hold it while inside; it has its name only once it is held.
+
+    So one that is there and free was left by a process that has ended, see `left_lock`.
+    """
+    path.parent.mkdir(exist_ok=True)
+    nameless = path.with_name(f".{path.name}.new")
+    with nameless.open("x") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        nameless.replace(path)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextmanager
+def left_lock(path: Path) -> Generator[bool]:
+    """Hold the lock file `path` that another process left; yields False where one holds it, or where there is none."""
+    try:
+        file = path.open()
+    except (FileNotFoundError, PermissionError):  # one of another user is not ours to clear away
+        yield False
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextmanager
 def waiting_lock(path: Path) -> Generator[None]:
     """Hold the lock file `path` while inside, after waiting for any other process that holds it."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
+    with open_lock(path) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def open_lock(path: Path) -> IO[str]:
+    """The lock file `path`, in a folder made for it, open and not yet locked."""
+    while True:
+        path.parent.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # the seal of another run has removed the folder since
+            return path.open("a")

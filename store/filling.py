@@ -1,6 +1,7 @@
 """Fill: one writer per unit, a unit exists when its commit record does, and any run can take up the rest."""
 
 import os
+import shutil
 import socket
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -13,12 +14,14 @@ from numpy.typing import NDArray
 from agiqa.errors import DamagedStore, DataError
 from agiqa.store.arrays import object_rows
 from agiqa.store.bits import finite_rows
+from agiqa.store.checks import check_inside
 from agiqa.store.files import (
     canonical_json,
     describe_object,
     exclusive_lock,
     put_text_if_absent,
     sync_file,
+    telling_disk_errors,
     waiting_lock,
     write_bytes_atomically,
     write_text_atomically,
@@ -26,6 +29,8 @@ from agiqa.store.files import (
 from agiqa.store.layout import MODEL_GROUPS
 from agiqa.store.objects import ObjectCodec
 from agiqa.store.reading import Store
+
+_KEPT = "finished units are kept"
 
 
 class UnitWriter:
@@ -47,7 +52,8 @@ class UnitWriter:
     @contextmanager
     def claim(self, unit: int) -> Generator[bool]:
         """Hold `unit` for this process; False when another process holds it or has finished it."""
-        with exclusive_lock(self.store.layout.locks / f"{unit:08d}") as held:
+        lock = self.store.layout.locks / f"{unit:08d}"
+        with telling_disk_errors(f"computing unit {unit} of {self.store.path}", _KEPT), exclusive_lock(lock) as held:
             yield held and not self.store.layout.commit(unit).exists()
 
     def write_unit(
@@ -68,20 +74,21 @@ class UnitWriter:
         written.
         """
         self._check(unit, rows)
-        objects = self._put("features", unit, rows)
-        if scale is not None:
-            objects += self._put("tokens/scale", unit, scale)
-        if logits is not None:
-            objects += self._put_logits(unit, len(rows), logits)
-        record = {
-            "unit": unit,
-            "objects": objects,
-            "items": len(self.store.items_of(unit)),
-            "rows": len(rows),
-            "worker": self._worker,
-            "seconds": round(seconds, 3),
-        }
-        put_text_if_absent(self.store.layout.commit(unit), canonical_json(record))
+        with telling_disk_errors(f"writing unit {unit} of {self.store.path}", _KEPT):
+            objects = self._put("features", unit, rows)
+            if scale is not None:
+                objects += self._put("tokens/scale", unit, scale)
+            if logits is not None:
+                objects += self._put_logits(unit, len(rows), logits)
+            record = {
+                "unit": unit,
+                "objects": objects,
+                "items": len(self.store.items_of(unit)),
+                "rows": len(rows),
+                "worker": self._worker,
+                "seconds": round(seconds, 3),
+            }
+            put_text_if_absent(self.store.layout.commit(unit), canonical_json(record))
 
     def write_model_arrays(self, write: Callable[[zarr.Group], None]) -> None:
         """Let `write` create the arrays that come from the model (`lm_head`, `basis`, `probe`), once per store.
@@ -89,9 +96,13 @@ class UnitWriter:
         Other processes wait here until the first one is done. A part written by a killed run is replaced.
         """
         layout = self.store.layout
-        with waiting_lock(layout.locks / "model"):
+        doing = f"writing what {self.store.path} keeps of the model"
+        with telling_disk_errors(doing, _KEPT), waiting_lock(layout.locks / "model"):
             if layout.model_commit.exists():
                 return
+            for name in MODEL_GROUPS:  # what a killed run left there would be recorded as if it belonged to them
+                if (layout.zarr / name).exists():
+                    shutil.rmtree(layout.zarr / name)
             write(self.group)
             names = [name for name in MODEL_GROUPS if (layout.zarr / name).exists()]
             files = [path for name in names for path in sorted((layout.zarr / name).rglob("*")) if path.is_file()]
@@ -102,7 +113,7 @@ class UnitWriter:
 
     def _put_logits(self, unit: int, used: int, logits: Callable[[int, int], NDArray[Any]]) -> list[dict[str, Any]]:
         """Write the raw logits of `unit`, one shard in memory at a time."""
-        shard_rows = object_rows(self._array("logits"))
+        shard_rows = object_rows(self.store.array("logits"))
         first = unit * self.store.geometry.unit_rows
         objects: list[dict[str, Any]] = []
         for start in range(0, used, shard_rows):
@@ -115,16 +126,17 @@ class UnitWriter:
 
     def _put(self, name: str, position: int, values: NDArray[Any]) -> list[dict[str, Any]]:
         """Write object number `position` of the array `name`, whole, and read it back; its record."""
-        array = self._array(name)
+        array = self.store.array(name)
         codec = ObjectCodec.of(array)
         path = self.store.layout.object_of(name, position, dimensions=array.ndim)
+        check_inside(self.store.path, path)
         path.unlink(missing_ok=True)  # what a killed run left of a unit that has no record
         if not values.any():  # zeros only are not stored at all
             return []
         written = write_bytes_atomically(path, codec.encode(values))
         try:
             same = np.array_equal(codec.read(path, 0, len(values)), values)
-        except ValueError:
+        except (ValueError, RuntimeError):
             same = False
         if not same:
             message = f"{path}: the disk gave back other bytes than were written. Check the disk, then run again."
@@ -136,16 +148,9 @@ class UnitWriter:
             return "If the hidden states are finite there, it left the range of the sketch's dtype: store them instead."
         return "Try --dtype float32, or leave the item out."
 
-    def _array(self, name: str) -> zarr.Array[Any]:
-        found = self.group[name]
-        if not isinstance(found, zarr.Array):
-            message = f"{self.store.path}: {name!r} is no array. Plan the store again at another path."
-            raise DamagedStore(message)
-        return found
-
     def _check(self, unit: int, rows: NDArray[Any]) -> None:
         used, width = self.store.rows_used(unit), self.store.width
-        dtype = self._array("features").dtype
+        dtype = self.store.array("features").dtype
         if rows.shape != (used, width) or rows.dtype != dtype:
             message = (
                 f"unit {unit}: features are {rows.dtype} {rows.shape}, the plan expects {dtype} {(used, width)}. "

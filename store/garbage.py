@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import BusyStore, DamagedStore
-from agiqa.store.files import exclusive_lock, read_json
+from agiqa.store.checks import read_record
+from agiqa.store.files import exclusive_lock, left_lock
 from agiqa.store.layout import PULL_RECORD, StoreLayout
 from agiqa.store.reading import Store
 from agiqa.store.records import Owner, owner_of, owners, recorded_objects_of, root_metadata
@@ -100,7 +101,7 @@ class _Collector:
 
     def _listed(self) -> set[str]:
         if self.finished:
-            return {entry["path"] for entry in read_json(self.layout.manifest)["objects"]}
+            return {entry["path"] for entry in read_record(self.layout.manifest)}
         if not self.layout.plan_commit.exists():
             message = f"{self.layout.plan_commit} is missing, so nothing tells garbage from data. Copy the store again."
             raise DamagedStore(message)
@@ -161,13 +162,14 @@ class _Collector:
             lock = StoreLayout(plan).locks / _PLAN_LOCK
             if not lock.is_file():
                 continue
-            if is_held(lock):
-                self.in_use.append(str(plan))
-                continue
-            size = sum(file.stat().st_size for file in plan.rglob("*") if file.is_file())
-            self.garbage.append(Garbage(path=str(plan), bytes=size, why="a plan that was killed"))
-            if not self.dry_run:
-                shutil.rmtree(plan)
+            with contextlib.nullcontext(not is_held(lock)) if self.dry_run else left_lock(lock) as ended:
+                if not ended:
+                    self.in_use.append(str(plan))
+                    continue
+                size = sum(file.stat().st_size for file in plan.rglob("*") if file.is_file())
+                self.garbage.append(Garbage(path=str(plan), bytes=size, why="a plan that was killed"))
+                if not self.dry_run:
+                    shutil.rmtree(plan)
 
     def _remove(self, paths: Sequence[Path], why: str) -> None:
         for path in paths:

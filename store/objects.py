@@ -6,7 +6,9 @@ chunks of a shard one after the other, decodes a whole shard's chunks with an ex
 survive a fork: here one item costs the chunks that it lies in, and a reader works in worker processes.
 """
 
+import math
 import os
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,8 @@ _ABSENT = 2**64 - 1
 """What a shard's index holds for a chunk that is all fill value."""
 _CRC_BYTES = 4
 _BLOSC_HEADER = 16
+_SLACK = 64
+"""Bytes that a chunk of noise may take more than its values; zstd falls back to a copy."""
 _Answer = TypeVar("_Answer")
 
 
@@ -69,12 +73,13 @@ class ObjectCodec:
     def read(self, path: Path, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` of the object in the file `path`, (stop - start, *row_shape).
 
-        Raises FileNotFoundError where there is no file, and ValueError where its bytes are damaged.
+        No memory is taken that the file's own index does not account for. Raises FileNotFoundError where there is no
+        file, and ValueError or RuntimeError where its bytes are damaged.
         """
-        out = np.empty((stop - start, *self.row_shape), self.dtype)
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in its place would be waited for
         try:
             index = self._index(descriptor)
+            out = np.zeros((stop - start, *self.row_shape), self.dtype)
             wanted = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
             for _ in self._each(lambda chunk: self._read_chunk(descriptor, index, chunk, start, out), wanted):
                 pass
@@ -107,14 +112,22 @@ class ObjectCodec:
 
     def _index(self, descriptor: int) -> NDArray[np.uint64]:
         """Offset and length of every chunk, (chunks, 2)."""
-        size = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            message = "it is no file"
+            raise ValueError(message)
+        size = status.st_size
         if not self.sharded:
             return np.array([[0, size]], np.uint64)
         length = 16 * self._chunks + _CRC_BYTES
-        index = np.frombuffer(_checked(os.pread(descriptor, length, max(0, size - length)), length), "<u8")
+        if size < length:
+            message = f"{size} bytes found, its index alone has {length}"
+            raise ValueError(message)
+        index = np.frombuffer(_checked(os.pread(descriptor, length, size - length), length), "<u8")
         index = index.reshape(-1, 2)
-        present = index[:, 1] != _ABSENT
-        if (index[present].astype(object).sum(axis=1) > size - length).any():
+        offsets, lengths = index[index[:, 1] != _ABSENT].T
+        room = np.uint64(size - length)
+        if (offsets > room).any() or (lengths > room - np.minimum(offsets, room)).any():
             message = "its index points outside of the object"
             raise ValueError(message)
         return index
@@ -127,10 +140,12 @@ class ObjectCodec:
         target = out[low - start : high - start]
         offset, length = index[chunk].tolist()
         if length == _ABSENT:
-            target[...] = 0
             return
+        size = self.chunk_rows * math.prod(self.row_shape) * self.dtype.itemsize
+        if length > size + _SLACK:
+            message = f"chunk {chunk} has {length} bytes, compressed, of {size}"
+            raise ValueError(message)
         compressed = _checked(os.pread(descriptor, length, offset), length)
-        size = self.chunk_rows * int(np.prod(self.row_shape)) * self.dtype.itemsize
         if len(compressed) < _BLOSC_HEADER or struct.unpack_from("<I", compressed, 4)[0] != size:
             message = f"chunk {chunk} does not hold {size} bytes"
             raise ValueError(message)

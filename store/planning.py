@@ -25,14 +25,17 @@ from agiqa.store.bits import storage_dtype
 from agiqa.store.files import (
     canonical_json,
     describe_object,
-    exclusive_lock,
+    left_lock,
+    new_lock,
     sync_file,
+    telling_disk_errors,
     write_text_atomically,
 )
 from agiqa.store.items import Items, write_items
 from agiqa.store.layout import FORMAT, ITEM_STATUS, VERSION, StoreLayout
 from agiqa.store.provenance import differences, store_id
 from agiqa.store.reading import Store, is_planned, open_store
+from agiqa.store.upkeep import upkeep_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +127,19 @@ def create_store(path: Path, plan: StorePlan) -> Store:
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         return _take_up(path, plan)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_killed_plans(path)
+    with telling_disk_errors(f"writing the plan of {path}", "nothing of it is left"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_killed_plans(path)
+        first = _write_beside(path, plan)
+    return open_store(path, allow_partial=True) if first else _take_up(path, plan)
+
+
+def _write_beside(path: Path, plan: StorePlan) -> bool:
+    """Write the plan into a folder beside `path` and rename it; False where another run was first."""
     temporary = Path(tempfile.mkdtemp(prefix=_plan_prefix(path), dir=path.parent))
     layout = StoreLayout(temporary)
     try:
-        with exclusive_lock(layout.locks / _PLAN_LOCK):
+        with new_lock(layout.locks / _PLAN_LOCK):
             _write_plan(layout, plan)
             temporary.chmod(0o755)
             temporary.replace(path)
@@ -137,12 +147,12 @@ def create_store(path: Path, plan: StorePlan) -> Store:
         shutil.rmtree(temporary, ignore_errors=True)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        return _take_up(path, plan)  # another run was first
+        return False
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_file(path.parent)
-    return open_store(path, allow_partial=True)
+    return True
 
 
 _PLAN_LOCK = "plan"
@@ -154,11 +164,9 @@ def _plan_prefix(path: Path) -> str:
 
 def _remove_killed_plans(path: Path) -> None:
     for left_over in path.parent.glob(f"{_plan_prefix(path)}*/"):
-        lock = StoreLayout(left_over).locks / _PLAN_LOCK
-        if lock.exists():
-            with exclusive_lock(lock) as ended:
-                if ended:
-                    shutil.rmtree(left_over)
+        with left_lock(StoreLayout(left_over).locks / _PLAN_LOCK) as ended:
+            if ended:
+                shutil.rmtree(left_over, ignore_errors=True)  # it may be another user's, or be removed by two at once
 
 
 def _take_up(path: Path, plan: StorePlan) -> Store:
@@ -182,8 +190,10 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
                 "Extract to another path, or give the labels that it was made with."
             )
             raise SettingsConflict(message)
-        write_items(store.layout.items, plan.items)
-        store = open_store(path, allow_partial=True)
+        with upkeep_lock(store.layout, doing="writing the labels of", kept="finished units are kept"):
+            if not store.is_complete:  # else a seal has listed the old ones since
+                write_items(store.layout.items, plan.items)
+        return _take_up(path, plan)
     return store
 
 
@@ -226,11 +236,10 @@ def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
     write_items(layout.items, plan.items)
     layout.commits.mkdir()
     root_metadata = layout.zarr / "zarr.json"  # rewritten by the seal, so no part of the record
-    objects = [
-        describe_object(layout.root, path)
-        for path in sorted(layout.zarr.rglob("*"))
-        if path.is_file() and path != root_metadata
-    ]
+    files = [path for path in sorted(layout.zarr.rglob("*")) if path.is_file()]
+    for path in files:
+        sync_file(path)
+    objects = [describe_object(layout.root, path) for path in files if path != root_metadata]
     write_text_atomically(layout.plan_commit, canonical_json({"objects": objects}))
 
 

@@ -1,27 +1,31 @@
 """Reading a store: its items, its rows, and the model's arrays that give the rows a meaning."""
 
 import hashlib
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import DamagedStore, IncompleteStore, SchemaError, ViewRefused
-from agiqa.store.basis import Basis, load_basis
+from agiqa.errors import DamagedStore, IncompleteStore, ViewRefused
+from agiqa.store.basis import Basis
 from agiqa.store.bits import storage_dtype, to_float32
-from agiqa.store.checks import check_attributes, check_index, check_rows_array, damaged
-from agiqa.store.files import read_json
-from agiqa.store.items import Items, count_items, read_items
+from agiqa.store.checks import (
+    check_index,
+    check_item_count,
+    check_items,
+    check_root_metadata,
+    damaged,
+    empty_array,
+)
+from agiqa.store.items import Items, read_items
 from agiqa.store.layout import StoreLayout
-from agiqa.store.objects import ObjectCodec
 from agiqa.store.recorded_items import read_recorded_items
-from agiqa.store.scaling import Scale, load_scale
+from agiqa.store.scaling import Scale
+from agiqa.store.stored_arrays import StoredArrays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,24 +45,16 @@ class TokenRows:
         return to_float32(self.rows, self.logical_dtype)
 
 
-class Store:
+class Store(StoredArrays):
     """A feature store on a local disk; open one with `open_store`."""
 
     def __init__(self, path: Path) -> None:
         """Read the store's attributes. Raises SchemaError where `path` is no store of a version read here."""
-        self.path = path
-        self.layout = StoreLayout(path)
-        self.group = _open_group(self.layout)
-        self._arrays: dict[str, zarr.Array[Any]] = {}
-        self._codecs: dict[str, ObjectCodec] = {}
-        attributes: dict[str, Any] = dict(self.group.attrs)
-        self.geometry = check_attributes(path, attributes)
-        self.id: str = str(attributes["id"])
-        self.encoding: str = str(attributes["encoding"])
-        self.logical_dtype: str = str(attributes["logical_dtype"])
-        self.provenance: dict[str, Any] = attributes["provenance"]
+        super().__init__(path)
+        self.encoding: str = str(self.attributes["encoding"])
+        self.logical_dtype: str = str(self.attributes["logical_dtype"])
         self.dtype = np.dtype(np.int8) if self.encoding == "int8" else storage_dtype(self.logical_dtype)
-        check_rows_array(path, self.array("features"), self.geometry, self.dtype)
+        self.array("features")
 
     @property
     def width(self) -> int:
@@ -71,26 +67,18 @@ class Store:
         return "kept_logits" in self.provenance
 
     @property
-    def is_complete(self) -> bool:
-        """Whether the store was sealed; so is a part that was pulled of a sealed store."""
-        return self.layout.manifest.exists()
-
-    @cached_property
-    def pulled_units(self) -> list[int] | None:
-        """The units that are here of a store that was pulled in part; None for any other store."""
-        if not self.is_complete:
-            return None
-        manifest = read_json(self.layout.manifest)
-        return [int(unit) for unit in manifest["units"]] if manifest.get("state") == "partial" else None
-
-    @property
     def items(self) -> Items:
         """Names, prompts, splits and labels of the items."""
         return self._items
 
     @cached_property
     def _items(self) -> Items:
-        return read_recorded_items(self.layout) if self.is_complete else read_items(self.layout.items)
+        check_item_count(self.path, table=self.layout.items)
+        try:
+            items = read_recorded_items(self.layout) if self.is_complete else read_items(self.layout.items)
+        except (TypeError, ValueError) as error:
+            raise damaged(self.path, f"{self.layout.items.name} has values of another kind ({error})") from error
+        return check_items(self.path, items)
 
     @property
     def n_tokens(self) -> NDArray[np.int32]:
@@ -122,70 +110,20 @@ class Store:
         """Per item, a value of ITEM_STATUS, (items,)."""
         return self._index("status")
 
-    @property
-    def remedy(self) -> str:
-        """How a store without all its units gets the rest."""
-        if self.pulled_units is not None:
-            return "It was pulled in part: `agiqa store pull` it again, with the items you need or without --items."
-        maker = "extract"
-        if "source" in self.provenance:
-            maker = "store sketch" if self.encoding == "sketch" else "store convert"
-        return f"Run the same `agiqa {maker}` again to finish it."
-
     def _index(self, name: str) -> NDArray[Any]:
         arrays = self._checked_index
-        return arrays[name] if name in arrays else self._whole(f"index/{name}")
+        return arrays[name] if name in arrays else self.whole(f"index/{name}")
 
     @cached_property
     def _checked_index(self) -> dict[str, NDArray[Any]]:
         """The three arrays that addresses come from, none of them read unless all have a row per item."""
-        names, count = ("n_tokens", "row_start", "unit"), count_items(self.layout.items)
-        for name in names:
-            if self.array(f"index/{name}").shape != (count,):
+        count = check_item_count(self.path, table=self.layout.items)
+        for name in ("n_tokens", "row_start", "unit", "item_key", "status"):
+            if self.array(f"index/{name}").shape[:1] != (count,):
                 raise damaged(self.path, f"index/{name} does not have one entry for each of {count} items")
-        arrays = {name: self._whole(f"index/{name}") for name in names}
-        check_index(
-            self.path,
-            self.geometry,
-            n_tokens=arrays["n_tokens"],
-            row_starts=arrays["row_start"],
-            units=arrays["unit"],
-        )
+        arrays = {name: self.whole(f"index/{name}") for name in ("n_tokens", "row_start", "unit")}
+        check_index(self.path, self.geometry, **arrays)
         return arrays
-
-    def _whole(self, name: str) -> NDArray[Any]:
-        array = self.array(name)
-        with self._decoding(f"{name!r}"):
-            return np.asarray(array[...])
-
-    @contextmanager
-    def _decoding(self, what: str) -> Generator[None]:
-        try:
-            yield
-        except (ValueError, RuntimeError, OSError) as error:
-            message = (
-                f"{self.path}: {what} cannot be decoded, its bytes are damaged ({error}). "
-                f"`agiqa store verify --level full {self.path}` names all that is damaged."
-            )
-            raise DamagedStore(message) from error
-
-    def _have(self, path: Path) -> None:
-        """Called before the object at `path` is read: where a remote store gets it, if it is not here yet."""
-
-    def array(self, name: str) -> zarr.Array[Any]:
-        """The Zarr array `name`. Raises IncompleteStore when it is not there (yet)."""
-        if name in self._arrays:
-            return self._arrays[name]
-        try:
-            found = self.group[name]
-        except KeyError:
-            message = f"{self.path} has no array {name!r} yet. {self.remedy}"
-            raise IncompleteStore(message) from None
-        if not isinstance(found, zarr.Array):
-            message = f"{self.path}: {name!r} is a group where an array was expected."
-            raise DamagedStore(message)
-        self._arrays[name] = found
-        return found
 
     def committed_units(self) -> list[int]:
         """Units whose features are on disk with a commit record, ascending; all of them once the store is sealed."""
@@ -207,35 +145,6 @@ class Store:
         first = unit * self.geometry.unit_rows
         return self._stored(array, first, first + self.rows_used(unit))
 
-    def _stored(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows `start` to `stop` of a row array as they are stored; Zarr is asked for the array's shape only."""
-        if name not in self._codecs:
-            self._codecs[name] = ObjectCodec.of(self.array(name))
-        codec, parts = self._codecs[name], list[NDArray[Any]]()
-        while start < stop or not parts:
-            position = start // codec.rows
-            first, end = position * codec.rows, min(stop, (position + 1) * codec.rows)
-            path = self.layout.object_of(name, position, dimensions=1 + len(codec.row_shape))
-            with self._decoding(f"unit {start // self.geometry.unit_rows} of {name!r}"):
-                parts.append(self._read_object(codec, path, start - first, max(start, end) - first))
-            start = max(start + 1, end)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def _read_object(self, codec: ObjectCodec, path: Path, start: int, stop: int) -> NDArray[Any]:
-        self._have(path)
-        try:
-            return codec.read(path, start, stop)
-        except FileNotFoundError:
-            if self._is_recorded(path):
-                raise
-            return np.zeros((stop - start, *codec.row_shape), codec.dtype)  # all zero, so never stored
-
-    def _is_recorded(self, path: Path) -> bool:
-        """Whether the store's records list the object at `path`."""
-        records = [self.layout.manifest] if self.is_complete else sorted(self.layout.commits.glob("*.json"))
-        listed = path.relative_to(self.path).as_posix()
-        return any(entry["path"] == listed for record in records for entry in read_json(record)["objects"])
-
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
         """The rows of `items` (positions), in that order; only the chunks that they lie in are decoded, each once.
 
@@ -245,7 +154,8 @@ class Store:
         wanted = np.asarray(items, np.int64)
         self._require_committed(wanted)
         offsets = np.concatenate([[0], np.cumsum(self.n_tokens[wanted], dtype=np.int64)])
-        rows = np.empty((int(offsets[-1]), self.width), storage_dtype(self.logical_dtype))
+        dtype, shape = storage_dtype(self.logical_dtype), (int(offsets[-1]), self.width)
+        rows = empty_array(self.path, f"{len(wanted)} items", shape, dtype)
         roles = np.empty(int(offsets[-1]), np.uint8)
         ends = self.row_ends
         for places in self._runs(wanted):
@@ -288,8 +198,8 @@ class Store:
 
     @cached_property
     def _scale(self) -> Scale:
-        self.array("scale/mean")
-        return load_scale(self.group)
+        mean, rms = self.whole("scale/mean"), self.whole("scale/rms")
+        return Scale(mean=mean, rms=rms, calibration=str(self._attribute("scale/mean", "calibration")))
 
     def _require_committed(self, wanted: NDArray[np.int64]) -> None:
         if self.is_complete and self.pulled_units is None:
@@ -307,7 +217,7 @@ class Store:
     def lm_head_sha256(self) -> str:
         """Which language-model head the features belong to: sha256 of its bits in row-major order."""
         source = {"sketch": "basis/q", "logits": "probe/logits"}.get(self.encoding, "lm_head/weight")
-        return str(self.array(source).attrs["lm_head_sha256"])
+        return str(self._attribute(source, "lm_head_sha256"))
 
     def lm_head(self) -> NDArray[np.float32]:
         """The language-model head W_lm, (V, D) float32. Raises ViewRefused where the store has none."""
@@ -318,11 +228,14 @@ class Store:
         if self.encoding not in ("hidden", "int8"):
             message = f"{self.path} holds {self.encoding} features without W_lm; read it from the store it came from."
             raise ViewRefused(message)
-        bits = np.ascontiguousarray(self._whole("lm_head/weight"))
+        bits = np.ascontiguousarray(self.whole("lm_head/weight"))
         if hashlib.sha256(bits.data).hexdigest() != self.lm_head_sha256:
             message = f"{self.path}: lm_head/weight is not the head that its hash names. Copy the store again."
             raise DamagedStore(message)
-        return bits, str(self.array("lm_head/weight").attrs["logical_dtype"])
+        logical_dtype = str(self._attribute("lm_head/weight", "logical_dtype"))
+        if storage_dtype(logical_dtype) != bits.dtype:
+            raise damaged(self.path, f"lm_head/weight is {bits.dtype}, which cannot be {logical_dtype}")
+        return bits, logical_dtype
 
     def basis(self) -> Basis:
         """The basis of a sketch. Raises ViewRefused on other encodings."""
@@ -332,9 +245,12 @@ class Store:
                 "`agiqa store sketch STORE OUT --rank R` makes a sketch of it."
             )
             raise ViewRefused(message)
-        self.array("basis/q")
-        with self._decoding("the basis"):
-            return load_basis(self.group)
+        parts: dict[str, Any] = {name: self.whole(f"basis/{name}") for name in ("map", "q", "energy", "mean")}
+        if self._attribute("basis/q", "rank") != self.width or parts["map"].shape[1:] != parts["energy"].shape:
+            raise damaged(self.path, "the arrays of its basis do not fit each other")
+        for name in ("id", "method", "lm_head_sha256", "calibration"):
+            parts[name] = str(self._attribute("basis/q", name))
+        return Basis(rank=self.width, **parts)
 
 
 def is_planned(path: Path) -> bool:
@@ -350,6 +266,8 @@ def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
     was never sealed unless `allow_partial` is set.
     """
     store = Store(Path(path))
+    if store.is_complete:
+        check_root_metadata(store.layout, store.manifest)
     if not allow_partial and not store.is_complete:
         done = len(store.committed_units())
         message = (
@@ -358,14 +276,3 @@ def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
         )
         raise IncompleteStore(message)
     return store
-
-
-def _open_group(layout: StoreLayout) -> zarr.Group:
-    if not (layout.zarr / "zarr.json").exists():
-        message = f"{layout.root} is not a feature store: it has no {layout.zarr.name}/zarr.json."
-        raise SchemaError(message)
-    try:
-        return zarr.open_group(layout.zarr, mode="r")
-    except (ValueError, TypeError, KeyError) as error:
-        message = f"{layout.zarr}/zarr.json cannot be read ({error}). Copy the store again, or extract it again."
-        raise DamagedStore(message) from error

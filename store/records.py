@@ -1,17 +1,20 @@
 """Which commit record an object of a store belongs to, and records written anew from MANIFEST.json."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
 from agiqa.errors import DamagedStore
 from agiqa.store.arrays import object_rows
-from agiqa.store.files import canonical_json, read_json, write_text_atomically
-from agiqa.store.layout import MODEL_GROUPS
+from agiqa.store.checks import read_manifest, read_record
+from agiqa.store.files import canonical_json, write_text_atomically
+from agiqa.store.layout import MODEL_GROUPS, ROW_ARRAYS
 from agiqa.store.reading import Store
 
-UNIT_ARRAYS: Final = ("features", "logits", "tokens/scale")
-"""Arrays that are filled unit by unit."""
+_PLANNED: Final = ("tokens/ids", "tokens/roles")
+"""Arrays with a row per token that are there before any unit is filled."""
+_NUMBER: Final = re.compile(r"[0-9]{1,12}")
 
 Owner = int | Literal["plan", "model"]
 """Who writes an object: a unit, the plan (or the seal), or the model."""
@@ -19,21 +22,35 @@ Owner = int | Literal["plan", "model"]
 
 def owner_of(store: Store, path: str) -> Owner:
     """Who writes the object `path` (relative to the store); the temporary files of a write belong to its object."""
+    array, unit = _place(store, path)
+    if unit is not None and array not in _PLANNED:
+        return unit
+    return "model" if array in MODEL_GROUPS else "plan"
+
+
+def unit_of(store: Store, path: str) -> int | None:
+    """The unit whose rows the object `path` holds; None where it holds none."""
+    return _place(store, path)[1]
+
+
+def _place(store: Store, path: str) -> tuple[str, int | None]:
+    """The array with a row per token and the unit that an object belongs to; its group and None for all others."""
     inside = _inside(store, path)
-    for name in UNIT_ARRAYS:
+    for name in ROW_ARRAYS:
         depth = len(PurePosixPath(name).parts)
         if "/".join(inside[:depth]) == name and len(inside) > depth + 1 and inside[depth] == "c":
             number = inside[depth + 1].partition(".")[0]
-            if number.isdigit():
-                return int(number) * object_rows(store.array(name)) // store.geometry.unit_rows
-    return "model" if inside[0] in MODEL_GROUPS else "plan"
+            if _NUMBER.fullmatch(number):
+                return name, int(number) * object_rows(store.array(name)) // store.geometry.unit_rows
+    return inside[0], None
 
 
-def _inside(store: Store, path: str) -> tuple[str, ...]:
+def _inside(store: Store, path: str, *, listed_in: Path | None = None) -> tuple[str, ...]:
     """Parts of `path` below store.zarr. Raises DamagedStore where it lies elsewhere: what is listed may be deleted."""
     folder, *inside = PurePosixPath(path).parts or ("",)
     if folder != store.layout.zarr.name or not inside or ".." in inside:
-        message = f"{store.path} lists {path!r}, which is no object of a store. Do not use it; copy the store again."
+        where = listed_in or store.path
+        message = f"{where} lists {path!r}, which is no object of a store. Do not use it; copy the store again."
         raise DamagedStore(message)
     return tuple(inside)
 
@@ -60,12 +77,9 @@ def recorded_objects_of(store: Store, owner: Owner) -> list[dict[str, Any]] | No
     path = record_path(store, owner)
     if not path.exists():
         return None
-    record = read_json(path)
-    if not isinstance(record, dict) or not isinstance(objects := record.get("objects"), list):
-        message = f"{path} is damaged: it is no record of objects."
-        raise DamagedStore(message)
+    objects = read_record(path)
     for entry in objects:
-        _inside(store, entry["path"])
+        _inside(store, entry["path"], listed_in=path)
     return objects
 
 
@@ -84,9 +98,11 @@ def objects_by_owner(store: Store, manifest: dict[str, Any]) -> dict[Owner, list
     for entry in manifest["objects"]:
         if entry["path"] == root_metadata(store):
             continue
+        _inside(store, entry["path"], listed_in=store.layout.manifest)
         owner = owner_of(store, entry["path"])
         if owner not in found:
-            message = f"{store.path} lists {entry['path']}, of a unit that it does not have. Copy the store again."
+            where = store.layout.manifest
+            message = f"{where} lists {entry['path']}, of a unit that the store does not have. Copy the store again."
             raise DamagedStore(message)
         found[owner].append(entry)
     return found
@@ -101,6 +117,24 @@ def restore_records(store: Store, objects: Mapping[Owner, Sequence[Mapping[str, 
     for owner, entries in objects.items():
         if not is_readable(store, owner) or recorded_objects_of(store, owner) != list(entries):
             write_text_atomically(record_path(store, owner), canonical_json(_record(store, owner, entries)))
+
+
+def record_problems(store: Store) -> Iterator[tuple[Owner, str]]:
+    """What is wrong with the records that are there: they cannot be read, or do not list what the manifest does.
+
+    A finished store may lack records, since they serve resumption only.
+    """
+    manifest = read_manifest(store.layout.manifest, store_id=store.id) if store.is_complete else None
+    listed = {} if manifest is None else objects_by_owner(store, manifest)
+    for owner in owners(store):
+        try:
+            found = recorded_objects_of(store, owner)
+        except DamagedStore as error:
+            yield owner, str(error)
+            continue
+        if found is not None and found != listed.get(owner, found):
+            name = record_path(store, owner).relative_to(store.path).as_posix()
+            yield owner, f"{name} and {store.layout.manifest.name} do not list the same objects"
 
 
 def unreadable_records(store: Store) -> Iterator[Owner]:

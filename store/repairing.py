@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from agiqa.errors import DamagedStore, IncompleteStore
-from agiqa.store.files import read_json, sha256_of_file, sync_file, waiting_lock
+from agiqa.store.files import read_json, sync_file, waiting_lock
 from agiqa.store.layout import StoreLayout
 from agiqa.store.reading import Store, open_store
 from agiqa.store.recorded_items import recorded_labels, settle_labels
@@ -24,7 +24,7 @@ from agiqa.store.records import (
     root_metadata,
     unreadable_records,
 )
-from agiqa.store.sealing import size_problem
+from agiqa.store.sealing import content_problem
 from agiqa.store.upkeep import upkeep_lock
 from agiqa.store.verification import Damage
 
@@ -130,9 +130,7 @@ def _plan_objects(store: Store, objects: Objects, *, finished: bool) -> list[Map
 def _damage(store: Store, owner: Owner, entries: Sequence[Mapping[str, Any]]) -> list[Damage]:
     found: list[Damage] = []
     for entry in entries:
-        problem = size_problem(store, dict(entry))
-        if problem is None and sha256_of_file(store.path / entry["path"]) != entry["sha256"]:
-            problem = f"{entry['path']} does not have its recorded sha256"
+        problem = content_problem(store, dict(entry))
         if problem is not None:
             found.append(Damage(where=entry["path"], problem=problem, **_whose(store, owner)))
     return found

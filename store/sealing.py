@@ -8,20 +8,27 @@ import zarr
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.card import data_card
-from agiqa.store.checks import check_object_path
-from agiqa.store.files import canonical_json, describe_object, read_json, write_text_atomically
+from agiqa.store.checks import check_object_path, read_record
+from agiqa.store.files import (
+    canonical_json,
+    describe_object,
+    sha256_of_file,
+    sync_file,
+    write_text_atomically,
+)
 from agiqa.store.layout import FORMAT, VERSION
 from agiqa.store.reading import Store, open_store
 from agiqa.store.upkeep import upkeep_lock
 
 
 def seal(store: Store) -> Store:
-    """Check that all parts are there in their recorded sizes, then write MANIFEST.json; idempotent.
+    """Check that all parts are there as they were recorded, then write MANIFEST.json; idempotent.
 
-    Returns the store, opened as complete. Raises IncompleteStore naming the missing units, and DamagedStore
-    naming the objects that are missing or of another size.
+    Units were read back when they were written, so of their objects only the sizes are looked at. Returns the store,
+    opened as complete. Raises IncompleteStore naming the missing units, and DamagedStore naming the objects that are
+    missing, of another size or of other bytes.
     """
-    with upkeep_lock(store.layout):
+    with upkeep_lock(store.layout, doing="sealing", kept="all its units are kept"):
         if not store.is_complete:
             _seal(store)
         shutil.rmtree(store.layout.locks, ignore_errors=True)
@@ -29,27 +36,34 @@ def seal(store: Store) -> Store:
 
 
 def _seal(store: Store) -> None:
+    layout = store.layout
     objects = recorded_objects(store)
+    shared = [entry for record in (layout.plan_commit, layout.model_commit) for entry in read_record(record)]
     damaged = [problem for entry in objects if (problem := size_problem(store, entry))]
+    damaged = damaged or [problem for entry in shared if (problem := content_problem(store, entry))]
     if damaged:
         message = f"{store.path} cannot be sealed:\n" + "\n".join(f"  {line}" for line in damaged)
         raise DamagedStore(message)
     # writes of killed runs that were never renamed
-    for left_over in (*store.layout.zarr.rglob("*.partial"), *store.layout.commits.glob(".*")):
-        left_over.unlink()
+    names = (layout.manifest.name, layout.card.name, layout.items.name)
+    left_over = [path for name in names for path in layout.root.glob(f".{name}.*")]
+    for path in (*left_over, *layout.zarr.rglob("*.partial"), *layout.commits.glob(".*")):
+        path.unlink()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(store.layout.zarr)
-    write_text_atomically(store.layout.card, data_card(store))
+        zarr.consolidate_metadata(layout.zarr)
+    sync_file(layout.zarr / "zarr.json")
+    sync_file(layout.zarr)
+    write_text_atomically(layout.card, data_card(store))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "id": store.id,
         "state": "complete",
-        "objects": [*objects, describe_object(store.path, store.layout.zarr / "zarr.json")],
-        "labels": describe_object(store.path, store.layout.items),
+        "objects": [*objects, describe_object(store.path, layout.zarr / "zarr.json")],
+        "labels": describe_object(store.path, layout.items),
     }
-    write_text_atomically(store.layout.manifest, canonical_json(manifest))
+    write_text_atomically(layout.manifest, canonical_json(manifest))
 
 
 def recorded_objects(store: Store) -> list[dict[str, Any]]:
@@ -65,14 +79,26 @@ def recorded_objects(store: Store) -> list[dict[str, Any]]:
         message = f"{store.path}: {what}{more} not finished. {store.remedy}"
         raise IncompleteStore(message)
     records = [layout.plan_commit, layout.model_commit, *map(layout.commit, range(store.geometry.units))]
-    return [entry for record in records for entry in read_json(record)["objects"]]
+    return [entry for record in records for entry in read_record(record)]
 
 
 def size_problem(store: Store, entry: dict[str, Any]) -> str | None:
     """What is wrong with the presence and size of a recorded object, or None."""
-    path = store.path / check_object_path(store.path, entry["path"])
+    path = store.path / check_object_path(store.path, entry["path"], listed_in=_listed_in(store))
     if not path.is_file():
         return f"{entry['path']} is missing"
     if path.stat().st_size != entry["bytes"]:
         return f"{entry['path']} has {path.stat().st_size} bytes, recorded {entry['bytes']}"
     return None
+
+
+def content_problem(store: Store, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a recorded object, every byte of it, or None."""
+    problem = size_problem(store, entry)
+    if problem is None and sha256_of_file(store.path / entry["path"]) != entry["sha256"]:
+        problem = f"{entry['path']} does not have the sha256 that {_listed_in(store)} lists"
+    return problem
+
+
+def _listed_in(store: Store) -> str:
+    return store.layout.manifest.name if store.is_complete else "its commit record"

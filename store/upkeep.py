@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from agiqa.store.files import open_lock, telling_disk_errors
 from agiqa.store.layout import StoreLayout
 
 UPKEEP_LOCK = "seal"
@@ -15,20 +16,18 @@ UPKEEP_LOCK = "seal"
 
 
 @contextmanager
-def upkeep_lock(layout: StoreLayout) -> Generator[None]:
+def upkeep_lock(
+    layout: StoreLayout, *, doing: str = "working on", kept: str = "nothing of it is lost"
+) -> Generator[None]:
     """Hold the store at `layout` against other upkeep and the seal, after waiting for those at work.
 
+    An OSError from inside gets a note that says what was being done, with `doing` and `kept`.
     A finished store has no `locks` folder, so there the lock is removed by its holder; who waited for a removed
     lock file tries again.
     """
     path = layout.locks / UPKEEP_LOCK
     while True:
-        layout.locks.mkdir(exist_ok=True)
-        try:
-            file = path.open("a")
-        except FileNotFoundError:  # the folder was removed since
-            continue
-        with file:
+        with telling_disk_errors(f"{doing} {layout.root}", kept), open_lock(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, path):
                 continue
@@ -39,18 +38,19 @@ def upkeep_lock(layout: StoreLayout) -> Generator[None]:
                     path.unlink(missing_ok=True)
                     with contextlib.suppress(OSError):  # of other holders
                         layout.locks.rmdir()
+                fcntl.flock(file, fcntl.LOCK_UN)  # closing does not release it while a forked child has the file open
             return
 
 
 def is_held(lock: Path) -> bool:
     """Whether a process holds the lock file `lock` at this moment; creates nothing."""
-    if not lock.is_file():
-        return False
-    with lock.open() as file:
-        try:
+    try:
+        with lock.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except (FileNotFoundError, IsADirectoryError):
+        return False
     return False
 
 

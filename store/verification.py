@@ -7,14 +7,22 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.errors import StoreError, UnknownName
-from agiqa.store.arrays import object_rows
+from agiqa.errors import DamagedStore, StoreError, UnknownName
 from agiqa.store.bits import to_float32
-from agiqa.store.files import read_json, sha256_of_file
-from agiqa.store.layout import ROW_ARRAYS
+from agiqa.store.checks import read_manifest
 from agiqa.store.reading import Store
 from agiqa.store.recorded_items import recorded_labels
-from agiqa.store.sealing import size_problem
+from agiqa.store.records import (
+    Owner,
+    is_readable,
+    objects_by_owner,
+    owners,
+    record_path,
+    record_problems,
+    recorded_objects_of,
+    unit_of,
+)
+from agiqa.store.sealing import content_problem, size_problem
 
 Level = Literal["quick", "full", "numeric"]
 
@@ -64,6 +72,7 @@ def verify(store: Store, level: str = "quick") -> Report:
         raise UnknownName.of(kind="verification level", name=level, known=get_args(Level))
     entries = list(_entries(store))
     damage = [found for entry, unit in entries if (found := _check_object(store, entry, unit, level))]
+    damage += [_damaged_record(store, owner, problem) for owner, problem in record_problems(store)]
     damage += _undocumented(store, [entry for entry, _ in entries])
     probe_error = None
     if level == "numeric" and not damage and store.is_complete:
@@ -81,33 +90,15 @@ def verify(store: Store, level: str = "quick") -> Report:
 
 
 def _entries(store: Store) -> Iterable[tuple[dict[str, Any], int | None]]:
-    layout = store.layout
     if store.is_complete:
-        manifest = read_json(layout.manifest)
-        units = _units_of_objects(store)
-        for entry in manifest["objects"]:
-            yield entry, units.get(entry["path"])
-        yield recorded_labels(layout, manifest), None
+        manifest = read_manifest(store.layout.manifest, store_id=store.id)
+        objects_by_owner(store, manifest)  # refuses what is no object of a store
+        yield from ((entry, unit_of(store, entry["path"])) for entry in manifest["objects"])
+        yield recorded_labels(store.layout, manifest), None
         return
-    for record in (layout.plan_commit, layout.model_commit):
-        if record.exists():
-            yield from ((entry, None) for entry in read_json(record)["objects"])
-    for unit in store.committed_units():
-        yield from ((entry, unit) for entry in read_json(layout.commit(unit))["objects"])
-
-
-def _units_of_objects(store: Store) -> dict[str, int]:
-    """The unit of every object with row addresses, by its path."""
-    units: dict[str, int] = {}
-    for name in ROW_ARRAYS:
-        if name not in store.group:
-            continue
-        array = store.array(name)
-        rows = object_rows(array)
-        for position in range(array.shape[0] // rows):
-            path = store.layout.object_of(name, position, dimensions=array.ndim)
-            units[path.relative_to(store.path).as_posix()] = position * rows // store.geometry.unit_rows
-    return units
+    for owner in owners(store):
+        if is_readable(store, owner):
+            yield from ((entry, unit_of(store, entry["path"])) for entry in recorded_objects_of(store, owner) or [])
 
 
 def _state(store: Store) -> str:
@@ -117,13 +108,23 @@ def _state(store: Store) -> str:
 
 
 def _check_object(store: Store, entry: dict[str, Any], unit: int | None, level: str) -> Damage | None:
-    problem = size_problem(store, entry)
-    if problem is None and level != "quick" and sha256_of_file(store.path / entry["path"]) != entry["sha256"]:
-        problem = f"{entry['path']} does not have its recorded sha256"
+    problem = size_problem(store, entry) if level == "quick" else content_problem(store, entry)
     if problem is None:
         return None
-    names = () if unit is None else tuple(store.items.names[item] for item in store.items_of(unit))
-    return Damage(where=entry["path"], problem=problem, unit=unit, items=names)
+    return Damage(where=entry["path"], problem=problem, unit=unit, items=_names(store, unit))
+
+
+def _damaged_record(store: Store, owner: Owner, problem: str) -> Damage:
+    where = record_path(store, owner).relative_to(store.path).as_posix()
+    unit = owner if isinstance(owner, int) else None
+    return Damage(where=where, problem=problem, unit=unit, items=_names(store, unit))
+
+
+def _names(store: Store, unit: int | None) -> tuple[str, ...]:
+    try:
+        return () if unit is None else tuple(store.items.names[item] for item in store.items_of(unit))
+    except DamagedStore:  # of the index or the item table, which is told apart
+        return ()
 
 
 def _undocumented(store: Store, entries: list[dict[str, Any]]) -> list[Damage]:
@@ -137,14 +138,13 @@ def _undocumented(store: Store, entries: list[dict[str, Any]]) -> list[Damage]:
 
 
 def _check_probe(store: Store) -> tuple[float | None, list[Damage]]:
-    logits_array = store.array("probe/logits")
-    rows = np.asarray(store.array("probe/rows")[...])
+    attributes, rows, logits = store.array("probe/logits").attrs, store.whole("probe/rows"), store.whole("probe/logits")
     here = np.isin(rows // store.geometry.unit_rows, store.committed_units())  # not all, where only a part was pulled
     rows = rows[here]
-    expected = to_float32(np.asarray(logits_array[...])[here], str(logits_array.attrs["logical_dtype"]))
+    expected = to_float32(logits[here], str(attributes["logical_dtype"]))
     if not len(rows):
         return None, []
-    rounded = [str(logits_array.attrs["logical_dtype"]), *_rounded_again(store)]
+    rounded = [str(attributes["logical_dtype"]), *_rounded_again(store)]
     tolerance = max(_TOLERANCE[name] for name in rounded)
     try:
         rebuilt, expected = _rebuilt(store, rows, expected)

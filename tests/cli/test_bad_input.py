@@ -187,7 +187,9 @@ def test_a_path_that_holds_something_else(agiqa, example, tmp_path):
 def test_ranks_that_a_model_does_not_have(agiqa, example, new):
     refuse(agiqa("store", "sketch", example.store, new, "--rank", 33), "33", "1..32")
     refuse(agiqa(*example.extract(new, "--encoding", "sketch", "--rank", 33)), "33", "1..32")
-    refuse(agiqa("store", "sketch", example.sketch, new, "--rank", 4), example.sketch, "needs the store of hidden states")
+    refuse(
+        agiqa("store", "sketch", example.sketch, new, "--rank", 4), example.sketch, "needs the store of hidden states"
+    )
     refuse(agiqa("store", "sketch", example.store, new), "--rank", "--basis")
     refuse(agiqa("store", "sketch", example.store, example.store, "--rank", 4), "give another path")
     assert not new.exists()

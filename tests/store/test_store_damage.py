@@ -1,22 +1,17 @@
-"""Kills, flipped bits, missing files and lies: nothing is lost, and nothing is silently wrong."""
+"""Flipped bits, cut and missing files, foreign settings: nothing is lost, and nothing is silently wrong."""
 
+import json
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from agiqa.errors import DamagedStore, DataError, SchemaError, SettingsConflict
+from agiqa.errors import AgiqaError, DamagedStore, DataError, SchemaError, SettingsConflict
 from agiqa.store import UnitWriter, basis_from, create_store, open_store, seal, sketch_store, store_summary, verify
-from tests.store.conftest import fill, make_content, make_store, plan_of, unit_features
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.store import golden
+from tests.store.conftest import fill, make_content, plan_of, unit_features
 
 
 def flip_a_bit(path, seed):
@@ -43,6 +38,26 @@ def test_a_flipped_bit_in_a_chunk_stops_the_reader(stored):
     path.write_bytes(raw)
     with pytest.raises(DamagedStore, match="unit 0"):
         stored.read(stored.items_of(0))
+
+
+def test_sound_objects_in_each_others_places_are_never_served(stored):
+    first, second = (stored.layout.features_object(unit) for unit in (0, 1))
+    assert first.stat().st_size != second.stat().st_size
+    aside = stored.path / "aside"
+    first.rename(aside)
+    second.rename(first)
+    aside.rename(second)
+    with pytest.raises(DamagedStore, match=r"unit 0 .*MANIFEST.json lists"):
+        open_store(stored.path).read(stored.items_of(0))
+
+
+def test_an_object_that_a_sealed_store_does_not_list_is_never_served(stored):
+    manifest = json.loads(stored.layout.manifest.read_text())
+    listed = stored.layout.features_object(0).relative_to(stored.path).as_posix()
+    manifest["objects"] = [entry for entry in manifest["objects"] if entry["path"] != listed]
+    stored.layout.manifest.write_text(json.dumps(manifest))
+    with pytest.raises(DamagedStore, match=r"unit 0 .*MANIFEST.json does not list it"):
+        open_store(stored.path).read(stored.items_of(0))
 
 
 @pytest.mark.parametrize("kind", ["features", "tokens/ids", "tokens/roles", "index/n_tokens", "lm_head/weight"])
@@ -160,61 +175,139 @@ def test_a_foreign_version_is_refused_by_name(stored):
         open_store(stored.path)
 
 
-WORKER = """
-    import sys
-    from pathlib import Path
-    from tests.store.conftest import fill, make_content, plan_of
-    from agiqa.store import create_store, seal
-    content = make_content([37] * 300, width=64)
-    store = create_store(Path(sys.argv[1]), plan_of(content))
-    print("planned", flush=True)
+def everything_read(path):
+    """All that readers ask of a store, as plain values."""
+    store = open_store(path)
+    items, rows = store.items, store.read(range(len(store.n_tokens)))
+    values = {
+        "items": [items.names, items.prompts, items.splits, items.generators, items.descriptions],
+        "labels": {aspect: np.nan_to_num(mos, nan=-1.0).tolist() for aspect, mos in items.labels.items()},
+        "index": [part.tolist() for part in (store.n_tokens, store.item_keys, store.status)],
+        "rows": [part.tolist() for part in (rows.rows, rows.roles, rows.offsets)],
+        "head": store.lm_head_sha256,
+    }
+    if store.encoding in ("hidden", "int8"):
+        values["lm_head"] = store.lm_head().tolist()
+    if store.encoding == "sketch":
+        basis = store.basis()
+        values["basis"] = [basis.id, basis.method, basis.lm_head_sha256, basis.calibration]
+        values["basis arrays"] = [part.tolist() for part in (basis.map, basis.q, basis.energy, basis.mean)]
+    if store.keeps_logits:
+        spans = list(enumerate(store.n_tokens.tolist()))
+        values["logits"] = [store.rows_of(item, 0, count, array="logits").tolist() for item, count in spans]
+    return values
+
+
+def harmed(raw, seed, flips):
+    """The bytes of a file cut off at three places, and with one bit flipped at `flips` places."""
+    moments = random.Random(seed)
+    yield from (raw[:0], raw[: len(raw) // 2], raw[:-1])
+    for _ in range(flips):
+        flipped = bytearray(raw)
+        flipped[moments.randrange(len(raw))] ^= 1 << moments.randrange(8)
+        yield bytes(flipped)
+
+
+def one_of_each_kind(path):
+    """One file of every kind that a store has: an object and the metadata of every array, records and tables."""
+    kinds = {}
+    for file in sorted(file for file in path.rglob("*") if file.is_file() and file.name != "README.md"):
+        name = file.relative_to(path).as_posix()
+        kind = name.partition("/c/")[0] if "/c/" in name else "unit" if name.startswith("commits/0") else name
+        kinds.setdefault(kind, file)
+    return kinds
+
+
+def names_of(name):
+    """How a message may call the file: by its path, or by the array that it is an object of."""
+    if "/c/" in name:
+        return name, name.removeprefix("store.zarr/").partition("/c/")[0]
+    return (name, "the manifest") if name == "MANIFEST.json" else (name,)
+
+
+def read_or_told(path):
+    """What everything_read gives and no message, or nothing and what agiqa says of the damage."""
+    try:
+        return everything_read(path), ""
+    except AgiqaError as error:
+        return None, str(error)
+
+
+def problems(path):
+    """What `agiqa store verify --level full` says of the store."""
+    try:
+        return [damage.problem for damage in verify(open_store(path, allow_partial=True), "full").damage]
+    except AgiqaError as error:
+        return [str(error)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("kept-logits", ""), ("sketch", "store.zarr/basis"), ("int8", "store.zarr/scale")]
+)
+def test_any_damage_is_named_by_verify_and_never_read(tmp_path, kind, parts):
+    """Cut and flipped files of every kind: readers get the right values, or an error that says what is damaged."""
+    path = golden.write(kind, tmp_path / "s.agiqa").path
+    right = everything_read(path)
+    for part, file in one_of_each_kind(path).items():
+        if not part.startswith(parts):
+            continue
+        name, raw = file.relative_to(path).as_posix(), file.read_bytes()
+        flips = 16 if name in ("MANIFEST.json", "store.zarr/zarr.json") else 4
+        for number, bad in enumerate(harmed(raw, f"{kind} {name}", flips)):
+            file.write_bytes(bad)
+            told = problems(path)
+            harmless = name.startswith("commits/") and as_json(bad).get("objects") == as_json(raw)["objects"]
+            assert harmless or any(name in problem for problem in told), (name, number, told)
+            values, message = read_or_told(path)
+            assert values in (right, None), (name, number)
+            assert values or any(called in message for called in names_of(name)), (name, number, message)
+        file.write_bytes(raw)
+    assert everything_read(path) == right
+
+
+def as_json(raw):
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def test_a_missing_object_is_not_taken_for_zeros(tmp_path):
+    path = golden.write("int8", tmp_path / "s.agiqa").path
+    right = everything_read(path)
+    for name in ("index/n_tokens", "index/item_key", "index/status", "scale/mean", "lm_head/weight", "features"):
+        file = next(file for file in sorted((path / "store.zarr" / name / "c").rglob("*")) if file.is_file())
+        raw = file.read_bytes()
+        file.unlink()
+        with pytest.raises(DamagedStore, match=name):
+            everything_read(path)
+        file.write_bytes(raw)
+    assert everything_read(path) == right
+
+
+def test_damage_of_a_record_and_of_a_unit_are_both_named_before_the_seal(tmp_path, content):
+    store = create_store(tmp_path / "s.agiqa", plan_of(content))
     fill(store, content)
-    store = seal(store)
-"""
+    store.layout.commit(3).write_bytes(store.layout.commit(3).read_bytes()[:-1])
+    flip_a_bit(store.layout.features_object(5), 1)
+    assert {damage.where: damage.unit for damage in verify(store, "full").damage} == {
+        "commits/00000003.json": 3,
+        "store.zarr/features/c/5/0": 5,
+    }
+    with pytest.raises(DamagedStore, match=r"00000003\.json.*agiqa store repair"):
+        seal(store)
 
 
-def start_worker(path):
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(WORKER), str(path)], cwd=REPOSITORY, stdout=subprocess.PIPE
-    )
-
-
-def test_killed_at_random_moments_and_resumed_equals_an_uninterrupted_store(tmp_path):
-    content = make_content([37] * 300, width=64)
-    whole = make_store(tmp_path / "whole.agiqa", content)
-    path = tmp_path / "killed.agiqa"
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(40):
-        worker = start_worker(path)
-        assert worker.stdout is not None
-        worker.stdout.readline()  # planned, or died before
-        time.sleep(moments.uniform(0.0, 0.03))
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
-        worker.stdout.close()
-        kills += worker.returncode == -signal.SIGKILL
-        if (path / "MANIFEST.json").exists():
-            break
-    assert kills >= 2
-    last = start_worker(path)
-    last.communicate()
-    assert last.returncode == 0
-    killed = open_store(path)
-    assert verify(killed, "numeric").sound
-    everything = np.arange(300)
-    np.testing.assert_array_equal(killed.read(everything).rows, whole.read(everything).rows)
-    assert killed.id == whole.id
-    left_over = [p for p in tmp_path.rglob("*") if p.name.endswith(".partial") or ".plan-" in p.name]
-    assert left_over == []
-
-
-def test_two_runs_at_once_share_the_work(tmp_path):
-    path = tmp_path / "shared.agiqa"
-    workers = [start_worker(path) for _ in range(3)]
-    for worker in workers:
-        worker.communicate()
-    store = create_store(path, plan_of(make_content([37] * 300, width=64)))
-    assert verify(seal(store), "full").sound
-    recorded = {(store.layout.commit(unit)).read_text() for unit in range(store.geometry.units)}
-    assert len(recorded) == store.geometry.units
+@pytest.mark.parametrize("name", ["tokens/ids", "index/status", "tokens/roles/zarr.json", "lm_head/weight"])
+def test_what_all_units_share_is_hashed_before_it_is_sealed(tmp_path, content, name):
+    store = create_store(tmp_path / "s.agiqa", replace(plan_of(content), truncated=[True] * len(content.items)))
+    fill(store, content)
+    place = store.layout.zarr / name
+    file = place if place.is_file() else next(file for file in sorted((place / "c").rglob("*")) if file.is_file())
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(DamagedStore, match=rf"cannot be sealed:\n.*{name}"):
+        seal(store)
+    assert not store.layout.manifest.exists()
