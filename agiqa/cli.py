@@ -1,6 +1,8 @@
 """The command line: `agiqa COMMAND ...`. Commands are loaded when they are asked for, so `--help` is quick."""
 
+import _thread
 import sys
+import threading
 import traceback
 from importlib import import_module
 
@@ -8,6 +10,8 @@ import click
 
 from agiqa.errors import AgiqaError
 from agiqa.version import agiqa_version
+
+_AGAIN_SECONDS = 0.02
 
 COMMANDS = ("demo", "extract", "store", "train", "evaluate", "predict")
 
@@ -46,16 +50,28 @@ def cli() -> None:
     """
 
 
+def keep_interrupts(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Interrupt again when Ctrl-C met a callback of the garbage collector, where Python drops every exception.
+
+    While h5py writes, most of them would be lost so.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed with one message, 2 wrong usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    sys.unraisablehook = keep_interrupts
     try:
         cli.main(args=arguments, prog_name="agiqa", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print("interrupted; finished units of a store are kept: run the same command again", file=sys.stderr)
+        print("interrupted; what is finished is kept: run the same command again", file=sys.stderr)
         sys.exit(130)
     except (AgiqaError, OSError) as error:
         if "-v" in arguments or "--verbose" in arguments:

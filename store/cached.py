@@ -26,6 +26,7 @@ from zarr.storage import LocalStore, WrapperStore
 
 from agiqa.errors import DamagedStore
 from agiqa.store.files import read_json, waiting_lock, write_text_atomically
+from agiqa.store.items import item_positions
 from agiqa.store.layout import StoreLayout
 from agiqa.store.manifests import Manifest, array_of, units_of_objects
 from agiqa.store.pulling import JOBS, fetch_manifest, fetch_object
@@ -208,10 +209,16 @@ class RemoteStore(Store):
         self.group = zarr.open_group(store, mode="r")
         self._arrays.clear()  # opened with the group that fetches nothing
 
+    @property
+    def location(self) -> str:
+        """The URL of the store."""
+        return self.url
+
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
         """As Store, with the units of `items` fetched ahead. Raises RemoteError too."""
-        self._ahead.announce(np.unique(self.units[np.asarray(items, np.int64)]).tolist())
-        return super().read(items)
+        wanted = item_positions(items, count=len(self.n_tokens), where=self.location)
+        self._ahead.announce(np.unique(self.units[wanted]).tolist())
+        return super().read(wanted)
 
     def _have(self, path: Path) -> None:
         name = path.relative_to(self.path).as_posix()

@@ -10,12 +10,12 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import DamagedStore, SchemaError, StoreError
+from agiqa.errors import DamagedStore, IncompleteStore, SchemaError, StoreError
 from agiqa.store.arrays import Geometry, object_rows
 from agiqa.store.bits import STORAGE_DTYPES, storage_dtype
 from agiqa.store.files import read_json, sha256_of_file
 from agiqa.store.items import Items, count_items
-from agiqa.store.layout import ENCODINGS, FORMAT, ROW_ARRAYS, VERSION, StoreLayout
+from agiqa.store.layout import ENCODINGS, FORMAT, PULL_RECORD, ROW_ARRAYS, VERSION, StoreLayout
 from agiqa.store.provenance import store_id
 
 _LARGEST = 64 << 30
@@ -38,8 +38,15 @@ Shape = tuple[int | None, ...]
 
 
 def open_group(layout: StoreLayout) -> zarr.Group:
-    """The group of all arrays. Raises SchemaError where there is none, DamagedStore where it cannot be read."""
+    """The group of all arrays.
+
+    Raises SchemaError where there is none, IncompleteStore where a pull has yet to bring it, and DamagedStore where it
+    cannot be read.
+    """
     if not (layout.zarr / "zarr.json").is_file():
+        if (layout.root / PULL_RECORD).exists():
+            message = f"A pull into {layout.root} was cut off: run the same `agiqa store pull` again to finish it."
+            raise IncompleteStore(message)
         message = f"{layout.root} is not a feature store: it has no {layout.zarr.name}/zarr.json."
         raise SchemaError(message)
     try:

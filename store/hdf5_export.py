@@ -72,13 +72,13 @@ def export_hdf5(
     SettingsConflict where `out` is anything else, BusyStore while another process exports to `out`, UnknownName for
     another compression, and ConfigError for zstd without its plugin.
     """
-    compression = chosen_compression(compression)
+    chosen, asked = chosen_compression(compression), compression
     _require_sound(store)
     if store.path.resolve() in out.resolve().parents:
         message = f"{out} lies inside the store, whose files are all listed. Give a path outside of it."
         raise SettingsConflict(message)
     content, work = _content_sha256(store), out.with_name(f".{out.name}.parts")
-    found = _found(store, out, content)
+    found = _found(store, out, content, asked)
     if found and not work.exists():
         return found
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -86,12 +86,12 @@ def export_hdf5(
         if not mine:
             message = f"Another process is exporting to {out}. Wait for it, or give another path."
             raise BusyStore(message)
-        found = _found(store, out, content)
+        found = _found(store, out, content, asked)
         if not found:
-            _Export(store, work, content=content, compression=compression).write(out, advance)
+            _Export(store, work, content=content, compression=chosen).write(out, advance)
         shutil.rmtree(work)
     size = out.stat().st_size
-    return found or HDF5Export(path=out, id=store.id, compression=compression, bytes=size, already_there=False)
+    return found or HDF5Export(path=out, id=store.id, compression=chosen, bytes=size, already_there=False)
 
 
 def _require_sound(store: Store) -> None:
@@ -112,7 +112,7 @@ def _content_sha256(store: Store) -> str:
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
-def _found(store: Store, out: Path, content: str) -> HDF5Export | None:
+def _found(store: Store, out: Path, content: str, asked: str) -> HDF5Export | None:
     """The export of this store that lies at `out`, or None where nothing does."""
     if not out.exists():
         return None
@@ -125,13 +125,11 @@ def _found(store: Store, out: Path, content: str) -> HDF5Export | None:
         what = "an export of this store with other labels or bits" if same else "not an export of this store"
         message = f"{out} exists and is {what}. Give another path, or move it away."
         raise SettingsConflict(message)
-    return HDF5Export(
-        path=out,
-        id=store.id,
-        compression=str(attributes[_COMPRESSION]),
-        bytes=out.stat().st_size,
-        already_there=True,
-    )
+    there = str(attributes[_COMPRESSION])
+    if asked not in ("auto", there):
+        message = f"{out} holds this store already, compressed with {there}. Give another path, or move it away."
+        raise SettingsConflict(message)
+    return HDF5Export(path=out, id=store.id, compression=there, bytes=out.stat().st_size, already_there=True)
 
 
 class _Export:

@@ -1,15 +1,16 @@
 """The items of a store, one row each: names, prompts, labels, splits. Labels are no part of the features."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from agiqa.errors import DamagedStore
+from agiqa.errors import DamagedStore, DataError
 from agiqa.store.files import sync_file
 
 LABEL_PREFIX = "mos_"
@@ -52,6 +53,20 @@ class Items:
         for aspect in sorted(self.labels):
             columns[LABEL_PREFIX + aspect] = pa.array(self.labels[aspect], pa.float64(), from_pandas=True)
         return pa.table(columns)
+
+
+def item_positions(items: Sequence[int] | NDArray[Any], *, count: int, where: str) -> NDArray[np.int64]:
+    """`items` as positions in a table of `count` rows, (items,). Raises DataError, naming `where`, if they are none."""
+    wanted = np.asarray(items)
+    if wanted.size == 0:
+        return np.zeros(0, np.int64)
+    if wanted.ndim != 1 or wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= count:
+        message = (
+            f"{where} has {count} items, read by their positions, whole numbers from 0 to {count - 1}; got "
+            f"{np.array2string(wanted, threshold=5)}. `items.names` of the store has their names, in that order."
+        )
+        raise DataError(message)
+    return wanted.astype(np.int64)
 
 
 def write_items(path: Path, items: Items) -> None:

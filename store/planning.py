@@ -32,7 +32,7 @@ from agiqa.store.files import (
     write_text_atomically,
 )
 from agiqa.store.items import Items, write_items
-from agiqa.store.layout import FORMAT, ITEM_STATUS, VERSION, StoreLayout
+from agiqa.store.layout import FORMAT, ITEM_STATUS, PULL_RECORD, VERSION, StoreLayout
 from agiqa.store.provenance import differences, store_id
 from agiqa.store.reading import Store, is_planned, open_store
 from agiqa.store.upkeep import upkeep_lock
@@ -170,6 +170,11 @@ def _remove_killed_plans(path: Path) -> None:
 
 
 def _take_up(path: Path, plan: StorePlan) -> Store:
+    if (path / PULL_RECORD).exists():
+        message = (
+            f"A pull into {path} is at work or was cut off. Finish it with `agiqa store pull`, or give another path."
+        )
+        raise SettingsConflict(message)
     if not is_planned(path):
         message = f"{path} exists and is not a feature store. Choose another path, or move it away."
         raise SettingsConflict(message)

@@ -20,6 +20,7 @@ from agiqa.store.manifests import Entry, Manifest, parse_manifest, units_of_obje
 from agiqa.store.reading import Store
 from agiqa.store.remotes import BLOCK, Remote, remote_at, wait_after
 from agiqa.store.transfers import Tally, Transfer, in_parallel
+from agiqa.store.upkeep import is_held
 
 JOBS = 8
 _SET_ASIDE = "items.before-pull.parquet"
@@ -67,8 +68,8 @@ def plan_pull(url: str, path: Path, *, items: Sequence[str] | None = None, jobs:
     """Find out what must be fetched; with `items` this fetches the index and the item table.
 
     Raises SchemaError where there is no finished store at `url`, SettingsConflict where `path` holds anything else
-    than this store, DataError naming the items that the store does not have, and BusyStore where another pull is at
-    work on `path`.
+    than this store (an unfinished one is completed), DataError naming the items that the store does not have, and
+    BusyStore where another pull or run is at work on `path`.
     """
     if items is not None and not items:
         message = f"No items are named, so there is nothing to pull from {url}. Name some, or pull the whole store."
@@ -201,22 +202,34 @@ def _claim(path: Path, manifest: Manifest) -> list[int] | None:
     layout, record = StoreLayout(path), path / PULL_RECORD
     local = read_json(layout.manifest) if layout.manifest.exists() else None
     started = read_json(record) if record.exists() else local
-    if started is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        message = (
-            f"{path} holds something else, or an unfinished store; nothing in it was changed. Pull to another path."
-        )
+    found = None if started is None else started.get("id")
+    unfinished = found is None and layout.plan_commit.exists()
+    if unfinished:
+        found = Store(path).id
+    elif found is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        message = f"{path} holds something else; nothing in it was changed. Pull to another path."
         raise SettingsConflict(message)
-    if started is not None and started.get("id") != manifest.id:
+    if found not in (None, manifest.id):
         message = (
-            f"{path} holds the store {str(started.get('id'))[:12]}, the URL {manifest.id[:12]}; nothing was changed. "
+            f"{path} holds the store {str(found)[:12]}, the URL {manifest.id[:12]}; nothing was changed. "
             "Pull to another path."
         )
         raise SettingsConflict(message)
     path.mkdir(parents=True, exist_ok=True)
+    if unfinished:
+        _require_idle(layout)
     write_text_atomically(record, manifest.text)
+    if unfinished:  # as a repair leaves it; from here on its objects count by what the manifest lists
+        shutil.rmtree(layout.commits)
     if local is None:
         return []
     return None if local.get("state") == "complete" else [int(unit) for unit in local["units"]]
+
+
+def _require_idle(layout: StoreLayout) -> None:
+    if any(is_held(lock) for lock in layout.locks.glob("*")):
+        message = f"Another run is at work on the unfinished store {layout.root}. Wait for it, or pull to another path."
+        raise BusyStore(message)
 
 
 def _drop_outdated(path: Path, manifest: Manifest) -> None:

@@ -21,7 +21,7 @@ from agiqa.store.checks import (
     damaged,
     empty_array,
 )
-from agiqa.store.items import Items, read_items
+from agiqa.store.items import Items, item_positions, read_items
 from agiqa.store.layout import StoreLayout
 from agiqa.store.recorded_items import read_recorded_items
 from agiqa.store.scaling import Scale
@@ -148,10 +148,10 @@ class Store(StoredArrays):
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
         """The rows of `items` (positions), in that order; only the chunks that they lie in are decoded, each once.
 
-        Raises IncompleteStore when an item's unit was never committed, naming the item; DamagedStore when a
-        checksum does not match.
+        Raises DataError for positions that the store does not have, IncompleteStore when an item's unit was never
+        committed, naming the item, and DamagedStore when a checksum does not match.
         """
-        wanted = np.asarray(items, np.int64)
+        wanted = item_positions(items, count=len(self.n_tokens), where=self.location)
         self._require_committed(wanted)
         offsets = np.concatenate([[0], np.cumsum(self.n_tokens[wanted], dtype=np.int64)])
         dtype, shape = storage_dtype(self.logical_dtype), (int(offsets[-1]), self.width)
@@ -182,7 +182,7 @@ class Store(StoredArrays):
 
         Raises as `read`.
         """
-        self._require_committed(np.array([item]))
+        self._require_committed(item_positions([item], count=len(self.n_tokens), where=self.location))
         first = int(self.row_starts[item])
         return self.rows_at(first + start, first + stop, array=array)
 

@@ -22,7 +22,7 @@ from agiqa.store.checks import (
     read_manifest,
     read_record,
 )
-from agiqa.store.layout import ROW_ARRAYS, StoreLayout
+from agiqa.store.layout import PULL_RECORD, ROW_ARRAYS, StoreLayout
 from agiqa.store.objects import ObjectCodec
 
 
@@ -40,6 +40,11 @@ class StoredArrays:
         self.geometry = check_attributes(path, self.attributes)
         self.id: str = str(self.attributes["id"])
         self.provenance: dict[str, Any] = self.attributes["provenance"]
+
+    @property
+    def location(self) -> str:
+        """Where the store is: its path, or the URL at which it is read in place."""
+        return str(self.path)
 
     @property
     def is_complete(self) -> bool:
@@ -64,6 +69,8 @@ class StoredArrays:
     @property
     def remedy(self) -> str:
         """How a store without all its units gets the rest."""
+        if (self.path / PULL_RECORD).exists():
+            return "A pull into it was cut off: run the same `agiqa store pull` again to finish it."
         if self.pulled_units is not None:
             return "It was pulled in part: `agiqa store pull` it again, with the items you need or without --items."
         maker = "extract"

@@ -1,6 +1,7 @@
 """What a store holds, in numbers that a person asks for first."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,8 @@ def store_summary(store: Store) -> dict[str, Any]:
     items, done = store.items, store.committed_units()
     records = [read_json(path) for unit in done if (path := store.layout.commit(unit)).exists()]
     rows = sum(store.rows_used(unit) for unit in done)
-    shards = [path for unit in done if (path := store.layout.features_object(unit)).exists()]
     summary: dict[str, Any] = {
-        "path": str(store.path),
+        "path": store.location,
         "id": store.id,
         "state": _state(store, len(done)),
         "encoding": store.encoding,
@@ -32,7 +32,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "units": store.geometry.units,
         "unit_rows": store.geometry.unit_rows,
         "bytes_on_disk": sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file()),
-        "bytes_features": sum(path.stat().st_size for path in shards),
+        "bytes_features": _bytes_of_features(store, done),
         "bytes_raw_features": rows * store.width * store.array("features").dtype.itemsize,
         "seconds_of_work": round(sum(float(record["seconds"]) for record in records), 1),
         "labels": {aspect: int(np.isfinite(mos).sum()) for aspect, mos in items.labels.items()},
@@ -43,6 +43,14 @@ def store_summary(store: Store) -> dict[str, Any]:
         vocabulary = int(store.array("probe/logits").shape[1])
         summary["bytes_raw_logits"] = rows * vocabulary * 2
     return summary
+
+
+def _bytes_of_features(store: Store, done: Sequence[int]) -> int:
+    shards = [store.layout.features_object(unit) for unit in done]
+    if store.is_complete:  # of one at a URL they may not be here
+        listed = {entry["path"]: int(entry["bytes"]) for entry in store.manifest["objects"]}
+        return sum(listed.get(path.relative_to(store.path).as_posix(), 0) for path in shards)
+    return sum(path.stat().st_size for path in shards if path.exists())
 
 
 def _state(store: Store, done: int) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from agiqa.errors import ConfigError, DataError, HeadError, SchemaError
 from agiqa.store.basis import Basis
 from agiqa.store.files import canonical_json
-from agiqa.store.items import Items
+from agiqa.store.items import Items, item_positions
 from agiqa.store.provenance import differences
 from agiqa.store.reading import Store, TokenRows
 
@@ -107,14 +107,9 @@ class StoreUnion:
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
         """The rows of `items` (positions in the union), in that order; raises what `Store.read` raises.
 
-        Raises IndexError for a position outside the union.
+        Raises DataError for a position outside the union.
         """
-        wanted = np.asarray(items, np.int64)
-        count = int(self._first_items[-1])
-        outside = wanted[(wanted < 0) | (wanted >= count)]
-        if len(outside):
-            message = f"{self.path} has {count} items; there is no item {outside[0]}."
-            raise IndexError(message)
+        wanted = item_positions(items, count=int(self._first_items[-1]), where=str(self.path))
         owners = np.searchsorted(self._first_items, wanted, side="right") - 1
         asked = np.unique(owners).tolist()
         if len(asked) <= 1:

@@ -90,9 +90,9 @@ class CommandLine:
         """Run `agiqa ARGUMENTS` and kill it `delay` seconds after `when()` became true; code -9, or 0 if too late."""
         return self._run(arguments, lambda _error: when(), 1, delay)
 
-    def interrupted(self, *arguments: object, after: str) -> Outcome:
-        """Run `agiqa ARGUMENTS` and press Ctrl-C once it has written `after` to its error stream."""
-        return self._run(arguments, lambda error: after in error.read_text(), 1, number=signal.SIGINT)
+    def interrupted(self, *arguments: object, after: str = "", when: Callable[[], bool] = lambda: True) -> Outcome:
+        """Run `agiqa ARGUMENTS` and press Ctrl-C once it has `after` on its error stream and `when()` is true."""
+        return self._run(arguments, lambda error: after in error.read_text() and when(), 1, number=signal.SIGINT)
 
     def close(self) -> None:
         """End the process that the commands are forked from."""

@@ -81,6 +81,20 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repor
         return int(share), int(shares)
 
 
+class LocalStore(click.Path):
+    """A store to be worked on: the path of a folder that exists."""
+
+    def __init__(self) -> None:
+        """As `click.Path`, of what exists."""
+        super().__init__(exists=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A Path; a URL is refused with what to do instead."""
+        if "://" in str(value):
+            self.fail(f"{value} is a URL. `agiqa store pull` it first, and give the folder that it is pulled to.")
+        return super().convert(value, param, ctx)
+
+
 class StoreLocation(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]
     """A store to be read: the path of a folder that exists, or a URL."""
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from agiqa.commands.common import print_result, shared_options, table
+from agiqa.commands.common import LocalStore, print_result, shared_options, table
 
 
 @click.command("export")
-@click.argument("store", type=click.Path(path_type=Path, exists=True))
+@click.argument("store", type=LocalStore())
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--compression",

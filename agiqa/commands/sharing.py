@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from agiqa.commands.common import print_result, shared_options, table
+from agiqa.commands.common import LocalStore, print_result, shared_options, table
 
 if TYPE_CHECKING:
     from agiqa.store.transfers import Transfer
@@ -16,7 +16,7 @@ _JOBS = click.option(
 
 
 @click.command("push")
-@click.argument("store", type=click.Path(path_type=Path, exists=True))
+@click.argument("store", type=LocalStore())
 @click.argument("url")
 @_JOBS
 @shared_options

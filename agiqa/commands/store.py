@@ -5,12 +5,12 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import StoreLocation, print_result, shared_options, table
+from agiqa.commands.common import LocalStore, StoreLocation, print_result, shared_options, table
 from agiqa.commands.hdf5 import export_store, import_store
 from agiqa.commands.sharing import pull_store, push_store
 from agiqa.commands.upkeep import gc, labels, repair
 
-_STORE = click.argument("store", type=click.Path(path_type=Path, exists=True))
+_STORE = click.argument("store", type=LocalStore())
 _ANYWHERE = click.argument("store", type=StoreLocation())
 
 

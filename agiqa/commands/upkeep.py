@@ -5,9 +5,9 @@ from pathlib import Path
 
 import click
 
-from agiqa.commands.common import print_result, shared_options
+from agiqa.commands.common import LocalStore, print_result, shared_options
 
-_STORE = click.argument("store", type=click.Path(path_type=Path, exists=True))
+_STORE = click.argument("store", type=LocalStore())
 _SHOWN = 5
 
 
@@ -54,7 +54,7 @@ def repair(store: Path, *, as_json: bool) -> None:
     if report.changed:
         what = [f"{len(report.units)} units ({report.items} items)"] if report.units else []
         what += ["the model's own arrays"] if report.model else []
-        lines.append(f"{store}: dropped {' and '.join(what)}. {opened.remedy}")
+        lines.append(f"{store}: dropped {' and '.join(what)}. {opened.remedy} A store that was pulled: pull it again.")
     else:
         lines.append(f"{store}: nothing to repair")
     if report.strays:

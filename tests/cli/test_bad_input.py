@@ -184,6 +184,23 @@ def test_a_path_that_holds_something_else(agiqa, example, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("command", ["verify", "seal", "repair", "gc", "export", "push"])
+def test_commands_that_work_on_a_folder_say_to_pull_a_url(agiqa, command, tmp_path):
+    further = [tmp_path / "out"] if command in ("export", "push") else []
+    outcome = agiqa("store", command, "https://example.org/s.agiqa", *further)
+    assert outcome.code == 2
+    assert "`agiqa store pull` it first" in outcome.err
+
+
+def test_a_folder_that_a_pull_was_cut_off_in(agiqa, example, tmp_path):
+    copy = shutil.copytree(example.store, tmp_path / "copy.agiqa")
+    (copy / "MANIFEST.json").rename(copy / "PULLING.json")
+    for arguments in (example.extract(copy), ("store", "export", copy, tmp_path / "s.h5")):
+        outcome = agiqa(*arguments)
+        assert (outcome.code, outcome.out) == (1, "")
+        assert "agiqa store pull" in outcome.err
+
+
 def test_ranks_that_a_model_does_not_have(agiqa, example, new):
     refuse(agiqa("store", "sketch", example.store, new, "--rank", 33), "33", "1..32")
     refuse(agiqa(*example.extract(new, "--encoding", "sketch", "--rank", 33)), "33", "1..32")

@@ -2,14 +2,17 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import click
 import pytest
 import yaml
 
-from agiqa.cli import COMMANDS, cli
+from agiqa.cli import COMMANDS, cli, keep_interrupts
 from tests.cli.conftest import ITEMS, SMALL_HEAD
 from tests.command_line import REPOSITORY
 from tests.extract.small_sets import read_table
@@ -299,6 +302,19 @@ def test_ctrl_c_in_training_exits_130_and_leaves_no_run(agiqa, example, tmp_path
     assert outcome.code == 130
     assert "Traceback" not in outcome.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_not_lost_in_a_finalizer(monkeypatch):
+    """Python drops exceptions there, and HDF5 spends much of its time in finalizers."""
+
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sys, "unraisablehook", keep_interrupts)
+    Finalized()
+    with pytest.raises(KeyboardInterrupt):
+        time.sleep(10)
 
 
 def test_a_share_of_the_units_can_be_filled_from_the_command_line(agiqa, example, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from agiqa.store import open_store
+from tests.store.conftest import make_content, make_store
 
 
 def same_features(found, expected):
@@ -41,6 +42,17 @@ def test_a_killed_export_and_a_killed_import_go_on(agiqa, example, tmp_path):
     assert agiqa("store", "import", out, again).code == 0
     assert same_features(open_store(again), open_store(example.store))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.agiqa", "s.h5"]
+
+
+def test_ctrl_c_stops_an_export(agiqa, tmp_path):
+    store = make_store(tmp_path / "s.agiqa", make_content([4000] * 48, width=64))
+    out, begun = tmp_path / "s.h5", tmp_path / ".s.h5.parts" / "00000001.h5"
+    export = ("store", "export", store.path, out, "--compression", "gzip")
+    outcome = agiqa.interrupted(*export, when=begun.exists)
+    assert outcome.code == 130
+    assert outcome.err.strip() == "interrupted; what is finished is kept: run the same command again"
+    assert not out.exists()
+    assert agiqa(*export).code == 0
 
 
 def test_the_second_export_says_that_it_is_there(agiqa, example, tmp_path):

@@ -265,8 +265,9 @@ def test_parts_of_another_export_are_not_used(stored, tmp_path, other):
 def test_an_export_that_is_there_is_left_as_it_is(stored, tmp_path):
     first = export_hdf5(stored, tmp_path / "s.h5", compression="gzip")
     before = first.path.stat().st_mtime_ns
-    again = export_hdf5(stored, tmp_path / "s.h5", compression="zstd")
-    assert again == replace(first, already_there=True)
+    assert export_hdf5(stored, tmp_path / "s.h5") == replace(first, already_there=True)
+    with pytest.raises(SettingsConflict, match="already, compressed with gzip"):
+        export_hdf5(stored, tmp_path / "s.h5", compression="zstd")
     assert first.path.stat().st_mtime_ns == before
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agiqa.errors import IncompleteStore, SchemaError, ViewRefused
+from agiqa.errors import DataError, IncompleteStore, SchemaError, ViewRefused
 from agiqa.store import create_store, from_float32, open_store, to_float32
 from tests.store.conftest import fill, make_content, make_store, plan_of
 
@@ -42,6 +42,12 @@ def test_no_item_crosses_a_unit_and_units_are_several(stored):
     assert (first == last).all()
     assert (first == stored.units).all()
     assert stored.geometry.units > 4
+
+
+@pytest.mark.parametrize("items", [[-1], [40], [0.0], [[0]], ["0"], [True]])
+def test_positions_that_the_store_does_not_have_are_refused(stored, items):
+    with pytest.raises(DataError, match="whole numbers from 0 to 39"):
+        stored.read(items)
 
 
 def test_language_model_head_comes_back(stored, content):

@@ -24,7 +24,7 @@ from agiqa.errors import (
     SettingsConflict,
     UnknownName,
 )
-from agiqa.store import basis_from, create_store, open_store, sketch_store, verify
+from agiqa.store import UnitWriter, basis_from, create_store, open_store, repair, sketch_store, store_summary, verify
 from agiqa.store import remotes as remotes_module
 from agiqa.store.cached import RemoteStore, cache_folder, open_remote
 from agiqa.store.files import exclusive_lock, sha256_of_file
@@ -330,12 +330,35 @@ def test_folders_with_other_things_are_not_touched(stored, served, tmp_path, con
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     other = make_store(tmp_path / "other.agiqa", content, dataset="another")
-    unfinished = create_store(tmp_path / "unfinished.agiqa", plan_of(content))
+    unfinished = create_store(tmp_path / "unfinished.agiqa", plan_of(content, dataset="another"))
     for path in (tmp_path / "mine", other.path, unfinished.path):
         before = {name: (path / name).read_bytes() for name in files_below(path)}
         with pytest.raises(SettingsConflict, match="another path"):
             pull(served.url, path)
         assert {name: (path / name).read_bytes() for name in files_below(path)} == before
+
+
+def test_a_repaired_store_is_made_whole_by_a_pull(stored, served, tmp_path):
+    copy = tmp_path / "copy.agiqa"
+    pull(served.url, copy)
+    unit = open_store(copy).layout.features_object(1)
+    unit.write_bytes(unit.read_bytes()[::-1])
+    assert repair(open_store(copy)).units == (1,)
+    done = pull(served.url, copy)
+    assert done.skipped > 0
+    assert_equal_stores(copy, stored.path)
+
+
+def test_a_pull_keeps_out_of_a_run_at_work(stored, served, tmp_path, content):
+    started = create_store(tmp_path / "started.agiqa", plan_of(content))
+    assert started.id == stored.id
+    fill(started, content, units=[0])
+    before = files_below(started.path)
+    with UnitWriter(started).claim(1), pytest.raises(BusyStore, match="Another run"):
+        pull(served.url, started.path)
+    assert files_below(started.path) == before | {"locks/00000001"}
+    pull(served.url, started.path)
+    assert_equal_stores(started.path, stored.path)
 
 
 def test_two_pulls_into_one_folder_do_not_meet(served, tmp_path):
@@ -489,7 +512,7 @@ def test_a_killed_pull_shows_no_store_and_is_taken_up(stored, served, tmp_path):
     for turn in range(3):
         assert kill_after(start_mover("pull", served.url, copy), 8 * turn + moments.randrange(5, 12))
         assert not (copy / "MANIFEST.json").exists()
-        with pytest.raises((IncompleteStore, SchemaError)):
+        with pytest.raises(IncompleteStore, match="run the same `agiqa store pull` again"):
             open_store(copy)
     done = pull(served.url, copy)
     assert done.skipped > 0
@@ -515,6 +538,9 @@ def test_a_remote_store_reads_as_the_local_one(stored, served, cache):
     assert remote.items.same_as(stored.items)
     assert remote.committed_units() == stored.committed_units()
     assert remote.path == cache / "stores" / stored.id == cache_folder(stored.id)
+    expected, found = store_summary(stored), store_summary(remote)
+    assert found["path"] == served.url
+    assert found["bytes_features"] == expected["bytes_features"]
 
 
 def test_only_units_that_are_read_are_fetched_and_only_once(stored, served):

@@ -74,7 +74,7 @@ def test_a_few_items_or_none_can_be_read(stores, content, second, asked):
 
 @pytest.mark.parametrize("asked", [[46], [-1], [0, 99]])
 def test_an_item_outside_is_refused(stores, asked):
-    with pytest.raises(IndexError, match="has 46 items"):
+    with pytest.raises(DataError, match="has 46 items"):
         union(stores).read(asked)
 
 
