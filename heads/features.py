@@ -22,6 +22,8 @@ from agiqa.store.files import canonical_json
 _BYTES_PER_READ = 64 << 20
 _ROWS_PER_CHUNK = 65_536
 _CHANNELS_PER_SUM = 1024
+_SAMPLED_VALUES = 1 << 26
+"""A sample of tokens has at most 256 MiB."""
 _CPU = torch.device("cpu")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -92,7 +94,7 @@ class TokenStatistics:
     std: Float[Tensor, " channel"]
     """Standard deviation of each channel, float64."""
     sample: Float[Tensor, "some_tokens channel"]
-    """Up to 16,384 tokens, evenly spaced over the training tokens, float32."""
+    """Up to 16,384 tokens and 256 MiB, evenly spaced over the training tokens, float32."""
 
 
 class ItemRows(NamedTuple):
@@ -186,24 +188,30 @@ class FeatureSet:
             for start, first, last in zip(starts.tolist(), firsts.tolist(), lasts.tolist(), strict=True)
         ]
 
-    def statistics(self, positions: NDArray[np.int64], *, sample: int = 16_384) -> TokenStatistics:
-        """Mean and standard deviation (two passes in float64) and a sample of the tokens of these positions."""
-        tokens = int(self.lengths[positions].sum())
-        spread = np.linspace(0, tokens - 1, min(sample, tokens)).astype(np.int64)
-        mean = torch.zeros(self.rows.shape[1], dtype=torch.float64)
+    def statistics(
+        self, positions: NDArray[np.int64], *, sample: int = 16_384, device: torch.device = _CPU
+    ) -> TokenStatistics:
+        """Mean and standard deviation (two passes in float64) and a sample of the tokens of these positions.
+
+        Computed on `device`, and all given on the CPU.
+        """
+        tokens, width = int(self.lengths[positions].sum()), self.rows.shape[1]
+        count = min(sample, max(1, _SAMPLED_VALUES // width), tokens)
+        spread = np.linspace(0, tokens - 1, count).astype(np.int64)
+        mean = torch.zeros(width, dtype=torch.float64, device=device)
         sampled: list[Tensor] = []
-        for first, chunk in self._chunks(positions):
+        for first, chunk in self._chunks(positions, device):
             mean += _channel_sums(chunk)
             here = spread[(spread >= first) & (spread < first + len(chunk))]
-            sampled.append(chunk[torch.from_numpy(here - first)].float())
+            sampled.append(chunk[torch.from_numpy(here - first).to(device)].float().cpu())
         mean /= tokens
         squares = torch.zeros_like(mean)
-        for _, chunk in self._chunks(positions):
+        for _, chunk in self._chunks(positions, device):
             squares += _channel_sums(chunk, minus=mean)
-        return TokenStatistics(mean=mean, std=(squares / tokens).sqrt(), sample=torch.cat(sampled))
+        return TokenStatistics(mean=mean.cpu(), std=(squares / tokens).sqrt().cpu(), sample=torch.cat(sampled))
 
-    def _chunks(self, positions: NDArray[np.int64]) -> Iterator[tuple[int, Tensor]]:
-        """All rows of these items in turn, in even chunks of at most 65,536 on the CPU, each with its first token.
+    def _chunks(self, positions: NDArray[np.int64], device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """All rows of these items in turn, in even chunks of at most 65,536 on `device`, each with its first token.
 
         The sums of the chunks, hence the statistics to the last bit, do not depend on where the rows are kept.
         """
@@ -217,7 +225,7 @@ class FeatureSet:
             reach = slice(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(begins, last, "left")))
             rows = torch.cat([item.rows for item in self.take(positions[reach])])
             skipped = first - int(begins[reach.start])
-            yield first, rows[skipped : skipped + last - first].cpu()
+            yield first, rows[skipped : skipped + last - first].to(device)
 
 
 def _channel_sums(rows: Tensor, *, minus: Tensor | None = None) -> Tensor:

@@ -23,6 +23,7 @@ from agiqa.heads.features import FeatureSource, TokenStatistics
 from agiqa.registry import Registry
 
 _STD_FLOOR = 1e-4
+_USUAL_HIDDEN_SIZE = 4096
 _WHITENING_FLOOR = 1e-3
 """Directions of hidden states with a smaller share of the largest deviation are near the rounding of bfloat16."""
 
@@ -121,7 +122,7 @@ class VocabularyProjection(Projection):
         self.bias = nn.Parameter(torch.zeros(config.width))
         nn.init.xavier_uniform_(self.weight)
         self.lm_head: Tensor
-        self.register_buffer("lm_head", lm_head, persistent=False)
+        self.register_buffer("lm_head", _narrowest(lm_head), persistent=False)
         self.shift: Tensor
         self.register_buffer("shift", torch.zeros(spec.width))
         self.whitening: Tensor
@@ -150,7 +151,10 @@ class VocabularyProjection(Projection):
 
     def effective_weight(self) -> Float[Tensor, "width channel"]:
         """W_eff = W_proj W_lm, in front of whitened hidden states."""
-        return self.weight @ self.lm_head @ self.whitening
+        lm_head = self.lm_head
+        if not torch.is_autocast_enabled(lm_head.device.type):
+            lm_head = lm_head.to(self.weight.dtype)
+        return self.weight @ lm_head @ self.whitening
 
     def train(self, mode: bool = True) -> "VocabularyProjection":  # noqa: FBT001, FBT002 - torch's own signature
         """As torch's; also forgets the product kept for evaluation."""
@@ -172,16 +176,18 @@ class VocabularyProjection(Projection):
         return self._cached[1]
 
 
-@PROJECTIONS.register("sketch")
-class SketchProjection(Projection):
-    """Linear(r, d) on sketch coordinates (`W_proj E = (W_proj Q) c`), each standardised over the training tokens.
+def _narrowest(lm_head: Tensor) -> Tensor:
+    """W_lm in bfloat16 where that changes no value: half the memory, and nothing to convert in mixed precision."""
+    narrow = lm_head.bfloat16()
+    return narrow if torch.equal(narrow.float(), lm_head) else lm_head
 
-    The standard deviations fall by orders of magnitude along the basis, so AdamW on raw coordinates would
-    learn from the leading few only. Those under 1e-4 of the largest are taken for rounding and held there.
+
+class ChannelProjection(Projection):
+    """Linear(channels, d) with bias on channels that are each standardised over the training tokens.
+
+    The standard deviations differ by orders of magnitude, so AdamW on raw channels would learn from the largest few
+    only. Those under 1e-4 of the largest are taken for rounding and held there.
     """
-
-    reads = "sketch"
-    remedy = "Make a sketch of hidden states with `agiqa store sketch STORE OUT --rank R`, or take 'vocabulary'."
 
     def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
         """Xavier initialisation, zero bias."""
@@ -205,6 +211,58 @@ class SketchProjection(Projection):
         self.std.copy_(statistics.std.clamp_min(largest * _STD_FLOOR) if largest > 0 else torch.ones(()))
 
     def forward(self, features: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token width"]:
-        """W (c - mean) / std + bias."""
+        """W (x - mean) / std + bias."""
         outputs: Tensor = self.linear((features - self.mean) / self.std)
         return outputs
+
+
+@PROJECTIONS.register("sketch")
+class SketchProjection(ChannelProjection):
+    """On sketch coordinates c, of which Q makes the logits `E = Q c`: `W_proj E = (W_proj Q) c`."""
+
+    reads = "sketch"
+    remedy = "Make a sketch of hidden states with `agiqa store sketch STORE OUT --rank R`, or take 'vocabulary'."
+
+    def lift(
+        self, q: Float[Tensor, "vocabulary channel"]
+    ) -> tuple[Float[Tensor, "width vocabulary"], Float[Tensor, " width"]]:
+        """W_proj and bias on logits that are this projection: `(W / std) Q^T`; `q` is `basis().q` of the store."""
+        weight = self.linear.weight / self.std
+        return weight @ q.T, self.linear.bias - weight @ self.mean
+
+    @torch.no_grad()
+    def fold(
+        self,
+        weight: Float[Tensor, "width vocabulary"],
+        bias: Float[Tensor, " width"],
+        q: Float[Tensor, "vocabulary channel"],
+    ) -> None:
+        """Become W_proj `weight` and `bias` on logits, as far as the sketch has them: the inverse of `lift`."""
+        folded = weight @ q
+        self.linear.weight.copy_(folded * self.std)
+        self.linear.bias.copy_(bias + folded @ self.mean)
+
+
+@PROJECTIONS.register("hidden")
+class HiddenProjection(ChannelProjection):
+    """On hidden states: the paper's ablation `w/o lm_head`."""
+
+    reads = "hidden"
+    remedy = "Give the store of hidden states that it came from, or the projection 'sketch' for a sketch."
+
+
+@PROJECTIONS.register("logits")
+class LogitsProjection(ChannelProjection):
+    """On raw logits: the paper's W_proj as published, for stores of the encoding `logits`.
+
+    `vocabulary` computes the same from hidden states in a fraction of the time. The logits span D directions at most,
+    so steps are smaller by the width of usual hidden states over V, as in `vocabulary`.
+    """
+
+    reads = "logits"
+    remedy = "Write raw logits with `agiqa store convert STORE OUT --encoding logits`, or take 'vocabulary'."
+
+    def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
+        """As ChannelProjection, on V channels."""
+        super().__init__(config, spec)
+        self.lr_scale = min(1.0, _USUAL_HIDDEN_SIZE / spec.width)

@@ -21,8 +21,11 @@ class Encoder(nn.Module, ABC):
 
     mixes_tokens: ClassVar[bool] = True
     """Whether an output depends on other tokens at all."""
-    kernels: str = "torch"
-    """What computes the recurrence; recorded with every run, since kernels may differ in the last digits."""
+
+    @property
+    def kernels(self) -> str:
+        """What computes the encoder where it is now; recorded with every run: kernels differ in the last digits."""
+        return "torch"
 
     @abstractmethod
     def forward(

@@ -12,12 +12,16 @@ class IdentityEncoder(Encoder):
     """Passes every token on as it is."""
 
     mixes_tokens = False
-    kernels = "none"
 
     def __init__(self, config: HeadConfig) -> None:
         """No setting of `config` has a meaning here."""
         del config
         super().__init__()
+
+    @property
+    def kernels(self) -> str:
+        """There is nothing to compute."""
+        return "none"
 
     def forward(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]

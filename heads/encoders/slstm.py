@@ -12,6 +12,7 @@ Buffers are time-major and end in (dim, batch), which makes the gates of a head 
 slots share an operation, nothing is allocated inside the loops, and the recurrent weights are used as stored.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.functional import softplus
 
 _SLOTS = (1, 3, 0, 2)
 """Which of the package's gates (i, f, z, o) each slot holds: f, o, i, z."""
+_LEAST_DIM, _MOST_DIM = 16, 256
 _LINEAR_FROM = 40.0
 """exp(-40) is below the last digit of float64 next to 40, so beyond it log sigmoid(-x) is -x."""
 
@@ -48,8 +50,9 @@ class _SLSTM(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, recurrent: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weights = recurrent[:, _SLOTS].flatten(1, 2)
         gates = _slotted(inputs, bias)
+        ctx.precision = kernel_precision(inputs.device) if loops_because(inputs) is None else None
         with torch.autocast(inputs.device.type, enabled=False):
-            hidden, memory, log_norm = _run(gates, weights)
+            hidden, memory, log_norm = _run(gates, weights, ctx.precision)
         ctx.save_for_backward(gates, weights, hidden, memory)
         last = torch.stack([hidden[-1], memory[-1], torch.ones_like(log_norm), log_norm])
         outputs = hidden[1:].permute(0, 3, 1, 2), last.permute(0, 3, 1, 2)
@@ -62,12 +65,47 @@ class _SLSTM(torch.autograd.Function):
         gates, weights, hidden, memory = ctx.saved_tensors
         of_inputs, of_recurrent, of_bias = ctx.needs_input_grad
         with torch.autocast(grad.device.type, enabled=False):
-            raw = _raw_gradients(grad.permute(0, 2, 3, 1).contiguous(), gates, weights, hidden, memory)
+            raw = _back(grad.permute(0, 2, 3, 1).contiguous(), gates, weights, hidden, memory, ctx.precision)
             return (
                 _unslotted(raw) if of_inputs else None,
                 _recurrent_gradient(raw, hidden) if of_recurrent else None,
                 raw.sum((0, 4))[:, _gates_of_slots()].transpose(0, 1) if of_bias else None,
             )
+
+
+def loops_because(inputs: Tensor) -> str | None:
+    """Why `inputs` (..., dim) go through the loops of this module; None where slstm_triton computes them."""
+    if inputs.device.type != "cuda":
+        return f"the kernels need CUDA, not {inputs.device.type}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    dim, dtype = inputs.shape[-1], inputs.dtype
+    if dtype != torch.float32 or dim & (dim - 1) or not _LEAST_DIM <= dim <= _MOST_DIM:
+        return f"the kernels need heads of 2^k float32 channels, {_LEAST_DIM} to {_MOST_DIM}, not {dim} in {dtype}"
+    return None
+
+
+def kernel_precision(device: torch.device) -> str:
+    """How slstm_triton multiplies: bfloat16 under autocast, else float32 on tensor cores in three passes."""
+    return "bf16" if torch.is_autocast_enabled(device.type) else "tf32x3"
+
+
+def _run(gates: Tensor, weights: Tensor, precision: str | None) -> tuple[Tensor, Tensor, Tensor]:
+    if precision is None:
+        return run(gates, weights)
+    from agiqa.heads.encoders import slstm_triton  # imports triton, which a CPU has not
+
+    return slstm_triton.run(gates, weights, precision=precision)
+
+
+def _back(
+    grad: Tensor, gates: Tensor, weights: Tensor, hidden: Tensor, memory: Tensor, precision: str | None
+) -> Tensor:
+    if precision is None:
+        return raw_gradients(grad, gates, weights, hidden, memory)
+    from agiqa.heads.encoders import slstm_triton  # imports triton, which a CPU has not
+
+    return slstm_triton.raw_gradients(grad, gates, weights, hidden, memory, precision=precision)
 
 
 def _gates_of_slots() -> list[int]:
@@ -94,7 +132,7 @@ def _unslotted(raw: Float[Tensor, "time heads 4 dim batch"]) -> Float[Tensor, "t
     return inputs
 
 
-def _run(
+def run(
     gates: Float[Tensor, "time heads 4 dim batch"], weights: Float[Tensor, "heads 4*dim dim"]
 ) -> tuple[
     Float[Tensor, "time+1 heads dim batch"], Float[Tensor, "time+1 heads dim batch"], Float[Tensor, "heads dim batch"]
@@ -123,7 +161,7 @@ def _run(
     return hidden, memory, log_norm
 
 
-def _raw_gradients(
+def raw_gradients(
     grad: Float[Tensor, "time heads dim batch"],
     gates: Float[Tensor, "time heads 4 dim batch"],
     weights: Float[Tensor, "heads 4*dim dim"],

@@ -1,5 +1,7 @@
 """The encoder `xlstm`: the published stack from the xlstm package (Beck et al. 2024, NX-AI)."""
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -19,10 +21,13 @@ from xlstm.blocks.slstm.layer import sLSTMLayer
 from agiqa.errors import ConfigError
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
-from agiqa.heads.encoders.slstm import slstm
+from agiqa.heads.encoders.mlstm import mlstm, torch_form_because
+from agiqa.heads.encoders.slstm import loops_because, slstm
 
 _SLSTM_INDEX = 1
 _FIRST_CONTEXT = 512
+_MLSTM_FACTOR = 2
+"""How much wider an mLSTM works than its block, as the package has it."""
 
 
 @ENCODERS.register("xlstm")
@@ -34,9 +39,6 @@ class XLSTMEncoder(Encoder):
     it is zeroed on the way in all the same, since the parallel form multiplies it by zero, which NaN survives.
     """
 
-    kernels = "vanilla mlstm, explicit slstm"
-    """Torch code on every device: the package's own mLSTM in parallel form, and the sLSTM of slstm.py."""
-
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError when the heads do not divide the width into two channels or more each."""
         super().__init__()
@@ -46,8 +48,18 @@ class XLSTMEncoder(Encoder):
                 f"the width must be a multiple of the heads, and at least twice as many."
             )
             raise ConfigError(message)
+        self._dim = config.width // config.num_heads
         self.stack = xLSTMBlockStack(stack_config(config))
-        install_slstm(self.stack)
+        install_cells(self.stack)
+
+    @property
+    def kernels(self) -> str:
+        """What computes the two recurrences on the device that the encoder is on, and why."""
+        weight = next(self.stack.parameters())
+        torch_form = torch_form_because(weight.device, _MLSTM_FACTOR * self._dim)
+        loops = loops_because(weight.new_empty(0, self._dim))
+        parallel = "mlstm: Triton kernels" if torch_form is None else f"mlstm: torch's parallel form ({torch_form})"
+        return f"{parallel}; slstm: " + ("Triton kernels" if loops is None else f"loops over the steps ({loops})")
 
     def forward(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
@@ -118,9 +130,11 @@ class SLSTMCell(sLSTMCell_vanilla):
         return self._permute_output(hidden.flatten(2).to(result_dtype)), last.flatten(2).to(result_dtype)
 
 
-def install_slstm(stack: xLSTMBlockStack) -> None:
-    """Put a SLSTMCell with the same weights in the place of every torch sLSTM cell of `stack`."""
+def install_cells(stack: xLSTMBlockStack) -> None:
+    """Let `mlstm` compute the mLSTM cells of `stack`, and put a SLSTMCell with the same weights for each sLSTM cell."""
     for layer in stack.modules():
+        if isinstance(layer, mLSTMCell):
+            layer.backend_fn = cast("Any", mlstm)
         if isinstance(layer, sLSTMLayer):
             cell = SLSTMCell(layer.config)
             cell.load_state_dict(layer.slstm_cell.state_dict())

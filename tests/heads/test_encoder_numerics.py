@@ -43,7 +43,10 @@ def test_xlstm_is_the_published_stack():
     torch.testing.assert_close(ours(tokens, torch.ones(3, 11, dtype=torch.bool)), theirs(tokens))
     kinds = [type(block.xlstm) for block in ours.stack.blocks]
     assert kinds == [mLSTMLayer, sLSTMLayer, mLSTMLayer, mLSTMLayer]
-    assert ours.kernels == "vanilla mlstm, explicit slstm"
+    assert ours.kernels == (
+        "mlstm: torch's parallel form (the kernels need CUDA, not cpu); "
+        "slstm: loops over the steps (the kernels need CUDA, not cpu)"
+    )
 
 
 def test_xlstm_reads_past_its_first_context_and_stays_causal():

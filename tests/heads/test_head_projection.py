@@ -1,5 +1,7 @@
 """Projections against explicit logits in float64, and their refusals."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -65,6 +67,16 @@ def test_vocabulary_keeps_the_language_model_head_out_of_the_checkpoint(make_sto
     assert not projection.lm_head.requires_grad
 
 
+def test_vocabulary_keeps_a_head_of_bfloat16_values_in_bfloat16(make_store):
+    store = make_store(40, encoding="hidden")
+    rounded = dataclasses.replace(store, weights=torch.from_numpy(store.weights).bfloat16().float().numpy())
+    kept = [PROJECTIONS.get("vocabulary")(HeadConfig(width=6), FeatureSpec.of(each)) for each in (store, rounded)]
+    assert [projection.lm_head.dtype for projection in kept] == [torch.float32, torch.bfloat16]
+    projection, hidden = kept[1], torch.randn(1, 3, 4)
+    explicit = hidden @ torch.from_numpy(rounded.weights).T @ projection.weight.T
+    torch.testing.assert_close(projection(hidden), explicit, rtol=1e-4, atol=1e-4)
+
+
 def test_vocabulary_evaluates_with_the_weights_of_the_moment(make_store):
     projection = build(make_store(40, encoding="hidden"), projection="vocabulary").eval()
     hidden = torch.randn(1, 3, 4, dtype=torch.float64)
@@ -119,11 +131,61 @@ def test_sketch_is_a_linear_map_of_standardised_coordinates(make_store):
     assert {"mean", "std"} <= set(projection.state_dict())
 
 
+def full_rank(store):
+    """The sketch of all directions: coordinates c with E = Q c for the logits E, and Q."""
+    q, singular, right = np.linalg.svd(store.weights.astype(np.float64), full_matrices=False)
+    coordinates = [(rows.astype(np.float64) @ right.T * singular).astype(np.float32) for rows in store.features]
+    return dataclasses.replace(store, features=coordinates, encoding="sketch"), torch.from_numpy(q)
+
+
+def test_a_sketch_of_full_rank_is_the_vocabulary_projection(make_store):
+    hidden = make_store(40, encoding="hidden")
+    sketched, q = full_rank(hidden)
+    paper = build(hidden, projection="vocabulary", standardise=False)
+    ours = build(sketched, projection="sketch")
+    ours.fold(paper.weight, paper.bias, q)
+    for rows, coordinates in zip(hidden.features, sketched.features, strict=True):
+        expected = paper(torch.from_numpy(rows).double()[None])
+        torch.testing.assert_close(ours(torch.from_numpy(coordinates).double()[None]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_lifting_and_folding_are_inverse_and_true_to_the_logits(make_store):
+    sketched, q = full_rank(make_store(40, encoding="hidden"))
+    ours = build(sketched, projection="sketch")
+    weight, bias = ours.lift(q)
+    coordinates = torch.randn(3, 5, 4, dtype=torch.float64)
+    explicit = nn.functional.linear(coordinates @ q.T, weight, bias)
+    torch.testing.assert_close(ours(coordinates), explicit, rtol=1e-9, atol=1e-9)
+    again = build(sketched, projection="sketch")
+    nn.init.zeros_(again.linear.weight)
+    again.fold(weight, bias, q)
+    torch.testing.assert_close(again(coordinates), explicit, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "encoding"), [("hidden", "hidden"), ("logits", "logits"), ("sketch", "sketch")])
+def test_channels_are_standardised_and_mapped(make_store, name, encoding):
+    store = make_store(40, encoding=encoding)
+    for rows in store.features:
+        rows[:] = rows * np.array([1e3, 1.0, 1e-2, 30.0]) + 500.0
+    projection = build(store, projection=name)
+    tokens = np.concatenate(store.features).astype(np.float64)
+    weight, bias = (value.detach().numpy() for value in (projection.linear.weight, projection.linear.bias))
+    by_hand = (tokens - tokens.mean(0)) / np.maximum(tokens.std(0), 1e-4 * tokens.std(0).max()) @ weight.T + bias
+    assert projection(torch.from_numpy(tokens)[None])[0].detach().numpy() == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_steps_on_raw_logits_shrink_with_the_vocabulary(make_store):
+    assert build(make_store(40, encoding="logits", width=4), projection="logits").lr_scale == 1.0
+    assert build(make_store(40, encoding="logits", width=8192), projection="logits").lr_scale == 0.5
+
+
 @pytest.mark.parametrize(
     ("name", "encoding", "said"),
     [
         ("vocabulary", "sketch", "reads 'hidden' features, but the store holds 'sketch'.*'sketch'"),
         ("sketch", "hidden", "agiqa store sketch"),
+        ("hidden", "sketch", "reads 'hidden' features, but the store holds 'sketch'"),
+        ("logits", "hidden", "agiqa store convert STORE OUT --encoding logits"),
     ],
 )
 def test_other_encodings_are_refused_with_a_remedy(make_store, name, encoding, said):

@@ -1,0 +1,70 @@
+"""What computes the mLSTM: the Triton kernels of mlstm_kernels on a GPU, the xlstm package's torch form elsewhere.
+
+The torch form makes several matrices of (batch, heads, tokens, tokens); the kernels go over chunks of tokens and make
+none (Beck et al. 2025, arXiv 2503.14376).
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
+
+_CHUNK = 128
+_LEAST_DIM = 16
+_EPS = 1e-6
+"""As the package's torch form has it."""
+
+
+def mlstm(
+    queries: Float[Tensor, "batch heads token dim"],
+    keys: Float[Tensor, "batch heads token dim"],
+    values: Float[Tensor, "batch heads token dim"],
+    igate_preact: Float[Tensor, "batch heads token 1"],
+    fgate_preact: Float[Tensor, "batch heads token 1"],
+    lower_triangular_matrix: Bool[Tensor, "context context"],
+) -> Float[Tensor, "batch heads token dim"]:
+    """What the package's mLSTM cell calls as its `backend_fn`; all sequences start from the zero state."""
+    if torch_form_because(queries.device, queries.shape[-1]) is not None:
+        outputs: Tensor = parallel_stabilized_simple(
+            queries, keys, values, igate_preact, fgate_preact, lower_triangular_matrix, eps=_EPS
+        )
+        return outputs
+    tokens = queries.shape[2]
+    missing = -tokens % _CHUNK  # causal, so what follows reaches no token
+
+    def padded(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values, (0, 0, 0, missing))
+
+    dtype = _kernel_dtype(queries)
+    rows = [padded(values).to(dtype) for values in (queries, keys, values)]
+    gates = [padded(gate).squeeze(-1).float() for gate in (igate_preact, fgate_preact)]
+    with torch.autocast("cuda", enabled=False):  # it would round the gates, whose sums run over all tokens
+        hidden: Tensor = _kernel()(*rows, *gates, eps=_EPS, chunk_size=_CHUNK, autocast_kernel_dtype=dtype)
+    return hidden[:, :, :tokens]
+
+
+def torch_form_because(device: torch.device, dim: int) -> str | None:
+    """Why heads of `dim` channels on `device` are not computed by the kernels; None where they are."""
+    if device.type != "cuda":
+        return f"the kernels need CUDA, not {device.type}"
+    if find_spec("triton") is None or find_spec("mlstm_kernels") is None:
+        return "mlstm_kernels or triton is not installed"
+    if dim < _LEAST_DIM or dim & (dim - 1):
+        return f"the kernels need heads of 2^k channels, {_LEAST_DIM} or more, not {dim}"
+    return None
+
+
+def _kernel() -> Callable[..., Any]:
+    from mlstm_kernels.torch.chunkwise import triton_xl_chunk  # imports triton, which a CPU has not
+
+    kernel: Callable[..., Any] = triton_xl_chunk.mlstm_chunkwise__xl_chunk
+    return kernel
+
+
+def _kernel_dtype(queries: Tensor) -> torch.dtype:
+    mixed = torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if mixed else queries.dtype
