@@ -1,0 +1,351 @@
+"""Speed of training heads from stored features: `python -m agiqa.bench.heads --help`.
+
+Made-up features of the real shape lie on the device, and whole epochs of `agiqa.heads.fitting` are timed, the second of
+two, since the first one compiles. `--uncached` times what they replace in the same run: the vision tower and the
+language model of an 8B model, with random weights, in front of the same head at every step.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from agiqa.bench.store import about_this_run, as_table, digits
+from agiqa.bench.tables import read_results
+from agiqa.errors import UnknownName
+from agiqa.heads.batches import collate
+from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.features import FeatureSet, FeatureSource, RowBlock
+from agiqa.heads.fitting import fit_head, resolve_device
+from agiqa.heads.head import build_head
+from agiqa.heads.progress import LineProgress
+from agiqa.heads.projection import FeatureSpec
+from agiqa.progress import say
+from agiqa.store import open_store
+
+Line = dict[str, Any]
+
+HEADS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
+    "xlstm": (32, {"encoder": "xlstm"}),
+    "xlstm, last token": (32, {"encoder": "xlstm", "pooling": "last"}),
+    "xlstm, max pooling": (32, {"encoder": "xlstm", "pooling": "max"}),
+    "xlstm, first and last": (32, {"encoder": "xlstm", "pooling": "first-last-mean"}),
+    "xlstm, w/o lm_head": (32, {"encoder": "xlstm", "projection": "hidden"}),
+    "none": (32, {"encoder": "none"}),
+    "mamba2": (32, {"encoder": "mamba2", "layers": 4}),
+    "transformer": (32, {"encoder": "transformer", "layers": 6, "num_heads": 2, "bidirectional": True}),
+    "lstm": (128, {"encoder": "lstm", "layers": 4, "bidirectional": True}),
+    "gru": (128, {"encoder": "gru", "layers": 2, "bidirectional": True}),
+}
+"""Batch size and settings of each head; sizes as published (4 xLSTM blocks, and the layers that are written here)."""
+GOALS = {
+    "xlstm": 0.8, "mamba2": 0.5, "transformer": 0.4, "lstm": 0.75, "gru": 0.4,
+}  # fmt: skip
+"""Milliseconds per image."""
+TABLE_IV_ROWS = tuple(name for name in HEADS if name != "xlstm, w/o lm_head")
+EPOCHS, TABLE_IV_SECONDS, SPEED_UP, MEMORY_GB = 20, 360.0, 25.0, 16.0
+_VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+_SLICES, _SLICE_PIXELS, _PATCH = 3, 448, 14
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeUpSource:
+    """A store of hidden states that is never read: its rows are made on the device."""
+
+    count: int
+    tokens: int
+    width: int
+    vocabulary: int
+    id: str = "made up"
+    encoding: str = "hidden"
+    logical_dtype: str = "bfloat16"
+    lm_head_sha256: str = "made up"
+
+    @dataclass(frozen=True)
+    class Items:
+        """The columns that heads ask for."""
+
+        names: list[str]
+        prompts: list[str]
+        splits: list[str | None]
+        labels: dict[str, NDArray[np.float64]]
+
+    @cached_property
+    def items(self) -> Items:
+        """Names, and MOS drawn from 0 to 5."""
+        names = [f"{number}.png" for number in range(self.count)]
+        mos = np.random.default_rng(0).uniform(0, 5, self.count)
+        return self.Items(names, names, [None] * self.count, {"quality": mos})
+
+    @property
+    def n_tokens(self) -> NDArray[np.int32]:
+        """The same for all items."""
+        return np.full(self.count, self.tokens, np.int32)
+
+    @cached_property
+    def _lm_head(self) -> NDArray[np.float32]:
+        return torch.randn(self.vocabulary, self.width).mul_(0.02).bfloat16().float().numpy()
+
+    def lm_head(self) -> NDArray[np.float32]:
+        """Random bfloat16 values, (V, D)."""
+        return self._lm_head
+
+    def read(self, _items: Sequence[int] | NDArray[Any], /) -> RowBlock:
+        """Raises: the rows are on the device."""
+        raise NotImplementedError
+
+    def basis(self) -> Any:
+        """Raises: hidden states have none."""
+        raise NotImplementedError
+
+
+def made_up_features(source: MadeUpSource, device: torch.device) -> FeatureSet:
+    """Random rows of `source` on `device`, all roles the answer."""
+    offsets = np.arange(source.count + 1, dtype=np.int64) * source.tokens
+    rows = torch.empty(int(offsets[-1]), source.width, dtype=torch.bfloat16, device=device)
+    for piece in rows.split(1 << 16):
+        piece.normal_()
+    return FeatureSet(
+        rows=rows,
+        starts=offsets[:-1],
+        roles=torch.full((len(rows),), 3, dtype=torch.uint8, device=device),
+        offsets=torch.from_numpy(offsets),
+        targets=torch.from_numpy(source.items.labels["quality"]),
+        items=np.arange(source.count),
+        source=source,
+    )
+
+
+def timed_head(
+    name: str, features: FeatureSet, *, base: Mapping[str, Any], train: TrainConfig, standardise: bool
+) -> Line:
+    """Epoch time, set-up time and memory of one head."""
+    batch_size, settings = HEADS[name]
+    config = HeadConfig(**{**base, **settings, "standardise": standardise})
+    train = train.model_copy(update={"batch_size": batch_size, "epochs": 2})
+    device, positions = resolve_device(train.device), np.arange(len(features))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    held, started = _allocated(device), time.perf_counter()
+    fit = fit_head(
+        features,
+        FeatureSpec.of(features.source),
+        config,
+        train,
+        train=positions,
+        validation=positions[:0],
+        epochs=2,
+        stage="train",
+        progress=LineProgress(lambda _: None),
+    )
+    epochs = [epoch.seconds for epoch in fit.curves]
+    measured = {
+        "ms_per_image": epochs[-1] / len(features) * 1e3,
+        "epoch_seconds": epochs[-1],
+        "set_up_seconds": time.perf_counter() - started - sum(epochs),
+        "first_epoch_seconds": epochs[0],
+        "peak_gb": (_allocated(device, peak=True) - held) / 1e9,
+    }
+    told = {"batch_size": batch_size, "projection": config.projection, "precision": train.precision}
+    sizes = {"parameters": sum(parameter.numel() for parameter in fit.head.parameters())}
+    return {
+        "stage": "heads",
+        "name": name,
+        "config": {**told, "kernels": fit.head.encoder.kernels, **sizes},
+        "measured": measured,
+    }
+
+
+def _allocated(device: torch.device, *, peak: bool = False) -> int:
+    """Bytes that torch holds on a GPU; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+class UncachedModel:
+    """The forward of an 8B model as M3-AGIQA trains its head: vision tower and language model, random weights."""
+
+    def __init__(self, device: torch.device, width: int) -> None:
+        """Shapes of the so400m vision tower and of Llama 3 8B, in bfloat16."""
+        from transformers import LlamaConfig, LlamaModel, SiglipVisionConfig, SiglipVisionModel
+
+        language = LlamaConfig(
+            vocab_size=128, hidden_size=width, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8,
+        )  # fmt: skip
+        vision = SiglipVisionConfig(**_VISION, image_size=_SLICE_PIXELS, patch_size=_PATCH)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device(device):
+                self.language, self.vision = LlamaModel(language).eval(), SiglipVisionModel(vision).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        self._device, self._width = device, width
+
+    @torch.no_grad()
+    def hidden_states(self, batch: int, tokens: int) -> Tensor:
+        """The final hidden states of `batch` conversations of `tokens`, each with three slices of an image."""
+        pixels = torch.randn(batch * _SLICES, 3, _SLICE_PIXELS, _SLICE_PIXELS, device=self._device).bfloat16()
+        self.vision(pixel_values=pixels)
+        embedded = torch.randn(batch, tokens, self._width, device=self._device).bfloat16()
+        states: Tensor = self.language(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        return states
+
+
+def uncached_lines(features: FeatureSet, tokens: int, base: Mapping[str, Any], train: TrainConfig) -> Iterator[Line]:
+    """Milliseconds per image of a step with the whole model in it, at batch 1 and 32, and of the model alone."""
+    device = resolve_device(train.device)
+    model = UncachedModel(device, features.rows.shape[1])
+    head = build_head(HeadConfig(**{**base, "encoder": "xlstm"}), FeatureSpec.of(features.source)).to(device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-5)
+    for batch_size, steps in ((1, 10), (32, 3)):
+        batch = collate(features, np.arange(batch_size))
+
+        def step(batch: Any = batch, size: int = batch_size) -> None:
+            states = model.hidden_states(size, tokens).float()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=train.precision == "bf16"):
+                loss = (head(states, batch.mask, batch.roles) - batch.targets).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        alone = _milliseconds(lambda size=batch_size: model.hidden_states(size, tokens), steps, device) / batch_size
+        whole = _milliseconds(step, steps, device) / batch_size
+        measured = {"ms_per_image": whole, "model_ms_per_image": alone, "epoch_seconds": whole * len(features) / 1e3}
+        yield {"stage": "uncached", "name": "xlstm", "config": {"batch_size": batch_size}, "measured": measured}
+
+
+def _milliseconds(run: Any, steps: int, device: torch.device) -> float:
+    run()
+    torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(steps):
+        run()
+    torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / steps * 1e3
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """Markdown tables of result lines: the heads, what they replace, and the goals."""
+    keys = ("ms_per_image", "epoch_seconds", "first_epoch_seconds", "set_up_seconds", "peak_gb")
+    heads = [line for line in lines if line["stage"] == "heads"]
+    rows = [
+        [line["name"], line["config"]["projection"], str(line["config"]["batch_size"]), *_cells(line, keys)]
+        for line in heads
+    ]
+    names = [key.replace("_", " ").replace("gb", "GB") for key in keys]
+    parts = [as_table(["head", "projection", "batch", *names], rows)]
+    uncached = [line for line in lines if line["stage"] == "uncached"]
+    keys = ("ms_per_image", "model_ms_per_image", "epoch_seconds")
+    rows = [[f"uncached {line['name']}", str(line["config"]["batch_size"]), *_cells(line, keys)] for line in uncached]
+    parts.append(as_table(["step", "batch", *(key.replace("_", " ") for key in keys)], rows))
+    parts.append(as_table(["goal", "wanted", "measured", "met"], list(_goal_rows(heads, uncached))))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _cells(line: Line, keys: Sequence[str]) -> list[str]:
+    return [digits(line["measured"][key]) for key in keys]
+
+
+def _goal_rows(heads: Sequence[Line], uncached: Sequence[Line]) -> Iterator[list[str]]:
+    found = {line["name"]: line for line in heads}
+    on_gpu = any(line["measured"]["peak_gb"] for line in heads)
+    for name, most in GOALS.items() if on_gpu else ():
+        if name in found:
+            yield _goal(f"{name}, ms per image", found[name]["measured"]["ms_per_image"], at_most=most)
+    if on_gpu and set(TABLE_IV_ROWS) <= found.keys():
+        of_rows = [found[name]["measured"] for name in TABLE_IV_ROWS]
+        seconds = sum(
+            row["set_up_seconds"] + row["first_epoch_seconds"] + (EPOCHS - 1) * row["epoch_seconds"] for row in of_rows
+        )
+        yield _goal(f"nine heads of Table IV x {EPOCHS} epochs, s", seconds, at_most=TABLE_IV_SECONDS)
+    if on_gpu:
+        largest = max(line["measured"]["peak_gb"] for line in heads if line["config"]["batch_size"] == 32)
+        yield _goal("GPU memory at batch 32, features aside, GB", largest, at_most=MEMORY_GB)
+    for line in uncached:
+        if line["config"]["batch_size"] == 32 and line["name"] in found:
+            ratio = line["measured"]["ms_per_image"] / found[line["name"]]["measured"]["ms_per_image"]
+            yield _goal("times faster than uncached at batch 32", ratio, at_least=SPEED_UP)
+
+
+def _goal(text: str, value: float, *, at_most: float = math.inf, at_least: float = 0.0) -> list[str]:
+    wanted = f"at most {at_most:g}" if at_least == 0 else f"at least {at_least:g}"
+    return [text, wanted, digits(value), "yes" if at_least <= value <= at_most else "no"]
+
+
+@click.command()
+@click.option("--store", type=click.Path(path_type=Path, exists=True), help="Train on this sketch store, on the CPU.")
+@click.option("--items", default=2385, show_default=True, help="Made-up items.")
+@click.option("--tokens", default=477, show_default=True, help="Tokens of each.")
+@click.option("--channels", default=4096, show_default=True, help="Hidden size D.")
+@click.option("--vocabulary", default=128_256, show_default=True, help="Vocabulary V.")
+@click.option("--width", default=512, show_default=True, help="Width d of the heads.")
+@click.option("--heads", default="", help=f"Comma-separated encoders or rows, of {'; '.join(HEADS)} [default: all].")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--precision", default="bf16", show_default=True, help="bf16 or fp32.")
+@click.option("--standardise", is_flag=True, help="Calibrate the projection too, which counts as set-up.")
+@click.option("--uncached", is_flag=True, help="Also time steps with an 8B model in them (needs a large GPU).")
+@click.option("--out", type=click.Path(path_type=Path), help="Append the result lines to this file.")
+@click.option("--table", type=click.Path(path_type=Path, exists=True), help="Only print the tables of these lines.")
+def main(**options: Any) -> None:
+    """Time the training of heads from features that were stored."""
+    if options["table"]:
+        print(tables(read_results(options["table"])))
+        return
+    lines: list[Line] = []
+    about = about_this_run()
+    for line in measured_lines(options):
+        lines.append({**line, **about})
+        say(f"{line['stage']} {line['name']}: {line['measured']['ms_per_image']:.3f} ms per image")
+        if options["out"]:
+            with options["out"].open("a", encoding="utf-8") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+    print(tables(lines))
+
+
+def measured_lines(options: Mapping[str, Any]) -> Iterator[Line]:
+    """The lines of what the command line asks for."""
+    names = [name.strip() for name in options["heads"].split(";") if name.strip()] or list(HEADS)
+    for name in names:
+        if name not in HEADS:
+            raise click.ClickException(str(UnknownName.of("head", name, HEADS)))
+    train = TrainConfig(device=options["device"], precision=options["precision"])
+    device, base = resolve_device(train.device), {"width": options["width"]}
+    shape: Line = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    if options["store"]:
+        source: FeatureSource = open_store(options["store"])
+        base["projection"] = "sketch"
+        features = FeatureSet.from_store(source, source.items.in_split("train"), label="quality")
+        names = [name for name in names if "projection" not in HEADS[name][1] and "pooling" not in HEADS[name][1]]
+    else:
+        made_up = MadeUpSource(
+            count=options["items"],
+            tokens=options["tokens"],
+            width=options["channels"],
+            vocabulary=options["vocabulary"],
+        )
+        features = made_up_features(made_up, device)
+    shape |= {"items": len(features), "rows": int(features.offsets[-1]), "channels": features.rows.shape[1]}
+    shape |= {"width": options["width"]}
+    for name in names:
+        line = timed_head(name, features, base=base, train=train, standardise=options["standardise"])
+        yield {**line, "config": {**line["config"], **shape}}
+    if options["uncached"]:
+        for line in uncached_lines(features, options["tokens"], base, train):
+            yield {**line, "config": {**line["config"], **shape}}
+
+
+if __name__ == "__main__":
+    main()
