@@ -14,6 +14,8 @@ regressor.py   one vector to a MOS
 head.py        the four in a row
 losses.py      regression, correlation and ranking losses, and weighted sums of them
 metrics.py     SRCC, PLCC, KRCC, RMSE with intervals by prompt
+logistic.py    the mappings that PLCC and RMSE are also reported after, fitted on validation
+rating_words.py  the word of a MOS, the word in an answer, and how well they agree
 bootstrap.py   the intervals, for all resamples at once
 prompts.py     when two prompts are the same
 splits.py      train, validation and test parts, and the leak between them
@@ -32,6 +34,7 @@ from agiqa.heads.losses import LOSSES
 from agiqa.heads.pooling import POOLINGS
 from agiqa.heads.progress import LineProgress, TrainingProgress, training_progress
 from agiqa.heads.projection import PROJECTIONS
+from agiqa.heads.rating_words import score_words
 from agiqa.heads.runs import Run, load_run
 from agiqa.heads.scoring import evaluate, predict
 from agiqa.heads.training import train_head
@@ -53,6 +56,7 @@ __all__ = [
     "load_run",
     "load_settings",
     "predict",
+    "score_words",
     "train_head",
     "training_progress",
 ]

@@ -1,9 +1,12 @@
-"""The cluster bootstrap of the four metrics, for all resamples at once.
+"""The cluster bootstrap of the metrics, for all resamples at once.
 
 A resample that draws whole groups is a weight per group, so nothing is ever repeated in memory: RMSE and PLCC
 are weighted moments, SRCC is the PLCC of weighted mid-ranks, and KRCC (tau-b) is a ratio of quadratic forms in
 the weights, whose matrices of pair counts are summed by group once. Equal to scoring the repeated items.
+One seed draws the same groups for every metric.
 """
+
+from collections.abc import Generator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,24 +17,56 @@ _PAIRS_AT_ONCE = 4_000_000
 Array = NDArray[np.float64]
 
 
-def bootstrap_metrics(
-    predicted: Array, labels: Array, groups: NDArray[np.int64], *, seed: int, resamples: int
-) -> Array:
-    """SRCC, PLCC, KRCC and RMSE (resamples, 4), NaN where a resample has no correlation.
+def draw_groups(groups: NDArray[np.int64], *, seed: int, resamples: int) -> Array:
+    """How often each resample draws each group (resamples, groups): as many draws as there are groups.
 
     `groups` numbers the group of each item from 0, without gaps; there is one item or more.
     """
     count = int(groups.max()) + 1
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=resamples)
+    return drawn.astype(np.float64)
+
+
+def interval(values: Array, confidence: float) -> list[float] | None:
+    """Percentiles over the resamples in which a metric is defined (not NaN); None when it is so in none."""
+    defined = values[np.isfinite(values)]
+    if not len(defined):
+        return None
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(defined, [tail, 1.0 - tail])
+    return [float(low), float(high)]
+
+
+def bootstrap_metrics(
+    predicted: Array, labels: Array, groups: NDArray[np.int64], *, seed: int, resamples: int
+) -> Array:
+    """SRCC, PLCC, KRCC and RMSE (resamples, 4), NaN where a resample has no correlation; `groups` as `draw_groups`."""
+    drawn = draw_groups(groups, seed=seed, resamples=resamples)
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    agree, differ_a, differ_b = _pair_sums(predicted[order], labels[order], starts)
-    pieces = -(-resamples * len(labels) // _WEIGHTS_AT_ONCE)
+    pairs = _pair_sums(predicted[order], labels[order], starts)
     results = [
-        _score_weighted(predicted, labels, draws[:, groups], draws, (agree, differ_a, differ_b))
-        for draws in np.array_split(drawn.astype(np.float64), pieces)
+        _score_weighted(predicted, labels, draws[:, groups], draws, pairs) for draws in _pieces(drawn, len(labels))
     ]
     return np.concatenate(results)
+
+
+def bootstrap_linear(predicted: Array, labels: Array, groups: NDArray[np.int64], *, seed: int, resamples: int) -> Array:
+    """PLCC and RMSE alone (resamples, 2), of the same resamples as `bootstrap_metrics`."""
+    results: list[Array] = []
+    for draws in _pieces(draw_groups(groups, seed=seed, resamples=resamples), len(labels)):
+        weights = draws[:, groups]
+        defined = _varies(predicted, weights) & _varies(labels, weights)
+        result = np.full((len(draws), 2), np.nan)
+        result[defined, 0] = _pearson(predicted[None], labels[None], weights[defined])
+        result[:, 1] = _rmse(predicted, labels, weights)
+        results.append(result)
+    return np.concatenate(results)
+
+
+def _pieces(drawn: Array, items: int) -> Generator[Array]:
+    """The resamples in pieces whose weights by item are small enough to hold."""
+    yield from np.array_split(drawn, -(-len(drawn) * items // _WEIGHTS_AT_ONCE))
 
 
 def _score_weighted(
@@ -41,7 +76,7 @@ def _score_weighted(
     agree, differ_a, differ_b = (np.einsum("rg,rg->r", draws @ matrix, draws) for matrix in pairs)
     defined = (differ_a > 0) & (differ_b > 0)
     results = np.full((len(draws), 4), np.nan)
-    results[:, 3] = np.sqrt(weights @ np.square(predicted - labels) / weights.sum(1))
+    results[:, 3] = _rmse(predicted, labels, weights)
     some = weights[defined]
     results[defined, 0] = _pearson(_ranks(predicted, some), _ranks(labels, some), some)
     results[defined, 1] = _pearson(predicted[None], labels[None], some)
@@ -64,6 +99,17 @@ def _pair_sums(a: Array, b: Array, starts: NDArray[np.intp]) -> tuple[Array, Arr
             sums[k, part] = np.add.reduceat(pairs, starts, axis=1)
     agree, differ_a, differ_b = np.add.reduceat(sums, starts, axis=1)
     return agree, differ_a, differ_b
+
+
+def _rmse(predicted: Array, labels: Array, weights: Array) -> Array:
+    """Root of the weighted mean square error (resamples,)."""
+    return np.asarray(np.sqrt(weights @ np.square(predicted - labels) / weights.sum(1)))
+
+
+def _varies(values: Array, weights: Array) -> NDArray[np.bool_]:
+    """Whether the values that a resample draws (resamples, items) are not all equal (resamples,)."""
+    drawn = weights > 0
+    return np.asarray(np.where(drawn, values, -np.inf).max(1) > np.where(drawn, values, np.inf).min(1))
 
 
 def _ranks(values: Array, weights: Array) -> Array:

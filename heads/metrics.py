@@ -1,11 +1,12 @@
 """SRCC, PLCC, KRCC and RMSE with bootstrap intervals, resampled by prompt.
 
 Items of one prompt are not independent, so the bootstrap draws whole prompts (a cluster bootstrap, percentile
-intervals). A correlation that is not defined is null, with the reason beside it; it is never a number.
+intervals). A correlation that is not defined is null, with the reason beside it; it is never a number. PLCC and
+RMSE can also be had after logistic mappings (`heads/logistic.py`); the other two do not change under one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from agiqa.errors import DataError
-from agiqa.heads.bootstrap import bootstrap_metrics
+from agiqa.heads.bootstrap import bootstrap_linear, bootstrap_metrics, interval
+from agiqa.heads.logistic import LogisticMap
 from agiqa.heads.prompts import prompt_groups
 
 METRICS = ("srcc", "plcc", "krcc", "rmse")
@@ -36,6 +38,8 @@ def undefined_reason(predicted: NDArray[np.float64], labels: NDArray[np.float64]
     """Why these items have no correlation, or None when they have one."""
     if len(labels) < 2:
         return f"a correlation needs two items or more, and there are {len(labels)}"
+    if not (np.isfinite(predicted).all() and np.isfinite(labels).all()):
+        return "a prediction or a label is not finite"
     if np.ptp(predicted) == 0:
         return "all predictions are equal"
     if np.ptp(labels) == 0:
@@ -48,6 +52,7 @@ def evaluate_scores(
     labels: NDArray[np.float64],
     prompts: Sequence[str],
     *,
+    mappings: Mapping[str, LogisticMap] | None = None,
     seed: int = 0,
     resamples: int = 1000,
     confidence: float = 0.95,
@@ -55,32 +60,46 @@ def evaluate_scores(
     """Metrics, their intervals and what is undefined, ready for JSON.
 
     `{"n", "srcc", "plcc", "krcc", "rmse", "ci": {metric: [low, high]}, "confidence", "resamples"}`, and
-    `"undefined"`, the reason, where correlations are null. Raises DataError without items.
+    `"undefined"`, the reason, where correlations are null. Each of `mappings`, by its name, adds `plcc_NAME` and
+    `rmse_NAME` of the mapped predictions; their intervals are of the same resamples, with the mapping as it is.
+    Raises DataError without items, for unequal numbers of them, and for predictions or labels that are not finite.
     """
-    if not len(labels):
-        message = "There are no items to evaluate."
-        raise DataError(message)
+    _check(predicted, labels, prompts)
+    groups = prompt_groups(prompts)
     metrics = score(predicted, labels)
-    drawn = bootstrap_metrics(predicted, labels, prompt_groups(prompts), seed=seed, resamples=resamples)
+    drawn = bootstrap_metrics(predicted, labels, groups, seed=seed, resamples=resamples)
     reason = undefined_reason(predicted, labels)
+    intervals = {name: interval(drawn[:, k], confidence) for k, name in enumerate(METRICS)}
+    for kind, mapping in (mappings or {}).items():
+        mapped = mapping(predicted)
+        scores = score(mapped, labels)
+        drawn = bootstrap_linear(mapped, labels, groups, seed=seed, resamples=resamples)
+        for k, name in enumerate(("plcc", "rmse")):
+            metrics[f"{name}_{kind}"] = scores[name]
+            intervals[f"{name}_{kind}"] = interval(drawn[:, k], confidence)
+        reason = reason or undefined_reason(mapped, labels)
     result: dict[str, Any] = {
         "n": len(labels),
-        **{name: _number(metrics[name]) for name in METRICS},
-        "ci": {name: _interval(drawn[:, k], confidence) for k, name in enumerate(METRICS)},
+        **{name: _number(value) for name, value in metrics.items()},
+        "ci": intervals,
         "confidence": confidence,
         "resamples": resamples,
     }
     return result if reason is None else {**result, "undefined": reason}
 
 
-def _interval(values: NDArray[np.float64], confidence: float) -> list[float] | None:
-    """Percentiles over the resamples in which the metric is defined; None when it is so in none."""
-    defined = values[np.isfinite(values)]
-    if not len(defined):
-        return None
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(defined, [tail, 1.0 - tail])
-    return [float(low), float(high)]
+def _check(predicted: NDArray[np.float64], labels: NDArray[np.float64], prompts: Sequence[str]) -> None:
+    """Raise DataError for what has no metrics at all."""
+    if not len(predicted) == len(labels) == len(prompts):
+        message = f"There are {len(predicted)} predictions, {len(labels)} labels and {len(prompts)} prompts."
+    elif not len(labels):
+        message = "There are no items to evaluate."
+    elif not (np.isfinite(predicted).all() and np.isfinite(labels).all()):
+        wrong = [f"{(~np.isfinite(values)).sum()} of {len(values)}" for values in (predicted, labels)]
+        message = f"{wrong[0]} predictions and {wrong[1]} labels are not finite numbers; nothing can be scored."
+    else:
+        return
+    raise DataError(message)
 
 
 def _pearson(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -7,15 +7,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agiqa.errors import DataError, UnknownName
+from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads.batches import BatchLoader
 from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head import Head
+from agiqa.heads.logistic import Mappings
 from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.pooling import check_roles
 from agiqa.heads.prompts import normalise_prompt
-from agiqa.heads.runs import Run
+from agiqa.heads.runs import METRICS, Run
 from agiqa.heads.splits import identities, split_items
 
 _ITEMS_AT_ONCE = 512
@@ -47,15 +48,18 @@ def evaluate(
     """Metrics with intervals on one part of a store: `test`, `validation`, `train` or `all`.
 
     On the store of the run the parts are those of its training; on another store they are its split column's.
-    `warnings` in the result count the items and prompts that the head was trained on.
+    `warnings` in the result count the items and prompts that the head was trained on; `logistic` is the recorded
+    mapping behind each `plcc_logistic4` and the like, or why there is none.
     Raises as `predict`, UnknownName for the part, DataError for an empty part or missing labels.
     """
     items = part_items(run, source, part)
     labels = read_labels(source, items, label=run.train.label)
     predicted = predict(run, source, items, device=device, batch_size=batch_size)
     prompts = [source.items.prompts[k] for k in items]
-    scores = evaluate_scores(predicted, labels, prompts, seed=run.train.seed)
-    return {**scores, "warnings": [] if part in _TRAINING_PARTS else _leaks(run, source, items)}
+    mappings = _mappings(run, source, items)
+    scores = evaluate_scores(predicted, labels, prompts, mappings=mappings.fitted, seed=run.train.seed)
+    warnings = [] if part in _TRAINING_PARTS else _leaks(run, source, items)
+    return {**scores, "logistic": mappings.record(), "warnings": warnings}
 
 
 def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
@@ -73,6 +77,22 @@ def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
         message = f"{source.id}: no item is in the part {part!r} of the run {run.path}."
         raise DataError(message)
     return items
+
+
+def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> Mappings:
+    """The mappings that the run recorded; none for items that they were fitted to. Raises HeadError."""
+    recorded = run.metrics.get("logistic")
+    if recorded is None:
+        return Mappings.none("the run recorded no fit; it was made before agiqa fitted them")
+    fitted_to = run.parts()["validation"]
+    seen = sum(identity in fitted_to for identity in identities(source, items))
+    if seen:
+        return Mappings.none(f"{seen} of {len(items)} items are validation items, which the mappings were fitted to")
+    try:
+        return Mappings.from_record(recorded)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        message = f"{run.path / METRICS}: `logistic` is not what a training writes ({error!r})."
+        raise HeadError(message) from error
 
 
 def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[str]:

@@ -17,6 +17,7 @@ from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.feeding import Feeding, feed
 from agiqa.heads.fitting import Fit, fit_head, resolve_device
 from agiqa.heads.head import check_parts
+from agiqa.heads.logistic import LogisticMap, fit_mappings
 from agiqa.heads.losses import check_loss
 from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.pooling import check_item_roles, check_roles
@@ -60,8 +61,11 @@ def train_head(
         "validation": (partition.validation, validation_labels, selection.validation_predictions),
         "test": (partition.test, test_labels, tested),
     }
+    mappings = fit_mappings(selection.validation_predictions, validation_labels)
     metrics = {
-        **{name: _metrics(source, *part, seed=config.seed) for name, part in parts.items()},
+        "validation": _metrics(source, *parts["validation"], seed=config.seed),
+        "test": _metrics(source, *parts["test"], seed=config.seed, mappings=mappings.fitted),
+        "logistic": mappings.record(),
         "label": config.label,
         "chosen_epoch": selection.epoch,
         "chosen_by": selection.choice,
@@ -147,11 +151,13 @@ def _metrics(
     predicted: NDArray[np.float64],
     *,
     seed: int,
+    mappings: Mapping[str, LogisticMap] | None = None,
 ) -> dict[str, Any] | None:
     """The metrics of one part; None when it has no items."""
     if not len(items):
         return None
-    return evaluate_scores(predicted, labels, [source.items.prompts[k] for k in items], seed=seed)
+    prompts = [source.items.prompts[k] for k in items]
+    return evaluate_scores(predicted, labels, prompts, mappings=mappings, seed=seed)
 
 
 def _rows(

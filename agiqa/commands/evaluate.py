@@ -1,6 +1,8 @@
 """`agiqa evaluate`: how well a trained head does on a store, with intervals."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,7 +26,8 @@ def command(run: Path, store: str | Path, split: str, device: str, batch_size: i
     """SRCC, PLCC, KRCC and RMSE of the head RUN on STORE, with prompt-clustered bootstrap intervals.
 
     On the store that it was trained on, the parts are those of its training; on another store of the same model
-    (or basis) they are that store's own.
+    (or basis) they are that store's own. PLCC and RMSE are also given after the 4- and 5-parameter logistic mappings
+    that the run fitted to its validation part.
     """
     from agiqa.commands.train import scores_line
     from agiqa.heads import evaluate, load_run
@@ -34,4 +37,25 @@ def command(run: Path, store: str | Path, split: str, device: str, batch_size: i
     scores = evaluate(load_run(run), open_store(store), split, device=device, batch_size=batch_size)
     for warning in scores["warnings"]:
         say(f"warning: {warning}")
-    print_result(scores, scores_line(split, scores), as_json=as_json)
+    lines = [scores_line(split, scores), *_mapped_lines(scores)]
+    print_result(scores, "\n".join(lines), as_json=as_json)
+
+
+def _mapped_lines(scores: Mapping[str, Any]) -> list[str]:
+    """For people: what each logistic mapping gives, or why there is none; a reason of them all stands once."""
+    absent = {entry["absent"] for entry in scores["logistic"].values() if "absent" in entry}
+    if len(absent) == 1 and all("absent" in entry for entry in scores["logistic"].values()):
+        return [f"{'logistic':<10} none: {absent.pop()}"]
+    return [_mapped_line(kind, entry, scores) for kind, entry in scores["logistic"].items()]
+
+
+def _mapped_line(kind: str, entry: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+    if "absent" in entry:
+        return f"{kind:<10} none: {entry['absent']}"
+    parts = [f"{kind:<10}"]
+    for metric in ("plcc", "rmse"):
+        value, interval = scores[f"{metric}_{kind}"], scores["ci"][f"{metric}_{kind}"]
+        around = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+        parts.append(f"{metric.upper()} {'undefined' if value is None else f'{value:.4f}'}{around}")
+    parts.append("" if entry["monotone"] else "(not monotone)")
+    return "  ".join(parts).rstrip()

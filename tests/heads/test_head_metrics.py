@@ -40,6 +40,39 @@ def test_metrics_are_in_range_or_undefined(pairs):
         assert math.isnan(found[name]) or -1.0 <= found[name] <= 1.0
 
 
+@pytest.mark.parametrize("predicted", [[1.0, 2.0], [2.0, 1.0]])
+def test_two_items_have_perfect_correlations(predicted):
+    found = score(np.array(predicted), np.array([3.0, 4.0]))
+    sign = 1.0 if predicted[1] > predicted[0] else -1.0
+    assert [found[name] for name in ("srcc", "plcc", "krcc")] == pytest.approx([sign] * 3)
+
+
+@given(
+    pairs=st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=2, max_size=20),
+    rising=st.sampled_from([lambda x: x**3, lambda x: np.exp(x / 3), lambda x: 7 * x - 20]),
+)
+def test_rank_correlations_do_not_change_under_rising_maps(pairs, rising):
+    predicted, labels = np.array(pairs, dtype=np.float64).T
+    plain, mapped = score(predicted, labels), score(rising(predicted), labels)
+    for name in ("srcc", "krcc"):
+        assert mapped[name] == pytest.approx(plain[name], abs=1e-12, nan_ok=True)
+        assert score(-predicted, labels)[name] == pytest.approx(-plain[name], abs=1e-12, nan_ok=True)
+    assert score(2 * predicted - 5, labels)["plcc"] == pytest.approx(plain["plcc"], abs=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_refused(wrong):
+    predicted, labels, prompts = sample(10)
+    broken = np.where(np.arange(10) < 3, wrong, predicted)
+    with pytest.raises(DataError, match="3 of 10 predictions and 0 of 10 labels are not finite"):
+        evaluate_scores(broken, labels, prompts)
+    with pytest.raises(DataError, match="0 of 10 predictions and 3 of 10 labels"):
+        evaluate_scores(predicted, broken, prompts)
+    assert math.isnan(score(broken, labels)["srcc"])
+    with pytest.raises(DataError, match="10 predictions, 10 labels and 9 prompts"):
+        evaluate_scores(predicted, labels, prompts[1:])
+
+
 @pytest.mark.parametrize(
     ("predicted", "labels", "reason"),
     [

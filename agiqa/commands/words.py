@@ -1,0 +1,175 @@
+"""`agiqa words`: how well the rating words that a model answered agree with the true MOS."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from agiqa.commands.common import print_result, shared_options
+
+
+class Rated(NamedTuple):
+    """One item: the model's answer and the truth."""
+
+    answer: str
+    mos: float
+    prompt: str | None
+    """None where the table has no prompts."""
+
+
+@click.command("words")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--labels", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Table with the MOS.")
+@click.option("--aspect", default="quality", show_default=True, help="quality, correspondence or authenticity.")
+@click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals.")
+@shared_options
+def command(
+    file: Path, labels: Path | None, aspect: str, mos_range: tuple[float, float], seed: int, *, as_json: bool
+) -> None:
+    """Accuracy, rough accuracy, precision and F1 of the rating words in FILE, with prompt-clustered intervals.
+
+    FILE is an M3-AGIQA conversation file, whose MOS are in --labels data.csv, or a csv with the columns name and
+    answer, and either prompt and mos_ASPECT or --labels. An answer that holds no clear word of bad, poor, fair, good
+    and excellent is wrong; rough accuracy lets a neighbouring word count.
+    """
+    from agiqa.errors import UnknownName
+    from agiqa.extract.sources import CONVERSATION_SUFFIXES
+    from agiqa.heads.rating_words import score_words
+    from agiqa.progress import say
+    from agiqa.store.label_tables import ASPECT_COLUMNS
+
+    if aspect not in ASPECT_COLUMNS.values():
+        raise UnknownName.of(kind="aspect", name=aspect, known=set(ASPECT_COLUMNS.values()))
+    told = file.suffix.lower() in CONVERSATION_SUFFIXES
+    rated = (_read_conversations if told else _read_answers)(file, labels, aspect, mos_range)
+    prompts = [one.prompt for one in rated if one.prompt is not None]
+    if len(prompts) < len(rated):
+        say(f"warning: {file} has no column 'prompt'; the intervals take every item for one of its own prompt")
+    scores = score_words(
+        [one.answer for one in rated],
+        [one.mos for one in rated],
+        prompts if len(prompts) == len(rated) else None,
+        mos_range=mos_range,
+        seed=seed,
+    )
+    if told and scores["accuracy"] == 1.0:
+        say(
+            f"warning: every answer in {file} is the word of its own MOS; where a conversation has no `response_1`, "
+            "its word is the teacher's, who was told the MOS"
+        )
+    print_result({"file": str(file), "aspect": aspect, **scores}, _lines(scores), as_json=as_json)
+
+
+def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range: tuple[float, float]) -> list[Rated]:
+    """The rating words of a conversation file, joined with the MOS of the table."""
+    from agiqa.errors import DataError
+    from agiqa.extract.conversations import read_conversations
+    from agiqa.extract.joining import join
+    from agiqa.extract.labels import read_rows
+    from agiqa.extract.sources import find_sources
+    from agiqa.progress import say
+
+    sources = find_sources(file, (), labels)
+    talks = [talk for split, path in sources.conversations for talk in read_conversations(path, split)]
+    joined = join(sources, read_rows(sources.table, mos_range), talks)
+    problems, rated = list(joined.problems), list[Rated]()
+    for row, talk in joined.pairs:
+        where = f"{row.name} ({sources.table.name}, line {row.number})"
+        if row.problems or aspect not in row.labels:
+            problems.append(f"{where}: {'; '.join(row.problems) or f'no MOS of {aspect}'}")
+        elif talk is None or talk.rating is None:
+            problems.append(f"{where}: its conversation has no rating word")
+        else:
+            rated.append(Rated(talk.rating, row.labels[aspect], row.prompt))
+    if problems:
+        raise DataError.from_problems(str(file), problems)
+    for note in joined.notes:
+        say(f"note: {note}")
+    return rated
+
+
+def _read_answers(file: Path, labels: Path | None, aspect: str, mos_range: tuple[float, float]) -> list[Rated]:
+    """The answers of a csv file, with the MOS and prompts of its own columns or of the table."""
+    from agiqa.errors import DataError
+    from agiqa.store.label_tables import read_table
+
+    header, rows = read_table(file)
+    for column in ("name", "answer"):
+        if column not in header:
+            message = f"{file}: no column {column!r} (found: {', '.join(header)})."
+            raise DataError(message)
+    truth = _own_truth(file, header, aspect, mos_range) if labels is None else _table_truth(labels, aspect, mos_range)
+    problems, rated, lines = list[str](), list[Rated](), dict[str, int]()
+    for row in rows:
+        cells = dict(zip(header, row.cells, strict=False))
+        name = cells.get("name", "")
+        where = f"{name} ({file.name}, line {row.number})"
+        if len(row.cells) != len(header):
+            problems.append(f"{where}: has {len(row.cells)} fields where the header has {len(header)}")
+        elif lines.setdefault(name, row.number) != row.number:
+            problems.append(f"{where}: duplicate of line {lines[name]}")
+        else:
+            try:
+                mos, prompt = truth(cells)
+                rated.append(Rated(cells["answer"], mos, prompt))
+            except DataError as error:
+                problems.append(f"{where}: {error}")
+    if problems:
+        raise DataError.from_problems(str(file), problems)
+    return rated
+
+
+Truth = Callable[[Mapping[str, str]], tuple[float, str | None]]
+"""From the cells of an answer to the MOS and the prompt of its item."""
+
+
+def _own_truth(file: Path, header: list[str], aspect: str, mos_range: tuple[float, float]) -> Truth:
+    """The truth that stands beside the answers."""
+    from agiqa.errors import DataError
+    from agiqa.store.label_tables import ASPECT_COLUMNS, read_mos
+
+    columns = [column for column in header if ASPECT_COLUMNS.get(column) == aspect]
+    if len(columns) != 1:
+        what = f"two columns with the MOS of {aspect}" if columns else f"no column with the MOS of {aspect}"
+        message = f"{file}: {what} (found: {', '.join(header)}); name it mos_{aspect}, or give --labels data.csv."
+        raise DataError(message)
+
+    def truth(cells: Mapping[str, str]) -> tuple[float, str | None]:
+        return read_mos(columns[0], cells[columns[0]], mos_range), cells.get("prompt")
+
+    return truth
+
+
+def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Truth:
+    """The truth in a label table, by item name."""
+    from agiqa.errors import DataError
+    from agiqa.extract.joining import row_name
+    from agiqa.extract.labels import read_rows
+
+    rows = read_rows(table, mos_range)
+    by_name = {row.name: row for row in reversed(rows)}
+
+    def truth(cells: Mapping[str, str]) -> tuple[float, str | None]:
+        row = by_name.get(row_name(cells["name"], by_name) or "")
+        if row is None:
+            message = f"no row of {table.name} has this name"
+        elif row.problems or aspect not in row.labels:
+            message = f"{table.name}, line {row.number}: {'; '.join(row.problems) or f'no MOS of {aspect}'}"
+        else:
+            return row.labels[aspect], row.prompt
+        raise DataError(message)
+
+    return truth
+
+
+def _lines(scores: Mapping[str, Any]) -> str:
+    """The metrics with their intervals, for people."""
+    from agiqa.heads.rating_words import WORD_METRICS
+
+    lines = [f"{'answers':<20}n {scores['n']}, of which {scores['unknown']} hold no clear word"]
+    for metric in WORD_METRICS:
+        low, high = scores["ci"][metric]
+        lines.append(f"{metric.replace('_', ' '):<20}{scores[metric]:.4f} [{low:.3f}, {high:.3f}]")
+    return "\n".join(lines)
