@@ -25,7 +25,7 @@ from agiqa.bench.tables import read_results
 from agiqa.errors import UnknownName
 from agiqa.heads.batches import collate
 from agiqa.heads.config import HeadConfig, TrainConfig
-from agiqa.heads.features import FeatureSet, FeatureSource, RowBlock
+from agiqa.heads.features import FeatureSet, RowBlock
 from agiqa.heads.fitting import fit_head, resolve_device
 from agiqa.heads.head import build_head
 from agiqa.heads.progress import LineProgress
@@ -48,13 +48,16 @@ HEADS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "gru": (128, {"encoder": "gru", "layers": 2, "bidirectional": True}),
 }
 """Batch size and settings of each head; sizes as published (4 xLSTM blocks, and the layers that are written here)."""
-GOALS = {
-    "xlstm": 0.8, "mamba2": 0.5, "transformer": 0.4, "lstm": 0.75, "gru": 0.4,
-}  # fmt: skip
+GOALS = {"xlstm": 0.8, "mamba2": 0.5, "transformer": 0.4, "lstm": 0.75, "gru": 0.4}
 """Milliseconds per image."""
 TABLE_IV_ROWS = tuple(name for name in HEADS if name != "xlstm, w/o lm_head")
 EPOCHS, TABLE_IV_SECONDS, SPEED_UP, MEMORY_GB = 20, 360.0, 25.0, 16.0
-_VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+_VISION: dict[str, Any] = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+}
 _SLICES, _SLICE_PIXELS, _PATCH = 3, 448, 14
 
 
@@ -131,7 +134,8 @@ def timed_head(
 ) -> Line:
     """Epoch time, set-up time and memory of one head."""
     batch_size, settings = HEADS[name]
-    config = HeadConfig(**{**base, **settings, "standardise": standardise})
+    merged: dict[str, Any] = {**base, **settings, "standardise": standardise}
+    config = HeadConfig(**merged)
     train = train.model_copy(update={"batch_size": batch_size, "epochs": 2})
     device, positions = resolve_device(train.device), np.arange(len(features))
     if device.type == "cuda":
@@ -208,7 +212,8 @@ def uncached_lines(features: FeatureSet, tokens: int, base: Mapping[str, Any], t
     """Milliseconds per image of a step with the whole model in it, at batch 1 and 32, and of the model alone."""
     device = resolve_device(train.device)
     model = UncachedModel(device, features.rows.shape[1])
-    head = build_head(HeadConfig(**{**base, "encoder": "xlstm"}), FeatureSpec.of(features.source)).to(device)
+    merged: dict[str, Any] = {**base, "encoder": "xlstm"}
+    head = build_head(HeadConfig(**merged), FeatureSpec.of(features.source)).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-5)
     for batch_size, steps in ((1, 10), (32, 3)):
         batch = collate(features, np.arange(batch_size))
@@ -248,9 +253,11 @@ def tables(lines: Sequence[Line]) -> str:
     names = [key.replace("_", " ").replace("gb", "GB") for key in keys]
     parts = [as_table(["head", "projection", "batch", *names], rows)]
     uncached = [line for line in lines if line["stage"] == "uncached"]
-    keys = ("ms_per_image", "model_ms_per_image", "epoch_seconds")
-    rows = [[f"uncached {line['name']}", str(line["config"]["batch_size"]), *_cells(line, keys)] for line in uncached]
-    parts.append(as_table(["step", "batch", *(key.replace("_", " ") for key in keys)], rows))
+    of_model = ("ms_per_image", "model_ms_per_image", "epoch_seconds")
+    rows = [
+        [f"uncached {line['name']}", str(line["config"]["batch_size"]), *_cells(line, of_model)] for line in uncached
+    ]
+    parts.append(as_table(["uncached", "batch", *(key.replace("_", " ") for key in of_model)], rows))
     parts.append(as_table(["goal", "wanted", "measured", "met"], list(_goal_rows(heads, uncached))))
     return "\n\n".join(part for part in parts if part)
 
@@ -322,20 +329,17 @@ def measured_lines(options: Mapping[str, Any]) -> Iterator[Line]:
         if name not in HEADS:
             raise click.ClickException(str(UnknownName.of("head", name, HEADS)))
     train = TrainConfig(device=options["device"], precision=options["precision"])
-    device, base = resolve_device(train.device), {"width": options["width"]}
+    device = resolve_device(train.device)
+    base: dict[str, Any] = {"width": options["width"]}
     shape: Line = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     if options["store"]:
-        source: FeatureSource = open_store(options["store"])
+        source = open_store(options["store"])
         base["projection"] = "sketch"
         features = FeatureSet.from_store(source, source.items.in_split("train"), label="quality")
         names = [name for name in names if "projection" not in HEADS[name][1] and "pooling" not in HEADS[name][1]]
     else:
-        made_up = MadeUpSource(
-            count=options["items"],
-            tokens=options["tokens"],
-            width=options["channels"],
-            vocabulary=options["vocabulary"],
-        )
+        shapes = {name: options[name] for name in ("tokens", "vocabulary")}
+        made_up = MadeUpSource(count=options["items"], width=options["channels"], **shapes)
         features = made_up_features(made_up, device)
     shape |= {"items": len(features), "rows": int(features.offsets[-1]), "channels": features.rows.shape[1]}
     shape |= {"width": options["width"]}

@@ -138,15 +138,17 @@ class VocabularyProjection(Projection):
         """Take mean and whitening of the hidden states, and the scale of the outputs, from a sample of the tokens."""
         if not self._standardise:
             return
-        centred = statistics.sample.double() - statistics.mean
+        sample = statistics.sample.to(self.weight.device)
+        mean = statistics.mean.to(sample.device)
+        centred = sample.double() - mean
         variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
         deviations = variances.clamp_min(0.0).sqrt()
         if deviations[-1] == 0:
             return
         deviations = deviations.clamp_min(float(deviations[-1]) * _WHITENING_FLOOR)
-        self.shift.copy_(statistics.mean)
+        self.shift.copy_(mean)
         self.whitening.copy_((directions / deviations) @ directions.T)
-        outputs = self(statistics.sample.to(self.weight.device, self.weight.dtype)[None])
+        outputs = self(sample.to(self.weight.dtype)[None])
         self.scale.copy_(outputs.double().std())
 
     def effective_weight(self) -> Float[Tensor, "width channel"]:
