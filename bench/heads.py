@@ -62,6 +62,16 @@ _SLICES, _SLICE_PIXELS, _PATCH = 3, 448, 14
 
 
 @dataclass(frozen=True, kw_only=True)
+class MadeUpItems:
+    """The columns that heads ask for."""
+
+    names: list[str]
+    prompts: list[str]
+    splits: list[str | None]
+    labels: dict[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MadeUpSource:
     """A store of hidden states that is never read: its rows are made on the device."""
 
@@ -74,21 +84,12 @@ class MadeUpSource:
     logical_dtype: str = "bfloat16"
     lm_head_sha256: str = "made up"
 
-    @dataclass(frozen=True)
-    class Items:
-        """The columns that heads ask for."""
-
-        names: list[str]
-        prompts: list[str]
-        splits: list[str | None]
-        labels: dict[str, NDArray[np.float64]]
-
     @cached_property
-    def items(self) -> Items:
+    def items(self) -> MadeUpItems:
         """Names, and MOS drawn from 0 to 5."""
         names = [f"{number}.png" for number in range(self.count)]
         mos = np.random.default_rng(0).uniform(0, 5, self.count)
-        return self.Items(names, names, [None] * self.count, {"quality": mos})
+        return MadeUpItems(names=names, prompts=names, splits=[None] * self.count, labels={"quality": mos})
 
     @property
     def n_tokens(self) -> NDArray[np.int32]:
