@@ -5,6 +5,7 @@ from torch import Tensor
 
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
+from agiqa.heads.encoders.bidirectional import check_forwards_only
 
 
 @ENCODERS.register("none")
@@ -12,12 +13,16 @@ class IdentityEncoder(Encoder):
     """Passes every token on as it is."""
 
     mixes_tokens = False
-    kernels = "none"
 
     def __init__(self, config: HeadConfig) -> None:
-        """No setting of `config` has a meaning here."""
-        del config
-        super().__init__()
+        """Only the width has a meaning here. Raises ConfigError for `bidirectional`: there is no direction to add."""
+        check_forwards_only(config, "none")
+        super().__init__(config.width)
+
+    @property
+    def kernels(self) -> str:
+        """Nothing is computed."""
+        return "none"
 
     def forward(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]

@@ -19,13 +19,13 @@ from xlstm.blocks.slstm.layer import sLSTMLayer
 from agiqa.errors import ConfigError
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
+from agiqa.heads.encoders.bidirectional import check_forwards_only, either_way
 from agiqa.heads.encoders.slstm import slstm
 
 _SLSTM_INDEX = 1
 _FIRST_CONTEXT = 512
 
 
-@ENCODERS.register("xlstm")
 class XLSTMEncoder(Encoder):
     """Pre-norm residual blocks: an sLSTM at index 1, mLSTMs elsewhere, a norm at the end.
 
@@ -34,12 +34,13 @@ class XLSTMEncoder(Encoder):
     it is zeroed on the way in all the same, since the parallel form multiplies it by zero, which NaN survives.
     """
 
-    kernels = "vanilla mlstm, explicit slstm"
-    """Torch code on every device: the package's own mLSTM in parallel form, and the sLSTM of slstm.py."""
-
     def __init__(self, config: HeadConfig) -> None:
-        """Raises ConfigError when the heads do not divide the width into two channels or more each."""
-        super().__init__()
+        """Raises ConfigError when the heads do not divide the width into two channels or more each.
+
+        Raises ConfigError for `bidirectional` too, for which `ENCODERS.get("xlstm")` builds two of these.
+        """
+        check_forwards_only(config, type(self).__name__)
+        super().__init__(config.width)
         if config.width % config.num_heads or config.width < 2 * config.num_heads:
             message = (
                 f"An xLSTM of width {config.width} cannot have {config.num_heads} heads: "
@@ -48,6 +49,11 @@ class XLSTMEncoder(Encoder):
             raise ConfigError(message)
         self.stack = xLSTMBlockStack(stack_config(config))
         install_slstm(self.stack)
+
+    @property
+    def kernels(self) -> str:
+        """Torch code on every device: the package's own mLSTM in parallel form, and the sLSTM of slstm.py."""
+        return "vanilla mlstm, explicit slstm"
 
     def forward(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
@@ -65,6 +71,9 @@ class XLSTMEncoder(Encoder):
                 mask = module.get_buffer("causal_mask")
                 if len(mask) < length:
                     module.causal_mask = mask.new_ones(length, length).tril()
+
+
+ENCODERS.add("xlstm", either_way(XLSTMEncoder))
 
 
 def stack_config(config: HeadConfig) -> xLSTMBlockStackConfig:
