@@ -27,7 +27,8 @@ _STEP_SIZES = (1e-3, 1e-1)
 class Mamba2Encoder(Encoder):
     """`layers` pre-norm residual blocks, and a norm at the end. Every part is causal.
 
-    Padding is zeroed on the way in: matrix products multiply it by zero, which NaN survives.
+    Padding is zeroed on the way in: matrix products multiply it by zero, which NaN survives. What the blocks add is
+    summed in the dtype of the weights, under autocast too.
     """
 
     def __init__(self, config: HeadConfig) -> None:
@@ -48,7 +49,7 @@ class Mamba2Encoder(Encoder):
     ) -> Float[Tensor, "batch token width"]:
         """The normed output of the last block, with zeros in the padding."""
         padding = ~mask[..., None]
-        states = tokens.masked_fill(padding, 0.0)
+        states = tokens.masked_fill(padding, 0.0).to(self.norm_f.weight.dtype)
         for block in self.layers:
             states = block(states)
         outputs: Tensor = self.norm_f(states)

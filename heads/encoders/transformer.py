@@ -23,7 +23,8 @@ _LONGEST_WAVE = 10_000.0
 class TransformerEncoder(Encoder):
     """`layers` pre-norm layers over tokens plus sinusoidal positions, and a norm at the end.
 
-    Causal, or with `bidirectional` one stack in which every token sees the whole item.
+    Causal, or with `bidirectional` one stack in which every token sees the whole item. What the layers add is summed
+    in the dtype of the weights, under autocast too.
     """
 
     def __init__(self, config: HeadConfig) -> None:
@@ -49,7 +50,8 @@ class TransformerEncoder(Encoder):
     ) -> Float[Tensor, "batch token width"]:
         """The normed output of the last layer, with zeros in the padding."""
         padding = ~mask[..., None]
-        states: Tensor = self.dropout(tokens.masked_fill(padding, 0.0) + sinusoids(tokens))
+        states = tokens.masked_fill(padding, 0.0).to(self.norm.weight.dtype)
+        states = self.dropout(states + sinusoids(states))
         for layer in self.layers:
             states = layer(states, mask)
         outputs: Tensor = self.norm(states)
