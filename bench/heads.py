@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,10 @@ class MadeUpSource:
     logical_dtype: str = "bfloat16"
     lm_head_sha256: str = "made up"
 
-    @cached_property
+    @property
     def items(self) -> MadeUpItems:
         """Names, and MOS drawn from 0 to 5."""
-        names = [f"{number}.png" for number in range(self.count)]
-        mos = np.random.default_rng(0).uniform(0, 5, self.count)
-        return MadeUpItems(names=names, prompts=names, splits=[None] * self.count, labels={"quality": mos})
+        return _made_up_items(self.count)
 
     @property
     def n_tokens(self) -> NDArray[np.int32]:
@@ -111,6 +109,13 @@ class MadeUpSource:
     def basis(self) -> Any:
         """Raises: hidden states have none."""
         raise NotImplementedError
+
+
+@cache
+def _made_up_items(count: int) -> MadeUpItems:
+    names = [f"{number}.png" for number in range(count)]
+    mos = np.random.default_rng(0).uniform(0, 5, count)
+    return MadeUpItems(names=names, prompts=names, splits=[None] * count, labels={"quality": mos})
 
 
 def made_up_features(source: MadeUpSource, device: torch.device) -> FeatureSet:

@@ -37,24 +37,27 @@ class HeadConfig(_Settings):
     projection: str = "vocabulary"
     """How features become the encoder's input: `vocabulary` or `sketch`."""
     encoder: str = "xlstm"
-    """The sequence encoder: `xlstm`, `gru` or `none`."""
+    """The sequence encoder: `xlstm`, `lstm`, `gru`, `mamba2`, `transformer` or `none`."""
     pooling: str = "mean"
     """How the tokens become one vector: `mean`, `max`, `first`, `last`, `first-last-mean` or `attention`, over all
     tokens or, as in `mean@answer`, those of one role: `special`, `image`, `question` or `answer`."""
     width: int = Field(default=512, ge=1)
-    """Channels from the projection to the pooling (d of the paper)."""
+    """Channels of the projected tokens and of the encoder, in each of its directions (d of the paper)."""
     standardise: bool = True
     """Centre and scale (or whiten) the features once, by statistics of the training tokens; False is the bare paper."""
     blocks: int = Field(default=4, ge=1)
-    """Blocks of the xLSTM stack; the one at index 1 is an sLSTM, the others are mLSTMs."""
+    """Blocks of `xlstm`; the one at index 1 is an sLSTM, the others are mLSTMs."""
     num_heads: int = Field(default=4, ge=1)
-    """Heads of every xLSTM block."""
+    """Heads of every block of `xlstm` and every layer of `transformer`; must divide the width."""
     layers: int = Field(default=1, ge=1)
-    """Layers of the GRU."""
+    """Layers of `lstm`, `gru`, `mamba2` and `transformer`."""
+    state_size: int = Field(default=16, ge=1)
+    """Rows of the state of `mamba2` (N of its paper), per channel; 16 is the published setting."""
     bidirectional: bool = False
-    """Whether the GRU also reads backwards, with half of the width in each direction."""
+    """Whether tokens feel later tokens too, in every encoder but `none`. `transformer` then drops its causal mask; the
+    others read each item from both ends, with weights of their own and the full width in each direction."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of activations dropped in training, within the encoder."""
+    """Share of activations dropped in training, within the encoder; `none` has none to drop."""
     token_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of tokens hidden from the encoder in training, each item anew at every step."""
     regressor_hidden: int = Field(default=128, ge=1)

@@ -21,8 +21,8 @@ class Head(nn.Module):
         self.projection = PROJECTIONS.get(config.projection)(config, spec)
         self.encoder = ENCODERS.get(config.encoder)(config)
         name = PoolingName.parse(config.pooling)
-        self.pooling = POOLINGS.get(name.pooling)(config)
-        self.regressor = Regressor(config)
+        self.pooling = POOLINGS.get(name.pooling)(config, self.encoder.out_width)
+        self.regressor = Regressor(config, self.encoder.out_width)
         self.pooling_name = config.pooling
         self._pooled_role = name.role
         self._token_dropout = config.token_dropout

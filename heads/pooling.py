@@ -26,11 +26,11 @@ _ITEMS_PER_READ = 256
 
 
 class Pooling(nn.Module, ABC):
-    """Base: built from a HeadConfig, called with tokens and mask."""
+    """Base: built from a HeadConfig and a width, called with tokens and mask."""
 
-    def __init__(self, config: HeadConfig) -> None:
-        """The poolings that learn take their sizes from `config`."""
-        del config
+    def __init__(self, config: HeadConfig, width: int) -> None:
+        """`width` is that of the encoder's outputs, which need not be that of `config`."""
+        del config, width
         super().__init__()
 
     @abstractmethod
@@ -40,7 +40,7 @@ class Pooling(nn.Module, ABC):
         """Pool; `mask` is True on the tokens to pool, anywhere in the item, of which every item has at least one."""
 
 
-POOLINGS: Registry[Callable[[HeadConfig], Pooling]] = Registry("pooling")
+POOLINGS: Registry[Callable[[HeadConfig, int], Pooling]] = Registry("pooling")
 
 
 @POOLINGS.register("mean")
@@ -105,10 +105,10 @@ class AttentionPooling(Pooling):
     The query starts at 0, so that an untrained head pools the mean.
     """
 
-    def __init__(self, config: HeadConfig) -> None:
-        """`config` gives the width."""
-        super().__init__(config)
-        self.query = nn.Parameter(torch.zeros(config.width))
+    def __init__(self, config: HeadConfig, width: int) -> None:
+        """A query of `width` channels."""
+        super().__init__(config, width)
+        self.query = nn.Parameter(torch.zeros(width))
 
     def forward(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]

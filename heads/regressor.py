@@ -15,11 +15,11 @@ class Regressor(nn.Module):
     untrained head already predicts about the mean.
     """
 
-    def __init__(self, config: HeadConfig) -> None:
-        """`config` gives the width and the hidden channels."""
+    def __init__(self, config: HeadConfig, width: int) -> None:
+        """`width` is that of the encoder's outputs; `config` gives the hidden channels."""
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(config.width, config.regressor_hidden),
+            nn.Linear(width, config.regressor_hidden),
             nn.ReLU(),
             nn.Linear(config.regressor_hidden, 1),
         )

@@ -1,14 +1,33 @@
-"""Sequence encoders by name: `xlstm`, `gru`, `none`, and whatever else joins `ENCODERS`.
+"""Sequence encoders by name: `xlstm`, `lstm`, `gru`, `mamba2`, `transformer`, `none`, and what else joins `ENCODERS`.
 
-base.py      the base class, its laws, and the registry
-xlstm.py     the published xLSTM stack
-gru.py       torch's GRU
-identity.py  `none`
+base.py           the base class, its laws, and the registry
+bidirectional.py  both directions from an encoder that only reads forwards
+xlstm.py          the published xLSTM stack
+slstm.py          its sLSTM recurrence
+recurrent.py      torch's LSTM and GRU
+mamba2.py         Mamba2
+ssd.py            its scan in chunks
+transformer.py    self-attention
+identity.py       `none`
 """
 
 from agiqa.heads.encoders.base import ENCODERS, Encoder
-from agiqa.heads.encoders.gru import GRUEncoder
+from agiqa.heads.encoders.bidirectional import BidirectionalEncoder, either_way
 from agiqa.heads.encoders.identity import IdentityEncoder
+from agiqa.heads.encoders.mamba2 import Mamba2Encoder
+from agiqa.heads.encoders.recurrent import GRUEncoder, LSTMEncoder
+from agiqa.heads.encoders.transformer import TransformerEncoder
 from agiqa.heads.encoders.xlstm import XLSTMEncoder
 
-__all__ = ["ENCODERS", "Encoder", "GRUEncoder", "IdentityEncoder", "XLSTMEncoder"]
+__all__ = [
+    "ENCODERS",
+    "BidirectionalEncoder",
+    "Encoder",
+    "GRUEncoder",
+    "IdentityEncoder",
+    "LSTMEncoder",
+    "Mamba2Encoder",
+    "TransformerEncoder",
+    "XLSTMEncoder",
+    "either_way",
+]

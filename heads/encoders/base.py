@@ -16,21 +16,27 @@ class Encoder(nn.Module, ABC):
 
     The laws that the tests hold every registered encoder to: padding is invisible, an item does not feel its
     batch, padded outputs are zero, every parameter learns, no layer is used twice, and where `mixes_tokens`
-    is true the last token feels the first.
+    is true the last token feels the first. With `bidirectional` the first token feels the last too; without it
+    no token feels a later one.
     """
 
     mixes_tokens: ClassVar[bool] = True
     """Whether an output depends on other tokens at all."""
 
+    def __init__(self, out_width: int) -> None:
+        """`out_width` is the number of channels of the outputs."""
+        super().__init__()
+        self.out_width = out_width
+
     @property
     def kernels(self) -> str:
-        """What computes the encoder where it is now; recorded with every run: kernels differ in the last digits."""
+        """What computes where the weights are; a run records it, since kernels differ in the last digits."""
         return "torch"
 
     @abstractmethod
     def forward(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token width"]:
+    ) -> Float[Tensor, "batch token out_width"]:
         """Encode; `mask` is True on real tokens, of which every item has at least one."""
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
+from agiqa.heads.encoders.bidirectional import check_forwards_only
 
 
 @ENCODERS.register("none")
@@ -14,13 +15,13 @@ class IdentityEncoder(Encoder):
     mixes_tokens = False
 
     def __init__(self, config: HeadConfig) -> None:
-        """No setting of `config` has a meaning here."""
-        del config
-        super().__init__()
+        """Only the width has a meaning here. Raises ConfigError for `bidirectional`: there is no direction to add."""
+        check_forwards_only(config, "none")
+        super().__init__(config.width)
 
     @property
     def kernels(self) -> str:
-        """There is nothing to compute."""
+        """Nothing is computed."""
         return "none"
 
     def forward(

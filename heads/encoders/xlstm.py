@@ -21,6 +21,7 @@ from xlstm.blocks.slstm.layer import sLSTMLayer
 from agiqa.errors import ConfigError
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
+from agiqa.heads.encoders.bidirectional import check_forwards_only, either_way
 from agiqa.heads.encoders.mlstm import mlstm, torch_form_because
 from agiqa.heads.encoders.slstm import loops_because, slstm
 
@@ -30,7 +31,6 @@ _MLSTM_FACTOR = 2
 """How much wider an mLSTM works than its block, as the package has it."""
 
 
-@ENCODERS.register("xlstm")
 class XLSTMEncoder(Encoder):
     """Pre-norm residual blocks: an sLSTM at index 1, mLSTMs elsewhere, a norm at the end.
 
@@ -40,8 +40,12 @@ class XLSTMEncoder(Encoder):
     """
 
     def __init__(self, config: HeadConfig) -> None:
-        """Raises ConfigError when the heads do not divide the width into two channels or more each."""
-        super().__init__()
+        """Raises ConfigError when the heads do not divide the width into two channels or more each.
+
+        Raises ConfigError for `bidirectional` too, for which `ENCODERS.get("xlstm")` builds two of these.
+        """
+        check_forwards_only(config, type(self).__name__)
+        super().__init__(config.width)
         if config.width % config.num_heads or config.width < 2 * config.num_heads:
             message = (
                 f"An xLSTM of width {config.width} cannot have {config.num_heads} heads: "
@@ -77,6 +81,9 @@ class XLSTMEncoder(Encoder):
                 mask = module.get_buffer("causal_mask")
                 if len(mask) < length:
                     module.causal_mask = mask.new_ones(length, length).tril()
+
+
+ENCODERS.add("xlstm", either_way(XLSTMEncoder))
 
 
 def stack_config(config: HeadConfig) -> xLSTMBlockStackConfig:

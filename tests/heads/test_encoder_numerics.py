@@ -1,5 +1,8 @@
-"""Encoders against their libraries' own modules with the same weights."""
+"""Encoders against torch's own modules and explicit attention, and xlstm against its package."""
 
+import math
+
+import pytest
 import torch
 from torch import nn
 from xlstm import (
@@ -15,7 +18,17 @@ from xlstm.blocks.mlstm.layer import mLSTMLayer
 from xlstm.blocks.slstm.layer import sLSTMLayer
 
 from agiqa.heads.config import HeadConfig
-from agiqa.heads.encoders import GRUEncoder, XLSTMEncoder
+from agiqa.heads.encoders import ENCODERS, BidirectionalEncoder, TransformerEncoder, XLSTMEncoder
+from agiqa.heads.encoders.recurrent import run_packed, run_padded
+
+LENGTHS = (7, 3, 5, 1)
+WIDTH = 8
+
+
+def ragged():
+    torch.manual_seed(0)
+    tokens = torch.randn(len(LENGTHS), max(LENGTHS), WIDTH, dtype=torch.float64)
+    return tokens, torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 
 
 def published_stack(length: int) -> xLSTMBlockStack:
@@ -61,15 +74,111 @@ def test_xlstm_reads_past_its_first_context_and_stays_causal():
     torch.testing.assert_close(outputs[:, :520], short, rtol=1e-4, atol=1e-5)
 
 
-def test_gru_is_torchs_gru_on_each_item_alone():
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(("name", "kind"), [("lstm", nn.LSTM), ("gru", nn.GRU)])
+def test_recurrent_encoders_are_torchs_on_each_item_alone(name, kind, bidirectional):
+    tokens, mask = ragged()
+    ours = ENCODERS.get(name)(HeadConfig(width=WIDTH, layers=2, bidirectional=bidirectional)).double()
+    theirs = kind(WIDTH, WIDTH, 2, batch_first=True, bidirectional=bidirectional).double()
+    theirs.load_state_dict(ours.rnn.state_dict())
+    outputs = ours(tokens, mask)
+    assert outputs.shape[-1] == ours.out_width == (2 * WIDTH if bidirectional else WIDTH)
+    for row, length in enumerate(LENGTHS):
+        torch.testing.assert_close(outputs[row, :length], theirs(tokens[row, :length])[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_computing_the_padding_as_on_a_gpu_changes_nothing(kind):
+    tokens, mask = ragged()
+    rnn = kind(WIDTH, WIDTH, 2, batch_first=True).double()
+    dirty = tokens.masked_fill(~mask[..., None], math.nan)
+    for run in (run_packed, run_padded):
+        outputs = run(rnn, dirty, mask)
+        for row, length in enumerate(LENGTHS):
+            torch.testing.assert_close(outputs[row, :length], rnn(tokens[row, :length])[0])
+        assert (outputs[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["xlstm", "mamba2"])
+def test_a_bidirectional_stack_is_two_stacks_one_on_the_items_reversed(name):
+    tokens, mask = ragged()
+    both = ENCODERS.get(name)(HeadConfig(width=WIDTH, num_heads=2, blocks=2, bidirectional=True)).double()
+    assert isinstance(both, BidirectionalEncoder)
+    outputs = both(tokens, mask)
+    for row, length in enumerate(LENGTHS):
+        item, whole = tokens[row : row + 1, :length], mask[row : row + 1, :length]
+        ahead = both.forwards(item, whole)[0]
+        back = both.backwards(item.flip(1), whole)[0].flip(0)
+        torch.testing.assert_close(outputs[row, :length], torch.cat([ahead, back], dim=1))
+
+
+def normed(rows, weights, name):
+    """Layer norm of each row by its definition."""
+    centred = rows - rows.mean(1, keepdim=True)
+    scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+
+def positions(length):
+    """Sinusoids as the paper writes them, one number at a time."""
+    table = torch.empty(length, WIDTH, dtype=torch.float64)
+    for step in range(length):
+        for pair in range(WIDTH // 2):
+            angle = step / 10_000 ** (2 * pair / WIDTH)
+            table[step, 2 * pair], table[step, 2 * pair + 1] = math.sin(angle), math.cos(angle)
+    return table
+
+
+def explicit_transformer(rows, weights, *, layers, heads, bidirectional):
+    """The encoder on the rows (token, width) of one item: softmax(Q K^T / sqrt d) V, row by row and head by head."""
+    rows = rows + positions(len(rows))
+    dim = WIDTH // heads
+    for layer in range(layers):
+        own = {name.removeprefix(f"layers.{layer}."): weight for name, weight in weights.items()}
+        query, key, value = (normed(rows, own, "attention_norm") @ own["query_key_value.weight"].T).split(WIDTH, dim=1)
+        attended = torch.empty_like(rows)
+        for token in range(len(rows)):
+            seen = len(rows) if bidirectional else token + 1
+            for head in range(heads):
+                part = slice(head * dim, (head + 1) * dim)
+                scores = (key[:seen, part] @ query[token, part] / math.sqrt(dim)).exp()
+                attended[token, part] = (scores / scores.sum()) @ value[:seen, part]
+        rows = rows + attended @ own["merge.weight"].T + own["merge.bias"]
+        inner = normed(rows, own, "feed_forward_norm") @ own["expand.weight"].T + own["expand.bias"]
+        inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
+        rows = rows + inner @ own["contract.weight"].T + own["contract.bias"]
+    return normed(rows, weights, "norm")
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_transformer_is_explicit_attention_on_each_item_alone(bidirectional):
+    tokens, mask = ragged()
+    encoder = TransformerEncoder(HeadConfig(width=WIDTH, layers=2, num_heads=2, bidirectional=bidirectional)).double()
+    for parameter in encoder.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    weights = {name: weight.detach() for name, weight in encoder.state_dict().items()}
+    outputs = encoder(tokens, mask)
+    for row, length in enumerate(LENGTHS):
+        item = tokens[row, :length]
+        expected = explicit_transformer(item, weights, layers=2, heads=2, bidirectional=bidirectional)
+        torch.testing.assert_close(outputs[row, :length], expected)
+
+
+def test_a_transformer_knows_the_order_and_takes_an_odd_width():
     torch.manual_seed(0)
-    lengths = (7, 3, 5)
-    tokens = torch.randn(3, 7, 8, dtype=torch.float64)
-    mask = torch.arange(7) < torch.tensor(lengths)[:, None]
-    for bidirectional in (False, True):
-        ours = GRUEncoder(HeadConfig(width=8, layers=2, bidirectional=bidirectional)).double()
-        theirs = nn.GRU(8, 4 if bidirectional else 8, 2, batch_first=True, bidirectional=bidirectional).double()
-        theirs.load_state_dict(ours.gru.state_dict())
-        outputs = ours(tokens, mask)
-        for row, length in enumerate(lengths):
-            torch.testing.assert_close(outputs[row, :length], theirs(tokens[row, :length])[0])
+    encoder = TransformerEncoder(HeadConfig(width=9, num_heads=3, bidirectional=True)).double()
+    tokens = torch.randn(1, 6, 9, dtype=torch.float64)
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    forwards, backwards = encoder(tokens, mask).mean(1), encoder(tokens.flip(1), mask).mean(1)
+    assert (forwards - backwards).abs().max() > 1e-3
+
+
+def test_dropout_acts_in_training_only():
+    tokens, mask = ragged()
+    for name in ENCODERS:
+        config = HeadConfig(width=WIDTH, num_heads=2, blocks=2, layers=2, dropout=0.5)
+        encoder = ENCODERS.get(name)(config).double()
+        same = torch.equal(encoder(tokens, mask), encoder(tokens, mask))
+        assert same == (name == "none"), name
+        encoder.eval()
+        assert torch.equal(encoder(tokens, mask), encoder(tokens, mask)), name

@@ -46,7 +46,7 @@ def roles(mask):
 def pooling_of(name):
     """A pooling in float64; a learned query gets values, as after training."""
     torch.manual_seed(5)
-    pooling = POOLINGS.get(name)(HeadConfig(width=WIDTH)).double()
+    pooling = POOLINGS.get(name)(HeadConfig(), WIDTH).double()
     for parameter in pooling.parameters():
         torch.nn.init.normal_(parameter)
     return pooling
@@ -132,12 +132,12 @@ def test_one_token_is_its_own_pooling(name, tokens):
 
 
 def test_untrained_attention_is_the_mean(tokens, mask):
-    attending, mean = (POOLINGS.get(name)(HeadConfig(width=WIDTH)).double() for name in ("attention", "mean"))
+    attending, mean = (POOLINGS.get(name)(HeadConfig(), WIDTH).double() for name in ("attention", "mean"))
     torch.testing.assert_close(attending(tokens, mask), mean(tokens, mask))
 
 
 def test_attention_survives_large_scores_and_weighs_in_float32(mask):
-    pooling = POOLINGS.get("attention")(HeadConfig(width=WIDTH))
+    pooling = POOLINGS.get("attention")(HeadConfig(), WIDTH)
     torch.nn.init.constant_(pooling.query, 1e4)
     tokens = torch.randn(len(LENGTHS), LONGEST, WIDTH).bfloat16()
     with torch.autocast(device_type="cpu", dtype=torch.bfloat16):
