@@ -5,6 +5,7 @@ config.json       head and training settings, the store and what its features me
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split and its warnings
 predictions.csv   name, prompt, split, mos, predicted for the validation and test items
 curves.csv        a row per epoch
+tensorboard       event files of the stages `train` and `refit`, where they were asked for
 """
 
 import csv
@@ -30,6 +31,7 @@ FORMAT = "agiqa.head"
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, METRICS = "head.safetensors", "config.json", "metrics.json"
 PREDICTIONS, CURVES, PARTS = "predictions.csv", "curves.csv", "parts.json"
+EVENTS = "tensorboard"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +120,12 @@ def write_run(
     predictions: Sequence[Mapping[str, Any]],
     curves: Sequence[Mapping[str, Any]],
     parts: Mapping[str, Sequence[tuple[str, str]]],
+    events: Path | None = None,
 ) -> None:
-    """Write the folder beside its place, then move it there: a run that was killed is never taken for a run."""
+    """Write the folder beside its place, then move it there: a run that was killed is never taken for a run.
+
+    `events` is a folder of TensorBoard event files to copy.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.mkdir()
@@ -129,6 +135,8 @@ def write_run(
         _write_csv(partial / CURVES, curves)
         _write_json(partial / PARTS, parts)
         _write_json(partial / METRICS, metrics)
+        if events is not None:
+            shutil.copytree(events, partial / EVENTS)
         _write_json(partial / CONFIG, {"format": FORMAT, "version": FORMAT_VERSION, **config})
         refuse_taken(path)
         if path.exists():
