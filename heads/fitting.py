@@ -7,7 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -29,7 +29,11 @@ from agiqa.heads.progress import TrainingProgress
 from agiqa.heads.projection import FeatureSpec
 from agiqa.heads.resuming import StateFile, StateKeeper, TrainingState
 
-_PRECISIONS: Final = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
+    "fp32": "32-true",
+    "bf16": "bf16-mixed",
+    "fp16": "16-mixed",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +86,12 @@ def fit_head(
                 learner.restore(kept)
             else:
                 progress.begin(stage, (epochs - done) * per_epoch)
-                trainer = _trainer(
-                    config, device, epochs=epochs, validate=len(validation) > 0, state=state, stage=stage
-                )
-                _fit(trainer, learner, progress, checkpoint=None if kept is None or state is None else state.path)
+                keeper = None if state is None else StateKeeper(state, stage)
+                checkpoint = None if state is None or kept is None else state.path
+                try:
+                    _run(learner, config, device, epochs=epochs, keeper=keeper, checkpoint=checkpoint)
+                finally:
+                    progress.end()
     head.load_state_dict(learner.best_weights)
     return Fit(head=head.to(device).eval(), **vars(learner.outcome))
 
@@ -106,39 +112,45 @@ def check_precision(config: TrainConfig) -> None:
         raise ConfigError(message)
 
 
-def _trainer(
-    config: TrainConfig, device: torch.device, *, epochs: int, validate: bool, state: TrainingState | None, stage: str
-) -> pl.Trainer:
-    """A trainer that writes nothing but `state` and draws no bars; one process, whatever scheduler it runs under."""
-    return pl.Trainer(
-        accelerator=device.type if device.type == "cpu" else "gpu",
-        devices=1,
-        plugins=[LightningEnvironment(), StateFile()],
-        callbacks=[] if state is None else [StateKeeper(state, stage)],
-        precision=_PRECISIONS[config.precision],
-        max_epochs=epochs,
-        gradient_clip_val=config.gradient_clip,
-        limit_val_batches=1.0 if validate else 0,
-        num_sanity_val_steps=0,
-        reload_dataloaders_every_n_epochs=1,
-        logger=False,
-        enable_checkpointing=state is not None,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def _fit(trainer: pl.Trainer, learner: Learner, progress: TrainingProgress, *, checkpoint: Path | None) -> None:
-    """Train, after `checkpoint` where there is one. A signal to stop is raised as Python would raise it."""
+def _run(
+    learner: Learner,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    epochs: int,
+    keeper: StateKeeper | None,
+    checkpoint: Path | None,
+) -> None:
+    """Train up to `epochs`, after `checkpoint` where there is one. A signal is raised as Python would raise it."""
     try:
         with _quiet_lightning():
-            trainer.fit(learner, ckpt_path=checkpoint)
+            _trainer(learner, config, device, epochs=epochs, keeper=keeper).fit(learner, ckpt_path=checkpoint)
     except SIGTERMException as stopped:
         raise SystemExit(128 + signal.SIGTERM) from stopped
     except SystemExit as stopped:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stopped
-    finally:
-        progress.end()
+
+
+def _trainer(
+    learner: Learner, config: TrainConfig, device: torch.device, *, epochs: int, keeper: StateKeeper | None
+) -> pl.Trainer:
+    """A trainer that writes nothing but what `keeper` saves; one process, whatever scheduler it runs under."""
+    return pl.Trainer(
+        accelerator=device.type if device.type == "cpu" else "gpu",
+        devices=1,
+        plugins=[LightningEnvironment(), StateFile()],
+        callbacks=[] if keeper is None else [keeper],
+        precision=_PRECISIONS[config.precision],
+        max_epochs=epochs,
+        gradient_clip_val=config.gradient_clip,
+        limit_val_batches=1.0 if learner.validates else 0,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        logger=False,
+        enable_checkpointing=keeper is not None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 @contextmanager

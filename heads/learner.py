@@ -73,6 +73,11 @@ class Learner(pl.LightningModule):
         self._lr = 0.0
         self._started = 0.0
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation items."""
+        return len(self._validation) > 0
+
     def train_dataloader(self) -> BatchLoader:
         """The batches of the present epoch, as large as the loss needs them; Lightning asks anew every epoch."""
         return BatchLoader(
@@ -228,7 +233,7 @@ class Learner(pl.LightningModule):
     @property
     def choice(self) -> str:
         """How the kept epoch was chosen, in words."""
-        if not len(self._validation):
+        if not self.validates:
             return "last epoch, as there are no validation items"
         if math.isnan(self._best_srcc):
             return "last epoch, as the validation SRCC was never defined"
@@ -236,7 +241,7 @@ class Learner(pl.LightningModule):
 
     def _validation_metrics(self) -> dict[str, float]:
         """The metrics of this epoch's validation predictions; none without validation items."""
-        if not len(self._validation) or self._features.targets is None:
+        if not self.validates or self._features.targets is None:
             return {}
         return score(self._predicted[self._validation], self._features.targets.numpy()[self._validation])
 

@@ -41,8 +41,8 @@ from agiqa.store.files import canonical_json, exclusive_lock, sync_file, telling
 from agiqa.version import agiqa_version
 
 KEY, CHECKPOINT, LOCK = "key.json", "state.ckpt", "lock"
-_WITHOUT_EFFECT = ("keep", "memory", "save_seconds", "tensorboard")
-"""Training settings that change no number."""
+_WITHOUT_EFFECT = ("device", "keep", "memory", "save_seconds", "tensorboard")
+"""Training settings that change no number, given the device that is meant."""
 
 
 class TrainingState:
