@@ -5,6 +5,7 @@ It lies beside the run folder RUN, and is removed once that is written:
 .RUN.state/key.json     what is trained: settings, store, items and labels of every part, versions
 .RUN.state/state.ckpt   Lightning's checkpoint after an epoch, replaced as a whole; see `Learner.on_save_checkpoint`
 .RUN.state/tensorboard  event files, copied into the run folder at the end
+.RUN.state/run          the run folder, until it is whole
 .RUN.state/lock         held by the process at work
 
 A checkpoint holds the weights up to four times over (now, averaged, of the best epoch; AdamW's two moments), which

@@ -10,7 +10,6 @@ tensorboard       event files of the stages `train` and `refit`, where they were
 
 import csv
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,15 +119,16 @@ def write_run(
     predictions: Sequence[Mapping[str, Any]],
     curves: Sequence[Mapping[str, Any]],
     parts: Mapping[str, Sequence[tuple[str, str]]],
+    partial: Path,
     events: Path | None = None,
 ) -> None:
-    """Write the folder beside its place, then move it there: a run that was killed is never taken for a run.
+    """Write the folder at `partial`, then move it to its place: a run that was killed is never taken for a run.
 
-    `events` is a folder of TensorBoard event files to copy.
+    `partial` is on the same file system, and what a killed process left there is replaced. `events` is a folder of
+    TensorBoard event files to copy.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.mkdir()
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
         save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, partial / WEIGHTS)
         _write_csv(partial / PREDICTIONS, predictions)

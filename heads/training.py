@@ -105,6 +105,7 @@ def _train(
         predictions=[row for name, part in parts.items() for row in _rows(source, name, *part)],
         curves=[epoch.row() for fit in fits for epoch in fit.curves],
         parts={name: identities(source, items) for name, items in partition.parts().items()},
+        partial=state.folder / "run",
         events=state.folder / EVENTS if config.tensorboard else None,
     )
 
