@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -68,28 +67,19 @@ def fit_head(
     with _random_state(config.seed, device), _threads(config.threads):
         head = build_head(head_config, spec).to(device)
         head.calibrate(features.statistics(train), labels)
-        per_epoch = batches_per_epoch(len(train), config.batch_size, smallest=get_loss(config.loss).smallest_batch)
         kept = None if state is None else state.learner_of(stage)
+        per_epoch = batches_per_epoch(len(train), config.batch_size, smallest=get_loss(config.loss).smallest_batch)
         done = 0 if kept is None else len(kept["curves"])
         with _events(state, stage, config, after=None if kept is None else done * per_epoch) as events:
             learner = Learner(
-                head,
-                features,
-                train,
-                config,
-                validation=validation,
-                stage=stage,
-                progress=progress,
-                events=events,
+                head, features, train, config, validation=validation, stage=stage, progress=progress, events=events
             )
             if kept is not None and kept["finished"]:
                 learner.restore(kept)
             else:
                 progress.begin(stage, (epochs - done) * per_epoch)
-                keeper = None if state is None else StateKeeper(state, stage)
-                checkpoint = None if state is None or kept is None else state.path
                 try:
-                    _run(learner, config, device, epochs=epochs, keeper=keeper, checkpoint=checkpoint)
+                    _run(learner, config, device, epochs=epochs, state=state, stage=stage)
                 finally:
                     progress.end()
     head.load_state_dict(learner.best_weights)
@@ -113,15 +103,11 @@ def check_precision(config: TrainConfig) -> None:
 
 
 def _run(
-    learner: Learner,
-    config: TrainConfig,
-    device: torch.device,
-    *,
-    epochs: int,
-    keeper: StateKeeper | None,
-    checkpoint: Path | None,
+    learner: Learner, config: TrainConfig, device: torch.device, *, epochs: int, state: TrainingState | None, stage: str
 ) -> None:
-    """Train up to `epochs`, after `checkpoint` where there is one. A signal is raised as Python would raise it."""
+    """Train up to `epochs`, after what is kept of the stage. A signal is raised as Python would raise it."""
+    keeper = None if state is None else StateKeeper(state, stage)
+    checkpoint = None if state is None or state.learner_of(stage) is None else state.path
     try:
         with _quiet_lightning():
             _trainer(learner, config, device, epochs=epochs, keeper=keeper).fit(learner, ckpt_path=checkpoint)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -172,6 +173,22 @@ def test_a_half_written_state_is_not_taken_for_one(make_store, tmp_path: Path):
     train_head(store, run, head=GRU, train=EVERY, progress=progress)
     assert progress.epochs == 2
     assert not folder.exists()
+
+
+def test_a_full_disk_names_the_state_and_keeps_the_epochs_before(make_store, tmp_path: Path):
+    store, run = make_store(50), tmp_path / "run"
+    folder = broken_off(store, run)
+    kept = (folder / "state.ckpt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            train_head(store, run, head=GRU, train=EVERY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"saving the training to {folder / 'state.ckpt'}" in caught.value.__notes__[0]
+    assert (folder / "state.ckpt").read_bytes() == kept
+    assert not (folder / "state.ckpt.new").exists()
 
 
 def test_a_state_holds_no_code(make_store, tmp_path: Path):
