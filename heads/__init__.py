@@ -1,6 +1,7 @@
 """Heads: small networks that learn MOS from a feature store, without the model that made it.
 
-config.py      HeadConfig and TrainConfig, from YAML, options and defaults
+config.py      HeadConfig and TrainConfig, from YAML, options, presets and defaults
+presets.py     `paper` and `published`, and what differs from the released code
 features.py    a store's tokens: kept, mapped or streamed
 feeding.py     where the rows of a training are kept
 decoded.py     the decoded copy on disk
@@ -19,7 +20,10 @@ rating_words.py  the word of a MOS, the word in an answer, and how well they agr
 bootstrap.py   the intervals, for all resamples at once
 prompts.py     when two prompts are the same
 splits.py      train, validation and test parts, and the leak between them
+outcome.py     what a fit tells: curves, and which epoch was kept
+events.py      the same for TensorBoard
 learner.py     steps, schedule and the choice of the epoch
+resuming.py    the state of a training, so that a killed one goes on
 fitting.py     one fit: device, random state, trainer
 training.py    from a store to a run folder
 runs.py        the run folder, and which stores it can read

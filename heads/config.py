@@ -1,7 +1,8 @@
 """What a head is and how it is trained: two frozen configs, from YAML, options and defaults.
 
 The file has two sections, `head:` and `train:`, with the field names of the classes below. Options of the
-command line are flat, since no name occurs in both. An option beats the file, which beats the default.
+command line are flat, since no name occurs in both. An option beats the file, which beats the preset (presets.py),
+which beats the default.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
 
 from agiqa.errors import ConfigError, UnknownName
+from agiqa.heads.presets import preset_values
 
 
 class _Settings(BaseModel):
@@ -35,7 +37,7 @@ class HeadConfig(_Settings):
     """The parts of a head, by registered name, and their sizes."""
 
     projection: str = "vocabulary"
-    """How features become the encoder's input: `vocabulary` or `sketch`."""
+    """How features become the encoder's input: `vocabulary` or `hidden` from hidden states, `sketch`, or `logits`."""
     encoder: str = "xlstm"
     """The sequence encoder: `xlstm`, `lstm`, `gru`, `mamba2`, `transformer` or `none`."""
     pooling: str = "mean"
@@ -60,8 +62,8 @@ class HeadConfig(_Settings):
     """Share of activations dropped in training, within the encoder; `none` has none to drop."""
     token_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of tokens hidden from the encoder in training, each item anew at every step."""
-    regressor_hidden: int = Field(default=128, ge=1)
-    """Channels between the two linear layers of the regressor."""
+    regressor_hidden: int = Field(default=128, ge=0)
+    """Channels between the two linear layers of the regressor; 0 is one linear layer."""
 
 
 class TrainConfig(_Settings):
@@ -106,8 +108,9 @@ class TrainConfig(_Settings):
     """Of the initial weights, the order of the batches, dropout and the bootstrap."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is cuda where there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` computes in mixed precision; weights and optimiser stay in fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """`bf16` and `fp16` compute in mixed precision; weights and optimiser stay in fp32. `fp16` scales the loss so that
+    small gradients do not vanish, skips a step whose gradients overflow, and needs CUDA."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch while training; None leaves them as they are."""
     keep: Literal["auto", "device", "ram", "memmap", "stream"] = "auto"
@@ -117,32 +120,44 @@ class TrainConfig(_Settings):
     memory: ByteSize | None = Field(default=None, gt=0)
     """Bytes of decoded features to hold at most, in RAM or in the memory of the device, as in `8GB`; None is 80 % of
     what is free on the device and 60 % of what is free in RAM."""
+    save_seconds: float = Field(default=30.0, ge=0.0)
+    """Seconds between two saves of the training under way, at the end of an epoch; 0 saves every epoch. A training
+    that is killed and run again goes on from the last."""
+    tensorboard: bool = False
+    """Whether event files for TensorBoard are written, which needs `agiqa[tensorboard]`."""
 
 
 def load_settings(
-    file: Path | None = None, overrides: Mapping[str, Any] | None = None
+    file: Path | None = None, overrides: Mapping[str, Any] | None = None, *, preset: str | None = None
 ) -> tuple[HeadConfig, TrainConfig]:
-    """Both configs: `overrides` (flat; None means not given) beat the sections of `file`, which beat defaults.
+    """Both configs: `overrides` (flat; None means not given) beat the sections of `file`, which beat those of `preset`.
 
-    Raises ConfigError for a file that is no such YAML, an unknown key or a value out of range.
+    What none of them gives is the default. Raises ConfigError for a file that is no such YAML, an unknown key or a
+    value out of range, and UnknownName for the preset.
     """
     sections = _read_sections(file) if file is not None else {"head": {}, "train": {}}
     for name, value in (overrides or {}).items():
-        if value is None:
-            continue
-        if name in HeadConfig.model_fields:
-            sections["head"][name] = value
-        elif name in TrainConfig.model_fields:
-            sections["train"][name] = value
-        else:
-            known = [*HeadConfig.model_fields, *TrainConfig.model_fields]
-            raise ConfigError(str(UnknownName.of("setting", name, known)))
+        if value is not None:
+            sections[_section_of(name)][name] = value
+    if preset is not None:
+        chosen = {**sections["head"], **sections["train"]}
+        for name, value in preset_values(preset, chosen).items():
+            sections[_section_of(name)].setdefault(name, value)
     try:
         return HeadConfig(**sections["head"]), TrainConfig(**sections["train"])
     except ConfigError as error:
         if file is not None:
             error.add_note(f"while reading {file} and the options given")
         raise
+
+
+def _section_of(name: str) -> str:
+    """`head` or `train`, whichever has the setting. Raises ConfigError when neither has."""
+    for section, settings in (("head", HeadConfig), ("train", TrainConfig)):
+        if name in settings.model_fields:
+            return section
+    known = [*HeadConfig.model_fields, *TrainConfig.model_fields]
+    raise ConfigError(str(UnknownName.of("setting", name, known)))
 
 
 def _read_sections(file: Path) -> dict[str, dict[str, Any]]:

@@ -1,39 +1,46 @@
 """One fit of one head: device, precision, random state, and the Lightning trainer around the learner."""
 
 import logging
+import signal
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads.batches import batches_per_epoch
 from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.events import EventLog
 from agiqa.heads.features import FeatureSet
 from agiqa.heads.head import Head, build_head
-from agiqa.heads.learner import Epoch, Learner
+from agiqa.heads.learner import Learner
 from agiqa.heads.losses import get_loss
+from agiqa.heads.outcome import Outcome
 from agiqa.heads.progress import TrainingProgress
 from agiqa.heads.projection import FeatureSpec
+from agiqa.heads.resuming import StateFile, StateKeeper, TrainingState
+from agiqa.progress import say
+
+_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
+    "fp32": "32-true",
+    "bf16": "bf16-mixed",
+    "fp16": "16-mixed",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class Fit(Outcome):
     """A trained head, with the weights of the chosen epoch, on the device that trained it, in evaluation mode."""
 
     head: Head
-    curves: list[Epoch]
-    epoch: int
-    """The chosen epoch, from 1."""
-    choice: str
-    """How it was chosen, in words."""
-    validation_predictions: NDArray[np.float64]
 
 
 def fit_head(
@@ -47,44 +54,38 @@ def fit_head(
     epochs: int,
     stage: str,
     progress: TrainingProgress,
+    state: TrainingState | None = None,
 ) -> Fit:
     """Train a fresh head on the positions `train` for `epochs`; the schedule is that of `config.epochs`.
 
-    The features stay where they are kept; batches made elsewhere move to the device one by one.
+    The features stay where they are kept; batches made elsewhere move to the device one by one. With `state` the
+    fit goes on from what is kept of this stage, and is kept itself.
     The caller's random state is left as it was. Raises HeadError when training diverges, DataError when all
     labels are equal, and what `build_head` raises.
     """
     device = resolve_device(config.device)
     labels = _training_labels(features, train)
-    steps = epochs * batches_per_epoch(len(train), config.batch_size, smallest=get_loss(config.loss).smallest_batch)
     with _random_state(config.seed, device), _threads(config.threads):
         head = build_head(head_config, spec).to(device)
-        head.calibrate(features.statistics(train), labels)
-        learner = Learner(
-            head,
-            features,
-            train,
-            config,
-            validation=validation,
-            stage=stage,
-            progress=progress,
-        )
-        progress.begin(stage, steps)
-        try:
-            with _quiet_lightning():
-                _trainer(config, device, epochs=epochs, validate=len(validation) > 0).fit(learner)
-        except SystemExit as stopped:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from stopped
-        finally:
-            progress.end()
+        head.calibrate(features.statistics(train, device=device), labels)
+        kept = None if state is None else state.learner_of(stage)
+        per_epoch = batches_per_epoch(len(train), config.batch_size, smallest=get_loss(config.loss).smallest_batch)
+        done = 0 if kept is None else len(kept["curves"])
+        with _events(state, stage, config, after=None if kept is None else done * per_epoch) as events:
+            learner = Learner(
+                head, features, train, config, validation=validation, stage=stage, progress=progress, events=events
+            )
+            if kept is not None and kept["finished"]:
+                learner.restore(kept)
+            else:
+                say(f"{head_config.encoder} on {device.type}: {head.encoder.kernels}")
+                progress.begin(stage, (epochs - done) * per_epoch)
+                try:
+                    _run(learner, config, device, epochs=epochs, state=state, stage=stage)
+                finally:
+                    progress.end()
     head.load_state_dict(learner.best_weights)
-    return Fit(
-        head=head.to(device).eval(),
-        curves=learner.curves,
-        epoch=learner.best_epoch,
-        choice=learner.choice,
-        validation_predictions=learner.best_predictions,
-    )
+    return Fit(head=head.to(device).eval(), **vars(learner.outcome))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -96,23 +97,63 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and available else "cpu")
 
 
-def _trainer(config: TrainConfig, device: torch.device, *, epochs: int, validate: bool) -> pl.Trainer:
-    """A trainer that writes no files and draws no bars; one process, whatever scheduler it runs under."""
+def check_precision(config: TrainConfig) -> None:
+    """Raise ConfigError for a precision that the device of `config` has not, or as `resolve_device`."""
+    if config.precision == "fp16" and resolve_device(config.device).type != "cuda":
+        message = "The precision 'fp16' needs a CUDA device, and this training runs on the CPU. Use 'bf16' or 'fp32'."
+        raise ConfigError(message)
+
+
+def _run(
+    learner: Learner, config: TrainConfig, device: torch.device, *, epochs: int, state: TrainingState | None, stage: str
+) -> None:
+    """Train up to `epochs`, after what is kept of the stage. A signal is raised as Python would raise it."""
+    keeper = None if state is None else StateKeeper(state, stage)
+    checkpoint = None if state is None or state.learner_of(stage) is None else state.path
+    try:
+        with _quiet_lightning():
+            _trainer(learner, config, device, epochs=epochs, keeper=keeper).fit(learner, ckpt_path=checkpoint)
+    except SIGTERMException as stopped:
+        raise SystemExit(128 + signal.SIGTERM) from stopped
+    except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from stopped
+
+
+def _trainer(
+    learner: Learner, config: TrainConfig, device: torch.device, *, epochs: int, keeper: StateKeeper | None
+) -> pl.Trainer:
+    """A trainer that writes nothing but what `keeper` saves; one process, whatever scheduler it runs under."""
     return pl.Trainer(
         accelerator=device.type if device.type == "cpu" else "gpu",
         devices=1,
-        plugins=[LightningEnvironment()],
-        precision="bf16-mixed" if config.precision == "bf16" else "32-true",
+        plugins=[LightningEnvironment(), StateFile()],
+        callbacks=[] if keeper is None else [keeper],
+        precision=_PRECISIONS[config.precision],
         max_epochs=epochs,
         gradient_clip_val=config.gradient_clip,
-        limit_val_batches=1.0 if validate else 0,
+        limit_val_batches=1.0 if learner.validates else 0,
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=keeper is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+@contextmanager
+def _events(
+    state: TrainingState | None, stage: str, config: TrainConfig, *, after: int | None
+) -> Generator[EventLog | None, None, None]:
+    """The event files of a stage, where they are wanted."""
+    if state is None or not config.tensorboard:
+        yield None
+        return
+    events = state.events(stage, after=after)
+    try:
+        yield events
+    finally:
+        events.close()
 
 
 def _training_labels(features: FeatureSet, train: NDArray[np.int64]) -> torch.Tensor:
@@ -121,6 +162,9 @@ def _training_labels(features: FeatureSet, train: NDArray[np.int64]) -> torch.Te
         message = "Training needs features that were read with a label."
         raise DataError(message)
     labels = features.targets[torch.from_numpy(train)]
+    if len(labels) == 1:
+        message = "The training part is a single item: there is nothing to learn. Change the split or `validation`."
+        raise DataError(message)
     if labels.max() == labels.min():
         message = f"All {len(train)} training items have the label {float(labels[0])}: there is nothing to learn."
         raise DataError(message)
@@ -155,6 +199,8 @@ def _quiet_lightning() -> Generator[None, None, None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="GPU available but not used")
+            # gradient scaling skips the steps that overflow, also the first
+            warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
             warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
             yield
     finally:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,39 +16,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from agiqa.errors import HeadError
 from agiqa.heads.batches import Batch, BatchLoader, batches_per_epoch
 from agiqa.heads.config import TrainConfig
+from agiqa.heads.events import EventLog
 from agiqa.heads.features import FeatureSet
 from agiqa.heads.head import Head
 from agiqa.heads.losses import check_loss, get_loss
 from agiqa.heads.metrics import score
+from agiqa.heads.outcome import Epoch, Outcome
 from agiqa.heads.progress import TrainingProgress
 
-
-@dataclass(frozen=True, kw_only=True)
-class Epoch:
-    """One row of the curves. Losses are in the scale of the loss, RMSE in the unit of the labels."""
-
-    stage: str
-    epoch: int
-    """From 1."""
-    lr: float
-    """Of the last step, before the projection's own scale."""
-    train_loss: float
-    validation_srcc: float | None
-    """None without validation items, NaN where it is not defined."""
-    validation_plcc: float | None
-    validation_rmse: float | None
-    seconds: float
-
-    def line(self) -> str:
-        """The epoch in one line for people."""
-        text = f"epoch {self.epoch}: loss {self.train_loss:.4f}"
-        if self.validation_srcc is not None and self.validation_plcc is not None:
-            text += f", validation SRCC {self.validation_srcc:.4f} PLCC {self.validation_plcc:.4f}"
-        return f"{text}, {self.seconds:.1f} s"
-
-    def row(self) -> dict[str, Any]:
-        """The columns of curves.csv."""
-        return asdict(self)
+LEARNER = "agiqa"
+"""Where a checkpoint keeps what Lightning does not know of."""
 
 
 class Learner(pl.LightningModule):
@@ -64,6 +41,7 @@ class Learner(pl.LightningModule):
         validation: NDArray[np.int64],
         stage: str,
         progress: TrainingProgress,
+        events: EventLog | None = None,
     ) -> None:
         """`validation` are positions too, possibly none: then the last epoch is the best.
 
@@ -76,6 +54,7 @@ class Learner(pl.LightningModule):
         self.best_epoch = 0
         self.best_weights: dict[str, Tensor] = {}
         self.best_predictions: NDArray[np.float64] = np.full(len(validation), math.nan)
+        self.finished = False
         self._best_srcc = math.nan
         self._features = features
         self._positions = positions
@@ -87,8 +66,17 @@ class Learner(pl.LightningModule):
         self._losses: list[Tensor] = []
         self._predicted: NDArray[np.float64] = np.full(len(features), math.nan)
         self._average: AveragedModel | None = None
+        if config.ema is not None:
+            self._average = AveragedModel(head, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self._events = events
+        self._random: Mapping[str, Tensor] = {}
         self._lr = 0.0
         self._started = 0.0
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation items."""
+        return len(self._validation) > 0
 
     def train_dataloader(self) -> BatchLoader:
         """The batches of the present epoch, as large as the loss needs them; Lightning asks anew every epoch."""
@@ -119,7 +107,9 @@ class Learner(pl.LightningModule):
             {"params": rest, "lr": config.lr},
             {"params": list(projection.parameters()), "lr": own_lr},
         ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        # one pass over weights and moments; with fp16 it would unscale gradients itself, which forbids clipping
+        fused = self.device.type == "cuda" and config.precision != "fp16"
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
         per_epoch = batches_per_epoch(len(self._positions), config.batch_size, smallest=self._loss.smallest_batch)
         steps = config.epochs * per_epoch
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
@@ -143,9 +133,42 @@ class Learner(pl.LightningModule):
         return loss
 
     def on_train_start(self) -> None:
-        """Start the average at the first weights, where one is wanted."""
-        if self._config.ema is not None:
-            self._average = AveragedModel(self.head, multi_avg_fn=get_ema_multi_avg_fn(self._config.ema))
+        """Go on with the random numbers of a restored training."""
+        if self._average is not None:
+            self._average.n_averaged = self._average.n_averaged.cpu()  # every step asks for it: it must not wait
+        if self._random:
+            torch.set_rng_state(self._random["cpu"])
+            if self.device.type == "cuda" and "cuda" in self._random:
+                torch.cuda.set_rng_state(self._random["cuda"], self.device)
+            self._random = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the best epoch so far, the curves and the random state: see `restore`."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint[LEARNER] = {
+            **self.outcome.record(),
+            "best_srcc": self._best_srcc,
+            "best_weights": self.best_weights,
+            "random": random,
+            "finished": self.finished,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook, which restores weights, averages, optimiser and schedule itself."""
+        self.restore(checkpoint[LEARNER])
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Take what `on_save_checkpoint` added."""
+        outcome = Outcome.from_record(record)
+        self.curves = outcome.curves
+        self.best_epoch = outcome.epoch
+        self.best_predictions = outcome.validation_predictions
+        self._best_srcc = record["best_srcc"]
+        self.best_weights = {name: value.clone() for name, value in record["best_weights"].items()}
+        self.finished = record["finished"]
+        self._random = record["random"]
 
     @property
     def _kept(self) -> torch.nn.Module:
@@ -157,6 +180,8 @@ class Learner(pl.LightningModule):
         del outputs, batch, batch_idx
         if self._average is not None:
             self._average.update_parameters(self.head)
+        if self._events is not None:
+            self._events.step(self.trainer.global_step, self._losses[-1], self._lr)
         self._progress.step()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -189,15 +214,28 @@ class Learner(pl.LightningModule):
         )
         self.curves.append(epoch)
         self._progress.epoch(epoch.line())
+        if self._events is not None:
+            self._events.epoch(self.trainer.global_step, epoch)
         self._keep_best(number, srcc)
         patience = self._config.patience
         if patience is not None and srcc is not None and number - self.best_epoch >= patience:
             self.trainer.should_stop = True
+        self.finished = self.trainer.should_stop or number == self.trainer.max_epochs
+
+    @property
+    def outcome(self) -> Outcome:
+        """The epochs so far, and the best of them."""
+        return Outcome(
+            curves=self.curves,
+            epoch=self.best_epoch,
+            choice=self.choice,
+            validation_predictions=self.best_predictions,
+        )
 
     @property
     def choice(self) -> str:
         """How the kept epoch was chosen, in words."""
-        if not len(self._validation):
+        if not self.validates:
             return "last epoch, as there are no validation items"
         if math.isnan(self._best_srcc):
             return "last epoch, as the validation SRCC was never defined"
@@ -205,7 +243,7 @@ class Learner(pl.LightningModule):
 
     def _validation_metrics(self) -> dict[str, float]:
         """The metrics of this epoch's validation predictions; none without validation items."""
-        if not len(self._validation) or self._features.targets is None:
+        if not self.validates or self._features.targets is None:
             return {}
         return score(self._predicted[self._validation], self._features.targets.numpy()[self._validation])
 

@@ -8,7 +8,7 @@ from agiqa.heads.config import HeadConfig
 
 
 class Regressor(nn.Module):
-    """Two linear layers with a ReLU between (d, hidden, 1), as published.
+    """Two linear layers with a ReLU between (d, hidden, 1), as published, or a single one (d, 1).
 
     The layers predict labels scaled to mean 0 and variance 1 over the training items, and mean and standard
     deviation stay in the checkpoint: one learning rate then fits a MOS of 0-1, 0-5 and 0-100 alike, and an
@@ -18,11 +18,11 @@ class Regressor(nn.Module):
     def __init__(self, config: HeadConfig, width: int) -> None:
         """`width` is that of the encoder's outputs; `config` gives the hidden channels."""
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, config.regressor_hidden),
-            nn.ReLU(),
-            nn.Linear(config.regressor_hidden, 1),
-        )
+        hidden = config.regressor_hidden
+        if hidden:
+            self.layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+        else:
+            self.layers = nn.Sequential(nn.Linear(width, 1))
         self.label_mean: Tensor
         self.register_buffer("label_mean", torch.zeros(()))
         self.label_std: Tensor

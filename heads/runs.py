@@ -5,11 +5,11 @@ config.json       head and training settings, the store and what its features me
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split and its warnings
 predictions.csv   name, prompt, split, mos, predicted for the validation and test items
 curves.csv        a row per epoch
+tensorboard       event files of the stages `train` and `refit`, where they were asked for
 """
 
 import csv
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ FORMAT = "agiqa.head"
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, METRICS = "head.safetensors", "config.json", "metrics.json"
 PREDICTIONS, CURVES, PARTS = "predictions.csv", "curves.csv", "parts.json"
+EVENTS = "tensorboard"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,17 +119,24 @@ def write_run(
     predictions: Sequence[Mapping[str, Any]],
     curves: Sequence[Mapping[str, Any]],
     parts: Mapping[str, Sequence[tuple[str, str]]],
+    partial: Path,
+    events: Path | None = None,
 ) -> None:
-    """Write the folder beside its place, then move it there: a run that was killed is never taken for a run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.mkdir()
+    """Write the folder at `partial`, then move it to its place: a run that was killed is never taken for a run.
+
+    `partial` is on the same file system, and what a killed process left there is replaced. `events` is a folder of
+    TensorBoard event files to copy.
+    """
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
         save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, partial / WEIGHTS)
         _write_csv(partial / PREDICTIONS, predictions)
         _write_csv(partial / CURVES, curves)
         _write_json(partial / PARTS, parts)
         _write_json(partial / METRICS, metrics)
+        if events is not None:
+            shutil.copytree(events, partial / EVENTS)
         _write_json(partial / CONFIG, {"format": FORMAT, "version": FORMAT_VERSION, **config})
         refuse_taken(path)
         if path.exists():

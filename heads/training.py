@@ -13,17 +13,20 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.events import check_tensorboard
 from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.feeding import Feeding, feed
-from agiqa.heads.fitting import Fit, fit_head, resolve_device
+from agiqa.heads.fitting import Fit, check_precision, fit_head, resolve_device
 from agiqa.heads.head import check_parts
 from agiqa.heads.logistic import LogisticMap, fit_mappings
 from agiqa.heads.losses import check_loss
 from agiqa.heads.metrics import evaluate_scores
+from agiqa.heads.outcome import Outcome
 from agiqa.heads.pooling import check_item_roles, check_roles
 from agiqa.heads.progress import LineProgress, TrainingProgress
 from agiqa.heads.projection import FeatureSpec, check_encoding
-from agiqa.heads.runs import Run, load_run, refuse_taken, write_run
+from agiqa.heads.resuming import TrainingState, training_key, training_state
+from agiqa.heads.runs import EVENTS, Run, load_run, refuse_taken, write_run
 from agiqa.heads.scoring import predict_items
 from agiqa.heads.splits import Partition, identities, make_partition
 from agiqa.progress import say
@@ -37,23 +40,44 @@ def train_head(
     head: HeadConfig | None = None,
     train: TrainConfig | None = None,
     progress: TrainingProgress | None = None,
+    preset: str | None = None,
+    restart: bool = False,
 ) -> Run:
     """Train a head on `source`, evaluate it, and write the folder `run`, which must be absent or empty.
 
-    Raises HeadError for a taken folder, features that the projection cannot read, or training that diverges;
-    DataError for missing labels, no such split, NaN features; UnknownName and ConfigError for settings.
+    A training that was broken off goes on from the last epoch that was kept beside `run` (see resuming.py), and
+    `restart` throws that away. `preset` is the name that config.json says the settings came from.
+    Raises HeadError for a taken folder, another training kept beside it, features that the projection cannot read,
+    or training that diverges; DataError for missing labels, no such split, NaN features; UnknownName and ConfigError
+    for settings.
     """
     head_config, config = head or HeadConfig(), train or TrainConfig()
-    progress = progress or LineProgress(lambda _: None)
     _check(source, run, head_config, config)
-    started = time.perf_counter()
-    spec = FeatureSpec.of(source)
     partition = make_partition(source, config)
-    test_labels = read_labels(source, partition.test, label=config.label)
     check_item_roles(source, partition.test, head_config.pooling)
+    key = training_key(source, partition, head_config, config, device=resolve_device(config.device))
+    with training_state(run, key, save_seconds=config.save_seconds, restart=restart) as state:
+        _train(source, run, partition, head_config, config, progress or LineProgress(lambda _: None), state, preset)
+    return load_run(run)
+
+
+def _train(
+    source: FeatureSource,
+    run: Path,
+    partition: Partition,
+    head_config: HeadConfig,
+    config: TrainConfig,
+    progress: TrainingProgress,
+    state: TrainingState,
+    preset: str | None,
+) -> None:
+    """Train, predict and write the run folder."""
+    started = time.perf_counter() - state.seconds
+    spec = FeatureSpec.of(source)
+    test_labels = read_labels(source, partition.test, label=config.label)
     feeding = _feed(source, partition, head_config, config)
     say(feeding.line())
-    selection, final = _fit(feeding.features, spec, partition, head_config, config, progress)
+    selection, final = _fit(feeding.features, spec, partition, head_config, config, progress, state)
     trained = time.perf_counter()
     tested = predict_items(final.head, source, partition.test, batch_size=config.batch_size)
     validation_labels = read_labels(source, partition.validation, label=config.label)
@@ -80,13 +104,14 @@ def train_head(
     write_run(
         run,
         head=final.head,
-        config=_record(source, spec, head_config, config, final),
+        config=_record(source, spec, head_config, config, final, preset),
         metrics=metrics,
         predictions=[row for name, part in parts.items() for row in _rows(source, name, *part)],
         curves=[epoch.row() for fit in fits for epoch in fit.curves],
         parts={name: identities(source, items) for name, items in partition.parts().items()},
+        partial=state.folder / "run",
+        events=state.folder / EVENTS if config.tensorboard else None,
     )
-    return load_run(run)
 
 
 def _check(source: FeatureSource, run: Path, head: HeadConfig, train: TrainConfig) -> None:
@@ -95,7 +120,9 @@ def _check(source: FeatureSource, run: Path, head: HeadConfig, train: TrainConfi
     check_parts(head)
     check_encoding(source, head.projection)
     check_loss(train)
-    resolve_device(train.device)
+    check_precision(train)
+    if train.tensorboard:
+        check_tensorboard()
 
 
 def _feed(source: FeatureSource, partition: Partition, head: HeadConfig, config: TrainConfig) -> Feeding:
@@ -113,23 +140,27 @@ def _fit(
     head_config: HeadConfig,
     config: TrainConfig,
     progress: TrainingProgress,
-) -> tuple[Fit, Fit]:
+    state: TrainingState,
+) -> tuple[Outcome, Fit]:
     """The fit that chose the epoch, and the fit to keep: the same one, or the refit on train + validation."""
     everything = np.arange(len(features))
     train, validation = everything[: len(partition.train)], everything[len(partition.train) :]
-    selection = fit_head(
-        features,
-        spec,
-        head_config,
-        config,
-        train=train,
-        validation=validation,
-        epochs=config.epochs,
-        stage="train",
-        progress=progress,
-    )
-    if not config.refit or not len(validation):
-        return selection, selection
+    if state.selection is None:
+        selection = fit_head(
+            features,
+            spec,
+            head_config,
+            config,
+            train=train,
+            validation=validation,
+            epochs=config.epochs,
+            stage="train",
+            progress=progress,
+            state=state,
+        )
+        if not config.refit or not len(validation):
+            return selection, selection
+        state.selection = selection
     refit = fit_head(
         features,
         spec,
@@ -137,11 +168,12 @@ def _fit(
         config,
         train=everything,
         validation=everything[:0],
-        epochs=selection.epoch,
+        epochs=state.selection.epoch,
         stage="refit",
         progress=progress,
+        state=state,
     )
-    return selection, refit
+    return state.selection, refit
 
 
 def _metrics(
@@ -175,9 +207,12 @@ def _rows(
     ]
 
 
-def _record(source: FeatureSource, spec: FeatureSpec, head: HeadConfig, train: TrainConfig, fit: Fit) -> dict[str, Any]:
+def _record(
+    source: FeatureSource, spec: FeatureSpec, head: HeadConfig, train: TrainConfig, fit: Fit, preset: str | None
+) -> dict[str, Any]:
     """What config.json says: enough to repeat the run, and to know which features the head can read."""
     return {
+        "preset": preset,
         "head": head.model_dump(),
         "train": train.model_dump(),
         "features": {

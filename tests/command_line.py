@@ -90,9 +90,18 @@ class CommandLine:
         """Run `agiqa ARGUMENTS` and kill it `delay` seconds after `when()` became true; code -9, or 0 if too late."""
         return self._run(arguments, lambda _error: when(), 1, delay)
 
-    def interrupted(self, *arguments: object, after: str = "", when: Callable[[], bool] = lambda: True) -> Outcome:
-        """Run `agiqa ARGUMENTS` and press Ctrl-C once it has `after` on its error stream and `when()` is true."""
-        return self._run(arguments, lambda error: after in error.read_text() and when(), 1, number=signal.SIGINT)
+    def interrupted(
+        self,
+        *arguments: object,
+        after: str = "",
+        when: Callable[[], bool] = lambda: True,
+        number: signal.Signals = signal.SIGINT,
+    ) -> Outcome:
+        """Run `agiqa ARGUMENTS` and press Ctrl-C (or send signal `number`) at a moment.
+
+        It is when `after` is on the error stream and `when()` is true.
+        """
+        return self._run(arguments, lambda error: after in error.read_text() and when(), 1, number=number)
 
     def close(self) -> None:
         """End the process that the commands are forked from."""

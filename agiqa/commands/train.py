@@ -13,18 +13,25 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--also", type=StoreLocation(), multiple=True, help="Train on this store's items too; repeatable.")
 @click.option("--config", type=click.Path(path_type=Path, exists=True), help="YAML with sections `head` and `train`.")
-@click.option("--projection", help="vocabulary (W_proj on the logits, from hidden states) or sketch.")
-@click.option("--encoder", help="xlstm, gru or none.")
+@click.option(
+    "--preset",
+    help="Settings to start from, which the config file and the options beat: `paper` puts the same width, pooling, "
+    "depth and regressor around every encoder; `published` has the sizes and the training of the code released with "
+    "the paper, encoder by encoder, its bugs mended (agiqa.heads.presets lists them).",
+)
+@click.option("--projection", help="vocabulary (W_proj on the logits, from hidden states), sketch, hidden or logits.")
+@click.option("--encoder", help="xlstm, lstm, gru, mamba2, transformer or none.  [default: xlstm]")
 @click.option(
     "--pooling",
     help="mean, max, first, last, first-last-mean or attention; @special, @image, @question or @answer limits it to "
     "those tokens, as in mean@answer.  [default: mean]",
 )
-@click.option("--width", type=int, help="Channels from the projection to the pooling.  [default: 512]")
+@click.option("--width", type=int, help="Channels of projection and encoder, per direction.  [default: 512]")
 @click.option("--blocks", type=int, help="Blocks of the xLSTM.  [default: 4]")
-@click.option("--num-heads", type=int, help="Heads of every xLSTM block.  [default: 4]")
-@click.option("--layers", type=int, help="Layers of the GRU.  [default: 1]")
-@click.option("--bidirectional/--causal", default=None, help="Direction of the GRU.  [default: causal]")
+@click.option("--num-heads", type=int, help="Heads of xlstm and transformer.  [default: 4]")
+@click.option("--layers", type=int, help="Layers of lstm, gru, mamba2 and transformer.  [default: 1]")
+@click.option("--state-size", type=int, help="State rows of mamba2.  [default: 16]")
+@click.option("--bidirectional/--causal", default=None, help="Whether tokens feel later ones too.  [default: causal]")
 @click.option("--standardise/--no-standardise", default=None, help="Scale projected tokens once.  [default: yes]")
 @click.option("--dropout", type=float, help="Within the encoder.  [default: 0]")
 @click.option("--token-dropout", type=float, help="Share of tokens hidden in training.  [default: 0]")
@@ -51,7 +58,7 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
 @click.option("--refit/--no-refit", default=None, help="Train again on training + validation for the chosen epochs.")
 @click.option("--seed", type=int, help="Of weights, batches and intervals.  [default: 0]")
 @click.option("--device", help="auto, cpu or cuda.  [default: auto]")
-@click.option("--precision", help="fp32 or bf16.  [default: fp32]")
+@click.option("--precision", help="fp32, bf16 or, on a GPU, fp16; the last two are mixed.  [default: fp32]")
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option(
     "--keep",
@@ -62,14 +69,30 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
     "--memory",
     help="Bytes of features to hold at most, as in 8GB.  [default: 80 % of free device memory, 60 % of free RAM]",
 )
+@click.option("--save-seconds", type=float, help="Time between two saves; 0 saves every epoch.  [default: 30]")
+@click.option("--restart", is_flag=True, help="Throw away what a training that was broken off has kept for RUN.")
+@click.option(
+    "--tensorboard/--no-tensorboard", default=None, help="Write event files to RUN/tensorboard; needs tensorboard."
+)
 @output_options
 def command(
-    store: str | Path, run: Path, also: tuple[str | Path, ...], config: Path | None, *, as_json: bool, **overrides: Any
+    store: str | Path,
+    run: Path,
+    also: tuple[str | Path, ...],
+    config: Path | None,
+    preset: str | None,
+    *,
+    restart: bool,
+    as_json: bool,
+    **overrides: Any,
 ) -> None:
     """Train a head on STORE and write RUN: weights, config, metrics, predictions and curves.
 
     The epoch is chosen on the data set's own `val` part, or else on training items held out with prompts of their
     own; the test part is read once, at the end.
+
+    A training that is killed and run again with the same settings goes on after the last epoch that was saved, and
+    ends with the same numbers. Until RUN is written its state is in .RUN.state beside it.
     """
     from rich.console import Console
 
@@ -77,12 +100,13 @@ def command(
     from agiqa.progress import say
     from agiqa.store import open_store, union
 
-    head, train = load_settings(config, overrides)
+    head, train = load_settings(config, overrides, preset=preset)
     source = union([open_store(one) for one in (store, *also)]) if also else open_store(store)
     asked = source.provenance.get("conversation", {}).get("aspect", train.label)
     if asked != train.label:
         say(f"warning: the conversations of {store} ask for {asked}, and the head learns {train.label}")
-    trained = train_head(source, run, head=head, train=train, progress=training_progress(Console(stderr=True)))
+    progress = training_progress(Console(stderr=True))
+    trained = train_head(source, run, head=head, train=train, progress=progress, preset=preset, restart=restart)
     for warning in trained.metrics["warnings"]:
         say(f"warning: {warning}")
     metrics = dict(trained.metrics)

@@ -4,11 +4,13 @@ import csv
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from tests.cli.conftest import SMALL_HEAD
 from tests.extract import tiny_models
 from tests.extract.small_sets import COLUMNS, read_table, save_noise, write_set, write_table, write_talks
+from tests.store.conftest import make_content, make_store
 
 
 def refuse(outcome, *mentions):
@@ -345,6 +347,67 @@ def test_training_on_what_is_not_there(agiqa, example, tmp_path):
     refuse(agiqa("train", example.sketch, run, "--projection", "vocabulary"), "the projection 'sketch' for a sketch")
     assert not run.exists()
     assert not (tmp_path / "sketch").exists()
+
+
+@pytest.fixture
+def relabelled(agiqa, example, tmp_path):
+    """A function that gives a copy of the hidden store other rows: `change` gets and returns (name, MOS, split)."""
+
+    def relabel(change):
+        store = shutil.copytree(example.store, tmp_path / "relabelled.agiqa")
+        rows = [change(number, row["name"], row["mos_quality"], row["split"]) for number, row in enumerate(talked)]
+        table = write_table(tmp_path / "table", rows, ["name", "mos_quality", "split"]) / "data.csv"
+        outcome = agiqa("store", "labels", store, table)
+        assert outcome.code == 0, outcome.err
+        return store
+
+    talked = read_table(example.data)
+    return relabel
+
+
+def test_labels_that_are_all_the_same(agiqa, relabelled, tmp_path):
+    store = relabelled(lambda number, name, mos, split: [name, 3.0, split])
+    outcome = agiqa("train", store, tmp_path / "run", *SMALL_HEAD)
+    refuse(outcome, "training items have the label 3.0: there is nothing to learn")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_training_item(agiqa, relabelled, tmp_path):
+    store = relabelled(lambda number, name, mos, split: [name, mos, "test" if number else "train"])
+    refuse(agiqa("train", store, tmp_path / "run", *SMALL_HEAD), "two different prompts or more, and 1 items have 1")
+    outcome = agiqa("train", store, tmp_path / "run", *SMALL_HEAD, "--validation", 0)
+    refuse(outcome, "The training part is a single item")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["relabelled.agiqa", "table"]
+
+
+def test_a_head_without_validation_items(agiqa, example, tmp_path):
+    trained = agiqa("train", example.store, tmp_path / "run", *SMALL_HEAD, "--validation", 0, "--json")
+    assert trained.json["validation"] is None
+    assert trained.json["chosen_by"] == "last epoch, as there are no validation items"
+    refuse(agiqa("evaluate", tmp_path / "run", example.store, "--split", "validation"), "no item", "'validation'")
+
+
+def test_a_split_that_leaks_prompts_is_warned_of_with_its_size(agiqa, example, tmp_path):
+    outcome = agiqa("train", example.store, tmp_path / "run", *SMALL_HEAD)
+    assert outcome.code == 0
+    assert "warning: 10 of 10 test items have a prompt that also occurs in training" in outcome.err
+
+
+def test_nan_features_that_another_program_has_stored(agiqa, tmp_path, monkeypatch):
+    """Ours refuses them when it writes; a store made elsewhere may hold them under right checksums."""
+    content = make_content([5] * 12)
+    content.hidden[3][2, 1] = 0x7FC0
+    content.items.labels["quality"][:] = range(12)
+    monkeypatch.setattr("agiqa.store.filling.finite_rows", lambda rows, _dtype: np.ones(len(rows), bool))
+    store = make_store(tmp_path / "s.agiqa", content)
+    outcome = agiqa("train", store.path, tmp_path / "run", *SMALL_HEAD)
+    refuse(outcome, "1 problem", "'image_3.png' holds NaN or inf features")
+    assert [path.name for path in tmp_path.iterdir()] == ["s.agiqa"]
+
+
+def test_fp16_on_a_cpu(agiqa, example, tmp_path):
+    outcome = agiqa("train", example.store, tmp_path / "run", *SMALL_HEAD, "--precision", "fp16")
+    refuse(outcome, "'fp16' needs a CUDA device", "'bf16' or 'fp32'")
 
 
 def test_items_without_the_label(agiqa, texts, tmp_path, tiny_text_checkpoint):

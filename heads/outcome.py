@@ -1,0 +1,68 @@
+"""What a fit tells of itself: a row of the curves per epoch, and which epoch was kept and why."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One row of the curves. Losses are in the scale of the loss, RMSE in the unit of the labels."""
+
+    stage: str
+    epoch: int
+    """From 1."""
+    lr: float
+    """Of the last step, before the projection's own scale."""
+    train_loss: float
+    validation_srcc: float | None
+    """None without validation items, NaN where it is not defined."""
+    validation_plcc: float | None
+    validation_rmse: float | None
+    seconds: float
+
+    def line(self) -> str:
+        """The epoch in one line for people."""
+        text = f"epoch {self.epoch}: loss {self.train_loss:.4f}"
+        if self.validation_srcc is not None and self.validation_plcc is not None:
+            text += f", validation SRCC {self.validation_srcc:.4f} PLCC {self.validation_plcc:.4f}"
+        return f"{text}, {self.seconds:.1f} s"
+
+    def row(self) -> dict[str, Any]:
+        """The columns of curves.csv."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The epochs of a fit, and the one that was chosen."""
+
+    curves: list[Epoch]
+    epoch: int
+    """The chosen epoch, from 1."""
+    choice: str
+    """How it was chosen, in words."""
+    validation_predictions: NDArray[np.float64]
+
+    def record(self) -> dict[str, Any]:
+        """The outcome in tensors and plain values, as a checkpoint can hold it."""
+        return {
+            "curves": [epoch.row() for epoch in self.curves],
+            "epoch": self.epoch,
+            "choice": self.choice,
+            "validation_predictions": torch.from_numpy(self.validation_predictions),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Outcome":
+        """The outcome that `record` was made of."""
+        return cls(
+            curves=[Epoch(**row) for row in record["curves"]],
+            epoch=record["epoch"],
+            choice=record["choice"],
+            validation_predictions=record["validation_predictions"].numpy().copy(),
+        )
