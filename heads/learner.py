@@ -107,13 +107,26 @@ class Learner(pl.LightningModule):
             {"params": rest, "lr": config.lr},
             {"params": list(projection.parameters()), "lr": own_lr},
         ]
-        # one pass over weights and moments; with fp16 it would unscale gradients itself, which forbids clipping
-        fused = self.device.type == "cuda" and config.precision != "fp16"
+        fused = (
+            self.device.type == "cuda" and config.precision != "fp16"
+        )  # there it would unscale, so nothing could clip
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
         per_epoch = batches_per_epoch(len(self._positions), config.batch_size, smallest=self._loss.smallest_batch)
         steps = config.epochs * per_epoch
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients; Lightning itself refuses to with a fused optimiser in any mixed precision."""
+        if self._config.precision == "fp16":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_(self.head.parameters(), gradient_clip_val)
 
     def on_train_epoch_start(self) -> None:
         """Forget the last epoch's losses."""

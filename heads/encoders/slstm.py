@@ -23,7 +23,7 @@ from torch.nn.functional import softplus
 
 _SLOTS = (1, 3, 0, 2)
 """Which of the package's gates (i, f, z, o) each slot holds: f, o, i, z."""
-_LEAST_DIM, _MOST_DIM = 16, 256
+_LEAST_DIM, _MOST_DIM = 16, 128
 _LINEAR_FROM = 40.0
 """exp(-40) is below the last digit of float64 next to 40, so beyond it log sigmoid(-x) is -x."""
 

@@ -25,12 +25,12 @@ def gradients(function, *arguments, device, dtype, mixed=False):
 def assert_near(found, expected, most):
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert one.isfinite().all(), number
-        assert float((one - other).norm() / other.norm()) < most, number
+        assert float((one - other).norm()) <= most * float(other.norm()), number
 
 
 @pytest.mark.parametrize(("mixed", "most"), [(False, 1e-5), (True, 2e-2)])
 @pytest.mark.parametrize(
-    ("time", "batch", "heads", "dim"), [(1, 1, 4, 128), (37, 5, 2, 32), (130, 33, 4, 128), (20, 16, 1, 256)]
+    ("time", "batch", "heads", "dim"), [(1, 1, 4, 128), (37, 5, 2, 32), (130, 33, 4, 128), (20, 16, 1, 128)]
 )
 def test_slstm_kernels(time, batch, heads, dim, mixed, most):
     torch.manual_seed(0)
