@@ -8,7 +8,7 @@ decoded.py     the decoded copy on disk
 memory.py      how much is free
 batches.py     padded batches, bucketed by length
 worker_batches.py  batches for loops of one's own, with worker processes
-projection.py  features to the width of the head: `vocabulary`, `sketch`
+projection.py  features to the width of the head: `vocabulary`, `sketch`, `hidden`, `logits`
 encoders/      sequence encoders: `xlstm`, `lstm`, `gru`, `mamba2`, `transformer`, `none`
 pooling.py     tokens to one vector: mean, max, last, first, attention, each over all tokens or a role
 regressor.py   one vector to a MOS

@@ -70,22 +70,44 @@ class ObjectCodec:
         if self.sharded:
             yield _with_crc(index.tobytes())
 
-    def read(self, path: Path, start: int, stop: int) -> NDArray[Any]:
-        """Rows `start` to `stop` of the object in the file `path`, (stop - start, *row_shape).
+    def read(self, path: Path, start: int, stop: int, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows `start` to `stop` of the object in the file `path`, (stop - start, *row_shape), in `out` where given.
 
-        No memory is taken that the file's own index does not account for. Raises FileNotFoundError where there is no
-        file, and ValueError or RuntimeError where its bytes are damaged.
+        Without it no memory is taken that the file's own index does not account for. Raises FileNotFoundError where
+        there is no file, and ValueError or RuntimeError where its bytes are damaged.
         """
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in its place would be waited for
         try:
             index = self._index(descriptor)
-            out = np.zeros((stop - start, *self.row_shape), self.dtype)
+            fresh = out is None
+            rows = np.zeros((stop - start, *self.row_shape), self.dtype) if out is None else out
             wanted = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
-            for _ in self._each(lambda chunk: self._read_chunk(descriptor, index, chunk, start, out), wanted):
+            for _ in self._each(
+                lambda chunk: self._read_chunk(descriptor, index, chunk, start, rows, fresh=fresh), wanted
+            ):
                 pass
         finally:
             os.close(descriptor)
-        return out
+        return rows
+
+    def holds(self, path: Path, values: NDArray[Any]) -> bool:
+        """Whether the object in the file `path` gives back `values`, its first rows; a chunk at a time on each core.
+
+        Raises as `read`.
+        """
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            index = self._index(descriptor)
+
+            def same(chunk: int) -> bool:
+                expected = values[chunk * self.chunk_rows : (chunk + 1) * self.chunk_rows]
+                found = np.empty(expected.shape, self.dtype)
+                self._read_chunk(descriptor, index, chunk, chunk * self.chunk_rows, found, fresh=False)
+                return np.array_equal(found, expected)
+
+            return all(self._each(same, range(-(-len(values) // self.chunk_rows))))
+        finally:
+            os.close(descriptor)
 
     @property
     def _chunks(self) -> int:
@@ -133,13 +155,23 @@ class ObjectCodec:
         return index
 
     def _read_chunk(
-        self, descriptor: int, index: NDArray[np.uint64], chunk: int, start: int, out: NDArray[Any]
+        self,
+        descriptor: int,
+        index: NDArray[np.uint64],
+        chunk: int,
+        start: int,
+        out: NDArray[Any],
+        *,
+        fresh: bool,
     ) -> None:
+        """Put the rows of `chunk` where they belong in `out`, which is zero if it is `fresh`."""
         first = chunk * self.chunk_rows
         low, high = max(start, first), min(start + len(out), first + self.chunk_rows)
         target = out[low - start : high - start]
         offset, length = index[chunk].tolist()
         if length == _ABSENT:
+            if not fresh:
+                target[...] = 0
             return
         size = self.chunk_rows * math.prod(self.row_shape) * self.dtype.itemsize
         if length > size + _SLACK:

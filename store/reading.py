@@ -161,13 +161,24 @@ class Store(StoredArrays):
         for places in self._runs(wanted):
             items_of_run = wanted[places]
             first, last = int(self.row_starts[items_of_run[0]]), int(ends[items_of_run].max())
-            run_rows, run_roles = self.rows_at(first, last), self._stored("tokens/roles", first, last)
+            run_roles = self._stored("tokens/roles", first, last)
+            block = slice(int(offsets[places[0]]), int(offsets[places[-1] + 1]))
+            if self.encoding != "int8" and self._lie_as_asked(places, items_of_run):
+                self._stored("features", first, last, out=rows[block])
+                roles[block] = run_roles
+                continue
+            run_rows = self.rows_at(first, last)
             for place, item in zip(places.tolist(), items_of_run.tolist(), strict=True):
                 source = slice(int(self.row_starts[item]) - first, int(ends[item]) - first)
                 target = slice(int(offsets[place]), int(offsets[place + 1]))
                 rows[target] = run_rows[source]
                 roles[target] = run_roles[source]
         return TokenRows(rows=rows, roles=roles, offsets=offsets, logical_dtype=self.logical_dtype)
+
+    def _lie_as_asked(self, places: NDArray[np.int64], items: NDArray[np.int64]) -> bool:
+        """Whether the rows of `items`, asked for at `places`, follow each other in the store just so."""
+        together = (self.row_ends[items][:-1] == self.row_starts[items][1:]).all()
+        return bool(together and (np.diff(places) == 1).all())
 
     def _runs(self, items: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Places in `items` whose rows lie in one unit and less than a chunk apart, each run by address."""

@@ -128,8 +128,11 @@ class StoredArrays:
             raise damaged(self.path, f"{name} has no attribute {key}")
         return self.array(name).attrs[key]
 
-    def _stored(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows `start` to `stop` of a row array as they are stored; Zarr is asked for the array's shape only."""
+    def _stored(self, name: str, start: int, stop: int, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows `start` to `stop` of a row array as they are stored; Zarr is asked for the array's shape only.
+
+        Rows of one object can be decoded into `out`: memory that was never used costs as much time as decoding.
+        """
         if name not in self._codecs:
             self._codecs[name] = ObjectCodec.of(self.array(name))
         codec, parts, rows = self._codecs[name], list[NDArray[Any]](), name in ROW_ARRAYS
@@ -138,19 +141,24 @@ class StoredArrays:
             first, end = position * codec.rows, min(stop, (position + 1) * codec.rows)
             path = self.layout.object_of(name, position, dimensions=1 + len(codec.row_shape))
             with self._decoding(f"unit {start // self.geometry.unit_rows} of {name!r}" if rows else repr(name)):
-                parts.append(self._read_object(codec, path, start - first, max(start, end) - first))
+                parts.append(self._read_object(codec, path, start - first, max(start, end) - first, out))
             start = max(start + 1, end)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _read_object(self, codec: ObjectCodec, path: Path, start: int, stop: int) -> NDArray[Any]:
+    def _read_object(
+        self, codec: ObjectCodec, path: Path, start: int, stop: int, out: NDArray[Any] | None
+    ) -> NDArray[Any]:
         self._have(path)
         try:
             self._check_size(path)
-            return codec.read(path, start, stop)
-        except FileNotFoundError:
+            return codec.read(path, start, stop, out=out)
+        except FileNotFoundError:  # all zero, so never stored
             if self._is_recorded(path):
                 raise
-            return np.zeros((stop - start, *codec.row_shape), codec.dtype)  # all zero, so never stored
+            if out is None:
+                return np.zeros((stop - start, *codec.row_shape), codec.dtype)
+            out[...] = 0
+            return out
 
     def _check_size(self, path: Path) -> None:
         """Raise ValueError for the object of another unit or store in a sealed one, which is sound in itself."""

@@ -4,6 +4,8 @@ base.py           the base class, its laws, and the registry
 bidirectional.py  both directions from an encoder that only reads forwards
 xlstm.py          the published xLSTM stack
 slstm.py          its sLSTM recurrence
+slstm_triton.py   the same on a GPU
+mlstm.py          its mLSTM, by kernels on a GPU
 recurrent.py      torch's LSTM and GRU
 mamba2.py         Mamba2
 ssd.py            its scan in chunks
