@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from agiqa.bench import codecs
 from agiqa.bench.store import COLUMNS, GOALS, first_seen, main, some_rows, source_from_store, synthetic_source, tables
 from agiqa.bench.store_peers import PEERS, Source, save_source, touch
+from agiqa.bench.tables import read_results
 from agiqa.store import open_store
 
 LOG_LINES = Path(__file__).resolve().parents[2] / "bench" / "results" / "store"
@@ -184,3 +186,12 @@ def test_every_store_table_in_the_log_is_computed_from_the_lines():
         rows = [row for row in tables(lines).splitlines() if row.startswith("| ")]
         assert rows
         assert [row for row in rows if row not in log] == []
+
+
+def test_the_codec_table_of_the_log_comes_from_its_lines_and_a_tiny_run_has_its_form(tmp_path):
+    log = (LOG_LINES.parents[1] / "LOG.md").read_text()
+    known = [row for row in codecs.tables(read_results(LOG_LINES.parent / "codecs.jsonl")).splitlines() if row]
+    assert [row for row in known if row not in log] == []
+    PEERS["agiqa"].write(synthetic_source(tmp_path / "base", width=64, rows=3000), tmp_path)
+    outcome = CliRunner().invoke(codecs.main, [str(tmp_path / "rows.agiqa")], catch_exceptions=False)
+    assert [row.split("|")[1] for row in outcome.output.splitlines() if row] == [row.split("|")[1] for row in known]
