@@ -1,4 +1,4 @@
-"""One tiny data set, its stores and a trained head, made once by the command line itself."""
+"""One tiny data set, its stores and a trained head, made once by the command line itself; and a data set to spoil."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,3 +58,14 @@ def example(agiqa, tiny_text_checkpoint, tmp_path_factory) -> Example:
     for name, arguments in commands.items():
         made.printed[name] = agiqa(*arguments, "--json").json
     return made
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return write_set(tmp_path / "texts", 6)
+
+
+@pytest.fixture
+def new(tmp_path):
+    """Where no store may be after a refusal."""
+    return tmp_path / "new.agiqa"

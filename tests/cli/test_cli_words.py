@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.cli.test_bad_input import refuse
+from tests.cli.refusals import refuse
 from tests.extract.small_sets import read_table, write_set, write_talks
 
 ROUGH = {"bad": "poor", "poor": "fair", "fair": "good", "good": "excellent", "excellent": "good"}

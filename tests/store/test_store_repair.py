@@ -1,12 +1,7 @@
-"""Repair and garbage collection: what is lost is computed anew, what is listed is never lost."""
+"""Repair: what is damaged is dropped and computed anew, and what is sound is kept."""
 
 import json
-import os
-import random
 import shutil
-import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 
 import numpy as np
@@ -28,44 +23,12 @@ from agiqa.store import (
     to_float32,
     verify,
 )
-from agiqa.store.files import exclusive_lock
-from agiqa.store.garbage import collect_garbage
 from agiqa.store.labelling import join_labels
 from agiqa.store.records import owner_of
 from agiqa.store.repairing import repair
 from tests.store.conftest import fill, make_content, make_store, plan_of
-from tests.store.crash_points import REPOSITORY, states_after_kills
-
-
-def contents(store, *, but=()):
-    """Every file of a store but the commit records, which say who computed a unit and how fast."""
-    files = (path for path in sorted(store.path.rglob("*")) if path.is_file() and path.parent != store.layout.commits)
-    return {path.relative_to(store.path).as_posix(): path.read_bytes() for path in files if path.name not in but}
-
-
-def everything(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def harm(path, how):
-    raw = bytearray(path.read_bytes())
-    if how == "remove":
-        path.unlink()
-    elif how == "truncate":
-        path.write_bytes(raw[:-1])
-    else:
-        raw[len(raw) // 2] ^= 4
-        path.write_bytes(raw)
-
-
-def object_of(store, array):
-    return next(path for path in sorted((store.layout.zarr / array / "c").rglob("*")) if path.is_file())
-
-
-def refill(store, content):
-    store = open_store(store.path, allow_partial=True)
-    fill(store, content)
-    return seal(store)
+from tests.store.crash_points import states_after_kills
+from tests.store.upkeep import contents, everything, harm, object_of, refill
 
 
 @pytest.mark.parametrize("records", ["kept", "left out", "unreadable"])
@@ -232,6 +195,32 @@ def test_a_sketch_in_a_basis_of_its_own_loses_the_units_with_it(stored, content,
     assert again.committed_units() == []
 
 
+@pytest.mark.parametrize(("array", "units", "model"), [("tokens/scale", (0,), False), ("scale/mean", (), True)])
+def test_int8_units_and_scale_are_dropped_apart(stored, tmp_path, array, units, model):
+    int8 = convert_store(stored, tmp_path / "i.agiqa", "int8")
+    before = contents(int8)
+    shutil.rmtree(int8.layout.commits)
+    harm(object_of(int8, array), "flip")
+    report = repair(int8)
+    assert (report.units, report.model) == (units, model)
+    assert contents(convert_store(stored, int8.path, "int8")) == before
+
+
+def test_each_object_of_kept_logits_belongs_to_one_unit(content, tmp_path):
+    plan = replace(plan_of(content), kept_logits=1_000_000)
+    store = create_store(tmp_path / "s.agiqa", plan)
+    rows = store.array("logits").shards[0]
+    assert rows < store.geometry.unit_rows
+    per_unit = store.geometry.unit_rows // rows
+    for unit in range(store.geometry.units):
+        for number in range(unit * per_unit, (unit + 1) * per_unit):
+            assert owner_of(store, f"store.zarr/logits/c/{number}/0") == unit
+            assert owner_of(store, f"store.zarr/logits/c/{number}/0.12ab.partial") == unit
+    assert owner_of(store, "store.zarr/logits/zarr.json") == "plan"
+    assert owner_of(store, "store.zarr/tokens/ids/c/0") == "plan"
+    assert owner_of(store, "store.zarr/probe/logits/c/0/0") == "model"
+
+
 def test_killed_before_any_change_on_disk_a_repair_can_be_repeated(tmp_path):
     content = make_content([5] * 4)
     stored = make_store(tmp_path / "s.agiqa", content)
@@ -265,161 +254,3 @@ def test_killed_before_any_change_on_disk_a_repair_can_be_repeated(tmp_path):
         assert contents(refill(store, content)) == before
     assert finished == sorted(finished, reverse=True)
     assert len(set(finished)) == 2
-
-
-KILLED_FILL = """
-    import os, signal, sys
-    from pathlib import Path
-    from tests.store.conftest import make_content, plan_of, unit_features, write_model
-    from agiqa.store import UnitWriter, create_store
-    content = make_content([37] * 60)
-    store = create_store(Path(sys.argv[1]), plan_of(content))
-    writer = UnitWriter(store)
-    write_model(writer, content)
-    def watch(event, arguments):  # the record of unit 2 is about to be linked to its name
-        if event == "os.link" and str(arguments[1]).endswith("00000002.json"):
-            if sys.argv[2] == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            print("held", flush=True)
-            sys.stdin.readline()
-    sys.addaudithook(watch)
-    for unit in writer.pending():
-        with writer.claim(unit):
-            writer.write_unit(unit, unit_features(store, content, unit), seconds=0.0)
-"""
-
-
-def start_fill(path, how):
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(KILLED_FILL), str(path), how],
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-
-
-def names(report, root):
-    return {os.path.relpath(found.path, root) for found in report.garbage}
-
-
-def test_what_a_killed_fill_left_is_removed(tmp_path):
-    path = tmp_path / "s.agiqa"
-    start_fill(path, "kill").communicate()
-    store = open_store(path, allow_partial=True)
-    partial = store.layout.zarr / "features" / "c" / "4" / "0.0123.partial"
-    partial.parent.mkdir()
-    partial.write_bytes(b"half")
-    before = everything(tmp_path)
-    planned = collect_garbage(store, dry_run=True)
-    assert everything(tmp_path) == before
-    report = collect_garbage(store)
-    assert planned.garbage == report.garbage
-    left_record = next(name for name in before if "/commits/." in name)
-    locks = {f"locks/{name}" for name in ("plan", "model", "00000000", "00000001")}
-    expected = {"store.zarr/features/c/2/0", "store.zarr/features/c/4/0.0123.partial", *locks}
-    assert names(report, path) == expected | {os.path.relpath(left_record, "s.agiqa")}
-    assert report.bytes == sum(len(before[f"s.agiqa/{name}"]) for name in names(report, path))
-    assert not partial.parent.exists()
-    assert verify(store, "full").damage == ()
-    content = make_content([37] * 60)
-    assert contents(refill(store, content)) == contents(make_store(tmp_path / "w" / "s.agiqa", content))
-
-
-def test_what_a_run_is_at_work_on_stays(tmp_path):
-    path = tmp_path / "s.agiqa"
-    run = start_fill(path, "wait")
-    assert run.stdout is not None
-    assert run.stdout.readline() == b"held\n"
-    store = open_store(path, allow_partial=True)
-    for dry_run in (True, False):
-        report = collect_garbage(store, dry_run=dry_run)
-        assert names(report, path) == {f"locks/{name}" for name in ("plan", "model", "00000000", "00000001")}
-        left = {os.path.relpath(name, path) for name in report.in_use}
-        assert "store.zarr/features/c/2/0" in left
-        assert any(name.startswith("commits/.") for name in left)
-    run.communicate(b"\n")
-    assert run.returncode == 0
-    assert verify(seal(store), "full").sound
-
-
-def test_strays_and_left_overs_of_a_finished_store_are_removed_and_nothing_else(stored):
-    before = everything(stored.path)
-    strays = {
-        "store.zarr/features/c/99/0": b"stray",
-        "store.zarr/notes/zarr.json": b"{}",
-        "store.zarr/features/c/1/0.0123.partial": b"half",
-        "commits/.00000001.json.x1y2": b"half",
-        ".MANIFEST.json.x1y2": b"half",
-        ".items.parquet.next": b"half",
-        "locks/00000007": b"",
-    }
-    for name, raw in strays.items():
-        (stored.path / name).parent.mkdir(parents=True, exist_ok=True)
-        (stored.path / name).write_bytes(raw)
-    (stored.path / "notes.txt").write_text("mine")
-    assert repair(stored).strays == tuple(sorted(name for name in strays if name.startswith("store.zarr")))
-    report = collect_garbage(stored)
-    assert names(report, stored.path) == set(strays)
-    assert everything(stored.path) == {**before, "notes.txt": b"mine"}
-    assert not stored.layout.locks.exists()
-    assert not (stored.layout.zarr / "notes").exists()
-    assert verify(stored, "full").sound
-    assert collect_garbage(stored).garbage == ()
-
-
-def test_killed_plans_are_removed_and_living_ones_stay(stored, tmp_path):
-    killed, living, other = (tmp_path / name for name in (".small.agiqa.plan-a", ".small.agiqa.plan-b", ".x.plan-c"))
-    for plan in (killed, living, other):
-        (plan / "locks").mkdir(parents=True)
-        (plan / "locks" / "plan").touch()
-        (plan / "data").write_bytes(b"12345")
-    with exclusive_lock(living / "locks" / "plan"):
-        report = collect_garbage(stored)
-    assert (names(report, tmp_path), report.bytes) == ({killed.name}, 5)
-    assert report.in_use == (str(living),)
-    assert not killed.exists()
-    assert living.exists()
-    assert other.exists()
-
-
-def test_collecting_at_any_time_costs_no_unit(tmp_path):
-    """A fill, kills, and collections beside it and between: the store comes out whole."""
-    path, moments = tmp_path / "s.agiqa", random.Random(0)
-    content = make_content([37] * 60)
-    for _ in range(3):
-        run = start_fill(path, moments.choice(["kill", "wait"]))
-        while run.poll() is None and not (path / "commits").exists():
-            pass
-        if path.exists():
-            collect_garbage(open_store(path, allow_partial=True))
-        run.communicate(b"\n")
-        collect_garbage(open_store(path, allow_partial=True))
-    whole = refill(open_store(path, allow_partial=True), content)
-    assert verify(whole, "numeric").sound
-    np.testing.assert_array_equal(whole.read(range(60)).rows, np.concatenate(content.hidden))
-
-
-@pytest.mark.parametrize(("array", "units", "model"), [("tokens/scale", (0,), False), ("scale/mean", (), True)])
-def test_int8_units_and_scale_are_dropped_apart(stored, tmp_path, array, units, model):
-    int8 = convert_store(stored, tmp_path / "i.agiqa", "int8")
-    before = contents(int8)
-    shutil.rmtree(int8.layout.commits)
-    harm(object_of(int8, array), "flip")
-    report = repair(int8)
-    assert (report.units, report.model) == (units, model)
-    assert contents(convert_store(stored, int8.path, "int8")) == before
-
-
-def test_each_object_of_kept_logits_belongs_to_one_unit(content, tmp_path):
-    plan = replace(plan_of(content), kept_logits=1_000_000)
-    store = create_store(tmp_path / "s.agiqa", plan)
-    rows = store.array("logits").shards[0]
-    assert rows < store.geometry.unit_rows
-    per_unit = store.geometry.unit_rows // rows
-    for unit in range(store.geometry.units):
-        for number in range(unit * per_unit, (unit + 1) * per_unit):
-            assert owner_of(store, f"store.zarr/logits/c/{number}/0") == unit
-            assert owner_of(store, f"store.zarr/logits/c/{number}/0.12ab.partial") == unit
-    assert owner_of(store, "store.zarr/logits/zarr.json") == "plan"
-    assert owner_of(store, "store.zarr/tokens/ids/c/0") == "plan"
-    assert owner_of(store, "store.zarr/probe/logits/c/0/0") == "model"
