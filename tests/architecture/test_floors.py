@@ -88,6 +88,10 @@ def test_modules_and_functions_stay_readable():
     assert long == []
 
 
+def test_test_modules_stay_readable():
+    assert [path for path in (ROOT / "tests").rglob("*.py") if path.read_text().count("\n") > 400] == []
+
+
 def test_every_public_name_is_there():
     from importlib import import_module
 

@@ -190,7 +190,9 @@ def test_every_store_table_in_the_log_is_computed_from_the_lines():
 
 def test_the_codec_table_of_the_log_comes_from_its_lines_and_a_tiny_run_has_its_form(tmp_path):
     log = (LOG_LINES.parents[1] / "LOG.md").read_text()
-    known = [row for row in codecs.tables(read_results(LOG_LINES.parent / "codecs.jsonl")).splitlines() if row]
+    known = [
+        row for row in codecs.tables(read_results(LOG_LINES.parent / "codecs" / "agiqa-3k.jsonl")).splitlines() if row
+    ]
     assert [row for row in known if row not in log] == []
     PEERS["agiqa"].write(synthetic_source(tmp_path / "base", width=64, rows=3000), tmp_path)
     outcome = CliRunner().invoke(codecs.main, [str(tmp_path / "rows.agiqa")], catch_exceptions=False)

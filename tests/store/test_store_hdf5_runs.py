@@ -132,30 +132,33 @@ def test_a_text_that_hdf5_would_shorten_is_refused(tmp_path):
 
 
 WORKER = """
-    import sys
+    import sys, time
     from pathlib import Path
     from agiqa.store import open_store
     from agiqa.store.hdf5_export import export_hdf5
     from agiqa.store.hdf5_import import import_hdf5
     source, out = Path(sys.argv[1]), Path(sys.argv[2])
-    print("ready", flush=True)
+    def advance(tokens):
+        print(tokens, flush=True)
+        time.sleep(0.02)
     if source.suffix == ".h5":
-        import_hdf5(source, out)
+        import_hdf5(source, out, advance=advance)
     else:
-        export_hdf5(open_store(source), out, compression="gzip")
+        export_hdf5(open_store(source), out, compression="gzip", advance=advance)
 """
 
 
 def run_with_kills(source, out, *, seed):
-    """Run until it ends by itself, six times at most killed before at a random moment; the number of kills."""
+    """Run until it ends by itself, killed before at six random moments at most; the number of kills."""
     moments, kills = random.Random(seed), 0
     command = [sys.executable, "-c", textwrap.dedent(WORKER), source, out]
     while True:
         worker = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE)
         assert worker.stdout is not None
-        worker.stdout.readline()
         if kills < 6:
-            time.sleep(moments.uniform(0.0, 0.25))
+            for _ in range(moments.randrange(1, 4)):
+                worker.stdout.readline()
+            time.sleep(moments.uniform(0.0, 0.04))
             worker.send_signal(signal.SIGKILL)
         worker.communicate()
         if worker.returncode == 0:
