@@ -36,6 +36,8 @@ class Talk:
     description: str = ""
     rate: str = ""
     rating: str | None = None
+    own_rating: bool = False
+    """Whether `rating` is the local model's own answer (`response_1`), not the teacher's word."""
     problems: tuple[str, ...] = ()
 
     def messages(self, variant: str) -> tuple[Message, ...]:
@@ -116,6 +118,7 @@ def _talk(path: Path, number: int, record: Any, split: str | None) -> Talk:
         description=entry.get("response_0") or texts[1],
         rate=texts[2],
         rating=entry.get("response_1") or (texts[3] if len(texts) > 3 else None),
+        own_rating=bool(entry.get("response_1")),
     )
 
 

@@ -54,11 +54,6 @@ def command(
         mos_range=mos_range,
         seed=seed,
     )
-    if told and scores["accuracy"] == 1.0:
-        say(
-            f"warning: every answer in {file} is the word of its own MOS; where a conversation has no `response_1`, "
-            "its word is the teacher's, who was told the MOS"
-        )
     print_result({"file": str(file), "aspect": aspect, **scores}, _lines(scores), as_json=as_json)
 
 
@@ -74,7 +69,7 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     sources = find_sources(file, (), labels)
     talks = [talk for split, path in sources.conversations for talk in read_conversations(path, split)]
     joined = join(sources, read_rows(sources.table, mos_range), talks)
-    problems, rated = list(joined.problems), list[Rated]()
+    problems, rated, of_teacher = list(joined.problems), list[Rated](), 0
     for row, talk in joined.pairs:
         where = f"{row.name} ({sources.table.name}, line {row.number})"
         if row.problems or aspect not in row.labels:
@@ -82,9 +77,15 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
         elif talk is None or talk.rating is None:
             problems.append(f"{where}: its conversation has no rating word")
         else:
+            of_teacher += not talk.own_rating
             rated.append(Rated(talk.rating, row.labels[aspect], row.prompt))
     if problems:
         raise DataError.from_problems(str(file), problems)
+    if of_teacher:
+        say(
+            f"warning: {of_teacher} of {len(rated)} conversations in {file} have no `response_1`; their words are the "
+            "teacher's, who was told the MOS"
+        )
     for note in joined.notes:
         say(f"note: {note}")
     return rated

@@ -79,15 +79,24 @@ def test_a_csv_of_answers_with_and_without_its_own_truth(agiqa, data, truths, tm
     assert alone.json["ci"] != own.json["ci"]
 
 
+def test_words_of_the_teacher_are_warned_of(agiqa, data, truths):
+    talks = talks_with(data, truths)
+    entries = json.loads(talks.read_text())
+    for entry in entries[:7]:
+        del entry["response_1"]
+    talks.write_text(json.dumps(entries))
+    outcome = agiqa("words", talks, "--labels", data / "data.csv", "--json")
+    assert outcome.code == 0
+    assert "7 of 20 conversations" in outcome.err
+    assert "the teacher's, who was told the MOS" in outcome.err
+
+
 def test_the_mos_range_moves_the_bins(agiqa, data, truths, tmp_path):
-    table = data / "data.csv"
     plain = write_answers(tmp_path / "plain.csv", data, truths)
     assert agiqa("words", plain, "--json").json["accuracy"] == 1.0
     assert agiqa("words", plain, "--mos-range", 0, 10, "--json").json["accuracy"] < 1.0
     refuse(agiqa("words", plain, "--mos-range", 1, 5), "outside 1 to 5")
     refuse(agiqa("words", plain, "--mos-range", 5, 0))
-    teacher = agiqa("words", talks_with(data, truths), "--labels", table, "--json")
-    assert "the teacher's, who was told the MOS" in teacher.err
 
 
 def test_bad_input_is_refused_by_name(agiqa, data, truths, tmp_path):
