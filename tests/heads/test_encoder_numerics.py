@@ -19,7 +19,7 @@ from xlstm.blocks.slstm.layer import sLSTMLayer
 
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders import ENCODERS, BidirectionalEncoder, TransformerEncoder, XLSTMEncoder
-from agiqa.heads.encoders.recurrent import run_packed, run_padded
+from agiqa.heads.encoders.recurrent import run_both_ways, run_packed, run_padded
 
 LENGTHS = (7, 3, 5, 1)
 WIDTH = 8
@@ -182,3 +182,12 @@ def test_dropout_acts_in_training_only():
         assert same == (name == "none"), name
         encoder.eval()
         assert torch.equal(encoder(tokens, mask), encoder(tokens, mask)), name
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_what_a_gpu_runs_packed_is_what_a_cpu_runs_padded(kind):
+    torch.manual_seed(0)
+    rnn = kind(8, 8, 2, batch_first=True, bidirectional=True).double()
+    tokens = torch.randn(3, 7, 8, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor([7, 3, 5])[:, None]
+    torch.testing.assert_close(run_packed(rnn, tokens, mask), run_both_ways(rnn, tokens, mask))
