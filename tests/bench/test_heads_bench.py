@@ -1,10 +1,12 @@
 """The benchmark of heads: every head trains in a tiny run, and its lines make tables of their form."""
 
 import json
+from pathlib import Path
 
 from click.testing import CliRunner
 
 from agiqa.bench.heads import HEADS, main, tables
+from agiqa.bench.tables import read_results
 
 TINY = ["--items", "24", "--tokens", "12", "--channels", "16", "--vocabulary", "40", "--width", "16", "--device", "cpu"]
 
@@ -13,6 +15,17 @@ def run(*arguments):
     outcome = CliRunner().invoke(main, [*TINY, *map(str, arguments)])
     assert outcome.exit_code == 0, outcome.output
     return outcome.output
+
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+def test_the_tables_of_the_log_come_from_their_lines():
+    log = (BENCH / "LOG.md").read_text()
+    for path in (BENCH / "results" / "heads").glob("*.jsonl"):
+        rows = [row for row in tables(read_results(path)).splitlines() if row]
+        assert len(rows) > 3
+        assert [row for row in rows if row not in log] == []
 
 
 def test_every_head_is_timed_and_the_tables_come_from_the_lines(tmp_path):
