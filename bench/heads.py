@@ -25,6 +25,7 @@ from agiqa.bench.tables import read_results
 from agiqa.errors import UnknownName
 from agiqa.heads.batches import collate
 from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.features import FeatureSet, RowBlock
 from agiqa.heads.fitting import fit_head, resolve_device
 from agiqa.heads.head import build_head
@@ -172,7 +173,7 @@ def timed_head(
     return {
         "stage": "heads",
         "name": name,
-        "config": {**told, "kernels": fit.head.encoder.kernels, **sizes},
+        "config": {**told, "kernels": training_kernels(fit.head.encoder, train, device), **sizes},
         "measured": measured,
     }
 

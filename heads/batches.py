@@ -25,7 +25,7 @@ class Batch:
     """Some items, padded on the right to the longest of them."""
 
     features: Float[Tensor, "batch token channel"]
-    """float32, zero in the padding."""
+    """float32, or the store's own dtype where the rows are kept on a device; zero in the padding."""
     mask: Bool[Tensor, "batch token"]
     """True on real tokens."""
     roles: UInt8[Tensor, "batch token"]
@@ -189,25 +189,33 @@ def pad(items: Sequence[ItemRows], *, positions: NDArray[np.int64], targets: Ten
 
 
 def gather(features: FeatureSet, positions: NDArray[np.int64]) -> Batch:
-    """The batch of items that all are kept on a device: one gather there, without a loop of small copies."""
+    """The batch of items that all are kept on a device: one gather there, without a loop of small copies.
+
+    The CPU does not wait for the device, which has work left from the batches before.
+    """
     device = features.rows.device
     chosen = torch.from_numpy(positions)
-    starts = features.offsets[chosen]
-    lengths = features.offsets[chosen + 1] - starts
-    steps = torch.arange(int(lengths.max()))
+    of_items = torch.stack([chosen, features.offsets[chosen], features.offsets[chosen + 1]])
+    places, starts, ends = _upload(of_items, device)
+    lengths = ends - starts
+    steps = torch.arange(int(features.lengths[positions].max()), device=device)
     mask = steps < lengths[:, None]
-    index = torch.where(mask, starts[:, None] + steps, starts[:, None]).to(device)
-    mask = mask.to(device)
-    padded = features.rows.index_select(0, index.flatten()).view(*index.shape, -1).float()
+    index = torch.where(mask, starts[:, None] + steps, starts[:, None])
+    rows = features.rows.index_select(0, index.flatten()).view(*index.shape, -1)
     roles = features.roles.index_select(0, index.flatten()).view(index.shape)
     return Batch(
-        features=padded.masked_fill_(~mask[..., None], 0.0),
+        features=rows.masked_fill_(~mask[..., None], 0.0),
         mask=mask,
         roles=roles.masked_fill_(~mask, 0),
-        lengths=lengths.to(device),
-        targets=None if features.targets is None else features.targets[chosen].float().to(device),
-        positions=chosen.to(device),
+        lengths=lengths,
+        targets=None if features.targets is None else _upload(features.targets[chosen].float(), device),
+        positions=places,
     )
+
+
+def _upload(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on `device`: the copy from pinned memory is queued there, where another would be waited for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _cut(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:

@@ -1,5 +1,6 @@
 """One fit of one head: device, precision, random state, and the Lightning trainer around the learner."""
 
+import copy
 import logging
 import signal
 import warnings
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads.batches import batches_per_epoch
 from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.events import EventLog
 from agiqa.heads.features import FeatureSet
 from agiqa.heads.head import Head, build_head
@@ -78,14 +80,15 @@ def fit_head(
             if kept is not None and kept["finished"]:
                 learner.restore(kept)
             else:
-                say(f"{head_config.encoder} on {device.type}: {head.encoder.kernels}")
+                say(f"{head_config.encoder} on {device.type}: {training_kernels(head.encoder, config, device)}")
                 progress.begin(stage, (epochs - done) * per_epoch)
                 try:
                     _run(learner, config, device, epochs=epochs, state=state, stage=stage)
                 finally:
                     progress.end()
-    head.load_state_dict(learner.best_weights)
-    return Fit(head=head.to(device).eval(), **vars(learner.outcome))
+    trained = copy.deepcopy(head)  # which leaves behind what torch.compile made of the head
+    trained.load_state_dict(learner.best_weights)
+    return Fit(head=trained.to(device).eval(), **vars(learner.outcome))
 
 
 def resolve_device(device: str) -> torch.device:

@@ -1,5 +1,7 @@
 """A head: projection, encoder, pooling and regressor in a row."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
@@ -37,16 +39,19 @@ class Head(nn.Module):
         features: Float[Tensor, "batch token channel"],
         mask: Bool[Tensor, "batch token"],
         roles: UInt8[Tensor, "batch token"] | None = None,
+        *,
+        encode: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Float[Tensor, " batch"]:
         """The predicted MOS of each item; `mask` is True on real tokens, `roles` are values of TOKEN_ROLES.
 
+        `encode` is called instead of the encoder, to compute the same in another way.
         A pooling over a role raises HeadError without `roles`, and DataError for an item without such a token.
         """
         projected: Tensor = self.projection(features)
         if self.training and self._token_dropout:
             hidden = torch.rand(mask.shape, device=mask.device) < self._token_dropout
             projected = projected.masked_fill(hidden[..., None], 0.0)
-        tokens = self.encoder(projected, mask)
+        tokens = (encode or self.encoder)(projected, mask)
         pooled = mask if self._pooled_role is None else select_role(mask, roles, self._pooled_role)
         predicted: Tensor = self.regressor(self.pooling(tokens, pooled))
         return predicted

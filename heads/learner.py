@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from agiqa.errors import HeadError
 from agiqa.heads.batches import Batch, BatchLoader, batches_per_epoch
 from agiqa.heads.config import TrainConfig
+from agiqa.heads.encoders.graphed import training_pass
 from agiqa.heads.events import EventLog
 from agiqa.heads.features import FeatureSet
 from agiqa.heads.head import Head
@@ -68,6 +69,7 @@ class Learner(pl.LightningModule):
         self._average: AveragedModel | None = None
         if config.ema is not None:
             self._average = AveragedModel(head, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self._encode: Callable[[Tensor, Tensor], Tensor] | None = None
         self._events = events
         self._random: Mapping[str, Tensor] = {}
         self._lr = 0.0
@@ -107,9 +109,8 @@ class Learner(pl.LightningModule):
             {"params": rest, "lr": config.lr},
             {"params": list(projection.parameters()), "lr": own_lr},
         ]
-        fused = (
-            self.device.type == "cuda" and config.precision != "fp16"
-        )  # there it would unscale, so nothing could clip
+        # in fp16 the fused optimiser would unscale the gradients itself, too late to clip them
+        fused = self.device.type == "cuda" and config.precision != "fp16"
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
         per_epoch = batches_per_epoch(len(self._positions), config.batch_size, smallest=self._loss.smallest_batch)
         steps = config.epochs * per_epoch
@@ -140,13 +141,14 @@ class Learner(pl.LightningModule):
             message = "Training needs a FeatureSet that was read with a label."
             raise HeadError(message)
         scaled = self.head.regressor.scaled
-        loss = self._loss(scaled(self.head(*batch.inputs)), scaled(batch.targets))
+        loss = self._loss(scaled(self.head(*batch.inputs, encode=self._encode)), scaled(batch.targets))
         self._losses.append(loss.detach())
         self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def on_train_start(self) -> None:
-        """Go on with the random numbers of a restored training."""
+        """Choose how the encoder's steps are computed, and go on with the random numbers of a restored training."""
+        self._encode = training_pass(self.head.encoder, self._config, self.device)
         if self._average is not None:
             self._average.n_averaged = self._average.n_averaged.cpu()  # every step asks for it: it must not wait
         if self._random:
@@ -200,7 +202,10 @@ class Learner(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the predictions of one batch."""
         del batch_idx
-        predicted = self._kept(*batch.inputs).double().cpu().numpy()
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # to compile what trains once more, without gradients, never pays
+            predicted = self._kept(*batch.inputs).double().cpu().numpy()
         self._predicted[batch.positions.cpu().numpy()] = predicted
 
     def on_train_epoch_end(self) -> None:

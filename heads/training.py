@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.events import check_tensorboard
 from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.feeding import Feeding, feed
@@ -211,6 +212,7 @@ def _record(
     source: FeatureSource, spec: FeatureSpec, head: HeadConfig, train: TrainConfig, fit: Fit, preset: str | None
 ) -> dict[str, Any]:
     """What config.json says: enough to repeat the run, and to know which features the head can read."""
+    device = next(fit.head.parameters()).device
     return {
         "preset": preset,
         "head": head.model_dump(),
@@ -225,8 +227,8 @@ def _record(
         },
         "label": train.label,
         "seed": train.seed,
-        "kernels": fit.head.encoder.kernels,
-        "device": str(next(fit.head.parameters()).device),
+        "kernels": training_kernels(fit.head.encoder, train, device),
+        "device": str(device),
         "agiqa": agiqa_version(),
         "torch": torch.__version__,
     }

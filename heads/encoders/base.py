@@ -1,7 +1,7 @@
 """What a sequence encoder is, and the registry that names them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 from jaxtyping import Bool, Float
@@ -23,6 +23,10 @@ class Encoder(nn.Module, ABC):
     mixes_tokens: ClassVar[bool] = True
     """Whether an output depends on other tokens at all."""
 
+    graphable: bool = False
+    """Whether a pass on a GPU only queues work there, of a shape that follows from the batch's: nothing is read back,
+    so that training can replay it from a CUDA graph."""
+
     def __init__(self, out_width: int) -> None:
         """`out_width` is the number of channels of the outputs."""
         super().__init__()
@@ -32,6 +36,11 @@ class Encoder(nn.Module, ABC):
     def kernels(self) -> str:
         """What computes where the weights are; a run records it, since kernels differ in the last digits."""
         return "torch"
+
+    @property
+    def repeated(self) -> Iterable[nn.Module]:
+        """Blocks for torch.compile to compile one by one, all alike, so that one compilation serves them all."""
+        return ()
 
     @abstractmethod
     def forward(

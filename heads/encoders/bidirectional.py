@@ -1,10 +1,10 @@
 """Both directions from an encoder that only reads forwards: two of them, one on the items reversed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from agiqa.errors import ConfigError
 from agiqa.heads.config import HeadConfig
@@ -19,6 +19,12 @@ class BidirectionalEncoder(Encoder):
         super().__init__(forwards.out_width + backwards.out_width)
         self.forwards = forwards
         self.backwards = backwards
+        self.graphable = forwards.graphable and backwards.graphable
+
+    @property
+    def repeated(self) -> Iterable[nn.Module]:
+        """Those of either direction."""
+        return [*self.forwards.repeated, *self.backwards.repeated]
 
     @property
     def kernels(self) -> str:

@@ -4,6 +4,7 @@ Parameters have the names and shapes of transformers' Mamba2Model with one group
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +14,7 @@ from torch.nn.functional import silu, softplus
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
 from agiqa.heads.encoders.bidirectional import check_forwards_only, either_way
+from agiqa.heads.encoders.causal_conv import causal_conv_silu
 from agiqa.heads.encoders.ssd import fused_ssd, has_fused_ssd, ssd
 
 _EXPAND = 2
@@ -31,12 +33,19 @@ class Mamba2Encoder(Encoder):
     summed in the dtype of the weights, under autocast too.
     """
 
+    graphable = True
+
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError for `bidirectional`, for which `ENCODERS.get("mamba2")` builds two of these."""
         check_forwards_only(config, type(self).__name__)
         super().__init__(config.width)
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.layers))
         self.norm_f = nn.RMSNorm(config.width, eps=_EPSILON)
+
+    @property
+    def repeated(self) -> Iterable[nn.Module]:
+        """The layers."""
+        return self.layers
 
     @property
     def kernels(self) -> str:
@@ -97,8 +106,8 @@ class Mamba2Mixer(nn.Module):
     def forward(self, tokens: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
         """Mix the tokens forwards. Step sizes and decays are in the dtype of the weights, under autocast too."""
         gate, mixed, raw_steps = self.in_proj(tokens).split(self._parts, dim=-1)
-        convolved = self.conv1d(mixed.transpose(1, 2))[..., : tokens.shape[1]].transpose(1, 2)
-        values, writes, reads = silu(convolved).split(self._mixed_parts, dim=-1)
+        convolved = causal_conv_silu(mixed, self.conv1d.weight, self.conv1d.bias)
+        values, writes, reads = convolved.split(self._mixed_parts, dim=-1)
         values = values.unflatten(-1, (len(self.D), -1))
         step_sizes = softplus(raw_steps + self.dt_bias)
         fused = self._has_fused and values.is_cuda and values.dtype != torch.float64

@@ -1,11 +1,11 @@
 """What computes the mLSTM: the Triton kernels of mlstm_kernels on a GPU, the xlstm package's torch form elsewhere.
 
 The torch form makes several matrices of (batch, heads, tokens, tokens); the kernels go over chunks of tokens and make
-none (Beck et al. 2025, arXiv 2503.14376).
+none (Beck et al. 2025, arXiv 2503.14376). Their gradient leaves out what goes through the normaliser: it is zero behind
+a norm of each head, which takes away any scale, and the mLSTM cell has one.
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 
+from agiqa.heads.encoders.gpu_kernels import is_power_of_two, unavailable_because, uncompiled
+
 _CHUNK = 128
 _LEAST_DIM = 16
 _EPS = 1e-6
 """As the package's torch form has it."""
 
 
+@uncompiled
 def mlstm(
     queries: Float[Tensor, "batch heads token dim"],
     keys: Float[Tensor, "batch heads token dim"],
@@ -49,13 +52,10 @@ def mlstm(
 
 def torch_form_because(device: torch.device, dim: int) -> str | None:
     """Why heads of `dim` channels on `device` are not computed by the kernels; None where they are."""
-    if device.type != "cuda":
-        return f"the kernels need CUDA, not {device.type}"
-    if find_spec("triton") is None or find_spec("mlstm_kernels") is None:
-        return "mlstm_kernels or triton is not installed"
-    if dim < _LEAST_DIM or dim & (dim - 1):
+    unavailable = unavailable_because(device, ("triton", "mlstm_kernels"))
+    if unavailable is None and not (dim >= _LEAST_DIM and is_power_of_two(dim)):
         return f"the kernels need heads of 2^k channels, {_LEAST_DIM} or more, not {dim}"
-    return None
+    return unavailable
 
 
 def _kernel() -> Callable[..., Any]:

@@ -1,9 +1,10 @@
 """The encoders `lstm` and `gru`: torch's own, which are cuDNN's on a GPU."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
@@ -15,6 +16,8 @@ class RecurrentEncoder(Encoder):
 
     They have no norm at their input: the scale that they need comes from the projection's calibration.
     """
+
+    graphable = True
 
     def __init__(self, config: HeadConfig, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
         """`kind` is the torch module to build."""
@@ -32,18 +35,8 @@ class RecurrentEncoder(Encoder):
     def forward(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch token out_width"]:
-        """The states of the last layer, with zeros in the padding.
-
-        Packed sequences are for cuDNN in both directions only: they need the lengths on the CPU, for which a GPU must
-        finish all work before it, and torch's gradient of them on a CPU takes 20 times as long as that of padded ones.
-        """
-        if not self.rnn.bidirectional:
-            states = run_padded(self.rnn, tokens, mask)
-        elif tokens.is_cuda:
-            states = run_packed(self.rnn, tokens, mask)
-        else:
-            states = run_both_ways(self.rnn, tokens, mask)
-        outputs: Tensor = self.dropout(states)
+        """The states of the last layer, with zeros in the padding."""
+        outputs: Tensor = self.dropout(run_layers(self.rnn, tokens, mask))
         return outputs
 
 
@@ -65,39 +58,30 @@ class GRUEncoder(RecurrentEncoder):
         super().__init__(config, nn.GRU)
 
 
-def run_packed(
+def run_layers(
     rnn: nn.LSTM | nn.GRU, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
 ) -> Float[Tensor, "batch token out_width"]:
-    """The states of the last layer, without computing padding, in either direction."""
-    packed = pack_padded_sequence(tokens, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
-    states, _ = rnn(packed)
-    padded, _ = pad_packed_sequence(states, batch_first=True, total_length=tokens.shape[1])
-    return padded
+    """The states of the last layer of `rnn`, with zeros in the padding: layer by layer, backwards on reversed items.
 
-
-def run_padded(
-    rnn: nn.LSTM | nn.GRU, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-) -> Float[Tensor, "batch token out_width"]:
-    """The same for a causal `rnn`, which cannot feel the padding: it is computed from zeros and dropped."""
+    Packing the items would be the usual way. That needs their lengths on the CPU, for which a GPU must finish all work
+    before it, and torch's gradient of them on a CPU takes 20 times as long as that of padded ones.
+    """
     padding = ~mask[..., None]
-    states, _ = rnn(tokens.masked_fill(padding, 0.0))
-    kept: Tensor = states.masked_fill(padding, 0.0)
-    return kept
-
-
-def run_both_ways(
-    rnn: nn.LSTM | nn.GRU, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-) -> Float[Tensor, "batch token out_width"]:
-    """The same for a bidirectional `rnn`, layer by layer, the second direction on the items reversed."""
-    padding, order = ~mask[..., None], reversal(mask)
+    order = reversal(mask) if rnn.bidirectional else None
     states = tokens.masked_fill(padding, 0.0)
     for layer in range(rnn.num_layers):
         if layer:
             states = nn.functional.dropout(states, rnn.dropout, rnn.training)
         ahead = _one_way(rnn, states, f"l{layer}")
-        back = _one_way(rnn, torch.take_along_dim(states, order, 1), f"l{layer}_reverse")
-        states = torch.cat([ahead, torch.take_along_dim(back, order, 1)], dim=-1).masked_fill(padding, 0.0)
+        if order is not None:
+            back = _one_way(rnn, _reordered(states, order), f"l{layer}_reverse")
+            ahead = torch.cat([ahead, _reordered(back, order)], dim=-1)
+        states = ahead.masked_fill(padding, 0.0)
     return states
+
+
+def _reordered(states: Float[Tensor, "batch token width"], order: Tensor) -> Float[Tensor, "batch token width"]:
+    return states.gather(1, order.expand_as(states))
 
 
 def _one_way(rnn: nn.LSTM | nn.GRU, tokens: Tensor, part: str) -> Tensor:
@@ -105,6 +89,21 @@ def _one_way(rnn: nn.LSTM | nn.GRU, tokens: Tensor, part: str) -> Tensor:
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     weights: list[Tensor] = [rnn.get_parameter(f"{name}_{part}") for name in names]
     start = tokens.new_zeros(1, len(tokens), rnn.hidden_size)
-    if isinstance(rnn, nn.LSTM):
-        return torch.lstm(tokens, (start, start), weights, True, 1, 0.0, rnn.training, False, True)[0]  # noqa: FBT003
-    return torch.gru(tokens, start, weights, True, 1, 0.0, rnn.training, False, True)[0]  # noqa: FBT003
+    state = (start, start) if isinstance(rnn, nn.LSTM) else start
+    run: Any = torch.lstm if isinstance(rnn, nn.LSTM) else torch.gru
+    states: Tensor
+    if not tokens.is_cuda:
+        states, *_ = run(tokens, state, weights, True, 1, 0.0, rnn.training, False, True)  # noqa: FBT003
+        return states
+    batch, length, _width = tokens.shape
+    sizes = torch.full((length,), batch)  # called packed, or cuDNN takes kernels with half the speed in float16
+    rows = tokens.transpose(0, 1).flatten(0, 1)
+    states, *_ = run(rows, sizes, state, _in_one_piece(weights), True, 1, 0.0, rnn.training, False)  # noqa: FBT003
+    return torch.unflatten(states, 0, (length, batch)).transpose(0, 1)
+
+
+def _in_one_piece(weights: list[Tensor]) -> list[Tensor]:
+    """The same in one block of memory: cuDNN copies weights that are not, and torch warns of it at every call."""
+    flat = torch.cat([weight.flatten() for weight in weights])
+    parts = flat.split([weight.numel() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]

@@ -12,7 +12,6 @@ Buffers are time-major and end in (dim, batch), which makes the gates of a head 
 slots share an operation, nothing is allocated inside the loops, and the recurrent weights are used as stored.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
+from agiqa.heads.encoders.gpu_kernels import is_power_of_two, unavailable_because, uncompiled
+
 _SLOTS = (1, 3, 0, 2)
 """Which of the package's gates (i, f, z, o) each slot holds: f, o, i, z."""
 _LEAST_DIM, _MOST_DIM = 16, 128
@@ -28,6 +29,7 @@ _LINEAR_FROM = 40.0
 """exp(-40) is below the last digit of float64 next to 40, so beyond it log sigmoid(-x) is -x."""
 
 
+@uncompiled
 def slstm(
     inputs: Float[Tensor, "time batch 4 heads dim"],
     recurrent: Float[Tensor, "heads 4 dim dim"],
@@ -35,11 +37,18 @@ def slstm(
 ) -> tuple[Float[Tensor, "time batch heads dim"], Float[Tensor, "4 batch heads dim"]]:
     """Hidden states of every step from the zero state, and the last state (h, c, n, m), which carries no gradient.
 
-    The gates are in the order i, f, z, o; `recurrent[k, g]` maps the hidden state of head k to its gate g. All three
-    are of one dtype, float32 or float64, in which everything is computed, under autocast too. Of the many equal
-    states (c and n scaled together) the last one is that with n = 1.
+    The gates are in the order i, f, z, o; `recurrent[k, g]` maps the hidden state of head k to its gate g. Weights are
+    float32 or float64, in which everything is computed, under autocast too, except that the kernels then multiply in
+    bfloat16; without it they multiply on tensor cores in three passes, which is float32. Of the many equal states (c
+    and n scaled together) the last one is that with n = 1.
     """
-    hidden, last = _SLSTM.apply(inputs, recurrent, bias)
+    if loops_because(recurrent) is None:
+        from agiqa.heads.encoders.slstm_triton import KernelSLSTM  # imports triton, which a CPU has not
+
+        precision = "bf16" if torch.is_autocast_enabled(inputs.device.type) else "tf32x3"
+        hidden, last = KernelSLSTM.apply(inputs, recurrent, bias, precision)
+    else:
+        hidden, last = _SLSTM.apply(inputs.to(recurrent.dtype), recurrent, bias)
     return hidden, last
 
 
@@ -50,9 +59,8 @@ class _SLSTM(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, recurrent: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weights = recurrent[:, _SLOTS].flatten(1, 2)
         gates = _slotted(inputs, bias)
-        ctx.precision = kernel_precision(inputs.device) if loops_because(inputs) is None else None
         with torch.autocast(inputs.device.type, enabled=False):
-            hidden, memory, log_norm = _run(gates, weights, ctx.precision)
+            hidden, memory, log_norm = run(gates, weights)
         ctx.save_for_backward(gates, weights, hidden, memory)
         last = torch.stack([hidden[-1], memory[-1], torch.ones_like(log_norm), log_norm])
         outputs = hidden[1:].permute(0, 3, 1, 2), last.permute(0, 3, 1, 2)
@@ -65,7 +73,7 @@ class _SLSTM(torch.autograd.Function):
         gates, weights, hidden, memory = ctx.saved_tensors
         of_inputs, of_recurrent, of_bias = ctx.needs_input_grad
         with torch.autocast(grad.device.type, enabled=False):
-            raw = _back(grad.permute(0, 2, 3, 1).contiguous(), gates, weights, hidden, memory, ctx.precision)
+            raw = raw_gradients(grad.permute(0, 2, 3, 1).contiguous(), gates, weights, hidden, memory)
             return (
                 _unslotted(raw) if of_inputs else None,
                 _recurrent_gradient(raw, hidden) if of_recurrent else None,
@@ -73,39 +81,15 @@ class _SLSTM(torch.autograd.Function):
             )
 
 
-def loops_because(inputs: Tensor) -> str | None:
-    """Why `inputs` (..., dim) go through the loops of this module; None where slstm_triton computes them."""
-    if inputs.device.type != "cuda":
-        return f"the kernels need CUDA, not {inputs.device.type}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    dim, dtype = inputs.shape[-1], inputs.dtype
-    if dtype != torch.float32 or dim & (dim - 1) or not _LEAST_DIM <= dim <= _MOST_DIM:
+def loops_because(weights: Float[Tensor, "*sizes dim"]) -> str | None:
+    """Why an sLSTM with weights like these goes through the loops of this module; None where slstm_triton runs it."""
+    unavailable = unavailable_because(weights.device, ("triton",))
+    if unavailable is not None:
+        return unavailable
+    dim, dtype = weights.shape[-1], weights.dtype
+    if dtype != torch.float32 or not (is_power_of_two(dim) and _LEAST_DIM <= dim <= _MOST_DIM):
         return f"the kernels need heads of 2^k float32 channels, {_LEAST_DIM} to {_MOST_DIM}, not {dim} in {dtype}"
     return None
-
-
-def kernel_precision(device: torch.device) -> str:
-    """How slstm_triton multiplies: bfloat16 under autocast, else float32 on tensor cores in three passes."""
-    return "bf16" if torch.is_autocast_enabled(device.type) else "tf32x3"
-
-
-def _run(gates: Tensor, weights: Tensor, precision: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    if precision is None:
-        return run(gates, weights)
-    from agiqa.heads.encoders import slstm_triton  # imports triton, which a CPU has not
-
-    return slstm_triton.run(gates, weights, precision=precision)
-
-
-def _back(
-    grad: Tensor, gates: Tensor, weights: Tensor, hidden: Tensor, memory: Tensor, precision: str | None
-) -> Tensor:
-    if precision is None:
-        return raw_gradients(grad, gates, weights, hidden, memory)
-    from agiqa.heads.encoders import slstm_triton  # imports triton, which a CPU has not
-
-    return slstm_triton.raw_gradients(grad, gates, weights, hidden, memory, precision=precision)
 
 
 def _gates_of_slots() -> list[int]:

@@ -1,8 +1,9 @@
-"""The two loops of the sLSTM as Triton kernels: one program runs all steps of one head for 16 items.
+"""The sLSTM as two Triton kernels, one each way: one program runs all steps of one head for 16 items.
 
 The recurrence is a chain of small products that no library call can batch over the steps: launched one by one, the
-steps of a conversation take longer than everything else of a head. Here the state stays on the chip.
-Layouts and equations are those of slstm.py, whose loops these replace; the tests compare both.
+steps of a conversation take longer than everything else of a head. Here the state stays on the chip, and tensors are
+read and written as the layers around have them, (batch, time, gate, head, dim) with the gates i, f, z, o: copies to
+another layout would take as long as the kernels. Equations are those of slstm.py; the tests compare both.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, no-any-unimported"
@@ -11,13 +12,14 @@ Layouts and equations are those of slstm.py, whose loops these replace; the test
 # pyright: reportMissingImports=false, reportIndexIssue=false
 # ruff: noqa: ANN001, ANN202
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _ITEMS = 16
 """Items per program, the least that a product on tensor cores has."""
@@ -49,32 +51,39 @@ def _product(weights, at, kept, states, PRECISION: tl.constexpr):
 @triton.jit
 @no_type_check
 def _run_kernel(
-    gates, weights, hidden, memory, log_norm, time, heads, batch,
+    inputs, weights, bias, gates, hidden, memory, log_norm, time, heads, batch,
     DIM: tl.constexpr, ITEMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, first = tl.program_id(0), tl.program_id(1) * ITEMS
-    channel, item = tl.arange(0, DIM), first + tl.arange(0, ITEMS)
-    place = channel[:, None] * batch + item[None, :]
+    head, item = tl.program_id(0), tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
+    channel = tl.arange(0, DIM)
     there = (item < batch)[None, :]
-    slab = DIM * batch
+    row = heads * DIM
+    state = channel[:, None] + head * DIM + item.to(tl.int64)[None, :] * time * row
+    gate = channel[:, None] + head * DIM + item.to(tl.int64)[None, :] * time * 4 * row
     square = channel[:, None] * DIM + channel[None, :]
     of_head = weights + head * 4 * DIM * DIM
     whole = DIM * DIM
-    forget_w = tl.load(of_head + square)
-    output_w = tl.load(of_head + whole + square)
-    input_w = tl.load(of_head + 2 * whole + square)
-    candidate_w = tl.load(of_head + 3 * whole + square)
+    entry_w = tl.load(of_head + square)
+    forget_w = tl.load(of_head + whole + square)
+    candidate_w = tl.load(of_head + 2 * whole + square)
+    output_w = tl.load(of_head + 3 * whole + square)
+    of_bias = bias + head * DIM + channel[:, None]
+    entry_b = tl.load(of_bias)
+    forget_b = tl.load(of_bias + row)
+    candidate_b = tl.load(of_bias + 2 * row)
+    output_b = tl.load(of_bias + 3 * row)
     h = tl.zeros((DIM, ITEMS), tl.float32)
     r = tl.zeros((DIM, ITEMS), tl.float32)
     norm = tl.full((DIM, ITEMS), float("-inf"), tl.float32)
-    for step in range(time):
-        at = gates + (step * heads + head).to(tl.int64) * 4 * slab + place
-        forget = tl.load(at, there, 0.0) + _product(of_head, square, forget_w, h, PRECISION)
-        output = tl.load(at + slab, there, 0.0) + _product(of_head + whole, square, output_w, h, PRECISION)
-        entry = tl.load(at + 2 * slab, there, 0.0)
-        entry += _product(of_head + 2 * whole, square, input_w, h, PRECISION)
-        candidate = tl.load(at + 3 * slab, there, 0.0)
-        candidate += _product(of_head + 3 * whole, square, candidate_w, h, PRECISION)
+    for _ in range(time):
+        entry = tl.load(inputs + gate, there, 0.0).to(tl.float32) + entry_b
+        entry += _product(of_head, square, entry_w, h, PRECISION)
+        forget = tl.load(inputs + gate + row, there, 0.0).to(tl.float32) + forget_b
+        forget += _product(of_head + whole, square, forget_w, h, PRECISION)
+        candidate = tl.load(inputs + gate + 2 * row, there, 0.0).to(tl.float32) + candidate_b
+        candidate += _product(of_head + 2 * whole, square, candidate_w, h, PRECISION)
+        output = tl.load(inputs + gate + 3 * row, there, 0.0).to(tl.float32) + output_b
+        output += _product(of_head + 3 * whole, square, output_w, h, PRECISION)
         decayed = norm + _log_sigmoid(forget)
         largest = tl.maximum(decayed, entry)
         norm = largest + tl.log(tl.exp(decayed - largest) + tl.exp(entry - largest))
@@ -83,14 +92,15 @@ def _run_kernel(
         candidate = _tanh(candidate)
         r += share * (candidate - r)
         h = output * r
-        tl.store(at, forget, there)
-        tl.store(at + slab, output, there)
-        tl.store(at + 2 * slab, share, there)
-        tl.store(at + 3 * slab, candidate, there)
-        state = ((step + 1) * heads + head).to(tl.int64) * slab + place
+        tl.store(gates + gate, share, there)
+        tl.store(gates + gate + row, forget, there)
+        tl.store(gates + gate + 2 * row, candidate, there)
+        tl.store(gates + gate + 3 * row, output, there)
         tl.store(hidden + state, h, there)
         tl.store(memory + state, r, there)
-    tl.store(log_norm + head * slab + place, norm, there)
+        gate += 4 * row
+        state += row
+    tl.store(log_norm + channel[:, None] + head * DIM + item[None, :] * row, norm, there)
 
 
 @triton.jit
@@ -99,30 +109,29 @@ def _back_kernel(
     grad, gates, weights, hidden, memory, raw, time, heads, batch,
     DIM: tl.constexpr, ITEMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, first = tl.program_id(0), tl.program_id(1) * ITEMS
-    channel, item = tl.arange(0, DIM), first + tl.arange(0, ITEMS)
-    place = channel[:, None] * batch + item[None, :]
+    head, item = tl.program_id(0), tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
+    channel = tl.arange(0, DIM)
     there = (item < batch)[None, :]
-    slab = DIM * batch
+    row = heads * DIM
+    last = item.to(tl.int64)[None, :] * time + time - 1
+    state = channel[:, None] + head * DIM + last * row
+    gate = channel[:, None] + head * DIM + last * 4 * row
     transposed = channel[None, :] * DIM + channel[:, None]
     of_head = weights + head * 4 * DIM * DIM
     whole = DIM * DIM
-    forget_w = tl.load(of_head + transposed)
-    output_w = tl.load(of_head + whole + transposed)
-    input_w = tl.load(of_head + 2 * whole + transposed)
-    candidate_w = tl.load(of_head + 3 * whole + transposed)
+    entry_w = tl.load(of_head + transposed)
+    forget_w = tl.load(of_head + whole + transposed)
+    candidate_w = tl.load(of_head + 2 * whole + transposed)
+    output_w = tl.load(of_head + 3 * whole + transposed)
     of_hidden = tl.zeros((DIM, ITEMS), tl.float32)
     of_norm = tl.zeros((DIM, ITEMS), tl.float32)
     of_memory = tl.zeros((DIM, ITEMS), tl.float32)
     for back in range(time):
-        step = time - 1 - back
-        at = (step * heads + head).to(tl.int64) * 4 * slab + place
-        state = (step * heads + head).to(tl.int64) * slab + place
         of_hidden += tl.load(grad + state, there, 0.0)
-        forget, output = tl.load(gates + at, there, 0.0), tl.load(gates + at + slab, there, 0.0)
-        share, candidate = tl.load(gates + at + 2 * slab, there, 0.0), tl.load(gates + at + 3 * slab, there, 0.0)
-        before = tl.load(memory + state, there, 0.0)
-        h = tl.load(hidden + state + heads * slab, there, 0.0)
+        share, forget = tl.load(gates + gate, there, 0.0), tl.load(gates + gate + row, there, 0.0)
+        candidate, output = tl.load(gates + gate + 2 * row, there, 0.0), tl.load(gates + gate + 3 * row, there, 0.0)
+        before = tl.load(memory + state - row, there & (back < time - 1), 0.0)
+        h = tl.load(hidden + state, there, 0.0)
         of_memory += of_hidden * output
         of_output = of_hidden * h * (1.0 - output)
         of_candidate = of_memory * share * (1.0 - candidate * candidate)
@@ -130,54 +139,73 @@ def _back_kernel(
         of_norm -= of_entry
         of_forget = of_norm * tl.sigmoid(-forget)
         of_memory *= 1.0 - share
-        tl.store(raw + at, of_forget, there)
-        tl.store(raw + at + slab, of_output, there)
-        tl.store(raw + at + 2 * slab, of_entry, there)
-        tl.store(raw + at + 3 * slab, of_candidate, there)
-        of_hidden = _product(of_head, transposed, forget_w, of_forget, PRECISION)
-        of_hidden += _product(of_head + whole, transposed, output_w, of_output, PRECISION)
-        of_hidden += _product(of_head + 2 * whole, transposed, input_w, of_entry, PRECISION)
-        of_hidden += _product(of_head + 3 * whole, transposed, candidate_w, of_candidate, PRECISION)
+        kind = raw.dtype.element_ty
+        tl.store(raw + gate, of_entry.to(kind), there)
+        tl.store(raw + gate + row, of_forget.to(kind), there)
+        tl.store(raw + gate + 2 * row, of_candidate.to(kind), there)
+        tl.store(raw + gate + 3 * row, of_output.to(kind), there)
+        of_hidden = _product(of_head, transposed, entry_w, of_entry, PRECISION)
+        of_hidden += _product(of_head + whole, transposed, forget_w, of_forget, PRECISION)
+        of_hidden += _product(of_head + 2 * whole, transposed, candidate_w, of_candidate, PRECISION)
+        of_hidden += _product(of_head + 3 * whole, transposed, output_w, of_output, PRECISION)
+        gate -= 4 * row
+        state -= row
 
 
-def run(
-    gates: Float[Tensor, "time heads 4 dim batch"], weights: Float[Tensor, "heads 4*dim dim"], *, precision: str
-) -> tuple[
-    Float[Tensor, "time+1 heads dim batch"], Float[Tensor, "time+1 heads dim batch"], Float[Tensor, "heads dim batch"]
-]:
-    """As `run` of slstm.py; `precision` of the products is bf16, tf32, tf32x3 or ieee."""
-    time, heads, _, dim, batch = gates.shape
-    hidden, memory = gates.new_empty(2, time + 1, heads, dim, batch)
-    hidden[0] = memory[0] = 0.0
-    log_norm = gates.new_empty(heads, dim, batch)
-    _run_kernel[_grid(heads, batch)](
-        gates, _operand(weights, precision), hidden, memory, log_norm, time, heads, batch,
-        DIM=dim, ITEMS=_ITEMS, PRECISION=precision, num_warps=_warps(dim), num_stages=1,
-    )  # fmt: skip
-    return hidden, memory, log_norm
+class KernelSLSTM(torch.autograd.Function):
+    """`slstm` of slstm.py by the kernels; `precision` of the products is bf16, tf32, tf32x3 or ieee.
+
+    With bf16 the gradient of the recurrent weights is a product in bfloat16 too, as autocast has it for any layer.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        inputs: Float[Tensor, "time batch 4 heads dim"],
+        recurrent: Float[Tensor, "heads 4 dim dim"],
+        bias: Float[Tensor, "4 heads dim"],
+        precision: str,
+    ) -> tuple[Tensor, Tensor]:
+        """As of slstm.py; `inputs` may have a narrower dtype than the float32 weights."""
+        given = inputs.transpose(0, 1).contiguous()
+        batch, time, _, heads, dim = given.shape
+        weights = recurrent.to(torch.bfloat16 if precision == "bf16" else torch.float32).contiguous()
+        gates = torch.empty_like(given, dtype=torch.float32)
+        hidden, memory = gates.new_empty(2, batch, time, heads, dim)
+        log_norm = gates.new_empty(batch, heads, dim)
+        _run_kernel[_grid(heads, batch)](
+            given, weights, bias.contiguous(), gates, hidden, memory, log_norm, time, heads, batch,
+            DIM=dim, ITEMS=_ITEMS, PRECISION=precision, num_warps=_warps(dim), num_stages=1,
+        )  # fmt: skip
+        ctx.precision, ctx.dtype = precision, inputs.dtype
+        ctx.save_for_backward(gates, weights, hidden, memory)
+        last = torch.stack([hidden[:, -1], memory[:, -1], torch.ones_like(log_norm), log_norm])
+        ctx.mark_non_differentiable(last)
+        return hidden.transpose(0, 1), last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Gradients of inputs, recurrent weights and bias."""
+        gates, weights, hidden, memory = ctx.saved_tensors
+        batch, time, _, heads, dim = gates.shape
+        raw = torch.empty_like(gates, dtype=ctx.dtype)
+        _back_kernel[_grid(heads, batch)](
+            grad.transpose(0, 1).contiguous(), gates, weights, hidden, memory, raw, time, heads, batch,
+            DIM=dim, ITEMS=_ITEMS, PRECISION=ctx.precision, num_warps=_warps(dim), num_stages=1,
+        )  # fmt: skip
+        return raw.transpose(0, 1), _of_recurrent(raw, hidden, weights.dtype), _of_bias(raw), None
 
 
-def raw_gradients(
-    grad: Float[Tensor, "time heads dim batch"],
-    gates: Float[Tensor, "time heads 4 dim batch"],
-    weights: Float[Tensor, "heads 4*dim dim"],
-    hidden: Float[Tensor, "time+1 heads dim batch"],
-    memory: Float[Tensor, "time+1 heads dim batch"],
-    *,
-    precision: str,
-) -> Float[Tensor, "time heads 4 dim batch"]:
-    """As `raw_gradients` of slstm.py; `precision` as in `run`."""
-    time, heads, _, dim, batch = gates.shape
-    raw = torch.empty_like(gates)
-    _back_kernel[_grid(heads, batch)](
-        grad.contiguous(), gates, _operand(weights, precision), hidden, memory, raw, time, heads, batch,
-        DIM=dim, ITEMS=_ITEMS, PRECISION=precision, num_warps=_warps(dim), num_stages=1,
-    )  # fmt: skip
-    return raw
+def _of_recurrent(raw: Tensor, hidden: Tensor, dtype: torch.dtype) -> Float[Tensor, "heads 4 dim dim"]:
+    """Sums over items and steps of what a gate felt times the state before it."""
+    felt, states = raw[:, 1:].to(dtype), hidden[:, :-1].to(dtype)
+    with torch.autocast(raw.device.type, enabled=False):
+        return torch.einsum("btgko,btki->kgoi", felt, states).float()
 
 
-def _operand(weights: Tensor, precision: str) -> Tensor:
-    return weights.to(torch.bfloat16 if precision == "bf16" else torch.float32).contiguous()
+def _of_bias(raw: Tensor) -> Float[Tensor, "4 heads dim"]:
+    return raw.sum((0, 1), dtype=torch.float32)
 
 
 def _grid(heads: int, batch: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ bias never gets a gradient.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,6 +28,8 @@ class TransformerEncoder(Encoder):
     in the dtype of the weights, under autocast too.
     """
 
+    graphable = True
+
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError when the heads do not divide the width."""
         super().__init__(config.width)
@@ -39,6 +42,11 @@ class TransformerEncoder(Encoder):
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def repeated(self) -> Iterable[nn.Module]:
+        """The layers."""
+        return self.layers
 
     @property
     def kernels(self) -> str:

@@ -1,10 +1,10 @@
 """The encoder `xlstm`: the published stack from the xlstm package (Beck et al. 2024, NX-AI)."""
 
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import cast
 
-import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from xlstm import (
     FeedForwardConfig,
     mLSTMBlockConfig,
@@ -15,15 +15,14 @@ from xlstm import (
     xLSTMBlockStackConfig,
 )
 from xlstm.blocks.mlstm.cell import mLSTMCell
-from xlstm.blocks.slstm.cell import sLSTMCell_vanilla
-from xlstm.blocks.slstm.layer import sLSTMLayer
 
 from agiqa.errors import ConfigError
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
 from agiqa.heads.encoders.bidirectional import check_forwards_only, either_way
-from agiqa.heads.encoders.mlstm import mlstm, torch_form_because
-from agiqa.heads.encoders.slstm import loops_because, slstm
+from agiqa.heads.encoders.mlstm import torch_form_because
+from agiqa.heads.encoders.slstm import loops_because
+from agiqa.heads.encoders.xlstm_parts import install_parts
 
 _SLSTM_INDEX = 1
 _FIRST_CONTEXT = 512
@@ -38,6 +37,8 @@ class XLSTMEncoder(Encoder):
     feed-forward of factor 1.3 with GELU. Every part is causal, so right padding cannot reach a real token;
     it is zeroed on the way in all the same, since the parallel form multiplies it by zero, which NaN survives.
     """
+
+    graphable = True
 
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError when the heads do not divide the width into two channels or more each.
@@ -54,7 +55,12 @@ class XLSTMEncoder(Encoder):
             raise ConfigError(message)
         self._dim = config.width // config.num_heads
         self.stack = xLSTMBlockStack(stack_config(config))
-        install_cells(self.stack)
+        install_parts(self.stack)
+
+    @property
+    def repeated(self) -> Iterable[nn.Module]:
+        """The blocks."""
+        return cast("Iterable[nn.Module]", self.stack.blocks)
 
     @property
     def kernels(self) -> str:
@@ -107,42 +113,3 @@ def stack_config(config: HeadConfig) -> xLSTMBlockStackConfig:
         slstm_at=[_SLSTM_INDEX] if config.blocks > _SLSTM_INDEX else [],
         dropout=config.dropout,
     )
-
-
-class SLSTMCell(sLSTMCell_vanilla):
-    """The package's torch cell, parameters and all, with `slstm` for whole sequences from the zero state."""
-
-    def forward(
-        self,
-        input: Tensor,  # noqa: A002  (the package's name)
-        state: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """As the package's; where a state is given, the package's own loop runs.
-
-        Computed in float32 at least; the result has the wider dtype of input and weights.
-        """
-        if state is not None:
-            output, last = super().forward(input, state, lengths)
-            return output, last
-        self._check_input(input)
-        heads, dim = self.config.num_heads, self.config.head_dim
-        result_dtype = torch.promote_types(input.dtype, self._recurrent_kernel.dtype)
-        dtype = torch.promote_types(result_dtype, torch.float32)
-        hidden, last = slstm(
-            self._permute_input(input).unflatten(-1, (4, heads, dim)).to(dtype),
-            self._recurrent_kernel.view(heads, 4, dim, dim).to(dtype),
-            self._bias.view(4, heads, dim).to(dtype),
-        )
-        return self._permute_output(hidden.flatten(2).to(result_dtype)), last.flatten(2).to(result_dtype)
-
-
-def install_cells(stack: xLSTMBlockStack) -> None:
-    """Let `mlstm` compute the mLSTM cells of `stack`, and put a SLSTMCell with the same weights for each sLSTM cell."""
-    for layer in stack.modules():
-        if isinstance(layer, mLSTMCell):
-            layer.backend_fn = cast("Any", mlstm)
-        if isinstance(layer, sLSTMLayer):
-            cell = SLSTMCell(layer.config)
-            cell.load_state_dict(layer.slstm_cell.state_dict())
-            layer.slstm_cell = cell

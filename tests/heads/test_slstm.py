@@ -8,7 +8,8 @@ from xlstm.blocks.slstm.cell import sLSTMCell_vanilla, sLSTMCellConfig
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders import XLSTMEncoder
 from agiqa.heads.encoders.slstm import slstm
-from agiqa.heads.encoders.xlstm import SLSTMCell, stack_config
+from agiqa.heads.encoders.xlstm import stack_config
+from agiqa.heads.encoders.xlstm_parts import SLSTMCell
 
 HEADS, DIM, BATCH = 2, 3, 4
 

@@ -1,0 +1,102 @@
+"""Training steps of an encoder as CUDA graphs.
+
+A step of an encoder is hundreds of kernels of some microseconds each, and queueing them takes the CPU longer than
+computing them takes the GPU. A graph queues a whole pass at once. It has one shape, so batches are padded to one of
+few lengths, which is no change to their results: padding is invisible to every encoder.
+"""
+
+import math
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from agiqa.heads.config import TrainConfig
+from agiqa.heads.encoders.base import Encoder
+
+_LENGTHS_PER_OCTAVE = 8
+_SHORTEST = 16
+
+
+def training_pass(encoder: Encoder, config: TrainConfig, device: torch.device) -> "GraphedEncoder | None":
+    """What to call for training steps of `encoder`, as `compile` and `cuda_graphs` of `config` say; None is itself.
+
+    On a GPU `compile` changes the encoder's blocks; a deep copy of it has blocks as they were.
+    """
+    if device.type != "cuda":
+        return None
+    if config.compile:
+        for block in encoder.repeated:
+            block.compile(dynamic=True)
+    return GraphedEncoder(encoder, config.batch_size) if config.cuda_graphs and encoder.graphable else None
+
+
+def training_kernels(encoder: Encoder, config: TrainConfig, device: torch.device) -> str:
+    """What computes the training steps of `encoder`, in words."""
+    parts = [encoder.kernels]
+    if device.type == "cuda":
+        parts += ["torch.compile"] * (config.compile and any(True for _ in encoder.repeated))
+        parts += ["CUDA graphs"] * (config.cuda_graphs and encoder.graphable)
+    return "; ".join(parts)
+
+
+class GraphedEncoder:
+    """Calls `encoder`; passes with gradients, of whole batches, are replayed from a graph for each length.
+
+    Whether a pass is replayed depends on its shape alone, never on what came before: a training that goes on after a
+    kill computes what it would have computed. Between a pass and its backward pass there must be no other.
+    """
+
+    def __init__(self, encoder: Encoder, batch_size: int) -> None:
+        """`encoder` must be on a CUDA device, in training mode and `graphable`; other batches are computed as usual."""
+        self._encoder = encoder
+        self._batch_size = batch_size
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[int, nn.Module] = {}
+
+    def __call__(
+        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch token out_width"]:
+        """As the encoder's."""
+        batch, length = mask.shape
+        if batch != self._batch_size or not (torch.is_grad_enabled() and tokens.requires_grad):
+            outputs: Tensor = self._encoder(tokens, mask)
+            return outputs
+        longer = graph_length(length)
+        tokens, mask = pad(tokens, (0, 0, 0, longer - length)), pad(mask, (0, longer - length))
+        if longer not in self._graphs:
+            self._graphs[longer] = self._capture(tokens, mask)
+        replayed: Tensor = self._graphs[longer](tokens, mask)
+        return replayed[:, :length]
+
+    def _capture(self, tokens: Tensor, mask: Tensor) -> nn.Module:
+        """Graphs of this shape, in memory that all shapes share. The random state stays as it was."""
+        examples = tokens.detach().clone().requires_grad_(), mask.clone()
+        dtype, mixed = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        random = torch.cuda.get_rng_state(tokens.device)
+        with torch.autocast("cuda", dtype=dtype, enabled=mixed, cache_enabled=False):
+            graphed = torch.cuda.make_graphed_callables(_Pass(self._encoder), examples, pool=self._pool)
+        torch.cuda.set_rng_state(random, tokens.device)
+        return cast("nn.Module", graphed)
+
+
+class _Pass(nn.Module):
+    """The encoder once more, since torch replaces the forward of what it makes a graph of."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        outputs: Tensor = self.encoder(tokens, mask)
+        return outputs
+
+
+def graph_length(length: int) -> int:
+    """`length` or a little more: one of eight lengths between a power of two and the next."""
+    if length <= _SHORTEST:
+        return _SHORTEST
+    step = (1 << math.ceil(math.log2(length))) // (2 * _LENGTHS_PER_OCTAVE)
+    return -(-length // step) * step

@@ -1,0 +1,56 @@
+"""Whole trainings on a CUDA device: where features are kept, precision, graphs and resumption."""
+
+import json
+
+import pytest
+import torch
+
+from agiqa.heads import HeadConfig, TrainConfig, train_head
+from agiqa.heads.scoring import evaluate
+from tests.heads.test_head_resuming import BreakingProgress, Broken, numbers
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, which these trainings run on"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch.compile looks at it
+]
+
+SMALL = {"width": 32, "num_heads": 2, "blocks": 2, "layers": 2, "dropout": 0.2}
+FAST = TrainConfig(split="grouped", epochs=4, batch_size=8, lr=5e-3, save_seconds=0, device="cuda")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("encoder", ["xlstm", "lstm", "gru", "mamba2", "transformer", "none"])
+def test_every_head_goes_on_to_the_same_numbers(make_store, tmp_path, encoder, precision):
+    store = make_store(60, width=16, encoding="hidden")
+    head = HeadConfig(projection="vocabulary", encoder=encoder, **SMALL)
+    config = FAST.model_copy(update={"precision": precision, "ema": 0.9})
+    whole = train_head(store, tmp_path / "whole", head=head, train=config)
+    with pytest.raises(Broken):
+        train_head(store, tmp_path / "run", head=head, train=config, progress=BreakingProgress(epoch=3))
+    again = train_head(store, tmp_path / "run", head=head, train=config)
+    assert numbers(again.path) == numbers(whole.path)
+    assert ("CUDA graphs" in whole.config["kernels"]) == (encoder != "none")
+    assert whole.metrics["features"]["keep"] == "device"
+
+
+def test_where_features_are_kept_changes_no_number(make_store, tmp_path):
+    store = make_store(60, width=16, encoding="hidden", logical_dtype="bfloat16")
+    head = HeadConfig(projection="hidden", encoder="gru", **SMALL)
+    found = [
+        numbers(train_head(store, tmp_path / keep, head=head, train=FAST.model_copy(update={"keep": keep})).path)
+        for keep in ("device", "ram", "stream")
+    ]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_compiled_head_learns_and_predicts_as_another(make_store, tmp_path):
+    store = make_store(60, width=16, encoding="hidden")
+    head = HeadConfig(projection="hidden", encoder="transformer", **{**SMALL, "dropout": 0.0})
+    runs = {
+        name: train_head(store, tmp_path / name, head=head, train=FAST.model_copy(update=changes))
+        for name, changes in {"plain": {"cuda_graphs": False}, "compiled": {"compile": True}}.items()
+    }
+    assert "torch.compile" in runs["compiled"].config["kernels"]
+    losses = [json.loads((run.path / "metrics.json").read_text())["test"]["rmse"] for run in runs.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    evaluate(runs["compiled"], store)
