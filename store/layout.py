@@ -3,6 +3,7 @@
 The prose specification is `FORMAT.md` beside this file; names here are the only place where code spells them.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,12 @@ ROW_ARRAYS = ("features", "logits", "tokens/ids", "tokens/roles", "tokens/scale"
 
 TOKEN_ROLES = {"special": 0, "image": 1, "question": 2, "answer": 3}
 ITEM_STATUS = {"whole": 0, "truncated": 1}
+
+
+def cache_root() -> Path:
+    """Where agiqa keeps what it can fetch or compute again: `~/.cache/agiqa`, or what AGIQA_CACHE names."""
+    named = os.environ.get("AGIQA_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "agiqa"
 
 
 @dataclass(frozen=True)
