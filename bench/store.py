@@ -32,7 +32,7 @@ from agiqa.heads.batches import BatchLoader
 from agiqa.heads.features import FeatureSet
 from agiqa.progress import say
 from agiqa.store import Store, UnitWriter, from_float32, open_store, seal
-from agiqa.store.files import canonical_json, describe_object, put_text_if_absent
+from agiqa.store.files import canonical_json, describe_object, files_below, put_text_if_absent
 
 ITEMS_PER_READ = 256  # in a sequential pass, as `agiqa.heads` reads a store
 RANDOM_ITEMS = 200
@@ -201,7 +201,7 @@ class PeerBench:
             found = run_child("write", peer=name, source=self._source_folder, folder=made)
             result = {
                 "ratio": sum(path.stat().st_size for path in PEERS[name].row_files(folder)) / self._bytes["sequential"],
-                "bytes_in_all": sum(path.stat().st_size for path in store_peers.files_below(folder)),
+                "bytes_in_all": sum(path.stat().st_size for path in files_below(folder)),
                 "write_mb_s": self._bytes["sequential"] / _MB / found["seconds"],
                 "write_peak_mb": (found["peak_bytes"] - idle) / _MB,
             }
