@@ -143,7 +143,7 @@ class Store(StoredArrays):
     def unit_rows(self, unit: int, array: str = "features") -> NDArray[Any]:
         """The used rows of `unit` of `features`, `tokens/ids` or `tokens/roles`, in the bits of the store."""
         first = unit * self.geometry.unit_rows
-        return self._stored(array, first, first + self.rows_used(unit))
+        return self.stored_rows(array, first, first + self.rows_used(unit))
 
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
         """The rows of `items` (positions), in that order; only the chunks that they lie in are decoded, each once.
@@ -161,10 +161,10 @@ class Store(StoredArrays):
         for places in self._runs(wanted):
             items_of_run = wanted[places]
             first, last = int(self.row_starts[items_of_run[0]]), int(ends[items_of_run].max())
-            run_roles = self._stored("tokens/roles", first, last)
+            run_roles = self.stored_rows("tokens/roles", first, last)
             block = slice(int(offsets[places[0]]), int(offsets[places[-1] + 1]))
             if self.encoding != "int8" and self._lie_as_asked(places, items_of_run):
-                self._stored("features", first, last, out=rows[block])
+                self.stored_rows("features", first, last, out=rows[block])
                 roles[block] = run_roles
                 continue
             run_rows = self.rows_at(first, last)
@@ -202,10 +202,10 @@ class Store(StoredArrays):
 
         Whether the unit was committed is not asked. Raises DamagedStore when a checksum does not match.
         """
-        rows = self._stored(array, start, stop)
+        rows = self.stored_rows(array, start, stop)
         if self.encoding != "int8":
             return rows
-        return self._scale.decode(rows, self._stored("tokens/scale", start, stop))
+        return self._scale.decode(rows, self.stored_rows("tokens/scale", start, stop))
 
     @cached_property
     def _scale(self) -> Scale:

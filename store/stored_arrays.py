@@ -87,7 +87,7 @@ class StoredArrays:
         values = empty_array(self.path, repr(name), array.shape, array.dtype)
         for start in range(0, len(values), object_rows(array)):
             stop = min(start + object_rows(array), len(values))
-            values[start:stop] = self._stored(name, start, stop)
+            values[start:stop] = self.stored_rows(name, start, stop)
         return values
 
     @contextmanager
@@ -128,10 +128,11 @@ class StoredArrays:
             raise damaged(self.path, f"{name} has no attribute {key}")
         return self.array(name).attrs[key]
 
-    def _stored(self, name: str, start: int, stop: int, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Rows `start` to `stop` of a row array as they are stored; Zarr is asked for the array's shape only.
+    def stored_rows(self, name: str, start: int, stop: int, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows `start` to `stop` of the array `name` as they are stored; Zarr is asked for the array's shape only.
 
         Rows of one object can be decoded into `out`: memory that was never used costs as much time as decoding.
+        Raises as `array`, and DamagedStore where bytes are damaged.
         """
         if name not in self._codecs:
             self._codecs[name] = ObjectCodec.of(self.array(name))
