@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import BusyStore, DamagedStore
-from agiqa.store.checks import read_record
 from agiqa.store.files import exclusive_lock, files_below, left_lock
-from agiqa.store.layout import PULL_RECORD, StoreLayout
+from agiqa.store.layout import PULL_RECORD, ROOT_METADATA, StoreLayout
+from agiqa.store.listings import read_record
 from agiqa.store.planning import PLAN_LOCK, plans_beside
 from agiqa.store.reading import Store
-from agiqa.store.records import Owner, owner_of, owners, recorded_objects_of, root_metadata
+from agiqa.store.records import Owner, owner_of, owners, recorded_objects_of
 from agiqa.store.upkeep import UPKEEP_LOCK, is_held, upkeep_lock
 
 
@@ -105,7 +105,7 @@ class _Collector:
             message = f"{self.layout.plan_commit} is missing, so nothing tells garbage from data. Copy the store again."
             raise DamagedStore(message)
         records = (recorded_objects_of(self.store, owner) or [] for owner in owners(self.store))
-        return {root_metadata(self.store), *(entry["path"] for entries in records for entry in entries)}
+        return {ROOT_METADATA, *(entry["path"] for entries in records for entry in entries)}
 
     def _listed_now(self, owner: Owner, path: Path) -> bool:
         """Whether a run has recorded the file since the records were read."""

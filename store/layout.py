@@ -14,6 +14,18 @@ ENCODINGS = ("hidden", "sketch", "int8", "logits")
 MODEL_GROUPS = ("lm_head", "basis", "scale", "probe")
 """Groups of the store whose arrays come from the model."""
 
+MANIFEST, CARD, ITEM_TABLE = "MANIFEST.json", "README.md", "items.parquet"
+ROOT_METADATA = "store.zarr/zarr.json"
+"""Written last by the seal, so no record lists it."""
+
+LM_HEAD_NAMED_IN = {
+    "hidden": "lm_head/weight",
+    "int8": "lm_head/weight",
+    "sketch": "basis/q",
+    "logits": "probe/logits",
+}
+"""By encoding, the array whose attribute `lm_head_sha256` says which language-model head the features belong to."""
+
 PULL_RECORD = "PULLING.json"
 """In a folder that a pull is at work in: the manifest of what is being pulled."""
 
@@ -44,7 +56,7 @@ class StoreLayout:
     @property
     def items(self) -> Path:
         """One row per item: name, prompt, labels, split, generator."""
-        return self.root / "items.parquet"
+        return self.root / ITEM_TABLE
 
     @property
     def commits(self) -> Path:
@@ -59,12 +71,12 @@ class StoreLayout:
     @property
     def manifest(self) -> Path:
         """Every object with its bytes and sha256; written last, so its presence means a complete store."""
-        return self.root / "MANIFEST.json"
+        return self.root / MANIFEST
 
     @property
     def card(self) -> Path:
         """The generated data card."""
-        return self.root / "README.md"
+        return self.root / CARD
 
     def commit(self, unit: int) -> Path:
         """The commit record of a unit of features."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from agiqa.errors import BusyStore, ConfigError, DamagedStore, DataError, RemoteError, SchemaError, SettingsConflict
 from agiqa.store.files import exclusive_lock, read_json, sha256_of_file, sync_file, write_text_atomically
-from agiqa.store.layout import PULL_RECORD, StoreLayout
+from agiqa.store.layout import MANIFEST, PULL_RECORD, StoreLayout
 from agiqa.store.manifests import Entry, Manifest, parse_manifest, units_of_objects
 from agiqa.store.reading import Store
 from agiqa.store.remotes import BLOCK, Remote, remote_at, wait_after
@@ -113,11 +113,11 @@ def run_pull(plan: PullPlan, *, jobs: int = JOBS, advance: Callable[[int], None]
 
 def fetch_manifest(remote: Remote) -> Manifest:
     """The manifest of the finished store at `remote`. Raises SchemaError where there is none."""
-    text = remote.read("MANIFEST.json")
+    text = remote.read(MANIFEST)
     if text is None:
-        message = f"{remote.url} is not a finished feature store: it has no MANIFEST.json. Push the store (again)."
+        message = f"{remote.url} is not a finished feature store: it has no {MANIFEST}. Push the store (again)."
         raise SchemaError(message)
-    return parse_manifest(text.decode("utf-8", errors="replace"), remote.url_of("MANIFEST.json"))
+    return parse_manifest(text.decode("utf-8", errors="replace"), remote.url_of(MANIFEST))
 
 
 def fetch_object(remote: Remote, entry: Entry, folder: Path, tally: Tally) -> None:

@@ -13,16 +13,10 @@ from numpy.typing import NDArray
 from agiqa.errors import DamagedStore, IncompleteStore, ViewRefused
 from agiqa.store.basis import Basis
 from agiqa.store.bits import storage_dtype, to_float32
-from agiqa.store.checks import (
-    check_index,
-    check_item_count,
-    check_items,
-    check_root_metadata,
-    damaged,
-    empty_array,
-)
+from agiqa.store.checks import check_index, check_item_count, check_items, damaged, empty_array
 from agiqa.store.items import Items, item_positions, read_items
-from agiqa.store.layout import StoreLayout
+from agiqa.store.layout import LM_HEAD_NAMED_IN, StoreLayout
+from agiqa.store.listings import check_root_metadata
 from agiqa.store.recorded_items import read_recorded_items
 from agiqa.store.scaling import Scale
 from agiqa.store.stored_arrays import StoredArrays
@@ -227,8 +221,7 @@ class Store(StoredArrays):
     @property
     def lm_head_sha256(self) -> str:
         """Which language-model head the features belong to: sha256 of its bits in row-major order."""
-        source = {"sketch": "basis/q", "logits": "probe/logits"}.get(self.encoding, "lm_head/weight")
-        return str(self._attribute(source, "lm_head_sha256"))
+        return str(self._attribute(LM_HEAD_NAMED_IN[self.encoding], "lm_head_sha256"))
 
     def lm_head(self) -> NDArray[np.float32]:
         """The language-model head W_lm, (V, D) float32. Raises ViewRefused where the store has none."""

@@ -7,9 +7,9 @@ from typing import Any, Final, Literal
 
 from agiqa.errors import DamagedStore
 from agiqa.store.arrays import object_rows
-from agiqa.store.checks import read_record
 from agiqa.store.files import canonical_json, files_below, write_text_atomically
-from agiqa.store.layout import MODEL_GROUPS, ROW_ARRAYS
+from agiqa.store.layout import MODEL_GROUPS, ROOT_METADATA, ROW_ARRAYS
+from agiqa.store.listings import read_record
 from agiqa.store.reading import Store
 
 _PLANNED: Final = ("tokens/ids", "tokens/roles")
@@ -62,11 +62,6 @@ def record_path(store: Store, owner: Owner) -> Path:
     return store.layout.plan_commit if owner == "plan" else store.layout.model_commit
 
 
-def root_metadata(store: Store) -> str:
-    """Path of the root group's metadata, which the seal writes last and no record lists."""
-    return f"{store.layout.zarr.name}/zarr.json"
-
-
 def owners(store: Store) -> list[Owner]:
     """All that have a record in a finished store."""
     return ["plan", "model", *range(store.geometry.units)]
@@ -96,7 +91,7 @@ def objects_by_owner(store: Store, manifest: dict[str, Any]) -> dict[Owner, list
     """The objects of `manifest` by who wrote them; the metadata of the root belong to the seal and are left out."""
     found: dict[Owner, list[dict[str, Any]]] = {owner: [] for owner in owners(store)}
     for entry in manifest["objects"]:
-        if entry["path"] == root_metadata(store):
+        if entry["path"] == ROOT_METADATA:
             continue
         _inside(store, entry["path"], listed_in=store.layout.manifest)
         owner = owner_of(store, entry["path"])

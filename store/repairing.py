@@ -11,7 +11,7 @@ from typing import Any
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.files import read_json, sync_file, waiting_lock
-from agiqa.store.layout import StoreLayout
+from agiqa.store.layout import ROOT_METADATA, StoreLayout
 from agiqa.store.reading import Store, open_store
 from agiqa.store.recorded_items import recorded_labels, settle_labels
 from agiqa.store.records import (
@@ -21,7 +21,6 @@ from agiqa.store.records import (
     record_path,
     recorded_objects_of,
     restore_records,
-    root_metadata,
     unlisted_files,
     unreadable_records,
 )
@@ -121,7 +120,7 @@ def _plan_objects(store: Store, objects: Objects) -> list[Mapping[str, Any]]:
     """What no unit can bring back; a finished store lists its item table and root metadata too."""
     planned = list(objects.get("plan", []))
     if store.is_complete:
-        planned += [entry for entry in store.manifest["objects"] if entry["path"] == root_metadata(store)]
+        planned += [entry for entry in store.manifest["objects"] if entry["path"] == ROOT_METADATA]
         planned.append(recorded_labels(store.layout, store.manifest))
     return planned
 

@@ -8,7 +8,6 @@ import zarr
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.card import data_card
-from agiqa.store.checks import check_object_path, read_record
 from agiqa.store.files import (
     canonical_json,
     describe_object,
@@ -17,6 +16,7 @@ from agiqa.store.files import (
     write_text_atomically,
 )
 from agiqa.store.layout import FORMAT, VERSION
+from agiqa.store.listings import check_object_path, read_record
 from agiqa.store.reading import Store, open_store
 from agiqa.store.upkeep import upkeep_lock
 

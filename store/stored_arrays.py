@@ -12,17 +12,9 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.arrays import object_rows
-from agiqa.store.checks import (
-    UNREADABLE,
-    check_array,
-    check_attributes,
-    damaged,
-    empty_array,
-    open_group,
-    read_manifest,
-    read_record,
-)
+from agiqa.store.checks import UNREADABLE, check_array, check_attributes, damaged, empty_array, open_group
 from agiqa.store.layout import PULL_RECORD, ROW_ARRAYS, StoreLayout
+from agiqa.store.listings import read_manifest, read_record
 from agiqa.store.objects import ObjectCodec
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, StoreError, UnknownName
 from agiqa.store.bits import to_float32
-from agiqa.store.checks import read_manifest
+from agiqa.store.listings import read_manifest
 from agiqa.store.reading import Store
 from agiqa.store.recorded_items import recorded_labels
 from agiqa.store.records import (
