@@ -41,6 +41,8 @@ from agiqa.store.upkeep import upkeep_lock
 
 PLAN_LOCK = "plan"
 """Held while a plan is written."""
+_SHAPE = ("encoding", "logical_dtype", "width", "kept_logits")
+"""What decides the shape of the features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +80,13 @@ class StorePlan:
 
     def full_provenance(self) -> dict[str, Any]:
         """The provenance with what decides the shape of the features; its hash is the store id."""
-        return {
-            **self.provenance,
-            "encoding": self.encoding,
-            "logical_dtype": self.logical_dtype,
-            "width": self.width,
-            **({} if self.kept_logits is None else {"kept_logits": self.kept_logits}),
-        }
+        shape = {name: getattr(self, name) for name in _SHAPE}
+        return {**self.provenance, **{name: value for name, value in shape.items() if value is not None}}
+
+
+def without_shape(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance that a plan began with, of a store's `full_provenance`."""
+    return {name: value for name, value in provenance.items() if name not in _SHAPE}
 
 
 @dataclass(frozen=True, kw_only=True)
