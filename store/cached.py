@@ -29,10 +29,10 @@ from agiqa.store.files import read_json, waiting_lock, write_text_atomically
 from agiqa.store.items import item_positions
 from agiqa.store.layout import StoreLayout, cache_root
 from agiqa.store.manifests import Manifest, array_of, units_of_objects
-from agiqa.store.pulling import JOBS, fetch_manifest, fetch_object
+from agiqa.store.pulling import fetch_manifest, fetch_object
 from agiqa.store.reading import Store, TokenRows, open_store
 from agiqa.store.remotes import LocalFolder, Remote, remote_at
-from agiqa.store.transfers import Tally, in_parallel
+from agiqa.store.transfers import JOBS, Tally, in_parallel
 
 _AHEAD = 4
 """Units that are fetched ahead."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, IncompleteStore, SchemaError, StoreError
 from agiqa.store.arrays import Geometry, object_rows
-from agiqa.store.bits import STORAGE_DTYPES, storage_dtype
+from agiqa.store.bits import STORAGE_DTYPES, rows_dtype, storage_dtype
 from agiqa.store.items import Items, count_items
 from agiqa.store.layout import ENCODINGS, FORMAT, PULL_RECORD, ROW_ARRAYS, VERSION, StoreLayout
 from agiqa.store.provenance import store_id
@@ -106,7 +106,7 @@ def array_forms(geometry: Geometry, attributes: dict[str, Any], *, items: int | 
     (rows, width), encoding = geometry.shape, attributes["encoding"]
     bits, float32 = storage_dtype(attributes["logical_dtype"]), np.dtype(np.float32)
     return {
-        "features": ((rows, width), np.dtype(np.int8) if encoding == "int8" else bits),
+        "features": ((rows, width), rows_dtype(encoding, attributes["logical_dtype"])),
         "logits": ((rows, attributes["provenance"].get("kept_logits")), bits),
         "tokens/ids": ((rows,), np.dtype(np.int32)),
         "tokens/roles": ((rows,), np.dtype(np.uint8)),

@@ -95,7 +95,7 @@ def export_hdf5(
 
 
 def _require_sound(store: Store) -> None:
-    if not store.is_complete or store.pulled_units is not None:
+    if store.state != "complete":
         message = f"{store.path} is not whole, and only finished stores are exported. {store.remedy}"
         raise IncompleteStore(message)
     report = verify(store, "quick")

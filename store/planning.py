@@ -22,7 +22,7 @@ from agiqa.store.arrays import (
     create_token_array,
     create_whole_array,
 )
-from agiqa.store.bits import storage_dtype
+from agiqa.store.bits import rows_dtype
 from agiqa.store.files import (
     canonical_json,
     describe_object,
@@ -76,7 +76,7 @@ class StorePlan:
     @property
     def dtype(self) -> np.dtype[Any]:
         """NumPy dtype of the stored rows."""
-        return np.dtype(np.int8) if self.encoding == "int8" else storage_dtype(self.logical_dtype)
+        return rows_dtype(self.encoding, self.logical_dtype)
 
     def full_provenance(self) -> dict[str, Any]:
         """The provenance with what decides the shape of the features; its hash is the store id."""

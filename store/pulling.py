@@ -19,10 +19,9 @@ from agiqa.store.layout import MANIFEST, PULL_RECORD, StoreLayout
 from agiqa.store.manifests import Entry, Manifest, parse_manifest, units_of_objects
 from agiqa.store.reading import Store
 from agiqa.store.remotes import BLOCK, Remote, remote_at, wait_after
-from agiqa.store.transfers import Tally, Transfer, in_parallel
+from agiqa.store.transfers import JOBS, Tally, Transfer, in_parallel
 from agiqa.store.upkeep import is_held
 
-JOBS = 8
 _SET_ASIDE = "items.before-pull.parquet"
 
 

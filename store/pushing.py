@@ -10,9 +10,7 @@ from agiqa.store.layout import CARD, ITEM_TABLE, MANIFEST, ROOT_METADATA
 from agiqa.store.manifests import Entry, Manifest, parse_manifest
 from agiqa.store.reading import Store
 from agiqa.store.remotes import Found, Remote, Upload, remote_at
-from agiqa.store.transfers import Tally, Transfer, in_parallel
-
-JOBS = 8
+from agiqa.store.transfers import JOBS, Tally, Transfer, in_parallel
 
 
 def push(

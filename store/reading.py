@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, IncompleteStore, ViewRefused
 from agiqa.store.basis import Basis
-from agiqa.store.bits import storage_dtype, to_float32
+from agiqa.store.bits import rows_dtype, storage_dtype, to_float32
 from agiqa.store.checks import check_index, check_item_count, check_items, damaged, empty_array
 from agiqa.store.items import Items, item_positions, read_items
 from agiqa.store.layout import LM_HEAD_NAMED_IN, StoreLayout
@@ -47,7 +47,7 @@ class Store(StoredArrays):
         super().__init__(path)
         self.encoding: str = str(self.attributes["encoding"])
         self.logical_dtype: str = str(self.attributes["logical_dtype"])
-        self.dtype = np.dtype(np.int8) if self.encoding == "int8" else storage_dtype(self.logical_dtype)
+        self.dtype = rows_dtype(self.encoding, self.logical_dtype)
         self.array("features")
 
     @property

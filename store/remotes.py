@@ -30,8 +30,6 @@ from agiqa.store.transfers import in_parallel
 BLOCK = 4 << 20
 """Bytes asked for at once: what a cut connection loses."""
 _HUB_COMMIT_FILES = 64
-
-
 TRIES = 5
 """Failures in a row that are waited out, unless the remote refuses for good."""
 FIRST_WAIT = 0.2

@@ -37,7 +37,7 @@ def seal(store: Store) -> Store:
 
 def _seal(store: Store) -> None:
     layout = store.layout
-    objects = recorded_objects(store)
+    objects = _recorded_objects(store)
     shared = [entry for record in (layout.plan_commit, layout.model_commit) for entry in read_record(record)]
     damaged = [problem for entry in objects if (problem := size_problem(store, entry))]
     damaged = damaged or [problem for entry in shared if (problem := content_problem(store, entry))]
@@ -66,7 +66,7 @@ def _seal(store: Store) -> None:
     write_text_atomically(layout.manifest, canonical_json(manifest))
 
 
-def recorded_objects(store: Store) -> list[dict[str, Any]]:
+def _recorded_objects(store: Store) -> list[dict[str, Any]]:
     """Every object that the commit records name, in the order plan, model, units.
 
     Raises IncompleteStore when the record of a unit or of the model's arrays is missing.

@@ -59,6 +59,13 @@ class StoredArrays:
         return [int(unit) for unit in self.manifest["units"]]
 
     @property
+    def state(self) -> str:
+        """`unfinished`, `complete`, or `partial` for a store of which some units were pulled."""
+        if not self.is_complete:
+            return "unfinished"
+        return "complete" if self.pulled_units is None else "partial"
+
+    @property
     def remedy(self) -> str:
         """How a store without all its units gets the rest."""
         if (self.path / PULL_RECORD).exists():

@@ -54,6 +54,4 @@ def _bytes_of_features(store: Store, done: Sequence[int]) -> int:
 
 
 def _state(store: Store, done: int) -> str:
-    if store.is_complete and store.pulled_units is None:
-        return "complete"
-    return f"{'partial' if store.is_complete else 'unfinished'}, {done} of {store.geometry.units} units"
+    return store.state if store.state == "complete" else f"{store.state}, {done} of {store.geometry.units} units"

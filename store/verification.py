@@ -86,7 +86,7 @@ def verify(store: Store, level: str = "quick") -> Report:
     done = set(store.committed_units())
     return Report(
         level=level,
-        state=_state(store),
+        state=store.state,
         objects=len(entries),
         missing_units=tuple(unit for unit in range(store.geometry.units) if unit not in done),
         damage=tuple(damage),
@@ -103,12 +103,6 @@ def _entries(store: Store, manifest: dict[str, Any] | None) -> Iterable[tuple[di
     for owner in owners(store):
         if is_readable(store, owner):
             yield from ((entry, unit_of(store, entry["path"])) for entry in recorded_objects_of(store, owner) or [])
-
-
-def _state(store: Store) -> str:
-    if not store.is_complete:
-        return "unfinished"
-    return "complete" if store.pulled_units is None else "partial"
 
 
 def _check_object(store: Store, entry: dict[str, Any], unit: int | None, level: str) -> Damage | None:
