@@ -47,8 +47,8 @@ def is_object_path(text: str) -> bool:
     return len(text) <= _LONGEST_PATH and _OBJECT_PATH.fullmatch(text) is not None
 
 
-def read_manifest(path: Path, *, store_id: str) -> dict[str, Any]:
-    """The manifest at `path`, its entries whole, and that of the store with this id.
+def read_manifest(path: Path, *, store_id: str | None = None) -> dict[str, Any]:
+    """The manifest at `path`, its entries whole, and that of the store with this id where one is given.
 
     Raises SchemaError for a foreign format or version, and DamagedStore where it is anything else.
     """
@@ -62,7 +62,7 @@ def read_manifest(path: Path, *, store_id: str) -> dict[str, Any]:
     labels += [manifest["labels_next"]] if "labels_next" in manifest else []
     if not all(is_entry(entry) and entry["path"] == ITEM_TABLE for entry in labels):
         raise damaged(path, f"it does not list {ITEM_TABLE} as it should")
-    if manifest.get("id") != store_id:
+    if store_id is not None and manifest.get("id") != store_id:
         raise damaged(path, f"it is that of the store {str(manifest.get('id'))[:12]}, the metadata of {store_id[:12]}")
     state, units = manifest.get("state"), manifest.get("units", [])
     if state not in ("complete", "partial") or not isinstance(units, list) or (state == "partial") != bool(units):

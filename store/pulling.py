@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import BusyStore, ConfigError, DamagedStore, DataError, RemoteError, SchemaError, SettingsConflict
-from agiqa.store.files import exclusive_lock, read_json, sha256_of_file, sync_file, write_text_atomically
+from agiqa.store.files import exclusive_lock, sha256_of_file, sync_file, write_text_atomically
 from agiqa.store.layout import MANIFEST, PULL_RECORD, StoreLayout
+from agiqa.store.listings import read_manifest
 from agiqa.store.manifests import Entry, Manifest, parse_manifest, units_of_objects
 from agiqa.store.reading import Store
 from agiqa.store.remotes import BLOCK, Remote, remote_at, wait_after
@@ -67,8 +68,8 @@ def plan_pull(url: str, path: Path, *, items: Sequence[str] | None = None, jobs:
     """Find out what must be fetched; with `items` this fetches the index and the item table.
 
     Raises SchemaError where there is no finished store at `url`, SettingsConflict where `path` holds anything else
-    than this store (an unfinished one is completed), DataError naming the items that the store does not have, and
-    BusyStore where another pull or run is at work on `path`.
+    than this store (an unfinished one is completed), DamagedStore where its manifest cannot be read, DataError naming
+    the items that the store does not have, and BusyStore where another pull or run is at work on `path`.
     """
     if items is not None and not items:
         message = f"No items are named, so there is nothing to pull from {url}. Name some, or pull the whole store."
@@ -199,8 +200,8 @@ def _fetch_missing(remote: Remote, entries: Iterable[Entry], path: Path, tally: 
 def _claim(path: Path, manifest: Manifest) -> list[int] | None:
     """Make `path` the place of this store; returns the units that are there already, None for a complete store."""
     layout, record = StoreLayout(path), path / PULL_RECORD
-    local = read_json(layout.manifest) if layout.manifest.exists() else None
-    started = read_json(record) if record.exists() else local
+    local = read_manifest(layout.manifest) if layout.manifest.exists() else None
+    started = read_manifest(record) if record.exists() else local
     found = None if started is None else started.get("id")
     unfinished = found is None and layout.plan_commit.exists()
     if unfinished:
@@ -222,7 +223,7 @@ def _claim(path: Path, manifest: Manifest) -> list[int] | None:
         shutil.rmtree(layout.commits)
     if local is None:
         return []
-    return None if local.get("state") == "complete" else [int(unit) for unit in local["units"]]
+    return None if local["state"] == "complete" else [int(unit) for unit in local["units"]]
 
 
 def _require_idle(layout: StoreLayout) -> None:
@@ -239,7 +240,7 @@ def _drop_outdated(path: Path, manifest: Manifest) -> None:
     layout = StoreLayout(path)
     if not layout.manifest.exists():
         return
-    local = read_json(layout.manifest)
+    local = read_manifest(layout.manifest)
     wanted = {entry.path: entry.sha256 for entry in manifest.entries}
     listed = [*local["objects"], local["labels"]]
     if any(wanted.get(entry["path"]) != entry["sha256"] for entry in listed):
