@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agiqa.bench.store import about_this_run, as_table, digits
-from agiqa.bench.tables import read_results
+from agiqa.bench.store import about_this_run
+from agiqa.bench.tables import as_table, digits, read_results, verdict
 from agiqa.errors import UnknownName
 from agiqa.heads.batches import collate
 from agiqa.heads.config import HeadConfig, TrainConfig
@@ -295,8 +295,7 @@ def _goal_rows(heads: Sequence[Line], uncached: Sequence[Line]) -> Iterator[list
 
 
 def _goal(text: str, value: float, *, at_most: float = math.inf, at_least: float = 0.0) -> list[str]:
-    wanted = f"at most {at_most:g}" if at_least == 0 else f"at least {at_least:g}"
-    return [text, wanted, digits(value), "yes" if at_least <= value <= at_most else "no"]
+    return [text, *verdict(value, at_most=at_most, at_least=at_least)]
 
 
 @click.command()

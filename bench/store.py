@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 
 from agiqa.bench import store_peers
 from agiqa.bench.store_peers import LARGE_WIDTH, PEERS, TYPICAL_LENGTH, Source, save_source
-from agiqa.bench.tables import read_results
+from agiqa.bench.tables import as_table, digits, read_results, verdict
 from agiqa.errors import AgiqaError, ConfigError, DamagedStore, UnknownName
 from agiqa.heads.batches import BatchLoader
 from agiqa.heads.features import FeatureSet
 from agiqa.progress import say
 from agiqa.store import Store, UnitWriter, from_float32, open_store, seal
-from agiqa.store.files import canonical_json, describe_object, put_text_if_absent
+from agiqa.store.files import canonical_json, describe_object, files_below, put_text_if_absent
 
 ITEMS_PER_READ = 256  # in a sequential pass, as `agiqa.heads` reads a store
 RANDOM_ITEMS = 200
@@ -201,7 +201,7 @@ class PeerBench:
             found = run_child("write", peer=name, source=self._source_folder, folder=made)
             result = {
                 "ratio": sum(path.stat().st_size for path in PEERS[name].row_files(folder)) / self._bytes["sequential"],
-                "bytes_in_all": sum(path.stat().st_size for path in store_peers.files_below(folder)),
+                "bytes_in_all": sum(path.stat().st_size for path in files_below(folder)),
                 "write_mb_s": self._bytes["sequential"] / _MB / found["seconds"],
                 "write_peak_mb": (found["peak_bytes"] - idle) / _MB,
             }
@@ -297,17 +297,6 @@ def extra_lines(source: Source, work: Path, config: Line, options: Mapping[str, 
         yield line("epoch", {**config, "batch": BATCH, "threads": 1}, runs)
 
 
-def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, or nothing without rows."""
-    lines = (head, ["---"] * len(head), *rows) if rows else ()
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def digits(value: float) -> str:
-    """`value` with three digits after the point, or as a whole number from 10."""
-    return f"{value:.3f}" if value < 10 else f"{value:,.0f}"
-
-
 def described(values: Mapping[str, Any]) -> str:
     """`values` as words, numbers with three digits after the point at most."""
     return ", ".join(f"{key} {one if isinstance(one, str) else f'{round(one, 3):,}'}" for key, one in values.items())
@@ -333,11 +322,10 @@ def tables(lines: Sequence[Line]) -> str:
 
 def goal_row(goal: Goal, line: Line) -> list[str]:
     """The cells of one goal and what `line` says of it."""
-    value = line["measured"][goal.key]
-    wanted = f"at most {goal.at_most:g}" if goal.at_least == 0 else f"at least {goal.at_least:g}"
     named = {"data", "repeated_rows", "items", "units", "page_cache"}
     of = {key: one for key, one in line["config"].items() if key in named}
-    return [goal.text, described(of), wanted, digits(value), "yes" if goal.at_least <= value <= goal.at_most else "no"]
+    met = verdict(line["measured"][goal.key], at_most=goal.at_most, at_least=goal.at_least)
+    return [goal.text, described(of), *met]
 
 
 @click.command()

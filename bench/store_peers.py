@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from agiqa.store import Items, StorePlan, UnitWriter, create_store, create_whole_array, open_store, seal
 from agiqa.store.arrays import FEWEST_UNITS, SHARD_BYTES, chunk_rows_for
 from agiqa.store.bits import storage_dtype
-from agiqa.store.files import sync_file
+from agiqa.store.files import files_below, sync_file
 
 TYPICAL_LENGTH = 477
 """Tokens of a conversation about one image, image tokens included."""
@@ -296,11 +296,6 @@ def write_small_model(writer: UnitWriter) -> None:
         create_whole_array(group, "probe/logits", no_logits, attributes={"logical_dtype": "float32"})
 
     writer.write_model_arrays(write)
-
-
-def files_below(folder: Path) -> list[Path]:
-    """Every file below `folder`."""
-    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def set_cache(folder: Path, *, cold: bool) -> None:

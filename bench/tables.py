@@ -5,6 +5,7 @@ configs, numbers are means over seeds with the standard deviation, and the best 
 """
 
 import json
+import math
 import statistics
 import sys
 from collections import defaultdict
@@ -26,6 +27,23 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(f"**{stage}**\n\n{_table(lines)}" for stage, lines in stages.items())
 
 
+def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, or nothing without rows."""
+    lines = (head, ["---"] * len(head), *rows) if rows else ()
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def digits(value: float) -> str:
+    """`value` with three digits after the point, or as a whole number from 10."""
+    return f"{value:.3f}" if value < 10 else f"{value:,.0f}"
+
+
+def verdict(value: float, *, at_most: float = math.inf, at_least: float = 0.0) -> list[str]:
+    """The cells `wanted`, `measured` and `met` of a goal, which is one bound or the other."""
+    wanted = f"at most {at_most:g}" if at_least == 0 else f"at least {at_least:g}"
+    return [wanted, digits(value), "yes" if at_least <= value <= at_most else "no"]
+
+
 def _table(lines: Sequence[dict[str, Any]]) -> str:
     keys = sorted({key for line in lines for key in line["config"]})
     usual = {key: statistics.mode(line["config"].get(key) for line in lines) for key in keys}
@@ -36,9 +54,8 @@ def _table(lines: Sequence[dict[str, Any]]) -> str:
     parts = [part for part in ("validation", "test") if all(part in line for line in lines)]
     head = ["head", "seeds", *(f"{part} {metric}" for part in parts for metric in ("SRCC", "PLCC"))]
     body = [[name, str(len(runs)), *(cell for part in parts for cell in _cells(runs, part))] for name, runs in ordered]
-    table = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
     shared = ", ".join(f"{key} {value}" for key, value in usual.items() if value is not None)
-    return ("" if len(usual) == 1 else f"Unless said otherwise: {shared}.\n\n") + "\n".join(table)
+    return ("" if len(usual) == 1 else f"Unless said otherwise: {shared}.\n\n") + as_table(head, body)
 
 
 def _difference(config: Mapping[str, Any], usual: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@
 | `owner/name`, `owner/name@revision` | a repository of the hub, downloaded once into the hub's own cache |
 """
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import ModelError
+from agiqa.store.files import sha256_of_file
 
 SETTINGS_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 """Everything but weights that changes a number; json covers configuration, tokenizer and processor."""
@@ -32,7 +32,6 @@ WEIGHT_LAYOUTS = (
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 _PACKAGE = "pkg:"
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +105,7 @@ class Checkpoint:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 (hex) of every weight and settings file, by file name. Reads all of them once."""
-        return {path.name: file_sha256(path) for path in sorted({*self.settings_files(), *self.weight_files()})}
+        return {path.name: sha256_of_file(path) for path in sorted({*self.settings_files(), *self.weight_files()})}
 
     def stored_dtype(self) -> str | None:
         """The dtype name of the first floating-point tensor of a safetensors checkpoint, else None."""
@@ -142,15 +141,6 @@ def resolve_checkpoint(model: str) -> Checkpoint:
         message = f"{model}: the hub repository has no config.json; GGUF repositories must be downloaded by hand."
         raise ModelError(message)
     return Checkpoint(name=model, folder=folder, repository=repository, revision=folder.name)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file, read in chunks of 4 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _package_path(model: str) -> Path:

@@ -10,7 +10,6 @@ decoded.json  format, version, store, identity of the items, dtype and shape
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from agiqa.heads.features import (
 )
 from agiqa.progress import say, track
 from agiqa.store.files import sync_file, waiting_lock
+from agiqa.store.layout import cache_root
 
 FORMAT = "agiqa.decoded"
 FORMAT_VERSION = 1
@@ -74,10 +74,8 @@ class _Copy:
 
 
 def decoded_folder() -> Path:
-    """Where decoded copies are kept: `decoded` in `~/.cache/agiqa`, or in what AGIQA_CACHE names."""
-    home = os.environ.get("AGIQA_CACHE")
-    root = Path(home).expanduser() if home else Path.home() / ".cache" / "agiqa"
-    return root / "decoded"
+    """Where decoded copies are kept: `decoded` below the cache root."""
+    return cache_root() / "decoded"
 
 
 def mapped_features(source: FeatureSource, items: NDArray[np.int64], *, label: str | None) -> tuple[FeatureSet, Path]:

@@ -19,6 +19,7 @@ from agiqa.errors import HeadError
 from agiqa.heads.batches import Batch, pad, plan_batches
 from agiqa.heads.features import FeatureSource, describe_items, items_identity, read_checked
 from agiqa.store import Store, StoreUnion, open_store, union
+from agiqa.store.remotes import is_url
 
 
 class FeatureBatches(Dataset[Batch]):
@@ -78,21 +79,13 @@ def _opener(source: FeatureSource) -> Callable[[], FeatureSource]:
     if isinstance(source, StoreUnion):
         return partial(_open_union, [_opener(store) for store in source.stores])
     if isinstance(source, Store):
-        url = getattr(source, "url", None)
-        if url is not None:
-            return partial(_open_remote, url)
-        return partial(open_store, source.path.absolute(), allow_partial=not source.is_complete)
+        place = source.location if is_url(source.location) else source.path.absolute()
+        return partial(open_store, place, allow_partial=not source.is_complete)
     return partial(_as_it_is, source)
 
 
 def _open_union(openers: Sequence[Callable[[], Any]]) -> Any:
     return union([reopen() for reopen in openers])
-
-
-def _open_remote(url: str) -> FeatureSource:
-    from agiqa.store.cached import open_remote  # its drivers are imported where they are needed only
-
-    return open_remote(url)
 
 
 def _as_it_is(source: FeatureSource) -> FeatureSource:

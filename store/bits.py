@@ -26,6 +26,11 @@ def storage_dtype(logical_dtype: str) -> np.dtype[Any]:
         raise UnknownName.of(kind="logical dtype", name=logical_dtype, known=STORAGE_DTYPES) from None
 
 
+def rows_dtype(encoding: str, logical_dtype: str) -> np.dtype[Any]:
+    """The NumPy dtype of stored rows. Raises as `storage_dtype`."""
+    return np.dtype(np.int8) if encoding == "int8" else storage_dtype(logical_dtype)
+
+
 def to_float32(bits: NDArray[Any], logical_dtype: str) -> NDArray[np.float32]:
     """The values behind `bits` (any shape) as float32; exact for all three logical dtypes."""
     if logical_dtype == "bfloat16":

@@ -27,12 +27,12 @@ from zarr.storage import LocalStore, WrapperStore
 from agiqa.errors import DamagedStore
 from agiqa.store.files import read_json, waiting_lock, write_text_atomically
 from agiqa.store.items import item_positions
-from agiqa.store.layout import StoreLayout
+from agiqa.store.layout import StoreLayout, cache_root
 from agiqa.store.manifests import Manifest, array_of, units_of_objects
-from agiqa.store.pulling import JOBS, fetch_manifest, fetch_object
+from agiqa.store.pulling import fetch_manifest, fetch_object
 from agiqa.store.reading import Store, TokenRows, open_store
 from agiqa.store.remotes import LocalFolder, Remote, remote_at
-from agiqa.store.transfers import Tally, in_parallel
+from agiqa.store.transfers import JOBS, Tally, in_parallel
 
 _AHEAD = 4
 """Units that are fetched ahead."""
@@ -258,10 +258,8 @@ def open_remote(url: str) -> Store:
 
 
 def cache_folder(store_id: str) -> Path:
-    """Where the objects of a remote store are kept: `stores/ID` in `~/.cache/agiqa`, or in what AGIQA_CACHE names."""
-    home = os.environ.get("AGIQA_CACHE")
-    root = Path(home).expanduser() if home else Path.home() / ".cache" / "agiqa"
-    return root / "stores" / store_id
+    """Where the objects of a remote store are kept: `stores/ID` below the cache root."""
+    return cache_root() / "stores" / store_id
 
 
 def _adopt(manifest: Manifest, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 
+from agiqa.store.layout import FORMAT, VERSION
 from agiqa.store.reading import Store
 
 _TRAINING = {
@@ -23,7 +24,7 @@ multimodal language model so that quality-assessment heads can be trained withou
 
 | | |
 |---|---|
-| format | agiqa.features v1 (Zarr v3) |
+| format | {FORMAT} v{VERSION} (Zarr v3) |
 | store id | `{store.id}` |
 | encoding | {store.encoding}, {store.logical_dtype}, {store.width} values per token |
 | MOS | {aspects} |

@@ -14,7 +14,7 @@ from agiqa.errors import BusyStore, SettingsConflict, ViewRefused
 from agiqa.store.arrays import create_whole_array
 from agiqa.store.filling import UnitWriter
 from agiqa.store.layout import ITEM_STATUS
-from agiqa.store.planning import StorePlan, create_store
+from agiqa.store.planning import StorePlan, create_store, without_shape
 from agiqa.store.reading import Store
 from agiqa.store.sealing import seal
 
@@ -48,17 +48,41 @@ def derive_store(
     if out.resolve() == source.path.resolve():
         message = f"{out} is the store to be read; give another path for what is made of it."
         raise SettingsConflict(message)
-    made = create_store(out, _plan(source, derivation))
+
+    def write_model(group: zarr.Group, made: Store) -> None:
+        _write_model_arrays(group, source, made, derivation)
+
+    def write_unit(writer: UnitWriter, unit: int) -> None:
+        started = time.perf_counter()
+        rows, scale = derivation.encode(source.read(writer.store.items_of(unit)).float32())
+        writer.write_unit(unit, rows, scale=scale, seconds=time.perf_counter() - started)
+
+    return write_store(out, _plan(source, derivation), write_model=write_model, write_unit=write_unit, advance=advance)
+
+
+def write_store(
+    out: Path,
+    plan: StorePlan,
+    *,
+    write_model: Callable[[zarr.Group, Store], None],
+    write_unit: Callable[[UnitWriter, int], None],
+    advance: Callable[[int], None],
+) -> Store:
+    """Make the planned store at `out`, or finish the one begun there; seal it.
+
+    `write_model` creates the model's own arrays of the store that it is given, `write_unit` computes and writes a unit,
+    `advance` is called with the tokens of every unit that is done. Raises as `create_store`, and BusyStore where
+    another process is at work on a unit that is left.
+    """
+    made = create_store(out, plan)
     if made.is_complete:
         return made
     writer = UnitWriter(made)
-    writer.write_model_arrays(lambda group: _write_model_arrays(group, source, made, derivation))
+    writer.write_model_arrays(lambda group: write_model(group, made))
     for unit in writer.pending():
         with writer.claim(unit) as mine:
             if mine:
-                started = time.perf_counter()
-                rows, scale = derivation.encode(source.read(made.items_of(unit)).float32())
-                writer.write_unit(unit, rows, scale=scale, seconds=time.perf_counter() - started)
+                write_unit(writer, unit)
         advance(made.rows_used(unit))
     left = writer.pending()
     if left:
@@ -83,13 +107,11 @@ def _plan(source: Store, derivation: Derivation) -> StorePlan:
             start = int(source.row_starts[item]) - unit * source.geometry.unit_rows
             rows = slice(start, start + int(source.n_tokens[item]))
             token_ids[item], roles[item] = unit_ids[rows], unit_roles[rows]
-    shape = ("encoding", "logical_dtype", "width", "kept_logits")
-    kept = {name: value for name, value in source.provenance.items() if name not in shape}
     return StorePlan(
         encoding=derivation.encoding,
         logical_dtype=derivation.logical_dtype,
         width=derivation.width,
-        provenance={**kept, "source": source.id, **derivation.provenance},
+        provenance={**without_shape(source.provenance), "source": source.id, **derivation.provenance},
         items=source.items,
         token_ids=token_ids,
         roles=roles,
@@ -102,12 +124,15 @@ def _write_model_arrays(group: zarr.Group, source: Store, made: Store, derivatio
     derivation.write_model(group)
     rows = np.asarray(source.array("probe/rows")[...])
     logits = source.array("probe/logits")
-    create_whole_array(group, "probe/rows", _same_tokens(rows, source, made))
+    create_whole_array(group, "probe/rows", same_tokens(rows, source.row_starts, made.row_starts))
     attributes = {"logical_dtype": logits.attrs["logical_dtype"], **derivation.probe_attributes}
     create_whole_array(group, "probe/logits", np.asarray(logits[...]), attributes=attributes)
 
 
-def _same_tokens(rows: NDArray[np.int64], source: Store, made: Store) -> NDArray[np.int64]:
-    """Row addresses in `made` of the tokens that stand in `rows` of `source`; their units differ in size."""
-    items = np.searchsorted(source.row_starts, rows, side="right") - 1
-    return np.asarray(rows - source.row_starts[items] + made.row_starts[items], np.int64)
+def same_tokens(rows: NDArray[np.int64], there: NDArray[np.int64], here: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Addresses (rows,) of the tokens at `rows` of another store, whose units differ in size.
+
+    `there` and `here` are the first rows of the items in the other store and in this one, (items,).
+    """
+    items = np.searchsorted(there, rows, side="right") - 1
+    return np.asarray(rows - there[items] + here[items], np.int64)

@@ -66,6 +66,11 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted; none where there is no such folder."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def describe_object(root: Path, path: Path) -> dict[str, Any]:
     """The record of one object: path relative to `root`, bytes, sha256."""
     return {
@@ -154,9 +159,7 @@ def exclusive_lock(path: Path) -> Generator[bool]:
     The kernel drops the lock when its process ends, however it ends, so a killed run leaves nothing to clean up.
     """
     with open_lock(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             yield False
             return
         try:
@@ -191,12 +194,7 @@ def left_lock(path: Path) -> Generator[bool]:
         yield False
         return
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield try_lock(file)
 
 
 @contextmanager
@@ -208,6 +206,15 @@ def waiting_lock(path: Path) -> Generator[None]:
             yield
         finally:
             fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Lock the open lock file `file` unless another process holds it; whether it is ours now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def open_lock(path: Path) -> IO[str]:

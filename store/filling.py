@@ -19,6 +19,7 @@ from agiqa.store.files import (
     canonical_json,
     describe_object,
     exclusive_lock,
+    files_below,
     put_text_if_absent,
     sync_file,
     telling_disk_errors,
@@ -105,7 +106,7 @@ class UnitWriter:
                     shutil.rmtree(layout.zarr / name)
             write(self.group)
             names = [name for name in MODEL_GROUPS if (layout.zarr / name).exists()]
-            files = [path for name in names for path in sorted((layout.zarr / name).rglob("*")) if path.is_file()]
+            files = [path for name in names for path in files_below(layout.zarr / name)]
             for path in files:
                 sync_file(path)
             objects = [describe_object(self.store.path, path) for path in files]

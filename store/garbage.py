@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import BusyStore, DamagedStore
-from agiqa.store.checks import read_record
-from agiqa.store.files import exclusive_lock, left_lock
-from agiqa.store.layout import PULL_RECORD, StoreLayout
+from agiqa.store.files import exclusive_lock, files_below, left_lock
+from agiqa.store.layout import PULL_RECORD, ROOT_METADATA, StoreLayout
+from agiqa.store.listings import read_record
+from agiqa.store.planning import PLAN_LOCK, plans_beside
 from agiqa.store.reading import Store
-from agiqa.store.records import Owner, owner_of, owners, recorded_objects_of, root_metadata
+from agiqa.store.records import Owner, owner_of, owners, recorded_objects_of
 from agiqa.store.upkeep import UPKEEP_LOCK, is_held, upkeep_lock
-
-_PLAN_LOCK = "plan"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +81,10 @@ class _Collector:
         self._killed_plans()
 
     def _unlisted_objects(self) -> None:
-        files = [path for path in self.layout.zarr.rglob("*") if path.is_file()]
+        files = files_below(self.layout.zarr)
         listed = self._listed()
         by_owner: dict[Owner, list[Path]] = {}
-        for path in sorted(files):
+        for path in files:
             name = path.relative_to(self.store.path).as_posix()
             if name not in listed:
                 by_owner.setdefault(owner_of(self.store, name), []).append(path)
@@ -106,7 +105,7 @@ class _Collector:
             message = f"{self.layout.plan_commit} is missing, so nothing tells garbage from data. Copy the store again."
             raise DamagedStore(message)
         records = (recorded_objects_of(self.store, owner) or [] for owner in owners(self.store))
-        return {root_metadata(self.store), *(entry["path"] for entries in records for entry in entries)}
+        return {ROOT_METADATA, *(entry["path"] for entries in records for entry in entries)}
 
     def _listed_now(self, owner: Owner, path: Path) -> bool:
         """Whether a run has recorded the file since the records were read."""
@@ -147,7 +146,7 @@ class _Collector:
 
         The lock file of a pending unit stays: a run may just have opened it.
         """
-        done = {_PLAN_LOCK}
+        done = {PLAN_LOCK}
         if not self.finished:
             done |= {f"{unit:08d}" for unit in self.store.committed_units()}
             done |= {"model"} if self.layout.model_commit.exists() else set()
@@ -157,16 +156,15 @@ class _Collector:
 
     def _killed_plans(self) -> None:
         """As `create_store` would remove them when it is called for this path again."""
-        path = self.store.path.resolve()
-        for plan in sorted(path.parent.glob(f".{path.name}.plan-*/")):
-            lock = StoreLayout(plan).locks / _PLAN_LOCK
+        for plan in plans_beside(self.store.path.resolve()):
+            lock = StoreLayout(plan).locks / PLAN_LOCK
             if not lock.is_file():
                 continue
             with contextlib.nullcontext(not is_held(lock)) if self.dry_run else left_lock(lock) as ended:
                 if not ended:
                     self.in_use.append(str(plan))
                     continue
-                size = sum(file.stat().st_size for file in plan.rglob("*") if file.is_file())
+                size = sum(file.stat().st_size for file in files_below(plan))
                 self.garbage.append(Garbage(path=str(plan), bytes=size, why="a plan that was killed"))
                 if not self.dry_run:
                     shutil.rmtree(plan)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from agiqa.errors import DamagedStore, SchemaError
 from agiqa.store.arrays import Geometry
 from agiqa.store.bits import STORAGE_DTYPES, storage_dtype
+from agiqa.store.checks import array_forms, check_attributes, damaged, form_problem
 from agiqa.store.hdf5 import (
     METADATA_SHA256,
     metadata_sha256,
@@ -21,12 +22,9 @@ from agiqa.store.hdf5 import (
     require_filters,
 )
 from agiqa.store.items import Items
-from agiqa.store.layout import ENCODINGS, FORMAT, ITEM_STATUS, TOKEN_ROLES, VERSION
-from agiqa.store.provenance import store_id
+from agiqa.store.layout import ITEM_STATUS, LM_HEAD_NAMED_IN, TOKEN_ROLES
 
-_Shape = tuple[int | None, ...]
-"""None where any length will do."""
-_GEOMETRY = ("units", "unit_rows", "chunk_rows", "width")
+_REMEDY = "Copy or export it again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +55,12 @@ def check_store_file(path: Path, file: h5py.File) -> StoreFile:
     """
     with reading(path, "its attributes"):
         attributes = read_attributes(file)
-    _check_version(path, attributes)
+    geometry = check_attributes(path, attributes, remedy=_REMEDY)
     with reading(path, "its attributes"):
         if attributes.get(METADATA_SHA256) != metadata_sha256(file):
             raise _damaged(path, "its attributes are not those that metadata_sha256 names")
         arrays = _arrays(file)
-    source = _read(path, file, attributes, arrays)
+    source = _read(path, file, attributes, geometry, arrays)
     _check_items(source)
     _check_model(source)
     return source
@@ -81,37 +79,13 @@ def _arrays(file: h5py.File) -> dict[str, h5py.Dataset]:
 
 
 def _damaged(path: Path, problem: str) -> DamagedStore:
-    return DamagedStore(f"{path}: {problem}. Copy or export it again.")
+    return damaged(path, problem, remedy=_REMEDY)
 
 
-def _check_version(path: Path, attributes: dict[str, Any]) -> None:
-    found, version = attributes.get("format"), attributes.get("version")
-    if found != FORMAT:
-        message = f"{path} holds no feature store: its format is {found!r}, expected {FORMAT!r}."
-        raise SchemaError(message)
-    if version != VERSION:
-        message = f"{path} is {found} v{version}; this agiqa reads {FORMAT} v{VERSION}."
-        raise SchemaError(message)
-    if attributes.get("encoding") not in ENCODINGS:
-        message = f"{path}: encoding {attributes.get('encoding')!r}; this agiqa reads {', '.join(ENCODINGS)}."
-        raise SchemaError(message)
-    if attributes.get("logical_dtype") not in STORAGE_DTYPES:
-        message = f"{path}: logical_dtype {attributes.get('logical_dtype')!r}; expected {', '.join(STORAGE_DTYPES)}."
-        raise SchemaError(message)
-    provenance = attributes.get("provenance")
-    if not isinstance(provenance, dict) or attributes.get("id") != store_id(provenance):
-        raise _damaged(path, "its id is not the sha256 of its provenance")
-    wrong = [name for name in _GEOMETRY if not (isinstance(attributes.get(name), int) and attributes[name] > 0)]
-    stated = {name: provenance.get(name) for name in ("encoding", "logical_dtype", "width")}
-    wrong += [name for name, value in stated.items() if attributes.get(name) != value]
-    if wrong:
-        raise _damaged(path, f"the attributes {', '.join(wrong)} are missing, or not those of its provenance")
-
-
-def _read(path: Path, file: h5py.File, attributes: dict[str, Any], arrays: dict[str, h5py.Dataset]) -> StoreFile:
-    geometry = Geometry(**{name: attributes[name] for name in _GEOMETRY})
-    items = arrays["index/n_tokens"].shape[:1] if "index/n_tokens" in arrays else ()
-    _check_arrays(path, attributes, geometry, items=items[0] if items else 0, arrays=arrays)
+def _read(
+    path: Path, file: h5py.File, attributes: dict[str, Any], geometry: Geometry, arrays: dict[str, h5py.Dataset]
+) -> StoreFile:
+    _check_arrays(path, attributes, geometry, arrays)
     with reading(path, "its index"):
         index = {name: np.asarray(array[...]) for name, array in arrays.items() if name.startswith("index/")}
     with reading(path, "its item table"):
@@ -145,60 +119,34 @@ def _item_table(path: Path, file: h5py.File) -> Items:
     return items
 
 
-def _expected(
-    attributes: dict[str, Any], geometry: Geometry, items: int
-) -> dict[str, tuple[_Shape, np.dtype[Any] | None]]:
-    """Shape and dtype of every array that a store with these attributes has; None for a dtype that is the model's."""
-    rows, width = geometry.shape
-    encoding, bits = attributes["encoding"], storage_dtype(attributes["logical_dtype"])
-    float32 = np.dtype(np.float32)
-    arrays: dict[str, tuple[_Shape, np.dtype[Any] | None]] = {
-        "features": ((rows, width), np.dtype(np.int8) if encoding == "int8" else bits),
-        "tokens/ids": ((rows,), np.dtype(np.int32)),
-        "tokens/roles": ((rows,), np.dtype(np.uint8)),
-        "index/row_start": ((items,), np.dtype(np.int64)),
-        "index/n_tokens": ((items,), np.dtype(np.int32)),
-        "index/unit": ((items,), np.dtype(np.int32)),
-        "index/item_key": ((items, 32), np.dtype(np.uint8)),
-        "index/status": ((items,), np.dtype(np.uint8)),
-        "probe/rows": ((None,), np.dtype(np.int64)),
-        "probe/logits": ((None, None), None),
+def _wanted(attributes: dict[str, Any]) -> set[str]:
+    """Names of the arrays that a finished store with these attributes has."""
+    of_encoding = {
+        "hidden": {"lm_head/weight"},
+        "int8": {"lm_head/weight", "tokens/scale", "scale/mean", "scale/rms"},
+        "sketch": {"basis/map", "basis/q", "basis/mean", "basis/energy"},
+        "logits": set[str](),
     }
-    if encoding in ("hidden", "int8"):
-        arrays["lm_head/weight"] = ((None, width), None)
-    if encoding == "int8":
-        arrays["tokens/scale"] = ((rows,), float32)
-        arrays |= {f"scale/{name}": ((width,), float32) for name in ("mean", "rms")}
-    if encoding == "sketch":
-        arrays |= {"basis/map": ((width, None), float32), "basis/q": ((None, width), float32)}
-        arrays |= {"basis/mean": ((width,), float32), "basis/energy": ((None,), np.dtype(np.float64))}
-    if "kept_logits" in attributes["provenance"]:
-        arrays["logits"] = ((rows, attributes["provenance"]["kept_logits"]), bits)
-    return arrays
+    wanted = {"features", "tokens/ids", "tokens/roles", "probe/rows", "probe/logits"}
+    wanted |= {f"index/{name}" for name in ("row_start", "n_tokens", "unit", "item_key", "status")}
+    kept = {"logits"} if "kept_logits" in attributes["provenance"] else set[str]()
+    return wanted | of_encoding[attributes["encoding"]] | kept
 
 
-def _check_arrays(
-    path: Path, attributes: dict[str, Any], geometry: Geometry, *, items: int, arrays: dict[str, h5py.Dataset]
-) -> None:
-    expected = _expected(attributes, geometry, items)
-    missing = sorted(set(expected) - set(arrays))
-    unknown = sorted(set(arrays) - set(expected))
+def _check_arrays(path: Path, attributes: dict[str, Any], geometry: Geometry, arrays: dict[str, h5py.Dataset]) -> None:
+    wanted = _wanted(attributes)
+    missing, unknown = sorted(wanted - set(arrays)), sorted(set(arrays) - wanted)
     if missing or unknown:
         what = (
             f"no array {', '.join(missing)}" if missing else f"arrays that this agiqa knows not: {', '.join(unknown)}"
         )
         message = f"{path} has {what}."
         raise SchemaError(message)
-    for name, (shape, dtype) in expected.items():
-        found = arrays[name]
-        fits = len(found.shape) == len(shape) and all(
-            wanted in (None, length) for wanted, length in zip(shape, found.shape, strict=True)
-        )
-        if not fits or dtype not in (None, found.dtype):
-            wanted = ", ".join("*" if length is None else str(length) for length in shape)
-            message = (
-                f"{path}: {name!r} is {found.dtype} {found.shape}, expected {dtype or 'the model dtype'} ({wanted})."
-            )
+    items = arrays["index/n_tokens"].shape or (0,)
+    forms = array_forms(geometry, attributes, items=items[0])
+    for name, found in arrays.items():
+        if problem := form_problem(name, found.shape or (), found.dtype, forms[name]):
+            message = f"{path}: {problem}."
             raise SchemaError(message)
         require_filters(path, found)
 
@@ -239,7 +187,7 @@ def _check_model(source: StoreFile) -> None:
     for name in ("probe/logits", "lm_head/weight"):
         if name in source.arrays:
             _check_bits(source.path, name, source.arrays[name])
-    holder = {"sketch": "basis/q", "logits": "probe/logits"}.get(source.encoding, "lm_head/weight")
+    holder = LM_HEAD_NAMED_IN[source.encoding]
     with reading(source.path, f"{holder!r}"):
         stated = read_attributes(source.arrays[holder]).get("lm_head_sha256")
         found = _sha256(source.arrays[holder]) if holder == "lm_head/weight" else stated

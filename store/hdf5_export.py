@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 import zarr
 
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, SettingsConflict
@@ -35,6 +34,7 @@ from agiqa.store.hdf5 import (
     write_attributes,
     write_items,
 )
+from agiqa.store.layout import ROW_ARRAYS
 from agiqa.store.reading import Store
 from agiqa.store.verification import verify
 
@@ -95,7 +95,7 @@ def export_hdf5(
 
 
 def _require_sound(store: Store) -> None:
-    if not store.is_complete or store.pulled_units is not None:
+    if store.state != "complete":
         message = f"{store.path} is not whole, and only finished stores are exported. {store.remedy}"
         raise IncompleteStore(message)
     report = verify(store, "quick")
@@ -107,7 +107,7 @@ def _require_sound(store: Store) -> None:
 
 def _content_sha256(store: Store) -> str:
     """What decides the content of the file: the bytes of every object, and the item table."""
-    objects = sorted([entry["path"], entry["sha256"]] for entry in read_json(store.layout.manifest)["objects"])
+    objects = sorted([entry["path"], entry["sha256"]] for entry in store.manifest["objects"])
     content = {"objects": objects, "items": store.items.table().to_pydict()}
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
@@ -140,8 +140,8 @@ class _Export:
         self._content, self._compression = content, compression
         nodes = dict(store.group.members(max_depth=None))
         self._groups = {name: node for name, node in sorted(nodes.items()) if isinstance(node, zarr.Group)}
-        self._arrays = {name: node for name, node in sorted(nodes.items()) if isinstance(node, zarr.Array)}
-        self._per_unit = [name for name, array in self._arrays.items() if self._goes_by_units(array)]
+        self._arrays = {name: store.array(name) for name, node in sorted(nodes.items()) if isinstance(node, zarr.Array)}
+        self._per_unit = [name for name in self._arrays if name in ROW_ARRAYS]
 
     def write(self, out: Path, advance: Callable[[int], None]) -> None:
         """Make what parts are not there yet, then `out` of them."""
@@ -176,11 +176,6 @@ class _Export:
         temporary.replace(path)
         sync_file(self._work)
 
-    def _goes_by_units(self, array: zarr.Array[Any]) -> bool:
-        """Whether units of `array` are whole chunks, so that they can be compressed apart."""
-        geometry = self._store.geometry
-        return array.shape[:1] == (geometry.shape[0],) and geometry.unit_rows % array.chunks[0] == 0
-
     def _write_base(self, file: h5py.File) -> None:
         """All but the rows of units: groups, attributes, whole arrays, items."""
         for name, group in self._groups.items():
@@ -189,7 +184,7 @@ class _Export:
             dataset = self._dataset(file, name, array.shape)
             write_attributes(dataset, dict(array.attrs))
             if name not in self._per_unit:
-                self._copy(name, dataset, first=0, rows=array.shape[0] if array.shape else 1)
+                self._copy(name, dataset, first=0, rows=len(dataset))
         write_items(file.create_group("items"), self._store.items, self._compression)
         write_attributes(file, dict(self._store.group.attrs))
         write_attributes(file, {_CONTENT: self._content, _COMPRESSION: self._compression})
@@ -209,19 +204,10 @@ class _Export:
 
     def _copy(self, name: str, dataset: h5py.Dataset, *, first: int, rows: int) -> None:
         """Copy `rows` rows of the array `name` from row `first` on to the start of `dataset`, one object at a time."""
-        array = self._arrays[name]
-        step = object_rows(array) if array.shape else 1
+        step = object_rows(self._arrays[name])
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            try:
-                block = np.asarray(array[first + start : first + stop] if array.shape else array[()])
-            except (ValueError, RuntimeError, OSError) as error:
-                message = (
-                    f"{self._store.path}: rows {first + start} to {first + stop} of {name!r} cannot be decoded, their "
-                    f"bytes are damaged ({error}). `agiqa store verify --level full` names all that is damaged."
-                )
-                raise DamagedStore(message) from error
-            dataset[slice(start, stop) if array.shape else ()] = block
+            dataset[start:stop] = self._store.stored_rows(name, first + start, first + stop)
 
     def _merge(self) -> Path:
         """One file of all parts; chunks are moved as they are, neither decompressed nor compressed again."""

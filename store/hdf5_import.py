@@ -10,16 +10,13 @@ import zarr
 from numpy.typing import NDArray
 
 from agiqa.store.arrays import create_whole_array
+from agiqa.store.deriving import same_tokens, write_store
 from agiqa.store.filling import UnitWriter
 from agiqa.store.hdf5 import open_hdf5, read_attributes, reading
 from agiqa.store.hdf5_checks import StoreFile, check_store_file
 from agiqa.store.layout import ITEM_STATUS, MODEL_GROUPS
-from agiqa.store.planning import StorePlan, create_store
+from agiqa.store.planning import StorePlan, without_shape
 from agiqa.store.reading import Store
-from agiqa.store.sealing import seal
-
-_SHAPE = ("encoding", "logical_dtype", "width", "kept_logits")
-"""What a plan adds to its provenance by itself."""
 
 
 def import_hdf5(source: Path, out: Path, *, advance: Callable[[int], None] = lambda _tokens: None) -> Store:
@@ -30,7 +27,7 @@ def import_hdf5(source: Path, out: Path, *, advance: Callable[[int], None] = lam
 
     Raises SchemaError where `source` is no such file, of a foreign version, not as its own attributes say, or
     compressed by a filter that is not installed; DamagedStore where bytes of it are damaged or its parts contradict
-    each other; SettingsConflict when `out` is a store made otherwise.
+    each other; SettingsConflict when `out` is a store made otherwise; BusyStore while another process fills it.
     """
     with open_hdf5(source) as file:
         return import_checked(check_store_file(source, file), out, advance=advance)
@@ -38,17 +35,13 @@ def import_hdf5(source: Path, out: Path, *, advance: Callable[[int], None] = lam
 
 def import_checked(source: StoreFile, out: Path, *, advance: Callable[[int], None] = lambda _tokens: None) -> Store:
     """`import_hdf5` of a file that was opened and checked already."""
-    made = create_store(out, _plan(source))
-    if made.is_complete:
-        return made
-    writer = UnitWriter(made)
-    writer.write_model_arrays(lambda group: _write_model_arrays(group, source, made))
-    for unit in writer.pending():
-        with writer.claim(unit) as mine:
-            if mine:
-                _write_unit(source, writer, unit)
-        advance(made.rows_used(unit))
-    return seal(made)
+    return write_store(
+        out,
+        _plan(source),
+        write_model=lambda group, made: _write_model_arrays(group, source, made),
+        write_unit=lambda writer, unit: _write_unit(source, writer, unit),
+        advance=advance,
+    )
 
 
 def _plan(source: StoreFile) -> StorePlan:
@@ -56,7 +49,7 @@ def _plan(source: StoreFile) -> StorePlan:
         encoding=source.encoding,
         logical_dtype=source.logical_dtype,
         width=source.geometry.width,
-        provenance={name: value for name, value in source.provenance.items() if name not in _SHAPE},
+        provenance=without_shape(source.provenance),
         items=source.items,
         token_ids=_per_item(source, "tokens/ids"),
         roles=_per_item(source, "tokens/roles"),
@@ -103,8 +96,7 @@ def _write_model_arrays(group: zarr.Group, source: StoreFile, made: Store) -> No
         with reading(source.path, f"{name!r}"):
             values = np.asarray(dataset[...])
         if name == "probe/rows":
-            items = np.searchsorted(source.row_starts, values, side="right") - 1
-            values = values - source.row_starts[items] + made.row_starts[items]
+            values = same_tokens(values, source.row_starts, made.row_starts)
         create_whole_array(group, name, values, attributes=read_attributes(dataset))
 
 

@@ -3,6 +3,7 @@
 The prose specification is `FORMAT.md` beside this file; names here are the only place where code spells them.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,18 @@ ENCODINGS = ("hidden", "sketch", "int8", "logits")
 MODEL_GROUPS = ("lm_head", "basis", "scale", "probe")
 """Groups of the store whose arrays come from the model."""
 
+MANIFEST, CARD, ITEM_TABLE = "MANIFEST.json", "README.md", "items.parquet"
+ROOT_METADATA = "store.zarr/zarr.json"
+"""Written last by the seal, so no record lists it."""
+
+LM_HEAD_NAMED_IN = {
+    "hidden": "lm_head/weight",
+    "int8": "lm_head/weight",
+    "sketch": "basis/q",
+    "logits": "probe/logits",
+}
+"""By encoding, the array whose attribute `lm_head_sha256` says which language-model head the features belong to."""
+
 PULL_RECORD = "PULLING.json"
 """In a folder that a pull is at work in: the manifest of what is being pulled."""
 
@@ -21,6 +34,12 @@ ROW_ARRAYS = ("features", "logits", "tokens/ids", "tokens/roles", "tokens/scale"
 
 TOKEN_ROLES = {"special": 0, "image": 1, "question": 2, "answer": 3}
 ITEM_STATUS = {"whole": 0, "truncated": 1}
+
+
+def cache_root() -> Path:
+    """Where agiqa keeps what it can fetch or compute again: `~/.cache/agiqa`, or what AGIQA_CACHE names."""
+    named = os.environ.get("AGIQA_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "agiqa"
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class StoreLayout:
     @property
     def items(self) -> Path:
         """One row per item: name, prompt, labels, split, generator."""
-        return self.root / "items.parquet"
+        return self.root / ITEM_TABLE
 
     @property
     def commits(self) -> Path:
@@ -52,12 +71,12 @@ class StoreLayout:
     @property
     def manifest(self) -> Path:
         """Every object with its bytes and sha256; written last, so its presence means a complete store."""
-        return self.root / "MANIFEST.json"
+        return self.root / MANIFEST
 
     @property
     def card(self) -> Path:
         """The generated data card."""
-        return self.root / "README.md"
+        return self.root / CARD
 
     def commit(self, unit: int) -> Path:
         """The commit record of a unit of features."""

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import DamagedStore, IncompleteStore, SchemaError
+from agiqa.errors import DamagedStore, IncompleteStore
+from agiqa.store.checks import check_version
 from agiqa.store.files import canonical_json, read_json
-from agiqa.store.layout import FORMAT, VERSION, StoreLayout
+from agiqa.store.layout import ITEM_TABLE, ROOT_METADATA, StoreLayout
+from agiqa.store.listings import is_entry, is_object_path, is_sha256
 
-ITEM_TABLE = "items.parquet"
-ROOT_METADATA = "store.zarr/zarr.json"
-_OBJECT_PATH = re.compile(r"store\.zarr(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 _ROWS_OBJECT = re.compile(r"store\.zarr/(?P<array>features|logits|tokens/[^/]+)/c/(?P<position>\d+)(/0)*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +73,11 @@ def parse_manifest(text: str, where: str) -> Manifest:
     """
     try:
         found = json.loads(text)
-        form = (found["format"], found["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise _not_a_manifest(where, f"{type(error).__name__}: {error}") from error
-    if form != (FORMAT, VERSION):
-        message = f"{where} is {form[0]} v{form[1]}; this agiqa reads {FORMAT} v{VERSION}."
-        raise SchemaError(message)
+    except (ValueError, RecursionError) as error:
+        raise _not_a_manifest(where, f"it is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise _not_a_manifest(where, "it is no JSON object")
+    check_version(where, found)
     if found.get("state") != "complete":
         message = (
             f"{where}: state {found.get('state')!r}; only a complete store can be shared. Complete that one first."
@@ -89,12 +86,11 @@ def parse_manifest(text: str, where: str) -> Manifest:
     if "labels_next" in found:
         message = f"{where}: its labels are being replaced, or that was cut off. Run `agiqa store labels` again first."
         raise IncompleteStore(message)
-    try:
-        objects = tuple(_entry(entry, where) for entry in found["objects"])
-        labels = _entry(found["labels"], where)
-        manifest = Manifest(text=text, id=str(found["id"]), objects=objects, labels=labels)
-    except (KeyError, TypeError) as error:
-        raise _not_a_manifest(where, f"{type(error).__name__}: {error}") from error
+    objects = found.get("objects")
+    if not isinstance(objects, list) or not all(map(is_entry, [found.get("labels"), *objects])):
+        raise _not_a_manifest(where, "it does not list objects and item table with path, bytes and sha256")
+    labels, *listed = (_entry(entry) for entry in [found["labels"], *objects])
+    manifest = Manifest(text=text, id=str(found.get("id")), objects=tuple(listed), labels=labels)
     _check(manifest, where)
     return manifest
 
@@ -125,23 +121,20 @@ def _is_metadata(path: str) -> bool:
     return path == ITEM_TABLE or path.endswith("/zarr.json") or path.startswith("store.zarr/index/")
 
 
-def _entry(found: Any, where: str) -> Entry:
-    path, size, sha256 = found["path"], found["bytes"], found["sha256"]
-    if not isinstance(size, int) or size < 0 or not _SHA256.fullmatch(str(sha256)):
-        raise _not_a_manifest(where, f"{path!r} has no valid size and sha256")
-    return Entry(path=str(path), bytes=size, sha256=str(sha256))
+def _entry(found: dict[str, Any]) -> Entry:
+    return Entry(path=found["path"], bytes=found["bytes"], sha256=found["sha256"])
 
 
 def _check(manifest: Manifest, where: str) -> None:
     paths = [entry.path for entry in manifest.objects]
-    stray = [path for path in paths if not _OBJECT_PATH.fullmatch(path)]
+    stray = [path for path in paths if not is_object_path(path)]
     if manifest.labels.path != ITEM_TABLE:
         stray.append(manifest.labels.path)
     if stray:
         raise _not_a_manifest(where, f"it names {stray[0]!r}, which is no place for an object of a store")
     if len(set(paths)) != len(paths) or ROOT_METADATA not in paths:
         raise _not_a_manifest(where, f"it names an object twice, or not {ROOT_METADATA}")
-    if not _SHA256.fullmatch(manifest.id):
+    if not is_sha256(manifest.id):
         raise _not_a_manifest(where, f"its id is {manifest.id!r}")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from agiqa.store import reading
 from agiqa.store.reading import Store
+from agiqa.store.remotes import is_url
 
 
 def open_store(location: str | Path, *, allow_partial: bool = False) -> Store:
@@ -13,7 +14,7 @@ def open_store(location: str | Path, *, allow_partial: bool = False) -> Store:
     SchemaError where there is no store or one of an unknown version, IncompleteStore for a store that was never sealed
     unless `allow_partial` is set, and for a URL as `open_remote` does.
     """
-    if isinstance(location, str) and "://" in location:
+    if is_url(location):
         from agiqa.store.cached import open_remote  # fsspec and its drivers are wanted for URLs only
 
         return open_remote(location)

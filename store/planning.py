@@ -1,6 +1,7 @@
 """Plan: everything of a store but the features, written in one step before the first unit is computed."""
 
 import errno
+import glob
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,11 @@ from agiqa.store.arrays import (
     create_token_array,
     create_whole_array,
 )
-from agiqa.store.bits import storage_dtype
+from agiqa.store.bits import rows_dtype
 from agiqa.store.files import (
     canonical_json,
     describe_object,
+    files_below,
     left_lock,
     new_lock,
     sync_file,
@@ -36,6 +38,11 @@ from agiqa.store.layout import FORMAT, ITEM_STATUS, PULL_RECORD, VERSION, StoreL
 from agiqa.store.provenance import differences, store_id
 from agiqa.store.reading import Store, is_planned, open_store
 from agiqa.store.upkeep import upkeep_lock
+
+PLAN_LOCK = "plan"
+"""Held while a plan is written."""
+_SHAPE = ("encoding", "logical_dtype", "width", "kept_logits")
+"""What decides the shape of the features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +76,17 @@ class StorePlan:
     @property
     def dtype(self) -> np.dtype[Any]:
         """NumPy dtype of the stored rows."""
-        return np.dtype(np.int8) if self.encoding == "int8" else storage_dtype(self.logical_dtype)
+        return rows_dtype(self.encoding, self.logical_dtype)
 
     def full_provenance(self) -> dict[str, Any]:
         """The provenance with what decides the shape of the features; its hash is the store id."""
-        return {
-            **self.provenance,
-            "encoding": self.encoding,
-            "logical_dtype": self.logical_dtype,
-            "width": self.width,
-            **({} if self.kept_logits is None else {"kept_logits": self.kept_logits}),
-        }
+        shape = {name: getattr(self, name) for name in _SHAPE}
+        return {**self.provenance, **{name: value for name, value in shape.items() if value is not None}}
+
+
+def without_shape(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance that a plan began with, of a store's `full_provenance`."""
+    return {name: value for name, value in provenance.items() if name not in _SHAPE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +146,7 @@ def _write_beside(path: Path, plan: StorePlan) -> bool:
     temporary = Path(tempfile.mkdtemp(prefix=_plan_prefix(path), dir=path.parent))
     layout = StoreLayout(temporary)
     try:
-        with new_lock(layout.locks / _PLAN_LOCK):
+        with new_lock(layout.locks / PLAN_LOCK):
             _write_plan(layout, plan)
             temporary.chmod(0o755)
             temporary.replace(path)
@@ -155,16 +162,18 @@ def _write_beside(path: Path, plan: StorePlan) -> bool:
     return True
 
 
-_PLAN_LOCK = "plan"
-
-
 def _plan_prefix(path: Path) -> str:
     return f".{path.name}.plan-"
 
 
+def plans_beside(path: Path) -> list[Path]:
+    """The folders in which plans of the store at `path` are being written, or were when their runs were killed."""
+    return sorted(path.parent.glob(f"{glob.escape(_plan_prefix(path))}*/"))
+
+
 def _remove_killed_plans(path: Path) -> None:
-    for left_over in path.parent.glob(f"{_plan_prefix(path)}*/"):
-        with left_lock(StoreLayout(left_over).locks / _PLAN_LOCK) as ended:
+    for left_over in plans_beside(path):
+        with left_lock(StoreLayout(left_over).locks / PLAN_LOCK) as ended:
             if ended:
                 shutil.rmtree(left_over, ignore_errors=True)  # it may be another user's, or be removed by two at once
 
@@ -241,7 +250,7 @@ def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
     write_items(layout.items, plan.items)
     layout.commits.mkdir()
     root_metadata = layout.zarr / "zarr.json"  # rewritten by the seal, so no part of the record
-    files = [path for path in sorted(layout.zarr.rglob("*")) if path.is_file()]
+    files = files_below(layout.zarr)
     for path in files:
         sync_file(path)
     objects = [describe_object(layout.root, path) for path in files if path != root_metadata]

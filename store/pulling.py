@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import BusyStore, ConfigError, DamagedStore, DataError, RemoteError, SchemaError, SettingsConflict
-from agiqa.store.files import exclusive_lock, read_json, sha256_of_file, sync_file, write_text_atomically
-from agiqa.store.layout import PULL_RECORD, StoreLayout
+from agiqa.store.files import exclusive_lock, sha256_of_file, sync_file, write_text_atomically
+from agiqa.store.layout import MANIFEST, PULL_RECORD, StoreLayout
+from agiqa.store.listings import read_manifest
 from agiqa.store.manifests import Entry, Manifest, parse_manifest, units_of_objects
 from agiqa.store.reading import Store
 from agiqa.store.remotes import BLOCK, Remote, remote_at, wait_after
-from agiqa.store.transfers import Tally, Transfer, in_parallel
+from agiqa.store.transfers import JOBS, Tally, Transfer, in_parallel
 from agiqa.store.upkeep import is_held
 
-JOBS = 8
 _SET_ASIDE = "items.before-pull.parquet"
 
 
@@ -68,8 +68,8 @@ def plan_pull(url: str, path: Path, *, items: Sequence[str] | None = None, jobs:
     """Find out what must be fetched; with `items` this fetches the index and the item table.
 
     Raises SchemaError where there is no finished store at `url`, SettingsConflict where `path` holds anything else
-    than this store (an unfinished one is completed), DataError naming the items that the store does not have, and
-    BusyStore where another pull or run is at work on `path`.
+    than this store (an unfinished one is completed), DamagedStore where its manifest cannot be read, DataError naming
+    the items that the store does not have, and BusyStore where another pull or run is at work on `path`.
     """
     if items is not None and not items:
         message = f"No items are named, so there is nothing to pull from {url}. Name some, or pull the whole store."
@@ -113,11 +113,11 @@ def run_pull(plan: PullPlan, *, jobs: int = JOBS, advance: Callable[[int], None]
 
 def fetch_manifest(remote: Remote) -> Manifest:
     """The manifest of the finished store at `remote`. Raises SchemaError where there is none."""
-    text = remote.read("MANIFEST.json")
+    text = remote.read(MANIFEST)
     if text is None:
-        message = f"{remote.url} is not a finished feature store: it has no MANIFEST.json. Push the store (again)."
+        message = f"{remote.url} is not a finished feature store: it has no {MANIFEST}. Push the store (again)."
         raise SchemaError(message)
-    return parse_manifest(text.decode("utf-8", errors="replace"), remote.url_of("MANIFEST.json"))
+    return parse_manifest(text.decode("utf-8", errors="replace"), remote.url_of(MANIFEST))
 
 
 def fetch_object(remote: Remote, entry: Entry, folder: Path, tally: Tally) -> None:
@@ -200,8 +200,8 @@ def _fetch_missing(remote: Remote, entries: Iterable[Entry], path: Path, tally: 
 def _claim(path: Path, manifest: Manifest) -> list[int] | None:
     """Make `path` the place of this store; returns the units that are there already, None for a complete store."""
     layout, record = StoreLayout(path), path / PULL_RECORD
-    local = read_json(layout.manifest) if layout.manifest.exists() else None
-    started = read_json(record) if record.exists() else local
+    local = read_manifest(layout.manifest) if layout.manifest.exists() else None
+    started = read_manifest(record) if record.exists() else local
     found = None if started is None else started.get("id")
     unfinished = found is None and layout.plan_commit.exists()
     if unfinished:
@@ -223,7 +223,7 @@ def _claim(path: Path, manifest: Manifest) -> list[int] | None:
         shutil.rmtree(layout.commits)
     if local is None:
         return []
-    return None if local.get("state") == "complete" else [int(unit) for unit in local["units"]]
+    return None if local["state"] == "complete" else [int(unit) for unit in local["units"]]
 
 
 def _require_idle(layout: StoreLayout) -> None:
@@ -240,7 +240,7 @@ def _drop_outdated(path: Path, manifest: Manifest) -> None:
     layout = StoreLayout(path)
     if not layout.manifest.exists():
         return
-    local = read_json(layout.manifest)
+    local = read_manifest(layout.manifest)
     wanted = {entry.path: entry.sha256 for entry in manifest.entries}
     listed = [*local["objects"], local["labels"]]
     if any(wanted.get(entry["path"]) != entry["sha256"] for entry in listed):

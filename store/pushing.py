@@ -6,14 +6,11 @@ from typing import Any
 
 from agiqa.errors import ConfigError, DamagedStore, IncompleteStore, SettingsConflict
 from agiqa.store.files import sha256_of_file
-from agiqa.store.manifests import ROOT_METADATA, Entry, Manifest, parse_manifest
+from agiqa.store.layout import CARD, ITEM_TABLE, MANIFEST, ROOT_METADATA
+from agiqa.store.manifests import Entry, Manifest, parse_manifest
 from agiqa.store.reading import Store
 from agiqa.store.remotes import Found, Remote, Upload, remote_at
-from agiqa.store.transfers import Tally, Transfer, in_parallel
-
-JOBS = 8
-_MANIFEST = "MANIFEST.json"
-_CARD = "README.md"
+from agiqa.store.transfers import JOBS, Tally, Transfer, in_parallel
 
 
 def push(
@@ -41,15 +38,15 @@ def push(
     held = _require_same_store(remote, there, store)
     tally = Tally(advance)
     uploads = _uploads(store, manifest)
-    if _CARD in there and store.id.encode() not in (remote.read(_CARD) or b""):
-        uploads = [upload for upload in uploads if upload.name != _CARD]  # the repository's own card stays
+    if CARD in there and store.id.encode() not in (remote.read(CARD) or b""):
+        uploads = [upload for upload in uploads if upload.name != CARD]  # the repository's own card stays
     missing = _missing(remote, there, uploads, tally, jobs)
     _check_local(store, manifest.entries, {upload.name for upload in missing}, jobs)
     if held is not None and held != manifest.text:
-        remote.remove(_MANIFEST)
+        remote.remove(MANIFEST)
     first = [upload for upload in missing if upload.name == ROOT_METADATA]  # says whose place this is from now on
     rest = [upload for upload in missing if upload.name != ROOT_METADATA]
-    last = [] if held == manifest.text else [Upload(local=store.layout.manifest, name=_MANIFEST)]
+    last = [] if held == manifest.text else [Upload(local=store.layout.manifest, name=MANIFEST)]
     for stage in (first, rest, last):
         _send(remote, stage, tally, jobs)
     return tally.result()
@@ -70,9 +67,9 @@ def _manifest_of(store: Store) -> Manifest:
 
 def _require_same_store(remote: Remote, there: dict[str, Found], store: Store) -> str | None:
     """Refuse a folder that holds another store, whole or begun; returns the manifest that is there."""
-    held = remote.read(_MANIFEST) if _MANIFEST in there else None
+    held = remote.read(MANIFEST) if MANIFEST in there else None
     root = remote.read(ROOT_METADATA) if ROOT_METADATA in there else None
-    for name, text in ((_MANIFEST, held), (ROOT_METADATA, root)):
+    for name, text in ((MANIFEST, held), (ROOT_METADATA, root)):
         if text is not None and (found := _id_in(text, remote.url_of(name))) != store.id:
             message = (
                 f"{remote.url} holds the store {str(found)[:12]}, {store.path} is {store.id[:12]}; nothing was sent. "
@@ -138,5 +135,5 @@ def _send(remote: Remote, uploads: list[Upload], tally: Tally, jobs: int) -> Non
 
 def _counted(upload: Upload) -> int:
     """What the upload adds to the progress, which counts the objects of the manifest."""
-    counted = upload.name.startswith("store.zarr/") or upload.name == "items.parquet"
+    counted = upload.name.startswith("store.zarr/") or upload.name == ITEM_TABLE
     return upload.local.stat().st_size if counted else 0

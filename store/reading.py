@@ -12,17 +12,11 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, IncompleteStore, ViewRefused
 from agiqa.store.basis import Basis
-from agiqa.store.bits import storage_dtype, to_float32
-from agiqa.store.checks import (
-    check_index,
-    check_item_count,
-    check_items,
-    check_root_metadata,
-    damaged,
-    empty_array,
-)
+from agiqa.store.bits import rows_dtype, storage_dtype, to_float32
+from agiqa.store.checks import check_index, check_item_count, check_items, damaged, empty_array
 from agiqa.store.items import Items, item_positions, read_items
-from agiqa.store.layout import StoreLayout
+from agiqa.store.layout import LM_HEAD_NAMED_IN, StoreLayout
+from agiqa.store.listings import check_root_metadata
 from agiqa.store.recorded_items import read_recorded_items
 from agiqa.store.scaling import Scale
 from agiqa.store.stored_arrays import StoredArrays
@@ -53,7 +47,7 @@ class Store(StoredArrays):
         super().__init__(path)
         self.encoding: str = str(self.attributes["encoding"])
         self.logical_dtype: str = str(self.attributes["logical_dtype"])
-        self.dtype = np.dtype(np.int8) if self.encoding == "int8" else storage_dtype(self.logical_dtype)
+        self.dtype = rows_dtype(self.encoding, self.logical_dtype)
         self.array("features")
 
     @property
@@ -143,7 +137,7 @@ class Store(StoredArrays):
     def unit_rows(self, unit: int, array: str = "features") -> NDArray[Any]:
         """The used rows of `unit` of `features`, `tokens/ids` or `tokens/roles`, in the bits of the store."""
         first = unit * self.geometry.unit_rows
-        return self._stored(array, first, first + self.rows_used(unit))
+        return self.stored_rows(array, first, first + self.rows_used(unit))
 
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
         """The rows of `items` (positions), in that order; only the chunks that they lie in are decoded, each once.
@@ -161,10 +155,10 @@ class Store(StoredArrays):
         for places in self._runs(wanted):
             items_of_run = wanted[places]
             first, last = int(self.row_starts[items_of_run[0]]), int(ends[items_of_run].max())
-            run_roles = self._stored("tokens/roles", first, last)
+            run_roles = self.stored_rows("tokens/roles", first, last)
             block = slice(int(offsets[places[0]]), int(offsets[places[-1] + 1]))
             if self.encoding != "int8" and self._lie_as_asked(places, items_of_run):
-                self._stored("features", first, last, out=rows[block])
+                self.stored_rows("features", first, last, out=rows[block])
                 roles[block] = run_roles
                 continue
             run_rows = self.rows_at(first, last)
@@ -202,10 +196,10 @@ class Store(StoredArrays):
 
         Whether the unit was committed is not asked. Raises DamagedStore when a checksum does not match.
         """
-        rows = self._stored(array, start, stop)
+        rows = self.stored_rows(array, start, stop)
         if self.encoding != "int8":
             return rows
-        return self._scale.decode(rows, self._stored("tokens/scale", start, stop))
+        return self._scale.decode(rows, self.stored_rows("tokens/scale", start, stop))
 
     @cached_property
     def _scale(self) -> Scale:
@@ -227,8 +221,7 @@ class Store(StoredArrays):
     @property
     def lm_head_sha256(self) -> str:
         """Which language-model head the features belong to: sha256 of its bits in row-major order."""
-        source = {"sketch": "basis/q", "logits": "probe/logits"}.get(self.encoding, "lm_head/weight")
-        return str(self._attribute(source, "lm_head_sha256"))
+        return str(self._attribute(LM_HEAD_NAMED_IN[self.encoding], "lm_head_sha256"))
 
     def lm_head(self) -> NDArray[np.float32]:
         """The language-model head W_lm, (V, D) float32. Raises ViewRefused where the store has none."""

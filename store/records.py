@@ -1,15 +1,15 @@
 """Which commit record an object of a store belongs to, and records written anew from MANIFEST.json."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
 from agiqa.errors import DamagedStore
 from agiqa.store.arrays import object_rows
-from agiqa.store.checks import read_manifest, read_record
-from agiqa.store.files import canonical_json, write_text_atomically
-from agiqa.store.layout import MODEL_GROUPS, ROW_ARRAYS
+from agiqa.store.files import canonical_json, files_below, write_text_atomically
+from agiqa.store.layout import MODEL_GROUPS, ROOT_METADATA, ROW_ARRAYS
+from agiqa.store.listings import read_record
 from agiqa.store.reading import Store
 
 _PLANNED: Final = ("tokens/ids", "tokens/roles")
@@ -62,11 +62,6 @@ def record_path(store: Store, owner: Owner) -> Path:
     return store.layout.plan_commit if owner == "plan" else store.layout.model_commit
 
 
-def root_metadata(store: Store) -> str:
-    """Path of the root group's metadata, which the seal writes last and no record lists."""
-    return f"{store.layout.zarr.name}/zarr.json"
-
-
 def owners(store: Store) -> list[Owner]:
     """All that have a record in a finished store."""
     return ["plan", "model", *range(store.geometry.units)]
@@ -96,7 +91,7 @@ def objects_by_owner(store: Store, manifest: dict[str, Any]) -> dict[Owner, list
     """The objects of `manifest` by who wrote them; the metadata of the root belong to the seal and are left out."""
     found: dict[Owner, list[dict[str, Any]]] = {owner: [] for owner in owners(store)}
     for entry in manifest["objects"]:
-        if entry["path"] == root_metadata(store):
+        if entry["path"] == ROOT_METADATA:
             continue
         _inside(store, entry["path"], listed_in=store.layout.manifest)
         owner = owner_of(store, entry["path"])
@@ -106,6 +101,12 @@ def objects_by_owner(store: Store, manifest: dict[str, Any]) -> dict[Owner, list
             raise DamagedStore(message)
         found[owner].append(entry)
     return found
+
+
+def unlisted_files(store: Store, listed: Collection[str]) -> list[str]:
+    """Paths, relative to the store, of the files below store.zarr that are not in `listed`."""
+    names = (path.relative_to(store.path).as_posix() for path in files_below(store.layout.zarr))
+    return sorted(name for name in names if name not in listed)
 
 
 def restore_records(store: Store, objects: Mapping[Owner, Sequence[Mapping[str, Any]]]) -> None:
@@ -119,12 +120,11 @@ def restore_records(store: Store, objects: Mapping[Owner, Sequence[Mapping[str, 
             write_text_atomically(record_path(store, owner), canonical_json(_record(store, owner, entries)))
 
 
-def record_problems(store: Store) -> Iterator[tuple[Owner, str]]:
-    """What is wrong with the records that are there: they cannot be read, or do not list what the manifest does.
+def record_problems(store: Store, manifest: dict[str, Any] | None) -> Iterator[tuple[Owner, str]]:
+    """What is wrong with the records that are there: they cannot be read, or do not list what `manifest` does.
 
-    A finished store may lack records, since they serve resumption only.
+    A finished store may lack records, since they serve resumption only; an unfinished one has no manifest.
     """
-    manifest = read_manifest(store.layout.manifest, store_id=store.id) if store.is_complete else None
     listed = {} if manifest is None else objects_by_owner(store, manifest)
     for owner in owners(store):
         try:

@@ -21,7 +21,7 @@ from functools import cached_property
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 from agiqa.errors import ConfigError, RemoteError, StoreError, UnknownName
 from agiqa.store.files import sha256_of_file, sync_file
@@ -30,8 +30,6 @@ from agiqa.store.transfers import in_parallel
 BLOCK = 4 << 20
 """Bytes asked for at once: what a cut connection loses."""
 _HUB_COMMIT_FILES = 64
-
-
 TRIES = 5
 """Failures in a row that are waited out, unless the remote refuses for good."""
 FIRST_WAIT = 0.2
@@ -293,7 +291,7 @@ _SCHEMES = {
 }
 
 
-def is_url(place: str | os.PathLike[str]) -> bool:
+def is_url(place: str | os.PathLike[str]) -> TypeGuard[str]:
     """Whether `place` is a URL and no path."""
     return isinstance(place, str) and "://" in place
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.files import read_json, sync_file, waiting_lock
-from agiqa.store.layout import StoreLayout
+from agiqa.store.layout import ROOT_METADATA, StoreLayout
 from agiqa.store.reading import Store, open_store
 from agiqa.store.recorded_items import recorded_labels, settle_labels
 from agiqa.store.records import (
@@ -21,7 +21,7 @@ from agiqa.store.records import (
     record_path,
     recorded_objects_of,
     restore_records,
-    root_metadata,
+    unlisted_files,
     unreadable_records,
 )
 from agiqa.store.sealing import content_problem
@@ -68,14 +68,13 @@ def repair(store: Store) -> RepairReport:
     damaged; IncompleteStore for a store of which only a part was pulled.
     """
     with upkeep_lock(store.layout):
-        finished = store.layout.manifest.exists()
-        if finished:
-            _refuse_partial(store)
+        if store.is_complete:
             settle_labels(store.layout)
         store = open_store(store.path, allow_partial=True)
-        lost = set[Owner]() if finished else set(unreadable_records(store))
-        objects = _objects(store, lost, finished=finished)
-        broken = _damage(store, "plan", _plan_objects(store, objects, finished=finished))
+        _refuse_partial(store)
+        lost = set[Owner]() if store.is_complete else set(unreadable_records(store))
+        objects = _objects(store, lost)
+        broken = _damage(store, "plan", _plan_objects(store, objects))
         if broken or "plan" in lost:
             raise DamagedStore(_not_repairable(store, [*broken, *(_unreadable(store, owner) for owner in lost)]))
         damage = [_unreadable(store, owner) for owner in sorted(lost, key=str)]
@@ -86,9 +85,9 @@ def repair(store: Store) -> RepairReport:
                 damage += found
         if "model" in dropped and _rows_need_their_model(store):
             dropped |= {owner for owner in objects if isinstance(owner, int)}
-        strays = _strays(store, objects) if finished else []
+        strays = _strays(store)
         if dropped:
-            _drop(store, objects, dropped, finished=finished)
+            _drop(store, objects, dropped)
     units = tuple(sorted(owner for owner in dropped if isinstance(owner, int)))
     return RepairReport(
         damage=tuple(damage),
@@ -100,15 +99,15 @@ def repair(store: Store) -> RepairReport:
 
 
 def _refuse_partial(store: Store) -> None:
-    if read_json(store.layout.manifest).get("state") != "complete":
+    if store.pulled_units is not None:
         message = f"{store.path} holds a part of a store. Pull it again: `agiqa store pull` fetches what is damaged."
         raise IncompleteStore(message)
 
 
-def _objects(store: Store, lost: set[Owner], *, finished: bool) -> Objects:
+def _objects(store: Store, lost: set[Owner]) -> Objects:
     """What is recorded, by who wrote it."""
-    if finished:
-        return objects_by_owner(store, read_json(store.layout.manifest))
+    if store.is_complete:
+        return objects_by_owner(store, store.manifest)
     found: dict[Owner, list[dict[str, Any]]] = {}
     for owner in owners(store):
         entries = None if owner in lost else recorded_objects_of(store, owner)
@@ -117,13 +116,12 @@ def _objects(store: Store, lost: set[Owner], *, finished: bool) -> Objects:
     return found
 
 
-def _plan_objects(store: Store, objects: Objects, *, finished: bool) -> list[Mapping[str, Any]]:
+def _plan_objects(store: Store, objects: Objects) -> list[Mapping[str, Any]]:
     """What no unit can bring back; a finished store lists its item table and root metadata too."""
     planned = list(objects.get("plan", []))
-    if finished:
-        manifest = read_json(store.layout.manifest)
-        planned += [entry for entry in manifest["objects"] if entry["path"] == root_metadata(store)]
-        planned.append(recorded_labels(store.layout, manifest))
+    if store.is_complete:
+        planned += [entry for entry in store.manifest["objects"] if entry["path"] == ROOT_METADATA]
+        planned.append(recorded_labels(store.layout, store.manifest))
     return planned
 
 
@@ -155,20 +153,20 @@ def _rows_need_their_model(store: Store) -> bool:
     return store.encoding in ("sketch", "int8") and not {"basis", "scale"} & store.provenance.keys()
 
 
-def _strays(store: Store, objects: Objects) -> list[str]:
-    listed = {entry["path"] for entries in objects.values() for entry in entries} | {root_metadata(store)}
-    files = (path for path in store.layout.zarr.rglob("*") if path.is_file())
-    return sorted(name for path in files if (name := path.relative_to(store.path).as_posix()) not in listed)
+def _strays(store: Store) -> list[str]:
+    if not store.is_complete:
+        return []
+    return unlisted_files(store, {entry["path"] for entry in store.manifest["objects"]})
 
 
-def _drop(store: Store, objects: Objects, dropped: set[Owner], *, finished: bool) -> None:
+def _drop(store: Store, objects: Objects, dropped: set[Owner]) -> None:
     layout = store.layout
-    if finished:  # records serve resumption only, and a copy may have left them out
+    if store.is_complete:  # records serve resumption only, and a copy may have left them out
         restore_records(store, {owner: entries for owner, entries in objects.items() if owner not in dropped})
     for owner in dropped:
         record_path(store, owner).unlink(missing_ok=True)
     sync_file(layout.commits)
-    if finished:
+    if store.is_complete:
         layout.manifest.unlink()
         sync_file(store.path)
     _forget_consolidated(layout)

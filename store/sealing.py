@@ -8,7 +8,6 @@ import zarr
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.card import data_card
-from agiqa.store.checks import check_object_path, read_record
 from agiqa.store.files import (
     canonical_json,
     describe_object,
@@ -17,6 +16,7 @@ from agiqa.store.files import (
     write_text_atomically,
 )
 from agiqa.store.layout import FORMAT, VERSION
+from agiqa.store.listings import check_object_path, read_record
 from agiqa.store.reading import Store, open_store
 from agiqa.store.upkeep import upkeep_lock
 
@@ -37,7 +37,7 @@ def seal(store: Store) -> Store:
 
 def _seal(store: Store) -> None:
     layout = store.layout
-    objects = recorded_objects(store)
+    objects = _recorded_objects(store)
     shared = [entry for record in (layout.plan_commit, layout.model_commit) for entry in read_record(record)]
     damaged = [problem for entry in objects if (problem := size_problem(store, entry))]
     damaged = damaged or [problem for entry in shared if (problem := content_problem(store, entry))]
@@ -66,7 +66,7 @@ def _seal(store: Store) -> None:
     write_text_atomically(layout.manifest, canonical_json(manifest))
 
 
-def recorded_objects(store: Store) -> list[dict[str, Any]]:
+def _recorded_objects(store: Store) -> list[dict[str, Any]]:
     """Every object that the commit records name, in the order plan, model, units.
 
     Raises IncompleteStore when the record of a unit or of the model's arrays is missing.

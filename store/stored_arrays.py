@@ -12,17 +12,9 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.arrays import object_rows
-from agiqa.store.checks import (
-    UNREADABLE,
-    check_array,
-    check_attributes,
-    damaged,
-    empty_array,
-    open_group,
-    read_manifest,
-    read_record,
-)
+from agiqa.store.checks import UNREADABLE, check_array, check_attributes, damaged, empty_array, open_group
 from agiqa.store.layout import PULL_RECORD, ROW_ARRAYS, StoreLayout
+from agiqa.store.listings import read_manifest, read_record
 from agiqa.store.objects import ObjectCodec
 
 
@@ -67,6 +59,13 @@ class StoredArrays:
         return [int(unit) for unit in self.manifest["units"]]
 
     @property
+    def state(self) -> str:
+        """`unfinished`, `complete`, or `partial` for a store of which some units were pulled."""
+        if not self.is_complete:
+            return "unfinished"
+        return "complete" if self.pulled_units is None else "partial"
+
+    @property
     def remedy(self) -> str:
         """How a store without all its units gets the rest."""
         if (self.path / PULL_RECORD).exists():
@@ -87,7 +86,7 @@ class StoredArrays:
         values = empty_array(self.path, repr(name), array.shape, array.dtype)
         for start in range(0, len(values), object_rows(array)):
             stop = min(start + object_rows(array), len(values))
-            values[start:stop] = self._stored(name, start, stop)
+            values[start:stop] = self.stored_rows(name, start, stop)
         return values
 
     @contextmanager
@@ -128,10 +127,11 @@ class StoredArrays:
             raise damaged(self.path, f"{name} has no attribute {key}")
         return self.array(name).attrs[key]
 
-    def _stored(self, name: str, start: int, stop: int, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Rows `start` to `stop` of a row array as they are stored; Zarr is asked for the array's shape only.
+    def stored_rows(self, name: str, start: int, stop: int, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Rows `start` to `stop` of the array `name` as they are stored; Zarr is asked for the array's shape only.
 
         Rows of one object can be decoded into `out`: memory that was never used costs as much time as decoding.
+        Raises as `array`, and DamagedStore where bytes are damaged.
         """
         if name not in self._codecs:
             self._codecs[name] = ObjectCodec.of(self.array(name))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from agiqa.store.files import read_json
+from agiqa.store.files import files_below, read_json
 from agiqa.store.reading import Store
 
 
@@ -31,7 +31,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "longest_item": int(store.n_tokens.max(initial=0)),
         "units": store.geometry.units,
         "unit_rows": store.geometry.unit_rows,
-        "bytes_on_disk": sum(path.stat().st_size for path in store.path.rglob("*") if path.is_file()),
+        "bytes_on_disk": sum(path.stat().st_size for path in files_below(store.path)),
         "bytes_features": _bytes_of_features(store, done),
         "bytes_raw_features": rows * store.width * store.array("features").dtype.itemsize,
         "seconds_of_work": round(sum(float(record["seconds"]) for record in records), 1),
@@ -54,6 +54,4 @@ def _bytes_of_features(store: Store, done: Sequence[int]) -> int:
 
 
 def _state(store: Store, done: int) -> str:
-    if store.is_complete and store.pulled_units is None:
-        return "complete"
-    return f"{'partial' if store.is_complete else 'unfinished'}, {done} of {store.geometry.units} units"
+    return store.state if store.state == "complete" else f"{store.state}, {done} of {store.geometry.units} units"

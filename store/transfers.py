@@ -7,6 +7,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+JOBS = 8
+"""Objects moved at a time, unless told otherwise."""
+
 Job = TypeVar("Job")
 
 

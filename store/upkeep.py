@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from agiqa.store.files import open_lock, telling_disk_errors
+from agiqa.store.files import open_lock, telling_disk_errors, try_lock
 from agiqa.store.layout import StoreLayout
 
 UPKEEP_LOCK = "seal"
@@ -46,12 +46,9 @@ def is_held(lock: Path) -> bool:
     """Whether a process holds the lock file `lock` at this moment; creates nothing."""
     try:
         with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+            return not try_lock(file)
     except (FileNotFoundError, IsADirectoryError):
         return False
-    return False
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

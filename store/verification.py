@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, StoreError, UnknownName
 from agiqa.store.bits import to_float32
-from agiqa.store.checks import read_manifest
+from agiqa.store.listings import read_manifest
 from agiqa.store.reading import Store
 from agiqa.store.recorded_items import recorded_labels
 from agiqa.store.records import (
@@ -21,6 +21,7 @@ from agiqa.store.records import (
     record_problems,
     recorded_objects_of,
     unit_of,
+    unlisted_files,
 )
 from agiqa.store.sealing import content_problem, size_problem
 
@@ -70,10 +71,14 @@ def verify(store: Store, level: str = "quick") -> Report:
     """
     if level not in get_args(Level):
         raise UnknownName.of(kind="verification level", name=level, known=get_args(Level))
-    entries = list(_entries(store))
+    # as it is now: `store` may have been opened before its labels were replaced
+    manifest = read_manifest(store.layout.manifest, store_id=store.id) if store.is_complete else None
+    entries = list(_entries(store, manifest))
     damage = [found for entry, unit in entries if (found := _check_object(store, entry, unit, level))]
-    damage += [_damaged_record(store, owner, problem) for owner, problem in record_problems(store)]
-    damage += _undocumented(store, [entry for entry, _ in entries])
+    damage += [_damaged_record(store, owner, problem) for owner, problem in record_problems(store, manifest)]
+    if manifest is not None:  # what it does not list would be read without any proof
+        strays = unlisted_files(store, {entry["path"] for entry in manifest["objects"]})
+        damage += [Damage(where=path, problem=f"{path} is not in the manifest") for path in strays]
     probe_error = None
     if level == "numeric" and not damage and store.is_complete:
         probe_error, problem = _check_probe(store)
@@ -81,7 +86,7 @@ def verify(store: Store, level: str = "quick") -> Report:
     done = set(store.committed_units())
     return Report(
         level=level,
-        state=_state(store),
+        state=store.state,
         objects=len(entries),
         missing_units=tuple(unit for unit in range(store.geometry.units) if unit not in done),
         damage=tuple(damage),
@@ -89,9 +94,8 @@ def verify(store: Store, level: str = "quick") -> Report:
     )
 
 
-def _entries(store: Store) -> Iterable[tuple[dict[str, Any], int | None]]:
-    if store.is_complete:
-        manifest = read_manifest(store.layout.manifest, store_id=store.id)
+def _entries(store: Store, manifest: dict[str, Any] | None) -> Iterable[tuple[dict[str, Any], int | None]]:
+    if manifest is not None:
         objects_by_owner(store, manifest)  # refuses what is no object of a store
         yield from ((entry, unit_of(store, entry["path"])) for entry in manifest["objects"])
         yield recorded_labels(store.layout, manifest), None
@@ -99,12 +103,6 @@ def _entries(store: Store) -> Iterable[tuple[dict[str, Any], int | None]]:
     for owner in owners(store):
         if is_readable(store, owner):
             yield from ((entry, unit_of(store, entry["path"])) for entry in recorded_objects_of(store, owner) or [])
-
-
-def _state(store: Store) -> str:
-    if not store.is_complete:
-        return "unfinished"
-    return "complete" if store.pulled_units is None else "partial"
 
 
 def _check_object(store: Store, entry: dict[str, Any], unit: int | None, level: str) -> Damage | None:
@@ -125,16 +123,6 @@ def _names(store: Store, unit: int | None) -> tuple[str, ...]:
         return () if unit is None else tuple(store.items.names[item] for item in store.items_of(unit))
     except DamagedStore:  # of the index or the item table, which is told apart
         return ()
-
-
-def _undocumented(store: Store, entries: list[dict[str, Any]]) -> list[Damage]:
-    """Objects that a finished store's manifest does not list would be read without any proof."""
-    if not store.is_complete:
-        return []
-    known = {entry["path"] for entry in entries}
-    files = (path for path in store.layout.zarr.rglob("*") if path.is_file())
-    found = sorted(path.relative_to(store.path).as_posix() for path in files)
-    return [Damage(where=path, problem=f"{path} is not in the manifest") for path in found if path not in known]
 
 
 def _check_probe(store: Store) -> tuple[float | None, list[Damage]]:

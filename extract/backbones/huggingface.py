@@ -96,8 +96,8 @@ class HuggingFaceBackbone(ABC):
         model = model.to(self.device)
         check_linear(self.checkpoint.name, model, self._probe())
         found = tuple(model.get_output_embeddings().weight.shape)
-        if found != (self.vocab_size, self.hidden_size):
-            expected = (self.vocab_size, self.hidden_size)
+        expected = (self.vocab_size, self.hidden_size)
+        if found != expected:
             message = f"{self.checkpoint.name}: lm_head has shape {found}, expected {expected} by the configuration."
             raise ModelError(message)
         self._model = model
@@ -160,8 +160,7 @@ def _device(device: str) -> torch.device:
 def _dtype_name(checkpoint: Checkpoint, config: Any, dtype: str) -> str:
     if dtype != "auto":
         if dtype not in DTYPES:
-            unknown = UnknownName.of("dtype", dtype, ["auto", *DTYPES])
-            raise unknown
+            raise UnknownName.of(kind="dtype", name=dtype, known=["auto", *DTYPES])
         return dtype
     if checkpoint.gguf is not None:
         return "bfloat16"

@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from agiqa.heads.worker_batches import FeatureBatches
 from agiqa.store import open_store, union
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as write_store
+from tests.store.sharing_servers import web_server
 
 SETTINGS = {"batch_size": 4, "label": "quality", "seed": 2, "epoch": 5}
 
@@ -73,6 +75,17 @@ def test_what_travels_to_a_spawned_worker_opens_the_source_again(stores, make_st
     assert_same(pickle.loads(data), expected_batches(source, items))
     if kind != "memory":
         assert len(data) < 20_000  # no rows, no arrays of the store
+
+
+def test_a_store_at_a_url_or_a_relative_path_is_found_again(stores, tmp_path, monkeypatch):
+    monkeypatch.setenv("AGIQA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(stores[0].path.parent)
+    with web_server(stores[0].path) as server:
+        for place in (server.url, Path(stores[0].path.name)):
+            data = pickle.dumps(FeatureBatches(open_store(place), np.arange(30), **SETTINGS))
+            monkeypatch.chdir(tmp_path)
+            assert_same(pickle.loads(data), expected_batches(stores[0], np.arange(30)))
+            monkeypatch.chdir(stores[0].path.parent)
 
 
 def test_a_store_that_was_replaced_meanwhile_is_refused(stores, tmp_path):

@@ -131,6 +131,14 @@ def test_killed_plans_are_removed_and_living_ones_stay(stored, tmp_path):
     assert other.exists()
 
 
+def test_killed_plans_of_a_store_with_brackets_in_its_name_are_removed(tmp_path):
+    killed = tmp_path / ".a[1].agiqa.plan-x"
+    (killed / "locks").mkdir(parents=True)
+    (killed / "locks" / "plan").touch()
+    make_store(tmp_path / "a[1].agiqa", make_content([3]))
+    assert [path.name for path in tmp_path.iterdir()] == ["a[1].agiqa"]
+
+
 def test_collecting_at_any_time_costs_no_unit(tmp_path):
     """A fill, kills, and collections beside it and between: the store comes out whole."""
     path, moments = tmp_path / "s.agiqa", random.Random(0)

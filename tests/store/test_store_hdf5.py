@@ -74,6 +74,13 @@ def test_every_encoding_comes_back(stored, content, tmp_path, kind):
     assert_same_store(again, store)
 
 
+def test_an_array_of_the_model_with_as_many_rows_as_the_features_is_exported_whole(tmp_path):
+    store = make_store(tmp_path / "s.agiqa", make_content([37], vocabulary=40))
+    assert store.rows_used(0) < len(store.lm_head()) == store.geometry.shape[0]
+    exported = export_hdf5(store, tmp_path / "s.h5")
+    assert_same_store(import_hdf5(exported.path, tmp_path / "again.agiqa"), store)
+
+
 PLAIN_READER = """
     import sys, h5py, hashlib
     with h5py.File(sys.argv[1]) as file:

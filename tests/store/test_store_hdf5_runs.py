@@ -13,7 +13,7 @@ import h5py
 import pytest
 
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, SchemaError, SettingsConflict, UnknownName
-from agiqa.store import create_store, open_store
+from agiqa.store import UnitWriter, create_store, open_store
 from agiqa.store.files import exclusive_lock
 from agiqa.store.hdf5_export import export_hdf5
 from agiqa.store.hdf5_import import import_hdf5
@@ -177,6 +177,14 @@ def test_exports_and_imports_killed_at_random_moments_end_as_if_never_killed(tmp
     assert_same_store(open_store(tmp_path / "killed.agiqa"), store)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"s.agiqa", "whole.h5", "killed.h5", "killed.agiqa"}
+
+
+def test_an_import_beside_another_one_says_which_unit_is_at_work(stored, content, tmp_path):
+    path = export_hdf5(stored, tmp_path / "s.h5").path
+    begun = create_store(tmp_path / "again.agiqa", plan_of(content))
+    with UnitWriter(begun).claim(1), pytest.raises(BusyStore, match="at work on unit 1"):
+        import_hdf5(path, begun.path)
+    assert_same_store(import_hdf5(path, begun.path), stored)
 
 
 def test_an_import_to_a_finished_store_leaves_it_and_to_another_one_is_refused(stored, tmp_path):

@@ -19,7 +19,11 @@ def nested(depth):
 
 
 ATTRIBUTES = {
-    "foreign format": (lambda liar: liar.attributes(format="other.features"), "SchemaError", "other.features v1"),
+    "foreign format": (
+        lambda liar: liar.attributes(format="other.features"),
+        "SchemaError",
+        "its format is 'other.features'",
+    ),
     "foreign version": (lambda liar: liar.attributes(version=7), "SchemaError", "agiqa.features v7; this agiqa reads"),
     "foreign encoding": (lambda liar: liar.attributes(encoding="fp4"), "SchemaError", "encoding 'fp4'"),
     "foreign dtype": (lambda liar: liar.attributes(logical_dtype="fp8"), "SchemaError", "logical_dtype 'fp8'"),
@@ -52,7 +56,7 @@ ATTRIBUTES = {
     "no attributes": (
         lambda liar: liar.root(lambda metadata: metadata.update(attributes={})),
         "SchemaError",
-        "is None vNone",
+        "is no feature store: its format is None",
     ),
     "attributes of another kind": (
         lambda liar: liar.root(lambda metadata: metadata.update(attributes=[1])),

@@ -147,6 +147,16 @@ def test_manifests_of_other_kinds_are_refused(stored, served, tmp_path, change, 
     assert not (tmp_path / "copy.agiqa").exists()
 
 
+@pytest.mark.parametrize("text", ["[]", "{", '{"format": "agiqa.features", "version": 1, "objects": 3}'])
+def test_a_local_manifest_that_is_none_is_named_and_kept(served, tmp_path, text):
+    path = tmp_path / "copy.agiqa"
+    pull(served.url, path)
+    (path / "MANIFEST.json").write_text(text)
+    with pytest.raises(DamagedStore, match=r"MANIFEST\.json is damaged"):
+        pull(served.url, path)
+    assert (path / "MANIFEST.json").read_text() == text
+
+
 def test_folders_with_other_things_are_not_touched(stored, served, tmp_path, content):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")

@@ -1,0 +1,92 @@
+"""What commit records and MANIFEST.json list, read without trusting it: objects by path, bytes and sha256."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from agiqa.errors import DamagedStore
+from agiqa.store.checks import REMEDY, check_inside, check_version, damaged
+from agiqa.store.files import read_json, sha256_of_file
+from agiqa.store.layout import ITEM_TABLE, StoreLayout
+
+_OBJECT_PATH = re.compile(r"store\.zarr(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})+")
+_LONGEST_PATH = 1000
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """The objects that the commit record, or the manifest, at `path` lists. Raises DamagedStore where it is none."""
+    remedy = REMEDY
+    if path.stem.isdigit() or path.stem == "model":
+        remedy = (
+            f"`agiqa store repair {path.parent.parent}` drops it; what it stood for is computed anew by the next run."
+        )
+    record = read_json(path, remedy=remedy)
+    objects = record.get("objects") if isinstance(record, dict) else None
+    if not isinstance(objects, list) or not all(map(is_entry, objects)):
+        message = f"{path} is damaged: it is no record of objects. {remedy}"
+        raise DamagedStore(message)
+    return objects
+
+
+def is_entry(entry: Any) -> bool:
+    """Whether `entry` describes an object as manifests and records do: path, bytes and sha256, the path any text."""
+    if not isinstance(entry, dict):
+        return False
+    size = entry.get("bytes")
+    return isinstance(entry.get("path"), str) and type(size) is int and size >= 0 and is_sha256(entry.get("sha256"))
+
+
+def is_sha256(value: Any) -> bool:
+    """Whether `value` is a sha256 in lower-case hex."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def is_object_path(text: str) -> bool:
+    """Whether `text` can be the path of an object of store.zarr: it leads nowhere else by itself."""
+    return len(text) <= _LONGEST_PATH and _OBJECT_PATH.fullmatch(text) is not None
+
+
+def read_manifest(path: Path, *, store_id: str | None = None) -> dict[str, Any]:
+    """The manifest at `path`, its entries whole, and that of the store with this id where one is given.
+
+    Raises SchemaError for a foreign format or version, and DamagedStore where it is anything else.
+    """
+    manifest = read_json(path)
+    if not isinstance(manifest, dict):
+        raise damaged(path, "it is no manifest")
+    check_version(path, manifest)
+    if not isinstance(manifest.get("objects"), list) or not all(map(is_entry, manifest["objects"])):
+        raise damaged(path, "it does not list objects as it should")
+    labels: list[Any] = [manifest.get("labels")]
+    labels += [manifest["labels_next"]] if "labels_next" in manifest else []
+    if not all(is_entry(entry) and entry["path"] == ITEM_TABLE for entry in labels):
+        raise damaged(path, f"it does not list {ITEM_TABLE} as it should")
+    if store_id is not None and manifest.get("id") != store_id:
+        raise damaged(path, f"it is that of the store {str(manifest.get('id'))[:12]}, the metadata of {store_id[:12]}")
+    state, units = manifest.get("state"), manifest.get("units", [])
+    if state not in ("complete", "partial") or not isinstance(units, list) or (state == "partial") != bool(units):
+        raise damaged(path, f"its state is {state!r}, of units {units!r}"[:200])
+    if not all(type(unit) is int for unit in units):
+        raise damaged(path, "its units are no numbers")
+    return manifest
+
+
+def check_root_metadata(layout: StoreLayout, manifest: dict[str, Any]) -> None:
+    """Raise DamagedStore unless the metadata of all arrays, which the seal gathered, are what the manifest lists."""
+    path = layout.zarr / "zarr.json"
+    listed = [entry["sha256"] for entry in manifest["objects"] if layout.root / entry["path"] == path]
+    if listed != [sha256_of_file(path)]:
+        raise damaged(path, f"it is not what {layout.manifest.name} lists")
+
+
+def check_object_path(path: Path, listed: Any, *, listed_in: str) -> str:
+    """The path of an object as `listed_in`, the manifest or a record of the store at `path`, lists it.
+
+    Raises DamagedStore where it leads out of the store, by itself or through a link.
+    """
+    text = str(listed)
+    if text != ITEM_TABLE and not is_object_path(text):
+        raise damaged(path, f"{listed_in} lists {text[:200]!r}, which is no object of a store")
+    check_inside(path, path / text)
+    return text
