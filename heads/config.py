@@ -72,7 +72,7 @@ class TrainConfig(_Settings):
 
     label: str = "quality"
     """The aspect whose MOS is learned, or several joined by `+`, as in `quality+correspondence`: one head then predicts
-    them all, and learns from items that have them all."""
+    them all, and every item of the split must have them all."""
     split: Literal["published", "grouped"] = "published"
     """`published`: the split of the store; `grouped`: no prompt on both sides, drawn by `split_seed`."""
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)

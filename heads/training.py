@@ -49,7 +49,7 @@ def train_head(
 
     A training that was broken off goes on from the last epoch that was kept beside `run` (see resuming.py), and
     `restart` throws that away. `preset` is the name that config.json says the settings came from.
-    Several labels, as in `quality+correspondence`, are learned by one head from the items that have them all.
+    Several labels, as in `quality+correspondence`, are learned by one head; an item that lacks one is refused by name.
     Raises HeadError for a taken folder, another training kept beside it, features that the projection cannot read,
     or training that diverges; DataError for missing labels, no such split, NaN features; UnknownName and ConfigError
     for settings.
