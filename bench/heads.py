@@ -130,7 +130,7 @@ def made_up_features(source: MadeUpSource, device: torch.device) -> FeatureSet:
         starts=offsets[:-1],
         roles=torch.full((len(rows),), 3, dtype=torch.uint8, device=device),
         offsets=torch.from_numpy(offsets),
-        targets=torch.from_numpy(source.items.labels["quality"]),
+        targets=torch.from_numpy(source.items.labels["quality"])[:, None],
         items=np.arange(source.count),
         source=source,
     )

@@ -1,6 +1,7 @@
 """Heads: small networks that learn MOS from a feature store, without the model that made it.
 
 config.py      HeadConfig and TrainConfig, from YAML, options, presets and defaults
+labels.py      what a head learns: one label, or several joined by `+`
 presets.py     `paper` and `published`, and what differs from the released code
 features.py    a store's tokens: kept, mapped or streamed
 feeding.py     where the rows of a training are kept
@@ -11,7 +12,7 @@ worker_batches.py  batches for loops of one's own, with worker processes
 projection.py  features to the width of the head: `vocabulary`, `sketch`, `hidden`, `logits`
 encoders/      sequence encoders: `xlstm`, `lstm`, `gru`, `mamba2`, `transformer`, `none`
 pooling.py     tokens to one vector: mean, max, last, first, attention, each over all tokens or a role
-regressor.py   one vector to a MOS
+regressor.py   one vector to the MOS of each label
 head.py        the four in a row
 losses.py      regression, correlation and ranking losses, and weighted sums of them
 metrics.py     SRCC, PLCC, KRCC, RMSE with intervals by prompt

@@ -31,7 +31,7 @@ class Batch:
     roles: UInt8[Tensor, "batch token"]
     """Values of TOKEN_ROLES, zero in the padding."""
     lengths: Int64[Tensor, " batch"]
-    targets: Float[Tensor, " batch"] | None
+    targets: Float[Tensor, "batch label"] | None
     """Labels, float32."""
     positions: Int64[Tensor, " batch"]
     """Where each item stands in the FeatureSet."""

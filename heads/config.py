@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from agiqa.errors import ConfigError, UnknownName
+from agiqa.heads.labels import parse_labels
 from agiqa.heads.presets import preset_values
 
 
@@ -67,10 +68,11 @@ class HeadConfig(_Settings):
 
 
 class TrainConfig(_Settings):
-    """How a head is trained, on which label, and which items are held out."""
+    """How a head is trained, on which labels, and which items are held out."""
 
     label: str = "quality"
-    """The aspect whose MOS is learned."""
+    """The aspect whose MOS is learned, or several joined by `+`, as in `quality+correspondence`: one head then predicts
+    them all, and every item of the split must have them all."""
     split: Literal["published", "grouped"] = "published"
     """`published`: the split of the store; `grouped`: no prompt on both sides, drawn by `split_seed`."""
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
@@ -81,7 +83,8 @@ class TrainConfig(_Settings):
     """Draws the test part of `grouped` and the validation part; apart from `seed`, so that seeds compare."""
     loss: str = "mse"
     """The loss on labels scaled to mean 0 and variance 1: `mse`, `mae`, `huber`, `plcc`, `fidelity`, `margin` or
-    `ranknet`, or a weighted sum such as `mse+0.5*plcc`. The last four compare the items of a batch."""
+    `ranknet`, or a weighted sum such as `mse+0.5*plcc`. The last four compare the items of a batch. Of several labels
+    it is the mean of the loss of each."""
     epochs: int = Field(default=20, ge=1)
     """Passes over the training items, and the length of the schedule."""
     batch_size: int = Field(default=32, ge=1)
@@ -101,7 +104,7 @@ class TrainConfig(_Settings):
     ema: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Decay per step of a moving average of the weights, which is validated and kept; None keeps the weights."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop after so many epochs without a better validation SRCC; None runs all epochs."""
+    """Stop after so many epochs without a better validation SRCC (of several labels the mean); None runs all epochs."""
     refit: bool = False
     """Train again on training + validation items for the chosen number of epochs."""
     seed: int = Field(default=0, ge=0)
@@ -130,6 +133,16 @@ class TrainConfig(_Settings):
     that is killed and run again goes on from the last."""
     tensorboard: bool = False
     """Whether event files for TensorBoard are written, which needs `agiqa[tensorboard]`."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names that `label` joins. Raises as `parse_labels`."""
+        return parse_labels(self.label)
+
+    @field_validator("label")
+    @classmethod
+    def _spelled_one_way(cls, label: str) -> str:
+        return "+".join(parse_labels(label))
 
 
 def load_settings(

@@ -1,4 +1,7 @@
-"""TensorBoard event files of a training: the loss and learning rate of every step, the metrics of every epoch."""
+"""TensorBoard event files of a training: the loss and learning rate of every step, the metrics of every epoch.
+
+Of a head with several labels they are the means that curves.csv has.
+"""
 
 import importlib.util
 from pathlib import Path

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agiqa.errors import DataError, UnknownName
+from agiqa.heads.labels import parse_labels
 from agiqa.store.bits import finite_rows
 from agiqa.store.files import canonical_json
 
@@ -117,8 +118,8 @@ class FeatureSet:
     """On the device of `rows`: item k owns those from `offsets[k]` to `offsets[k + 1]`."""
     offsets: Int64[Tensor, " items_and_end"]
     """On the CPU always."""
-    targets: Float[Tensor, " items"] | None
-    """The label of each item, float64 on the CPU; None when read without a label."""
+    targets: Float[Tensor, "items label"] | None
+    """The labels of each item, float64 on the CPU; None when read without a label."""
     items: NDArray[np.int64]
     """Where each item stands in the store."""
     source: FeatureSource
@@ -135,8 +136,9 @@ class FeatureSet:
     ) -> "FeatureSet":
         """Read and check `items`, and keep the rows of the first `kept` of them (None: of all) on `device`.
 
-        The rows of items that all are kept lie in their order, item k from `offsets[k]` on. Raises DataError for
-        missing labels, items without tokens, NaN and inf.
+        `label` is one name, or several as in `quality+correspondence`. The rows of items that all are kept
+        lie in their order, item k from `offsets[k]` on. Raises DataError for missing labels, items without tokens,
+        NaN and inf.
         """
         chosen = np.asarray(items, dtype=np.int64)
         targets, offsets = describe_items(source, chosen, label=label)
@@ -251,7 +253,7 @@ def row_bytes(source: FeatureSource) -> int:
 def describe_items(
     source: FeatureSource, items: NDArray[np.int64], *, label: str | None
 ) -> tuple[Tensor | None, NDArray[np.int64]]:
-    """Labels of the items (None without `label`) and the offsets of their tokens, (items + 1,).
+    """Labels of the items, (items, labels) or None without `label`, and the offsets of their tokens, (items + 1,).
 
     Raises as `read_labels`, and DataError for items without tokens.
     """
@@ -309,18 +311,22 @@ def _read(source: FeatureSource, items: NDArray[np.int64]) -> list[ItemRows]:
 
 
 def read_labels(source: FeatureSource, items: NDArray[np.int64], *, label: str) -> NDArray[np.float64]:
-    """The label of each item. Raises UnknownName or DataError, with the labels that the store has."""
-    labels = source.items.labels
-    if label not in labels:
-        kind = f"label of {source.id}"
-        raise UnknownName.of(kind, label, labels)
-    values = np.asarray(labels[label], dtype=np.float64)[items]
-    missing = [source.items.names[item] for item in items[~np.isfinite(values)]]
+    """The labels of each item, (items, labels); `label` is one name, or several as in `quality+correspondence`.
+
+    Raises UnknownName or DataError, with the labels that the store has, and ConfigError as `parse_labels`.
+    """
+    labels, wanted = source.items.labels, parse_labels(label)
+    for name in wanted:
+        if name not in labels:
+            kind = f"label of {source.id}"
+            raise UnknownName.of(kind, name, labels)
+    values = np.stack([np.asarray(labels[name], dtype=np.float64)[items] for name in wanted], axis=1)
+    missing = np.argwhere(~np.isfinite(values)).tolist()
     if missing:
         counts = ", ".join(
             f"{name} on {np.isfinite(column).sum()} of {len(column)} items" for name, column in labels.items()
         )
-        problems = [f"{name!r} has no {label} MOS" for name in missing]
+        problems = [f"{source.items.names[items[row]]!r} has no {wanted[column]} MOS" for row, column in missing]
         error = DataError.from_problems(source.id, problems)
         error.add_note(f"Labels of this store: {counts}. Join more with `agiqa store labels`.")
         raise error

@@ -63,12 +63,12 @@ def fit_head(
     The features stay where they are kept; batches made elsewhere move to the device one by one. With `state` the
     fit goes on from what is kept of this stage, and is kept itself.
     The caller's random state is left as it was. Raises HeadError when training diverges, DataError when all
-    labels are equal, and what `build_head` raises.
+    items have the same value of a label, and what `build_head` raises.
     """
     device = resolve_device(config.device)
-    labels = _training_labels(features, train)
+    labels = _training_labels(features, train, config)
     with _random_state(config.seed, device), _threads(config.threads):
-        head = build_head(head_config, spec).to(device)
+        head = build_head(head_config, spec, labels=len(config.labels)).to(device)
         head.calibrate(features.statistics(train, device=device), labels)
         kept = None if state is None else state.learner_of(stage)
         per_epoch = batches_per_epoch(len(train), config.batch_size, smallest=get_loss(config.loss).smallest_batch)
@@ -159,18 +159,21 @@ def _events(
         events.close()
 
 
-def _training_labels(features: FeatureSet, train: NDArray[np.int64]) -> torch.Tensor:
-    """The labels of these positions. Raises DataError when nothing can be learned from them."""
-    if features.targets is None:
-        message = "Training needs features that were read with a label."
+def _training_labels(features: FeatureSet, train: NDArray[np.int64], config: TrainConfig) -> torch.Tensor:
+    """The labels of these positions, (items, labels). Raises DataError when nothing can be learned from them."""
+    names = config.labels
+    if features.targets is None or features.targets.shape[1] != len(names):
+        message = f"Training on the label {config.label!r} needs features that were read with it."
         raise DataError(message)
     labels = features.targets[torch.from_numpy(train)]
     if len(labels) == 1:
         message = "The training part is a single item: there is nothing to learn. Change the split or `validation`."
         raise DataError(message)
-    if labels.max() == labels.min():
-        message = f"All {len(train)} training items have the label {float(labels[0])}: there is nothing to learn."
-        raise DataError(message)
+    for name, column in zip(names, labels.unbind(1), strict=True):
+        if column.max() == column.min():
+            which = "label" if len(names) == 1 else f"{name} label"
+            message = f"All {len(train)} training items have the {which} {float(column[0])}: there is nothing to learn."
+            raise DataError(message)
     return labels
 
 

@@ -15,21 +15,22 @@ from agiqa.heads.regressor import Regressor
 
 
 class Head(nn.Module):
-    """Features of the tokens in, MOS out."""
+    """Features of the tokens in, the MOS of one label or several out."""
 
-    def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
+    def __init__(self, config: HeadConfig, spec: FeatureSpec, *, labels: int = 1) -> None:
         """Use `build_head`, which checks all names first."""
         super().__init__()
         self.projection = PROJECTIONS.get(config.projection)(config, spec)
         self.encoder = ENCODERS.get(config.encoder)(config)
         name = PoolingName.parse(config.pooling)
         self.pooling = POOLINGS.get(name.pooling)(config, self.encoder.out_width)
-        self.regressor = Regressor(config, self.encoder.out_width)
+        self.regressor = Regressor(config, self.encoder.out_width, labels=labels)
         self.pooling_name = config.pooling
+        self.label_count = labels
         self._pooled_role = name.role
         self._token_dropout = config.token_dropout
 
-    def calibrate(self, statistics: TokenStatistics, labels: Float[Tensor, " items"]) -> None:
+    def calibrate(self, statistics: TokenStatistics, labels: Float[Tensor, "items label"]) -> None:
         """Fix the constants that come from the training items, before training."""
         self.projection.calibrate(statistics)
         self.regressor.calibrate(labels)
@@ -41,10 +42,11 @@ class Head(nn.Module):
         roles: UInt8[Tensor, "batch token"] | None = None,
         *,
         encode: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> Float[Tensor, " batch"]:
-        """The predicted MOS of each item; `mask` is True on real tokens, `roles` are values of TOKEN_ROLES.
+    ) -> Float[Tensor, "batch label"]:
+        """The predicted MOS of each item, a column per label.
 
-        `encode` is called instead of the encoder, to compute the same in another way.
+        `mask` is True on real tokens, `roles` are values of TOKEN_ROLES. `encode` is called instead of the encoder, to
+        compute the same in another way.
         A pooling over a role raises HeadError without `roles`, and DataError for an item without such a token.
         """
         projected: Tensor = self.projection(features)
@@ -64,10 +66,10 @@ def check_parts(config: HeadConfig) -> None:
     PoolingName.parse(config.pooling)
 
 
-def build_head(config: HeadConfig, spec: FeatureSpec) -> Head:
-    """A fresh head for features of this spec; its weights come from torch's random state.
+def build_head(config: HeadConfig, spec: FeatureSpec, *, labels: int = 1) -> Head:
+    """A fresh head for features of this spec that predicts so many labels; its weights come from torch's random state.
 
     Raises UnknownName for a part, ConfigError for sizes, HeadError for features that the projection cannot read.
     """
     check_parts(config)
-    return Head(config, spec)
+    return Head(config, spec, labels=labels)

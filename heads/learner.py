@@ -1,4 +1,7 @@
-"""The Lightning side of training: steps, schedule, and the choice of the epoch by validation SRCC."""
+"""The Lightning side of training: steps, schedule, and the choice of the epoch by validation SRCC.
+
+Of several labels loss and validation SRCC are means over them; a mean is undefined where one of its numbers is.
+"""
 
 import math
 import time
@@ -20,6 +23,7 @@ from agiqa.heads.encoders.graphed import training_pass
 from agiqa.heads.events import EventLog
 from agiqa.heads.features import FeatureSet
 from agiqa.heads.head import Head
+from agiqa.heads.labels import columns
 from agiqa.heads.losses import check_loss, get_loss
 from agiqa.heads.metrics import score
 from agiqa.heads.outcome import Epoch, Outcome
@@ -54,7 +58,8 @@ class Learner(pl.LightningModule):
         self.curves: list[Epoch] = []
         self.best_epoch = 0
         self.best_weights: dict[str, Tensor] = {}
-        self.best_predictions: NDArray[np.float64] = np.full(len(validation), math.nan)
+        labels = len(config.labels)
+        self.best_predictions: NDArray[np.float64] = np.full((len(validation), labels), math.nan)
         self.finished = False
         self._best_srcc = math.nan
         self._features = features
@@ -65,7 +70,7 @@ class Learner(pl.LightningModule):
         self._progress = progress
         self._loss = get_loss(config.loss)
         self._losses: list[Tensor] = []
-        self._predicted: NDArray[np.float64] = np.full(len(features), math.nan)
+        self._predicted: NDArray[np.float64] = np.full((len(features), labels), math.nan)
         self._average: AveragedModel | None = None
         if config.ema is not None:
             self._average = AveragedModel(head, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
@@ -141,7 +146,8 @@ class Learner(pl.LightningModule):
             message = "Training needs a FeatureSet that was read with a label."
             raise HeadError(message)
         scaled = self.head.regressor.scaled
-        loss = self._loss(scaled(self.head(*batch.inputs, encode=self._encode)), scaled(batch.targets))
+        predicted = scaled(self.head(*batch.inputs, encode=self._encode))
+        loss = self._loss.over_labels(predicted, scaled(batch.targets))
         self._losses.append(loss.detach())
         self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
@@ -255,15 +261,19 @@ class Learner(pl.LightningModule):
         """How the kept epoch was chosen, in words."""
         if not self.validates:
             return "last epoch, as there are no validation items"
+        labels = self._config.labels
+        what = "validation SRCC" if len(labels) == 1 else f"mean validation SRCC of {', '.join(labels)}"
         if math.isnan(self._best_srcc):
-            return "last epoch, as the validation SRCC was never defined"
-        return "highest validation SRCC"
+            return f"last epoch, as the {what} was never defined"
+        return f"highest {what}"
 
     def _validation_metrics(self) -> dict[str, float]:
-        """The metrics of this epoch's validation predictions; none without validation items."""
+        """The metrics of this epoch's validation predictions, means over labels; none without validation items."""
         if not self.validates or self._features.targets is None:
             return {}
-        return score(self._predicted[self._validation], self._features.targets.numpy()[self._validation])
+        predicted, labels = (values[self._validation] for values in (self._predicted, self._features.targets.numpy()))
+        scores = [score(*pair) for pair in zip(columns(predicted), columns(labels), strict=True)]
+        return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
 
     def _keep_best(self, number: int, srcc: float | None) -> None:
         """Copy weights and predictions of an epoch that beats the kept one; an undefined SRCC is beaten by any."""

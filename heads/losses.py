@@ -64,6 +64,13 @@ class Loss:
             values = [weight * term(predicted, labels) for weight, term in self.terms]
         return torch.stack(values).sum()
 
+    def over_labels(
+        self, predicted: Float[Tensor, "batch label"], labels: Float[Tensor, "batch label"]
+    ) -> Float[Tensor, ""]:
+        """The mean of the losses of each label: items are compared within a label, never across."""
+        values = [self(column, truth) for column, truth in zip(predicted.unbind(1), labels.unbind(1), strict=True)]
+        return torch.stack(values).mean()
+
 
 LOSSES: Registry[LossTerm] = Registry("loss")
 

@@ -8,10 +8,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from agiqa.heads.labels import plain
+
 
 @dataclass(frozen=True, kw_only=True)
 class Epoch:
-    """One row of the curves. Losses are in the scale of the loss, RMSE in the unit of the labels."""
+    """One row of the curves. Losses are in the scale of the loss, RMSE in the unit of the labels.
+
+    Of a head with several labels each number is the mean over them, and undefined where that of one label is.
+    """
 
     stage: str
     epoch: int
@@ -47,22 +52,24 @@ class Outcome:
     choice: str
     """How it was chosen, in words."""
     validation_predictions: NDArray[np.float64]
+    """(items, labels)."""
 
     def record(self) -> dict[str, Any]:
-        """The outcome in tensors and plain values, as a checkpoint can hold it."""
+        """The outcome in tensors and plain values, as a checkpoint can hold it; predictions of one label (items,)."""
         return {
             "curves": [epoch.row() for epoch in self.curves],
             "epoch": self.epoch,
             "choice": self.choice,
-            "validation_predictions": torch.from_numpy(self.validation_predictions),
+            "validation_predictions": torch.from_numpy(plain(self.validation_predictions)),
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Outcome":
         """The outcome that `record` was made of."""
+        predictions = record["validation_predictions"].numpy().copy()
         return cls(
             curves=[Epoch(**row) for row in record["curves"]],
             epoch=record["epoch"],
             choice=record["choice"],
-            validation_predictions=record["validation_predictions"].numpy().copy(),
+            validation_predictions=predictions[:, None] if predictions.ndim == 1 else predictions,
         )

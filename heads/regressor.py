@@ -1,4 +1,4 @@
-"""The regressor: from the pooled vector to a MOS in the unit of the labels."""
+"""The regressor: from the pooled vector to the MOS of each label, in its unit."""
 
 import torch
 from jaxtyping import Float
@@ -8,37 +8,42 @@ from agiqa.heads.config import HeadConfig
 
 
 class Regressor(nn.Module):
-    """Two linear layers with a ReLU between (d, hidden, 1), as published, or a single one (d, 1).
+    """Two linear layers with a ReLU between (d, hidden, labels), as published for one label, or one (d, labels).
 
-    The layers predict labels scaled to mean 0 and variance 1 over the training items, and mean and standard
-    deviation stay in the checkpoint: one learning rate then fits a MOS of 0-1, 0-5 and 0-100 alike, and an
-    untrained head already predicts about the mean.
+    The layers predict labels scaled to mean 0 and variance 1 over the training items, each label by its own mean and
+    standard deviation, which stay in the checkpoint (scalars for one label): one learning rate then fits a MOS of
+    0-1, 0-5 and 0-100 alike, and an untrained head already predicts about the mean.
     """
 
-    def __init__(self, config: HeadConfig, width: int) -> None:
-        """`width` is that of the encoder's outputs; `config` gives the hidden channels."""
+    def __init__(self, config: HeadConfig, width: int, *, labels: int = 1) -> None:
+        """`width` is that of the encoder's outputs; `config` gives the hidden channels; `labels` are counted."""
         super().__init__()
         hidden = config.regressor_hidden
         if hidden:
-            self.layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+            self.layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, labels))
         else:
-            self.layers = nn.Sequential(nn.Linear(width, 1))
+            self.layers = nn.Sequential(nn.Linear(width, labels))
+        shape = () if labels == 1 else (labels,)
         self.label_mean: Tensor
-        self.register_buffer("label_mean", torch.zeros(()))
+        self.register_buffer("label_mean", torch.zeros(shape))
         self.label_std: Tensor
-        self.register_buffer("label_std", torch.ones(()))
+        self.register_buffer("label_std", torch.ones(shape))
 
     @torch.no_grad()
-    def calibrate(self, labels: Float[Tensor, " items"]) -> None:
-        """Take mean and standard deviation of the training labels, which must not all be equal."""
-        self.label_mean.copy_(labels.double().mean())
-        self.label_std.copy_(labels.double().std(correction=0))
+    def calibrate(self, labels: Float[Tensor, "items label"]) -> None:
+        """Take mean and standard deviation of each training label, which must not be the same for all items."""
+        columns = labels.double().T.contiguous()
+        for constant, values in (
+            (self.label_mean, [column.mean() for column in columns]),
+            (self.label_std, [column.std(correction=0) for column in columns]),
+        ):
+            constant.copy_(torch.stack(values).view(constant.shape))
 
-    def scaled(self, labels: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def scaled(self, labels: Float[Tensor, "batch label"]) -> Float[Tensor, "batch label"]:
         """Labels or predictions in the scale of the loss."""
         return (labels - self.label_mean) / self.label_std
 
-    def forward(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, " batch"]:
+    def forward(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch label"]:
         """The predicted MOS of each item."""
         outputs: Tensor = self.layers(pooled)
-        return outputs.squeeze(-1).to(self.label_std.dtype) * self.label_std + self.label_mean
+        return outputs.to(self.label_std.dtype) * self.label_std + self.label_mean

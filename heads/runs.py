@@ -6,6 +6,9 @@ metrics.json      validation and test metrics with intervals, the chosen epoch, 
 predictions.csv   name, prompt, split, mos, predicted for the validation and test items
 curves.csv        a row per epoch
 tensorboard       event files of the stages `train` and `refit`, where they were asked for
+
+For a head with several labels `validation`, `test` and `logistic` of metrics.json hold an entry per label under its
+name, predictions.csv has the columns mos_LABEL and predicted_LABEL of each, and curves.csv means over the labels.
 """
 
 import csv
@@ -67,7 +70,7 @@ class Run:
         """The head in evaluation mode, W_lm taken from `source` where needed. Raises HeadError."""
         spec = self.check(source)
         with torch.random.fork_rng(devices=[]):
-            head = build_head(self.head, spec)
+            head = build_head(self.head, spec, labels=len(self.train.labels))
         path = self.path / WEIGHTS
         try:
             head.load_state_dict(load_file(path))

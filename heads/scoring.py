@@ -12,6 +12,7 @@ from agiqa.heads.batches import BatchLoader
 from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head import Head
+from agiqa.heads.labels import by_label, columns, of_each_label, plain
 from agiqa.heads.logistic import Mappings
 from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.pooling import check_roles
@@ -35,11 +36,12 @@ def predict(
 ) -> NDArray[np.float64]:
     """The predicted MOS of each item, in the order asked for; None is every item of the store.
 
+    (items,) for a head with one label; (items, labels) for one with several, in the order of `run.train.labels`.
+
     Raises HeadError when the store's features mean nothing to the head, ConfigError for an absent device.
     """
     chosen = np.arange(len(source.items.names)) if items is None else np.asarray(items, dtype=np.int64)
-    head = run.load_head(source, device=resolve_device(device))
-    return predict_items(head, source, chosen, batch_size=batch_size)
+    return plain(_predict(run, source, chosen, device=device, batch_size=batch_size))
 
 
 def evaluate(
@@ -49,17 +51,24 @@ def evaluate(
 
     On the store of the run the parts are those of its training; on another store they are its split column's.
     `warnings` in the result count the items and prompts that the head was trained on; `logistic` is the recorded
-    mapping behind each `plcc_logistic4` and the like, or why there is none.
-    Raises as `predict`, UnknownName for the part, DataError for an empty part or missing labels.
+    mapping behind each `plcc_logistic4` and the like, or why there is none. For a head with several labels all but
+    `warnings` stands once per label, under its name.
+    Raises as `predict`, UnknownName for the part or a label that the store has not, DataError for an empty part or
+    missing labels.
     """
     items = part_items(run, source, part)
     labels = read_labels(source, items, label=run.train.label)
-    predicted = predict(run, source, items, device=device, batch_size=batch_size)
+    predicted = _predict(run, source, items, device=device, batch_size=batch_size)
     prompts = [source.items.prompts[k] for k in items]
-    mappings = _mappings(run, source, items)
-    scores = evaluate_scores(predicted, labels, prompts, mappings=mappings.fitted, seed=run.train.seed)
+    scores = [
+        evaluate_scores(guesses, truth, prompts, mappings=mappings.fitted, seed=run.train.seed)
+        | {"logistic": mappings.record()}
+        for guesses, truth, mappings in zip(
+            columns(predicted), columns(labels), _mappings(run, source, items), strict=True
+        )
+    ]
     warnings = [] if part in _TRAINING_PARTS else _leaks(run, source, items)
-    return {**scores, "logistic": mappings.record(), "warnings": warnings}
+    return {**by_label(run.train.labels, scores), "warnings": warnings}
 
 
 def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
@@ -79,17 +88,25 @@ def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
     return items
 
 
-def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> Mappings:
-    """The mappings that the run recorded; none for items that they were fitted to. Raises HeadError."""
-    recorded = run.metrics.get("logistic")
+def _predict(
+    run: Run, source: FeatureSource, items: NDArray[np.int64], *, device: str, batch_size: int
+) -> NDArray[np.float64]:
+    head = run.load_head(source, device=resolve_device(device))
+    return predict_items(head, source, items, batch_size=batch_size)
+
+
+def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[Mappings]:
+    """The mappings that the run recorded for each label; none for items that they were fitted to. Raises HeadError."""
+    recorded, labels = run.metrics.get("logistic"), run.train.labels
     if recorded is None:
-        return Mappings.none("the run recorded no fit; it was made before agiqa fitted them")
+        return [Mappings.none("the run recorded no fit; it was made before agiqa fitted them")] * len(labels)
     fitted_to = run.parts()["validation"]
     seen = sum(identity in fitted_to for identity in identities(source, items))
     if seen:
-        return Mappings.none(f"{seen} of {len(items)} items are validation items, which the mappings were fitted to")
+        why = f"{seen} of {len(items)} items are validation items, which the mappings were fitted to"
+        return [Mappings.none(why)] * len(labels)
     try:
-        return Mappings.from_record(recorded)
+        return [Mappings.from_record(record) for record in of_each_label(labels, recorded)]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         message = f"{run.path / METRICS}: `logistic` is not what a training writes ({error!r})."
         raise HeadError(message) from error
@@ -109,12 +126,12 @@ def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[st
 def predict_items(
     head: Head, source: FeatureSource, items: NDArray[np.int64], *, batch_size: int
 ) -> NDArray[np.float64]:
-    """Predict with a head in evaluation mode, holding the features of 512 items at a time.
+    """Predict (items, labels) with a head in evaluation mode, holding the features of 512 items at a time.
 
     Raises DataError, naming the items, when the head pools a role of which they have no token.
     """
     device = next(head.parameters()).device
-    predicted = np.empty(len(items))
+    predicted = np.empty((len(items), head.label_count))
     with torch.no_grad():
         for start in range(0, len(items), _ITEMS_AT_ONCE):
             features = FeatureSet.from_store(source, items[start : start + _ITEMS_AT_ONCE], label=None)

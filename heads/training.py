@@ -4,7 +4,8 @@ The epoch is chosen by the validation part; the test part is read once, after ev
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.feeding import Feeding, feed
 from agiqa.heads.fitting import Fit, check_precision, fit_head, resolve_device
 from agiqa.heads.head import check_parts
-from agiqa.heads.logistic import LogisticMap, fit_mappings
+from agiqa.heads.labels import by_label, column_names, columns
+from agiqa.heads.logistic import Mappings, fit_mappings
 from agiqa.heads.losses import check_loss
 from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.outcome import Outcome
@@ -48,6 +50,7 @@ def train_head(
 
     A training that was broken off goes on from the last epoch that was kept beside `run` (see resuming.py), and
     `restart` throws that away. `preset` is the name that config.json says the settings came from.
+    Several labels, as in `quality+correspondence`, are learned by one head; an item that lacks one is refused by name.
     Raises HeadError for a taken folder, another training kept beside it, features that the projection cannot read,
     or training that diverges; DataError for missing labels, no such split, NaN features; UnknownName and ConfigError
     for settings.
@@ -86,11 +89,12 @@ def _train(
         "validation": (partition.validation, validation_labels, selection.validation_predictions),
         "test": (partition.test, test_labels, tested),
     }
-    mappings = fit_mappings(selection.validation_predictions, validation_labels)
+    pairs = zip(columns(selection.validation_predictions), columns(validation_labels), strict=True)
+    mappings = [fit_mappings(*pair) for pair in pairs]
     metrics = {
-        "validation": _metrics(source, *parts["validation"], seed=config.seed),
-        "test": _metrics(source, *parts["test"], seed=config.seed, mappings=mappings.fitted),
-        "logistic": mappings.record(),
+        "validation": _metrics(source, config, *parts["validation"]),
+        "test": _metrics(source, config, *parts["test"], mappings=mappings),
+        "logistic": by_label(config.labels, [each.record() for each in mappings]),
         "label": config.label,
         "chosen_epoch": selection.epoch,
         "chosen_by": selection.choice,
@@ -107,7 +111,7 @@ def _train(
         head=final.head,
         config=_record(source, spec, head_config, config, final, preset),
         metrics=metrics,
-        predictions=[row for name, part in parts.items() for row in _rows(source, name, *part)],
+        predictions=[row for name, part in parts.items() for row in _rows(source, config, name, *part)],
         curves=[epoch.row() for fit in fits for epoch in fit.curves],
         parts={name: identities(source, items) for name, items in partition.parts().items()},
         partial=state.folder / "run",
@@ -179,32 +183,42 @@ def _fit(
 
 def _metrics(
     source: FeatureSource,
+    config: TrainConfig,
     items: NDArray[np.int64],
     labels: NDArray[np.float64],
     predicted: NDArray[np.float64],
     *,
-    seed: int,
-    mappings: Mapping[str, LogisticMap] | None = None,
+    mappings: Sequence[Mappings] | None = None,
 ) -> dict[str, Any] | None:
-    """The metrics of one part; None when it has no items."""
+    """The metrics of one part, `by_label`, with the mappings of each label; None when it has no items."""
     if not len(items):
         return None
     prompts = [source.items.prompts[k] for k in items]
-    return evaluate_scores(predicted, labels, prompts, mappings=mappings, seed=seed)
+    applied = [None] * len(config.labels) if mappings is None else [each.fitted for each in mappings]
+    scores = [
+        evaluate_scores(guesses, truth, prompts, mappings=fitted, seed=config.seed)
+        for guesses, truth, fitted in zip(columns(predicted), columns(labels), applied, strict=True)
+    ]
+    told: dict[str, Any] = by_label(config.labels, scores)
+    return told
 
 
 def _rows(
     source: FeatureSource,
+    config: TrainConfig,
     part: str,
     items: NDArray[np.int64],
     labels: NDArray[np.float64],
     predicted: NDArray[np.float64],
 ) -> list[Mapping[str, Any]]:
-    """The rows of predictions.csv of one part."""
+    """The rows of predictions.csv of one part; truth and prediction of each label side by side."""
     names, prompts = source.items.names, source.items.prompts
+    told = (column_names(config.labels, what) for what in ("mos", "predicted"))
+    titles = list(chain.from_iterable(zip(*told, strict=True)))
+    values = np.stack([labels, predicted], axis=2).reshape(len(items), len(titles))
     return [
-        {"name": names[item], "prompt": prompts[item], "split": part, "mos": float(mos), "predicted": float(value)}
-        for item, mos, value in zip(items, labels, predicted, strict=True)
+        {"name": names[item], "prompt": prompts[item], "split": part, **dict(zip(titles, row, strict=True))}
+        for item, row in zip(items, values.tolist(), strict=True)
     ]
 
 
@@ -226,6 +240,7 @@ def _record(
             "basis_id": spec.basis_id,
         },
         "label": train.label,
+        "labels": list(train.labels),
         "seed": train.seed,
         "kernels": training_kernels(fit.head.encoder, train, device),
         "device": str(device),

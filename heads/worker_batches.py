@@ -39,8 +39,9 @@ class FeatureBatches(Dataset[Batch]):
     ) -> None:
         """The same batches as a shuffled `BatchLoader` over a FeatureSet of `items` makes; `positions` are in `items`.
 
-        `skip` leaves out the first batches, to go on in the middle of an epoch. Raises DataError for missing labels
-        and items without tokens (for NaN and inf when the batch is read), and ConfigError when `skip` is too large.
+        `label` is one name, or several as in `quality+correspondence`. `skip` leaves out the first batches, to go on in
+        the middle of an epoch. Raises DataError for missing labels and items without tokens (for NaN and inf when
+        the batch is read), and ConfigError when `skip` is too large.
         """
         self._source = source
         self._items = np.asarray(items, dtype=np.int64)

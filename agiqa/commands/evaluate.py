@@ -27,17 +27,22 @@ def command(run: Path, store: str | Path, split: str, device: str, batch_size: i
 
     On the store that it was trained on, the parts are those of its training; on another store of the same model
     (or basis) they are that store's own. PLCC and RMSE are also given after the 4- and 5-parameter logistic mappings
-    that the run fitted to its validation part.
+    that the run fitted to its validation part. A head with several labels is scored on each, and STORE must have all.
     """
-    from agiqa.commands.train import scores_line
+    from agiqa.commands.train import label_titles, scores_line
     from agiqa.heads import evaluate, load_run
+    from agiqa.heads.labels import of_each_label
     from agiqa.progress import say
     from agiqa.store import open_store
 
-    scores = evaluate(load_run(run), open_store(store), split, device=device, batch_size=batch_size)
+    head = load_run(run)
+    scores = evaluate(head, open_store(store), split, device=device, batch_size=batch_size)
     for warning in scores["warnings"]:
         say(f"warning: {warning}")
-    lines = [scores_line(split, scores), *_mapped_lines(scores)]
+    labels = head.train.labels
+    lines: list[str] = []
+    for title, of_label in zip(label_titles(labels), of_each_label(labels, scores), strict=True):
+        lines += [*title, scores_line(split, of_label), *_mapped_lines(of_label)]
     print_result(scores, "\n".join(lines), as_json=as_json)
 
 

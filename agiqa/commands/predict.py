@@ -22,23 +22,29 @@ from agiqa.commands.common import StoreLocation, print_result, shared_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items at a time.")
 @shared_options
 def command(run: Path, store: str | Path, out: Path, device: str, batch_size: int, *, as_json: bool) -> None:
-    """Write the scores of the head RUN for every item of STORE to the csv OUT (name, prompt, predicted)."""
+    """Write the scores of the head RUN for every item of STORE to the csv OUT (name, prompt, predicted).
+
+    A head with several labels fills a column predicted_LABEL for each.
+    """
     from agiqa.errors import DataError
     from agiqa.heads import load_run, predict
+    from agiqa.heads.labels import column_names
     from agiqa.store import open_store
 
     if not out.parent.is_dir():
         message = f"{out.parent} is no folder; make it, or write to another path."
         raise DataError(message)
     source = open_store(store)
-    scores = predict(load_run(run), source, device=device, batch_size=batch_size)
+    head = load_run(run)
+    columns = column_names(head.train.labels, "predicted")
+    scores = predict(head, source, device=device, batch_size=batch_size).reshape(-1, len(columns))
     temporary = out.with_name(f".{out.name}.new")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["name", "prompt", "predicted"])
+        writer.writerow(["name", "prompt", *columns])
         writer.writerows(
-            [name, prompt, f"{score:.6f}"]
-            for name, prompt, score in zip(source.items.names, source.items.prompts, scores.tolist(), strict=True)
+            [name, prompt, *(f"{score:.6f}" for score in row)]
+            for name, prompt, row in zip(source.items.names, source.items.prompts, scores.tolist(), strict=True)
         )
     temporary.replace(out)
     print_result({"out": str(out), "items": len(scores)}, f"{out}: {len(scores)} scores", as_json=as_json)

@@ -1,5 +1,6 @@
 """`agiqa train`: phase 2, from a feature store to a trained and evaluated head."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,11 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
 @click.option("--dropout", type=float, help="Within the encoder.  [default: 0]")
 @click.option("--token-dropout", type=float, help="Share of tokens hidden in training.  [default: 0]")
 @click.option("--regressor-hidden", type=int, help="Channels between the regressor's layers.  [default: 128]")
-@click.option("--label", help="Aspect whose MOS is learned.  [default: quality]")
+@click.option(
+    "--label",
+    help="Aspect whose MOS is learned, or several that one head learns, as in quality+correspondence.  "
+    "[default: quality]",
+)
 @click.option("--split", help="published (of the data set) or grouped (by prompt).  [default: published]")
 @click.option("--split-seed", type=int, help="Draws the grouped test part and the validation part.")
 @click.option("--test-share", type=float, help="Share that a grouped split holds out.  [default: 0.2]")
@@ -97,6 +102,7 @@ def command(
     from rich.console import Console
 
     from agiqa.heads import load_settings, train_head, training_progress
+    from agiqa.heads.labels import of_each_label
     from agiqa.progress import say
     from agiqa.store import open_store, union
 
@@ -104,15 +110,23 @@ def command(
     source = union([open_store(one) for one in (store, *also)]) if also else open_store(store)
     asked = source.provenance.get("conversation", {}).get("aspect", train.label)
     if asked != train.label:
-        say(f"warning: the conversations of {store} ask for {asked}, and the head learns {train.label}")
+        learned = " and ".join(train.labels)
+        say(f"warning: the conversations of {store} ask for {asked}, and the head learns {learned}")
     progress = training_progress(Console(stderr=True))
     trained = train_head(source, run, head=head, train=train, progress=progress, preset=preset, restart=restart)
     for warning in trained.metrics["warnings"]:
         say(f"warning: {warning}")
     metrics = dict(trained.metrics)
     lines = [f"{run}: epoch {metrics['chosen_epoch']} of {metrics['epochs_run']}, chosen by {metrics['chosen_by']}"]
-    lines += [scores_line(part, metrics[part]) for part in ("validation", "test") if metrics[part]]
+    shown = {part: of_each_label(train.labels, metrics[part]) for part in ("validation", "test") if metrics[part]}
+    for number, title in enumerate(label_titles(train.labels)):
+        lines += [*title, *(scores_line(part, scores[number]) for part, scores in shown.items())]
     print_result({"run": str(run), **metrics}, "\n".join(lines), as_json=as_json)
+
+
+def label_titles(labels: Sequence[str]) -> list[list[str]]:
+    """The lines above the scores of each label: its name where there are several, else none."""
+    return [[] if len(labels) == 1 else [f"{label}:"] for label in labels]
 
 
 def scores_line(name: str, scores: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ class TestAnEncoderOfOnesOwn(EncoderContract):
             projection="sketch", encoder="running-mean", pooling=pooling, bidirectional=bidirectional, **SIZES
         )
         head = build_head(config, FeatureSpec.of(make_store(3)))
-        assert head(torch.randn(*mask.shape, 4), mask).shape == (len(LENGTHS),)
+        assert head(torch.randn(*mask.shape, 4), mask).shape == (len(LENGTHS), 1)
 
 
 @pytest.fixture
