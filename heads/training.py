@@ -16,7 +16,7 @@ from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.events import check_tensorboard
 from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.feeding import Feeding, feed
-from agiqa.heads.fitting import Fit, check_precision, fit_head, resolve_device
+from agiqa.heads.fitting import Fit, check_precision, cpu_threads, fit_head, resolve_device
 from agiqa.heads.head import check_parts
 from agiqa.heads.logistic import LogisticMap, fit_mappings
 from agiqa.heads.losses import check_loss
@@ -56,7 +56,8 @@ def train_head(
     partition = make_partition(source, config)
     check_item_roles(source, partition.test, head_config.pooling)
     key = training_key(source, partition, head_config, config, device=resolve_device(config.device))
-    with training_state(run, key, save_seconds=config.save_seconds, restart=restart) as state:
+    saved = training_state(run, key, save_seconds=config.save_seconds, restart=restart)
+    with cpu_threads(config.threads), saved as state:
         _train(source, run, partition, head_config, config, progress or LineProgress(lambda _: None), state, preset)
     return load_run(run)
 
