@@ -69,9 +69,9 @@ class _Worker:
 
     def end(self, *, patience: float) -> None:
         """End the process: an idle one leaves by itself, one at work at the end of its step."""
-        self.pipe.close()
-        if self.job is not None:
+        if self.job is not None or not self.started:
             self.process.terminate()
+        self.pipe.close()
         self.process.join(patience)
         if self.process.is_alive():
             self.process.kill()
@@ -152,6 +152,11 @@ def _work(pipe: "Connection[Any, Any]", setup: _Setup) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the first process ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(setup.threads)
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # nobody wants another job
+        _train_on_order(pipe, setup)
+
+
+def _train_on_order(pipe: "Connection[Any, Any]", setup: _Setup) -> None:
     try:
         source = setup.source.open()
         shared = setup.features.open(source)
@@ -159,15 +164,11 @@ def _work(pipe: "Connection[Any, Any]", setup: _Setup) -> None:
         pipe.send(_Ready(error=with_notes(error)))
         return
     pipe.send(_Ready())
-    while True:
-        try:
-            job = pipe.recv()
-        except EOFError:
-            return
-        ended = attempt(source, job, shared, pipe.send)
+    sound = True
+    while sound:
+        ended = attempt(source, pipe.recv(), shared, pipe.send)
         pipe.send(ended)
-        if not ended.sound:
-            return
+        sound = ended.sound
 
 
 def _end_with_parent() -> None:
