@@ -59,6 +59,22 @@ def train_heads(
     return _train_heads(source, list(jobs), workers, progress or (lambda _job, _line: None))
 
 
+class Partitions:
+    """The parts of many jobs, drawn once for those that are split alike."""
+
+    def __init__(self, source: FeatureSource) -> None:
+        """Of the items of `source`."""
+        self._source = source
+        self._known: dict[tuple[Any, ...], Partition] = {}
+
+    def of(self, config: TrainConfig) -> Partition:
+        """As `make_partition`, which raises DataError."""
+        name = tuple(getattr(config, setting) for setting in _SPLITTING)
+        if name not in self._known:
+            self._known[name] = make_partition(self._source, config)
+        return self._known[name]
+
+
 def default_workers(jobs: Sequence[HeadJob]) -> int:
     """How many workers train these jobs when nobody says; see `train_heads`."""
     device = resolve_device(jobs[0].train.device)
@@ -74,12 +90,11 @@ def default_workers(jobs: Sequence[HeadJob]) -> int:
 def _train_heads(
     source: FeatureSource, jobs: list[HeadJob], workers: int | None, tell: Callable[[HeadJob, str], None]
 ) -> Generator[JobOutcome]:
-    partitions: dict[Any, Partition] = {}
+    partitions = Partitions(source)
     todo: list[HeadJob] = []
     for job in jobs:
         try:
-            partition = _partition(source, job.train, partitions)
-            there = is_there(source, job, partition)
+            there = is_there(source, job, partitions.of(job.train))
         except AgiqaError as error:
             yield JobOutcome(job=job, status="failed", error=with_notes(error))
             continue
@@ -90,8 +105,7 @@ def _train_heads(
     if not todo:
         return
     count = min(workers or default_workers(todo), len(todo))
-    parts = [partitions[name] for name in {_splitting(job.train) for job in todo}]
-    config = todo[0].train
+    parts, config = [partitions.of(job.train) for job in todo], todo[0].train
     shared = share_features(source, parts, config, device=resolve_device(config.device), workers=count)
     for job, ended in _attempts(source, todo, shared, count, tell):
         failed = ended.error is not None
@@ -133,15 +147,3 @@ def _check(jobs: Sequence[HeadJob]) -> None:
                     f"{job.run} has {other!r}. Sweep them one after the other."
                 )
                 raise ConfigError(message)
-
-
-def _partition(source: FeatureSource, config: TrainConfig, known: dict[Any, Partition]) -> Partition:
-    """The parts of one job; those with the same splitting have the same."""
-    name = _splitting(config)
-    if name not in known:
-        known[name] = make_partition(source, config)
-    return known[name]
-
-
-def _splitting(config: TrainConfig) -> tuple[Any, ...]:
-    return tuple(getattr(config, name) for name in _SPLITTING)
