@@ -10,8 +10,9 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -49,7 +50,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, setup), daemon=True, name="agiqa-heads")
-        self.process.start()
+        with _ctrl_c_kept_away():
+            self.process.start()
         theirs.close()  # so that this end tells when the worker is gone
         self.started = False
         self.job: HeadJob | None = None
@@ -67,12 +69,15 @@ class _Worker:
         except (EOFError, OSError):
             return None
 
-    def end(self, *, patience: float) -> None:
-        """End the process: an idle one leaves by itself, one at work at the end of its step."""
-        if self.job is not None or not self.started:
+    def dismiss(self, *, hurry: bool) -> None:
+        """Have it leave: by itself when it is idle, by SIGTERM when it is at work or, in a `hurry`, about to start."""
+        if self.job is not None or (hurry and not self.started):
             self.process.terminate()
         self.pipe.close()
-        self.process.join(patience)
+
+    def wait(self) -> None:
+        """Wait until the process that was dismissed is gone; one at work goes at the end of its step."""
+        self.process.join(_SECONDS_TO_END)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -101,7 +106,7 @@ def run_jobs(
     Closing the generator ends the workers; what they have saved is kept. Raises HeadError when no worker can start.
     """
     setup = _Setup(source=SourceAddress.of(source), features=PackedFeatures.of(shared), threads=torch.get_num_threads())
-    waiting, staff = deque(jobs), list[_Worker]()
+    waiting, staff, hurry = deque(jobs), list[_Worker](), True
     try:
         while waiting or any(worker.job is not None for worker in staff):
             busy = sum(worker.job is not None for worker in staff)
@@ -115,7 +120,8 @@ def run_jobs(
                     job, worker.job = worker.job, None
                     if not message.sound:  # it leaves now, and must not get another job
                         staff.remove(worker)
-                        worker.end(patience=_SECONDS_TO_END)
+                        worker.dismiss(hurry=False)
+                        worker.wait()
                     yield job, message
                 elif isinstance(message, _Ready) and message.error is None:
                     worker.started = True
@@ -125,9 +131,12 @@ def run_jobs(
             for worker in staff:
                 if worker.started and worker.job is None and waiting:
                     worker.take(waiting)
+        hurry = False
     finally:
         for worker in staff:
-            worker.end(patience=_SECONDS_TO_END)
+            worker.dismiss(hurry=hurry)
+        for worker in staff:
+            worker.wait()
 
 
 def _speaking(staff: Sequence[_Worker]) -> list[_Worker]:
@@ -147,9 +156,22 @@ def _lost(worker: _Worker, message: _Ready | None) -> Generator[tuple[HeadJob, A
         yield job, Attempt(error=f"The worker that trained it {worker.obituary()}", sound=False)
 
 
+@contextmanager
+def _ctrl_c_kept_away() -> Generator[None]:
+    """Start processes inside that Ctrl-C does not reach, from their first instruction on: it is for this one to act.
+
+    One that comes meanwhile is raised afterwards.
+    """
+    resource_tracker.ensure_running()  # which would let it through again if it were started inside
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(pipe: "Connection[Any, Any]", setup: _Setup) -> None:
     """The life of a worker: train what is handed over, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the first process ends this one
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(setup.threads)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # nobody wants another job
