@@ -13,7 +13,7 @@ from agiqa.version import agiqa_version
 
 _AGAIN_SECONDS = 0.02
 
-COMMANDS = ("demo", "extract", "store", "train", "evaluate", "words", "predict")
+COMMANDS = ("demo", "extract", "store", "train", "ablate", "evaluate", "words", "predict")
 
 
 class LazyGroup(click.Group):

@@ -4,15 +4,33 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 _SECONDS_BETWEEN_LINES = 15.0
 
 Advance = Callable[[int], None]
 
 
-def say(text: str) -> None:
-    """Print one line to the error stream, which keeps the output stream for results."""
+def _print(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+_listener: ContextVar[Callable[[str], None]] = ContextVar("agiqa_listener", default=_print)
+
+
+def say(text: str) -> None:
+    """Print one line to the error stream, which keeps the output stream for results, or hand it to `said_to`."""
+    _listener.get()(text)
+
+
+@contextmanager
+def said_to(listener: Callable[[str], None]) -> Generator[None]:
+    """Hand `listener` what this thread says inside, where many jobs would mix their lines on the error stream."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 @contextmanager

@@ -29,12 +29,18 @@ fitting.py     one fit: device, random state, trainer
 training.py    from a store to a run folder
 runs.py        the run folder, and which stores it can read
 scoring.py     predict and evaluate
+sweeping.py    many heads over one store
+head_jobs.py   one of them: what it is, whether it is there, one attempt at it
+job_workers.py  the processes that train them
+sharing.py     features that all of them read
+shared_memory.py  memory that processes map together
 progress.py    a bar on a terminal, lines elsewhere
 """
 
 from agiqa.heads.config import HeadConfig, TrainConfig, load_settings
 from agiqa.heads.encoders import ENCODERS
 from agiqa.heads.features import FeatureSource
+from agiqa.heads.head_jobs import HeadJob, JobOutcome
 from agiqa.heads.losses import LOSSES
 from agiqa.heads.pooling import POOLINGS
 from agiqa.heads.progress import LineProgress, TrainingProgress, training_progress
@@ -42,6 +48,7 @@ from agiqa.heads.projection import PROJECTIONS
 from agiqa.heads.rating_words import score_words
 from agiqa.heads.runs import Run, load_run
 from agiqa.heads.scoring import evaluate, predict
+from agiqa.heads.sweeping import train_heads
 from agiqa.heads.training import train_head
 from agiqa.heads.worker_batches import FeatureBatches
 
@@ -53,6 +60,8 @@ __all__ = [
     "FeatureBatches",
     "FeatureSource",
     "HeadConfig",
+    "HeadJob",
+    "JobOutcome",
     "LineProgress",
     "Run",
     "TrainConfig",
@@ -63,5 +72,6 @@ __all__ = [
     "predict",
     "score_words",
     "train_head",
+    "train_heads",
     "training_progress",
 ]

@@ -82,6 +82,14 @@ def feed(source: FeatureSource, items: NDArray[np.int64], config: TrainConfig, *
     return ways[config.keep]()
 
 
+def allowed_memory(config: TrainConfig, device: torch.device) -> int:
+    """Bytes of rows that `device` may hold: those that `config` asks for, if they are free, or a share of the free."""
+    free = available_memory(device)
+    if config.memory is not None:
+        return min(config.memory, free)
+    return int(free * (_SHARE_OF_DEVICE if device.type == "cuda" else _SHARE_OF_RAM))
+
+
 class _Feeder:
     """The ways to keep the rows of some items."""
 
@@ -96,9 +104,9 @@ class _Feeder:
         self._total = int(self._sizes.sum())
 
     def automatic(self) -> Feeding:
-        if self._device.type == "cuda" and self._total <= self._budget(self._device):
+        if self._device.type == "cuda" and self._total <= allowed_memory(self._config, self._device):
             return self.device()
-        if self._total <= self._budget(_CPU):
+        if self._total <= allowed_memory(self._config, _CPU):
             return self.ram()
         try:
             return self.memmap()
@@ -119,7 +127,7 @@ class _Feeder:
         return Feeding(features=features, keep="memmap", budget=None, copy=folder)
 
     def stream(self) -> Feeding:
-        budget = self._budget(_CPU)
+        budget = allowed_memory(self._config, _CPU)
         kept = len(self._items)
         if self._total > budget:
             kept = int(np.searchsorted(np.cumsum(self._sizes), budget - self._in_flight(budget), side="right"))
@@ -127,7 +135,7 @@ class _Feeder:
         return Feeding(features=features, keep="stream", budget=budget)
 
     def _whole(self, keep: str, device: torch.device) -> Feeding:
-        budget = self._budget(device)
+        budget = allowed_memory(self._config, device)
         if self._total > budget:
             message = (
                 f"The features of {len(self._items)} items take {_size(self._total)}, and keep {keep!r} may take "
@@ -137,13 +145,6 @@ class _Feeder:
             raise ConfigError(message)
         features = FeatureSet.from_store(self._source, self._items, label=self._config.label, device=device)
         return Feeding(features=features, keep=keep, budget=budget)
-
-    def _budget(self, device: torch.device) -> int:
-        """Bytes of rows that `device` may hold: those asked for, if they are free, or a share of what is free."""
-        free = available_memory(device)
-        if self._config.memory is not None:
-            return min(self._config.memory, free)
-        return int(free * (_SHARE_OF_DEVICE if device.type == "cuda" else _SHARE_OF_RAM))
 
     def _in_flight(self, budget: int) -> int:
         """Bytes of the rows of the batches that streaming holds at once. Raises ConfigError for a smaller budget."""

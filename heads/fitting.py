@@ -67,7 +67,7 @@ def fit_head(
     """
     device = resolve_device(config.device)
     labels = _training_labels(features, train, config)
-    with _random_state(config.seed, device), _threads(config.threads):
+    with _random_state(config.seed, device), cpu_threads(config.threads):
         head = build_head(head_config, spec, labels=len(config.labels)).to(device)
         head.calibrate(features.statistics(train, device=device), labels)
         kept = None if state is None else state.learner_of(stage)
@@ -186,8 +186,8 @@ def _random_state(seed: int, device: torch.device) -> Generator[None, None, None
 
 
 @contextmanager
-def _threads(threads: int | None) -> Generator[None, None, None]:
-    """Set torch's CPU threads within."""
+def cpu_threads(threads: int | None) -> Generator[None, None, None]:
+    """Set torch's CPU threads within; None leaves them as they are."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -43,7 +43,7 @@ from agiqa.store.files import canonical_json, exclusive_lock, sync_file, telling
 from agiqa.version import agiqa_version
 
 KEY, CHECKPOINT, LOCK = "key.json", "state.ckpt", "lock"
-_WITHOUT_EFFECT = ("device", "keep", "memory", "save_seconds", "tensorboard")
+WITHOUT_EFFECT = ("device", "keep", "memory", "save_seconds", "tensorboard")
 """Training settings that change no number, given the device that is meant."""
 
 
@@ -211,12 +211,17 @@ def training_key(
     settings = train.model_dump(mode="json")
     return {
         "head": head.model_dump(mode="json"),
-        "train": {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT},
+        "train": {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT},
         "store": source.id,
         "items": {name: items_identity(source, items) for name, items in partition.parts().items()},
         "labels": {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in labels.items()},
         "on": {"device": device.type, "agiqa": agiqa_version(), "torch": torch.__version__},
     }
+
+
+def data_of(key: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `training_key` says of its data: a sha256 of the items and of the labels of every part."""
+    return {name: key[name] for name in ("items", "labels")}
 
 
 def _claim(folder: Path, key: Mapping[str, Any], *, restart: bool) -> None:

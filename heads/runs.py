@@ -1,7 +1,8 @@
 """The run folder: what it holds, how it is written at one go, and which stores its head can read.
 
 head.safetensors  weights and constants of the head, without W_lm
-config.json       head and training settings, the store and what its features mean, versions, kernels
+config.json       head and training settings, the store and what its features mean, the identity of items and labels,
+                  versions, kernels
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split and its warnings
 predictions.csv   name, prompt, split, mos, predicted for the validation and test items
 curves.csv        a row per epoch

@@ -124,19 +124,31 @@ def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[st
 
 
 def predict_items(
-    head: Head, source: FeatureSource, items: NDArray[np.int64], *, batch_size: int
+    head: Head,
+    source: FeatureSource,
+    items: NDArray[np.int64],
+    *,
+    batch_size: int,
+    kept: tuple[FeatureSet, NDArray[np.int64]] | None = None,
 ) -> NDArray[np.float64]:
     """Predict (items, labels) with a head in evaluation mode, holding the features of 512 items at a time.
 
+    `kept` is a FeatureSet that holds all `items` already, and the position of each in it; the numbers are the same.
     Raises DataError, naming the items, when the head pools a role of which they have no token.
     """
     device = next(head.parameters()).device
     predicted = np.empty((len(items), head.label_count))
     with torch.no_grad():
         for start in range(0, len(items), _ITEMS_AT_ONCE):
-            features = FeatureSet.from_store(source, items[start : start + _ITEMS_AT_ONCE], label=None)
-            check_roles(source, features, head.pooling_name)
-            for batch in BatchLoader(features, np.arange(len(features)), batch_size=batch_size):
+            piece = slice(start, start + _ITEMS_AT_ONCE)
+            if kept is None:
+                features = FeatureSet.from_store(source, items[piece], label=None)
+                check_roles(source, features, head.pooling_name)
+                positions = np.arange(len(features))
+            else:
+                features, positions = kept[0], kept[1][piece]
+            place = {position: start + k for k, position in enumerate(positions.tolist())}
+            for batch in BatchLoader(features, positions, batch_size=batch_size):
                 outputs = head(*batch.to(device).inputs)
-                predicted[start + batch.positions.numpy()] = outputs.double().cpu().numpy()
+                predicted[[place[k] for k in batch.positions.tolist()]] = outputs.double().cpu().numpy()
     return predicted

@@ -18,7 +18,7 @@ from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.events import check_tensorboard
 from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.feeding import Feeding, feed
-from agiqa.heads.fitting import Fit, check_precision, fit_head, resolve_device
+from agiqa.heads.fitting import Fit, check_precision, cpu_threads, fit_head, resolve_device
 from agiqa.heads.head import check_parts
 from agiqa.heads.labels import by_label, column_names, columns
 from agiqa.heads.logistic import Mappings, fit_mappings
@@ -28,9 +28,10 @@ from agiqa.heads.outcome import Outcome
 from agiqa.heads.pooling import check_item_roles, check_roles
 from agiqa.heads.progress import LineProgress, TrainingProgress
 from agiqa.heads.projection import FeatureSpec, check_encoding
-from agiqa.heads.resuming import TrainingState, training_key, training_state
+from agiqa.heads.resuming import TrainingState, data_of, training_key, training_state
 from agiqa.heads.runs import EVENTS, Run, load_run, refuse_taken, write_run
 from agiqa.heads.scoring import predict_items
+from agiqa.heads.sharing import SharedFeatures
 from agiqa.heads.splits import Partition, identities, make_partition
 from agiqa.progress import say
 from agiqa.version import agiqa_version
@@ -45,11 +46,13 @@ def train_head(
     progress: TrainingProgress | None = None,
     preset: str | None = None,
     restart: bool = False,
+    shared: SharedFeatures | None = None,
 ) -> Run:
     """Train a head on `source`, evaluate it, and write the folder `run`, which must be absent or empty.
 
     A training that was broken off goes on from the last epoch that was kept beside `run` (see resuming.py), and
-    `restart` throws that away. `preset` is the name that config.json says the settings came from.
+    `restart` throws that away. `preset` is the name that config.json says the settings came from. `shared` are
+    features that were decoded before, for several trainings (see sharing.py); the numbers are the same.
     Several labels, as in `quality+correspondence`, are learned by one head; an item that lacks one is refused by name.
     Raises HeadError for a taken folder, another training kept beside it, features that the projection cannot read,
     or training that diverges; DataError for missing labels, no such split, NaN features; UnknownName and ConfigError
@@ -58,10 +61,13 @@ def train_head(
     head_config, config = head or HeadConfig(), train or TrainConfig()
     _check(source, run, head_config, config)
     partition = make_partition(source, config)
-    check_item_roles(source, partition.test, head_config.pooling)
+    if shared is None or not shared.has(partition.test):
+        check_item_roles(source, partition.test, head_config.pooling)
     key = training_key(source, partition, head_config, config, device=resolve_device(config.device))
-    with training_state(run, key, save_seconds=config.save_seconds, restart=restart) as state:
-        _train(source, run, partition, head_config, config, progress or LineProgress(lambda _: None), state, preset)
+    saved = training_state(run, key, save_seconds=config.save_seconds, restart=restart)
+    with cpu_threads(config.threads), saved as state:
+        told = progress or LineProgress(lambda _: None)
+        _train(source, run, partition, head_config, config, told, state, preset, key, shared)
     return load_run(run)
 
 
@@ -74,16 +80,18 @@ def _train(
     progress: TrainingProgress,
     state: TrainingState,
     preset: str | None,
+    key: Mapping[str, Any],
+    shared: SharedFeatures | None,
 ) -> None:
     """Train, predict and write the run folder."""
     started = time.perf_counter() - state.seconds
     spec = FeatureSpec.of(source)
     test_labels = read_labels(source, partition.test, label=config.label)
-    feeding = _feed(source, partition, head_config, config)
-    say(feeding.line())
-    selection, final = _fit(feeding.features, spec, partition, head_config, config, progress, state)
+    feeding, places = _feed(source, partition, head_config, config, shared)
+    selection, final = _fit(feeding.features, spec, places, head_config, config, progress, state)
     trained = time.perf_counter()
-    tested = predict_items(final.head, source, partition.test, batch_size=config.batch_size)
+    kept = (feeding.features, places["test"]) if "test" in places else None
+    tested = predict_items(final.head, source, partition.test, batch_size=config.batch_size, kept=kept)
     validation_labels = read_labels(source, partition.validation, label=config.label)
     parts = {
         "validation": (partition.validation, validation_labels, selection.validation_predictions),
@@ -109,7 +117,7 @@ def _train(
     write_run(
         run,
         head=final.head,
-        config=_record(source, spec, head_config, config, final, preset),
+        config={**_record(source, spec, head_config, config, final, preset), "data": data_of(key)},
         metrics=metrics,
         predictions=[row for name, part in parts.items() for row in _rows(source, config, name, *part)],
         curves=[epoch.row() for fit in fits for epoch in fit.curves],
@@ -130,26 +138,40 @@ def _check(source: FeatureSource, run: Path, head: HeadConfig, train: TrainConfi
         check_tensorboard()
 
 
-def _feed(source: FeatureSource, partition: Partition, head: HeadConfig, config: TrainConfig) -> Feeding:
-    """The features of the training and then the validation items, kept as `config` says, and checked."""
+def _feed(
+    source: FeatureSource,
+    partition: Partition,
+    head: HeadConfig,
+    config: TrainConfig,
+    shared: SharedFeatures | None,
+) -> tuple[Feeding, dict[str, NDArray[np.int64]]]:
+    """The features, kept as `config` says or as `shared` has them, checked, and the positions of each part in them.
+
+    The test part is among them where `shared` has it.
+    """
+    if shared is not None and shared.features is not None:
+        return shared.feeding(partition, config.label, head.pooling)
+    if shared is not None and shared.memory is not None:
+        config = config.model_copy(update={"memory": shared.memory})
     items = np.concatenate([partition.train, partition.validation])
     feeding = feed(source, items, config, device=resolve_device(config.device))
     check_roles(source, feeding.features, head.pooling)
-    return feeding
+    say(feeding.line())
+    train, validation = np.split(np.arange(len(items)), [len(partition.train)])
+    return feeding, {"train": train, "validation": validation}
 
 
 def _fit(
     features: FeatureSet,
     spec: FeatureSpec,
-    partition: Partition,
+    places: Mapping[str, NDArray[np.int64]],
     head_config: HeadConfig,
     config: TrainConfig,
     progress: TrainingProgress,
     state: TrainingState,
 ) -> tuple[Outcome, Fit]:
     """The fit that chose the epoch, and the fit to keep: the same one, or the refit on train + validation."""
-    everything = np.arange(len(features))
-    train, validation = everything[: len(partition.train)], everything[len(partition.train) :]
+    train, validation = places["train"], places["validation"]
     if state.selection is None:
         selection = fit_head(
             features,
@@ -171,8 +193,8 @@ def _fit(
         spec,
         head_config,
         config,
-        train=everything,
-        validation=everything[:0],
+        train=np.concatenate([train, validation]),
+        validation=validation[:0],
         epochs=state.selection.epoch,
         stage="refit",
         progress=progress,

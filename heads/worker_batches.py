@@ -8,6 +8,7 @@ The batches and their order are the same for any number of workers, forked or sp
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -91,3 +92,29 @@ def _open_union(openers: Sequence[Callable[[], Any]]) -> Any:
 
 def _as_it_is(source: FeatureSource) -> FeatureSource:
     return source
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceAddress:
+    """How another process opens a source again: its location, not what is open; it can be pickled."""
+
+    identity: str
+    """Of its items."""
+    reopen: Callable[[], FeatureSource]
+
+    @classmethod
+    def of(cls, source: FeatureSource) -> "SourceAddress":
+        """The address of `source`; one that is no store travels as it is."""
+        return cls(identity=_identity(source), reopen=_opener(source))
+
+    def open(self) -> FeatureSource:
+        """The source. Raises HeadError when other items have its place by now, and what opening a store raises."""
+        source = self.reopen()
+        if _identity(source) != self.identity:
+            message = f"The store {source.id} that a worker opened has other items: it was replaced meanwhile."
+            raise HeadError(message)
+        return source
+
+
+def _identity(source: FeatureSource) -> str:
+    return items_identity(source, np.arange(len(source.n_tokens)))

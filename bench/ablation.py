@@ -1,0 +1,149 @@
+"""An ablation: every run of a grid trained over one store, a result line each, and a table of means over seeds.
+
+OUT/results.jsonl  a line per run, appended as it ends
+OUT/runs/NAME      its run folder
+OUT/lock           held by the process at work
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from agiqa.bench.ablation_results import Line, ResultLines, error_line, result_line, scores_by_label
+from agiqa.bench.grids import PlannedRun
+from agiqa.bench.store import about_this_run
+from agiqa.errors import BusyStore
+from agiqa.heads.features import FeatureSource
+from agiqa.heads.head_jobs import HeadJob, JobOutcome, is_there
+from agiqa.heads.sweeping import Partitions, train_heads
+from agiqa.progress import say
+from agiqa.store.files import exclusive_lock
+from agiqa.version import agiqa_version
+
+RESULTS, RUNS, LOCK = "results.jsonl", "runs", "lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """What became of a grid."""
+
+    lines: dict[str, Line]
+    """The last result line of every run, by its name."""
+    failed: dict[str, str]
+    """Names and errors of the runs that have no result."""
+    trained: int
+    """Runs that were trained, and not there before."""
+
+
+def run_ablation(
+    source: FeatureSource,
+    plan: Sequence[PlannedRun],
+    out: Path,
+    *,
+    workers: int | None = None,
+    tell: Callable[[str], None] = say,
+) -> Ablation:
+    """Train what is missing of `plan` in the folder `out`; see `train_heads` for `workers`.
+
+    Runs that failed are tried again. `tell` gets a line per run that ends. Raises BusyStore where another process is
+    at work in `out`, DataError for results of another store or grid, HeadError for a run on items or labels that the
+    store does not have any more, and as `train_heads`.
+    """
+    (out / RUNS).mkdir(parents=True, exist_ok=True)
+    with exclusive_lock(out / LOCK) as held:
+        if not held:
+            message = (
+                f"Another ablation is at work in {out} and holds {out / LOCK}. Wait for it, or choose another OUT."
+            )
+            raise BusyStore(message)
+        results = ResultLines(out / RESULTS, plan, store=source.id)
+        done = [run for run in plan if results.is_done(run)]
+        _check_done(source, [_job(run, out) for run in done])
+        missing = [run for run in plan if run not in done]
+        clock = _Clock(len(plan), len(done), tell)
+        trained = _train(source, missing, out, results, workers, clock) if missing else 0
+    errors = {run.name: results.lines[run.name].get("error") for run in plan}
+    failed = {name: error for name, error in errors.items() if error is not None}
+    return Ablation(lines=results.lines, failed=failed, trained=trained)
+
+
+class _Clock:
+    """Counts the runs that end, and tells of each, with the time left."""
+
+    def __init__(self, total: int, done: int, tell: Callable[[str], None]) -> None:
+        self._total, self._before, self._done = total, done, done
+        self._tell = tell
+        self._started = time.monotonic()
+        if done:
+            tell(f"{done} of {total} runs are there already")
+
+    def end(self, line: Line) -> None:
+        """A run has ended."""
+        self._done += 1
+        took = time.monotonic() - self._started
+        left = took / (self._done - self._before) * (self._total - self._done)
+        self._tell(f"[{self._done}/{self._total}] {line['name']}: {_told(line)}, {_duration(left)} left")
+
+
+def _train(
+    source: FeatureSource,
+    missing: Sequence[PlannedRun],
+    out: Path,
+    results: ResultLines,
+    workers: int | None,
+    clock: _Clock,
+) -> int:
+    """Train the runs that are missing, and append their lines; how many were trained, and not there or failed."""
+    commit = about_this_run()["commit"]
+    jobs = [_job(run, out) for run in missing]
+    by_folder = {job.run: run for job, run in zip(jobs, missing, strict=True)}
+
+    def line_of(ended: JobOutcome) -> Line:
+        run = by_folder[ended.job.run]
+        if ended.error is not None:
+            return error_line(run, source.id, ended.error, agiqa=agiqa_version(), commit=commit)
+        return result_line(run, source.id, ended.load(), commit=commit)
+
+    trained = 0
+    with closing(train_heads(source, jobs, workers=workers)) as outcomes:
+        for ended in outcomes:
+            line = line_of(ended)
+            results.append(line)
+            clock.end(line)
+            trained += ended.status == "trained"
+    return trained
+
+
+def _job(run: PlannedRun, out: Path) -> HeadJob:
+    return HeadJob(run=out / RUNS / run.name, head=run.head, train=run.train, preset=run.preset)
+
+
+def _check_done(source: FeatureSource, jobs: Sequence[HeadJob]) -> None:
+    """Raise HeadError for a run folder of other items or labels: a store that is labelled anew keeps its id.
+
+    Folders that were removed are not asked for.
+    """
+    partitions = Partitions(source)
+    for job in jobs:
+        is_there(source, job, partitions.of(job.train))
+
+
+def _told(line: Line) -> str:
+    """The validation SRCC and the time of a run, or its error, on one line."""
+    if "error" in line:
+        return f"failed ({line['error'].splitlines()[0]})"
+    scores = scores_by_label(line, "validation").items()
+    values = [f"{label} {_digits(one['srcc'])}" for label, one in scores]
+    return f"validation SRCC {', '.join(values) or '-'}, {line['seconds']:.1f} s"
+
+
+def _digits(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,195 @@
+"""The result lines of an ablation: one per run, appended as it ends, read again after a kill, summed up in a table."""
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agiqa.bench.grids import PlannedRun
+from agiqa.errors import DataError
+from agiqa.heads.runs import Run
+from agiqa.store.files import sync_file, telling_disk_errors
+
+PARTS, METRICS = ("validation", "test"), ("srcc", "plcc")
+Line = dict[str, Any]
+
+
+class ResultLines:
+    """`results.jsonl` of an ablation. A run that was tried again has a second line, which counts."""
+
+    def __init__(self, path: Path, plan: Sequence[PlannedRun], *, store: str) -> None:
+        """Read what is there; the rest of a line that a kill tore off is removed.
+
+        Raises DataError for lines that are none, or of another store or another grid than `plan`.
+        """
+        self._path = path
+        self.lines: dict[str, Line] = {}
+        if not path.exists():
+            return
+        for number, text in enumerate(_whole_lines(path), 1):
+            line = _parse(path, number, text)
+            self._check(line, number, {run.name: run for run in plan}, store)
+            self.lines[line["name"]] = line
+
+    def append(self, line: Line) -> None:
+        """Add a line, and force it to the disk."""
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+        with telling_disk_errors(f"writing {self._path}", "the runs before are kept"), self._path.open("ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        sync_file(self._path.parent)
+        self.lines[line["name"]] = line
+
+    def is_done(self, run: PlannedRun) -> bool:
+        """Whether the run has a result."""
+        return "error" not in self.lines.get(run.name, {"error": "not run"})
+
+    def _check(self, line: Line, number: int, plan: Mapping[str, PlannedRun], store: str) -> None:
+        where = f"{self._path}, line {number}"
+        if line["store"] != store:
+            message = f"{where}: a run on the store {line['store']}, and this is {store}. Choose another OUT."
+            raise DataError(message)
+        run = plan.get(line["name"])
+        if run is None:
+            message = f"{where}: the run {line['name']!r} is not in this grid. Choose another OUT, or put it back."
+            raise DataError(message)
+        config, now = line["config"], run.config
+        different = [name for name in {**config, **now} if config.get(name) != now.get(name)]
+        if different:
+            name = different[0]
+            message = (
+                f"{where}: the run {line['name']!r} had {name} {config.get(name)!r}, and this grid has "
+                f"{now.get(name)!r}. Choose another OUT, or go on with its grid."
+            )
+            raise DataError(message)
+
+
+def result_line(run: PlannedRun, store: str, trained: Run, *, commit: str | None) -> Line:
+    """What is told of a run that was trained: its settings, where and how long it ran, and its metrics."""
+    metrics, config = trained.metrics, trained.config
+    return {
+        **_identity(run, store),
+        "agiqa": config["agiqa"],
+        "commit": commit,
+        "torch": config["torch"],
+        "device": config["device"],
+        "kernels": config["kernels"],
+        "seconds": round(sum(metrics["seconds"].values()), 3),
+        "chosen_epoch": metrics["chosen_epoch"],
+        "chosen_by": metrics["chosen_by"],
+        "epochs_run": metrics["epochs_run"],
+        "split": metrics["split"],
+        "warnings": metrics["warnings"],
+        **{part: metrics[part] for part in PARTS},
+    }
+
+
+def error_line(run: PlannedRun, store: str, error: str, *, agiqa: str, commit: str | None) -> Line:
+    """What is told of a run that failed."""
+    return {**_identity(run, store), "agiqa": agiqa, "commit": commit, "error": error}
+
+
+def scores_by_label(line: Line, part: str) -> dict[str, Mapping[str, Any]]:
+    """The metrics of one part of a result line for each label of its head; none where the part has no items.
+
+    A head of several labels, `quality+correspondence`, has its metrics under their names.
+    """
+    scores, labels = line.get(part), _labels(line["config"])
+    if not scores:
+        return {}
+    return {label: scores[label] for label in labels} if len(labels) > 1 else {labels[0]: scores}
+
+
+def summary(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[dict[str, Any]]:
+    """A row for each combination of settings but the seed and each label, in the order of the grid.
+
+    `validation` and `test` hold the mean and, of two seeds or more, the standard deviation of SRCC and PLCC, as
+    `{"srcc": [mean, deviation]}`; None where no seed has the metric. Failed runs are not counted in `seeds`.
+    """
+    groups: dict[str, tuple[PlannedRun, list[Line]]] = {}
+    for run in plan:
+        settings = str({name: value for name, value in run.config.items() if name != "seed"})
+        found = lines.get(run.name)
+        _, done = groups.setdefault(settings, (run, []))
+        if found is not None and "error" not in found:
+            done.append(found)
+    return [_row(run.row, label, done) for run, done in groups.values() for label in _labels(run.config)]
+
+
+def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The summary as a markdown table."""
+    several = len({row["label"] for row in rows}) > 1
+    head = [
+        "run",
+        *(["label"] if several else []),
+        "seeds",
+        *(f"{part} {metric.upper()}" for part, metric in _columns()),
+    ]
+    body = [
+        [
+            row["run"],
+            *([row["label"]] if several else []),
+            str(row["seeds"]),
+            *(_cell(row[part][metric]) for part, metric in _columns()),
+        ]
+        for row in rows
+    ]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))
+
+
+def _labels(config: Mapping[str, Any]) -> list[str]:
+    """The labels that a head with these settings learns."""
+    return str(config["label"]).split("+")
+
+
+def _row(name: str, label: str, lines: Sequence[Line]) -> dict[str, Any]:
+    row: dict[str, Any] = {"run": name, "label": label, "seeds": len(lines), **{part: {} for part in PARTS}}
+    for part, metric in _columns():
+        found = [scores_by_label(line, part).get(label, {}).get(metric) for line in lines]
+        values = [value for value in found if value is not None]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        row[part][metric] = [statistics.fmean(values), spread] if values else None
+    return row
+
+
+def _columns() -> list[tuple[str, str]]:
+    return [(part, metric) for part in PARTS for metric in METRICS]
+
+
+def _cell(value: Sequence[float | None] | None) -> str:
+    if value is None:
+        return "-"
+    mean, spread = value
+    return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
+
+
+def _identity(run: PlannedRun, store: str) -> Line:
+    return {"name": run.name, "config": run.config, "seed": run.train.seed, "store": store}
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of the file, after what follows the last line's end is cut off."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    try:
+        return content[:whole].decode().splitlines()
+    except UnicodeDecodeError as error:
+        message = f"{path} is no file of result lines ({error}). Choose another OUT, or remove it."
+        raise DataError(message) from error
+
+
+def _parse(path: Path, number: int, text: str) -> Line:
+    try:
+        line = json.loads(text)
+        if {"name", "config", "store"} <= set(line) and isinstance(line["config"], dict):
+            return dict(line)
+    except (ValueError, TypeError):
+        pass
+    message = f"{path}, line {number} is no result line of an ablation. Choose another OUT, or remove the line."
+    raise DataError(message)

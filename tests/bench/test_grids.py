@@ -1,0 +1,114 @@
+"""Grids: which runs a file asks for, what they are called, and which files are refused."""
+
+from itertools import product
+
+import pytest
+import torch
+import yaml
+
+from agiqa.bench.grids import read_grid
+from agiqa.errors import ConfigError, UnknownName
+from agiqa.heads import HeadConfig, TrainConfig, load_settings
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """A function that reads a grid from its sections or from text."""
+
+    def read(content="", **sections):
+        file = tmp_path / "grid.yaml"
+        file.write_text(content or yaml.safe_dump(sections, sort_keys=False))
+        return read_grid(file)
+
+    return read
+
+
+def test_every_combination_comes_in_the_order_of_the_file(grid):
+    base = {"width": 8, "device": "cpu"}
+    plan = grid(base=base, grid={"encoder": ["lstm", "gru"], "bidirectional": [True, False], "seed": [3, 1]})
+    assert [(run.head.encoder, run.head.bidirectional, run.train.seed) for run in plan] == list(
+        product(["lstm", "gru"], [True, False], [3, 1])
+    )
+    assert plan[0].name == "encoder=lstm,bidirectional=true,seed=3"
+    assert plan[1].row == plan[0].row == "encoder=lstm,bidirectional=true"
+    assert plan[0].head == HeadConfig(encoder="lstm", width=8, bidirectional=True)
+    assert plan[0].train == TrainConfig(seed=3, device="cpu", threads=1)
+
+
+def test_single_runs_join_the_grid_and_beat_the_base(grid):
+    entries = [{"encoder": "none", "pooling": "max@answer"}, {"name": "deep", "layers": 4, "seed": 2}, {"width": 4}]
+    plan = grid(base={"encoder": "gru", "width": 8, "threads": 2}, grid={"seed": [0]}, runs=entries)
+    assert [run.name for run in plan] == ["seed=0", "encoder=none,pooling=max@answer", "deep", "width=4"]
+    assert [run.row for run in plan] == ["base", "encoder=none,pooling=max@answer", "deep", "width=4"]
+    assert (plan[1].head.width, plan[3].head.width, plan[2].head.layers, plan[2].train.seed) == (8, 4, 4, 2)
+    assert {run.train.threads for run in plan} == {2}
+
+
+def test_a_preset_stands_below_every_setting(grid):
+    plan = grid(
+        base={"preset": "published", "device": "cpu", "threads": 1},
+        grid={"encoder": ["lstm", "gru"], "lr": [1e-5, 2e-5]},
+    )
+    for run in plan:
+        chosen = {"encoder": run.head.encoder, "lr": run.train.lr, "device": "cpu", "threads": 1}
+        assert (run.head, run.train) == load_settings(overrides=chosen, preset="published")
+        assert run.config["preset"] == run.preset == "published"
+
+
+def test_null_is_a_value(grid):
+    plan = grid(base={"gradient_clip": None}, grid={"ema": [None, 0.9]})
+    assert [run.train.gradient_clip for run in plan] == [None, None]
+    assert [run.name for run in plan] == ["ema=none", "ema=0.9"]
+
+
+def test_names_can_be_folders(grid):
+    plan = grid(grid={"loss": ["mse", "mse+0.5*plcc"], "pooling": ["mean", "max"]})
+    assert [run.name for run in plan][2] == "loss=mse+0.5_plcc,pooling=mean"
+    assert plan[2].row == "loss=mse+0.5*plcc,pooling=mean"
+    settings = {
+        name: [1e-5, 1.23456789e-4] for name in ("lr", "projection_lr", "weight_decay", "warmup", "ema", "dropout")
+    }
+    names = [run.name for run in grid(grid={**settings, "token_dropout": [0.1, 0.2], "test_share": [0.1, 0.12345678]})]
+    assert len(set(names)) == len(names) == 2**8
+    assert max(len(name) for name in names) <= 120
+
+
+def test_threads_are_set_only_where_a_cpu_trains_and_nobody_sets_them(grid):
+    assert [run.train.threads for run in grid(grid={"seed": [0, 1]})] == [None if torch.cuda.is_available() else 1] * 2
+    assert grid(base={"threads": None, "device": "cpu"}, grid={"seed": [0]})[0].train.threads is None
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "said"),
+    [
+        ("", ConfigError, "nothing to run"),
+        ("grid: {}", ConfigError, "nothing to run"),
+        ("base: {width: 4}", ConfigError, "nothing to run"),
+        ("grid: {seed: []}", ConfigError, "`seed` needs a list with one value or more"),
+        ("grid: {seed: 3}", ConfigError, "`seed` needs a list with one value or more, found 3"),
+        ("grid: {sede: [1]}", UnknownName, "No setting is called 'sede'. Did you mean 'seed'"),
+        ("base: {encodr: gru}\ngrid: {seed: [1]}", UnknownName, "Did you mean 'encoder'"),
+        ("grids: {seed: [1]}", UnknownName, "No section is called 'grids'. Did you mean 'grid'"),
+        ("base: {seed: 1}\ngrid: {seed: [1, 2]}", ConfigError, "`seed` is both in `base` and in `grid`"),
+        ("grid: {seed: [1, 1]}", ConfigError, "'seed=1' and 'seed=1' have the same settings"),
+        ("grid: {seed: [1, 2]}\nruns: [{seed: 2}]", ConfigError, "have the same settings"),
+        ("grid: {loss: ['mse+plcc', 'mse plcc']}", None, ""),
+        ("runs: [{seed: 1, name: a}, {seed: 2, name: a}]", ConfigError, "different settings are called 'a'"),
+        ("runs: [{seed: 1, name: a/b}]", ConfigError, "'a/b' is no name of a run"),
+        ("runs: [{seed: 1, name: .a}]", ConfigError, "'.a' is no name of a run"),
+        ("runs: {seed: 1}", ConfigError, "`runs` needs a list"),
+        ("runs: [3]", ConfigError, "Expected keys and values in an entry of runs, found 3"),
+        ("grid: [3]", ConfigError, "Expected keys and values in grid"),
+        ("grid: {width: [0]}", ConfigError, "width: Input should be greater than or equal to 1"),
+        ("base: {preset: papper}\ngrid: {seed: [1]}", UnknownName, "Did you mean 'paper'"),
+        ("grid: {seed: [1", ConfigError, "cannot be read as YAML"),
+    ],
+)
+def test_what_is_no_grid_is_refused_with_its_file(grid, content, kind, said):
+    if kind is None:
+        assert len(grid(content)) == 2
+        return
+    with pytest.raises(kind, match=r"(?s).*") as caught:
+        grid(content or "{}")
+    assert said in str(caught.value)
+    assert "while reading the grid" in caught.value.__notes__[-1]

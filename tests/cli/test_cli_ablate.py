@@ -1,0 +1,179 @@
+"""`agiqa ablate` by real processes: results, resumption after kills and Ctrl-C, failures, and files of something else."""
+
+import csv
+import json
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+
+from agiqa.bench.ablation import LOCK
+from agiqa.store.files import exclusive_lock
+from tests.cli.refusals import refuse
+from tests.store.conftest import make_content
+from tests.store.conftest import make_store as write_store
+
+BASE = {
+    "projection": "hidden",
+    "width": 8,
+    "split": "grouped",
+    "epochs": 2,
+    "batch_size": 8,
+    "lr": 0.01,
+    "device": "cpu",
+}
+GRID = {"encoder": ["gru", "none"], "seed": [0, 1]}
+
+
+def stored(folder, seed):
+    random = np.random.default_rng(seed)
+    content = make_content(random.integers(30, 60, 60).tolist(), seed=seed)
+    labels = {"quality": random.uniform(0, 5, 60), "alignment": random.uniform(0, 5, 60)}
+    return write_store(folder / f"{seed}.agiqa", replace(content, items=replace(content.items, labels=labels))).path
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return stored(tmp_path_factory.mktemp("ablate"), 5)
+
+
+@pytest.fixture
+def ablate(tmp_path, store):
+    """Arguments of a sweep into tmp_path/out with the given sections of a grid."""
+
+    def arguments(*options, at=None, **sections):
+        file = tmp_path / "grid.yaml"
+        file.write_text(yaml.safe_dump({"base": BASE, "grid": GRID, **sections}, sort_keys=False))
+        return ("ablate", at or store, tmp_path / "out", "--config", file, *options)
+
+    return arguments
+
+
+def lines_of(out):
+    """The result lines by name, without what the clock says."""
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return {line["name"]: {key: value for key, value in line.items() if key != "seconds"} for line in lines}
+
+
+def test_a_grid_is_trained_and_summed_up(agiqa, ablate, store, tmp_path):
+    runs = [{"encoder": "none", "label": "alignment", "name": "aligned"}]
+    done = agiqa(*ablate("--workers", 1, "--json", runs=runs))
+    names = ["encoder=gru,seed=0", "encoder=gru,seed=1", "encoder=none,seed=0", "encoder=none,seed=1", "aligned"]
+    assert (done.json["runs"], done.json["trained"], done.json["failed"]) == (5, 5, [])
+    lines = lines_of(tmp_path / "out")
+    assert list(lines) == names
+    assert sorted(path.name for path in (tmp_path / "out" / "runs").iterdir()) == sorted(names)
+    for name, line in lines.items():
+        run = tmp_path / "out" / "runs" / name
+        config, metrics = (json.loads((run / f"{file}.json").read_text()) for file in ("config", "metrics"))
+        assert line["config"] == {**config["head"], **config["train"]}
+        assert (line["store"], line["kernels"]) == (config["features"]["store"], config["kernels"])
+        assert (line["validation"], line["test"]) == (metrics["validation"], metrics["test"])
+        assert line["config"]["threads"] == 1
+    row = done.json["table"][0]
+    values = [lines[name]["test"]["srcc"] for name in names[:2]]
+    assert row["test"]["srcc"] == [pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1))]
+    assert [row["run"] for row in done.json["table"]] == ["encoder=gru", "encoder=none", "aligned"]
+    told = [line for line in done.err.splitlines() if line.startswith("[")]
+    assert [line.split(":")[0] for line in told] == [f"[{k}/5] {name}" for k, name in enumerate(names, 1)]
+    assert all(line.endswith(" left") and "validation SRCC" in line for line in told)
+
+    single = [
+        word
+        for key, value in {**BASE, "encoder": "gru", "seed": 1, "threads": 1}.items()
+        for word in (f"--{key.replace('_', '-')}", value)
+    ]
+    assert agiqa("train", store, tmp_path / "single", *single).code == 0
+    for name in ("head.safetensors", "predictions.csv", "config.json"):
+        assert (tmp_path / "single" / name).read_bytes() == (tmp_path / "out" / "runs" / names[1] / name).read_bytes()
+
+    again = agiqa(*ablate("--workers", 1, runs=runs))
+    assert again.code == 0
+    assert "5 of 5 runs are there already" in again.err
+    assert again.out.startswith("| run | label | seeds |")
+    assert lines_of(tmp_path / "out") == lines
+
+
+LONG = {"base": {**BASE, "save_seconds": 0, "epochs": 20, "encoder": "gru"}, "grid": {"seed": [0, 1]}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(agiqa, store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "grid.yaml").write_text(yaml.safe_dump(LONG))
+    assert agiqa("ablate", store, folder / "out", "--config", folder / "grid.yaml", "--workers", 1).code == 0
+    return lines_of(folder / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "Ctrl-C"])
+def test_a_sweep_that_is_broken_off_goes_on_at_once(agiqa, ablate, undisturbed, tmp_path, number):
+    """Workers train when the program ends, and it is run again before anything else happens."""
+    out = tmp_path / "out"
+    states = [out / "runs" / f".seed={seed}.state" / "state.ckpt" for seed in range(2)]
+    broken = agiqa.interrupted(
+        *ablate("--workers", 2, **LONG), when=lambda: any(state.exists() for state in states), number=number
+    )
+    assert broken.code == (-9 if number == signal.SIGKILL else 130)
+    if number == signal.SIGINT:
+        assert "run the same command again" in broken.err
+        assert "Traceback" not in broken.err
+    assert any(state.exists() for state in states)
+    with (out / "results.jsonl").open("a") as file:
+        file.write('{"name": "seed')
+    assert agiqa(*ablate("--workers", 1, **LONG)).code == 0
+    assert lines_of(out) == undisturbed
+    assert sorted(path.name for path in (out / "runs").iterdir()) == ["seed=0", "seed=1"]
+
+
+def test_runs_that_fail_are_kept_with_their_error_and_tried_again(agiqa, ablate, tmp_path):
+    taken = tmp_path / "out" / "runs" / "encoder=none,seed=1"
+    taken.mkdir(parents=True)
+    (taken / "letter.txt").write_text("mine")
+    sections = {"runs": [{"label": "beauty"}]}
+    failed = agiqa(*ablate("--workers", 1, "--json", **sections))
+    assert failed.code == 1
+    assert json.loads(failed.out)["trained"] == 3
+    assert "error: 2 of 5 runs failed; the same command tries them again:" in failed.err
+    assert "  label=beauty: No label of" in failed.err
+    assert "Traceback" not in failed.err
+    lines = lines_of(tmp_path / "out")
+    assert "letter" not in lines["encoder=none,seed=1"]["error"]
+    assert "is no run folder" in lines["encoder=none,seed=1"]["error"]
+    (taken / "letter.txt").unlink()
+    again = agiqa(*ablate("--workers", 1, **sections))
+    assert again.code == 1
+    assert "1 of 5 runs failed" in again.err
+    assert "3 of 5 runs are there already" in again.err
+    with (taken / "predictions.csv").open(newline="") as file:
+        assert next(csv.DictReader(file))
+    assert lines_of(tmp_path / "out")["encoder=none,seed=1"]["validation"]["n"] > 0
+
+
+def test_results_of_something_else_are_refused(agiqa, ablate, store, tmp_path):
+    small = {"grid": {"seed": [0, 1]}, "base": {**BASE, "encoder": "none"}}
+    assert agiqa(*ablate("--workers", 1, **small)).code == 0
+    before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    other = tmp_path / "sketch.agiqa"
+    assert agiqa("store", "sketch", store, other, "--rank", 4).code == 0
+    refuse(agiqa(*ablate(at=other, **small)), "results.jsonl, line 1: a run on the store", "Choose another OUT")
+    refuse(agiqa(*ablate(at=stored(tmp_path, 6), **small)), "seed=0 holds another training", "labels of train are not")
+    refuse(agiqa(*ablate()), "'seed=0' is not in this grid")
+    changed = {**small, "base": {**small["base"], "width": 4}}
+    refuse(agiqa(*ablate(**changed)), "had width 8, and this grid has 4")
+    with exclusive_lock(tmp_path / "out" / LOCK) as held:
+        assert held
+        refuse(agiqa(*ablate(**small)), "Another ablation is at work", tmp_path / "out")
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+    more = {**small, "grid": {"seed": [0, 1, 2]}}
+    assert agiqa(*ablate("--workers", 1, "--json", **more)).json["trained"] == 1
+
+
+def test_grids_that_cannot_be_run_are_refused_before_anything_is_written(agiqa, ablate, store, tmp_path):
+    refuse(agiqa(*ablate(grid={})), "grid.yaml", "nothing to run")
+    refuse(agiqa(*ablate(grid={"sead": [1]})), "grid.yaml", "Did you mean 'seed'")
+    refuse(agiqa(*ablate(grid={"keep": ["ram", "memmap"]})), "`keep` must be the same")
+    assert agiqa("ablate", store, tmp_path / "out").code == 2
+    assert agiqa(*ablate("--workers", 0)).code == 2
+    assert not (tmp_path / "out" / "results.jsonl").exists()
