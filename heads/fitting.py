@@ -17,14 +17,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.heads.batches import batches_per_epoch
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.events import EventLog
 from agiqa.heads.features import FeatureSet
 from agiqa.heads.head import Head, build_head
-from agiqa.heads.learner import Learner
-from agiqa.heads.losses import get_loss
+from agiqa.heads.learner import Learner, steps_per_epoch
 from agiqa.heads.outcome import Outcome
 from agiqa.heads.progress import TrainingProgress
 from agiqa.heads.projection import FeatureSpec
@@ -71,7 +69,7 @@ def fit_head(
         head = build_head(head_config, spec, labels=len(config.labels)).to(device)
         head.calibrate(features.statistics(train, device=device), labels)
         kept = None if state is None else state.learner_of(stage)
-        per_epoch = batches_per_epoch(len(train), config.batch_size, smallest=get_loss(config.loss).smallest_batch)
+        per_epoch = steps_per_epoch(len(train), config)
         done = 0 if kept is None else len(kept["curves"])
         with _events(state, stage, config, after=None if kept is None else done * per_epoch) as events:
             learner = Learner(

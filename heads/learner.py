@@ -117,8 +117,7 @@ class Learner(pl.LightningModule):
         # in fp16 the fused optimiser would unscale the gradients itself, too late to clip them
         fused = self.device.type == "cuda" and config.precision != "fp16"
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
-        per_epoch = batches_per_epoch(len(self._positions), config.batch_size, smallest=self._loss.smallest_batch)
-        steps = config.epochs * per_epoch
+        steps = config.epochs * steps_per_epoch(len(self._positions), config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -287,6 +286,11 @@ class Learner(pl.LightningModule):
         self.best_epoch = number
         self.best_predictions = self._predicted[self._validation].copy()
         self.best_weights = {name: value.detach().cpu().clone() for name, value in self._kept.state_dict().items()}
+
+
+def steps_per_epoch(items: int, config: TrainConfig) -> int:
+    """Optimiser steps of one pass over so many training items."""
+    return batches_per_epoch(items, config.batch_size, smallest=get_loss(config.loss).smallest_batch)
 
 
 def lr_factor(step: int, steps: int, config: TrainConfig) -> float:

@@ -166,7 +166,7 @@ class VocabularyProjection(Projection):
 
     def forward(self, features: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token width"]:
         """((H - shift) W_eff^T + bias) / scale."""
-        return nn.functional.linear(features - self.shift, self._current_weight(), self.bias) / self.scale
+        return nn.functional.linear(_minus(features, self.shift), self._current_weight(), self.bias) / self.scale
 
     def _current_weight(self) -> Tensor:
         """W_eff, computed at every step of training and once per evaluation."""
@@ -176,6 +176,14 @@ class VocabularyProjection(Projection):
         if self._cached is None or self._cached[0] != version or self._cached[1].device != self.weight.device:
             self._cached = (version, self.effective_weight())
         return self._cached[1]
+
+
+def _minus(features: Tensor, shift: Float[Tensor, " channel"]) -> Tensor:
+    """The difference; in mixed precision already rounded as the product would round it, which saves writing it wide."""
+    kind = features.device.type
+    if features.requires_grad or not torch.is_autocast_enabled(kind):
+        return features - shift
+    return torch.sub(features, shift, out=torch.empty_like(features, dtype=torch.get_autocast_dtype(kind)))
 
 
 def _narrowest(lm_head: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def _convolved(item, weight, bias, step, channel, time, width, pitch, there, TAP
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time"])
 @no_type_check
 def _forward_kernel(
     tokens, weight, bias, outputs, time, width, pitch,
@@ -63,7 +63,7 @@ def _felt(grad, item, weight, bias, base, step, channel, time, width, pitch, the
     return of_output * sigmoid * (1.0 + total * (1.0 - sigmoid))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time"])
 @no_type_check
 def _back_kernel(
     grad, tokens, weight, bias, of_tokens, of_weight, time, width, pitch,

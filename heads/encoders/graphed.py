@@ -2,7 +2,7 @@
 
 A step of an encoder is hundreds of kernels of some microseconds each, and queueing them takes the CPU longer than
 computing them takes the GPU. A graph queues a whole pass at once. It has one shape, so batches are padded to one of
-few lengths, which is no change to their results: padding is invisible to every encoder.
+few lengths, which does not change their results: padding is invisible to every encoder.
 """
 
 import math
@@ -43,14 +43,15 @@ def training_kernels(encoder: Encoder, config: TrainConfig, device: torch.device
 
 
 class GraphedEncoder:
-    """Calls `encoder`; passes with gradients, of whole batches, are replayed from a graph for each length.
+    """Calls `encoder`; passes with gradients are replayed from a graph for each length.
 
-    Whether a pass is replayed depends on its shape alone, never on what came before: a training that goes on after a
-    kill computes what it would have computed. Between a pass and its backward pass there must be no other.
+    Smaller batches are filled up with items of one zero token. Whether a pass is replayed depends on its shape alone,
+    never on what came before: a training that goes on after a kill computes what it would have computed. Between a
+    pass and its backward pass there must be no other.
     """
 
     def __init__(self, encoder: Encoder, batch_size: int) -> None:
-        """`encoder` must be on a CUDA device, in training mode and `graphable`; other batches are computed as usual."""
+        """`encoder` must be on a CUDA device, in training mode and `graphable`; larger batches run as usual."""
         self._encoder = encoder
         self._batch_size = batch_size
         self._pool = torch.cuda.graph_pool_handle()
@@ -61,15 +62,17 @@ class GraphedEncoder:
     ) -> Float[Tensor, "batch token out_width"]:
         """As the encoder's."""
         batch, length = mask.shape
-        if batch != self._batch_size or not (torch.is_grad_enabled() and tokens.requires_grad):
+        if batch > self._batch_size or not (torch.is_grad_enabled() and tokens.requires_grad):
             outputs: Tensor = self._encoder(tokens, mask)
             return outputs
         longer = graph_length(length)
-        tokens, mask = pad(tokens, (0, 0, 0, longer - length)), pad(mask, (0, longer - length))
+        more = (0, longer - length, 0, self._batch_size - batch)
+        tokens, mask = pad(tokens, (0, 0, *more)), pad(mask, more)
+        mask[batch:, 0] = True
         if longer not in self._graphs:
             self._graphs[longer] = self._capture(tokens, mask)
         replayed: Tensor = self._graphs[longer](tokens, mask)
-        return replayed[:, :length]
+        return replayed[:batch, :length]
 
     def _capture(self, tokens: Tensor, mask: Tensor) -> nn.Module:
         """Graphs of this shape, in memory that all shapes share. The random state stays as it was."""

@@ -48,7 +48,7 @@ def _product(weights, at, kept, states, PRECISION: tl.constexpr):
     return product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "batch"])
 @no_type_check
 def _run_kernel(
     inputs, weights, bias, gates, hidden, memory, log_norm, time, heads, batch,
@@ -103,7 +103,7 @@ def _run_kernel(
     tl.store(log_norm + channel[:, None] + head * DIM + item[None, :] * row, norm, there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["time", "batch"])
 @no_type_check
 def _back_kernel(
     grad, gates, weights, hidden, memory, raw, time, heads, batch,

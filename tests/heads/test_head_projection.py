@@ -196,3 +196,16 @@ def test_other_encodings_are_refused_with_a_remedy(make_store, name, encoding, s
 def test_a_language_model_head_of_another_width_is_refused(make_store):
     with pytest.raises(HeadError, match=r"shape \(9, 5\), expected \(\*, 4\)"):
         build(make_store(40, encoding="hidden", weights=np.ones((9, 5), np.float32)), projection="vocabulary")
+
+
+def test_in_mixed_precision_hidden_states_are_centred_before_they_are_rounded(make_store):
+    """A mean of 1,000 deviations would leave nothing of bfloat16 hidden states that were rounded first."""
+    ours = build(make_store(40, encoding="hidden"), projection="vocabulary").float()
+    hidden = torch.randn(3, 5, 4)
+    ours.shift.fill_(1000.0)
+    expected = nn.functional.linear(hidden, ours.effective_weight(), ours.bias) / ours.scale
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ours(hidden + 1000.0)
+        with_gradient = ours((hidden + 1000.0).requires_grad_())
+    assert torch.equal(found, with_gradient)
+    assert (found - expected).detach().norm() < 0.02 * expected.detach().norm()
