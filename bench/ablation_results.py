@@ -178,7 +178,7 @@ def _whole_lines(path: Path) -> list[str]:
         with path.open("r+b") as file:
             file.truncate(whole)
     try:
-        return content[:whole].decode().splitlines()
+        return content[:whole].decode().split("\n")[:-1]
     except UnicodeDecodeError as error:
         message = f"{path} is no file of result lines ({error}). Choose another OUT, or remove it."
         raise DataError(message) from error

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from agiqa.bench.store import about_this_run
 from agiqa.bench.tables import as_table, digits, read_results, verdict
-from agiqa.errors import UnknownName
 from agiqa.heads.batches import collate
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels
@@ -287,8 +286,9 @@ def _goal_rows(heads: Sequence[Line], uncached: Sequence[Line]) -> Iterator[list
             row["set_up_seconds"] + row["first_epoch_seconds"] + (EPOCHS - 1) * row["epoch_seconds"] for row in of_rows
         )
         yield _goal(f"nine heads of Table IV x {EPOCHS} epochs, s", seconds, at_most=TABLE_IV_SECONDS)
-    if on_gpu:
-        largest = max(line["measured"]["peak_gb"] for line in heads if line["config"]["batch_size"] == 32)
+    peaks = [line["measured"]["peak_gb"] for line in heads if line["config"]["batch_size"] == 32]
+    if on_gpu and peaks:
+        largest = max(peaks)
         yield _goal("GPU memory at batch 32, features aside, GB", largest, at_most=MEMORY_GB)
     for line in uncached:
         if line["config"]["batch_size"] == 32 and line["name"] in found:
@@ -307,7 +307,7 @@ def _goal(text: str, value: float, *, at_most: float = math.inf, at_least: float
 @click.option("--channels", default=4096, show_default=True, help="Hidden size D.")
 @click.option("--vocabulary", default=128_256, show_default=True, help="Vocabulary V.")
 @click.option("--width", default=512, show_default=True, help="Width d of the heads.")
-@click.option("--heads", default="", help=f"Comma-separated encoders or rows, of {'; '.join(HEADS)} [default: all].")
+@click.option("--heads", default="", help=f"Rows, separated by semicolons, of {'; '.join(HEADS)} [default: all].")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--precision", default="bf16", show_default=True, help="bf16 or fp32.")
 @click.option("--standardise", is_flag=True, help="Calibrate the projection too, which counts as set-up.")
@@ -336,7 +336,8 @@ def measured_lines(options: Mapping[str, Any]) -> Iterator[Line]:
     names = [name.strip() for name in options["heads"].split(";") if name.strip()] or list(HEADS)
     for name in names:
         if name not in HEADS:
-            raise click.ClickException(str(UnknownName.of("head", name, HEADS)))
+            message = f"No row is called {name!r}. Known, separated by semicolons: {'; '.join(HEADS)}."
+            raise click.ClickException(message)
     train = TrainConfig(device=options["device"], precision=options["precision"], compile=options["compile"])
     device = resolve_device(train.device)
     base: dict[str, Any] = {"width": options["width"]}

@@ -118,7 +118,8 @@ class TrainConfig(_Settings):
     """Whether a GPU replays the encoder's training steps from CUDA graphs, for which batches are padded a little."""
     compile: bool = False
     """Whether torch.compile fuses the operations within the blocks of `xlstm`, `mamba2` and `transformer` on a GPU.
-    That takes ten seconds to a minute at the start, and saves a tenth to half of a step: for many items or epochs."""
+    That takes twenty seconds or more at the start, and saves a tenth to half of a step: for many items or epochs. Last
+    digits may follow from the first batch's length, so a training that goes on after a kill may differ in them."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch while training; None leaves them as they are."""
     keep: Literal["auto", "device", "ram", "memmap", "stream"] = "auto"

@@ -83,8 +83,9 @@ def fit_head(
                 try:
                     _run(learner, config, device, epochs=epochs, state=state, stage=stage)
                 finally:
+                    learner.drop_graphs()
                     progress.end()
-    trained = copy.deepcopy(head)  # which leaves behind what torch.compile made of the head
+    trained = copy.deepcopy(head) if config.compile else head  # a copy is as it was before torch.compile
     trained.load_state_dict(learner.best_weights)
     return Fit(head=trained.to(device).eval(), **vars(learner.outcome))
 

@@ -103,7 +103,8 @@ def run_jobs(
 ) -> Generator[tuple[HeadJob, Attempt]]:
     """Train all jobs in `workers` processes; yields each with how it ended, in the order of their ends.
 
-    Closing the generator ends the workers; what they have saved is kept. Raises HeadError when no worker can start.
+    Closing the generator ends the workers; what they have saved is kept. Raises HeadError when no worker can start;
+    where some can, they go on without the others.
     """
     setup = _Setup(source=SourceAddress.of(source), features=PackedFeatures.of(shared), threads=torch.get_num_threads())
     waiting, staff, hurry = deque(jobs), list[_Worker](), True
@@ -127,7 +128,8 @@ def run_jobs(
                     worker.started = True
                 else:
                     staff.remove(worker)
-                    yield from _lost(worker, message if isinstance(message, _Ready) else None)
+                    yield from _lost(worker, message if isinstance(message, _Ready) else None, left=len(staff))
+                    workers -= not worker.started
             for worker in staff:
                 if worker.started and worker.job is None and waiting:
                     worker.take(waiting)
@@ -145,9 +147,9 @@ def _speaking(staff: Sequence[_Worker]) -> list[_Worker]:
     return [worker for worker in staff if worker.pipe in ready]
 
 
-def _lost(worker: _Worker, message: _Ready | None) -> Generator[tuple[HeadJob, Attempt]]:
-    """The job of a worker that is gone, if it had one. Raises HeadError for one that never started."""
-    if not worker.started:
+def _lost(worker: _Worker, message: _Ready | None, *, left: int) -> Generator[tuple[HeadJob, Attempt]]:
+    """The job of a worker that is gone, if it had one. Raises HeadError if it never started and no other is `left`."""
+    if not worker.started and not left:
         why = f"it {worker.obituary()}" if message is None else message.error
         text = f"A worker process cannot be started: {why}"
         raise HeadError(text)

@@ -73,7 +73,8 @@ class Learner(pl.LightningModule):
         self._predicted: NDArray[np.float64] = np.full((len(features), labels), math.nan)
         self._average: AveragedModel | None = None
         if config.ema is not None:
-            self._average = AveragedModel(head, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+            self._average = AveragedModel(head)
+            self._mix = get_ema_multi_avg_fn(config.ema)
         self._encode: Callable[[Tensor, Tensor], Tensor] | None = None
         self._events = events
         self._random: Mapping[str, Tensor] = {}
@@ -162,6 +163,10 @@ class Learner(pl.LightningModule):
                 torch.cuda.set_rng_state(self._random["cuda"], self.device)
             self._random = {}
 
+    def drop_graphs(self) -> None:
+        """Let go of the CUDA graphs and their memory; the trainer may keep this learner alive for long."""
+        self._encode = None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the best epoch so far, the curves and the random state: see `restore`."""
         random = {"cpu": torch.get_rng_state()}
@@ -199,10 +204,20 @@ class Learner(pl.LightningModule):
         """Move the average and the progress."""
         del outputs, batch, batch_idx
         if self._average is not None:
-            self._average.update_parameters(self.head)
+            self._move(self._average)
         if self._events is not None:
             self._events.step(self.trainer.global_step, self._losses[-1], self._lr)
         self._progress.step()
+
+    def _move(self, average: AveragedModel) -> None:
+        """Move the average towards the head. Its own `update_parameters` copies all constants too, W_lm among them."""
+        averaged, present = ([value.detach() for value in part.parameters()] for part in (average.module, self.head))
+        if average.n_averaged == 0:
+            for old, new in zip(averaged, present, strict=True):
+                old.copy_(new)
+        else:
+            self._mix(averaged, present, average.n_averaged)
+        average.n_averaged += 1
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the predictions of one batch."""

@@ -5,11 +5,13 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from agiqa.errors import AgiqaError, ConfigError
 from agiqa.heads.config import TrainConfig
-from agiqa.heads.features import FeatureSource
+from agiqa.heads.features import FeatureSource, row_bytes
+from agiqa.heads.feeding import allowed_memory
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head_jobs import Attempt, HeadJob, JobOutcome, attempt, is_there, with_notes
 from agiqa.heads.job_workers import run_jobs
@@ -39,10 +41,10 @@ def train_heads(
     together. A job whose folder holds its head already is not trained again, and one that was broken off goes on.
 
     `workers` are processes that train one head each at a time; 1 trains in this process. None is, on a CPU, the number
-    of cores divided by the largest `threads` of the jobs; on a GPU one for every two cores and every 16 GiB that are
-    free, at most 3; and never more than there are jobs. Sums depend on the number of threads that share them, so a job
-    has `threads` of its settings, or those of torch in this process, however many workers there are: set `threads` to 1
-    for as many heads at once as there are cores.
+    of cores divided by the largest `threads` of the jobs; on a GPU one for every two cores and every 16 GiB that the
+    features leave free, at most 3; and never more than there are jobs. Sums depend on the number of threads that share
+    them, so a job has `threads` of its settings, or those of torch in this process, however many workers there are: set
+    `threads` to 1 for as many heads at once as there are cores.
 
     A job that fails (by an AgiqaError, the disk, torch or CUDA) or whose worker dies is told as failed, and the others
     go on, in a fresh worker; with 1 worker an error of CUDA may fail those after it too. `progress` gets the lines that
@@ -75,13 +77,14 @@ class Partitions:
         return self._known[name]
 
 
-def default_workers(jobs: Sequence[HeadJob]) -> int:
-    """How many workers train these jobs when nobody says; see `train_heads`."""
+def default_workers(jobs: Sequence[HeadJob], *, features: int = 0) -> int:
+    """How many workers train these jobs, with so many bytes of features, when nobody says; see `train_heads`."""
     device = resolve_device(jobs[0].train.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.type == "cuda":
-        room = available_memory(device) // _GPU_BYTES_PER_WORKER
-        most = min(_WORKERS_PER_GPU, cores // 2, room)
+        free, config = available_memory(device), jobs[0].train
+        kept = features if config.keep in ("auto", "device") and features <= allowed_memory(config, device) else 0
+        most = min(_WORKERS_PER_GPU, cores // 2, (free - kept) // _GPU_BYTES_PER_WORKER)
     else:
         most = cores // max(job.train.threads or torch.get_num_threads() for job in jobs)
     return max(1, min(most, len(jobs)))
@@ -104,12 +107,18 @@ def _train_heads(
             todo.append(job)
     if not todo:
         return
-    count = min(workers or default_workers(todo), len(todo))
     parts, config = [partitions.of(job.train) for job in todo], todo[0].train
+    count = min(workers or default_workers(todo, features=_features_bytes(source, parts)), len(todo))
     shared = share_features(source, parts, config, device=resolve_device(config.device), workers=count)
     for job, ended in _attempts(source, todo, shared, count, tell):
         failed = ended.error is not None
         yield JobOutcome(job=job, status="failed" if failed else "trained", error=ended.error)
+
+
+def _features_bytes(source: FeatureSource, partitions: Sequence[Partition]) -> int:
+    """Bytes of the decoded rows that any of these trainings reads."""
+    items = np.unique(np.concatenate([items for one in partitions for items in one.parts().values()]))
+    return int(np.asarray(source.n_tokens, np.int64)[items].sum()) * row_bytes(source)
 
 
 def _attempts(

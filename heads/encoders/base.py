@@ -39,7 +39,7 @@ class Encoder(nn.Module, ABC):
 
     @property
     def repeated(self) -> Iterable[nn.Module]:
-        """Blocks for torch.compile to compile one by one, all alike, so that one compilation serves them all."""
+        """Blocks for torch.compile to compile one by one, of few kinds, so that a compilation serves all of a kind."""
         return ()
 
     @abstractmethod

@@ -46,7 +46,7 @@ def _forward_kernel(
     item = tokens + tl.program_id(0).to(tl.int64) * time * pitch
     step = tl.program_id(1) * STEPS + tl.arange(0, STEPS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    there = (channel < width)[None, :] & (step >= 0)[:, None]
+    there = (channel < width)[None, :]
     total = _convolved(item, weight, bias, step, channel, time, width, pitch, there, TAPS)
     place = base + step[:, None] * width + channel[None, :]
     tl.store(outputs + place, (total * tl.sigmoid(total)).to(outputs.dtype.element_ty), there & (step < time)[:, None])
@@ -74,7 +74,7 @@ def _back_kernel(
     step = tl.program_id(1) * STEPS + tl.arange(0, STEPS)
     channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     known = channel < width
-    there = known[None, :] & (step >= 0)[:, None]
+    there = known[None, :]
     felt = _felt(grad, item, weight, bias, base, step, channel, time, width, pitch, there, TAPS)
     part = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (TAPS + 1) * width
     tl.store(of_weight + part + TAPS * width + channel, tl.sum(felt, 0), known)

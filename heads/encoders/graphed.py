@@ -28,6 +28,7 @@ def training_pass(encoder: Encoder, config: TrainConfig, device: torch.device) -
     if device.type != "cuda":
         return None
     if config.compile:
+        torch.compiler.reset()  # which gives up on a function after eight variants, and heads trained before had theirs
         for block in encoder.repeated:
             block.compile(dynamic=True)
     return GraphedEncoder(encoder, config.batch_size) if config.cuda_graphs and encoder.graphable else None

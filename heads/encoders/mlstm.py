@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 
@@ -28,13 +28,10 @@ def mlstm(
     values: Float[Tensor, "batch heads token dim"],
     igate_preact: Float[Tensor, "batch heads token 1"],
     fgate_preact: Float[Tensor, "batch heads token 1"],
-    lower_triangular_matrix: Bool[Tensor, "context context"],
 ) -> Float[Tensor, "batch heads token dim"]:
-    """What the package's mLSTM cell calls as its `backend_fn`; all sequences start from the zero state."""
+    """The mLSTM of whole sequences, all from the zero state."""
     if torch_form_because(queries.device, queries.shape[-1]) is not None:
-        outputs: Tensor = parallel_stabilized_simple(
-            queries, keys, values, igate_preact, fgate_preact, lower_triangular_matrix, eps=_EPS
-        )
+        outputs: Tensor = parallel_stabilized_simple(queries, keys, values, igate_preact, fgate_preact, eps=_EPS)
         return outputs
     tokens = queries.shape[2]
     missing = -tokens % _CHUNK  # causal, so what follows reaches no token

@@ -14,7 +14,6 @@ from xlstm import (
     xLSTMBlockStack,
     xLSTMBlockStackConfig,
 )
-from xlstm.blocks.mlstm.cell import mLSTMCell
 
 from agiqa.errors import ConfigError
 from agiqa.heads.config import HeadConfig
@@ -75,18 +74,9 @@ class XLSTMEncoder(Encoder):
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch token width"]:
         """The normed output of the last block, with zeros in the padding."""
-        self._make_room(tokens.shape[1])
         padding = ~mask[..., None]
         outputs: Tensor = self.stack(tokens.masked_fill(padding, 0.0))
         return outputs.masked_fill(padding, 0.0)
-
-    def _make_room(self, length: int) -> None:
-        """Grow the causal masks of the mLSTM cells, constants that the package sizes by its context length."""
-        for module in self.stack.modules():
-            if isinstance(module, mLSTMCell):
-                mask = module.get_buffer("causal_mask")
-                if len(mask) < length:
-                    module.causal_mask = mask.new_ones(length, length).tril()
 
 
 ENCODERS.add("xlstm", either_way(XLSTMEncoder))

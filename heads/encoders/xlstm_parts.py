@@ -4,7 +4,7 @@ Tests hold values and gradients of the whole stack to those of the package.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class MLSTMCell(mLSTMCell):
         gates = linear(torch.cat([q, k, v], dim=-1), weight, torch.cat([self.igate.bias, self.fgate.bias]))
         entry, forget = gates.transpose(1, 2)[..., None].chunk(2, dim=1)
         queries, keys, values = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
-        hidden = mlstm(queries, keys, values, entry, forget, cast("Tensor", self.causal_mask))
+        hidden = mlstm(queries, keys, values, entry, forget)
         outputs: Tensor = self.outnorm(hidden)
         return outputs.transpose(1, 2).flatten(2)
 

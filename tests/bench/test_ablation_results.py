@@ -42,6 +42,13 @@ def test_lines_are_read_again_and_the_last_of_a_run_counts(tmp_path, plan):
     assert len(path.read_text().splitlines()) == 3
 
 
+def test_errors_with_odd_ends_of_lines_are_read_again(tmp_path, plan):
+    path, name = tmp_path / "results.jsonl", plan[0].name
+    failed = {**line(plan[0], 0.5), "error": "one\u2028two\u0085three\nfour"}
+    ResultLines(path, plan, store="s").append(failed)
+    assert ResultLines(path, plan, store="s").lines[name]["error"] == failed["error"]
+
+
 @pytest.mark.parametrize("torn", [1, 20, -1])
 def test_a_line_that_was_torn_off_is_dropped(tmp_path, plan, torn):
     path = tmp_path / "results.jsonl"

@@ -161,6 +161,31 @@ def test_hidden_tokens_and_averaged_weights_still_learn_and_repeat(make_store, t
     assert plain.metrics["test"] != runs[0].metrics["test"]
 
 
+def test_averages_are_those_of_the_weights_after_every_step(make_store, tmp_path: Path):
+    """One step an epoch: the weights after k steps are those of a run of k epochs. Items beyond the package's masks."""
+    store = make_store(12)
+    store = replace(store, features=[np.resize(rows, (600, rows.shape[1])) for rows in store.features])
+    head = HeadConfig(projection="sketch", encoder="xlstm", width=8, blocks=2, num_heads=2)
+    settings = {
+        "split": "grouped",
+        "batch_size": 12,
+        "validation": 0.0,
+        "lr": 1e-2,
+        "schedule": "constant",
+        "warmup": 0,
+    }
+
+    def weights(epochs, ema=None):
+        config = TrainConfig(epochs=epochs, ema=ema, **settings)
+        run = train_head(store, tmp_path / f"{epochs}-{ema}", head=head, train=config)
+        return run.load_head(store, device=torch.device("cpu")).state_dict()
+
+    first, second, third = (weights(epochs) for epochs in (1, 2, 3))
+    for name, value in weights(3, ema=0.7).items():
+        expected = 0.7 * (0.7 * first[name] + 0.3 * second[name]) + 0.3 * third[name]
+        torch.testing.assert_close(value, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("encoder", ["gru", "xlstm"])
 def test_mixed_precision_trains(make_store, tmp_path: Path, encoder):
     head = HeadConfig(projection="sketch", encoder=encoder, width=8, blocks=2, num_heads=2)
