@@ -65,6 +65,8 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
 @click.option("--device", help="auto, cpu or cuda.  [default: auto]")
 @click.option("--precision", help="fp32, bf16 or, on a GPU, fp16; the last two are mixed.  [default: fp32]")
 @click.option("--threads", type=int, help="CPU threads.")
+@click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Replay steps on a GPU.  [default: yes]")
+@click.option("--compile/--no-compile", default=None, help="Fuse on a GPU: slow start, for long trainings.")
 @click.option(
     "--keep",
     help="Where decoded features are: device, ram, memmap (a decoded copy on disk) or stream (what fits in RAM, the "
