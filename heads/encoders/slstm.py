@@ -12,6 +12,7 @@ Buffers are time-major and end in (dim, batch), which makes the gates of a head 
 slots share an operation, nothing is allocated inside the loops, and the recurrent weights are used as stored.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class _SLSTM(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, recurrent: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weights = recurrent[:, _SLOTS].flatten(1, 2)
+        weights = _ordered(recurrent, _SLOTS).flatten(1, 2)
         gates = _slotted(inputs, bias)
         with torch.autocast(inputs.device.type, enabled=False):
             hidden, memory, log_norm = run(gates, weights)
@@ -77,7 +78,7 @@ class _SLSTM(torch.autograd.Function):
             return (
                 _unslotted(raw) if of_inputs else None,
                 _recurrent_gradient(raw, hidden) if of_recurrent else None,
-                raw.sum((0, 4))[:, _gates_of_slots()].transpose(0, 1) if of_bias else None,
+                _ordered(raw.sum((0, 4)), _gates_of_slots()).transpose(0, 1) if of_bias else None,
             )
 
 
@@ -90,6 +91,11 @@ def loops_because(weights: Float[Tensor, "*sizes dim"]) -> str | None:
     if dtype != torch.float32 or not (is_power_of_two(dim) and _LEAST_DIM <= dim <= _MOST_DIM):
         return f"the kernels need heads of 2^k float32 channels, {_LEAST_DIM} to {_MOST_DIM}, not {dim} in {dtype}"
     return None
+
+
+def _ordered(values: Float[Tensor, "heads 4 *rest"], order: Sequence[int]) -> Float[Tensor, "heads 4 *rest"]:
+    """The gates in another order. Indexing with it would copy it to a GPU, which no CUDA graph can do."""
+    return torch.stack([values[:, gate] for gate in order], dim=1)
 
 
 def _gates_of_slots() -> list[int]:
@@ -198,4 +204,4 @@ def _recurrent_gradient(
     raw: Float[Tensor, "time heads 4 dim batch"], hidden: Float[Tensor, "time+1 heads dim batch"]
 ) -> Float[Tensor, "heads 4 dim dim"]:
     slots = torch.einsum("tkgob,tkib->kgoi", raw, hidden[:-1])
-    return slots[:, _gates_of_slots()]
+    return _ordered(slots, _gates_of_slots())
