@@ -13,7 +13,7 @@ from pathlib import Path
 
 from agiqa.bench.ablation_results import Line, ResultLines, error_line, result_line, scores_by_label
 from agiqa.bench.grids import PlannedRun
-from agiqa.bench.store import about_this_run
+from agiqa.bench.this_run import about_this_run
 from agiqa.errors import BusyStore
 from agiqa.heads.features import FeatureSource
 from agiqa.heads.head_jobs import HeadJob, JobOutcome, is_there

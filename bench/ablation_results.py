@@ -5,10 +5,12 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from agiqa.bench.grids import PlannedRun
+from agiqa.bench.tables import as_table
 from agiqa.errors import DataError
+from agiqa.heads.labels import of_each_label, parse_labels
 from agiqa.heads.runs import Run
 from agiqa.store.files import sync_file, telling_disk_errors
 
@@ -98,9 +100,7 @@ def scores_by_label(line: Line, part: str) -> dict[str, Mapping[str, Any]]:
     A head of several labels, `quality+correspondence`, has its metrics under their names.
     """
     scores, labels = line.get(part), _labels(line["config"])
-    if not scores:
-        return {}
-    return {label: scores[label] for label in labels} if len(labels) > 1 else {labels[0]: scores}
+    return dict(zip(labels, of_each_label(labels, scores), strict=True)) if scores else {}
 
 
 def summary(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[dict[str, Any]]:
@@ -137,12 +137,12 @@ def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body))
+    return as_table(head, body)
 
 
-def _labels(config: Mapping[str, Any]) -> list[str]:
+def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The labels that a head with these settings learns."""
-    return str(config["label"]).split("+")
+    return parse_labels(config["label"])
 
 
 def _row(name: str, label: str, lines: Sequence[Line]) -> dict[str, Any]:
@@ -185,11 +185,11 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def _parse(path: Path, number: int, text: str) -> Line:
-    try:
-        line = json.loads(text)
-        if {"name", "config", "store"} <= set(line) and isinstance(line["config"], dict):
-            return dict(line)
-    except (ValueError, TypeError):
-        pass
     message = f"{path}, line {number} is no result line of an ablation. Choose another OUT, or remove the line."
-    raise DataError(message)
+    try:
+        line: Any = json.loads(text)
+    except ValueError as error:
+        raise DataError(message) from error
+    if not isinstance(line, dict) or not isinstance(line.get("config"), dict) or not {"name", "store"} <= line.keys():
+        raise DataError(message)
+    return cast("Line", line)

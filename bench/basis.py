@@ -19,8 +19,8 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agiqa.bench.store import about_this_run
 from agiqa.bench.store_peers import peak_memory, plan_for
+from agiqa.bench.this_run import about_this_run
 from agiqa.store import (
     UnitWriter,
     basis_from,

@@ -17,8 +17,8 @@ import zarr
 from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]  # has no stub
 from numpy.typing import NDArray
 
-from agiqa.bench.store import about_this_run
 from agiqa.bench.tables import as_table, digits, read_results
+from agiqa.bench.this_run import about_this_run
 from agiqa.store import Store, open_store
 
 _CHUNKS = 64

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 
 from agiqa.errors import AgiqaError, ConfigError, UnknownName
-from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.presets import preset_values
 
 _SECTIONS = ("base", "grid", "runs")
@@ -66,12 +65,7 @@ def read_grid(file: Path) -> list[PlannedRun]:
 
 def _sections(file: Path) -> Settings:
     """The sections of the file, each of the kind that it must be."""
-    try:
-        loaded: object = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        message = f"{file} cannot be read as YAML: {error}"
-        raise ConfigError(message) from error
-    content = _mapping("the file", loaded)
+    content = _mapping("the file", read_yaml(file))
     for name in content:
         if name not in _SECTIONS:
             kind = "section"

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agiqa.bench.store import about_this_run
 from agiqa.bench.tables import as_table, digits, read_results, verdict
+from agiqa.bench.this_run import about_this_run
 from agiqa.heads.batches import collate
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels

@@ -6,15 +6,12 @@ store does is measured. Results are lines of JSON, from which the tables are mad
 
 import hashlib
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +24,7 @@ from numpy.typing import NDArray
 from agiqa.bench import store_peers
 from agiqa.bench.store_peers import LARGE_WIDTH, PEERS, TYPICAL_LENGTH, Source, save_source
 from agiqa.bench.tables import as_table, digits, read_results, verdict
+from agiqa.bench.this_run import about_this_run
 from agiqa.errors import AgiqaError, ConfigError, DamagedStore, UnknownName
 from agiqa.heads.batches import BatchLoader
 from agiqa.heads.features import FeatureSet
@@ -39,7 +37,6 @@ RANDOM_ITEMS = 200
 BATCH = 32
 EXTRAS = ("plan", "fill", "epoch")
 _MB = 1e6
-_DISTRIBUTIONS = ("zarr", "numcodecs", "numpy", "torch", "h5py", "hdf5plugin", "safetensors")
 
 Line = dict[str, Any]
 
@@ -81,15 +78,6 @@ def run_child(job: str, **request: Any) -> dict[str, Any]:
     done = subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
-
-
-def about_this_run() -> dict[str, Any]:
-    """Commit, versions and machine, as every result line has them."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {found.name: found.version for found in metadata.distributions() if found.name in _DISTRIBUTIONS}
-    machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.platform()}
-    return {"commit": commit or None, "versions": {"python": platform.python_version(), **versions}, **machine}
 
 
 def source_from_store(folder: Path, store: Store, *, rows: int | None) -> Source:

@@ -170,6 +170,15 @@ def load_settings(
         raise
 
 
+def read_yaml(file: Path) -> object:
+    """What the YAML of `file` says; None for an empty one. Raises ConfigError, naming the file, for no YAML."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        message = f"{file} cannot be read as YAML: {error}"
+        raise ConfigError(message) from error
+
+
 def _section_of(name: str) -> str:
     """`head` or `train`, whichever has the setting. Raises ConfigError when neither has."""
     for section, settings in (("head", HeadConfig), ("train", TrainConfig)):
@@ -181,12 +190,7 @@ def _section_of(name: str) -> str:
 
 def _read_sections(file: Path) -> dict[str, dict[str, Any]]:
     """The sections `head` and `train` of a YAML file, each empty when absent."""
-    try:
-        loaded: object = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        message = f"{file} cannot be read as YAML: {error}"
-        raise ConfigError(message) from error
-    content = _mapping(f"{file}", loaded)
+    content = _mapping(f"{file}", read_yaml(file))
     for name in content:
         if name not in ("head", "train"):
             raise ConfigError(f"{file}: " + str(UnknownName.of("section", name, ("head", "train"))))

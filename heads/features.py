@@ -133,9 +133,11 @@ class FeatureSet:
         label: str | None,
         kept: int | None = None,
         device: torch.device = _CPU,
+        memory: UInt8[Tensor, " byte"] | None = None,
     ) -> "FeatureSet":
         """Read and check `items`, and keep the rows of the first `kept` of them (None: of all) on `device`.
 
+        `memory` is what the rows are kept in, as many bytes as they take; None is new memory.
         `label` is one name, or several as in `quality+correspondence`. The rows of items that all are kept
         lie in their order, item k from `offsets[k]` on. Raises DataError for missing labels, items without tokens,
         NaN and inf.
@@ -143,7 +145,9 @@ class FeatureSet:
         chosen = np.asarray(items, dtype=np.int64)
         targets, offsets = describe_items(source, chosen, label=label)
         count = len(chosen) if kept is None else kept
-        rows = torch.empty((int(offsets[count]), source.width), dtype=row_dtype(source), device=device)
+        if memory is None:
+            memory = torch.empty(int(offsets[count]) * row_bytes(source), dtype=torch.uint8, device=device)
+        rows = as_rows(memory, source)
         roles = torch.empty(int(offsets[-1]), dtype=torch.uint8, device=device)
         for position, item in read_checked(source, chosen):
             where = slice(int(offsets[position]), int(offsets[position + 1]))
@@ -245,9 +249,19 @@ def row_dtype(source: FeatureSource) -> torch.dtype:
     return _DTYPES[source.logical_dtype]
 
 
+def as_rows(memory: UInt8[Tensor, " byte"], source: FeatureSource) -> Float[Tensor, "token channel"]:
+    """The bytes as rows of `source`."""
+    return memory.view(row_dtype(source)).view(-1, source.width)
+
+
 def row_bytes(source: FeatureSource) -> int:
     """Bytes of one decoded row."""
     return source.width * row_dtype(source).itemsize
+
+
+def item_bytes(source: FeatureSource, items: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bytes of the decoded rows of each of these items."""
+    return np.asarray(source.n_tokens, dtype=np.int64)[items] * row_bytes(source)
 
 
 def describe_items(
@@ -281,7 +295,7 @@ def read_checked(source: FeatureSource, items: NDArray[np.int64]) -> Iterator[tu
     if not len(items):
         return
     order = np.argsort(items, kind="stable")
-    sizes = np.asarray(source.n_tokens, dtype=np.int64)[items[order]] * row_bytes(source)
+    sizes = item_bytes(source, items[order])
     pieces = np.flatnonzero(np.diff((np.cumsum(sizes) - sizes) // _BYTES_PER_READ)) + 1
     bad: list[int] = []
     for positions in np.split(order, pieces):

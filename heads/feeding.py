@@ -16,7 +16,7 @@ from agiqa.errors import ConfigError
 from agiqa.heads.batches import BATCHES_AHEAD
 from agiqa.heads.config import TrainConfig
 from agiqa.heads.decoded import mapped_features
-from agiqa.heads.features import FeatureSet, FeatureSource, row_bytes
+from agiqa.heads.features import FeatureSet, FeatureSource, item_bytes, row_bytes
 from agiqa.heads.memory import available_memory
 from agiqa.progress import say
 
@@ -100,7 +100,7 @@ class _Feeder:
         self._items = items
         self._config = config
         self._device = device
-        self._sizes = np.asarray(source.n_tokens, np.int64)[items] * row_bytes(source)
+        self._sizes = item_bytes(source, items)
         self._total = int(self._sizes.sum())
 
     def automatic(self) -> Feeding:

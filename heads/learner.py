@@ -222,9 +222,8 @@ class Learner(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the predictions of one batch."""
         del batch_idx
-        with torch.compiler.set_stance(
-            "force_eager"
-        ):  # to compile what trains once more, without gradients, never pays
+        # to compile what trains once more, without gradients, never pays
+        with torch.compiler.set_stance("force_eager"):
             predicted = self._kept(*batch.inputs).double().cpu().numpy()
         self._predicted[batch.positions.cpu().numpy()] = predicted
 

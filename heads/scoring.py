@@ -59,16 +59,30 @@ def evaluate(
     items = part_items(run, source, part)
     labels = read_labels(source, items, label=run.train.label)
     predicted = _predict(run, source, items, device=device, batch_size=batch_size)
-    prompts = [source.items.prompts[k] for k in items]
-    scores = [
-        evaluate_scores(guesses, truth, prompts, mappings=mappings.fitted, seed=run.train.seed)
-        | {"logistic": mappings.record()}
-        for guesses, truth, mappings in zip(
-            columns(predicted), columns(labels), _mappings(run, source, items), strict=True
-        )
-    ]
+    mappings = _mappings(run, source, items)
+    scores = scores_of_labels(source, items, labels, predicted, mappings=mappings, seed=run.train.seed)
+    told = [{**score, "logistic": fitted.record()} for score, fitted in zip(scores, mappings, strict=True)]
     warnings = [] if part in _TRAINING_PARTS else _leaks(run, source, items)
-    return {**by_label(run.train.labels, scores), "warnings": warnings}
+    return {**by_label(run.train.labels, told), "warnings": warnings}
+
+
+def scores_of_labels(
+    source: FeatureSource,
+    items: NDArray[np.int64],
+    labels: NDArray[np.float64],
+    predicted: NDArray[np.float64],
+    *,
+    mappings: Sequence[Mappings] | None,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """`evaluate_scores` of each label: of its column of `labels` and `predicted` (items, labels), and its mappings."""
+    prompts = [source.items.prompts[k] for k in items]
+    pairs = list(zip(columns(predicted), columns(labels), strict=True))
+    applied = [None] * len(pairs) if mappings is None else [each.fitted for each in mappings]
+    return [
+        evaluate_scores(guesses, truth, prompts, mappings=fitted, seed=seed)
+        for (guesses, truth), fitted in zip(pairs, applied, strict=True)
+    ]
 
 
 def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:

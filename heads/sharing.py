@@ -16,7 +16,7 @@ from torch import Tensor
 from agiqa.errors import ConfigError, DataError, StoreError
 from agiqa.heads.config import TrainConfig
 from agiqa.heads.decoded import mapped_features
-from agiqa.heads.features import FeatureSet, FeatureSource, describe_items, read_checked, row_bytes, row_dtype
+from agiqa.heads.features import FeatureSet, FeatureSource, as_rows, describe_items, item_bytes
 from agiqa.heads.feeding import Feeding, allowed_memory
 from agiqa.heads.pooling import check_roles
 from agiqa.heads.shared_memory import SharedMemory
@@ -91,7 +91,7 @@ def share_features(
     item that cannot be read) the reason is said, and each of the `workers` gets its part of the memory.
     """
     learned = _union([items for one in partitions for items in (one.train, one.validation)])
-    everything = _union([learned, *(one.test for one in partitions)])
+    everything = all_items(partitions)
     try:
         for keep in _WAYS.get(config.keep, ()):
             for items in (everything, learned):
@@ -127,7 +127,7 @@ def _kept(
         keep = "ram"
     where = device if keep == "device" else _CPU
     budget = allowed_memory(config, where)
-    if int(np.asarray(source.n_tokens, np.int64)[items].sum()) * row_bytes(source) > budget:
+    if item_bytes(source, items).sum() > budget:
         return None
     if keep == "ram" and workers > 1:
         features, mapping = _in_shared_memory(source, items)
@@ -137,40 +137,9 @@ def _kept(
 
 
 def _in_shared_memory(source: FeatureSource, items: NDArray[np.int64]) -> tuple[FeatureSet, SharedMemory]:
-    """As `FeatureSet.from_store` without a label, the rows in memory that other processes can map."""
-    _, offsets = describe_items(source, items, label=None)
-    mapping = SharedMemory(int(offsets[-1]) * row_bytes(source))
-    rows = _as_rows(mapping, source)
-    roles = torch.empty(int(offsets[-1]), dtype=torch.uint8)
-    for position, item in read_checked(source, items):
-        where = slice(int(offsets[position]), int(offsets[position + 1]))
-        rows[where], roles[where] = item.rows, item.roles
-    return _feature_set(source, items, rows=rows, starts=offsets[:-1], roles=roles, offsets=offsets), mapping
-
-
-def _as_rows(mapping: SharedMemory, source: FeatureSource) -> Tensor:
-    """The memory as (tokens, channels) in the dtype of `source`."""
-    return mapping.tensor().view(row_dtype(source)).view(-1, source.width)
-
-
-def _feature_set(
-    source: FeatureSource,
-    items: NDArray[np.int64],
-    *,
-    rows: Tensor,
-    starts: NDArray[np.int64],
-    roles: Tensor,
-    offsets: NDArray[np.int64],
-) -> FeatureSet:
-    return FeatureSet(
-        rows=rows,
-        starts=starts,
-        roles=roles,
-        offsets=torch.from_numpy(offsets),
-        targets=None,
-        items=items,
-        source=source,
-    )
+    """The features without a label, the rows in memory that other processes can map."""
+    mapping = SharedMemory(int(item_bytes(source, items).sum()))
+    return FeatureSet.from_store(source, items, label=None, memory=mapping.tensor()), mapping
 
 
 def _only(features: FeatureSet, positions: NDArray[np.int64]) -> FeatureSet:
@@ -178,14 +147,18 @@ def _only(features: FeatureSet, positions: NDArray[np.int64]) -> FeatureSet:
     bounds, lengths = features.offsets.numpy(), features.lengths[positions]
     roles = features.roles.cpu()
     pieces = [roles[bounds[k] : bounds[k + 1]] for k in positions.tolist()]
-    return _feature_set(
-        features.source,
-        features.items[positions],
-        rows=features.rows,
+    return replace(
+        features,
         starts=features.starts[positions],
         roles=torch.cat(pieces),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])),
+        items=features.items[positions],
     )
+
+
+def all_items(partitions: Sequence[Partition]) -> NDArray[np.int64]:
+    """The items of any part of any of these, ascending, each once."""
+    return _union([items for one in partitions for items in one.parts().values()])
 
 
 def _union(groups: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -233,10 +206,17 @@ class PackedFeatures:
             return replace(self.about, features=features)
         mapping, rows, roles = self.about.mapping, self.rows, self.roles
         if mapping is not None:
-            rows = _as_rows(mapping, source)
+            rows = as_rows(mapping.tensor(), source)
         if rows is None or roles is None:
             message = "The features in RAM were not made for other processes."
             raise ConfigError(message)
-        found = torch.from_numpy(roles) if isinstance(roles, np.ndarray) else roles
-        features = _feature_set(source, self.items, rows=rows, starts=self.starts, roles=found, offsets=self.offsets)
+        features = FeatureSet(
+            rows=rows,
+            starts=self.starts,
+            roles=torch.from_numpy(roles) if isinstance(roles, np.ndarray) else roles,
+            offsets=torch.from_numpy(self.offsets),
+            targets=None,
+            items=self.items,
+            source=source,
+        )
         return replace(self.about, features=features)

@@ -5,18 +5,17 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from agiqa.errors import AgiqaError, ConfigError
 from agiqa.heads.config import TrainConfig
-from agiqa.heads.features import FeatureSource, row_bytes
+from agiqa.heads.features import FeatureSource, item_bytes
 from agiqa.heads.feeding import allowed_memory
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head_jobs import Attempt, HeadJob, JobOutcome, attempt, is_there, with_notes
 from agiqa.heads.job_workers import run_jobs
 from agiqa.heads.memory import available_memory
-from agiqa.heads.sharing import SharedFeatures, share_features
+from agiqa.heads.sharing import SharedFeatures, all_items, share_features
 from agiqa.heads.splits import Partition, make_partition
 
 _ALIKE = ("device", "keep", "memory")
@@ -108,17 +107,11 @@ def _train_heads(
     if not todo:
         return
     parts, config = [partitions.of(job.train) for job in todo], todo[0].train
-    count = min(workers or default_workers(todo, features=_features_bytes(source, parts)), len(todo))
+    count = min(workers or default_workers(todo, features=int(item_bytes(source, all_items(parts)).sum())), len(todo))
     shared = share_features(source, parts, config, device=resolve_device(config.device), workers=count)
     for job, ended in _attempts(source, todo, shared, count, tell):
         failed = ended.error is not None
         yield JobOutcome(job=job, status="failed" if failed else "trained", error=ended.error)
-
-
-def _features_bytes(source: FeatureSource, partitions: Sequence[Partition]) -> int:
-    """Bytes of the decoded rows that any of these trainings reads."""
-    items = np.unique(np.concatenate([items for one in partitions for items in one.parts().values()]))
-    return int(np.asarray(source.n_tokens, np.int64)[items].sum()) * row_bytes(source)
 
 
 def _attempts(

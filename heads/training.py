@@ -23,14 +23,13 @@ from agiqa.heads.head import check_parts
 from agiqa.heads.labels import by_label, column_names, columns
 from agiqa.heads.logistic import Mappings, fit_mappings
 from agiqa.heads.losses import check_loss
-from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.outcome import Outcome
 from agiqa.heads.pooling import check_item_roles, check_roles
 from agiqa.heads.progress import LineProgress, TrainingProgress
 from agiqa.heads.projection import FeatureSpec, check_encoding
 from agiqa.heads.resuming import TrainingState, data_of, training_key, training_state
 from agiqa.heads.runs import EVENTS, Run, load_run, refuse_taken, write_run
-from agiqa.heads.scoring import predict_items
+from agiqa.heads.scoring import predict_items, scores_of_labels
 from agiqa.heads.sharing import SharedFeatures
 from agiqa.heads.splits import Partition, identities, make_partition
 from agiqa.progress import say
@@ -215,12 +214,7 @@ def _metrics(
     """The metrics of one part, `by_label`, with the mappings of each label; None when it has no items."""
     if not len(items):
         return None
-    prompts = [source.items.prompts[k] for k in items]
-    applied = [None] * len(config.labels) if mappings is None else [each.fitted for each in mappings]
-    scores = [
-        evaluate_scores(guesses, truth, prompts, mappings=fitted, seed=config.seed)
-        for guesses, truth, fitted in zip(columns(predicted), columns(labels), applied, strict=True)
-    ]
+    scores = scores_of_labels(source, items, labels, predicted, mappings=mappings, seed=config.seed)
     told: dict[str, Any] = by_label(config.labels, scores)
     return told
 

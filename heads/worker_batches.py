@@ -63,17 +63,11 @@ class FeatureBatches(Dataset[Batch]):
     def __getstate__(self) -> dict[str, Any]:
         """For a spawned worker: how to open the store, not the open store."""
         state = self.__dict__.copy()
-        source = state.pop("_source")
-        return {**state, "_identity": items_identity(source, self._items), "_open": _opener(source)}
+        return {**state, "_source": SourceAddress.of(self._source, self._items)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the store again. Raises HeadError when other items have its place by now."""
-        identity, reopen = state.pop("_identity"), state.pop("_open")
-        self.__dict__.update(state)
-        self._source = reopen()
-        if len(self._source.n_tokens) <= self._items.max() or items_identity(self._source, self._items) != identity:
-            message = f"The store {self._source.id} that a worker opened has other items: it was replaced meanwhile."
-            raise HeadError(message)
+        self.__dict__.update(state | {"_source": state["_source"].open()})
 
 
 def _opener(source: FeatureSource) -> Callable[[], FeatureSource]:
@@ -98,23 +92,22 @@ def _as_it_is(source: FeatureSource) -> FeatureSource:
 class SourceAddress:
     """How another process opens a source again: its location, not what is open; it can be pickled."""
 
+    items: NDArray[np.int64]
+    """Those that it is opened for."""
     identity: str
-    """Of its items."""
+    """Of these items."""
     reopen: Callable[[], FeatureSource]
 
     @classmethod
-    def of(cls, source: FeatureSource) -> "SourceAddress":
-        """The address of `source`; one that is no store travels as it is."""
-        return cls(identity=_identity(source), reopen=_opener(source))
+    def of(cls, source: FeatureSource, items: NDArray[np.int64] | None = None) -> "SourceAddress":
+        """The address of `source`, for some items or all; one that is no store travels as it is."""
+        wanted = np.arange(len(source.n_tokens)) if items is None else items
+        return cls(items=wanted, identity=items_identity(source, wanted), reopen=_opener(source))
 
     def open(self) -> FeatureSource:
         """The source. Raises HeadError when other items have its place by now, and what opening a store raises."""
         source = self.reopen()
-        if _identity(source) != self.identity:
+        if len(source.n_tokens) <= self.items.max() or items_identity(source, self.items) != self.identity:
             message = f"The store {source.id} that a worker opened has other items: it was replaced meanwhile."
             raise HeadError(message)
         return source
-
-
-def _identity(source: FeatureSource) -> str:
-    return items_identity(source, np.arange(len(source.n_tokens)))

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import conv1d, silu
 
-from agiqa.heads.encoders.gpu_kernels import unavailable_because, uncompiled
+from agiqa.heads.encoders.gpu_kernels import product_dtype, unavailable_because, uncompiled
 
 
 def causal_conv_silu(
@@ -32,8 +32,6 @@ def causal_conv_silu(
 def _by_kernels(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from agiqa.heads.encoders.causal_conv_triton import KernelConv  # imports triton, which a CPU has not
 
-    mixed = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if mixed else tokens.dtype
     added = weight.new_zeros(len(weight)) if bias is None else bias
-    outputs: Tensor = KernelConv.apply(tokens.to(dtype), weight, added)
+    outputs: Tensor = KernelConv.apply(tokens.to(product_dtype(tokens)), weight, added)
     return outputs

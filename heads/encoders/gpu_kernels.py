@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import ParamSpec, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -22,6 +23,12 @@ def unavailable_because(device: torch.device, packages: tuple[str, ...]) -> str 
 def is_power_of_two(channels: int) -> bool:
     """The widths that Triton's blocks can have."""
     return channels > 0 and channels & (channels - 1) == 0
+
+
+def product_dtype(values: Tensor) -> torch.dtype:
+    """In which dtype a matrix product of `values` is computed: autocast's where that is on, else their own."""
+    kind = values.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
 
 
 def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 
-from agiqa.heads.encoders.gpu_kernels import is_power_of_two, unavailable_because, uncompiled
+from agiqa.heads.encoders.gpu_kernels import is_power_of_two, product_dtype, unavailable_because, uncompiled
 
 _CHUNK = 128
 _LEAST_DIM = 16
@@ -39,7 +39,7 @@ def mlstm(
     def padded(values: Tensor) -> Tensor:
         return torch.nn.functional.pad(values, (0, 0, 0, missing))
 
-    dtype = _kernel_dtype(queries)
+    dtype = product_dtype(queries)
     rows = [padded(values).to(dtype) for values in (queries, keys, values)]
     gates = [padded(gate).squeeze(-1).float() for gate in (igate_preact, fgate_preact)]
     with torch.autocast("cuda", enabled=False):  # it would round the gates, whose sums run over all tokens
@@ -60,8 +60,3 @@ def _kernel() -> Callable[..., Any]:
 
     kernel: Callable[..., Any] = triton_xl_chunk.mlstm_chunkwise__xl_chunk
     return kernel
-
-
-def _kernel_dtype(queries: Tensor) -> torch.dtype:
-    mixed = torch.is_autocast_enabled("cuda")
-    return torch.get_autocast_dtype("cuda") if mixed else queries.dtype

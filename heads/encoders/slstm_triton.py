@@ -48,6 +48,13 @@ def _product(weights, at, kept, states, PRECISION: tl.constexpr):
     return product
 
 
+@triton.jit
+@no_type_check
+def _four(values, distance):
+    """What stands at four places, each `distance` behind the one before: one for each of the gates i, f, z, o."""
+    return tl.load(values), tl.load(values + distance), tl.load(values + 2 * distance), tl.load(values + 3 * distance)
+
+
 @triton.jit(do_not_specialize=["time", "batch"])
 @no_type_check
 def _run_kernel(
@@ -63,15 +70,8 @@ def _run_kernel(
     square = channel[:, None] * DIM + channel[None, :]
     of_head = weights + head * 4 * DIM * DIM
     whole = DIM * DIM
-    entry_w = tl.load(of_head + square)
-    forget_w = tl.load(of_head + whole + square)
-    candidate_w = tl.load(of_head + 2 * whole + square)
-    output_w = tl.load(of_head + 3 * whole + square)
-    of_bias = bias + head * DIM + channel[:, None]
-    entry_b = tl.load(of_bias)
-    forget_b = tl.load(of_bias + row)
-    candidate_b = tl.load(of_bias + 2 * row)
-    output_b = tl.load(of_bias + 3 * row)
+    entry_w, forget_w, candidate_w, output_w = _four(of_head + square, whole)
+    entry_b, forget_b, candidate_b, output_b = _four(bias + head * DIM + channel[:, None], row)
     h = tl.zeros((DIM, ITEMS), tl.float32)
     r = tl.zeros((DIM, ITEMS), tl.float32)
     norm = tl.full((DIM, ITEMS), float("-inf"), tl.float32)
@@ -119,10 +119,7 @@ def _back_kernel(
     transposed = channel[None, :] * DIM + channel[:, None]
     of_head = weights + head * 4 * DIM * DIM
     whole = DIM * DIM
-    entry_w = tl.load(of_head + transposed)
-    forget_w = tl.load(of_head + whole + transposed)
-    candidate_w = tl.load(of_head + 2 * whole + transposed)
-    output_w = tl.load(of_head + 3 * whole + transposed)
+    entry_w, forget_w, candidate_w, output_w = _four(of_head + transposed, whole)
     of_hidden = tl.zeros((DIM, ITEMS), tl.float32)
     of_norm = tl.zeros((DIM, ITEMS), tl.float32)
     of_memory = tl.zeros((DIM, ITEMS), tl.float32)

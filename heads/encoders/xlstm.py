@@ -24,7 +24,8 @@ from agiqa.heads.encoders.slstm import loops_because
 from agiqa.heads.encoders.xlstm_parts import install_parts
 
 _SLSTM_INDEX = 1
-_FIRST_CONTEXT = 512
+_CONTEXT = 512
+"""As published. It sizes masks of the package that are not used here, and bounds no item."""
 _MLSTM_FACTOR = 2
 """How much wider an mLSTM works than its block, as the package has it."""
 
@@ -97,7 +98,7 @@ def stack_config(config: HeadConfig) -> xLSTMBlockStackConfig:
             ),
             feedforward=FeedForwardConfig(proj_factor=1.3, act_fn="gelu", dropout=config.dropout),
         ),
-        context_length=_FIRST_CONTEXT,
+        context_length=_CONTEXT,
         num_blocks=config.blocks,
         embedding_dim=config.width,
         slstm_at=[_SLSTM_INDEX] if config.blocks > _SLSTM_INDEX else [],
