@@ -5,6 +5,7 @@ two, since the first one compiles. `--uncached` times what they replace in the s
 language model of an 8B model, with random weights, in front of the same head at every step.
 """
 
+import gc
 import json
 import math
 import time
@@ -146,6 +147,7 @@ def timed_head(
     train = train.model_copy(update={"batch_size": batch_size, "epochs": 2})
     device, positions = resolve_device(train.device), np.arange(len(features))
     if device.type == "cuda":
+        gc.collect()  # graphs of the head before are held by cycles
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     held, started = _allocated(device), time.perf_counter()

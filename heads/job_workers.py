@@ -4,6 +4,7 @@ A worker is spawned, opens the source by its location, and sees the shared featu
 process, however that ends, so no head is trained by nobody's order.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -32,7 +33,8 @@ class _Setup:
     """What every worker is started with."""
 
     source: SourceAddress
-    features: PackedFeatures
+    features: list[PackedFeatures]
+    """One, which the worker takes out: a process keeps its arguments for longer than CUDA lets it keep tensors."""
     threads: int
 
 
@@ -106,7 +108,8 @@ def run_jobs(
     Closing the generator ends the workers; what they have saved is kept. Raises HeadError when no worker can start;
     where some can, they go on without the others.
     """
-    setup = _Setup(source=SourceAddress.of(source), features=PackedFeatures.of(shared), threads=torch.get_num_threads())
+    features = [PackedFeatures.of(shared)]
+    setup = _Setup(source=SourceAddress.of(source), features=features, threads=torch.get_num_threads())
     waiting, staff, hurry = deque(jobs), list[_Worker](), True
     try:
         while waiting or any(worker.job is not None for worker in staff):
@@ -178,12 +181,13 @@ def _work(pipe: "Connection[Any, Any]", setup: _Setup) -> None:
     torch.set_num_threads(setup.threads)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # nobody wants another job
         _train_on_order(pipe, setup)
+    gc.collect()  # trainings leave cycles that hold features
 
 
 def _train_on_order(pipe: "Connection[Any, Any]", setup: _Setup) -> None:
     try:
         source = setup.source.open()
-        shared = setup.features.open(source)
+        shared = setup.features.pop().open(source)
     except (AgiqaError, OSError) as error:
         pipe.send(_Ready(error=with_notes(error)))
         return

@@ -4,6 +4,7 @@ import errno
 import glob
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,8 @@ from agiqa.store.upkeep import upkeep_lock
 
 PLAN_LOCK = "plan"
 """Held while a plan is written."""
+_REMOVAL_PAUSES = (0.05, 0.2, 1.0, 2.0)
+"""Seconds between attempts to remove a plan that failed."""
 _SHAPE = ("encoding", "logical_dtype", "width", "kept_logits")
 """What decides the shape of the features."""
 
@@ -151,15 +154,24 @@ def _write_beside(path: Path, plan: StorePlan) -> bool:
             temporary.chmod(0o755)
             temporary.replace(path)
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_for_good(temporary)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         return False
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_for_good(temporary)
         raise
     sync_file(path.parent)
     return True
+
+
+def _remove_for_good(folder: Path) -> None:
+    """Remove `folder` although zarr may still write into it: where one of its writes fails, others run to their end."""
+    for pause in _REMOVAL_PAUSES:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(pause)
 
 
 def _plan_prefix(path: Path) -> str:

@@ -80,10 +80,21 @@ class GraphedEncoder:
         examples = tokens.detach().clone().requires_grad_(), mask.clone()
         dtype, mixed = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         random = torch.cuda.get_rng_state(tokens.device)
+        _expect_streams_to_differ()
         with torch.autocast("cuda", dtype=dtype, enabled=mixed, cache_enabled=False):
             graphed = torch.cuda.make_graphed_callables(_Pass(self._encoder), examples, pool=self._pool)
         torch.cuda.set_rng_state(random, tokens.device)
         return cast("nn.Module", graphed)
+
+
+def _expect_streams_to_differ() -> None:
+    """Parameters remember the stream of the capture, for which newer torch warns in the backward passes after it.
+
+    The gradients are right: autograd waits for the one stream on the other.
+    """
+    warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if warn is not None:
+        warn(enabled=False)
 
 
 class _Pass(nn.Module):

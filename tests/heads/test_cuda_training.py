@@ -1,6 +1,8 @@
 """Whole trainings on a CUDA device: where features are kept, precision, graphs and resumption."""
 
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -43,14 +45,19 @@ def test_where_features_are_kept_changes_no_number(make_store, tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+def rmse_of_a_training(store, path, train):
+    head = HeadConfig(projection="hidden", encoder="transformer", **{**SMALL, "dropout": 0.0})
+    run = train_head(store, path, head=head, train=train)
+    evaluate(run, store)
+    return json.loads((path / "metrics.json").read_text())["test"]["rmse"], run.config["kernels"]
+
+
 def test_a_compiled_head_learns_and_predicts_as_another(make_store, tmp_path):
     store = make_store(60, width=16, encoding="hidden")
-    head = HeadConfig(projection="hidden", encoder="transformer", **{**SMALL, "dropout": 0.0})
-    runs = {
-        name: train_head(store, tmp_path / name, head=head, train=FAST.model_copy(update=changes))
-        for name, changes in {"plain": {"cuda_graphs": False}, "compiled": {"compile": True}}.items()
-    }
-    assert "torch.compile" in runs["compiled"].config["kernels"]
-    losses = [json.loads((run.path / "metrics.json").read_text())["test"]["rmse"] for run in runs.values()]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
-    evaluate(runs["compiled"], store)
+    plain, _ = rmse_of_a_training(store, tmp_path / "plain", FAST.model_copy(update={"cuda_graphs": False}))
+    # torch.compile cannot look through the shape checks that tests put on heads, so it runs where they are not.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        compiled = FAST.model_copy(update={"compile": True})
+        found, kernels = pool.submit(rmse_of_a_training, store, tmp_path / "compiled", compiled).result()
+    assert "torch.compile" in kernels
+    assert found == pytest.approx(plain, rel=0.05)
