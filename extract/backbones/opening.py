@@ -7,6 +7,8 @@ from agiqa.errors import ModelError, UnknownName
 from agiqa.extract.backbones.contract import Backbone
 from agiqa.extract.backbones.huggingface import HuggingFaceBackbone
 from agiqa.extract.backbones.loading import load_config
+from agiqa.extract.backbones.minicpm.backbone import MiniCPMBackbone
+from agiqa.extract.backbones.minicpm.config import MODEL_TYPE
 from agiqa.extract.backbones.text import TextBackbone
 from agiqa.extract.backbones.vision import VisionBackbone
 from agiqa.extract.checkpoints import Checkpoint, resolve_checkpoint
@@ -30,6 +32,8 @@ def open_backbone(model: str, *, kind: str = "auto", dtype: str = "auto", device
         unknown = UnknownName.of("backbone", kind, ["auto", *BACKBONES.names()])
         raise unknown
     checkpoint = resolve_checkpoint(model)
+    if checkpoint.raw_config.get("model_type") == MODEL_TYPE and kind in ("auto", MiniCPMBackbone.kind):
+        return MiniCPMBackbone(checkpoint, dtype=dtype, device=device)
     config = load_config(checkpoint)
     chosen = _fitting(checkpoint, config) if kind == "auto" else kind
     make: Any = BACKBONES.get(chosen)

@@ -1,0 +1,147 @@
+"""The backbone `minicpm`: MiniCPM-Llama3-V-2.5 in its published layout."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from agiqa.errors import DataError
+from agiqa.extract.backbones.contract import Prepared
+from agiqa.extract.backbones.huggingface import DTYPES, HuggingFaceBackbone
+from agiqa.extract.backbones.linearity import check_linear
+from agiqa.extract.backbones.loading import failures_of, require_fast
+from agiqa.extract.backbones.minicpm.config import MODEL_TYPE, read_config
+from agiqa.extract.backbones.minicpm.model import MiniCPMV
+from agiqa.extract.backbones.minicpm.slicing import cut, patches_of, slicing_of
+from agiqa.extract.backbones.minicpm.weights import load_weights
+from agiqa.extract.backbones.rendering import Renderer
+from agiqa.extract.checkpoints import Checkpoint
+from agiqa.extract.images import open_image
+from agiqa.extract.items import Message
+from agiqa.store import TOKEN_ROLES
+
+_ANSWER = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+"""The end of the published chat template, which asks for an answer whether one is wanted or not."""
+
+
+class MiniCPMBackbone(HuggingFaceBackbone):
+    """An image as an overview and up to nine slices of 96 tokens each, before the first question."""
+
+    kind = "minicpm"
+    reads_images = True
+    classes: Any = {transformers.LlamaConfig: MiniCPMV}  # noqa: RUF012 - one entry of a transformers mapping
+    packages = (*HuggingFaceBackbone.packages, "pillow")
+
+    def __init__(self, checkpoint: Checkpoint, *, dtype: str, device: str) -> None:
+        """`dtype` is auto or one of DTYPES, `device` auto or a torch device. Raises ModelError as `read_config`."""
+        self.settings = read_config(checkpoint)
+        language = transformers.LlamaConfig(**self.settings.language, dtype=self.settings.dtype)
+        super().__init__(checkpoint, language, dtype=dtype, device=device)
+
+    def prepare(self, conversation: Sequence[Message], image: Path | None) -> Prepared:
+        """See `Backbone.prepare`; without an image the model reads the text alone."""
+        for message in conversation:
+            for mark in self.settings.marks.values():
+                if mark in message.content:
+                    reason = f"a message contains {mark!r}, which stands for the image; take it out of the text."
+                    raise DataError(reason)
+        rendered = self.renderer.render(conversation, image=image is not None)
+        ids, roles = self.renderer.tokenize(rendered)
+        if image is None:
+            return Prepared(token_ids=ids, roles=roles)
+        settings, picture = self.settings, open_image(image)
+        slicing = slicing_of(picture.size, most=settings.slices, resolution=settings.resolution, patch=settings.patch)
+        pieces, sizes = zip(*(patches_of(piece, settings.patch) for piece in cut(picture, slicing)), strict=True)
+        stand_in = self._stand_in(slicing.grid)
+        place = int(np.flatnonzero(ids == self._ids["im_start"])[0])
+        seen = np.where(stand_in == self._ids["unk"], TOKEN_ROLES["image"], TOKEN_ROLES["special"]).astype(np.uint8)
+        counts = np.array(sizes).prod(axis=1)
+        return Prepared(
+            token_ids=np.concatenate([ids[:place], stand_in, ids[place + 1 :]]),
+            roles=np.concatenate([roles[:place], seen, roles[place + 1 :]]),
+            inputs={
+                "patches": torch.from_numpy(np.concatenate(pieces)),
+                "sizes": torch.tensor(sizes),
+                "attended": torch.full((len(sizes),), int(counts.max())),
+            },
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """See `Backbone.provenance`."""
+        slicing = {"slices": self.settings.slices, "resolution": self.settings.resolution}
+        return {**super().provenance(), "model_type": MODEL_TYPE, "image": slicing}
+
+    def load(self) -> None:
+        """See `Backbone.load`."""
+        if self._model is not None:
+            return
+        dtype = DTYPES[self.logical_dtype]
+        model = load_weights(self.checkpoint, lambda: MiniCPMV(self.settings), dtype=dtype, device=self.device)
+        check_linear(self.checkpoint.name, model.llm, self._probe())
+        self._model = model
+
+    def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
+        """See `Backbone.hidden_states`. Padding is on the right, where no token of a causal model sees it."""
+        model: MiniCPMV = self._loaded()
+        with torch.inference_mode():
+            states = model.llm.model(inputs_embeds=self._embedded(batch), use_cache=False).last_hidden_state
+        return [states[row, : len(item.token_ids)] for row, item in enumerate(batch)]
+
+    def logits(self, item: Prepared) -> torch.Tensor:
+        """See `Backbone.logits`."""
+        model: MiniCPMV = self._loaded()
+        with torch.inference_mode():
+            logits: torch.Tensor = model.llm(inputs_embeds=self._embedded([item]), use_cache=False).logits[0]
+        return logits
+
+    def lm_head(self) -> torch.Tensor:
+        """See `Backbone.lm_head`."""
+        weight: torch.Tensor = self._loaded().llm.get_output_embeddings().weight.detach()
+        return weight
+
+    def _embedded(self, batch: Sequence[Prepared]) -> torch.Tensor:
+        """(batch, longest, D); slices of all items pass the vision tower together."""
+        model: MiniCPMV = self._loaded()
+        longest = max(len(item.token_ids) for item in batch)
+        ids, seen = np.zeros((len(batch), longest), np.int64), np.zeros((len(batch), longest), bool)
+        for row, item in enumerate(batch):
+            ids[row, : len(item.token_ids)] = item.token_ids
+            seen[row, : len(item.token_ids)] = item.roles == TOKEN_ROLES["image"]
+        images = None
+        seeing = [item.inputs for item in batch if item.inputs]
+        if seeing:
+            patches = torch.cat([inputs["patches"] for inputs in seeing]).to(self.device)
+            sizes, attended = (torch.cat([inputs[name] for inputs in seeing]).numpy() for name in ("sizes", "attended"))
+            images = model.image_tokens(patches, sizes, attended)
+        return model.embed(torch.from_numpy(ids).to(self.device), torch.from_numpy(seen).to(self.device), images)
+
+    def _stand_in(self, grid: tuple[int, int] | None) -> NDArray[np.int32]:
+        """The tokens in place of an image: the overview, and a line for each row of slices."""
+        ids = self._ids
+        one = [ids["im_start"], *[ids["unk"]] * self.settings.queries, ids["im_end"]]
+        tokens = list(one)
+        if grid is not None:
+            columns, rows = grid
+            tokens.append(ids["slice_start"])
+            for row in range(rows):
+                tokens += [ids["line"]] * (row > 0) + one * columns
+            tokens.append(ids["slice_end"])
+        return np.array(tokens, np.int32)
+
+    def _make_renderer(self) -> Renderer:
+        marks = self.settings.marks
+        with failures_of(self.checkpoint, "load the tokenizer"):
+            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**self.checkpoint.source)
+        require_fast(self.checkpoint, tokenizer)
+        self._ids: dict[str, int] = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
+        self._ids["line"] = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+        template = tokenizer.chat_template
+        if template is not None and template.endswith(_ANSWER):
+            kept = template.removesuffix(_ANSWER)
+            template = f"{kept}{{% if add_generation_prompt %}}{_ANSWER}{{% endif %}}"
+        name = self.checkpoint.name
+        return Renderer(name=name, tokenizer=tokenizer, template=template, image_token=marks["im_start"])

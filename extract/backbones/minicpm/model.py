@@ -1,0 +1,116 @@
+"""The model: a vision tower over patches, the resampler, and a Llama that reads both."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
+
+from agiqa.extract.backbones.minicpm.config import MiniCPMConfig
+from agiqa.extract.backbones.minicpm.resampler import Resampler
+
+_PATCHES_AT_ONCE = 1 << 16
+"""Bounds the memory of one pass of the vision tower: about 64 slices."""
+
+
+class MiniCPMV(nn.Module):
+    """`llm`, `vpm` and `resampler`, with the parameter names of the published checkpoint."""
+
+    _supports_sdpa = True
+
+    def __init__(self, config: MiniCPMConfig) -> None:
+        """Random weights; on the meta device none."""
+        super().__init__()
+        attention: dict[str, Any] = {"attn_implementation": "sdpa"}
+        language: Any = transformers.LlamaConfig(**config.language, **attention)
+        vision: Any = Idefics2VisionConfig(**config.vision, **attention)
+        self.llm = transformers.LlamaForCausalLM(language)
+        self.vpm: Any = Idefics2VisionTransformer(vision)
+        self.resampler = Resampler(queries=config.queries, width=language.hidden_size, vision_width=vision.hidden_size)
+        self._mean, self._std = config.mean, config.std
+        self._per_side: int = vision.image_size // vision.patch_size
+
+    def image_tokens(self, patches: Tensor, sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Tensor:
+        """What the language model reads of slices, (slices, queries, hidden size).
+
+        `patches` (all patches of all slices, 3 * patch * patch) are uint8, `sizes` (slices, [rows, columns]) their
+        numbers. A slice attends to its own patches and as many blank ones as make up `attended` (slices,): published
+        code pads the slices of one image to the longest and does not hide the padding.
+        """
+        starts = np.concatenate([[0], np.cumsum(sizes.prod(axis=1))])
+        width = self.resampler.proj.shape[0]
+        found = torch.empty(len(sizes), len(self.resampler.query), width, dtype=self._dtype, device=patches.device)
+        for chosen in _in_chunks(attended):
+            pieces = [patches[starts[place] : starts[place + 1]] for place in chosen]
+            places = torch.from_numpy(chosen).to(patches.device)
+            found[places] = self._chunk_tokens(pieces, sizes[chosen], attended[chosen])
+        return found
+
+    def _chunk_tokens(self, pieces: list[Tensor], sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Tensor:
+        padded = nn.utils.rnn.pad_sequence([self._normalised(piece) for piece in pieces], batch_first=True)
+        longest = int(attended.max())
+        padded = nn.functional.pad(padded, (0, 0, 0, longest - padded.shape[1]))
+        kernel = self.vpm.embeddings.patch_embedding
+        positions = np.zeros((len(sizes), longest), np.int64)
+        for row, count in enumerate(attended.tolist()):
+            positions[row, :count] = line_positions(count, self._per_side)
+        embedded = linear(padded, kernel.weight.flatten(1), kernel.bias)
+        embedded = embedded + self.vpm.embeddings.position_embedding(torch.from_numpy(positions).to(padded.device))
+        states = self.vpm.encoder(inputs_embeds=embedded, attention_mask=_mask(attended, longest, padded))
+        tokens: Tensor = self.resampler(self.vpm.post_layernorm(states.last_hidden_state), sizes)
+        return tokens
+
+    def embed(self, token_ids: Tensor, seen: Tensor, images: Tensor | None) -> Tensor:
+        """Embeddings (batch, tokens, D) of `token_ids`, with `images` where `seen` (batch, tokens) is set, in order."""
+        embedded: Tensor = self.llm.get_input_embeddings()(token_ids)
+        if images is not None:
+            embedded[seen] = images.flatten(0, 1).to(embedded.dtype)
+        return embedded
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.resampler.proj.dtype
+
+    def _normalised(self, patches: Tensor) -> Tensor:
+        """uint8 (n, 3 * patch * patch) as the tower expects it, computed in float32."""
+        mean, std = (torch.tensor(value, device=patches.device)[:, None] for value in (self._mean, self._std))
+        values = patches.view(len(patches), 3, -1).float() / 255
+        return ((values - mean) / std).flatten(1).to(self._dtype)
+
+
+def line_positions(count: int, per_side: int) -> NDArray[np.int64]:
+    """Positions (count,) of patches in the tower's square of `per_side` squared: all in its first row, in order.
+
+    Published code hands the tower each slice as one row of patches, which spreads them over the columns of the first
+    row; rows and columns enter with the resampler's own positions. Computed in float64 and rounded to float32, as
+    torch computes a range on a CPU.
+    """
+    step = float(np.float32(1) / np.float32(count))
+    places = (np.arange(count) * step).astype(np.float32)
+    bounds = np.arange(1 / per_side, 1.0, 1 / per_side).astype(np.float32)
+    return np.searchsorted(bounds, places, side="right").astype(np.int64)
+
+
+def _in_chunks(attended: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    """Places of slices in groups of like length, each of few enough patches."""
+    order = np.argsort(attended, kind="stable")[::-1]
+    while len(order):
+        count = max(1, _PATCHES_AT_ONCE // int(attended[order[0]]))
+        yield order[:count].copy()
+        order = order[count:]
+
+
+def _mask(attended: NDArray[np.int64], longest: int, like: Tensor) -> Tensor | None:
+    """(slices, 1, 1, longest), additive; None where all attend to all, which is faster."""
+    if (attended == longest).all():
+        return None
+    counts = torch.from_numpy(attended).to(like.device)
+    hidden = torch.arange(longest, device=like.device) >= counts[:, None]
+    lowest = torch.finfo(like.dtype).min
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, lowest)[:, None, None]
