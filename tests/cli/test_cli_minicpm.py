@@ -1,0 +1,83 @@
+"""`agiqa extract` with a MiniCPM-Llama3-V-2.5 checkpoint: images of every kind, into a store of its own numbers."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from agiqa.extract import Message, open_backbone
+from agiqa.extract.templates import fill, template_of
+from agiqa.store import open_store
+from tests.extract.small_sets import read_table, write_table
+from tests.extract.tiny_minicpm import write_minicpm_checkpoint
+
+COLUMNS = ["name", "prompt", "mos_quality", "description"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_minicpm_checkpoint(tmp_path_factory.mktemp("cli-minicpm"))
+
+
+def save_every_kind(folder):
+    """Names of images that cameras, editors and models write, and that must all be read."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+
+    def noise(height, width, channels=3):
+        return random.integers(0, 255, (height, width, channels), dtype=np.uint8)
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(noise(1, 1)).save(folder / "one-pixel.png")
+    Image.fromarray(noise(10, 20000)).save(folder / "very-wide.png")
+    Image.fromarray(noise(60, 40, 4), "CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(noise(60, 40)).quantize(16).save(folder / "palette.png")
+    Image.fromarray(random.integers(0, 65535, (60, 40)).astype(np.uint16)).save(folder / "sixteen.png")
+    frames = [Image.fromarray(noise(60, 40)) for _ in range(3)]
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
+    Image.fromarray(noise(60, 140)).save(folder / "turned.jpg", exif=turned)
+    Image.fromarray(noise(60, 140, 4)).save(folder / "alpha.webp")
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "set"
+    names = save_every_kind(folder / "images")
+    rows = [[name, f"a picture of {name}", 2.5, "it is a blurry dog"] for name in names]
+    return write_table(folder, rows, COLUMNS)
+
+
+def test_images_of_every_kind_become_a_store_of_the_models_own_numbers(agiqa, data, checkpoint, tmp_path):
+    path = tmp_path / "s.agiqa"
+    printed = agiqa("extract", data, path, "--model", checkpoint, "--device", "cpu", "--json").json
+    assert (printed["items"], printed["state"]) == (8, "complete")
+    assert agiqa("store", "verify", path, "--level", "numeric", "--json").code == 0
+    store, backbone = open_store(path), open_backbone(str(checkpoint), device="cpu")
+    provenance = json.loads(agiqa("store", "info", path, "--json").out)["provenance"]["model"]
+    assert (provenance["kind"], provenance["model_type"]) == ("minicpm", "minicpmv")
+    for row in read_table(data)[:3]:
+        place = store.items.names.index(row["name"])
+        item = backbone.prepare(turns(row["prompt"]), data / "images" / row["name"])
+        found = store.read([place]).float32()
+        expected = backbone.hidden_states([item])[0].numpy()
+        assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def turns(prompt):
+    wording = template_of("quality")
+    contents = [fill(wording.describe, prompt), "it is a blurry dog", wording.rate]
+    return [
+        Message(role=role, content=text) for role, text in zip(("user", "assistant", "user"), contents, strict=True)
+    ]
+
+
+def test_a_broken_image_is_named_before_the_model_runs(agiqa, data, checkpoint, tmp_path):
+    (data / "images" / "cmyk.jpg").write_bytes(b"no image")
+    outcome = agiqa("extract", data, tmp_path / "s.agiqa", "--model", checkpoint, "--device", "cpu")
+    assert outcome.code == 1
+    assert "cmyk.jpg" in outcome.err
+    assert "not a readable image" in outcome.err
+    assert not (tmp_path / "s.agiqa").exists()
