@@ -30,8 +30,10 @@ WEIGHT_LAYOUTS = (
 )
 """The weight files of the official layouts, in the order in which transformers looks for them."""
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
-_PACKAGE = "pkg:"
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+"""A repository of the hub, and the branch, tag or commit."""
+PACKAGE = "pkg:"
+"""What stands before the name of an installed Python package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Checkpoint:
     @property
     def label(self) -> str:
         """The model's name without the folders of this machine, so that a moved checkpoint is the same model."""
-        kept = self.repository or (self.name if self.name.startswith(_PACKAGE) else None)
+        kept = self.repository or (self.name if self.name.startswith(PACKAGE) else None)
         return kept or self.gguf or self.folder.resolve().name
 
     @property
@@ -92,9 +94,9 @@ class Checkpoint:
     def weight_files(self) -> list[Path]:
         """The weight files; those of a hub repository are downloaded first. Raises ModelError naming missing ones."""
         if self.repository is not None:
-            _download(self.repository, self.revision, ["*.safetensors", "*.safetensors.index.json"])
+            download(self.repository, self.revision, ["*.safetensors", "*.safetensors.index.json"])
             if not any((self.folder / name).exists() for name in WEIGHT_LAYOUTS[:2]):
-                _download(self.repository, self.revision, ["pytorch_model*.bin"])
+                download(self.repository, self.revision, ["pytorch_model*.bin"])
         if self.gguf is not None:
             return [self.folder / self.gguf]
         layout = next((self.folder / name for name in WEIGHT_LAYOUTS if (self.folder / name).is_file()), None)
@@ -126,25 +128,26 @@ def resolve_checkpoint(model: str) -> Checkpoint:
 
     Raises ModelError when there is no such file, folder, package or repository, or it holds no model.
     """
-    path = _package_path(model) if model.startswith(_PACKAGE) else Path(model).expanduser()
+    path = package_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
     if path.is_file():
         return _gguf(model, path)
     if path.is_dir():
         return _folder(model, path)
-    match = _HUB_ID.fullmatch(model)
+    match = HUB_ID.fullmatch(model)
     if match is None or path.suffix == ".gguf":
         message = f"{model}: no such file or folder; expected a model's folder, a .gguf file, or a hub id owner/name."
         raise ModelError(message)
     repository, revision = match["repo"], match["revision"]
-    folder = _download(repository, revision, list(SETTINGS_PATTERNS))
+    folder = download(repository, revision, list(SETTINGS_PATTERNS))
     if not (folder / "config.json").is_file():
         message = f"{model}: the hub repository has no config.json; GGUF repositories must be downloaded by hand."
         raise ModelError(message)
     return Checkpoint(name=model, folder=folder, repository=repository, revision=folder.name)
 
 
-def _package_path(model: str) -> Path:
-    package, _, inside = model.removeprefix(_PACKAGE).partition("/")
+def package_path(model: str) -> Path:
+    """The file or folder that `pkg:PACKAGE[/FILE]` names. Raises ModelError when there is none."""
+    package, _, inside = model.removeprefix(PACKAGE).partition("/")
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         message = f"{model}: no Python package called {package!r} is installed."
@@ -194,7 +197,11 @@ def _shards(model: str, index: Path) -> list[Path]:
     return [index, *(index.parent / name for name in names)]
 
 
-def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot folder, named after its commit, of the files of a hub repository that match `patterns`.
+
+    What the cache holds is not fetched again. Raises ModelError when the hub does not provide it.
+    """
     from huggingface_hub import snapshot_download
 
     try:

@@ -16,6 +16,7 @@ from agiqa.commands.common import Share, StoreLocation, print_result, shared_opt
     required=True,
     help="Hub id (owner/name[@revision]), checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
 )
+@click.option("--adapter", help="LoRA adapter that is merged into it: a PEFT folder, or owner/name[@revision].")
 @click.option("--conversations", multiple=True, metavar="[SPLIT=]FILE", help="M3-AGIQA conversation file; repeatable.")
 @click.option("--labels", type=click.Path(path_type=Path, exists=True), help="Table of MOS for a conversation file.")
 @click.option("--variant", default="id", show_default=True, help="Rounds of the conversation: no_id, id or full.")
@@ -52,6 +53,7 @@ def command(
     *,
     as_json: bool,
     model: str,
+    adapter: str | None,
     conversations: tuple[str, ...],
     labels: Path | None,
     variant: str,
@@ -70,7 +72,7 @@ def command(
     from agiqa.extract import ExtractionSettings, LengthRule, load_data_set, open_backbone, run_extraction
     from agiqa.progress import say
 
-    backbone = open_backbone(model, dtype=dtype, device=device)
+    backbone = open_backbone(model, adapter=adapter, dtype=dtype, device=device)
     data_set = load_data_set(
         data,
         conversations=conversations,

@@ -13,15 +13,18 @@ JOINED = frozenset(
     {
         "pixel_values",  # images, tiles or patches; Idefics and SmolVLM: one row of tiles per item
         "pixel_attention_mask",
+        "aspect_ratio_ids",
+        "aspect_ratio_mask",
         "image_sizes",
         "image_grid_thw",
         "image_position_ids",
         "spatial_shapes",
+        "target_sizes",
     }
 )
-"""Image inputs of which a batch is the concatenation of its items along axis 0."""
-PER_TOKEN = frozenset({"token_type_ids", "mm_token_type_ids"})
-"""Inputs of shape (1, n), padded with zeros as the tokens are."""
+"""Image inputs of which a batch is the concatenation of its items along `_axis`."""
+PER_TOKEN = frozenset({"token_type_ids", "mm_token_type_ids", "cross_attention_mask"})
+"""Inputs of shape (1, n, ...), padded with zeros as the tokens are."""
 
 
 def check_inputs(name: str, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -36,17 +39,31 @@ def check_inputs(name: str, inputs: Mapping[str, torch.Tensor]) -> None:
 
 
 def alike(batch: Sequence[Prepared]) -> list[list[int]]:
-    """Positions of items that fit into one forward pass: the same image inputs, alike in all axes but the first.
+    """Positions of items that fit into one forward pass: the same inputs, alike in all axes that are not joined.
 
     Images cut into different numbers of tiles thus run apart, instead of with pixels made up as padding.
     """
     groups: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = defaultdict(list)
     for position, item in enumerate(batch):
-        joined = {key: value for key, value in item.inputs.items() if key in JOINED}
-        shapes = [(key, tuple(value.shape[1:])) for key, value in sorted(joined.items())]
-        others = [(key, ()) for key in sorted(item.inputs.keys() - joined.keys())]
-        groups[(*shapes, *others)].append(position)
+        shapes = [(key, _other_axes(key, item.inputs)) for key in sorted(item.inputs)]
+        groups[tuple(shapes)].append(position)
     return list(groups.values())
+
+
+def _axis(key: str, inputs: Mapping[str, torch.Tensor]) -> int:
+    """The axis along which items of a batch follow each other: tokens are axis 1, whatever else is axis 0.
+
+    Where `target_sizes` says how many patches each image has (MiniCPM-V 4), the pixels of all images are one row,
+    (1, channels, side, patches x side).
+    """
+    if key in PER_TOKEN:
+        return 1
+    return 3 if key == "pixel_values" and "target_sizes" in inputs else 0
+
+
+def _other_axes(key: str, inputs: Mapping[str, torch.Tensor]) -> tuple[int, ...]:
+    shape, axis = inputs[key].shape, _axis(key, inputs)
+    return (*shape[:axis], *shape[axis + 1 :])
 
 
 def collate(
@@ -66,9 +83,17 @@ def collate(
     for key in batch[0].inputs:
         values = [item.inputs[key] for item in batch]
         if key in PER_TOKEN:
-            values = [torch.nn.functional.pad(value, (0, longest - value.shape[1])) for value in values]
-        inputs[key] = torch.cat(values)
+            inputs[key] = torch.cat([_lengthen(value, longest) for value in values])
+        else:
+            inputs[key] = torch.cat(values, dim=_axis(key, batch[0].inputs))
     return {
         key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
         for key, value in inputs.items()
     }
+
+
+def _lengthen(value: torch.Tensor, length: int) -> torch.Tensor:
+    """`value` (1, n, ...) with zeros behind its n tokens, (1, length, ...)."""
+    longer = value.new_zeros((1, length, *value.shape[2:]))
+    longer[:, : value.shape[1]] = value
+    return longer

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from agiqa.errors import ConfigError, ModelError, UnknownName
+from agiqa.extract.backbones.adapters import Adapter, apply_adapter
 from agiqa.extract.backbones.batching import alike, collate
 from agiqa.extract.backbones.contract import Prepared
 from agiqa.extract.backbones.linearity import check_linear
@@ -36,10 +37,13 @@ class HuggingFaceBackbone(ABC):
     packages: tuple[str, ...] = ("torch", "transformers", "tokenizers")
     """Libraries whose version may change a number."""
 
-    def __init__(self, checkpoint: Checkpoint, config: Any, *, dtype: str, device: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: Any, *, adapter: Adapter | None = None, dtype: str, device: str
+    ) -> None:
         """`dtype` is auto or one of DTYPES, `device` auto or a torch device."""
         text_config = config.get_text_config()
         self.checkpoint = checkpoint
+        self.adapter = adapter
         self.config = config
         self.device = _device(device)
         self.logical_dtype = _dtype_name(checkpoint, config, dtype)
@@ -51,6 +55,7 @@ class HuggingFaceBackbone(ABC):
         self.renderer = self._make_renderer()
         self._model: Any = None
         self._hashes: dict[str, str] | None = None
+        self._adapter_hashed: dict[str, Any] | None = None
 
     @abstractmethod
     def _make_renderer(self) -> Renderer:
@@ -68,8 +73,9 @@ class HuggingFaceBackbone(ABC):
         """See `Backbone.provenance`. The first call reads every file of the checkpoint to hash it."""
         if self._hashes is None:
             self._hashes = self.checkpoint.hashes()
+            self._adapter_hashed = None if self.adapter is None else self.adapter.provenance()
         return {
-            "name": self.checkpoint.label,
+            "name": self.checkpoint.label if self.adapter is None else f"{self.checkpoint.label}+{self.adapter.label}",
             "kind": self.kind,
             "model_type": self.config.model_type,
             "architecture": self.model_class.__name__,
@@ -85,6 +91,7 @@ class HuggingFaceBackbone(ABC):
             "dtype": self.logical_dtype,
             "attention": self.attention,
             "versions": _versions(self.packages),
+            **({} if self._adapter_hashed is None else {"adapter": self._adapter_hashed}),
         }
 
     def load(self) -> None:
@@ -94,6 +101,8 @@ class HuggingFaceBackbone(ABC):
         dtype = DTYPES[self.logical_dtype]
         model = load_model(self.checkpoint, self.auto_class, dtype, self.attention)
         model = model.to(self.device)
+        if self.adapter is not None:
+            apply_adapter(model, self.adapter, name=self.checkpoint.name)
         check_linear(self.checkpoint.name, model, self._probe())
         found = tuple(model.get_output_embeddings().weight.shape)
         expected = (self.vocab_size, self.hidden_size)

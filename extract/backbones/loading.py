@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
 from agiqa.errors import ModelError
@@ -87,13 +88,8 @@ def load_processor(checkpoint: Checkpoint, config: Any) -> Any:
     video processors at all; a processor that wants one is then built without it.
     """
     with failures_of(checkpoint, "load the processor"):
-        try:
-            processor = transformers.AutoProcessor.from_pretrained(**checkpoint.source)
-        except ImportError:
-            images_only = _without_video(config)
-            if images_only is None:
-                raise
-            processor = images_only.from_pretrained(**checkpoint.source)
+        images_only = None if is_torchvision_available() else _without_video(config)
+        processor = (images_only or transformers.AutoProcessor).from_pretrained(**checkpoint.source)
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         message = f"{checkpoint.name}: its {type(processor).__name__} does not prepare both text and images."
         raise ModelError(message)
@@ -102,17 +98,30 @@ def load_processor(checkpoint: Checkpoint, config: Any) -> Any:
 
 
 def _without_video(config: Any) -> Any:
-    """The processor class of `config`, less its video part; None where it has no such part."""
+    """The processor class of `config` with its image processor in the video processor's place; None without one.
+
+    Only images are ever prepared, and what constructors read of a video processor the image processor has too.
+    """
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     if type(config) not in PROCESSOR_MAPPING:
         return None
     parent: Any = PROCESSOR_MAPPING[type(config)]
-    if "video_processor" not in parent.get_attributes():
+    names = parent.get_attributes()
+    if "video_processor" not in names:
         return None
+    kept = [name for name in names if name != "video_processor"]
+    loader: Any = type(parent.__name__, (parent,), {"get_attributes": classmethod(lambda _cls: kept)})
 
-    parts = [name for name in parent.get_attributes() if name != "video_processor"]
-    return type(parent.__name__, (parent,), {"get_attributes": classmethod(lambda _cls: parts)})
+    def arguments(_cls: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        parts = dict(zip(kept, loader._get_arguments_from_pretrained(*args, **kwargs), strict=True))
+        return [parts.get(name, parts["image_processor"]) for name in names]
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return type(part) if name == "video_processor" else parent.check_argument_for_proper_class(self, name, part)
+
+    members = {"_get_arguments_from_pretrained": classmethod(arguments), "check_argument_for_proper_class": check}
+    return type(parent.__name__, (parent,), members)
 
 
 def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, attention: str) -> Any:

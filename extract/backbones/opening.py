@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from agiqa.errors import ModelError, UnknownName
+from agiqa.extract.backbones.adapters import resolve_adapter
 from agiqa.extract.backbones.contract import Backbone
 from agiqa.extract.backbones.huggingface import HuggingFaceBackbone
 from agiqa.extract.backbones.loading import load_config
@@ -19,28 +20,32 @@ BACKBONES.add("text", TextBackbone)
 BACKBONES.add("vision", VisionBackbone)
 
 
-def open_backbone(model: str, *, kind: str = "auto", dtype: str = "auto", device: str = "auto") -> Backbone:
+def open_backbone(
+    model: str, *, adapter: str | None = None, kind: str = "auto", dtype: str = "auto", device: str = "auto"
+) -> Backbone:
     """The backbone over `model`, ready to prepare items; its weights are not read before `load`.
 
     `model` is a folder, a .gguf file, `pkg:PACKAGE[/FILE]` or a hub id (see `agiqa.extract.checkpoints`).
+    `adapter` is the folder or hub id of a LoRA adapter (see `agiqa.extract.backbones.adapters`), merged on `load`.
     `kind` is text, vision, or auto: vision for image-text-to-text models that come with a processor, else
     text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own, bfloat16 for GGUF. `device`
     is a torch device, or auto: CUDA where there is one. Raises UnknownName for a kind or dtype, ConfigError
-    for a device, ModelError for a checkpoint that is missing, broken, or of no such kind.
+    for a device, ModelError for a checkpoint or adapter that is missing, broken, or of no such kind.
     """
     if kind != "auto" and kind not in BACKBONES.names():
         unknown = UnknownName.of("backbone", kind, ["auto", *BACKBONES.names()])
         raise unknown
     checkpoint = resolve_checkpoint(model)
+    resolved = None if adapter is None else resolve_adapter(adapter)
     if checkpoint.raw_config.get("model_type") == MODEL_TYPE and kind in ("auto", MiniCPMBackbone.kind):
-        return MiniCPMBackbone(checkpoint, dtype=dtype, device=device)
+        return MiniCPMBackbone(checkpoint, adapter=resolved, dtype=dtype, device=device)
     config = load_config(checkpoint)
     chosen = _fitting(checkpoint, config) if kind == "auto" else kind
     make: Any = BACKBONES.get(chosen)
     if type(config) not in make.classes:
         message = f"{model}: the model type {config.model_type!r} cannot serve as the backbone {chosen!r}."
         raise ModelError(message)
-    backbone: HuggingFaceBackbone = make(checkpoint, config, dtype=dtype, device=device)
+    backbone: HuggingFaceBackbone = make(checkpoint, config, adapter=resolved, dtype=dtype, device=device)
     return backbone
 
 

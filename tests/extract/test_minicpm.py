@@ -21,7 +21,7 @@ from agiqa.extract.backbones.minicpm.config import MiniCPMConfig
 from agiqa.extract.backbones.minicpm.model import MiniCPMV
 from agiqa.extract.backbones.minicpm.slicing import cut, slicing_of
 from agiqa.store import TOKEN_ROLES
-from tests.extract.test_backbones import CONVERSATION, LocalContract, pictures  # noqa: F401 - a fixture
+from tests.extract.backbone_contract import CONVERSATION, LocalContract
 from tests.extract.tiny_minicpm import QUERIES, RESOLUTION, SLICES, shapes, write_minicpm_checkpoint
 
 MODELS = Path(__file__).resolve().parents[3] / "shared" / "models"
@@ -175,10 +175,11 @@ def test_the_full_model_has_the_published_names():
 
 
 @needs_oracle
-@pytest.mark.parametrize("name", ["small", "square512"])
-def test_the_published_oracle_is_met(name):
-    backbone = open_backbone(str(MODELS / "minicpm-tiny"), device="cpu")
-    golden = np.load(MODELS / "golden" / f"{name}.npz")
+@pytest.mark.parametrize(("name", "adapter"), [("small", ""), ("square512", ""), ("square512", "+adapter")])
+def test_the_published_oracle_is_met(name, adapter):
+    tuned = str(MODELS / "minicpm-tiny-adapter") if adapter else None
+    backbone = open_backbone(str(MODELS / "minicpm-tiny"), adapter=tuned, device="cpu")
+    golden = np.load(MODELS / "golden" / f"{name}{adapter}.npz")
     turns = [Message(**turn) for turn in json.loads((MODELS / "golden" / f"{name}.json").read_text())]
     item = backbone.prepare(turns, MODELS / "golden" / f"{name}.png")
     np.testing.assert_array_equal(item.token_ids, golden["input_ids"])

@@ -1,5 +1,6 @@
 """Tiny random models in the official layout (config.json, model.safetensors, tokenizer.json, templates)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def make_tokenizer(*extra: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _widths(vocab_size: int) -> dict[str, Any]:
+def widths(vocab_size: int) -> dict[str, Any]:
+    """The sizes of a tiny text model."""
     return {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -74,7 +76,10 @@ def _widths(vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _save(folder: Path, model_class: Any, config: Any, saver: Any, seed: int, dtype: torch.dtype) -> Path:
+def save(
+    folder: Path, model_class: Any, config: Any, saver: Any, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write a random model of `config`, and what `saver` saves."""
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -82,6 +87,9 @@ def _save(folder: Path, model_class: Any, config: Any, saver: Any, seed: int, dt
             model = model_class(config)
             for weight in model.parameters():  # the usual tiny scale would hide mistakes in near-zero logits
                 weight.data.mul_(4 if weight.ndim > 1 else 1)
+            for name, weight in model.named_parameters():  # gates start closed, and an image behind one is unseen
+                if name.endswith("_gate"):
+                    weight.data.fill_(0.5)
             model.to(dtype).save_pretrained(folder)
             saver.save_pretrained(folder)
     finally:
@@ -95,18 +103,19 @@ def write_text_checkpoint(
     """A Llama with a chat template; `template=None` leaves it without one."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    return _save(folder, LlamaForCausalLM, LlamaConfig(**_widths(len(tokenizer))), tokenizer, seed, dtype)
+    return save(folder, LlamaForCausalLM, LlamaConfig(**widths(len(tokenizer))), tokenizer, seed=seed, dtype=dtype)
 
 
 def write_softcapped_checkpoint(folder: Path) -> Path:
     """A Gemma 2, which caps its logits at +-30."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = TEXT_TEMPLATE
-    config = Gemma2Config(**_widths(len(tokenizer)), head_dim=16, final_logit_softcapping=30.0)
-    return _save(folder, Gemma2ForCausalLM, config, tokenizer, 0, torch.float32)
+    config = Gemma2Config(**widths(len(tokenizer)), head_dim=16, final_logit_softcapping=30.0)
+    return save(folder, Gemma2ForCausalLM, config, tokenizer)
 
 
-def _tower() -> dict[str, int]:
+def tower() -> dict[str, int]:
+    """The sizes of a tiny vision model: 32 x 32 pixels are 4 x 4 patches."""
     return {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -131,12 +140,12 @@ def write_vision_checkpoint(folder: Path, *, dtype: torch.dtype = torch.float32)
         num_additional_image_tokens=1,
     )
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**_tower()),
-        text_config=LlamaConfig(**_widths(len(tokenizer))),
+        vision_config=CLIPVisionConfig(**tower()),
+        text_config=LlamaConfig(**widths(len(tokenizer))),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
     )
-    return _save(folder, LlavaForConditionalGeneration, config, processor, 0, dtype)
+    return save(folder, LlavaForConditionalGeneration, config, processor, dtype=dtype)
 
 
 def write_tiled_checkpoint(folder: Path) -> Path:
@@ -150,24 +159,30 @@ def write_tiled_checkpoint(folder: Path) -> Path:
         chat_template=PARTS_TEMPLATE.replace("IMAGE", "<image>"),
     )
     config = Idefics3Config(
-        vision_config=_tower(),
-        text_config=LlamaConfig(**_widths(len(tokenizer))),
+        vision_config=tower(),
+        text_config=LlamaConfig(**widths(len(tokenizer))),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=3,
     )
-    return _save(folder, Idefics3ForConditionalGeneration, config, processor, 0, torch.float32)
+    return save(folder, Idefics3ForConditionalGeneration, config, processor)
 
 
-class _Parts:
-    """Saves tokenizer and image processor side by side, as checkpoints with a video processor are published."""
+class Parts:
+    """Saves tokenizer and image processor side by side, as checkpoints with a video processor are published.
 
-    def __init__(self, *parts: Any) -> None:
+    `settings` are those of the processor itself, for processor_config.json.
+    """
+
+    def __init__(self, *parts: Any, **settings: Any) -> None:
         self.parts = parts
+        self.settings = settings
 
     def save_pretrained(self, folder: Path) -> None:
         for part in self.parts:
             part.save_pretrained(folder)
+        if self.settings:
+            (folder / "processor_config.json").write_text(json.dumps(self.settings))
 
 
 def write_grid_checkpoint(folder: Path) -> Path:
@@ -184,8 +199,8 @@ def write_grid_checkpoint(folder: Path) -> Path:
     }
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
     config = Qwen2VLConfig(
-        text_config={**_widths(len(tokenizer)), "rope_parameters": rope},
+        text_config={**widths(len(tokenizer)), "rope_parameters": rope},
         vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
         **ids,
     )
-    return _save(folder, Qwen2VLForConditionalGeneration, config, _Parts(tokenizer, images), 0, torch.float32)
+    return save(folder, Qwen2VLForConditionalGeneration, config, Parts(tokenizer, images))

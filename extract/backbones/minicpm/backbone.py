@@ -10,6 +10,7 @@ import transformers
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError
+from agiqa.extract.backbones.adapters import Adapter, apply_adapter
 from agiqa.extract.backbones.contract import Prepared
 from agiqa.extract.backbones.huggingface import DTYPES, HuggingFaceBackbone
 from agiqa.extract.backbones.linearity import check_linear
@@ -36,11 +37,11 @@ class MiniCPMBackbone(HuggingFaceBackbone):
     classes: Any = {transformers.LlamaConfig: MiniCPMV}  # noqa: RUF012 - one entry of a transformers mapping
     packages = (*HuggingFaceBackbone.packages, "pillow")
 
-    def __init__(self, checkpoint: Checkpoint, *, dtype: str, device: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, adapter: Adapter | None = None, dtype: str, device: str) -> None:
         """`dtype` is auto or one of DTYPES, `device` auto or a torch device. Raises ModelError as `read_config`."""
         self.settings = read_config(checkpoint)
         language = transformers.LlamaConfig(**self.settings.language, dtype=self.settings.dtype)
-        super().__init__(checkpoint, language, dtype=dtype, device=device)
+        super().__init__(checkpoint, language, adapter=adapter, dtype=dtype, device=device)
 
     def prepare(self, conversation: Sequence[Message], image: Path | None) -> Prepared:
         """See `Backbone.prepare`; without an image the model reads the text alone."""
@@ -81,6 +82,8 @@ class MiniCPMBackbone(HuggingFaceBackbone):
             return
         dtype = DTYPES[self.logical_dtype]
         model = load_weights(self.checkpoint, lambda: MiniCPMV(self.settings), dtype=dtype, device=self.device)
+        if self.adapter is not None:
+            apply_adapter(model, self.adapter, name=self.checkpoint.name)
         check_linear(self.checkpoint.name, model.llm, self._probe())
         self._model = model
 

@@ -1,0 +1,196 @@
+"""Adapters: what a fine-tuning saved with PEFT, by name, merged into the weights of any model.
+
+| what to write | what it means |
+|---|---|
+| `path/to/folder` | adapter_config.json beside adapter_model.safetensors (or adapter_model.bin) |
+| `pkg:package/folder` | a folder inside an installed Python package |
+| `owner/name`, `owner/name@revision` | a repository of the hub, downloaded once into the hub's own cache |
+
+An adapter holds LoRA pairs (Hu et al., arXiv 2106.09685) and tensors that replace the model's own
+(`modules_to_save`). Configurations and their rules are read with the library peft; the merge is done here, because
+every tensor must land, by name and shape, and sums must be taken in float32 whatever the model's dtype.
+"""
+
+import json
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from agiqa.errors import ModelError
+from agiqa.extract.backbones.merging import Merge
+from agiqa.extract.checkpoints import HUB_ID, PACKAGE, download, package_path
+from agiqa.progress import say
+from agiqa.store.files import sha256_of_file
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""In the order in which peft looks for them."""
+
+REFUSED_SETTINGS = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "ensure_weight_tying",
+)
+"""Settings of LoRA under which the merged weight would not be `W + scale B A`, each off by default."""
+CHANGING_STARTS = ("pissa", "olora", "corda", "lora_ga")
+"""Beginnings of `init_lora_weights` that take the start of the pair out of the base weights, which are not saved."""
+
+_UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The files of one LoRA adapter; tensors are read when they are asked for."""
+
+    name: str
+    """As the user gave it."""
+    folder: Path
+    config: Any
+    """peft's LoraConfig."""
+    repository: str | None = None
+    """The hub repository that `folder` is a snapshot of."""
+    revision: str | None = None
+    """Its commit."""
+
+    @property
+    def label(self) -> str:
+        """The adapter's name without the folders of this machine, so that a moved one stays the same."""
+        kept = self.repository or (self.name if self.name.startswith(PACKAGE) else None)
+        return kept or self.folder.resolve().name
+
+    @property
+    def base(self) -> str | None:
+        """The model that it was made for, in the words of its configuration."""
+        return self.config.base_model_name_or_path or None
+
+    def weight_file(self) -> Path:
+        """The file of tensors. Raises ModelError when there is none."""
+        found = next((self.folder / name for name in WEIGHTS if (self.folder / name).is_file()), None)
+        if found is None:
+            message = f"{self.name}: no weights in {self.folder}; expected {' or '.join(WEIGHTS)}."
+            raise ModelError(message)
+        return found
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 (hex) of configuration and weights, by file name. Reads both once."""
+        return {path.name: sha256_of_file(path) for path in (self.folder / CONFIG, self.weight_file())}
+
+    def provenance(self) -> dict[str, Any]:
+        """What of it changes a number, JSON-able. Hashes the files."""
+        return {"name": self.label, "revision": self.revision, "base": self.base, "files": self.hashes()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor on the CPU, by its name in the file. Raises ModelError for a file that cannot be read."""
+        path = self.weight_file()
+        try:
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            loaded: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        except _UNREADABLE as error:
+            message = f"{self.name}: cannot read {path} ({_first_line(error)}); download or copy it again."
+            raise ModelError(message) from error
+        return loaded
+
+
+def resolve_adapter(adapter: str) -> Adapter:
+    """The adapter that `adapter` names (see the table above).
+
+    Raises ModelError when there is no such folder or repository, it holds no PEFT adapter, or one that is no plain
+    LoRA.
+    """
+    path = package_path(adapter) if adapter.startswith(PACKAGE) else Path(adapter).expanduser()
+    repository = revision = None
+    if not path.is_dir():
+        match = HUB_ID.fullmatch(adapter)
+        if match is None or path.exists():
+            message = f"{adapter}: no such folder; expected an adapter's folder with {CONFIG}, or a hub id owner/name."
+            raise ModelError(message)
+        repository = match["repo"]
+        path = download(repository, match["revision"], [CONFIG, *WEIGHTS])
+        revision = path.name
+    return Adapter(
+        name=adapter, folder=path, config=_read_config(adapter, path), repository=repository, revision=revision
+    )
+
+
+def apply_adapter(model: torch.nn.Module, adapter: Adapter, *, name: str) -> torch.nn.Module:
+    """`model`, its weights merged with `adapter` in place: W + scale B A, or the saved tensor itself.
+
+    Sums are taken in float32 at least and rounded once to the dtype of the weight, on its device. A weight that two
+    modules share stays as it was where the adapter does not name it. `name` is the model's, for messages; a base of
+    another name is told and no error.
+
+    Raises ModelError, and leaves the model alone, when a tensor of the adapter has no place in the model or another
+    shape, or one is missing; the message names them.
+    """
+    merge = Merge(model, adapter.config, adapter.tensors())
+    if merge.problems:
+        made_for = f", made for {adapter.base!r}," if adapter.base else ""
+        message = f"{name}: the adapter {adapter.name}{made_for} does not fit this model: {'; '.join(merge.problems)}."
+        raise ModelError(message)
+    if adapter.base and Path(adapter.base).name.lower() != Path(name.partition("@")[0]).name.lower():
+        say(f"note: the adapter {adapter.name} says it was made for {adapter.base!r}; all its tensors fit {name}")
+    merge.run()
+    return model
+
+
+def _read_config(name: str, folder: Path) -> Any:
+    """peft's LoraConfig from `folder`. Raises ModelError when there is none, or it asks for more than plain LoRA."""
+    path = folder / CONFIG
+    if not path.is_file():
+        whole = " It holds a whole model: give it as the model." if (folder / "config.json").is_file() else ""
+        message = f"{name}: no {CONFIG} in {folder}, so it is no PEFT adapter.{whole}"
+        raise ModelError(message)
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        message = f"{name}: cannot read {path} ({error})."
+        raise ModelError(message) from error
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        found = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+        message = f"{name}: {path} describes {found!r}, not a LoRA adapter (peft_type LORA)."
+        raise ModelError(message)
+    _refuse_more_than_lora(name, raw)
+    from peft import LoraConfig
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys that a newer peft wrote: those that matter are refused above
+            return LoraConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, KeyError) as error:
+        message = f"{name}: {path} is no LoRA configuration that peft understands ({_first_line(error)})."
+        raise ModelError(message) from error
+
+
+def _refuse_more_than_lora(name: str, raw: Mapping[str, Any]) -> None:
+    used = [f"{key} = {raw[key]!r}" for key in REFUSED_SETTINGS if raw.get(key)]
+    start = raw.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(CHANGING_STARTS):
+        used.append(f"init_lora_weights = {start!r}")
+    if used:
+        message = (
+            f"{name}: the adapter uses {', '.join(used)}, which agiqa cannot merge. Merge it with peft "
+            "(merge_and_unload, save_pretrained) and give the folder as the model."
+        )
+        raise ModelError(message)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
