@@ -6,12 +6,12 @@ is called.
 
 from typing import TYPE_CHECKING, Any
 
-from agiqa.extract.backbones.contract import Backbone, Prepared
+from agiqa.extract.backbones.contract import Answer, Backbone, GenerationSettings, Prepared
 
 if TYPE_CHECKING:
     from agiqa.extract.backbones.opening import open_backbone
 
-__all__ = ["Backbone", "Prepared", "open_backbone"]
+__all__ = ["Answer", "Backbone", "GenerationSettings", "Prepared", "open_backbone"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from agiqa.errors import ConfigError
 from agiqa.extract.items import Message
 
 if TYPE_CHECKING:
@@ -24,6 +25,68 @@ class Prepared:
     """(n,) values of `agiqa.store.TOKEN_ROLES`."""
     inputs: "Mapping[str, torch.Tensor]" = field(default_factory=dict)
     """Further model inputs, such as pixel_values; axis 0 counts what the item adds to a batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationSettings:
+    """How the model chooses the tokens of an answer; the default is greedy. Raises ConfigError out of range."""
+
+    max_new_tokens: int = 1024
+    sample: bool = False
+    """Draw each token; otherwise the likeliest is taken, and `temperature`, `top_p` and `top_k` do not count."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    """Draw from the fewest tokens that have this share of the probability."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0 is from all."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits, and multiplies the negative, of tokens that the answer has already."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, fits, wanted in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature > 0, "more than 0"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+            ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
+        ):
+            if not fits:
+                message = f"The generation setting {name} is {getattr(self, name)}; it must be {wanted}."
+                raise ConfigError(message)
+
+    @classmethod
+    def published(cls, *, max_new_tokens: int = 1024, seed: int = 0) -> "GenerationSettings":
+        """The sampling of the published MiniCPM-Llama3-V-2.5 `chat`, with which M3-AGIQA generated its answers."""
+        return cls(
+            max_new_tokens=max_new_tokens,
+            sample=True,
+            temperature=0.7,
+            top_p=0.8,
+            top_k=100,
+            repetition_penalty=1.05,
+            seed=seed,
+        )
+
+
+class Answer(str):
+    """The text of an answer, and how it came to its end."""
+
+    __slots__ = ("complete", "tokens")
+
+    tokens: int
+    """How many the model generated, the one that ended it not counted."""
+    complete: bool
+    """Whether the model ended it; False where the limit of new tokens or of the model's positions did."""
+
+    def __new__(cls, text: str, *, tokens: int, complete: bool) -> "Answer":
+        """The text, and what is told of it."""
+        answer = super().__new__(cls, text)
+        answer.tokens = tokens
+        answer.complete = complete
+        return answer
 
 
 class Backbone(Protocol):
@@ -43,9 +106,10 @@ class Backbone(Protocol):
         """Everything about model, tokenizer and processor that changes a number, JSON-able. Hashes the files."""
         ...
 
-    def prepare(self, conversation: Sequence[Message], image: Path | None) -> Prepared:
+    def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
         """Tokenise one conversation, its image before the first question. Needs no weights.
 
+        `answer` appends the chat template's prompt for the next answer of the assistant.
         Raises DataError for an image or text that cannot be read, ModelError when roles cannot be told.
         """
         ...
@@ -63,6 +127,14 @@ class Backbone(Protocol):
 
     def logits(self, item: Prepared) -> "torch.Tensor":
         """(n, V), computed by the model's own output embedding."""
+        ...
+
+    def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
+        """The answer to each item, which was prepared with `answer`: no special tokens, no white space around it.
+
+        An item's greedy answer does not depend on its batch but for rounding. Each is an `Answer` where the backbone
+        can tell how it ended. Raises DataError for an item that leaves no position for an answer.
+        """
         ...
 
     def lm_head(self) -> "torch.Tensor":

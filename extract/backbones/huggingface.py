@@ -13,7 +13,8 @@ import torch
 from agiqa.errors import ConfigError, ModelError, UnknownName
 from agiqa.extract.backbones.adapters import Adapter, apply_adapter
 from agiqa.extract.backbones.batching import alike, collate
-from agiqa.extract.backbones.contract import Prepared
+from agiqa.extract.backbones.contract import GenerationSettings, Prepared
+from agiqa.extract.backbones.generation import generate
 from agiqa.extract.backbones.linearity import check_linear
 from agiqa.extract.backbones.loading import load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
@@ -62,7 +63,7 @@ class HuggingFaceBackbone(ABC):
         """Load tokenizer or processor, and the renderer over them."""
 
     @abstractmethod
-    def prepare(self, conversation: Sequence[Message], image: Path | None) -> Prepared:
+    def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`."""
 
     @property
@@ -129,6 +130,11 @@ class HuggingFaceBackbone(ABC):
         with torch.inference_mode():
             logits: torch.Tensor = model(**self._collate([item]), use_cache=False).logits[0]
         return logits
+
+    def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
+        """See `Backbone.generate`."""
+        model = self._loaded()
+        return generate(model, self.renderer, batch, settings, collate=self._collate, positions=self.max_positions)
 
     def lm_head(self) -> torch.Tensor:
         """See `Backbone.lm_head`."""

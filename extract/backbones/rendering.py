@@ -8,6 +8,7 @@ known characters, and the tokenizer's offsets say which token covers them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -58,11 +59,39 @@ class Renderer:
         self._source = _fixed_date(self.template)
         self.style: Style = self._find_style()
 
-    def render(self, conversation: Sequence[Message], *, image: bool = False) -> Rendered:
-        """The conversation's text, without a prompt for a further answer. Raises ModelError when contents are lost."""
-        words = self._own_words(conversation, image=image, style=self.style)
+    def render(self, conversation: Sequence[Message], *, image: bool = False, answer: bool = False) -> Rendered:
+        """The conversation's text; `answer` adds what the template writes for the model to answer after.
+
+        Raises ModelError when contents are lost.
+        """
+        rendered = self._render(conversation, image=image, ask=False)
+        if not answer:
+            return rendered
+        asked = self._render(conversation, image=image, ask=True)
+        if asked.text != rendered.text:
+            return asked
+        # Some templates have no switch for it: there an answer begins after what they write in front of one.
+        words = self._own_words([*conversation, Message(role="assistant", content="")], image=image, style=self.style)
+        if words is None:
+            message = f"{self.name}: its chat template leaves no place for an answer of the model."
+            raise ModelError(message)
+        last = rendered.spans[-1][1]
+        return Rendered(text=rendered.text[:last] + words[len(conversation)].rstrip(" "), spans=rendered.spans)
+
+    @cached_property
+    def turn_end(self) -> int | None:
+        """The special token that the template closes an answer with; None where it closes it with none."""
+        probe = [Message(role="user", content="?"), Message(role="assistant", content="!")]
+        words = self._own_words(probe, image=self.image_token is not None, style=self.style)
+        closing = "" if words is None else words[-1].lstrip()
+        ids = self.tokenizer(closing, add_special_tokens=False)["input_ids"]
+        added = self.tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+        return int(ids[0]) if added is not None and added.special else None
+
+    def _render(self, conversation: Sequence[Message], *, image: bool, ask: bool) -> Rendered:
+        words = self._own_words(conversation, image=image, style=self.style, ask=ask)
         contents = [message.content for message in conversation]
-        text = self._apply(conversation, contents, image=image, style=self.style)
+        text = self._apply(conversation, contents, image=image, style=self.style, ask=ask)
         spans = None if words is None else _locate(text, words, conversation)
         if spans is None:
             message = f"{self.name}: its chat template rewrites the contents of the messages, so roles cannot be told."
@@ -115,10 +144,12 @@ class Renderer:
         message = f"{self.name}: its chat template does not show {shown}{reason}."
         raise ModelError(message)
 
-    def _own_words(self, conversation: Sequence[Message], *, image: bool, style: Style) -> list[str] | None:
+    def _own_words(
+        self, conversation: Sequence[Message], *, image: bool, style: Style, ask: bool = False
+    ) -> list[str] | None:
         """What the template itself writes before, between and after the contents; None if it drops one."""
         marks = [f"\ue000{index}\ue001" for index in range(len(conversation))]
-        text = self._apply(conversation, marks, image=image, style=style)
+        text = self._apply(conversation, marks, image=image, style=style, ask=ask)
         if [text.count(mark) for mark in marks] != [1] * len(marks):
             return None
         words: list[str] = []
@@ -129,7 +160,9 @@ class Renderer:
             words.append(before)
         return [*words, text]
 
-    def _apply(self, conversation: Sequence[Message], contents: list[str], *, image: bool, style: Style) -> str:
+    def _apply(
+        self, conversation: Sequence[Message], contents: list[str], *, image: bool, style: Style, ask: bool
+    ) -> str:
         import jinja2
 
         turns = [
@@ -141,7 +174,7 @@ class Renderer:
                 turns,
                 chat_template=self._source,
                 tokenize=False,
-                add_generation_prompt=False,
+                add_generation_prompt=ask,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             message = f"{self.name}: its chat template cannot render the conversation ({error})."

@@ -21,10 +21,10 @@ class TextBackbone(HuggingFaceBackbone):
     auto_class = transformers.AutoModelForCausalLM
     classes = MODEL_FOR_CAUSAL_LM_MAPPING
 
-    def prepare(self, conversation: Sequence[Message], image: Path | None) -> Prepared:
+    def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; `image` is not looked at."""
         del image
-        token_ids, roles = self.renderer.tokenize(self.renderer.render(conversation))
+        token_ids, roles = self.renderer.tokenize(self.renderer.render(conversation, answer=answer))
         return Prepared(token_ids=token_ids, roles=roles)
 
     def _make_renderer(self) -> Renderer:

@@ -32,14 +32,14 @@ class VisionBackbone(HuggingFaceBackbone):
     image_token_id: int
     """The token that an image's embeddings take the place of."""
 
-    def prepare(self, conversation: Sequence[Message], image: Path | None) -> Prepared:
+    def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; without an image the model reads the text alone."""
         mark = self.renderer.image_token
         for message in conversation:
             if mark is not None and mark in message.content:
                 reason = f"a message contains {mark!r}, the word that stands for the image; take it out of the text."
                 raise DataError(reason)
-        rendered = self.renderer.render(conversation, image=image is not None)
+        rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
         text_ids, text_roles = self.renderer.tokenize(rendered)
         if image is None:
             return Prepared(token_ids=text_ids, roles=text_roles)
