@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransfo
 
 from agiqa.errors import DataError, ModelError
 from agiqa.extract import Message, open_backbone
+from agiqa.extract.backbones.contract import GenerationSettings
 from agiqa.extract.backbones.minicpm.config import MiniCPMConfig
 from agiqa.extract.backbones.minicpm.model import MiniCPMV
 from agiqa.extract.backbones.minicpm.slicing import cut, slicing_of
@@ -140,6 +142,31 @@ def test_the_place_of_an_image_is_laid_out_line_by_line(tiny, tmp_path):
     head = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
     assert text.startswith(f"{head}{one}<slice>{slices}</slice>\n{CONVERSATION[0].content}<|eot_id|>")
     assert text.endswith(f"{CONVERSATION[2].content}<|eot_id|>")
+
+
+def test_answers_are_those_of_a_loop_over_the_likeliest_token(tiny, tmp_path):
+    backbone = open_backbone(str(tiny), device="cpu")
+    turns = [(CONVERSATION[:1], (64, 50)), (CONVERSATION, (300, 20)), (CONVERSATION[:1], (30, 30))]
+    batch = [
+        backbone.prepare(conversation, picture(tmp_path / f"{n}.png", *size, n), answer=True)
+        for n, (conversation, size) in enumerate(turns)
+    ]
+    tokenizer = backbone.renderer.tokenizer
+    asked = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert all(tokenizer.decode(item.token_ids.tolist()).endswith(asked) for item in batch)
+    stops = {tokenizer.convert_tokens_to_ids(word) for word in ("<|end_of_text|>", "<|eot_id|>")}
+    expected = []
+    for item in batch:
+        grown, answer = item, []
+        for _ in range(12):
+            token = int(backbone.logits(grown)[-1].argmax())
+            if token in stops:
+                break
+            answer.append(token)
+            ids = np.append(grown.token_ids, np.int32(token))
+            grown = replace(grown, token_ids=ids, roles=np.append(grown.roles, np.uint8(TOKEN_ROLES["answer"])))
+        expected.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
+    assert [str(text) for text in backbone.generate(batch, GenerationSettings(max_new_tokens=12))] == expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

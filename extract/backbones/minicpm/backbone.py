@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError
 from agiqa.extract.backbones.adapters import Adapter, apply_adapter
-from agiqa.extract.backbones.contract import Prepared
+from agiqa.extract.backbones.contract import GenerationSettings, Prepared
+from agiqa.extract.backbones.generation import generate
 from agiqa.extract.backbones.huggingface import DTYPES, HuggingFaceBackbone
 from agiqa.extract.backbones.linearity import check_linear
 from agiqa.extract.backbones.loading import failures_of, require_fast
@@ -43,14 +44,14 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         language = transformers.LlamaConfig(**self.settings.language, dtype=self.settings.dtype)
         super().__init__(checkpoint, language, adapter=adapter, dtype=dtype, device=device)
 
-    def prepare(self, conversation: Sequence[Message], image: Path | None) -> Prepared:
+    def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; without an image the model reads the text alone."""
         for message in conversation:
             for mark in self.settings.marks.values():
                 if mark in message.content:
                     reason = f"a message contains {mark!r}, which stands for the image; take it out of the text."
                     raise DataError(reason)
-        rendered = self.renderer.render(conversation, image=image is not None)
+        rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
         ids, roles = self.renderer.tokenize(rendered)
         if image is None:
             return Prepared(token_ids=ids, roles=roles)
@@ -105,6 +106,19 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         """See `Backbone.lm_head`."""
         weight: torch.Tensor = self._loaded().llm.get_output_embeddings().weight.detach()
         return weight
+
+    def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
+        """See `Backbone.generate`."""
+        llm = self._loaded().llm
+
+        def collate(items: Sequence[Prepared]) -> dict[str, torch.Tensor]:
+            with torch.inference_mode():
+                embedded = self._embedded(items)
+            lengths = torch.tensor([len(item.token_ids) for item in items], device=self.device)
+            mask = torch.arange(embedded.shape[1], device=self.device) < lengths[:, None]
+            return {"inputs_embeds": embedded, "attention_mask": mask.long()}
+
+        return generate(llm, self.renderer, batch, settings, collate=collate, positions=self.max_positions)
 
     def _embedded(self, batch: Sequence[Prepared]) -> torch.Tensor:
         """(batch, longest, D); slices of all items pass the vision tower together."""
