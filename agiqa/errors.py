@@ -5,6 +5,7 @@ AgiqaError
 ├── ModelError (ValueError)           a checkpoint that does not fit what is asked of it
 ├── ConfigError (ValueError)          a setting that contradicts another or is out of range
 ├── UnknownName (LookupError)         no such encoder, pooling, label ...; names the nearest known one
+├── WorkerError (RuntimeError)        a process of this run died, or the device ran out of memory on one item
 ├── HeadError (ValueError)            a head asked to read features that mean nothing to it
 └── StoreError
     ├── SchemaError (ValueError)      a format or version that this agiqa does not read
@@ -59,6 +60,10 @@ class UnknownName(AgiqaError, LookupError):
         near = get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return cls(f"No {kind} is called {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+
+
+class WorkerError(AgiqaError, RuntimeError):
+    """A process or a device that works for this run and cannot go on."""
 
 
 class HeadError(AgiqaError, ValueError):

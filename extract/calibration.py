@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError
 from agiqa.extract.backbones import Backbone, Prepared
-from agiqa.extract.plan import TokenisedItems, fit
+from agiqa.extract.batches import BatchRunner, first_batch_size
+from agiqa.extract.plan import PlannedItem, TokenisedItems, prepare_planned
+from agiqa.extract.preparing import Preparation
 from agiqa.extract.targets import Target, tensor_bits
+from agiqa.extract.transfers import Transfers
 from agiqa.store import Scale, is_planned, load_scale, make_basis, moments_of, open_store, to_float32
 
 CALIBRATION_ITEMS = 256
@@ -44,27 +48,39 @@ def calibrated(
     tokenised: TokenisedItems,
     *,
     rank: int | None,
-    batch_size: int,
+    batch_size: int | None = None,
     advance: Callable[[int], None] = lambda _items: None,
+    preparation: Preparation | None = None,
 ) -> Target:
     """A rank-`rank` sketch, or `int8` where there is no rank, by the moments of up to 256 training items.
 
     All items count as training items if there are no splits. Raises ConfigError for a rank outside 1..D, and for
     splits without a training part.
     """
-    if rank is not None and not 1 <= rank <= backbone.hidden_size:
-        message = (
-            f"Sketch rank {rank} is outside 1..{backbone.hidden_size}, the model's hidden size. Give another --rank."
-        )
-        raise ConfigError(message)
+    if rank is not None:
+        check_rank(rank, backbone)
     chosen = calibration_positions([item.split for item in tokenised.items])
+    items = [
+        PlannedItem(item=tokenised.items[position], length=len(tokenised.token_ids[position])) for position in chosen
+    ]
     backbone.load()
+    preparation = preparation or Preparation(backbone)
 
     def blocks() -> Iterator[NDArray[np.float32]]:
-        for first in range(0, len(chosen), batch_size):
-            prepared = [_prepare(backbone, tokenised, position) for position in chosen[first : first + batch_size]]
-            for states in backbone.hidden_states(prepared):
-                yield states.float().cpu().numpy()
+        transfers = Transfers(backbone.device)
+        runner = BatchRunner(batch_size or first_batch_size(backbone, max(item.length for item in items)))
+        size = runner.size
+        groups = ((first, items[first : first + size]) for first in range(0, len(items), size))
+        for first, prepared in preparation.groups(prepare_planned, groups):
+            found: list[NDArray[np.float32]] = []
+
+            def compute(batch: Sequence[Prepared], found: list[NDArray[np.float32]] = found) -> None:
+                states = backbone.hidden_states(transfers.upload(list(batch)))
+                found.extend([rows.float().cpu().numpy() for rows in states])
+
+            with transfers.on_device():
+                runner.run(compute, prepared, name=partial(_name_of, items[first : first + size], prepared))
+            yield from found
             advance(len(prepared))
 
     moments, calibration = moments_of(blocks(), backbone.hidden_size), calibration_id(tokenised)
@@ -81,10 +97,19 @@ def calibrated(
     return Target(encoding="sketch", basis=basis)
 
 
-def _prepare(backbone: Backbone, tokenised: TokenisedItems, position: int) -> Prepared:
-    """The item as it will be stored: cut to the length that the plan gave it."""
-    item = tokenised.items[position]
-    return fit(backbone.prepare(item.conversation, item.image), len(tokenised.token_ids[position]), truncate=True)
+def _name_of(planned: Sequence[PlannedItem], prepared: Sequence[Prepared], wanted: Prepared) -> str:
+    """For an error: the item that `wanted`, one of `prepared`, was prepared of."""
+    place = next(place for place, item in enumerate(prepared) if item is wanted)
+    return f"item {planned[place].item.name!r} ({planned[place].length} tokens)"
+
+
+def check_rank(rank: int, backbone: Backbone) -> None:
+    """Raise ConfigError for a rank outside 1..D."""
+    if not 1 <= rank <= backbone.hidden_size:
+        message = (
+            f"Sketch rank {rank} is outside 1..{backbone.hidden_size}, the model's hidden size. Give another --rank."
+        )
+        raise ConfigError(message)
 
 
 def calibration_positions(splits: Sequence[str | None]) -> list[int]:

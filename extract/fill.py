@@ -1,34 +1,36 @@
-"""Fill: run the model over the units that have no commit record and store what it makes of them."""
+"""Fill: run the model over the units that have no commit record and store what it makes of them.
 
-import hashlib
+Three things happen at once: items of the next batches are prepared, the device computes, and finished units are
+encoded, compressed and written by threads. A unit counts when its record is there, so a run may stop anywhere.
+"""
+
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import DataError, HeadError
 from agiqa.extract.backbones import Backbone, Prepared
+from agiqa.extract.batches import BatchRunner, even_batches, first_batch_size
 from agiqa.extract.items import Item
-from agiqa.extract.plan import fit
+from agiqa.extract.model_arrays import write_model_arrays
+from agiqa.extract.plan import PlannedItem, prepare_planned
+from agiqa.extract.preparing import Preparation
+from agiqa.extract.staging import Staging, staging_of
 from agiqa.extract.targets import Target, logits_of, tensor_bits, tensor_of
-from agiqa.store import (
-    Basis,
-    Store,
-    UnitWriter,
-    create_whole_array,
-    load_scale,
-    open_store,
-    save_basis,
-    save_scale,
-)
+from agiqa.extract.transfers import Transfers
+from agiqa.store import Store, UnitWriter
 
-_PROBE_ITEMS = 2
-_PROBE_ROWS = 4
+WRITERS = 4
+"""Threads that write units; one alone encodes and checks about 150 MB/s of hidden states."""
+_WAITING = 2
+"""Finished units that may wait for a thread, each in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,135 +43,222 @@ class FillReport:
     seconds: float
     busy_units: int
     """Units of this run's share that another run was at work on."""
+    batch_size: int
+    """Items per batch at most, at the end."""
+
+
+def merged(reports: Sequence[FillReport]) -> FillReport:
+    """What several processes did side by side."""
+    return FillReport(
+        units=sum(report.units for report in reports),
+        items=sum(report.items for report in reports),
+        tokens=sum(report.tokens for report in reports),
+        seconds=max((report.seconds for report in reports), default=0.0),
+        busy_units=0,
+        batch_size=min((report.batch_size for report in reports), default=0),
+    )
+
+
+@dataclass(kw_only=True)
+class _OpenUnit:
+    """One unit on its way."""
+
+    unit: int
+    positions: list[int]
+    bounds: list[tuple[int, int]]
+    """Rows of each item within the unit."""
+    claim: ExitStack
+    """Held until the unit is written."""
+    left: int
+    """Items that are not computed yet."""
+    started: float = field(default_factory=time.perf_counter)
+    buffer: torch.Tensor | None = None
+
+
+_Batch = tuple[_OpenUnit, list[int]]
+"""Places of items within a unit that run together."""
 
 
 class Filler:
     """Fills the units of one store with what one backbone makes of its items."""
 
     def __init__(
-        self, store: Store, backbone: Backbone, items: Sequence[Item], *, target: Target, batch_size: int
+        self,
+        store: Store,
+        backbone: Backbone,
+        items: Sequence[Item],
+        *,
+        target: Target,
+        batch_size: int | None = None,
+        preparation: Preparation | None = None,
     ) -> None:
-        """`items` are those of the store, in its order; `batch_size` is in items."""
+        """`items` are those of the store, in its order; `batch_size` is in items, None lets the device decide."""
         self.store = store
         self.backbone = backbone
         self.items = items
         self.batch_size = batch_size
         self.writer = UnitWriter(store)
         self.target = target
+        self.preparation = preparation or Preparation(backbone)
 
     def write_model_arrays(self) -> None:
         """Load the model; store what the target needs of it (W_lm, basis, scale), and a few rows of its own logits."""
-        self.backbone.load()
-        bits, dtype = tensor_bits(self.backbone.lm_head())
-        sha256 = hashlib.sha256(bits.data).hexdigest()
-        basis, scale = self.target.basis, self.target.scale
-        if basis is not None:
-            _check_basis(basis, sha256)
-
-        def write(group: zarr.Group) -> None:
-            if self.target.encoding in ("hidden", "int8"):
-                attributes = {"logical_dtype": dtype, "lm_head_sha256": sha256}
-                create_whole_array(group, "lm_head/weight", bits, attributes=attributes)
-            if basis is not None:
-                save_basis(group, basis)
-            if scale is not None:
-                save_scale(group, scale)
-            rows, logits = self._probe()
-            probe_bits, probe_dtype = tensor_bits(logits)
-            create_whole_array(group, "probe/rows", rows)
-            attributes = {"logical_dtype": probe_dtype, "lm_head_sha256": sha256}
-            create_whole_array(group, "probe/logits", probe_bits, attributes=attributes)
-
-        self.writer.write_model_arrays(write)
-        # a run beside this one may have stored its own rounding of the same constants first
-        stored = open_store(self.store.path, allow_partial=True)
-        self.target = replace(
+        self.target = write_model_arrays(
+            self.writer,
+            self.backbone,
             self.target,
-            basis=None if basis is None else stored.basis(),
-            scale=None if scale is None else load_scale(stored.group),
+            lambda position: prepare_planned(self.backbone, self.planned(position)),
         )
 
     def fill(
-        self, *, part: tuple[int, int] = (1, 1), advance: Callable[[int], None] = lambda _items: None
+        self,
+        *,
+        part: tuple[int, int] = (1, 1),
+        units: Iterable[int] | None = None,
+        advance: Callable[[int], None] = lambda _items: None,
     ) -> FillReport:
-        """Compute and write the pending units of share `part` = (K, N); `advance` gets the items done."""
+        """Compute and write the pending units of share `part` = (K, N), or of `units`; `advance` gets the items done.
+
+        `units` is read as late as it can be, and those that other runs hold or have finished are passed over.
+        """
+        self.backbone.load()
+        size = self.batch_size or first_batch_size(self.backbone, int(self.store.n_tokens.max(initial=0)))
+        pending = self.writer.pending(part=part) if units is None else units
+        return _Fill(self, BatchRunner(size)).run(pending, advance)
+
+    def planned(self, position: int) -> PlannedItem:
+        """The item at `position` of the store."""
+        return PlannedItem(item=self.items[position], length=int(self.store.n_tokens[position]))
+
+
+class _Fill:
+    """One call of `Filler.fill`."""
+
+    def __init__(self, filler: Filler, runner: BatchRunner) -> None:
+        self.filler = filler
+        self.store = filler.store
+        self.backbone = filler.backbone
+        self.runner = runner
+        self.transfers = Transfers(filler.backbone.device)
+        self.open: dict[int, _OpenUnit] = {}
+        self.units = self.written_items = self.tokens = self.busy = 0
+
+    def run(self, units: Iterable[int], advance: Callable[[int], None]) -> FillReport:
+        """Fill `units`."""
         started = time.perf_counter()
-        units = items = tokens = busy = 0
-        for unit in self.writer.pending(part=part):
-            with self.writer.claim(unit) as mine:
-                if not mine:
-                    busy += 1
-                    continue
-                tokens += self._fill_unit(unit, advance)
-            units += 1
-            items += len(self.store.items_of(unit))
-        seconds = time.perf_counter() - started
-        return FillReport(units=units, items=items, tokens=tokens, seconds=seconds, busy_units=busy)
-
-    def _fill_unit(self, unit: int, advance: Callable[[int], None]) -> int:
-        started = time.perf_counter()
-        positions = self.store.items_of(unit).tolist()
-        rows = np.empty((self.store.rows_used(unit), self.store.width), self.store.array("features").dtype)
-        scale = np.empty(len(rows), np.float32) if self.target.scale is not None else None
-        starts = self.store.row_starts[positions] - unit * self.store.geometry.unit_rows
-        for batch in self._batches(positions):
-            prepared = [self._prepare(positions[place]) for place in batch]
-            for place, states in zip(batch, self.backbone.hidden_states(prepared), strict=True):
-                where = slice(int(starts[place]), int(starts[place]) + len(states))
-                rows[where], token_scale = self.target.encode(states, self.backbone)
-                if scale is not None and token_scale is not None:
-                    scale[where] = token_scale
-            advance(len(batch))
-
-        def logits(start: int, stop: int) -> NDArray[Any]:
-            states = tensor_of(rows[start:stop], self.store.logical_dtype)
-            return tensor_bits(logits_of(states, self.backbone))[0]
-
-        kept = logits if self.target.keep_logits else None
-        self.writer.write_unit(unit, rows, seconds=time.perf_counter() - started, scale=scale, logits=kept)
-        return len(rows)
-
-    def _batches(self, positions: Sequence[int]) -> Iterator[list[int]]:
-        """Places in `positions`, in batches of like length; the same whenever the unit is computed."""
-        order = sorted(range(len(positions)), key=lambda place: (int(self.store.n_tokens[positions[place]]), place))
-        for first in range(0, len(order), self.batch_size):
-            yield order[first : first + self.batch_size]
-
-    def _prepare(self, position: int) -> Prepared:
-        item, length = self.items[position], int(self.store.n_tokens[position])
         try:
-            prepared = fit(self.backbone.prepare(item.conversation, item.image), length, truncate=True)
-        except DataError as error:
-            error.add_note(f"while reading item {item.name!r}")
-            raise
-        if len(prepared.token_ids) != length:
-            message = f"item {item.name!r} has changed since the store was planned. Extract to another path."
-            raise DataError(message)
-        return prepared
-
-    def _probe(self) -> tuple[NDArray[np.int64], torch.Tensor]:
-        """Rows (n,) spread over the store and the model's own logits there, (n, V)."""
-        with_tokens = np.flatnonzero(self.store.n_tokens > 0)
-        positions = np.unique(with_tokens[np.linspace(0, len(with_tokens) - 1, _PROBE_ITEMS).astype(int)])
-        rows: list[int] = []
-        logits: list[torch.Tensor] = []
-        for position in positions.tolist():
-            tokens = np.unique(np.linspace(0, int(self.store.n_tokens[position]) - 1, _PROBE_ROWS).astype(int))
-            rows.extend((self.store.row_starts[position] + tokens).tolist())
-            logits.append(self.backbone.logits(self._prepare(position))[torch.from_numpy(tokens)])
-        return np.array(rows, np.int64), torch.cat(logits)
-
-
-def check_basis(backbone: Backbone, basis: Basis) -> None:
-    """Raise HeadError unless `basis` was made for the language-model head of `backbone`, which is loaded for it."""
-    backbone.load()
-    _check_basis(basis, hashlib.sha256(tensor_bits(backbone.lm_head())[0].data).hexdigest())
-
-
-def _check_basis(basis: Basis, lm_head_sha256: str) -> None:
-    if basis.lm_head_sha256 != lm_head_sha256:
-        message = (
-            f"The basis {basis.id[:12]} belongs to the language-model head {basis.lm_head_sha256[:12]}, this model "
-            f"has {lm_head_sha256[:12]}. Use a basis made from this model."
+            with self.transfers.on_device(), _Writes() as writes:
+                staging = staging_of(self.filler.target, self.backbone, self.transfers)
+                for (unit, places), prepared in self.filler.preparation.groups(prepare_planned, self._batches(units)):
+                    if unit.buffer is None:
+                        writes.wait_for_room()
+                        rows = self.store.rows_used(unit.unit)
+                        unit.buffer = self.transfers.buffer(rows, staging.width, staging.dtype)
+                    self._compute(unit, places, prepared, staging)
+                    unit.left -= len(places)
+                    if unit.left == 0:
+                        writes.submit(self._writer_of(unit, staging, self.transfers.mark()))
+                    advance(len(places))
+        finally:
+            for unit in self.open.values():
+                unit.claim.close()
+        return FillReport(
+            units=self.units,
+            items=self.written_items,
+            tokens=self.tokens,
+            seconds=time.perf_counter() - started,
+            busy_units=self.busy,
+            batch_size=self.runner.size,
         )
-        raise HeadError(message)
+
+    def _batches(self, units: Iterable[int]) -> Iterator[tuple[_Batch, list[PlannedItem]]]:
+        """Batches of the units that can be claimed; the same for a unit whenever it is computed."""
+        for number in units:
+            claim = ExitStack()
+            if not claim.enter_context(self.filler.writer.claim(number)):
+                claim.close()
+                self.busy += 1
+                continue
+            positions = self.store.items_of(number).tolist()
+            starts = (self.store.row_starts[positions] - number * self.store.geometry.unit_rows).tolist()
+            lengths = self.store.n_tokens[positions].tolist()
+            bounds = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+            unit = _OpenUnit(unit=number, positions=positions, bounds=bounds, claim=claim, left=len(positions))
+            self.open[number] = unit
+            for places in even_batches(lengths, self.runner.size):
+                yield (unit, places), [self.filler.planned(positions[place]) for place in places]
+
+    def _compute(self, unit: _OpenUnit, places: list[int], prepared: list[Prepared], staging: Staging) -> None:
+        """Bring the rows of one batch on their way into the unit's buffer."""
+        buffer = unit.buffer
+        assert buffer is not None  # run made it
+
+        def compute(batch: Sequence[tuple[int, Prepared]]) -> None:
+            uploaded = self.transfers.upload([item for _, item in batch])
+            for (place, _), states in zip(batch, self.backbone.hidden_states(uploaded), strict=True):
+                start, stop = unit.bounds[place]
+                staging.put(states, buffer[start:stop])
+
+        def name(item: tuple[int, Prepared]) -> str:
+            return f"item {self.filler.items[unit.positions[item[0]]].name!r} ({len(item[1].token_ids)} tokens)"
+
+        self.runner.run(compute, list(zip(places, prepared, strict=True)), name=name)
+
+    def _writer_of(self, unit: _OpenUnit, staging: Staging, computed: "torch.cuda.Event | None") -> Callable[[], None]:
+        """What a thread does once the device has `computed` the unit."""
+
+        def write() -> None:
+            with unit.claim:
+                del self.open[unit.unit]
+                if computed is not None:
+                    computed.synchronize()
+                buffer, unit.buffer = unit.buffer, None
+                assert buffer is not None  # run made it
+                rows, scale = staging.finish(tensor_bits(buffer)[0], unit.bounds)
+                kept = self._kept_logits(rows) if self.filler.target.keep_logits else None
+                seconds = time.perf_counter() - unit.started
+                self.filler.writer.write_unit(unit.unit, rows, seconds=seconds, scale=scale, logits=kept)
+
+        self.units += 1
+        self.written_items += len(unit.positions)
+        self.tokens += self.store.rows_used(unit.unit)
+        return write
+
+    def _kept_logits(self, rows: NDArray[Any]) -> Callable[[int, int], NDArray[Any]]:
+        def logits(start: int, stop: int) -> NDArray[Any]:
+            with self.transfers.on_device():
+                states = tensor_of(rows[start:stop], self.store.logical_dtype)
+                return tensor_bits(logits_of(states, self.backbone))[0]
+
+        return logits
+
+
+class _Writes:
+    """Threads that write units, a few ahead; what fails in one of them is raised by whoever uses it next."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="agiqa-write")
+        self._running: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "_Writes":
+        return self
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Write when a thread is free."""
+        self._running.append(self._pool.submit(write))
+
+    def wait_for_room(self) -> None:
+        """Wait until there may be one more unit in memory."""
+        while len(self._running) >= WRITERS + _WAITING:
+            self._running.popleft().result()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the writes to end; after Ctrl-C only for those that have begun."""
+        try:
+            if error is None:
+                while self._running:
+                    self._running.popleft().result()
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=isinstance(error, KeyboardInterrupt))

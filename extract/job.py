@@ -1,18 +1,25 @@
 """The whole of phase 1: plan a store, fill it, seal it. Run it again to resume."""
 
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.extract.backbones import Backbone
-from agiqa.extract.calibration import calibrated, calibration_positions, stored_constants
-from agiqa.extract.fill import Filler, FillReport, check_basis
+from agiqa.extract.calibration import calibration_positions, check_rank, stored_constants
+from agiqa.extract.devices import OnDevices, devices_of_host
+from agiqa.extract.engines import Engine, Helper, Here
+from agiqa.extract.fill import FillReport
 from agiqa.extract.items import DataSet
 from agiqa.extract.plan import LengthRule, TokenisedItems, plan_store, tokenise
+from agiqa.extract.preparing import Opener, Preparation, default_workers, require_opener
+from agiqa.extract.ray_driver import OnRay
 from agiqa.extract.targets import Target
 from agiqa.progress import say, track
-from agiqa.store import ENCODINGS, Store, is_planned, open_store, seal
+from agiqa.store import ENCODINGS, Store, UnitWriter, is_planned, open_store, seal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +36,16 @@ class ExtractionSettings:
     keep_logits: bool = False
     """Keep the raw logits beside hidden states."""
     length: LengthRule = field(default_factory=LengthRule)
-    batch_size: int = 8
+    batch_size: int | None = None
+    """Items per forward pass at most; None lets the device's memory decide."""
+    workers: int | None = 0
+    """Processes that prepare items for one device: 0 prepares them in the process itself, None chooses."""
+    devices: int | None = None
+    """Processes, each with a device of this host, None for this process alone; with `ray` actors, None for all GPUs."""
+    device: str = "auto"
+    """What Ray actors run on: the GPU that they are given if the cluster has any, or cpu."""
+    ray: str | None = None
+    """Address of a Ray cluster; "auto" for the one of this machine, which is started where there is none."""
     part: tuple[int, int] = (1, 1)
     """Share (K, N) of the units that this run fills."""
     plan_only: bool = False
@@ -43,6 +59,8 @@ class ExtractionResult:
     skipped: tuple[str, ...]
     truncated: int
     fill: FillReport | None
+    seconds: Mapping[str, float]
+    """What each phase took: plan, calibrate, load, fill, seal; those that there were."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -56,31 +74,86 @@ class ExtractionResult:
             "skipped": list(self.skipped),
             "truncated": self.truncated,
             "filled": None if self.fill is None else asdict(self.fill),
+            "seconds": {phase: round(seconds, 3) for phase, seconds in self.seconds.items()},
         }
 
 
-def run_extraction(data_set: DataSet, backbone: Backbone, path: Path, settings: ExtractionSettings) -> ExtractionResult:
+def run_extraction(
+    data_set: DataSet, backbone: Backbone, path: Path, settings: ExtractionSettings, *, opener: Opener | None = None
+) -> ExtractionResult:
     """Plan, fill and seal the store at `path`; what an earlier run finished is kept.
 
-    With `plan_only` nothing is computed; with a `part` the store is sealed by whichever run completes it.
+    With `plan_only` nothing is computed; with a `part` the store is sealed by whichever run completes it. `opener`
+    opens `backbone` anew in other processes, which `workers`, `devices` and `ray` need.
     """
     _check_encoding(settings)
-    with track("plan", len(data_set.items), "items") as advance:
-        tokenised = tokenise(data_set, backbone, settings.length, advance=advance)
-    target = _choose_target(backbone, tokenised, path, settings)
-    conversation = {"variant": settings.variant, "aspect": settings.aspect}
-    store = plan_store(
-        path, data_set, backbone, tokenised, rule=settings.length, conversation=conversation, target=target
-    )
-    report = None
-    if not store.is_complete and not settings.plan_only:
-        store, report = _fill_and_seal(store, backbone, tokenised, target, settings)
+    if settings.rank is not None:
+        check_rank(settings.rank, backbone)
+    require_opener(opener, "Several devices", needed=_elsewhere(settings))
+    workers = settings.workers
+    if workers is None:
+        workers = 0 if opener is None else default_workers(backbone.device, len(data_set.items))
+    phases = _Phases()
+    with Preparation(backbone, workers=workers, opener=opener) as preparation:
+        with phases.timed("plan"), track("plan", len(data_set.items), "items") as advance:
+            tokenised = tokenise(data_set, backbone, settings.length, advance=advance, preparation=preparation)
+        engine = _engine(backbone, preparation, settings, opener)
+        target = _choose_target(engine, tokenised, path, settings, phases)
+        conversation = {"variant": settings.variant, "aspect": settings.aspect}
+        with phases.timed("plan"):
+            store = plan_store(
+                path, data_set, backbone, tokenised, rule=settings.length, conversation=conversation, target=target
+            )
+        report = None
+        if not store.is_complete and not settings.plan_only:
+            store, report = _fill_and_seal(store, engine, tokenised, target, settings, phases)
     return ExtractionResult(
         store=store,
         skipped=(*data_set.skipped, *tokenised.skipped),
         truncated=sum(tokenised.truncated),
         fill=report,
+        seconds=phases.seconds,
     )
+
+
+class _Phases:
+    """Seconds per phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, phase: str) -> Generator[None]:
+        """Add what is done inside to `phase`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def _elsewhere(settings: ExtractionSettings) -> bool:
+    """Whether the model runs in other processes."""
+    return settings.ray is not None or (settings.devices or 1) > 1
+
+
+def _engine(
+    backbone: Backbone, preparation: Preparation, settings: ExtractionSettings, opener: Opener | None
+) -> Engine:
+    if opener is None or not _elsewhere(settings):
+        return Here(backbone=backbone, preparation=preparation, batch_size=settings.batch_size)
+    preparation.close()  # the plan is made, and the other processes have workers of their own
+    helper = Helper(
+        opener=opener,
+        device=settings.device,
+        workers=settings.workers,
+        processes=settings.devices or 1,
+        batch_size=settings.batch_size,
+    )
+    if settings.ray is not None:
+        return OnRay(helper=helper, address=settings.ray, actors=settings.devices)
+    devices = devices_of_host(backbone.device, settings.devices or 1)
+    return OnDevices(helper=replace(helper, device=devices[0]), devices=devices)
 
 
 def _check_encoding(settings: ExtractionSettings) -> None:
@@ -103,14 +176,17 @@ def _check_encoding(settings: ExtractionSettings) -> None:
         raise ConfigError(message)
 
 
-def _choose_target(backbone: Backbone, tokenised: TokenisedItems, path: Path, settings: ExtractionSettings) -> Target:
+def _choose_target(
+    engine: Engine, tokenised: TokenisedItems, path: Path, settings: ExtractionSettings, phases: _Phases
+) -> Target:
     """What to store, with its constants: of another sketch, of the store that is being resumed, or calibrated now."""
     if settings.encoding not in ENCODINGS:
         raise UnknownName.of(kind="encoding", name=settings.encoding, known=ENCODINGS)
     if settings.basis is not None:
         basis = open_store(settings.basis).basis()
         if not is_planned(path):  # refused before there is a store; a store that is there names its model itself
-            check_basis(backbone, basis)
+            with phases.timed("load"):
+                engine.check_basis(basis)
         return Target(encoding="sketch", basis=basis)
     if settings.encoding in ("hidden", "logits"):
         return Target(encoding=settings.encoding, keep_logits=settings.keep_logits)
@@ -118,23 +194,32 @@ def _choose_target(backbone: Backbone, tokenised: TokenisedItems, path: Path, se
     if used is not None:
         return used
     chosen = calibration_positions([item.split for item in tokenised.items])
-    with track("calibrate", len(chosen), "items") as advance:
-        return calibrated(backbone, tokenised, rank=settings.rank, batch_size=settings.batch_size, advance=advance)
+    with phases.timed("load"):
+        engine.load()
+    with phases.timed("calibrate"), track("calibrate", len(chosen), "items") as advance:
+        return engine.calibrate(tokenised, rank=settings.rank, advance=advance)
 
 
 def _fill_and_seal(
-    store: Store, backbone: Backbone, tokenised: TokenisedItems, target: Target, settings: ExtractionSettings
+    store: Store,
+    engine: Engine,
+    tokenised: TokenisedItems,
+    target: Target,
+    settings: ExtractionSettings,
+    phases: _Phases,
 ) -> tuple[Store, FillReport]:
-    filler = Filler(store, backbone, tokenised.items, target=target, batch_size=settings.batch_size)
-    filler.write_model_arrays()
-    pending = filler.writer.pending(part=settings.part)
+    with phases.timed("load"):
+        engine.load()
+    pending = UnitWriter(store).pending(part=settings.part)
     done = len(store.committed_units())
     if done:
         say(f"resume: {done} of {store.geometry.units} units are there already")
-    with track("extract", sum(len(store.items_of(unit)) for unit in pending), "items") as advance:
-        report = filler.fill(part=settings.part, advance=advance)
-    left = len(filler.writer.pending())
+    items = sum(len(store.items_of(unit)) for unit in pending)
+    with phases.timed("fill"), track("extract", items, "items") as advance:
+        report = engine.fill(store, tokenised.items, target, part=settings.part, advance=advance)
+    left = len(UnitWriter(store).pending())
     if left:
         say(f"{left} units are left to other runs; the run that completes the last one seals the store")
         return store, report
-    return seal(store), report
+    with phases.timed("seal"):
+        return seal(store), report

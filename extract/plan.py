@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from agiqa.errors import DataError
 from agiqa.extract.backbones import Backbone, Prepared
 from agiqa.extract.items import DataSet, Item, item_key
+from agiqa.extract.preparing import Preparation
 from agiqa.extract.targets import Target
 from agiqa.store import TOKEN_ROLES, Items, Store, StorePlan, create_store
 from agiqa.version import agiqa_version
@@ -42,31 +44,83 @@ class TokenisedItems:
     skipped: list[str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """What the plan keeps of one item."""
+
+    token_ids: NDArray[np.int32]
+    roles: NDArray[np.uint8]
+    key: bytes
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedItem:
+    """One item as it is in the plan of a store."""
+
+    item: Item
+    length: int
+    """Tokens."""
+
+
 def tokenise(
-    data_set: DataSet, backbone: Backbone, rule: LengthRule, *, advance: Callable[[int], None] = lambda _items: None
+    data_set: DataSet,
+    backbone: Backbone,
+    rule: LengthRule,
+    *,
+    advance: Callable[[int], None] = lambda _items: None,
+    preparation: Preparation | None = None,
 ) -> TokenisedItems:
-    """Prepare every item of `data_set` for `backbone` and keep its tokens.
+    """Prepare every item of `data_set` for `backbone`, in the workers of `preparation`, and keep its tokens.
 
     Raises DataError with all items that are too long or cannot be prepared, unless `rule` skips or truncates.
     """
     limit = min(limit for limit in (rule.max_tokens, backbone.max_positions, 1 << 30) if limit is not None)
     found = TokenisedItems(items=[], token_ids=[], roles=[], keys=[], truncated=[], skipped=[])
-    for item in data_set.items:
-        try:
-            prepared = backbone.prepare(item.conversation, item.image)
-            cut = fit(prepared, limit, truncate=rule.truncate)
-        except DataError as error:
-            found.skipped.append(f"{item.name}: {error}")
+    preparation = preparation or Preparation(backbone)
+    answers = preparation.each(partial(_tokens_of, limit=limit, truncate=rule.truncate), data_set.items)
+    for item, tokens in zip(data_set.items, answers, strict=True):
+        if isinstance(tokens, str):
+            found.skipped.append(f"{item.name}: {tokens}")
         else:
             found.items.append(item)
-            found.token_ids.append(cut.token_ids)
-            found.roles.append(cut.roles)
-            found.keys.append(item_key(item))
-            found.truncated.append(len(cut.token_ids) < len(prepared.token_ids))
+            found.token_ids.append(tokens.token_ids)
+            found.roles.append(tokens.roles)
+            found.keys.append(tokens.key)
+            found.truncated.append(tokens.truncated)
         advance(1)
     if found.skipped and (rule.on_bad_item == "fail" or not found.items):
         raise DataError.from_problems(data_set.name, found.skipped)
     return found
+
+
+def _tokens_of(backbone: Backbone, item: Item, *, limit: int, truncate: bool) -> _Tokens | str:
+    """The tokens of `item`, or why it cannot be used."""
+    try:
+        prepared = backbone.prepare(item.conversation, item.image)
+        cut = fit(prepared, limit, truncate=truncate)
+        return _Tokens(
+            token_ids=cut.token_ids,
+            roles=cut.roles,
+            key=item_key(item),
+            truncated=len(cut.token_ids) < len(prepared.token_ids),
+        )
+    except DataError as error:
+        return str(error)
+
+
+def prepare_planned(backbone: Backbone, planned: PlannedItem) -> Prepared:
+    """The item as the plan has it: cut to its length. Raises DataError when it cannot be read any more, or changed."""
+    item = planned.item
+    try:
+        prepared = fit(backbone.prepare(item.conversation, item.image), planned.length, truncate=True)
+    except DataError as error:
+        error.add_note(f"while reading item {item.name!r}")
+        raise
+    if len(prepared.token_ids) != planned.length:
+        message = f"item {item.name!r} has changed since the store was planned. Extract to another path."
+        raise DataError(message)
+    return prepared
 
 
 def fit(prepared: Prepared, limit: int, *, truncate: bool) -> Prepared:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.extract.backbones import Backbone
-from agiqa.store import SCALED_DTYPE, Basis, Scale, from_float32
+from agiqa.store import SCALED_DTYPE, Basis, Scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +40,6 @@ class Target:
         if self.basis is not None:
             return {"sketch": {"rank": self.basis.rank, "calibration": self.basis.calibration}}
         return {"int8": {"calibration": self.scale.calibration}} if self.scale is not None else {}
-
-    def encode(self, states: torch.Tensor, backbone: Backbone) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
-        """Hidden states (n, D) as rows of the store, and the scale of each token for `int8`."""
-        if self.basis is not None:
-            coordinates = self.basis.coordinates(states.float().cpu().numpy())
-            return from_float32(coordinates, self.basis.logical_dtype), None
-        if self.scale is not None:
-            return self.scale.encode(states.float().cpu().numpy())
-        if self.encoding == "logits":
-            return tensor_bits(logits_of(states, backbone))[0], None
-        return tensor_bits(states)[0], None
 
 
 def logits_of(states: torch.Tensor, backbone: Backbone) -> torch.Tensor:

@@ -81,6 +81,24 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repor
         return int(share), int(shares)
 
 
+class Automatic(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
+    """A number, or `auto`, which is None."""
+
+    name = "auto|N"
+
+    def __init__(self, *, lowest: int) -> None:
+        """Numbers below `lowest` are refused."""
+        self._lowest = lowest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """A number from the lowest, or None."""
+        if value == "auto":
+            return None
+        if not str(value).isdigit() or int(value) < self._lowest:
+            self.fail(f"{value!r} is neither auto nor a number from {self._lowest}.", param, ctx)
+        return int(value)
+
+
 class LocalStore(click.Path):
     """A store to be worked on: the path of a folder that exists."""
 

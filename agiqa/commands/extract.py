@@ -1,11 +1,12 @@
 """`agiqa extract`: phase 1, from images, prompts and conversations to a sealed feature store."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
-from agiqa.commands.common import Share, StoreLocation, print_result, shared_options, table
+from agiqa.commands.common import Automatic, Share, StoreLocation, print_result, shared_options, table
 
 
 @click.command("extract")
@@ -41,9 +42,26 @@ from agiqa.commands.common import Share, StoreLocation, print_result, shared_opt
     show_default=True,
     help="Stop with the list of unusable items, or leave them out and say so.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Items per forward pass.")
+@click.option(
+    "--batch-size", type=Automatic(lowest=1), default="auto", show_default=True, help="Items per forward pass at most."
+)
+@click.option(
+    "--workers",
+    type=Automatic(lowest=0),
+    default="auto",
+    show_default=True,
+    help="Processes that decode and tokenise ahead of each device; 0 for none.",
+)
 @click.option("--dtype", default="auto", show_default=True, help="bfloat16, float16, float32, or the checkpoint's own.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or the GPU if there is one.")
+@click.option("--devices", type=click.IntRange(min=1), help="GPUs of this host, or processes on its CPU, to run on.")
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="auto",
+    metavar="[ADDRESS]",
+    help="Run on actors of a Ray cluster, one per GPU (or --devices many).",
+)
 @click.option("--part", type=Share(), default="1/1", show_default=True, help="Fill only this share of the units.")
 @click.option("--plan-only", is_flag=True, help="Check and tokenise everything, compute nothing.")
 @shared_options
@@ -62,7 +80,6 @@ def command(
     max_tokens: int | None,
     on_bad_item: Literal["fail", "skip"],
     dtype: str,
-    device: str,
     **settings: Any,
 ) -> None:
     """Run the model once over DATA and keep what heads need in STORE. Run it again to resume.
@@ -72,7 +89,8 @@ def command(
     from agiqa.extract import ExtractionSettings, LengthRule, load_data_set, open_backbone, run_extraction
     from agiqa.progress import say
 
-    backbone = open_backbone(model, adapter=adapter, dtype=dtype, device=device)
+    opener = partial(open_backbone, model, adapter=adapter, dtype=dtype)
+    backbone = opener(device=settings["device"])
     data_set = load_data_set(
         data,
         conversations=conversations,
@@ -91,6 +109,7 @@ def command(
         backbone,
         store,
         ExtractionSettings(variant=variant, aspect=aspect, length=length, **settings),
+        opener=opener,
     ).as_dict()
     for line in result["skipped"]:
         say(f"skipped {line}")

@@ -101,6 +101,8 @@ class Backbone(Protocol):
     logical_dtype: str
     """Of the hidden states: bfloat16, float16 or float32."""
     reads_images: bool
+    device: "torch.device"
+    """Where `load` brings the weights."""
 
     def provenance(self) -> dict[str, Any]:
         """Everything about model, tokenizer and processor that changes a number, JSON-able. Hashes the files."""

@@ -1,5 +1,6 @@
 """Phase 1 as a test runs it: a folder, a checkpoint and a store path, on the CPU."""
 
+from functools import partial
 from pathlib import Path
 
 from agiqa.extract import (
@@ -27,5 +28,6 @@ def extract(
 ) -> ExtractionResult:
     """Run the job as `agiqa extract` does."""
     data_set, backbone = inputs(folder, checkpoint, variant=variant)
-    chosen = ExtractionSettings(variant=variant, length=length or LengthRule(), **settings)
-    return run_extraction(data_set, backbone, path, chosen)
+    chosen = ExtractionSettings(variant=variant, length=length or LengthRule(), device="cpu", **settings)
+    opener = partial(open_backbone, str(checkpoint))
+    return run_extraction(data_set, backbone, path, chosen, opener=opener)

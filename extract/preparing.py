@@ -1,0 +1,194 @@
+"""Items prepared ahead of the model: in this process, or in worker processes that each have a backbone without weights.
+
+What a worker prepares reaches this process through shared memory, as long as there is enough of it.
+"""
+
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.multiprocessing as tensors_between_processes
+
+from agiqa.errors import ConfigError, WorkerError
+from agiqa.extract.backbones import Backbone
+
+Opener = Callable[..., Backbone]
+"""Opens the backbone of a run anew: `opener(device="cpu")`. It travels to other processes, so it must be picklable."""
+
+FEWEST_ITEMS = 64
+"""Fewer are prepared sooner than a worker process starts."""
+MOST_WORKERS = 12
+_AHEAD = 2
+"""Items that wait per worker."""
+_SHARED_MEMORY = Path("/dev/shm")
+_SHARED_BYTES = 1 << 30
+"""With less shared memory than this (containers often have 64 MiB), tensors are copied through pipes."""
+
+_Tag = TypeVar("_Tag")
+_Argument = TypeVar("_Argument")
+_Answer = TypeVar("_Answer")
+
+
+class Preparation:
+    """Runs functions of a backbone without weights and one argument, in order and ahead of who reads the answers."""
+
+    def __init__(self, backbone: Backbone, *, workers: int = 0, opener: Opener | None = None) -> None:
+        """`workers` = 0 runs in this process, on `backbone`. Raises ConfigError for workers without an `opener`."""
+        require_opener(opener, "Worker processes", needed=workers > 0)
+        self.backbone = backbone
+        self.workers = workers
+        self._opener = opener
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Preparation":
+        """Workers start when they are first needed."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the workers."""
+        self.close()
+
+    def close(self) -> None:
+        """End the workers; they would start again when they are needed."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def each(
+        self, function: Callable[[Backbone, _Argument], _Answer], arguments: Iterable[_Argument]
+    ) -> Iterator[_Answer]:
+        """`function(backbone, argument)` of every argument, in order. What it raises is raised here, in its turn."""
+        for _, answers in self.groups(function, ((None, [argument]) for argument in arguments)):
+            yield answers[0]
+
+    def groups(
+        self,
+        function: Callable[[Backbone, _Argument], _Answer],
+        groups: Iterable[tuple[_Tag, Sequence[_Argument]]],
+    ) -> Iterator[tuple[_Tag, list[_Answer]]]:
+        """As `each`, of arguments that come in groups, and the tag of each group.
+
+        `groups` is read as far ahead as workers are kept busy by it. Raises WorkerError when a worker dies.
+        """
+        if self.workers == 0:
+            for tag, arguments in groups:
+                yield tag, [function(self.backbone, argument) for argument in arguments]
+            return
+        waiting: deque[tuple[_Tag, list[Future[Any]]]] = deque()
+        behind = 0  # items that wait behind the first group
+        try:
+            for tag, arguments in groups:
+                waiting.append((tag, [self._submit(function, argument) for argument in arguments]))
+                behind += len(arguments) if len(waiting) > 1 else 0
+                while behind >= _AHEAD * self.workers:
+                    yield _finished(waiting)
+                    behind -= len(waiting[0][1])
+            while waiting:
+                yield _finished(waiting)
+        except BrokenProcessPool as error:
+            self._pool = None
+            message = (
+                "A worker process that prepares items died, killed from outside or for want of memory. What is "
+                "finished is kept: run the same command again, with fewer --workers if memory is short."
+            )
+            raise WorkerError(message) from error
+        finally:
+            for _, futures in waiting:
+                for future in futures:
+                    future.cancel()
+
+    def _submit(self, function: Callable[[Backbone, Any], Any], argument: Any) -> "Future[Any]":
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self.workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=partial(_start_worker, self._opener, shares_memory=_shared_memory_suffices()),
+            )
+        return self._pool.submit(_in_worker, function, argument)
+
+
+def require_opener(opener: Opener | None, what: str, *, needed: bool) -> None:
+    """Raise ConfigError where `what` needs to open the backbone anew and cannot."""
+    if needed and opener is None:
+        message = f"{what} open the backbone anew: give run_extraction an opener."
+        raise ConfigError(message)
+
+
+def default_workers(device: torch.device, items: int, *, processes: int = 1) -> int:
+    """Workers for one of `processes` processes that share this machine, each with a device that `items` are fed to."""
+    if device.type == "cpu" or items < FEWEST_ITEMS:
+        return 0
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // processes - 2))
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, however it did; Ctrl-C is the parent's to take."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _finished(waiting: "deque[tuple[_Tag, list[Future[Any]]]]") -> tuple[_Tag, list[Any]]:
+    tag, futures = waiting[0]
+    answers = [_unpacked(future.result()) for future in futures]
+    waiting.popleft()
+    return tag, answers
+
+
+def _shared_memory_suffices() -> bool:
+    return _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free >= _SHARED_BYTES
+
+
+class _Worker:
+    """What one worker process knows."""
+
+    opener: Opener | None = None
+    backbone: Backbone | None = None
+    shares_memory = True
+
+
+def _start_worker(opener: Opener | None, *, shares_memory: bool) -> None:
+    end_with_parent()
+    torch.set_num_threads(1)  # the others have the other cores
+    tensors_between_processes.set_sharing_strategy("file_descriptor")
+    _Worker.opener, _Worker.shares_memory = opener, shares_memory
+
+
+def _in_worker(function: Callable[[Backbone, Any], Any], argument: Any) -> Any:
+    if _Worker.backbone is None:
+        assert _Worker.opener is not None  # _start_worker ran
+        _Worker.backbone = _Worker.opener(device="cpu")
+    answer = function(_Worker.backbone, argument)
+    return answer if _Worker.shares_memory else _Packed(pickle.dumps(answer))
+
+
+class _Packed:
+    """An answer by value: its tensors as bytes."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+
+def _unpacked(answer: Any) -> Any:
+    return pickle.loads(answer.content) if isinstance(answer, _Packed) else answer

@@ -1,0 +1,65 @@
+"""Between host and device without waiting: inputs on their way up, results on their way down, both beside the model."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from agiqa.extract.backbones import Prepared
+
+
+class Transfers:
+    """The copies of one process to and from its device. On the CPU they are plain copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Streams of their own for both directions where `device` is a GPU."""
+        self.device = device
+        self.pinned = device.type == "cuda"
+        self._up = torch.cuda.Stream(device) if self.pinned else None
+        self._down = torch.cuda.Stream(device) if self.pinned else None
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Make the device the current one of this thread."""
+        return torch.cuda.device(self.device) if self.pinned else nullcontext()
+
+    def buffer(self, rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Host memory (rows, width) that `download` fills; pinned memory is taken from torch's cache of it."""
+        return torch.empty((rows, width), dtype=dtype, pin_memory=self.pinned)
+
+    def upload(self, items: list[Prepared]) -> list[Prepared]:
+        """`items` with their inputs on the device by the time that work queued from now on reads them."""
+        if self._up is None:
+            return items
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._up):
+            uploaded = [
+                replace(item, inputs={name: self._copied(value) for name, value in item.inputs.items()})
+                for item in items
+            ]
+        current.wait_stream(self._up)
+        for item in uploaded:
+            for value in item.inputs.values():
+                value.record_stream(current)
+        return uploaded
+
+    def download(self, values: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy `values` into `out`, rows of a `buffer`, once they are computed; `mark` tells when that is done."""
+        if self._down is None:
+            out.copy_(values)
+            return
+        self._down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._down):
+            out.copy_(values, non_blocking=True)
+        values.record_stream(self._down)
+
+    def mark(self) -> "torch.cuda.Event | None":
+        """An event of all downloads so far, to be waited for with `synchronize`; None on the CPU."""
+        if self._down is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._down)
+        return event
+
+    def _copied(self, value: torch.Tensor) -> torch.Tensor:
+        return value.pin_memory().to(self.device, non_blocking=True)
