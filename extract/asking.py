@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from agiqa.errors import DataError, ModelError
+from agiqa.errors import DataError, ModelError, UnknownName
 from agiqa.extract.backbones import Answer, Backbone, GenerationSettings, Prepared
 from agiqa.extract.items import Item, Message
 from agiqa.extract.plan import OnBadItem
@@ -65,14 +65,21 @@ class Described:
 
 
 def preset(name: str, *, max_new_tokens: int = 1024, seed: int = 0) -> tuple[GenerationSettings, GenerationSettings]:
-    """The settings of both rounds by the name of PRESETS; the rating has RATING_TOKENS at most."""
+    """The settings of both rounds by the name of PRESETS; the rating has RATING_TOKENS at most.
+
+    `seed` is that of draws; greedy answers have none. Raises UnknownName.
+    """
+    if name not in PRESETS:
+        raise UnknownName.of(kind="generation preset", name=name, known=PRESETS)
     if name == "published":
         make = GenerationSettings.published
         return make(max_new_tokens=max_new_tokens, seed=seed), make(
             max_new_tokens=min(RATING_TOKENS, max_new_tokens), seed=seed
         )
-    greedy = GenerationSettings(max_new_tokens=max_new_tokens, seed=seed)
-    return greedy, replace(greedy, max_new_tokens=min(RATING_TOKENS, max_new_tokens))
+    return (
+        GenerationSettings(max_new_tokens=max_new_tokens),
+        GenerationSettings(max_new_tokens=min(RATING_TOKENS, max_new_tokens)),
+    )
 
 
 class Describer:

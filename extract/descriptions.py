@@ -147,7 +147,7 @@ def _difference(was: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | No
     if not (isinstance(was, dict) and isinstance(now, dict)):
         return None if was == now else (name, was, now)
     old, new = cast("Line", was), cast("Line", now)
-    for key in {**new, **old}:
+    for key in {**old, **new}:  # in the order of the file
         found = _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
         if found is not None:
             return found
