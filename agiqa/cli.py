@@ -13,7 +13,7 @@ from agiqa.version import agiqa_version
 
 _AGAIN_SECONDS = 0.02
 
-COMMANDS = ("demo", "extract", "store", "train", "ablate", "evaluate", "words", "predict")
+COMMANDS = ("demo", "describe", "extract", "store", "train", "ablate", "evaluate", "words", "predict", "score")
 
 
 class LazyGroup(click.Group):
@@ -46,7 +46,7 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Quality assessment of AI-generated images from cached features of a multimodal language model.
 
-    Phase 1 runs the model once (extract); phase 2 trains heads from the store in minutes (train).
+    Phase 1 runs the model once (describe, extract); phase 2 trains heads from the store in minutes (train).
     """
 
 

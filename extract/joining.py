@@ -43,7 +43,7 @@ def join(sources: Sources, rows: Sequence[Row], talks: Sequence[Talk]) -> Joined
     return Joined(pairs=tuple(pairs), problems=tuple(problems), notes=notes)
 
 
-def row_name(image: str, rows: Mapping[str, Row]) -> str | None:
+def row_name(image: str, rows: Mapping[str, object]) -> str | None:
     """The row that `image` (a path such as data/set/images/0.png) ends in: its longest known tail."""
     parts = image.replace("\\", "/").split("/")
     tails = ("/".join(parts[start:]) for start in range(len(parts)))

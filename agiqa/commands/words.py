@@ -30,9 +30,9 @@ def command(
 ) -> None:
     """Accuracy, rough accuracy, precision and F1 of the rating words in FILE, with prompt-clustered intervals.
 
-    FILE is an M3-AGIQA conversation file, whose MOS are in --labels data.csv, or a csv with the columns name and
-    answer, and either prompt and mos_ASPECT or --labels. An answer that holds no clear word of bad, poor, fair, good
-    and excellent is wrong; rough accuracy lets a neighbouring word count.
+    FILE is an M3-AGIQA conversation file, such as `agiqa describe` writes, whose MOS are in --labels data.csv, or a csv
+    with the columns name and answer, and either prompt and mos_ASPECT or --labels. An answer that holds no clear word
+    of bad, poor, fair, good and excellent is wrong; rough accuracy lets a neighbouring word count.
     """
     from agiqa.errors import UnknownName
     from agiqa.extract.sources import CONVERSATION_SUFFIXES
@@ -61,6 +61,7 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     """The rating words of a conversation file, joined with the MOS of the table."""
     from agiqa.errors import DataError
     from agiqa.extract.conversations import read_conversations
+    from agiqa.extract.descriptions import unspoken
     from agiqa.extract.joining import join
     from agiqa.extract.labels import read_rows
     from agiqa.extract.sources import find_sources
@@ -69,11 +70,13 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     sources = find_sources(file, (), labels)
     talks = [talk for split, path in sources.conversations for talk in read_conversations(path, split)]
     joined = join(sources, read_rows(sources.table, mos_range), talks)
-    problems, rated, of_teacher = list(joined.problems), list[Rated](), 0
+    problems, rated, of_teacher, silent = list(joined.problems), list[Rated](), 0, unspoken(file)
     for row, talk in joined.pairs:
         where = f"{row.name} ({sources.table.name}, line {row.number})"
         if row.problems or aspect not in row.labels:
             problems.append(f"{where}: {'; '.join(row.problems) or f'no MOS of {aspect}'}")
+        elif talk is not None and talk.rating is None and talk.image in silent:
+            rated.append(Rated("", row.labels[aspect], row.prompt))
         elif talk is None or talk.rating is None:
             problems.append(f"{where}: its conversation has no rating word")
         else:

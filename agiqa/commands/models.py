@@ -1,0 +1,69 @@
+"""The options that name a model, for the commands that ask one; and how it is opened."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from agiqa.extract import Backbone
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def model_options(command: Command) -> Command:
+    """Add `--model`, `--adapter`, `--dtype` and `--device` to a command."""
+    for option in reversed(
+        (
+            click.option(
+                "--model",
+                required=True,
+                help="Hub id (owner/name[@revision]), checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
+            ),
+            click.option("--adapter", help="PEFT adapter of that model: a folder or a hub id."),
+            click.option(
+                "--dtype",
+                default="auto",
+                show_default=True,
+                help="bfloat16, float16, float32, or the checkpoint's own.",
+            ),
+            click.option(
+                "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or the GPU if there is one."
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def generation_options(command: Command) -> Command:
+    """Add `--settings`, `--seed` and `--max-new-tokens` to a command; see `agiqa.extract.asking.preset`."""
+    for option in reversed(
+        (
+            click.option(
+                "--settings",
+                type=click.Choice(["greedy", "published"]),
+                default="greedy",
+                show_default=True,
+                help="The likeliest token each time, or the sampling of the published MiniCPM-Llama3-V-2.5.",
+            ),
+            click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling."),
+            click.option(
+                "--max-new-tokens",
+                type=click.IntRange(min=1),
+                default=1024,
+                show_default=True,
+                help="Longest description; longer ones are cut, and counted.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def open_model(model: str, *, adapter: str | None, dtype: str, device: str) -> "Backbone":
+    """As `open_backbone`."""
+    from agiqa.extract import open_backbone
+
+    given: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
+    return open_backbone(model, dtype=dtype, device=device, **given)

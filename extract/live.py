@@ -1,0 +1,86 @@
+"""Features of a few items, computed now and kept in memory; heads read them as they read a store."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.errors import DataError
+from agiqa.extract.backbones import Backbone, Prepared
+from agiqa.extract.fill import check_basis
+from agiqa.extract.items import Item
+from agiqa.extract.plan import fit, item_table
+from agiqa.extract.targets import Target, tensor_bits
+from agiqa.store import Basis, Items, TokenRows, to_float32
+from agiqa.store.bits import storage_dtype
+
+
+class LiveFeatures:
+    """What `agiqa extract` would have stored of `items`, without a store."""
+
+    def __init__(self, backbone: Backbone, target: Target, *, name: str) -> None:
+        """No items yet; loads the model. `name` stands for the store in messages.
+
+        Raises HeadError for a basis of another model.
+        """
+        backbone.load()
+        if target.basis is not None:
+            check_basis(backbone, target.basis)
+        self.id = name
+        self.encoding = target.encoding
+        self.logical_dtype = target.logical_dtype(backbone)
+        self.width = target.width(backbone)
+        self.items: Items = item_table([])
+        self.n_tokens = np.zeros(0, np.int32)
+        self._backbone = backbone
+        self._target = target
+        self._rows: list[NDArray[Any]] = []
+        self._roles: list[NDArray[np.uint8]] = []
+        bits, self._lm_head_dtype = tensor_bits(backbone.lm_head())
+        self._lm_head = bits
+        self.lm_head_sha256 = hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
+
+    def replace(self, items: Sequence[Item]) -> None:
+        """Run the model over `items`, as one batch, and keep their features instead of those before.
+
+        Raises DataError, naming the item, for one that cannot be prepared or is longer than the model's positions.
+        """
+        prepared = [self._prepare(item) for item in items]
+        states = self._backbone.hidden_states(prepared)
+        self._rows = [self._target.encode(one, self._backbone)[0] for one in states]
+        self._roles = [one.roles for one in prepared]
+        self.items = item_table(items)
+        self.n_tokens = np.array([len(rows) for rows in self._rows], np.int32)
+
+    def read(self, items: Sequence[int] | NDArray[Any], /) -> TokenRows:
+        """As `Store.read`."""
+        chosen = np.asarray(items, np.int64).tolist()
+        offsets = np.concatenate([[0], np.cumsum([len(self._rows[k]) for k in chosen], dtype=np.int64)])
+        rows = np.empty((int(offsets[-1]), self.width), storage_dtype(self.logical_dtype))
+        roles = np.empty(int(offsets[-1]), np.uint8)
+        for place, item in enumerate(chosen):
+            where = slice(int(offsets[place]), int(offsets[place + 1]))
+            rows[where], roles[where] = self._rows[item], self._roles[item]
+        return TokenRows(rows=rows, roles=roles, offsets=offsets, logical_dtype=self.logical_dtype)
+
+    def lm_head(self) -> NDArray[np.float32]:
+        """`W_lm` (V, D)."""
+        return to_float32(self._lm_head, self._lm_head_dtype)
+
+    def basis(self) -> Basis:
+        """The basis of a sketch. Raises DataError where there is none."""
+        if self._target.basis is None:
+            message = f"{self.id}: {self.encoding!r} features have no basis."
+            raise DataError(message)
+        return self._target.basis
+
+    def _prepare(self, item: Item) -> Prepared:
+        limit = self._backbone.max_positions
+        try:
+            prepared = self._backbone.prepare(item.conversation, item.image)
+            return prepared if limit is None else fit(prepared, limit, truncate=False)
+        except DataError as error:
+            error.add_note(f"while reading item {item.name!r}")
+            raise
