@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError
 from agiqa.extract.backbones import Backbone, Prepared
-from agiqa.extract.fill import check_basis
 from agiqa.extract.items import Item
+from agiqa.extract.model_arrays import check_basis
 from agiqa.extract.plan import fit, item_table
+from agiqa.extract.staging import staging_of
 from agiqa.extract.targets import Target, tensor_bits
+from agiqa.extract.transfers import Transfers
 from agiqa.store import Basis, Items, TokenRows, to_float32
 from agiqa.store.bits import storage_dtype
 
@@ -49,7 +52,7 @@ class LiveFeatures:
         """
         prepared = [self._prepare(item) for item in items]
         states = self._backbone.hidden_states(prepared)
-        self._rows = [self._target.encode(one, self._backbone)[0] for one in states]
+        self._rows = [self._encoded(one) for one in states]
         self._roles = [one.roles for one in prepared]
         self.items = item_table(items)
         self.n_tokens = np.array([len(rows) for rows in self._rows], np.int32)
@@ -75,6 +78,18 @@ class LiveFeatures:
             message = f"{self.id}: {self.encoding!r} features have no basis."
             raise DataError(message)
         return self._target.basis
+
+    def _encoded(self, states: torch.Tensor) -> NDArray[Any]:
+        """The rows of one item, as a store would hold them."""
+        transfers = Transfers(self._backbone.device)
+        with transfers.on_device():
+            staging = staging_of(self._target, self._backbone, transfers)
+            buffer = transfers.buffer(len(states), staging.width, staging.dtype)
+            staging.put(states, buffer)
+            event = transfers.mark()
+        if event is not None:
+            event.synchronize()
+        return staging.finish(tensor_bits(buffer)[0], [(0, len(states))])[0]
 
     def _prepare(self, item: Item) -> Prepared:
         limit = self._backbone.max_positions

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -140,7 +140,7 @@ def fit(prepared: Prepared, limit: int, *, truncate: bool) -> Prepared:
     if (prepared.roles[limit:] == TOKEN_ROLES["image"]).any():
         message = f"{length} tokens, and a cut at {limit} would go through the image. Give a higher --max-tokens."
         raise DataError(message)
-    return Prepared(token_ids=prepared.token_ids[:limit], roles=prepared.roles[:limit], inputs=prepared.inputs)
+    return replace(prepared, token_ids=prepared.token_ids[:limit], roles=prepared.roles[:limit])
 
 
 def plan_store(

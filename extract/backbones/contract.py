@@ -25,6 +25,9 @@ class Prepared:
     """(n,) values of `agiqa.store.TOKEN_ROLES`."""
     inputs: "Mapping[str, torch.Tensor]" = field(default_factory=dict)
     """Further model inputs, such as pixel_values; axis 0 counts what the item adds to a batch."""
+    layout: "NDArray[np.int64] | None" = None
+    """(slices, [rows, columns of patches]) where the backbone cuts images itself. It stays on the host, where it is
+    needed before the device has done anything."""
 
 
 @dataclass(frozen=True, kw_only=True)

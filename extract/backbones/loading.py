@@ -9,8 +9,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import is_torchvision_available
 from transformers.utils import logging as transformers_logging
+from transformers.utils.import_utils import is_torchvision_available
 
 from agiqa.errors import ModelError
 from agiqa.extract.checkpoints import Checkpoint

@@ -214,7 +214,7 @@ def test_the_published_oracle_is_met(name, adapter):
     for start, stop in golden["image_bound"]:
         seen[start:stop] = True
     np.testing.assert_array_equal(item.roles == TOKEN_ROLES["image"], seen)
-    np.testing.assert_array_equal(item.inputs["sizes"].numpy(), golden["tgt_sizes"])
+    np.testing.assert_array_equal(item.layout, golden["tgt_sizes"])
     found = backbone.hidden_states([item])[0].numpy()
     assert np.linalg.norm(found - golden["hidden"]) <= 1e-4 * np.linalg.norm(golden["hidden"])
     last = backbone.logits(item)[-1].numpy()

@@ -21,6 +21,7 @@ from agiqa.extract.backbones.minicpm.model import MiniCPMV
 from agiqa.extract.backbones.minicpm.slicing import cut, patches_of, slicing_of
 from agiqa.extract.backbones.minicpm.weights import load_weights
 from agiqa.extract.backbones.rendering import Renderer
+from agiqa.extract.backbones.uploading import uploaded
 from agiqa.extract.checkpoints import Checkpoint
 from agiqa.extract.images import open_image
 from agiqa.extract.items import Message
@@ -61,15 +62,11 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         stand_in = self._stand_in(slicing.grid)
         place = int(np.flatnonzero(ids == self._ids["im_start"])[0])
         seen = np.where(stand_in == self._ids["unk"], TOKEN_ROLES["image"], TOKEN_ROLES["special"]).astype(np.uint8)
-        counts = np.array(sizes).prod(axis=1)
         return Prepared(
             token_ids=np.concatenate([ids[:place], stand_in, ids[place + 1 :]]),
             roles=np.concatenate([roles[:place], seen, roles[place + 1 :]]),
-            inputs={
-                "patches": torch.from_numpy(np.concatenate(pieces)),
-                "sizes": torch.tensor(sizes),
-                "attended": torch.full((len(sizes),), int(counts.max())),
-            },
+            inputs={"patches": torch.from_numpy(np.concatenate(pieces))},
+            layout=np.array(sizes, np.int64),
         )
 
     def provenance(self) -> dict[str, Any]:
@@ -129,12 +126,14 @@ class MiniCPMBackbone(HuggingFaceBackbone):
             ids[row, : len(item.token_ids)] = item.token_ids
             seen[row, : len(item.token_ids)] = item.roles == TOKEN_ROLES["image"]
         images = None
-        seeing = [item.inputs for item in batch if item.inputs]
+        seeing = [(item.inputs["patches"], item.layout) for item in batch if item.layout is not None]
         if seeing:
-            patches = torch.cat([inputs["patches"] for inputs in seeing]).to(self.device)
-            sizes, attended = (torch.cat([inputs[name] for inputs in seeing]).numpy() for name in ("sizes", "attended"))
-            images = model.image_tokens(patches, sizes, attended)
-        return model.embed(torch.from_numpy(ids).to(self.device), torch.from_numpy(seen).to(self.device), images)
+            patches = torch.cat([uploaded(patches, self.device) for patches, _ in seeing])
+            attended = [np.full(len(sizes), sizes.prod(axis=1).max()) for _, sizes in seeing]
+            images = model.image_tokens(
+                patches, np.concatenate([sizes for _, sizes in seeing]), np.concatenate(attended)
+            )
+        return model.embed(ids, seen, images)
 
     def _stand_in(self, grid: tuple[int, int] | None) -> NDArray[np.int32]:
         """The tokens in place of an image: the overview, and a line for each row of slices."""

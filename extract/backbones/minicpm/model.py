@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from agiqa.extract.backbones.minicpm.config import MiniCPMConfig
 from agiqa.extract.backbones.minicpm.resampler import Resampler
+from agiqa.extract.backbones.uploading import uploaded
 
 _PATCHES_AT_ONCE = 1 << 16
 """Bounds the memory of one pass of the vision tower: about 64 slices."""
@@ -48,8 +50,7 @@ class MiniCPMV(nn.Module):
         found = torch.empty(len(sizes), len(self.resampler.query), width, dtype=self._dtype, device=patches.device)
         for chosen in _in_chunks(attended):
             pieces = [patches[starts[place] : starts[place + 1]] for place in chosen]
-            places = torch.from_numpy(chosen).to(patches.device)
-            found[places] = self._chunk_tokens(pieces, sizes[chosen], attended[chosen])
+            found[uploaded(chosen, patches.device)] = self._chunk_tokens(pieces, sizes[chosen], attended[chosen])
         return found
 
     def _chunk_tokens(self, pieces: list[Tensor], sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Tensor:
@@ -61,17 +62,23 @@ class MiniCPMV(nn.Module):
         for row, count in enumerate(attended.tolist()):
             positions[row, :count] = line_positions(count, self._per_side)
         embedded = linear(padded, kernel.weight.flatten(1), kernel.bias)
-        embedded = embedded + self.vpm.embeddings.position_embedding(torch.from_numpy(positions).to(padded.device))
+        embedded = embedded + self.vpm.embeddings.position_embedding(uploaded(positions, padded.device))
         states = self.vpm.encoder(inputs_embeds=embedded, attention_mask=_mask(attended, longest, padded))
         tokens: Tensor = self.resampler(self.vpm.post_layernorm(states.last_hidden_state), sizes)
         return tokens
 
-    def embed(self, token_ids: Tensor, seen: Tensor, images: Tensor | None) -> Tensor:
+    def embed(self, token_ids: NDArray[np.int64], seen: NDArray[np.bool_], images: Tensor | None) -> Tensor:
         """Embeddings (batch, tokens, D) of `token_ids`, with `images` where `seen` (batch, tokens) is set, in order."""
-        embedded: Tensor = self.llm.get_input_embeddings()(token_ids)
+        table: Any = self.llm.get_input_embeddings()
+        embedded: Tensor = table(uploaded(token_ids, table.weight.device))
         if images is not None:
-            embedded[seen] = images.flatten(0, 1).to(embedded.dtype)
+            places = uploaded(np.flatnonzero(seen), embedded.device)
+            embedded.view(-1, embedded.shape[-1]).index_copy_(0, places, images.flatten(0, 1).to(embedded.dtype))
         return embedded
+
+    def restore_frequencies(self, device: torch.device) -> None:
+        """Compute the rotary frequencies of the Llama, which are no weights: a model built on `meta` has none."""
+        self.llm.model.rotary_emb = LlamaRotaryEmbedding(self.llm.config).to(device)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -79,7 +86,7 @@ class MiniCPMV(nn.Module):
 
     def _normalised(self, patches: Tensor) -> Tensor:
         """uint8 (n, 3 * patch * patch) as the tower expects it, computed in float32."""
-        mean, std = (torch.tensor(value, device=patches.device)[:, None] for value in (self._mean, self._std))
+        mean, std = (uploaded(torch.tensor(value), patches.device)[:, None] for value in (self._mean, self._std))
         values = patches.view(len(patches), 3, -1).float() / 255
         return ((values - mean) / std).flatten(1).to(self._dtype)
 
@@ -110,7 +117,7 @@ def _mask(attended: NDArray[np.int64], longest: int, like: Tensor) -> Tensor | N
     """(slices, 1, 1, longest), additive; None where all attend to all, which is faster."""
     if (attended == longest).all():
         return None
-    counts = torch.from_numpy(attended).to(like.device)
+    counts = uploaded(attended, like.device)
     hidden = torch.arange(longest, device=like.device) >= counts[:, None]
     lowest = torch.finfo(like.dtype).min
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, lowest)[:, None, None]

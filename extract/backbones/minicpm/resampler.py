@@ -5,6 +5,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from agiqa.extract.backbones.uploading import uploaded
+
 _HEAD_WIDTH = 128
 _EPSILON = 1e-6
 _TABLES_KEPT = 64
@@ -31,7 +33,7 @@ class Resampler(nn.Module):
 
         Returns (slices, queries, width). Patches behind rows x columns of a slice are not looked at.
         """
-        counts = torch.from_numpy(sizes.prod(axis=1)).to(patches.device)
+        counts = uploaded(sizes.prod(axis=1), patches.device)
         longest = int(sizes.prod(axis=1).max())
         keys = self.ln_kv(self.kv_proj(patches[:, :longest]))
         positions = self._positions(sizes, longest, keys)
@@ -54,7 +56,7 @@ class Resampler(nn.Module):
                 if len(self._tables) == _TABLES_KEPT:
                     self._tables.clear()
                 self._tables[(*size, like.device)] = table
-            places = torch.from_numpy(np.flatnonzero((sizes == size).all(axis=1))).to(like.device)
+            places = uploaded(np.flatnonzero((sizes == size).all(axis=1)), like.device)
             found[places, : len(table)] = table
         return found
 

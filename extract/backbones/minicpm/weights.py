@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from agiqa.errors import ModelError
 from agiqa.extract.backbones.loading import failures_of
@@ -36,8 +35,7 @@ def load_weights(
                     _set(checkpoint, model, name, tensors.get_tensor(name).to(dtype), left.pop(name).shape)
     if left:
         _refuse(checkpoint, "missing", sorted(left))
-    # Its frequencies are no weights, so the meta device kept them from being computed.
-    model.llm.model.rotary_emb = LlamaRotaryEmbedding(model.llm.config).to(device)
+    model.restore_frequencies(device)
     return model.eval().requires_grad_(requires_grad=False)
 
 
