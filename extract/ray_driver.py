@@ -198,8 +198,9 @@ class _Handing:
             while self._actors:
                 ready, _ = ray.wait(list(self._actors), timeout=_SECONDS_BETWEEN_LOOKS)
                 done = min(total, ray.get(queue.done.remote()))
-                advance(done - shown)
-                shown = done
+                if done > shown:
+                    advance(done - shown)
+                    shown = done
                 for answer in ready:
                     name, _ = self._actors.pop(answer)
                     report = self._answer(answer, name)
