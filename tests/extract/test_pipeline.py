@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,22 @@ def test_a_killed_device_process_costs_no_unit(tiny_vision_checkpoint, tmp_path)
     assert f"{os.uname().nodename}:{killed[0]}" in workers
     assert len(workers) >= 2
     assert verify(store, "full").sound
+
+
+def test_a_killed_run_takes_its_processes_with_it(agiqa, tiny_vision_checkpoint, tmp_path):
+    folder, path = fill_set(tmp_path / "set", 40), tmp_path / "s.agiqa"
+    options = ("--model", tiny_vision_checkpoint, "--conversations", folder / "talks.json", "--device", "cpu")
+    command = ("extract", folder, path, *options, "--batch-size", 1, "--devices", 2, "--workers", 0)
+    outcome = agiqa.killed(*command, when=lambda: any((path / "commits").glob("[0-9]*.json")))
+    assert outcome.code in (-9, 0)
+    record = next((path / "commits").glob("[0-9]*.json"))
+    process = int(json.loads(record.read_text())["worker"].split(":")[1])
+    until = time.monotonic() + 20
+    while Path(f"/proc/{process}/cmdline").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{process}/cmdline").exists()
+    assert agiqa(*command, "--devices", 1, "--json").json["state"] == "complete"
+    assert verify(open_store(path), "full").sound
 
 
 def test_workers_without_an_opener_are_refused(pictures, tiny_vision_checkpoint):

@@ -26,7 +26,9 @@ def test_units_of_a_dead_worker_are_handed_out_again():
     assert [queue.take("b"), queue.take("c"), queue.take("c")] == [0, 2, None]
     queue.add(3)
     queue.add(4)
-    assert queue.done() == 7
+    queue.say("hello")
+    assert queue.news() == (7, ["hello"])
+    assert queue.news() == (7, [])
 
 
 def test_a_killed_actor_costs_no_unit(tiny_text_checkpoint, tmp_path):
