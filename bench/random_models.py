@@ -101,13 +101,8 @@ def _write_settings(folder: Path, language: Mapping[str, Any], vision: Mapping[s
     )
     ids = tokenizer.get_vocab()
     text = LlamaConfig(**language, bos_token_id=ids[END], eos_token_id=ids[END], pad_token_id=ids[PAD])
-    config = Idefics3Config(
-        vision_config=dict(vision),
-        text_config=text,
-        image_token_id=ids[IMAGE],
-        scale_factor=scale,
-        pad_token_id=ids[PAD],
-    )
+    marks: dict[str, Any] = {"image_token_id": ids[IMAGE], "pad_token_id": ids[PAD], "scale_factor": scale}
+    config = Idefics3Config(vision_config=dict(vision), text_config=text, **marks)
     with quiet_transformers():
         config.save_pretrained(folder)
         processor.save_pretrained(folder)
