@@ -5,9 +5,10 @@ units that it was handed, and another takes its place.
 """
 
 import os
+import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class UnitQueue:
         self._units = deque(units)
         self._taken: dict[str, list[int]] = {}
         self._items = 0
+        self._said: list[str] = []
 
     def take(self, who: str) -> int | None:
         """The next unit, handed to `who`; None when there is none."""
@@ -50,9 +52,14 @@ class UnitQueue:
         """Count `items` as done."""
         self._items += items
 
-    def done(self) -> int:
-        """Items done by all."""
-        return self._items
+    def say(self, text: str) -> None:
+        """Pass a line on to the driver."""
+        self._said.append(text)
+
+    def news(self) -> tuple[int, list[str]]:
+        """Items done by all, and what they said since this was last asked."""
+        said, self._said = self._said, []
+        return self._items, said
 
 
 class Worker:
@@ -81,7 +88,7 @@ class Worker:
                 if not filler.store.layout.commit(unit).exists():
                     yield unit
 
-        with said_to(lambda text: print(f"{self._name}: {text}")):
+        with said_to(lambda text: queue.say.remote(f"{self._name}: {text}")):
             return helper.fill(path, items, target, units=units, advance=lambda count: queue.add.remote(count))
 
 
@@ -157,12 +164,17 @@ class OnRay:
         except ImportError as error:
             message = "--ray needs the package ray: pip install 'agiqa[ray]'."
             raise ConfigError(message) from error
+        with redirect_stdout(sys.stderr):  # threads of Ray print what befalls it; the output stream is for the result
+            yield from self._connected(ray)
+
+    def _connected(self, ray: Any) -> Iterator[Any]:
         if ray.is_initialized():
             yield ray
             return
         address = None if self.address == "auto" else self.address
         try:
-            ray.init(address=address, include_dashboard=None if address else False, logging_level="error")
+            dashboard = None if address else False
+            ray.init(address=address, include_dashboard=dashboard, logging_level="error", log_to_driver=False)
         except (ConnectionError, ValueError) as error:
             message = f"--ray {self.address}: no such cluster ({_first_line(error)})."
             raise ConfigError(message) from error
@@ -197,9 +209,13 @@ class _Handing:
                 self._start(work)
             while self._actors:
                 ready, _ = ray.wait(list(self._actors), timeout=_SECONDS_BETWEEN_LOOKS)
-                done = min(total, ray.get(queue.done.remote()))
-                advance(done - shown)
-                shown = done
+                counted, said = ray.get(queue.news.remote())
+                done = min(total, counted)  # what a dead actor had begun is counted twice
+                for text in said:
+                    say(text)
+                if done > shown:
+                    advance(done - shown)
+                    shown = done
                 for answer in ready:
                     name, _ = self._actors.pop(answer)
                     report = self._answer(answer, name)

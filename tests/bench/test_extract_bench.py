@@ -1,0 +1,48 @@
+"""The benchmark of extraction: a tiny model goes the whole way, and the lines make tables of their form."""
+
+import json
+
+from click.testing import CliRunner
+
+from agiqa.bench.extract import ENCODINGS, main, tables
+
+TINY = [
+    *("--model-shape", "tiny", "--items", "12", "--logit-items", "2", "--tokens", "300", "--pixels", "64"),
+    *("--rank", "8", "--device", "cpu", "--workers", "0"),
+]
+
+
+def test_every_encoding_goes_the_whole_way_beside_the_bare_forward(tmp_path):
+    out, folder = tmp_path / "lines.jsonl", tmp_path / "folder"
+    folder.mkdir()
+    outcome = CliRunner().invoke(main, [*TINY, "--out", str(out), "--folder", str(folder)])
+    assert outcome.exit_code == 0, outcome.output
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["name"] for line in lines] == list(ENCODINGS)
+    for line in lines:
+        measured = line["measured"]
+        assert line["config"]["items"] == (2 if line["name"] == "logits" else 12)
+        assert abs(line["config"]["tokens"] - 300) < 40
+        assert measured["ratio"] * measured["bare_images_per_second"] - measured["images_per_second"] < 1e-6
+        assert measured["fill_seconds"] > 0
+        assert measured["peak_gb"] == 0  # of a GPU only
+    assert tables(lines) in outcome.output
+    assert tables(lines) == CliRunner().invoke(main, ["--table", str(out)]).output.strip()
+    assert "goal" not in tables(lines)
+    assert list(folder.iterdir()) == []
+
+
+def test_goals_are_for_a_gpu_and_say_whether_they_are_met():
+    measured = {
+        **dict.fromkeys(("whole_images_per_second", "row_mb_per_second", "store_gb"), 1.0),
+        **{f"{phase}_seconds": 1.0 for phase in ("plan", "load", "calibrate", "model", "fill", "seal")},
+        "images_per_second": 39.0,
+        "bare_images_per_second": 45.0,
+        "ratio": 39 / 45,
+        "peak_gb": 9.0,
+    }
+    config = {"items": 512, "tokens": 477.0, "batch_size": 17}
+    lines = [{"stage": "extract", "name": name, "config": config, "measured": measured} for name in ENCODINGS]
+    rows = [row for row in tables(lines).splitlines() if row.endswith((" yes |", " no |"))]
+    assert len(rows) == 7
+    assert [row.endswith(" yes |") for row in rows] == [False, True, True, False, True, True, True]

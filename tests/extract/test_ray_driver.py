@@ -1,0 +1,68 @@
+"""`agiqa extract --ray` with actors on the CPU, one of them killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agiqa.extract.ray_driver import UnitQueue
+from agiqa.store import open_store, verify
+from tests.extract.jobs import extract
+from tests.extract.small_sets import write_set, write_talks
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_units_of_a_dead_worker_are_handed_out_again():
+    queue = UnitQueue([0, 1, 2])
+    assert [queue.take("a"), queue.take("b"), queue.take("a")] == [0, 1, 2]
+    assert queue.take("b") is None
+    queue.give_back("a")
+    assert [queue.take("b"), queue.take("c"), queue.take("c")] == [0, 2, None]
+    queue.add(3)
+    queue.add(4)
+    queue.say("hello")
+    assert queue.news() == (7, ["hello"])
+    assert queue.news() == (7, [])
+
+
+def test_a_killed_actor_costs_no_unit(tiny_text_checkpoint, tmp_path):
+    pytest.importorskip("ray", reason="needs the extra ray")
+    folder = write_set(tmp_path / "set", 120)
+    write_talks(folder)
+    path = tmp_path / "s.agiqa"
+    arguments = [
+        *(sys.executable, "-m", "agiqa", "extract", str(folder), str(path), "--model", str(tiny_text_checkpoint)),
+        *("--conversations", str(folder / "talks.json"), "--device", "cpu", "--batch-size", "1"),
+        *("--ray", "--devices", "2", "--json"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": "local"}
+    run = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    killed = 0
+    while run.poll() is None and not killed:
+        for record in (path / "commits").glob("[0-9]*.json"):
+            killed = int(json.loads(record.read_text())["worker"].split(":")[1])
+            os.kill(killed, signal.SIGKILL)
+            break
+        time.sleep(0.001)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, err
+    assert json.loads(out)["state"] == "complete"
+    assert killed
+    assert "its units are handed out again" in err
+    whole = open_store(path)
+    assert verify(whole, "full").sound
+    alone = extract(folder, tiny_text_checkpoint, tmp_path / "alone.agiqa", batch_size=1).store
+    assert hashes_of(whole.path) == hashes_of(alone.path)
+
+
+def hashes_of(path):
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    return {entry["path"]: entry["sha256"] for entry in manifest["objects"]}
