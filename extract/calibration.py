@@ -58,7 +58,7 @@ def calibrated(
         )
         raise ConfigError(message)
     chosen = calibration_positions([item.split for item in tokenised.items])
-    backbone.load()
+    weight = backbone.lm_head()  # first: a model whose logits are not linear is refused before any work
 
     def blocks() -> Iterator[NDArray[np.float32]]:
         for first in range(0, len(chosen), batch_size):
@@ -70,7 +70,7 @@ def calibrated(
     moments, calibration = moments_of(blocks(), backbone.hidden_size), calibration_id(tokenised)
     if rank is None:
         return Target(encoding="int8", scale=Scale.of(moments, calibration=calibration))
-    bits, dtype = tensor_bits(backbone.lm_head())
+    bits, dtype = tensor_bits(weight)
     basis = make_basis(
         to_float32(bits, dtype),
         moments,

@@ -15,7 +15,7 @@ from agiqa.errors import DataError, HeadError
 from agiqa.extract.backbones import Backbone, Prepared
 from agiqa.extract.items import Item
 from agiqa.extract.plan import fit
-from agiqa.extract.targets import Target, logits_of, tensor_bits, tensor_of
+from agiqa.extract.targets import Target, tensor_bits, tensor_of
 from agiqa.store import (
     Basis,
     Store,
@@ -60,7 +60,7 @@ class Filler:
     def write_model_arrays(self) -> None:
         """Load the model; store what the target needs of it (W_lm, basis, scale), and a few rows of its own logits."""
         self.backbone.load()
-        bits, dtype = tensor_bits(self.backbone.lm_head())
+        bits, dtype = tensor_bits(self.backbone.lm_head(bent=self.target.encoding == "logits"))
         sha256 = hashlib.sha256(bits.data).hexdigest()
         basis, scale = self.target.basis, self.target.scale
         if basis is not None:
@@ -123,7 +123,7 @@ class Filler:
 
         def logits(start: int, stop: int) -> NDArray[Any]:
             states = tensor_of(rows[start:stop], self.store.logical_dtype)
-            return tensor_bits(logits_of(states, self.backbone))[0]
+            return tensor_bits(self.backbone.project(states))[0]
 
         kept = logits if self.target.keep_logits else None
         self.writer.write_unit(unit, rows, seconds=time.perf_counter() - started, scale=scale, logits=kept)

@@ -49,15 +49,8 @@ class Target:
         if self.scale is not None:
             return self.scale.encode(states.float().cpu().numpy())
         if self.encoding == "logits":
-            return tensor_bits(logits_of(states, backbone))[0], None
+            return tensor_bits(backbone.project(states))[0], None
         return tensor_bits(states)[0], None
-
-
-def logits_of(states: torch.Tensor, backbone: Backbone) -> torch.Tensor:
-    """The logits (n, V) of hidden states (n, D), in the dtype that the model computes with."""
-    weight = backbone.lm_head()
-    with torch.inference_mode():
-        return torch.nn.functional.linear(states.to(weight.device), weight)
 
 
 def tensor_bits(tensor: torch.Tensor) -> tuple[NDArray[Any], str]:

@@ -14,7 +14,7 @@ from agiqa.errors import ConfigError, ModelError, UnknownName
 from agiqa.extract.backbones.adapters import Adapter, apply_adapter
 from agiqa.extract.backbones.batching import alike, collate
 from agiqa.extract.backbones.contract import Prepared
-from agiqa.extract.backbones.linearity import check_linear
+from agiqa.extract.backbones.linearity import LogitMap, find_logit_map
 from agiqa.extract.backbones.loading import load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
 from agiqa.extract.checkpoints import Checkpoint
@@ -54,6 +54,7 @@ class HuggingFaceBackbone(ABC):
         self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
         self.renderer = self._make_renderer()
         self._model: Any = None
+        self._after_head: LogitMap | None = None
         self._hashes: dict[str, str] | None = None
         self._adapter_hashed: dict[str, Any] | None = None
 
@@ -103,7 +104,6 @@ class HuggingFaceBackbone(ABC):
         model = model.to(self.device)
         if self.adapter is not None:
             apply_adapter(model, self.adapter, name=self.checkpoint.name)
-        check_linear(self.checkpoint.name, model, self._probe())
         found = tuple(model.get_output_embeddings().weight.shape)
         expected = (self.vocab_size, self.hidden_size)
         if found != expected:
@@ -130,10 +130,23 @@ class HuggingFaceBackbone(ABC):
             logits: torch.Tensor = model(**self._collate([item]), use_cache=False).logits[0]
         return logits
 
-    def lm_head(self) -> torch.Tensor:
+    def lm_head(self, *, bent: bool = False) -> torch.Tensor:
         """See `Backbone.lm_head`."""
         weight: torch.Tensor = self._loaded().get_output_embeddings().weight.detach()
-        return weight
+        return weight if bent else self._logit_map().fold(self.checkpoint.name, weight)
+
+    def project(self, states: torch.Tensor) -> torch.Tensor:
+        """See `Backbone.project`."""
+        head = self._loaded().get_output_embeddings()
+        after = self._logit_map()
+        with torch.inference_mode():
+            return after(head(states.to(device=head.weight.device, dtype=head.weight.dtype)))
+
+    def _logit_map(self) -> LogitMap:
+        """What the model does after its output embedding; tried once."""
+        if self._after_head is None:
+            self._after_head = find_logit_map(self.checkpoint.name, self._loaded(), self._probe())
+        return self._after_head
 
     def _loaded(self) -> Any:
         self.load()
