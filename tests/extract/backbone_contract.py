@@ -13,6 +13,7 @@ from agiqa.errors import DataError, ModelError
 from agiqa.extract.backbones import Backbone, Prepared, open_backbone
 from agiqa.extract.backbones.loading import quiet_transformers
 from agiqa.extract.items import Message
+from agiqa.extract.plan import fit
 from agiqa.store import TOKEN_ROLES
 
 CONVERSATION = (
@@ -171,6 +172,17 @@ class VisionContract(LocalContract):
     def test_the_image_word_in_a_text_is_refused(self, backbone, pictures):
         with pytest.raises(DataError, match=re.escape(repr(self.image_word))):
             backbone.prepare([Message(role="user", content=f"what is {self.image_word}?")], pictures[0])
+
+    def test_image_tokens_are_marked_and_nothing_else_is(self, backbone, batch):
+        for item in batch:
+            seen = item.roles == TOKEN_ROLES["image"]
+            np.testing.assert_array_equal(seen, item.token_ids == backbone.image_token_id)
+
+    def test_a_cut_item_is_the_beginning_of_the_whole(self, backbone, batch, alone):
+        cut = fit(batch[0], len(batch[0].token_ids) - 5, truncate=True)
+        for companions in ([], [batch[0]], [batch[2]]):
+            states = backbone.hidden_states([cut, *companions])[0]
+            assert self.close(states, alone[0][:-5])
 
     def test_without_an_image_the_text_is_read_alone(self, backbone, batch):
         item = backbone.prepare(CONVERSATION, None)

