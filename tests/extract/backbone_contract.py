@@ -126,6 +126,14 @@ class LocalContract(BackboneContract):
         for item in batch:
             assert int((item.token_ids == backbone.renderer.tokenizer.bos_token_id).sum()) == 1
 
+    @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 3e-2), ("float16", 4e-3)])
+    def test_half_precision_is_near_the_full_one(self, checkpoint, batch, alone, dtype, tolerance):
+        half = open_backbone(str(checkpoint), dtype=dtype, device="cpu")
+        for states, expected in zip(half.hidden_states(batch), alone, strict=True):
+            error = (states.double() - expected.double()).norm() / expected.double().norm()
+            assert states.dtype == getattr(torch, dtype)
+            assert error <= tolerance
+
     def test_preparing_needs_no_weights(self, backbone, checkpoint, batch, pictures, tmp_path):
         copy = tmp_path / "no-weights"
         shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("*.safetensors"))
