@@ -12,7 +12,7 @@ from agiqa.errors import DataError, ModelError, UnknownName
 from agiqa.extract.backbones import Answer, Backbone, GenerationSettings, Prepared
 from agiqa.extract.items import Item, Message
 from agiqa.extract.plan import OnBadItem
-from agiqa.extract.templates import check_variant, fill, template_of
+from agiqa.extract.templates import VARIANTS, fill, template_of
 from agiqa.progress import say
 
 PRESETS = ("greedy", "published")
@@ -110,7 +110,8 @@ class Describer:
 
         Raises UnknownName for the variant, and DataError where `full` has no rating to end with.
         """
-        check_variant(variant)
+        if variant not in VARIANTS:
+            raise UnknownName.of(kind="conversation variant", name=variant, known=VARIANTS)
         item, turns = described.item, described.conversation
         if variant == "no_id":
             asked = Message(role="user", content=fill(self.questions.one_round, item.prompt))

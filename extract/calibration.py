@@ -63,7 +63,7 @@ def calibrated(
     items = [
         PlannedItem(item=tokenised.items[position], length=len(tokenised.token_ids[position])) for position in chosen
     ]
-    backbone.load()
+    weight = backbone.lm_head()  # first: a model whose logits are not linear is refused before any work
     preparation = preparation or Preparation(backbone)
 
     def blocks() -> Iterator[NDArray[np.float32]]:
@@ -86,7 +86,7 @@ def calibrated(
     moments, calibration = moments_of(blocks(), backbone.hidden_size), calibration_id(tokenised)
     if rank is None:
         return Target(encoding="int8", scale=Scale.of(moments, calibration=calibration))
-    bits, dtype = tensor_bits(backbone.lm_head())
+    bits, dtype = tensor_bits(weight)
     basis = make_basis(
         to_float32(bits, dtype),
         moments,

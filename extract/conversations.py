@@ -8,13 +8,14 @@ the teacher's, which were written with the MOS in view.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from agiqa.errors import DataError, UnknownName
+from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract.items import Message
+from agiqa.extract.templates import template_of
 from agiqa.store.label_tables import SPLITS, read_text
 
 IMAGE_MARK = re.compile(r"\A<image>\n?")
@@ -22,6 +23,36 @@ IMAGE_MARK = re.compile(r"\A<image>\n?")
 
 _ROLES = ("user", "assistant", "user", "assistant")
 _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
+_PREFIX = re.compile(r"(?:(?P<aspect>\w{2,}):(?!//))?(?:(?P<split>[A-Za-z]+)=)?(?P<file>.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationFile:
+    """One file of conversations, and what the user or its name says of them."""
+
+    path: Path
+    split: str | None = None
+    """train, val, test, or None where neither tells."""
+    aspect: str | None = None
+    """The aspect that the user wrote before it."""
+
+    def aspect_among(self, aspects: Sequence[str]) -> str:
+        """Which of the `aspects` of a conversation these descriptions are of: the one written, the only, the named.
+
+        Raises ConfigError when another one is written before the file, or nothing tells between several.
+        """
+        if self.aspect is not None and self.aspect not in aspects:
+            message = f"{self.path} has descriptions of {self.aspect}; the conversation holds {' and '.join(aspects)}."
+            raise ConfigError(message)
+        if self.aspect is not None or len(aspects) == 1:
+            return self.aspect or aspects[0]
+        words = re.split("[^a-z0-9]+", self.path.stem.lower())
+        named = [aspect for aspect in aspects if aspect in words]
+        if len(named) != 1:
+            choices = " or ".join(f"{aspect}:{self.path}" for aspect in aspects)
+            message = f"{self.path}: which aspect do these describe? Write {choices}."
+            raise ConfigError(message)
+        return named[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,33 +70,41 @@ class Talk:
     own_rating: bool = False
     """Whether `rating` is the local model's own answer (`response_1`), not the teacher's word."""
     problems: tuple[str, ...] = ()
+    more: tuple["Talk", ...] = ()
+    """Conversations on further aspects of the same image, whose descriptions follow this one's."""
 
     def messages(self, variant: str) -> tuple[Message, ...]:
-        """What the model reads under `variant`: id ends with the second question, full with the rating word."""
-        turns = [
-            Message(role="user", content=self.describe),
-            Message(role="assistant", content=self.description),
-            Message(role="user", content=self.rate),
-        ]
+        """What the model reads under `variant`: id ends with the rating question, full with the rating word."""
+        turns: list[Message] = []
+        for talk in (self, *self.more):
+            turns.append(Message(role="user", content=talk.describe))
+            turns.append(Message(role="assistant", content=talk.description))
+        turns.append(Message(role="user", content=self.rate))
         if variant == "full" and self.rating is not None:
             turns.append(Message(role="assistant", content=self.rating))
         return tuple(turns)
 
 
-def parse_source(source: str) -> tuple[str | None, Path]:
-    """`SPLIT=FILE` or `FILE` as (split, file); without SPLIT the file's name tells, if it can.
+def parse_source(source: str) -> ConversationFile:
+    """`[ASPECT:][SPLIT=]FILE`; without SPLIT the file's name tells, if it can.
 
-    Raises UnknownName when what stands before `=` is not a split and no file has that name.
+    Raises UnknownName when what stands before `:` is no aspect or before `=` no split, and no file has that name.
     """
-    name, mark, rest = source.partition("=")
-    if mark and name in SPLITS:
-        return name, Path(rest)
-    if mark and name.isalpha() and not Path(source).exists():
-        unknown = UnknownName.of("split", name, SPLITS)
+    match = _PREFIX.fullmatch(source)
+    if match is None or Path(source).exists():
+        return ConversationFile(path=Path(source), split=_split_of(Path(source)))
+    aspect, split, path = match["aspect"], match["split"], Path(match["file"])
+    if aspect is not None:
+        template_of(aspect)
+    if split is not None and split not in SPLITS:
+        unknown = UnknownName.of("split", split, SPLITS)
         raise unknown
-    path = Path(source)
+    return ConversationFile(path=path, split=split or _split_of(path), aspect=aspect)
+
+
+def _split_of(path: Path) -> str | None:
     words = set(_SPLIT_WORD.findall(path.stem.lower()))
-    return (words.pop() if len(words) == 1 else None), path
+    return words.pop() if len(words) == 1 else None
 
 
 def read_conversations(path: Path, split: str | None) -> list[Talk]:

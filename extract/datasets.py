@@ -9,10 +9,10 @@ from agiqa.errors import ConfigError, DataError
 from agiqa.extract.building import ItemBuilder
 from agiqa.extract.conversations import Talk, read_conversations
 from agiqa.extract.items import DataSet, Item
-from agiqa.extract.joining import join
+from agiqa.extract.joining import Joined, join, join_aspects
 from agiqa.extract.labels import Row, read_rows
 from agiqa.extract.sources import Sources, find_sources
-from agiqa.extract.templates import check_variant, template_of
+from agiqa.extract.templates import aspects_of, template_of
 
 
 def load_data_set(
@@ -29,25 +29,23 @@ def load_data_set(
     """Read and check a whole data set; every image is decoded once when `images` is true.
 
     `data` is a folder with data.csv (and images/), a csv file, or an M3-AGIQA conversation file whose MOS
-    are in the csv `labels`. `conversations` are `FILE` or `SPLIT=FILE`; a conversation belongs to the row
-    whose `name` ends its `image` field. Rows that no conversation names are not part of the data set; their
-    number is in `notes`. MOS must lie within `mos_range` (lowest, highest).
+    are in the csv `labels`. `conversations` are `[ASPECT:][SPLIT=]FILE`; a conversation belongs to the row
+    whose `name` ends its `image` field. A variant with several aspects (see `aspects_of`) needs files of each, the
+    aspect written before the file or a word of its name. Rows that no conversation names are not part of the data
+    set; their number is in `notes`. MOS must lie within `mos_range` (lowest, highest).
 
     Raises UnknownName for a variant, aspect or split; ConfigError for options that contradict each other;
     DataError for files that cannot be used at all and, under `on_bad_item="fail"`, one that lists every bad
     item. "skip" leaves bad items out, and raises DataError only when no item is left.
     """
-    check_variant(variant)
-    template = template_of(aspect)
+    aspects = aspects_of(variant, aspect)
     if not mos_range[0] < mos_range[1]:
         message = f"The MOS range {mos_range[0]:g} to {mos_range[1]:g} is empty; give the lowest value first."
         raise ConfigError(message)
-    sources = find_sources(data, conversations, labels)
+    sources = find_sources(data, conversations, labels, aspect=aspect)
     rows = read_rows(sources.table, mos_range)
-    talks = [talk for split, path in sources.conversations for talk in read_conversations(path, split)]
-    _check_descriptions(sources, rows, talks, variant)
-    joined = join(sources, rows, talks)
-    builder = ItemBuilder(sources=sources, template=template, variant=variant, images=images)
+    joined = _join(sources, rows, aspects, variant)
+    builder = ItemBuilder(sources=sources, template=template_of(aspect), variant=variant, images=images)
     with ThreadPoolExecutor() as pool:
         outcomes = list(pool.map(builder.build, joined.pairs))
     items = tuple(outcome for outcome in outcomes if isinstance(outcome, Item))
@@ -55,6 +53,17 @@ def load_data_set(
     if problems and (on_bad_item == "fail" or not items):
         raise DataError.from_problems(str(data), problems)
     return DataSet(name=sources.name, items=items, skipped=problems, notes=joined.notes)
+
+
+def _join(sources: Sources, rows: Sequence[Row], aspects: Sequence[str], variant: str) -> Joined:
+    """The rows with their conversations on every one of `aspects`."""
+    talks: dict[str, list[Talk]] = {aspect: [] for aspect in aspects}
+    for file in sources.conversations:
+        talks[file.aspect_among(aspects)].extend(read_conversations(file.path, file.split))
+    if len(aspects) > 1:
+        return join_aspects(sources, rows, talks)
+    _check_descriptions(sources, rows, talks[aspects[0]], variant)
+    return join(sources, rows, talks[aspects[0]])
 
 
 def _check_descriptions(sources: Sources, rows: Sequence[Row], talks: Sequence[Talk], variant: str) -> None:

@@ -23,7 +23,7 @@ from agiqa.extract.model_arrays import write_model_arrays
 from agiqa.extract.plan import PlannedItem, prepare_planned
 from agiqa.extract.preparing import Preparation
 from agiqa.extract.staging import Staging, staging_of
-from agiqa.extract.targets import Target, logits_of, tensor_bits, tensor_of
+from agiqa.extract.targets import Target, tensor_bits, tensor_of
 from agiqa.extract.transfers import Transfers
 from agiqa.store import Store, UnitWriter
 
@@ -228,7 +228,7 @@ class _Fill:
         def logits(start: int, stop: int) -> NDArray[Any]:
             with self.transfers.on_device():
                 states = tensor_of(rows[start:stop], self.store.logical_dtype)
-                return tensor_bits(logits_of(states, self.backbone))[0]
+                return tensor_bits(self.backbone.project(states))[0]
 
         return logits
 

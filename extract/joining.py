@@ -1,7 +1,7 @@
 """Rows and conversations matched by image name; what matches nothing is a problem with an address."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from agiqa.errors import DataError
 from agiqa.extract.conversations import Talk
@@ -43,6 +43,53 @@ def join(sources: Sources, rows: Sequence[Row], talks: Sequence[Talk]) -> Joined
     return Joined(pairs=tuple(pairs), problems=tuple(problems), notes=notes)
 
 
+def join_aspects(sources: Sources, rows: Sequence[Row], talks: Mapping[str, Sequence[Talk]]) -> Joined:
+    """Pair each row with its conversations on several aspects, as the first one's with the others in `more`.
+
+    `talks` are those of each aspect, in the order of the conversation. A row that has some aspects and lacks others
+    is a problem; the notes count them by aspect. Raises DataError when not a single conversation on some aspect finds
+    its row, or there are none.
+    """
+    table = sources.table.name
+    first = _first_by_name(rows)
+    problems: list[str] = []
+    chosen: dict[str, dict[str, Talk]] = {}
+    for aspect, spoken in talks.items():
+        if not spoken:
+            message = f"No descriptions of {aspect}; give their file: --conversations {aspect}:FILE."
+            raise DataError(message)
+        chosen[aspect], faults = _choose(table, first, spoken)
+        problems.extend(f"{aspect}: {fault}" for fault in faults)
+        if not chosen[aspect] and not any(talk.problems for talk in spoken):
+            _refuse_strangers(sources, rows, spoken)
+    named = sorted({name for found in chosen.values() for name in found}, key=lambda name: first[name].number)
+    problems.extend(_repeats(table, [row for row in rows if row.name in set(named)], first))
+    pairs: list[Pair] = []
+    for name in named:
+        told = [found[name] for found in chosen.values() if name in found]
+        lacking = [aspect for aspect, found in chosen.items() if name not in found]
+        splits = {talk.split for talk in told if talk.split is not None}
+        if lacking or len(splits) > 1:
+            fault = (
+                f"no description of {' and '.join(lacking)}" if lacking else f"in the splits {sorted(splits)} at once"
+            )
+            problems.append(f"{name} ({table}, line {first[name].number}): {fault} ({told[0].where} has it)")
+        else:
+            pairs.append((first[name], replace(told[0], more=tuple(told[1:]), split=next(iter(splits), None))))
+    return Joined(pairs=tuple(pairs), problems=tuple(problems), notes=tuple(_counts(table, rows, named, chosen)))
+
+
+def _counts(
+    table: str, rows: Sequence[Row], named: Sequence[str], chosen: Mapping[str, Mapping[str, Talk]]
+) -> Iterator[str]:
+    left = sum(row.name not in set(named) for row in rows)
+    if left:
+        yield f"{left} of {len(rows)} rows of {table} are left out: no conversation names them."
+    for aspect, found in chosen.items():
+        if len(found) < len(named):
+            yield f"{len(named) - len(found)} of {len(named)} images have no description of {aspect}."
+
+
 def row_name(image: str, rows: Mapping[str, object]) -> str | None:
     """The row that `image` (a path such as data/set/images/0.png) ends in: its longest known tail."""
     parts = image.replace("\\", "/").split("/")
@@ -81,7 +128,7 @@ def _choose(table: str, rows: Mapping[str, Row], talks: Sequence[Talk]) -> tuple
 
 
 def _refuse_strangers(sources: Sources, rows: Sequence[Row], talks: Sequence[Talk]) -> None:
-    files = ", ".join(str(path) for _, path in sources.conversations)
+    files = ", ".join(str(file.path) for file in sources.conversations)
     message = (
         f"{files} and {sources.table} have no image in common: the conversations speak of {talks[0].image!r}, "
         f"the table of {rows[0].name!r}. Is it the table of another data set?"

@@ -41,7 +41,7 @@ class LiveFeatures:
         self._target = target
         self._rows: list[NDArray[Any]] = []
         self._roles: list[NDArray[np.uint8]] = []
-        bits, self._lm_head_dtype = tensor_bits(backbone.lm_head())
+        bits, self._lm_head_dtype = tensor_bits(backbone.lm_head(bent=target.encoding == "logits"))
         self._lm_head = bits
         self.lm_head_sha256 = hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
 

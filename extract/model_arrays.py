@@ -36,7 +36,7 @@ def write_model_arrays(writer: UnitWriter, backbone: Backbone, target: Target, p
     Raises HeadError for a basis of another model.
     """
     backbone.load()
-    bits, dtype = tensor_bits(backbone.lm_head())
+    bits, dtype = tensor_bits(backbone.lm_head(bent=target.encoding == "logits"))
     sha256 = hashlib.sha256(bits.data).hexdigest()
     basis, scale = target.basis, target.scale
     if basis is not None:

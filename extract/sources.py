@@ -1,11 +1,11 @@
 """Which files make up a data set: the three forms of DATA, and where its images lie."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.extract.conversations import parse_source
+from agiqa.extract.conversations import ConversationFile, parse_source
 
 CONVERSATION_SUFFIXES = (".json", ".jsonl")
 
@@ -16,8 +16,7 @@ class Sources:
 
     name: str
     table: Path
-    conversations: tuple[tuple[str | None, Path], ...]
-    """(split, file) of each conversation file."""
+    conversations: tuple[ConversationFile, ...]
     folders: tuple[Path, ...]
     """Where images are looked for, in this order."""
 
@@ -27,8 +26,12 @@ class Sources:
         return next((path for path in candidates if path.is_file()), None)
 
 
-def find_sources(data: Path, conversations: Sequence[str], labels: Path | None) -> Sources:
+def find_sources(
+    data: Path, conversations: Sequence[str], labels: Path | None, *, aspect: str | None = None
+) -> Sources:
     """Take `data` for a folder with data.csv, a csv file, or a conversation file whose labels are `labels`.
+
+    `conversations` are further files as `parse_source` reads them; a conversation file `data` is on `aspect`.
 
     Raises DataError when a file is missing and ConfigError when `labels` is missing or has no place.
     """
@@ -38,14 +41,14 @@ def find_sources(data: Path, conversations: Sequence[str], labels: Path | None) 
         if labels is None:
             message = f"{data} holds conversations; name the table with their MOS too: --labels data.csv."
             raise ConfigError(message)
-        files.insert(0, parse_source(str(data)))
+        files.insert(0, replace(parse_source(str(data)), aspect=aspect))
         table = labels
     elif labels is not None:
         message = f"--labels goes with a conversation file; {data} has its own labels."
         raise ConfigError(message)
     else:
         table = data / "data.csv" if data.is_dir() else data
-    _check_files(data, table, [path for _, path in files])
+    _check_files(data, table, [file.path for file in files])
     bases = dict.fromkeys([table.parent, data if data.is_dir() else data.parent])
     folders = tuple(folder for base in bases for folder in (base / "images", base))
     return Sources(name=name, table=table, conversations=tuple(files), folders=folders)

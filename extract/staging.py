@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.extract.backbones import Backbone
-from agiqa.extract.targets import Target, logits_of
+from agiqa.extract.targets import Target
 from agiqa.extract.transfers import Transfers
 from agiqa.store import from_float32, to_float32
 
@@ -42,12 +42,12 @@ def staging_of(target: Target, backbone: Backbone, transfers: Transfers) -> Stag
     """
     dtype: torch.dtype = getattr(torch, backbone.logical_dtype)
     if target.encoding == "logits":
-        dtype = backbone.lm_head().dtype
+        dtype = backbone.lm_head(bent=True).dtype
 
         def put_logits(states: torch.Tensor, out: torch.Tensor) -> None:
             for start in range(0, len(states), LOGIT_ROWS):
                 rows = slice(start, start + LOGIT_ROWS)
-                transfers.download(logits_of(states[rows], backbone), out[rows])
+                transfers.download(backbone.project(states[rows]), out[rows])
 
         return Staging(dtype=dtype, width=backbone.vocab_size, put=put_logits, finish=_as_they_are)
     if target.basis is not None and backbone.device.type != "cpu":

@@ -42,13 +42,6 @@ class Target:
         return {"int8": {"calibration": self.scale.calibration}} if self.scale is not None else {}
 
 
-def logits_of(states: torch.Tensor, backbone: Backbone) -> torch.Tensor:
-    """The logits (n, V) of hidden states (n, D), in the dtype that the model computes with."""
-    weight = backbone.lm_head()
-    with torch.inference_mode():
-        return torch.nn.functional.linear(states.to(weight.device), weight)
-
-
 def tensor_bits(tensor: torch.Tensor) -> tuple[NDArray[Any], str]:
     """The values of `tensor` in their own bits (uint16 for bfloat16), and the name of its dtype."""
     values = tensor.detach().contiguous().cpu()

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import yaml
 
-from agiqa.errors import UnknownName
+from agiqa.errors import ConfigError, UnknownName
 
 VARIANTS = ("no_id", "id", "full")
-"""What the forward pass reads: one question; question, description, question; the same and the rating word."""
+"""What the forward pass reads: one question; question, description, question; the same and the rating word.
+
+`aspects_of` knows the variants with descriptions of several aspects.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +40,33 @@ def template_of(aspect: str) -> Template:
     return known[aspect]
 
 
-def check_variant(variant: str) -> None:
-    """Raise UnknownName unless `variant` is one of VARIANTS."""
-    if variant not in VARIANTS:
-        unknown = UnknownName.of("conversation variant", variant, VARIANTS)
+def aspects_of(variant: str, aspect: str) -> tuple[str, ...]:
+    """The aspects whose descriptions the conversation of `variant` holds, first the one that is rated, `aspect`.
+
+    `variant` is one of VARIANTS, or `id:ASPECT+ASPECT[+ASPECT]`: the questions and descriptions of these aspects, in
+    this order, then the rating question of the first. Raises UnknownName for a variant or aspect, ConfigError for a
+    list that repeats an aspect, has only one, or does not begin with `aspect`.
+    """
+    template_of(aspect)
+    if variant in VARIANTS:
+        return (aspect,)
+    kind, _, listed = variant.partition(":")
+    if kind != "id" or not listed:
+        unknown = UnknownName.of("conversation variant", variant, [*VARIANTS, "id:ASPECT+ASPECT"])
         raise unknown
+    aspects = tuple(listed.split("+"))
+    for name in aspects:
+        template_of(name)
+    if len(aspects) == 1 or len(set(aspects)) < len(aspects):
+        fault = "repeats an aspect" if len(aspects) > 1 else "lists one aspect; that is the variant id"
+        message = f"The variant {variant} {fault}. Write two or three, such as id:quality+correspondence."
+        raise ConfigError(message)
+    if aspects[0] != aspect:
+        message = (
+            f"The variant {variant} rates its first aspect, {aspects[0]}, and --aspect is {aspect}; give one of both."
+        )
+        raise ConfigError(message)
+    return aspects
 
 
 def fill(question: str, prompt: str) -> str:

@@ -18,9 +18,20 @@ from agiqa.commands.common import Automatic, Share, StoreLocation, print_result,
     help="Hub id (owner/name[@revision]), checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
 )
 @click.option("--adapter", help="LoRA adapter that is merged into it: a PEFT folder, or owner/name[@revision].")
-@click.option("--conversations", multiple=True, metavar="[SPLIT=]FILE", help="M3-AGIQA conversation file; repeatable.")
+@click.option(
+    "--conversations",
+    multiple=True,
+    metavar="[ASPECT:][SPLIT=]FILE",
+    help="M3-AGIQA conversation file; repeatable. ASPECT and SPLIT are needed where the file's name does not tell.",
+)
 @click.option("--labels", type=click.Path(path_type=Path, exists=True), help="Table of MOS for a conversation file.")
-@click.option("--variant", default="id", show_default=True, help="Rounds of the conversation: no_id, id or full.")
+@click.option(
+    "--variant",
+    default="id",
+    show_default=True,
+    help="Rounds of the conversation: no_id (one question), id (with a description), full (and the rating word), or "
+    "id:ASPECT+ASPECT[+ASPECT] (with descriptions of these aspects; the first is rated).",
+)
 @click.option("--aspect", default="quality", show_default=True, help="quality, correspondence or authenticity.")
 @click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
 @click.option(

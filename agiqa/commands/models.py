@@ -65,5 +65,4 @@ def open_model(model: str, *, adapter: str | None, dtype: str, device: str) -> "
     """As `open_backbone`."""
     from agiqa.extract import open_backbone
 
-    given: dict[str, Any] = {} if adapter is None else {"adapter": adapter}
-    return open_backbone(model, dtype=dtype, device=device, **given)
+    return open_backbone(model, adapter=adapter, dtype=dtype, device=device)

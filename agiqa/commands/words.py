@@ -68,7 +68,7 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     from agiqa.progress import say
 
     sources = find_sources(file, (), labels)
-    talks = [talk for split, path in sources.conversations for talk in read_conversations(path, split)]
+    talks = [talk for file in sources.conversations for talk in read_conversations(file.path, file.split)]
     joined = join(sources, read_rows(sources.table, mos_range), talks)
     problems, rated, of_teacher, silent = list(joined.problems), list[Rated](), 0, unspoken(file)
     for row, talk in joined.pairs:

@@ -81,19 +81,19 @@ def collate(
         mask[row, : len(item.token_ids)] = 1
     inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
     for key in batch[0].inputs:
-        values = [item.inputs[key] for item in batch]
         if key in PER_TOKEN:
-            inputs[key] = torch.cat([_lengthen(value, longest) for value in values])
+            inputs[key] = torch.cat([_per_token(item, key, longest) for item in batch])
         else:
-            inputs[key] = torch.cat(values, dim=_axis(key, batch[0].inputs))
+            inputs[key] = torch.cat([item.inputs[key] for item in batch], dim=_axis(key, batch[0].inputs))
     return {
         key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
         for key, value in inputs.items()
     }
 
 
-def _lengthen(value: torch.Tensor, length: int) -> torch.Tensor:
-    """`value` (1, n, ...) with zeros behind its n tokens, (1, length, ...)."""
+def _per_token(item: Prepared, key: str, length: int) -> torch.Tensor:
+    """An input (1, n, ...) of `item`, cut as its tokens may have been, with zeros behind them, (1, length, ...)."""
+    value = item.inputs[key][:, : len(item.token_ids)]
     longer = value.new_zeros((1, length, *value.shape[2:]))
     longer[:, : value.shape[1]] = value
     return longer

@@ -93,7 +93,7 @@ class Answer(str):
 
 
 class Backbone(Protocol):
-    """A frozen multimodal or text model whose logits are `H W_lm^T`."""
+    """A frozen multimodal or text model; of most, the logits are `H W_lm^T`."""
 
     hidden_size: int
     """D"""
@@ -120,9 +120,9 @@ class Backbone(Protocol):
         ...
 
     def load(self) -> None:
-        """Bring the weights onto the device, and check once that the logits are linear. Idempotent.
+        """Bring the weights onto the device, merged with the adapter if there is one. Idempotent.
 
-        Raises ModelError when weights are missing or broken, or bend the logits after `W_lm`.
+        Raises ModelError when weights or the adapter are missing, incomplete, broken, or too many.
         """
         ...
 
@@ -142,6 +142,17 @@ class Backbone(Protocol):
         """
         ...
 
-    def lm_head(self) -> "torch.Tensor":
-        """`W_lm` (V, D), in the dtype that the model computes with."""
+    def lm_head(self, *, bent: bool = False) -> "torch.Tensor":
+        """`W_lm` (V, D) with logits `H W_lm^T`, in the dtype that the model computes with.
+
+        Raises ModelError for a model that does more to its logits (soft caps, biases, scales that `W_lm` cannot take
+        up exactly); with `bent` the weight of its output embedding is given all the same, to identify it.
+        """
+        ...
+
+    def project(self, states: "torch.Tensor") -> "torch.Tensor":
+        """The model's own logits (n, V) of final hidden states (n, D), with whatever it does after `W_lm`.
+
+        Raises ModelError for a model whose logits are made in a way that agiqa does not know.
+        """
         ...

@@ -15,7 +15,7 @@ from agiqa.extract.backbones.adapters import Adapter, apply_adapter
 from agiqa.extract.backbones.batching import alike, collate
 from agiqa.extract.backbones.contract import GenerationSettings, Prepared
 from agiqa.extract.backbones.generation import generate
-from agiqa.extract.backbones.linearity import check_linear
+from agiqa.extract.backbones.linearity import LogitMap, find_logit_map
 from agiqa.extract.backbones.loading import load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
 from agiqa.extract.checkpoints import Checkpoint
@@ -55,6 +55,7 @@ class HuggingFaceBackbone(ABC):
         self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
         self.renderer = self._make_renderer()
         self._model: Any = None
+        self._after_head: LogitMap | None = None
         self._hashes: dict[str, str] | None = None
         self._adapter_hashed: dict[str, Any] | None = None
 
@@ -104,7 +105,6 @@ class HuggingFaceBackbone(ABC):
         model = model.to(self.device)
         if self.adapter is not None:
             apply_adapter(model, self.adapter, name=self.checkpoint.name)
-        check_linear(self.checkpoint.name, model, self._probe())
         found = tuple(model.get_output_embeddings().weight.shape)
         expected = (self.vocab_size, self.hidden_size)
         if found != expected:
@@ -136,10 +136,27 @@ class HuggingFaceBackbone(ABC):
         model = self._loaded()
         return generate(model, self.renderer, batch, settings, collate=self._collate, positions=self.max_positions)
 
-    def lm_head(self) -> torch.Tensor:
+    def lm_head(self, *, bent: bool = False) -> torch.Tensor:
         """See `Backbone.lm_head`."""
-        weight: torch.Tensor = self._loaded().get_output_embeddings().weight.detach()
-        return weight
+        weight: torch.Tensor = self._language_model().get_output_embeddings().weight.detach()
+        return weight if bent else self._logit_map().fold(self.checkpoint.name, weight)
+
+    def project(self, states: torch.Tensor) -> torch.Tensor:
+        """See `Backbone.project`."""
+        head = self._language_model().get_output_embeddings()
+        after = self._logit_map()
+        with torch.inference_mode():
+            return after(head(states.to(device=head.weight.device, dtype=head.weight.dtype)))
+
+    def _logit_map(self) -> LogitMap:
+        """What the model does after its output embedding; tried once."""
+        if self._after_head is None:
+            self._after_head = find_logit_map(self.checkpoint.name, self._language_model(), self._probe())
+        return self._after_head
+
+    def _language_model(self) -> Any:
+        """The part, loaded, that makes logits of token ids."""
+        return self._loaded()
 
     def _loaded(self) -> Any:
         self.load()

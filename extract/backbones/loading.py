@@ -1,7 +1,7 @@
 """transformers' objects from a checkpoint: quietly, as data only, complete, and with failures that name it."""
 
 import io
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import Any
 
@@ -16,6 +16,8 @@ from agiqa.errors import ModelError
 from agiqa.extract.checkpoints import Checkpoint
 
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+_DERIVED = ("rotary_emb.inv_freq", "position_ids")
+"""Ends of tensors that older checkpoints hold and every model computes by itself."""
 
 
 @contextmanager
@@ -129,10 +131,11 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, atte
 
     GGUF weights are unpacked on the way: where transformers has a GgufConfig it is asked to (newer releases
     would keep the blocks packed), and releases without one unpack by themselves. Raises ModelError when a
-    tensor is missing, has another shape, or is not floating-point after all.
+    tensor is missing, has another shape, has no place in the model, or is not floating-point after all.
     """
     checkpoint.weight_files()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # so that they are reported, by name, and refused here
     packing = getattr(transformers, "GgufConfig", None)
     if checkpoint.gguf is not None and packing is not None:
         options["quantization_config"] = packing(dequantize=True)
@@ -140,14 +143,34 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, atte
     bar = redirect_stderr(io.StringIO()) if checkpoint.gguf is not None else nullcontext()
     with failures_of(checkpoint, "load the weights"), bar:
         model, report = auto_class.from_pretrained(**checkpoint.source, **options)
-    for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(key) for key in report.get(problem) or ())
-        if names:
-            noun = problem.removesuffix("_keys")
-            message = f"{checkpoint.name}: {len(names)} {noun} weights in {checkpoint.folder}: {', '.join(names[:5])}."
-            raise ModelError(message)
+    _refuse_misfits(checkpoint, report)
     packed = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
     if packed:
         message = f"{checkpoint.name}: the weights stayed quantised ({packed[0]}); give an unquantised checkpoint."
         raise ModelError(message)
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def _refuse_misfits(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
+    """Raise ModelError, naming them, for tensors that transformers did not find, fit or use."""
+    extra = {key for key in map(str, report.get("unexpected_keys") or ()) if not key.endswith(_DERIVED)}
+    mismatched = [_both_shapes(entry) for entry in report.get("mismatched_keys") or ()]
+    found = {
+        "missing": (sorted(map(str, report.get("missing_keys") or ())), "the model needs them"),
+        "mismatched": (sorted(mismatched), "config.json is of another model"),
+        "unexpected": (sorted(extra), "the model that config.json describes has no place for them"),
+    }
+    for problem, (names, why) in found.items():
+        if names:
+            shown = f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+            noun = "weight" if len(names) == 1 else "weights"
+            message = f"{checkpoint.name}: {len(names)} {problem} {noun} in {checkpoint.folder} ({why}): {shown}."
+            raise ModelError(message)
+
+
+def _both_shapes(entry: Any) -> str:
+    """A mismatched tensor's name, with the shapes in file and model where the report has them."""
+    if isinstance(entry, tuple) and len(entry) == 3:
+        name, stored, expected = entry
+        return f"{name} is {tuple(stored)} in the file and {tuple(expected)} in the model"
+    return str(entry)

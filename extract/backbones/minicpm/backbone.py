@@ -14,7 +14,6 @@ from agiqa.extract.backbones.adapters import Adapter, apply_adapter
 from agiqa.extract.backbones.contract import GenerationSettings, Prepared
 from agiqa.extract.backbones.generation import generate
 from agiqa.extract.backbones.huggingface import DTYPES, HuggingFaceBackbone
-from agiqa.extract.backbones.linearity import check_linear
 from agiqa.extract.backbones.loading import failures_of, require_fast
 from agiqa.extract.backbones.minicpm.config import MODEL_TYPE, read_config
 from agiqa.extract.backbones.minicpm.model import MiniCPMV
@@ -82,7 +81,6 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         model = load_weights(self.checkpoint, lambda: MiniCPMV(self.settings), dtype=dtype, device=self.device)
         if self.adapter is not None:
             apply_adapter(model, self.adapter, name=self.checkpoint.name)
-        check_linear(self.checkpoint.name, model.llm, self._probe())
         self._model = model
 
     def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
@@ -99,14 +97,9 @@ class MiniCPMBackbone(HuggingFaceBackbone):
             logits: torch.Tensor = model.llm(inputs_embeds=self._embedded([item]), use_cache=False).logits[0]
         return logits
 
-    def lm_head(self) -> torch.Tensor:
-        """See `Backbone.lm_head`."""
-        weight: torch.Tensor = self._loaded().llm.get_output_embeddings().weight.detach()
-        return weight
-
     def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
         """See `Backbone.generate`."""
-        llm = self._loaded().llm
+        llm = self._language_model()
 
         def collate(items: Sequence[Prepared]) -> dict[str, torch.Tensor]:
             with torch.inference_mode():
@@ -116,6 +109,9 @@ class MiniCPMBackbone(HuggingFaceBackbone):
             return {"inputs_embeds": embedded, "attention_mask": mask.long()}
 
         return generate(llm, self.renderer, batch, settings, collate=collate, positions=self.max_positions)
+
+    def _language_model(self) -> Any:
+        return self._loaded().llm
 
     def _embedded(self, batch: Sequence[Prepared]) -> torch.Tensor:
         """(batch, longest, D); slices of all items pass the vision tower together."""
