@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,14 @@ def measured_line(
         raise click.ClickException(message)
     seconds["model"] = seconds["fill"] - report.seconds
     seconds["fill"] = report.seconds
-    bare = bare_seconds(data, backbone, opener, result, report.batch_size, options["workers"])
+    bare = bare_rate(data, backbone, opener, result, report.batch_size, options)
     size = sum(file.stat().st_size for file in result.store.path.rglob("*") if file.is_file())
     rows = result.store.array("features")
     items = report.items
     measured = {
         "images_per_second": items / report.seconds,
-        "bare_images_per_second": items / bare,
-        "ratio": bare / report.seconds,
+        "bare_images_per_second": bare,
+        "ratio": items / report.seconds / bare,
         "whole_images_per_second": items / (sum(seconds.values()) - seconds["load"]),
         "row_mb_per_second": report.tokens * rows.dtype.itemsize * result.store.width / report.seconds / 1e6,
         "peak_gb": (peak - weights) / 1e9,
@@ -135,26 +136,31 @@ def measured_line(
     return {"stage": "extract", "name": encoding, "config": config, "measured": measured}
 
 
-def bare_seconds(
+def bare_rate(
     data: DataSet,
     backbone: Backbone,
     opener: Opener,
     result: ExtractionResult,
     batch_size: int,
-    workers: int | None,
+    options: Mapping[str, Any],
 ) -> float:
-    """What the forward passes of the store's own batches take, a few at a time prepared and on the device before."""
-    store, transfers, seconds = result.store, Transfers(backbone.device), 0.0
+    """Images per second of the forward passes of the store's own batches, prepared and on the device before.
+
+    Those of the first units that hold `bare_items` images, a few batches at a time.
+    """
+    store, transfers, seconds, images = result.store, Transfers(backbone.device), 0.0, 0
     lengths = store.n_tokens.tolist()
     groups = [
         [int(positions[place]) for place in places]
         for positions in (store.items_of(unit) for unit in range(store.geometry.units))
         for places in even_batches([lengths[position] for position in positions.tolist()], batch_size)
     ]
+    groups = groups[: next((n for n, count in enumerate(_sums(groups), 1) if count >= options["bare_items"]), None)]
     wanted = (
         (None, [PlannedItem(item=data.items[position], length=lengths[position]) for position in group])
         for group in groups
     )
+    workers = options["workers"]
     workers = default_workers(backbone.device, len(lengths)) if workers is None else workers
     with Preparation(backbone, workers=workers, opener=opener) as preparation, transfers.on_device():
         prepared = (transfers.upload(batch) for _, batch in preparation.groups(prepare_planned, wanted))
@@ -165,7 +171,13 @@ def bare_seconds(
                 backbone.hidden_states(batch)
             _synchronize(backbone.device)
             seconds += time.perf_counter() - started
-    return seconds
+            images += sum(len(batch) for batch in batches)
+    return images / seconds
+
+
+def _sums(groups: Sequence[Sequence[int]]) -> Iterator[int]:
+    """How many items the groups up to each one hold."""
+    return accumulate(len(group) for group in groups)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -225,6 +237,7 @@ def _goal_rows(lines: Sequence[Line]) -> Iterator[list[str]]:
 @click.option("--model-shape", type=click.Choice(list(SHAPES)), default=next(iter(SHAPES)), show_default=True)
 @click.option("--items", default=512, show_default=True, help="Pictures.")
 @click.option("--logit-items", default=16, show_default=True, help="Pictures of the run that stores raw logits.")
+@click.option("--bare-items", default=512, show_default=True, help="Pictures of the bare forward, at least.")
 @click.option("--tokens", default=477, show_default=True, help="Tokens of each on the average.")
 @click.option("--pixels", default=512, show_default=True, help="Sides of the pictures.")
 @click.option("--encodings", default=",".join(ENCODINGS), show_default=True, help="Separated by commas.")

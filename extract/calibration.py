@@ -1,21 +1,22 @@
 """The basis of a sketch and the scale of `int8`, calibrated on training items before a store is planned."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from agiqa.errors import ConfigError
 from agiqa.extract.backbones import Backbone, Prepared
 from agiqa.extract.batches import BatchRunner, first_batch_size
+from agiqa.extract.device_algebra import eigh_on_device, gram_on_device, moments_on_device
 from agiqa.extract.plan import PlannedItem, TokenisedItems, prepare_planned
 from agiqa.extract.preparing import Preparation
 from agiqa.extract.targets import Target, tensor_bits
 from agiqa.extract.transfers import Transfers
-from agiqa.store import Scale, is_planned, load_scale, make_basis, moments_of, open_store, to_float32
+from agiqa.store import Moments, Scale, is_planned, load_scale, make_basis, moments_of, open_store, to_float32
 
 CALIBRATION_ITEMS = 256
 
@@ -66,26 +67,26 @@ def calibrated(
     weight = backbone.lm_head()  # first: a model whose logits are not linear is refused before any work
     preparation = preparation or Preparation(backbone)
 
-    def blocks() -> Iterator[NDArray[np.float32]]:
+    def blocks() -> Iterator[torch.Tensor]:
         transfers = Transfers(backbone.device)
         runner = BatchRunner(batch_size or first_batch_size(backbone, max(item.length for item in items)))
         size = runner.size
         groups = ((first, items[first : first + size]) for first in range(0, len(items), size))
         for first, prepared in preparation.groups(prepare_planned, groups):
-            found: list[NDArray[np.float32]] = []
+            found: list[torch.Tensor] = []
 
-            def compute(batch: Sequence[Prepared], found: list[NDArray[np.float32]] = found) -> None:
-                states = backbone.hidden_states(transfers.upload(list(batch)))
-                found.extend([rows.float().cpu().numpy() for rows in states])
+            def compute(batch: Sequence[Prepared], found: list[torch.Tensor] = found) -> None:
+                found.extend(backbone.hidden_states(transfers.upload(list(batch))))
 
             with transfers.on_device():
                 runner.run(compute, prepared, name=partial(_name_of, items[first : first + size], prepared))
             yield from found
             advance(len(prepared))
 
-    moments, calibration = moments_of(blocks(), backbone.hidden_size), calibration_id(tokenised)
+    moments, calibration = _moments(blocks(), backbone), calibration_id(tokenised)
     if rank is None:
         return Target(encoding="int8", scale=Scale.of(moments, calibration=calibration))
+    on_gpu = backbone.device.type == "cuda"
     bits, dtype = tensor_bits(weight)
     basis = make_basis(
         to_float32(bits, dtype),
@@ -93,8 +94,17 @@ def calibrated(
         rank=rank,
         lm_head_sha256=hashlib.sha256(bits.data).hexdigest(),
         calibration=calibration,
+        gram=gram_on_device(weight) if on_gpu else None,
+        eigh=partial(eigh_on_device, device=backbone.device) if on_gpu else np.linalg.eigh,
     )
     return Target(encoding="sketch", basis=basis)
+
+
+def _moments(blocks: Iterable[torch.Tensor], backbone: Backbone) -> Moments:
+    """Of hidden states (tokens, D), where they are: NumPy's sums on a CPU."""
+    if backbone.device.type == "cuda":
+        return moments_on_device(blocks, backbone.hidden_size, backbone.device)
+    return moments_of((rows.float().cpu().numpy() for rows in blocks), backbone.hidden_size)
 
 
 def _name_of(planned: Sequence[PlannedItem], prepared: Sequence[Prepared], wanted: Prepared) -> str:

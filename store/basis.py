@@ -7,7 +7,7 @@ logits in the Frobenius norm: coordinates `c = P^T R h`, frame `Q = W_lm R^-1 P`
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ _BLOCK_ROWS = 8192
 _LARGEST_FLOAT16 = 65504.0
 _RANK_TOLERANCE = 1e-10
 """Directions of W_lm^T W_lm below this share of the largest eigenvalue count as not there."""
+
+Eigh = Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
+"""Eigenvalues, ascending, and eigenvectors in columns of a symmetric matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,20 +118,24 @@ def make_basis(
     lm_head_sha256: str,
     calibration: str,
     method: str = "second-moment",
+    gram: NDArray[np.float64] | None = None,
+    eigh: Eigh = np.linalg.eigh,
 ) -> Basis:
     """The rank-`rank` basis of the logits `W_lm h` whose hidden states have `moments`.
 
-    `lm_head` is (V, D). Raises ConfigError when `rank` is not between 1 and the rank of W_lm (at most D).
+    `lm_head` is (V, D). `gram` is W_lm^T W_lm where it is known already, and `eigh` stands in for NumPy's: on a GPU
+    both take seconds instead of a minute. Raises ConfigError when `rank` is not between 1 and the rank of W_lm (at
+    most D).
     """
     width = lm_head.shape[1]
     if not 1 <= rank <= width:
         message = f"Sketch rank {rank} is outside 1..{width} (the hidden size). Give --rank {width} or less."
         raise ConfigError(message)
-    root, inverse_root = _square_root(_gram(lm_head))
+    root, inverse_root = _square_root(_gram(lm_head) if gram is None else gram, eigh)
     if rank > len(root):
         message = f"Sketch rank {rank} is above the rank of this model's W_lm, {len(root)}. Give a lower --rank."
         raise ConfigError(message)
-    values, vectors = np.linalg.eigh(root @ moments.second @ root.T)
+    values, vectors = eigh(root @ moments.second @ root.T)
     order = np.argsort(values)[::-1]
     leading = vectors[:, order[:rank]]
     energy = np.zeros(width)
@@ -162,9 +169,9 @@ def _gram(lm_head: NDArray[np.float32]) -> NDArray[np.float64]:
     return total
 
 
-def _square_root(gram: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _square_root(gram: NDArray[np.float64], eigh: Eigh) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """`R` (k, D) with gram = R^T R and its right inverse (D, k); k is the numerical rank of `gram`."""
-    values, vectors = np.linalg.eigh(gram)
+    values, vectors = eigh(gram)
     kept = values > _RANK_TOLERANCE * values[-1]
     scale = np.sqrt(values[kept])
     return scale[:, None] * vectors[:, kept].T, vectors[:, kept] / scale
