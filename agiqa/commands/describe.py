@@ -34,6 +34,7 @@ def command(
     as_json: bool,
     model: str,
     adapter: str | None,
+    max_slices: int | None,
     dtype: str,
     device: str,
     labels: Path | None,
@@ -63,7 +64,7 @@ def command(
     chosen = DescriptionSettings(
         aspect=aspect, describe=describe, rate=rate, batch_size=batch_size, on_bad_item=on_bad_item
     )
-    backbone = open_model(model, adapter=adapter, dtype=dtype, device=device)
+    backbone = open_model(model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
     data_set = load_data_set(
         data,
         labels=labels,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import click
 
 from agiqa.commands.common import Automatic, Share, StoreLocation, print_result, shared_options, table
+from agiqa.commands.models import MAX_SLICES_HELP
 
 
 @click.command("extract")
@@ -17,6 +18,7 @@ from agiqa.commands.common import Automatic, Share, StoreLocation, print_result,
     required=True,
     help="Hub id (owner/name[@revision]), checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
 )
+@click.option("--max-slices", type=click.IntRange(min=1), help=MAX_SLICES_HELP)
 @click.option("--adapter", help="LoRA adapter that is merged into it: a PEFT folder, or owner/name[@revision].")
 @click.option(
     "--conversations",
@@ -83,6 +85,7 @@ def command(
     as_json: bool,
     model: str,
     adapter: str | None,
+    max_slices: int | None,
     conversations: tuple[str, ...],
     labels: Path | None,
     variant: str,
@@ -100,7 +103,7 @@ def command(
     from agiqa.extract import ExtractionSettings, LengthRule, load_data_set, open_backbone, run_extraction
     from agiqa.progress import say
 
-    opener = partial(open_backbone, model, adapter=adapter, dtype=dtype)
+    opener = partial(open_backbone, model, adapter=adapter, dtype=dtype, max_slices=max_slices)
     backbone = opener(device=settings["device"])
     data_set = load_data_set(
         data,

@@ -8,11 +8,13 @@ import click
 if TYPE_CHECKING:
     from agiqa.extract import Backbone
 
+MAX_SLICES_HELP = "Most slices of an image, for MiniCPM-Llama3-V-2.5.  [default: the checkpoint's, 9]"
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def model_options(command: Command) -> Command:
-    """Add `--model`, `--adapter`, `--dtype` and `--device` to a command."""
+    """Add `--model`, `--adapter`, `--max-slices`, `--dtype` and `--device` to a command."""
     for option in reversed(
         (
             click.option(
@@ -21,6 +23,7 @@ def model_options(command: Command) -> Command:
                 help="Hub id (owner/name[@revision]), checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
             ),
             click.option("--adapter", help="PEFT adapter of that model: a folder or a hub id."),
+            click.option("--max-slices", type=click.IntRange(min=1), help=MAX_SLICES_HELP),
             click.option(
                 "--dtype",
                 default="auto",
@@ -61,8 +64,8 @@ def generation_options(command: Command) -> Command:
     return command
 
 
-def open_model(model: str, *, adapter: str | None, dtype: str, device: str) -> "Backbone":
+def open_model(model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None) -> "Backbone":
     """As `open_backbone`."""
     from agiqa.extract import open_backbone
 
-    return open_backbone(model, adapter=adapter, dtype=dtype, device=device)
+    return open_backbone(model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)

@@ -50,6 +50,7 @@ def command(
     basis: str | Path | None,
     model: str,
     adapter: str | None,
+    max_slices: int | None,
     dtype: str,
     device: str,
     aspect: str,
@@ -74,7 +75,7 @@ def command(
     target = _target(head, basis)
     describe, rate = preset(settings, max_new_tokens=max_new_tokens, seed=seed)
     chosen = DescriptionSettings(aspect=aspect, describe=describe, rate=rate, batch_size=batch_size)
-    backbone = open_model(model, adapter=adapter, dtype=dtype, device=device)
+    backbone = open_model(model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
     describer = Describer(backbone, chosen)
     features = LiveFeatures(backbone, target, name=f"of {model}")
     head.check(features)

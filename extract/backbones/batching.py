@@ -8,6 +8,7 @@ import torch
 
 from agiqa.errors import ModelError
 from agiqa.extract.backbones.contract import Prepared
+from agiqa.extract.backbones.uploading import uploaded
 
 JOINED = frozenset(
     {
@@ -86,7 +87,7 @@ def collate(
         else:
             inputs[key] = torch.cat([item.inputs[key] for item in batch], dim=_axis(key, batch[0].inputs))
     return {
-        key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+        key: uploaded(value, device).to(dtype if value.is_floating_point() else value.dtype)
         for key, value in inputs.items()
     }
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from agiqa.errors import ModelError, UnknownName
+from agiqa.errors import ConfigError, ModelError, UnknownName
 from agiqa.extract.backbones.adapters import resolve_adapter
 from agiqa.extract.backbones.contract import Backbone
 from agiqa.extract.backbones.huggingface import HuggingFaceBackbone
@@ -21,7 +21,13 @@ BACKBONES.add("vision", VisionBackbone)
 
 
 def open_backbone(
-    model: str, *, adapter: str | None = None, kind: str = "auto", dtype: str = "auto", device: str = "auto"
+    model: str,
+    *,
+    adapter: str | None = None,
+    kind: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    max_slices: int | None = None,
 ) -> Backbone:
     """The backbone over `model`, ready to prepare items; its weights are not read before `load`.
 
@@ -29,8 +35,9 @@ def open_backbone(
     `adapter` is the folder or hub id of a LoRA adapter (see `agiqa.extract.backbones.adapters`), merged on `load`.
     `kind` is text, vision, or auto: vision for image-text-to-text models that come with a processor, else
     text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own, bfloat16 for GGUF. `device`
-    is a torch device, or auto: CUDA where there is one. Raises UnknownName for a kind or dtype, ConfigError
-    for a device, ModelError for a checkpoint or adapter that is missing, broken, or of no such kind.
+    is a torch device, or auto: CUDA where there is one. `max_slices` limits the slices that MiniCPM-Llama3-V-2.5 cuts
+    an image into, which are 9 otherwise. Raises UnknownName for a kind or dtype, ConfigError for a device or for
+    `max_slices` with another model, ModelError for a checkpoint or adapter that is missing, broken, or of no such kind.
     """
     if kind != "auto" and kind not in BACKBONES.names():
         unknown = UnknownName.of("backbone", kind, ["auto", *BACKBONES.names()])
@@ -38,7 +45,10 @@ def open_backbone(
     checkpoint = resolve_checkpoint(model)
     resolved = None if adapter is None else resolve_adapter(adapter)
     if checkpoint.raw_config.get("model_type") == MODEL_TYPE and kind in ("auto", MiniCPMBackbone.kind):
-        return MiniCPMBackbone(checkpoint, adapter=resolved, dtype=dtype, device=device)
+        return MiniCPMBackbone(checkpoint, adapter=resolved, dtype=dtype, device=device, max_slices=max_slices)
+    if max_slices is not None:
+        message = f"{model}: --max-slices is for MiniCPM-Llama3-V-2.5, whose images are cut here; leave it out."
+        raise ConfigError(message)
     config = load_config(checkpoint)
     chosen = _fitting(checkpoint, config) if kind == "auto" else kind
     make: Any = BACKBONES.get(chosen)

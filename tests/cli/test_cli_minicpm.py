@@ -1,5 +1,6 @@
 """`agiqa extract` with a MiniCPM-Llama3-V-2.5 checkpoint: images of every kind, into a store of its own numbers."""
 
+import csv
 import json
 
 import numpy as np
@@ -46,7 +47,7 @@ def save_every_kind(folder):
 def data(tmp_path):
     folder = tmp_path / "set"
     names = save_every_kind(folder / "images")
-    rows = [[name, f"a picture of {name}", 2.5, "it is a blurry dog"] for name in names]
+    rows = [[name, f"a picture of {name}", n / 2, "it is a blurry dog"] for n, name in enumerate(names)]
     return write_table(folder, rows, COLUMNS)
 
 
@@ -81,3 +82,33 @@ def test_a_broken_image_is_named_before_the_model_runs(agiqa, data, checkpoint, 
     assert "cmyk.jpg" in outcome.err
     assert "not a readable image" in outcome.err
     assert not (tmp_path / "s.agiqa").exists()
+
+
+def test_from_describe_to_a_score_with_fewer_slices(agiqa, data, checkpoint, tmp_path):
+    """The README's way with the published checkpoints, on the tiny one."""
+    model = ("--model", checkpoint, "--device", "cpu", "--max-slices", 2)
+    told, store, run = tmp_path / "told.jsonl", tmp_path / "s.agiqa", tmp_path / "run"
+    assert agiqa("describe", data, told, *model, "--max-new-tokens", 8, "--on-bad-item", "skip").code == 0
+    lines = [json.loads(line) for line in told.read_text().splitlines()]
+    assert lines
+    printed = agiqa("extract", data, store, *model, "--conversations", told, "--json").json
+    assert printed["items"] == len(lines)
+    places = agiqa("store", "info", store, "--json").json["provenance"]["model"]["image"]
+    assert places["slices"] == 2
+    head = ("--width", 8, "--encoder", "gru", "--epochs", 1, "--batch-size", 2, "--split", "grouped")
+    assert agiqa("train", store, run, *head, "--device", "cpu").code == 0
+    image = data / "images" / lines[0]["name"]
+    asked = ("--prompt", lines[0]["prompt"], "--run", run, "--max-new-tokens", 8)
+    scored = agiqa("score", image, *asked, *model, "--json").json["images"][0]
+    table = tmp_path / "scores.csv"
+    agiqa("predict", run, store, table)
+    scores = {row["name"]: float(row["predicted"]) for row in csv.DictReader(table.read_text().splitlines())}
+    assert scored["description"] == lines[0]["description"]
+    assert scored["mos"] == pytest.approx(scores[lines[0]["name"]], abs=1e-3)
+
+
+def test_slices_are_for_models_that_are_cut_here(agiqa, data, tiny_vision_checkpoint, tmp_path):
+    given = ("--model", tiny_vision_checkpoint, "--max-slices", 4, "--device", "cpu")
+    outcome = agiqa("extract", data, tmp_path / "s.agiqa", *given)
+    assert outcome.code == 1
+    assert "--max-slices is for MiniCPM-Llama3-V-2.5" in outcome.err

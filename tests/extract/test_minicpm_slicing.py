@@ -33,8 +33,8 @@ def published_rule(width, height, most=9):
         for columns in range(1, count + 1):
             if count in (1, *range(most + 1, most + 3)) or count % columns:
                 continue
-            error = abs(math.log(width / height) - math.log(columns * columns / count))
-            if error < least - 1e-12:
+            error = abs(math.log(width / height) - math.log(columns / (count // columns)))
+            if error < least:  # of grids that are mirror images, rounding decides for a square image
                 best, least = (columns, count // columns), error
     columns, rows = best
     wide = max(round(width / columns) * columns, columns) / columns

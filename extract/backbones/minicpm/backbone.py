@@ -1,6 +1,7 @@
 """The backbone `minicpm`: MiniCPM-Llama3-V-2.5 in its published layout."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,22 @@ class MiniCPMBackbone(HuggingFaceBackbone):
     classes: Any = {transformers.LlamaConfig: MiniCPMV}  # noqa: RUF012 - one entry of a transformers mapping
     packages = (*HuggingFaceBackbone.packages, "pillow")
 
-    def __init__(self, checkpoint: Checkpoint, *, adapter: Adapter | None = None, dtype: str, device: str) -> None:
-        """`dtype` is auto or one of DTYPES, `device` auto or a torch device. Raises ModelError as `read_config`."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        adapter: Adapter | None = None,
+        dtype: str,
+        device: str,
+        max_slices: int | None = None,
+    ) -> None:
+        """`dtype` is auto or one of DTYPES, `device` auto or a torch device; `max_slices` None is the checkpoint's.
+
+        Raises ModelError as `read_config`.
+        """
         self.settings = read_config(checkpoint)
+        if max_slices is not None:
+            self.settings = replace(self.settings, slices=max_slices)
         language = transformers.LlamaConfig(**self.settings.language, dtype=self.settings.dtype)
         super().__init__(checkpoint, language, adapter=adapter, dtype=dtype, device=device)
 
