@@ -84,7 +84,8 @@ class Worker:
         import ray  # pyright: ignore[reportMissingImports]
 
         def units(filler: Filler) -> Iterator[int]:
-            while (unit := ray.get(queue.take.remote(self._name))) is not None:
+            get: Any = ray.get  # typed for lists of references
+            while (unit := get(queue.take.remote(self._name))) is not None:
                 if not filler.store.layout.commit(unit).exists():
                     yield unit
 
