@@ -304,9 +304,13 @@ def test_ctrl_c_is_not_lost_in_a_finalizer(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(sys, "unraisablehook", keep_interrupts)
-    Finalized()
-    with pytest.raises(KeyboardInterrupt):
-        time.sleep(10)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        Finalized()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_share_of_the_units_can_be_filled_from_the_command_line(agiqa, example, tmp_path):
