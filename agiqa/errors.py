@@ -103,3 +103,14 @@ class RemoteError(StoreError, OSError):
 
     refused: bool = False
     """Whether it would answer the same again: no right to do this, for example."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first, or its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """`names` for a message: the first few, and how many there are besides."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

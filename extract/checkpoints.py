@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import ModelError
+from agiqa.errors import ModelError, first_line
 from agiqa.store.files import sha256_of_file
 
 SETTINGS_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -207,9 +207,8 @@ def download(repository: str, revision: str | None, patterns: list[str]) -> Path
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         message = (
-            f"{repository}: no folder of that name here, and the Hugging Face hub did not provide it ({reason}). "
-            "Check the spelling and the network, or give the path of a local folder."
+            f"{repository}: no folder of that name here, and the Hugging Face hub did not provide it "
+            f"({first_line(error)}). Check the spelling and the network, or give the path of a local folder."
         )
         raise ModelError(message) from error

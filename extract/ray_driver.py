@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import ConfigError, WorkerError
+from agiqa.errors import ConfigError, WorkerError, first_line
 from agiqa.extract.engines import Advance, Helper
 from agiqa.extract.fill import Filler, FillReport, merged
 from agiqa.extract.items import Item
@@ -152,7 +152,7 @@ class OnRay:
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
         except ray.exceptions.RayActorError as error:
-            message = f"The Ray actor died ({_first_line(error)}). Run the same command again."
+            message = f"The Ray actor died ({first_line(error)}). Run the same command again."
             raise WorkerError(message) from error
         finally:
             ray.kill(actor)
@@ -177,7 +177,7 @@ class OnRay:
             dashboard = None if address else False
             ray.init(address=address, include_dashboard=dashboard, logging_level="error", log_to_driver=False)
         except (ConnectionError, ValueError) as error:
-            message = f"--ray {self.address}: no such cluster ({_first_line(error)})."
+            message = f"--ray {self.address}: no such cluster ({first_line(error)})."
             raise ConfigError(message) from error
         try:
             yield ray
@@ -252,7 +252,7 @@ class _Handing:
             say(f"{name} died; its units are handed out again")
             if self._deaths >= _DEATHS:
                 message = (
-                    f"{self._deaths} Ray actors in a row died without finishing a unit ({_first_line(error)}). What "
+                    f"{self._deaths} Ray actors in a row died without finishing a unit ({first_line(error)}). What "
                     "is finished is kept: run the same command again when that is put right."
                 )
                 raise WorkerError(message) from error
@@ -261,7 +261,3 @@ class _Handing:
 
     def _pending(self) -> list[int]:
         return self._writer.pending(part=self._part)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import ConfigError, SettingsConflict
+from agiqa.errors import ConfigError, SettingsConflict, listed
 from agiqa.store.arrays import (
     Geometry,
     choose_geometry,
@@ -232,11 +232,7 @@ def _changed_items(store: Store, plan: StorePlan) -> list[str]:
         "items only asked": [name for name in here if name not in there],
         "items only stored": [name for name in there if name not in here],
     }
-    return [
-        f"{kind}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        for kind, names in kinds.items()
-        if names
-    ]
+    return [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
 
 
 def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import zarr
 
-from agiqa.errors import DamagedStore, IncompleteStore
+from agiqa.errors import DamagedStore, IncompleteStore, listed
 from agiqa.store.card import data_card
 from agiqa.store.files import (
     canonical_json,
@@ -74,9 +74,8 @@ def _recorded_objects(store: Store) -> list[dict[str, Any]]:
     layout = store.layout
     missing = sorted(set(range(store.geometry.units)) - set(store.committed_units()))
     if missing or not layout.model_commit.exists():
-        what = f"units {', '.join(map(str, missing[:10]))}" if missing else "the model's arrays"
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        message = f"{store.path}: {what}{more} not finished. {store.remedy}"
+        what = f"units {listed([str(unit) for unit in missing], 10)}" if missing else "the model's arrays"
+        message = f"{store.path}: {what} not finished. {store.remedy}"
         raise IncompleteStore(message)
     records = [layout.plan_commit, layout.model_commit, *map(layout.commit, range(store.geometry.units))]
     return [entry for record in records for entry in read_record(record)]

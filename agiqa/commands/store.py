@@ -9,6 +9,7 @@ from agiqa.commands.common import LocalStore, StoreLocation, print_result, share
 from agiqa.commands.hdf5 import export_store, import_store
 from agiqa.commands.sharing import pull_store, push_store
 from agiqa.commands.upkeep import gc, labels, repair
+from agiqa.errors import listed
 
 _STORE = click.argument("store", type=LocalStore())
 _ANYWHERE = click.argument("store", type=StoreLocation())
@@ -63,8 +64,7 @@ def check(store: Path, level: str, *, as_json: bool) -> None:
 def _named(items: tuple[str, ...]) -> str:
     if not items:
         return ""
-    more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return f": items {', '.join(items[:5])}{more}"
+    return f": items {listed(items)}"
 
 
 @command.command("seal")

@@ -1,14 +1,14 @@
 """`agiqa store labels | repair | gc`: what a store needs after it was made. Part of the group `agiqa store`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
 from agiqa.commands.common import LocalStore, print_result, shared_options
+from agiqa.errors import listed
 
 _STORE = click.argument("store", type=LocalStore())
-_SHOWN = 5
 
 
 @click.command("labels")
@@ -28,7 +28,7 @@ def labels(store: Path, table: Path, mos_range: tuple[float, float], *, as_json:
     report = join_labels(open_store(store, allow_partial=True), table, mos_range=mos_range)
     lines = [f"{store}: {report.matched} items named in {table}, {report.kept} items not (they keep what they have)"]
     if report.unmatched_rows:
-        lines.append(f"  {len(report.unmatched_rows)} rows name no item: {_some(report.unmatched_rows)}")
+        lines.append(f"  {len(report.unmatched_rows)} rows name no item: {listed(report.unmatched_rows)}")
     lines += [f"  {column}: {counts}" for column, counts in _changes(report.filled, report.replaced).items()]
     if report.ignored_columns:
         lines.append(f"  columns that are no label: {', '.join(report.ignored_columns)}")
@@ -82,8 +82,3 @@ def gc(store: Path, *, dry_run: bool, as_json: bool) -> None:
 def _changes(filled: Mapping[str, int], replaced: Mapping[str, int]) -> dict[str, str]:
     columns = sorted({*filled, *replaced})
     return {column: f"{filled.get(column, 0)} new, {replaced.get(column, 0)} replaced" for column in columns}
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

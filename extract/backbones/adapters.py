@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from agiqa.errors import ModelError
+from agiqa.errors import ModelError, first_line
 from agiqa.extract.backbones.merging import Merge
 from agiqa.extract.checkpoints import HUB_ID, PACKAGE, download, package_path
 from agiqa.progress import say
@@ -104,7 +104,7 @@ class Adapter:
                 return load_file(path)
             loaded: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
         except _UNREADABLE as error:
-            message = f"{self.name}: cannot read {path} ({_first_line(error)}); download or copy it again."
+            message = f"{self.name}: cannot read {path} ({first_line(error)}); download or copy it again."
             raise ModelError(message) from error
         return loaded
 
@@ -175,7 +175,7 @@ def _read_config(name: str, folder: Path) -> Any:
             warnings.simplefilter("ignore")  # of keys that a newer peft wrote: those that matter are refused above
             return LoraConfig.from_pretrained(str(folder))
     except (TypeError, ValueError, KeyError) as error:
-        message = f"{name}: {path} is no LoRA configuration that peft understands ({_first_line(error)})."
+        message = f"{name}: {path} is no LoRA configuration that peft understands ({first_line(error)})."
         raise ModelError(message) from error
 
 
@@ -190,7 +190,3 @@ def _refuse_more_than_lora(name: str, raw: Mapping[str, Any]) -> None:
             "(merge_and_unload, save_pretrained) and give the folder as the model."
         )
         raise ModelError(message)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

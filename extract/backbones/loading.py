@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_torchvision_available
 
-from agiqa.errors import ModelError
+from agiqa.errors import ModelError, first_line, listed
 from agiqa.extract.checkpoints import Checkpoint
 
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
@@ -44,8 +44,7 @@ def failures_of(checkpoint: Checkpoint, task: str) -> Generator[None]:
     except (ModelError, torch.OutOfMemoryError):
         raise
     except _FAILURES as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        message = f"{checkpoint.name}: cannot {task} with what is in {checkpoint.folder} ({reason.strip()})"
+        message = f"{checkpoint.name}: cannot {task} with what is in {checkpoint.folder} ({first_line(error)})"
         raise ModelError(message) from error
 
 
@@ -162,9 +161,9 @@ def _refuse_misfits(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
     }
     for problem, (names, why) in found.items():
         if names:
-            shown = f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
             noun = "weight" if len(names) == 1 else "weights"
-            message = f"{checkpoint.name}: {len(names)} {problem} {noun} in {checkpoint.folder} ({why}): {shown}."
+            where = f"{problem} {noun} in {checkpoint.folder} ({why})"
+            message = f"{checkpoint.name}: {len(names)} {where}: {listed(names)}."
             raise ModelError(message)
 
 

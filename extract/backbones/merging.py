@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from agiqa.errors import listed
+
 _PREFIX = "base_model.model."
 """What peft writes in front of the model's own names."""
 _LORA = re.compile(
@@ -16,7 +18,6 @@ _LORA = re.compile(
 )
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
 """peft's own modules around the model's, within names of tensors that are saved whole."""
-_SHOWN = 5
 
 
 @dataclass(kw_only=True)
@@ -75,13 +76,13 @@ class Merge:
         strangers = [name for name in self.whole if self._place(name) not in self.weights]
         strangers += [f"{name} (LoRA)" for name in self.pairs if self._place(f"{name}.weight") not in self.weights]
         if strangers:
-            yield f"{_list(strangers)} {'has' if len(strangers) == 1 else 'have'} no place in it"
+            yield f"{listed(strangers)} {'has' if len(strangers) == 1 else 'have'} no place in it"
         missing = list(self._missing())
         if missing:
-            yield f"the adapter lacks {_list(missing)}"
+            yield f"the adapter lacks {listed(missing)}"
         shapes = [*self._wrong_shapes()]
         if shapes:
-            yield f"shapes differ: {_list(shapes)}"
+            yield f"shapes differ: {listed(shapes)}"
 
     def _missing(self) -> Iterator[str]:
         """Names of the tensors that the configuration promises and the file does not hold."""
@@ -187,8 +188,3 @@ def _get(model: nn.Module, name: str) -> Tensor:
 
 def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
-
-
-def _list(names: list[str]) -> str:
-    shown, rest = names[:_SHOWN], len(names) - _SHOWN
-    return f"{', '.join(shown)}{f' and {rest} more' if rest > 0 else ''}"

@@ -6,12 +6,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from agiqa.errors import ModelError
+from agiqa.errors import ModelError, listed
 from agiqa.extract.backbones.loading import failures_of
 from agiqa.extract.backbones.minicpm.model import MiniCPMV
 from agiqa.extract.checkpoints import Checkpoint
-
-_NAMED = 5
 
 
 def load_weights(
@@ -51,8 +49,5 @@ def _set(checkpoint: Checkpoint, model: MiniCPMV, name: str, value: torch.Tensor
 
 
 def _refuse(checkpoint: Checkpoint, kind: str, names: list[str]) -> None:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    message = (
-        f"{checkpoint.name}: {len(names)} {kind} tensors in {checkpoint.folder}: {', '.join(names[:_NAMED])}{more}."
-    )
+    message = f"{checkpoint.name}: {len(names)} {kind} tensors in {checkpoint.folder}: {listed(names)}."
     raise ModelError(message)
