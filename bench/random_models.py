@@ -13,6 +13,7 @@ from agiqa.extract import Backbone
 from agiqa.extract.backbones.huggingface import DTYPES
 from agiqa.extract.backbones.loading import quiet_transformers
 from agiqa.extract.backbones.minicpm.backbone import MiniCPMBackbone
+from agiqa.extract.backbones.minicpm.config import read_config
 from agiqa.extract.backbones.minicpm.model import MiniCPMV
 from agiqa.extract.checkpoints import Checkpoint
 
@@ -78,7 +79,7 @@ class RandomMiniCPM(MiniCPMBackbone):
         torch.set_default_dtype(DTYPES[self.logical_dtype])
         try:
             with torch.device("meta"):
-                model = MiniCPMV(self.settings)
+                model = MiniCPMV(self.config)
         finally:
             torch.set_default_dtype(usual)
         model = model.to_empty(device=self.device)
@@ -97,7 +98,7 @@ def minicpm(
         _write_settings(folder, language, vision, resolution)
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     checkpoint = Checkpoint(name=folder.name, folder=folder)
-    return RandomMiniCPM(checkpoint, dtype="bfloat16" if on_gpu else "float32", device=device)
+    return RandomMiniCPM(checkpoint, read_config(checkpoint), dtype="bfloat16" if on_gpu else "float32", device=device)
 
 
 def _write_settings(folder: Path, language: Mapping[str, Any], vision: Mapping[str, Any], resolution: int) -> None:

@@ -66,18 +66,20 @@ class Checkpoint:
     @cached_property
     def raw_config(self) -> dict[str, Any]:
         """config.json as it is written; empty for GGUF. Raises ModelError when it is missing or no JSON object."""
-        if self.gguf is not None:
-            return {}
-        path = self.folder / "config.json"
+        return {} if self.gguf is not None else self.read_settings("config.json", "a model's configuration")
+
+    def read_settings(self, name: str, what: str) -> dict[str, Any]:
+        """The JSON object in the file `name` of the folder, which is `what`. Raises ModelError where there is none."""
+        path = self.folder / name
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            message = f"{self.name}: cannot read {path} ({error}); expected a model's config.json there."
+            message = f"{self.name}: cannot read {path} ({error}); expected {what} there."
             raise ModelError(message) from error
-        if not isinstance(config, dict):
-            message = f"{self.name}: {path} is not a model's configuration (a JSON object was expected)."
+        if not isinstance(found, dict):
+            message = f"{self.name}: {path} is not {what} (a JSON object was expected)."
             raise ModelError(message)
-        return config
+        return found
 
     @property
     def has_processor(self) -> bool:

@@ -1,6 +1,7 @@
 """From a model's name to its backbone: the kinds that there are, and the one that fits a checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from agiqa.errors import ConfigError, ModelError, UnknownName
@@ -9,7 +10,7 @@ from agiqa.extract.backbones.contract import Backbone
 from agiqa.extract.backbones.huggingface import HuggingFaceBackbone
 from agiqa.extract.backbones.loading import load_config
 from agiqa.extract.backbones.minicpm.backbone import MiniCPMBackbone
-from agiqa.extract.backbones.minicpm.config import MODEL_TYPE
+from agiqa.extract.backbones.minicpm.config import MODEL_TYPE, read_config
 from agiqa.extract.backbones.text import TextBackbone
 from agiqa.extract.backbones.vision import VisionBackbone
 from agiqa.extract.checkpoints import Checkpoint, resolve_checkpoint
@@ -18,6 +19,7 @@ from agiqa.registry import Registry
 BACKBONES: Registry[Callable[..., HuggingFaceBackbone]] = Registry("backbone")
 BACKBONES.add("text", TextBackbone)
 BACKBONES.add("vision", VisionBackbone)
+BACKBONES.add("minicpm", MiniCPMBackbone)
 
 
 def open_backbone(
@@ -33,23 +35,19 @@ def open_backbone(
 
     `model` is a folder, a .gguf file, `pkg:PACKAGE[/FILE]` or a hub id (see `agiqa.extract.checkpoints`).
     `adapter` is the folder or hub id of a LoRA adapter (see `agiqa.extract.backbones.adapters`), merged on `load`.
-    `kind` is text, vision, or auto: vision for image-text-to-text models that come with a processor, else
-    text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own, bfloat16 for GGUF. `device`
-    is a torch device, or auto: CUDA where there is one. `max_slices` limits the slices that MiniCPM-Llama3-V-2.5 cuts
-    an image into, which are 9 otherwise. Raises UnknownName for a kind or dtype, ConfigError for a device or for
-    `max_slices` with another model, ModelError for a checkpoint or adapter that is missing, broken, or of no such kind.
+    `kind` is text, vision, minicpm, or auto: minicpm for MiniCPM-Llama3-V-2.5, vision for image-text-to-text models
+    that come with a processor, else text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own,
+    bfloat16 for GGUF. `device` is a torch device, or auto: CUDA where there is one. `max_slices` limits the slices
+    that MiniCPM-Llama3-V-2.5 cuts an image into, which are 9 otherwise. Raises UnknownName for a kind or dtype,
+    ConfigError for a device or for `max_slices` with another model, ModelError for a checkpoint or adapter that is
+    missing, broken, or of no such kind.
     """
     if kind != "auto" and kind not in BACKBONES.names():
         unknown = UnknownName.of("backbone", kind, ["auto", *BACKBONES.names()])
         raise unknown
     checkpoint = resolve_checkpoint(model)
     resolved = None if adapter is None else resolve_adapter(adapter)
-    if checkpoint.raw_config.get("model_type") == MODEL_TYPE and kind in ("auto", MiniCPMBackbone.kind):
-        return MiniCPMBackbone(checkpoint, adapter=resolved, dtype=dtype, device=device, max_slices=max_slices)
-    if max_slices is not None:
-        message = f"{model}: --max-slices is for MiniCPM-Llama3-V-2.5, whose images are cut here; leave it out."
-        raise ConfigError(message)
-    config = load_config(checkpoint)
+    config = _read_config(checkpoint, max_slices)
     chosen = _fitting(checkpoint, config) if kind == "auto" else kind
     make: Any = BACKBONES.get(chosen)
     if type(config) not in make.classes:
@@ -59,7 +57,22 @@ def open_backbone(
     return backbone
 
 
+def _read_config(checkpoint: Checkpoint, max_slices: int | None) -> Any:
+    """The configuration of a model of transformers, or of the one that it does not have."""
+    if checkpoint.raw_config.get("model_type") == MODEL_TYPE:
+        config = read_config(checkpoint)
+        return config if max_slices is None else replace(config, slices=max_slices)
+    if max_slices is not None:
+        message = (
+            f"{checkpoint.name}: --max-slices is for MiniCPM-Llama3-V-2.5, whose images are cut here; leave it out."
+        )
+        raise ConfigError(message)
+    return load_config(checkpoint)
+
+
 def _fitting(checkpoint: Checkpoint, config: Any) -> str:
+    if type(config) in MiniCPMBackbone.classes:
+        return MiniCPMBackbone.kind
     if type(config) in VisionBackbone.classes and checkpoint.has_processor:
         return "vision"
     if type(config) in TextBackbone.classes:

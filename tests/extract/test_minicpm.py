@@ -245,6 +245,12 @@ def test_tensors_that_do_not_fit_are_named(tiny, tmp_path, change, told):
         backbone.load()
 
 
+def test_it_can_be_asked_for_by_its_kind_and_serves_as_no_other(tiny):
+    assert open_backbone(str(tiny), kind="minicpm", device="cpu").kind == "minicpm"
+    with pytest.raises(ModelError, match="'minicpmv' cannot serve as the backbone 'vision'"):
+        open_backbone(str(tiny), kind="vision", device="cpu")
+
+
 def test_other_versions_are_refused(tiny, tmp_path):
     copy = tmp_path / "newer"
     shutil.copytree(tiny, copy)

@@ -1,7 +1,6 @@
 """The backbone `minicpm`: MiniCPM-Llama3-V-2.5 in its published layout."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,17 @@ import transformers
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError
-from agiqa.extract.backbones.adapters import Adapter, apply_adapter
+from agiqa.extract.backbones.adapters import apply_adapter
 from agiqa.extract.backbones.contract import GenerationSettings, Prepared
 from agiqa.extract.backbones.generation import generate
 from agiqa.extract.backbones.huggingface import DTYPES, HuggingFaceBackbone
 from agiqa.extract.backbones.loading import failures_of, require_fast
-from agiqa.extract.backbones.minicpm.config import MODEL_TYPE, read_config
+from agiqa.extract.backbones.minicpm.config import MiniCPMConfig
 from agiqa.extract.backbones.minicpm.model import MiniCPMV
 from agiqa.extract.backbones.minicpm.slicing import cut, patches_of, slicing_of
 from agiqa.extract.backbones.minicpm.weights import load_weights
 from agiqa.extract.backbones.rendering import Renderer
 from agiqa.extract.backbones.uploading import uploaded
-from agiqa.extract.checkpoints import Checkpoint
 from agiqa.extract.images import open_image
 from agiqa.extract.items import Message
 from agiqa.store import TOKEN_ROLES
@@ -36,32 +34,15 @@ class MiniCPMBackbone(HuggingFaceBackbone):
 
     kind = "minicpm"
     reads_images = True
-    classes: Any = {transformers.LlamaConfig: MiniCPMV}  # noqa: RUF012 - one entry of a transformers mapping
+    classes: Any = {MiniCPMConfig: MiniCPMV}  # noqa: RUF012 - as transformers' mappings in the other backbones
     packages = (*HuggingFaceBackbone.packages, "pillow")
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        adapter: Adapter | None = None,
-        dtype: str,
-        device: str,
-        max_slices: int | None = None,
-    ) -> None:
-        """`dtype` is auto or one of DTYPES, `device` auto or a torch device; `max_slices` None is the checkpoint's.
-
-        Raises ModelError as `read_config`.
-        """
-        self.settings = read_config(checkpoint)
-        if max_slices is not None:
-            self.settings = replace(self.settings, slices=max_slices)
-        language = transformers.LlamaConfig(**self.settings.language, dtype=self.settings.dtype)
-        super().__init__(checkpoint, language, adapter=adapter, dtype=dtype, device=device)
+    config: MiniCPMConfig
 
     def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; without an image the model reads the text alone."""
         for message in conversation:
-            for mark in self.settings.marks.values():
+            for mark in self.config.marks.values():
                 if mark in message.content:
                     reason = f"a message contains {mark!r}, which stands for the image; take it out of the text."
                     raise DataError(reason)
@@ -69,7 +50,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         ids, roles = self.renderer.tokenize(rendered)
         if image is None:
             return Prepared(token_ids=ids, roles=roles)
-        settings, picture = self.settings, open_image(image)
+        settings, picture = self.config, open_image(image)
         slicing = slicing_of(picture.size, most=settings.slices, resolution=settings.resolution, patch=settings.patch)
         pieces, sizes = zip(*(patches_of(piece, settings.patch) for piece in cut(picture, slicing)), strict=True)
         stand_in = self._stand_in(slicing.grid)
@@ -84,15 +65,15 @@ class MiniCPMBackbone(HuggingFaceBackbone):
 
     def provenance(self) -> dict[str, Any]:
         """See `Backbone.provenance`."""
-        slicing = {"slices": self.settings.slices, "resolution": self.settings.resolution}
-        return {**super().provenance(), "model_type": MODEL_TYPE, "image": slicing}
+        slicing = {"slices": self.config.slices, "resolution": self.config.resolution}
+        return {**super().provenance(), "image": slicing}
 
     def load(self) -> None:
         """See `Backbone.load`."""
         if self._model is not None:
             return
         dtype = DTYPES[self.logical_dtype]
-        model = load_weights(self.checkpoint, lambda: MiniCPMV(self.settings), dtype=dtype, device=self.device)
+        model = load_weights(self.checkpoint, lambda: MiniCPMV(self.config), dtype=dtype, device=self.device)
         if self.adapter is not None:
             apply_adapter(model, self.adapter, name=self.checkpoint.name)
         self._model = model
@@ -148,7 +129,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
     def _stand_in(self, grid: tuple[int, int] | None) -> NDArray[np.int32]:
         """The tokens in place of an image: the overview, and a line for each row of slices."""
         ids = self._ids
-        one = [ids["im_start"], *[ids["unk"]] * self.settings.queries, ids["im_end"]]
+        one = [ids["im_start"], *[ids["unk"]] * self.config.queries, ids["im_end"]]
         tokens = list(one)
         if grid is not None:
             columns, rows = grid
@@ -159,7 +140,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         return np.array(tokens, np.int32)
 
     def _make_renderer(self) -> Renderer:
-        marks = self.settings.marks
+        marks = self.config.marks
         with failures_of(self.checkpoint, "load the tokenizer"):
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**self.checkpoint.source)
         require_fast(self.checkpoint, tokenizer)

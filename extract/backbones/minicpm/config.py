@@ -1,9 +1,11 @@
 """The published configuration files of a MiniCPM-Llama3-V-2.5 checkpoint, checked."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+import transformers
+from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 
 from agiqa.errors import ModelError
 from agiqa.extract.checkpoints import Checkpoint
@@ -30,6 +32,7 @@ _LANGUAGE = (
     "vocab_size",
 )
 """Entries of config.json that describe the Llama."""
+_ATTENTION: dict[str, Any] = {"attn_implementation": "sdpa"}
 _VISION = ("hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size")
 
 
@@ -55,6 +58,15 @@ class MiniCPMConfig:
     """The tokens im_start, im_end, slice_start, slice_end and unk."""
     dtype: str | None
     """Of the published weights."""
+    model_type: ClassVar[str] = MODEL_TYPE
+
+    def get_text_config(self) -> Any:
+        """transformers' configuration of the Llama, under the name that its own composite ones have for it."""
+        return transformers.LlamaConfig(**self.language, **_ATTENTION)
+
+    def get_vision_config(self) -> Any:
+        """transformers' configuration of the vision tower."""
+        return Idefics2VisionConfig(**self.vision, **_ATTENTION)
 
 
 def read_config(checkpoint: Checkpoint) -> MiniCPMConfig:
@@ -67,7 +79,7 @@ def read_config(checkpoint: Checkpoint) -> MiniCPMConfig:
             f"{VERSION} only (MiniCPM-Llama3-V-2.5, the base of the published M3-AGIQA adapters)."
         )
         raise ModelError(message)
-    images = _preprocessor(checkpoint)
+    images = checkpoint.read_settings(_PREPROCESSOR, "what says how images are cut")
     try:
         vision = {name: raw["vision_config"][name] for name in _VISION}
         vision["num_hidden_layers"] -= bool(raw.get("drop_vision_last_layer", False))
@@ -86,16 +98,3 @@ def read_config(checkpoint: Checkpoint) -> MiniCPMConfig:
     except (KeyError, TypeError, ValueError) as error:
         message = f"{checkpoint.name}: config.json or {_PREPROCESSOR} in {checkpoint.folder} lacks {error}."
         raise ModelError(message) from error
-
-
-def _preprocessor(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    path = checkpoint.folder / _PREPROCESSOR
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        message = f"{checkpoint.name}: cannot read {path} ({error}), which says how images are cut."
-        raise ModelError(message) from error
-    if not isinstance(found, dict):
-        message = f"{checkpoint.name}: {path} is not a JSON object."
-        raise ModelError(message)
-    return found

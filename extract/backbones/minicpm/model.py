@@ -9,7 +9,6 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -29,9 +28,7 @@ class MiniCPMV(nn.Module):
     def __init__(self, config: MiniCPMConfig) -> None:
         """Random weights; on the meta device none."""
         super().__init__()
-        attention: dict[str, Any] = {"attn_implementation": "sdpa"}
-        language: Any = transformers.LlamaConfig(**config.language, **attention)
-        vision: Any = Idefics2VisionConfig(**config.vision, **attention)
+        language, vision = config.get_text_config(), config.get_vision_config()
         self.llm = transformers.LlamaForCausalLM(language)
         self.vpm: Any = Idefics2VisionTransformer(vision)
         self.resampler = Resampler(queries=config.queries, width=language.hidden_size, vision_width=vision.hidden_size)
