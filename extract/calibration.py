@@ -12,9 +12,10 @@ from agiqa.errors import ConfigError
 from agiqa.extract.backbones import Backbone, Prepared
 from agiqa.extract.batches import BatchRunner, first_batch_size
 from agiqa.extract.device_algebra import eigh_on_device, gram_on_device, moments_on_device
+from agiqa.extract.model_arrays import lm_head_of
 from agiqa.extract.plan import PlannedItem, TokenisedItems, prepare_planned
 from agiqa.extract.preparing import Preparation
-from agiqa.extract.targets import Target, tensor_bits
+from agiqa.extract.targets import Target
 from agiqa.extract.transfers import Transfers
 from agiqa.store import Moments, Scale, is_planned, load_scale, make_basis, moments_of, open_store, to_float32
 
@@ -70,29 +71,27 @@ def calibrated(
     def blocks() -> Iterator[torch.Tensor]:
         transfers = Transfers(backbone.device)
         runner = BatchRunner(batch_size or first_batch_size(backbone, max(item.length for item in items)))
-        size = runner.size
-        groups = ((first, items[first : first + size]) for first in range(0, len(items), size))
-        for first, prepared in preparation.groups(prepare_planned, groups):
+        groups = [items[first : first + runner.size] for first in range(0, len(items), runner.size)]
+        for planned, prepared in preparation.groups(prepare_planned, zip(groups, groups, strict=True)):
             found: list[torch.Tensor] = []
 
-            def compute(batch: Sequence[Prepared], found: list[torch.Tensor] = found) -> None:
-                found.extend(backbone.hidden_states(transfers.upload(list(batch))))
+            def compute(batch: Sequence[tuple[PlannedItem, Prepared]], found: list[torch.Tensor] = found) -> None:
+                found.extend(backbone.hidden_states(transfers.upload([item for _, item in batch])))
 
             with transfers.on_device():
-                runner.run(compute, prepared, name=partial(_name_of, items[first : first + size], prepared))
+                runner.run(compute, list(zip(planned, prepared, strict=True)), name=lambda pair: str(pair[0]))
             yield from found
             advance(len(prepared))
 
     moments, calibration = _moments(blocks(), backbone), calibration_id(tokenised)
     if rank is None:
         return Target(encoding="int8", scale=Scale.of(moments, calibration=calibration))
-    on_gpu = backbone.device.type == "cuda"
-    bits, dtype = tensor_bits(weight)
+    head, on_gpu = lm_head_of(backbone), backbone.device.type == "cuda"
     basis = make_basis(
-        to_float32(bits, dtype),
+        to_float32(head.bits, head.dtype),
         moments,
         rank=rank,
-        lm_head_sha256=hashlib.sha256(bits.data).hexdigest(),
+        lm_head_sha256=head.sha256,
         calibration=calibration,
         gram=gram_on_device(weight) if on_gpu else None,
         eigh=partial(eigh_on_device, device=backbone.device) if on_gpu else np.linalg.eigh,
@@ -105,12 +104,6 @@ def _moments(blocks: Iterable[torch.Tensor], backbone: Backbone) -> Moments:
     if backbone.device.type == "cuda":
         return moments_on_device(blocks, backbone.hidden_size, backbone.device)
     return moments_of((rows.float().cpu().numpy() for rows in blocks), backbone.hidden_size)
-
-
-def _name_of(planned: Sequence[PlannedItem], prepared: Sequence[Prepared], wanted: Prepared) -> str:
-    """For an error: the item that `wanted`, one of `prepared`, was prepared of."""
-    place = next(place for place, item in enumerate(prepared) if item is wanted)
-    return f"item {planned[place].item.name!r} ({planned[place].length} tokens)"
 
 
 def check_rank(rank: int, backbone: Backbone) -> None:

@@ -9,7 +9,7 @@ from agiqa.extract.backbones import Backbone
 from agiqa.extract.calibration import calibrated
 from agiqa.extract.fill import Filler, FillReport
 from agiqa.extract.items import Item
-from agiqa.extract.model_arrays import check_basis
+from agiqa.extract.model_arrays import check_basis, lm_head_of
 from agiqa.extract.plan import TokenisedItems
 from agiqa.extract.preparing import Opener, Preparation, default_workers
 from agiqa.extract.targets import Target
@@ -50,7 +50,7 @@ class Here:
 
     def check_basis(self, basis: Basis) -> None:
         """See `Engine`."""
-        check_basis(self.backbone, basis)
+        check_basis(basis, lm_head_of(self.backbone))
 
     def calibrate(self, tokenised: TokenisedItems, *, rank: int | None, advance: Advance) -> Target:
         """See `Engine`."""
@@ -97,7 +97,7 @@ class Helper:
 
     def check_basis(self, basis: Basis) -> None:
         """See `Engine`."""
-        check_basis(self.opener(device=self.device), basis)
+        check_basis(basis, lm_head_of(self.opener(device=self.device)))
 
     def calibrate(self, tokenised: TokenisedItems, rank: int | None) -> Target:
         """See `Engine`."""

@@ -200,7 +200,7 @@ class _Fill:
                 staging.put(states, buffer[start:stop])
 
         def name(item: tuple[int, Prepared]) -> str:
-            return f"item {self.filler.items[unit.positions[item[0]]].name!r} ({len(item[1].token_ids)} tokens)"
+            return str(self.filler.planned(unit.positions[item[0]]))
 
         self.runner.run(compute, list(zip(places, prepared, strict=True)), name=name)
 

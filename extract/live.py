@@ -1,6 +1,5 @@
 """Features of a few items, computed now and kept in memory; heads read them as they read a store."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError
-from agiqa.extract.backbones import Backbone, Prepared
+from agiqa.extract.backbones import Backbone
 from agiqa.extract.items import Item
-from agiqa.extract.model_arrays import check_basis
-from agiqa.extract.plan import fit, item_table
+from agiqa.extract.model_arrays import check_basis, lm_head_of
+from agiqa.extract.plan import item_table, position_limit, prepare_item
 from agiqa.extract.staging import staging_of
 from agiqa.extract.targets import Target, tensor_bits
 from agiqa.extract.transfers import Transfers
@@ -28,29 +27,31 @@ class LiveFeatures:
 
         Raises HeadError for a basis of another model.
         """
-        backbone.load()
+        self._head = lm_head_of(backbone, bent=target.encoding == "logits")
         if target.basis is not None:
-            check_basis(backbone, target.basis)
+            check_basis(target.basis, self._head)
         self.id = name
         self.encoding = target.encoding
         self.logical_dtype = target.logical_dtype(backbone)
         self.width = target.width(backbone)
+        self.lm_head_sha256 = self._head.sha256
         self.items: Items = item_table([])
         self.n_tokens = np.zeros(0, np.int32)
         self._backbone = backbone
         self._target = target
+        self._transfers = Transfers(backbone.device)
+        with self._transfers.on_device():
+            self._staging = staging_of(target, backbone, self._transfers)
         self._rows: list[NDArray[Any]] = []
         self._roles: list[NDArray[np.uint8]] = []
-        bits, self._lm_head_dtype = tensor_bits(backbone.lm_head(bent=target.encoding == "logits"))
-        self._lm_head = bits
-        self.lm_head_sha256 = hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
 
     def replace(self, items: Sequence[Item]) -> None:
         """Run the model over `items`, as one batch, and keep their features instead of those before.
 
         Raises DataError, naming the item, for one that cannot be prepared or is longer than the model's positions.
         """
-        prepared = [self._prepare(item) for item in items]
+        limit = position_limit(self._backbone)
+        prepared = [prepare_item(self._backbone, item, limit, truncate=False) for item in items]
         states = self._backbone.hidden_states(prepared)
         self._rows = [self._encoded(one) for one in states]
         self._roles = [one.roles for one in prepared]
@@ -70,7 +71,7 @@ class LiveFeatures:
 
     def lm_head(self) -> NDArray[np.float32]:
         """`W_lm` (V, D)."""
-        return to_float32(self._lm_head, self._lm_head_dtype)
+        return to_float32(self._head.bits, self._head.dtype)
 
     def basis(self) -> Basis:
         """The basis of a sketch. Raises DataError where there is none."""
@@ -81,21 +82,10 @@ class LiveFeatures:
 
     def _encoded(self, states: torch.Tensor) -> NDArray[Any]:
         """The rows of one item, as a store would hold them."""
-        transfers = Transfers(self._backbone.device)
-        with transfers.on_device():
-            staging = staging_of(self._target, self._backbone, transfers)
-            buffer = transfers.buffer(len(states), staging.width, staging.dtype)
-            staging.put(states, buffer)
-            event = transfers.mark()
+        with self._transfers.on_device():
+            buffer = self._transfers.buffer(len(states), self._staging.width, self._staging.dtype)
+            self._staging.put(states, buffer)
+            event = self._transfers.mark()
         if event is not None:
             event.synchronize()
-        return staging.finish(tensor_bits(buffer)[0], [(0, len(states))])[0]
-
-    def _prepare(self, item: Item) -> Prepared:
-        limit = self._backbone.max_positions
-        try:
-            prepared = self._backbone.prepare(item.conversation, item.image)
-            return prepared if limit is None else fit(prepared, limit, truncate=False)
-        except DataError as error:
-            error.add_note(f"while reading item {item.name!r}")
-            raise
+        return self._staging.finish(tensor_bits(buffer)[0], [(0, len(states))])[0]

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,22 +31,39 @@ Prepare = Callable[[int], Prepared]
 """From an item's position in the store to what the model reads of it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LmHead:
+    """W_lm on the host."""
+
+    bits: NDArray[Any]
+    """(V, D), see `tensor_bits`."""
+    dtype: str
+    """Of its values."""
+    sha256: str
+    """Of its bits, in hex: what bases and heads know it by."""
+
+
+def lm_head_of(backbone: Backbone, *, bent: bool = False) -> LmHead:
+    """W_lm of `backbone`, which is loaded for it. `bent` and what is raised are those of `Backbone.lm_head`."""
+    backbone.load()
+    bits, dtype = tensor_bits(backbone.lm_head(bent=bent))
+    return LmHead(bits=bits, dtype=dtype, sha256=hashlib.sha256(bits.data).hexdigest())
+
+
 def write_model_arrays(writer: UnitWriter, backbone: Backbone, target: Target, prepare: Prepare) -> Target:
     """Load the model and store what `target` needs of it, once per store; the target with the constants stored there.
 
     Raises HeadError for a basis of another model.
     """
-    backbone.load()
-    bits, dtype = tensor_bits(backbone.lm_head(bent=target.encoding == "logits"))
-    sha256 = hashlib.sha256(bits.data).hexdigest()
+    head = lm_head_of(backbone, bent=target.encoding == "logits")
     basis, scale = target.basis, target.scale
     if basis is not None:
-        _check_basis(basis, sha256)
+        check_basis(basis, head)
 
     def write(group: zarr.Group) -> None:
         if target.encoding in ("hidden", "int8"):
-            attributes = {"logical_dtype": dtype, "lm_head_sha256": sha256}
-            create_whole_array(group, "lm_head/weight", bits, attributes=attributes)
+            attributes = {"logical_dtype": head.dtype, "lm_head_sha256": head.sha256}
+            create_whole_array(group, "lm_head/weight", head.bits, attributes=attributes)
         if basis is not None:
             save_basis(group, basis)
         if scale is not None:
@@ -53,7 +71,7 @@ def write_model_arrays(writer: UnitWriter, backbone: Backbone, target: Target, p
         rows, logits = _probe(writer.store, backbone, prepare)
         probe_bits, probe_dtype = tensor_bits(logits)
         create_whole_array(group, "probe/rows", rows)
-        attributes = {"logical_dtype": probe_dtype, "lm_head_sha256": sha256}
+        attributes = {"logical_dtype": probe_dtype, "lm_head_sha256": head.sha256}
         create_whole_array(group, "probe/logits", probe_bits, attributes=attributes)
 
     writer.write_model_arrays(write)
@@ -66,17 +84,12 @@ def write_model_arrays(writer: UnitWriter, backbone: Backbone, target: Target, p
     )
 
 
-def check_basis(backbone: Backbone, basis: Basis) -> None:
-    """Raise HeadError unless `basis` was made for the language-model head of `backbone`, which is loaded for it."""
-    backbone.load()
-    _check_basis(basis, hashlib.sha256(tensor_bits(backbone.lm_head())[0].data).hexdigest())
-
-
-def _check_basis(basis: Basis, lm_head_sha256: str) -> None:
-    if basis.lm_head_sha256 != lm_head_sha256:
+def check_basis(basis: Basis, head: LmHead) -> None:
+    """Raise HeadError unless `basis` was made for `head`."""
+    if basis.lm_head_sha256 != head.sha256:
         message = (
             f"The basis {basis.id[:12]} belongs to the language-model head {basis.lm_head_sha256[:12]}, this model "
-            f"has {lm_head_sha256[:12]}. Use a basis made from this model."
+            f"has {head.sha256[:12]}. Use a basis made from this model."
         )
         raise HeadError(message)
 

@@ -20,6 +20,8 @@ from agiqa.version import agiqa_version
 
 OnBadItem = Literal["fail", "skip"]
 
+_NO_LIMIT = 1 << 30
+
 
 @dataclass(frozen=True, kw_only=True)
 class LengthRule:
@@ -62,6 +64,10 @@ class PlannedItem:
     length: int
     """Tokens."""
 
+    def __str__(self) -> str:
+        """For messages."""
+        return f"item {self.item.name!r} ({self.length} tokens)"
+
 
 def tokenise(
     data_set: DataSet,
@@ -75,7 +81,7 @@ def tokenise(
 
     Raises DataError with all items that are too long or cannot be prepared, unless `rule` skips or truncates.
     """
-    limit = min(limit for limit in (rule.max_tokens, backbone.max_positions, 1 << 30) if limit is not None)
+    limit = min(position_limit(backbone), rule.max_tokens or _NO_LIMIT)
     found = TokenisedItems(items=[], token_ids=[], roles=[], keys=[], truncated=[], skipped=[])
     preparation = preparation or Preparation(backbone)
     answers = preparation.each(partial(_tokens_of, limit=limit, truncate=rule.truncate), data_set.items)
@@ -92,6 +98,11 @@ def tokenise(
     if found.skipped and (rule.on_bad_item == "fail" or not found.items):
         raise DataError.from_problems(data_set.name, found.skipped)
     return found
+
+
+def position_limit(backbone: Backbone) -> int:
+    """The tokens of the longest item that `backbone` was made for."""
+    return _NO_LIMIT if backbone.max_positions is None else backbone.max_positions
 
 
 def _tokens_of(backbone: Backbone, item: Item, *, limit: int, truncate: bool) -> _Tokens | str:
@@ -111,16 +122,20 @@ def _tokens_of(backbone: Backbone, item: Item, *, limit: int, truncate: bool) ->
 
 def prepare_planned(backbone: Backbone, planned: PlannedItem) -> Prepared:
     """The item as the plan has it: cut to its length. Raises DataError when it cannot be read any more, or changed."""
-    item = planned.item
+    prepared = prepare_item(backbone, planned.item, planned.length, truncate=True)
+    if len(prepared.token_ids) != planned.length:
+        message = f"item {planned.item.name!r} has changed since the store was planned. Extract to another path."
+        raise DataError(message)
+    return prepared
+
+
+def prepare_item(backbone: Backbone, item: Item, limit: int, *, truncate: bool) -> Prepared:
+    """What the model reads of `item`, see `fit`. Raises DataError, which names the item."""
     try:
-        prepared = fit(backbone.prepare(item.conversation, item.image), planned.length, truncate=True)
+        return fit(backbone.prepare(item.conversation, item.image), limit, truncate=truncate)
     except DataError as error:
         error.add_note(f"while reading item {item.name!r}")
         raise
-    if len(prepared.token_ids) != planned.length:
-        message = f"item {item.name!r} has changed since the store was planned. Extract to another path."
-        raise DataError(message)
-    return prepared
 
 
 def fit(prepared: Prepared, limit: int, *, truncate: bool) -> Prepared:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from agiqa.extract.backbones import Prepared
+from agiqa.extract.backbones.uploading import uploaded
 
 
 class Transfers:
@@ -33,15 +34,15 @@ class Transfers:
             return items
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._up):
-            uploaded = [
-                replace(item, inputs={name: self._copied(value) for name, value in item.inputs.items()})
+            moved = [
+                replace(item, inputs={name: uploaded(value, self.device) for name, value in item.inputs.items()})
                 for item in items
             ]
         current.wait_stream(self._up)
-        for item in uploaded:
+        for item in moved:
             for value in item.inputs.values():
                 value.record_stream(current)
-        return uploaded
+        return moved
 
     def download(self, values: torch.Tensor, out: torch.Tensor) -> None:
         """Copy `values` into `out`, rows of a `buffer`, once they are computed; `mark` tells when that is done."""
@@ -60,6 +61,3 @@ class Transfers:
         event = torch.cuda.Event()
         event.record(self._down)
         return event
-
-    def _copied(self, value: torch.Tensor) -> torch.Tensor:
-        return value.pin_memory().to(self.device, non_blocking=True)

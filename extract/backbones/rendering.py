@@ -5,7 +5,7 @@ prompt, headers, turn ends), and once with the contents. Between the template's 
 known characters, and the tokenizer's offsets say which token covers them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.errors import ModelError
+from agiqa.errors import DataError, ModelError
 from agiqa.extract.items import Message
 from agiqa.store import TOKEN_ROLES
 
@@ -186,6 +186,15 @@ class Renderer:
             part = {"type": "text", "text": content}
             return [{"type": "image"}, part] if image else [part]
         return f"{self.image_token}\n{content}" if image else content
+
+
+def refuse_marks(conversation: Sequence[Message], marks: Iterable[str | None]) -> None:
+    """Raise DataError for a message that contains one of the `marks` of an image: the model would take it for one."""
+    for message in conversation:
+        for mark in marks:
+            if mark is not None and mark in message.content:
+                reason = f"a message contains {mark!r}, the word that stands for the image; take it out of the text."
+                raise DataError(reason)
 
 
 def _locate(text: str, words: list[str], conversation: Sequence[Message]) -> tuple[tuple[int, int, int], ...] | None:

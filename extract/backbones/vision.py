@@ -8,13 +8,13 @@ import numpy as np
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from agiqa.errors import DataError, ModelError
+from agiqa.errors import ModelError
 from agiqa.extract.backbones.alignment import expand_roles
 from agiqa.extract.backbones.batching import check_inputs
 from agiqa.extract.backbones.contract import Prepared
 from agiqa.extract.backbones.huggingface import HuggingFaceBackbone
 from agiqa.extract.backbones.loading import failures_of, load_processor
-from agiqa.extract.backbones.rendering import Renderer
+from agiqa.extract.backbones.rendering import Renderer, refuse_marks
 from agiqa.extract.images import open_image
 from agiqa.extract.items import Message
 
@@ -34,11 +34,7 @@ class VisionBackbone(HuggingFaceBackbone):
 
     def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; without an image the model reads the text alone."""
-        mark = self.renderer.image_token
-        for message in conversation:
-            if mark is not None and mark in message.content:
-                reason = f"a message contains {mark!r}, the word that stands for the image; take it out of the text."
-                raise DataError(reason)
+        refuse_marks(conversation, [self.renderer.image_token])
         rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
         text_ids, text_roles = self.renderer.tokenize(rendered)
         if image is None:

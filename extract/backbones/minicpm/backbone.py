@@ -9,7 +9,6 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from agiqa.errors import DataError
 from agiqa.extract.backbones.adapters import apply_adapter
 from agiqa.extract.backbones.contract import GenerationSettings, Prepared
 from agiqa.extract.backbones.generation import generate
@@ -19,7 +18,7 @@ from agiqa.extract.backbones.minicpm.config import MiniCPMConfig
 from agiqa.extract.backbones.minicpm.model import MiniCPMV
 from agiqa.extract.backbones.minicpm.slicing import cut, patches_of, slicing_of
 from agiqa.extract.backbones.minicpm.weights import load_weights
-from agiqa.extract.backbones.rendering import Renderer
+from agiqa.extract.backbones.rendering import Renderer, refuse_marks
 from agiqa.extract.backbones.uploading import uploaded
 from agiqa.extract.images import open_image
 from agiqa.extract.items import Message
@@ -41,11 +40,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
 
     def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; without an image the model reads the text alone."""
-        for message in conversation:
-            for mark in self.config.marks.values():
-                if mark in message.content:
-                    reason = f"a message contains {mark!r}, which stands for the image; take it out of the text."
-                    raise DataError(reason)
+        refuse_marks(conversation, self.config.marks.values())
         rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
         ids, roles = self.renderer.tokenize(rendered)
         if image is None:
