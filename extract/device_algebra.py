@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agiqa.errors import ConfigError
 from agiqa.store import Moments
 
 _BLOCK_ROWS = 8192
@@ -24,10 +23,7 @@ def moments_on_device(blocks: Iterable[torch.Tensor], width: int, device: torch.
         second.addmm_(wide.T, wide)
         first += wide.sum(dim=0)
         tokens += len(block)
-    if tokens == 0:
-        message = "A basis needs calibration tokens, and there are none. Give items of the training split."
-        raise ConfigError(message)
-    return Moments(tokens=tokens, second=(second / tokens).cpu().numpy(), first=(first / tokens).cpu().numpy())
+    return Moments.of_sums(tokens, second.cpu().numpy(), first.cpu().numpy())
 
 
 def gram_on_device(weight: torch.Tensor) -> NDArray[np.float64]:

@@ -89,6 +89,14 @@ class Moments:
     first: NDArray[np.float64]
     """(D,), the mean of h."""
 
+    @classmethod
+    def of_sums(cls, tokens: int, second: NDArray[np.float64], first: NDArray[np.float64]) -> "Moments":
+        """The means of sums over `tokens`. Raises ConfigError when there are none."""
+        if tokens == 0:
+            message = "A basis needs calibration tokens, and there are none. Give items of the training split."
+            raise ConfigError(message)
+        return cls(tokens=tokens, second=second / tokens, first=first / tokens)
+
 
 def isotropic_moments(width: int) -> Moments:
     """Moments of hidden states of which nothing is known but their width D."""
@@ -104,10 +112,7 @@ def moments_of(blocks: Iterable[NDArray[np.float32]], width: int) -> Moments:
             second += part.T @ part
             first += part.sum(axis=0, dtype=np.float64)
             tokens += len(part)
-    if tokens == 0:
-        message = "A basis needs calibration tokens, and there are none. Give items of the training split."
-        raise ConfigError(message)
-    return Moments(tokens=tokens, second=second / tokens, first=first / tokens)
+    return Moments.of_sums(tokens, second, first)
 
 
 def make_basis(

@@ -1,6 +1,7 @@
 """The model: a vision tower over patches, the resampler, and a Llama that reads both."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,8 @@ class MiniCPMV(nn.Module):
         return found
 
     def _chunk_tokens(self, pieces: list[Tensor], sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Tensor:
-        padded = nn.utils.rnn.pad_sequence([self._normalised(piece) for piece in pieces], batch_first=True)
+        values = self._normalised(torch.cat(pieces)).split([len(piece) for piece in pieces])
+        padded = nn.utils.rnn.pad_sequence(list(values), batch_first=True)
         longest = int(attended.max())
         padded = nn.functional.pad(padded, (0, 0, 0, longest - padded.shape[1]))
         kernel = self.vpm.embeddings.patch_embedding
@@ -88,6 +90,7 @@ class MiniCPMV(nn.Module):
         return ((values - mean) / std).flatten(1).to(self._dtype)
 
 
+@lru_cache(maxsize=256)
 def line_positions(count: int, per_side: int) -> NDArray[np.int64]:
     """Positions (count,) of patches in the tower's square of `per_side` squared: all in its first row, in order.
 
