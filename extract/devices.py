@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from agiqa.errors import ConfigError, WorkerError
 from agiqa.extract.engines import Advance, Helper
-from agiqa.extract.fill import Filler, FillReport, merged
+from agiqa.extract.fill import FillReport, merged
 from agiqa.extract.items import Item
 from agiqa.extract.plan import TokenisedItems
 from agiqa.extract.preparing import end_with_parent
@@ -189,16 +190,13 @@ def _work(connection: Connection, stop: Any, task: _Task) -> None:
     """The life of one process of a crew."""
     _begin(task.helper.device, task.threads)
 
-    def units(filler: Filler) -> Iterator[int]:
-        return _until(stop, task.units, filler)
-
     try:
         with said_to(lambda text: connection.send(("said", text))):
             report = task.helper.fill(
                 task.path,
                 task.items,
                 task.target,
-                units=units,
+                units=_until(stop, task.units),
                 advance=lambda count: connection.send(("items", count)),
             )
         connection.send(("report", report))
@@ -207,13 +205,9 @@ def _work(connection: Connection, stop: Any, task: _Task) -> None:
     connection.close()
 
 
-def _until(stop: Any, units: Iterable[int], filler: Filler) -> Iterator[int]:
-    """`units` without those that are finished when their turn comes, until `stop` is set."""
-    for unit in units:
-        if stop.is_set():
-            return
-        if not filler.store.layout.commit(unit).exists():
-            yield unit
+def _until(stop: Any, units: Iterable[int]) -> Iterator[int]:
+    """`units` until `stop` is set."""
+    return takewhile(lambda _unit: not stop.is_set(), units)
 
 
 def _begin(device: str, threads: int) -> None:

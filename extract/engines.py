@@ -112,7 +112,7 @@ class Helper:
         items: Sequence[Item],
         target: Target,
         *,
-        units: Callable[[Filler], Iterable[int]],
+        units: Iterable[int],
         advance: Advance,
     ) -> FillReport:
         """Fill the `units` of the store at `path` that nobody else is at work on."""
@@ -121,7 +121,7 @@ class Helper:
         with self._preparation(backbone, len(items) // self.processes) as preparation:
             filler = Filler(store, backbone, items, target=target, batch_size=self.batch_size, preparation=preparation)
             filler.write_model_arrays()
-            return filler.fill(units=units(filler), advance=advance)
+            return filler.fill(units=units, advance=advance)
 
     def _preparation(self, backbone: Backbone, items: int) -> Preparation:
         workers = self.workers

@@ -15,7 +15,7 @@ from typing import Any
 
 from agiqa.errors import ConfigError, WorkerError, first_line
 from agiqa.extract.engines import Advance, Helper
-from agiqa.extract.fill import Filler, FillReport, merged
+from agiqa.extract.fill import FillReport, merged
 from agiqa.extract.items import Item
 from agiqa.extract.plan import TokenisedItems
 from agiqa.extract.targets import Target
@@ -83,14 +83,13 @@ class Worker:
         """Fill the units that `queue` hands out."""
         import ray  # pyright: ignore[reportMissingImports]
 
-        def units(filler: Filler) -> Iterator[int]:
+        def handed_out() -> Iterator[int]:
             get: Any = ray.get  # typed for lists of references
             while (unit := get(queue.take.remote(self._name))) is not None:
-                if not filler.store.layout.commit(unit).exists():
-                    yield unit
+                yield unit
 
         with said_to(lambda text: queue.say.remote(f"{self._name}: {text}")):
-            return helper.fill(path, items, target, units=units, advance=lambda count: queue.add.remote(count))
+            return helper.fill(path, items, target, units=handed_out(), advance=lambda count: queue.add.remote(count))
 
 
 @dataclass(frozen=True, kw_only=True)
