@@ -12,7 +12,7 @@ from agiqa.bench.tables import as_table
 from agiqa.errors import DataError
 from agiqa.heads.labels import of_each_label, parse_labels
 from agiqa.heads.runs import Run
-from agiqa.store.files import sync_file, telling_disk_errors
+from agiqa.store.files import append_durably, telling_disk_errors, whole_lines
 
 PARTS, METRICS = ("validation", "test"), ("srcc", "plcc")
 Line = dict[str, Any]
@@ -38,11 +38,8 @@ class ResultLines:
     def append(self, line: Line) -> None:
         """Add a line, and force it to the disk."""
         text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
-        with telling_disk_errors(f"writing {self._path}", "the runs before are kept"), self._path.open("ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        sync_file(self._path.parent)
+        with telling_disk_errors(f"writing {self._path}", "the runs before are kept"):
+            append_durably(self._path, text.encode())
         self.lines[line["name"]] = line
 
     def is_done(self, run: PlannedRun) -> bool:
@@ -172,13 +169,11 @@ def _identity(run: PlannedRun, store: str) -> Line:
 
 def _whole_lines(path: Path) -> list[str]:
     """The lines of the file, after what follows the last line's end is cut off."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
+    content = whole_lines(path)
+    if len(content) < path.stat().st_size:
+        os.truncate(path, len(content))
     try:
-        return content[:whole].decode().split("\n")[:-1]
+        return content.decode().split("\n")[:-1]
     except UnicodeDecodeError as error:
         message = f"{path} is no file of result lines ({error}). Choose another OUT, or remove it."
         raise DataError(message) from error

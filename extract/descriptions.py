@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from agiqa.errors import BusyStore, DataError, SettingsConflict
-from agiqa.store.files import canonical_json, exclusive_lock, read_json, sync_file, telling_disk_errors
-from agiqa.store.files import write_text_atomically as write_text
+from agiqa.store.files import (
+    append_durably,
+    canonical_json,
+    exclusive_lock,
+    read_json,
+    telling_disk_errors,
+    whole_lines,
+    write_text_atomically,
+)
 
 FORMAT, FORMAT_VERSION = "agiqa.descriptions", 1
 
@@ -70,7 +77,9 @@ class DescriptionFile:
             if self.lines:
                 self._check_provenance()
             else:
-                write_text(self.provenance_path, json.dumps(self.provenance, indent=2, ensure_ascii=False) + "\n")
+                write_text_atomically(
+                    self.provenance_path, json.dumps(self.provenance, indent=2, ensure_ascii=False) + "\n"
+                )
             if size < self.path.stat().st_size:
                 os.truncate(self.path, size)
             yield
@@ -78,11 +87,8 @@ class DescriptionFile:
     def append(self, lines: Sequence[Line]) -> None:
         """Add the lines of a batch, and force them to the disk."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)  # ASCII: no line ends within
-        with telling_disk_errors(f"writing {self.path}", "the items before are kept"), self.path.open("ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        sync_file(self.path.parent)
+        with telling_disk_errors(f"writing {self.path}", "the items before are kept"):
+            append_durably(self.path, text.encode())
         self.lines.update({line["name"]: line for line in lines})
 
     def _check_provenance(self) -> None:
@@ -122,13 +128,11 @@ def unspoken(path: Path) -> frozenset[str]:
 
 def _whole_lines(path: Path) -> tuple[dict[str, Line], int]:
     """The lines of the file by their item's name, and the bytes that they take; a torn last line is left out."""
-    content = path.read_bytes() if path.exists() else b""
-    size = content.rfind(b"\n") + 1
-    lines: dict[str, Line] = {}
-    for number, text in enumerate(content[:size].split(b"\n")[:-1], start=1):
+    content, lines = whole_lines(path), dict[str, Line]()
+    for number, text in enumerate(content.split(b"\n")[:-1], start=1):
         line = _parse(path, number, text)
         lines[line["name"]] = line
-    return lines, size
+    return lines, len(content)
 
 
 def _parse(path: Path, number: int, text: bytes) -> Line:

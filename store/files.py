@@ -108,6 +108,21 @@ def write_bytes_atomically(path: Path, pieces: Iterable[bytes]) -> dict[str, Any
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def append_durably(path: Path, content: bytes) -> None:
+    """Add `content` to the end of `path`, which is made where it is not there, and force it to the disk."""
+    with path.open("ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_file(path.parent)
+
+
+def whole_lines(path: Path) -> bytes:
+    """What `path` holds up to the last line's end, which a kill may have torn off; nothing where it is not there."""
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
 def put_text_if_absent(path: Path, text: str) -> bool:
     """Create `path` with `text` in one step; False, and nothing changed, when it exists already."""
     temporary = _write_temporary(path, text)
