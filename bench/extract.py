@@ -5,7 +5,6 @@ Then the bare forward (vision tower and language model) of the same batches, pre
 starts, is timed in the same run. The model has random weights, which are made on the device.
 """
 
-import json
 import shutil
 import tempfile
 import time
@@ -22,14 +21,13 @@ from PIL import Image
 
 from agiqa.bench.random_models import SHAPES
 from agiqa.bench.tables import as_table, digits, read_results, verdict
-from agiqa.bench.this_run import about_this_run
+from agiqa.bench.this_run import recorded
 from agiqa.extract import Backbone, DataSet, ExtractionResult, ExtractionSettings, Item, Message, run_extraction
 from agiqa.extract.batches import even_batches
 from agiqa.extract.plan import PlannedItem, prepare_planned
 from agiqa.extract.preparing import Opener, Preparation, default_workers
 from agiqa.extract.templates import templates
 from agiqa.extract.transfers import Transfers
-from agiqa.progress import say
 
 Line = dict[str, Any]
 
@@ -253,17 +251,14 @@ def main(**options: Any) -> None:
     if options["table"]:
         print(tables(read_results(options["table"])))
         return
-    lines: list[Line] = []
-    about = about_this_run()
     with tempfile.TemporaryDirectory(dir=options["folder"]) as folder:
-        for line in measured_lines(Path(folder), options):
-            lines.append({**line, **about})
-            measured = line["measured"]
-            say(f"{line['name']}: {measured['images_per_second']:.1f} images/s, {measured['ratio']:.3f} of the bare")
-            if options["out"]:
-                with options["out"].open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(lines[-1]) + "\n")
+        lines = recorded(measured_lines(Path(folder), options), options["out"], _told)
     print(tables(lines))
+
+
+def _told(line: Mapping[str, Any]) -> str:
+    measured = line["measured"]
+    return f"{line['name']}: {measured['images_per_second']:.1f} images/s, {measured['ratio']:.3f} of the bare"
 
 
 def measured_lines(folder: Path, options: Mapping[str, Any]) -> Iterator[Line]:

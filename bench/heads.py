@@ -6,7 +6,6 @@ language model of an 8B model, with random weights, in front of the same head at
 """
 
 import gc
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from agiqa.bench.tables import as_table, digits, read_results, verdict
-from agiqa.bench.this_run import about_this_run
+from agiqa.bench.this_run import recorded
 from agiqa.heads.batches import collate
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels
@@ -31,7 +30,6 @@ from agiqa.heads.fitting import fit_head, resolve_device
 from agiqa.heads.head import build_head
 from agiqa.heads.progress import LineProgress
 from agiqa.heads.projection import FeatureSpec
-from agiqa.progress import say
 from agiqa.store import open_store
 
 Line = dict[str, Any]
@@ -322,15 +320,11 @@ def main(**options: Any) -> None:
     if options["table"]:
         print(tables(read_results(options["table"])))
         return
-    lines: list[Line] = []
-    about = about_this_run()
-    for line in measured_lines(options):
-        lines.append({**line, **about})
-        say(f"{line['stage']} {line['name']}: {line['measured']['ms_per_image']:.3f} ms per image")
-        if options["out"]:
-            with options["out"].open("a", encoding="utf-8") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-    print(tables(lines))
+    print(tables(recorded(measured_lines(options), options["out"], _told)))
+
+
+def _told(line: Mapping[str, Any]) -> str:
+    return f"{line['stage']} {line['name']}: {line['measured']['ms_per_image']:.3f} ms per image"
 
 
 def measured_lines(options: Mapping[str, Any]) -> Iterator[Line]:
