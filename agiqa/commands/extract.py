@@ -7,19 +7,13 @@ from typing import Any, Literal
 import click
 
 from agiqa.commands.common import Automatic, Share, StoreLocation, print_result, shared_options, table
-from agiqa.commands.models import MAX_SLICES_HELP
+from agiqa.commands.models import model_options
 
 
 @click.command("extract")
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    required=True,
-    help="Hub id (owner/name[@revision]), checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
-)
-@click.option("--max-slices", type=click.IntRange(min=1), help=MAX_SLICES_HELP)
-@click.option("--adapter", help="LoRA adapter that is merged into it: a PEFT folder, or owner/name[@revision].")
+@model_options
 @click.option(
     "--conversations",
     multiple=True,
@@ -65,8 +59,6 @@ from agiqa.commands.models import MAX_SLICES_HELP
     show_default=True,
     help="Processes that decode and tokenise ahead of each device; 0 for none.",
 )
-@click.option("--dtype", default="auto", show_default=True, help="bfloat16, float16, float32, or the checkpoint's own.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or the GPU if there is one.")
 @click.option("--devices", type=click.IntRange(min=1), help="GPUs of this host, or processes on its CPU, to run on.")
 @click.option(
     "--ray",

@@ -8,8 +8,6 @@ import click
 if TYPE_CHECKING:
     from agiqa.extract import Backbone
 
-MAX_SLICES_HELP = "Most slices of an image, for MiniCPM-Llama3-V-2.5.  [default: the checkpoint's, 9]"
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -22,8 +20,14 @@ def model_options(command: Command) -> Command:
                 required=True,
                 help="Hub id (owner/name[@revision]), checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
             ),
-            click.option("--adapter", help="PEFT adapter of that model: a folder or a hub id."),
-            click.option("--max-slices", type=click.IntRange(min=1), help=MAX_SLICES_HELP),
+            click.option(
+                "--adapter", help="LoRA adapter that is merged into it: a PEFT folder, or owner/name[@revision]."
+            ),
+            click.option(
+                "--max-slices",
+                type=click.IntRange(min=1),
+                help="Most slices of an image, for MiniCPM-Llama3-V-2.5.  [default: the checkpoint's, 9]",
+            ),
             click.option(
                 "--dtype",
                 default="auto",
