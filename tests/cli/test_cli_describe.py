@@ -7,17 +7,10 @@ import pytest
 from agiqa.store import open_store
 from tests.cli.refusals import refuse, truncate
 from tests.extract.small_sets import read_table, write_set, write_table
-from tests.extract.tiny_models import write_text_checkpoint, write_vision_checkpoint
+from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
 
 ITEMS = 12
 SHORT = ("--max-new-tokens", 12, "--device", "cpu", "--json")
-
-
-def roomy(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (config.get("text_config") or config)["max_position_embeddings"] = 2048
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")

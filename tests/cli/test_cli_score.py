@@ -7,9 +7,8 @@ import pytest
 
 from tests.cli.conftest import SMALL_HEAD
 from tests.cli.refusals import refuse, truncate
-from tests.cli.test_cli_describe import roomy
 from tests.extract.small_sets import save_noise, write_set
-from tests.extract.tiny_models import write_text_checkpoint, write_vision_checkpoint
+from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
 
 GENERATION = ("--max-new-tokens", 10, "--device", "cpu", "--json")
 

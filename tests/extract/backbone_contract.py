@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,10 +35,15 @@ class BackboneContract:
     tolerance = 1e-5
     image_tokens = 0
 
+    @classmethod
+    def write(cls, folder: Path) -> Path:
+        """Write the checkpoint into `folder`."""
+        raise NotImplementedError
+
     @pytest.fixture(scope="class")
     @classmethod
-    def checkpoint(cls, request):
-        raise NotImplementedError
+    def checkpoint(cls, tmp_path_factory):
+        return cls.write(tmp_path_factory.mktemp("tiny"))
 
     @pytest.fixture(scope="class")
     @classmethod

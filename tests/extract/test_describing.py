@@ -22,20 +22,12 @@ from agiqa.extract.templates import fill, template_of
 from agiqa.heads.rating_words import parse_word
 from agiqa.store.files import exclusive_lock
 from tests.extract.small_sets import read_table, write_set, write_table
-from tests.extract.tiny_models import write_text_checkpoint, write_vision_checkpoint
+from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
 
 SETTINGS = DescriptionSettings(
     describe=GenerationSettings(max_new_tokens=14), rate=GenerationSettings(max_new_tokens=6), batch_size=4
 )
 TIMES = ("seconds",)
-
-
-def roomy(folder):
-    """The checkpoint with positions enough for whole conversations in tokens of a letter or two."""
-    config = json.loads((folder / "config.json").read_text())
-    (config.get("text_config") or config)["max_position_embeddings"] = 2048
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -44,10 +44,7 @@ def picture(path, width, height, seed=0):
 class TestMiniCPMBackbone(LocalContract):
     image_tokens = QUERIES * 3  # 64 x 50 pixels: an overview and two slices
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def checkpoint(cls, tmp_path_factory):
-        return write_minicpm_checkpoint(tmp_path_factory.mktemp("tiny-minicpm"))
+    write = staticmethod(write_minicpm_checkpoint)
 
 
 def published_image_tokens(weights, image):

@@ -22,10 +22,7 @@ class TestIdefics3(VisionContract):
 
     image_tokens = 20
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def checkpoint(cls, tmp_path_factory):
-        return tiny_models.write_tiled_checkpoint(tmp_path_factory.mktemp("tiny-idefics3"))
+    write = staticmethod(tiny_models.write_tiled_checkpoint)
 
 
 class TestQwen2VL(VisionContract):
@@ -34,20 +31,14 @@ class TestQwen2VL(VisionContract):
     image_tokens = 4
     image_word = "<|image_pad|>"
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def checkpoint(cls, tmp_path_factory):
-        return tiny_models.write_grid_checkpoint(tmp_path_factory.mktemp("tiny-qwen2"))
+    write = staticmethod(tiny_models.write_grid_checkpoint)
 
 
 class TestQwen25VL(VisionContract):
     image_tokens = 4
     image_word = "<|image_pad|>"
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def checkpoint(cls, tmp_path_factory):
-        return tiny_vision_models.write_qwen25(tmp_path_factory.mktemp("tiny-qwen25"))
+    write = staticmethod(tiny_vision_models.write_qwen25)
 
 
 @pytest.mark.skipif(
@@ -56,20 +47,14 @@ class TestQwen25VL(VisionContract):
 class TestSmolVLM(VisionContract):
     image_tokens = 20
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def checkpoint(cls, tmp_path_factory):
-        return tiny_vision_models.write_smolvlm(tmp_path_factory.mktemp("tiny-smolvlm"))
+    write = staticmethod(tiny_vision_models.write_smolvlm)
 
 
 class TestInternVL(VisionContract):
     image_tokens = 4
     image_word = "<IMG_CONTEXT>"
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def checkpoint(cls, tmp_path_factory):
-        return tiny_vision_models.write_internvl(tmp_path_factory.mktemp("tiny-internvl"))
+    write = staticmethod(tiny_vision_models.write_internvl)
 
 
 class TestMllama(VisionContract):
@@ -78,10 +63,7 @@ class TestMllama(VisionContract):
     image_tokens = 1
     image_word = "<|image|>"
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def checkpoint(cls, tmp_path_factory):
-        return tiny_vision_models.write_mllama(tmp_path_factory.mktemp("tiny-mllama"))
+    write = staticmethod(tiny_vision_models.write_mllama)
 
 
 class TestMiniCPMV46(VisionContract):
@@ -90,7 +72,4 @@ class TestMiniCPMV46(VisionContract):
     image_tokens = 3
     image_word = "<|image_pad|>"
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def checkpoint(cls, tmp_path_factory):
-        return tiny_vision_models.write_minicpm46(tmp_path_factory.mktemp("tiny-minicpm46"))
+    write = staticmethod(tiny_vision_models.write_minicpm46)

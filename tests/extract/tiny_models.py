@@ -106,6 +106,14 @@ def write_text_checkpoint(
     return save(folder, LlamaForCausalLM, LlamaConfig(**widths(len(tokenizer))), tokenizer, seed=seed, dtype=dtype)
 
 
+def roomy(folder: Path) -> Path:
+    """The checkpoint with positions enough for whole conversations in tokens of a letter or two."""
+    config = json.loads((folder / "config.json").read_text())
+    (config.get("text_config") or config)["max_position_embeddings"] = 2048
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def write_softcapped_checkpoint(folder: Path) -> Path:
     """A Gemma 2, which caps its logits at +-30."""
     tokenizer = make_tokenizer()
