@@ -103,6 +103,7 @@ class Helper:
         """See `Engine`."""
         backbone = self.opener(device=self.device)
         with self._preparation(backbone, len(tokenised.items)) as preparation:
+            preparation.start()
             here = Here(backbone=backbone, preparation=preparation, batch_size=self.batch_size)
             return here.calibrate(tokenised, rank=rank, advance=lambda _items: None)
 
@@ -119,6 +120,7 @@ class Helper:
         backbone = self.opener(device=self.device)
         store = open_store(path, allow_partial=True)
         with self._preparation(backbone, len(items) // self.processes) as preparation:
+            preparation.start()
             filler = Filler(store, backbone, items, target=target, batch_size=self.batch_size, preparation=preparation)
             filler.write_model_arrays()
             return filler.fill(units=units, advance=advance)

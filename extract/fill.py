@@ -40,7 +40,10 @@ class FillReport:
     units: int
     items: int
     tokens: int
+    started: float
+    """When the first batch was there, in seconds since the epoch."""
     seconds: float
+    """From then to the last record."""
     busy_units: int
     """Units of this run's share that another run was at work on."""
     batch_size: int
@@ -48,12 +51,14 @@ class FillReport:
 
 
 def merged(reports: Sequence[FillReport]) -> FillReport:
-    """What several processes did side by side."""
+    """What several processes did side by side; `seconds` are from the first batch of any to the last record of any."""
+    began = min((report.started for report in reports if report.items), default=0.0)
     return FillReport(
         units=sum(report.units for report in reports),
         items=sum(report.items for report in reports),
         tokens=sum(report.tokens for report in reports),
-        seconds=max((report.seconds for report in reports), default=0.0),
+        started=began,
+        seconds=max((report.started + report.seconds - began for report in reports if report.items), default=0.0),
         busy_units=0,
         batch_size=min((report.batch_size for report in reports), default=0),
     )
@@ -141,15 +146,19 @@ class _Fill:
         self.runner = runner
         self.transfers = Transfers(filler.backbone.device)
         self.open: dict[int, _OpenUnit] = {}
-        self.units = self.written_items = self.tokens = self.busy = 0
+        self.units = self.computed = self.written_items = self.tokens = self.busy = 0
 
     def run(self, units: Iterable[int], advance: Callable[[int], None]) -> FillReport:
         """Fill `units`."""
-        started = time.perf_counter()
+        started, began = time.perf_counter(), time.time()
         try:
             with self.transfers.on_device(), _Writes() as writes:
                 staging = staging_of(self.filler.target, self.backbone, self.transfers)
-                for (unit, places), prepared in self.filler.preparation.groups(prepare_planned, self._batches(units)):
+                groups = self.filler.preparation.groups(prepare_planned, self._batches(units))
+                for (unit, places), prepared in self.transfers.sent(groups):
+                    if not self.computed:
+                        started, began = time.perf_counter(), time.time()
+                    self.computed += len(places)
                     if unit.buffer is None:
                         writes.wait_for_room()
                         rows = self.store.rows_used(unit.unit)
@@ -166,6 +175,7 @@ class _Fill:
             units=self.units,
             items=self.written_items,
             tokens=self.tokens,
+            started=began,
             seconds=time.perf_counter() - started,
             busy_units=self.busy,
             batch_size=self.runner.size,

@@ -62,6 +62,11 @@ class Preparation:
         """End the workers."""
         self.close()
 
+    def start(self) -> None:
+        """Start the workers now: they take as long to get ready as this process takes to load a model."""
+        for _ in range(self.workers):
+            self._submit(_nothing, None)
+
     def close(self) -> None:
         """End the workers; they would start again when they are needed."""
         if self._pool is not None:
@@ -119,6 +124,10 @@ class Preparation:
                 initializer=partial(_start_worker, self._opener, shares_memory=_shared_memory_suffices()),
             )
         return self._pool.submit(_in_worker, function, argument)
+
+
+def _nothing(_backbone: Backbone, _argument: None) -> None:
+    """What a worker does to get ready."""
 
 
 def require_opener(opener: Opener | None, what: str, *, needed: bool) -> None:

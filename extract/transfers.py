@@ -1,13 +1,20 @@
 """Between host and device without waiting: inputs on their way up, results on their way down, both beside the model."""
 
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from agiqa.extract.backbones import Prepared
 from agiqa.extract.backbones.uploading import uploaded
+
+_Tag = TypeVar("_Tag")
+_SENT_AHEAD = 1
+"""Groups that are on the device beside the one that is computed."""
 
 
 class Transfers:
@@ -33,16 +40,44 @@ class Transfers:
         if self._up is None:
             return items
         current = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self._up):
-            moved = [
-                replace(item, inputs={name: uploaded(value, self.device) for name, value in item.inputs.items()})
-                for item in items
-            ]
+        moved = self._send(items)
         current.wait_stream(self._up)
         for item in moved:
             for value in item.inputs.values():
                 value.record_stream(current)
         return moved
+
+    def sent(self, groups: Iterable[tuple[_Tag, list[Prepared]]]) -> Iterator[tuple[_Tag, list[Prepared]]]:
+        """`groups`, the next of which a thread sends to the device meanwhile; `upload` still has to be asked for each.
+
+        Inputs that the device has no memory for yet come as they are.
+        """
+        if self._up is None:
+            yield from groups
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="agiqa-send") as pool:
+            waiting: deque[tuple[_Tag, Future[list[Prepared]]]] = deque()
+            for tag, items in groups:
+                waiting.append((tag, pool.submit(self._send_if_room, items)))
+                if len(waiting) > _SENT_AHEAD:
+                    first, sending = waiting.popleft()
+                    yield first, sending.result()
+            for tag, sending in waiting:
+                yield tag, sending.result()
+
+    def _send_if_room(self, items: list[Prepared]) -> list[Prepared]:
+        try:
+            return self._send(items)
+        except torch.OutOfMemoryError:
+            return items  # who computes them takes fewer at a time
+
+    def _send(self, items: list[Prepared]) -> list[Prepared]:
+        """`items` with inputs that are on the device once the stream for the way up has come to here."""
+        with torch.cuda.stream(self._up):
+            return [
+                replace(item, inputs={name: uploaded(value, self.device) for name, value in item.inputs.items()})
+                for item in items
+            ]
 
     def download(self, values: torch.Tensor, out: torch.Tensor) -> None:
         """Copy `values` into `out`, rows of a `buffer`, once they are computed; `mark` tells when that is done."""
