@@ -12,13 +12,14 @@ from agiqa.heads.batches import BatchLoader
 from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head import Head
+from agiqa.heads.holding_out import split_items
 from agiqa.heads.labels import by_label, columns, of_each_label, plain
 from agiqa.heads.logistic import Mappings
 from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.pooling import check_roles
 from agiqa.heads.prompts import normalise_prompt
 from agiqa.heads.runs import METRICS, Run
-from agiqa.heads.splits import identities, split_items
+from agiqa.heads.splits import identities
 
 _ITEMS_AT_ONCE = 512
 PARTS = ("test", "validation", "train", "all")
@@ -128,13 +129,21 @@ def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list
 
 def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[str]:
     """Warnings about items and prompts that the head was trained on, or that chose its epoch."""
+    seen, prompts = count_known(run, source, items)
+    counts = {"were in the training of this head": seen, "have a prompt that occurs in its training": prompts}
+    return [f"{count} of {len(items)} items {what}." for what, count in counts.items() if count]
+
+
+def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, int]:
+    """How many of `items` are among those that the head of `run` was trained on, or have a prompt that is.
+
+    Those that chose its epoch count too. Raises HeadError.
+    """
     parts = run.parts()
     trained = parts["train"] | parts["validation"]
     known = {normalise_prompt(prompt) for _, prompt in trained}
     seen = sum(identity in trained for identity in identities(source, items))
-    prompts = sum(normalise_prompt(source.items.prompts[item]) in known for item in items)
-    counts = {"were in the training of this head": seen, "have a prompt that occurs in its training": prompts}
-    return [f"{count} of {len(items)} items {what}." for what, count in counts.items() if count]
+    return seen, sum(normalise_prompt(source.items.prompts[item]) in known for item in items)
 
 
 def predict_items(

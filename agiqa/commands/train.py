@@ -20,6 +20,11 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
     "depth and regressor around every encoder; `published` has the sizes and the training of the code released with "
     "the paper, encoder by encoder, its bugs mended (agiqa.heads.presets lists them).",
 )
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A run whose head is the beginning, with its settings, weights and scales; features must fit.",
+)
 @click.option("--projection", help="vocabulary (W_proj on the logits, from hidden states), sketch, hidden or logits.")
 @click.option("--encoder", help="xlstm, lstm, gru, mamba2, transformer or none.  [default: xlstm]")
 @click.option(
@@ -42,10 +47,22 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
     help="Aspect whose MOS is learned, or several that one head learns, as in quality+correspondence.  "
     "[default: quality]",
 )
-@click.option("--split", help="published (of the data set) or grouped (by prompt).  [default: published]")
-@click.option("--split-seed", type=int, help="Draws the grouped test part and the validation part.")
+@click.option(
+    "--split",
+    help="published (of the data set), grouped (whole prompts), folds (one of several parts of whole prompts) or "
+    "generator (the images of one).  [default: published]",
+)
+@click.option("--folds", type=int, help="Parts that the split `folds` deals the prompts into.  [default: 5]")
+@click.option("--fold", type=int, help="The part that the split `folds` tests on, from 0.  [default: 0]")
+@click.option("--held-out", help="The generator that the split `generator` tests on.")
+@click.option("--split-seed", type=int, help="Draws the test part, the validation part and the training items.")
 @click.option("--test-share", type=float, help="Share that a grouped split holds out.  [default: 0.2]")
 @click.option("--validation", type=float, help="Share of training that chooses the epoch.  [default: 0.1]")
+@click.option(
+    "--training-items",
+    type=int,
+    help="Use only so many items outside of the test part; 10 are among 30.  [default: all]",
+)
 @click.option(
     "--loss",
     help="mse, mae, huber, plcc, fidelity, margin or ranknet, or a weighted sum such as mse+0.5*plcc.  [default: mse]",
@@ -88,6 +105,7 @@ def command(
     also: tuple[str | Path, ...],
     config: Path | None,
     preset: str | None,
+    start: Path | None,
     *,
     restart: bool,
     as_json: bool,
@@ -103,19 +121,22 @@ def command(
     """
     from rich.console import Console
 
-    from agiqa.heads import load_settings, train_head, training_progress
+    from agiqa.heads import load_run, load_settings, train_head, training_progress
     from agiqa.heads.labels import of_each_label
     from agiqa.progress import say
     from agiqa.store import open_store, union
 
-    head, train = load_settings(config, overrides, preset=preset)
+    first = None if start is None else load_run(start)
+    head, train = load_settings(config, overrides, preset=preset, start=None if first is None else first.head)
     source = union([open_store(one) for one in (store, *also)]) if also else open_store(store)
     asked = source.provenance.get("conversation", {}).get("aspect", train.label)
     if asked != train.label:
         learned = " and ".join(train.labels)
         say(f"warning: the conversations of {store} ask for {asked}, and the head learns {learned}")
     progress = training_progress(Console(stderr=True))
-    trained = train_head(source, run, head=head, train=train, progress=progress, preset=preset, restart=restart)
+    trained = train_head(
+        source, run, head=head, train=train, progress=progress, preset=preset, restart=restart, start=first
+    )
     for warning in trained.metrics["warnings"]:
         say(f"warning: {warning}")
     metrics = dict(trained.metrics)
