@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
+from agiqa.bench import extract_devices
 from agiqa.bench.extract import ENCODINGS, main, tables
 from agiqa.bench.tables import read_results
 
@@ -56,3 +58,31 @@ def test_the_tables_of_the_log_come_from_their_lines():
     rows = [row for row in tables(read_results(bench / "results" / "extract" / "h100.jsonl")).splitlines() if row]
     assert len(rows) > 10
     assert [row for row in rows if row not in log] == []
+
+
+def test_devices_are_compared_with_one(tmp_path):
+    """Of a CPU: two processes fill as many items, and the table holds the goal."""
+    out = tmp_path / "lines.jsonl"
+    options = [
+        "--model-shape",
+        "tiny",
+        "--items",
+        "12",
+        "--tokens",
+        "90",
+        "--pixels",
+        "56",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
+    done = CliRunner().invoke(extract_devices.main, [*options, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    lines = read_results(out)
+    assert [(line["config"]["devices"], line["config"]["items"]) for line in lines] == [(1, 12), (2, 12)]
+    rates = [line["measured"]["images_per_second"] for line in lines]
+    assert [line["measured"]["linear"] for line in lines] == pytest.approx([1.0, rates[1] / (2 * rates[0])])
+    log = (Path(__file__).resolve().parents[2] / "bench" / "LOG.md").read_text()
+    measured = Path(__file__).resolve().parents[2] / "bench" / "results" / "extract" / "h200-x2-disk.jsonl"
+    assert [row for row in extract_devices.tables(read_results(measured)).splitlines() if row not in log] == []
