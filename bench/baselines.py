@@ -4,9 +4,8 @@ Each becomes a line like that of a row of heads, and a csv of what it predicted.
 rating words) is a line with `left_out`, the reason.
 """
 
-import csv
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from agiqa.bench.baseline_predictors import BASELINES, Array, Evidence, MeanFeatures
 from agiqa.bench.baseline_words import RatingWords
+from agiqa.bench.predictions import write_predictions
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.heads.config import TrainConfig
 from agiqa.heads.features import FeatureSource, read_labels
@@ -123,7 +123,7 @@ def _line(
         test = _without_correlations(test)
     seconds = (time.perf_counter() - started) / len(task.parts)
     names = [source.items.names[item] for item in tested]
-    _write_predictions(path, zip(names, prompts, task.mos[tested].tolist(), predicted.tolist(), strict=True))
+    write_predictions(path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None])
     say(f"baseline {name}, {shared['protocol']}, {task.label}: {_told(test)}")
     return {
         **_identity(name, shared),
@@ -143,14 +143,6 @@ def _without_correlations(test: Mapping[str, Any]) -> dict[str, Any]:
     none = dict.fromkeys(CORRELATIONS)
     reason = "all predictions of each test part are equal: nothing of its items that this baseline looks at is known"
     return {**test, **none, "ci": {**test["ci"], **none}, "undefined": test.get("undefined", reason)}
-
-
-def _write_predictions(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("name", "prompt", "mos", "predicted"))
-        table.writerows(rows)
 
 
 def _identity(name: str, shared: Mapping[str, Any]) -> Line:

@@ -181,6 +181,25 @@ def test_a_constant_prediction_has_no_correlation(store, tmp_path):
     assert test["rmse"] > 0
 
 
+def test_folds_are_put_together_and_constants_of_each_correlate_with_nothing(store, tmp_path):
+    configs = [TrainConfig(split="folds", folds=3, fold=fold, seed=seed) for fold in range(3) for seed in range(2)]
+    lines = {line["row"]: line for line in run_baselines(store, configs, protocol="grouped", out=tmp_path)}
+    rows = predictions(tmp_path / lines["generator"]["predictions"])
+    assert sorted(row["name"] for row in rows) == sorted(store.items.names)
+    assert lines["generator"]["runs"] == 3
+    assert lines["generator"]["test"]["n"] == COUNT
+    prompt = lines["prompt"]["test"]
+    assert len({row["predicted"] for row in predictions(tmp_path / lines["prompt"]["predictions"])}) == 3
+    assert [prompt[name] for name in ("srcc", "plcc", "krcc")] == [None] * 3
+    assert [prompt["ci"][name] for name in ("srcc", "plcc", "krcc")] == [None] * 3
+    assert "all predictions of each test part are equal" in prompt["undefined"]
+    assert prompt["rmse"] > 0
+    unknown = {generator: TrainConfig(split="generator", held_out=generator) for generator in WORTH}
+    held = {line["row"]: line for line in run_baselines(store, list(unknown.values()), protocol="g", out=tmp_path)}
+    assert held["generator"]["test"]["srcc"] is None
+    assert held["prompt"]["test"]["srcc"] is not None
+
+
 def test_labels_of_several_heads_have_lines_and_files_of_their_own(store, tmp_path):
     configs = [TrainConfig(label="quality+beauty", seed=seed) for seed in range(2)] + [TrainConfig(epochs=3)]
     lines = run_baselines(store, configs, protocol="published", out=tmp_path)
