@@ -28,6 +28,7 @@ events.py      the same for TensorBoard
 learner.py     steps, schedule and the choice of the epoch
 resuming.py    the state of a training, so that a killed one goes on
 fitting.py     one fit: device, random state, trainer
+starting.py    another run's head as the beginning
 training.py    from a store to a run folder
 runs.py        the run folder, and which stores it can read
 scoring.py     predict and evaluate

@@ -1,8 +1,8 @@
 """What a head is and how it is trained: two frozen configs, from YAML, options and defaults.
 
 The file has two sections, `head:` and `train:`, with the field names of the classes below. Options of the
-command line are flat, since no name occurs in both. An option beats the file, which beats the preset (presets.py),
-which beats the default.
+command line are flat, since no name occurs in both. An option beats the file, which beats the head that a training
+starts from (starting.py), which beats the preset (presets.py), which beats the default.
 """
 
 from collections.abc import Mapping
@@ -172,17 +172,23 @@ class TrainConfig(_Settings):
 
 
 def load_settings(
-    file: Path | None = None, overrides: Mapping[str, Any] | None = None, *, preset: str | None = None
+    file: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    start: HeadConfig | None = None,
 ) -> tuple[HeadConfig, TrainConfig]:
     """Both configs: `overrides` (flat; None means not given) beat the sections of `file`, which beat those of `preset`.
 
-    What none of them gives is the default. Raises ConfigError for a file that is no such YAML, an unknown key or a
-    value out of range, and UnknownName for the preset.
+    The head of `start` stands between the file and the preset. What none of them gives is the default. Raises
+    ConfigError for a file that is no such YAML, an unknown key or a value out of range, and UnknownName for the preset.
     """
     sections = _read_sections(file) if file is not None else {"head": {}, "train": {}}
     for name, value in (overrides or {}).items():
         if value is not None:
             sections[_section_of(name)][name] = value
+    for name, value in ({} if start is None else start.model_dump()).items():
+        sections["head"].setdefault(name, value)
     if preset is not None:
         chosen = {**sections["head"], **sections["train"]}
         for name, value in preset_values(preset, chosen).items():

@@ -27,6 +27,7 @@ from agiqa.heads.outcome import Outcome
 from agiqa.heads.progress import TrainingProgress
 from agiqa.heads.projection import FeatureSpec
 from agiqa.heads.resuming import StateFile, StateKeeper, TrainingState
+from agiqa.heads.runs import Run
 from agiqa.progress import say
 
 _PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
@@ -55,8 +56,11 @@ def fit_head(
     stage: str,
     progress: TrainingProgress,
     state: TrainingState | None = None,
+    start: Run | None = None,
 ) -> Fit:
-    """Train a fresh head on the positions `train` for `epochs`; the schedule is that of `config.epochs`.
+    """Train a head on the positions `train` for `epochs`; the schedule is that of `config.epochs`.
+
+    The head is a fresh one, calibrated on these positions, or that of `start` (see starting.py).
 
     The features stay where they are kept; batches made elsewhere move to the device one by one. With `state` the
     fit goes on from what is kept of this stage, and is kept itself.
@@ -67,7 +71,10 @@ def fit_head(
     labels = _training_labels(features, train, config)
     with _random_state(config.seed, device), cpu_threads(config.threads):
         head = build_head(head_config, spec, labels=len(config.labels)).to(device)
-        head.calibrate(features.statistics(train, device=device), labels)
+        if start is None:
+            head.calibrate(features.statistics(train, device=device), labels)
+        else:
+            start.give_weights(head)
         kept = None if state is None else state.learner_of(stage)
         per_epoch = steps_per_epoch(len(train), config)
         done = 0 if kept is None else len(kept["curves"])

@@ -1,10 +1,10 @@
 """A head to be trained as one of many: what it is, whether it is there already, and one attempt at it."""
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from agiqa.errors import AgiqaError, HeadError
 from agiqa.heads.config import HeadConfig, TrainConfig
@@ -15,6 +15,7 @@ from agiqa.heads.resuming import WITHOUT_EFFECT, data_of, training_key
 from agiqa.heads.runs import Run, load_run
 from agiqa.heads.sharing import SharedFeatures
 from agiqa.heads.splits import Partition
+from agiqa.heads.starting import start_record
 from agiqa.heads.training import train_head
 from agiqa.progress import said_to
 
@@ -29,6 +30,8 @@ class HeadJob:
     head: HeadConfig = field(default_factory=HeadConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     preset: str | None = None
+    start: Path | None = None
+    """The run folder of the head to start from, of the settings `head`; it must be there when the job begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,7 @@ def attempt(source: FeatureSource, job: HeadJob, shared: SharedFeatures, tell: T
                 preset=job.preset,
                 progress=LineProgress(tell),
                 shared=shared,
+                start=None if job.start is None else load_run(job.start),
             )
     except (AgiqaError, OSError) as error:
         return Attempt(error=with_notes(error))
@@ -107,8 +111,9 @@ def is_there(source: FeatureSource, job: HeadJob, partition: Partition) -> bool:
 
 def _differences(run: Run, source: FeatureSource, job: HeadJob, partition: Partition) -> list[str]:
     """What is not the same about the run that is there and the job, a line each."""
-    there = {**run.head.model_dump(), **run.train.model_dump(), "store": run.store_id, "preset": run.config["preset"]}
-    asked = {**job.head.model_dump(), **job.train.model_dump(), "store": source.id, "preset": job.preset}
+    start = None if job.start is None else start_record(load_run(job.start))
+    there = _settings(run.head, run.train, run.store_id, run.config["preset"], run.config.get("start"))
+    asked = _settings(job.head, job.train, source.id, job.preset, start)
     found = [
         f"{name}: there {there[name]!r}, asked for {value!r}"
         for name, value in asked.items()
@@ -116,7 +121,8 @@ def _differences(run: Run, source: FeatureSource, job: HeadJob, partition: Parti
     ]
     if found or "data" not in run.config:
         return found
-    key = training_key(source, partition, job.head, job.train, device=resolve_device(job.train.device))
+    device = resolve_device(job.train.device)
+    key = training_key(source, partition, job.head, job.train, device=device, start=start)
     kept, data = run.config["data"], data_of(key)
     return [
         f"{kind} of {part} are not those that it was trained with"
@@ -124,3 +130,11 @@ def _differences(run: Run, source: FeatureSource, job: HeadJob, partition: Parti
         for part, value in parts.items()
         if kept[kind][part] != value
     ]
+
+
+def _settings(
+    head: HeadConfig, train: TrainConfig, store: str, preset: str | None, start: Mapping[str, str] | None
+) -> dict[str, Any]:
+    """All that a head is trained with, but for items and labels; `start` as of `start_record`."""
+    weights = None if start is None else start["sha256"]
+    return {**head.model_dump(), **train.model_dump(), "store": store, "preset": preset, "start": weights}

@@ -2,7 +2,8 @@
 
 It lies beside the run folder RUN, and is removed once that is written:
 
-.RUN.state/key.json     what is trained: settings, store, items and labels of every part, versions
+.RUN.state/key.json     what is trained: settings, the head it starts from, store, items and labels of every part,
+                        versions
 .RUN.state/state.ckpt   Lightning's checkpoint after an epoch, replaced as a whole; see `Learner.on_save_checkpoint`
 .RUN.state/tensorboard  event files, copied into the run folder at the end
 .RUN.state/run          the run folder, until it is whole
@@ -204,14 +205,24 @@ def state_folder(run: Path) -> Path:
 
 
 def training_key(
-    source: FeatureSource, partition: Partition, head: HeadConfig, train: TrainConfig, *, device: torch.device
+    source: FeatureSource,
+    partition: Partition,
+    head: HeadConfig,
+    train: TrainConfig,
+    *,
+    device: torch.device,
+    start: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    """Everything that the numbers of a training depend on, in plain values. Raises as `read_labels`."""
+    """Everything that the numbers of a training depend on, in plain values; `start` as of `start_record`.
+
+    Raises as `read_labels`.
+    """
     labels = {name: read_labels(source, items, label=train.label) for name, items in partition.parts().items()}
     settings = train.model_dump(mode="json")
     return {
         "head": head.model_dump(mode="json"),
         "train": {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT},
+        "start": None if start is None else start["sha256"],
         "store": source.id,
         "items": {name: items_identity(source, items) for name, items in partition.parts().items()},
         "labels": {name: hashlib.sha256(values.tobytes()).hexdigest() for name, values in labels.items()},

@@ -72,13 +72,17 @@ class Run:
         spec = self.check(source)
         with torch.random.fork_rng(devices=[]):
             head = build_head(self.head, spec, labels=len(self.train.labels))
+        self.give_weights(head)
+        return head.to(device).eval()
+
+    def give_weights(self, head: Head) -> None:
+        """Overwrite weights and constants of `head`. Raises HeadError when those of this run are not of its shapes."""
         path = self.path / WEIGHTS
         try:
             head.load_state_dict(load_file(path))
         except (OSError, SafetensorError, RuntimeError) as error:
             message = f"{path} does not hold the weights that {self.path / CONFIG} describes: {error}"
             raise HeadError(message) from error
-        return head.to(device).eval()
 
 
 def load_run(path: Path) -> Run:

@@ -129,13 +129,21 @@ def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list
 
 def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[str]:
     """Warnings about items and prompts that the head was trained on, or that chose its epoch."""
+    seen, prompts = count_known(run, source, items)
+    counts = {"were in the training of this head": seen, "have a prompt that occurs in its training": prompts}
+    return [f"{count} of {len(items)} items {what}." for what, count in counts.items() if count]
+
+
+def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, int]:
+    """How many of `items` are among those that the head of `run` was trained on, or have a prompt that is.
+
+    Those that chose its epoch count too. Raises HeadError.
+    """
     parts = run.parts()
     trained = parts["train"] | parts["validation"]
     known = {normalise_prompt(prompt) for _, prompt in trained}
     seen = sum(identity in trained for identity in identities(source, items))
-    prompts = sum(normalise_prompt(source.items.prompts[item]) in known for item in items)
-    counts = {"were in the training of this head": seen, "have a prompt that occurs in its training": prompts}
-    return [f"{count} of {len(items)} items {what}." for what, count in counts.items() if count]
+    return seen, sum(normalise_prompt(source.items.prompts[item]) in known for item in items)
 
 
 def predict_items(

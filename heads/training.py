@@ -5,6 +5,7 @@ The epoch is chosen by the validation part; the test part is read once, after ev
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from agiqa.heads.projection import FeatureSpec, check_encoding
 from agiqa.heads.resuming import TrainingState, data_of, training_key, training_state
 from agiqa.heads.runs import EVENTS, Run, load_run, refuse_taken, write_run
 from agiqa.heads.scoring import predict_items, scores_of_labels
-from agiqa.heads.sharing import SharedFeatures
+from agiqa.heads.sharing import Places, SharedFeatures
 from agiqa.heads.splits import Partition, identities, make_partition
+from agiqa.heads.starting import check_start, start_record, start_warnings
 from agiqa.progress import say
 from agiqa.version import agiqa_version
 
@@ -46,48 +48,64 @@ def train_head(
     preset: str | None = None,
     restart: bool = False,
     shared: SharedFeatures | None = None,
+    start: Run | None = None,
 ) -> Run:
     """Train a head on `source`, evaluate it, and write the folder `run`, which must be absent or empty.
 
     A training that was broken off goes on from the last epoch that was kept beside `run` (see resuming.py), and
     `restart` throws that away. `preset` is the name that config.json says the settings came from. `shared` are
     features that were decoded before, for several trainings (see sharing.py); the numbers are the same.
+    `start` is a run whose head is the beginning, with its weights, constants of the features and scale of the labels;
+    without `head` this one has its settings. A refit begins there too.
     Several labels, as in `quality+correspondence`, are learned by one head; an item that lacks one is refused by name.
     Raises HeadError for a taken folder, another training kept beside it, features that the projection cannot read,
-    or training that diverges; DataError for missing labels, no such split, NaN features; UnknownName and ConfigError
-    for settings.
+    a `start` that does not fit, or training that diverges; DataError for missing labels, no such split, NaN features;
+    UnknownName and ConfigError for settings.
     """
-    head_config, config = head or HeadConfig(), train or TrainConfig()
-    _check(source, run, head_config, config)
-    partition = make_partition(source, config)
+    task = _Task(
+        source=source,
+        run=run,
+        head=head or (HeadConfig() if start is None else start.head),
+        train=train or TrainConfig(),
+        preset=preset,
+        start=start,
+        shared=shared,
+    )
+    _check(task)
+    partition = make_partition(source, task.train)
     if shared is None or not shared.has(partition.test):
-        check_item_roles(source, partition.test, head_config.pooling)
-    key = training_key(source, partition, head_config, config, device=resolve_device(config.device))
-    saved = training_state(run, key, save_seconds=config.save_seconds, restart=restart)
-    with cpu_threads(config.threads), saved as state:
+        check_item_roles(source, partition.test, task.head.pooling)
+    device, start_from = resolve_device(task.train.device), start_record(start)
+    key = training_key(source, partition, task.head, task.train, device=device, start=start_from)
+    saved = training_state(run, key, save_seconds=task.train.save_seconds, restart=restart)
+    with cpu_threads(task.train.threads), saved as state:
         told = progress or LineProgress(lambda _: None)
-        _train(source, run, partition, head_config, config, told, state, preset, key, shared)
+        _train(task, partition, told, state, about={"start": start_from, "data": data_of(key)})
     return load_run(run)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """What is to be trained; the arguments of `train_head`."""
+
+    source: FeatureSource
+    run: Path
+    head: HeadConfig
+    train: TrainConfig
+    preset: str | None
+    start: Run | None
+    shared: SharedFeatures | None
+
+
 def _train(
-    source: FeatureSource,
-    run: Path,
-    partition: Partition,
-    head_config: HeadConfig,
-    config: TrainConfig,
-    progress: TrainingProgress,
-    state: TrainingState,
-    preset: str | None,
-    key: Mapping[str, Any],
-    shared: SharedFeatures | None,
+    task: _Task, partition: Partition, progress: TrainingProgress, state: TrainingState, *, about: Mapping[str, Any]
 ) -> None:
-    """Train, predict and write the run folder."""
+    """Train, predict and write the run folder; `about` goes into config.json too."""
     started = time.perf_counter() - state.seconds
-    spec = FeatureSpec.of(source)
+    source, config = task.source, task.train
     test_labels = read_labels(source, partition.test, label=config.label)
-    feeding, places = _feed(source, partition, head_config, config, shared)
-    selection, final = _fit(feeding.features, spec, places, head_config, config, progress, state)
+    feeding, places = _feed(task, partition)
+    selection, final = _fit(task, feeding.features, places, progress, state)
     trained = time.perf_counter()
     kept = (feeding.features, places["test"]) if "test" in places else None
     tested = predict_items(final.head, source, partition.test, batch_size=config.batch_size, kept=kept)
@@ -108,15 +126,15 @@ def _train(
         "epochs_run": len(selection.curves),
         "refit": config.refit,
         "split": {"name": config.split, **partition.record()},
-        "warnings": partition.warnings(),
+        "warnings": partition.warnings() + start_warnings(task.start, source, config, partition.test),
         "features": feeding.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
     fits = [selection] if final is selection else [selection, final]
     write_run(
-        run,
+        task.run,
         head=final.head,
-        config={**_record(source, spec, head_config, config, final, preset), "data": data_of(key)},
+        config={**_record(task, final), **about},
         metrics=metrics,
         predictions=[row for name, part in parts.items() for row in _rows(source, config, name, *part)],
         curves=[epoch.row() for fit in fits for epoch in fit.curves],
@@ -126,56 +144,48 @@ def _train(
     )
 
 
-def _check(source: FeatureSource, run: Path, head: HeadConfig, train: TrainConfig) -> None:
+def _check(task: _Task) -> None:
     """Raise what can be known to be wrong before any feature is read."""
-    refuse_taken(run)
-    check_parts(head)
-    check_encoding(source, head.projection)
-    check_loss(train)
-    check_precision(train)
-    if train.tensorboard:
+    refuse_taken(task.run)
+    check_parts(task.head)
+    check_encoding(task.source, task.head.projection)
+    check_loss(task.train)
+    check_precision(task.train)
+    if task.train.tensorboard:
         check_tensorboard()
+    if task.start is not None:
+        check_start(task.start, task.source, str(task.run), task.head, task.train)
 
 
-def _feed(
-    source: FeatureSource,
-    partition: Partition,
-    head: HeadConfig,
-    config: TrainConfig,
-    shared: SharedFeatures | None,
-) -> tuple[Feeding, dict[str, NDArray[np.int64]]]:
-    """The features, kept as `config` says or as `shared` has them, checked, and the positions of each part in them.
+def _feed(task: _Task, partition: Partition) -> tuple[Feeding, Places]:
+    """The features, kept as the settings say or as they are shared, checked, and the positions of each part in them.
 
-    The test part is among them where `shared` has it.
+    The test part is among them where the shared ones have it.
     """
+    source, shared, config = task.source, task.shared, task.train
     if shared is not None and shared.features is not None:
-        return shared.feeding(partition, config.label, head.pooling)
+        return shared.feeding(partition, config.label, task.head.pooling)
     if shared is not None and shared.memory is not None:
         config = config.model_copy(update={"memory": shared.memory})
     items = np.concatenate([partition.train, partition.validation])
     feeding = feed(source, items, config, device=resolve_device(config.device))
-    check_roles(source, feeding.features, head.pooling)
+    check_roles(source, feeding.features, task.head.pooling)
     say(feeding.line())
     train, validation = np.split(np.arange(len(items)), [len(partition.train)])
     return feeding, {"train": train, "validation": validation}
 
 
 def _fit(
-    features: FeatureSet,
-    spec: FeatureSpec,
-    places: Mapping[str, NDArray[np.int64]],
-    head_config: HeadConfig,
-    config: TrainConfig,
-    progress: TrainingProgress,
-    state: TrainingState,
+    task: _Task, features: FeatureSet, places: Places, progress: TrainingProgress, state: TrainingState
 ) -> tuple[Outcome, Fit]:
     """The fit that chose the epoch, and the fit to keep: the same one, or the refit on train + validation."""
+    spec, config = FeatureSpec.of(task.source), task.train
     train, validation = places["train"], places["validation"]
     if state.selection is None:
         selection = fit_head(
             features,
             spec,
-            head_config,
+            task.head,
             config,
             train=train,
             validation=validation,
@@ -183,6 +193,7 @@ def _fit(
             stage="train",
             progress=progress,
             state=state,
+            start=task.start,
         )
         if not config.refit or not len(validation):
             return selection, selection
@@ -190,7 +201,7 @@ def _fit(
     refit = fit_head(
         features,
         spec,
-        head_config,
+        task.head,
         config,
         train=np.concatenate([train, validation]),
         validation=validation[:0],
@@ -198,6 +209,7 @@ def _fit(
         stage="refit",
         progress=progress,
         state=state,
+        start=task.start,
     )
     return state.selection, refit
 
@@ -238,14 +250,13 @@ def _rows(
     ]
 
 
-def _record(
-    source: FeatureSource, spec: FeatureSpec, head: HeadConfig, train: TrainConfig, fit: Fit, preset: str | None
-) -> dict[str, Any]:
+def _record(task: _Task, fit: Fit) -> dict[str, Any]:
     """What config.json says: enough to repeat the run, and to know which features the head can read."""
+    source, train, spec = task.source, task.train, FeatureSpec.of(task.source)
     device = next(fit.head.parameters()).device
     return {
-        "preset": preset,
-        "head": head.model_dump(),
+        "preset": task.preset,
+        "head": task.head.model_dump(),
         "train": train.model_dump(),
         "features": {
             "store": source.id,

@@ -20,6 +20,11 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
     "depth and regressor around every encoder; `published` has the sizes and the training of the code released with "
     "the paper, encoder by encoder, its bugs mended (agiqa.heads.presets lists them).",
 )
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A run whose head is the beginning, with its settings, weights and scales; features must fit.",
+)
 @click.option("--projection", help="vocabulary (W_proj on the logits, from hidden states), sketch, hidden or logits.")
 @click.option("--encoder", help="xlstm, lstm, gru, mamba2, transformer or none.  [default: xlstm]")
 @click.option(
@@ -100,6 +105,7 @@ def command(
     also: tuple[str | Path, ...],
     config: Path | None,
     preset: str | None,
+    start: Path | None,
     *,
     restart: bool,
     as_json: bool,
@@ -115,19 +121,22 @@ def command(
     """
     from rich.console import Console
 
-    from agiqa.heads import load_settings, train_head, training_progress
+    from agiqa.heads import load_run, load_settings, train_head, training_progress
     from agiqa.heads.labels import of_each_label
     from agiqa.progress import say
     from agiqa.store import open_store, union
 
-    head, train = load_settings(config, overrides, preset=preset)
+    first = None if start is None else load_run(start)
+    head, train = load_settings(config, overrides, preset=preset, start=None if first is None else first.head)
     source = union([open_store(one) for one in (store, *also)]) if also else open_store(store)
     asked = source.provenance.get("conversation", {}).get("aspect", train.label)
     if asked != train.label:
         learned = " and ".join(train.labels)
         say(f"warning: the conversations of {store} ask for {asked}, and the head learns {learned}")
     progress = training_progress(Console(stderr=True))
-    trained = train_head(source, run, head=head, train=train, progress=progress, preset=preset, restart=restart)
+    trained = train_head(
+        source, run, head=head, train=train, progress=progress, preset=preset, restart=restart, start=first
+    )
     for warning in trained.metrics["warnings"]:
         say(f"warning: {warning}")
     metrics = dict(trained.metrics)
