@@ -1,0 +1,80 @@
+"""The rating words that a model answered, from conversation files, for the items of a store."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from agiqa.errors import DataError
+from agiqa.extract.conversations import Talk, read_conversations
+from agiqa.extract.descriptions import unspoken
+from agiqa.extract.joining import row_name
+from agiqa.heads.rating_words import WORDS, parse_word
+from agiqa.store.label_tables import ASPECT_COLUMNS
+
+_MIDDLE = len(WORDS) // 2
+
+
+class RatingWords:
+    """The class of each item's rating word, 0 (bad) to 4 (excellent), as files tell it."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Read M3-AGIQA conversation files, such as `agiqa describe` writes and `agiqa words` scores.
+
+        A file whose name holds one aspect (`quality_test_res.json`) is on that aspect, another one on any.
+        Raises DataError for a file that cannot be read, or a conversation in it that cannot be used.
+        """
+        self._files = [(path, _aspect_of(path), read_conversations(path, None)) for path in files]
+        problems = [
+            f"{talk.where}: {'; '.join(talk.problems)}"
+            for _, _, talks in self._files
+            for talk in talks
+            if talk.problems
+        ]
+        if problems:
+            where = "the conversations with rating words"
+            raise DataError.from_problems(where, problems)
+
+    def of(self, names: Sequence[str], label: str) -> list[int]:
+        """The class of each item `names`, of the aspect `label`; an answer without a clear word has the middle one.
+
+        Raises DataError where an item has no word of the model's own: the teacher's was written with the MOS in view.
+        """
+        if not self._files:
+            message = "no files with rating words were given"
+            raise DataError(message)
+        found = self._words(dict.fromkeys(names), label)
+        lacking = [name for name in names if name not in found]
+        if lacking:
+            message = (
+                f"{len(lacking)} of {len(names)} test items, {lacking[0]!r} first, have no rating word of the model's "
+                f"own on {label}; the teacher's words were written with the MOS in view"
+            )
+            raise DataError(message)
+        return [found[name] for name in names]
+
+    def _words(self, names: Mapping[str, object], label: str) -> dict[str, int]:
+        """The class of every item that has a word of the model's own."""
+        found: dict[str, int] = {}
+        for path, aspect, talks in self._files:
+            silent = unspoken(path)
+            for talk in talks if aspect in (None, label) else ():
+                name = row_name(talk.image, names)
+                if name is None or not (talk.own_rating or talk.image in silent):
+                    continue
+                if name in found:
+                    message = f"{talk.where}: the item {name!r} has a rating word of the model's own already"
+                    raise DataError(message)
+                found[name] = _class_of(talk)
+        return found
+
+
+def _class_of(talk: Talk) -> int:
+    word = parse_word(talk.rating) if talk.own_rating and talk.rating else None
+    return _MIDDLE if word is None else WORDS.index(word)
+
+
+def _aspect_of(path: Path) -> str | None:
+    """The one aspect that the name of the file holds; None where it holds none, or several."""
+    words = set(re.split("[^a-z0-9]+", path.stem.lower()))
+    named = words & set(ASPECT_COLUMNS.values())
+    return named.pop() if len(named) == 1 else None

@@ -1,0 +1,160 @@
+"""Baselines beside every table of heads: the same parts of the same store, predicted without a head.
+
+Each becomes a line like that of a row of heads, and a csv of what it predicted. What cannot be had (no generators, no
+rating words) is a line with `left_out`, the reason.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.bench.baseline_predictors import BASELINES, Array, Evidence, MeanFeatures
+from agiqa.bench.baseline_words import RatingWords
+from agiqa.bench.predictions import write_predictions
+from agiqa.errors import ConfigError, DataError, UnknownName
+from agiqa.heads.config import TrainConfig
+from agiqa.heads.features import FeatureSource, read_labels
+from agiqa.heads.labels import column_names
+from agiqa.heads.metrics import evaluate_scores
+from agiqa.heads.splits import Partition
+from agiqa.heads.sweeping import Partitions
+from agiqa.progress import say
+
+Line = dict[str, Any]
+
+FOLDER = "baselines"
+CORRELATIONS = ("srcc", "plcc", "krcc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """One label under one protocol."""
+
+    label: str
+    parts: Sequence[Partition]
+    mos: Array
+    """By item of the store; NaN where no part has the item."""
+
+    @property
+    def tested(self) -> NDArray[np.int64]:
+        """The items of all test parts, in their order."""
+        return np.concatenate([part.test for part in self.parts])
+
+
+def run_baselines(
+    source: FeatureSource,
+    configs: Sequence[TrainConfig],
+    *,
+    protocol: str,
+    out: Path,
+    words: Sequence[Path] = (),
+    store_name: str = "",
+    means: MeanFeatures | None = None,
+) -> list[Line]:
+    """A line for every baseline and every label of `configs`, whose predictions are written below `out`.
+
+    `configs` are those of the heads of one protocol: each label is predicted once for each of their different splits,
+    from train and validation items, and all test parts are scored together. The csv of a baseline,
+    `baselines/[STORE_NAME/]PROTOCOL/NAME.csv` (of several labels `NAME_LABEL.csv`), has the columns name, prompt, mos
+    and predicted. `words` are conversation files with rating words. `means` keeps the mean features of `source` from
+    one call to the next.
+
+    A line has `test` as `evaluate_scores` gives it, correlations null with the reason in `undefined` where the
+    predictions are constant within every part, or `left_out` with a reason. Raises DataError for files of words that
+    cannot be read, and ConfigError for splits whose test parts overlap.
+    """
+    read, kept, partitions = RatingWords(words), means or MeanFeatures(source), Partitions(source)
+    labels = list(dict.fromkeys(label for config in configs for label in config.labels))
+    folder, lines = out / FOLDER / store_name / protocol, list[Line]()
+    for label, column in zip(labels, column_names(labels, ""), strict=True):
+        shared = {"store_name": store_name, "protocol": protocol, "label": label, "store": source.id}
+        try:
+            task = _task(source, label, [config for config in configs if label in config.labels], partitions)
+        except (DataError, UnknownName) as error:
+            lines += [_left_out(name, shared, error) for name in BASELINES]
+            continue
+        evidence = Evidence(source, label, task.mos, words=read, means=kept)
+        for name, predict in BASELINES.items():
+            path = folder / f"{name.replace(' + ', '+').replace(' ', '-')}{column}.csv"
+            lines.append(_line(name, predict, evidence, source, task, shared, path, out))
+    return lines
+
+
+def _task(source: FeatureSource, label: str, configs: Sequence[TrainConfig], partitions: Partitions) -> _Task:
+    """The different splits of `configs`, and the MOS of their items. Raises as `make_partition` and `read_labels`."""
+    parts = {found.test.tobytes(): found for found in (partitions.of(config) for config in configs)}
+    tested = np.concatenate([part.test for part in parts.values()])
+    if len(np.unique(tested)) < len(tested):
+        message = (
+            "Test parts overlap: the splits of one protocol must test every item once, so give them one split_seed."
+        )
+        raise ConfigError(message)
+    mos = np.full(len(source.items.names), np.nan)
+    used = np.unique(np.concatenate([items for part in parts.values() for items in part.parts().values()]))
+    mos[used] = read_labels(source, used, label=label)[:, 0]
+    return _Task(label=label, parts=list(parts.values()), mos=mos)
+
+
+def _line(
+    name: str,
+    predict: Callable[[Evidence, NDArray[np.int64], NDArray[np.int64]], Array],
+    evidence: Evidence,
+    source: FeatureSource,
+    task: _Task,
+    shared: Mapping[str, Any],
+    path: Path,
+    out: Path,
+) -> Line:
+    """Predict, write the csv, and score."""
+    started = time.perf_counter()
+    try:
+        guesses = [predict(evidence, np.concatenate([part.train, part.validation]), part.test) for part in task.parts]
+    except DataError as error:
+        return _left_out(name, shared, error)
+    predicted, tested = np.concatenate(guesses), task.tested
+    prompts = [source.items.prompts[item] for item in tested]
+    test = evaluate_scores(predicted, task.mos[tested], prompts)
+    if all(np.ptp(part) == 0 for part in guesses):
+        test = _without_correlations(test)
+    seconds = (time.perf_counter() - started) / len(task.parts)
+    names = [source.items.names[item] for item in tested]
+    write_predictions(path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None])
+    say(f"baseline {name}, {shared['protocol']}, {task.label}: {_told(test)}")
+    return {
+        **_identity(name, shared),
+        "runs": len(task.parts),
+        "seeds": 1,
+        "failed": 0,
+        "seconds": round(seconds, 3),
+        "validation": None,
+        "test": test,
+        "against": None,
+        "predictions": path.relative_to(out).as_posix(),
+    }
+
+
+def _without_correlations(test: Mapping[str, Any]) -> dict[str, Any]:
+    """`test` of predictions that differ between parts of a split alone, and correlate by how it was drawn."""
+    none = dict.fromkeys(CORRELATIONS)
+    reason = "all predictions of each test part are equal: nothing of its items that this baseline looks at is known"
+    return {**test, **none, "ci": {**test["ci"], **none}, "undefined": test.get("undefined", reason)}
+
+
+def _identity(name: str, shared: Mapping[str, Any]) -> Line:
+    return {"kind": "baseline", "row": name, "settings": {"baseline": name}, **shared}
+
+
+def _left_out(name: str, shared: Mapping[str, Any], error: BaseException) -> Line:
+    reason = str(error)
+    say(f"baseline {name}, {shared['protocol']}, {shared['label']}: left out ({reason.splitlines()[0]})")
+    return {**_identity(name, shared), "left_out": reason}
+
+
+def _told(test: Mapping[str, Any]) -> str:
+    shown = ["undefined" if test[metric] is None else f"{test[metric]:.4f}" for metric in ("srcc", "plcc")]
+    return f"test SRCC {shown[0]}, PLCC {shown[1]}"

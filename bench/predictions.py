@@ -1,0 +1,62 @@
+"""Tables of what was predicted: name, prompt, and the true and predicted MOS of every item, of each label."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.errors import DataError
+from agiqa.heads.labels import column_names
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The test items of one label."""
+
+    names: list[str]
+    prompts: list[str]
+    mos: Array
+    predicted: Array
+
+
+def write_predictions(
+    path: Path, labels: Sequence[str], names: Iterable[str], prompts: Iterable[str], mos: Array, predicted: Array
+) -> None:
+    """Write a csv with the columns name, prompt, mos and predicted; of several labels mos_LABEL and predicted_LABEL.
+
+    `mos` and `predicted` are (items, labels).
+    """
+    told = (column_names(labels, what) for what in ("mos", "predicted"))
+    values = np.stack([mos, predicted], axis=2).reshape(len(mos), -1).tolist()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("name", "prompt", *chain.from_iterable(zip(*told, strict=True))))
+        table.writerows((name, prompt, *row) for name, prompt, row in zip(names, prompts, values, strict=True))
+
+
+def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictions:
+    """The test items of `label`, one of the `labels` of the head, as `write_predictions` or a training wrote them.
+
+    Raises DataError, naming the file, where it is gone or not such a table.
+    """
+    at = labels.index(label)
+    mos, predicted = (column_names(labels, what)[at] for what in ("mos", "predicted"))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("split", "test") == "test"]
+        return Predictions(
+            names=[row["name"] for row in rows],
+            prompts=[row["prompt"] for row in rows],
+            mos=np.array([float(row[mos]) for row in rows]),
+            predicted=np.array([float(row[predicted]) for row in rows]),
+        )
+    except (OSError, KeyError, ValueError) as error:
+        message = f"{path} cannot be read as predictions ({error!r}). Remove it, and run the same command again."
+        raise DataError(message) from error
