@@ -23,7 +23,7 @@ from agiqa.heads.prompts import normalise_prompt, prompt_groups
 Array = NDArray[np.float64]
 Positions = NDArray[np.int64]
 
-STRENGTHS = np.logspace(-2, 5, 15)
+STRENGTHS = np.logspace(-1, 5, 13)
 """Ridge strengths to choose from: text and one-hot vectors have length 1, standardised features as many as channels."""
 
 _FOLDS = 5

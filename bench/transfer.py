@@ -88,7 +88,7 @@ def run_transfer(
                 f"Another transfer is at work in {out} and holds {out / LOCK}. Wait for it, or choose another OUT."
             )
             raise BusyStore(message)
-        work = _Work(plan, sides, settings, out, TransferResults(out, about, plan), tell)
+        work = _Work(plan, sides, settings, out, about, tell)
         trained = work.train(workers)
         work.apply()
         rows = rows_of(plan, work.results, out, protocol=settings.train.split, label=settings.train.label)
@@ -106,9 +106,13 @@ def _about(sides: Mapping[str, Side], settings: TransferSettings) -> dict[str, A
         "stores": {name: side.about() for name, side in sides.items()},
         "settings": settings.record(),
         "making_differs": making_differs(a.store, b.store),
-        "shared": {f"{one.name} -> {other.name}": shared(one, other) for one, other in ((a, b), (b, a))},
+        "shared": {_direction(one.name, other.name): shared(one, other) for one, other in ((a, b), (b, a))},
         "agiqa": agiqa_version(),
     }
+
+
+def _direction(source: str, target: str) -> str:
+    return f"{source} -> {target}"
 
 
 class _Work:
@@ -120,12 +124,13 @@ class _Work:
         sides: Mapping[str, Side],
         settings: TransferSettings,
         out: Path,
-        results: TransferResults,
+        about: Mapping[str, Any],
         tell: Callable[[str], None],
     ) -> None:
-        self.results = results
+        self.results = TransferResults(out, about, plan)
+        self._shared = about["shared"]
         self._plan, self._sides, self._settings, self._out, self._tell = plan, sides, settings, out, tell
-        self._missing = {line.name: line for line in plan.lines if not results.is_done(line)}
+        self._missing = {line.name: line for line in plan.lines if not self.results.is_done(line)}
         self._commit = about_this_run()["commit"]
         self._failed: dict[str, str] = {}
         done = len(plan.lines) - len(self._missing)
@@ -245,7 +250,7 @@ class _Work:
             **{name: run.metrics[name] for name in ("chosen_epoch", "chosen_by", "epochs_run")},
         }
         if line.way in ("apply", "warm"):
-            told["shared"] = shared(self._sides[line.source], self._sides[line.target])
+            told["shared"] = self._shared[_direction(line.source, line.target)]
         return told
 
     def _fail(self, head: str, error: str) -> None:

@@ -29,6 +29,7 @@ learner.py     steps, schedule and the choice of the epoch
 resuming.py    the state of a training, so that a killed one goes on
 fitting.py     one fit: device, random state, trainer
 starting.py    another run's head as the beginning
+paper_compatible.py  the best epoch by test score, as the paper reports it, and its bias
 training.py    from a store to a run folder
 runs.py        the run folder, and which stores it can read
 scoring.py     predict and evaluate

@@ -119,6 +119,9 @@ class TrainConfig(_Settings):
     """Stop after so many epochs without a better validation SRCC (of several labels the mean); None runs all epochs."""
     refit: bool = False
     """Train again on training + validation items for the chosen number of epochs."""
+    paper_compatible: bool = False
+    """Also follow the test scores of every epoch, and tell the best epoch by them beside the honest number, with the
+    difference: what the published protocol reports. No choice hears of it."""
     seed: int = Field(default=0, ge=0)
     """Of the initial weights, the order of the batches, dropout and the bootstrap."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

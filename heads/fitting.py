@@ -4,7 +4,7 @@ import copy
 import logging
 import signal
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -57,10 +57,12 @@ def fit_head(
     progress: TrainingProgress,
     state: TrainingState | None = None,
     start: Run | None = None,
+    trace: Callable[[Head], Mapping[str, float]] | None = None,
 ) -> Fit:
     """Train a head on the positions `train` for `epochs`; the schedule is that of `config.epochs`.
 
-    The head is a fresh one, calibrated on these positions, or that of `start` (see starting.py).
+    The head is a fresh one, calibrated on these positions, or that of `start` (see starting.py). `trace` as of
+    `Learner`.
 
     The features stay where they are kept; batches made elsewhere move to the device one by one. With `state` the
     fit goes on from what is kept of this stage, and is kept itself.
@@ -80,7 +82,15 @@ def fit_head(
         done = 0 if kept is None else len(kept["curves"])
         with _events(state, stage, config, after=None if kept is None else done * per_epoch) as events:
             learner = Learner(
-                head, features, train, config, validation=validation, stage=stage, progress=progress, events=events
+                head,
+                features,
+                train,
+                config,
+                validation=validation,
+                stage=stage,
+                progress=progress,
+                events=events,
+                trace=trace,
             )
             if kept is not None and kept["finished"]:
                 learner.restore(kept)

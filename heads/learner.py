@@ -6,7 +6,7 @@ Of several labels loss and validation SRCC are means over them; a mean is undefi
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -47,8 +47,11 @@ class Learner(pl.LightningModule):
         stage: str,
         progress: TrainingProgress,
         events: EventLog | None = None,
+        trace: Callable[[Head], Mapping[str, float]] | None = None,
     ) -> None:
         """`validation` are positions too, possibly none: then the last epoch is the best.
+
+        `trace` gets the head after every epoch and tells scores that go into the curves and into no choice.
 
         Raises UnknownName or ConfigError for the loss, as `check_loss`.
         """
@@ -77,6 +80,7 @@ class Learner(pl.LightningModule):
             self._mix = get_ema_multi_avg_fn(config.ema)
         self._encode: Callable[[Tensor, Tensor], Tensor] | None = None
         self._events = events
+        self._trace = trace
         self._random: Mapping[str, Tensor] = {}
         self._lr = 0.0
         self._started = 0.0
@@ -196,9 +200,9 @@ class Learner(pl.LightningModule):
         self._random = record["random"]
 
     @property
-    def _kept(self) -> torch.nn.Module:
+    def _kept(self) -> Head:
         """The weights that are validated and kept: the moving average, or those of the last step."""
-        return self.head if self._average is None else self._average.module
+        return self.head if self._average is None else cast("Head", self._average.module)
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Move the average and the progress."""
@@ -238,7 +242,7 @@ class Learner(pl.LightningModule):
             message = f"Training diverged: the loss of epoch {number} is {loss}. Lower lr (now {self._config.lr})."
             raise HeadError(message)
         metrics = self._validation_metrics()
-        srcc = metrics.get("srcc")
+        srcc, seconds = metrics.get("srcc"), time.perf_counter() - self._started
         epoch = Epoch(
             stage=self._stage,
             epoch=number,
@@ -247,7 +251,8 @@ class Learner(pl.LightningModule):
             validation_srcc=srcc,
             validation_plcc=metrics.get("plcc"),
             validation_rmse=metrics.get("rmse"),
-            seconds=time.perf_counter() - self._started,
+            seconds=seconds,
+            test={} if self._trace is None else self._trace(self._kept),
         )
         self.curves.append(epoch)
         self._progress.epoch(epoch.line())

@@ -1,7 +1,7 @@
 """What a fit tells of itself: a row of the curves per epoch, and which epoch was kept and why."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ class Epoch:
     validation_plcc: float | None
     validation_rmse: float | None
     seconds: float
+    """Of training and validation."""
+    test: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Columns of test scores, which no choice hears of; see paper_compatible.py. Empty where they are not followed."""
 
     def line(self) -> str:
         """The epoch in one line for people."""
@@ -39,7 +42,9 @@ class Epoch:
 
     def row(self) -> dict[str, Any]:
         """The columns of curves.csv."""
-        return asdict(self)
+        row = asdict(self)
+        del row["test"]
+        return {**row, **self.test}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ class Outcome:
     def record(self) -> dict[str, Any]:
         """The outcome in tensors and plain values, as a checkpoint can hold it; predictions of one label (items,)."""
         return {
-            "curves": [epoch.row() for epoch in self.curves],
+            "curves": [asdict(epoch) for epoch in self.curves],
             "epoch": self.epoch,
             "choice": self.choice,
             "validation_predictions": torch.from_numpy(plain(self.validation_predictions)),

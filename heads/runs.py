@@ -5,7 +5,7 @@ config.json       head and training settings, the store and what its features me
                   versions, kernels
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split and its warnings
 predictions.csv   name, prompt, split, mos, predicted for the validation and test items
-curves.csv        a row per epoch
+curves.csv        a row per epoch; with `paper_compatible` also its test scores
 tensorboard       event files of the stages `train` and `refit`, where they were asked for
 
 For a head with several labels `validation`, `test` and `logistic` of metrics.json hold an entry per label under its

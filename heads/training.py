@@ -1,6 +1,7 @@
 """Training a head from a store, from the split to the run folder.
 
-The epoch is chosen by the validation part; the test part is read once, after every choice is made.
+The epoch is chosen by the validation part. The test part has no say: it is scored once, after every choice is made,
+and with `paper_compatible` also after every epoch, for a number that stands beside the other.
 """
 
 import time
@@ -25,6 +26,7 @@ from agiqa.heads.labels import by_label, column_names, columns
 from agiqa.heads.logistic import Mappings, fit_mappings
 from agiqa.heads.losses import check_loss
 from agiqa.heads.outcome import Outcome
+from agiqa.heads.paper_compatible import PaperTrace, best_on_test, bias_warnings
 from agiqa.heads.pooling import check_item_roles, check_roles
 from agiqa.heads.progress import LineProgress, TrainingProgress
 from agiqa.heads.projection import FeatureSpec, check_encoding
@@ -105,9 +107,12 @@ def _train(
     source, config = task.source, task.train
     test_labels = read_labels(source, partition.test, label=config.label)
     feeding, places = _feed(task, partition)
-    selection, final = _fit(task, feeding.features, places, progress, state)
-    trained = time.perf_counter()
     kept = (feeding.features, places["test"]) if "test" in places else None
+    trace = None
+    if config.paper_compatible:
+        trace = PaperTrace(source, partition.test, label=config.label, batch_size=config.batch_size, kept=kept)
+    selection, final = _fit(task, feeding.features, places, progress, state, trace)
+    trained = time.perf_counter()
     tested = predict_items(final.head, source, partition.test, batch_size=config.batch_size, kept=kept)
     validation_labels = read_labels(source, partition.validation, label=config.label)
     parts = {
@@ -116,7 +121,7 @@ def _train(
     }
     pairs = zip(columns(selection.validation_predictions), columns(validation_labels), strict=True)
     mappings = [fit_mappings(*pair) for pair in pairs]
-    metrics = {
+    metrics: dict[str, Any] = {
         "validation": _metrics(source, config, *parts["validation"]),
         "test": _metrics(source, config, *parts["test"], mappings=mappings),
         "logistic": by_label(config.labels, [each.record() for each in mappings]),
@@ -130,6 +135,10 @@ def _train(
         "features": feeding.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
+    if config.paper_compatible:
+        best = best_on_test(selection.curves, metrics["test"], config.label)
+        metrics["warnings"] += bias_warnings(best, metrics["test"], config.label)
+        metrics["paper_compatible"] = best
     fits = [selection] if final is selection else [selection, final]
     write_run(
         task.run,
@@ -160,23 +169,29 @@ def _check(task: _Task) -> None:
 def _feed(task: _Task, partition: Partition) -> tuple[Feeding, Places]:
     """The features, kept as the settings say or as they are shared, checked, and the positions of each part in them.
 
-    The test part is among them where the shared ones have it.
+    The test part is among them where the shared ones have it, and where it is asked for after every epoch.
     """
     source, shared, config = task.source, task.shared, task.train
     if shared is not None and shared.features is not None:
         return shared.feeding(partition, config.label, task.head.pooling)
     if shared is not None and shared.memory is not None:
         config = config.model_copy(update={"memory": shared.memory})
-    items = np.concatenate([partition.train, partition.validation])
+    parts = {name: part for name, part in partition.parts().items() if name != "test" or config.paper_compatible}
+    items = np.concatenate(list(parts.values()))
     feeding = feed(source, items, config, device=resolve_device(config.device))
     check_roles(source, feeding.features, task.head.pooling)
     say(feeding.line())
-    train, validation = np.split(np.arange(len(items)), [len(partition.train)])
-    return feeding, {"train": train, "validation": validation}
+    ends = np.cumsum([len(part) for part in parts.values()])[:-1]
+    return feeding, dict(zip(parts, np.split(np.arange(len(items)), ends), strict=True))
 
 
 def _fit(
-    task: _Task, features: FeatureSet, places: Places, progress: TrainingProgress, state: TrainingState
+    task: _Task,
+    features: FeatureSet,
+    places: Places,
+    progress: TrainingProgress,
+    state: TrainingState,
+    trace: PaperTrace | None,
 ) -> tuple[Outcome, Fit]:
     """The fit that chose the epoch, and the fit to keep: the same one, or the refit on train + validation."""
     spec, config = FeatureSpec.of(task.source), task.train
@@ -194,6 +209,7 @@ def _fit(
             progress=progress,
             state=state,
             start=task.start,
+            trace=trace,
         )
         if not config.refit or not len(validation):
             return selection, selection

@@ -78,6 +78,11 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
 @click.option("--ema", type=float, help="Decay per step of an average of the weights, kept instead of them.")
 @click.option("--patience", type=int, help="Stop after so many epochs without a better validation SRCC.")
 @click.option("--refit/--no-refit", default=None, help="Train again on training + validation for the chosen epochs.")
+@click.option(
+    "--paper-compatible/--no-paper-compatible",
+    default=None,
+    help="Also tell the best epoch by its test score, as the paper reports it, and its bias.  [default: no]",
+)
 @click.option("--seed", type=int, help="Of weights, batches and intervals.  [default: 0]")
 @click.option("--device", help="auto, cpu or cuda.  [default: auto]")
 @click.option("--precision", help="fp32, bf16 or, on a GPU, fp16; the last two are mixed.  [default: fp32]")

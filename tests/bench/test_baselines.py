@@ -233,7 +233,7 @@ def test_words_of_the_teacher_or_on_another_aspect_are_no_answer(store, tmp_path
     said = run(store, tmp_path, words=[file])["rating word"]["left_out"]
     assert "have no rating word of the model's own on quality; the teacher's words" in said
     own = talks(store, tmp_path / "correspondence_test.json", lambda k: "good")
-    assert "20 of 20 test items" in run(store, tmp_path, words=[own])["rating word"]["left_out"]
+    assert "20 of the 20 items" in run(store, tmp_path, words=[own])["rating word"]["left_out"]
     twice = run(store, tmp_path, words=[file, talks(store, tmp_path / "quality.json", lambda k: "fair")])
     assert "has a rating word of the model's own already" in twice["rating word"]["left_out"]
     (tmp_path / "bad.json").write_text('[{"image": "0.png"}]')
