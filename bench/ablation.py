@@ -1,36 +1,46 @@
-"""An ablation: every run of a grid trained over one store, a result line each, and a table of means over seeds.
+"""An ablation: every run of a grid trained over its store, a result line each, baselines, and the rows of a table.
 
-OUT/results.jsonl  a line per run, appended as it ends
-OUT/runs/NAME      its run folder
-OUT/lock           held by the process at work
+OUT/about.json                        the stores and the grid
+OUT/results.jsonl                     a line per run, appended as it ends
+OUT/runs/NAME                         its run folder
+OUT/baselines.jsonl, OUT/baselines/   predictors without a head on the same parts (baselines.py)
+OUT/rows.jsonl                        means, intervals and comparisons, computed from these (rows.py)
+OUT/lock                              held by the process at work
 """
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from agiqa.bench.ablation_results import Line, ResultLines, error_line, result_line, scores_by_label
+from agiqa.bench.baseline_predictors import MeanFeatures
+from agiqa.bench.baselines import run_baselines
 from agiqa.bench.grids import PlannedRun
+from agiqa.bench.rows import head_rows, write_rows
+from agiqa.bench.store_facts import facts_of
 from agiqa.bench.this_run import about_this_run
 from agiqa.errors import BusyStore
-from agiqa.heads.features import FeatureSource
+from agiqa.heads.config import TrainConfig, read_yaml
 from agiqa.heads.head_jobs import HeadJob, JobOutcome, is_there
 from agiqa.heads.sweeping import Partitions, train_heads
 from agiqa.progress import say
-from agiqa.store.files import exclusive_lock
+from agiqa.store import Store
+from agiqa.store.files import exclusive_lock, write_text_atomically
 from agiqa.version import agiqa_version
 
-RESULTS, RUNS, LOCK = "results.jsonl", "runs", "lock"
+ABOUT, RESULTS, BASELINES, ROWS = "about.json", "results.jsonl", "baselines.jsonl", "rows.jsonl"
+RUNS, LOCK = "runs", "lock"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
     """What became of a grid."""
 
-    lines: dict[str, Line]
-    """The last result line of every run, by its name."""
+    rows: list[Line]
+    """Of the heads, then of the baselines, as in rows.jsonl."""
     failed: dict[str, str]
     """Names and errors of the runs that have no result."""
     trained: int
@@ -38,18 +48,21 @@ class Ablation:
 
 
 def run_ablation(
-    source: FeatureSource,
+    stores: Mapping[str, Store],
     plan: Sequence[PlannedRun],
     out: Path,
     *,
+    grid: Path,
+    words: Sequence[Path] = (),
     workers: int | None = None,
     tell: Callable[[str], None] = say,
 ) -> Ablation:
-    """Train what is missing of `plan` in the folder `out`; see `train_heads` for `workers`.
+    """Train what is missing of `plan`, read from the file `grid`, in the folder `out`; see `train_heads` for `workers`.
 
-    Runs that failed are tried again. `tell` gets a line per run that ends. Raises BusyStore where another process is
-    at work in `out`, DataError for results of another store or grid, HeadError for a run on items or labels that the
-    store does not have any more, and as `train_heads`.
+    `stores` are those that the runs name, and `words` conversation files with rating words, for that baseline. Runs
+    that failed are tried again. `tell` gets a line per run that ends. Raises BusyStore where another process is at
+    work in `out`, DataError for results of another store or grid, HeadError for a run on items or labels that its
+    store does not have any more, and as `train_heads` and `run_baselines`.
     """
     (out / RUNS).mkdir(parents=True, exist_ok=True)
     with exclusive_lock(out / LOCK) as held:
@@ -58,15 +71,48 @@ def run_ablation(
                 f"Another ablation is at work in {out} and holds {out / LOCK}. Wait for it, or choose another OUT."
             )
             raise BusyStore(message)
-        results = ResultLines(out / RESULTS, plan, store=source.id)
+        ids = {name: store.id for name, store in stores.items()}
+        results = ResultLines(out / RESULTS, plan, stores=ids)
         done = [run for run in plan if results.is_done(run)]
-        _check_done(source, [_job(run, out) for run in done])
-        missing = [run for run in plan if run not in done]
+        for name, store in stores.items():
+            _check_done(store, [_job(run, out) for run in done if run.store == name])
+        _write_about(out / ABOUT, stores, grid)
         clock = _Clock(len(plan), len(done), tell)
-        trained = _train(source, missing, out, results, workers, clock) if missing else 0
+        trained = 0
+        for name, store in stores.items():
+            missing = [run for run in plan if run.store == name and run not in done]
+            trained += _train(store, missing, out, results, workers, clock) if missing else 0
+        rows = [*head_rows(plan, results.lines, out / RUNS), *_baselines(stores, plan, out, words)]
+        write_rows(out / ROWS, rows)
     errors = {run.name: results.lines[run.name].get("error") for run in plan}
     failed = {name: error for name, error in errors.items() if error is not None}
-    return Ablation(lines=results.lines, failed=failed, trained=trained)
+    return Ablation(rows=rows, failed=failed, trained=trained)
+
+
+def _write_about(path: Path, stores: Mapping[str, Store], grid: Path) -> None:
+    facts = {name: facts_of(store) for name, store in stores.items()}
+    about = {"kind": "ablation", "stores": facts, "grid": read_yaml(grid)}
+    write_text_atomically(path, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+
+
+def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Path, words: Sequence[Path]) -> list[Line]:
+    """The baselines of every store, protocol and way of drawing it that the plan has."""
+    found: list[Line] = []
+    for name, store in stores.items():
+        means = MeanFeatures(store)
+        drawn: dict[tuple[str, int, float], list[TrainConfig]] = {}
+        for run in plan:
+            if run.store == name:
+                how = (run.protocol, run.train.split_seed, run.train.test_share)
+                drawn.setdefault(how, []).append(run.train)
+        for number, ((protocol, *_), trained) in enumerate(drawn.items()):
+            several = len({how[0] for how in drawn}) < len(drawn)
+            folder = out / f"drawing-{number}" if several else out
+            found += run_baselines(
+                store, trained, protocol=protocol, out=folder, words=words, store_name=name, means=means
+            )
+    write_rows(out / BASELINES, found)
+    return found
 
 
 class _Clock:
@@ -88,7 +134,7 @@ class _Clock:
 
 
 def _train(
-    source: FeatureSource,
+    store: Store,
     missing: Sequence[PlannedRun],
     out: Path,
     results: ResultLines,
@@ -103,11 +149,11 @@ def _train(
     def line_of(ended: JobOutcome) -> Line:
         run = by_folder[ended.job.run]
         if ended.error is not None:
-            return error_line(run, source.id, ended.error, agiqa=agiqa_version(), commit=commit)
-        return result_line(run, source.id, ended.load(), commit=commit)
+            return error_line(run, store.id, ended.error, agiqa=agiqa_version(), commit=commit)
+        return result_line(run, store.id, ended.load(), commit=commit)
 
     trained = 0
-    with closing(train_heads(source, jobs, workers=workers)) as outcomes:
+    with closing(train_heads(store, jobs, workers=workers)) as outcomes:
         for ended in outcomes:
             line = line_of(ended)
             results.append(line)
@@ -120,14 +166,14 @@ def _job(run: PlannedRun, out: Path) -> HeadJob:
     return HeadJob(run=out / RUNS / run.name, head=run.head, train=run.train, preset=run.preset)
 
 
-def _check_done(source: FeatureSource, jobs: Sequence[HeadJob]) -> None:
+def _check_done(store: Store, jobs: Sequence[HeadJob]) -> None:
     """Raise HeadError for a run folder of other items or labels: a store that is labelled anew keeps its id.
 
     Folders that were removed are not asked for.
     """
-    partitions = Partitions(source)
+    partitions = Partitions(store)
     for job in jobs:
-        is_there(source, job, partitions.of(job.train))
+        is_there(store, job, partitions.of(job.train))
 
 
 def _told(line: Line) -> str:

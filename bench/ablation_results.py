@@ -1,30 +1,29 @@
-"""The result lines of an ablation: one per run, appended as it ends, read again after a kill, summed up in a table."""
+"""The result lines of an ablation: one per run, appended as it ends, read again after a kill."""
 
 import json
 import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from agiqa.bench.grids import PlannedRun
-from agiqa.bench.tables import as_table
 from agiqa.errors import DataError
 from agiqa.heads.labels import of_each_label, parse_labels
 from agiqa.heads.runs import Run
 from agiqa.store.files import append_durably, telling_disk_errors, whole_lines
 
-PARTS, METRICS = ("validation", "test"), ("srcc", "plcc")
+PARTS = ("validation", "test")
 Line = dict[str, Any]
 
 
 class ResultLines:
     """`results.jsonl` of an ablation. A run that was tried again has a second line, which counts."""
 
-    def __init__(self, path: Path, plan: Sequence[PlannedRun], *, store: str) -> None:
+    def __init__(self, path: Path, plan: Sequence[PlannedRun], *, stores: Mapping[str, str]) -> None:
         """Read what is there; the rest of a line that a kill tore off is removed.
 
-        Raises DataError for lines that are none, or of another store or another grid than `plan`.
+        `stores` are the ids of the stores by name. Raises DataError for lines that are none, or of another store or
+        another grid than `plan`.
         """
         self._path = path
         self.lines: dict[str, Line] = {}
@@ -32,7 +31,7 @@ class ResultLines:
             return
         for number, text in enumerate(_whole_lines(path), 1):
             line = _parse(path, number, text)
-            self._check(line, number, {run.name: run for run in plan}, store)
+            self._check(line, number, {run.name: run for run in plan}, stores)
             self.lines[line["name"]] = line
 
     def append(self, line: Line) -> None:
@@ -46,14 +45,16 @@ class ResultLines:
         """Whether the run has a result."""
         return "error" not in self.lines.get(run.name, {"error": "not run"})
 
-    def _check(self, line: Line, number: int, plan: Mapping[str, PlannedRun], store: str) -> None:
+    def _check(self, line: Line, number: int, plan: Mapping[str, PlannedRun], stores: Mapping[str, str]) -> None:
         where = f"{self._path}, line {number}"
-        if line["store"] != store:
-            message = f"{where}: a run on the store {line['store']}, and this is {store}. Choose another OUT."
-            raise DataError(message)
         run = plan.get(line["name"])
         if run is None:
             message = f"{where}: the run {line['name']!r} is not in this grid. Choose another OUT, or put it back."
+            raise DataError(message)
+        if line["store"] != stores[run.store]:
+            message = (
+                f"{where}: a run on the store {line['store']}, and this is {stores[run.store]}. Choose another OUT."
+            )
             raise DataError(message)
         config, now = line["config"], run.config
         different = [name for name in {**config, **now} if config.get(name) != now.get(name)]
@@ -100,71 +101,21 @@ def scores_by_label(line: Line, part: str) -> dict[str, Mapping[str, Any]]:
     return dict(zip(labels, of_each_label(labels, scores), strict=True)) if scores else {}
 
 
-def summary(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[dict[str, Any]]:
-    """A row for each combination of settings but the seed and each label, in the order of the grid.
-
-    `validation` and `test` hold the mean and, of two seeds or more, the standard deviation of SRCC and PLCC, as
-    `{"srcc": [mean, deviation]}`; None where no seed has the metric. Failed runs are not counted in `seeds`.
-    """
-    groups: dict[str, tuple[PlannedRun, list[Line]]] = {}
-    for run in plan:
-        settings = str({name: value for name, value in run.config.items() if name != "seed"})
-        found = lines.get(run.name)
-        _, done = groups.setdefault(settings, (run, []))
-        if found is not None and "error" not in found:
-            done.append(found)
-    return [_row(run.row, label, done) for run, done in groups.values() for label in _labels(run.config)]
-
-
-def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The summary as a markdown table."""
-    several = len({row["label"] for row in rows}) > 1
-    head = [
-        "run",
-        *(["label"] if several else []),
-        "seeds",
-        *(f"{part} {metric.upper()}" for part, metric in _columns()),
-    ]
-    body = [
-        [
-            row["run"],
-            *([row["label"]] if several else []),
-            str(row["seeds"]),
-            *(_cell(row[part][metric]) for part, metric in _columns()),
-        ]
-        for row in rows
-    ]
-    return as_table(head, body)
-
-
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The labels that a head with these settings learns."""
     return parse_labels(config["label"])
 
 
-def _row(name: str, label: str, lines: Sequence[Line]) -> dict[str, Any]:
-    row: dict[str, Any] = {"run": name, "label": label, "seeds": len(lines), **{part: {} for part in PARTS}}
-    for part, metric in _columns():
-        found = [scores_by_label(line, part).get(label, {}).get(metric) for line in lines]
-        values = [value for value in found if value is not None]
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        row[part][metric] = [statistics.fmean(values), spread] if values else None
-    return row
-
-
-def _columns() -> list[tuple[str, str]]:
-    return [(part, metric) for part in PARTS for metric in METRICS]
-
-
-def _cell(value: Sequence[float | None] | None) -> str:
-    if value is None:
-        return "-"
-    mean, spread = value
-    return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
-
-
 def _identity(run: PlannedRun, store: str) -> Line:
-    return {"name": run.name, "config": run.config, "seed": run.train.seed, "store": store}
+    return {
+        "name": run.name,
+        "row": run.row,
+        "protocol": run.protocol,
+        "store_name": run.store,
+        "config": run.config,
+        "seed": run.train.seed,
+        "store": store,
+    }
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -3,15 +3,19 @@
 base: {projection: sketch, width: 128, preset: paper}    # what all runs have: settings of `agiqa train`, flat
 grid:                                                    # every combination, the last setting varying fastest
   encoder: [xlstm, gru]
-  seed: [0, 1, 2]
+  pooling: [mean, max]
 runs:                                                    # single runs beside the grid
   - {encoder: none, pooling: max}
   - {encoder: lstm, layers: 4, name: deep}
+seeds: [0, 1, 2]                                         # every one of these, with each seed
+protocols: [published, grouped]                          # what each is trained and tested on (protocols.py)
+
+`store` is a setting too: the name of one of several stores, which the command line says where to find.
 """
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -19,11 +23,15 @@ from typing import Any, cast
 
 import torch
 
+from agiqa.bench.protocols import SPLIT_SETTINGS, Protocol, Split, protocol_of, read_protocols
 from agiqa.errors import AgiqaError, ConfigError, UnknownName
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
+from agiqa.heads.features import FeatureSource
 from agiqa.heads.presets import preset_values
 
-_SECTIONS = ("base", "grid", "runs")
+_SECTIONS = ("base", "grid", "runs", "seeds", "protocols")
+_BROUGHT = Path(__file__).parent / "shipped"
+_NOT_OF_A_HEAD = ("preset", "store")
 _LONGEST_NAME = 120
 Settings = dict[str, Any]
 
@@ -35,10 +43,18 @@ class PlannedRun:
     name: str
     """Of its folder: what varies, as in `encoder=gru,seed=0`."""
     row: str
-    """The same without the seed: its row of the table."""
+    """The same without the seed and the split: its row of the table."""
+    settings: Mapping[str, Any]
+    """What `row` spells."""
     head: HeadConfig
     train: TrainConfig
     preset: str | None
+    store: str
+    """The name of its store; empty for the only one."""
+    protocol: str
+    """See protocols.py."""
+    answer: int
+    """Runs of a row with the same number test different items, and are put together."""
 
     @property
     def config(self) -> Settings:
@@ -47,20 +63,42 @@ class PlannedRun:
         return settings if self.preset is None else {"preset": self.preset, **settings}
 
 
-def read_grid(file: Path) -> list[PlannedRun]:
+def read_grid(
+    file: Path, *, stores: Sequence[str] = ("",), generators: Callable[[], Sequence[str]] = lambda: ()
+) -> list[PlannedRun]:
     """The runs that `file` asks for, in its order.
 
-    On a CPU a run whose `threads` nobody sets has one, so that as many run at once as there are cores. Raises
-    ConfigError or UnknownName, naming the file, for what is no such grid, a setting that is unknown, out of range or
-    both in `base` and in `grid`, no runs, and runs that are the same.
+    `stores` are the names that the setting `store` may have, and the first of them is meant where it is not given;
+    `generators` gives those of the data. On a CPU a run whose `threads` nobody sets has one, so that as many run at
+    once as there are cores. Raises ConfigError or UnknownName, naming the file, for what is no such grid, a setting
+    that is unknown, out of range or set in two places, no runs, and runs that are the same.
     """
     try:
-        runs = list(_planned(_sections(file)))
+        sections = _sections(file)
+        named = sections["protocols"]
+        protocols = None if named is None else read_protocols(named, generators)
+        runs = list(_planned(sections, protocols, stores))
         _refuse_repeated(runs)
     except AgiqaError as error:
         error.add_note(f"while reading the grid {file}")
         raise
     return runs
+
+
+def find_grid(name: str) -> Path:
+    """The grid file `name`, or the one that agiqa brings by that name. Raises UnknownName where there is neither."""
+    if Path(name).is_file():
+        return Path(name)
+    brought = {file.stem: file for file in sorted(_BROUGHT.glob("*.yaml"))}
+    if name not in brought:
+        kind = "file and no grid"
+        raise UnknownName.of(kind, name, brought)
+    return brought[name]
+
+
+def generators_of(source: FeatureSource) -> list[str]:
+    """The generators of a store's images, sorted."""
+    return sorted({name for name in source.items.generators if name is not None})
 
 
 def _sections(file: Path) -> Settings:
@@ -76,10 +114,38 @@ def _sections(file: Path) -> Settings:
         if "runs" in content
         else []
     )
-    return {"base": _mapping("base", content.get("base")), "grid": grid, "runs": runs}
+    base, protocols = _mapping("base", content.get("base")), content.get("protocols")
+    if "protocols" in content and protocols is None:
+        protocols = []
+    seeds = _values("seeds", content["seeds"]) if "seeds" in content else None
+    return {"base": base, "grid": grid, "runs": runs, "seeds": seeds, "protocols": protocols}
 
 
-def _planned(sections: Settings) -> Iterator[PlannedRun]:
+def _planned(sections: Settings, protocols: Sequence[Protocol] | None, stores: Sequence[str]) -> Iterator[PlannedRun]:
+    seeds = sections["seeds"]
+    _refuse_twice(sections, protocols)
+    for chosen, shown, name in _entries(sections):
+        for number, seed in enumerate(seeds or [None]):
+            given = {} if seed is None else {"seed": seed}
+            settings = {**sections["base"], **chosen, **given}
+            for protocol, split in _splits(protocols, number, len(seeds or [None])):
+                yield _plan(settings, shown, stores, protocol, split, given=given, name=name)
+
+
+def _entries(sections: Settings) -> Iterator[tuple[Settings, Settings, Any]]:
+    """What each combination and each run sets, what of it is shown, and its name, None without one."""
+    grid = sections["grid"]
+    varied = [name for name, values in grid.items() if len(values) > 1] or list(grid)
+    for values in product(*grid.values()) if grid else ():
+        chosen = dict(zip(grid, values, strict=True))
+        yield chosen, {name: chosen[name] for name in varied}, None
+    for entry in sections["runs"]:
+        chosen = {name: value for name, value in entry.items() if name != "name"}
+        yield chosen, chosen, entry.get("name")
+
+
+def _refuse_twice(sections: Settings, protocols: Sequence[Protocol] | None) -> None:
+    """Raise ConfigError for nothing to run, and for what two places of the grid decide."""
     base, grid, runs = sections["base"], sections["grid"], sections["runs"]
     both = [name for name in grid if name in base]
     if both:
@@ -88,25 +154,63 @@ def _planned(sections: Settings) -> Iterator[PlannedRun]:
     if not grid and not runs:
         message = "There is nothing to run: give `grid` a setting with a list of values, or `runs` an entry."
         raise ConfigError(message)
-    varied = [name for name, values in grid.items() if len(values) > 1] or list(grid)
-    for values in product(*grid.values()) if grid else ():
-        chosen = dict(zip(grid, values, strict=True))
-        yield _plan({**base, **chosen}, {name: chosen[name] for name in varied})
-    for entry in runs:
-        chosen = {name: value for name, value in entry.items() if name != "name"}
-        yield _plan({**base, **chosen}, chosen, name=entry.get("name"))
+    if sections["seeds"] is not None and any("seed" in section for section in (base, grid, *runs)):
+        message = "`seed` is set beside `seeds`: keep one of them."
+        raise ConfigError(message)
+    if protocols is None:
+        return
+    if sections["seeds"] is None and any(protocol.seed_per_fold for protocol in protocols):
+        message = "`seed_per_fold` deals the folds to `seeds`: give the grid that section."
+        raise ConfigError(message)
+    for name in SPLIT_SETTINGS:
+        if any(name in section for section in (base, grid, *runs)):
+            message = f"`{name}` is decided by `protocols`: leave it out, or leave out `protocols`."
+            raise ConfigError(message)
 
 
-def _plan(settings: Settings, shown: Mapping[str, Any], *, name: Any = None) -> PlannedRun:
-    """The run of these settings, named by those that are `shown` unless it has a name."""
-    head, train, preset = _configs(settings)
+def _splits(protocols: Sequence[Protocol] | None, seed: int, seeds: int) -> list[tuple[Protocol | None, Split]]:
+    """The trainings of one head with seed number `seed` of `seeds`."""
+    if protocols is None:
+        return [(None, Split(settings={}, shown={}))]
+    return [(protocol, split) for protocol in protocols for split in protocol.of_seed(seed, seeds)]
+
+
+def _plan(
+    settings: Settings,
+    shown: Mapping[str, Any],
+    stores: Sequence[str],
+    protocol: Protocol | None,
+    split: Split,
+    *,
+    given: Mapping[str, Any],
+    name: Any,
+) -> PlannedRun:
+    """The run of these settings, named by those that are `shown` unless it has a name, and by seed and split."""
+    store = settings.get("store", stores[0])
+    if store not in stores:
+        kind, known = "store given by --store", [one for one in stores if one]
+        raise UnknownName.of(kind, str(store), known)
+    chosen = {**{key: value for key, value in settings.items() if key != "store"}, **split.settings}
+    head, train, preset = _configs(chosen)
     if name is not None and (not isinstance(name, str) or _file_name(name) != name or name.startswith(".")):
         message = (
             f"{name!r} is no name of a run: use letters, digits and any of . _ - = + @ , (not at the start a dot)."
         )
         raise ConfigError(message)
-    row = name or _spell({key: value for key, value in shown.items() if key != "seed"}) or "base"
-    return PlannedRun(name=name or _file_name(_spell(shown)) or "base", row=row, head=head, train=train, preset=preset)
+    kept = {key: value for key, value in shown.items() if key != "seed"}
+    told = {**given, **({} if protocol is None else {"protocol": protocol.name}), **split.shown}
+    full = ",".join(part for part in (name or _spell(shown), _spell(told)) if part)
+    return PlannedRun(
+        name=_file_name(full) or "base",
+        row=name or _spell(kept) or "base",
+        settings=kept,
+        head=head,
+        train=train,
+        preset=preset,
+        store=store,
+        protocol=protocol_of(train) if protocol is None else protocol.name,
+        answer=0 if protocol is not None and protocol.seed_per_fold else train.seed,
+    )
 
 
 def _configs(settings: Settings) -> tuple[HeadConfig, TrainConfig, str | None]:
@@ -117,7 +221,7 @@ def _configs(settings: Settings) -> tuple[HeadConfig, TrainConfig, str | None]:
     for name in chosen:
         if name not in known:
             kind = "setting"
-            raise UnknownName.of(kind, name, (*known, "preset"))
+            raise UnknownName.of(kind, name, (*known, *_NOT_OF_A_HEAD))
     values = {**({} if preset is None else preset_values(str(preset), chosen)), **chosen}
     if values.get("device") == "cpu" or not torch.cuda.is_available():
         values.setdefault("threads", 1)
@@ -131,7 +235,7 @@ def _refuse_repeated(runs: list[PlannedRun]) -> None:
     by_config: dict[str, PlannedRun] = {}
     by_name: dict[str, PlannedRun] = {}
     for run in runs:
-        config = str(run.config)
+        config = str((run.store, run.config))
         if config in by_config:
             message = f"The runs {by_config[config].name!r} and {run.name!r} have the same settings: keep one of them."
             raise ConfigError(message)

@@ -68,6 +68,7 @@ class MadeUpItems:
     names: list[str]
     prompts: list[str]
     splits: list[str | None]
+    generators: list[str | None]
     labels: dict[str, NDArray[np.float64]]
 
 
@@ -115,7 +116,9 @@ class MadeUpSource:
 def _made_up_items(count: int) -> MadeUpItems:
     names = [f"{number}.png" for number in range(count)]
     mos = np.random.default_rng(0).uniform(0, 5, count)
-    return MadeUpItems(names=names, prompts=names, splits=[None] * count, labels={"quality": mos})
+    return MadeUpItems(
+        names=names, prompts=names, splits=[None] * count, generators=[None] * count, labels={"quality": mos}
+    )
 
 
 def made_up_features(source: MadeUpSource, device: torch.device) -> FeatureSet:

@@ -1,10 +1,26 @@
 """`agiqa ablate`: a grid of heads over one store."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from agiqa.commands.common import StoreLocation, output_options, print_result
+
+
+class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
+    """`NAME=STORE` as (name, location)."""
+
+    name = "NAME=STORE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str | Path]:
+        """Split at the first equals sign."""
+        if isinstance(value, tuple):
+            return value  # pyright: ignore[reportUnknownVariableType]
+        name, equals, location = str(value).partition("=")
+        if not (name and equals and location):
+            self.fail(f"{value!r} is not NAME=STORE.", param, ctx)
+        return name, StoreLocation().convert(location, param, ctx)
 
 
 @click.command("ablate")
@@ -13,10 +29,26 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
 @click.option(
     "--config",
     "grid",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
     required=True,
-    help="YAML with `base` (settings of all runs, flat, and `preset`), `grid` (a setting and a list of values, every "
-    "combination of which is run) and `runs` (a list of settings, added to the grid).",
+    metavar="FILE|NAME",
+    help="A grid that agiqa brings (quick, heads, table-iv, table-iii, losses, roles, ranks), or YAML with `base` "
+    "(settings of all runs, flat, and `preset`), `grid` (a setting and a list of values, every combination of which is "
+    "run), `runs` (a list of settings, added to the grid), `seeds` (of all of these) and `protocols` (published, "
+    "grouped, leave-one-generator-out).",
+)
+@click.option(
+    "--store",
+    "named",
+    type=NamedStore(),
+    multiple=True,
+    metavar="NAME=STORE",
+    help="A further store, which the grid calls NAME in its setting `store`; repeatable. STORE itself is `main` then.",
+)
+@click.option(
+    "--words",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    multiple=True,
+    help="Conversation file with rating words, for the baseline of that name; repeatable.",
 )
 @click.option(
     "--workers",
@@ -25,30 +57,47 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
     "is set); up to 3 on a GPU]",
 )
 @output_options
-def command(store: str | Path, out: Path, grid: Path, *, workers: int | None, as_json: bool) -> None:
-    """Train every head of a grid on STORE, and write OUT/results.jsonl (a line per run) and OUT/runs.
+def command(
+    store: str | Path,
+    out: Path,
+    grid: str,
+    named: tuple[tuple[str, str | Path], ...],
+    words: tuple[Path, ...],
+    *,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Train every head of a grid on STORE, and write OUT/results.jsonl (a line per run), OUT/rows.jsonl and OUT/runs.
 
     Features are decoded once for all runs. A run that fails is kept with its error, and the rest goes on. The same
-    command again trains what is missing or failed. At the end comes a table of the means over seeds, in the order of
-    the grid; nothing is chosen by test results.
+    command again trains what is missing or failed. At the end comes a table: means over seeds, intervals by prompt,
+    the paired difference to the best row by validation, and baselines without a head. Nothing is chosen by test
+    results. `agiqa report OUT` makes pictures and a page of it.
     """
-    from agiqa.bench.ablation import RESULTS, run_ablation
-    from agiqa.bench.ablation_results import as_text, summary
-    from agiqa.bench.grids import read_grid
+    from agiqa.bench.ablation import RESULTS, ROWS, run_ablation
+    from agiqa.bench.grids import find_grid, generators_of, read_grid
+    from agiqa.bench.row_text import rows_text
     from agiqa.errors import HeadError
     from agiqa.store import open_store
 
-    plan = read_grid(grid)
-    done = run_ablation(open_store(store), plan, out, workers=workers)
-    rows = summary(plan, done.lines)
+    stores = {"main" if named else "": open_store(store)}
+    for name, location in named:
+        if name in stores:
+            message = f"Two stores are called {name!r}."
+            raise click.UsageError(message)
+        stores[name] = open_store(location)
+    file = find_grid(grid)
+    plan = read_grid(file, stores=list(stores), generators=lambda: generators_of(next(iter(stores.values()))))
+    done = run_ablation(stores, plan, out, grid=file, words=words, workers=workers)
     result = {
         "results": str(out / RESULTS),
+        "rows": str(out / ROWS),
         "runs": len(plan),
         "trained": done.trained,
         "failed": [{"name": name, "error": error} for name, error in done.failed.items()],
-        "table": rows,
+        "table": done.rows,
     }
-    print_result(result, as_text(rows), as_json=as_json)
+    print_result(result, rows_text(done.rows), as_json=as_json)
     if done.failed:
         lines = "\n".join(f"  {name}: {error.splitlines()[0]}" for name, error in done.failed.items())
         message = f"{len(done.failed)} of {len(plan)} runs failed; the same command tries them again:\n{lines}"

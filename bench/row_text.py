@@ -1,0 +1,68 @@
+"""The rows of an ablation as a markdown table: heads in the order of the grid, then baselines, protocol by protocol."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from agiqa.bench.tables import as_table
+
+Row = Mapping[str, Any]
+
+
+def rows_text(rows: Sequence[Row]) -> str:
+    """A table with intervals of 95 % and the paired difference to the reference, and lines for what is left out."""
+    shown = [row for row in rows if "left_out" not in row]
+    order = {protocol: number for number, protocol in enumerate(dict.fromkeys(row["protocol"] for row in shown))}
+    shown.sort(key=lambda row: (order[row["protocol"]], row["kind"] != "head"))
+    columns = _columns(shown)
+    table = as_table([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in shown])
+    left_out = [
+        f"{row['row']} ({row['protocol']}, {row['label']}): {row['left_out']}" for row in rows if "left_out" in row
+    ]
+    return "\n\n".join(part for part in (table, "Left out:\n" + "\n".join(left_out) if left_out else "") if part)
+
+
+def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """Titles and cells; what is the same everywhere has no column."""
+    several = {name: len({row[name] for row in rows}) > 1 for name in ("store_name", "protocol", "label")}
+    columns: list[tuple[str, Callable[[Row], str]]] = [("run", lambda row: str(row["row"]))]
+    for name, title in (("store_name", "store"), ("protocol", "protocol"), ("label", "label")):
+        if several[name]:
+            columns.append((title, partial(_text, name)))
+    columns += [
+        ("seeds", lambda row: str(row["seeds"]) if row["kind"] == "head" else "-"),
+        ("validation SRCC", _validation),
+        ("test SRCC", lambda row: _tested(row, "srcc")),
+        ("test PLCC", lambda row: _tested(row, "plcc")),
+        ("SRCC against the best by validation (p)", _against),
+    ]
+    return columns
+
+
+def _text(name: str, row: Row) -> str:
+    return str(row[name])
+
+
+def _validation(row: Row) -> str:
+    found = (row["validation"] or {}).get("srcc")
+    if found is None:
+        return "-"
+    mean, spread = found
+    return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
+
+
+def _tested(row: Row, metric: str) -> str:
+    test = row["test"]
+    if test is None:
+        return "-"
+    if test[metric] is None:
+        return "undefined"
+    interval = test["ci"].get(metric)
+    return f"{test[metric]:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def _against(row: Row) -> str:
+    against = row["against"]
+    if against is None or against["difference"]["srcc"] is None:
+        return "-"
+    return f"{against['difference']['srcc']:+.4f} ({against['p_holm']['srcc']:.3g})"

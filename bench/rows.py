@@ -1,0 +1,179 @@
+"""Rows of a table, from result lines and predictions: means over seeds, intervals by prompt, paired differences.
+
+A row is what stays the same over seeds and splits: one head, on one store, under one protocol, for one label. The
+predictions of the splits of a seed are put together, so that every test item counts once.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from agiqa.bench.ablation_results import Line, scores_by_label
+from agiqa.bench.grids import PlannedRun
+from agiqa.bench.predictions import Predictions, read_predictions
+from agiqa.bench.protocols import SPLIT_SETTINGS
+from agiqa.errors import DataError
+from agiqa.heads.comparing import SeedScores, holm
+from agiqa.heads.labels import parse_labels
+from agiqa.heads.metrics import METRICS
+from agiqa.heads.runs import PREDICTIONS
+from agiqa.store.files import write_text_atomically
+
+_SHOWN = ("srcc", "plcc")
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """The runs of one row."""
+
+    first: PlannedRun
+    label: str
+    runs: list[PlannedRun] = field(default_factory=list[PlannedRun])
+    done: list[Line] = field(default_factory=list[Line])
+    scores: SeedScores | None = None
+    items: tuple[tuple[str, str], ...] = ()
+    """Name and prompt of each test item."""
+
+
+def head_rows(plan: Sequence[PlannedRun], lines: Mapping[str, Line], runs: Path) -> list[Line]:
+    """A row for each head, store, protocol and label of `plan`, in its order, as `rows.jsonl` has them.
+
+    `lines` are the result lines by name, and `runs` is the folder of the run folders. `test` is of the seeds all of
+    whose splits have a result, None without one; `against` compares a row with the reference of its label and
+    protocol, the row of the best mean validation SRCC among those that were tested on the same items, with p-values
+    adjusted for their number. Raises DataError for predictions that are gone or damaged.
+    """
+    groups = _groups(plan, lines)
+    for group in groups:
+        _score(group, lines, runs)
+    references = _references(groups)
+    rows = [_row(group, references.get(_question(group))) for group in groups]
+    for question in references:
+        adjust_by_holm([row for row, group in zip(rows, groups, strict=True) if _question(group) == question])
+    return rows
+
+
+def adjust_by_holm(rows: Sequence[Line]) -> None:
+    """Add to each `against` the p-values of Holm's procedure, for each metric over all `rows` that have one."""
+    compared = [row["against"] for row in rows if row["against"] is not None]
+    for against in compared:
+        against["p_holm"] = dict.fromkeys(METRICS)
+    for metric in METRICS:
+        tested = [against for against in compared if against["p"][metric] is not None]
+        for against, value in zip(tested, holm([one["p"][metric] for one in tested]), strict=True):
+            against["p_holm"][metric] = value
+
+
+def validation_summary(lines: Sequence[Line], label: str) -> dict[str, list[float | None]] | None:
+    """Mean and standard deviation over result lines of the validation metrics; None without validation items."""
+    found = [one for line in lines if (one := scores_by_label(line, "validation").get(label)) is not None]
+    told: dict[str, list[float | None]] = {}
+    for metric in _SHOWN:
+        values = [one[metric] for one in found if one[metric] is not None]
+        if values:
+            told[metric] = [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None]
+    return told or None
+
+
+def write_rows(path: Path, rows: Sequence[Line]) -> None:
+    """Write `rows` as lines of JSON, in one step."""
+    write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Group]:
+    """The rows of the plan, in its order, each label by itself."""
+    found: dict[tuple[str, str, str, str], _Group] = {}
+    for run in plan:
+        same = {name: value for name, value in run.config.items() if name not in ("seed", *SPLIT_SETTINGS)}
+        for label in parse_labels(run.train.label):
+            key = (run.store, run.protocol, str(same), label)
+            group = found.setdefault(key, _Group(first=run, label=label))
+            group.runs.append(run)
+            line = lines.get(run.name)
+            if line is not None and "error" not in line:
+                group.done.append(line)
+    return list(found.values())
+
+
+def _score(group: _Group, lines: Mapping[str, Line], runs: Path) -> None:
+    """Put the predictions of each answer together, and score them."""
+    answers: dict[int, list[PlannedRun]] = {}
+    for run in group.runs:
+        answers.setdefault(run.answer, []).append(run)
+    whole = [ran for ran in answers.values() if all("error" not in lines.get(run.name, {"error": ""}) for run in ran)]
+    if not whole:
+        return
+    tables = [_together(ran, group.label, runs) for ran in whole]
+    group.items = tuple(zip(tables[0].names, tables[0].prompts, strict=True))
+    for ran, table in zip(whole, tables, strict=True):
+        if tuple(zip(table.names, table.prompts, strict=True)) != group.items:
+            message = f"The runs {whole[0][0].name!r} and {ran[0].name!r} of one row were tested on different items."
+            raise DataError(message)
+    group.scores = SeedScores.of(np.stack([table.predicted for table in tables]), tables[0].mos, tables[0].prompts)
+
+
+def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
+    """The test items of all these runs, by name."""
+    parts = [read_predictions(runs / run.name / PREDICTIONS, parse_labels(run.train.label), label=label) for run in ran]
+    names = [name for part in parts for name in part.names]
+    prompts = [prompt for part in parts for prompt in part.prompts]
+    order = sorted(range(len(names)), key=lambda place: (names[place], prompts[place]))
+    return Predictions(
+        names=[names[place] for place in order],
+        prompts=[prompts[place] for place in order],
+        mos=np.concatenate([part.mos for part in parts])[order],
+        predicted=np.concatenate([part.predicted for part in parts])[order],
+    )
+
+
+_Question = tuple[str, str, tuple[tuple[str, str], ...]]
+
+
+def _question(group: _Group) -> _Question:
+    """What rows must share to be compared."""
+    return group.first.protocol, group.label, group.items
+
+
+def _references(groups: Sequence[_Group]) -> dict[_Question, _Group]:
+    """The row of the best mean validation SRCC of each question; the first of equals."""
+    best: dict[_Question, tuple[float, _Group]] = {}
+    for group in groups:
+        chosen = validation_summary(group.done, group.label)
+        if group.scores is None or chosen is None or chosen.get("srcc") is None:
+            continue
+        value = chosen["srcc"][0]
+        assert value is not None  # the mean of one value or more
+        if _question(group) not in best or value > best[_question(group)][0]:
+            best[_question(group)] = (value, group)
+    return {question: group for question, (_, group) in best.items()}
+
+
+def _row(group: _Group, reference: _Group | None) -> Line:
+    run, scores = group.first, group.scores
+    against = None
+    if reference is not None and reference is not group and scores is not None:
+        assert reference.scores is not None  # _references chose
+        against = {
+            "row": reference.first.row,
+            "store_name": reference.first.store,
+            **scores.against(reference.scores),
+        }
+    return {
+        "kind": "head",
+        "row": run.row,
+        "settings": dict(run.settings),
+        "store_name": run.store,
+        "protocol": run.protocol,
+        "label": group.label,
+        "runs": len(group.runs),
+        "seeds": len({line["seed"] for line in group.done}),
+        "failed": len(group.runs) - len(group.done),
+        "seconds": round(statistics.fmean(line["seconds"] for line in group.done), 3) if group.done else None,
+        "validation": validation_summary(group.done, group.label),
+        "test": None if scores is None else scores.score(),
+        "against": against,
+    }
