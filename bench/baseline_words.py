@@ -46,8 +46,8 @@ class RatingWords:
         lacking = [name for name in names if name not in found]
         if lacking:
             message = (
-                f"{len(lacking)} of the {len(names)} items of a test part, {lacking[0]!r} first, have no rating word of "
-                f"the model's own on {label}; the teacher's words were written with the MOS in view"
+                f"{len(lacking)} of the {len(names)} items of a test part, {lacking[0]!r} first, have no rating word "
+                f"of the model's own on {label}; the teacher's words were written with the MOS in view"
             )
             raise DataError(message)
         return [found[name] for name in names]
