@@ -47,6 +47,16 @@ class TransferSettings:
         return {**told, "preset": self.preset}
 
 
+def completed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A `record` of settings, of an older agiqa perhaps, with the default of every setting that it does not name."""
+    kinds = {"head": HeadConfig, "train": TrainConfig, "few_shot": TrainConfig}
+    known = {
+        name: {**kind().model_dump(mode="json", exclude=set(WITHOUT_EFFECT)), **record.get(name, {})}
+        for name, kind in kinds.items()
+    }
+    return {**record, **known}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedHead:
     """A head to train, from which one line or several come."""

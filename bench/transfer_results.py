@@ -16,7 +16,7 @@ import numpy as np
 
 from agiqa.bench.ablation_results import Line, scores_by_label
 from agiqa.bench.predictions import read_predictions
-from agiqa.bench.transfer_plan import PlannedLine, TransferPlan
+from agiqa.bench.transfer_plan import PlannedLine, TransferPlan, completed
 from agiqa.errors import DataError
 from agiqa.heads.comparing import SeedScores, holm
 from agiqa.heads.labels import parse_labels
@@ -89,7 +89,7 @@ def _check_about(path: Path, about: Mapping[str, Any]) -> None:
 
 def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
     stores = {name: store.get("id") for name, store in about.get("stores", {}).items()}
-    return {"kind": about.get("kind"), "stores": stores, "settings": about.get("settings")}
+    return {"kind": about.get("kind"), "stores": stores, "settings": completed(about.get("settings", {}))}
 
 
 def rows_of(plan: TransferPlan, results: TransferResults, out: Path, *, protocol: str, label: str) -> list[Line]:
