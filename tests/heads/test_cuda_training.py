@@ -61,3 +61,16 @@ def test_a_compiled_head_learns_and_predicts_as_another(make_store, tmp_path):
         found, kernels = pool.submit(rmse_of_a_training, store, tmp_path / "compiled", compiled).result()
     assert "torch.compile" in kernels
     assert found == pytest.approx(plain, rel=0.05)
+
+
+@pytest.mark.parametrize("encoder", ["xlstm", "gru"])
+def test_following_the_test_scores_changes_no_weight_beside_cuda_graphs(make_store, tmp_path, encoder):
+    store = make_store(60, width=16, encoding="hidden")
+    head = HeadConfig(projection="vocabulary", encoder=encoder, **SMALL)
+    plain, traced = (
+        train_head(store, tmp_path / str(on), head=head, train=FAST.model_copy(update={"paper_compatible": on}))
+        for on in (False, True)
+    )
+    assert numbers(traced.path)["weights"] == numbers(plain.path)["weights"]
+    assert traced.metrics["test"] == plain.metrics["test"]
+    assert traced.metrics["paper_compatible"]["bias"]["srcc"] >= 0
