@@ -1,11 +1,10 @@
 """Result lines: whole or not there, of this store and grid, and a table that says what they say."""
 
 import json
-import statistics
 
 import pytest
 
-from agiqa.bench.ablation_results import ResultLines, as_text, error_line, scores_by_label, summary
+from agiqa.bench.ablation_results import ResultLines, error_line, scores_by_label
 from agiqa.bench.grids import read_grid
 from agiqa.errors import DataError
 
@@ -31,12 +30,12 @@ def line(run, value, **changes):
 
 def test_lines_are_read_again_and_the_last_of_a_run_counts(tmp_path, plan):
     path = tmp_path / "results.jsonl"
-    results = ResultLines(path, plan, store="s")
+    results = ResultLines(path, plan, stores={"": "s"})
     results.append(error_line(plan[0], "s", "broken", agiqa="1", commit=None))
     assert not results.is_done(plan[0])
     results.append(line(plan[0], 0.5))
     results.append(error_line(plan[1], "s", "broken", agiqa="1", commit=None))
-    again = ResultLines(path, plan, store="s")
+    again = ResultLines(path, plan, stores={"": "s"})
     assert again.lines == results.lines
     assert [again.is_done(run) for run in plan[:3]] == [True, False, False]
     assert len(path.read_text().splitlines()) == 3
@@ -45,21 +44,21 @@ def test_lines_are_read_again_and_the_last_of_a_run_counts(tmp_path, plan):
 def test_errors_with_odd_ends_of_lines_are_read_again(tmp_path, plan):
     path, name = tmp_path / "results.jsonl", plan[0].name
     failed = {**line(plan[0], 0.5), "error": "one\u2028two\u0085three\nfour"}
-    ResultLines(path, plan, store="s").append(failed)
-    assert ResultLines(path, plan, store="s").lines[name]["error"] == failed["error"]
+    ResultLines(path, plan, stores={"": "s"}).append(failed)
+    assert ResultLines(path, plan, stores={"": "s"}).lines[name]["error"] == failed["error"]
 
 
 @pytest.mark.parametrize("torn", [1, 20, -1])
 def test_a_line_that_was_torn_off_is_dropped(tmp_path, plan, torn):
     path = tmp_path / "results.jsonl"
-    ResultLines(path, plan, store="s").append(line(plan[0], 0.5))
+    ResultLines(path, plan, stores={"": "s"}).append(line(plan[0], 0.5))
     whole = path.read_bytes()
     path.write_bytes(whole + json.dumps(line(plan[1], 0.5)).encode()[:torn])
-    results = ResultLines(path, plan, store="s")
+    results = ResultLines(path, plan, stores={"": "s"})
     assert list(results.lines) == [plan[0].name]
     results.append(line(plan[1], 0.25))
     assert path.read_bytes().startswith(whole)
-    assert list(ResultLines(path, plan, store="s").lines) == [run.name for run in plan[:2]]
+    assert list(ResultLines(path, plan, stores={"": "s"}).lines) == [run.name for run in plan[:2]]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +73,7 @@ def test_lines_of_something_else_are_refused(tmp_path, plan, change, said):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(line(plan[0], 0.5, **change)) + "\n")
     with pytest.raises(DataError) as caught:
-        ResultLines(path, plan, store="s")
+        ResultLines(path, plan, stores={"": "s"})
     assert said in str(caught.value)
     assert "Choose another OUT" in str(caught.value)
 
@@ -84,45 +83,14 @@ def test_what_is_no_result_line_is_refused(tmp_path, plan, content):
     path = tmp_path / "results.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"results\.jsonl.*(is no result line|is no file of result lines)"):
-        ResultLines(path, plan, store="s")
+        ResultLines(path, plan, stores={"": "s"})
     assert path.read_bytes() == content
 
 
-def test_the_table_has_mean_and_deviation_over_seeds_in_the_order_of_the_grid(plan):
-    values = {run.name: value for run, value in zip(plan, [0.1, 0.2, 0.6, 0.9, 0.8, 0.7], strict=True)}
-    lines = {run.name: line(run, values[run.name]) for run in plan}
-    lines[plan[4].name] = {"error": "broken"}
-    lines[plan[5].name]["validation"] = None
-    rows = summary(plan, lines)
-    assert [(row["run"], row["seeds"]) for row in rows] == [("encoder=lstm", 3), ("encoder=gru", 2)]
-    assert rows[0]["test"]["srcc"] == [pytest.approx(0.3), pytest.approx(statistics.stdev([0.1, 0.2, 0.6]))]
-    assert rows[1]["validation"]["plcc"] == [0.45, None]
-    assert as_text(rows).splitlines() == [
-        "| run | seeds | validation SRCC | validation PLCC | test SRCC | test PLCC |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| encoder=lstm | 3 | 0.3000 ± 0.2646 | 0.1500 ± 0.1323 | 0.3000 ± 0.2646 | 0.1500 ± 0.1323 |",
-        "| encoder=gru | 2 | 0.9000 | 0.4500 | 0.8000 ± 0.1414 | 0.4000 ± 0.0707 |",
-    ]
-
-
-def test_undefined_metrics_and_runs_that_are_missing_have_no_number(plan):
-    lines = {plan[0].name: line(plan[0], 0.5, test={"n": 1, "srcc": None, "plcc": None})}
-    rows = summary(plan, lines)
-    assert as_text(rows).splitlines()[2:] == [
-        "| encoder=lstm | 1 | 0.5000 | 0.2500 | - | - |",
-        "| encoder=gru | 0 | - | - | - | - |",
-    ]
-
-
-def test_a_head_of_several_labels_has_a_row_for_each(tmp_path):
+def test_a_head_of_several_labels_has_scores_of_each(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text("base: {label: a+b}\ngrid: {encoder: [lstm]}")
     (run,) = read_grid(file)
     both = {"a": {"srcc": 0.5, "plcc": 0.4}, "b": {"srcc": 0.3, "plcc": 0.2}}
     one = line(run, 0.0, validation=both, test=both)
     assert scores_by_label(one, "test") == both
-    rows = summary([run], {run.name: one})
-    assert as_text(rows).splitlines()[2:] == [
-        "| encoder=lstm | a | 1 | 0.5000 | 0.4000 | 0.5000 | 0.4000 |",
-        "| encoder=lstm | b | 1 | 0.3000 | 0.2000 | 0.3000 | 0.2000 |",
-    ]

@@ -72,10 +72,15 @@ def test_a_grid_is_trained_and_summed_up(agiqa, ablate, store, tmp_path):
         assert (line["store"], line["kernels"]) == (config["features"]["store"], config["kernels"])
         assert (line["validation"], line["test"]) == (metrics["validation"], metrics["test"])
         assert line["config"]["threads"] == 1
-    row = done.json["table"][0]
+    heads = [row for row in done.json["table"] if row["kind"] == "head"]
     values = [lines[name]["test"]["srcc"] for name in names[:2]]
-    assert row["test"]["srcc"] == [pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1))]
-    assert [row["run"] for row in done.json["table"]] == ["encoder=gru", "encoder=none", "aligned"]
+    assert heads[0]["test"]["srcc"] == pytest.approx(np.mean(values))
+    assert heads[0]["test"]["sd"]["srcc"] == pytest.approx(np.std(values, ddof=1))
+    assert [row["row"] for row in heads] == ["encoder=gru", "encoder=none", "aligned"]
+    written = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert written == done.json["table"]
+    baselines = {(row["row"], row["label"]) for row in written if row["kind"] == "baseline"}
+    assert {("mean hidden state", "quality"), ("mean hidden state", "alignment"), ("text", "quality")} <= baselines
     told = [line for line in done.err.splitlines() if line.startswith("[")]
     assert [line.split(":")[0] for line in told] == [f"[{k}/5] {name}" for k, name in enumerate(names, 1)]
     assert all(line.endswith(" left") and "validation SRCC" in line for line in told)
@@ -92,7 +97,7 @@ def test_a_grid_is_trained_and_summed_up(agiqa, ablate, store, tmp_path):
     again = agiqa(*ablate("--workers", 1, runs=runs))
     assert again.code == 0
     assert "5 of 5 runs are there already" in again.err
-    assert again.out.startswith("| run | label | seeds |")
+    assert again.out.startswith("| run | label | seeds |"), again.out
     assert lines_of(tmp_path / "out") == lines
 
 

@@ -1,0 +1,124 @@
+"""Rows of a table, held to scipy and to an explicit bootstrap over the predictions of made-up run folders."""
+
+import csv
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from agiqa.bench.grids import read_grid
+from agiqa.bench.row_text import rows_text
+from agiqa.bench.rows import head_rows
+from agiqa.errors import DataError
+
+ITEMS, FOLDS = 60, 3
+PROMPTS = [f"prompt {k // 4}" for k in range(ITEMS)]
+NAMES = [f"{k:02d}.png" for k in range(ITEMS)]
+MOS = np.random.default_rng(0).uniform(0, 5, ITEMS)
+
+
+@pytest.fixture
+def plan(tmp_path):
+    file = tmp_path / "grid.yaml"
+    grid = {"grid": {"encoder": ["gru", "none"]}, "seeds": [0, 1], "protocols": [{"grouped": {"folds": FOLDS}}]}
+    file.write_text(yaml.safe_dump(grid))
+    return read_grid(file)
+
+
+@pytest.fixture
+def told(tmp_path, plan):
+    """Run folders with predictions of every fold, in an order of their own, and their result lines."""
+    lines = {}
+    for number, run in enumerate(plan):
+        noise = np.random.default_rng([run.train.seed, run.head.encoder == "none"]).normal(size=ITEMS)
+        predicted = MOS + noise * (1 if run.head.encoder == "gru" else 2)
+        folder = tmp_path / "runs" / run.name
+        folder.mkdir(parents=True)
+        with (folder / "predictions.csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["name", "prompt", "split", "mos", "predicted"])
+            table.writerow(["other.png", "else", "validation", 1.0, 2.0])
+            for item in reversed(range(run.train.fold, ITEMS, FOLDS)):
+                table.writerow([NAMES[item], PROMPTS[item], "test", MOS[item], predicted[item]])
+        scores = {"srcc": 0.9 if run.head.encoder == "gru" else 0.5, "plcc": 0.4}
+        shared = {"config": run.config, "seed": run.train.seed, "seconds": float(number)}
+        lines[run.name] = {"name": run.name, **shared, "validation": scores, "test": scores, "predicted": predicted}
+    return lines
+
+
+def together(plan, lines, encoder):
+    """(seeds, items): each item's prediction by the head that was tested on it."""
+    found = np.empty((2, ITEMS))
+    for run in plan:
+        if run.head.encoder == encoder:
+            fold = slice(run.train.fold, ITEMS, FOLDS)
+            found[run.train.seed, fold] = lines[run.name]["predicted"][fold]
+    return found
+
+
+def test_folds_are_put_together_and_seeds_averaged(tmp_path, plan, told):
+    rows = head_rows(plan, told, tmp_path / "runs")
+    assert [(row["row"], row["protocol"], row["runs"], row["seeds"], row["failed"]) for row in rows] == [
+        ("encoder=gru", "grouped", 6, 2, 0),
+        ("encoder=none", "grouped", 6, 2, 0),
+    ]
+    for row in rows:
+        predicted = together(plan, told, row["settings"]["encoder"])
+        expected = [stats.spearmanr(one, MOS).statistic for one in predicted]
+        assert row["test"]["srcc"] == pytest.approx(np.mean(expected))
+        assert row["test"]["sd"]["srcc"] == pytest.approx(np.std(expected, ddof=1))
+        assert row["test"]["n"] == ITEMS
+
+
+def test_rows_are_compared_with_the_best_by_validation(tmp_path, plan, told):
+    gru, none = head_rows(plan, told, tmp_path / "runs")
+    assert gru["against"] is None
+    against = none["against"]
+    assert against["row"] == "encoder=gru"
+    first, second = (together(plan, told, encoder) for encoder in ("none", "gru"))
+    means = [np.mean([stats.pearsonr(one, MOS).statistic for one in each]) for each in (first, second)]
+    assert against["difference"]["plcc"] == pytest.approx(means[0] - means[1])
+    groups = np.unique(PROMPTS, return_inverse=True)[1]
+    random, drawn = np.random.default_rng(3), []
+    for _ in range(400):
+        chosen = random.integers(0, groups.max() + 1, groups.max() + 1)
+        items = np.concatenate([np.flatnonzero(groups == group) for group in chosen])
+        values = [
+            np.mean([stats.pearsonr(one[items], MOS[items]).statistic for one in each]) for each in (first, second)
+        ]
+        drawn.append(values[0] - values[1])
+    assert against["ci"]["plcc"] == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.03)
+    assert against["p_holm"] == against["p"]
+
+
+def test_a_seed_with_a_failed_fold_does_not_count(tmp_path, plan, told):
+    broken = next(run for run in plan if (run.head.encoder, run.train.seed, run.train.fold) == ("gru", 1, 2))
+    told[broken.name] = {"error": "out of memory"}
+    gru, none = head_rows(plan, told, tmp_path / "runs")
+    assert (gru["failed"], gru["test"]["seeds"], none["test"]["seeds"]) == (1, 1, 2)
+    predicted = together(plan, {**told, broken.name: {"predicted": np.zeros(ITEMS)}}, "gru")[0]
+    assert gru["test"]["srcc"] == pytest.approx(stats.spearmanr(predicted, MOS).statistic)
+    nothing = head_rows(plan, {}, tmp_path / "runs")
+    assert [(row["test"], row["against"], row["failed"]) for row in nothing] == [(None, None, 6)] * 2
+    assert "| encoder=gru | 0 | - | - | - | - |" in rows_text(nothing)
+
+
+def test_predictions_that_are_gone_are_named(tmp_path, plan, told):
+    (tmp_path / "runs" / plan[0].name / "predictions.csv").unlink()
+    with pytest.raises(DataError, match=r"predictions\.csv"):
+        head_rows(plan, told, tmp_path / "runs")
+
+
+def test_the_table_has_intervals_differences_and_what_is_left_out(tmp_path, plan, told):
+    rows = head_rows(plan, told, tmp_path / "runs")
+    baseline = {**rows[1], "kind": "baseline", "row": "generator", "against": None, "validation": None}
+    lost = {"kind": "baseline", "row": "rating word", "protocol": "grouped", "label": "quality", "left_out": "no words"}
+    lines = rows_text([baseline, lost, *rows]).splitlines()
+    assert lines[0].startswith("| run | seeds | validation SRCC | test SRCC | test PLCC | SRCC against")
+    low, high = rows[0]["test"]["ci"]["srcc"]
+    assert lines[2].startswith(
+        f"| encoder=gru | 2 | 0.9000 ± 0.0000 | {rows[0]['test']['srcc']:.4f} [{low:.3f}, {high:.3f}]"
+    )
+    assert [line.split(" |")[0] for line in lines[2:5]] == ["| encoder=gru", "| encoder=none", "| generator"]
+    assert lines[-1] == "rating word (grouped, quality): no words"
