@@ -17,9 +17,9 @@ from agiqa.bench.pictures import MARKERS, PALETTE
 INK, MUTED, GRID, PAPER = "#24292f", "#6b7280", "#e3e6ea", "#ffffff"
 COLOURS = PALETTE
 SHAPES = MARKERS
-WIDTH = 4.7
+WIDTH = 4.6
 """Inches: narrow enough to be read on a phone without being made much smaller."""
-SMALL, NORMAL = 7.5, 8.5
+SMALL, NORMAL = 8.0, 9.0
 _DPI = 200
 _VARIABLES = {
     INK: "--ink",
@@ -58,6 +58,8 @@ class Picture:
     caption: str
     svg: str
     png: bytes
+    is_wide: bool = False
+    """Whether it stands alone in its line of the page."""
 
     @property
     def inline(self) -> str:
@@ -85,17 +87,17 @@ def draw(
     caption: str,
     height: float,
     paint: Callable[[Figure], None],
-    width: float = WIDTH,
+    is_wide: bool = False,
 ) -> Picture:
-    """The picture that `paint` makes of an empty figure of `width` x `height` inches."""
+    """The picture that `paint` makes of an empty figure of 4.6 x `height` inches."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(width, height), dpi=_DPI, layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06))
+        figure = Figure(figsize=(WIDTH, height), dpi=_DPI, layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06))
         FigureCanvasAgg(figure)
         paint(figure)
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png")
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Title": safe(title)})
-    return Picture(name=name, title=title, alt=alt, caption=caption, svg=svg.getvalue(), png=png.getvalue())
+    return Picture(name=name, title=title, alt=alt, caption=caption, svg=svg.getvalue(), png=png.getvalue(), is_wide=is_wide)
 
 
 def tidy(axes: Axes, *, grid: str = "both") -> None:

@@ -57,7 +57,7 @@ def listed(words: Sequence[str]) -> str:
 def _title(row: Row) -> str:
     if row.kind == "baseline" or "=" not in row.row or not row.settings:
         return row.row
-    return " · ".join(_setting(name, value) for name, value in row.settings.items())
+    return "\N{NO-BREAK SPACE}· ".join(_setting(name, value) for name, value in row.settings.items())
 
 
 def _setting(name: str, value: Any) -> str:
