@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.labels import parse_labels
@@ -73,14 +73,26 @@ class TrainConfig(_Settings):
     label: str = "quality"
     """The aspect whose MOS is learned, or several joined by `+`, as in `quality+correspondence`: one head then predicts
     them all, and every item of the split must have them all."""
-    split: Literal["published", "grouped"] = "published"
-    """`published`: the split of the store; `grouped`: no prompt on both sides, drawn by `split_seed`."""
+    split: Literal["published", "grouped", "folds", "generator"] = "published"
+    """Which items are only tested on. `published`: the split of the store; `grouped`: whole prompts, drawn by
+    `split_seed`; `folds`: one of several parts of whole prompts, which together are all items; `generator`: the images
+    of one generator, whose prompts may also occur in training."""
+    folds: int = Field(default=5, ge=2)
+    """Parts of about the same number of items that `folds` deals the prompts into, by `split_seed`."""
+    fold: int = Field(default=0, ge=0)
+    """The part that `folds` tests on, from 0."""
+    held_out: str | None = None
+    """The generator that `generator` tests on, as the store's item table calls it."""
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """Share of the items that `grouped` holds out."""
     validation: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of the training part, whole prompts, that chooses the epoch; 0 keeps the last epoch."""
+    training_items: int | None = Field(default=None, ge=1)
+    """Use only so many of the items outside of the test part, training and validation together: the first of a random
+    order by `split_seed`, so that 10 are among 30. None uses all."""
     split_seed: int = Field(default=0, ge=0)
-    """Draws the test part of `grouped` and the validation part; apart from `seed`, so that seeds compare."""
+    """Draws the test part of `grouped`, the folds, the validation part and the `training_items`; apart from `seed`, so
+    that seeds compare."""
     loss: str = "mse"
     """The loss on labels scaled to mean 0 and variance 1: `mse`, `mae`, `huber`, `plcc`, `fidelity`, `margin` or
     `ranknet`, or a weighted sum such as `mse+0.5*plcc`. The last four compare the items of a batch. Of several labels
@@ -145,6 +157,19 @@ class TrainConfig(_Settings):
     def _spelled_one_way(cls, label: str) -> str:
         return "+".join(parse_labels(label))
 
+    @model_validator(mode="after")
+    def _nothing_for_another_split(self) -> "TrainConfig":
+        if self.fold >= self.folds:
+            message = f"`fold` is {self.fold}, and of {self.folds} `folds` the last is number {self.folds - 1}"
+        elif self.fold and self.split != "folds":
+            message = f"`fold` is {self.fold}, which goes with the split 'folds', and the split is {self.split!r}"
+        elif self.held_out is not None and self.split != "generator":
+            held_out = f"`held_out` is {self.held_out!r}"
+            message = f"{held_out}, which goes with the split 'generator', and the split is {self.split!r}"
+        else:
+            return self
+        raise ConfigError(message)
+
 
 def load_settings(
     file: Path | None = None, overrides: Mapping[str, Any] | None = None, *, preset: str | None = None
@@ -208,9 +233,11 @@ def _mapping(where: str, value: object) -> dict[str, Any]:
 
 
 def _faults(error: ValidationError) -> str:
-    """One line per value that pydantic refused."""
+    """One line per value that pydantic refused, or for values that contradict each other."""
     lines = [
         f"{'.'.join(str(step) for step in fault['loc'])}: {fault['msg']} (given: {fault['input']!r})"
+        if fault["loc"]
+        else fault["msg"].removeprefix("Value error, ")
         for fault in error.errors()
     ]
     return "Settings out of range:\n" + "\n".join(f"  {line}" for line in lines)

@@ -12,13 +12,14 @@ from agiqa.heads.batches import BatchLoader
 from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head import Head
+from agiqa.heads.holding_out import split_items
 from agiqa.heads.labels import by_label, columns, of_each_label, plain
 from agiqa.heads.logistic import Mappings
 from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.pooling import check_roles
 from agiqa.heads.prompts import normalise_prompt
 from agiqa.heads.runs import METRICS, Run
-from agiqa.heads.splits import identities, split_items
+from agiqa.heads.splits import identities
 
 _ITEMS_AT_ONCE = 512
 PARTS = ("test", "validation", "train", "all")

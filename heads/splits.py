@@ -1,11 +1,10 @@
-"""Which items train, which choose the epoch, and which are only ever tested on.
+"""The parts of a training: which items train, which choose the epoch, and which are only ever tested on.
 
-`published` takes the split column of the store, `grouped` draws whole prompts. The test part has no say in
-any choice. Published splits may hold test prompts that also occur in training; by how much is counted.
+`published` takes the split column of the store, `grouped` draws whole prompts, `folds` deals them into parts that are
+each tested on once, `generator` holds out the images of one generator. The test part has no say in any choice. Where
+test prompts also occur in training, as in published splits, it is counted by how much.
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,16 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError
 from agiqa.heads.config import TrainConfig
-from agiqa.heads.features import FeatureSource, ItemColumns
-from agiqa.heads.prompts import normalise_prompt, prompt_groups
+from agiqa.heads.features import FeatureSource
+from agiqa.heads.holding_out import Items, fold_items, generator_items, hold_out, published_items
+from agiqa.heads.prompts import normalise_prompt
 
-_TEST_STREAM, _VALIDATION_STREAM = 0, 1
+PARTITION_SETTINGS = (
+    *("split", "folds", "fold", "held_out", "test_share"),
+    *("validation", "training_items", "split_seed"),
+)
+"""The training settings that `make_partition` asks for."""
+_TEST_STREAM, _VALIDATION_STREAM, _TRAINING_STREAM = 0, 1, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,29 +74,29 @@ class Partition:
 def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
     """The parts that `config` asks for; the same store and config give the same parts.
 
-    Raises DataError when the store has no such split or too few prompts.
+    Raises DataError when the store has no such split, too few prompts or too few items, and what `generator_items`
+    raises.
     """
-    items = source.items
-    if config.split == "published":
-        train, validation, test = _published(source)
-        if config.validation == 0.0:
-            validation = validation[:0]
-    else:
-        everything = np.arange(len(items.names))
-        train, test = _hold_out(items, everything, config.test_share, [config.split_seed, _TEST_STREAM])
-        validation = everything[:0]
+    prompts = source.items.prompts
+    train, validation, test = _drawn(source, config)
+    if config.validation == 0.0:
+        validation = validation[:0]
+    if config.training_items is not None:
+        train, validation = _first(config.training_items, train, validation, config.split_seed)
     if config.validation > 0.0 and not len(validation):
         seed = [config.split_seed, _VALIDATION_STREAM]
-        train, validation = _hold_out(items, train, config.validation, seed)
-    trained = {normalise_prompt(items.prompts[k]) for k in train}
-    known = trained | {normalise_prompt(items.prompts[k]) for k in validation}
+        remedy = "Set `validation` to 0 to hold out none and keep the last epoch."
+        validation = hold_out(prompts, train, config.validation, seed, remedy=remedy)
+        train = np.setdiff1d(train, validation)
+    trained = {normalise_prompt(prompts[k]) for k in train}
+    known = trained | {normalise_prompt(prompts[k]) for k in validation}
     return Partition(
         train=train,
         validation=validation,
         test=test,
-        left_out=len(items.names) - len(train) - len(validation) - len(test),
-        leaked=sum(normalise_prompt(items.prompts[k]) in known for k in test),
-        validation_leaked=sum(normalise_prompt(items.prompts[k]) in trained for k in validation),
+        left_out=len(prompts) - len(train) - len(validation) - len(test),
+        leaked=sum(normalise_prompt(prompts[k]) in known for k in test),
+        validation_leaked=sum(normalise_prompt(prompts[k]) in trained for k in validation),
     )
 
 
@@ -100,53 +105,32 @@ def identities(source: FeatureSource, items: NDArray[np.int64]) -> list[tuple[st
     return [(source.items.names[item], source.items.prompts[item]) for item in items]
 
 
-def split_items(source: FeatureSource, part: str) -> NDArray[np.int64]:
-    """The items that the store's own split column calls `train`, `val` or `test`; `all` is every item.
+def _drawn(source: FeatureSource, config: TrainConfig) -> tuple[Items, Items, Items]:
+    """Train, val and test before anything is left out; val is empty unless the data set brings its own."""
+    if config.split == "published":
+        return published_items(source)
+    everything, seed = np.arange(len(source.items.names)), [config.split_seed, _TEST_STREAM]
+    if config.split == "folds":
+        test = fold_items(source, config.folds, config.fold, seed)
+    elif config.split == "generator":
+        test = generator_items(source, config.held_out)
+    else:
+        remedy = "Use the split 'published', or a store of more prompts."
+        test = hold_out(source.items.prompts, everything, config.test_share, seed, remedy=remedy)
+    return np.setdiff1d(everything, test), everything[:0], test
 
-    Raises DataError when there are none, with the splits that the store has.
+
+def _first(count: int, train: Items, validation: Items, split_seed: int) -> tuple[Items, Items]:
+    """The items of both parts that are among the first `count` of one random order of them all.
+
+    Raises DataError for fewer items.
     """
-    if part == "all":
-        return np.arange(len(source.items.names))
-    chosen = np.flatnonzero(np.array([name == part for name in source.items.splits], dtype=bool))
-    if not len(chosen):
+    pool = np.union1d(train, validation)
+    if count > len(pool):
         message = (
-            f"{source.id}: no item is in the split {part!r}. The split column holds: "
-            f"{_counts(source.items.splits)}. Join one with `agiqa store labels`, or evaluate `all`."
+            f"{count} training items are asked for, and {len(pool)} are not in the test part. Lower `training_items`, "
+            f"or leave it out to use them all."
         )
         raise DataError(message)
-    return chosen
-
-
-def _published(source: FeatureSource) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Train, val and test of the split column; val may be empty."""
-    splits = source.items.splits
-    if not {"train", "test"} <= set(splits):
-        message = (
-            f"{source.id}: the split 'published' needs items marked train and test, and the split column holds: "
-            f"{_counts(splits)}. Use the split 'grouped', or join a split column with `agiqa store labels`."
-        )
-        raise DataError(message)
-    validation = split_items(source, "val") if "val" in splits else np.arange(0)
-    return split_items(source, "train"), validation, split_items(source, "test")
-
-
-def _hold_out(
-    items: ItemColumns, pool: NDArray[np.int64], share: float, seed: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split `pool` into (kept, held): whole prompts in random order, as near to `share` as they allow."""
-    groups = prompt_groups([items.prompts[k] for k in pool])
-    sizes = np.bincount(groups) if len(groups) else np.zeros(0, dtype=np.int64)
-    if len(sizes) < 2:
-        message = f"A split by prompt needs two different prompts or more, and {len(pool)} items have {len(sizes)}."
-        raise DataError(message)
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    reached = np.cumsum(sizes[order])[:-1]
-    taken = int(np.argmin(np.abs(reached - share * len(pool)))) + 1
-    held = np.isin(groups, order[:taken])
-    return pool[~held], pool[held]
-
-
-def _counts(splits: Sequence[str | None]) -> str:
-    """What a split column holds, for messages."""
-    counted = Counter("no value" if name is None else name for name in splits)
-    return ", ".join(f"{name} ({count})" for name, count in sorted(counted.items())) or "no items"
+    chosen = pool[np.random.default_rng([split_seed, _TRAINING_STREAM]).permutation(len(pool))[:count]]
+    return np.intersect1d(train, chosen), np.intersect1d(validation, chosen)

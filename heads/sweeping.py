@@ -16,10 +16,9 @@ from agiqa.heads.head_jobs import Attempt, HeadJob, JobOutcome, attempt, is_ther
 from agiqa.heads.job_workers import run_jobs
 from agiqa.heads.memory import available_memory
 from agiqa.heads.sharing import SharedFeatures, all_items, share_features
-from agiqa.heads.splits import Partition, make_partition
+from agiqa.heads.splits import PARTITION_SETTINGS, Partition, make_partition
 
 _ALIKE = ("device", "keep", "memory")
-_SPLITTING = ("split", "test_share", "validation", "split_seed")
 _WORKERS_PER_GPU = 3
 _GPU_BYTES_PER_WORKER = 16 << 30
 """What the largest heads of this project take at batch 32, features aside."""
@@ -70,7 +69,7 @@ class Partitions:
 
     def of(self, config: TrainConfig) -> Partition:
         """As `make_partition`, which raises DataError."""
-        name = tuple(getattr(config, setting) for setting in _SPLITTING)
+        name = tuple(getattr(config, setting) for setting in PARTITION_SETTINGS)
         if name not in self._known:
             self._known[name] = make_partition(self._source, config)
         return self._known[name]

@@ -16,6 +16,7 @@ class MemoryItems:
     names: list[str]
     prompts: list[str]
     splits: list[str | None]
+    generators: list[str | None]
     labels: dict[str, NDArray[np.float64]]
 
 
@@ -118,6 +119,7 @@ def make_store() -> StoreMaker:
             names=[f"{k:04d}.png" for k in range(n)],
             prompts=[f"Prompt  {k % (prompts or n)}" for k in range(n)],
             splits=[("test" if k % 5 == 0 else "train") if published else None for k in range(n)],
+            generators=[None] * n,
             labels={"quality": np.array([ordered_mos(rows) for rows in features])},
         )
         weights = random.normal(size=(vocabulary, width)).astype(np.float32)

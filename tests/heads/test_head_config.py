@@ -35,7 +35,7 @@ def test_empty_sections_and_no_file_are_the_defaults(tmp_path: Path):
         ("- 1\n", "expected keys and values, found list"),
         ("head: {\n", "cannot be read as YAML"),
         ("train:\n  lr: -1\n", "lr: Input should be greater than 0"),
-        ("train:\n  split: random\n", "split: Input should be 'published' or 'grouped'"),
+        ("train:\n  split: random\n", "split: Input should be 'published', 'grouped', 'folds' or 'generator'"),
     ],
 )
 def test_faults_of_a_file_are_named(tmp_path: Path, text: str, said: str):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from agiqa.errors import DataError
 from agiqa.heads.config import TrainConfig
+from agiqa.heads.holding_out import split_items
 from agiqa.heads.prompts import normalise_prompt, prompt_groups
-from agiqa.heads.splits import make_partition, split_items
+from agiqa.heads.splits import make_partition
 
 
 def with_splits(store, splits):
