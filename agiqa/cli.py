@@ -13,7 +13,19 @@ from agiqa.version import agiqa_version
 
 _AGAIN_SECONDS = 0.02
 
-COMMANDS = ("demo", "describe", "extract", "store", "train", "ablate", "report", "evaluate", "words", "predict", "score")
+COMMANDS = (
+    "demo",
+    "describe",
+    "extract",
+    "store",
+    "train",
+    "ablate",
+    "report",
+    "evaluate",
+    "words",
+    "predict",
+    "score",
+)
 
 
 class LazyGroup(click.Group):

@@ -43,11 +43,11 @@ def command(
         "page": str(report.page),
         "tables": [str(path) for path in report.tables],
         "pictures": [str(path) for path in report.pictures],
-        "missing": [{"what": one.what, "command": one.command} for one in report.missing],
+        "missing": [{"what": one.what, "command": one.command, "how": one.how} for one in report.missing],
         "problems": list(report.problems),
     }
     lines = [f"{report.page}  ({report.page.stat().st_size / 1e6:.1f} MB)"]
     lines += [f"{len(report.tables) // 2} tables, {len(report.pictures) // 2} pictures beside it"]
-    lines += [f"not in it: {one.what} ({one.command})" for one in report.missing]
+    lines += [f"not in it: {one.line()}" for one in report.missing]
     lines += [f"left out: {problem}" for problem in report.problems]
     print_result(result, "\n".join(lines), as_json=as_json)

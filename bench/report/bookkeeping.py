@@ -1,7 +1,7 @@
 """Where numbers come from: stores, versions and devices, runs that failed, and the bias of the paper's own choice."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 from agiqa.bench.report.naming import METRIC_NAMES, plural, protocol_name, row_titles, slug
@@ -127,8 +127,10 @@ def bias_table(results: Results, *, several: bool) -> Table | None:
             cells += [Cell(value=best - bias), Cell(value=best), Cell(value=bias)]
         body.append([*cells, Cell(value=len(found))])
     note = (
-        "Best epoch on test: the epoch is picked by the test score, as in the published code. Honest: picked by validation items. "
-        "Bias is what that choice alone adds. Means over runs, fold by fold, which is not what the other tables average."
+        "Best epoch on test: the epoch is picked by the test score, as in the published code. Honest: picked by "
+        "validation items. "
+        "Bias is what that choice alone adds. Means over runs, fold by fold, which is not what the other tables "
+        "average."
     )
     title = f"{results.name + ': ' if several else ''}best epoch on test beside the honest number"
     return Table(
@@ -146,11 +148,15 @@ def _biases(results: Results, row: Row) -> list[dict[str, dict[str, float]]]:
         told = told.get(row.label) if isinstance(told, dict) and len(line.labels) > 1 else told
         if not isinstance(told, dict) or not isinstance(told.get("bias"), dict):
             continue
-        best = {metric: told.get(metric) for metric in METRICS}
-        bias = {metric: told["bias"].get(metric) for metric in METRICS}
-        if all(isinstance(value, int | float) for value in (*best.values(), *bias.values())):
-            found.append({"best": best, "bias": bias})
+        values = {"best": _numbers(told), "bias": _numbers(told["bias"])}
+        if all(len(numbers) == len(METRICS) for numbers in values.values()):
+            found.append(values)
     return found
+
+
+def _numbers(told: Mapping[str, object]) -> dict[str, float]:
+    """The metrics that are numbers."""
+    return {metric: float(value) for metric in METRICS if isinstance(value := told.get(metric), int | float)}
 
 
 def _counted(values: Iterable[object]) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ _VARIABLES = {
     PAPER: "--card",
     **{colour.lower(): f"--s{k}" for k, colour in enumerate(PALETTE)},
 }
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": NORMAL,
@@ -97,7 +98,9 @@ def draw(
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png")
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Title": safe(title)})
-    return Picture(name=name, title=title, alt=alt, caption=caption, svg=svg.getvalue(), png=png.getvalue(), is_wide=is_wide)
+    return Picture(
+        name=name, title=title, alt=alt, caption=caption, svg=svg.getvalue(), png=png.getvalue(), is_wide=is_wide
+    )
 
 
 def tidy(axes: Axes, *, grid: str = "both") -> None:

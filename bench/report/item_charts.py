@@ -51,10 +51,10 @@ def scatter_chart(found: Predictions, title: str, *, prefix: str) -> Picture | N
                 )
         upper.set(xlim=limits, ylim=limits)
         upper.set_ylabel("predicted MOS")
-        lower.set_ylabel("predicted − true")
+        lower.set_ylabel("predicted \N{MINUS SIGN} true")
         lower.set_xlabel("true MOS")
         for axes in (upper, lower):
-            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
             tidy(axes)
         text = safe("\n".join([f"n = {len(found.true):,}", *scores]))
         upper.text(
@@ -63,8 +63,10 @@ def scatter_chart(found: Predictions, title: str, *, prefix: str) -> Picture | N
         figure.legend(loc="outside upper right", ncols=2, fontsize=SMALL)
 
     caption = (
-        f"{title}: {plural(len(found.true), 'test item')}; predicted is the mean over {plural(found.runs, 'run')}. SRCC and PLCC are "
-        "those of the table (means over seeds). Below: what the head is off by; a falling line is regression to the mean."
+        f"{title}: {plural(len(found.true), 'test item')}; predicted is the mean over "
+        f"{plural(found.runs, 'run')}. SRCC and PLCC are "
+        "those of the table (means over seeds). Below: what the head is off by; a falling line is regression to "
+        "the mean."
     )
     missing = f" Predictions of {plural(len(found.missing), 'run')} are missing." if found.missing else ""
     return draw(
@@ -91,6 +93,7 @@ def _told(found: Predictions, title: str, scores: list[str]) -> str:
     )
     told = ", ".join(scores) or "no correlation"
     return (
-        f"Scatter of predicted against true MOS of {plural(len(found.true), 'item')} by {title} ({told}), with the identity and a "
+        f"Scatter of predicted against true MOS of {plural(len(found.true), 'item')} by {title} ({told}), with "
+        "the identity and a "
         f"polynomial of degree {FIT_DEGREE}; below it the residuals, on average {ends} of the images."
     )

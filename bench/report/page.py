@@ -16,7 +16,7 @@ _HIGHEST = 5.0
 
 
 def render(title: str, content: Content) -> str:
-    """The page. All text of the results is escaped; what is not are the style and script beside this module, and SVG."""
+    """The page. All text of the results is escaped; the style and script beside this module, and SVG, are not."""
     files = {
         name: (resources.files("agiqa.bench.report") / name).read_text(encoding="utf-8")
         for name in (_TEMPLATE, _STYLE, _SCRIPT)
@@ -29,9 +29,16 @@ def render(title: str, content: Content) -> str:
         js=Markup(files[_SCRIPT]),
         version=agiqa_version(),
         csv_uri=_csv_uri,
+        code=_code,
         signed=lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}"),
         place=lambda value: 100.0 * min(1.0, max(0.0, value / _HIGHEST)),
     )
+
+
+def _code(text: str) -> Markup:
+    """The text, with what stands between backticks as code."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(part) if k % 2 else part for k, part in enumerate(parts))
 
 
 def _csv_uri(table: Table) -> str:

@@ -113,9 +113,13 @@ def comparable(stores: Sequence[AboutStore]) -> str:
         {store.model_name or "a model that is not recorded" for store in stores if not paper().is_its_model(store)}
     )
     if not others:
-        return "The features are of the model that the paper used; its splits, seeds and choice of the epoch still differ from ours."
+        return (
+            "The features are of the model that the paper used; its splits, seeds and choice of the epoch still "
+            "differ from ours."
+        )
     return (
-        f"Not comparable: our features are of {' and '.join(others)}, the paper's of MiniCPM-Llama3-V-2.5 fine-tuned on the "
+        f"Not comparable: our features are of {' and '.join(others)}, the paper's of MiniCPM-Llama3-V-2.5 "
+        "fine-tuned on the "
         "data set, which saw the images. The paper's numbers stand here for orientation only."
     )
 
@@ -128,25 +132,28 @@ def _table(results: Results, data: str, label: str, rows: Sequence[Row], *, seve
     titles = row_titles(rows)
     protocols = [protocol for protocol in PROTOCOLS if any(row.protocol == protocol for row in rows)]
     columns = [
-        Column(key="table", title="Table", kind="text"),
         Column(key="paper_row", title="In the paper", kind="text"),
+        Column(key="table", title="Table", kind="text"),
     ]
     columns += [
         Column(key=f"paper_{metric}", title=f"Paper {METRIC_NAMES[metric]}", kind="paper") for metric in METRICS
     ]
-    columns += [Column(key="row", title="Row here", kind="text")]
+    columns += [Column(key="row", title="Here", kind="text")]
     for protocol in protocols:
         for metric in METRICS:
-            columns += [
-                Column(key=f"{metric}_{protocol}", title=f"Ours {METRIC_NAMES[metric]}, {protocol}", interval=True)
-            ]
-    body = [_line(fact, matches[k], protocols, titles) for k, fact in enumerate(facts)]
+            columns += [Column(key=f"{metric}_{protocol}", title=f"{METRIC_NAMES[metric]} {protocol}", interval=True)]
+    body = [_line(fact, matches[k], protocols, titles) for k, fact in enumerate(facts) if matches[k]]
+    others = [f"{fact.name} ({fact.table})" for k, fact in enumerate(facts) if not matches[k]]
     stores = [results.store(row.store_name) for row in rows]
     notes = [
         comparable(stores),
-        "Rows are matched by encoder, pooling and what the projection reads, not by depth, direction or training. The published "
-        "code pools the first and last token in its bidirectional LSTM (4 layers) and GRU (2), which the paper does not say.",
-        "The paper picks the epoch by its test score, on splits whose prompts all occur in training, and gives one seed.",
+        "Rows are matched by encoder, pooling and what the projection reads, not by depth, direction or "
+        "training. The published "
+        "code pools the first and last token in its bidirectional LSTM (4 layers) and GRU (2), which the paper "
+        "does not say.",
+        "The paper picks the epoch by its test score, on splits whose prompts all occur in training, and gives "
+        "one seed.",
+        *([f"Without a counterpart here: {', '.join(others)}."] if others else []),
     ]
     title = f"{results.name + ': ' if several else ''}{data}, {label}"
     return Table(
@@ -160,18 +167,18 @@ def _table(results: Results, data: str, label: str, rows: Sequence[Row], *, seve
 
 def _line(fact: PaperRow, matches: Sequence[Row], protocols: Sequence[str], titles: dict[str, str]) -> list[Cell]:
     """A row of the paper, and the row of ours with the best validation SRCC among those that mean the same."""
-    best = max(matches, key=Row.chosen_by, default=None)
-    same = [row for row in matches if best and (row.row, row.store_name) == (best.row, best.store_name)]
+    best = max(matches, key=Row.chosen_by)
+    same = [row for row in matches if (row.row, row.store_name) == (best.row, best.store_name)]
     by_protocol = {row.protocol: row for row in same}
     ours = [
         score_cell(by_protocol[protocol], metric) if protocol in by_protocol else Cell(value=None)
         for protocol in protocols
         for metric in METRICS
     ]
-    title = None if best is None else " @ ".join(part for part in (titles[best.row], best.store_name) if part)
+    title = " @ ".join(part for part in (titles[best.row], best.store_name) if part)
     return [
-        Cell(value=fact.table),
         Cell(value=fact.name),
+        Cell(value=fact.table),
         Cell(value=fact.srcc),
         Cell(value=fact.plcc),
         Cell(value=title),

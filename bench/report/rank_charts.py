@@ -90,7 +90,7 @@ def rank_chart(results: Results, label: str, protocol: str, *, several: bool) ->
     def paint(figure: Figure) -> None:
         panels = figure.subplots(bool(shown) + bool(spectra), 1, sharex=True, squeeze=False)[:, 0]
         if spectra:
-            _energies(panels[0], spectra, {rank for rows in points.values() for rank, _ in rows})
+            _energies(panels[0], spectra, _ranks(results))
         if shown:
             for (name, rows), (colour, marker) in zip(shown.items(), styles(list(shown)).values(), strict=True):
                 _scores(panels[-1], rows, colour, marker, safe(shortened(titles[name])))
@@ -104,12 +104,15 @@ def rank_chart(results: Results, label: str, protocol: str, *, several: bool) ->
         if shown:
             figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL)
 
+    parts = ["share of the logits' energy that a rank keeps, ranks in use marked"] if spectra else []
+    parts += ["test SRCC with 95% intervals"] if shown else []
+    told = f"Above: {parts[0]}. Below: {parts[1]}." if len(parts) == 2 else f"{parts[0].capitalize()}."
     more = f" {len(points) - len(shown)} further rows are in the table only." if len(points) > len(shown) else ""
     return draw(
         slug(results.name if several else "", "rank", label, protocol),
         f"Energy and SRCC against rank: {label}, {protocol_name(protocol)}",
         alt=_told(results, points, titles),
-        caption=f"Above: share of the logits' energy that a rank keeps. Below: test SRCC with 95% intervals.{more}",
+        caption=told + more,
         height=2.0 * (bool(shown) + bool(spectra)) + 0.6 + 0.1 * len(shown),
         paint=paint,
     )
@@ -123,6 +126,11 @@ def _spectra(results: Results) -> dict[str, np.ndarray]:
         if len(energy) and (energy >= 0).all() and energy.sum() > 0:
             found.setdefault(" ".join((store.data_name, store.model_name)).strip() or name, energy)
     return found
+
+
+def _ranks(results: Results) -> set[int]:
+    """The ranks behind the rows."""
+    return {rank for row in results.rows for rank in [rank_of(results, row)] if rank is not None}
 
 
 def _apart_from_rank(row: Row) -> str:

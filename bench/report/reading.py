@@ -49,6 +49,7 @@ class Against(_Record):
     ci: dict[str, Pair | None] = Field(default_factory=dict)
     p: dict[str, float | None] = Field(default_factory=dict)
     p_holm: dict[str, float | None] = Field(default_factory=dict)
+    resamples: int = 1000
 
 
 class Row(_Record):

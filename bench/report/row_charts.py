@@ -23,12 +23,14 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
     """Dots and whiskers: the test SRCC of each row of `stores`, a colour for each protocol; None without numbers."""
     by_protocol: dict[str, Keyed] = {}
     for one, protocol in results.groups():
-        rows = [
-            row for row in results.of(label, protocol) if row.store_name in stores and row.value("srcc") is not None
-        ]
-        if one == label and rows:
-            by_protocol[protocol] = {(row.row, row.store_name): row for row in rows}
-    rows = {key: row for found in by_protocol.values() for key, row in found.items()}
+        keyed = {
+            (row.row, row.store_name): row
+            for row in results.of(label, protocol)
+            if row.store_name in stores and row.value("srcc") is not None
+        }
+        if one == label and keyed:
+            by_protocol[protocol] = keyed
+    rows = {key: row for keyed in by_protocol.values() for key, row in keyed.items()}
     if not rows:
         return None
     order = sorted(rows, key=lambda key: rows[key].kind == "baseline")
@@ -58,8 +60,11 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
         slug(results.name if several else "", "intervals", label, *(stores if len(stores) == 1 else ())),
         f"Test SRCC of every row: {where}",
         alt=_told_intervals(by_protocol, titles),
-        caption="Dots: means over seeds. Whiskers: 95% intervals over prompts. Hollow, below the dotted line: baselines.",
+        caption=(
+            "Dots: means over seeds. Whiskers: 95% intervals over prompts. Hollow, below the dotted line: baselines."
+        ),
         height=0.75 + len(order) * (_ROW_INCHES + _DOT_INCHES * len(by_protocol)),
+        is_wide=True,
         paint=paint,
     )
 
@@ -88,13 +93,16 @@ def curves_chart(results: Results, label: str, protocol: str, *, several: bool) 
         tidy(axes)
         figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL)
 
-    first, last = (f"{list(curves.values())[0][1][at]:.3f}" for at in (0, -1))
+    first, last = (f"{next(iter(curves.values()))[1][at]:.3f}" for at in (0, -1))
     best = titles[next(iter(curves.values()))[0].row]
     more = f" {len(heads) - len(curves)} further heads are left out." if len(heads) > len(curves) else ""
     return draw(
         slug(results.name if several else "", "curves", label, protocol),
         f"Validation SRCC by epoch: {label}, {protocol_name(protocol)}",
-        alt=f"Lines of the validation SRCC by epoch for {plural(len(curves), 'head')}; {best} goes from {first} to {last}.",
+        alt=(
+            f"Lines of the validation SRCC by epoch for {plural(len(curves), 'head')}; {best} goes from {first} "
+            f"to {last}."
+        ),
         caption=f"Means over the runs of a row, as far as all of them went; the best by validation first.{more}",
         height=3.0 + 0.12 * len(curves),
         paint=paint,

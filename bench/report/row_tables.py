@@ -1,6 +1,6 @@
 """Tables of an ablation: rows with their intervals and paired differences, and how optimistic published splits are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from agiqa.bench.report.naming import METRIC_NAMES, group_title, plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import CONFIDENT, METRICS, Results, Row
@@ -22,7 +22,7 @@ def optimism_tables(results: Results, *, several: bool) -> list[Table]:
 
 
 def leak(results: Results, protocol: str) -> tuple[int, int] | None:
-    """Test items whose prompt also occurs in training, and all test items, of the run with the most; None if unknown."""
+    """Test items with a prompt of training, and all test items, of the run with the most; None if unknown."""
     found = [line.split for line in results.done if line.protocol == protocol and line.split]
     counts = [
         (int(split["leak"]["test_items_with_a_training_prompt"]), int(split["test"]))
@@ -43,26 +43,28 @@ def leak_note(results: Results, protocol: str) -> str | None:
     if not leaked:
         return "No prompt of a test image occurs in training."
     return (
-        f"This protocol leaks prompts: {leaked:,} of {tested:,} test images have a prompt that also occurs in training. "
+        f"This protocol leaks prompts: {leaked:,} of {tested:,} test images have a prompt that also occurs in "
+        "training. "
         "Its numbers tell of new images for known prompts."
     )
 
 
-def beaten(rows: Sequence[Row], reference: Row | None, metric: str) -> set[int]:
-    """Which rows are set in bold, by position: see BOLD. Nothing where nothing was compared."""
-    tested = {k: row.p(metric) for k, row in enumerate(rows) if row.against is not None and row.p(metric) is not None}
+def bold_rows(rows: Sequence[Row], reference: Row | None, metric: str) -> set[int]:
+    """Which rows are set in bold, by position: see BOLD. None where nothing was compared."""
+    tested = {k: p for k, row in enumerate(rows) if (p := row.p(metric)) is not None}
     if reference is None or not tested:
         return set()
-    apart = {k for k, p in tested.items() if p is not None and p < CONFIDENT}
+    apart = {k for k, p in tested.items() if p < CONFIDENT}
     better = {k for k in apart if (_difference(rows[k], metric) or 0.0) > 0}
     alike = {k for k, row in enumerate(rows) if row is reference} | (tested.keys() - apart)
-    chosen = better or alike
-    return chosen if len(chosen) < len(rows) else set()
+    return (better or alike) if apart else set()
 
 
 BOLD = (
-    f"Bold: the reference row and the rows that the paired test cannot tell from it (corrected p of {CONFIDENT} or more); "
-    "where any row is better than the reference by that test, only those. No bold where that would be every row."
+    f"Bold: the reference row and the rows that the paired test cannot tell from it (corrected p of {CONFIDENT} "
+    "or more); "
+    "where any row is better than the reference by that test, only those. Nothing is bold where the test tells "
+    "no row apart."
 )
 
 
@@ -101,7 +103,7 @@ def _main_table(results: Results, label: str, protocol: str, *, several: bool) -
         title=group_title(results, label, protocol, several=several),
         columns=columns,
         rows=body,
-        notes=_notes(results, label, protocol, references.values(), any(bold.values())),
+        notes=[*_notes(results, label, protocol), *([BOLD] if any(bold.values()) else [])],
     )
 
 
@@ -130,28 +132,44 @@ def _bold(rows: Sequence[Row], references: dict[str, Row | None], metric: str) -
     found: set[int] = set()
     for store, reference in references.items():
         places = [k for k, row in enumerate(rows) if row.store_name == store]
-        found |= {places[k] for k in beaten([rows[k] for k in places], reference, metric)}
+        found |= {places[k] for k in bold_rows([rows[k] for k in places], reference, metric)}
     return found
 
 
-def _notes(
-    results: Results, label: str, protocol: str, references: Sequence[Row | None] | object, bold: bool
-) -> list[str]:
+def _notes(results: Results, label: str, protocol: str) -> list[str]:
     rows = results.of(label, protocol)
     heads = [row for row in rows if row.kind == "head"]
-    counts = sorted({row.test.n for row in rows if row.test is not None})
-    seeds = sorted({row.seeds for row in heads})
-    notes = [leak_note(results, protocol)]
-    notes += [f"{' to '.join(f'{n:,}' for n in dict.fromkeys((counts[0], counts[-1])))} test images."] if counts else []
-    notes += (
-        [f"Heads: means over {' to '.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds."] if seeds else []
-    )
-    notes += [BOLD] if bold else []
     failed = sum(row.failed for row in rows)
-    notes += (
-        [f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} not in these means."] if failed else []
-    )
-    return [note for note in notes if note]
+    parts = [
+        f"{_range(row.test.n for row in rows if row.test is not None)} test images.",
+        f"Heads are means over {_range(row.seeds for row in heads)} seeds." if heads else "",
+        f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} not in these means." if failed else "",
+        "Small figures: 95% intervals; sd: over seeds; Δ: minus the reference row.",
+    ]
+    found = [leak_note(results, protocol), " ".join(part for part in parts if part), _smallest_p(rows)]
+    return [note for note in found if note]
+
+
+def _range(numbers: Iterable[int]) -> str:
+    """`5`, or `3 to 5`."""
+    found = sorted(set(numbers))
+    return " to ".join(f"{number:,}" for number in dict.fromkeys((found[0], found[-1])))
+
+
+def _smallest_p(rows: Sequence[Row]) -> str | None:
+    """A warning where so few resamples were drawn that the correction lets no difference count."""
+    tested = [(row.store_name, row.against.resamples) for row in rows if row.against and row.p("srcc") is not None]
+    for store in dict.fromkeys(store for store, _ in tested):
+        drawn = [resamples for one, resamples in tested if one == store]
+        smallest = 2.0 * len(drawn) / (min(drawn) + 1)
+        if smallest >= CONFIDENT:
+            return (
+                f"With {min(drawn):,} resamples and {len(drawn)} comparisons no corrected p can be below "
+                f"{min(1.0, smallest):.3f}: this table cannot tell any row from the reference, however different. "
+                "It takes "
+                "more resamples."
+            )
+    return None
 
 
 def _optimism_table(results: Results, label: str, *, several: bool) -> Table:
@@ -187,7 +205,8 @@ def _optimism_table(results: Results, label: str, *, several: bool) -> Table:
         f" {counts[0]:,} of {counts[1]:,} test images there have a prompt that occurs in training." if counts else ""
     )
     note = (
-        f"Optimism is the {protocol_name('published')} minus the {protocol_name('grouped')} protocol.{leaked} The two test on "
+        f"Optimism is the {protocol_name('published')} minus the {protocol_name('grouped')} protocol.{leaked} The "
+        "two test on "
         "different images, so a small difference of either sign is no more than chance."
     )
     title = f"{results.name + ': ' if several else ''}{label}, published beside grouped"

@@ -1,5 +1,6 @@
 """What a report says, in the order of its sections, and what it has no data for."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from agiqa.bench.report.bookkeeping import bias_table, failures_table, left_out_
 from agiqa.bench.report.examples import Examples, examples_of
 from agiqa.bench.report.figures import Picture
 from agiqa.bench.report.item_charts import scatter_chart
+from agiqa.bench.report.missing import KEYS, Missing, missing
 from agiqa.bench.report.naming import listed, plural, protocol_name, row_titles
 from agiqa.bench.report.paper import paper_tables
 from agiqa.bench.report.predictions import Predictions, predictions_of
@@ -33,14 +35,6 @@ class Section:
     title: str
     words: Sequence[str] = ()
     blocks: Sequence[Block] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Missing:
-    """What there is no data for, and what makes it."""
-
-    what: str
-    command: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +77,6 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
         Section(name="failed", title="Failed and left out", blocks=_failed_blocks(everything, several=several)),
     ]
     found = [section for section in sections if section.blocks]
-    present = {section.name for section in found}
     about = [
         Section(name="method", title="How the numbers are made", words=METHOD),
         Section(name="provenance", title="Provenance", blocks=_provenance_blocks(everything, several=several)),
@@ -94,7 +87,7 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
         findings=[sentence for one in ablations for sentence in findings(one)],
         notes=[*notes, *limits(everything)],
         sections=[*found, *about],
-        missing=_missing(present, found, ablations, images),
+        missing=missing(_present(found, ablations, images)),
         problems=[*problems, *unread],
     )
 
@@ -193,67 +186,34 @@ def _some(blocks: Iterable[Block | None]) -> list[Block]:
 
 
 def _facts(everything: Sequence[Results]) -> dict[str, str]:
-    stores = [store for one in everything for store in one.about.stores.values()]
+    stores = [(name, store) for one in everything for name, store in one.about.stores.items()]
     lines = [line for one in everything for line in one.lines]
     failed = sum(line.error is not None for line in lines)
     rows = [row for one in everything for row in one.rows]
+    kinds = Counter(row.kind for row in rows)
     facts = {
-        "Data": listed(sorted({store.data_name for store in stores if store.data_name})),
-        "Features of": listed(sorted({store.model_name for store in stores if store.model_name})),
+        "Data": listed(sorted({store.data_name or name for name, store in stores if store.data_name or name})),
+        "Features of": listed(sorted({store.model_name for _, store in stores if store.model_name})),
         "Labels": listed(list(dict.fromkeys(row.label for row in rows))),
         "Protocols": listed(list(dict.fromkeys(protocol_name(row.protocol) for row in rows))),
         "Runs": f"{len(lines) - failed:,} done" + (f", {failed:,} failed" if failed else ""),
-        "Rows": f"{plural(sum(row.kind == 'head' for row in rows), 'head')}, {plural(sum(row.kind == 'baseline' for row in rows), 'baseline')}",
+        "Rows": listed([plural(count, kind) for kind, count in kinds.items()]),
     }
     return {name: value for name, value in facts.items() if value}
 
 
-def _missing(
-    present: set[str], found: Sequence[Section], ablations: Sequence[Results], images: Path | None
-) -> list[Missing]:
-    """What the report could show and has no data for."""
-    pictures = {block.name for section in found for block in section.blocks if isinstance(block, Picture)}
-    baselines = any(row.kind == "baseline" for one in ablations for row in one.rows)
-    grid = "agiqa ablate STORE OUT --config GRID.yaml"
-    wanted = [
-        (bool(ablations), "Heads and baselines", grid),
-        (baselines or not ablations, "Baselines", f"{grid} (written with every ablation)"),
-        ("transfer" in present, "Results across data sets, few-shot curve", "agiqa transfer SOURCE TARGET OUT"),
-        (
-            "optimism" in present,
-            "Optimism of the published split",
-            f"{grid}, with protocols: [published, {{grouped: {{folds: 5}}}}]",
-        ),
-        (
-            "paper" in present,
-            "The paper's numbers beside ours",
-            f"{grid} on a data set of the paper, with encoder: [xlstm, ...], pooling: [mean, ...]",
-        ),
-        (
-            any("radar" in name for name in pictures),
-            "Radar over the aspects",
-            f"{grid}, with label: quality+correspondence",
-        ),
-        (
-            any("scatter" in name for name in pictures),
-            "Scatter, best and worst items",
-            f"{grid} (its OUT/runs hold the predictions)",
-        ),
-        (
-            images is not None or "items" not in present,
-            "Images of the best and worst items",
-            "agiqa report OUT --images FOLDER",
-        ),
-        (
-            "ranks" in present,
-            "Energy and SRCC against rank",
-            "agiqa store sketch STORE SKETCH --rank R for some R, then agiqa ablate with --store NAME=SKETCH for each",
-        ),
-        (
-            "bias" in present,
-            "Best epoch on test beside the honest number",
-            f"{grid}, with paper_compatible: true in its base",
-        ),
-        ("curves" in present, "Training curves", f"{grid} (its OUT/runs hold the curves)"),
-    ]
-    return [Missing(what=what, command=command) for there, what, command in wanted if not there]
+def _present(found: Sequence[Section], ablations: Sequence[Results], images: Path | None) -> set[str]:
+    """The keys of `missing` that the sections have."""
+    present = {section.name for section in found}
+    blocks = {section.name: section.blocks for section in found}
+    pictures = [block.name for section in found for block in section.blocks if isinstance(block, Picture)]
+    present |= {kind for kind in ("radar", "scatter") if any(kind in name.split("-") for name in pictures)}
+    if not ablations:  # one command brings all of these
+        present |= KEYS - {"rows", "transfer"}
+    if any(row.kind == "baseline" for one in ablations for row in one.rows):
+        present.add("baselines")
+    if images is not None or "items" not in present:
+        present.add("images")
+    if any(isinstance(block, Table) for block in blocks.get("ranks", ())):
+        present.add("rank")
+    return present

@@ -9,7 +9,7 @@ from typing import Literal
 from agiqa.bench.tables import as_table
 
 Value = float | int | str | None
-NOTHING = "–"
+NOTHING = "\N{EN DASH}"
 _BREAKS = str.maketrans({"\n": " ", "\r": " ", "|": "\\|", "<": "&lt;", ">": "&gt;"})
 
 
@@ -46,7 +46,7 @@ class Column:
         if self.kind == "p":
             return "< 0.001" if value < 0.001 else f"{value:.3f}"
         text = format(round(value) if self.kind == "count" else value, formats.get(self.kind, "g"))
-        return _minus("0.000" if text in ("-0.000", "+0.000") else text)
+        return _minus(text)
 
     def around(self, cell: Cell) -> str | None:
         """The interval for people."""
@@ -69,6 +69,11 @@ class Table:
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
+    def heading(self) -> str:
+        """The title as a sentence begins."""
+        return self.title[:1].upper() + self.title[1:]
+
+    @property
     def has_head(self) -> bool:
         """Whether any column has a title."""
         return any(column.title for column in self.columns)
@@ -78,7 +83,7 @@ class Table:
         head = [_plain(column.title) for column in self.columns]
         body = [[_markdown(column, cell) for column, cell in self.cells(row)] for row in self.rows]
         notes = "".join(f"\n\n{_plain(note)}" for note in self.notes)
-        return f"### {_plain(self.title)}\n\n{as_table(head, body)}{notes}\n"
+        return f"### {_plain(self.heading)}\n\n{as_table(head, body)}{notes}\n"
 
     def csv(self) -> str:
         """Every value with all its digits; intervals in columns of their own, tags in the last."""
@@ -128,4 +133,4 @@ def _values(column: Column, cell: Cell) -> list[Value]:
 
 def _minus(text: str) -> str:
     """The text with a true minus sign, which is as wide as a plus."""
-    return text.replace("-", "\N{MINUS SIGN}")
+    return "0.000" if text in ("-0.000", "+0.000") else text.replace("-", "\N{MINUS SIGN}")

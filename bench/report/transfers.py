@@ -1,4 +1,4 @@
-"""Cross-dataset results in the layout of the paper's Table VI, and what a few labelled items of the target are worth."""
+"""Cross-dataset results in the layout of the paper's Table VI, and what a few labelled items are worth."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,13 +9,14 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from agiqa.bench.report.figures import MUTED, SMALL, Picture, draw, styles, tidy
 from agiqa.bench.report.naming import METRIC_NAMES, listed, protocol_name, slug
-from agiqa.bench.report.paper import comparable, paper
+from agiqa.bench.report.paper import PaperTransfer, comparable, paper
 from agiqa.bench.report.reading import METRICS, Results, Row
 from agiqa.bench.report.row_tables import score_cell
 from agiqa.bench.report.tables import Cell, Column, Table
 
-WHOLE = ("within", "apply", "tp")
+WHOLE = ("apply", "tp", "within")
 """Ways of a head that is trained on all items; the others are few-shot."""
+_IN_PAPER = ("apply", "tp")
 _WAYS = {"within": "on its own data set", "apply": "as it is", "tp": "w/ TP"}
 
 
@@ -62,29 +63,32 @@ def transfer_table(results: Results, label: str, protocol: str, *, several: bool
     if not found or not ways:
         return None
     papers = {(one.source, one.target): _paper(results, one, label) for one in found}
+    has_paper = any(papers.values())
     columns = [Column(key="from", title="From", kind="text"), Column(key="to", title="To", kind="text")]
     for way in ways:
-        for metric in METRICS:
-            columns.append(Column(key=f"{way}_{metric}", title=f"{METRIC_NAMES[metric]} {_WAYS[way]}", interval=True))
-    if any(papers.values()):
-        for way in ("apply", "tp"):
-            for metric in METRICS:
-                title = f"Paper {METRIC_NAMES[metric]} {_WAYS[way]}"
-                columns.append(Column(key=f"paper_{way}_{metric}", title=title, kind="paper"))
+        columns += [
+            Column(key=f"{way}_{name}", title=f"{METRIC_NAMES[name]} {_WAYS[way]}", interval=True) for name in METRICS
+        ]
+        if has_paper and way in _IN_PAPER:
+            columns += [
+                Column(key=f"paper_{way}_{name}", title=f"paper's {METRIC_NAMES[name]}", kind="paper")
+                for name in METRICS
+            ]
     body: list[list[Cell]] = []
     for one in found:
         cells = [Cell(value=one.source), Cell(value=one.target)]
         for way in ways:
-            row = one.way(way)
+            row, fact = one.way(way), papers[one.source, one.target]
             cells += [Cell(value=None) if row is None else score_cell(row, metric) for metric in METRICS]
-        if any(papers.values()):
-            cells += [Cell(value=value) for value in papers[one.source, one.target] or (None,) * 4]
+            if has_paper and way in _IN_PAPER:
+                cells += [Cell(value=value) for value in ((None, None) if fact is None else getattr(fact, way))]
         body.append(cells)
     notes = [
-        "“As it is”: trained on From, tested on the test part of To. “w/ TP”: the predictor retrained on the training part of To. "
+        "“As it is”: trained on From, tested on the test part of To. “w/ TP”: the predictor retrained on the "
+        "training part of To. "
         "“On its own data set”: trained and tested on From."
     ]
-    notes += [comparable(list(results.about.stores.values()))] if any(papers.values()) else []
+    notes += [comparable(list(results.about.stores.values()))] if has_paper else []
     title = f"{results.name + ': ' if several else ''}across data sets, {label}, {protocol_name(protocol)}"
     return Table(
         name=slug(results.name if several else "", "transfer", label, protocol),
@@ -127,7 +131,8 @@ def shots_table(results: Results, label: str, protocol: str, *, several: bool) -
         return None
     title = f"{results.name + ': ' if several else ''}few-shot, {label}, {protocol_name(protocol)}"
     notes = [
-        "“fresh” starts from random weights, “warm” from the head of From. Nothing is chosen on test items; the last epoch is kept."
+        "“fresh” starts from random weights, “warm” from the head of From. Nothing is chosen on test items; the "
+        "last epoch is kept."
     ]
     return Table(
         name=slug(results.name if several else "", "few-shot", label, protocol),
@@ -166,7 +171,10 @@ def shots_chart(results: Results, one: Direction, label: str, protocol: str, *, 
         slug(results.name if several else "", "few-shot", label, protocol, one.source, one.target),
         f"Few-shot: {one.source} to {one.target}, {label}",
         alt=_told(one),
-        caption=f"SRCC on {one.target} by its labelled items ({protocol_name(protocol)}), with 95% intervals; lines across: all items.",
+        caption=(
+            f"SRCC on {one.target} by its labelled items ({protocol_name(protocol)}), with 95% intervals; lines "
+            "across: all items."
+        ),
         height=3.3,
         paint=paint,
     )
@@ -182,13 +190,12 @@ def _items(row: Row) -> int | str:
     return count if isinstance(count, int) else str(count)
 
 
-def _paper(results: Results, one: Direction, label: str) -> tuple[float, ...] | None:
+def _paper(results: Results, one: Direction, label: str) -> PaperTransfer | None:
     names = [
         paper().data_set(results.store(name).data_name) or paper().data_set(name) for name in (one.source, one.target)
     ]
     wanted = (*names, paper().label(label))
-    fact = next((fact for fact in paper().transfers if (fact.source, fact.target, fact.label) == wanted), None)
-    return None if fact is None else (*fact.apply, *fact.tp)
+    return next((fact for fact in paper().transfers if (fact.source, fact.target, fact.label) == wanted), None)
 
 
 def _places(results: Results, shots: dict[str, list[tuple[int | str, Row]]]) -> dict[int | str, float]:

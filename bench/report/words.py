@@ -7,17 +7,23 @@ from agiqa.bench.report.reading import CONFIDENT, Results, Row
 from agiqa.bench.report.row_tables import leak
 
 METHOD = (
-    "A row is one head, trained once for every seed and, where the protocol has them, every fold or held-out generator. Each number "
+    "A row is one head, trained once for every seed and, where the protocol has them, every fold or held-out "
+    "generator. Each number "
     "is a metric over all test items of the protocol, averaged over seeds; sd is its standard deviation over seeds.",
-    "SRCC is Spearman's rank correlation of predicted and true MOS, PLCC is Pearson's, with no mapping fitted in between. A dash is a "
+    "SRCC is Spearman's rank correlation of predicted and true MOS, PLCC is Pearson's, with no mapping fitted in "
+    "between. A dash is a "
     "correlation that does not exist, because all predictions are equal, or a number that was not recorded.",
-    "Intervals are 95% percentiles of a bootstrap that draws whole prompts, since images of one prompt are not independent. All "
-    "seeds share the draws. An interval tells how much other prompts would have changed the number; sd tells how much other seeds would.",
-    "Δ is a row minus the reference row of its table, scored on the same draws (a paired bootstrap). Its p is two-sided: twice the "
-    "share of draws on the other side of zero, counted with one draw more. Holm's correction then covers all rows of the table, so "
+    "Intervals are 95% percentiles of a bootstrap that draws whole prompts, since images of one prompt are not "
+    "independent. All "
+    "seeds share the draws. An interval tells how much other prompts would have changed the number; sd tells how "
+    "much other seeds would.",
+    "Δ is a row minus the reference row of its table, scored on the same draws (a paired bootstrap). Its p is "
+    "two-sided: twice the "
+    "share of draws on the other side of zero, counted with one draw more. Holm's correction then covers all "
+    "rows of the table, so "
     "that one in twenty tables, not one in twenty rows, has a false difference.",
-    "The reference row has the best mean validation SRCC. Epochs, too, are chosen by validation items that share no prompt with "
-    "training. Test items take part in no choice, and the order of the rows is that of validation.",
+    "The reference row has the best mean validation SRCC. Epochs, too, are chosen by validation items. Test "
+    "items take part in no choice, and the order of the rows is that of validation.",
     "Baselines see the same training and test items as the heads of their table.",
 )
 
@@ -43,19 +49,25 @@ def limits(results: Sequence[Results]) -> list[str]:
         counts = leak(one, "published")
         if counts and counts[0]:
             found.append(
-                f"On the published split {counts[0]:,} of {counts[1]:,} test images have a prompt that occurs in training: those "
+                f"On the published split {counts[0]:,} of {counts[1]:,} test images have a prompt that occurs in "
+                "training: those "
                 "numbers say nothing of new prompts."
             )
         seeds = [row.seeds for row in one.rows if row.kind == "head"]
         if seeds and min(seeds) < 3:
-            found.append(f"{one.name} has rows of {plural(min(seeds), 'seed')}: too few to tell how much seeds matter.")
+            where = f" of {one.name}" if len(results) > 1 else ""
+            found.append(
+                f"Some rows{where} have {plural(min(seeds), 'seed')} only: too few to tell how much seeds matter."
+            )
     models = sorted({store.model_name for one in results for store in one.about.stores.values() if store.model_name})
     if models:
         found.append(
-            f"All numbers are of features of {listed(models)}; another model, or the same with other text, may order heads otherwise."
+            f"All numbers are of features of {listed(models)}; another model, or the same with other text, may "
+            "order heads otherwise."
         )
     found.append(
-        "Intervals and p-values are about the prompts of these data sets. They do not cover another data set or another split of it."
+        "Intervals and p-values are about the prompts of these data sets. They do not cover another data set or "
+        "another split of it."
     )
     return list(dict.fromkeys(found))
 
@@ -63,7 +75,10 @@ def limits(results: Sequence[Results]) -> list[str]:
 def _chosen(row: Row, titles: dict[str, str], label: str, protocol: str) -> str:
     name = " @ ".join(part for part in (titles[row.row], row.store_name) if part)
     where = f"{label.capitalize()}, {protocol_name(protocol)}"
-    return f"{where}: {name}, chosen by validation, has a test SRCC of {_number(row, 'srcc')} and a PLCC of {_number(row, 'plcc')}."
+    return (
+        f"{where}: {name}, chosen by validation, has a test SRCC of {_number(row, 'srcc')} and a PLCC of "
+        f"{_number(row, 'plcc')}."
+    )
 
 
 def _rivals(rows: Sequence[Row], chosen: Row) -> str | None:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from agiqa.bench.report.examples import Examples
 from agiqa.bench.report.figures import Picture
+from agiqa.bench.report.missing import Missing
 from agiqa.bench.report.page import render
 from agiqa.bench.report.reading import read_all
-from agiqa.bench.report.sections import Missing, compose
+from agiqa.bench.report.sections import compose
 from agiqa.bench.report.tables import Table
 from agiqa.errors import DataError
 from agiqa.store.files import write_text_atomically
