@@ -4,6 +4,7 @@ A line that is no result line is left out and told of; a folder without any resu
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,11 @@ class RunLine(_Record):
     warnings: list[str] = Field(default_factory=list)
 
     @property
+    def of_row(self) -> str:
+        """The name of its row, which is its own without the seed where none is told."""
+        return self.row or re.sub(r",seed=\d+$", "", self.name)
+
+    @property
     def labels(self) -> list[str]:
         """The labels of its head."""
         return str(self.config.get("label", "")).split("+")
@@ -144,7 +150,8 @@ class About(_Record):
 
     kind: Literal["ablation", "transfer"]
     stores: dict[str, AboutStore] = Field(default_factory=dict)
-    grid: Any = None
+    shared: Any = None
+    """Of a transfer: of each direction `A -> B`, how many test items of B have a prompt that A trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,7 @@ def _main_table(results: Results, label: str, protocol: str, *, several: bool) -
         for metric in METRICS:
             sd = None if row.test is None else row.test.sd.get(metric)
             cells += [score_cell(row, metric, strong=k in bold[metric]), Cell(value=sd)]
-        cells += [*(cell for metric in METRICS for cell in _against(row, metric)), *_training(row)]
+        cells += [*(cell for metric in METRICS for cell in difference_cells(row, metric)), *_training(row)]
         body.append(cells)
     return Table(
         name=slug(results.name if several else "", label, protocol),
@@ -112,7 +112,10 @@ def score_cell(row: Row, metric: str, *, strong: bool = False) -> Cell:
     return Cell(value=row.value(metric), interval=row.interval(metric), strong=strong)
 
 
-def _against(row: Row, metric: str) -> list[Cell]:
+def difference_cells(row: Row | None, metric: str) -> list[Cell]:
+    """The difference to the row that this one is compared with, and its corrected p-value."""
+    if row is None:
+        return [Cell(value=None), Cell(value=None)]
     interval = None if row.against is None else row.against.ci.get(metric)
     return [Cell(value=_difference(row, metric), interval=interval), Cell(value=row.p(metric))]
 

@@ -11,7 +11,7 @@ from agiqa.bench.report.figures import MUTED, SMALL, Picture, draw, styles, tidy
 from agiqa.bench.report.naming import METRIC_NAMES, listed, protocol_name, slug
 from agiqa.bench.report.paper import PaperTransfer, comparable, paper
 from agiqa.bench.report.reading import METRICS, Results, Row
-from agiqa.bench.report.row_tables import score_cell
+from agiqa.bench.report.row_tables import difference_cells, score_cell
 from agiqa.bench.report.tables import Cell, Column, Table
 
 WHOLE = ("apply", "tp", "within")
@@ -64,6 +64,7 @@ def transfer_table(results: Results, label: str, protocol: str, *, several: bool
         return None
     papers = {(one.source, one.target): _paper(results, one, label) for one in found}
     has_paper = any(papers.values())
+    compared = {way for way in ways for one in found if (row := one.way(way)) is not None and row.against is not None}
     columns = [Column(key="from", title="From", kind="text"), Column(key="to", title="To", kind="text")]
     for way in ways:
         columns += [
@@ -74,6 +75,7 @@ def transfer_table(results: Results, label: str, protocol: str, *, several: bool
                 Column(key=f"paper_{way}_{name}", title=f"paper's {METRIC_NAMES[name]}", kind="paper")
                 for name in METRICS
             ]
+        columns += _difference_columns(_WAYS["apply"]) if way in compared else []
     body: list[list[Cell]] = []
     for one in found:
         cells = [Cell(value=one.source), Cell(value=one.target)]
@@ -82,12 +84,14 @@ def transfer_table(results: Results, label: str, protocol: str, *, several: bool
             cells += [Cell(value=None) if row is None else score_cell(row, metric) for metric in METRICS]
             if has_paper and way in _IN_PAPER:
                 cells += [Cell(value=value) for value in ((None, None) if fact is None else getattr(fact, way))]
+            cells += difference_cells(row, "srcc") if way in compared else []
         body.append(cells)
     notes = [
         "“As it is”: trained on From, tested on the test part of To. “w/ TP”: the predictor retrained on the "
         "training part of To. "
         "“On its own data set”: trained and tested on From."
     ]
+    notes += _shared(results, found)
     notes += [comparable(list(results.about.stores.values()))] if has_paper else []
     title = f"{results.name + ': ' if several else ''}across data sets, {label}, {protocol_name(protocol)}"
     return Table(
@@ -101,45 +105,42 @@ def transfer_table(results: Results, label: str, protocol: str, *, several: bool
 
 def shots_table(results: Results, label: str, protocol: str, *, several: bool) -> Table | None:
     """SRCC and PLCC by the number of labelled items of the target."""
+    found = [
+        (one, way, count, row)
+        for one in directions(results, label, protocol)
+        for way, rows in one.shots().items()
+        for count, row in rows
+    ]
+    if not found:
+        return None
+    compared = any(row.against is not None for *_, row in found)
     columns = [
         Column(key="from", title="From", kind="text"),
         Column(key="to", title="To", kind="text"),
         Column(key="way", title="Start", kind="text"),
         Column(key="training_items", title="Items of To", kind="count"),
-        Column(key="srcc", title="SRCC", interval=True),
-        Column(key="srcc_sd", title="sd"),
-        Column(key="plcc", title="PLCC", interval=True),
-        Column(key="plcc_sd", title="sd"),
     ]
-    body = [
-        [
-            Cell(value=one.source),
-            Cell(value=one.target),
-            Cell(value=way),
-            Cell(value=count),
-            *(
-                cell
-                for metric in METRICS
-                for cell in (score_cell(row, metric), Cell(value=row.test.sd.get(metric) if row.test else None))
-            ),
+    for metric in METRICS:
+        columns += [
+            Column(key=metric, title=METRIC_NAMES[metric], interval=True),
+            Column(key=f"{metric}_sd", title="sd"),
         ]
-        for one in directions(results, label, protocol)
-        for way, rows in one.shots().items()
-        for count, row in rows
-    ]
-    if not body:
-        return None
-    title = f"{results.name + ': ' if several else ''}few-shot, {label}, {protocol_name(protocol)}"
-    notes = [
-        "“fresh” starts from random weights, “warm” from the head of From. Nothing is chosen on test items; the "
-        "last epoch is kept."
-    ]
+    columns += _difference_columns("fresh") if compared else []
+    body: list[list[Cell]] = []
+    for one, way, count, row in found:
+        cells = [Cell(value=one.source), Cell(value=one.target), Cell(value=way), Cell(value=count)]
+        for metric in METRICS:
+            cells += [score_cell(row, metric), Cell(value=row.test.sd.get(metric) if row.test else None)]
+        body.append(cells + (difference_cells(row, "srcc") if compared else []))
     return Table(
         name=slug(results.name if several else "", "few-shot", label, protocol),
-        title=title,
+        title=f"{results.name + ': ' if several else ''}few-shot, {label}, {protocol_name(protocol)}",
         columns=columns,
         rows=body,
-        notes=notes,
+        notes=[
+            "“fresh” starts from random weights, “warm” from the head of From. Nothing is chosen on test items; the "
+            "last epoch is kept."
+        ],
     )
 
 
@@ -180,6 +181,25 @@ def shots_chart(results: Results, one: Direction, label: str, protocol: str, *, 
     )
 
 
+def _shared(results: Results, found: Sequence[Direction]) -> list[str]:
+    """How many test items have a prompt of the other data set's training."""
+    told = results.about.shared if isinstance(results.about.shared, dict) else {}
+    parts: list[str] = []
+    for one in found:
+        counts = told.get(f"{one.source} -> {one.target}")
+        if isinstance(counts, dict) and {"test_items", "with_a_prompt_of_the_source"} <= counts.keys():
+            share = f"{counts['with_a_prompt_of_the_source']} of {counts['test_items']}"
+            parts.append(f"{share} test images of {one.target} have a prompt that {one.source} trains on")
+    return [f"{'; '.join(parts)}."] if parts else []
+
+
+def _difference_columns(reference: str) -> list[Column]:
+    return [
+        Column(key="srcc_difference", title=f"Δ SRCC to {reference}", kind="difference", interval=True),
+        Column(key="srcc_p_holm", title="p (Holm)", kind="p"),
+    ]
+
+
 def _ends(row: Row) -> tuple[str, str]:
     source = str(row.settings.get("from", row.store_name))
     return source, str(row.settings.get("to", source))
@@ -212,7 +232,7 @@ def _places(results: Results, shots: dict[str, list[tuple[int | str, Row]]]) -> 
 
 def _trained_on(results: Results, row: Row) -> int:
     splits = [
-        line.split for line in results.done if line.row == row.row and line.protocol == row.protocol and line.split
+        line.split for line in results.done if line.of_row == row.row and line.protocol == row.protocol and line.split
     ]
     return max((int(split.get("train") or 0) + int(split.get("validation") or 0) for split in splits), default=0)
 

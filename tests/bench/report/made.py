@@ -282,7 +282,11 @@ def compared(rows: Sequence[Row]) -> list[Line]:
         best = max(heads, key=lambda row: row.line["validation"]["srcc"][0], default=None)
         others = [row for row in group if best is not None and row is not best and row.line["test"]]
         for row in others:
-            row.line["against"] = {"row": best.line["row"], **row.scores.against(best.scores), "p_holm": {}}
+            row.line["against"] = {
+                "row": best.line["row"],
+                **row.scores.against(best.scores),
+                "p_holm": dict.fromkeys(METRICS),
+            }
         for metric in METRICS:
             known = [row.line["against"] for row in others if row.line["against"]["p"][metric] is not None]
             for told, p in zip(known, holm([told["p"][metric] for told in known]), strict=True):
