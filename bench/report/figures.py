@@ -63,6 +63,11 @@ class Picture:
     """Whether it stands alone in its line of the page."""
 
     @property
+    def heading(self) -> str:
+        """The title as a sentence begins."""
+        return self.title[:1].upper() + self.title[1:]
+
+    @property
     def inline(self) -> str:
         """The SVG element alone, with the page's colours, and names that occur in no other picture."""
         start = self.svg.index("<svg")
@@ -95,11 +100,19 @@ def draw(
         figure = Figure(figsize=(WIDTH, height), dpi=_DPI, layout=ConstrainedLayoutEngine(h_pad=0.06, w_pad=0.06))
         FigureCanvasAgg(figure)
         paint(figure)
+        figure.draw_without_rendering()  # one layout serves both files
+        figure.set_layout_engine("none")
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png")
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Title": safe(title)})
     return Picture(
-        name=name, title=title, alt=alt, caption=caption, svg=svg.getvalue(), png=png.getvalue(), is_wide=is_wide
+        name=name,
+        title=title,
+        alt=f"{title[:1].upper()}{title[1:]}. {alt}",
+        caption=caption,
+        svg=svg.getvalue(),
+        png=png.getvalue(),
+        is_wide=is_wide,
     )
 
 

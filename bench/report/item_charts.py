@@ -71,7 +71,7 @@ def scatter_chart(found: Predictions, title: str, *, prefix: str) -> Picture | N
     missing = f" Predictions of {plural(len(found.missing), 'run')} are missing." if found.missing else ""
     return draw(
         slug(prefix, "scatter", row.label, row.protocol, row.store_name),
-        f"Predicted against true MOS: {row.label}, {protocol_name(row.protocol)}",
+        f"{prefix + ': ' if prefix else ''}predicted against true MOS, {row.label}, {protocol_name(row.protocol)}",
         alt=_told(found, title, scores),
         caption=caption + missing,
         height=5.4,

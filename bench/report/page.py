@@ -30,9 +30,15 @@ def render(title: str, content: Content) -> str:
         version=agiqa_version(),
         csv_uri=_csv_uri,
         code=_code,
-        signed=lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}"),
+        signed=_signed,
         place=lambda value: 100.0 * min(1.0, max(0.0, value / _HIGHEST)),
     )
+
+
+def _signed(value: float) -> str:
+    """Two digits and a sign, but for what rounds to nothing."""
+    text = f"{value:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _code(text: str) -> Markup:

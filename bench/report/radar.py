@@ -48,7 +48,7 @@ def radar_chart(results: Results, protocol: str, store: str, *, several: bool) -
     )
     return draw(
         slug(results.name if several else "", "radar", protocol, store),
-        f"Aspects: {protocol_name(protocol)}",
+        f"{results.name + ': ' if several else ''}aspects, {protocol_name(protocol)}",
         alt=f"Radar over {len(spokes)} axes of {plural(len(heads), 'head')}. {titles[name]}: {told}.",
         caption=f"Test SRCC and PLCC of the {plural(len(heads), 'head')} with the best mean validation SRCC.{beside}",
         height=4.3,
@@ -92,7 +92,7 @@ def _dress(axes: PolarAxes, angles: np.ndarray, spokes: Spokes, lines: list[list
     axes.set_theta_offset(np.pi / 2)
     axes.set_theta_direction(-1)
     axes.set_xticks(angles, [safe(f"{label}\n{METRIC_NAMES[metric]}") for label, metric in spokes])
-    axes.tick_params(axis="x", pad=9)
+    axes.tick_params(axis="x", pad=12)
     axes.tick_params(axis="y", labelsize=SMALL - 0.5, labelcolor=MUTED)
     axes.set_rlabel_position(180.0 / len(spokes))
     axes.grid(visible=True, color=GRID, linewidth=0.8)

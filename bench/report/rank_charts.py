@@ -35,7 +35,7 @@ def rank_points(results: Results, label: str, protocol: str) -> Points:
         if rank is not None and row.value("srcc") is not None:
             found.setdefault(_apart_from_rank(row), []).append((rank, row))
     points = {name: sorted(rows, key=lambda one: one[0]) for name, rows in found.items()}
-    return {name: rows for name, rows in points.items() if len({rank for rank, _ in rows}) > 1}
+    return {name: rows for name, rows in points.items() if len({rank for rank, _ in rows}) > 1 and _depends(rows)}
 
 
 def energy_share(results: Results, rank: int) -> float | None:
@@ -104,18 +104,24 @@ def rank_chart(results: Results, label: str, protocol: str, *, several: bool) ->
         if shown:
             figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL)
 
+    panels = [*(["energy"] if spectra else []), *([f"SRCC ({label}, {protocol_name(protocol)})"] if shown else [])]
     parts = ["share of the logits' energy that a rank keeps, ranks in use marked"] if spectra else []
     parts += ["test SRCC with 95% intervals"] if shown else []
     told = f"Above: {parts[0]}. Below: {parts[1]}." if len(parts) == 2 else f"{parts[0].capitalize()}."
     more = f" {len(points) - len(shown)} further rows are in the table only." if len(points) > len(shown) else ""
     return draw(
-        slug(results.name if several else "", "rank", label, protocol),
-        f"Energy and SRCC against rank: {label}, {protocol_name(protocol)}",
+        slug(results.name if several else "", "energy", label, protocol),
+        f"{results.name + ': ' if several else ''}{' and '.join(panels)} against rank",
         alt=_told(results, points, titles),
         caption=told + more,
         height=2.0 * (bool(shown) + bool(spectra)) + 0.6 + 0.1 * len(shown),
         paint=paint,
     )
+
+
+def _depends(rows: Sequence[tuple[int, Row]]) -> bool:
+    """Whether a row looks at the features: a baseline that does not has the same score at every rank."""
+    return rows[0][1].kind == "head" or len({row.value("srcc") for _, row in rows}) > 1
 
 
 def _spectra(results: Results) -> dict[str, np.ndarray]:

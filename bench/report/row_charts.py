@@ -37,9 +37,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
     titles = row_titles(rows.values())
     names = [" @ ".join([titles[name], *([store] if len(stores) > 1 else [])]) for name, store in order]
     heads = sum(rows[key].kind == "head" for key in order)
-    where = " · ".join(
-        part for part in (results.name if several else "", label, *(stores if len(stores) == 1 else ())) if part
-    )
+    where = ", ".join(part for part in (label, *(stores if len(stores) == 1 else ())) if part)
 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -58,7 +56,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
 
     return draw(
         slug(results.name if several else "", "intervals", label, *(stores if len(stores) == 1 else ())),
-        f"Test SRCC of every row: {where}",
+        f"{results.name + ': ' if several else ''}test SRCC of every row, {where}",
         alt=_told_intervals(by_protocol, titles),
         caption=(
             "Dots: means over seeds. Whiskers: 95% intervals over prompts. Hollow, below the dotted line: baselines."
@@ -98,7 +96,7 @@ def curves_chart(results: Results, label: str, protocol: str, *, several: bool) 
     more = f" {len(heads) - len(curves)} further heads are left out." if len(heads) > len(curves) else ""
     return draw(
         slug(results.name if several else "", "curves", label, protocol),
-        f"Validation SRCC by epoch: {label}, {protocol_name(protocol)}",
+        f"{results.name + ': ' if several else ''}validation SRCC by epoch, {label}, {protocol_name(protocol)}",
         alt=(
             f"Lines of the validation SRCC by epoch for {plural(len(curves), 'head')}; {best} goes from {first} "
             f"to {last}."

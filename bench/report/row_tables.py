@@ -81,9 +81,9 @@ def _main_table(results: Results, label: str, protocol: str, *, several: bool) -
         columns += [Column(key=f"{metric}_sd", title="sd")]
     columns += [
         Column(key="srcc_difference", title="Δ SRCC", kind="difference", interval=True),
-        Column(key="srcc_p_holm", title="p (Holm)", kind="p"),
+        Column(key="srcc_p_holm", title="p\N{NO-BREAK SPACE}(Holm)", kind="p"),
         Column(key="plcc_difference", title="Δ PLCC", kind="difference", interval=True),
-        Column(key="plcc_p_holm", title="p (Holm)", kind="p"),
+        Column(key="plcc_p_holm", title="p\N{NO-BREAK SPACE}(Holm)", kind="p"),
         Column(key="validation_srcc", title="Validation SRCC"),
         Column(key="runs", title="Runs", kind="count"),
         Column(key="seconds", title="Seconds a run", kind="seconds"),

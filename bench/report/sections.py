@@ -84,7 +84,7 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
     problems = [f"{one.name}: {problem}" if several else problem for one in everything for problem in one.problems]
     return Content(
         facts=_facts(everything),
-        findings=[sentence for one in ablations for sentence in findings(one)],
+        findings=[sentence for one in ablations for sentence in findings(one, several=several)],
         notes=[*notes, *limits(everything)],
         sections=[*found, *about],
         missing=missing(_present(found, ablations, images)),
@@ -154,15 +154,13 @@ def _leading(one: Results, label: str, protocol: str) -> Predictions | None:
 
 
 def _rank_blocks(ablations: Sequence[Results], *, several: bool) -> list[Block]:
+    """Of each ablation at two ranks or more; where there is none, the energy that a sketch keeps is known still."""
     blocks: list[Block | None] = []
     for one in ablations:
-        groups = [group for group in one.groups() if rank_table(one, *group, several=several)]
-        for label, protocol in groups or one.groups()[:1]:
-            blocks += [
-                rank_chart(one, label, protocol, several=several),
-                rank_table(one, label, protocol, several=several),
-            ]
-    return _some(blocks)
+        for label, protocol in one.groups():
+            table = rank_table(one, label, protocol, several=several)
+            blocks += [rank_chart(one, label, protocol, several=several), table] if table is not None else []
+    return _some(blocks or [rank_chart(one, *one.groups()[0], several=several) for one in ablations[:1]])
 
 
 def _curve_blocks(ablations: Sequence[Results], *, several: bool) -> list[Block]:

@@ -44,7 +44,7 @@ class Direction:
 
 def directions(results: Results, label: str, protocol: str) -> list[Direction]:
     """From where to where there are rows; what a head does on its own data set belongs to every direction from it."""
-    rows = results.of(label, protocol)
+    rows = [row for row in results.rows if (row.label, row.protocol) == (label, protocol)]
     pairs = dict.fromkeys(_ends(row) for row in rows if _ends(row)[0] != _ends(row)[1])
     return [
         Direction(
@@ -196,7 +196,7 @@ def _shared(results: Results, found: Sequence[Direction]) -> list[str]:
 def _difference_columns(reference: str) -> list[Column]:
     return [
         Column(key="srcc_difference", title=f"Δ SRCC to {reference}", kind="difference", interval=True),
-        Column(key="srcc_p_holm", title="p (Holm)", kind="p"),
+        Column(key="srcc_p_holm", title="p\N{NO-BREAK SPACE}(Holm)", kind="p"),
     ]
 
 

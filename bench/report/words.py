@@ -28,7 +28,10 @@ METHOD = (
 )
 
 
-def findings(results: Results) -> list[str]:
+_FEW_SEEDS = 3
+
+
+def findings(results: Results, *, several: bool = False) -> list[str]:
     """What came out of an ablation, a sentence or two for each label and protocol."""
     found: list[str] = []
     for label, protocol in results.groups():
@@ -37,7 +40,8 @@ def findings(results: Results) -> list[str]:
         if chosen is not None:
             titles = row_titles(rows)
             same = [row for row in rows if row.store_name == chosen.store_name]
-            parts = [_chosen(chosen, titles, label, protocol), _rivals(same, chosen), _best_baseline(same)]
+            where = f"{results.name}: " if several else ""
+            parts = [where + _chosen(chosen, titles, label, protocol), _rivals(same, chosen), _best_baseline(same)]
             found.append(" ".join(part for part in parts if part))
     return found
 
@@ -45,20 +49,16 @@ def findings(results: Results) -> list[str]:
 def limits(results: Sequence[Results]) -> list[str]:
     """What the data cannot show, as far as the files tell."""
     found: list[str] = []
-    for one in results:
-        counts = leak(one, "published")
-        if counts and counts[0]:
-            found.append(
-                f"On the published split {counts[0]:,} of {counts[1]:,} test images have a prompt that occurs in "
-                "training: those "
-                "numbers say nothing of new prompts."
-            )
-        seeds = [row.seeds for row in one.rows if row.kind == "head"]
-        if seeds and min(seeds) < 3:
-            where = f" of {one.name}" if len(results) > 1 else ""
-            found.append(
-                f"Some rows{where} have {plural(min(seeds), 'seed')} only: too few to tell how much seeds matter."
-            )
+    leaks = dict.fromkeys(counts for one in results if (counts := leak(one, "published")) and counts[0])
+    if leaks:
+        told = listed([f"{leaked:,} of {tested:,}" for leaked, tested in leaks])
+        found.append(
+            f"On the published split {told} test images have a prompt that occurs in training: those numbers say "
+            "nothing of new prompts."
+        )
+    seeds = [row.seeds for one in results for row in one.rows if row.kind == "head"]
+    if seeds and min(seeds) < _FEW_SEEDS:
+        found.append(f"Some rows have {plural(min(seeds), 'seed')} only: too few to tell how much seeds matter.")
     models = sorted({store.model_name for one in results for store in one.about.stores.values() if store.model_name})
     if models:
         found.append(

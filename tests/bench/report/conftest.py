@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from agiqa.bench.report import Report, write_report
 from agiqa.store import Store, basis_from, sketch_store
 from tests.bench.report import made
 from tests.store.conftest import make_content, make_store
@@ -79,6 +80,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Made:
         Image.new("RGB", (64, 48), (90, 120, 200)).save(images / name)
     stores = {"ours": ours, "other": other, **sketches}
     return Made(stores=stores, ablation=ablation, ranks=ranks, transfer=transfer, images=images)
+
+
+@pytest.fixture(scope="session")
+def report(results: Made, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A report on all results, with images, a note that is a script, and a title."""
+    folders = [results.ablation, results.ranks, results.transfer]
+    to = tmp_path_factory.mktemp("page") / "report"
+    return write_report(folders, to, images=results.images, title="A & B", notes=[f"Mind {SCRIPT}"])
 
 
 @pytest.fixture

@@ -6,22 +6,12 @@ import shutil
 import pytest
 from playwright.sync_api import sync_playwright
 
-from agiqa.bench.report import write_report
 from tests.bench.report.conftest import SCRIPT
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="there is no Chromium: `apt-get install chromium` on Debian, or run `make test` as root"
 )
-
-
-@pytest.fixture(scope="module")
-def page_url(results, tmp_path_factory):
-    to = tmp_path_factory.mktemp("browser") / "report"
-    report = write_report(
-        [results.ablation, results.ranks, results.transfer], to, images=results.images, notes=[f"Mind {SCRIPT}"]
-    )
-    return report.page.as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +24,9 @@ def browser():
 
 
 @pytest.fixture
-def visit(browser, page_url):
+def visit(browser, report):
     """Opens the page as a device does; after the test nothing may have gone wrong or out."""
-    contexts, wrong = [], []
+    contexts, wrong, page_url = [], [], report.page.as_uri()
 
     def open_page(width=1280, height=900, scheme="light"):
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)

