@@ -1,5 +1,7 @@
 """Predicted against true MOS with the quartic fit of the paper's Fig. 5, and the residuals below."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -8,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from agiqa.bench.pictures import FIT_DEGREE, fit_polynomial
 from agiqa.bench.report.figures import COLOURS, INK, MUTED, PAPER, SMALL, Picture, draw, safe, tidy
 from agiqa.bench.report.naming import plural, protocol_name, slug
-from agiqa.bench.report.predictions import Predictions
+from agiqa.bench.report.predictions import Floats, Predictions
 
 _FEWEST = 3
 _VECTORS = 400
@@ -26,40 +28,17 @@ def scatter_chart(found: Predictions, title: str, *, prefix: str) -> Picture | N
         if value is not None
     ]
     curve = fit_polynomial(found.true, found.predicted)
-    degree = curve.degree() if curve is not None else 0
 
     def paint(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, height_ratios=[3, 1.15], sharex=True)
-        values = np.concatenate([found.true, found.predicted])
-        margin = 0.04 * float(np.ptp(values)) or 0.5
-        limits = float(values.min()) - margin, float(values.max()) + margin
-        upper.plot(limits, limits, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="identity", zorder=1)
-        _points(upper, found.true, found.predicted)
-        lower.axhline(0.0, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        _points(lower, found.true, found.error)
-        across = np.linspace(found.true.min(), found.true.max(), 200)
+        _clouds(upper, lower, found)
         if curve is not None:
-            for axes, height in ((upper, curve(across)), (lower, curve(across) - across)):
-                axes.plot(across, height, color=PAPER, linewidth=3.4, alpha=0.8, zorder=3)
-                axes.plot(
-                    across,
-                    height,
-                    color=COLOURS[1],
-                    linewidth=1.8,
-                    zorder=4,
-                    label=f"fit, degree {degree}" if axes is upper else None,
-                )
-        upper.set(xlim=limits, ylim=limits)
-        upper.set_ylabel("predicted MOS")
-        lower.set_ylabel("predicted \N{MINUS SIGN} true")
-        lower.set_xlabel("true MOS")
-        for axes in (upper, lower):
-            axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-            tidy(axes)
+            across = np.linspace(found.true.min(), found.true.max(), 200)
+            _fitted(upper, across, curve(across), f"fit, degree {curve.degree()}")
+            _fitted(lower, across, curve(across) - across, None)
         text = safe("\n".join([f"n = {len(found.true):,}", *scores]))
-        upper.text(
-            0.03, 0.97, text, transform=upper.transAxes, va="top", fontsize=SMALL, color=INK, linespacing=1.5, zorder=5
-        )
+        place: Any = {"transform": upper.transAxes, "va": "top", "linespacing": 1.5, "zorder": 5}
+        upper.text(0.03, 0.97, text, fontsize=SMALL, color=INK, **place)
         figure.legend(loc="outside upper right", ncols=2, fontsize=SMALL)
 
     caption = (
@@ -79,7 +58,30 @@ def scatter_chart(found: Predictions, title: str, *, prefix: str) -> Picture | N
     )
 
 
-def _points(axes: Axes, across: np.ndarray, up: np.ndarray) -> None:
+def _clouds(upper: Axes, lower: Axes, found: Predictions) -> None:
+    """The points and the line of no error in both panels, their limits and labels."""
+    values = np.concatenate([found.true, found.predicted])
+    margin = 0.04 * float(np.ptp(values)) or 0.5
+    limits = float(values.min()) - margin, float(values.max()) + margin
+    dashes: Any = {"color": MUTED, "linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
+    upper.plot(limits, limits, label="identity", **dashes)
+    lower.axhline(0.0, **dashes)
+    _points(upper, found.true, found.predicted)
+    _points(lower, found.true, found.error)
+    upper.set(xlim=limits, ylim=limits, ylabel="predicted MOS")
+    lower.set(xlabel="true MOS", ylabel="predicted \N{MINUS SIGN} true")
+    for axes in (upper, lower):
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        tidy(axes)
+
+
+def _fitted(axes: Axes, across: Floats, height: Floats, label: str | None) -> None:
+    """A curve with a rim that sets it off from the points."""
+    axes.plot(across, height, color=PAPER, linewidth=3.4, alpha=0.8, zorder=3)
+    axes.plot(across, height, color=COLOURS[1], linewidth=1.8, zorder=4, label=label)
+
+
+def _points(axes: Axes, across: Floats, up: Floats) -> None:
     size = float(np.clip(2400 / len(across), 3, 22))
     axes.scatter(
         across, up, s=size, c=COLOURS[0], alpha=0.45, linewidths=0, zorder=2, rasterized=len(across) > _VECTORS

@@ -16,6 +16,8 @@ _CURVES = 7
 """Lines that can be told apart in one picture."""
 Keyed = dict[tuple[str, str], Row]
 """Rows by their name and store."""
+_FAR, _FAR_AT_LEAST = 4.0, 0.1
+"""Times the distance of the quartiles, and SRCC, below the median from which a row is far below the others."""
 _ROW_INCHES, _DOT_INCHES = 0.14, 0.13
 
 
@@ -39,11 +41,17 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
     heads = sum(rows[key].kind == "head" for key in order)
     where = ", ".join(part for part in (label, *(stores if len(stores) == 1 else ())) if part)
 
+    least = _least([_srcc(row) for keyed in by_protocol.values() for row in keyed.values()])
+    further = "" if least is None else " An arrow: a row further left, at that value."
+
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         for k, (protocol, (colour, marker)) in enumerate(styles(by_protocol).items()):
             shift = (k - (len(by_protocol) - 1) / 2) * 0.62 / len(by_protocol)
-            _whiskers(axes, [by_protocol[protocol].get(key) for key in order], shift, colour, marker, protocol)
+            found = [by_protocol[protocol].get(key) for key in order]
+            _whiskers(axes, found, shift, colour, marker, protocol, least=least)
+        if least is not None:
+            axes.set_xlim(left=least)
         if 0 < heads < len(order):
             axes.axhline(heads - 0.5, color=MUTED, linewidth=0.7, linestyle=(0, (2, 3)))
         axes.set_yticks(range(len(order)), [safe(shortened(name)) for name in names])
@@ -58,9 +66,8 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
         slug(results.name if several else "", "intervals", label, *(stores if len(stores) == 1 else ())),
         f"{results.name + ': ' if several else ''}test SRCC of every row, {where}",
         alt=_told_intervals(by_protocol, titles),
-        caption=(
-            "Dots: means over seeds. Whiskers: 95% intervals over prompts. Hollow, below the dotted line: baselines."
-        ),
+        caption="Dots: means over seeds. Whiskers: 95% intervals over prompts. Hollow, below the dots: baselines."
+        + further,
         height=0.75 + len(order) * (_ROW_INCHES + _DOT_INCHES * len(by_protocol)),
         is_wide=True,
         paint=paint,
@@ -131,11 +138,31 @@ def _epochs(results: Results, run: str) -> list[float]:
     return values if np.isfinite(values).all() else []
 
 
-def _whiskers(axes: Axes, rows: Sequence[Row | None], shift: float, colour: str, marker: str, protocol: str) -> None:
+def _least(values: Sequence[float]) -> float | None:
+    """Where an axis begins that is not to be stretched by a few rows far below the others; None without such rows."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    least = float(middle - max(_FAR * (high - low), _FAR_AT_LEAST))
+    return least if min(values) < least else None
+
+
+def _whiskers(
+    axes: Axes,
+    rows: Sequence[Row | None],
+    shift: float,
+    colour: str,
+    marker: str,
+    protocol: str,
+    *,
+    least: float | None,
+) -> None:
     labelled = False
     for place, row in enumerate(rows):
         value = None if row is None else row.value("srcc")
         if row is None or value is None:
+            continue
+        if least is not None and value < least:
+            text = f"\N{LEFTWARDS ARROW} {value:.2f}".replace("-", "\N{MINUS SIGN}")
+            axes.text(least, place + shift, f" {text}", color=colour, fontsize=SMALL - 1, va="center")
             continue
         interval = row.interval("srcc")
         if interval is not None:

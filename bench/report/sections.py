@@ -195,7 +195,7 @@ def _facts(everything: Sequence[Results]) -> dict[str, str]:
         "Labels": listed(list(dict.fromkeys(row.label for row in rows))),
         "Protocols": listed(list(dict.fromkeys(protocol_name(row.protocol) for row in rows))),
         "Runs": f"{len(lines) - failed:,} done" + (f", {failed:,} failed" if failed else ""),
-        "Rows": listed([plural(count, kind) for kind, count in kinds.items()]),
+        "Rows": listed([plural(count, kind) for kind, count in sorted(kinds.items(), reverse=True)]),
     }
     return {name: value for name, value in facts.items() if value}
 

@@ -107,6 +107,15 @@ def test_the_page_is_as_wide_as_its_window_and_tables_scroll_in_their_boxes(visi
     assert out == []
 
 
+def test_printed_tables_fit_the_paper(visit):
+    page = visit(width=700, height=1000)  # A4 without its margins
+    page.emulate_media(media="print")
+    assert (
+        page.evaluate("Math.max(...[...document.querySelectorAll('table')].map(t => t.getBoundingClientRect().right))")
+        <= 701
+    )
+
+
 def test_a_script_in_a_prompt_is_shown_and_not_run(visit):
     page = visit()
     assert page.get_by_text(f"Mind {SCRIPT}").is_visible()
