@@ -21,6 +21,7 @@ COMMANDS = (
     "train",
     "ablate",
     "transfer",
+    "report",
     "evaluate",
     "words",
     "predict",

@@ -158,15 +158,22 @@ def _points(axes: Axes, across: Floats, up: Floats, colour: str, marker: str, la
     )
 
 
+def fit_polynomial(true: Floats, predicted: Floats) -> Polynomial | None:
+    """The least-squares polynomial of degree 4 over items (items,).
+
+    It is of lower degree where there are too few distinct true values for it, and None where they are all equal.
+    """
+    degree = min(FIT_DEGREE, len(np.unique(true)) - 1)
+    return Polynomial.fit(true, predicted, degree) if degree else None
+
+
 def _fit(axes: Axes, panel: Panel) -> None:
-    """The least-squares polynomial; of lower degree where there are too few distinct abscissae for it."""
-    degree = min(FIT_DEGREE, len(np.unique(panel.true)) - 1)
-    if degree < 1:
+    curve = fit_polynomial(panel.true, panel.predicted)
+    if curve is None:
         return
-    curve = Polynomial.fit(panel.true, panel.predicted, degree)
     across = np.linspace(panel.true.min(), panel.true.max(), 200)
     axes.plot(across, curve(across), color="white", linewidth=2.6, alpha=0.7, zorder=3)
-    axes.plot(across, curve(across), color="#000000", linewidth=1.5, zorder=4, label=f"fit, degree {degree}")
+    axes.plot(across, curve(across), color="#000000", linewidth=1.5, zorder=4, label=f"fit, degree {curve.degree()}")
 
 
 def _summary(panel: Panel) -> str:

@@ -5,8 +5,10 @@ predictions of the splits of a seed are put together, so that every test item co
 """
 
 import json
+import os
 import statistics
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +25,8 @@ from agiqa.heads.metrics import METRICS
 from agiqa.heads.runs import PREDICTIONS
 from agiqa.store.files import write_text_atomically
 
+RESAMPLES = 10_000
+"""Of prompts. The smallest p-value is 2 in one more than these, and Holm's procedure multiplies it by the rows."""
 _SHOWN = ("srcc", "plcc")
 
 
@@ -39,7 +43,9 @@ class _Group:
     """Name and prompt of each test item."""
 
 
-def head_rows(plan: Sequence[PlannedRun], lines: Mapping[str, Line], runs: Path) -> list[Line]:
+def head_rows(
+    plan: Sequence[PlannedRun], lines: Mapping[str, Line], runs: Path, *, resamples: int = RESAMPLES
+) -> list[Line]:
     """A row for each head, store, protocol and label of `plan`, in its order, as `rows.jsonl` has them.
 
     `lines` are the result lines by name, and `runs` is the folder of the run folders. `test` is of the seeds all of
@@ -48,8 +54,8 @@ def head_rows(plan: Sequence[PlannedRun], lines: Mapping[str, Line], runs: Path)
     adjusted for their number. Raises DataError for predictions that are gone or damaged.
     """
     groups = _groups(plan, lines)
-    for group in groups:
-        _score(group, lines, runs)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(lambda group: _score(group, lines, runs, resamples), groups))
     references = _references(groups)
     rows = [_row(group, references.get(_question(group))) for group in groups]
     for question in references:
@@ -99,7 +105,7 @@ def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Grou
     return list(found.values())
 
 
-def _score(group: _Group, lines: Mapping[str, Line], runs: Path) -> None:
+def _score(group: _Group, lines: Mapping[str, Line], runs: Path, resamples: int) -> None:
     """Put the predictions of each answer together, and score them."""
     answers: dict[int, list[PlannedRun]] = {}
     for run in group.runs:
@@ -113,7 +119,8 @@ def _score(group: _Group, lines: Mapping[str, Line], runs: Path) -> None:
         if tuple(zip(table.names, table.prompts, strict=True)) != group.items:
             message = f"The runs {whole[0][0].name!r} and {ran[0].name!r} of one row were tested on different items."
             raise DataError(message)
-    group.scores = SeedScores.of(np.stack([table.predicted for table in tables]), tables[0].mos, tables[0].prompts)
+    predicted = np.stack([table.predicted for table in tables])
+    group.scores = SeedScores.of(predicted, tables[0].mos, tables[0].prompts, resamples=resamples)
 
 
 def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:

@@ -1,0 +1,53 @@
+"""`agiqa report`: one page, tables and pictures from the results of ablations and transfers."""
+
+from pathlib import Path
+
+import click
+
+from agiqa.commands.common import print_result, shared_options
+
+
+@click.command("report")
+@click.argument("out", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("more", type=click.Path(path_type=Path, exists=True, file_okay=False), nargs=-1)
+@click.option(
+    "--to", type=click.Path(path_type=Path, file_okay=False), help="Folder of the report.  [default: OUT/report]"
+)
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of the images by item name, for the best and worst items.",
+)
+@click.option("--title", help="Title of the page.  [default: the names of the folders]")
+@click.option("--note", "notes", multiple=True, help="What a reader must know of the data; may be given again.")
+@shared_options
+def command(
+    out: Path,
+    more: tuple[Path, ...],
+    *,
+    to: Path | None,
+    images: Path | None,
+    title: str | None,
+    notes: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Write a report on OUT and MORE, folders made by `agiqa ablate` or `agiqa transfer`.
+
+    index.html is one file that holds everything it shows and needs no network; tables/ has each table as markdown and
+    CSV, pictures/ each figure as PNG and SVG. What there are no data for is left out, and the page says what makes it.
+    """
+    from agiqa.bench.report import write_report
+
+    report = write_report([out, *more], to or out / "report", images=images, title=title, notes=notes)
+    result = {
+        "page": str(report.page),
+        "tables": [str(path) for path in report.tables],
+        "pictures": [str(path) for path in report.pictures],
+        "missing": [{"what": one.what, "command": one.command, "how": one.how} for one in report.missing],
+        "problems": list(report.problems),
+    }
+    lines = [f"{report.page}  ({report.page.stat().st_size / 1e6:.1f} MB)"]
+    lines += [f"{len(report.tables) // 2} tables, {len(report.pictures) // 2} pictures beside it"]
+    lines += [f"not in it: {one.line()}" for one in report.missing]
+    lines += [f"left out: {problem}" for problem in report.problems]
+    print_result(result, "\n".join(lines), as_json=as_json)

@@ -1,0 +1,169 @@
+"""Where numbers come from: stores, versions and devices, runs that failed, and the bias of the paper's own choice."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from statistics import fmean
+
+from agiqa.bench.report.naming import METRIC_NAMES, plural, protocol_name, row_titles, slug
+from agiqa.bench.report.reading import METRICS, RUNS, Results, Row, read_json
+from agiqa.bench.report.tables import Cell, Column, Table, key_values
+
+_ID_LETTERS = 16
+
+
+def stores_table(results: Results, *, several: bool) -> Table:
+    """What the numbers were computed from."""
+    columns = [
+        Column(key="store", title="Store", kind="text"),
+        Column(key="data", title="Data", kind="text"),
+        Column(key="items", title="Items", kind="count"),
+        Column(key="model", title="Features of", kind="text"),
+        Column(key="encoding", title="Encoding", kind="text"),
+        Column(key="width", title="Width", kind="count"),
+        Column(key="id", title="Id", kind="text"),
+    ]
+    body = [
+        [
+            Cell(value=name or "(the only one)"),
+            Cell(value=store.data_name),
+            Cell(value=store.items),
+            Cell(value=store.model_name),
+            Cell(value=store.encoding),
+            Cell(value=store.width),
+            Cell(value=store.id[:_ID_LETTERS]),
+        ]
+        for name, store in results.about.stores.items()
+    ]
+    title = f"{results.name + ': ' if several else ''}stores"
+    return Table(name=slug(results.name if several else "", "stores"), title=title, columns=columns, rows=body)
+
+
+def runs_table(results: Results, *, several: bool) -> Table:
+    """What the runs were made with, and how many."""
+    done, failed = results.done, [line for line in results.lines if line.error is not None]
+    seconds = sum(line.seconds or 0.0 for line in done)
+    facts = {
+        "Folder": results.name,
+        "Runs": f"{len(done):,} done, {len(failed):,} failed",
+        "Seeds": _counted(line.seed for line in done),
+        "agiqa": _counted(line.agiqa for line in done),
+        "Commit": _counted(line.commit for line in done),
+        "torch": _counted(line.torch for line in done),
+        "Device": _counted(line.device for line in done),
+        "Kernels": _counted(line.kernels for line in done),
+        "Training and testing": f"{seconds / 3600:.1f} h of work"
+        if seconds > 5400
+        else f"{seconds / 60:.1f} min of work",
+    }
+    title = f"{results.name + ': ' if several else ''}runs"
+    return key_values(slug(results.name if several else "", "runs"), title, facts)
+
+
+def failures_table(results: Results, *, several: bool) -> Table | None:
+    """Runs that have an error in the place of a result; None without any."""
+    failed = [line for line in results.lines if line.error is not None]
+    if not failed:
+        return None
+    columns = [Column(key="run", title="Run", kind="text"), Column(key="error", title="Error", kind="text")]
+    body = [[Cell(value=line.name), Cell(value=line.error)] for line in failed]
+    title = f"{results.name + ': ' if several else ''}{plural(len(failed), 'failed run')}"
+    note = f"The same `agiqa {'ablate' if results.about.kind == 'ablation' else 'transfer'}` tries them again."
+    return Table(
+        name=slug(results.name if several else "", "failed"), title=title, columns=columns, rows=body, notes=[note]
+    )
+
+
+def left_out_table(results: Results, *, several: bool) -> Table | None:
+    """Rows without a number, and why; None without any."""
+    if not results.left_out:
+        return None
+    columns = [
+        Column(key="row", title="Row", kind="text"),
+        Column(key="protocol", title="Protocol", kind="text"),
+        Column(key="label", title="Label", kind="text"),
+        Column(key="why", title="Why", kind="text"),
+    ]
+    body = [
+        [
+            Cell(
+                value=" @ ".join(part for part in (row.row, row.store_name) if part),
+                tag="baseline" if row.kind == "baseline" else None,
+            ),
+            Cell(value=protocol_name(row.protocol)),
+            Cell(value=row.label),
+            Cell(value=row.left_out or f"{plural(row.failed, 'run')} failed, none has a result"),
+        ]
+        for row in results.left_out
+    ]
+    title = f"{results.name + ': ' if several else ''}rows without a number"
+    return Table(name=slug(results.name if several else "", "left-out"), title=title, columns=columns, rows=body)
+
+
+def bias_table(results: Results, *, several: bool) -> Table | None:
+    """The epoch chosen by the test score beside the honest one, means over runs; None where no run recorded it."""
+    rows = [(row, found) for row in results.rows for found in [_biases(results, row)] if found]
+    if not rows:
+        return None
+    titles = row_titles(row for row, _ in rows)
+    columns = [
+        Column(key="row", title="Row", kind="text"),
+        Column(key="protocol", title="Protocol", kind="text"),
+        Column(key="label", title="Label", kind="text"),
+    ]
+    for metric in METRICS:
+        name = METRIC_NAMES[metric]
+        columns += [
+            Column(key=f"{metric}_honest", title=f"{name} honest"),
+            Column(key=f"{metric}_best_epoch", title=f"{name} best epoch on test"),
+            Column(key=f"{metric}_bias", title="bias", kind="difference"),
+        ]
+    columns += [Column(key="runs", title="Runs", kind="count")]
+    body: list[list[Cell]] = []
+    for row, found in rows:
+        title = " @ ".join(part for part in (titles[row.row], row.store_name) if part)
+        cells = [Cell(value=title), Cell(value=protocol_name(row.protocol)), Cell(value=row.label)]
+        for metric in METRICS:
+            best, bias = (fmean(one[kind][metric] for one in found) for kind in ("best", "bias"))
+            cells += [Cell(value=best - bias), Cell(value=best), Cell(value=bias)]
+        body.append([*cells, Cell(value=len(found))])
+    note = (
+        "Best epoch on test: the epoch is picked by the test score, as in the published code. Honest: picked by "
+        "validation items. "
+        "Bias is what that choice alone adds. Means over runs, fold by fold, which is not what the other tables "
+        "average."
+    )
+    title = f"{results.name + ': ' if several else ''}best epoch on test beside the honest number"
+    return Table(
+        name=slug(results.name if several else "", "bias"), title=title, columns=columns, rows=body, notes=[note]
+    )
+
+
+def _biases(results: Results, row: Row) -> list[dict[str, dict[str, float]]]:
+    """`best` and `bias` of each metric, for every run of the row that recorded both."""
+    same = (row.row, row.protocol, row.store_name)
+    lines = [line for line in results.done if (line.row, line.protocol, line.store_name) == same and row.kind == "head"]
+    found: list[dict[str, dict[str, float]]] = []
+    for line in lines:
+        told = (read_json(results.folder / RUNS / line.name / "metrics.json") or {}).get("paper_compatible")
+        told = told.get(row.label) if isinstance(told, dict) and len(line.labels) > 1 else told
+        if not isinstance(told, dict) or not isinstance(told.get("bias"), dict):
+            continue
+        values = {"best": _numbers(told), "bias": _numbers(told["bias"])}
+        if all(len(numbers) == len(METRICS) for numbers in values.values()):
+            found.append(values)
+    return found
+
+
+def _numbers(told: Mapping[str, object]) -> dict[str, float]:
+    """The metrics that are numbers."""
+    return {metric: float(value) for metric in METRICS if isinstance(value := told.get(metric), int | float)}
+
+
+def _counted(values: Iterable[object]) -> str:
+    """The distinct values, with how many runs had each where they differ."""
+    counted = Counter("not recorded" if value is None else str(value) for value in values)
+    if len(counted) == 1:
+        return next(iter(counted))
+    if all(count == next(iter(counted.values())) for count in counted.values()):
+        return ", ".join(sorted(counted, key=lambda text: (len(text), text)))
+    return ", ".join(f"{value} ({plural(count, 'run')})" for value, count in counted.most_common())

@@ -1,0 +1,68 @@
+"""What rows, protocols and metrics are called on the page."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from agiqa.bench.report.reading import Results, Row
+
+METRIC_NAMES = {"srcc": "SRCC", "plcc": "PLCC"}
+PROTOCOLS = {
+    "published": "published split",
+    "grouped": "grouped by prompt",
+    "leave-one-generator-out": "leave one generator out",
+}
+_TELLING = ("encoder", "pooling", "projection", "loss")
+"""Settings whose values need no name beside them, though `none` does."""
+
+
+def protocol_name(protocol: str) -> str:
+    """A protocol in words; one that is not known as it is."""
+    return PROTOCOLS.get(protocol, protocol)
+
+
+def row_titles(rows: Iterable[Row]) -> dict[str, str]:
+    """A short title for each row by its name: `gru · mean` for `encoder=gru,pooling=mean`.
+
+    Titles that would be the same are the names themselves.
+    """
+    titles = {row.row: _title(row) for row in rows}
+    seen = Counter(titles.values())
+    return {name: title if seen[title] == 1 else name for name, title in titles.items()}
+
+
+def group_title(results: Results, label: str, protocol: str, *, several: bool) -> str:
+    """What a table of rows of one label and protocol is called."""
+    where = f"{results.name}: " if several else ""
+    return f"{where}{label}, {protocol_name(protocol)}"
+
+
+def slug(*parts: str) -> str:
+    """A name for files and anchors."""
+    words = [re.sub(r"[^a-z0-9]+", "-", part.casefold()).strip("-") for part in parts]
+    return "-".join(word for word in words if word) or "table"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+
+
+def _title(row: Row) -> str:
+    if row.kind == "baseline" or "=" not in row.row or not row.settings:
+        return row.row
+    return "\N{NO-BREAK SPACE}· ".join(_setting(name, value) for name, value in row.settings.items())
+
+
+def _setting(name: str, value: Any) -> str:
+    if name in _TELLING and isinstance(value, str):
+        return f"no {name}" if value == "none" else value
+    words = {True: "on", False: "off", None: "none"}
+    told = words[value] if value is None or isinstance(value, bool) else value
+    return f"{name.replace('_', ' ')} {told}"

@@ -1,0 +1,57 @@
+"use strict";
+// Tables sort by a click or the keyboard: headers become buttons, and aria-sort says the order.
+// A third press brings back the order that the table came in.
+for (const table of document.querySelectorAll("table[data-sortable]")) {
+  const body = table.tBodies[0];
+  const original = [...body.rows];
+  const headers = table.tHead ? [...table.tHead.rows[0].cells] : [];
+  headers.forEach((header, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...header.childNodes);
+    header.append(button);
+    header.setAttribute("aria-sort", "none");
+    button.addEventListener("click", () => {
+      const first = header.classList.contains("text") || header.classList.contains("p") ? "ascending" : "descending";
+      const second = first === "ascending" ? "descending" : "ascending";
+      const next = { none: first, [first]: second, [second]: "none" }[header.getAttribute("aria-sort")];
+      headers.forEach((other) => other.setAttribute("aria-sort", "none"));
+      header.setAttribute("aria-sort", next);
+      body.append(...(next === "none" ? original : sorted(original, column, next === "ascending" ? 1 : -1)));
+      const order = next === "none" ? "in its first order" : `sorted by ${button.textContent}, ${next}`;
+      document.getElementById("said").textContent = `Table ${order}`;
+    });
+  });
+}
+
+// Cells without a value stay last in both directions.
+function sorted(rows, column, sign) {
+  const key = (row) => {
+    const cell = row.cells[column];
+    if (cell.dataset.value !== undefined) return Number(cell.dataset.value);
+    const text = cell.textContent.trim();
+    return text === "\u2013" ? null : text;
+  };
+  const compare = (a, b) => {
+    if (typeof a === "number" && typeof b === "number") return a - b;
+    return String(a).localeCompare(String(b), "en", { numeric: true });
+  };
+  return rows
+    .map((row) => [key(row), row])
+    .sort(([a], [b]) => (a === null || b === null ? (a === null) - (b === null) : sign * compare(a, b)))
+    .map(([, row]) => row);
+}
+
+// The entry of the contents whose section is being read.
+const links = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));
+const watcher = new IntersectionObserver(
+  (entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      for (const link of links.values()) link.removeAttribute("aria-current");
+      links.get(entry.target.id).setAttribute("aria-current", "true");
+    }
+  },
+  { rootMargin: "-10% 0px -80% 0px" },
+);
+for (const name of links.keys()) watcher.observe(document.getElementById(name));

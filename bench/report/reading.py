@@ -1,0 +1,302 @@
+"""What a report is made from: the folders that `agiqa ablate` and `agiqa transfer` leave, read forgivingly.
+
+A line that is no result line is left out and told of; a folder without any result is refused.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agiqa.errors import DataError
+from agiqa.store.files import whole_lines
+
+ABOUT, ROWS, RESULTS, RUNS, BASELINES = "about.json", "rows.jsonl", "results.jsonl", "runs", "baselines"
+METRICS = ("srcc", "plcc")
+CONFIDENT = 0.05
+"""A corrected p-value below this tells two rows apart."""
+Pair = tuple[float, float]
+
+
+class _Record(BaseModel):
+    """A frozen record of a file; what it does not know it leaves alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
+
+
+class Scores(_Record):
+    """The metrics of a row, means over its seeds; see `agiqa.heads.comparing`."""
+
+    n: int
+    srcc: float | None = None
+    plcc: float | None = None
+    rmse: float | None = None
+    sd: dict[str, float | None] = Field(default_factory=dict)
+    ci: dict[str, Pair | None] = Field(default_factory=dict)
+    confidence: float = 0.95
+    resamples: int = 1000
+    undefined: str | None = None
+
+
+class Against(_Record):
+    """The paired comparison with the reference row: this row minus that one."""
+
+    row: str
+    difference: dict[str, float | None]
+    ci: dict[str, Pair | None] = Field(default_factory=dict)
+    p: dict[str, float | None] = Field(default_factory=dict)
+    p_holm: dict[str, float | None] = Field(default_factory=dict)
+    resamples: int = 1000
+
+
+class Row(_Record):
+    """A line of rows.jsonl: a head or a baseline under one protocol, on one store, for one label."""
+
+    kind: Literal["head", "baseline"]
+    row: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    store_name: str = ""
+    protocol: str
+    label: str
+    runs: int = 0
+    seeds: int = 0
+    failed: int = 0
+    seconds: float | None = None
+    validation: dict[str, tuple[float, float | None] | None] | None = None
+    test: Scores | None = None
+    against: Against | None = None
+    left_out: str | None = None
+
+    def value(self, metric: str) -> float | None:
+        """The mean of a test metric; None where it is not defined."""
+        return None if self.test is None else getattr(self.test, metric)
+
+    def interval(self, metric: str) -> Pair | None:
+        """The confidence interval of `value`."""
+        return None if self.test is None else self.test.ci.get(metric)
+
+    def chosen_by(self) -> float:
+        """The mean validation SRCC, which orders heads; -inf without one."""
+        found = (self.validation or {}).get("srcc")
+        return float("-inf") if found is None else found[0]
+
+    def p(self, metric: str) -> float | None:
+        """The corrected p-value of the difference to the reference row."""
+        return None if self.against is None else self.against.p_holm.get(metric)
+
+
+class RunLine(_Record):
+    """A line of results.jsonl: a run that was trained, or its error."""
+
+    name: str
+    row: str = ""
+    protocol: str = ""
+    store_name: str = ""
+    seed: int | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+    error: str | None = None
+    agiqa: str | None = None
+    commit: str | None = None
+    torch: str | None = None
+    device: str | None = None
+    kernels: str | None = None
+    seconds: float | None = None
+    split: dict[str, Any] | None = None
+    warnings: list[str] = Field(default_factory=list)
+
+    @property
+    def of_row(self) -> str:
+        """The name of its row, which is its own without the seed where none is told."""
+        return self.row or re.sub(r",seed=\d+$", "", self.name)
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of its head."""
+        return str(self.config.get("label", "")).split("+")
+
+
+class AboutStore(_Record):
+    """What about.json says of a store."""
+
+    id: str = ""
+    data: Any = None
+    encoding: str = ""
+    width: int | None = None
+    items: int | None = None
+    model: Any = None
+    path: str | None = None
+    variant: str | None = None
+    """The variant of its conversations, as in `id:quality+correspondence`."""
+    energy: list[float] | None = None
+    """The eigenvalues of a sketch's basis, all of them, descending (`basis/energy` of the store)."""
+
+    @property
+    def data_name(self) -> str:
+        """The data set, or nothing."""
+        return _name_of(self.data)
+
+    @property
+    def model_name(self) -> str:
+        """The model of the features, or nothing."""
+        return _name_of(self.model)
+
+
+class About(_Record):
+    """about.json."""
+
+    kind: Literal["ablation", "transfer"]
+    stores: dict[str, AboutStore] = Field(default_factory=dict)
+    shared: Any = None
+    """Of a transfer: of each direction `A -> B`, how many test items of B have a prompt that A trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """One folder of results."""
+
+    folder: Path
+    name: str
+    """What the report calls it, unlike the others."""
+    about: About
+    rows: tuple[Row, ...]
+    """Without those that hold no number, which are in `left_out`."""
+    left_out: tuple[Row, ...]
+    lines: tuple[RunLine, ...]
+    """The last line of each run."""
+    problems: tuple[str, ...]
+    """What could not be read."""
+
+    @property
+    def done(self) -> list[RunLine]:
+        """The runs that have a result."""
+        return [line for line in self.lines if line.error is None]
+
+    def store(self, name: str) -> AboutStore:
+        """What is known of a store, which may be nothing."""
+        return self.about.stores.get(name, AboutStore())
+
+    def groups(self) -> list[tuple[str, str]]:
+        """The labels and protocols of the rows, label by label, honest protocols first."""
+        found = dict.fromkeys((row.label, row.protocol) for row in self.rows)
+        labels = list(dict.fromkeys(label for label, _ in found))
+        return sorted(found, key=lambda one: (labels.index(one[0]), one[1] == "published"))
+
+    def of(self, label: str, protocol: str, store: str | None = None) -> list[Row]:
+        """The rows of a label and protocol: heads by validation SRCC, then baselines as they stand."""
+        rows = [row for row in self.rows if (row.label, row.protocol) == (label, protocol)]
+        rows = [row for row in rows if store is None or row.store_name == store]
+        heads = sorted((row for row in rows if row.kind == "head"), key=lambda row: -row.chosen_by())
+        return heads + [row for row in rows if row.kind == "baseline"]
+
+    def reference(self, label: str, protocol: str, store: str) -> Row | None:
+        """The row that the others are compared with: the best validation SRCC."""
+        heads = [row for row in self.of(label, protocol, store) if row.kind == "head"]
+        named = {row.against.row for row in self.of(label, protocol, store) if row.against is not None}
+        return next((row for row in heads if row.row in named), heads[0] if heads else None)
+
+
+def read_all(folders: Sequence[Path]) -> list[Results]:
+    """The results of each folder. Raises DataError for one that holds none, or that is given twice."""
+    resolved = [folder.resolve() for folder in folders]
+    names = [folder.name for folder in resolved]
+    for folder in resolved:
+        if resolved.count(folder) > 1:
+            message = f"{folder} is given twice: give each folder of results once."
+            raise DataError(message)
+    told = [
+        name if names.count(name) == 1 else "/".join(path.parts[-2:])
+        for name, path in zip(names, resolved, strict=True)
+    ]
+    return [_read(folder, name) for folder, name in zip(folders, told, strict=True)]
+
+
+def _read(folder: Path, name: str) -> Results:
+    problems: list[str] = []
+    about = _read_about(folder)
+    rows = _read_lines(folder / ROWS, Row, problems)
+    lines = {line.name: line for line in _read_lines(folder / RESULTS, RunLine, problems)}
+    if not rows:
+        made = f"its runs all failed, or `agiqa {_COMMANDS[about.kind]}` has not ended" if lines else "nothing was run"
+        message = (
+            f"{folder / ROWS} holds no results: {made}. Run the same `agiqa {_COMMANDS[about.kind]}` again, which "
+            "goes on where it was, and then report."
+        )
+        raise DataError(message)
+    has_numbers = [row for row in rows if row.test is not None and row.left_out is None]
+    return Results(
+        folder=folder,
+        name=name,
+        about=about,
+        rows=tuple(has_numbers),
+        left_out=tuple(row for row in rows if row not in has_numbers),
+        lines=tuple(lines.values()),
+        problems=tuple(problems),
+    )
+
+
+_COMMANDS = {"ablation": "ablate", "transfer": "transfer"}
+
+
+def _read_about(folder: Path) -> About:
+    path = folder / ABOUT
+    if not path.is_file():
+        message = (
+            f"{folder} is no folder of results: it has no {ABOUT}. Give the OUT of `agiqa ablate` or `agiqa transfer`."
+        )
+        raise DataError(message)
+    try:
+        return About.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        message = f"{path} is not what `agiqa ablate` or `agiqa transfer` writes: {_fault(error)}."
+        raise DataError(message) from error
+
+
+Record = TypeVar("Record", bound=_Record)
+
+
+def _read_lines(path: Path, kind: type[Record], problems: list[str]) -> list[Record]:
+    """The lines of a file, less those that are damaged, which are told of in `problems`."""
+    if not path.is_file():
+        return []
+    found: list[Record] = []
+    for number, text in enumerate(_split(path, problems), 1):
+        try:
+            found.append(kind.model_validate_json(text))
+        except ValidationError as error:
+            problems.append(f"{path.name}, line {number} is damaged and was left out ({_fault(error)}).")
+    return found
+
+
+def _split(path: Path, problems: list[str]) -> Iterable[bytes]:
+    """The lines of the file; an end that was torn off is told of."""
+    content = whole_lines(path)
+    if len(content) < path.stat().st_size:
+        problems.append(f"{path.name} ends in the middle of a line, which was left out.")
+    return [line for line in content.split(b"\n")[:-1] if line.strip()]
+
+
+def _fault(error: ValidationError) -> str:
+    """The first thing that pydantic minds, in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(step) for step in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
+def _name_of(value: Any) -> str:
+    """The name in what a store says of its data or model: a text, or an object with a name."""
+    if isinstance(value, dict):
+        return str(value.get("name") or "")
+    return "" if value is None else str(value)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

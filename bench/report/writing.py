@@ -1,0 +1,85 @@
+"""`agiqa report`: the page, its tables and its pictures in a folder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agiqa.bench.report.examples import Examples
+from agiqa.bench.report.figures import Picture
+from agiqa.bench.report.missing import Missing
+from agiqa.bench.report.page import render
+from agiqa.bench.report.reading import read_all
+from agiqa.bench.report.sections import compose
+from agiqa.bench.report.tables import Table
+from agiqa.errors import DataError
+from agiqa.store.files import write_text_atomically
+
+PAGE, TABLES, PICTURES = "index.html", "tables", "pictures"
+_MADE = {TABLES: (".md", ".csv"), PICTURES: (".png", ".svg")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was written."""
+
+    page: Path
+    tables: tuple[Path, ...]
+    pictures: tuple[Path, ...]
+    missing: tuple[Missing, ...]
+    """What there was no data for."""
+    problems: tuple[str, ...]
+    """What could not be read, and is left out."""
+
+
+def write_report(
+    folders: Sequence[Path],
+    to: Path,
+    *,
+    images: Path | None = None,
+    title: str | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """Write the report on result folders of `agiqa ablate` and `agiqa transfer` into the folder `to`.
+
+    Tables and pictures that an earlier report left there are replaced. `images` is the folder of the images by item
+    name, `notes` what the reader is told of the data. Raises DataError for a folder that holds no results, or for a
+    `to` that is something else.
+    """
+    if to.exists() and (not to.is_dir() or ((any(to.iterdir())) and not (to / PAGE).is_file())):
+        message = f"{to} is there already and is no report. Give another --to, or remove it."
+        raise DataError(message)
+    everything = read_all(folders)
+    content = compose(everything, images=images, notes=notes)
+    page = render(title or " and ".join(one.name for one in everything), content)
+    for name, ends in _MADE.items():
+        _clear(to / name, ends)
+    tables: list[Path] = []
+    pictures: list[Path] = []
+    for block in content.blocks():
+        if isinstance(block, Picture):
+            pictures += block.write(to / PICTURES)
+        else:
+            tables += _write_table(to / TABLES, block.table() if isinstance(block, Examples) else block)
+    write_text_atomically(to / PAGE, page)
+    return Report(
+        page=to / PAGE,
+        tables=tuple(tables),
+        pictures=tuple(pictures),
+        missing=tuple(content.missing),
+        problems=tuple(content.problems),
+    )
+
+
+def _clear(folder: Path, ends: Sequence[str]) -> None:
+    """An empty folder, but for what a report does not make."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.suffix in ends:
+            path.unlink()
+
+
+def _write_table(folder: Path, table: Table) -> list[Path]:
+    paths = [folder / f"{table.name}.md", folder / f"{table.name}.csv"]
+    for path, text in zip(paths, (table.markdown(), table.csv()), strict=True):
+        path.write_text(text, encoding="utf-8", newline="")
+    return paths

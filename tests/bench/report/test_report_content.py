@@ -1,0 +1,232 @@
+"""What a report says of its results, each against the files that it was made from."""
+
+import csv
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from agiqa.bench.report.bookkeeping import bias_table, failures_table, runs_table
+from agiqa.bench.report.examples import SHOWN, examples_of
+from agiqa.bench.report.item_charts import scatter_chart
+from agiqa.bench.report.predictions import predictions_of
+from agiqa.bench.report.rank_charts import energy_share, rank_table
+from agiqa.bench.report.reading import read_all
+from agiqa.bench.report.sections import compose
+from agiqa.bench.report.transfers import directions, shots_table, transfer_table
+from agiqa.bench.report.words import findings, limits
+from tests.bench.report import made
+
+
+def rows_of(table):
+    return list(csv.DictReader(io.StringIO(table.csv())))
+
+
+def lead(folder, label="quality", protocol="grouped"):
+    """The row of a folder with the best validation SRCC, and its result lines."""
+    heads = [line for line in made.read_lines(folder / "rows.jsonl") if line["kind"] == "head"]
+    rows = [line for line in heads if (line["label"], line["protocol"]) == (label, protocol)]
+    best = max(rows, key=lambda line: line["validation"]["srcc"][0])
+    lines = made.read_lines(folder / "results.jsonl")
+    return best, [line for line in lines if (line["row"], line["protocol"]) == (best["row"], protocol)]
+
+
+def mean_predictions(folder, label="quality", protocol="grouped"):
+    """True MOS and the mean of all predictions of each test item of the leading row, computed item by item."""
+    found = {}
+    for line in lead(folder, label, protocol)[1]:
+        for key, (true, value) in made.predictions_of(
+            folder / "runs" / line["name"] / "predictions.csv", label
+        ).items():
+            found.setdefault(key, (true, []))[1].append(value)
+    return {key: (true, float(np.mean(values))) for key, (true, values) in found.items()}
+
+
+def test_predictions_are_means_over_seeds_of_every_item_once(results):
+    (found,) = read_all([results.ablation])
+    row = next(row for row in found.of("quality", "grouped") if row.row == lead(results.ablation)[0]["row"])
+    predictions = predictions_of(found, row)
+    expected = mean_predictions(results.ablation)
+    assert len(expected) == len(results.stores["ours"].items)
+    told = zip(predictions.names, predictions.prompts, predictions.true, predictions.predicted, strict=True)
+    assert {(name, prompt): (true, pytest.approx(value)) for name, prompt, true, value in told} == expected
+    assert (predictions.runs, predictions.missing) == (2 * made.FOLDS, ())
+
+
+def leading(folder):
+    """The results of a folder, and the predictions of the leading row of quality under the grouped protocol."""
+    (found,) = read_all([folder])
+    return found, predictions_of(found, found.reference("quality", "grouped", ""))
+
+
+def examples(folder, images):
+    found, predictions = leading(folder)
+    return examples_of(found, predictions, "a head", images=images, several=False)
+
+
+def test_best_and_worst_items_are_those_of_the_smallest_and_largest_error(results):
+    found = examples(results.ablation, results.images)
+    errors = {name: abs(value - true) for (name, _), (true, value) in mean_predictions(results.ablation).items()}
+    order = sorted(errors, key=lambda name: errors[name])
+    assert [one.name for one in found.best] == order[:SHOWN]
+    assert [one.name for one in found.worst] == order[::-1][:SHOWN]
+    items = results.stores["ours"].items
+    for one in (*found.best, *found.worst):
+        assert abs(one.error) == pytest.approx(errors[one.name])
+        assert one.description == items.descriptions[items.names.index(one.name)]
+        assert one.image.startswith("data:image/jpeg;base64,")
+
+
+def test_images_that_cannot_be_read_are_left_out_and_counted(results, copy):
+    folder = copy(results.images)
+    for path in sorted(folder.iterdir())[::2]:
+        path.write_bytes(b"no picture")
+    found = examples(results.ablation, folder)
+    broken = {path.name for path in sorted(folder.iterdir())[::2]}
+    shown = (*found.best, *found.worst)
+    assert [one.image is None for one in shown] == [one.name in broken for one in shown]
+    absent = sum(one.image is None for one in shown)
+    assert absent > 0
+    assert any(note.startswith(f"{absent} image") for note in found.notes)
+
+
+def test_an_image_outside_its_folder_is_never_read(results, copy):
+    folder = copy(results.ablation)
+    outside = f"{results.images}/../{results.images.name}/image_"
+    for path in (folder / "runs").glob("*/predictions.csv"):
+        path.write_text(path.read_text().replace("image_", outside))
+    (folder / "inside").mkdir()
+    found = examples(folder, folder / "inside")
+    assert (results.images / found.best[0].name).exists()
+    assert all(one.image is None for one in (*found.best, *found.worst))
+
+
+def test_a_store_that_is_gone_takes_only_the_descriptions(results, copy):
+    folder = copy(results.ablation)
+    about = json.loads((folder / "about.json").read_text())
+    for path, said in (("/gone.agiqa", "is not at /gone.agiqa"), (None, "has no path"), (str(folder), "are not shown")):
+        about["stores"][""]["path"] = path
+        (folder / "about.json").write_text(json.dumps(about))
+        found = examples(folder, None)
+        assert all(one.description is None for one in (*found.best, *found.worst))
+        assert any("Descriptions are not shown" in note and said in note for note in found.notes)
+
+
+def test_runs_whose_predictions_are_gone_are_told_and_the_others_used(results, copy):
+    folder = copy(results.ablation)
+    gone, broken, *_ = lead(folder)[1]
+    (folder / "runs" / gone["name"] / "predictions.csv").unlink()
+    (folder / "runs" / broken["name"] / "predictions.csv").write_text("name,prompt\nx,y\n")
+    _, found = leading(folder)
+    assert len(found.missing) == 2
+    assert any(gone["name"] in problem and "not there" in problem for problem in found.missing)
+    assert any(broken["name"] in problem and "not readable" in problem for problem in found.missing)
+    assert found.runs == 2 * made.FOLDS - 2
+    assert "Predictions of 2 runs are missing" in scatter_chart(found, "a head", prefix="").caption
+
+
+def test_without_any_run_folder_the_tables_are_there_and_the_rest_is_told_missing(results, copy):
+    folder = copy(results.ranks)
+    shutil.rmtree(folder / "runs")
+    content = compose(read_all([folder]), images=None, notes=())
+    assert {"rows", "ranks", "provenance"} <= {section.name for section in content.sections}
+    told = {one.what: one.line() for one in content.missing}
+    assert {"Scatter, best and worst items", "Training curves"} <= told.keys()
+    assert "agiqa transfer SOURCE TARGET OUT" in told["Results across data sets, few-shot curve"]
+    assert "label: quality+correspondence" in told["Radar over the aspects"]
+    assert "SRCC against rank" not in told
+
+
+def test_failed_runs_are_shown_with_their_errors(results, copy):
+    folder = copy(results.ablation)
+    lines = made.read_lines(folder / "results.jsonl")
+    failed = {
+        **{key: lines[0][key] for key in ("config", "seed", "store", "row", "protocol")},
+        "name": lines[0]["name"],
+    }
+    made.write_lines(folder / "results.jsonl", [*lines, {**failed, "error": "HeadError: the loss is <NaN>"}])
+    (found,) = read_all([folder])
+    (row,) = rows_of(failures_table(found, several=False))
+    assert row == {"run": lines[0]["name"], "error": "HeadError: the loss is <NaN>"}
+    told = {row["what"]: row["value"] for row in rows_of(runs_table(found, several=False))}
+    assert told["Runs"] == f"{len(lines) - 1} done, 1 failed"
+    assert failures_table(read_all([results.ablation])[0], several=False) is None
+
+
+def test_the_bias_of_the_best_epoch_on_test_is_the_mean_over_runs(results, copy):
+    folder = copy(results.ablation)
+    rng, told = np.random.default_rng(3), {}
+    for line in made.read_lines(folder / "results.jsonl"):
+        path = folder / "runs" / line["name"] / "metrics.json"
+        metrics = json.loads(path.read_text())
+        both = {}
+        for label in ("quality", "correspondence"):
+            bias = dict(zip(("srcc", "plcc"), rng.uniform(0, 0.1, 2).tolist(), strict=True))
+            best = {metric: metrics["test"][label][metric] + bias[metric] for metric in bias}
+            both[label] = {"chosen_by": "highest test SRCC", "epoch": 2, **best, "bias": bias}
+        path.write_text(json.dumps({**metrics, "paper_compatible": both}))
+        told.setdefault((line["row"], line["protocol"]), []).append((metrics["test"]["quality"], both["quality"]))
+    (found,) = read_all([folder])
+    rows = [row for row in rows_of(bias_table(found, several=False)) if row["label"] == "quality"]
+    assert len(rows) == len(told) == 4
+    for runs in told.values():
+        honest, bias = (
+            np.mean(values) for values in zip(*((test["srcc"], one["bias"]["srcc"]) for test, one in runs), strict=True)
+        )
+        (row,) = [row for row in rows if float(row["srcc_bias"]) == pytest.approx(bias)]
+        assert float(row["srcc_honest"]) == pytest.approx(honest)
+        assert float(row["srcc_best_epoch"]) == pytest.approx(honest + bias)
+        assert row["runs"] == str(len(runs))
+    assert bias_table(read_all([results.ablation])[0], several=False) is None
+
+
+def test_ranks_have_the_energy_of_the_basis_and_the_scores_of_their_rows(results):
+    (found,) = read_all([results.ranks])
+    energy = results.stores["r4"].basis().energy
+    assert energy_share(found, 2) == pytest.approx(energy[:2].sum() / energy.sum())
+    rows = {(row["row"], row["rank"]): row for row in rows_of(rank_table(found, "quality", "grouped", several=False))}
+    lines = {
+        (line["kind"], line["store_name"]): line
+        for line in made.read_lines(results.ranks / "rows.jsonl")
+        if line["test"]
+    }
+    for rank in (2, 4):
+        assert float(rows["no encoder", str(rank)]["srcc"]) == lines["head", f"r{rank}"]["test"]["srcc"]
+        assert float(rows["no encoder", str(rank)]["energy"]) == energy_share(found, rank)
+
+
+def test_transfer_has_the_layout_of_table_vi_and_the_papers_numbers(results):
+    (found,) = read_all([results.transfer])
+    rows = rows_of(transfer_table(found, "quality", "published", several=False))
+    lines = {tuple(line["settings"].values()): line for line in made.read_lines(results.transfer / "rows.jsonl")}
+    assert [(row["from"], row["to"]) for row in rows] == [("AGIQA-3k", "AIGCIQA2023"), ("AIGCIQA2023", "AGIQA-3k")]
+    for row in rows:
+        ends = row["from"], row["to"]
+        assert float(row["apply_srcc"]) == lines[(*ends, "apply", "all")]["test"]["srcc"]
+        assert float(row["tp_plcc"]) == lines[(*ends, "tp", "all")]["test"]["plcc"]
+        assert float(row["within_srcc"]) == lines[(row["from"], row["from"], "within", "all")]["test"]["srcc"]
+    assert [float(rows[0][f"paper_{way}_srcc"]) for way in ("apply", "tp")] == [0.7489, 0.8557]
+    shots = rows_of(shots_table(found, "quality", "published", several=False))
+    assert [(row["from"], row["training_items"]) for row in shots] == [
+        (name, count) for name in ("AGIQA-3k", "AIGCIQA2023") for count in ("10", "all")
+    ]
+    assert len(directions(found, "quality", "published")) == 2
+
+
+def test_what_there_is_no_data_for_is_told_with_its_command(report):
+    (one,) = report.missing
+    assert one.what == "Best epoch on test beside the honest number"
+    assert "paper_compatible: true" in one.line()
+
+
+def test_findings_say_what_the_files_say(results):
+    (found,) = read_all([results.ablation])
+    best, _ = lead(results.ablation)
+    low, high = best["test"]["ci"]["srcc"]
+    sentence = next(words for words in findings(found) if words.startswith("Quality, grouped by prompt: "))
+    assert f"has a test SRCC of {best['test']['srcc']:.3f} ({low:.3f} to {high:.3f})" in sentence
+    notes = limits([found])
+    assert any(note.startswith("On the published split 15 of 15 test images") for note in notes)
+    assert any("2 seeds only" in note for note in notes)

@@ -1,0 +1,127 @@
+"""Tables hold the numbers of rows.jsonl, all their digits in CSV; bold means what the page says that it means."""
+
+import csv
+import io
+
+import pytest
+
+from agiqa.bench.report.naming import row_titles
+from agiqa.bench.report.reading import Against, Row, Scores, read_all
+from agiqa.bench.report.row_tables import bold_rows, main_tables, optimism_tables
+from agiqa.bench.report.tables import Cell, Column, Table
+from tests.bench.report import made
+
+
+def read_csv(table):
+    return list(csv.DictReader(io.StringIO(table.csv())))
+
+
+def test_main_tables_hold_every_row_with_all_digits(results):
+    (found,) = read_all([results.ablation])
+    tables = main_tables(found, several=False)
+    assert [table.heading for table in tables][:2] == ["Quality, grouped by prompt", "Quality, published split"]
+    lines = [line for line in made.read_lines(results.ablation / "rows.jsonl") if line["test"]]
+    for table, (label, protocol) in zip(tables, found.groups(), strict=True):
+        told = {row["row"]: row for row in read_csv(table)}
+        expected = [line for line in lines if (line["label"], line["protocol"]) == (label, protocol)]
+        assert len(told) == len(expected) == 4
+        titles = row_titles(found.of(label, protocol))
+        for line in expected:
+            row, test, against = told[titles[line["row"]]], line["test"], line["against"]
+            for metric in ("srcc", "plcc"):
+                assert row[metric] == ("" if test[metric] is None else repr(test[metric]))
+                if test["ci"][metric]:
+                    assert [float(row[f"{metric}_{end}"]) for end in ("low", "high")] == test["ci"][metric]
+                if against:
+                    for key, value in (("difference", against["difference"]), ("p_holm", against["p_holm"])):
+                        assert row[f"{metric}_{key}"] == ("" if value[metric] is None else repr(value[metric]))
+            assert row["tag"] == ("baseline" if line["kind"] == "baseline" else "" if against else "reference")
+
+
+def test_optimism_is_published_minus_grouped(results):
+    (found,) = read_all([results.ablation])
+    tables = optimism_tables(found, several=False)
+    assert [table.name for table in tables] == ["quality-optimism", "correspondence-optimism"]
+    for row in read_csv(tables[0]):
+        for metric in ("srcc", "plcc"):
+            if row[f"{metric}_optimism"]:
+                gap = float(row[f"{metric}_published"]) - float(row[f"{metric}_grouped"])
+                assert float(row[f"{metric}_optimism"]) == pytest.approx(gap, abs=1e-15)
+    assert sum(bool(row["srcc_optimism"]) for row in read_csv(tables[0])) >= 3
+
+
+def test_the_published_split_is_labelled_with_its_leak(results):
+    (found,) = read_all([results.ablation])
+    notes = {table.name: " ".join(table.notes) for table in main_tables(found, several=False)}
+    leak = next(
+        line["split"] for line in made.read_lines(results.ablation / "results.jsonl") if line["protocol"] == "published"
+    )
+    count = leak["leak"]["test_items_with_a_training_prompt"]
+    assert count == 15
+    assert f"This protocol leaks prompts: {count} of {leak['test']} test images" in notes["quality-published"]
+    assert "No prompt of a test image occurs in training" in notes["quality-grouped"]
+
+
+def row(name, value, *, p=None, difference=0.0, kind="head", resamples=10_000):
+    against = None
+    if p is not None:
+        told = dict.fromkeys(("srcc", "plcc"), difference)
+        against = Against(row="best", difference=told, p_holm=dict.fromkeys(told, p), resamples=resamples)
+    test = Scores(n=9, srcc=value, plcc=value)
+    return Row(kind=kind, row=name, protocol="grouped", label="quality", test=test, against=against)
+
+
+@pytest.mark.parametrize(
+    ("others", "bold"),
+    [
+        ([], set()),
+        ([row("a", 0.5, p=0.5, difference=-0.1), row("b", 0.6, p=0.06, difference=0.1)], set()),
+        ([row("a", 0.5, p=0.01, difference=-0.1), row("b", 0.6, p=0.06, difference=0.1)], {0, 2}),
+        ([row("a", 0.5, p=0.01, difference=-0.1), row("b", 0.8, p=0.04, difference=0.1)], {2}),
+        ([row("a", 0.5, p=0.01, difference=-0.1), row("b", None)], {0}),
+    ],
+)
+def test_bold_is_the_reference_and_what_cannot_be_told_from_it_or_what_beats_it(others, bold):
+    best = row("best", 0.7)
+    assert bold_rows([best, *others], best, "srcc") == bold
+
+
+def test_markdown_cannot_be_broken_by_what_is_in_a_cell():
+    columns = [Column(key="a", title="a|b", kind="text"), Column(key="n", title="n", interval=True)]
+    cells = [Cell(value="x | <script>\ny", tag="baseline"), Cell(value=0.12345, interval=(-0.0001, 0.2), strong=True)]
+    table = Table(name="t", title="t", columns=columns, rows=[cells], notes=["a\n# b"])
+    assert table.markdown().splitlines() == [
+        "### T",
+        "",
+        "| a\\|b | n |",
+        "| --- | --- |",
+        "| x \\| &lt;script&gt; y (baseline) | **0.123** [0.000 to 0.200] |",
+        "",
+        "a # b",
+    ]
+    assert read_csv(table) == [
+        {"a": "x | <script>\ny", "n": "0.12345", "n_low": "-0.0001", "n_high": "0.2", "tag": "baseline"}
+    ]
+
+
+def test_too_few_resamples_for_the_correction_are_told(results):
+    (found,) = read_all([results.ablation])
+    few = Against(row="x", difference={"srcc": -0.1}, p_holm={"srcc": 0.9}, resamples=20)
+    rows = tuple(one.model_copy(update={"against": few}) if one.against else one for one in found.rows)
+    spoiled = type(found)(**{**vars(found), "rows": rows})
+    notes = " ".join(main_tables(spoiled, several=False)[0].notes)
+    compared = sum(one.against is not None for one in spoiled.of("quality", "grouped"))
+    assert f"With 20 resamples and {compared} comparisons no corrected p can be below {2 * compared / 21:.3f}" in notes
+    assert "no corrected p" not in " ".join(main_tables(found, several=False)[0].notes)
+
+
+def test_titles_are_short_and_never_the_same(results):
+    rows = [
+        Row(kind="head", row="encoder=none,width=8", settings={"encoder": "none", "width": 8}, protocol="p", label="q"),
+        Row(kind="head", row="deep", settings={"encoder": "gru"}, protocol="p", label="q"),
+        Row(kind="baseline", row="text", settings={"baseline": "text"}, protocol="p", label="q"),
+        Row(kind="head", row="loss=a_b", settings={"loss": "mse"}, protocol="p", label="q"),
+        Row(kind="head", row="loss=ab", settings={"loss": "mse"}, protocol="p", label="q"),
+    ]
+    told = list(row_titles(rows).values())
+    assert told == ["no encoder\N{NO-BREAK SPACE}· width 8", "deep", "text", "loss=a_b", "loss=ab"]
