@@ -79,9 +79,20 @@ def test_bad_rows(agiqa, texts, new, tiny_text_checkpoint, change, mentions):
 def test_missing_columns(agiqa, texts, new, tiny_text_checkpoint):
     rewrite(texts, lambda rows: rows, ["name", "words", "mos_quality", "split", "description"])
     refuse(extract(agiqa, texts, new, tiny_text_checkpoint), texts / "data.csv", "no column 'prompt'")
-    rewrite(texts, lambda rows: rows, ["name", "prompt", "mark", "split", "description"])
-    refuse(extract(agiqa, texts, new, tiny_text_checkpoint), texts / "data.csv", "no MOS column")
     assert not new.exists()
+
+
+def test_a_table_without_mos_is_extracted_and_labelled_later(agiqa, texts, new, tmp_path, tiny_text_checkpoint):
+    labelled = write_table(tmp_path / "labels", [list(row.values()) for row in read_table(texts)]) / "data.csv"
+    rewrite(texts, lambda rows: rows, ["name", "prompt", "mark", "split", "description"])
+    outcome = extract(agiqa, texts, new, tiny_text_checkpoint)
+    assert outcome.json["state"] == "complete"
+    assert "has no MOS column (found: name, prompt, mark, split, description)" in outcome.err
+    refuse(agiqa("train", new, tmp_path / "run", *SMALL_HEAD), "'quality'", "Known: none")
+    assert agiqa("store", "labels", new, labelled).code == 0
+    assert agiqa("store", "info", new, "--json").json["labels"] == {"quality": 6}
+    talks = write_talks(texts)
+    refuse(agiqa("words", talks, "--labels", texts / "data.csv"), texts / "data.csv", "no MOS column")
 
 
 def test_all_bad_rows_are_told_at_once(agiqa, texts, new, tiny_text_checkpoint):
