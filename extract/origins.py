@@ -27,8 +27,8 @@ def check_model(recorded: Provenance, found: Provenance, *, head: str) -> list[s
     """What else differs between two models that are the same, a line each.
 
     `recorded` is the model of the store that `head` was trained on, `found` the one that is to be asked now. They are
-    the same by the bytes of their weights, adapter and tokenizer, and by chat template and slicing, wherever they lie
-    and whatever they are called. Raises HeadError, naming both sides, where they are not.
+    the same by the bytes of their weights, adapter and tokenizer, and by chat template, slicing and dtype, wherever
+    they lie and whatever they are called. Raises HeadError, naming both sides, where they are not.
     """
     for what, part in (
         ("model", _model),

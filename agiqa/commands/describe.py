@@ -67,6 +67,7 @@ def command(
     )
     opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
     backbone = opener(device=device)
+    backbone.check_adapter()  # before every image is looked at
     data_set = load_data_set(
         data,
         labels=labels,

@@ -90,6 +90,7 @@ def command(
 
     opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
     backbone = opener(device=settings["device"])
+    backbone.check_adapter()  # before every image is looked at
     data_set = load_data_set(
         data,
         conversations=conversations,

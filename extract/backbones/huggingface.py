@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from agiqa.errors import ConfigError, ModelError, UnknownName
-from agiqa.extract.backbones.adapters import Adapter, apply_adapter
+from agiqa.extract.backbones.adapters import Adapter, apply_adapter, check_adapter
 from agiqa.extract.backbones.batching import alike, collate
 from agiqa.extract.backbones.contract import GenerationSettings, Prepared
 from agiqa.extract.backbones.generation import generate
 from agiqa.extract.backbones.linearity import LogitMap, find_logit_map
-from agiqa.extract.backbones.loading import load_model
+from agiqa.extract.backbones.loading import failures_of, load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
 from agiqa.extract.checkpoints import Checkpoint
 from agiqa.extract.items import Message
@@ -55,6 +55,7 @@ class HuggingFaceBackbone(ABC):
         self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
         self.renderer = self._make_renderer()
         self._model: Any = None
+        self._adapter_fits = False
         self._after_head: LogitMap | None = None
         self._hashes: dict[str, str] | None = None
         self._adapter_hashed: dict[str, Any] | None = None
@@ -95,6 +96,20 @@ class HuggingFaceBackbone(ABC):
             "versions": _versions(self.packages),
             **({} if self._adapter_hashed is None else {"adapter": self._adapter_hashed}),
         }
+
+    def check_adapter(self) -> None:
+        """See `Backbone.check_adapter`."""
+        if self.adapter is not None and not self._adapter_fits:
+            check_adapter(self.hollow(), self.adapter, name=self.checkpoint.name)
+            self._adapter_fits = True
+
+    def hollow(self) -> torch.nn.Module:
+        """The model without weights, on the device `meta`."""
+        with failures_of(self.checkpoint, "build the model"), torch.device("meta"):
+            model: torch.nn.Module = self.auto_class.from_config(
+                self.config, dtype=DTYPES[self.logical_dtype], attn_implementation=self.attention
+            )
+        return model
 
     def load(self) -> None:
         """See `Backbone.load`."""

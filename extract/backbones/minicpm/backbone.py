@@ -63,12 +63,17 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         slicing = {"slices": self.config.slices, "resolution": self.config.resolution}
         return {**super().provenance(), "image": slicing}
 
+    def hollow(self) -> MiniCPMV:
+        """See `HuggingFaceBackbone.hollow`."""
+        with torch.device("meta"):
+            return MiniCPMV(self.config)
+
     def load(self) -> None:
         """See `Backbone.load`."""
         if self._model is not None:
             return
         dtype = DTYPES[self.logical_dtype]
-        model = load_weights(self.checkpoint, lambda: MiniCPMV(self.config), dtype=dtype, device=self.device)
+        model = load_weights(self.checkpoint, self.hollow(), dtype=dtype, device=self.device)
         if self.adapter is not None:
             apply_adapter(model, self.adapter, name=self.checkpoint.name)
         self._model = model
