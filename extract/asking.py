@@ -11,6 +11,7 @@ import torch
 from agiqa.errors import DataError, ModelError, UnknownName
 from agiqa.extract.backbones import Answer, Backbone, GenerationSettings, Prepared
 from agiqa.extract.items import Item, Message
+from agiqa.extract.memory import is_out_of_memory
 from agiqa.extract.plan import OnBadItem
 from agiqa.extract.preparing import Preparation
 from agiqa.extract.templates import VARIANTS, fill, template_of
@@ -168,7 +169,9 @@ class Describer:
             try:
                 outcomes.extend(self._both_rounds(items[part], prepared[part]))
                 continue
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 if len(items[part]) == 1:
                     message = f"{items[part][0].name}: the device is out of memory with this item alone ({error})."
                     raise ModelError(message) from error

@@ -9,10 +9,11 @@ from agiqa.errors import ConfigError, DataError
 from agiqa.extract.building import ItemBuilder
 from agiqa.extract.conversations import Talk, read_conversations
 from agiqa.extract.items import DataSet, Item
-from agiqa.extract.joining import Joined, join, join_aspects
+from agiqa.extract.joining import Joined, Pair, join, join_aspects
 from agiqa.extract.labels import Rows, read_rows
 from agiqa.extract.sources import Sources, find_sources
 from agiqa.extract.templates import aspects_of
+from agiqa.progress import track
 from agiqa.store.label_tables import ASPECT_COLUMNS
 
 
@@ -49,14 +50,23 @@ def load_data_set(
     table = read_rows(sources.table, mos_range, aspect=aspect)
     joined = _join(sources, table, aspects, variant)
     builder = ItemBuilder(sources=sources, aspects=aspects, variant=variant, images=images)
-    with ThreadPoolExecutor() as pool:
-        outcomes = list(pool.map(builder.build, joined.pairs))
+    outcomes = _build(builder, joined.pairs) if images else [builder.build(pair) for pair in joined.pairs]
     items = tuple(outcome for outcome in outcomes if isinstance(outcome, Item))
     problems = (*joined.problems, *(outcome for outcome in outcomes if isinstance(outcome, str)))
     if problems and (on_bad_item == "fail" or not items):
         raise DataError.from_problems(str(data), problems)
     unlabelled = () if mos_range is None or table.labelled else (_unlabelled(sources, table),)
     return DataSet(name=sources.name, items=items, skipped=problems, notes=(*joined.notes, *unlabelled))
+
+
+def _build(builder: ItemBuilder, pairs: Sequence[Pair]) -> list[Item | str]:
+    """The items of all pairs; decoding many images takes a while."""
+    outcomes: list[Item | str] = []
+    with ThreadPoolExecutor() as pool, track("check", len(pairs), "images") as advance:
+        for outcome in pool.map(builder.build, pairs):
+            outcomes.append(outcome)
+            advance(1)
+    return outcomes
 
 
 def _unlabelled(sources: Sources, table: Rows) -> str:

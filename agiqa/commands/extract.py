@@ -115,4 +115,6 @@ def command(
         say(f"skipped {line}")
     shown = {name: result[name] for name in ("store", "state", "items", "tokens", "units", "truncated")}
     shown["skipped"] = len(result["skipped"])
+    if result["filled"] is not None:
+        shown["batch size"] = result["filled"]["batch_size"]
     print_result(result, table(shown), as_json=as_json)

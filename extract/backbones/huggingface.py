@@ -20,6 +20,7 @@ from agiqa.extract.backbones.loading import failures_of, load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
 from agiqa.extract.checkpoints import Checkpoint
 from agiqa.extract.items import Message
+from agiqa.extract.memory import room_for_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROBE_TOKENS = 8
@@ -116,10 +117,11 @@ class HuggingFaceBackbone(ABC):
         if self._model is not None:
             return
         dtype = DTYPES[self.logical_dtype]
-        model = load_model(self.checkpoint, self.auto_class, dtype, self.attention)
-        model = model.to(self.device)
-        if self.adapter is not None:
-            apply_adapter(model, self.adapter, name=self.checkpoint.name)
+        with room_for_weights(self.checkpoint.name, self.device):
+            model = load_model(self.checkpoint, self.auto_class, dtype, self.attention)
+            model = model.to(self.device)
+            if self.adapter is not None:
+                apply_adapter(model, self.adapter, name=self.checkpoint.name)
         found = tuple(model.get_output_embeddings().weight.shape)
         expected = (self.vocab_size, self.hidden_size)
         if found != expected:

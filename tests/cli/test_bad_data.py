@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from tests.cli.conftest import SMALL_HEAD
 from tests.cli.refusals import extract, refuse, truncate
 from tests.extract.small_sets import COLUMNS, read_table, save_noise, write_set, write_table, write_talks
+from tests.extract.tiny_models import write_grid_checkpoint
 
 
 @pytest.fixture
@@ -48,6 +50,17 @@ def test_unreadable_images(agiqa, pictures, new, tiny_vision_checkpoint, harm, r
     skipped = extract(agiqa, pictures, new, tiny_vision_checkpoint, "--on-bad-item", "skip")
     assert (skipped.json["items"], len(skipped.json["skipped"])) == (5, 1)
     assert "skipped 002.png" in skipped.err
+
+
+def test_images_that_the_processor_refuses_are_items_like_others(agiqa, pictures, new, tmp_path):
+    """Qwen's takes no image that is more than 200 times as wide as high."""
+    model = write_grid_checkpoint(tmp_path / "model")
+    Image.new("RGB", (20000, 10)).save(pictures / "images" / "002.png")
+    outcome = extract(agiqa, pictures, new, model)
+    refuse(outcome, "1 problem\n", f"002.png: {pictures / 'images' / '002.png'}: the image processor of", "ratio")
+    assert not new.exists()
+    skipped = extract(agiqa, pictures, new, model, "--on-bad-item", "skip").json
+    assert (skipped["items"], len(skipped["skipped"])) == (5, 1)
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,17 @@ def test_bad_conversations_are_named_by_id(folder):
     assert len(kept.skipped) == 9
 
 
+def test_half_a_character_in_a_conversation_is_named(folder):
+    """As a description that was cut within an emoji: no tokenizer and no table takes it."""
+    cut = talk("a.png", id="cut", contents=("Look?", "a cat \ud83d", "Rate?", "fair"))
+    own = talk("b.png", id="own", response_0="\ude00 a dog")
+    path = write_json(folder / "train.json", [cut, own])
+    message = problems_of(folder, conversations=[str(path)], variant="id")
+    assert "2 problems" in message
+    assert r"train.json, id 'cut': the text 'a cat \ud83d' holds half a character" in message
+    assert r"train.json, id 'own': the text '\ude00 a dog' holds half a character" in message
+
+
 def test_strangers_are_one_error_that_names_both(folder):
     path = write_json(folder / "train.json", [talk("x.png"), talk("y.png")])
     message = problems_of(folder, conversations=[str(path)], variant="id")
