@@ -56,7 +56,7 @@ class Run:
     @property
     def origin(self) -> Mapping[str, Any]:
         """As `origin_of` the store; empty in runs of an agiqa that did not record it."""
-        origin: Mapping[str, Any] = self.config["features"].get("origin", {})
+        origin: Mapping[str, Any] = self.config.get("origin", {})
         return origin
 
     def parts(self) -> dict[str, set[tuple[str, str]]]:

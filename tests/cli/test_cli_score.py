@@ -153,7 +153,7 @@ def test_a_run_that_does_not_say_what_made_its_store(agiqa, way, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(way.runs["vocabulary"], run)
     config = json.loads((run / "config.json").read_text())
-    assert set(config["features"].pop("origin")) == {"model", "conversation"}
+    assert set(config.pop("origin")) == {"model", "conversation"}
     (run / "config.json").write_text(json.dumps(config))
     told = agiqa(*way.score("vocabulary", "--run", run))
     assert told.code == 0, told.err
