@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from agiqa.errors import DataError, ModelError, UnknownName
 from agiqa.extract.backbones import Answer, Backbone, GenerationSettings, Prepared
 from agiqa.extract.items import Item, Message
+from agiqa.extract.memory import is_out_of_memory
 from agiqa.extract.plan import OnBadItem
+from agiqa.extract.preparing import Preparation
 from agiqa.extract.templates import VARIANTS, fill, template_of
 from agiqa.progress import say
 
@@ -51,7 +53,7 @@ class Described:
     cut: bool | None
     """Whether the description was cut off by a limit; None where the backbone cannot tell."""
     seconds: Mapping[str, float]
-    """Of both rounds: the item's share of its batch."""
+    """Of both rounds: the item's share of what the model took for its batch."""
 
     @property
     def description(self) -> str:
@@ -82,28 +84,51 @@ def preset(name: str, *, max_new_tokens: int = 1024, seed: int = 0) -> tuple[Gen
     )
 
 
-class Describer:
-    """Asks one model about images, in batches."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """An item, and the conversation about it that the model answers next."""
 
-    def __init__(self, backbone: Backbone, settings: DescriptionSettings) -> None:
-        """Raises UnknownName for the aspect."""
+    item: Item
+    conversation: tuple[Message, ...]
+
+
+def prepare_asked(backbone: Backbone, asked: Asked) -> Prepared | str:
+    """`asked` as the model reads it, or the line that says why it cannot be answered. Needs no weights."""
+    name = asked.item.name
+    try:
+        prepared = backbone.prepare(asked.conversation, asked.item.image, answer=True)
+    except DataError as error:
+        return f"{name}: {error}"
+    length, positions = len(prepared.token_ids), backbone.max_positions
+    if positions is not None and length >= positions:
+        return f"{name}: {length} tokens, and the model has {positions} positions: none is left for an answer."
+    return prepared
+
+
+class Describer:
+    """Asks one model about images, in batches.
+
+    The second round reads the whole conversation anew. It does not go on from the keys and values of the first: what
+    the heads will read is the text of the description, and its tokens need not be those that were generated (white
+    space around it is dropped, a cut one may end within a letter, templates trim and close the turn); rows of a batch
+    end at different places; and recurrent or windowed models cannot return to an earlier one. It would save
+    milliseconds of the seconds that a description takes.
+    """
+
+    def __init__(
+        self, backbone: Backbone, settings: DescriptionSettings, *, preparation: Preparation | None = None
+    ) -> None:
+        """Items are prepared in the workers of `preparation`. Raises UnknownName for the aspect."""
         self.backbone = backbone
         self.settings = settings
         self.questions = template_of(settings.aspect)
         self.batch_size = settings.batch_size
+        self.preparation = preparation or Preparation(backbone)
 
-    def question(self, item: Item) -> Message:
+    def first(self, item: Item) -> Asked:
         """The first question about `item`."""
-        return Message(role="user", content=fill(self.questions.describe, item.prompt))
-
-    def prepare(self, item: Item, conversation: Sequence[Message]) -> Prepared:
-        """`conversation` about `item`, for the next answer. Raises DataError where no position is left for one."""
-        prepared = self.backbone.prepare(conversation, item.image, answer=True)
-        length, positions = len(prepared.token_ids), self.backbone.max_positions
-        if positions is not None and length >= positions:
-            message = f"{length} tokens, and the model has {positions} positions: none is left for an answer."
-            raise DataError(message)
-        return prepared
+        question = Message(role="user", content=fill(self.questions.describe, item.prompt))
+        return Asked(item=item, conversation=(question,))
 
     def item(self, described: Described, variant: str) -> Item:
         """The item as the heads read it: with the conversation of `variant`, as `agiqa extract` words it.
@@ -122,22 +147,35 @@ class Describer:
         ending = [Message(role="assistant", content=described.answer)] if variant == "full" else []
         return replace(item, conversation=(*turns, *ending), description=described.description)
 
-    def describe(self, items: Sequence[Item]) -> list[Described | str]:
+    def batches(self, batches: Sequence[Sequence[Item]]) -> Iterator[list[Described | str]]:
+        """`describe` of each batch in turn; the images of those that follow are prepared meanwhile."""
+        asked = ((batch, [self.first(item) for item in batch]) for batch in batches)
+        for batch, prepared in self.preparation.groups(prepare_asked, asked):
+            yield self.describe(batch, prepared)
+
+    def describe(
+        self, items: Sequence[Item], prepared: Sequence[Prepared | str] | None = None
+    ) -> list[Described | str]:
         """What the model says of each item, or the line that says why it says nothing.
 
-        Raises ModelError when not even a batch of one fits into the memory.
+        `prepared` are the first questions about the items, if that is done. Raises ModelError when not even a batch
+        of one fits into the memory.
         """
+        if prepared is None:
+            prepared = list(self.preparation.each(prepare_asked, map(self.first, items)))
         outcomes: list[Described | str] = []
         while len(outcomes) < len(items):
-            part = items[len(outcomes) : len(outcomes) + self.batch_size]
+            part = slice(len(outcomes), len(outcomes) + self.batch_size)
             try:
-                outcomes.extend(self._both_rounds(part))
+                outcomes.extend(self._both_rounds(items[part], prepared[part]))
                 continue
-            except torch.OutOfMemoryError as error:
-                if len(part) == 1:
-                    message = f"{part[0].name}: the device is out of memory with this item alone ({error})."
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(items[part]) == 1:
+                    message = f"{items[part][0].name}: the device is out of memory with this item alone ({error})."
                     raise ModelError(message) from error
-            self._shrink(len(part))  # outside of `except`, where the error would keep the batch in memory
+            self._shrink(len(items[part]))  # outside of `except`, where the error would keep the batch in memory
         return outcomes
 
     def _shrink(self, size: int) -> None:
@@ -145,79 +183,77 @@ class Describer:
         torch.cuda.empty_cache()
         say(f"warning: out of memory with {size} items at a time; going on with {self.batch_size}")
 
-    def _both_rounds(self, items: Sequence[Item]) -> list[Described | str]:
-        first = _Round(self, {item.name: (self.question(item),) for item in items}, self.settings.describe, "describe")
-        prompts = first.ask(items)
-        talks: dict[str, tuple[Message, Message, Message]] = {}
+    def _both_rounds(self, items: Sequence[Item], prepared: Sequence[Prepared | str]) -> list[Described | str]:
+        first = self._ask(items, prepared, self.settings.describe, "describe")
         rate = Message(role="user", content=self.questions.rate)
+        talks: dict[str, tuple[Message, Message, Message]] = {}
         for item in items:
             description = str(first.answers.get(item.name, ""))
             if description:
-                talks[item.name] = (self.question(item), Message(role="assistant", content=description), rate)
-            elif item.name in prompts:
+                (question,) = self.first(item).conversation
+                talks[item.name] = (question, Message(role="assistant", content=description), rate)
+            elif item.name in first.answers:
                 first.failures[item.name] = f"{item.name}: the model's description is empty"
-        second = _Round(self, talks, self.settings.rate, "rate")
-        longer = second.ask([item for item in items if item.name in talks])
+        told = [item for item in items if item.name in talks]
+        asked = [Asked(item=item, conversation=talks[item.name]) for item in told]
+        second = self._ask(told, list(self.preparation.each(prepare_asked, asked)), self.settings.rate, "rate")
         failures = first.failures | second.failures
         return [
-            failures[item.name]
-            if item.name in failures
-            else Described(
-                item=item,
-                conversation=talks[item.name],
-                answer=str(second.answers[item.name]),
-                tokens={
-                    "prompt": prompts[item.name],
-                    "description": _tokens(first.answers[item.name]),
-                    "second_prompt": longer[item.name],
-                    "answer": _tokens(second.answers[item.name]),
-                },
-                cut=_cut(first.answers[item.name]),
-                seconds={"describe": first.seconds, "rate": second.seconds},
-            )
+            failures[item.name] if item.name in failures else _described(item, talks[item.name], first, second)
             for item in items
         ]
 
-
-class _Round:
-    """One question to every item of a batch."""
-
-    def __init__(
-        self,
-        describer: Describer,
-        conversations: Mapping[str, tuple[Message, ...]],
-        settings: GenerationSettings,
-        label: str,
-    ) -> None:
-        self.describer = describer
-        self.conversations = conversations
-        self.settings = settings
-        self.label = label
-        self.answers: dict[str, str] = {}
-        self.failures: dict[str, str] = {}
-        self.seconds = 0.0
-        """Of each item: its share."""
-
-    def ask(self, items: Sequence[Item]) -> dict[str, int]:
-        """Fill `answers` and `failures`; the tokens of the prompt of every item that was answered."""
+    def _ask(
+        self, items: Sequence[Item], prepared: Sequence[Prepared | str], settings: GenerationSettings, label: str
+    ) -> "_Round":
+        """One question to every item of a batch."""
+        ready = {item.name: one for item, one in zip(items, prepared, strict=True) if not isinstance(one, str)}
+        failures = {item.name: one for item, one in zip(items, prepared, strict=True) if isinstance(one, str)}
+        if not ready:
+            return _Round(answers={}, failures=failures, lengths={}, seconds=0.0)
         started = time.perf_counter()
-        prepared: dict[str, Prepared] = {}
-        for item in items:
-            try:
-                prepared[item.name] = self.describer.prepare(item, self.conversations[item.name])
-            except DataError as error:
-                self.failures[item.name] = f"{item.name}: {error}"
-        if prepared:
-            settings = replace(self.settings, seed=self._seed(list(prepared)))
-            answers = self.describer.backbone.generate(list(prepared.values()), settings)
-            self.answers = dict(zip(prepared, answers, strict=True))
-            self.seconds = (time.perf_counter() - started) / len(prepared)
-        return {name: len(one.token_ids) for name, one in prepared.items()}
+        answers = self.backbone.generate(list(ready.values()), replace(settings, seed=_seed(settings, label, [*ready])))
+        return _Round(
+            answers=dict(zip(ready, answers, strict=True)),
+            failures=failures,
+            lengths={name: len(one.token_ids) for name, one in ready.items()},
+            seconds=(time.perf_counter() - started) / len(ready),
+        )
 
-    def _seed(self, names: Sequence[str]) -> int:
-        """A seed of its own for every batch, the same whenever the batch is asked."""
-        text = "\0".join([str(self.settings.seed), self.label, *names])
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    """What became of one question to every item of a batch; all by the items' names."""
+
+    answers: Mapping[str, str]
+    failures: dict[str, str]
+    lengths: Mapping[str, int]
+    """Tokens of the prompt of every item that was answered."""
+    seconds: float
+    """Of each item: its share."""
+
+
+def _described(item: Item, talk: tuple[Message, Message, Message], first: _Round, second: _Round) -> Described:
+    name = item.name
+    return Described(
+        item=item,
+        conversation=talk,
+        answer=str(second.answers[name]),
+        tokens={
+            "prompt": first.lengths[name],
+            "description": _tokens(first.answers[name]),
+            "second_prompt": second.lengths[name],
+            "answer": _tokens(second.answers[name]),
+        },
+        cut=_cut(first.answers[name]),
+        seconds={"describe": first.seconds, "rate": second.seconds},
+    )
+
+
+def _seed(settings: GenerationSettings, label: str, names: Sequence[str]) -> int:
+    """A seed of its own for every batch, the same whenever the batch is asked."""
+    text = "\0".join([str(settings.seed), label, *names])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _cut(answer: str) -> bool | None:

@@ -8,6 +8,7 @@ import torch
 
 from agiqa.errors import WorkerError
 from agiqa.extract.backbones import Backbone
+from agiqa.extract.memory import is_out_of_memory
 from agiqa.progress import say
 
 CPU_BATCH = 8
@@ -76,8 +77,10 @@ class BatchRunner:
     def _fits(self, compute: Callable[[Sequence[_Item]], None], piece: Sequence[_Item]) -> bool:
         try:
             compute(piece)
-        except torch.OutOfMemoryError:
-            pass  # the traceback holds the tensors of the failed pass: memory is free once it is gone
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # the traceback holds the tensors of the failed pass: memory is free once it is gone
         else:
             return True
         if torch.cuda.is_initialized():

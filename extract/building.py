@@ -1,5 +1,6 @@
 """One item made from its row, its conversation and its image, or the line that says why it cannot be."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from agiqa.extract.images import open_image
 from agiqa.extract.items import Item, Message
 from agiqa.extract.joining import Pair
 from agiqa.extract.sources import Sources
-from agiqa.extract.templates import Template, fill
+from agiqa.extract.templates import fill, template_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,8 @@ class ItemBuilder:
     """Builds the items of one data set under one conversation variant."""
 
     sources: Sources
-    template: Template
+    aspects: Sequence[str]
+    """Whose descriptions the conversations hold, first the one that is rated."""
     variant: str
     images: bool
 
@@ -54,8 +56,10 @@ class ItemBuilder:
     def _missing_words(self, pair: Pair) -> list[str]:
         row, talk = pair
         problems: list[str] = []
-        if self.variant != "no_id" and talk is None and row.description is None:
-            problems.append("no description; give --conversations or use --variant no_id")
+        lacking = [aspect for aspect in self.aspects if aspect not in row.descriptions]
+        if self.variant != "no_id" and talk is None and lacking:
+            which = f" of {' and '.join(lacking)}" if len(self.aspects) > 1 else ""
+            problems.append(f"no description{which}; give --conversations or use --variant no_id")
         if self.variant == "full" and (row.rating if talk is None else talk.rating) is None:
             problems.append("no rating word, which the variant full needs; use --variant id")
         if talk is not None and talk.split and row.split and talk.split != row.split:
@@ -64,15 +68,16 @@ class ItemBuilder:
 
     def _conversation(self, pair: Pair) -> tuple[Message, ...]:
         row, talk = pair
+        rated = template_of(self.aspects[0])
         if self.variant == "no_id":
-            return (Message(role="user", content=fill(self.template.one_round, row.prompt)),)
+            return (Message(role="user", content=fill(rated.one_round, row.prompt)),)
         if talk is not None:
             return talk.messages(self.variant)
-        turns = [
-            Message(role="user", content=fill(self.template.describe, row.prompt)),
-            Message(role="assistant", content=row.description or ""),
-            Message(role="user", content=self.template.rate),
-        ]
+        turns: list[Message] = []
+        for aspect in self.aspects:
+            turns.append(Message(role="user", content=fill(template_of(aspect).describe, row.prompt)))
+            turns.append(Message(role="assistant", content=row.descriptions[aspect]))
+        turns.append(Message(role="user", content=rated.rate))
         if self.variant == "full":
             turns.append(Message(role="assistant", content=row.rating or ""))
         return tuple(turns)

@@ -146,6 +146,8 @@ def _talk(path: Path, number: int, record: Any, split: str | None) -> Talk:
     for key in ("response_0", "response_1"):
         if entry.get(key) is not None and not _is_text(entry[key]):
             problems.append(f"`{key}` is empty or not text")
+    for part in filter(_is_halved, (image, *texts, entry.get("response_0"), entry.get("response_1"))):
+        problems.append(f"the text {str(part)[:40]!r} holds half a character (a lone surrogate)")
     if problems:
         name = image if isinstance(image, str) else ""
         return Talk(where=where, image=name, split=split, problems=tuple(problems))
@@ -176,6 +178,11 @@ def _texts(messages: Any) -> tuple[list[str], list[str]]:
     if _is_text(contents[0]) and not IMAGE_MARK.sub("", cast(str, contents[0])).strip():
         empty.append(1)
     return cast(list[str], contents), [f"message {number} is empty or not text" for number in empty]
+
+
+def _is_halved(value: Any) -> bool:
+    """Whether a text was cut within a character that JSON writes as two, such as an emoji."""
+    return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_text(value: Any) -> bool:

@@ -9,10 +9,12 @@ from agiqa.errors import ConfigError, DataError
 from agiqa.extract.building import ItemBuilder
 from agiqa.extract.conversations import Talk, read_conversations
 from agiqa.extract.items import DataSet, Item
-from agiqa.extract.joining import Joined, join, join_aspects
-from agiqa.extract.labels import Row, read_rows
+from agiqa.extract.joining import Joined, Pair, join, join_aspects
+from agiqa.extract.labels import Rows, read_rows
 from agiqa.extract.sources import Sources, find_sources
-from agiqa.extract.templates import aspects_of, template_of
+from agiqa.extract.templates import aspects_of
+from agiqa.progress import track
+from agiqa.store.label_tables import ASPECT_COLUMNS
 
 
 def load_data_set(
@@ -23,7 +25,7 @@ def load_data_set(
     variant: str = "id",
     aspect: str = "quality",
     images: bool,
-    mos_range: tuple[float, float] = (0.0, 5.0),
+    mos_range: tuple[float, float] | None = (0.0, 5.0),
     on_bad_item: Literal["fail", "skip"] = "fail",
 ) -> DataSet:
     """Read and check a whole data set; every image is decoded once when `images` is true.
@@ -31,46 +33,68 @@ def load_data_set(
     `data` is a folder with data.csv (and images/), a csv file, or an M3-AGIQA conversation file whose MOS
     are in the csv `labels`. `conversations` are `[ASPECT:][SPLIT=]FILE`; a conversation belongs to the row
     whose `name` ends its `image` field. A variant with several aspects (see `aspects_of`) needs files of each, the
-    aspect written before the file or a word of its name. Rows that no conversation names are not part of the data
-    set; their number is in `notes`. MOS must lie within `mos_range` (lowest, highest).
+    aspect written before the file or a word of its name, or no files and a column `description_ASPECT` of each in the
+    csv; its column `description` is on `aspect`. Rows that no conversation names are not part of the data
+    set; their number is in `notes`. MOS must lie within `mos_range` (lowest, highest), and every row of a csv that
+    has a column of them must have one; None leaves them unread.
 
     Raises UnknownName for a variant, aspect or split; ConfigError for options that contradict each other;
     DataError for files that cannot be used at all and, under `on_bad_item="fail"`, one that lists every bad
     item. "skip" leaves bad items out, and raises DataError only when no item is left.
     """
     aspects = aspects_of(variant, aspect)
-    if not mos_range[0] < mos_range[1]:
+    if mos_range is not None and not mos_range[0] < mos_range[1]:
         message = f"The MOS range {mos_range[0]:g} to {mos_range[1]:g} is empty; give the lowest value first."
         raise ConfigError(message)
     sources = find_sources(data, conversations, labels, aspect=aspect)
-    rows = read_rows(sources.table, mos_range)
-    joined = _join(sources, rows, aspects, variant)
-    builder = ItemBuilder(sources=sources, template=template_of(aspect), variant=variant, images=images)
-    with ThreadPoolExecutor() as pool:
-        outcomes = list(pool.map(builder.build, joined.pairs))
+    table = read_rows(sources.table, mos_range, aspect=aspect)
+    joined = _join(sources, table, aspects, variant)
+    builder = ItemBuilder(sources=sources, aspects=aspects, variant=variant, images=images)
+    outcomes = _build(builder, joined.pairs) if images else [builder.build(pair) for pair in joined.pairs]
     items = tuple(outcome for outcome in outcomes if isinstance(outcome, Item))
     problems = (*joined.problems, *(outcome for outcome in outcomes if isinstance(outcome, str)))
     if problems and (on_bad_item == "fail" or not items):
         raise DataError.from_problems(str(data), problems)
-    return DataSet(name=sources.name, items=items, skipped=problems, notes=joined.notes)
+    unlabelled = () if mos_range is None or table.labelled else (_unlabelled(sources, table),)
+    return DataSet(name=sources.name, items=items, skipped=problems, notes=(*joined.notes, *unlabelled))
 
 
-def _join(sources: Sources, rows: Sequence[Row], aspects: Sequence[str], variant: str) -> Joined:
+def _build(builder: ItemBuilder, pairs: Sequence[Pair]) -> list[Item | str]:
+    """The items of all pairs; decoding many images takes a while."""
+    outcomes: list[Item | str] = []
+    with ThreadPoolExecutor() as pool, track("check", len(pairs), "images") as advance:
+        for outcome in pool.map(builder.build, pairs):
+            outcomes.append(outcome)
+            advance(1)
+    return outcomes
+
+
+def _unlabelled(sources: Sources, table: Rows) -> str:
+    return (
+        f"note: {sources.table} has no MOS column (found: {', '.join(table.header)}), so its items have no labels; "
+        f"MOS columns are {', '.join(ASPECT_COLUMNS)}, and `agiqa store labels STORE TABLE` joins them later."
+    )
+
+
+def _join(sources: Sources, table: Rows, aspects: Sequence[str], variant: str) -> Joined:
     """The rows with their conversations on every one of `aspects`."""
     talks: dict[str, list[Talk]] = {aspect: [] for aspect in aspects}
     for file in sources.conversations:
         talks[file.aspect_among(aspects)].extend(read_conversations(file.path, file.split))
-    if len(aspects) > 1:
-        return join_aspects(sources, rows, talks)
-    _check_descriptions(sources, rows, talks[aspects[0]], variant)
-    return join(sources, rows, talks[aspects[0]])
+    if len(aspects) > 1 and sources.conversations:
+        return join_aspects(sources, table.rows, talks)
+    if variant != "no_id" and not sources.conversations:
+        _check_descriptions(sources, table, aspects, variant)
+    return join(sources, table.rows, talks[aspects[0]])
 
 
-def _check_descriptions(sources: Sources, rows: Sequence[Row], talks: Sequence[Talk], variant: str) -> None:
-    if variant == "no_id" or talks or any(row.description for row in rows):
-        return
-    message = (
-        f"{sources.table}: the variant {variant!r} needs descriptions, and there are none; "
-        "give --conversations or use --variant no_id."
-    )
-    raise DataError(message)
+def _check_descriptions(sources: Sources, table: Rows, aspects: Sequence[str], variant: str) -> None:
+    """Raise DataError where not a single row has a description of one of `aspects`."""
+    for aspect in aspects:
+        if not any(aspect in row.descriptions for row in table.rows):
+            which, column = ("", "description") if len(aspects) == 1 else (f" of {aspect}", f"description_{aspect}")
+            message = (
+                f"{sources.table}: the variant {variant!r} needs descriptions{which}, and there are none; "
+                f"give --conversations or use --variant no_id. A column {column!r} would do too."
+            )
+            raise DataError(message)

@@ -3,14 +3,16 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agiqa.errors import DataError
-from agiqa.extract.asking import Described, Describer, DescriptionSettings
+from agiqa.extract.asking import Asked, Described, Describer, DescriptionSettings, prepare_asked
 from agiqa.extract.backbones import Backbone
 from agiqa.extract.descriptions import DescriptionFile, Line
 from agiqa.extract.items import DataSet, Item, item_key
+from agiqa.extract.preparing import Opener, Preparation, chosen_workers
 from agiqa.progress import say, track
 from agiqa.version import agiqa_version
 
@@ -47,62 +49,110 @@ class DescriptionResult:
 
 
 def run_descriptions(
-    data_set: DataSet, backbone: Backbone, out: Path, settings: DescriptionSettings, *, rating_of: RatingOf
+    data_set: DataSet,
+    backbone: Backbone,
+    out: Path,
+    settings: DescriptionSettings,
+    *,
+    rating_of: RatingOf,
+    workers: int | None = 0,
+    opener: Opener | None = None,
 ) -> DescriptionResult:
     """Describe the items of `data_set` into `out`, see `descriptions`; what an earlier run finished is kept.
 
-    Every item is prepared once before the first answer, to batch like lengths and to find bad ones early. Batches are
-    the same in every run, so a run that was killed ends with the answers of one that was not. Raises DataError that
-    lists the items without an answer (`on_bad_item="skip"` leaves them out), and as DescriptionFile.
+    Every item is prepared once before the first answer, to batch like lengths and to find bad ones early, and once
+    per round. Batches are the same in every run, so a run that was killed ends with the answers of one that was not.
+    `workers` processes, each with a backbone by `opener`, prepare items ahead of the model; None chooses how many.
+    Raises DataError that lists the items without an answer (`on_bad_item="skip"` leaves them out), and as
+    DescriptionFile.
     """
     started = time.perf_counter()
-    describer = Describer(backbone, settings)
-    provenance = _provenance(backbone, describer)
-    file = DescriptionFile(out, provenance)
-    keys = {item.name: _key(describer, item) for item in data_set.items}
-    file.check_items(keys)
-    batches, skipped = _batches(data_set, describer)
-    described = 0
-    with file.writing():
-        pending = [batch for batch in batches if any(item.name not in file.lines for item in batch)]
-        if file.lines:
-            say(f"resume: {len(file.lines)} of {len(keys)} items are described already")
-        with track("describe", sum(len(batch) for batch in pending), "items") as advance:
-            for batch in pending:
-                outcomes = describer.describe(batch)
-                failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
-                new = [one for one in outcomes if isinstance(one, Described) and one.item.name not in file.lines]
-                file.append([_line(one, keys[one.item.name], provenance, rating_of) for one in new])
-                if failed and settings.on_bad_item == "fail":
-                    raise DataError.from_problems(data_set.name, failed)
-                skipped.extend(failed)
-                described += len(new)
-                advance(len(batch))
+    backbone.check_adapter()
+    count = chosen_workers(workers, backbone, len(data_set.items), opener=opener)
+    with Preparation(backbone, workers=count, opener=opener) as preparation:
+        describer = Describer(backbone, settings, preparation=preparation)
+        file = DescriptionFile(out, _provenance(backbone, describer))
+        planned = _plan(data_set, describer)
+        file.check_items({name: one.key for name, one in planned.items() if one.key is not None})
+        problems = [one.problem for one in planned.values() if one.problem is not None]
+        if problems and (settings.on_bad_item == "fail" or len(problems) == len(planned)):
+            raise DataError.from_problems(data_set.name, problems)
+        described, failed = _describe(data_set, describer, file, planned, rating_of)
     return DescriptionResult(
         out=out,
         lines=tuple(file.lines.values()),
         described=described,
-        skipped=(*data_set.skipped, *skipped),
+        skipped=(*data_set.skipped, *problems, *failed),
         seconds=time.perf_counter() - started,
     )
 
 
-def _batches(data_set: DataSet, describer: Describer) -> tuple[list[list[Item]], list[str]]:
-    """The items in batches of like length, the longest first, and a line for each that cannot be asked about."""
-    lengths: dict[str, int] = {}
-    problems: list[str] = []
-    with track("plan", len(data_set.items), "items") as advance:
-        for item in data_set.items:
-            try:
-                lengths[item.name] = len(describer.prepare(item, (describer.question(item),)).token_ids)
-            except DataError as error:
-                problems.append(f"{item.name}: {error}")
+@dataclass(frozen=True, kw_only=True)
+class _Planned:
+    """What is known of an item before the first answer."""
+
+    length: int
+    """Tokens of the first question, the image included."""
+    key: str | None
+    """Hash of what the model is first asked about the item, and of its image; None where that cannot be read."""
+    problem: str | None
+    """Why the model cannot be asked about it."""
+
+
+def _plan(data_set: DataSet, describer: Describer) -> dict[str, _Planned]:
+    """Every item of `data_set` by its name."""
+    asked = [describer.first(item) for item in data_set.items]
+    with track("plan", len(asked), "items") as advance:
+        planned: dict[str, _Planned] = {}
+        for item, one in zip(data_set.items, describer.preparation.each(_planned, asked), strict=True):
+            planned[item.name] = one
             advance(1)
-    if problems and (describer.settings.on_bad_item == "fail" or not lengths):
-        raise DataError.from_problems(data_set.name, problems)
-    good = sorted((item for item in data_set.items if item.name in lengths), key=lambda item: -lengths[item.name])
-    size = describer.settings.batch_size
-    return [good[start : start + size] for start in range(0, len(good), size)], problems
+    return planned
+
+
+def _planned(backbone: Backbone, asked: Asked) -> _Planned:
+    try:
+        key = item_key(replace(asked.item, conversation=asked.conversation)).hex()
+    except DataError as error:
+        return _Planned(length=0, key=None, problem=str(error))
+    prepared = prepare_asked(backbone, asked)
+    if isinstance(prepared, str):
+        return _Planned(length=0, key=key, problem=prepared)
+    return _Planned(length=len(prepared.token_ids), key=key, problem=None)
+
+
+def _describe(
+    data_set: DataSet,
+    describer: Describer,
+    file: DescriptionFile,
+    planned: Mapping[str, _Planned],
+    rating_of: RatingOf,
+) -> tuple[int, list[str]]:
+    """Write the lines that `file` lacks: how many, and the lines of items that got no answer."""
+    batches, described, skipped = _batches(data_set, planned, describer.settings.batch_size), 0, list[str]()
+    line_of = partial(_line, provenance=file.provenance, rating_of=rating_of)
+    with file.writing():
+        pending = [batch for batch in batches if any(item.name not in file.lines for item in batch)]
+        if file.lines:
+            say(f"resume: {len(file.lines)} of {len(data_set.items)} items are described already")
+        with track("describe", sum(len(batch) for batch in pending), "items") as advance:
+            for outcomes in describer.batches(pending):
+                failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
+                new = [one for one in outcomes if isinstance(one, Described) and one.item.name not in file.lines]
+                file.append([line_of(one, str(planned[one.item.name].key)) for one in new])
+                if failed and describer.settings.on_bad_item == "fail":
+                    raise DataError.from_problems(data_set.name, failed)
+                skipped.extend(failed)
+                described += len(new)
+                advance(len(outcomes))
+    return described, skipped
+
+
+def _batches(data_set: DataSet, planned: Mapping[str, _Planned], size: int) -> list[list[Item]]:
+    """The items that can be asked about in batches of like length, the longest first."""
+    able = [item for item in data_set.items if planned[item.name].problem is None]
+    able.sort(key=lambda item: -planned[item.name].length)
+    return [able[start : start + size] for start in range(0, len(able), size)]
 
 
 def _provenance(backbone: Backbone, describer: Describer) -> dict[str, Any]:
@@ -116,12 +166,7 @@ def _provenance(backbone: Backbone, describer: Describer) -> dict[str, Any]:
     }
 
 
-def _key(describer: Describer, item: Item) -> str:
-    """Hash of what the model is first asked about `item`, and of its image."""
-    return item_key(replace(item, conversation=(describer.question(item),))).hex()
-
-
-def _line(one: Described, key: str, provenance: Mapping[str, Any], rating_of: RatingOf) -> Line:
+def _line(one: Described, key: str, *, provenance: Mapping[str, Any], rating_of: RatingOf) -> Line:
     model = provenance["model"]
     return {
         "name": one.item.name,

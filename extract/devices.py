@@ -148,7 +148,7 @@ class _Crew:
                 name, process = self._members[connection]
                 try:
                     kind, value = connection.recv()
-                except EOFError:
+                except (EOFError, OSError):  # of one that was killed, perhaps within a message
                     listening.discard(connection)
                     process.join()
                     if process.exitcode != 0:

@@ -12,7 +12,21 @@ from agiqa.errors import DataError, first_line
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own limit for suspected decompression bombs."""
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, OverflowError, struct.error, zlib.error)
+_UNREADABLE = (
+    *(
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ),
+    *(struct.error, zlib.error),
+)
+"""What Pillow's decoders, and its reader of EXIF, raise for files that are damaged."""
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 

@@ -15,7 +15,7 @@ from agiqa.extract.engines import Engine, Helper, Here
 from agiqa.extract.fill import FillReport
 from agiqa.extract.items import DataSet
 from agiqa.extract.plan import LengthRule, TokenisedItems, plan_store, tokenise
-from agiqa.extract.preparing import Opener, Preparation, default_workers, require_opener
+from agiqa.extract.preparing import Opener, Preparation, chosen_workers, require_opener
 from agiqa.extract.ray_driver import OnRay
 from agiqa.extract.targets import Target
 from agiqa.progress import say, track
@@ -87,12 +87,11 @@ def run_extraction(
     opens `backbone` anew in other processes, which `workers`, `devices` and `ray` need.
     """
     _check_encoding(settings)
+    backbone.check_adapter()
     if settings.rank is not None:
         check_rank(settings.rank, backbone)
     require_opener(opener, "Several devices", needed=_elsewhere(settings))
-    workers = settings.workers
-    if workers is None:
-        workers = 0 if opener is None else default_workers(backbone.device, len(data_set.items))
+    workers = chosen_workers(settings.workers, backbone, len(data_set.items), opener=opener)
     phases = _Phases()
     with Preparation(backbone, workers=workers, opener=opener) as preparation:
         with phases.timed("plan"), track("plan", len(data_set.items), "items") as advance:

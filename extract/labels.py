@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from agiqa.errors import DataError
+from agiqa.extract.templates import templates
 from agiqa.store.label_tables import ASPECT_COLUMNS, SPLITS, read_mos, read_table
 
 _TEXT_COLUMNS = ("name", "prompt", "split", "generator", "description", "rating")
+_DESCRIPTION = "description"
+"""A column of this name has descriptions of the aspect that is asked for, `description_ASPECT` those of any aspect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,42 +24,65 @@ class Row:
     labels: Mapping[str, float]
     split: str | None
     generator: str | None
-    description: str | None
+    descriptions: Mapping[str, str]
+    """By the aspect that they are on; an absent aspect has none."""
     rating: str | None
     problems: tuple[str, ...]
 
 
-def read_rows(path: Path, mos_range: tuple[float, float]) -> list[Row]:
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """A label table."""
+
+    rows: tuple[Row, ...]
+    header: tuple[str, ...]
+    labelled: bool
+    """Whether it has a column of MOS, and they were read."""
+
+
+def read_rows(path: Path, mos_range: tuple[float, float] | None, *, aspect: str | None = None) -> Rows:
     """Every row of the csv file `path`; MOS outside `mos_range` (lowest, highest) become problems of their row.
 
-    Raises DataError when the file is no UTF-8 csv, lacks `name`, `prompt` or any MOS column, or has no rows.
+    So does a lack of any MOS in a table that has a column for them. With `mos_range` None nobody looks at MOS. A
+    column `description` is on `aspect`, of None on none. Raises DataError when the file is no UTF-8 csv, lacks `name`
+    or `prompt`, has two columns of one meaning, or no rows.
     """
     header, rows = read_table(path)
-    _check_header(path, header)
-    return [_row(row.number, header, row.cells, mos_range) for row in rows]
+    _check_header(path, header, aspect)
+    labelled = mos_range is not None and not ASPECT_COLUMNS.keys().isdisjoint(header)
+    range_read = mos_range if labelled else None
+    read = tuple(_row(row.number, header, row.cells, range_read, aspect) for row in rows)
+    return Rows(rows=read, header=tuple(header), labelled=labelled)
 
 
-def _check_header(path: Path, header: list[str]) -> None:
+def _check_header(path: Path, header: list[str], aspect: str | None) -> None:
     found = f"found: {', '.join(header)}"
     for column in ("name", "prompt"):
         if column not in header:
             message = f"{path}: no column {column!r} ({found})."
             raise DataError(message)
-    aspects = [ASPECT_COLUMNS[column] for column in header if column in ASPECT_COLUMNS]
-    if not aspects:
-        message = f"{path}: no MOS column ({found}); expected at least one of {', '.join(ASPECT_COLUMNS)}."
-        raise DataError(message)
-    known = [column for column in header if column in _TEXT_COLUMNS]
-    if len(set(aspects)) < len(aspects) or len(set(known)) < len(known):
+    described = _description_columns(aspect)
+    meanings = [ASPECT_COLUMNS[column] for column in header if column in ASPECT_COLUMNS]
+    meanings += [f"{_DESCRIPTION}_{described[column]}" for column in header if column in described]
+    meanings += [column for column in header if column in _TEXT_COLUMNS and column not in described]
+    if len(set(meanings)) < len(meanings):
         message = f"{path}: two columns mean the same ({found}); keep one of them."
         raise DataError(message)
 
 
-def _row(number: int, header: list[str], cells: list[str], mos_range: tuple[float, float]) -> Row:
+def _description_columns(aspect: str | None) -> dict[str, str]:
+    """The aspect that a column of descriptions is on, by the column's name."""
+    named = {f"{_DESCRIPTION}_{name}": name for name in templates()}
+    return named if aspect is None else {_DESCRIPTION: aspect, **named}
+
+
+def _row(
+    number: int, header: list[str], cells: list[str], mos_range: tuple[float, float] | None, aspect: str | None
+) -> Row:
     columns = dict(zip(header, cells, strict=False))
     text = {column: columns.get(column, "") for column in _TEXT_COLUMNS}
     optional = {column: text[column].strip() or None for column in ("split", "generator", "rating")}
-    labels, problems = _labels(columns, mos_range)
+    labels, problems = ({}, []) if mos_range is None else _labels(columns, mos_range)
     if len(cells) != len(header):
         problems.insert(0, f"has {len(cells)} fields where the header has {len(header)}")
     problems.extend(_name_problems(text["name"]))
@@ -69,7 +95,11 @@ def _row(number: int, header: list[str], cells: list[str], mos_range: tuple[floa
         name=text["name"],
         prompt=text["prompt"],
         labels=labels,
-        description=text["description"] if text["description"].strip() else None,
+        descriptions={
+            of: columns[column]
+            for column, of in _description_columns(aspect).items()
+            if columns.get(column, "").strip()
+        },
         problems=tuple(problems),
         **optional,
     )

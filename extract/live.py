@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError
-from agiqa.extract.backbones import Backbone
+from agiqa.extract.backbones import Backbone, Prepared
+from agiqa.extract.batches import BatchRunner
 from agiqa.extract.items import Item
 from agiqa.extract.model_arrays import check_basis, lm_head_of
 from agiqa.extract.plan import item_table, position_limit, prepare_item
@@ -46,14 +47,20 @@ class LiveFeatures:
         self._roles: list[NDArray[np.uint8]] = []
 
     def replace(self, items: Sequence[Item]) -> None:
-        """Run the model over `items`, as one batch, and keep their features instead of those before.
+        """Run the model over `items`, as one batch if memory allows, and keep their features instead of those before.
 
-        Raises DataError, naming the item, for one that cannot be prepared or is longer than the model's positions.
+        Raises DataError, naming the item, for one that cannot be prepared or is longer than the model's positions, and
+        WorkerError for one that does not fit into the memory alone.
         """
         limit = position_limit(self._backbone)
         prepared = [prepare_item(self._backbone, item, limit, truncate=False) for item in items]
-        states = self._backbone.hidden_states(prepared)
-        self._rows = [self._encoded(one) for one in states]
+        self._rows = []
+
+        def compute(batch: Sequence[Prepared]) -> None:
+            self._rows += [self._encoded(one) for one in self._backbone.hidden_states(batch)]
+
+        names = {id(one): item.name for one, item in zip(prepared, items, strict=True)}
+        BatchRunner(max(1, len(items))).run(compute, prepared, name=lambda one: f"item {names[id(one)]!r}")
         self._roles = [one.roles for one in prepared]
         self.items = item_table(items)
         self.n_tokens = np.array([len(rows) for rows in self._rows], np.int32)

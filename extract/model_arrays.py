@@ -1,7 +1,7 @@
 """What a store keeps of the model itself: W_lm, basis or scale, and a few rows of the model's own logits."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import HeadError
 from agiqa.extract.backbones import Backbone, Prepared
+from agiqa.extract.batches import BatchRunner
 from agiqa.extract.targets import Target, tensor_bits
 from agiqa.store import (
     Basis,
@@ -100,8 +101,13 @@ def _probe(store: Store, backbone: Backbone, prepare: Prepare) -> tuple[NDArray[
     positions = np.unique(with_tokens[np.linspace(0, len(with_tokens) - 1, _PROBE_ITEMS).astype(int)])
     rows: list[int] = []
     logits: list[torch.Tensor] = []
-    for position in positions.tolist():
+
+    def compute(alone: Sequence[int]) -> None:
+        (position,) = alone
         tokens = np.unique(np.linspace(0, int(store.n_tokens[position]) - 1, _PROBE_ROWS).astype(int))
-        rows.extend((store.row_starts[position] + tokens).tolist())
         logits.append(backbone.logits(prepare(position))[torch.from_numpy(tokens)])
+        rows.extend((store.row_starts[position] + tokens).tolist())
+
+    names = store.items.names
+    BatchRunner(1).run(compute, positions.tolist(), name=lambda position: f"the logits of item {names[position]!r}")
     return np.array(rows, np.int64), torch.cat(logits)

@@ -144,6 +144,13 @@ def default_workers(device: torch.device, items: int, *, processes: int = 1) -> 
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // processes - 2))
 
 
+def chosen_workers(workers: int | None, backbone: Backbone, items: int, *, opener: Opener | None) -> int:
+    """`workers` as asked for; where that is None, `default_workers`, or none if no `opener` could start them."""
+    if workers is not None:
+        return workers
+    return 0 if opener is None else default_workers(backbone.device, items)
+
+
 def end_with_parent() -> None:
     """End this process as soon as the one that started it has ended, however it did; Ctrl-C is the parent's to take."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

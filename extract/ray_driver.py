@@ -142,7 +142,14 @@ class OnRay:
         """A new actor, and the helper that fits its device."""
         gpu = self.uses_gpus(ray)
         actor = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(Worker).remote(name, str(Path.cwd()))
-        return actor, replace(self.helper, device="cuda" if gpu else "cpu")
+        device = "cuda" if gpu else "cpu"
+        return actor, replace(self.helper, device=device, processes=self._actors_of_a_node(ray))
+
+    def _actors_of_a_node(self, ray: Any) -> int:
+        """How many actors share a machine, and its cores, at most as they are spread evenly."""
+        kind = "GPU" if self.uses_gpus(ray) else "CPU"
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= 1]
+        return -(-self.number_of_actors(ray) // max(1, len(nodes)))
 
     def _one_task(self, ray: Any, method: str, *arguments: Any) -> Any:
         actor, helper = self.start(ray, "actor")
@@ -196,6 +203,7 @@ class _Handing:
         self._actors: dict[Any, tuple[str, Any]] = {}
         self._started = 0
         self._deaths = 0
+        self._died: list[str] = []
         self._left = len(self._pending())
 
     def run(self, items: Sequence[Item], target: Target, advance: Advance) -> FillReport:
@@ -228,6 +236,13 @@ class _Handing:
         finally:
             for _, actor in self._actors.values():
                 ray.kill(actor)
+        left = self._pending()
+        if self._died and left:
+            message = (
+                f"{len(self._died)} Ray actors died ({', '.join(self._died)}) and {len(left)} units are left that "
+                "seemed to be theirs still. What is finished is kept: run the same command again."
+            )
+            raise WorkerError(message)
         return merged(reports)
 
     def _start(self, work: tuple[Any, ...]) -> None:
@@ -248,6 +263,7 @@ class _Handing:
             left = len(self._pending())
             self._deaths = 1 if left < self._left else self._deaths + 1
             self._left = left
+            self._died.append(name)
             say(f"{name} died; its units are handed out again")
             if self._deaths >= _DEATHS:
                 message = (

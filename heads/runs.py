@@ -1,8 +1,8 @@
 """The run folder: what it holds, how it is written at one go, and which stores its head can read.
 
 head.safetensors  weights and constants of the head, without W_lm
-config.json       head and training settings, the store and what its features mean, the identity of items and labels,
-                  versions, kernels
+config.json       head and training settings, the store, what its features mean and what made them (model, adapter,
+                  conversation), the identity of items and labels, versions, kernels
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split and its warnings
 predictions.csv   name, prompt, split, mos, predicted for the validation and test items
 curves.csv        a row per epoch; with `paper_compatible` also its test scores
@@ -52,6 +52,12 @@ class Run:
     """config.json."""
     metrics: Mapping[str, Any]
     """metrics.json."""
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """As `origin_of` the store; empty in runs of an agiqa that did not record it."""
+        origin: Mapping[str, Any] = self.config.get("origin", {})
+        return origin
 
     def parts(self) -> dict[str, set[tuple[str, str]]]:
         """Name and prompt of the items that trained the head, chose its epoch, and were tested on."""
@@ -109,6 +115,12 @@ def load_run(path: Path) -> Run:
         config=config,
         metrics=_read_json(path, METRICS),
     )
+
+
+def origin_of(source: FeatureSource) -> dict[str, Any]:
+    """What the provenance of a store says of the `model` and the `conversation` behind its features, if it has one."""
+    provenance: Mapping[str, Any] = getattr(source, "provenance", {})
+    return {key: provenance[key] for key in ("model", "conversation") if key in provenance}
 
 
 def refuse_taken(path: Path) -> None:

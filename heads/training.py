@@ -31,7 +31,7 @@ from agiqa.heads.pooling import check_item_roles, check_roles
 from agiqa.heads.progress import LineProgress, TrainingProgress
 from agiqa.heads.projection import FeatureSpec, check_encoding
 from agiqa.heads.resuming import TrainingState, data_of, training_key, training_state
-from agiqa.heads.runs import EVENTS, Run, load_run, refuse_taken, write_run
+from agiqa.heads.runs import EVENTS, Run, load_run, origin_of, refuse_taken, write_run
 from agiqa.heads.scoring import predict_items, scores_of_labels
 from agiqa.heads.sharing import Places, SharedFeatures
 from agiqa.heads.splits import Partition, identities, make_partition
@@ -282,6 +282,7 @@ def _record(task: _Task, fit: Fit) -> dict[str, Any]:
             "lm_head_sha256": spec.lm_head_sha256,
             "basis_id": spec.basis_id,
         },
+        "origin": origin_of(source),
         "label": train.label,
         "labels": list(train.labels),
         "seed": train.seed,

@@ -7,16 +7,15 @@ from typing import Any, Literal
 import click
 
 from agiqa.commands.common import print_result, shared_options, table
-from agiqa.commands.models import generation_options, model_options, open_model
+from agiqa.commands.models import generation_options, model_options, opener_of, workers_option
 
 
 @click.command("describe")
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 @model_options
-@click.option("--labels", type=click.Path(path_type=Path, exists=True), help="Table of MOS for a conversation file.")
+@click.option("--labels", type=click.Path(path_type=Path, exists=True), help="Table of a conversation file's items.")
 @click.option("--aspect", default="quality", show_default=True, help="quality, correspondence or authenticity.")
-@click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
 @generation_options
 @click.option(
     "--on-bad-item",
@@ -26,6 +25,7 @@ from agiqa.commands.models import generation_options, model_options, open_model
     help="Stop with the list of items without an answer, or leave them out and say so.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Answers at a time.")
+@workers_option
 @shared_options
 def command(
     data: Path,
@@ -39,17 +39,18 @@ def command(
     device: str,
     labels: Path | None,
     aspect: str,
-    mos_range: tuple[float, float],
     settings: str,
     seed: int,
     max_new_tokens: int,
     on_bad_item: Literal["fail", "skip"],
     batch_size: int,
+    workers: int | None,
 ) -> None:
     """Let the model describe every image of DATA and rate it in one word, into OUT.jsonl. Run it again to resume.
 
-    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels. OUT is what
-    `agiqa extract DATA STORE --conversations OUT.jsonl` and `agiqa words OUT.jsonl --labels data.csv` read.
+    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels; it needs no
+    MOS. OUT is what `agiqa extract DATA STORE --conversations OUT.jsonl` and `agiqa words OUT.jsonl --labels data.csv`
+    read.
     """
     from agiqa.errors import ConfigError
     from agiqa.extract import DescriptionSettings, load_data_set, run_descriptions
@@ -64,19 +65,23 @@ def command(
     chosen = DescriptionSettings(
         aspect=aspect, describe=describe, rate=rate, batch_size=batch_size, on_bad_item=on_bad_item
     )
-    backbone = open_model(model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
+    opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
+    backbone = opener(device=device)
+    backbone.check_adapter()  # before every image is looked at
     data_set = load_data_set(
         data,
         labels=labels,
         variant="no_id",
         aspect=aspect,
         images=backbone.reads_images,
-        mos_range=mos_range,
+        mos_range=None,  # nobody is told them
         on_bad_item=on_bad_item,
     )
     for note in data_set.notes:
         say(note)
-    result = run_descriptions(data_set, backbone, out, chosen, rating_of=parse_word).as_dict()
+    result = run_descriptions(
+        data_set, backbone, out, chosen, rating_of=parse_word, workers=workers, opener=opener
+    ).as_dict()
     for line in result["skipped"]:
         say(f"skipped {line}")
     print_result(result, _text(result), as_json=as_json)

@@ -1,13 +1,12 @@
 """`agiqa extract`: phase 1, from images, prompts and conversations to a sealed feature store."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from agiqa.commands.common import Automatic, Share, StoreLocation, print_result, shared_options, table
-from agiqa.commands.models import model_options
+from agiqa.commands.models import model_options, opener_of, workers_option
 
 
 @click.command("extract")
@@ -52,13 +51,7 @@ from agiqa.commands.models import model_options
 @click.option(
     "--batch-size", type=Automatic(lowest=1), default="auto", show_default=True, help="Items per forward pass at most."
 )
-@click.option(
-    "--workers",
-    type=Automatic(lowest=0),
-    default="auto",
-    show_default=True,
-    help="Processes that decode and tokenise ahead of each device; 0 for none.",
-)
+@workers_option
 @click.option("--devices", type=click.IntRange(min=1), help="GPUs of this host, or processes on its CPU, to run on.")
 @click.option(
     "--ray",
@@ -92,11 +85,12 @@ def command(
 
     DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels.
     """
-    from agiqa.extract import ExtractionSettings, LengthRule, load_data_set, open_backbone, run_extraction
+    from agiqa.extract import ExtractionSettings, LengthRule, load_data_set, run_extraction
     from agiqa.progress import say
 
-    opener = partial(open_backbone, model, adapter=adapter, dtype=dtype, max_slices=max_slices)
+    opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
     backbone = opener(device=settings["device"])
+    backbone.check_adapter()  # before every image is looked at
     data_set = load_data_set(
         data,
         conversations=conversations,
@@ -121,4 +115,6 @@ def command(
         say(f"skipped {line}")
     shown = {name: result[name] for name in ("store", "state", "items", "tokens", "units", "truncated")}
     shown["skipped"] = len(result["skipped"])
+    if result["filled"] is not None:
+        shown["batch size"] = result["filled"]["batch_size"]
     print_result(result, table(shown), as_json=as_json)

@@ -1,12 +1,16 @@
 """The options that name a model, for the commands that ask one; and how it is opened."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from agiqa.commands.common import Automatic
+
 if TYPE_CHECKING:
     from agiqa.extract import Backbone
+    from agiqa.extract.preparing import Opener
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -68,8 +72,25 @@ def generation_options(command: Command) -> Command:
     return command
 
 
-def open_model(model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None) -> "Backbone":
-    """As `open_backbone`."""
+def workers_option(command: Command) -> Command:
+    """Add `--workers` to a command."""
+    option = click.option(
+        "--workers",
+        type=Automatic(lowest=0),
+        default="auto",
+        show_default=True,
+        help="Processes that decode and tokenise ahead of each device; 0 for none.",
+    )
+    return option(command)
+
+
+def opener_of(model: str, *, adapter: str | None, dtype: str, max_slices: int | None) -> "Opener":
+    """Opens the model of the options: `opener(device=DEVICE)`, as `open_backbone`. Picklable."""
     from agiqa.extract import open_backbone
 
-    return open_backbone(model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
+    return partial(open_backbone, model, adapter=adapter, dtype=dtype, max_slices=max_slices)
+
+
+def open_model(model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None) -> "Backbone":
+    """As `open_backbone`."""
+    return opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)(device=device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from agiqa.commands.models import generation_options, model_options, open_model
 from agiqa.progress import say, track
 
 if TYPE_CHECKING:
-    from agiqa.extract import Described, Describer, Item
+    from agiqa.extract import Backbone, Described, Describer, Item
     from agiqa.extract.live import LiveFeatures
     from agiqa.extract.targets import Target
     from agiqa.heads import Run
@@ -29,13 +30,11 @@ if TYPE_CHECKING:
 @click.option("--run", required=True, type=click.Path(path_type=Path, exists=True), help="Run folder of the head.")
 @click.option("--basis", type=StoreLocation(), help="Sketch store with the basis of a head on a sketch.")
 @model_options
-@click.option("--aspect", default="quality", show_default=True, help="quality, correspondence or authenticity.")
+@click.option("--aspect", help="quality, correspondence or authenticity.  [default: that of the head's store]")
 @click.option(
     "--variant",
     type=click.Choice(["no_id", "id", "full"]),
-    default="id",
-    show_default=True,
-    help="What the head reads, as its store was extracted.",
+    help="What the head reads.  [default: that of the head's store]",
 )
 @generation_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images at a time.")
@@ -53,8 +52,8 @@ def command(
     max_slices: int | None,
     dtype: str,
     device: str,
-    aspect: str,
-    variant: str,
+    aspect: str | None,
+    variant: str | None,
     settings: str,
     seed: int,
     max_new_tokens: int,
@@ -62,7 +61,7 @@ def command(
 ) -> None:
     """Describe each of IMAGES, rate it in one word, and predict its MOS with the head RUN.
 
-    MODEL and ADAPTER must be those of the store that the head was trained on.
+    MODEL, ADAPTER, aspect and variant must be those of the store that the head was trained on; others are refused.
     """
     from agiqa.extract import Describer, DescriptionSettings
     from agiqa.extract.asking import preset
@@ -73,9 +72,10 @@ def command(
     items = items_of_images(images, prompt=prompt, table=prompts)
     head = load_run(run)
     target = _target(head, basis)
+    aspect, variant = _wording(head, aspect, variant)
     describe, rate = preset(settings, max_new_tokens=max_new_tokens, seed=seed)
     chosen = DescriptionSettings(aspect=aspect, describe=describe, rate=rate, batch_size=batch_size)
-    backbone = open_model(model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
+    backbone = _open_as(head, model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
     describer = Describer(backbone, chosen)
     features = LiveFeatures(backbone, target, name=f"of {model}")
     head.check(features)
@@ -85,6 +85,62 @@ def command(
     told = list(_scores(items, describer, features, head, variant=variant, device=device))
     result = {"run": str(run), "model": model, "adapter": adapter, "aspect": aspect, "variant": variant, "images": told}
     print_result(result, "\n\n".join(_text(one) for one in told), as_json=as_json)
+
+
+def _wording(run: "Run", aspect: str | None, variant: str | None) -> tuple[str, str]:
+    """Aspect and variant of the conversations behind the head; without a record those given, or the usual ones.
+
+    Raises UnknownName, and HeadError for others than those recorded.
+    """
+    from agiqa.errors import HeadError
+    from agiqa.extract.templates import VARIANTS, template_of
+
+    if aspect is not None:
+        template_of(aspect)
+    recorded = run.origin.get("conversation", {})
+    for option, given in (("aspect", aspect), ("variant", variant)):
+        stated = recorded.get(option, given)
+        if given is not None and given != stated:
+            message = (
+                f"The head {run.path} was trained on conversations of the {option} {stated}, and --{option} is "
+                f"{given}. Leave --{option} out, or give a head that was trained on {given}."
+            )
+            raise HeadError(message)
+    used = aspect or recorded.get("aspect", "quality"), variant or recorded.get("variant", "id")
+    if used[1] not in VARIANTS:
+        message = (
+            f"The head {run.path} reads descriptions of several aspects ({used[1]}), and score makes those of one. Use "
+            "`agiqa describe` for each aspect, then `agiqa extract` and `agiqa predict`."
+        )
+        raise HeadError(message)
+    return used
+
+
+def _open_as(
+    run: "Run", model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None
+) -> "Backbone":
+    """The model, if it is the one behind the head; `dtype` and `max_slices` that are left open are those of then.
+
+    Raises HeadError, see `check_model`, and as `open_backbone`.
+    """
+    from agiqa.extract.origins import check_model
+
+    recorded = run.origin.get("model", {})
+    if not recorded:
+        say(
+            f"warning: {run.path} does not say which model its store was made by; only the language-model head is "
+            "compared. Make sure that model, adapter, aspect and variant are those of that store"
+        )
+        return open_model(model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
+    then = partial(open_model, model, adapter=adapter, dtype=recorded.get("dtype", dtype) if dtype == "auto" else dtype)
+    backbone = then(device=device, max_slices=max_slices)
+    found, slices = backbone.provenance(), recorded.get("image", {}).get("slices")
+    if max_slices is None and slices is not None and found.get("image", {}).get("slices", slices) != slices:
+        backbone = then(device=device, max_slices=slices)
+        found = {**found, "image": {**found["image"], "slices": slices}}
+    for line in check_model(recorded, found, head=f"The head {run.path}"):
+        say(f"warning: {line}")
+    return backbone
 
 
 def _target(run: "Run", basis: str | Path | None) -> "Target":

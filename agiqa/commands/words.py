@@ -1,12 +1,15 @@
 """`agiqa words`: how well the rating words that a model answered agree with the true MOS."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from agiqa.commands.common import print_result, shared_options
+
+if TYPE_CHECKING:
+    from agiqa.extract.labels import Row
 
 
 class Rated(NamedTuple):
@@ -63,13 +66,12 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     from agiqa.extract.conversations import read_conversations
     from agiqa.extract.descriptions import unspoken
     from agiqa.extract.joining import join
-    from agiqa.extract.labels import read_rows
     from agiqa.extract.sources import find_sources
     from agiqa.progress import say
 
     sources = find_sources(file, (), labels)
     talks = [talk for file in sources.conversations for talk in read_conversations(file.path, file.split)]
-    joined = join(sources, read_rows(sources.table, mos_range), talks)
+    joined = join(sources, _labelled_rows(sources.table, mos_range), talks)
     problems, rated, of_teacher, silent = list(joined.problems), list[Rated](), 0, unspoken(file)
     for row, talk in joined.pairs:
         where = f"{row.name} ({sources.table.name}, line {row.number})"
@@ -150,9 +152,8 @@ def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Tr
     """The truth in a label table, by item name."""
     from agiqa.errors import DataError
     from agiqa.extract.joining import row_name
-    from agiqa.extract.labels import read_rows
 
-    rows = read_rows(table, mos_range)
+    rows = _labelled_rows(table, mos_range)
     by_name = {row.name: row for row in reversed(rows)}
 
     def truth(cells: Mapping[str, str]) -> tuple[float, str | None]:
@@ -166,6 +167,22 @@ def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Tr
         raise DataError(message)
 
     return truth
+
+
+def _labelled_rows(table: Path, mos_range: tuple[float, float]) -> "Sequence[Row]":
+    """The rows of a table. Raises DataError for one without any MOS column."""
+    from agiqa.errors import DataError
+    from agiqa.extract.labels import read_rows
+    from agiqa.store.label_tables import ASPECT_COLUMNS
+
+    read = read_rows(table, mos_range)
+    if not read.labelled:
+        message = (
+            f"{table}: no MOS column (found: {', '.join(read.header)}); expected at least one of "
+            f"{', '.join(ASPECT_COLUMNS)}."
+        )
+        raise DataError(message)
+    return read.rows
 
 
 def _lines(scores: Mapping[str, Any]) -> str:

@@ -14,13 +14,13 @@ every tensor must land, by name and shape, and sums must be taken in float32 wha
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from agiqa.errors import ModelError, first_line
@@ -98,15 +98,29 @@ class Adapter:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor on the CPU, by its name in the file. Raises ModelError for a file that cannot be read."""
+        return self._read(load_file, "cpu")
+
+    def shapes(self) -> dict[str, torch.Tensor]:
+        """As `tensors`, on the device `meta`: names and shapes alone, from the head of a safetensors file."""
+        return self._read(_shapes_of, "meta")
+
+    def _read(self, read: Callable[[Path], dict[str, torch.Tensor]], device: str) -> dict[str, torch.Tensor]:
+        """The tensors of a safetensors file by `read`, those of torch's own format on `device`."""
         path = self.weight_file()
         try:
             if path.suffix == ".safetensors":
-                return load_file(path)
-            loaded: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+                return read(path)
+            loaded: dict[str, torch.Tensor] = torch.load(path, map_location=device, weights_only=True)
         except _UNREADABLE as error:
             message = f"{self.name}: cannot read {path} ({first_line(error)}); download or copy it again."
             raise ModelError(message) from error
         return loaded
+
+
+def _shapes_of(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as tensors:
+        names: list[str] = tensors.keys()
+        return {name: torch.empty(tensors.get_slice(name).get_shape(), device="meta") for name in names}
 
 
 def resolve_adapter(adapter: str) -> Adapter:
@@ -141,14 +155,23 @@ def apply_adapter(model: torch.nn.Module, adapter: Adapter, *, name: str) -> tor
     shape, or one is missing; the message names them.
     """
     merge = Merge(model, adapter.config, adapter.tensors())
-    if merge.problems:
-        made_for = f", made for {adapter.base!r}," if adapter.base else ""
-        message = f"{name}: the adapter {adapter.name}{made_for} does not fit this model: {'; '.join(merge.problems)}."
-        raise ModelError(message)
+    _refuse_misfits(merge, adapter, name)
     if adapter.base and Path(adapter.base).name.lower() != Path(name.partition("@")[0]).name.lower():
         say(f"note: the adapter {adapter.name} says it was made for {adapter.base!r}; all its tensors fit {name}")
     merge.run()
     return model
+
+
+def check_adapter(model: torch.nn.Module, adapter: Adapter, *, name: str) -> None:
+    """Raise what `apply_adapter` would, reading no tensor: `model` may be on the device `meta`, without weights."""
+    _refuse_misfits(Merge(model, adapter.config, adapter.shapes()), adapter, name)
+
+
+def _refuse_misfits(merge: Merge, adapter: Adapter, name: str) -> None:
+    if merge.problems:
+        made_for = f", made for {adapter.base!r}," if adapter.base else ""
+        message = f"{name}: the adapter {adapter.name}{made_for} does not fit this model: {'; '.join(merge.problems)}."
+        raise ModelError(message)
 
 
 def _read_config(name: str, folder: Path) -> Any:

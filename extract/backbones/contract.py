@@ -119,6 +119,10 @@ class Backbone(Protocol):
         """
         ...
 
+    def check_adapter(self) -> None:
+        """Raise ModelError, as `load` would, for an adapter that does not fit the model. Needs no weights."""
+        ...
+
     def load(self) -> None:
         """Bring the weights onto the device, merged with the adapter if there is one. Idempotent.
 

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 from agiqa.errors import ConfigError, ModelError, UnknownName
-from agiqa.extract.backbones.adapters import Adapter, apply_adapter
+from agiqa.extract.backbones.adapters import Adapter, apply_adapter, check_adapter
 from agiqa.extract.backbones.batching import alike, collate
 from agiqa.extract.backbones.contract import GenerationSettings, Prepared
 from agiqa.extract.backbones.generation import generate
 from agiqa.extract.backbones.linearity import LogitMap, find_logit_map
-from agiqa.extract.backbones.loading import load_model
+from agiqa.extract.backbones.loading import failures_of, load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
 from agiqa.extract.checkpoints import Checkpoint
 from agiqa.extract.items import Message
+from agiqa.extract.memory import room_for_weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROBE_TOKENS = 8
@@ -55,6 +56,7 @@ class HuggingFaceBackbone(ABC):
         self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
         self.renderer = self._make_renderer()
         self._model: Any = None
+        self._adapter_fits = False
         self._after_head: LogitMap | None = None
         self._hashes: dict[str, str] | None = None
         self._adapter_hashed: dict[str, Any] | None = None
@@ -96,15 +98,30 @@ class HuggingFaceBackbone(ABC):
             **({} if self._adapter_hashed is None else {"adapter": self._adapter_hashed}),
         }
 
+    def check_adapter(self) -> None:
+        """See `Backbone.check_adapter`."""
+        if self.adapter is not None and not self._adapter_fits:
+            check_adapter(self.hollow(), self.adapter, name=self.checkpoint.name)
+            self._adapter_fits = True
+
+    def hollow(self) -> torch.nn.Module:
+        """The model without weights, on the device `meta`."""
+        with failures_of(self.checkpoint, "build the model"), torch.device("meta"):
+            model: torch.nn.Module = self.auto_class.from_config(
+                self.config, dtype=DTYPES[self.logical_dtype], attn_implementation=self.attention
+            )
+        return model
+
     def load(self) -> None:
         """See `Backbone.load`."""
         if self._model is not None:
             return
         dtype = DTYPES[self.logical_dtype]
-        model = load_model(self.checkpoint, self.auto_class, dtype, self.attention)
-        model = model.to(self.device)
-        if self.adapter is not None:
-            apply_adapter(model, self.adapter, name=self.checkpoint.name)
+        with room_for_weights(self.checkpoint.name, self.device):
+            model = load_model(self.checkpoint, self.auto_class, dtype, self.attention)
+            model = model.to(self.device)
+            if self.adapter is not None:
+                apply_adapter(model, self.adapter, name=self.checkpoint.name)
         found = tuple(model.get_output_embeddings().weight.shape)
         expected = (self.vocab_size, self.hidden_size)
         if found != expected:

@@ -14,6 +14,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from agiqa.errors import ModelError, first_line, listed
 from agiqa.extract.checkpoints import Checkpoint
+from agiqa.extract.memory import is_out_of_memory
 
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 _DERIVED = ("rotary_emb.inv_freq", "position_ids")
@@ -41,9 +42,11 @@ def failures_of(checkpoint: Checkpoint, task: str) -> Generator[None]:
     try:
         with quiet_transformers():
             yield
-    except (ModelError, torch.OutOfMemoryError):
+    except ModelError:
         raise
     except _FAILURES as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         message = f"{checkpoint.name}: cannot {task} with what is in {checkpoint.folder} ({first_line(error)})"
         raise ModelError(message) from error
 

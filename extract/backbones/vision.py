@@ -1,6 +1,7 @@
 """The backbone `vision`: any transformers image-text-to-text model; it reads the image before the first question."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ import numpy as np
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from agiqa.errors import ModelError
+from agiqa.errors import DataError, ModelError, first_line
 from agiqa.extract.backbones.alignment import expand_roles
 from agiqa.extract.backbones.batching import check_inputs
 from agiqa.extract.backbones.contract import Prepared
 from agiqa.extract.backbones.huggingface import HuggingFaceBackbone
-from agiqa.extract.backbones.loading import failures_of, load_processor
+from agiqa.extract.backbones.loading import load_processor, quiet_transformers
 from agiqa.extract.backbones.rendering import Renderer, refuse_marks
+from agiqa.extract.checkpoints import Checkpoint
 from agiqa.extract.images import open_image
 from agiqa.extract.items import Message
 
@@ -40,7 +42,7 @@ class VisionBackbone(HuggingFaceBackbone):
         if image is None:
             return Prepared(token_ids=text_ids, roles=text_roles)
         picture = open_image(image)
-        with failures_of(self.checkpoint, f"prepare {image.name}"):
+        with _refusals_of(self.checkpoint, image):
             encoded = self.processor(
                 text=[rendered.text],
                 images=[picture],
@@ -69,6 +71,17 @@ class VisionBackbone(HuggingFaceBackbone):
         written = getattr(self.processor, "boi_token", None) or tokenizer.convert_ids_to_tokens(self.image_token_id)
         template = getattr(self.processor, "chat_template", None) or tokenizer.chat_template
         return Renderer(name=self.checkpoint.name, tokenizer=tokenizer, template=template, image_token=written)
+
+
+@contextmanager
+def _refusals_of(checkpoint: Checkpoint, image: Path) -> Generator[None]:
+    """Quiet, and whatever a processor raises inside is a DataError: some refuse images of extreme shapes, in words."""
+    try:
+        with quiet_transformers():
+            yield
+    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        message = f"{image}: the image processor of {checkpoint.name} cannot prepare it ({first_line(error)})."
+        raise DataError(message) from error
 
 
 def _image_token_id(name: str, config: Any, processor: Any) -> int:

@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from tests.cli.conftest import SMALL_HEAD
 from tests.cli.refusals import extract, refuse, truncate
 from tests.extract.small_sets import COLUMNS, read_table, save_noise, write_set, write_table, write_talks
+from tests.extract.tiny_models import write_grid_checkpoint
 
 
 @pytest.fixture
@@ -50,6 +52,17 @@ def test_unreadable_images(agiqa, pictures, new, tiny_vision_checkpoint, harm, r
     assert "skipped 002.png" in skipped.err
 
 
+def test_images_that_the_processor_refuses_are_items_like_others(agiqa, pictures, new, tmp_path):
+    """Qwen's takes no image that is more than 200 times as wide as high."""
+    model = write_grid_checkpoint(tmp_path / "model")
+    Image.new("RGB", (20000, 10)).save(pictures / "images" / "002.png")
+    outcome = extract(agiqa, pictures, new, model)
+    refuse(outcome, "1 problem\n", f"002.png: {pictures / 'images' / '002.png'}: the image processor of", "ratio")
+    assert not new.exists()
+    skipped = extract(agiqa, pictures, new, model, "--on-bad-item", "skip").json
+    assert (skipped["items"], len(skipped["skipped"])) == (5, 1)
+
+
 @pytest.mark.parametrize(
     ("change", "mentions"),
     [
@@ -79,9 +92,20 @@ def test_bad_rows(agiqa, texts, new, tiny_text_checkpoint, change, mentions):
 def test_missing_columns(agiqa, texts, new, tiny_text_checkpoint):
     rewrite(texts, lambda rows: rows, ["name", "words", "mos_quality", "split", "description"])
     refuse(extract(agiqa, texts, new, tiny_text_checkpoint), texts / "data.csv", "no column 'prompt'")
-    rewrite(texts, lambda rows: rows, ["name", "prompt", "mark", "split", "description"])
-    refuse(extract(agiqa, texts, new, tiny_text_checkpoint), texts / "data.csv", "no MOS column")
     assert not new.exists()
+
+
+def test_a_table_without_mos_is_extracted_and_labelled_later(agiqa, texts, new, tmp_path, tiny_text_checkpoint):
+    labelled = write_table(tmp_path / "labels", [list(row.values()) for row in read_table(texts)]) / "data.csv"
+    rewrite(texts, lambda rows: rows, ["name", "prompt", "mark", "split", "description"])
+    outcome = extract(agiqa, texts, new, tiny_text_checkpoint)
+    assert outcome.json["state"] == "complete"
+    assert "has no MOS column (found: name, prompt, mark, split, description)" in outcome.err
+    refuse(agiqa("train", new, tmp_path / "run", *SMALL_HEAD), "'quality'", "Known: none")
+    assert agiqa("store", "labels", new, labelled).code == 0
+    assert agiqa("store", "info", new, "--json").json["labels"] == {"quality": 6}
+    talks = write_talks(texts)
+    refuse(agiqa("words", talks, "--labels", texts / "data.csv"), texts / "data.csv", "no MOS column")
 
 
 def test_all_bad_rows_are_told_at_once(agiqa, texts, new, tiny_text_checkpoint):

@@ -39,7 +39,14 @@ def test_adapters_that_are_missing_or_of_another_base(agiqa, texts, tiny_text_ch
     def refused(folder, *mentions):
         outcome = extract(agiqa, texts, tmp_path / "new.zarr", tiny_text_checkpoint, "--adapter", folder)
         refuse(outcome, folder, *mentions)
+        assert "plan" not in outcome.err
+        assert not (tmp_path / "new.zarr").exists()
+        out = tmp_path / "out.jsonl"
+        given = ("--model", tiny_text_checkpoint, "--adapter", folder, "--device", "cpu")
+        refuse(agiqa("describe", texts, out, *given), folder, *mentions)
+        assert not out.exists()
 
+    (texts / "data.csv").write_text("no table")  # is not even looked at
     refused(tmp_path / "absent", "no such folder")
     refused(texts, "no adapter_config.json")
     edit(adapter, lambda tensors: tensors.update({"base_model.model.vpm.weight": tensors.popitem()[1]}))

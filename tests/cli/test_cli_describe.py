@@ -90,6 +90,18 @@ def test_a_conversation_file_as_data_and_another_aspect(agiqa, data, model, desc
     assert all("aligns with the original prompt" in line["conversations"][0]["content"] for line in lines_of(out))
 
 
+def test_a_table_without_mos_in_worker_processes(agiqa, data, model, described, tmp_path):
+    """As AIGCIQA-20k publishes its test part: names and prompts."""
+    rows = [[row["name"], row["prompt"]] for row in read_table(data)]
+    bare, out = write_table(tmp_path / "bare", rows, ["name", "prompt"]), tmp_path / "out.jsonl"
+    (bare / "images").symlink_to(data / "images")
+    outcome = agiqa("describe", bare, out, "--model", model, *SHORT, "--workers", 2)
+    assert outcome.json["items"] == ITEMS
+    assert "MOS" not in outcome.err
+    with_labels = {line["name"]: line["response_0"] for line in lines_of(described[0])}
+    assert {line["name"]: line["response_0"] for line in lines_of(out)} == with_labels
+
+
 def test_broken_images_are_told_before_the_model_runs(agiqa, model, tmp_path):
     data, out = write_set(tmp_path / "set", 4, images=True), tmp_path / "out.jsonl"
     truncate(data / "images" / "001.png")

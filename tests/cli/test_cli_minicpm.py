@@ -100,6 +100,11 @@ def test_from_describe_to_a_score_with_fewer_slices(agiqa, data, checkpoint, tmp
     image = data / "images" / lines[0]["name"]
     asked = ("--prompt", lines[0]["prompt"], "--run", run, "--max-new-tokens", 8)
     scored = agiqa("score", image, *asked, *model, "--json").json["images"][0]
+    left_open = agiqa("score", image, *asked, *model[:4], "--json").json["images"][0]
+    assert left_open == scored
+    refused = agiqa("score", image, *asked, *model[:4], "--max-slices", 5)
+    assert refused.code == 1
+    assert "slicing of images into at most 2 slices" in refused.err
     table = tmp_path / "scores.csv"
     agiqa("predict", run, store, table)
     scores = {row["name"]: float(row["predicted"]) for row in csv.DictReader(table.read_text().splitlines())}

@@ -2,12 +2,18 @@
 
 import csv
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
+from agiqa.extract.backbones.loading import quiet_transformers
+from agiqa.store.files import sha256_of_file
 from tests.cli.conftest import SMALL_HEAD
 from tests.cli.refusals import refuse, truncate
 from tests.extract.small_sets import save_noise, write_set
+from tests.extract.test_adapters import PLAIN, random_adapter
 from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
 
 GENERATION = ("--max-new-tokens", 10, "--device", "cpu", "--json")
@@ -53,12 +59,20 @@ def way(agiqa, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("run", "options"),
-    [("vocabulary", ()), ("sketch", ("--basis",)), ("logits", ()), ("no_id", ("--variant", "no_id"))],
+    [
+        ("vocabulary", ()),
+        ("sketch", ("--basis",)),
+        ("logits", ("--variant", "id", "--aspect", "quality")),
+        ("no_id", ()),
+    ],
 )
 def test_the_same_mos_as_by_a_store(agiqa, way, run, options, tmp_path):
     if options == ("--basis",):
         options = ("--basis", way.sketch)
-    told = agiqa(*way.score(run, *options, "--batch-size", 2)).json
+    outcome = agiqa(*way.score(run, *options, "--batch-size", 2))
+    told = outcome.json
+    assert "warning" not in outcome.err
+    assert (told["aspect"], told["variant"]) == ("quality", "no_id" if run == "no_id" else "id")
     assert agiqa("predict", way.runs[run], way.stores[run], tmp_path / "scores.csv").code == 0
     with (tmp_path / "scores.csv").open(newline="") as file:
         predicted = {row["name"]: float(row["predicted"]) for row in csv.DictReader(file)}
@@ -91,7 +105,7 @@ def test_a_model_that_reads_no_images_says_so(agiqa, example, way, tmp_path):
 
 
 def test_heads_that_mean_nothing_here(agiqa, example, way, tmp_path):
-    refuse(agiqa(*way.score("vocabulary", "--run", example.run)), example.run, "language-model head", "same model")
+    refuse(agiqa(*way.score("vocabulary", "--run", example.run)), example.run, example.model.name, way.model.name)
     refuse(agiqa(*way.score("sketch")), way.runs["sketch"], "--basis STORE")
     refuse(agiqa(*way.score("sketch", "--basis", example.sketch)), "belongs to the language-model head")
     other = tmp_path / "other.agiqa"
@@ -99,6 +113,52 @@ def test_heads_that_mean_nothing_here(agiqa, example, way, tmp_path):
     refuse(agiqa(*way.score("sketch", "--basis", other)), way.runs["sketch"], "was trained on the sketch basis")
     refuse(agiqa(*way.score("vocabulary", "--basis", way.sketch)), "--basis belongs to a head on a sketch")
     refuse(agiqa(*way.score("vocabulary", "--run", way.data)), way.data, "no run folder")
+
+
+def test_another_model_adapter_or_wording_is_refused_naming_both(agiqa, way, tmp_path):
+    """Models whose language-model heads are the same: nothing else would tell them apart."""
+    other = tmp_path / "other"
+    shutil.copytree(way.model, other)
+    tensors = load_file(other / "model.safetensors")
+    name = next(name for name in tensors if "q_proj" in name)
+    save_file({**tensors, name: tensors[name] + 1}, other / "model.safetensors", metadata={"format": "pt"})
+    digests = [sha256_of_file(folder / "model.safetensors")[:12] for folder in (way.model, other)]
+    outcome = agiqa(*way.score("vocabulary", "--model", other))
+    refuse(outcome, way.runs["vocabulary"], f"{way.model.name} (weights {digests[0]})", f"other (weights {digests[1]})")
+    with quiet_transformers():
+        model = LlavaForConditionalGeneration.from_pretrained(way.model)
+    random_adapter(model, tmp_path / "adapter", **{**PLAIN, "target_modules": r".*language_model.*(q|v)_proj"})
+    outcome = agiqa(*way.score("vocabulary", "--adapter", tmp_path / "adapter"))
+    refuse(outcome, way.runs["vocabulary"], "features of the adapter none; asked now is the adapter adapter (")
+    refuse(agiqa(*way.score("vocabulary", "--variant", "no_id")), "variant id, and --variant is no_id")
+    refuse(agiqa(*way.score("vocabulary", "--aspect", "authenticity")), "aspect quality, and --aspect is authenticity")
+
+
+def test_a_moved_model_is_the_same_and_lesser_differences_are_told(agiqa, way, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(way.model, moved)
+    told = agiqa(*way.score("vocabulary", "--model", moved))
+    assert told.code == 0, told.err
+    assert "warning" not in told.err
+    (moved / "generation_config.json").write_text("{}")
+    told = agiqa(*way.score("vocabulary", "--model", moved))
+    assert told.code == 0, told.err
+    head = f"The head {way.runs['vocabulary']}"
+    assert f"warning: {head} was trained on features of another generation_config.json of {way.model.name}" in told.err
+    outcome = agiqa(*way.score("vocabulary", "--dtype", "bfloat16"))
+    refuse(outcome, f"{head} was trained on features of the dtype float32 (--dtype); asked now is the dtype bfloat16")
+
+
+def test_a_run_that_does_not_say_what_made_its_store(agiqa, way, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(way.runs["vocabulary"], run)
+    config = json.loads((run / "config.json").read_text())
+    assert set(config.pop("origin")) == {"model", "conversation"}
+    (run / "config.json").write_text(json.dumps(config))
+    told = agiqa(*way.score("vocabulary", "--run", run))
+    assert told.code == 0, told.err
+    assert f"warning: {run} does not say which model its store was made by" in told.err
+    assert (told.json["aspect"], told.json["variant"]) == ("quality", "id")
 
 
 def test_images_and_prompts_that_cannot_be_used(agiqa, way, tmp_path):

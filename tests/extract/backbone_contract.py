@@ -119,6 +119,14 @@ class BackboneContract:
         assert provenance["dtype"] == backbone.logical_dtype
         assert provenance["versions"]["torch"] == torch.__version__
 
+    def test_it_is_known_without_weights_where_each_belongs(self, backbone):
+        """What adapters are checked against, before anything is loaded."""
+        hollow, whole = backbone.hollow().state_dict(), backbone._loaded().state_dict()
+        assert all(value.is_meta for value in hollow.values())
+        assert {name: value.shape for name, value in hollow.items()} == {
+            name: value.shape for name, value in whole.items()
+        }
+
     def test_bos_comes_at_most_once_and_first(self, backbone, batch):
         bos = backbone.renderer.tokenizer.bos_token_id
         for item in batch:

@@ -212,6 +212,24 @@ def test_the_range_is_the_data_sets_own(tmp_path):
         load_data_set(table, variant="no_id", images=False, mos_range=(5, 0))
 
 
+def test_a_table_without_mos_is_told_and_one_with_gaps_is_refused(tmp_path):
+    table = write_csv(tmp_path / "d.csv", [("a", "x"), ("b", "y")], ("name", "prompt"))
+    data = load_data_set(table, variant="no_id", images=False)
+    assert [item.labels for item in data.items] == [{}, {}]
+    assert len(data.notes) == 1
+    assert "has no MOS column (found: name, prompt)" in data.notes[0]
+    assert "agiqa store labels" in data.notes[0]
+    gaps = write_csv(tmp_path / "e.csv", [("a", "x", "1"), ("b", "y", "")])
+    assert "b (e.csv, line 3): no MOS at all" in problems_of(gaps)
+
+
+def test_nobody_looks_at_mos_that_nobody_asks_for(tmp_path):
+    table = write_csv(tmp_path / "d.csv", [("a", "x", "87.5"), ("b", "y", ""), ("c", "z", "none")])
+    data = load_data_set(table, variant="no_id", images=False, mos_range=None)
+    assert [(item.name, item.labels) for item in data.items] == [("a", {}), ("b", {}), ("c", {})]
+    assert data.notes == ()
+
+
 def test_nothing_left_is_an_error_even_when_skipping(tmp_path):
     table = write_csv(tmp_path / "d.csv", [("a", "", "1")])
     assert "the prompt is empty" in problems_of(table, on_bad_item="skip")
@@ -231,7 +249,7 @@ def test_bad_images(folder):
     [
         (b"", "the file is empty"),
         (b"name,prompt,mos\n", "a header but no rows"),
-        (b"name,prompt\na,b\n", "no MOS column (found: name, prompt)"),
+        (b"name,prompt,description,description_quality\na,b,c,d\n", "two columns mean the same"),
         (b"prompt,mos\na,1\n", "no column 'name' (found: prompt, mos)"),
         (b"name;prompt;mos\na;b;1\n", "no column 'name'"),
         (b"name,prompt,mos,mos_quality\na,b,1,1\n", "two columns mean the same"),
@@ -281,6 +299,17 @@ def test_bad_conversations_are_named_by_id(folder):
     kept = load_data_set(folder, conversations=[str(path)], images=False, on_bad_item="skip")
     assert [item.name for item in kept.items] == ["a.png"]
     assert len(kept.skipped) == 9
+
+
+def test_half_a_character_in_a_conversation_is_named(folder):
+    """As a description that was cut within an emoji: no tokenizer and no table takes it."""
+    cut = talk("a.png", id="cut", contents=("Look?", "a cat \ud83d", "Rate?", "fair"))
+    own = talk("b.png", id="own", response_0="\ude00 a dog")
+    path = write_json(folder / "train.json", [cut, own])
+    message = problems_of(folder, conversations=[str(path)], variant="id")
+    assert "2 problems" in message
+    assert r"train.json, id 'cut': the text 'a cat \ud83d' holds half a character" in message
+    assert r"train.json, id 'own': the text '\ude00 a dog' holds half a character" in message
 
 
 def test_strangers_are_one_error_that_names_both(folder):

@@ -3,7 +3,9 @@
 import json
 import resource
 import shutil
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -49,9 +51,9 @@ def items_of(folder, backbone):
     return load_data_set(folder, variant="no_id", images=backbone.reads_images)
 
 
-def run(folder, model, out, settings=SETTINGS, backbone=None):
+def run(folder, model, out, settings=SETTINGS, backbone=None, **options):
     backbone = backbone or open_backbone(str(model), device="cpu")
-    return run_descriptions(items_of(folder, backbone), backbone, out, settings, rating_of=parse_word)
+    return run_descriptions(items_of(folder, backbone), backbone, out, settings, rating_of=parse_word, **options)
 
 
 def lines_of(path):
@@ -179,6 +181,49 @@ def test_memory_that_runs_out_halves_the_batch(folder, text_model, tmp_path, cap
     assert capsys.readouterr().err.count("out of memory with 4 items at a time; going on with 2") == 1
     with pytest.raises(ModelError, match=r"\d{3}\.png: the device is out of memory with this item alone"):
         run(folder, text_model, tmp_path / "none.jsonl", backbone=Cramped(cramped, 0))
+
+
+class Counting(Cramped):
+    """A cramped backbone that counts how often an image is prepared."""
+
+    def __init__(self, backbone, room):
+        super().__init__(backbone, room)
+        self.prepared = Counter()
+
+    def prepare(self, conversation, image, *, answer=False):
+        self.prepared[image.name, len(conversation)] += 1
+        return self._backbone.prepare(conversation, image, answer=answer)
+
+
+def test_workers_prepare_what_this_process_would(folder, vision_model, tmp_path):
+    run(folder, vision_model, tmp_path / "alone.jsonl")
+    run(folder, vision_model, tmp_path / "d.jsonl", workers=2, opener=partial(open_backbone, str(vision_model)))
+    assert lines_of(tmp_path / "d.jsonl") == lines_of(tmp_path / "alone.jsonl")
+
+
+def test_images_are_read_once_for_the_plan_and_once_a_round(folder, vision_model, tmp_path):
+    """Also where memory runs out in the first round: its inputs are there already."""
+    counting = Counting(open_backbone(str(vision_model), device="cpu"), 2)
+    run(folder, vision_model, tmp_path / "d.jsonl", backbone=counting)
+    assert counting.prepared == {(f"{k:03d}.png", turns): count for k in range(10) for turns, count in ((1, 2), (3, 1))}
+
+
+def test_an_image_that_is_gone_after_the_plan_is_a_bad_item(vision_model, tmp_path):
+    folder = write_set(tmp_path / "set", 3, images=True)
+    backbone = open_backbone(str(vision_model), device="cpu")
+    data_set = items_of(folder, backbone)
+    (folder / "images" / "001.png").unlink()
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"1 problem\n  001\.png: cannot read the image"):
+            run_descriptions(
+                data_set,
+                backbone,
+                tmp_path / "d.jsonl",
+                SETTINGS,
+                rating_of=parse_word,
+                workers=workers,
+                opener=partial(open_backbone, str(vision_model)),
+            )
 
 
 def test_conversations_longer_than_the_model(folder, tmp_path):

@@ -1,8 +1,10 @@
 """Every kind of image file comes out upright and RGB, or as one clear error."""
 
+import random
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from agiqa.errors import DataError
 from agiqa.extract import images
@@ -60,6 +62,31 @@ def test_truncated_files_are_not_half_read(tmp_path):
             path.write_bytes(data[:kept])
             with pytest.raises(DataError, match=rf"{name}: not a readable image \(.+\)"):
                 open_image(path)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of broken EXIF that it passes over
+@pytest.mark.parametrize("kind", ["png", "jpg", "gif", "webp", "bmp", "avif"])
+def test_bytes_gone_wrong_are_one_clear_error_or_none(tmp_path, kind):
+    """Each decoder fails in its own words; none of them may end a run."""
+    if kind == "avif" and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words"
+    noise = np.random.default_rng(0).integers(0, 255, (24, 20, 3), dtype=np.uint8)
+    path, draw, refused = tmp_path / f"a.{kind}", random.Random(5), list[str]()
+    Image.fromarray(noise).save(path, exif=exif)
+    whole = path.read_bytes()
+    for _ in range(150):
+        spoilt = bytearray(whole)
+        for _ in range(draw.choice([1, 2, 8])):
+            spoilt[draw.randrange(draw.choice([120, len(spoilt)]))] = draw.randrange(256)
+        path.write_bytes(spoilt)
+        try:
+            assert open_image(path).mode == "RGB"
+        except DataError as error:
+            refused.append(str(error))
+    assert refused
+    assert all(message.startswith(str(path)) for message in refused)
 
 
 def test_missing_folders_and_floats_are_named(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from agiqa.errors import ConfigError, DataError, WorkerError
-from agiqa.extract import ExtractionSettings, LengthRule, open_backbone, preparing, run_extraction
+from agiqa.extract import ExtractionSettings, LengthRule, devices, open_backbone, preparing, run_extraction
 from agiqa.extract.backbones.loading import load_config
 from agiqa.extract.backbones.text import TextBackbone
 from agiqa.extract.batches import BatchRunner, even_batches
@@ -54,7 +54,7 @@ def plain(pictures, tiny_vision_checkpoint, tmp_path_factory):
 
 def test_devices_and_workers_change_no_byte(pictures, tiny_vision_checkpoint, tmp_path):
     path, options = tmp_path / "s.agiqa", {"encoding": "sketch", "rank": 6}
-    half = extract(pictures, tiny_vision_checkpoint, path, devices=2, part=(2, 2), **options)
+    half = extract(pictures, tiny_vision_checkpoint, path, devices=2, workers=1, part=(2, 2), **options)
     assert half.store.committed_units() == list(range(1, half.store.geometry.units, 2))
     assert half.fill is not None
     assert half.fill.units == len(half.store.committed_units())
@@ -115,6 +115,20 @@ def test_devices_name_an_item_that_fails_and_keep_what_is_finished(tiny_vision_c
     picture.write_bytes(content)
     store = extract(folder, tiny_vision_checkpoint, path).store
     assert verify(store, "full").sound
+
+
+def half_a_message(connection, *_):
+    """The life of a process that is killed while it sends."""
+    os.write(connection.fileno(), (1000).to_bytes(4, "big") + b"the beginning")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_killed_within_a_message_is_one_that_died(tiny_vision_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "_work", half_a_message)
+    folder, path = fill_set(tmp_path / "set"), tmp_path / "s.agiqa"
+    extract(folder, tiny_vision_checkpoint, path, plan_only=True)
+    with pytest.raises(WorkerError, match=r"process 0 on cpu was killed by signal 9.* units are left"):
+        extract(folder, tiny_vision_checkpoint, path, devices=2)
 
 
 def test_a_killed_device_process_costs_no_unit(tiny_vision_checkpoint, tmp_path):

@@ -6,8 +6,8 @@ import pytest
 
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract.datasets import load_data_set
-from agiqa.extract.templates import aspects_of
-from tests.extract.small_sets import write_set
+from agiqa.extract.templates import aspects_of, fill, template_of
+from tests.extract.small_sets import write_set, write_table
 
 BOTH = "id:quality+correspondence"
 
@@ -133,6 +133,53 @@ def test_splits_that_two_aspects_disagree_on(folder):
     files = [f"train={folder / 'quality.json'}", f"test={folder / 'correspondence.json'}"]
     with pytest.raises(DataError, match=r"000\.png \(data\.csv, line 2\): in the splits \['test', 'train'\] at once"):
         load(folder, BOTH, *files)
+
+
+def table_of(folder, columns, *rows):
+    return write_table(folder, [[f"{k}.png", f"p{k}", 3.0, *row] for k, row in enumerate(rows)], columns)
+
+
+COLUMNS = ["name", "prompt", "mos_quality", "description_correspondence", "description"]
+
+
+def test_descriptions_of_a_table_in_the_words_of_the_templates(tmp_path):
+    """`description` is on the aspect that is asked for; columns of other aspects are not looked at."""
+    data = table_of(tmp_path, [*COLUMNS, "description_authenticity"], ["fits", "sharp", ""], ["off", "blurry", "odd"])
+    quality, correspondence = template_of("quality"), template_of("correspondence")
+    first = load_data_set(data, variant=BOTH, images=False).items[0]
+    assert contents(first) == [
+        fill(quality.describe, "p0"),
+        "sharp",
+        fill(correspondence.describe, "p0"),
+        "fits",
+        quality.rate,
+    ]
+    assert first.description == "sharp"
+    plain = load_data_set(data, variant="id", images=False).items[1]
+    assert contents(plain) == [fill(quality.describe, "p1"), "blurry", quality.rate]
+    named = table_of(
+        tmp_path / "named", ["description_quality" if c == COLUMNS[-1] else c for c in COLUMNS], ["a", "b"]
+    )
+    other = load_data_set(named, variant="id", aspect="correspondence", images=False).items[0]
+    assert contents(other) == [fill(correspondence.describe, "p0"), "a", correspondence.rate]
+    turned = load_data_set(named, variant="id:correspondence+quality", aspect="correspondence", images=False).items[0]
+    assert contents(turned)[1::2] == ["a", "b"]
+
+
+def test_descriptions_that_a_table_lacks(tmp_path):
+    data = table_of(tmp_path, COLUMNS, ["fits", "sharp"], ["", "blurry"], [" ", ""])
+    with pytest.raises(DataError) as caught:
+        load_data_set(data, variant=BOTH, images=False)
+    assert "2 problems" in str(caught.value)
+    assert "1.png (data.csv, line 3): no description of correspondence; give" in str(caught.value)
+    assert "2.png (data.csv, line 4): no description of quality and correspondence; give" in str(caught.value)
+    assert len(load_data_set(data, variant=BOTH, images=False, on_bad_item="skip").items) == 1
+    with pytest.raises(
+        DataError, match=r"descriptions of authenticity, and there are none.*'description_authenticity'"
+    ):
+        load_data_set(data, variant="id:quality+authenticity", images=False)
+    with pytest.raises(DataError, match="two columns mean the same"):
+        load_data_set(data, variant="id", aspect="correspondence", images=False)
 
 
 def test_plain_variants_take_files_of_one_aspect(folder):

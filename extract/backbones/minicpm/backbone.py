@@ -22,6 +22,7 @@ from agiqa.extract.backbones.rendering import Renderer, refuse_marks
 from agiqa.extract.backbones.uploading import uploaded
 from agiqa.extract.images import open_image
 from agiqa.extract.items import Message
+from agiqa.extract.memory import room_for_weights
 from agiqa.store import TOKEN_ROLES
 
 _ANSWER = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
@@ -63,14 +64,20 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         slicing = {"slices": self.config.slices, "resolution": self.config.resolution}
         return {**super().provenance(), "image": slicing}
 
+    def hollow(self) -> MiniCPMV:
+        """See `HuggingFaceBackbone.hollow`."""
+        with torch.device("meta"):
+            return MiniCPMV(self.config)
+
     def load(self) -> None:
         """See `Backbone.load`."""
         if self._model is not None:
             return
         dtype = DTYPES[self.logical_dtype]
-        model = load_weights(self.checkpoint, lambda: MiniCPMV(self.config), dtype=dtype, device=self.device)
-        if self.adapter is not None:
-            apply_adapter(model, self.adapter, name=self.checkpoint.name)
+        with room_for_weights(self.checkpoint.name, self.device):
+            model = load_weights(self.checkpoint, self.hollow(), dtype=dtype, device=self.device)
+            if self.adapter is not None:
+                apply_adapter(model, self.adapter, name=self.checkpoint.name)
         self._model = model
 
     def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:

@@ -1,7 +1,5 @@
 """Weights by name from safetensors into a model that was built without any, straight onto its device."""
 
-from collections.abc import Callable
-
 import torch
 from safetensors import safe_open
 from torch import nn
@@ -12,15 +10,11 @@ from agiqa.extract.backbones.minicpm.model import MiniCPMV
 from agiqa.extract.checkpoints import Checkpoint
 
 
-def load_weights(
-    checkpoint: Checkpoint, build: Callable[[], MiniCPMV], *, dtype: torch.dtype, device: torch.device
-) -> MiniCPMV:
-    """The model that `build` makes, for inference, its weights those of `checkpoint` as `dtype` on `device`.
+def load_weights(checkpoint: Checkpoint, model: MiniCPMV, *, dtype: torch.dtype, device: torch.device) -> MiniCPMV:
+    """`model`, which has no weights, for inference, with those of `checkpoint` as `dtype` on `device`.
 
     Raises ModelError naming tensors that are missing, of another shape, or unknown to the model.
     """
-    with torch.device("meta"):
-        model = build()
     left = dict(model.named_parameters())
     with failures_of(checkpoint, "load the weights"):
         for path in checkpoint.weight_files():
