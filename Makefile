@@ -1,6 +1,8 @@
 # make demo and make test need nothing but Python 3.11 or newer; each makes its own .venv from nothing.
 
 PYTHON ?= python3
+# Processes that test; each takes about a gigabyte.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
@@ -11,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/agiqa demo --out demo
 
 test: $(VENV)/installed-dev browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 # The page of `agiqa report` is tested in Debian's Chromium. Where it is neither there nor to be had so, that test skips.
 browser:

@@ -105,8 +105,8 @@ def test_leaving_a_generator_out_needs_two(grid):
         grid(generators=["glide"], grid={"encoder": ["gru"]}, protocols=["leave-one-generator-out"])
 
 
-SHIPPED = {"quick": 12, "heads": 240, "table-iv": 300, "table-iii": 120, "losses": 90, "roles": 50, "ranks": 40}
-STORES = {"table-iii": ("main", "one", "two", "three"), "ranks": ("main", "r16", "r64", "r256")}
+SHIPPED = {"quick": 12, "heads": 240, "table-iv": 300, "table-iii": 120, "losses": 90, "roles": 50, "ranks": 50}
+STORES = {"table-iii": ("main", "one", "two", "three"), "ranks": ("main", "r16", "r32", "r64", "r128")}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
