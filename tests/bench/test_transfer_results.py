@@ -87,7 +87,8 @@ def test_only_heads_with_validation_items_tell_of_them(tmp_path, plan, results):
 def test_seeds_that_failed_are_counted_and_left_out(tmp_path, plan, results):
     applied = [line for line in plan.lines if line.way == "apply" and line.source == "a"]
     results.append({"name": applied[1].name, "error": "out of memory"})
-    rows = {(row["row"], row["label"]): row for row in rows_of(plan, results, tmp_path, protocol="", label="quality")}
+    made = rows_of(plan, results, tmp_path, protocol="published", label="beauty+quality")
+    rows = {(row["row"], row["label"]): row for row in made}
     row = rows[applied[0].row, "quality"]
     assert (row["runs"], row["seeds"], row["failed"], row["test"]["seeds"]) == (2, 1, 1, 1)
 
