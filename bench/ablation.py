@@ -15,10 +15,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from agiqa.bench.ablation_results import Line, ResultLines, error_line, result_line, scores_by_label
+from agiqa.bench.ablation_results import ResultLines, error_line, result_line
 from agiqa.bench.baseline_predictors import MeanFeatures
 from agiqa.bench.baselines import run_baselines
 from agiqa.bench.grids import PlannedRun
+from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.bench.rows import head_rows, write_rows
 from agiqa.bench.store_facts import facts_of
 from agiqa.bench.this_run import about_this_run

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from agiqa.bench.ablation_results import Line, scores_by_label
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.predictions import Predictions, read_predictions
 from agiqa.bench.protocols import SPLIT_SETTINGS
+from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.errors import DataError
 from agiqa.heads.comparing import SeedScores, holm
 from agiqa.heads.labels import parse_labels
@@ -61,6 +61,34 @@ def head_rows(
     for question in references:
         adjust_by_holm([row for row, group in zip(rows, groups, strict=True) if _question(group) == question])
     return rows
+
+
+def summary(label: str, planned: int, done: Sequence[Line], scores: SeedScores | None, against: Line | None) -> Line:
+    """What every row tells of its head: its label, the `planned` results and those that are `done`, and their means."""
+    return {
+        "label": label,
+        "runs": planned,
+        "seeds": len({line["seed"] for line in done}),
+        "failed": planned - len(done),
+        "seconds": round(statistics.fmean(line["seconds"] for line in done), 3) if done else None,
+        "validation": validation_summary(done, label),
+        "test": None if scores is None else scores.score(),
+        "against": against,
+    }
+
+
+def scores_over_seeds(tables: Mapping[str, Predictions], *, resamples: int = RESAMPLES) -> SeedScores:
+    """The scores of predictions of one row by the names of their runs, one for each seed.
+
+    Raises DataError where they are not of the same items in the same order.
+    """
+    (first, table), *others = tables.items()
+    for name, other in others:
+        if (other.names, other.prompts) != (table.names, table.prompts):
+            message = f"The runs {first!r} and {name!r} of one row were tested on different items."
+            raise DataError(message)
+    predicted = np.stack([one.predicted for one in tables.values()])
+    return SeedScores.of(predicted, table.mos, table.prompts, resamples=resamples)
 
 
 def adjust_by_holm(rows: Sequence[Line]) -> None:
@@ -113,14 +141,10 @@ def _score(group: _Group, lines: Mapping[str, Line], runs: Path, resamples: int)
     whole = [ran for ran in answers.values() if all("error" not in lines.get(run.name, {"error": ""}) for run in ran)]
     if not whole:
         return
-    tables = [_together(ran, group.label, runs) for ran in whole]
-    group.items = tuple(zip(tables[0].names, tables[0].prompts, strict=True))
-    for ran, table in zip(whole, tables, strict=True):
-        if tuple(zip(table.names, table.prompts, strict=True)) != group.items:
-            message = f"The runs {whole[0][0].name!r} and {ran[0].name!r} of one row were tested on different items."
-            raise DataError(message)
-    predicted = np.stack([table.predicted for table in tables])
-    group.scores = SeedScores.of(predicted, tables[0].mos, tables[0].prompts, resamples=resamples)
+    tables = {ran[0].name: _together(ran, group.label, runs) for ran in whole}
+    first = tables[whole[0][0].name]
+    group.items = tuple(zip(first.names, first.prompts, strict=True))
+    group.scores = scores_over_seeds(tables, resamples=resamples)
 
 
 def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
@@ -175,12 +199,5 @@ def _row(group: _Group, reference: _Group | None) -> Line:
         "settings": dict(run.settings),
         "store_name": run.store,
         "protocol": run.protocol,
-        "label": group.label,
-        "runs": len(group.runs),
-        "seeds": len({line["seed"] for line in group.done}),
-        "failed": len(group.runs) - len(group.done),
-        "seconds": round(statistics.fmean(line["seconds"] for line in group.done), 3) if group.done else None,
-        "validation": validation_summary(group.done, group.label),
-        "test": None if scores is None else scores.score(),
-        "against": against,
+        **summary(group.label, len(group.runs), group.done, scores, against),
     }

@@ -6,7 +6,6 @@ OUT/predictions/NAME.csv                   what a head predicts of the other dat
 OUT/lock                                   held by the process at work
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -14,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agiqa.bench.ablation_results import Line
 from agiqa.bench.predictions import write_predictions
+from agiqa.bench.result_lines import Line, error_facts, outcome_facts, training_facts
+from agiqa.bench.rows import write_rows
 from agiqa.bench.this_run import about_this_run
 from agiqa.bench.transfer_plan import SHOTS, PlannedHead, PlannedLine, TransferPlan, TransferSettings, plan_transfer
 from agiqa.bench.transfer_results import ROWS, TransferResults, rows_of
@@ -31,7 +31,7 @@ from agiqa.heads.scoring import predict, scores_of_labels
 from agiqa.heads.sweeping import Partitions, train_heads
 from agiqa.progress import say
 from agiqa.store import Store
-from agiqa.store.files import exclusive_lock, write_text_atomically
+from agiqa.store.files import exclusive_lock
 from agiqa.version import agiqa_version
 
 RUNS, APPLIED, LOCK = "runs", "predictions", "lock"
@@ -92,8 +92,7 @@ def run_transfer(
         trained = work.train(workers)
         work.apply()
         rows = rows_of(plan, work.results, out, protocol=settings.train.split, label=settings.train.label)
-        text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        write_text_atomically(out / ROWS, text)
+        write_rows(out / ROWS, rows)
     errors = {line.name: work.results.lines[line.name].get("error") for line in plan.lines}
     failed = {name: error for name, error in errors.items() if error is not None}
     return Transfer(rows=rows, lines=len(plan.lines), failed=failed, trained=trained)
@@ -202,14 +201,7 @@ class _Work:
     def _trained(self, head: PlannedHead, run: Run) -> None:
         """The lines of a head on its own test part."""
         for line in [line for line in self._missing.values() if line.head == head.name and line.way != "apply"]:
-            facts = {
-                "seconds": round(sum(run.metrics["seconds"].values()), 3),
-                "split": run.metrics["split"],
-                "warnings": run.metrics["warnings"],
-                "validation": run.metrics["validation"],
-                "test": run.metrics["test"],
-                "predictions": f"{RUNS}/{head.name}/{PREDICTIONS}",
-            }
+            facts = {**outcome_facts(run), "predictions": f"{RUNS}/{head.name}/{PREDICTIONS}"}
             if line.way == "tp":
                 facts["same_head_as"] = f"{line.target}'s own, as both stores have the same features"
             self._append(line, {**self._facts(line, run), **facts})
@@ -245,9 +237,7 @@ class _Work:
         told = {
             "config": {**run.head.model_dump(mode="json"), **run.train.model_dump(mode="json")},
             "run": f"{RUNS}/{line.head}",
-            **{name: run.config[name] for name in ("agiqa", "torch", "device", "kernels")},
-            "commit": self._commit,
-            **{name: run.metrics[name] for name in ("chosen_epoch", "chosen_by", "epochs_run")},
+            **training_facts(run, commit=self._commit),
         }
         if line.way in ("apply", "warm"):
             told["shared"] = self._shared[_direction(line.source, line.target)]
@@ -260,7 +250,7 @@ class _Work:
             self._append(line, self._error(error))
 
     def _error(self, error: str) -> Line:
-        return {"agiqa": agiqa_version(), "commit": self._commit, "error": error}
+        return error_facts(error, agiqa=agiqa_version(), commit=self._commit)
 
     def _append(self, line: PlannedLine, facts: Line) -> None:
         stores = {name: self._sides[name].store.id for name in dict.fromkeys((line.source, line.target))}

@@ -22,6 +22,7 @@ from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.presets import preset_values
 from agiqa.heads.resuming import WITHOUT_EFFECT
+from agiqa.heads.splits import PARTITION_SETTINGS
 
 Way = Literal["within", "apply", "tp", "fresh", "warm"]
 
@@ -137,8 +138,8 @@ def plan_transfer(
 ) -> TransferPlan:
     """The heads and lines of a transfer from the first of `names` to the second and, unless `one_way`, back.
 
-    The items of few-shot trainings are drawn anew for every seed where the test part does not depend on `split_seed`
-    (`published`), each number of them within the next. Raises ConfigError for names that are the same or empty,
+    The items of few-shot trainings are drawn anew for every seed, each number of them within the next; the test part
+    is that of the data set's own heads. Raises ConfigError for names that are the same or empty,
     repeated or empty shots.
     """
     first, second = names
@@ -194,13 +195,14 @@ def _few(
 ) -> PlannedHead:
     """A head trained on some items of `b`, from random weights or from the head of `a`."""
     config, seed = settings.few_shot, settings.train.seed + step
-    drawn = config.split_seed + step if config.split == "published" else config.split_seed
+    first = config.split_seed if config.training_seed is None else config.training_seed
+    drawn = None if count is None else first + step
     items = "all" if count is None else count
     how = "fresh" if way == "fresh" else f"from={_safe(a)}"
     return PlannedHead(
         name=f"{_safe(b)},{how},items={items},seed={seed}",
         on=b,
-        train=config.model_copy(update={"seed": seed, "split_seed": drawn, "training_items": count}),
+        train=config.model_copy(update={"seed": seed, "training_items": count, "training_seed": drawn}),
         start=None if way == "fresh" else _own(a, settings, step).name,
     )
 
@@ -238,7 +240,7 @@ def _check(train: TrainConfig, few_shot: Mapping[str, Any]) -> None:
     if train.training_items is not None:
         message = "`training_items` of a transfer are given by --shots; leave the setting out."
         raise ConfigError(message)
-    fixed = {"seed", "label", "split", "split_seed", "test_share", "training_items", "device", "keep", "memory"}
+    fixed = {"seed", "label", *PARTITION_SETTINGS, "device", "keep", "memory"} - _NO_VALIDATION.keys()
     for name in few_shot:
         if name in fixed or (name in _NO_VALIDATION and few_shot[name] != _NO_VALIDATION[name]):
             message = (

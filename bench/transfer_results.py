@@ -6,22 +6,18 @@ rows.jsonl     a row per direction, way, number and label: means over seeds, int
 """
 
 import json
-import os
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from agiqa.bench.ablation_results import Line, scores_by_label
 from agiqa.bench.predictions import read_predictions
+from agiqa.bench.result_lines import Line, LineFile
+from agiqa.bench.rows import adjust_by_holm, scores_over_seeds, summary
 from agiqa.bench.transfer_plan import PlannedLine, TransferPlan, completed
 from agiqa.errors import DataError
-from agiqa.heads.comparing import SeedScores, holm
+from agiqa.heads.comparing import SeedScores
 from agiqa.heads.labels import parse_labels
-from agiqa.heads.metrics import METRICS
-from agiqa.store.files import append_durably, read_json, telling_disk_errors, whole_lines, write_text_atomically
+from agiqa.store.files import read_json, write_text_atomically
 from agiqa.store.provenance import differences
 
 ABOUT, RESULTS, ROWS = "about.json", "results.jsonl", "rows.jsonl"
@@ -29,49 +25,24 @@ _COMPARED = {"tp": "apply", "warm": "fresh"}
 """Which way another one is compared with, on the same test items and training items."""
 
 
-class TransferResults:
-    """The lines of a transfer in its folder. One that was tried again has a second line, which counts."""
+class TransferResults(LineFile):
+    """The lines of a transfer in its folder."""
 
     def __init__(self, out: Path, about: Mapping[str, Any], plan: TransferPlan) -> None:
         """Read what is in `out`, and write `about` there; the rest of a line that a kill tore off is removed.
 
         Raises DataError for the results of other stores or settings, or lines that are not of `plan`.
         """
-        self._path = out / RESULTS
-        self.lines: dict[str, Line] = {}
-        _check_about(out / ABOUT, about)
-        self._read({line.name for line in plan.lines})
-        write_text_atomically(out / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        known = {line.name for line in plan.lines}
 
-    def append(self, line: Line) -> None:
-        """Add a line, and force it to the disk."""
-        text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
-        with telling_disk_errors(f"writing {self._path}", "the lines before are kept"):
-            append_durably(self._path, text.encode())
-        self.lines[line["name"]] = line
-
-    def is_done(self, line: PlannedLine) -> bool:
-        """Whether the line is there, and no error."""
-        return "error" not in self.lines.get(line.name, {"error": "not run"})
-
-    def _read(self, known: set[str]) -> None:
-        if not self._path.exists():
-            return
-        content = whole_lines(self._path)
-        if len(content) < self._path.stat().st_size:
-            os.truncate(self._path, len(content))
-        for number, text in enumerate(content.split(b"\n")[:-1], 1):
-            where = f"{self._path}, line {number}"
-            try:
-                line: Any = json.loads(text)
-                name = line["name"]
-            except (ValueError, KeyError, TypeError) as error:
-                message = f"{where} is no result line of a transfer. Choose another OUT, or remove the line."
-                raise DataError(message) from error
-            if name not in known:
-                message = f"{where}: {name!r} is not asked for now. Choose another OUT, or ask for it again."
+        def check(line: Line, where: str) -> None:
+            if line["name"] not in known:
+                message = f"{where}: {line['name']!r} is not asked for now. Choose another OUT, or ask for it again."
                 raise DataError(message)
-            self.lines[name] = line
+
+        _check_about(out / ABOUT, about)
+        super().__init__(out / RESULTS, kind="a transfer", keys={}, kept="the lines before are kept", check=check)
+        write_text_atomically(out / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
 def _check_about(path: Path, about: Mapping[str, Any]) -> None:
@@ -106,7 +77,7 @@ def rows_of(plan: TransferPlan, results: TransferResults, out: Path, *, protocol
     for one in labels:
         scores = _Scores(results.lines, out, labels, one)
         made = [_row(group, groups, scores, protocol) for group in groups.values()]
-        _adjust(made)
+        adjust_by_holm(made)
         rows += made
     return rows
 
@@ -125,14 +96,16 @@ class _Scores:
 
     def of(self, group: Sequence[PlannedLine]) -> SeedScores | None:
         """None where there is no result."""
-        paths = tuple(line["predictions"] for line in self.done(group))
+        paths = {line["name"]: line["predictions"] for line in self.done(group)}
         if not paths:
             return None
-        if paths not in self._known:
-            read = [read_predictions(self._out / path, self._labels, self.label) for path in paths]
-            predicted = np.stack([one.predicted for one in read])
-            self._known[paths] = SeedScores.of(predicted, read[0].mos, read[0].prompts)
-        return self._known[paths]
+        key = tuple(paths.values())
+        if key not in self._known:
+            tables = {
+                name: read_predictions(self._out / path, self._labels, self.label) for name, path in paths.items()
+            }
+            self._known[key] = scores_over_seeds(tables)
+        return self._known[key]
 
 
 def _row(
@@ -145,14 +118,7 @@ def _row(
         "settings": first.settings,
         "store_name": first.target,
         "protocol": protocol,
-        "label": scores.label,
-        "runs": len(group),
-        "seeds": len(done),
-        "failed": len(group) - len(done),
-        "seconds": round(statistics.fmean(line["seconds"] for line in done), 3) if done else None,
-        "validation": _validation(done, scores.label),
-        "test": None if scored is None else scored.score(),
-        "against": _against(first, scored, groups, scores),
+        **summary(scores.label, len(group), done, scored, _against(first, scored, groups, scores)),
     }
 
 
@@ -167,26 +133,3 @@ def _against(
     if reference is None or other is None or scored is None:
         return None
     return {"row": reference[0].row, **scored.against(other)}
-
-
-def _adjust(rows: Sequence[Line]) -> None:
-    """Add the p-values of Holm's procedure, for each metric over all `rows` that have one."""
-    compared = [row["against"] for row in rows if row["against"] is not None]
-    for against in compared:
-        against["p_holm"] = dict.fromkeys(METRICS)
-    for metric in METRICS:
-        tested = [against for against in compared if against["p"][metric] is not None]
-        adjusted = holm([against["p"][metric] for against in tested])
-        for against, value in zip(tested, adjusted, strict=True):
-            against["p_holm"][metric] = value
-
-
-def _validation(lines: Sequence[Line], label: str) -> dict[str, list[float | None]] | None:
-    """Mean and standard deviation over seeds of the validation metrics; None without validation items."""
-    found = [one for line in lines if (one := scores_by_label(line, "validation").get(label)) is not None]
-    told: dict[str, list[float | None]] = {}
-    for metric in ("srcc", "plcc"):
-        values = [one[metric] for one in found if one[metric] is not None]
-        if values:
-            told[metric] = [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None]
-    return told or None

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from agiqa.bench.store_facts import facts_of
 from agiqa.bench.transfer_plan import TransferSettings
 from agiqa.errors import AgiqaError, ConfigError, HeadError
 from agiqa.heads.features import read_labels
@@ -31,15 +32,7 @@ class Side:
 
     def about(self) -> dict[str, Any]:
         """What a reader of the results must know of the data."""
-        return {
-            "id": self.store.id,
-            "data": self.store.provenance.get("data_set", {}),
-            "encoding": self.store.encoding,
-            "width": self.store.width,
-            "items": len(self.store.n_tokens),
-            "model": self.store.provenance.get("model", {}).get("name"),
-            "split": self.partition.record(),
-        }
+        return {**facts_of(self.store), "split": self.partition.record()}
 
 
 def named(source: Store, target: Store, names: str | None) -> dict[str, Store]:

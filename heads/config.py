@@ -89,10 +89,13 @@ class TrainConfig(_Settings):
     """Share of the training part, whole prompts, that chooses the epoch; 0 keeps the last epoch."""
     training_items: int | None = Field(default=None, ge=1)
     """Use only so many of the items outside of the test part, training and validation together: the first of a random
-    order by `split_seed`, so that 10 are among 30. None uses all."""
+    order by `training_seed`, so that 10 are among 30. None uses all."""
+    training_seed: int | None = Field(default=None, ge=0)
+    """Draws the `training_items` and nothing else, so that other items can be drawn beside the same test part; None is
+    `split_seed`."""
     split_seed: int = Field(default=0, ge=0)
-    """Draws the test part of `grouped`, the folds, the validation part and the `training_items`; apart from `seed`, so
-    that seeds compare."""
+    """Draws the test part of `grouped`, the folds, the validation part and, without a `training_seed`, the
+    `training_items`; apart from `seed`, so that seeds compare."""
     loss: str = "mse"
     """The loss on labels scaled to mean 0 and variance 1: `mse`, `mae`, `huber`, `plcc`, `fidelity`, `margin` or
     `ranknet`, or a weighted sum such as `mse+0.5*plcc`. The last four compare the items of a batch. Of several labels

@@ -5,6 +5,7 @@ each tested on once, `generator` holds out the images of one generator. The test
 test prompts also occur in training, as in published splits, it is counted by how much.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from agiqa.heads.prompts import normalise_prompt
 
 PARTITION_SETTINGS = (
     *("split", "folds", "fold", "held_out", "test_share"),
-    *("validation", "training_items", "split_seed"),
+    *("validation", "training_items", "training_seed", "split_seed"),
 )
 """The training settings that `make_partition` asks for."""
 _TEST_STREAM, _VALIDATION_STREAM, _TRAINING_STREAM = 0, 1, 2
@@ -82,7 +83,8 @@ def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
     if config.validation == 0.0:
         validation = validation[:0]
     if config.training_items is not None:
-        train, validation = _first(config.training_items, train, validation, config.split_seed)
+        drawn_by = config.split_seed if config.training_seed is None else config.training_seed
+        train, validation = _first(config.training_items, train, validation, [drawn_by, _TRAINING_STREAM])
     if config.validation > 0.0 and not len(validation):
         seed = [config.split_seed, _VALIDATION_STREAM]
         remedy = "Set `validation` to 0 to hold out none and keep the last epoch."
@@ -120,7 +122,7 @@ def _drawn(source: FeatureSource, config: TrainConfig) -> tuple[Items, Items, It
     return np.setdiff1d(everything, test), everything[:0], test
 
 
-def _first(count: int, train: Items, validation: Items, split_seed: int) -> tuple[Items, Items]:
+def _first(count: int, train: Items, validation: Items, seed: Sequence[int]) -> tuple[Items, Items]:
     """The items of both parts that are among the first `count` of one random order of them all.
 
     Raises DataError for fewer items.
@@ -132,5 +134,5 @@ def _first(count: int, train: Items, validation: Items, split_seed: int) -> tupl
             f"or leave it out to use them all."
         )
         raise DataError(message)
-    chosen = pool[np.random.default_rng([split_seed, _TRAINING_STREAM]).permutation(len(pool))[:count]]
+    chosen = pool[np.random.default_rng(seed).permutation(len(pool))[:count]]
     return np.intersect1d(train, chosen), np.intersect1d(validation, chosen)

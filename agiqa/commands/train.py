@@ -55,7 +55,9 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
 @click.option("--folds", type=int, help="Parts that the split `folds` deals the prompts into.  [default: 5]")
 @click.option("--fold", type=int, help="The part that the split `folds` tests on, from 0.  [default: 0]")
 @click.option("--held-out", help="The generator that the split `generator` tests on.")
-@click.option("--split-seed", type=int, help="Draws the test part, the validation part and the training items.")
+@click.option(
+    "--split-seed", type=int, help="Draws the test part, the validation part and the training items.  [default: 0]"
+)
 @click.option("--test-share", type=float, help="Share that a grouped split holds out.  [default: 0.2]")
 @click.option("--validation", type=float, help="Share of training that chooses the epoch.  [default: 0.1]")
 @click.option(
@@ -63,6 +65,7 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
     type=int,
     help="Use only so many items outside of the test part; 10 are among 30.  [default: all]",
 )
+@click.option("--training-seed", type=int, help="Draws the training items alone.  [default: that of --split-seed]")
 @click.option(
     "--loss",
     help="mse, mae, huber, plcc, fidelity, margin or ranknet, or a weighted sum such as mse+0.5*plcc.  [default: mse]",

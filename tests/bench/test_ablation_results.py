@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from agiqa.bench.ablation_results import ResultLines, error_line, scores_by_label
+from agiqa.bench.ablation_results import ResultLines, error_line
 from agiqa.bench.grids import read_grid
+from agiqa.bench.result_lines import scores_by_label
 from agiqa.errors import DataError
 
 

@@ -1,11 +1,18 @@
 """Transfers: which heads and lines a plan has, and which settings are refused."""
 
+import math
+from pathlib import Path
+
 import pytest
 import yaml
 
+import agiqa
+from agiqa.bench.grids import read_grid
 from agiqa.bench.transfer_plan import plan_transfer, read_transfer_settings
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads import HeadConfig, TrainConfig, load_settings
+
+BENCH = Path(agiqa.__file__).resolve().parent.parent / "bench"
 
 
 @pytest.fixture
@@ -42,6 +49,19 @@ def test_a_preset_stands_below_every_section(settings):
     assert found.few_shot == found.train.model_copy(update={"validation": 0.0})
 
 
+def test_the_file_for_real_data_sets_says_what_its_comments_say():
+    found = read_transfer_settings(BENCH / "agiqa-transfer.yaml")
+    chosen = next(run for run in read_grid(BENCH / "agiqa3k-encoders-final.yaml") if run.head.encoder == "gru")
+    assert found.head == chosen.head
+    whole, few = found.train, found.few_shot
+    assert whole == chosen.train.model_copy(update={"refit": False})
+    assert few.epochs * math.ceil(10 / few.batch_size) == 102
+    assert few.lr == pytest.approx(whole.lr * math.sqrt(few.batch_size / whole.batch_size), rel=0.02)
+    assert (few.ema, few.validation, few.patience, few.refit) == (None, 0.0, None, False)
+    changed = {"epochs": whole.epochs, "batch_size": whole.batch_size, "lr": whole.lr, "ema": whole.ema}
+    assert few.model_copy(update={**changed, "validation": whole.validation}) == whole
+
+
 @pytest.mark.parametrize(
     ("sections", "kind", "said"),
     [
@@ -51,6 +71,8 @@ def test_a_preset_stands_below_every_section(settings):
         ({"few_shot": {"epochs": 0}}, ConfigError, "epochs: Input should be greater"),
         ({"few_shot": {"validation": 0.1}}, ConfigError, "`validation` cannot be set in `few_shot`"),
         ({"few_shot": {"seed": 3}}, ConfigError, "`seed` cannot be set in `few_shot`"),
+        ({"few_shot": {"training_seed": 3}}, ConfigError, "`training_seed` cannot be set in `few_shot`"),
+        ({"few_shot": {"split_seed": 3}}, ConfigError, "`split_seed` cannot be set in `few_shot`"),
         ({"train": {"training_items": 3}}, ConfigError, "given by --shots"),
         ({"train": {"split": "folds"}}, ConfigError, "the split is published or grouped, not 'folds'"),
         ({"train": [3]}, ConfigError, "Expected keys and values in section 'train'"),
@@ -100,13 +122,16 @@ def test_what_a_head_starts_from_is_trained_before_it(settings):
         )
 
 
-@pytest.mark.parametrize(("split", "drawn"), [("published", [3, 4]), ("grouped", [3, 3])])
-def test_few_items_are_drawn_by_the_seed_where_that_leaves_the_test_part(settings, split, drawn):
-    found = settings(train={"split": split, "split_seed": 3, "seed": 7})
+@pytest.mark.parametrize("split", ["published", "grouped"])
+@pytest.mark.parametrize(("given", "drawn"), [({}, [3, 4]), ({"training_seed": 11}, [11, 12])])
+def test_few_items_are_drawn_by_the_seed_and_the_test_part_is_not(settings, split, given, drawn):
+    found = settings(train={"split": split, "split_seed": 3, "seed": 7, **given})
     plan = plan_transfer(("a", "b"), found, seeds=2, shots=(10,))
-    few = [head.train for sweep in plan.sweeps for head in sweep if head.train.training_items == 10]
-    assert [(one.seed, one.split_seed) for one in few[:2]] == list(zip([7, 8], drawn, strict=True))
+    heads = [head.train for sweep in plan.sweeps for head in sweep]
+    few = [one for one in heads if one.training_items == 10]
+    assert [(one.seed, one.training_seed) for one in few] == [(7, drawn[0]), (8, drawn[1])] * 4
     assert {one.validation for one in few} == {0.0}
+    assert {one.split_seed for one in heads} == {3}
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,18 @@ def test_a_generator_is_held_out_and_few_others_are_used(agiqa, example, generat
     assert (split["name"], split["train"], split["test"], split["left_out"]) == ("generator", 9, 13, ITEMS - 22)
 
 
+def test_other_few_items_are_drawn_beside_the_same_test_part(agiqa, example, tmp_path):
+    few = (*SMALL_HEAD, "--split", "grouped", "--training-items", 9, "--validation", 0, "--epochs", 1)
+    drawn = []
+    for seed in (1, 2):
+        run = tmp_path / str(seed)
+        assert agiqa("train", example.store, run, *few, "--training-seed", seed).code == 0
+        drawn.append(json.loads((run / "parts.json").read_text()))
+    assert drawn[0]["test"] == drawn[1]["test"]
+    assert len(drawn[0]["train"]) == len(drawn[1]["train"]) == 9
+    assert drawn[0]["train"] != drawn[1]["train"]
+
+
 @pytest.mark.parametrize(
     ("options", "mentions"),
     [

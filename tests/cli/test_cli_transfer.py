@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
-from agiqa.bench.transfer import LOCK
-from agiqa.heads.comparing import seeds_score
 from agiqa.store.files import exclusive_lock
 from tests.cli.refusals import refuse
 from tests.store.conftest import make_content
@@ -19,7 +18,7 @@ from tests.store.conftest import make_store as write_store
 SETTINGS = {
     "head": {"projection": "hidden", "encoder": "none", "width": 8},
     "train": {"epochs": 2, "batch_size": 8, "lr": 0.01, "device": "cpu"},
-    "few_shot": {"epochs": 3, "batch_size": 4},
+    "few_shot": {"epochs": 3, "batch_size": 8},
 }
 FEW = ("--seeds", 2, "--shots", "4,8", "--workers", 1)
 COUNT = 60
@@ -158,9 +157,13 @@ def test_rows_are_means_over_seeds_of_the_predictions(done):
     for name in named("here", "there", "apply"):
         with (out / lines[name]["predictions"]).open(newline="") as file:
             read.append(list(csv.DictReader(file)))
-    predicted = np.array([[float(one["predicted"]) for one in table] for table in read])
-    truth, prompts = [float(one["mos"]) for one in read[0]], [one["prompt"] for one in read[0]]
-    assert row["test"] == seeds_score(predicted, np.array(truth), prompts)
+    for metric, correlation in (("srcc", stats.spearmanr), ("plcc", stats.pearsonr)):
+        values = [
+            correlation(*([float(one[column]) for one in table] for column in ("predicted", "mos"))).statistic
+            for table in read
+        ]
+        assert row["test"][metric] == pytest.approx(np.mean(values))
+        assert row["test"]["sd"][metric] == pytest.approx(np.std(values, ddof=1))
     compared = {name: row["against"]["row"] for name, row in rows.items() if row["against"]}
     assert compared["from=here,to=there,way=tp,training_items=all"] == row["row"]
     warm = "from=there,to=here,way=warm,training_items=4"
@@ -222,7 +225,7 @@ def test_what_fails_is_kept_and_tried_again(agiqa, transfer, tmp_path):
     assert not any("error" in line for line in lines_of(out).values())
 
 
-def test_grouped_parts_are_the_same_for_every_seed(agiqa, transfer, tmp_path):
+def test_grouped_parts_are_the_same_for_every_seed_and_few_items_are_not(agiqa, transfer, tmp_path):
     assert agiqa(*transfer("--split", "grouped", "--seeds", 2, "--shots", 4, "--workers", 1, "--one-way")).code == 0
     lines = lines_of(tmp_path / "out")
     assert {line["protocol"] for line in lines.values()} == {"grouped"}
@@ -232,6 +235,12 @@ def test_grouped_parts_are_the_same_for_every_seed(agiqa, transfer, tmp_path):
         if line["to"] == "there" and line["way"] != "apply"
     }
     assert len(tested) == 1
+    few = {
+        way: [parts(tmp_path / "out", lines[name])["train"] for name in named("here", "there", way, 4)]
+        for way in ("fresh", "warm")
+    }
+    assert few["fresh"] == few["warm"]
+    assert few["fresh"][0] != few["fresh"][1]
 
 
 def test_stores_that_no_head_can_read_both_are_refused(agiqa, transfer, stores, tmp_path):
@@ -272,7 +281,7 @@ def test_results_of_something_else_are_refused(agiqa, transfer, stores, done, tm
     assert agiqa("store", "labels", tmp_path / "there.agiqa", tmp_path / "mos.csv").code == 0
     labelled = transfer(*FEW, at=(stores[0], tmp_path / "there.agiqa"))
     refuse(agiqa(*labelled), "there,own,seed=0 holds another training", "labels of train are not")
-    with exclusive_lock(tmp_path / "out" / LOCK) as held:
+    with exclusive_lock(tmp_path / "out" / "lock") as held:
         assert held
         refuse(agiqa(*transfer(*FEW)), "Another transfer is at work", tmp_path / "out")
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before

@@ -182,6 +182,21 @@ def test_few_items_are_among_more_and_the_test_part_stays(split, validation):
     )
 
 
+@pytest.mark.parametrize("split", ["published", "grouped", "folds"])
+def test_a_training_seed_draws_other_items_and_leaves_the_test_part(split):
+    store = store_of([f"p {k % 40}" for k in range(80)], splits=["test" if k % 4 == 0 else "train" for k in range(80)])
+
+    def make(**settings):
+        return make_partition(store, TrainConfig(split=split, split_seed=3, validation=0.0, **settings))
+
+    without, same, other = (make(training_items=10, training_seed=seed) for seed in (None, 3, 4))
+    assert same.train.tolist() == without.train.tolist()
+    assert other.train.tolist() != without.train.tolist()
+    assert same.test.tolist() == other.test.tolist() == make().test.tolist()
+    assert set(other.train) < set(make(training_items=30, training_seed=4).train)
+    assert make(training_seed=4).train.tolist() == make().train.tolist()
+
+
 def test_few_items_of_a_published_val_part_stay_in_it():
     splits = [("train", "val", "test")[min(k % 5, 2)] for k in range(100)]
     store = store_of([f"p {k}" for k in range(100)], splits=splits)
@@ -227,12 +242,12 @@ def test_every_setting_that_changes_the_parts_is_asked_for():
     pairs = [(base, base.model_copy(update={name: value})) for name, value in changes.items()]
     pairs.append((TrainConfig(split="grouped"), TrainConfig(split="grouped", test_share=0.4)))
     pairs.append(tuple(TrainConfig(split="generator", held_out=name) for name in "ab"))
-    assert {*changes, "test_share", "held_out"} == set(PARTITION_SETTINGS)
+    pairs.append(tuple(base.model_copy(update={"training_items": 20, "training_seed": seed}) for seed in (1, 2)))
+    assert {*changes, "test_share", "held_out", "training_seed"} == set(PARTITION_SETTINGS)
     partitions = Partitions(store)
-    for one, other in pairs:
-        assert partitions.of(one).record() != partitions.of(other).record() or not np.array_equal(
-            partitions.of(one).test, partitions.of(other).test
-        )
+    for pair in pairs:
+        one, other = (partitions.of(config).parts().values() for config in pair)
+        assert not all(np.array_equal(here, there) for here, there in zip(one, other, strict=True))
 
 
 def test_the_folds_of_a_sweep_share_one_decode_and_have_the_numbers_of_single_trainings(make_store, tmp_path):

@@ -212,7 +212,7 @@ def test_a_run_that_was_made_before_heads_could_start_is_there(make_store, tmp_p
     run = train_head(store, job.run, head=GRU, train=FIRST)
     config = dict(run.config)
     del config["start"]
-    for setting in ("folds", "fold", "held_out", "training_items"):
+    for setting in ("folds", "fold", "held_out", "training_items", "training_seed"):
         del config["train"][setting]
     (run.path / "config.json").write_text(json.dumps(config))
     assert [one.status for one in train_heads(store, [job], workers=1)] == ["there"]

@@ -1,0 +1,114 @@
+"""A file of result lines: JSON objects with a name each, appended as they come and read again after a kill.
+
+What every line of a head that was trained tells is here too, so that all such files tell it alike.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from agiqa.errors import DataError
+from agiqa.heads.labels import of_each_label, parse_labels
+from agiqa.heads.runs import Run
+from agiqa.store.files import append_durably, telling_disk_errors, whole_lines
+
+PARTS = ("validation", "test")
+Line = dict[str, Any]
+
+
+class Planned(Protocol):
+    """What a line is the result of."""
+
+    @property
+    def name(self) -> str:
+        """The name of the line."""
+        ...
+
+
+class LineFile:
+    """The lines of a file by name. A result that was tried again has a second line, which counts."""
+
+    def __init__(
+        self, path: Path, *, kind: str, keys: Mapping[str, type], kept: str, check: Callable[[Line, str], None]
+    ) -> None:
+        """Read what is there; the rest of a line that a kill tore off is removed.
+
+        `kind` is what made the file, `keys` are those that every line has beside its name, `kept` is what a full disk
+        leaves, and `check` refuses a line, given where it is. Raises DataError for what is no such line, and as
+        `check`; the file is then as it was.
+        """
+        self._path, self._kept = path, kept
+        self.lines: dict[str, Line] = {}
+        whole = whole_lines(path)
+        for number, text in enumerate(_texts(path, whole), 1):
+            where = f"{path}, line {number}"
+            line = _parse(text, where, kind, {"name": str, **keys})
+            check(line, where)
+            self.lines[line["name"]] = line
+        if path.exists() and len(whole) < path.stat().st_size:
+            os.truncate(path, len(whole))
+
+    def append(self, line: Line) -> None:
+        """Add a line, and force it to the disk."""
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+        with telling_disk_errors(f"writing {self._path}", self._kept):
+            append_durably(self._path, text.encode())
+        self.lines[line["name"]] = line
+
+    def is_done(self, planned: Planned) -> bool:
+        """Whether it has a line, and no error."""
+        return "error" not in self.lines.get(planned.name, {"error": "not run"})
+
+
+def training_facts(run: Run, *, commit: str | None) -> Line:
+    """With what a head was trained, and which epoch was kept."""
+    return {
+        **{name: run.config[name] for name in ("agiqa", "torch", "device", "kernels")},
+        "commit": commit,
+        **{name: run.metrics[name] for name in ("chosen_epoch", "chosen_by", "epochs_run")},
+    }
+
+
+def outcome_facts(run: Run) -> Line:
+    """How long the training of a head took, on which parts of its data, and how good it is on them."""
+    seconds = round(sum(run.metrics["seconds"].values()), 3)
+    return {"seconds": seconds, **{name: run.metrics[name] for name in ("split", "warnings", *PARTS)}}
+
+
+def error_facts(error: str, *, agiqa: str, commit: str | None) -> Line:
+    """What is told of a result that there is not."""
+    return {"agiqa": agiqa, "commit": commit, "error": error}
+
+
+def scores_by_label(line: Line, part: str) -> dict[str, Mapping[str, Any]]:
+    """The metrics of one part of a result line for each label of its head; none where the part has no items.
+
+    A head of several labels, `quality+correspondence`, has its metrics under their names.
+    """
+    scores, labels = line.get(part), parse_labels(line["config"]["label"])
+    return dict(zip(labels, of_each_label(labels, scores), strict=True)) if scores else {}
+
+
+def _texts(path: Path, content: bytes) -> list[str]:
+    """Whole lines as text; only a line feed ends one, for errors hold other ends of lines."""
+    try:
+        return content.decode().split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        message = f"{path} is no file of result lines ({error}). Choose another OUT, or remove it."
+        raise DataError(message) from error
+
+
+def _parse(text: str, where: str, kind: str, keys: Mapping[str, type]) -> Line:
+    message = f"{where} is no result line of {kind}. Choose another OUT, or remove the line."
+    try:
+        line: Any = json.loads(text)
+    except ValueError as error:
+        raise DataError(message) from error
+    if not isinstance(line, dict):
+        raise DataError(message)
+    found = cast("Line", line)
+    if not all(isinstance(found.get(key), is_of) for key, is_of in keys.items()):
+        raise DataError(message)
+    return found
