@@ -27,7 +27,10 @@ from agiqa.bench.this_run import about_this_run
 from agiqa.errors import AgiqaError, BusyStore
 from agiqa.heads.config import TrainConfig, read_yaml
 from agiqa.heads.features import read_labels
+from agiqa.heads.head import check_parts
 from agiqa.heads.head_jobs import HeadJob, JobOutcome, is_there
+from agiqa.heads.losses import check_loss
+from agiqa.heads.projection import check_encoding
 from agiqa.heads.splits import PARTITION_SETTINGS
 from agiqa.heads.sweeping import Partitions, train_heads
 from agiqa.progress import say
@@ -68,11 +71,12 @@ def run_ablation(
     `stores` are those that the runs name, and `words` conversation files with rating words, for that baseline. Runs
     that failed, or whose folders were removed, are trained again. `tell` gets a line per run that ends. Raises
     BusyStore where another process is at work in `out`, DataError for results of another store or grid, HeadError for
-    a run on items or labels that its store does not have any more, as `make_partition` and `read_labels` where no run
-    at all has the items that it asks for, and as `train_heads` and `run_baselines`.
+    a run on items or labels that its store does not have any more, and as `train_heads` and `run_baselines`. Before
+    the first run, where something is wrong with every one (settings, features, split, labels): that of the first.
     """
     RatingWords(words)  # a file that cannot be read is refused before anything is trained
-    _refuse_hopeless(stores, plan)
+    if not (out / RESULTS).exists():
+        _refuse_hopeless(stores, plan)
     (out / RUNS).mkdir(parents=True, exist_ok=True)
     with exclusive_lock(out / LOCK) as held:
         if not held:
@@ -126,11 +130,14 @@ def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Pat
 
 
 def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) -> None:
-    """Raise the error of the first run where each has one that its items or labels make, such as too many folds."""
+    """Raise the error of the first run where each has one that is known beforehand, such as too many folds."""
     partitions = {name: Partitions(store) for name, store in stores.items()}
     errors: list[AgiqaError] = []
     for run in plan:
         try:
+            check_parts(run.head)
+            check_encoding(stores[run.store], run.head.projection)
+            check_loss(run.train)
             for items in partitions[run.store].of(run.train).parts().values():
                 read_labels(stores[run.store], items, label=run.train.label)
         except AgiqaError as error:
