@@ -14,18 +14,25 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agiqa.bench.ablation_results import ResultLines, error_line, result_line
 from agiqa.bench.baseline_predictors import MeanFeatures
+from agiqa.bench.baseline_words import RatingWords
 from agiqa.bench.baselines import run_baselines
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.bench.rows import head_rows, write_rows
 from agiqa.bench.store_facts import facts_of
 from agiqa.bench.this_run import about_this_run
-from agiqa.errors import BusyStore
+from agiqa.errors import AgiqaError, BusyStore
 from agiqa.heads.config import TrainConfig, read_yaml
+from agiqa.heads.features import read_labels
+from agiqa.heads.head import check_parts
 from agiqa.heads.head_jobs import HeadJob, JobOutcome, is_there
+from agiqa.heads.losses import check_loss
+from agiqa.heads.projection import check_encoding
+from agiqa.heads.splits import PARTITION_SETTINGS
 from agiqa.heads.sweeping import Partitions, train_heads
 from agiqa.progress import say
 from agiqa.store import Store
@@ -34,6 +41,8 @@ from agiqa.version import agiqa_version
 
 ABOUT, RESULTS, BASELINES, ROWS = "about.json", "results.jsonl", "baselines.jsonl", "rows.jsonl"
 RUNS, LOCK = "runs", "lock"
+_OF_A_DRAWING = tuple(name for name in PARTITION_SETTINGS if name not in ("fold", "held_out", "validation"))
+"""What baselines that are told apart differ in; validation items are among those that they are fitted on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +70,14 @@ def run_ablation(
     """Train what is missing of `plan`, read from the file `grid`, in the folder `out`; see `train_heads` for `workers`.
 
     `stores` are those that the runs name, and `words` conversation files with rating words, for that baseline. Runs
-    that failed are tried again. `tell` gets a line per run that ends. Raises BusyStore where another process is at
-    work in `out`, DataError for results of another store or grid, HeadError for a run on items or labels that its
-    store does not have any more, and as `train_heads` and `run_baselines`.
+    that failed, or whose folders were removed, are trained again. `tell` gets a line per run that ends. Raises
+    BusyStore where another process is at work in `out`, DataError for results of another store or grid, HeadError for
+    a run on items or labels that its store does not have any more, and as `train_heads` and `run_baselines`. Before
+    the first run, where something is wrong with every one (settings, features, split, labels): that of the first.
     """
+    RatingWords(words)  # a file that cannot be read is refused before anything is trained
+    if not (out / RESULTS).exists():
+        _refuse_hopeless(stores, plan)
     (out / RUNS).mkdir(parents=True, exist_ok=True)
     with exclusive_lock(out / LOCK) as held:
         if not held:
@@ -74,7 +87,7 @@ def run_ablation(
             raise BusyStore(message)
         ids = {name: store.id for name, store in stores.items()}
         results = ResultLines(out / RESULTS, plan, stores=ids)
-        done = [run for run in plan if results.is_done(run)]
+        done = [run for run in plan if results.is_done(run) and _job(run, out).run.exists()]
         for name, store in stores.items():
             _check_done(store, [_job(run, out) for run in done if run.store == name])
         _write_about(out / ABOUT, stores, grid)
@@ -97,23 +110,46 @@ def _write_about(path: Path, stores: Mapping[str, Store], grid: Path) -> None:
 
 
 def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Path, words: Sequence[Path]) -> list[Line]:
-    """The baselines of every store, protocol and way of drawing it that the plan has."""
+    """The baselines of every store, protocol and way of drawing its items that the plan has."""
     found: list[Line] = []
     for name, store in stores.items():
         means = MeanFeatures(store)
-        drawn: dict[tuple[str, int, float], list[TrainConfig]] = {}
+        by_protocol: dict[str, dict[tuple[Any, ...], list[TrainConfig]]] = {}
         for run in plan:
             if run.store == name:
-                how = (run.protocol, run.train.split_seed, run.train.test_share)
-                drawn.setdefault(how, []).append(run.train)
-        for number, ((protocol, *_), trained) in enumerate(drawn.items()):
-            several = len({how[0] for how in drawn}) < len(drawn)
-            folder = out / f"drawing-{number}" if several else out
-            found += run_baselines(
-                store, trained, protocol=protocol, out=folder, words=words, store_name=name, means=means
-            )
+                how = tuple(getattr(run.train, setting) for setting in _OF_A_DRAWING)
+                by_protocol.setdefault(run.protocol, {}).setdefault(how, []).append(run.train)
+        for protocol, drawn in by_protocol.items():
+            varied = [k for k in range(len(_OF_A_DRAWING)) if len({how[k] for how in drawn}) > 1]
+            for how, trained in drawn.items():
+                shown = {_OF_A_DRAWING[k]: how[k] for k in varied}
+                found += run_baselines(
+                    store, trained, protocol=protocol, out=out, words=words, store_name=name, means=means, shown=shown
+                )
     write_rows(out / BASELINES, found)
     return found
+
+
+def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) -> None:
+    """Raise the error of the first run where each has one that is known beforehand, such as too many folds."""
+    partitions = {name: Partitions(store) for name, store in stores.items()}
+    errors: list[AgiqaError] = []
+    for run in plan:
+        try:
+            check_parts(run.head)
+            check_encoding(stores[run.store], run.head.projection)
+            check_loss(run.train)
+            for items in partitions[run.store].of(run.train).parts().values():
+                read_labels(stores[run.store], items, label=run.train.label)
+        except AgiqaError as error:
+            errors.append(error)
+        else:
+            return
+    if errors:
+        errors[0].add_note(
+            f"in {plan[0].name}, the first of {len(plan)} run{'s' * (len(plan) > 1)}, none of which can be trained"
+        )
+        raise errors[0]
 
 
 class _Clock:
@@ -151,7 +187,10 @@ def _train(
         run = by_folder[ended.job.run]
         if ended.error is not None:
             return error_line(run, store.id, ended.error, agiqa=agiqa_version(), commit=commit)
-        return result_line(run, store.id, ended.load(), commit=commit)
+        trained = ended.load()
+        line = result_line(run, store.id, trained, commit=commit)
+        biased = trained.metrics.get("paper_compatible")
+        return line if biased is None else {**line, "paper_compatible": biased}
 
     trained = 0
     with closing(train_heads(store, jobs, workers=workers)) as outcomes:
@@ -168,10 +207,7 @@ def _job(run: PlannedRun, out: Path) -> HeadJob:
 
 
 def _check_done(store: Store, jobs: Sequence[HeadJob]) -> None:
-    """Raise HeadError for a run folder of other items or labels: a store that is labelled anew keeps its id.
-
-    Folders that were removed are not asked for.
-    """
+    """Raise HeadError for a run folder of other items or labels: a store that is labelled anew keeps its id."""
     partitions = Partitions(store)
     for job in jobs:
         is_there(store, job, partitions.of(job.train))

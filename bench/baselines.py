@@ -55,6 +55,7 @@ def run_baselines(
     words: Sequence[Path] = (),
     store_name: str = "",
     means: MeanFeatures | None = None,
+    shown: Mapping[str, Any] | None = None,
 ) -> list[Line]:
     """A line for every baseline and every label of `configs`, whose predictions are written below `out`.
 
@@ -62,7 +63,8 @@ def run_baselines(
     from train and validation items, and all test parts are scored together. The csv of a baseline,
     `baselines/[STORE_NAME/]PROTOCOL/NAME.csv` (of several labels `NAME_LABEL.csv`), has the columns name, prompt, mos
     and predicted. `words` are conversation files with rating words. `means` keeps the mean features of `source` from
-    one call to the next.
+    one call to the next. `shown` are settings that all `configs` share and other calls for this protocol do not, which
+    become part of the names: `text, training_items=10`.
 
     A line has `test` as `evaluate_scores` gives it, correlations null with the reason in `undefined` where the
     predictions are constant within every part, or `left_out` with a reason. Raises DataError for files of words that
@@ -70,14 +72,19 @@ def run_baselines(
     """
     read, kept, partitions = RatingWords(words), means or MeanFeatures(source), Partitions(source)
     labels = list(dict.fromkeys(label for config in configs for label in config.labels))
-    folder, lines = out / FOLDER / store_name / protocol, list[Line]()
+    settings = dict(shown or {})
+    folder, lines = out / FOLDER / store_name / protocol / _spell(settings), list[Line]()
     for label, column in zip(labels, column_names(labels, ""), strict=True):
-        shared = {"store_name": store_name, "protocol": protocol, "label": label, "store": source.id}
+        where = {"store_name": store_name, "protocol": protocol, "label": label, "store": source.id}
+        shared = {"settings": settings, **where}
         try:
-            task = _task(source, label, [config for config in configs if label in config.labels], partitions)
-        except (DataError, UnknownName) as error:
+            parts = _parts([config for config in configs if label in config.labels], partitions)
+            mos = _mos(source, label, parts)
+        except (ConfigError, DataError, UnknownName) as error:
             lines += [_left_out(name, shared, error) for name in BASELINES]
             continue
+        task = _Task(label=label, parts=parts, mos=mos)
+        _refuse_overlap(task)
         evidence = Evidence(source, label, task.mos, words=read, means=kept)
         for name, predict in BASELINES.items():
             path = folder / f"{name.replace(' + ', '+').replace(' ', '-')}{column}.csv"
@@ -85,19 +92,26 @@ def run_baselines(
     return lines
 
 
-def _task(source: FeatureSource, label: str, configs: Sequence[TrainConfig], partitions: Partitions) -> _Task:
-    """The different splits of `configs`, and the MOS of their items. Raises as `make_partition` and `read_labels`."""
-    parts = {found.test.tobytes(): found for found in (partitions.of(config) for config in configs)}
-    tested = np.concatenate([part.test for part in parts.values()])
-    if len(np.unique(tested)) < len(tested):
+def _parts(configs: Sequence[TrainConfig], partitions: Partitions) -> list[Partition]:
+    """The different splits of `configs`. Raises as `make_partition`."""
+    return list({found.test.tobytes(): found for found in (partitions.of(config) for config in configs)}.values())
+
+
+def _mos(source: FeatureSource, label: str, parts: Sequence[Partition]) -> Array:
+    """The MOS of the items of `parts`, by item of the store. Raises as `read_labels`."""
+    mos = np.full(len(source.items.names), np.nan)
+    used = np.unique(np.concatenate([items for part in parts for items in part.parts().values()]))
+    mos[used] = read_labels(source, used, label=label)[:, 0]
+    return mos
+
+
+def _refuse_overlap(task: _Task) -> None:
+    """Raise ConfigError for an item that two parts test."""
+    if len(np.unique(task.tested)) < len(task.tested):
         message = (
             "Test parts overlap: the splits of one protocol must test every item once, so give them one split_seed."
         )
         raise ConfigError(message)
-    mos = np.full(len(source.items.names), np.nan)
-    used = np.unique(np.concatenate([items for part in parts.values() for items in part.parts().values()]))
-    mos[used] = read_labels(source, used, label=label)[:, 0]
-    return _Task(label=label, parts=list(parts.values()), mos=mos)
 
 
 def _line(
@@ -146,7 +160,12 @@ def _without_correlations(test: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _identity(name: str, shared: Mapping[str, Any]) -> Line:
-    return {"kind": "baseline", "row": name, "settings": {"baseline": name}, **shared}
+    told = ", ".join(part for part in (name, _spell(shared["settings"])) if part)
+    return {"kind": "baseline", "row": told, **shared, "settings": {"baseline": name, **shared["settings"]}}
+
+
+def _spell(settings: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={'all' if value is None else value}" for name, value in settings.items())
 
 
 def _left_out(name: str, shared: Mapping[str, Any], error: BaseException) -> Line:

@@ -23,7 +23,7 @@ from typing import Any, cast
 
 import torch
 
-from agiqa.bench.protocols import SPLIT_SETTINGS, Protocol, Split, protocol_of, read_protocols
+from agiqa.bench.protocols import PARTS, SPLIT_SETTINGS, Protocol, Split, protocol_of, read_protocols
 from agiqa.errors import AgiqaError, ConfigError, UnknownName
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.features import FeatureSource
@@ -197,7 +197,7 @@ def _plan(
             f"{name!r} is no name of a run: use letters, digits and any of . _ - = + @ , (not at the start a dot)."
         )
         raise ConfigError(message)
-    kept = {key: value for key, value in shown.items() if key != "seed"}
+    kept = {key: value for key, value in shown.items() if key not in ("seed", *PARTS)}
     told = {**given, **({} if protocol is None else {"protocol": protocol.name}), **split.shown}
     full = ",".join(part for part in (name or _spell(shown), _spell(told)) if part)
     return PlannedRun(

@@ -58,5 +58,7 @@ def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictio
             predicted=np.array([float(row[predicted]) for row in rows]),
         )
     except (OSError, KeyError, ValueError) as error:
-        message = f"{path} cannot be read as predictions ({error!r}). Remove it, and run the same command again."
+        message = (
+            f"{path} cannot be read as predictions ({error!r}). Remove its run folder, and run the same command again."
+        )
         raise DataError(message) from error

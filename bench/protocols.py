@@ -20,6 +20,8 @@ PUBLISHED, GROUPED, GENERATORS = "published", "grouped", "leave-one-generator-ou
 PROTOCOLS = (PUBLISHED, GROUPED, GENERATORS)
 SPLIT_SETTINGS = ("split", "folds", "fold", "held_out", "test_share")
 """Settings of a training that a protocol decides."""
+PARTS = ("fold", "held_out")
+"""Those that only say which part of a protocol a training tests: runs that differ in these are one row."""
 _GROUPED_OPTIONS: Mapping[str, Any] = {"folds": 5, "split_seed": None, "seed_per_fold": False}
 _NAMES = {"published": PUBLISHED, "grouped": "one group held out", "folds": GROUPED, "generator": GENERATORS}
 

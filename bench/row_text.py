@@ -30,13 +30,24 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
         if several[name]:
             columns.append((title, partial(_text, name)))
     columns += [
-        ("seeds", lambda row: str(row["seeds"]) if row["kind"] == "head" else "-"),
+        ("seeds", _seeds),
         ("validation SRCC", _validation),
         ("test SRCC", lambda row: _tested(row, "srcc")),
         ("test PLCC", lambda row: _tested(row, "plcc")),
         ("SRCC against the best by validation (p)", _against),
     ]
     return columns
+
+
+def _seeds(row: Row) -> str:
+    """How many seeds the numbers are means over, and how many there are where these are not the same."""
+    if row["kind"] != "head":
+        return "-"
+    seeds = row["seeds"]
+    averaged = seeds if row["test"] is None else row["test"]["seeds"]
+    if averaged == seeds:
+        return str(seeds)
+    return f"{averaged} of {seeds}" if row["failed"] else f"{seeds}, one a part"
 
 
 def _text(name: str, row: Row) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import StoreLocation, output_options, print_result
+from agiqa.commands.common import StoreLocation, failures, output_options, print_result
 
 
 class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
@@ -34,7 +34,7 @@ class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[
     help="A grid that agiqa brings (quick, heads, table-iv, table-iii, losses, roles, ranks), or YAML with `base` "
     "(settings of all runs, flat, and `preset`), `grid` (a setting and a list of values, every combination of which is "
     "run), `runs` (a list of settings, added to the grid), `seeds` (of all of these) and `protocols` (published, "
-    "grouped, leave-one-generator-out).",
+    "grouped, leave-one-generator-out). `paper_compatible: true` in `base` tells what choosing the epoch on test adds.",
 )
 @click.option(
     "--store",
@@ -99,6 +99,6 @@ def command(
     }
     print_result(result, rows_text(done.rows), as_json=as_json)
     if done.failed:
-        lines = "\n".join(f"  {name}: {error.splitlines()[0]}" for name, error in done.failed.items())
-        message = f"{len(done.failed)} of {len(plan)} runs failed; the same command tries them again:\n{lines}"
+        what = f"{len(done.failed)} of {len(plan)} runs failed"
+        message = f"{what}; the same command tries them again:\n{failures(done.failed)}"
         raise HeadError(message)

@@ -131,6 +131,17 @@ def print_result(result: Mapping[str, Any], text: str, *, as_json: bool) -> None
     click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
 
 
+def failures(failed: Mapping[str, str]) -> str:
+    """The first line of each error and the names that failed by it, by name; many with one error are one line."""
+    names_of: dict[str, list[str]] = {}
+    for name, error in failed.items():
+        names_of.setdefault(error.splitlines()[0] if error else "no reason was told", []).append(name)
+    return "\n".join(
+        f"  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {error}"
+        for error, names in names_of.items()
+    )
+
+
 def table(rows: Mapping[str, Any]) -> str:
     """Lines `name  value` with the values aligned."""
     width = max(len(name) for name in rows)

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import StoreLocation, output_options, print_result
+from agiqa.commands.common import StoreLocation, failures, output_options, print_result
 
 
 class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
@@ -91,6 +91,6 @@ def command(
     }
     print_result(result, transfer_text(done.rows), as_json=as_json)
     if done.failed:
-        lines = "\n".join(f"  {name}: {error.splitlines()[0]}" for name, error in done.failed.items())
-        message = f"{len(done.failed)} of {done.lines} results failed; the same command tries them again:\n{lines}"
+        what = f"{len(done.failed)} of {done.lines} results failed"
+        message = f"{what}; the same command tries them again:\n{failures(done.failed)}"
         raise HeadError(message)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from statistics import fmean
+from typing import Any
 
 from agiqa.bench.report.naming import METRIC_NAMES, plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import METRICS, RUNS, Results, Row, read_json
@@ -129,8 +130,8 @@ def bias_table(results: Results, *, several: bool) -> Table | None:
     note = (
         "Best epoch on test: the epoch is picked by the test score, as in the published code. Honest: picked by "
         "validation items. "
-        "Bias is what that choice alone adds. Means over runs, fold by fold, which is not what the other tables "
-        "average."
+        "Bias is what that choice adds (and, with `refit`, what the second training changes). Means over runs, fold by "
+        "fold, which is not what the other tables average."
     )
     title = f"{results.name + ': ' if several else ''}best epoch on test beside the honest number"
     return Table(
@@ -144,7 +145,9 @@ def _biases(results: Results, row: Row) -> list[dict[str, dict[str, float]]]:
     lines = [line for line in results.done if (line.row, line.protocol, line.store_name) == same and row.kind == "head"]
     found: list[dict[str, dict[str, float]]] = []
     for line in lines:
-        told = (read_json(results.folder / RUNS / line.name / "metrics.json") or {}).get("paper_compatible")
+        told: Any = line.paper_compatible
+        if told is None:
+            told = (read_json(results.folder / RUNS / line.name / "metrics.json") or {}).get("paper_compatible")
         told = told.get(row.label) if isinstance(told, dict) and len(line.labels) > 1 else told
         if not isinstance(told, dict) or not isinstance(told.get("bias"), dict):
             continue

@@ -8,11 +8,19 @@ from typing import Any
 from agiqa.bench.report.reading import Results, Row
 
 METRIC_NAMES = {"srcc": "SRCC", "plcc": "PLCC"}
+GENERATORS = "leave-one-generator-out"
 PROTOCOLS = {
     "published": "published split",
     "grouped": "grouped by prompt",
-    "leave-one-generator-out": "leave one generator out",
+    "one group held out": "one group of prompts held out",
+    GENERATORS: "leave one generator out",
 }
+PROTOCOL_NOTES = {
+    GENERATORS: "Each image is scored by a head that saw no image of its generator; the images of all generators are "
+    "then ranked together, so that differences between generators count. Intervals draw prompts, not generators: they "
+    "do not say what a further generator would change."
+}
+"""What a reader of its tables must know of a protocol."""
 _TELLING = ("encoder", "pooling", "projection", "loss")
 """Settings whose values need no name beside them, though `none` does."""
 

@@ -35,6 +35,8 @@ class Scores(_Record):
     srcc: float | None = None
     plcc: float | None = None
     rmse: float | None = None
+    seeds: int = 1
+    """Answers that these are means over: seeds whose every split has a result, or 1 where each split has its own."""
     sd: dict[str, float | None] = Field(default_factory=dict)
     ci: dict[str, Pair | None] = Field(default_factory=dict)
     confidence: float = 0.95
@@ -46,6 +48,8 @@ class Against(_Record):
     """The paired comparison with the reference row: this row minus that one."""
 
     row: str
+    store_name: str | None = None
+    """Of the reference row; None is that of this row."""
     difference: dict[str, float | None]
     ci: dict[str, Pair | None] = Field(default_factory=dict)
     p: dict[str, float | None] = Field(default_factory=dict)
@@ -84,6 +88,14 @@ class Row(_Record):
         found = (self.validation or {}).get("srcc")
         return float("-inf") if found is None else found[0]
 
+    @property
+    def reference(self) -> tuple[str, str] | None:
+        """Name and store of the row that this one is compared with; None where it is with none."""
+        if self.against is None:
+            return None
+        store = self.against.store_name
+        return self.against.row, self.store_name if store is None else store
+
     def p(self, metric: str) -> float | None:
         """The corrected p-value of the difference to the reference row."""
         return None if self.against is None else self.against.p_holm.get(metric)
@@ -107,6 +119,8 @@ class RunLine(_Record):
     seconds: float | None = None
     split: dict[str, Any] | None = None
     warnings: list[str] = Field(default_factory=list)
+    paper_compatible: dict[str, Any] | None = None
+    """The best epoch on test beside the honest one, as metrics.json has it; older lines have it there only."""
 
     @property
     def of_row(self) -> str:
@@ -192,11 +206,18 @@ class Results:
         heads = sorted((row for row in rows if row.kind == "head"), key=lambda row: -row.chosen_by())
         return heads + [row for row in rows if row.kind == "baseline"]
 
-    def reference(self, label: str, protocol: str, store: str) -> Row | None:
-        """The row that the others are compared with: the best validation SRCC."""
-        heads = [row for row in self.of(label, protocol, store) if row.kind == "head"]
-        named = {row.against.row for row in self.of(label, protocol, store) if row.against is not None}
-        return next((row for row in heads if row.row in named), heads[0] if heads else None)
+    def references(self, label: str, protocol: str) -> list[tuple[Row, list[Row]]]:
+        """The rows that others are compared with, each with those: the best validation SRCC on the same test items.
+
+        Rows of several stores have one reference where these hold the same items, and else one each.
+        """
+        rows = self.of(label, protocol)
+        compared: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            if row.reference is not None:
+                compared.setdefault(row.reference, []).append(row)
+        heads = {(row.row, row.store_name): row for row in rows if row.kind == "head"}
+        return [(heads[name], others) for name, others in compared.items() if name in heads]
 
 
 def read_all(folders: Sequence[Path]) -> list[Results]:

@@ -1,8 +1,18 @@
 """Tables of an ablation: rows with their intervals and paired differences, and how optimistic published splits are."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from agiqa.bench.report.naming import METRIC_NAMES, group_title, plural, protocol_name, row_titles, slug
+from agiqa.bench.report.naming import (
+    GENERATORS,
+    METRIC_NAMES,
+    PROTOCOL_NOTES,
+    group_title,
+    plural,
+    protocol_name,
+    row_titles,
+    slug,
+)
 from agiqa.bench.report.reading import CONFIDENT, METRICS, Results, Row
 from agiqa.bench.report.tables import Cell, Column, Table
 
@@ -22,16 +32,27 @@ def optimism_tables(results: Results, *, several: bool) -> list[Table]:
 
 
 def leak(results: Results, protocol: str) -> tuple[int, int] | None:
-    """Test items with a prompt of training, and all test items, of the run with the most; None if unknown."""
-    found = [line.split for line in results.done if line.protocol == protocol and line.split]
-    counts = [
-        (int(split["leak"]["test_items_with_a_training_prompt"]), int(split["test"]))
-        for split in found
-        if isinstance(split.get("leak"), dict)
-        and "test_items_with_a_training_prompt" in split["leak"]
-        and "test" in split
-    ]
-    return max(counts, default=None)
+    """Test items with a prompt of training, and all test items, of the row with the most; None if unknown.
+
+    Those of the folds or held-out generators of a row are summed, as its numbers are of all of them.
+    """
+    by_row: dict[tuple[str, str], dict[tuple[str, str], tuple[int, int]]] = {}
+    for line in results.done:
+        counts = _leak_of(line.split) if line.protocol == protocol else None
+        if counts is not None:
+            part = str(line.config.get("fold")), str(line.config.get("held_out"))
+            by_row.setdefault((line.row, line.store_name), {})[part] = counts
+    sums = [(sum(one for one, _ in parts.values()), sum(n for _, n in parts.values())) for parts in by_row.values()]
+    return max(sums, default=None)
+
+
+def _leak_of(split: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """Test items with a prompt of training, and all test items, of one run."""
+    leaked = (split or {}).get("leak")
+    if split is None or not isinstance(leaked, dict) or "test" not in split:
+        return None
+    count = leaked.get("test_items_with_a_training_prompt")
+    return None if count is None else (int(count), int(split["test"]))
 
 
 def leak_note(results: Results, protocol: str) -> str | None:
@@ -42,10 +63,10 @@ def leak_note(results: Results, protocol: str) -> str | None:
     leaked, tested = counts
     if not leaked:
         return "No prompt of a test image occurs in training."
+    news = "images of a new generator" if protocol == GENERATORS else "new images"
     return (
         f"This protocol leaks prompts: {leaked:,} of {tested:,} test images have a prompt that also occurs in "
-        "training. "
-        "Its numbers tell of new images for known prompts."
+        f"training. Its numbers tell of {news} for known prompts."
     )
 
 
@@ -71,7 +92,7 @@ BOLD = (
 def _main_table(results: Results, label: str, protocol: str, *, several: bool) -> Table:
     rows = results.of(label, protocol)
     stores = list(dict.fromkeys(row.store_name for row in rows))
-    references = {store: results.reference(label, protocol, store) for store in stores}
+    references = results.references(label, protocol)
     bold = {metric: _bold(rows, references, metric) for metric in METRICS}
     titles = row_titles(rows)
     columns = [Column(key="row", title="Row", kind="text")]
@@ -90,7 +111,8 @@ def _main_table(results: Results, label: str, protocol: str, *, several: bool) -
     ]
     body: list[list[Cell]] = []
     for k, row in enumerate(rows):
-        tag = BASELINE if row.kind == "baseline" else REFERENCE if row is references[row.store_name] else None
+        is_reference = any(row is reference for reference, _ in references)
+        tag = BASELINE if row.kind == "baseline" else REFERENCE if is_reference else None
         cells = [Cell(value=titles[row.row], tag=tag)]
         cells += [Cell(value=row.store_name)] if len(stores) > 1 else []
         for metric in METRICS:
@@ -130,11 +152,11 @@ def _difference(row: Row, metric: str) -> float | None:
     return None if row.against is None else row.against.difference.get(metric)
 
 
-def _bold(rows: Sequence[Row], references: dict[str, Row | None], metric: str) -> set[int]:
-    """The positions of bold values; rows of several stores were compared store by store."""
+def _bold(rows: Sequence[Row], references: Sequence[tuple[Row, Sequence[Row]]], metric: str) -> set[int]:
+    """The positions of bold values: those of each reference and the rows that were compared with it."""
     found: set[int] = set()
-    for store, reference in references.items():
-        places = [k for k, row in enumerate(rows) if row.store_name == store]
+    for reference, others in references:
+        places = [k for k, row in enumerate(rows) if any(row is one for one in (reference, *others))]
         found |= {places[k] for k in bold_rows([rows[k] for k in places], reference, metric)}
     return found
 
@@ -144,26 +166,39 @@ def _notes(results: Results, label: str, protocol: str) -> list[str]:
     heads = [row for row in rows if row.kind == "head"]
     failed = sum(row.failed for row in rows)
     parts = [
-        f"{_range(row.test.n for row in rows if row.test is not None)} test images.",
-        f"Heads are means over {_range(row.seeds for row in heads)} seeds." if heads else "",
+        f"{_range((row.test.n for row in rows if row.test is not None), 'test image')}.",
+        *_seeds(heads),
         f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} not in these means." if failed else "",
         "Small figures: 95% intervals; sd: over seeds; Δ: minus the reference row.",
     ]
-    found = [leak_note(results, protocol), " ".join(part for part in parts if part), _smallest_p(rows)]
+    meaning = PROTOCOL_NOTES.get(protocol)
+    found = [meaning, leak_note(results, protocol), " ".join(part for part in parts if part), _smallest_p(rows)]
     return [note for note in found if note]
 
 
-def _range(numbers: Iterable[int]) -> str:
-    """`5`, or `3 to 5`."""
+def _seeds(heads: Sequence[Row]) -> list[str]:
+    """What the numbers of heads are means over."""
+    shared = [row for row in heads if row.test is not None and row.test.seeds == 1 and row.seeds > 1 and not row.failed]
+    means = [row.test.seeds for row in heads if row.test is not None and row not in shared]
+    told = [f"Heads are means over {_range(means, 'seed')}."] if max(means, default=0) > 1 else []
+    told += ["Heads are of 1 seed."] if means and not told else []
+    if shared:
+        seeds = _range((row.seeds for row in shared), "seed")
+        told.append(f"Each part of the split has a seed of its own ({seeds} in one answer), so there is no sd.")
+    return told
+
+
+def _range(numbers: Iterable[int], noun: str) -> str:
+    """`1 seed`, `5 seeds`, or `3 to 5 seeds`."""
     found = sorted(set(numbers))
-    return " to ".join(f"{number:,}" for number in dict.fromkeys((found[0], found[-1])))
+    return plural(found[0], noun) if len(found) == 1 else f"{found[0]:,} to {plural(found[-1], noun)}"
 
 
 def _smallest_p(rows: Sequence[Row]) -> str | None:
     """A warning where so few resamples were drawn that the correction lets no difference count."""
-    tested = [(row.store_name, row.against.resamples) for row in rows if row.against and row.p("srcc") is not None]
-    for store in dict.fromkeys(store for store, _ in tested):
-        drawn = [resamples for one, resamples in tested if one == store]
+    tested = [(row.reference, row.against.resamples) for row in rows if row.against and row.p("srcc") is not None]
+    for reference in dict.fromkeys(reference for reference, _ in tested):
+        drawn = [resamples for one, resamples in tested if one == reference]
         smallest = 2.0 * len(drawn) / (min(drawn) + 1)
         if smallest >= CONFIDENT:
             return (

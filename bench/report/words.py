@@ -8,23 +8,29 @@ from agiqa.bench.report.row_tables import leak
 
 METHOD = (
     "A row is one head, trained once for every seed and, where the protocol has them, every fold or held-out "
-    "generator. Each number "
-    "is a metric over all test items of the protocol, averaged over seeds; sd is its standard deviation over seeds.",
+    "generator. Each number is a metric over all test items of the protocol, averaged over seeds; sd is its standard "
+    "deviation over seeds. Where each fold has a seed of its own, all folds are one answer, and there is no sd.",
+    "The published split is that of the data set. Grouped by prompt: whole prompts are dealt into folds, and each "
+    "image is scored once, by a head that never saw its prompt. Leave one generator out: each image is scored once, by "
+    "a head that never saw an image of its generator; its prompt may be known, and the table counts how often. In "
+    "both, the scores of all heads are put together before a metric is computed, so differences between these heads "
+    "count against it.",
     "SRCC is Spearman's rank correlation of predicted and true MOS, PLCC is Pearson's, with no mapping fitted in "
-    "between. A dash is a "
-    "correlation that does not exist, because all predictions are equal, or a number that was not recorded.",
+    "between. A dash is a correlation that does not exist, because all predictions are equal, or a number that was not "
+    "recorded.",
     "Intervals are 95% percentiles of a bootstrap that draws whole prompts, since images of one prompt are not "
-    "independent. All "
-    "seeds share the draws. An interval tells how much other prompts would have changed the number; sd tells how "
-    "much other seeds would.",
+    "independent. All seeds share the draws. An interval tells how much other prompts would have changed the number; "
+    "sd tells how much other seeds would. Neither intervals nor p-values cover other seeds: with one seed, a "
+    "difference that the test finds may be one between two trainings.",
     "Δ is a row minus the reference row of its table, scored on the same draws (a paired bootstrap). Its p is "
-    "two-sided: twice the "
-    "share of draws on the other side of zero, counted with one draw more. Holm's correction then covers all "
-    "rows of the table, so "
-    "that one in twenty tables, not one in twenty rows, has a false difference.",
+    "two-sided: twice the share of draws on the other side of zero, counted with one draw more. Holm's correction "
+    "covers, for each metric, all heads that are compared with one reference: the chance that any of them is told from "
+    f"it by luck stays at about {CONFIDENT}. Stores of other items have a reference of their own.",
     "The reference row has the best mean validation SRCC. Epochs, too, are chosen by validation items. Test "
     "items take part in no choice, and the order of the rows is that of validation.",
-    "Baselines see the same training and test items as the heads of their table.",
+    "Baselines are tested on the same items as the heads of their table, and fitted on all others that heads have, "
+    "those included that choose an epoch: a few more than a head without `refit` learns from. They are not part of the "
+    "paired test.",
 )
 
 
@@ -39,9 +45,10 @@ def findings(results: Results, *, several: bool = False) -> list[str]:
         chosen = next((row for row in rows if row.kind == "head" and row.value("srcc") is not None), None)
         if chosen is not None:
             titles = row_titles(rows)
-            same = [row for row in rows if row.store_name == chosen.store_name]
+            beside = [row for row in rows if row.store_name == chosen.store_name]
+            rivals = next((others for one, others in results.references(label, protocol) if one is chosen), [])
             where = f"{results.name}: " if several else ""
-            parts = [where + _chosen(chosen, titles, label, protocol), _rivals(same, chosen), _best_baseline(same)]
+            parts = [where + _chosen(chosen, titles, label, protocol), _rivals(rivals), _best_baseline(beside)]
             found.append(" ".join(part for part in parts if part))
     return found
 
@@ -56,9 +63,12 @@ def limits(results: Sequence[Results]) -> list[str]:
             f"On the published split {told} test images have a prompt that occurs in training: those numbers say "
             "nothing of new prompts."
         )
-    seeds = [row.seeds for one in results for row in one.rows if row.kind == "head"]
+    seeds = [row.test.seeds for one in results for row in one.rows if row.kind == "head" and row.test is not None]
     if seeds and min(seeds) < _FEW_SEEDS:
-        found.append(f"Some rows have {plural(min(seeds), 'seed')} only: too few to tell how much seeds matter.")
+        found.append(
+            f"Some rows have {plural(min(seeds), 'seed')} only for each test image: too few to tell how much seeds "
+            "matter."
+        )
     models = sorted({store.model_name for one in results for store in one.about.stores.values() if store.model_name})
     if models:
         found.append(
@@ -81,14 +91,12 @@ def _chosen(row: Row, titles: dict[str, str], label: str, protocol: str) -> str:
     )
 
 
-def _rivals(rows: Sequence[Row], chosen: Row) -> str | None:
-    """How many heads the paired test tells from the chosen one."""
-    tested = {
-        row.row: p for row in rows if row.kind == "head" and row is not chosen and (p := row.p("srcc")) is not None
-    }
+def _rivals(rows: Sequence[Row]) -> str | None:
+    """How many of the heads that are compared with the chosen one the paired test tells from it."""
+    tested = [p for row in rows if row.kind == "head" and (p := row.p("srcc")) is not None]
     if not tested:
         return None
-    alike = sum(p >= CONFIDENT for p in tested.values())
+    alike = sum(p >= CONFIDENT for p in tested)
     if alike == len(tested):
         return f"The paired test tells none of the {plural(len(tested), 'other head')} from it."
     return f"The paired test tells {len(tested) - alike} of {plural(len(tested), 'other head')} from it."

@@ -44,6 +44,15 @@ def test_single_runs_join_the_grid_and_beat_the_base(grid):
     assert {run.train.threads for run in plan} == {2}
 
 
+def test_folds_of_a_grid_are_one_row(grid):
+    plan = grid(base={"split": "folds"}, grid={"fold": [0, 1], "encoder": ["gru", "none"]})
+    assert [run.name for run in plan][:2] == ["fold=0,encoder=gru", "fold=0,encoder=none"]
+    assert [run.row for run in plan] == ["encoder=gru", "encoder=none"] * 2
+    assert {run.protocol for run in plan} == {"grouped"}
+    held = grid(base={"split": "generator"}, grid={"held_out": ["one", "two"]})
+    assert [(run.row, run.settings) for run in held] == [("base", {})] * 2
+
+
 def test_a_preset_stands_below_every_setting(grid):
     plan = grid(
         base={"preset": "published", "device": "cpu", "threads": 1},

@@ -98,6 +98,9 @@ def test_a_seed_with_a_failed_fold_does_not_count(tmp_path, plan, told):
     gru, none = head_rows(plan, told, tmp_path / "runs")
     assert (gru["failed"], gru["test"]["seeds"], none["test"]["seeds"]) == (1, 1, 2)
     predicted = together(plan, {**told, broken.name: {"predicted": np.zeros(ITEMS)}}, "gru")[0]
+    assert "| encoder=gru | 1 of 2 |" in rows_text([gru])
+    assert "| encoder=none | 2 |" in rows_text([none])
+    assert "| encoder=gru | 2, one a part |" in rows_text([{**gru, "failed": 0}])
     assert gru["test"]["srcc"] == pytest.approx(stats.spearmanr(predicted, MOS).statistic)
     nothing = head_rows(plan, {}, tmp_path / "runs")
     assert [(row["test"], row["against"], row["failed"]) for row in nothing] == [(None, None, 6)] * 2

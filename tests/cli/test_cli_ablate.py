@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from agiqa.bench.ablation import LOCK
+from agiqa.commands.common import failures
 from agiqa.store.files import exclusive_lock
 from tests.cli.refusals import refuse
 from tests.store.conftest import make_content
@@ -154,6 +155,22 @@ def test_runs_that_fail_are_kept_with_their_error_and_tried_again(agiqa, ablate,
     with (taken / "predictions.csv").open(newline="") as file:
         assert next(csv.DictReader(file))
     assert lines_of(tmp_path / "out")["encoder=none,seed=1"]["validation"]["n"] > 0
+
+
+def test_many_failures_with_one_error_are_one_line():
+    failed = {"a": "no room\nand more", "b": "no label", "c": "no room", "d": "no room", "e": ""}
+    assert failures(failed).splitlines() == ["  a and 2 more: no room", "  b: no label", "  e: no reason was told"]
+
+
+def test_what_no_run_can_be_trained_on_is_one_message(agiqa, ablate, tmp_path):
+    refuse(agiqa(*ablate(base={**BASE, "label": "beauty"})), "No label of", "none of which can be trained")
+    refuse(agiqa(*ablate(base={**BASE, "projection": "sketch"})), "Make a sketch of hidden states", "first of 4 runs")
+    base = {name: value for name, value in BASE.items() if name != "split"}
+    folds = [{"grouped": {"folds": 100}}]
+    told = agiqa(*ablate("--json", base=base, protocols=folds))
+    refuse(told, "100 folds need as many different prompts", "the first of 400 runs")
+    assert (told.out, told.err.count("folds need")) == ("", 1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_results_of_something_else_are_refused(agiqa, ablate, store, tmp_path):

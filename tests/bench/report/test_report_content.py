@@ -58,7 +58,7 @@ def test_predictions_are_means_over_seeds_of_every_item_once(results):
 def leading(folder):
     """The results of a folder, and the predictions of the leading row of quality under the grouped protocol."""
     (found,) = read_all([folder])
-    return found, predictions_of(found, found.reference("quality", "grouped", ""))
+    return found, predictions_of(found, found.of("quality", "grouped")[0])
 
 
 def examples(folder, images):

@@ -32,7 +32,9 @@ def test_the_order_and_the_reference_are_those_of_validation(results):
         assert [row.kind for row in found.of(label, protocol)][: len(heads)] == ["head"] * len(heads)
         values = [row.validation["srcc"][0] for row in heads]
         assert values == sorted(values, reverse=True)
-        assert found.reference(label, protocol, "") is heads[0]
+        ((reference, others),) = found.references(label, protocol)
+        assert reference is heads[0]
+        assert heads[1:] == [row for row in others if row.kind == "head"]
     assert found.groups() == [
         (label, way) for label in ("quality", "correspondence") for way in ("grouped", "published")
     ]

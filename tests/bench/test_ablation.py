@@ -1,0 +1,103 @@
+"""An ablation as a whole: what is trained again, what stands beside heads, and what is refused before any training."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+
+from agiqa.bench.ablation import run_ablation
+from agiqa.bench.grids import generators_of, read_grid
+from agiqa.errors import DataError
+from agiqa.heads import TrainConfig
+from agiqa.heads.splits import make_partition
+from tests.store.conftest import make_content, make_store
+
+BASE = {"projection": "hidden", "encoder": "none", "width": 4, "epochs": 2, "batch_size": 8, "device": "cpu"}
+ITEMS = 48
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    rng = np.random.default_rng(2)
+    content = make_content(rng.integers(3, 6, ITEMS).tolist(), width=6, seed=2, logical_dtype="float32")
+    items = replace(
+        content.items,
+        prompts=[f"prompt {k // 3}" for k in range(ITEMS)],
+        splits=["test" if k % 4 == 0 else "train" for k in range(ITEMS)],
+        generators=[("one", "two", "three")[k % 3] for k in range(ITEMS)],
+        labels={"quality": rng.uniform(0, 5, ITEMS)},
+    )
+    return make_store(tmp_path_factory.mktemp("store") / "set.agiqa", replace(content, items=items))
+
+
+@pytest.fixture
+def ablate(tmp_path, store):
+    """Runs the grid of the given sections in tmp_path/out."""
+
+    def run(words=(), **sections):
+        file = tmp_path / "grid.yaml"
+        file.write_text(yaml.safe_dump({"base": BASE, **sections}, sort_keys=False))
+        plan = read_grid(file, generators=lambda: generators_of(store))
+        return run_ablation({"": store}, plan, tmp_path / "out", grid=file, words=words, workers=1)
+
+    return run
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_whose_folder_was_removed_is_trained_again(ablate, tmp_path):
+    grid = {"grid": {"pooling": ["mean", "max"]}}
+    first = ablate(**grid)
+    shutil.rmtree(tmp_path / "out" / "runs" / "pooling=max")
+    again = ablate(**grid)
+    assert (first.trained, again.trained, again.failed) == (2, 1, {})
+    assert [row.get("test") for row in again.rows] == [row.get("test") for row in first.rows]
+    assert [line["name"] for line in lines_of(tmp_path / "out" / "results.jsonl")] == [
+        "pooling=mean",
+        "pooling=max",
+        "pooling=max",
+    ]
+
+
+def test_baselines_have_the_training_items_of_the_heads_beside_them(ablate, store, tmp_path):
+    done = ablate(grid={"training_items": [12, None]}, protocols=["published"])
+    mos = store.items.labels["quality"]
+    for count, name in ((12, "generator, training_items=12"), (None, "generator, training_items=all")):
+        (row,) = [row for row in done.rows if row["row"] == name]
+        assert row["settings"] == {"baseline": "generator", "training_items": count}
+        parts = make_partition(store, TrainConfig(training_items=count))
+        known = np.concatenate([parts.train, parts.validation])
+        of = {made: np.mean([mos[k] for k in known if store.items.generators[k] == made]) for made in ("one", "two")}
+        with (tmp_path / "out" / row["predictions"]).open(newline="") as file:
+            told = {line["name"]: float(line["predicted"]) for line in csv.DictReader(file)}
+        assert sorted(told) == sorted(store.items.names[k] for k in parts.test)
+        for k in parts.test:
+            made = store.items.generators[k]
+            if made in of:
+                assert told[store.items.names[k]] == pytest.approx(of[made])
+    files = [row["predictions"] for row in done.rows if "predictions" in row]
+    assert len(set(files)) == len(files)
+
+
+def test_a_run_that_asks_for_no_possible_split_costs_the_others_nothing(ablate, tmp_path):
+    done = ablate(runs=[{"name": "fine"}, {"name": "lost", "split": "generator"}])
+    assert list(done.failed) == ["lost"]
+    assert "needs `held_out`" in done.failed["lost"]
+    rows = lines_of(tmp_path / "out" / "rows.jsonl")
+    assert next(row for row in rows if row["row"] == "fine")["test"]["n"] == ITEMS // 4
+    lost = [row for row in rows if row["kind"] == "baseline" and row["protocol"] == "leave-one-generator-out"]
+    assert lost
+    assert all("needs `held_out`" in row["left_out"] for row in lost)
+
+
+def test_words_that_cannot_be_read_are_refused_before_anything_is_trained(ablate, tmp_path):
+    (tmp_path / "quality.json").write_text('[{"image": "0.png"}]')
+    with pytest.raises(DataError, match="rating words"):
+        ablate(words=[tmp_path / "quality.json"], grid={"pooling": ["mean"]})
+    assert not (tmp_path / "out").exists()
