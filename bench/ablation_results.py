@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.result_lines import Line, LineFile, error_facts, outcome_facts, training_facts
 from agiqa.errors import DataError
+from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.runs import Run
 
 
@@ -58,8 +60,8 @@ def _check(line: Line, where: str, plan: Mapping[str, PlannedRun], stores: Mappi
     if line["store"] != stores[run.store]:
         message = f"{where}: a run on the store {line['store']}, and this is {stores[run.store]}. Choose another OUT."
         raise DataError(message)
-    config, now = line["config"], run.config
-    different = [name for name in {**config, **now} if config.get(name) != now.get(name)]
+    config, now = {**_defaults(), **line["config"]}, run.config
+    different = [name for name in {**line["config"], **now} if config.get(name) != now.get(name)]
     if different:
         name = different[0]
         message = (
@@ -67,3 +69,8 @@ def _check(line: Line, where: str, plan: Mapping[str, PlannedRun], stores: Mappi
             f"{now.get(name)!r}. Choose another OUT, or go on with its grid."
         )
         raise DataError(message)
+
+
+def _defaults() -> dict[str, Any]:
+    """The settings that the lines of an older agiqa may lack, at which its runs were trained."""
+    return {**HeadConfig().model_dump(mode="json"), **TrainConfig().model_dump(mode="json")}

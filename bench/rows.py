@@ -16,7 +16,7 @@ import numpy as np
 
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.predictions import Predictions, read_predictions
-from agiqa.bench.protocols import SPLIT_SETTINGS
+from agiqa.bench.protocols import PARTS
 from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.errors import DataError
 from agiqa.heads.comparing import SeedScores, holm
@@ -39,8 +39,8 @@ class _Group:
     runs: list[PlannedRun] = field(default_factory=list[PlannedRun])
     done: list[Line] = field(default_factory=list[Line])
     scores: SeedScores | None = None
-    items: tuple[tuple[str, str], ...] = ()
-    """Name and prompt of each test item."""
+    items: tuple[tuple[str, str, float], ...] = ()
+    """Name, prompt and MOS of each test item."""
 
 
 def head_rows(
@@ -122,7 +122,7 @@ def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Grou
     """The rows of the plan, in its order, each label by itself."""
     found: dict[tuple[str, str, str, str], _Group] = {}
     for run in plan:
-        same = {name: value for name, value in run.config.items() if name not in ("seed", *SPLIT_SETTINGS)}
+        same = {name: value for name, value in run.config.items() if name not in ("seed", *PARTS)}
         for label in parse_labels(run.train.label):
             key = (run.store, run.protocol, str(same), label)
             group = found.setdefault(key, _Group(first=run, label=label))
@@ -143,15 +143,18 @@ def _score(group: _Group, lines: Mapping[str, Line], runs: Path, resamples: int)
         return
     tables = {ran[0].name: _together(ran, group.label, runs) for ran in whole}
     first = tables[whole[0][0].name]
-    group.items = tuple(zip(first.names, first.prompts, strict=True))
+    group.items = tuple(zip(first.names, first.prompts, first.mos.tolist(), strict=True))
     group.scores = scores_over_seeds(tables, resamples=resamples)
 
 
 def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
-    """The test items of all these runs, by name."""
+    """The test items of all these runs, by name. Raises DataError for an item that two of them tested."""
     parts = [read_predictions(runs / run.name / PREDICTIONS, parse_labels(run.train.label), label=label) for run in ran]
     names = [name for part in parts for name in part.names]
     prompts = [prompt for part in parts for prompt in part.prompts]
+    if len(set(zip(names, prompts, strict=True))) < len(names):
+        message = f"The runs of {ran[0].row!r}, {ran[0].protocol}, tested an item twice; their splits must not overlap."
+        raise DataError(message)
     order = sorted(range(len(names)), key=lambda place: (names[place], prompts[place]))
     return Predictions(
         names=[names[place] for place in order],
@@ -161,7 +164,7 @@ def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
     )
 
 
-_Question = tuple[str, str, tuple[tuple[str, str], ...]]
+_Question = tuple[str, str, tuple[tuple[str, str, float], ...]]
 
 
 def _question(group: _Group) -> _Question:

@@ -129,7 +129,7 @@ class _Work:
         self.results = TransferResults(out, about, plan)
         self._shared = about["shared"]
         self._plan, self._sides, self._settings, self._out, self._tell = plan, sides, settings, out, tell
-        self._missing = {line.name: line for line in plan.lines if not self.results.is_done(line)}
+        self._missing = {line.name: line for line in plan.lines if not self._is_done(line)}
         self._commit = about_this_run()["commit"]
         self._failed: dict[str, str] = {}
         done = len(plan.lines) - len(self._missing)
@@ -167,6 +167,10 @@ class _Work:
                 self._append(line, self._applied(line, load_run(self._folder(line.head))))
             except (AgiqaError, OSError) as error:
                 self._append(line, self._error(with_notes(error)))
+
+    def _is_done(self, line: PlannedLine) -> bool:
+        """Whether the line is there, and what it predicted, which its row needs."""
+        return self.results.is_done(line) and (self._out / self.results.lines[line.name]["predictions"]).exists()
 
     def _wanted(self) -> set[str]:
         """The heads of the lines that are missing, and those that they start from."""

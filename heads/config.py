@@ -20,7 +20,7 @@ from agiqa.heads.presets import preset_values
 class _Settings(BaseModel):
     """A frozen, keyword-only config whose every fault is a ConfigError."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     if not TYPE_CHECKING:  # a checker keeps the signature that pydantic makes from the fields
 

@@ -95,3 +95,11 @@ def test_a_head_of_several_labels_has_scores_of_each(tmp_path):
     both = {"a": {"srcc": 0.5, "plcc": 0.4}, "b": {"srcc": 0.3, "plcc": 0.2}}
     one = line(run, 0.0, validation=both, test=both)
     assert scores_by_label(one, "test") == both
+
+
+def test_lines_of_an_older_agiqa_are_of_the_defaults_that_they_lack(tmp_path, plan):
+    """A setting that came later was at its default when they were made."""
+    path = tmp_path / "results.jsonl"
+    older = {name: value for name, value in plan[0].config.items() if name not in ("paper_compatible", "folds")}
+    path.write_text(json.dumps(line(plan[0], 0.5, config=older)) + "\n")
+    assert ResultLines(path, plan, stores={"": "s"}).is_done(plan[0])

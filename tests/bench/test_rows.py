@@ -125,3 +125,31 @@ def test_the_table_has_intervals_differences_and_what_is_left_out(tmp_path, plan
     )
     assert [line.split(" |")[0] for line in lines[2:5]] == ["| encoder=gru", "| encoder=none", "| generator"]
     assert lines[-1] == "rating word (grouped, quality): no words"
+
+
+def test_settings_of_a_split_that_differ_are_rows_of_their_own(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump({"base": {"split": "grouped"}, "grid": {"test_share": [0.2, 0.4]}}))
+    rows = head_rows(read_grid(file), {}, tmp_path / "runs")
+    assert [row["row"] for row in rows] == ["test_share=0.2", "test_share=0.4"]
+
+
+def test_rows_of_other_mos_are_not_compared(tmp_path, plan, told):
+    """As two stores of the same images may have."""
+    for run in plan:
+        if run.head.encoder == "none":
+            path = tmp_path / "runs" / run.name / "predictions.csv"
+            with path.open(newline="") as file:
+                head, *table = list(csv.reader(file))
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerows([head, *([*row[:3], float(row[3]) / 2, row[4]] for row in table)])
+    rows = head_rows(plan, told, tmp_path / "runs")
+    assert [row["against"] for row in rows] == [None, None]
+
+
+def test_an_item_that_is_tested_twice_is_refused(tmp_path, plan, told):
+    first, second = (run for run in plan if (run.head.encoder, run.train.seed) == ("gru", 0) and run.train.fold < 2)
+    content = (tmp_path / "runs" / first.name / "predictions.csv").read_text()
+    (tmp_path / "runs" / second.name / "predictions.csv").write_text(content)
+    with pytest.raises(DataError, match="tested an item twice"):
+        head_rows(plan, told, tmp_path / "runs")

@@ -221,8 +221,15 @@ def test_what_fails_is_kept_and_tried_again(agiqa, transfer, tmp_path):
     rows = {row["settings"]["way"]: row for row in json.loads(failed.out)["rows"]}
     assert (rows["within"]["test"], rows["within"]["failed"], rows["tp"]["failed"]) == (None, 1, 0)
     shutil.rmtree(taken)
-    assert agiqa(*transfer(*few, "--json")).json["trained"] == 2
+    whole = agiqa(*transfer(*few, "--json")).json
+    assert whole["trained"] == 2
     assert not any("error" in line for line in lines_of(out).values())
+    (applied,) = (out / line["predictions"] for line in lines_of(out).values() if line["way"] == "apply")
+    applied.unlink()
+    shutil.rmtree(out / "runs" / "there,own,seed=0")
+    again = agiqa(*transfer(*few, "--json")).json
+    assert (again["trained"], again["rows"][0]["test"]) == (1, whole["rows"][0]["test"])
+    assert applied.exists()
 
 
 def test_grouped_parts_are_the_same_for_every_seed_and_few_items_are_not(agiqa, transfer, tmp_path):
