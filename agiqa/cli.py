@@ -1,6 +1,7 @@
 """The command line: `agiqa COMMAND ...`. Commands are loaded when they are asked for, so `--help` is quick."""
 
 import _thread
+import logging
 import sys
 import threading
 import traceback
@@ -78,6 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed with one message, 2 wrong usage, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     sys.unraisablehook = keep_interrupts
+    if not {"-v", "--verbose"} & set(arguments):
+        # zarr writes side by side: when one write fails, which is told below, asyncio would log how the others end
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         cli.main(args=arguments, prog_name="agiqa", standalone_mode=False)
     except click.ClickException as error:

@@ -214,7 +214,7 @@ def test_the_command_line_says_it_in_one_message(disk, undisturbed):
     ):
         disk.leave(free * PAGE)
         done = agiqa("store", "sketch", undisturbed.path, out, "--rank", 4)
-        assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (1, "", False)
+        assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (1, "", False), done.stderr
         assert done.stderr.count("error: ") == done.stderr.count("No space left on device") == 1
         assert doing in done.stderr
         assert "Free some space and run the same command again." in done.stderr
