@@ -71,6 +71,9 @@ class RandomMiniCPM(MiniCPMBackbone):
         self._hashes = {"weights": "random"}
         return super().provenance()
 
+    def check_tensors(self) -> None:
+        """Nothing: there are no files."""
+
     def load(self) -> None:
         """Draw the weights. Idempotent."""
         if self._model is not None:

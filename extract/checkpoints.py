@@ -116,8 +116,8 @@ class Checkpoint:
         from safetensors import safe_open
 
         names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-        first = self.weight_files()[0]
-        if first.suffix != ".safetensors":
+        first = next((path for path in self.weight_files() if path.suffix == ".safetensors"), None)
+        if first is None:
             return None
         with safe_open(first, framework="numpy") as tensors:
             stored: list[str] = tensors.keys()

@@ -67,7 +67,7 @@ def run_descriptions(
     DescriptionFile.
     """
     started = time.perf_counter()
-    backbone.check_adapter()
+    backbone.check_tensors()
     count = chosen_workers(workers, backbone, len(data_set.items), opener=opener)
     with Preparation(backbone, workers=count, opener=opener) as preparation:
         describer = Describer(backbone, settings, preparation=preparation)

@@ -87,7 +87,7 @@ def run_extraction(
     opens `backbone` anew in other processes, which `workers`, `devices` and `ray` need.
     """
     _check_encoding(settings)
-    backbone.check_adapter()
+    backbone.check_tensors()
     if settings.rank is not None:
         check_rank(settings.rank, backbone)
     require_opener(opener, "Several devices", needed=_elsewhere(settings))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import click
 
 from agiqa.commands.common import print_result, shared_options, table
-from agiqa.commands.models import generation_options, model_options, opener_of, workers_option
+from agiqa.commands.models import generation_options, model_options, opened, opener_of, workers_option
 
 
 @click.command("describe")
@@ -66,8 +66,7 @@ def command(
         aspect=aspect, describe=describe, rate=rate, batch_size=batch_size, on_bad_item=on_bad_item
     )
     opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
-    backbone = opener(device=device)
-    backbone.check_adapter()  # before every image is looked at
+    backbone = opened(opener, device)  # before every image is looked at
     data_set = load_data_set(
         data,
         labels=labels,

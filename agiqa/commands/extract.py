@@ -6,7 +6,7 @@ from typing import Any, Literal
 import click
 
 from agiqa.commands.common import Automatic, Share, StoreLocation, print_result, shared_options, table
-from agiqa.commands.models import model_options, opener_of, workers_option
+from agiqa.commands.models import model_options, opened, opener_of, workers_option
 
 
 @click.command("extract")
@@ -89,8 +89,7 @@ def command(
     from agiqa.progress import say
 
     opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
-    backbone = opener(device=settings["device"])
-    backbone.check_adapter()  # before every image is looked at
+    backbone = opened(opener, settings["device"])  # before every image is looked at
     data_set = load_data_set(
         data,
         conversations=conversations,

@@ -91,6 +91,17 @@ def opener_of(model: str, *, adapter: str | None, dtype: str, max_slices: int | 
     return partial(open_backbone, model, adapter=adapter, dtype=dtype, max_slices=max_slices)
 
 
+def opened(opener: "Opener", device: str) -> "Backbone":
+    """The backbone on `device`, the heads of its files compared; says so where `auto` found no GPU."""
+    from agiqa.progress import say
+
+    backbone = opener(device=device)
+    if device == "auto" and backbone.device.type == "cpu":
+        say("no GPU found: the model runs on the CPU")
+    backbone.check_tensors()
+    return backbone
+
+
 def open_model(model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None) -> "Backbone":
-    """As `open_backbone`."""
-    return opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)(device=device)
+    """As `open_backbone`, checked as by `opened`."""
+    return opened(opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices), device)

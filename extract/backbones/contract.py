@@ -119,8 +119,11 @@ class Backbone(Protocol):
         """
         ...
 
-    def check_adapter(self) -> None:
-        """Raise ModelError, as `load` would, for an adapter that does not fit the model. Needs no weights."""
+    def check_tensors(self) -> None:
+        """Raise ModelError, as `load` would, for what the heads of files tell of it; no tensor is read.
+
+        That is an adapter that does not fit the model, and of a native backbone any tensor of its own.
+        """
         ...
 
     def load(self) -> None:

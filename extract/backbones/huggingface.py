@@ -98,8 +98,8 @@ class HuggingFaceBackbone(ABC):
             **({} if self._adapter_hashed is None else {"adapter": self._adapter_hashed}),
         }
 
-    def check_adapter(self) -> None:
-        """See `Backbone.check_adapter`."""
+    def check_tensors(self) -> None:
+        """See `Backbone.check_tensors`; transformers tells of the model's own tensors as it loads them."""
         if self.adapter is not None and not self._adapter_fits:
             check_adapter(self.hollow(), self.adapter, name=self.checkpoint.name)
             self._adapter_fits = True

@@ -67,10 +67,19 @@ def load_config(checkpoint: Checkpoint) -> Any:
         return transformers.AutoConfig.from_pretrained(**checkpoint.source)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The fast tokenizer. Raises ModelError when there is only a slow one: roles need character offsets."""
-    with failures_of(checkpoint, "load the tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**checkpoint.source)
+def load_tokenizer(checkpoint: Checkpoint, loader: Any = transformers.AutoTokenizer) -> Any:
+    """The fast tokenizer, by `loader`, a class of transformers.
+
+    Raises ModelError when there is none, or only a slow one: roles need character offsets.
+    """
+    try:
+        with failures_of(checkpoint, "load the tokenizer"):
+            tokenizer = loader.from_pretrained(**checkpoint.source)
+    except ModelError as error:
+        if checkpoint.gguf is None and not (checkpoint.folder / "tokenizer.json").is_file():
+            message = f"{checkpoint.name}: there is no tokenizer.json in {checkpoint.folder}, nor another tokenizer."
+            raise ModelError(message) from error
+        raise
     return require_fast(checkpoint, tokenizer)
 
 

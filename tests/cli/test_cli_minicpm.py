@@ -2,10 +2,14 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from agiqa.extract import Message, open_backbone
 from agiqa.extract.templates import fill, template_of
@@ -14,6 +18,7 @@ from tests.extract.small_sets import read_table, write_table
 from tests.extract.tiny_minicpm import write_minicpm_checkpoint
 
 COLUMNS = ["name", "prompt", "mos_quality", "description"]
+ORACLE = Path(__file__).resolve().parents[3] / "shared" / "models"
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +122,42 @@ def test_slices_are_for_models_that_are_cut_here(agiqa, data, tiny_vision_checkp
     outcome = agiqa("extract", data, tmp_path / "s.agiqa", *given)
     assert outcome.code == 1
     assert "--max-slices is for MiniCPM-Llama3-V-2.5" in outcome.err
+
+
+def test_a_checkpoint_with_a_tensor_too_many_is_named_before_any_image_and_leaves_no_store(
+    agiqa, data, checkpoint, tmp_path
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    shard = broken / "model-00001-of-00002.safetensors"
+    save_file({**load_file(shard), "vpm.zzz": torch.zeros(2)}, shard)
+    (data / "images" / "cmyk.jpg").write_bytes(b"no image")  # would be told of, were images looked at first
+    outcome = agiqa("extract", data, tmp_path / "s.agiqa", "--model", broken, "--device", "cpu")
+    assert outcome.code == 1
+    assert "1 unknown tensors" in outcome.err
+    assert "vpm.zzz." in outcome.err
+    assert "cmyk" not in outcome.err
+    assert not (tmp_path / "s.agiqa").exists()
+
+
+@pytest.mark.skipif(not ORACLE.is_dir(), reason="the shared folder with the published oracle is absent")
+@pytest.mark.parametrize("adapter", [None, "minicpm-tiny-adapter"])
+def test_a_store_of_the_published_oracle_holds_its_numbers(agiqa, adapter, tmp_path):
+    golden = ORACLE / "golden"
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    shutil.copy(golden / "square512.png", tmp_path / "set" / "images")
+    write_table(tmp_path / "set", [["square512.png", "a prompt", 3.0]], COLUMNS[:3])
+    turns = json.loads((golden / "square512.json").read_text())
+    told = [{"id": "0", "image": "square512.png", "conversations": turns}]
+    (tmp_path / "told.json").write_text(json.dumps(told))
+    options = ["--model", ORACLE / "minicpm-tiny", "--device", "cpu", "--conversations", tmp_path / "told.json"]
+    if adapter:
+        options += ["--adapter", ORACLE / adapter]
+    assert agiqa("extract", tmp_path / "set", tmp_path / "s.agiqa", *options).code == 0
+    expected = np.load(golden / f"square512{'+adapter' if adapter else ''}.npz")
+    store = open_store(tmp_path / "s.agiqa")
+    assert store.n_tokens.tolist() == [len(expected["input_ids"])]
+    rows = store.read([0]).float32()
+    assert np.linalg.norm(rows - expected["hidden"]) <= 1e-4 * np.linalg.norm(expected["hidden"])
+    last = rows[-1].astype(np.float64) @ np.asarray(store.lm_head(), np.float64).T
+    assert np.linalg.norm(last - expected["logits_last"]) <= 1e-4 * np.linalg.norm(expected["logits_last"])

@@ -69,7 +69,7 @@ def refused(checkpoint, adapter) -> str:
     hollow = adapter.parent / "hollow"
     shutil.copytree(checkpoint, hollow, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     with pytest.raises(ModelError) as early:
-        open_backbone(str(hollow), adapter=str(adapter), device="cpu").check_adapter()
+        open_backbone(str(hollow), adapter=str(adapter), device="cpu").check_tensors()
     assert str(early.value).replace(str(hollow), str(checkpoint)) == str(caught.value)
     return str(caught.value)
 
@@ -215,14 +215,14 @@ def test_a_head_that_an_adapter_trained_is_the_stores_head(tiny_text_checkpoint,
 
 def test_files_of_torch_and_of_raw_training_loops(tiny_text_checkpoint, adapter):
     expected = open_backbone(str(tiny_text_checkpoint), adapter=str(adapter), device="cpu")
-    expected.check_adapter()
+    expected.check_tensors()
     item = expected.prepare(ASKED, None)
     tensors = load_file(adapter / "adapter_model.safetensors")
     (adapter / "adapter_model.safetensors").unlink()
     raw = {key.replace(".weight", ".default.weight"): value for key, value in tensors.items()}
     torch.save(raw, adapter / "adapter_model.bin")
     found = open_backbone(str(tiny_text_checkpoint), adapter=str(adapter), device="cpu")
-    found.check_adapter()
+    found.check_tensors()
     assert torch.equal(found.hidden_states([item])[0], expected.hidden_states([item])[0])
 
 

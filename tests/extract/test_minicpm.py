@@ -232,12 +232,16 @@ def broken(tiny, tmp_path, change):
     ("change", "told"),
     [
         (lambda t: t.pop("llm.model.embed_tokens.weight", None) or t.popitem(), r"1 missing tensors in .*broken: "),
-        (lambda t: t.update({"llm.extra": torch.zeros(2)}), r"1 unknown tensors in .*broken: llm\.extra"),
+        (lambda t: t.update({"llm.extra": torch.zeros(2)}), r"1 unknown tensors in .*broken: llm\.extra\."),
+        (lambda t: t.update({"vpm.zzz": torch.zeros(2)}), r"1 unknown tensors in .*broken: vpm\.zzz\."),
         (lambda t: t.update({sorted(t)[0]: torch.zeros(2, 3)}), r"has shape \(2, 3\) in .*broken, and "),
+        (lambda t: t.update({"resampler.query": torch.zeros(2, 3)}), r"1 repeated tensors in .*: resampler\.query\."),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(tiny, tmp_path, change, told):
+def test_tensors_that_do_not_fit_are_named_before_any_is_read(tiny, tmp_path, change, told):
     backbone = open_backbone(str(broken(tiny, tmp_path, change)), device="cpu")
+    with pytest.raises(ModelError, match=told):
+        backbone.check_tensors()
     with pytest.raises(ModelError, match=told):
         backbone.load()
 
@@ -255,6 +259,14 @@ def test_other_versions_are_refused(tiny, tmp_path):
     (copy / "config.json").write_text(json.dumps({**raw, "version": "2.6"}))
     with pytest.raises(ModelError, match=r"MiniCPM-V of version 2\.6; .* 2\.5 only"):
         open_backbone(str(copy))
+
+
+def test_a_missing_tokenizer_is_named(tiny, tmp_path):
+    copy = tmp_path / "lacking"
+    shutil.copytree(tiny, copy)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"there is no tokenizer\.json in .*lacking"):
+        open_backbone(str(copy), device="cpu")
 
 
 def test_files_that_lack_an_entry_are_named(tiny, tmp_path):

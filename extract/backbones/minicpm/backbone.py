@@ -13,11 +13,11 @@ from agiqa.extract.backbones.adapters import apply_adapter
 from agiqa.extract.backbones.contract import GenerationSettings, Prepared
 from agiqa.extract.backbones.generation import generate
 from agiqa.extract.backbones.huggingface import DTYPES, HuggingFaceBackbone
-from agiqa.extract.backbones.loading import failures_of, require_fast
+from agiqa.extract.backbones.loading import load_tokenizer
 from agiqa.extract.backbones.minicpm.config import MiniCPMConfig
 from agiqa.extract.backbones.minicpm.model import MiniCPMV
 from agiqa.extract.backbones.minicpm.slicing import cut, patches_of, slicing_of
-from agiqa.extract.backbones.minicpm.weights import load_weights
+from agiqa.extract.backbones.minicpm.weights import check_weights, load_weights
 from agiqa.extract.backbones.rendering import Renderer, refuse_marks
 from agiqa.extract.backbones.uploading import uploaded
 from agiqa.extract.images import open_image
@@ -68,6 +68,11 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         """See `HuggingFaceBackbone.hollow`."""
         with torch.device("meta"):
             return MiniCPMV(self.config)
+
+    def check_tensors(self) -> None:
+        """See `Backbone.check_tensors`."""
+        check_weights(self.checkpoint, self.hollow())
+        super().check_tensors()
 
     def load(self) -> None:
         """See `Backbone.load`."""
@@ -143,9 +148,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
 
     def _make_renderer(self) -> Renderer:
         marks = self.config.marks
-        with failures_of(self.checkpoint, "load the tokenizer"):
-            tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(**self.checkpoint.source)
-        require_fast(self.checkpoint, tokenizer)
+        tokenizer = load_tokenizer(self.checkpoint, transformers.PreTrainedTokenizerFast)
         self._ids: dict[str, int] = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
         self._ids["line"] = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
         template = tokenizer.chat_template
