@@ -7,7 +7,6 @@ and with `paper_compatible` also after every epoch, for a number that stands bes
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.feeding import Feeding, feed
 from agiqa.heads.fitting import Fit, check_precision, cpu_threads, fit_head, resolve_device
 from agiqa.heads.head import check_parts
-from agiqa.heads.labels import by_label, column_names, columns
+from agiqa.heads.labels import by_label, columns, side_by_side
 from agiqa.heads.logistic import Mappings, fit_mappings
 from agiqa.heads.losses import check_loss
 from agiqa.heads.outcome import Outcome
@@ -257,12 +256,10 @@ def _rows(
 ) -> list[Mapping[str, Any]]:
     """The rows of predictions.csv of one part; truth and prediction of each label side by side."""
     names, prompts = source.items.names, source.items.prompts
-    told = (column_names(config.labels, what) for what in ("mos", "predicted"))
-    titles = list(chain.from_iterable(zip(*told, strict=True)))
-    values = np.stack([labels, predicted], axis=2).reshape(len(items), len(titles))
+    titles, rows = side_by_side(config.labels, labels, predicted)
     return [
         {"name": names[item], "prompt": prompts[item], "split": part, **dict(zip(titles, row, strict=True))}
-        for item, row in zip(items, values.tolist(), strict=True)
+        for item, row in zip(items, rows, strict=True)
     ]
 
 
