@@ -152,12 +152,20 @@ def _train(
     )
 
 
+def check_settings(source: FeatureSource, head: HeadConfig, train: TrainConfig) -> None:
+    """Raise what is wrong with settings for `source` on any machine: UnknownName, ConfigError or HeadError.
+
+    As `check_parts`, `check_encoding` and `check_loss`.
+    """
+    check_parts(head)
+    check_encoding(source, head.projection)
+    check_loss(train)
+
+
 def _check(task: _Task) -> None:
     """Raise what can be known to be wrong before any feature is read."""
     refuse_taken(task.run)
-    check_parts(task.head)
-    check_encoding(task.source, task.head.projection)
-    check_loss(task.train)
+    check_settings(task.source, task.head, task.train)
     check_precision(task.train)
     if task.train.tensorboard:
         check_tensorboard()
