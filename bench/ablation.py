@@ -28,12 +28,10 @@ from agiqa.bench.this_run import about_this_run
 from agiqa.errors import AgiqaError, BusyStore
 from agiqa.heads.config import TrainConfig, read_yaml
 from agiqa.heads.features import read_labels
-from agiqa.heads.head import check_parts
 from agiqa.heads.head_jobs import HeadJob, JobOutcome, is_there
-from agiqa.heads.losses import check_loss
-from agiqa.heads.projection import check_encoding
 from agiqa.heads.splits import PARTITION_SETTINGS
 from agiqa.heads.sweeping import Partitions, train_heads
+from agiqa.heads.training import check_settings
 from agiqa.progress import say
 from agiqa.store import Store
 from agiqa.store.files import exclusive_lock, write_text_atomically
@@ -136,9 +134,7 @@ def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) ->
     errors: list[AgiqaError] = []
     for run in plan:
         try:
-            check_parts(run.head)
-            check_encoding(stores[run.store], run.head.projection)
-            check_loss(run.train)
+            check_settings(stores[run.store], run.head, run.train)
             for items in partitions[run.store].of(run.train).parts().values():
                 read_labels(stores[run.store], items, label=run.train.label)
         except AgiqaError as error:

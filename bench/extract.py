@@ -8,7 +8,8 @@ starts, is timed in the same run. The model has random weights, which are made o
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -19,17 +20,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from agiqa.bench.measuring import Command, Line, device_name, print_tables, result_options
 from agiqa.bench.random_models import SHAPES
-from agiqa.bench.tables import as_table, digits, read_results, verdict
-from agiqa.bench.this_run import recorded
+from agiqa.bench.tables import as_table, digits, verdict
 from agiqa.extract import Backbone, DataSet, ExtractionResult, ExtractionSettings, Item, Message, run_extraction
 from agiqa.extract.batches import even_batches
 from agiqa.extract.plan import PlannedItem, prepare_planned
 from agiqa.extract.preparing import Opener, Preparation, default_workers
 from agiqa.extract.templates import templates
 from agiqa.extract.transfers import Transfers
-
-Line = dict[str, Any]
 
 ENCODINGS = ("hidden", "sketch", "logits")
 RATIO, IMAGES_PER_SECOND, MEMORY_GB = 0.9, 38.0, 12.0
@@ -79,6 +78,37 @@ def made_up_data(folder: Path, backbone: Backbone, *, items: int, tokens: int, p
         )
         found.append(item)
     return DataSet(name="made up", items=tuple(found), skipped=())
+
+
+def made_up_options(*, items: int) -> Callable[[Command], Command]:
+    """Add the options that `made_up_work` reads; `items` is the default of `--items`."""
+    where = "Where pictures and stores lie for the while."
+    options = (
+        click.option("--model-shape", type=click.Choice(list(SHAPES)), default=next(iter(SHAPES)), show_default=True),
+        click.option("--items", default=items, show_default=True, help="Pictures."),
+        click.option("--tokens", default=477, show_default=True, help="Tokens of each on the average."),
+        click.option("--pixels", default=512, show_default=True, help="Sides of the pictures."),
+        click.option("--device", default="auto", show_default=True),
+        click.option("--folder", type=click.Path(path_type=Path), help=where),
+    )
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@contextmanager
+def made_up_work(options: Mapping[str, Any]) -> Generator[tuple[Path, Opener, Backbone, DataSet]]:
+    """A folder that is removed afterwards, a model and how workers open it, and pictures with conversations for it."""
+    with tempfile.TemporaryDirectory(dir=options["folder"]) as made:
+        folder = Path(made)
+        opener = partial(SHAPES[options["model_shape"]], folder / options["model_shape"])
+        backbone = opener(device=options["device"])
+        sizes = {name: options[name] for name in ("items", "tokens", "pixels")}
+        yield folder, opener, backbone, made_up_data(folder / "images", backbone, **sizes)
 
 
 def _conversation(random: np.random.Generator, words: int) -> tuple[Message, ...]:
@@ -232,28 +262,17 @@ def _goal_rows(lines: Sequence[Line]) -> Iterator[list[str]]:
 
 
 @click.command()
-@click.option("--model-shape", type=click.Choice(list(SHAPES)), default=next(iter(SHAPES)), show_default=True)
-@click.option("--items", default=512, show_default=True, help="Pictures.")
+@made_up_options(items=512)
 @click.option("--logit-items", default=16, show_default=True, help="Pictures of the run that stores raw logits.")
 @click.option("--bare-items", default=512, show_default=True, help="Pictures of the bare forward, at least.")
-@click.option("--tokens", default=477, show_default=True, help="Tokens of each on the average.")
-@click.option("--pixels", default=512, show_default=True, help="Sides of the pictures.")
 @click.option("--encodings", default=",".join(ENCODINGS), show_default=True, help="Separated by commas.")
 @click.option("--rank", default=512, show_default=True, help="Of the sketch.")
 @click.option("--batch-size", type=int, help="Items per forward pass [default: what the memory allows].")
 @click.option("--workers", type=int, help="Processes that prepare items [default: by the cores].")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="Where pictures and stores lie for the while.")
-@click.option("--out", type=click.Path(path_type=Path), help="Append the result lines to this file.")
-@click.option("--table", type=click.Path(path_type=Path, exists=True), help="Only print the tables of these lines.")
-def main(**options: Any) -> None:
+@result_options
+def main(*, out: Path | None, table: Path | None, **options: Any) -> None:
     """Time phase 1 from files to a sealed store, beside the bare forward of the same batches."""
-    if options["table"]:
-        print(tables(read_results(options["table"])))
-        return
-    with tempfile.TemporaryDirectory(dir=options["folder"]) as folder:
-        lines = recorded(measured_lines(Path(folder), options), options["out"], _told)
-    print(tables(lines))
+    print_tables(measured_lines(options), tables, _told, out=out, table=table)
 
 
 def _told(line: Mapping[str, Any]) -> str:
@@ -261,25 +280,21 @@ def _told(line: Mapping[str, Any]) -> str:
     return f"{line['name']}: {measured['images_per_second']:.1f} images/s, {measured['ratio']:.3f} of the bare"
 
 
-def measured_lines(folder: Path, options: Mapping[str, Any]) -> Iterator[Line]:
+def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
     """A line per encoding that the command line asks for."""
-    opener = partial(SHAPES[options["model_shape"]], folder / options["model_shape"])
-    backbone = opener(device=options["device"])
-    data = made_up_data(
-        folder / "images", backbone, items=options["items"], tokens=options["tokens"], pixels=options["pixels"]
-    )
-    started = time.perf_counter()
-    backbone.load()
-    load = time.perf_counter() - started
-    backbone.hidden_states([backbone.prepare(item.conversation, item.image) for item in data.items[:2]])  # warm up
-    device = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else "cpu"
-    shape = {"model": options["model_shape"], "pixels": options["pixels"], "device": device}
-    for encoding in options["encodings"].split(","):
-        few = DataSet(name=data.name, items=data.items[: options["logit_items"]], skipped=())
-        line = measured_line(encoding, few if encoding == "logits" else data, backbone, opener, folder, options)
-        shutil.rmtree(folder / f"{encoding}.agiqa")
-        line["measured"]["load_seconds"] = load
-        yield {**line, "config": {**line["config"], **shape}}
+    with made_up_work(options) as (folder, opener, backbone, data):
+        started = time.perf_counter()
+        backbone.load()
+        load = time.perf_counter() - started
+        backbone.hidden_states([backbone.prepare(item.conversation, item.image) for item in data.items[:2]])  # warm up
+        device = device_name(backbone.device)
+        shape = {"model": options["model_shape"], "pixels": options["pixels"], "device": device}
+        for encoding in options["encodings"].split(","):
+            few = DataSet(name=data.name, items=data.items[: options["logit_items"]], skipped=())
+            line = measured_line(encoding, few if encoding == "logits" else data, backbone, opener, folder, options)
+            shutil.rmtree(folder / f"{encoding}.agiqa")
+            line["measured"]["load_seconds"] = load
+            yield {**line, "config": {**line["config"], **shape}}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ language model of an 8B model, with random weights, in front of the same head at
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agiqa.bench.tables import as_table, digits, read_results, verdict
-from agiqa.bench.this_run import recorded
+from agiqa.bench.measuring import Line, device_name, print_tables, result_options
+from agiqa.bench.tables import as_table, digits, verdict
 from agiqa.heads.batches import collate
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels
@@ -31,8 +31,6 @@ from agiqa.heads.head import build_head
 from agiqa.heads.progress import LineProgress
 from agiqa.heads.projection import FeatureSpec
 from agiqa.store import open_store
-
-Line = dict[str, Any]
 
 HEADS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "xlstm": (32, {"encoder": "xlstm"}),
@@ -316,21 +314,17 @@ def _goal(text: str, value: float, *, at_most: float = math.inf, at_least: float
 @click.option("--standardise", is_flag=True, help="Calibrate the projection too, which counts as set-up.")
 @click.option("--compile", is_flag=True, help="Compile the blocks of the encoders that have some, and time only those.")
 @click.option("--uncached", is_flag=True, help="Also time steps with an 8B model in them (needs a large GPU).")
-@click.option("--out", type=click.Path(path_type=Path), help="Append the result lines to this file.")
-@click.option("--table", type=click.Path(path_type=Path, exists=True), help="Only print the tables of these lines.")
-def main(**options: Any) -> None:
+@result_options
+def main(*, out: Path | None, table: Path | None, **options: Any) -> None:
     """Time the training of heads from features that were stored."""
-    if options["table"]:
-        print(tables(read_results(options["table"])))
-        return
-    print(tables(recorded(measured_lines(options), options["out"], _told)))
+    print_tables(measured_lines(options), tables, _told, out=out, table=table)
 
 
 def _told(line: Mapping[str, Any]) -> str:
     return f"{line['stage']} {line['name']}: {line['measured']['ms_per_image']:.3f} ms per image"
 
 
-def measured_lines(options: Mapping[str, Any]) -> Iterator[Line]:
+def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
     """The lines of what the command line asks for."""
     names = [name.strip() for name in options["heads"].split(";") if name.strip()] or list(HEADS)
     for name in names:
@@ -340,7 +334,7 @@ def measured_lines(options: Mapping[str, Any]) -> Iterator[Line]:
     train = TrainConfig(device=options["device"], precision=options["precision"], compile=options["compile"])
     device = resolve_device(train.device)
     base: dict[str, Any] = {"width": options["width"]}
-    shape: Line = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    shape: Line = {"device": device_name(device)}
     if options["store"]:
         source = open_store(options["store"])
         base["projection"] = "sketch"

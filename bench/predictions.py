@@ -3,14 +3,13 @@
 import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError
-from agiqa.heads.labels import column_names
+from agiqa.heads.labels import column_names, side_by_side
 
 Array = NDArray[np.float64]
 
@@ -32,13 +31,12 @@ def write_predictions(
 
     `mos` and `predicted` are (items, labels).
     """
-    told = (column_names(labels, what) for what in ("mos", "predicted"))
-    values = np.stack([mos, predicted], axis=2).reshape(len(mos), -1).tolist()
+    titles, rows = side_by_side(labels, mos, predicted)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow(("name", "prompt", *chain.from_iterable(zip(*told, strict=True))))
-        table.writerows((name, prompt, *row) for name, prompt, row in zip(names, prompts, values, strict=True))
+        table.writerow(("name", "prompt", *titles))
+        table.writerows((name, prompt, *row) for name, prompt, row in zip(names, prompts, rows, strict=True))
 
 
 def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictions:

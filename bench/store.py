@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.bench import store_peers
+from agiqa.bench.measuring import Line, result_options
 from agiqa.bench.store_peers import LARGE_WIDTH, PEERS, TYPICAL_LENGTH, Source, save_source
 from agiqa.bench.tables import as_table, digits, read_results, verdict
 from agiqa.bench.this_run import about_this_run
@@ -37,8 +38,6 @@ RANDOM_ITEMS = 200
 BATCH = 32
 EXTRAS = ("plan", "fill", "epoch")
 _MB = 1e6
-
-Line = dict[str, Any]
 
 
 class Goal(NamedTuple):
@@ -320,7 +319,6 @@ def goal_row(goal: Goal, line: Line) -> list[str]:
 @click.option("--from", "store", type=click.Path(path_type=Path, exists=True), help="Rows of this feature store.")
 @click.option("--synthetic", type=int, metavar="D", help="Made-up bfloat16 rows of this width [default: 4096].")
 @click.option("--rows", type=int, help="At most so many rows [default: all of a store, 50,000 made-up ones].")
-@click.option("--out", type=click.Path(path_type=Path), help="Append the result lines to this file.")
 @click.option("--peers", default="", help=f"Comma-separated, of {', '.join(PEERS)} [default: all installed].")
 @click.option("--extras", type=click.Choice(["all", "none", *EXTRAS]), default="all", help="What else to measure.")
 @click.option("--items", default=20_000, show_default=True, help="Items of the store that is planned and opened.")
@@ -329,11 +327,11 @@ def goal_row(goal: Goal, line: Line) -> list[str]:
 @click.option("--distinct", is_flag=True, help="Drop rows that repeat an earlier one, as those of a shared prompt do.")
 @click.option("--cold", is_flag=True, help="Drop the files from the page cache before every read.")
 @click.option("--work", type=click.Path(path_type=Path, exists=True), help="Where to write [default: temporary].")
-@click.option("--table", type=click.Path(path_type=Path, exists=True), help="Only print the tables of these lines.")
-def main(**options: Any) -> None:
+@result_options
+def main(*, out: Path | None, table: Path | None, **options: Any) -> None:
     """Measure feature stores against other formats on the same rows."""
-    if options["table"]:
-        print(tables(read_results(options["table"])))
+    if table is not None:
+        print(tables(read_results(table)))
         return
     about = about_this_run()
     lines: list[Line] = []
@@ -341,8 +339,8 @@ def main(**options: Any) -> None:
         with tempfile.TemporaryDirectory(dir=options["work"]) as work:
             for line in measured_lines(options, Path(work)):
                 lines.append({**line, **about})
-                if options["out"]:
-                    with options["out"].open("a", encoding="utf-8") as file:
+                if out is not None:
+                    with out.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(lines[-1]) + "\n")
     except AgiqaError as error:
         raise click.ClickException(str(error)) from error

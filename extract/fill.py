@@ -146,7 +146,7 @@ class _Fill:
         self.runner = runner
         self.transfers = Transfers(filler.backbone.device)
         self.open: dict[int, _OpenUnit] = {}
-        self.units = self.computed = self.written_items = self.tokens = self.busy = 0
+        self.units = self.written_items = self.tokens = self.busy = 0
 
     def run(self, units: Iterable[int], advance: Callable[[int], None]) -> FillReport:
         """Fill `units`."""
@@ -155,10 +155,9 @@ class _Fill:
             with self.transfers.on_device(), _Writes() as writes:
                 staging = staging_of(self.filler.target, self.backbone, self.transfers)
                 groups = self.filler.preparation.groups(prepare_planned, self._batches(units))
-                for (unit, places), prepared in self.transfers.sent(groups):
-                    if not self.computed:
+                for number, ((unit, places), prepared) in enumerate(self.transfers.sent(groups)):
+                    if number == 0:
                         started, began = time.perf_counter(), time.time()
-                    self.computed += len(places)
                     if unit.buffer is None:
                         writes.wait_for_room()
                         rows = self.store.rows_used(unit.unit)

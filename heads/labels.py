@@ -50,3 +50,14 @@ def of_each_label(labels: Sequence[str], told: Any) -> list[Any]:
 def column_names(labels: Sequence[str], what: str) -> list[str]:
     """What a table calls the columns of `what`: `what` for one label, else `what_LABEL` for each."""
     return [what] if len(labels) == 1 else [f"{what}_{label}" for label in labels]
+
+
+def pair_names(labels: Sequence[str]) -> list[tuple[str, str]]:
+    """What a table calls the two columns of each label, true and predicted MOS."""
+    return list(zip(*(column_names(labels, what) for what in ("mos", "predicted")), strict=True))
+
+
+def side_by_side(labels: Sequence[str], mos: Array, predicted: Array) -> tuple[list[str], list[list[float]]]:
+    """A table of true and predicted MOS (items, labels): its titles, the two of each label, and a row for each item."""
+    titles = [title for pair in pair_names(labels) for title in pair]
+    return titles, np.stack([mos, predicted], axis=2).reshape(len(mos), len(titles)).tolist()

@@ -7,7 +7,6 @@ and with `paper_compatible` also after every epoch, for a number that stands bes
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.feeding import Feeding, feed
 from agiqa.heads.fitting import Fit, check_precision, cpu_threads, fit_head, resolve_device
 from agiqa.heads.head import check_parts
-from agiqa.heads.labels import by_label, column_names, columns
+from agiqa.heads.labels import by_label, columns, side_by_side
 from agiqa.heads.logistic import Mappings, fit_mappings
 from agiqa.heads.losses import check_loss
 from agiqa.heads.outcome import Outcome
@@ -153,12 +152,20 @@ def _train(
     )
 
 
+def check_settings(source: FeatureSource, head: HeadConfig, train: TrainConfig) -> None:
+    """Raise what is wrong with settings for `source` on any machine: UnknownName, ConfigError or HeadError.
+
+    As `check_parts`, `check_encoding` and `check_loss`.
+    """
+    check_parts(head)
+    check_encoding(source, head.projection)
+    check_loss(train)
+
+
 def _check(task: _Task) -> None:
     """Raise what can be known to be wrong before any feature is read."""
     refuse_taken(task.run)
-    check_parts(task.head)
-    check_encoding(task.source, task.head.projection)
-    check_loss(task.train)
+    check_settings(task.source, task.head, task.train)
     check_precision(task.train)
     if task.train.tensorboard:
         check_tensorboard()
@@ -257,12 +264,10 @@ def _rows(
 ) -> list[Mapping[str, Any]]:
     """The rows of predictions.csv of one part; truth and prediction of each label side by side."""
     names, prompts = source.items.names, source.items.prompts
-    told = (column_names(config.labels, what) for what in ("mos", "predicted"))
-    titles = list(chain.from_iterable(zip(*told, strict=True)))
-    values = np.stack([labels, predicted], axis=2).reshape(len(items), len(titles))
+    titles, rows = side_by_side(config.labels, labels, predicted)
     return [
         {"name": names[item], "prompt": prompts[item], "split": part, **dict(zip(titles, row, strict=True))}
-        for item, row in zip(items, values.tolist(), strict=True)
+        for item, row in zip(items, rows, strict=True)
     ]
 
 

@@ -36,6 +36,23 @@ def test_every_encoding_goes_the_whole_way_beside_the_bare_forward(tmp_path):
     assert list(folder.iterdir()) == []
 
 
+def test_lines_that_cannot_be_kept_leave_no_pictures_or_stores_behind(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    options = [
+        *TINY,
+        "--encodings",
+        "logits",
+        "--folder",
+        str(folder),
+        "--out",
+        str(tmp_path / "nowhere" / "lines.jsonl"),
+    ]
+    outcome = CliRunner().invoke(main, options)
+    assert isinstance(outcome.exception, FileNotFoundError)
+    assert list(folder.iterdir()) == []
+
+
 def test_goals_are_for_a_gpu_and_say_whether_they_are_met():
     measured = {
         **dict.fromkeys(("whole_images_per_second", "row_mb_per_second", "store_gb"), 1.0),
