@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.bench.grids import PlannedRun
-from agiqa.bench.result_lines import Line, LineFile, error_facts, outcome_facts, training_facts
+from agiqa.bench.result_lines import OF_THE_MACHINE, Line, LineFile, error_facts, outcome_facts, training_facts
 from agiqa.errors import DataError
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.runs import Run
@@ -61,7 +61,8 @@ def _check(line: Line, where: str, plan: Mapping[str, PlannedRun], stores: Mappi
         message = f"{where}: a run on the store {line['store']}, and this is {stores[run.store]}. Choose another OUT."
         raise DataError(message)
     config, now = {**_defaults(), **line["config"]}, run.config
-    different = [name for name in {**line["config"], **now} if config.get(name) != now.get(name)]
+    names = [name for name in {**line["config"], **now} if name not in OF_THE_MACHINE]
+    different = [name for name in names if config.get(name) != now.get(name)]
     if different:
         name = different[0]
         message = (

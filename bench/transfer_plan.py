@@ -18,10 +18,10 @@ from typing import Any, Literal, cast
 
 import torch
 
+from agiqa.bench.result_lines import OF_THE_MACHINE
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.presets import preset_values
-from agiqa.heads.resuming import WITHOUT_EFFECT
 from agiqa.heads.splits import PARTITION_SETTINGS
 
 Way = Literal["within", "apply", "tp", "fresh", "warm"]
@@ -43,8 +43,8 @@ class TransferSettings:
     preset: str | None
 
     def record(self) -> dict[str, Any]:
-        """The settings that change a number, in plain values."""
-        told = {name: getattr(self, name).model_dump(mode="json", exclude=set(WITHOUT_EFFECT)) for name in _SECTIONS}
+        """The settings of what is trained, not of where, in plain values."""
+        told = {name: getattr(self, name).model_dump(mode="json", exclude=set(OF_THE_MACHINE)) for name in _SECTIONS}
         return {**told, "preset": self.preset}
 
 
@@ -52,7 +52,11 @@ def completed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A `record` of settings, of an older agiqa perhaps, with the default of every setting that it does not name."""
     kinds = {"head": HeadConfig, "train": TrainConfig, "few_shot": TrainConfig}
     known = {
-        name: {**kind().model_dump(mode="json", exclude=set(WITHOUT_EFFECT)), **record.get(name, {})}
+        name: {
+            setting: value
+            for setting, value in {**kind().model_dump(mode="json"), **record.get(name, {})}.items()
+            if setting not in OF_THE_MACHINE
+        }
         for name, kind in kinds.items()
     }
     return {**record, **known}

@@ -103,3 +103,11 @@ def test_lines_of_an_older_agiqa_are_of_the_defaults_that_they_lack(tmp_path, pl
     older = {name: value for name, value in plan[0].config.items() if name not in ("paper_compatible", "folds")}
     path.write_text(json.dumps(line(plan[0], 0.5, config=older)) + "\n")
     assert ResultLines(path, plan, stores={"": "s"}).is_done(plan[0])
+
+
+def test_a_grid_is_gone_on_with_on_another_machine(tmp_path, plan):
+    """With other threads, another device and other memory, which lines tell and no number hangs on."""
+    path = tmp_path / "results.jsonl"
+    there = {**plan[0].config, "threads": 7, "device": "cuda", "memory": 1000, "keep": "memmap"}
+    path.write_text(json.dumps(line(plan[0], 0.5, config=there)) + "\n")
+    assert ResultLines(path, plan, stores={"": "s"}).is_done(plan[0])

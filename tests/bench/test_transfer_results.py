@@ -142,3 +142,12 @@ def test_settings_that_an_older_agiqa_did_not_know_have_their_defaults(tmp_path,
     (tmp_path / ABOUT).write_text(json.dumps(old))
     with pytest.raises(DataError, match=r"about\.json is of another transfer"):
         TransferResults(tmp_path, about, plan)
+
+
+def test_a_transfer_is_gone_on_with_on_another_machine(tmp_path, plan, about):
+    """Threads are no part of it, nor were they when an older agiqa told of them."""
+    old = json.loads(json.dumps(about))
+    assert "threads" not in old["settings"]["train"]
+    old["settings"]["train"]["threads"] = 7
+    (tmp_path / ABOUT).write_text(json.dumps(old))
+    assert TransferResults(tmp_path, about, plan).lines == {}
