@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.bench.grids import PlannedRun
-from agiqa.bench.result_lines import OF_THE_MACHINE, Line, LineFile, error_facts, outcome_facts, training_facts
+from agiqa.bench.result_lines import Line, LineFile, error_facts, outcome_facts, training_facts
 from agiqa.errors import DataError
 from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.resuming import OF_THE_MACHINE
 from agiqa.heads.runs import Run
 
 

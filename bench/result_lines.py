@@ -11,14 +11,10 @@ from typing import Any, Protocol, cast
 
 from agiqa.errors import DataError
 from agiqa.heads.labels import of_each_label, parse_labels
-from agiqa.heads.resuming import WITHOUT_EFFECT
 from agiqa.heads.runs import Run
 from agiqa.store.files import append_durably, telling_disk_errors, whole_lines
 
 PARTS = ("validation", "test")
-OF_THE_MACHINE = frozenset({*WITHOUT_EFFECT, "threads"})
-"""Settings of where a run is trained: results may be gone on with on another machine. How many `threads` share a sum
-moves its last digits, as a device does; the lines tell both."""
 Line = dict[str, Any]
 
 

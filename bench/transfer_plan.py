@@ -18,10 +18,10 @@ from typing import Any, Literal, cast
 
 import torch
 
-from agiqa.bench.result_lines import OF_THE_MACHINE
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.presets import preset_values
+from agiqa.heads.resuming import OF_THE_MACHINE
 from agiqa.heads.splits import PARTITION_SETTINGS
 
 Way = Literal["within", "apply", "tp", "fresh", "warm"]

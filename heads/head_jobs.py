@@ -11,7 +11,7 @@ from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.features import FeatureSource
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.progress import LineProgress
-from agiqa.heads.resuming import WITHOUT_EFFECT, data_of, training_key
+from agiqa.heads.resuming import OF_THE_MACHINE, data_of, training_key
 from agiqa.heads.runs import Run, load_run
 from agiqa.heads.sharing import SharedFeatures
 from agiqa.heads.splits import Partition
@@ -117,7 +117,7 @@ def _differences(run: Run, source: FeatureSource, job: HeadJob, partition: Parti
     found = [
         f"{name}: there {there[name]!r}, asked for {value!r}"
         for name, value in asked.items()
-        if name not in WITHOUT_EFFECT and there[name] != value
+        if name not in OF_THE_MACHINE and there[name] != value
     ]
     if found or "data" not in run.config:
         return found

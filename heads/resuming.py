@@ -46,6 +46,9 @@ from agiqa.version import agiqa_version
 KEY, CHECKPOINT, LOCK = "key.json", "state.ckpt", "lock"
 WITHOUT_EFFECT = ("device", "keep", "memory", "save_seconds", "tensorboard")
 """Training settings that change no number, given the device that is meant."""
+OF_THE_MACHINE = (*WITHOUT_EFFECT, "threads")
+"""Training settings of where it ran: a training that is done stands for the same one elsewhere. How many `threads`
+share a sum moves its last digits, as a device does, so one that is under way goes on only with as many."""
 
 
 class TrainingState:
