@@ -12,7 +12,7 @@ from agiqa.bench.report.tables import Cell, Column, Table, key_values
 _ID_LETTERS = 16
 
 
-def stores_table(results: Results, *, several: bool) -> Table:
+def stores_table(results: Results) -> Table:
     """What the numbers were computed from."""
     columns = [
         Column(key="store", title="Store", kind="text"),
@@ -35,11 +35,10 @@ def stores_table(results: Results, *, several: bool) -> Table:
         ]
         for name, store in results.about.stores.items()
     ]
-    title = f"{results.name + ': ' if several else ''}stores"
-    return Table(name=slug(results.name if several else "", "stores"), title=title, columns=columns, rows=body)
+    return Table(name=slug(results.prefix, "stores"), title=results.titled("stores"), columns=columns, rows=body)
 
 
-def runs_table(results: Results, *, several: bool) -> Table:
+def runs_table(results: Results) -> Table:
     """What the runs were made with, and how many."""
     done, failed = results.done, [line for line in results.lines if line.error is not None]
     seconds = sum(line.seconds or 0.0 for line in done)
@@ -56,25 +55,22 @@ def runs_table(results: Results, *, several: bool) -> Table:
         if seconds > 5400
         else f"{seconds / 60:.1f} min of work",
     }
-    title = f"{results.name + ': ' if several else ''}runs"
-    return key_values(slug(results.name if several else "", "runs"), title, facts)
+    return key_values(slug(results.prefix, "runs"), results.titled("runs"), facts)
 
 
-def failures_table(results: Results, *, several: bool) -> Table | None:
+def failures_table(results: Results) -> Table | None:
     """Runs that have an error in the place of a result; None without any."""
     failed = [line for line in results.lines if line.error is not None]
     if not failed:
         return None
     columns = [Column(key="run", title="Run", kind="text"), Column(key="error", title="Error", kind="text")]
     body = [[Cell(value=line.name), Cell(value=line.error)] for line in failed]
-    title = f"{results.name + ': ' if several else ''}{plural(len(failed), 'failed run')}"
+    title = results.titled(plural(len(failed), "failed run"))
     note = f"The same `agiqa {'ablate' if results.about.kind == 'ablation' else 'transfer'}` tries them again."
-    return Table(
-        name=slug(results.name if several else "", "failed"), title=title, columns=columns, rows=body, notes=[note]
-    )
+    return Table(name=slug(results.prefix, "failed"), title=title, columns=columns, rows=body, notes=[note])
 
 
-def left_out_table(results: Results, *, several: bool) -> Table | None:
+def left_out_table(results: Results) -> Table | None:
     """Rows without a number, and why; None without any."""
     if not results.left_out:
         return None
@@ -96,11 +92,11 @@ def left_out_table(results: Results, *, several: bool) -> Table | None:
         ]
         for row in results.left_out
     ]
-    title = f"{results.name + ': ' if several else ''}rows without a number"
-    return Table(name=slug(results.name if several else "", "left-out"), title=title, columns=columns, rows=body)
+    title = results.titled("rows without a number")
+    return Table(name=slug(results.prefix, "left-out"), title=title, columns=columns, rows=body)
 
 
-def bias_table(results: Results, *, several: bool) -> Table | None:
+def bias_table(results: Results) -> Table | None:
     """The epoch chosen by the test score beside the honest one, means over runs; None where no run recorded it."""
     rows = [(row, found) for row in results.rows for found in [_biases(results, row)] if found]
     if not rows:
@@ -133,10 +129,8 @@ def bias_table(results: Results, *, several: bool) -> Table | None:
         "Bias is what that choice adds (and, with `refit`, what the second training changes). Means over runs, fold by "
         "fold, which is not what the other tables average."
     )
-    title = f"{results.name + ': ' if several else ''}best epoch on test beside the honest number"
-    return Table(
-        name=slug(results.name if several else "", "bias"), title=title, columns=columns, rows=body, notes=[note]
-    )
+    title = results.titled("best epoch on test beside the honest number")
+    return Table(name=slug(results.prefix, "bias"), title=title, columns=columns, rows=body, notes=[note])
 
 
 def _biases(results: Results, row: Row) -> list[dict[str, dict[str, float]]]:

@@ -44,7 +44,7 @@ def energy_share(results: Results, rank: int) -> float | None:
     return None if energy is None or rank > len(energy) else float(energy[:rank].sum() / energy.sum())
 
 
-def rank_table(results: Results, label: str, protocol: str, *, several: bool) -> Table | None:
+def rank_table(results: Results, label: str, protocol: str) -> Table | None:
     """Rank, energy kept, and the scores of each head."""
     points = rank_points(results, label, protocol)
     if not points:
@@ -68,10 +68,10 @@ def rank_table(results: Results, label: str, protocol: str, *, several: bool) ->
         for name, rows in points.items()
         for rank, row in rows
     ]
-    title = f"{results.name + ': ' if several else ''}by rank, {label}, {protocol_name(protocol)}"
+    title = results.titled(f"by rank, {label}, {protocol_name(protocol)}")
     note = "Energy kept: the share of the second moment of the logits that the leading directions of the sketch hold."
     return Table(
-        name=slug(results.name if several else "", "rank", label, protocol),
+        name=slug(results.prefix, "rank", label, protocol),
         title=title,
         columns=columns,
         rows=body,
@@ -79,7 +79,7 @@ def rank_table(results: Results, label: str, protocol: str, *, several: bool) ->
     )
 
 
-def rank_chart(results: Results, label: str, protocol: str, *, several: bool) -> Picture | None:
+def rank_chart(results: Results, label: str, protocol: str) -> Picture | None:
     """Energy against rank above, SRCC against rank below; either alone where the other is not known."""
     points, spectra = rank_points(results, label, protocol), _spectra(results)
     if not points and not spectra:
@@ -110,8 +110,8 @@ def rank_chart(results: Results, label: str, protocol: str, *, several: bool) ->
     told = f"Above: {parts[0]}. Below: {parts[1]}." if len(parts) == 2 else f"{parts[0].capitalize()}."
     more = f" {len(points) - len(shown)} further rows are in the table only." if len(points) > len(shown) else ""
     return draw(
-        slug(results.name if several else "", "energy", label, protocol),
-        f"{results.name + ': ' if several else ''}{' and '.join(panels)} against rank",
+        slug(results.prefix, "energy", label, protocol),
+        results.titled(f"{' and '.join(panels)} against rank"),
         alt=_told(results, points, titles),
         caption=told + more,
         height=2.0 * (bool(shown) + bool(spectra)) + 0.6 + 0.1 * len(shown),

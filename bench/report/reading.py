@@ -183,6 +183,12 @@ class Results:
     """The last line of each run."""
     problems: tuple[str, ...]
     """What could not be read."""
+    prefix: str = ""
+    """What tells its files, titles and sentences from those of other folders of one report; empty if it is alone."""
+
+    def titled(self, text: str) -> str:
+        """The text, and of which folder it tells where there are several."""
+        return f"{self.prefix}: {text}" if self.prefix else text
 
     @property
     def done(self) -> list[RunLine]:
@@ -232,10 +238,10 @@ def read_all(folders: Sequence[Path]) -> list[Results]:
         name if names.count(name) == 1 else "/".join(path.parts[-2:])
         for name, path in zip(names, resolved, strict=True)
     ]
-    return [_read(folder, name) for folder, name in zip(folders, told, strict=True)]
+    return [_read(folder, name, name if len(folders) > 1 else "") for folder, name in zip(folders, told, strict=True)]
 
 
-def _read(folder: Path, name: str) -> Results:
+def _read(folder: Path, name: str, prefix: str) -> Results:
     problems: list[str] = []
     about = _read_about(folder)
     rows = _read_lines(folder / ROWS, Row, problems)
@@ -256,6 +262,7 @@ def _read(folder: Path, name: str) -> Results:
         left_out=tuple(row for row in rows if row not in has_numbers),
         lines=tuple(lines.values()),
         problems=tuple(problems),
+        prefix=prefix,
     )
 
 

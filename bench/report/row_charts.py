@@ -21,7 +21,7 @@ _FAR, _FAR_AT_LEAST = 4.0, 0.1
 _ROW_INCHES, _DOT_INCHES = 0.14, 0.13
 
 
-def interval_chart(results: Results, label: str, stores: Sequence[str], *, several: bool) -> Picture | None:
+def interval_chart(results: Results, label: str, stores: Sequence[str]) -> Picture | None:
     """Dots and whiskers: the test SRCC of each row of `stores`, a colour for each protocol; None without numbers."""
     by_protocol: dict[str, Keyed] = {}
     for one, protocol in results.groups():
@@ -63,8 +63,8 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
             figure.legend(loc="outside upper right", ncols=min(3, len(by_protocol)), fontsize=SMALL, handletextpad=0.3)
 
     return draw(
-        slug(results.name if several else "", "intervals", label, *(stores if len(stores) == 1 else ())),
-        f"{results.name + ': ' if several else ''}test SRCC of every row, {where}",
+        slug(results.prefix, "intervals", label, *(stores if len(stores) == 1 else ())),
+        results.titled(f"test SRCC of every row, {where}"),
         alt=_told_intervals(by_protocol, titles),
         caption="Dots: means over seeds. Whiskers: 95% intervals over prompts. Hollow, below the dots: baselines."
         + further,
@@ -74,7 +74,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
     )
 
 
-def curves_chart(results: Results, label: str, protocol: str, *, several: bool) -> Picture | None:
+def curves_chart(results: Results, label: str, protocol: str) -> Picture | None:
     """The validation SRCC after each epoch, mean over the runs of a row, of the rows with the best validation."""
     heads = [row for row in results.of(label, protocol) if row.kind == "head"]
     found = {row.row + row.store_name: (row, _curve(results, row)) for row in heads[:_CURVES]}
@@ -102,8 +102,8 @@ def curves_chart(results: Results, label: str, protocol: str, *, several: bool) 
     best = titles[next(iter(curves.values()))[0].row]
     more = f" {len(heads) - len(curves)} further heads are left out." if len(heads) > len(curves) else ""
     return draw(
-        slug(results.name if several else "", "curves", label, protocol),
-        f"{results.name + ': ' if several else ''}validation SRCC by epoch, {label}, {protocol_name(protocol)}",
+        slug(results.prefix, "curves", label, protocol),
+        results.titled(f"validation SRCC by epoch, {label}, {protocol_name(protocol)}"),
         alt=(
             f"Lines of the validation SRCC by epoch for {plural(len(curves), 'head')}; {best} goes from {first} "
             f"to {last}."

@@ -56,7 +56,7 @@ def directions(results: Results, label: str, protocol: str) -> list[Direction]:
     ]
 
 
-def transfer_table(results: Results, label: str, protocol: str, *, several: bool) -> Table | None:
+def transfer_table(results: Results, label: str, protocol: str) -> Table | None:
     """Table VI: a row per direction; ways in columns, the paper's numbers beside ours."""
     found = directions(results, label, protocol)
     ways = [way for way in WHOLE if any(one.way(way) for one in found)]
@@ -93,9 +93,9 @@ def transfer_table(results: Results, label: str, protocol: str, *, several: bool
     ]
     notes += _shared(results, found)
     notes += [comparable(list(results.about.stores.values()))] if has_paper else []
-    title = f"{results.name + ': ' if several else ''}across data sets, {label}, {protocol_name(protocol)}"
+    title = results.titled(f"across data sets, {label}, {protocol_name(protocol)}")
     return Table(
-        name=slug(results.name if several else "", "transfer", label, protocol),
+        name=slug(results.prefix, "transfer", label, protocol),
         title=title,
         columns=columns,
         rows=body,
@@ -103,7 +103,7 @@ def transfer_table(results: Results, label: str, protocol: str, *, several: bool
     )
 
 
-def shots_table(results: Results, label: str, protocol: str, *, several: bool) -> Table | None:
+def shots_table(results: Results, label: str, protocol: str) -> Table | None:
     """SRCC and PLCC by the number of labelled items of the target."""
     found = [
         (one, way, count, row)
@@ -133,8 +133,8 @@ def shots_table(results: Results, label: str, protocol: str, *, several: bool) -
             cells += [score_cell(row, metric), Cell(value=row.test.sd.get(metric) if row.test else None)]
         body.append(cells + (difference_cells(row, "srcc") if compared else []))
     return Table(
-        name=slug(results.name if several else "", "few-shot", label, protocol),
-        title=f"{results.name + ': ' if several else ''}few-shot, {label}, {protocol_name(protocol)}",
+        name=slug(results.prefix, "few-shot", label, protocol),
+        title=results.titled(f"few-shot, {label}, {protocol_name(protocol)}"),
         columns=columns,
         rows=body,
         notes=[
@@ -144,7 +144,7 @@ def shots_table(results: Results, label: str, protocol: str, *, several: bool) -
     )
 
 
-def shots_chart(results: Results, one: Direction, label: str, protocol: str, *, several: bool) -> Picture | None:
+def shots_chart(results: Results, one: Direction, label: str, protocol: str) -> Picture | None:
     """SRCC against the number of labelled items of the target, with the head as it is for comparison."""
     shots = one.shots()
     if not shots:
@@ -169,7 +169,7 @@ def shots_chart(results: Results, one: Direction, label: str, protocol: str, *, 
         figure.legend(loc="outside upper right", ncols=4, fontsize=SMALL)
 
     return draw(
-        slug(results.name if several else "", "few-shot", label, protocol, one.source, one.target),
+        slug(results.prefix, "few-shot", label, protocol, one.source, one.target),
         f"Few-shot: {one.source} to {one.target}, {label}",
         alt=_told(one),
         caption=(
