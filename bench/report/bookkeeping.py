@@ -135,10 +135,8 @@ def bias_table(results: Results) -> Table | None:
 
 def _biases(results: Results, row: Row) -> list[dict[str, dict[str, float]]]:
     """`best` and `bias` of each metric, for every run of the row that recorded both."""
-    same = (row.row, row.protocol, row.store_name)
-    lines = [line for line in results.done if (line.row, line.protocol, line.store_name) == same and row.kind == "head"]
     found: list[dict[str, dict[str, float]]] = []
-    for line in lines:
+    for line in results.runs_of(row):
         told: Any = line.paper_compatible
         if told is None:
             told = (read_json(results.folder / RUNS / line.name / "metrics.json") or {}).get("paper_compatible")

@@ -201,8 +201,7 @@ def _means_the_same(results: Results, row: Row, fact: PaperRow) -> bool:
 
 def settings_of(results: Results, row: Row) -> dict[str, Any]:
     """All settings of the runs of a row, as far as they are recorded."""
-    same = (row.row, row.protocol, row.store_name)
-    line = next((line for line in results.done if (line.row, line.protocol, line.store_name) == same), None)
+    line = next(iter(results.runs_of(row)), None)
     return {**(line.config if line else {}), **row.settings}
 
 

@@ -37,12 +37,11 @@ class Predictions:
 
 def predictions_of(results: Results, row: Row) -> Predictions | None:
     """The predictions of a head's row; None where no run has any. Items of several folds stand together."""
-    same = (row.row, row.protocol, row.store_name)
     found: dict[tuple[str, str], tuple[float, list[float]]] = {}
     missing: list[str] = []
     runs = 0
-    for line in results.done:
-        if (line.row, line.protocol, line.store_name) != same or row.label not in line.labels:
+    for line in results.runs_of(row):
+        if row.label not in line.labels:
             continue
         label = row.label if len(line.labels) > 1 else None
         try:

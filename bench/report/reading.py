@@ -199,6 +199,20 @@ class Results:
         """What is known of a store, which may be nothing."""
         return self.about.stores.get(name, AboutStore())
 
+    def runs_of(self, row: Row) -> list[RunLine]:
+        """The runs behind the row of a head that have a result; none of a baseline.
+
+        Lines of a transfer name no store: their row does.
+        """
+        if row.kind == "baseline":
+            return []
+        stores = ("", row.store_name)
+        return [
+            line
+            for line in self.done
+            if line.of_row == row.row and line.protocol == row.protocol and line.store_name in stores
+        ]
+
     def groups(self) -> list[tuple[str, str]]:
         """The labels and protocols of the rows, label by label, honest protocols first."""
         found = dict.fromkeys((row.label, row.protocol) for row in self.rows)

@@ -116,13 +116,7 @@ def curves_chart(results: Results, label: str, protocol: str) -> Picture | None:
 
 def _curve(results: Results, row: Row) -> list[float]:
     """The mean validation SRCC by epoch over the runs of a row, up to the last epoch that all of them reached."""
-    same = (row.row, row.protocol, row.store_name)
-    runs: list[list[float]] = []
-    for line in results.done:
-        if (line.row, line.protocol, line.store_name) == same:
-            values = _epochs(results, line.name)
-            if values:
-                runs.append(values)
+    runs = [values for line in results.runs_of(row) if (values := _epochs(results, line.name))]
     length = min((len(run) for run in runs), default=0)
     return np.mean([run[:length] for run in runs], axis=0).tolist() if length else []
 

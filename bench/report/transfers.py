@@ -231,9 +231,7 @@ def _places(results: Results, shots: dict[str, list[tuple[int | str, Row]]]) -> 
 
 
 def _trained_on(results: Results, row: Row) -> int:
-    splits = [
-        line.split for line in results.done if line.of_row == row.row and line.protocol == row.protocol and line.split
-    ]
+    splits = [line.split for line in results.runs_of(row) if line.split]
     return max((int(split.get("train") or 0) + int(split.get("validation") or 0) for split in splits), default=0)
 
 
