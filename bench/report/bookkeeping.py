@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
-from agiqa.bench.report.naming import METRIC_NAMES, plural, protocol_name, row_titles, slug
+from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import METRICS, RUNS, Results, Row, read_json
 from agiqa.bench.report.tables import Cell, Column, Table, key_values
 
@@ -83,7 +83,7 @@ def left_out_table(results: Results) -> Table | None:
     body = [
         [
             Cell(
-                value=" @ ".join(part for part in (row.row, row.store_name) if part),
+                value=on_store(row.row, row.store_name),
                 tag="baseline" if row.kind == "baseline" else None,
             ),
             Cell(value=protocol_name(row.protocol)),
@@ -117,8 +117,8 @@ def bias_table(results: Results) -> Table | None:
     columns += [Column(key="runs", title="Runs", kind="count")]
     body: list[list[Cell]] = []
     for row, found in rows:
-        title = " @ ".join(part for part in (titles[row.row], row.store_name) if part)
-        cells = [Cell(value=title), Cell(value=protocol_name(row.protocol)), Cell(value=row.label)]
+        name = on_store(titles[row.row], row.store_name)
+        cells = [Cell(value=name), Cell(value=protocol_name(row.protocol)), Cell(value=row.label)]
         for metric in METRICS:
             best, bias = (fmean(one[kind][metric] for one in found) for kind in ("best", "bias"))
             cells += [Cell(value=best - bias), Cell(value=best), Cell(value=bias)]

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from agiqa.bench.report.naming import METRIC_NAMES, row_titles, slug
+from agiqa.bench.report.naming import METRIC_NAMES, on_store, row_titles, slug
 from agiqa.bench.report.reading import METRICS, AboutStore, Results, Row
 from agiqa.bench.report.row_tables import score_cell
 from agiqa.bench.report.tables import Cell, Column, Table
@@ -175,13 +175,12 @@ def _line(fact: PaperRow, matches: Sequence[Row], protocols: Sequence[str], titl
         for protocol in protocols
         for metric in METRICS
     ]
-    title = " @ ".join(part for part in (titles[best.row], best.store_name) if part)
     return [
         Cell(value=fact.name),
         Cell(value=fact.table),
         Cell(value=fact.srcc),
         Cell(value=fact.plcc),
-        Cell(value=title),
+        Cell(value=on_store(titles[best.row], best.store_name)),
         *ours,
     ]
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from agiqa.bench.report.figures import MUTED, PAPER, SMALL, Picture, draw, safe, shortened, styles, tidy
-from agiqa.bench.report.naming import plural, protocol_name, row_titles, slug
+from agiqa.bench.report.naming import on_store, plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import RUNS, Results, Row
 
 _CURVES = 7
@@ -37,7 +37,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str]) -> Pictu
         return None
     order = sorted(rows, key=lambda key: rows[key].kind == "baseline")
     titles = row_titles(rows.values())
-    names = [" @ ".join([titles[name], *([store] if len(stores) > 1 else [])]) for name, store in order]
+    names = [on_store(titles[name], store if len(stores) > 1 else "") for name, store in order]
     heads = sum(rows[key].kind == "head" for key in order)
     where = ", ".join(part for part in (label, *(stores if len(stores) == 1 else ())) if part)
 
@@ -87,7 +87,7 @@ def curves_chart(results: Results, label: str, protocol: str) -> Picture | None:
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         for (row, curve), (colour, marker) in zip(curves.values(), styles(list(curves)).values(), strict=True):
-            name = " @ ".join(part for part in (titles[row.row], row.store_name if stores else "") if part)
+            name = on_store(titles[row.row], row.store_name if stores else "")
             epochs = range(1, len(curve) + 1)
             axes.plot(
                 epochs, curve, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=safe(shortened(name))

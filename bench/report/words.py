@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from agiqa.bench.report.naming import listed, plural, protocol_name, row_titles
+from agiqa.bench.report.naming import listed, on_store, plural, protocol_name, row_titles
 from agiqa.bench.report.reading import CONFIDENT, Results, Row
 from agiqa.bench.report.row_tables import leak
 
@@ -83,7 +83,7 @@ def limits(results: Sequence[Results]) -> list[str]:
 
 
 def _chosen(row: Row, titles: dict[str, str], label: str, protocol: str) -> str:
-    name = " @ ".join(part for part in (titles[row.row], row.store_name) if part)
+    name = on_store(titles[row.row], row.store_name)
     where = f"{label.capitalize()}, {protocol_name(protocol)}"
     return (
         f"{where}: {name}, chosen by validation, has a test SRCC of {_number(row, 'srcc')} and a PLCC of "
