@@ -7,7 +7,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from agiqa.bench.report.figures import COLOURS, MUTED, SMALL, Picture, draw, safe, shortened, styles, tidy
+from agiqa.bench.report.figures import (
+    COLOURS,
+    MUTED,
+    SMALL,
+    Picture,
+    draw,
+    safe,
+    shortened,
+    styles,
+    tidy,
+    whiskered_line,
+)
 from agiqa.bench.report.naming import plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import Results, Row
 from agiqa.bench.report.row_tables import score_cell
@@ -93,7 +104,9 @@ def rank_chart(results: Results, label: str, protocol: str) -> Picture | None:
             _energies(panels[0], spectra, _ranks(results))
         if shown:
             for (name, rows), (colour, marker) in zip(shown.items(), styles(list(shown)).values(), strict=True):
-                _scores(panels[-1], rows, colour, marker, safe(shortened(titles[name])))
+                line = [(rank, row.value("srcc"), row.interval("srcc")) for rank, row in rows]
+                head = safe(shortened(titles[name]))
+                whiskered_line(panels[-1], line, colour=colour, marker=marker, label=head, size=4, width=1.4)
             panels[-1].set_ylabel("test SRCC")
         for axes in panels:
             axes.set_xscale("log", base=2)
@@ -173,23 +186,6 @@ def _energies(axes: Axes, spectra: Mapping[str, np.ndarray], ranks: set[int]) ->
                 safe(shortened(name)), (len(energy), kept[-1]), ha="right", va="top", fontsize=SMALL, color=colour
             )
     axes.set_ylabel("energy kept")
-
-
-def _scores(axes: Axes, rows: Sequence[tuple[int, Row]], colour: str, marker: str, label: str) -> None:
-    values = [(rank, row.value("srcc"), row.interval("srcc")) for rank, row in rows]
-    known = [(rank, value, interval) for rank, value, interval in values if value is not None]
-    axes.plot(
-        [rank for rank, _, _ in known],
-        [value for _, value, _ in known],
-        color=colour,
-        marker=marker,
-        markersize=4,
-        linewidth=1.4,
-        label=label,
-    )
-    for rank, _, interval in known:
-        if interval is not None:
-            axes.plot([rank, rank], interval, color=colour, linewidth=1.0, alpha=0.6)
 
 
 def _told(results: Results, points: Points, titles: Mapping[str, str]) -> str:

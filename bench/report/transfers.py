@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from agiqa.bench.report.figures import MUTED, SMALL, Picture, draw, styles, tidy
+from agiqa.bench.report.figures import MUTED, SMALL, Picture, draw, styles, tidy, whiskered_line
 from agiqa.bench.report.naming import METRIC_NAMES, listed, protocol_name, slug
 from agiqa.bench.report.paper import PaperTransfer, comparable, paper
 from agiqa.bench.report.reading import METRICS, Results, Row
@@ -154,7 +153,8 @@ def shots_chart(results: Results, one: Direction, label: str, protocol: str) -> 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         for (way, rows), (colour, marker) in zip(shots.items(), styles(shots).values(), strict=True):
-            _line(axes, [(places[count], row) for count, row in rows], colour, marker, way)
+            points = [(places[count], row.value("srcc"), row.interval("srcc")) for count, row in rows]
+            whiskered_line(axes, points, colour=colour, marker=marker, label=way, size=4.5, width=1.5)
         for way, dashes in (("apply", (0, (4, 2))), ("tp", (0, (1, 2)))):
             row = one.way(way)
             if row is not None and row.value("srcc") is not None:
@@ -233,24 +233,6 @@ def _places(results: Results, shots: dict[str, list[tuple[int | str, Row]]]) -> 
 def _trained_on(results: Results, row: Row) -> int:
     splits = [line.split for line in results.runs_of(row) if line.split]
     return max((int(split.get("train") or 0) + int(split.get("validation") or 0) for split in splits), default=0)
-
-
-def _line(axes: Axes, points: Sequence[tuple[float, Row]], colour: str, marker: str, way: str) -> None:
-    known = [
-        (at, value, row.interval("srcc")) for at, row in points for value in [row.value("srcc")] if value is not None
-    ]
-    axes.plot(
-        [at for at, _, _ in known],
-        [value for _, value, _ in known],
-        color=colour,
-        marker=marker,
-        markersize=4.5,
-        linewidth=1.5,
-        label=way,
-    )
-    for at, _, interval in known:
-        if interval is not None:
-            axes.plot([at, at], interval, color=colour, linewidth=1.0, alpha=0.6)
 
 
 def _told(one: Direction) -> str:
