@@ -8,7 +8,6 @@ OUT/rows.jsonl                        means, intervals and comparisons, computed
 OUT/lock                              held by the process at work
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -21,11 +20,12 @@ from agiqa.bench.baseline_predictors import MeanFeatures
 from agiqa.bench.baseline_words import RatingWords
 from agiqa.bench.baselines import run_baselines
 from agiqa.bench.grids import PlannedRun
+from agiqa.bench.result_folders import RESULTS, ROWS, RUNS, working_in, write_about
 from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.bench.rows import head_rows, write_rows
 from agiqa.bench.store_facts import facts_of
 from agiqa.bench.this_run import about_this_run
-from agiqa.errors import AgiqaError, BusyStore
+from agiqa.errors import AgiqaError
 from agiqa.heads.config import TrainConfig, read_yaml
 from agiqa.heads.features import read_labels
 from agiqa.heads.head import check_parts
@@ -36,11 +36,9 @@ from agiqa.heads.splits import PARTITION_SETTINGS
 from agiqa.heads.sweeping import Partitions, train_heads
 from agiqa.progress import say
 from agiqa.store import Store
-from agiqa.store.files import exclusive_lock, write_text_atomically
 from agiqa.version import agiqa_version
 
-ABOUT, RESULTS, BASELINES, ROWS = "about.json", "results.jsonl", "baselines.jsonl", "rows.jsonl"
-RUNS, LOCK = "runs", "lock"
+BASELINES = "baselines.jsonl"
 _OF_A_DRAWING = tuple(name for name in PARTITION_SETTINGS if name not in ("fold", "held_out", "validation"))
 """What baselines that are told apart differ in; validation items are among those that they are fitted on."""
 
@@ -78,19 +76,14 @@ def run_ablation(
     RatingWords(words)  # a file that cannot be read is refused before anything is trained
     if not (out / RESULTS).exists():
         _refuse_hopeless(stores, plan)
-    (out / RUNS).mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(out / LOCK) as held:
-        if not held:
-            message = (
-                f"Another ablation is at work in {out} and holds {out / LOCK}. Wait for it, or choose another OUT."
-            )
-            raise BusyStore(message)
+    with working_in(out, "ablation"):
         ids = {name: store.id for name, store in stores.items()}
         results = ResultLines(out / RESULTS, plan, stores=ids)
         done = [run for run in plan if results.is_done(run) and _job(run, out).run.exists()]
         for name, store in stores.items():
             _check_done(store, [_job(run, out) for run in done if run.store == name])
-        _write_about(out / ABOUT, stores, grid)
+        facts = {name: facts_of(store) for name, store in stores.items()}
+        write_about(out, {"kind": "ablation", "stores": facts, "grid": read_yaml(grid)})
         clock = _Clock(len(plan), len(done), tell)
         trained = 0
         for name, store in stores.items():
@@ -101,12 +94,6 @@ def run_ablation(
     errors = {run.name: results.lines[run.name].get("error") for run in plan}
     failed = {name: error for name, error in errors.items() if error is not None}
     return Ablation(rows=rows, failed=failed, trained=trained)
-
-
-def _write_about(path: Path, stores: Mapping[str, Store], grid: Path) -> None:
-    facts = {name: facts_of(store) for name, store in stores.items()}
-    about = {"kind": "ablation", "stores": facts, "grid": read_yaml(grid)}
-    write_text_atomically(path, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
 
 def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Path, words: Sequence[Path]) -> list[Line]:

@@ -74,8 +74,9 @@ def command(
     the paired difference to the best row by validation, and baselines without a head. Nothing is chosen by test
     results. `agiqa report OUT` makes pictures and a page of it.
     """
-    from agiqa.bench.ablation import RESULTS, ROWS, run_ablation
+    from agiqa.bench.ablation import run_ablation
     from agiqa.bench.grids import find_grid, generators_of, read_grid
+    from agiqa.bench.result_folders import RESULTS, ROWS
     from agiqa.bench.row_text import rows_text
     from agiqa.errors import HeadError
     from agiqa.store import open_store

@@ -71,9 +71,9 @@ def command(
     one W_lm and, of sketches, one basis. Each data set is tested on its own test part, on which nothing is chosen.
     The same command again trains what is missing or failed.
     """
+    from agiqa.bench.result_folders import RESULTS
     from agiqa.bench.transfer import run_transfer
     from agiqa.bench.transfer_plan import read_transfer_settings
-    from agiqa.bench.transfer_results import RESULTS
     from agiqa.bench.transfer_sides import named
     from agiqa.bench.transfer_tables import transfer_text
     from agiqa.errors import HeadError

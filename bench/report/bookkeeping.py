@@ -6,8 +6,9 @@ from statistics import fmean
 from typing import Any
 
 from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_name, row_titles, slug
-from agiqa.bench.report.reading import METRICS, RUNS, Results, Row, read_json
+from agiqa.bench.report.reading import METRICS, Results, Row, read_json
 from agiqa.bench.report.tables import Cell, Column, Table, key_values
+from agiqa.bench.result_folders import RUNS
 
 _ID_LETTERS = 16
 

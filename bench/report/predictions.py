@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.bench.predictions import read_predictions
-from agiqa.bench.report.reading import RUNS, Results, Row
+from agiqa.bench.report.reading import Results, Row
+from agiqa.bench.result_folders import RUNS
 from agiqa.errors import DataError
 from agiqa.heads.runs import PREDICTIONS
 

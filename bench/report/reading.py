@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from agiqa.bench.result_folders import ABOUT, RESULTS, ROWS
 from agiqa.errors import DataError
 from agiqa.store.files import whole_lines
 
-ABOUT, ROWS, RESULTS, RUNS, BASELINES = "about.json", "rows.jsonl", "results.jsonl", "runs", "baselines"
 METRICS = ("srcc", "plcc")
 CONFIDENT = 0.05
 """A corrected p-value below this tells two rows apart."""

@@ -10,7 +10,8 @@ from matplotlib.ticker import MaxNLocator
 
 from agiqa.bench.report.figures import MUTED, PAPER, SMALL, Picture, draw, safe, shortened, styles, tidy
 from agiqa.bench.report.naming import on_store, plural, protocol_name, row_titles, slug
-from agiqa.bench.report.reading import RUNS, Results, Row
+from agiqa.bench.report.reading import Results, Row
+from agiqa.bench.result_folders import RUNS
 
 _CURVES = 7
 """Lines that can be told apart in one picture."""
