@@ -174,10 +174,7 @@ def _train(
         run = by_folder[ended.job.run]
         if ended.error is not None:
             return error_line(run, store.id, ended.error, agiqa=agiqa_version(), commit=commit)
-        trained = ended.load()
-        line = result_line(run, store.id, trained, commit=commit)
-        biased = trained.metrics.get("paper_compatible")
-        return line if biased is None else {**line, "paper_compatible": biased}
+        return result_line(run, store.id, ended.load(), commit=commit)
 
     trained = 0
     with closing(train_heads(store, jobs, workers=workers)) as outcomes:
