@@ -73,7 +73,7 @@ def run_ablation(
     a run on items or labels that its store does not have any more, and as `train_heads` and `run_baselines`. Before
     the first run, where something is wrong with every one (settings, features, split, labels): that of the first.
     """
-    RatingWords(words)  # a file that cannot be read is refused before anything is trained
+    told = RatingWords(words)  # a file that cannot be read is refused before anything is trained
     if not (out / RESULTS).exists():
         _refuse_hopeless(stores, plan)
     with working_in(out, "ablation"):
@@ -89,14 +89,14 @@ def run_ablation(
         for name, store in stores.items():
             missing = [run for run in plan if run.store == name and run not in done]
             trained += _train(store, missing, out, results, workers, clock) if missing else 0
-        rows = [*head_rows(plan, results.lines, out / RUNS), *_baselines(stores, plan, out, words)]
+        rows = [*head_rows(plan, results.lines, out / RUNS), *_baselines(stores, plan, out, told)]
         write_rows(out / ROWS, rows)
     errors = {run.name: results.lines[run.name].get("error") for run in plan}
     failed = {name: error for name, error in errors.items() if error is not None}
     return Ablation(rows=rows, failed=failed, trained=trained)
 
 
-def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Path, words: Sequence[Path]) -> list[Line]:
+def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Path, words: RatingWords) -> list[Line]:
     """The baselines of every store, protocol and way of drawing its items that the plan has."""
     found: list[Line] = []
     for name, store in stores.items():
