@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import StoreLocation, failures, output_options, print_result
+from agiqa.commands.common import StoreLocation, fail_if_any, output_options, print_result
 
 
 class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
@@ -78,7 +78,6 @@ def command(
     from agiqa.bench.grids import find_grid, generators_of, read_grid
     from agiqa.bench.result_folders import RESULTS, ROWS
     from agiqa.bench.row_text import rows_text
-    from agiqa.errors import HeadError
     from agiqa.store import open_store
 
     stores = {"main" if named else "": open_store(store)}
@@ -99,7 +98,4 @@ def command(
         "table": done.rows,
     }
     print_result(result, rows_text(done.rows), as_json=as_json)
-    if done.failed:
-        what = f"{len(done.failed)} of {len(plan)} runs failed"
-        message = f"{what}; the same command tries them again:\n{failures(done.failed)}"
-        raise HeadError(message)
+    fail_if_any(done.failed, total=len(plan), what="runs")
