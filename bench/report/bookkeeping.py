@@ -8,9 +8,11 @@ from typing import Any
 from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import METRICS, Results, Row, read_json
 from agiqa.bench.report.tables import Cell, Column, Table, key_values
-from agiqa.bench.result_folders import RUNS
+from agiqa.bench.result_folders import RESULTS, ROWS, RUNS
 
 _ID_LETTERS = 16
+_ROUNDED = 0.0005
+"""Seconds by which the mean of a row may be rounded."""
 
 
 def stores_table(results: Results) -> Table:
@@ -67,8 +69,41 @@ def failures_table(results: Results) -> Table | None:
     columns = [Column(key="run", title="Run", kind="text"), Column(key="error", title="Error", kind="text")]
     body = [[Cell(value=line.name), Cell(value=line.error)] for line in failed]
     title = results.titled(plural(len(failed), "failed run"))
-    note = f"The same `agiqa {'ablate' if results.about.kind == 'ablation' else 'transfer'}` tries them again."
+    note = f"The same `agiqa {results.about.command}` tries them again."
     return Table(name=slug(results.prefix, "failed"), title=title, columns=columns, rows=body, notes=[note])
+
+
+def outdated(results: Results) -> str | None:
+    """What to do where runs were added or made again since rows.jsonl was computed; None where it is of these runs.
+
+    Rows tell how many runs they are of and how long these took, which no two trainings share. Where lines lack that,
+    or some could not be read, nothing is told.
+    """
+    heads = [row for row in (*results.rows, *results.left_out) if row.kind == "head"]
+    comparable = all(line.protocol and line.seconds is not None and all(line.labels) for line in results.done)
+    if not results.lines or results.problems or not comparable or not all(row.runs for row in heads):
+        return None
+    of_rows = _tally((row.label, row.protocol, row.runs - row.failed, row.seconds) for row in heads)
+    of_lines = _tally((label, one.protocol, 1, one.seconds) for one in results.done for label in one.labels)
+    for label, protocol in of_rows | of_lines:
+        (known, took), (done, takes) = (tally.get((label, protocol), (0, 0.0)) for tally in (of_rows, of_lines))
+        if done == known and abs(takes - took) <= _ROUNDED * (known + 1):
+            continue
+        told = "runs were made again" if done == known else f"{plural(done, 'run')} done, and the rows are of {known}"
+        return (
+            f"what {RESULTS} tells since {ROWS} was computed ({label}, {protocol_name(protocol)}: {told}): run the "
+            f"same `agiqa {results.about.command}` again, which computes the rows anew, and then report."
+        )
+    return None
+
+
+def _tally(counted: Iterable[tuple[str, str, int, float | None]]) -> dict[tuple[str, str], tuple[int, float]]:
+    """Runs and seconds by label and protocol, of (label, protocol, runs, mean seconds)."""
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for label, protocol, runs, seconds in counted:
+        before, took = found.get((label, protocol), (0, 0.0))
+        found[label, protocol] = before + runs, took + runs * (seconds or 0.0)
+    return found
 
 
 def left_out_table(results: Results) -> Table | None:

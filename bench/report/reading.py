@@ -167,6 +167,11 @@ class About(_Record):
     shared: Any = None
     """Of a transfer: of each direction `A -> B`, how many test items of B have a prompt that A trained on."""
 
+    @property
+    def command(self) -> str:
+        """What makes such results: `agiqa COMMAND`."""
+        return {"ablation": "ablate", "transfer": "transfer"}[self.kind]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
@@ -261,9 +266,9 @@ def _read(folder: Path, name: str, prefix: str) -> Results:
     rows = _read_lines(folder / ROWS, Row, problems)
     lines = {line.name: line for line in _read_lines(folder / RESULTS, RunLine, problems)}
     if not rows:
-        made = f"its runs all failed, or `agiqa {_COMMANDS[about.kind]}` has not ended" if lines else "nothing was run"
+        made = f"its runs all failed, or `agiqa {about.command}` has not ended" if lines else "nothing was run"
         message = (
-            f"{folder / ROWS} holds no results: {made}. Run the same `agiqa {_COMMANDS[about.kind]}` again, which "
+            f"{folder / ROWS} holds no results: {made}. Run the same `agiqa {about.command}` again, which "
             "goes on where it was, and then report."
         )
         raise DataError(message)
@@ -278,9 +283,6 @@ def _read(folder: Path, name: str, prefix: str) -> Results:
         problems=tuple(problems),
         prefix=prefix,
     )
-
-
-_COMMANDS = {"ablation": "ablate", "transfer": "transfer"}
 
 
 def _read_about(folder: Path) -> About:

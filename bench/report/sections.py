@@ -5,7 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agiqa.bench.report.bookkeeping import bias_table, failures_table, left_out_table, runs_table, stores_table
+from agiqa.bench.report.bookkeeping import (
+    bias_table,
+    failures_table,
+    left_out_table,
+    outdated,
+    runs_table,
+    stores_table,
+)
 from agiqa.bench.report.examples import Examples, examples_of
 from agiqa.bench.report.figures import Picture
 from agiqa.bench.report.item_charts import scatter_chart
@@ -74,7 +81,9 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
         Section(name="method", title="How the numbers are made", words=METHOD),
         Section(name="provenance", title="Provenance", blocks=_provenance_blocks(everything)),
     ]
-    problems = [one.titled(problem) for one in everything for problem in one.problems]
+    problems = [
+        one.titled(problem) for one in everything for problem in (outdated(one), *one.problems) if problem is not None
+    ]
     return Content(
         facts=_facts(everything),
         findings=[sentence for one in ablations for sentence in findings(one)],

@@ -139,3 +139,28 @@ def test_one_seed_is_one_seed(results):
     notes = " ".join(note for table in main_tables(found) for note in table.notes)
     assert "Heads are of 1 seed." in notes
     assert "1 seeds" not in " ".join([notes, *limits([found])])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"seconds": 1000.0}, "(quality, published split: runs were made again)"),
+        ({"name": "store=main,seed=2", "seed": 2}, "(quality, published split: 5 runs done, and the rows are of 4)"),
+        ({"error": "no room"}, "(quality, published split: 3 runs done, and the rows are of 4)"),
+    ],
+    ids=["the same", "made again", "added", "lost"],
+)
+def test_rows_that_are_older_than_the_runs_are_told_with_what_to_do(out, tmp_path, changes, said):
+    folder = shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
+    line = next(line for line in made.read_lines(folder / "results.jsonl") if line["protocol"] == "published")
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps({**line, **changes}) + "\n")
+    report = write_report([folder], tmp_path / "page")
+    told = [problem for problem in report.problems if "since rows.jsonl was computed" in problem]
+    if said is None:
+        assert told == []
+        return
+    (problem,) = told
+    assert f"{said}: run the same `agiqa ablate` again" in problem
+    assert said in report.page.read_text()
