@@ -1,6 +1,23 @@
-"""Questions asked of the other rooms: demo, ablations, transfers, reports. LOG.md beside this file is the lab log."""
+"""Questions asked of the other rooms: demo, ablations, transfers, reports. LOG.md beside this file is the lab log.
 
-from agiqa.bench.demo import DemoResult, run_demo
-from agiqa.bench.pictures import Panel, scatter
+Public names are loaded when they are asked for: each question needs other libraries, and none needs all of them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agiqa.bench.demo import DemoResult, run_demo
+    from agiqa.bench.pictures import Panel, scatter
 
 __all__ = ["DemoResult", "Panel", "run_demo", "scatter"]
+
+_MODULES = {"DemoResult": "demo", "Panel": "pictures", "run_demo": "demo", "scatter": "pictures"}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, from its module."""
+    if name not in _MODULES:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

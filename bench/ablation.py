@@ -8,7 +8,6 @@ OUT/rows.jsonl                        means, intervals and comparisons, computed
 OUT/lock                              held by the process at work
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -21,11 +20,12 @@ from agiqa.bench.baseline_predictors import MeanFeatures
 from agiqa.bench.baseline_words import RatingWords
 from agiqa.bench.baselines import run_baselines
 from agiqa.bench.grids import PlannedRun
+from agiqa.bench.result_folders import RESULTS, ROWS, RUNS, working_in, write_about
 from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.bench.rows import head_rows, write_rows
 from agiqa.bench.store_facts import facts_of
 from agiqa.bench.this_run import about_this_run
-from agiqa.errors import AgiqaError, BusyStore
+from agiqa.errors import AgiqaError
 from agiqa.heads.config import TrainConfig, read_yaml
 from agiqa.heads.features import read_labels
 from agiqa.heads.head_jobs import HeadJob, JobOutcome, is_there
@@ -34,11 +34,9 @@ from agiqa.heads.sweeping import Partitions, train_heads
 from agiqa.heads.training import check_settings
 from agiqa.progress import say
 from agiqa.store import Store
-from agiqa.store.files import exclusive_lock, write_text_atomically
 from agiqa.version import agiqa_version
 
-ABOUT, RESULTS, BASELINES, ROWS = "about.json", "results.jsonl", "baselines.jsonl", "rows.jsonl"
-RUNS, LOCK = "runs", "lock"
+BASELINES = "baselines.jsonl"
 _OF_A_DRAWING = tuple(name for name in PARTITION_SETTINGS if name not in ("fold", "held_out", "validation"))
 """What baselines that are told apart differ in; validation items are among those that they are fitted on."""
 
@@ -73,41 +71,30 @@ def run_ablation(
     a run on items or labels that its store does not have any more, and as `train_heads` and `run_baselines`. Before
     the first run, where something is wrong with every one (settings, features, split, labels): that of the first.
     """
-    RatingWords(words)  # a file that cannot be read is refused before anything is trained
+    told = RatingWords(words)  # a file that cannot be read is refused before anything is trained
     if not (out / RESULTS).exists():
         _refuse_hopeless(stores, plan)
-    (out / RUNS).mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(out / LOCK) as held:
-        if not held:
-            message = (
-                f"Another ablation is at work in {out} and holds {out / LOCK}. Wait for it, or choose another OUT."
-            )
-            raise BusyStore(message)
+    with working_in(out, "ablation"):
         ids = {name: store.id for name, store in stores.items()}
         results = ResultLines(out / RESULTS, plan, stores=ids)
         done = [run for run in plan if results.is_done(run) and _job(run, out).run.exists()]
         for name, store in stores.items():
             _check_done(store, [_job(run, out) for run in done if run.store == name])
-        _write_about(out / ABOUT, stores, grid)
+        facts = {name: facts_of(store) for name, store in stores.items()}
+        write_about(out, {"kind": "ablation", "stores": facts, "grid": read_yaml(grid)})
         clock = _Clock(len(plan), len(done), tell)
         trained = 0
         for name, store in stores.items():
             missing = [run for run in plan if run.store == name and run not in done]
             trained += _train(store, missing, out, results, workers, clock) if missing else 0
-        rows = [*head_rows(plan, results.lines, out / RUNS), *_baselines(stores, plan, out, words)]
+        rows = [*head_rows(plan, results.lines, out / RUNS), *_baselines(stores, plan, out, told)]
         write_rows(out / ROWS, rows)
     errors = {run.name: results.lines[run.name].get("error") for run in plan}
     failed = {name: error for name, error in errors.items() if error is not None}
     return Ablation(rows=rows, failed=failed, trained=trained)
 
 
-def _write_about(path: Path, stores: Mapping[str, Store], grid: Path) -> None:
-    facts = {name: facts_of(store) for name, store in stores.items()}
-    about = {"kind": "ablation", "stores": facts, "grid": read_yaml(grid)}
-    write_text_atomically(path, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-
-
-def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Path, words: Sequence[Path]) -> list[Line]:
+def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Path, words: RatingWords) -> list[Line]:
     """The baselines of every store, protocol and way of drawing its items that the plan has."""
     found: list[Line] = []
     for name, store in stores.items():
@@ -183,10 +170,7 @@ def _train(
         run = by_folder[ended.job.run]
         if ended.error is not None:
             return error_line(run, store.id, ended.error, agiqa=agiqa_version(), commit=commit)
-        trained = ended.load()
-        line = result_line(run, store.id, trained, commit=commit)
-        biased = trained.metrics.get("paper_compatible")
-        return line if biased is None else {**line, "paper_compatible": biased}
+        return result_line(run, store.id, ended.load(), commit=commit)
 
     trained = 0
     with closing(train_heads(store, jobs, workers=workers)) as outcomes:

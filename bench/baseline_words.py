@@ -23,7 +23,7 @@ class RatingWords:
         A file whose name holds one aspect (`quality_test_res.json`) is on that aspect, another one on any.
         Raises DataError for a file that cannot be read, or a conversation in it that cannot be used.
         """
-        self._files = [(path, _aspect_of(path), read_conversations(path, None)) for path in files]
+        self._files = [(_aspect_of(path), unspoken(path), read_conversations(path, None)) for path in files]
         problems = [
             f"{talk.where}: {'; '.join(talk.problems)}"
             for _, _, talks in self._files
@@ -55,8 +55,7 @@ class RatingWords:
     def _words(self, names: Mapping[str, object], label: str) -> dict[str, int]:
         """The class of every item that has a word of the model's own."""
         found: dict[str, int] = {}
-        for path, aspect, talks in self._files:
-            silent = unspoken(path)
+        for aspect, silent, talks in self._files:
             for talk in talks if aspect in (None, label) else ():
                 name = row_name(talk.image, names)
                 if name is None or not (talk.own_rating or talk.image in silent):

@@ -52,7 +52,7 @@ def run_baselines(
     *,
     protocol: str,
     out: Path,
-    words: Sequence[Path] = (),
+    words: RatingWords | None = None,
     store_name: str = "",
     means: MeanFeatures | None = None,
     shown: Mapping[str, Any] | None = None,
@@ -62,15 +62,15 @@ def run_baselines(
     `configs` are those of the heads of one protocol: each label is predicted once for each of their different splits,
     from train and validation items, and all test parts are scored together. The csv of a baseline,
     `baselines/[STORE_NAME/]PROTOCOL/NAME.csv` (of several labels `NAME_LABEL.csv`), has the columns name, prompt, mos
-    and predicted. `words` are conversation files with rating words. `means` keeps the mean features of `source` from
+    and predicted. `words` are the rating words, of none without them. `means` keeps the mean features of `source` from
     one call to the next. `shown` are settings that all `configs` share and other calls for this protocol do not, which
     become part of the names: `text, training_items=10`.
 
     A line has `test` as `evaluate_scores` gives it, correlations null with the reason in `undefined` where the
-    predictions are constant within every part, or `left_out` with a reason. Raises DataError for files of words that
-    cannot be read, and ConfigError for splits whose test parts overlap.
+    predictions are constant within every part, or `left_out` with a reason. Raises ConfigError for splits whose test
+    parts overlap.
     """
-    read, kept, partitions = RatingWords(words), means or MeanFeatures(source), Partitions(source)
+    told, kept, partitions = words or RatingWords(()), means or MeanFeatures(source), Partitions(source)
     labels = list(dict.fromkeys(label for config in configs for label in config.labels))
     settings = dict(shown or {})
     folder, lines = out / FOLDER / store_name / protocol / _spell(settings), list[Line]()
@@ -85,7 +85,7 @@ def run_baselines(
             continue
         task = _Task(label=label, parts=parts, mos=mos)
         _refuse_overlap(task)
-        evidence = Evidence(source, label, task.mos, words=read, means=kept)
+        evidence = Evidence(source, label, task.mos, words=told, means=kept)
         for name, predict in BASELINES.items():
             path = folder / f"{name.replace(' + ', '+').replace(' ', '-')}{column}.csv"
             lines.append(_line(name, predict, evidence, source, task, shared, path, out))

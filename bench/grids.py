@@ -101,20 +101,30 @@ def generators_of(source: FeatureSource) -> list[str]:
     return sorted({name for name in source.items.generators if name is not None})
 
 
+def as_mapping(where: str, value: object) -> Settings:
+    """`value` with text keys; nothing is an empty one. Raises ConfigError, which says `where`, for anything else."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        message = f"Expected keys and values in {where}, found {value!r}."
+        raise ConfigError(message)
+    return {str(key): item for key, item in cast("dict[object, Any]", value).items()}
+
+
 def _sections(file: Path) -> Settings:
     """The sections of the file, each of the kind that it must be."""
-    content = _mapping("the file", read_yaml(file))
+    content = as_mapping("the file", read_yaml(file))
     for name in content:
         if name not in _SECTIONS:
             kind = "section"
             raise UnknownName.of(kind, name, _SECTIONS)
-    grid = {key: _values(key, value) for key, value in _mapping("grid", content.get("grid")).items()}
+    grid = {key: _values(key, value) for key, value in as_mapping("grid", content.get("grid")).items()}
     runs = (
-        [_mapping("an entry of runs", one) for one in _values("runs", content.get("runs", []))]
+        [as_mapping("an entry of runs", one) for one in _values("runs", content.get("runs", []))]
         if "runs" in content
         else []
     )
-    base, protocols = _mapping("base", content.get("base")), content.get("protocols")
+    base, protocols = as_mapping("base", content.get("base")), content.get("protocols")
     if "protocols" in content and protocols is None:
         protocols = []
     seeds = _values("seeds", content["seeds"]) if "seeds" in content else None
@@ -260,16 +270,6 @@ def _file_name(text: str) -> str:
     if len(safe) <= _LONGEST_NAME:
         return safe
     return f"{safe[: _LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def _mapping(where: str, value: object) -> Settings:
-    """`value` with text keys; nothing is an empty one."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        message = f"Expected keys and values in {where}, found {value!r}."
-        raise ConfigError(message)
-    return {str(key): item for key, item in cast("dict[object, Any]", value).items()}
 
 
 def _values(name: str, value: object) -> list[Any]:

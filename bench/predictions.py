@@ -42,21 +42,32 @@ def write_predictions(
 def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictions:
     """The test items of `label`, one of the `labels` of the head, as `write_predictions` or a training wrote them.
 
-    Raises DataError, naming the file, where it is gone or not such a table.
+    Raises DataError, naming the file, where it is gone, not such a table, or holds a number that is not finite; what
+    was wrong is its cause.
     """
     at = labels.index(label)
     mos, predicted = (column_names(labels, what)[at] for what in ("mos", "predicted"))
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get("split", "test") == "test"]
-        return Predictions(
+        found = Predictions(
             names=[row["name"] for row in rows],
             prompts=[row["prompt"] for row in rows],
             mos=np.array([float(row[mos]) for row in rows]),
             predicted=np.array([float(row[predicted]) for row in rows]),
         )
-    except (OSError, KeyError, ValueError) as error:
+        _refuse_not_finite(found)
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         message = (
             f"{path} cannot be read as predictions ({error!r}). Remove its run folder, and run the same command again."
         )
         raise DataError(message) from error
+    return found
+
+
+def _refuse_not_finite(found: Predictions) -> None:
+    """Raise ValueError for the first item whose MOS, true or predicted, is not finite."""
+    places = np.flatnonzero(~(np.isfinite(found.mos) & np.isfinite(found.predicted)))
+    if len(places):
+        message = f"{found.names[places[0]]} has a MOS that is not finite"
+        raise ValueError(message)

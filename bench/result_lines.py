@@ -72,9 +72,14 @@ def training_facts(run: Run, *, commit: str | None) -> Line:
 
 
 def outcome_facts(run: Run) -> Line:
-    """How long the training of a head took, on which parts of its data, and how good it is on them."""
+    """How long the training of a head took, on which parts of its data, and how good it is on them.
+
+    With the setting `paper_compatible` also what choosing the epoch on test would have given.
+    """
     seconds = round(sum(run.metrics["seconds"].values()), 3)
-    return {"seconds": seconds, **{name: run.metrics[name] for name in ("split", "warnings", *PARTS)}}
+    told = {"seconds": seconds, **{name: run.metrics[name] for name in ("split", "warnings", *PARTS)}}
+    biased = run.metrics.get("paper_compatible")
+    return told if biased is None else {**told, "paper_compatible": biased}
 
 
 def error_facts(error: str, *, agiqa: str, commit: str | None) -> Line:

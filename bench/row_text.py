@@ -22,6 +22,16 @@ def rows_text(rows: Sequence[Row]) -> str:
     return "\n\n".join(part for part in (table, "Left out:\n" + "\n".join(left_out) if left_out else "") if part)
 
 
+def score_text(test: Mapping[str, Any] | None, metric: str, *, undefined: str) -> str:
+    """A test metric with its interval; `-` where there is no test, `undefined` where it has no value."""
+    if test is None:
+        return "-"
+    if test[metric] is None:
+        return undefined
+    interval = test["ci"].get(metric)
+    return f"{test[metric]:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
 def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
     """Titles and cells; what is the same everywhere has no column."""
     several = {name: len({row[name] for row in rows}) > 1 for name in ("store_name", "protocol", "label")}
@@ -32,8 +42,8 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
     columns += [
         ("seeds", _seeds),
         ("validation SRCC", _validation),
-        ("test SRCC", lambda row: _tested(row, "srcc")),
-        ("test PLCC", lambda row: _tested(row, "plcc")),
+        ("test SRCC", lambda row: score_text(row["test"], "srcc", undefined="undefined")),
+        ("test PLCC", lambda row: score_text(row["test"], "plcc", undefined="undefined")),
         ("SRCC against the best by validation (p)", _against),
     ]
     return columns
@@ -60,16 +70,6 @@ def _validation(row: Row) -> str:
         return "-"
     mean, spread = found
     return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
-
-
-def _tested(row: Row, metric: str) -> str:
-    test = row["test"]
-    if test is None:
-        return "-"
-    if test[metric] is None:
-        return "undefined"
-    interval = test["ci"].get(metric)
-    return f"{test[metric]:.4f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def _against(row: Row) -> str:

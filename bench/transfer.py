@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.bench.predictions import write_predictions
+from agiqa.bench.result_folders import ROWS, RUNS, working_in
 from agiqa.bench.result_lines import Line, error_facts, outcome_facts, training_facts
 from agiqa.bench.rows import write_rows
 from agiqa.bench.this_run import about_this_run
 from agiqa.bench.transfer_plan import SHOTS, PlannedHead, PlannedLine, TransferPlan, TransferSettings, plan_transfer
-from agiqa.bench.transfer_results import ROWS, TransferResults, rows_of
+from agiqa.bench.transfer_results import TransferResults, rows_of
 from agiqa.bench.transfer_sides import Side, check_shots, making_differs, open_sides, shared
-from agiqa.errors import AgiqaError, BusyStore
+from agiqa.errors import AgiqaError
 from agiqa.heads.features import read_labels
 from agiqa.heads.fitting import cpu_threads
 from agiqa.heads.head_jobs import HeadJob, is_there, with_notes
@@ -31,10 +32,9 @@ from agiqa.heads.scoring import predict, scores_of_labels
 from agiqa.heads.sweeping import Partitions, train_heads
 from agiqa.progress import say
 from agiqa.store import Store
-from agiqa.store.files import exclusive_lock
 from agiqa.version import agiqa_version
 
-RUNS, APPLIED, LOCK = "runs", "predictions", "lock"
+APPLIED = "predictions"
 
 _REPORTED = (
     "srcc, plcc, krcc and rmse of the predictions as they are, rmse on the target's scale; those after a logistic "
@@ -81,13 +81,7 @@ def run_transfer(
     about = _about(sides, settings)
     if about["making_differs"]:
         tell(f"warning: {first} and {second} were made differently: {', '.join(about['making_differs'])}")
-    (out / RUNS).mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(out / LOCK) as held:
-        if not held:
-            message = (
-                f"Another transfer is at work in {out} and holds {out / LOCK}. Wait for it, or choose another OUT."
-            )
-            raise BusyStore(message)
+    with working_in(out, "transfer"):
         work = _Work(plan, sides, settings, out, about, tell)
         trained = work.train(workers)
         work.apply()

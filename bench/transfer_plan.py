@@ -14,10 +14,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
+from agiqa.bench.grids import as_mapping
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.presets import preset_values
@@ -212,12 +213,12 @@ def _few(
 
 
 def _read_sections(file: Path | None) -> dict[str, dict[str, Any]]:
-    content = _mapping(f"{file}", None if file is None else read_yaml(file))
+    content = as_mapping(f"{file}", None if file is None else read_yaml(file))
     for name in content:
         if name not in _SECTIONS:
             kind = "section"
             raise UnknownName.of(kind, name, _SECTIONS)
-    return {name: _mapping(f"section {name!r}", content.get(name)) for name in _SECTIONS}
+    return {name: as_mapping(f"section {name!r}", content.get(name)) for name in _SECTIONS}
 
 
 def _settings(sections: Mapping[str, dict[str, Any]], preset: str | None) -> TransferSettings:
@@ -256,13 +257,3 @@ def _check(train: TrainConfig, few_shot: Mapping[str, Any]) -> None:
 def _safe(name: str) -> str:
     """`name` as a part of a folder's name."""
     return re.sub(r"[^\w.-]+", "_", name)
-
-
-def _mapping(where: str, value: object) -> dict[str, Any]:
-    """`value` with text keys; nothing is an empty one."""
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        message = f"Expected keys and values in {where}, found {value!r}."
-        raise ConfigError(message)
-    return {str(key): item for key, item in cast("dict[object, Any]", value).items()}

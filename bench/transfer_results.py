@@ -5,22 +5,21 @@ results.jsonl  a line per direction, way, number of training items and seed, app
 rows.jsonl     a row per direction, way, number and label: means over seeds, intervals by prompt
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from agiqa.bench.predictions import read_predictions
+from agiqa.bench.result_folders import ABOUT, RESULTS, write_about
 from agiqa.bench.result_lines import Line, LineFile
 from agiqa.bench.rows import adjust_by_holm, scores_over_seeds, summary
 from agiqa.bench.transfer_plan import PlannedLine, TransferPlan, completed
 from agiqa.errors import DataError
 from agiqa.heads.comparing import SeedScores
 from agiqa.heads.labels import parse_labels
-from agiqa.store.files import read_json, write_text_atomically
+from agiqa.store.files import read_json
 from agiqa.store.provenance import differences
 
-ABOUT, RESULTS, ROWS = "about.json", "results.jsonl", "rows.jsonl"
 _COMPARED = {"tp": "apply", "warm": "fresh"}
 """Which way another one is compared with, on the same test items and training items."""
 
@@ -42,7 +41,7 @@ class TransferResults(LineFile):
 
         _check_about(out / ABOUT, about)
         super().__init__(out / RESULTS, kind="a transfer", keys={}, kept="the lines before are kept", check=check)
-        write_text_atomically(out / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+        write_about(out, about)
 
 
 def _check_about(path: Path, about: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from agiqa.bench.row_text import score_text
 from agiqa.bench.tables import as_table
 
 _METRICS = ("srcc", "plcc")
@@ -75,12 +76,4 @@ def _label_cell(rows: Sequence[Row], row: Row) -> list[str]:
 
 def _cells(row: Row) -> list[str]:
     """SRCC and PLCC with their intervals."""
-    return [_cell(row["test"], metric) for metric in _METRICS]
-
-
-def _cell(test: Mapping[str, Any] | None, metric: str) -> str:
-    if test is None or test[metric] is None:
-        return "-"
-    interval = test["ci"][metric]
-    around = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
-    return f"{test[metric]:.4f}{around}"
+    return [score_text(row["test"], metric, undefined="-") for metric in _METRICS]

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import StoreLocation, failures, output_options, print_result
+from agiqa.commands.common import StoreLocation, fail_if_any, output_options, print_result
 
 
 class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
@@ -74,10 +74,10 @@ def command(
     the paired difference to the best row by validation, and baselines without a head. Nothing is chosen by test
     results. `agiqa report OUT` makes pictures and a page of it.
     """
-    from agiqa.bench.ablation import RESULTS, ROWS, run_ablation
+    from agiqa.bench.ablation import run_ablation
     from agiqa.bench.grids import find_grid, generators_of, read_grid
+    from agiqa.bench.result_folders import RESULTS, ROWS
     from agiqa.bench.row_text import rows_text
-    from agiqa.errors import HeadError
     from agiqa.store import open_store
 
     stores = {"main" if named else "": open_store(store)}
@@ -98,7 +98,4 @@ def command(
         "table": done.rows,
     }
     print_result(result, rows_text(done.rows), as_json=as_json)
-    if done.failed:
-        what = f"{len(done.failed)} of {len(plan)} runs failed"
-        message = f"{what}; the same command tries them again:\n{failures(done.failed)}"
-        raise HeadError(message)
+    fail_if_any(done.failed, total=len(plan), what="runs")

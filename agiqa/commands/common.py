@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from agiqa.errors import ConfigError, UnknownName
+from agiqa.errors import ConfigError, HeadError, UnknownName
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -140,6 +140,13 @@ def failures(failed: Mapping[str, str]) -> str:
         f"  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {error}"
         for error, names in names_of.items()
     )
+
+
+def fail_if_any(failed: Mapping[str, str], *, total: int, what: str) -> None:
+    """Raise HeadError, which ends the command with exit code 1, where any of the `total` runs or results failed."""
+    if failed:
+        message = f"{len(failed)} of {total} {what} failed; the same command tries them again:\n{failures(failed)}"
+        raise HeadError(message)
 
 
 def table(rows: Mapping[str, Any]) -> str:

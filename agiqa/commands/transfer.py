@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import StoreLocation, failures, output_options, print_result
+from agiqa.commands.common import StoreLocation, fail_if_any, output_options, print_result
 
 
 class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
@@ -71,12 +71,11 @@ def command(
     one W_lm and, of sketches, one basis. Each data set is tested on its own test part, on which nothing is chosen.
     The same command again trains what is missing or failed.
     """
+    from agiqa.bench.result_folders import RESULTS
     from agiqa.bench.transfer import run_transfer
     from agiqa.bench.transfer_plan import read_transfer_settings
-    from agiqa.bench.transfer_results import RESULTS
     from agiqa.bench.transfer_sides import named
     from agiqa.bench.transfer_tables import transfer_text
-    from agiqa.errors import HeadError
     from agiqa.store import open_store
 
     settings = read_transfer_settings(config, {"label": label, "split": split}, preset=preset)
@@ -90,7 +89,4 @@ def command(
         "rows": done.rows,
     }
     print_result(result, transfer_text(done.rows), as_json=as_json)
-    if done.failed:
-        what = f"{len(done.failed)} of {done.lines} results failed"
-        message = f"{what}; the same command tries them again:\n{failures(done.failed)}"
-        raise HeadError(message)
+    fail_if_any(done.failed, total=done.lines, what="results")

@@ -5,14 +5,17 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
-from agiqa.bench.report.naming import METRIC_NAMES, plural, protocol_name, row_titles, slug
-from agiqa.bench.report.reading import METRICS, RUNS, Results, Row, read_json
+from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_name, row_titles, slug
+from agiqa.bench.report.reading import METRICS, Results, Row, read_json
 from agiqa.bench.report.tables import Cell, Column, Table, key_values
+from agiqa.bench.result_folders import RESULTS, ROWS, RUNS
 
 _ID_LETTERS = 16
+_ROUNDED = 0.0005
+"""Seconds by which the mean of a row may be rounded."""
 
 
-def stores_table(results: Results, *, several: bool) -> Table:
+def stores_table(results: Results) -> Table:
     """What the numbers were computed from."""
     columns = [
         Column(key="store", title="Store", kind="text"),
@@ -35,11 +38,10 @@ def stores_table(results: Results, *, several: bool) -> Table:
         ]
         for name, store in results.about.stores.items()
     ]
-    title = f"{results.name + ': ' if several else ''}stores"
-    return Table(name=slug(results.name if several else "", "stores"), title=title, columns=columns, rows=body)
+    return Table(name=slug(results.prefix, "stores"), title=results.titled("stores"), columns=columns, rows=body)
 
 
-def runs_table(results: Results, *, several: bool) -> Table:
+def runs_table(results: Results) -> Table:
     """What the runs were made with, and how many."""
     done, failed = results.done, [line for line in results.lines if line.error is not None]
     seconds = sum(line.seconds or 0.0 for line in done)
@@ -56,25 +58,55 @@ def runs_table(results: Results, *, several: bool) -> Table:
         if seconds > 5400
         else f"{seconds / 60:.1f} min of work",
     }
-    title = f"{results.name + ': ' if several else ''}runs"
-    return key_values(slug(results.name if several else "", "runs"), title, facts)
+    return key_values(slug(results.prefix, "runs"), results.titled("runs"), facts)
 
 
-def failures_table(results: Results, *, several: bool) -> Table | None:
+def failures_table(results: Results) -> Table | None:
     """Runs that have an error in the place of a result; None without any."""
     failed = [line for line in results.lines if line.error is not None]
     if not failed:
         return None
     columns = [Column(key="run", title="Run", kind="text"), Column(key="error", title="Error", kind="text")]
     body = [[Cell(value=line.name), Cell(value=line.error)] for line in failed]
-    title = f"{results.name + ': ' if several else ''}{plural(len(failed), 'failed run')}"
-    note = f"The same `agiqa {'ablate' if results.about.kind == 'ablation' else 'transfer'}` tries them again."
-    return Table(
-        name=slug(results.name if several else "", "failed"), title=title, columns=columns, rows=body, notes=[note]
-    )
+    title = results.titled(plural(len(failed), "failed run"))
+    note = f"The same `agiqa {results.about.command}` tries them again."
+    return Table(name=slug(results.prefix, "failed"), title=title, columns=columns, rows=body, notes=[note])
 
 
-def left_out_table(results: Results, *, several: bool) -> Table | None:
+def outdated(results: Results) -> str | None:
+    """What to do where runs were added or made again since rows.jsonl was computed; None where it is of these runs.
+
+    Rows tell how many runs they are of and how long these took, which no two trainings share. Where lines lack that,
+    or some could not be read, nothing is told.
+    """
+    heads = [row for row in (*results.rows, *results.left_out) if row.kind == "head"]
+    comparable = all(line.protocol and line.seconds is not None and all(line.labels) for line in results.done)
+    if not results.lines or results.problems or not comparable or not all(row.runs for row in heads):
+        return None
+    of_rows = _tally((row.label, row.protocol, row.runs - row.failed, row.seconds) for row in heads)
+    of_lines = _tally((label, one.protocol, 1, one.seconds) for one in results.done for label in one.labels)
+    for label, protocol in of_rows | of_lines:
+        (known, took), (done, takes) = (tally.get((label, protocol), (0, 0.0)) for tally in (of_rows, of_lines))
+        if done == known and abs(takes - took) <= _ROUNDED * (known + 1):
+            continue
+        told = "runs were made again" if done == known else f"{plural(done, 'run')} done, and the rows are of {known}"
+        return (
+            f"what {RESULTS} tells since {ROWS} was computed ({label}, {protocol_name(protocol)}: {told}): run the "
+            f"same `agiqa {results.about.command}` again, which computes the rows anew, and then report."
+        )
+    return None
+
+
+def _tally(counted: Iterable[tuple[str, str, int, float | None]]) -> dict[tuple[str, str], tuple[int, float]]:
+    """Runs and seconds by label and protocol, of (label, protocol, runs, mean seconds)."""
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for label, protocol, runs, seconds in counted:
+        before, took = found.get((label, protocol), (0, 0.0))
+        found[label, protocol] = before + runs, took + runs * (seconds or 0.0)
+    return found
+
+
+def left_out_table(results: Results) -> Table | None:
     """Rows without a number, and why; None without any."""
     if not results.left_out:
         return None
@@ -87,7 +119,7 @@ def left_out_table(results: Results, *, several: bool) -> Table | None:
     body = [
         [
             Cell(
-                value=" @ ".join(part for part in (row.row, row.store_name) if part),
+                value=on_store(row.row, row.store_name),
                 tag="baseline" if row.kind == "baseline" else None,
             ),
             Cell(value=protocol_name(row.protocol)),
@@ -96,11 +128,11 @@ def left_out_table(results: Results, *, several: bool) -> Table | None:
         ]
         for row in results.left_out
     ]
-    title = f"{results.name + ': ' if several else ''}rows without a number"
-    return Table(name=slug(results.name if several else "", "left-out"), title=title, columns=columns, rows=body)
+    title = results.titled("rows without a number")
+    return Table(name=slug(results.prefix, "left-out"), title=title, columns=columns, rows=body)
 
 
-def bias_table(results: Results, *, several: bool) -> Table | None:
+def bias_table(results: Results) -> Table | None:
     """The epoch chosen by the test score beside the honest one, means over runs; None where no run recorded it."""
     rows = [(row, found) for row in results.rows for found in [_biases(results, row)] if found]
     if not rows:
@@ -121,8 +153,8 @@ def bias_table(results: Results, *, several: bool) -> Table | None:
     columns += [Column(key="runs", title="Runs", kind="count")]
     body: list[list[Cell]] = []
     for row, found in rows:
-        title = " @ ".join(part for part in (titles[row.row], row.store_name) if part)
-        cells = [Cell(value=title), Cell(value=protocol_name(row.protocol)), Cell(value=row.label)]
+        name = on_store(titles[row.row], row.store_name)
+        cells = [Cell(value=name), Cell(value=protocol_name(row.protocol)), Cell(value=row.label)]
         for metric in METRICS:
             best, bias = (fmean(one[kind][metric] for one in found) for kind in ("best", "bias"))
             cells += [Cell(value=best - bias), Cell(value=best), Cell(value=bias)]
@@ -133,18 +165,14 @@ def bias_table(results: Results, *, several: bool) -> Table | None:
         "Bias is what that choice adds (and, with `refit`, what the second training changes). Means over runs, fold by "
         "fold, which is not what the other tables average."
     )
-    title = f"{results.name + ': ' if several else ''}best epoch on test beside the honest number"
-    return Table(
-        name=slug(results.name if several else "", "bias"), title=title, columns=columns, rows=body, notes=[note]
-    )
+    title = results.titled("best epoch on test beside the honest number")
+    return Table(name=slug(results.prefix, "bias"), title=title, columns=columns, rows=body, notes=[note])
 
 
 def _biases(results: Results, row: Row) -> list[dict[str, dict[str, float]]]:
     """`best` and `bias` of each metric, for every run of the row that recorded both."""
-    same = (row.row, row.protocol, row.store_name)
-    lines = [line for line in results.done if (line.row, line.protocol, line.store_name) == same and row.kind == "head"]
     found: list[dict[str, dict[str, float]]] = []
-    for line in lines:
+    for line in results.runs_of(row):
         told: Any = line.paper_compatible
         if told is None:
             told = (read_json(results.folder / RUNS / line.name / "metrics.json") or {}).get("paper_compatible")

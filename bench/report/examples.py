@@ -76,7 +76,7 @@ class Examples:
         return Table(name=self.name, title=self.title, columns=columns, rows=body, notes=self.notes)
 
 
-def examples_of(results: Results, found: Predictions, head: str, *, images: Path | None, several: bool) -> Examples:
+def examples_of(results: Results, found: Predictions, head: str, *, images: Path | None) -> Examples:
     """The best and worst items of a head, called `head`, each once; ties in the order of the file."""
     row = found.row
     order = np.argsort(np.abs(found.error), kind="stable")
@@ -104,8 +104,8 @@ def examples_of(results: Results, found: Predictions, head: str, *, images: Path
     notes += [f"{plural(absent, 'image')} could not be read in {images}."] if absent else []
     notes += [why] if why else []
     return Examples(
-        name=slug(results.name if several else "", "items", row.label, row.protocol),
-        title=f"Best and worst items: {group_title(results, row.label, row.protocol, several=several)}",
+        name=slug(results.prefix, "items", row.label, row.protocol),
+        title=f"Best and worst items: {group_title(results, row.label, row.protocol)}",
         worst=tuple(example(k) for k in order[::-1][:count]),
         best=tuple(example(k) for k in order[:count]),
         notes=tuple(notes),

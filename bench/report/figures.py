@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,28 @@ def draw(
         png=png.getvalue(),
         is_wide=is_wide,
     )
+
+
+def whiskered_line(
+    axes: Axes,
+    points: Iterable[tuple[float, float | None, tuple[float, float] | None]],
+    *,
+    colour: str,
+    marker: str,
+    label: str,
+    size: float,
+    width: float,
+) -> None:
+    """A line of marked points, each (place, value, interval), with a thin bar over its interval.
+
+    Points without a value are left out; `size` of the markers and `width` of the line are in points of a print.
+    """
+    known = [(at, value, interval) for at, value, interval in points if value is not None]
+    places, values = [at for at, _, _ in known], [value for _, value, _ in known]
+    axes.plot(places, values, color=colour, marker=marker, markersize=size, linewidth=width, label=label)
+    for at, _, interval in known:
+        if interval is not None:
+            axes.plot([at, at], interval, color=colour, linewidth=1.0, alpha=0.6)
 
 
 def tidy(axes: Axes, *, grid: str = "both") -> None:

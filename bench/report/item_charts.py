@@ -11,13 +11,14 @@ from agiqa.bench.pictures import FIT_DEGREE, fit_polynomial
 from agiqa.bench.report.figures import COLOURS, INK, MUTED, PAPER, SMALL, Picture, draw, safe, tidy
 from agiqa.bench.report.naming import plural, protocol_name, slug
 from agiqa.bench.report.predictions import Floats, Predictions
+from agiqa.bench.report.reading import Results
 
 _FEWEST = 3
 _VECTORS = 400
 """Points above this are pixels in an SVG, so that a page of many items stays small."""
 
 
-def scatter_chart(found: Predictions, title: str, *, prefix: str) -> Picture | None:
+def scatter_chart(results: Results, found: Predictions, title: str) -> Picture | None:
     """Fig. 5 for one row, with residuals; None for fewer than three items."""
     if len(found.true) < _FEWEST:
         return None
@@ -49,8 +50,8 @@ def scatter_chart(found: Predictions, title: str, *, prefix: str) -> Picture | N
     )
     missing = f" Predictions of {plural(len(found.missing), 'run')} are missing." if found.missing else ""
     return draw(
-        slug(prefix, "scatter", row.label, row.protocol, row.store_name),
-        f"{prefix + ': ' if prefix else ''}predicted against true MOS, {row.label}, {protocol_name(row.protocol)}",
+        slug(results.prefix, "scatter", row.label, row.protocol, row.store_name),
+        results.titled(f"predicted against true MOS, {row.label}, {protocol_name(row.protocol)}"),
         alt=_told(found, title, scores),
         caption=caption + missing,
         height=5.4,

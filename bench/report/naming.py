@@ -40,10 +40,14 @@ def row_titles(rows: Iterable[Row]) -> dict[str, str]:
     return {name: title if seen[title] == 1 else name for name, title in titles.items()}
 
 
-def group_title(results: Results, label: str, protocol: str, *, several: bool) -> str:
+def on_store(title: str, store: str) -> str:
+    """`title @ store`; the title alone where the store has no name."""
+    return f"{title} @ {store}" if store else title
+
+
+def group_title(results: Results, label: str, protocol: str) -> str:
     """What a table of rows of one label and protocol is called."""
-    where = f"{results.name}: " if several else ""
-    return f"{where}{label}, {protocol_name(protocol)}"
+    return results.titled(f"{label}, {protocol_name(protocol)}")
 
 
 def slug(*parts: str) -> str:

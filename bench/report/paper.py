@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from agiqa.bench.report.naming import METRIC_NAMES, row_titles, slug
+from agiqa.bench.report.naming import METRIC_NAMES, on_store, row_titles, slug
 from agiqa.bench.report.reading import METRICS, AboutStore, Results, Row
 from agiqa.bench.report.row_tables import score_cell
 from agiqa.bench.report.tables import Cell, Column, Table
@@ -91,14 +91,14 @@ def paper() -> Paper:
     return Paper.model_validate(yaml.safe_load(NUMBERS.read_text(encoding="utf-8")))
 
 
-def paper_tables(results: Results, *, several: bool) -> list[Table]:
+def paper_tables(results: Results) -> list[Table]:
     """A table for each data set and label that the paper has, where a row of ours means the same as one of its."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
         data, label = paper().data_set(results.store(row.store_name).data_name), paper().label(row.label)
         if row.kind == "head" and data and label and row.protocol in PROTOCOLS:
             found.setdefault((data, label), []).append(row)
-    tables = [_table(results, data, label, rows, several=several) for (data, label), rows in found.items()]
+    tables = [_table(results, data, label, rows) for (data, label), rows in found.items()]
     return [table for table in tables if table is not None]
 
 
@@ -124,7 +124,7 @@ def comparable(stores: Sequence[AboutStore]) -> str:
     )
 
 
-def _table(results: Results, data: str, label: str, rows: Sequence[Row], *, several: bool) -> Table | None:
+def _table(results: Results, data: str, label: str, rows: Sequence[Row]) -> Table | None:
     facts = [one for one in paper().rows if (one.data, one.label) == (data, label)]
     matches = {k: [row for row in rows if _means_the_same(results, row, fact)] for k, fact in enumerate(facts)}
     if not any(matches.values()):
@@ -155,9 +155,9 @@ def _table(results: Results, data: str, label: str, rows: Sequence[Row], *, seve
         "one seed.",
         *([f"Without a counterpart here: {', '.join(others)}."] if others else []),
     ]
-    title = f"{results.name + ': ' if several else ''}{data}, {label}"
+    title = results.titled(f"{data}, {label}")
     return Table(
-        name=slug(results.name if several else "", "paper", data, label),
+        name=slug(results.prefix, "paper", data, label),
         title=title,
         columns=columns,
         rows=body,
@@ -175,13 +175,12 @@ def _line(fact: PaperRow, matches: Sequence[Row], protocols: Sequence[str], titl
         for protocol in protocols
         for metric in METRICS
     ]
-    title = " @ ".join(part for part in (titles[best.row], best.store_name) if part)
     return [
         Cell(value=fact.name),
         Cell(value=fact.table),
         Cell(value=fact.srcc),
         Cell(value=fact.plcc),
-        Cell(value=title),
+        Cell(value=on_store(titles[best.row], best.store_name)),
         *ours,
     ]
 
@@ -201,8 +200,7 @@ def _means_the_same(results: Results, row: Row, fact: PaperRow) -> bool:
 
 def settings_of(results: Results, row: Row) -> dict[str, Any]:
     """All settings of the runs of a row, as far as they are recorded."""
-    same = (row.row, row.protocol, row.store_name)
-    line = next((line for line in results.done if (line.row, line.protocol, line.store_name) == same), None)
+    line = next(iter(results.runs_of(row)), None)
     return {**(line.config if line else {}), **row.settings}
 
 

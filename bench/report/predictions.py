@@ -1,17 +1,17 @@
 """The predictions behind a row: of each test item the mean over seeds, from the run folders or a baseline's file."""
 
-import csv
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.bench.report.reading import RUNS, Results, Row
+from agiqa.bench.predictions import read_predictions
+from agiqa.bench.report.reading import Results, Row
+from agiqa.bench.result_folders import RUNS
+from agiqa.errors import DataError
+from agiqa.heads.runs import PREDICTIONS
 
 Floats = NDArray[np.float64]
-_FILE = "predictions.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +37,23 @@ class Predictions:
 
 def predictions_of(results: Results, row: Row) -> Predictions | None:
     """The predictions of a head's row; None where no run has any. Items of several folds stand together."""
-    same = (row.row, row.protocol, row.store_name)
     found: dict[tuple[str, str], tuple[float, list[float]]] = {}
     missing: list[str] = []
     runs = 0
-    for line in results.done:
-        if (line.row, line.protocol, line.store_name) != same or row.label not in line.labels:
+    for line in results.runs_of(row):
+        if row.label not in line.labels:
             continue
-        label = row.label if len(line.labels) > 1 else None
+        path = results.folder / RUNS / line.name / PREDICTIONS
         try:
-            tested = list(_test_rows(results.folder / RUNS / line.name / _FILE, label))
-        except (OSError, KeyError, ValueError, csv.Error) as error:
-            reason = "not there" if isinstance(error, FileNotFoundError) else f"not readable ({error!r})"
-            missing.append(f"{RUNS}/{line.name}/{_FILE} is {reason}")
+            table = read_predictions(path, line.labels, row.label)
+        except DataError as error:
+            cause = error.__cause__
+            reason = "not there" if isinstance(cause, FileNotFoundError) else f"not readable ({cause!r})"
+            missing.append(f"{RUNS}/{line.name}/{PREDICTIONS} is {reason}")
             continue
         runs += 1
-        for item, true, predicted in tested:
+        items = zip(table.names, table.prompts, strict=True)
+        for item, true, predicted in zip(items, table.mos.tolist(), table.predicted.tolist(), strict=True):
             found.setdefault(item, (true, []))[1].append(predicted)
     if not found:
         return None
@@ -66,16 +67,3 @@ def predictions_of(results: Results, row: Row) -> Predictions | None:
         runs=runs,
         missing=tuple(missing),
     )
-
-
-def _test_rows(path: Path, label: str | None) -> Iterator[tuple[tuple[str, str], float, float]]:
-    """Name and prompt, true and predicted MOS of the test items of a run folder."""
-    end = "" if label is None else f"_{label}"
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["split"] == "test":
-                true, predicted = float(row[f"mos{end}"]), float(row[f"predicted{end}"])
-                if not np.isfinite([true, predicted]).all():
-                    message = f"{row['name']} has a MOS that is not finite"
-                    raise ValueError(message)
-                yield (row["name"], row["prompt"]), true, predicted

@@ -17,7 +17,7 @@ Spokes = list[tuple[str, str]]
 """Label and metric of each axis."""
 
 
-def radar_chart(results: Results, protocol: str, store: str, *, several: bool) -> Picture | None:
+def radar_chart(results: Results, protocol: str, store: str) -> Picture | None:
     """The radar of one protocol and store; None for fewer than three axes: two aspects have four."""
     rows = [row for row in results.rows if row.protocol == protocol and row.store_name == store and row.kind == "head"]
     spokes: Spokes = [(label, metric) for metric in METRICS for label in dict.fromkeys(row.label for row in rows)]
@@ -47,8 +47,8 @@ def radar_chart(results: Results, protocol: str, store: str, *, several: bool) -
         f"{label} {METRIC_NAMES[metric]} {value:.3f}" for (label, metric), value in zip(spokes, values, strict=True)
     )
     return draw(
-        slug(results.name if several else "", "radar", protocol, store),
-        f"{results.name + ': ' if several else ''}aspects, {protocol_name(protocol)}",
+        slug(results.prefix, "radar", protocol, store),
+        results.titled(f"aspects, {protocol_name(protocol)}"),
         alt=f"Radar over {len(spokes)} axes of {plural(len(heads), 'head')}. {titles[name]}: {told}.",
         caption=f"Test SRCC and PLCC of the {plural(len(heads), 'head')} with the best mean validation SRCC.{beside}",
         height=4.3,

@@ -7,7 +7,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from agiqa.bench.report.figures import COLOURS, MUTED, SMALL, Picture, draw, safe, shortened, styles, tidy
+from agiqa.bench.report.figures import (
+    COLOURS,
+    MUTED,
+    SMALL,
+    Picture,
+    draw,
+    safe,
+    shortened,
+    styles,
+    tidy,
+    whiskered_line,
+)
 from agiqa.bench.report.naming import plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import Results, Row
 from agiqa.bench.report.row_tables import score_cell
@@ -44,7 +55,7 @@ def energy_share(results: Results, rank: int) -> float | None:
     return None if energy is None or rank > len(energy) else float(energy[:rank].sum() / energy.sum())
 
 
-def rank_table(results: Results, label: str, protocol: str, *, several: bool) -> Table | None:
+def rank_table(results: Results, label: str, protocol: str) -> Table | None:
     """Rank, energy kept, and the scores of each head."""
     points = rank_points(results, label, protocol)
     if not points:
@@ -68,10 +79,10 @@ def rank_table(results: Results, label: str, protocol: str, *, several: bool) ->
         for name, rows in points.items()
         for rank, row in rows
     ]
-    title = f"{results.name + ': ' if several else ''}by rank, {label}, {protocol_name(protocol)}"
+    title = results.titled(f"by rank, {label}, {protocol_name(protocol)}")
     note = "Energy kept: the share of the second moment of the logits that the leading directions of the sketch hold."
     return Table(
-        name=slug(results.name if several else "", "rank", label, protocol),
+        name=slug(results.prefix, "rank", label, protocol),
         title=title,
         columns=columns,
         rows=body,
@@ -79,7 +90,7 @@ def rank_table(results: Results, label: str, protocol: str, *, several: bool) ->
     )
 
 
-def rank_chart(results: Results, label: str, protocol: str, *, several: bool) -> Picture | None:
+def rank_chart(results: Results, label: str, protocol: str) -> Picture | None:
     """Energy against rank above, SRCC against rank below; either alone where the other is not known."""
     points, spectra = rank_points(results, label, protocol), _spectra(results)
     if not points and not spectra:
@@ -93,7 +104,9 @@ def rank_chart(results: Results, label: str, protocol: str, *, several: bool) ->
             _energies(panels[0], spectra, _ranks(results))
         if shown:
             for (name, rows), (colour, marker) in zip(shown.items(), styles(list(shown)).values(), strict=True):
-                _scores(panels[-1], rows, colour, marker, safe(shortened(titles[name])))
+                line = [(rank, row.value("srcc"), row.interval("srcc")) for rank, row in rows]
+                head = safe(shortened(titles[name]))
+                whiskered_line(panels[-1], line, colour=colour, marker=marker, label=head, size=4, width=1.4)
             panels[-1].set_ylabel("test SRCC")
         for axes in panels:
             axes.set_xscale("log", base=2)
@@ -110,8 +123,8 @@ def rank_chart(results: Results, label: str, protocol: str, *, several: bool) ->
     told = f"Above: {parts[0]}. Below: {parts[1]}." if len(parts) == 2 else f"{parts[0].capitalize()}."
     more = f" {len(points) - len(shown)} further rows are in the table only." if len(points) > len(shown) else ""
     return draw(
-        slug(results.name if several else "", "energy", label, protocol),
-        f"{results.name + ': ' if several else ''}{' and '.join(panels)} against rank",
+        slug(results.prefix, "energy", label, protocol),
+        results.titled(f"{' and '.join(panels)} against rank"),
         alt=_told(results, points, titles),
         caption=told + more,
         height=2.0 * (bool(shown) + bool(spectra)) + 0.6 + 0.1 * len(shown),
@@ -173,23 +186,6 @@ def _energies(axes: Axes, spectra: Mapping[str, np.ndarray], ranks: set[int]) ->
                 safe(shortened(name)), (len(energy), kept[-1]), ha="right", va="top", fontsize=SMALL, color=colour
             )
     axes.set_ylabel("energy kept")
-
-
-def _scores(axes: Axes, rows: Sequence[tuple[int, Row]], colour: str, marker: str, label: str) -> None:
-    values = [(rank, row.value("srcc"), row.interval("srcc")) for rank, row in rows]
-    known = [(rank, value, interval) for rank, value, interval in values if value is not None]
-    axes.plot(
-        [rank for rank, _, _ in known],
-        [value for _, value, _ in known],
-        color=colour,
-        marker=marker,
-        markersize=4,
-        linewidth=1.4,
-        label=label,
-    )
-    for rank, _, interval in known:
-        if interval is not None:
-            axes.plot([rank, rank], interval, color=colour, linewidth=1.0, alpha=0.6)
 
 
 def _told(results: Results, points: Points, titles: Mapping[str, str]) -> str:

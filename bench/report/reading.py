@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from agiqa.bench.result_folders import ABOUT, RESULTS, ROWS
 from agiqa.errors import DataError
 from agiqa.store.files import whole_lines
 
-ABOUT, ROWS, RESULTS, RUNS, BASELINES = "about.json", "rows.jsonl", "results.jsonl", "runs", "baselines"
 METRICS = ("srcc", "plcc")
 CONFIDENT = 0.05
 """A corrected p-value below this tells two rows apart."""
@@ -167,6 +167,11 @@ class About(_Record):
     shared: Any = None
     """Of a transfer: of each direction `A -> B`, how many test items of B have a prompt that A trained on."""
 
+    @property
+    def command(self) -> str:
+        """What makes such results: `agiqa COMMAND`."""
+        return {"ablation": "ablate", "transfer": "transfer"}[self.kind]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
@@ -183,6 +188,12 @@ class Results:
     """The last line of each run."""
     problems: tuple[str, ...]
     """What could not be read."""
+    prefix: str = ""
+    """What tells its files, titles and sentences from those of other folders of one report; empty if it is alone."""
+
+    def titled(self, text: str) -> str:
+        """The text, and of which folder it tells where there are several."""
+        return f"{self.prefix}: {text}" if self.prefix else text
 
     @property
     def done(self) -> list[RunLine]:
@@ -192,6 +203,20 @@ class Results:
     def store(self, name: str) -> AboutStore:
         """What is known of a store, which may be nothing."""
         return self.about.stores.get(name, AboutStore())
+
+    def runs_of(self, row: Row) -> list[RunLine]:
+        """The runs behind the row of a head that have a result; none of a baseline.
+
+        Lines of a transfer name no store: their row does.
+        """
+        if row.kind == "baseline":
+            return []
+        stores = ("", row.store_name)
+        return [
+            line
+            for line in self.done
+            if line.of_row == row.row and line.protocol == row.protocol and line.store_name in stores
+        ]
 
     def groups(self) -> list[tuple[str, str]]:
         """The labels and protocols of the rows, label by label, honest protocols first."""
@@ -232,18 +257,18 @@ def read_all(folders: Sequence[Path]) -> list[Results]:
         name if names.count(name) == 1 else "/".join(path.parts[-2:])
         for name, path in zip(names, resolved, strict=True)
     ]
-    return [_read(folder, name) for folder, name in zip(folders, told, strict=True)]
+    return [_read(folder, name, name if len(folders) > 1 else "") for folder, name in zip(folders, told, strict=True)]
 
 
-def _read(folder: Path, name: str) -> Results:
+def _read(folder: Path, name: str, prefix: str) -> Results:
     problems: list[str] = []
     about = _read_about(folder)
     rows = _read_lines(folder / ROWS, Row, problems)
     lines = {line.name: line for line in _read_lines(folder / RESULTS, RunLine, problems)}
     if not rows:
-        made = f"its runs all failed, or `agiqa {_COMMANDS[about.kind]}` has not ended" if lines else "nothing was run"
+        made = f"its runs all failed, or `agiqa {about.command}` has not ended" if lines else "nothing was run"
         message = (
-            f"{folder / ROWS} holds no results: {made}. Run the same `agiqa {_COMMANDS[about.kind]}` again, which "
+            f"{folder / ROWS} holds no results: {made}. Run the same `agiqa {about.command}` again, which "
             "goes on where it was, and then report."
         )
         raise DataError(message)
@@ -256,10 +281,8 @@ def _read(folder: Path, name: str) -> Results:
         left_out=tuple(row for row in rows if row not in has_numbers),
         lines=tuple(lines.values()),
         problems=tuple(problems),
+        prefix=prefix,
     )
-
-
-_COMMANDS = {"ablation": "ablate", "transfer": "transfer"}
 
 
 def _read_about(folder: Path) -> About:

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from agiqa.bench.report.figures import MUTED, PAPER, SMALL, Picture, draw, safe, shortened, styles, tidy
-from agiqa.bench.report.naming import plural, protocol_name, row_titles, slug
-from agiqa.bench.report.reading import RUNS, Results, Row
+from agiqa.bench.report.naming import on_store, plural, protocol_name, row_titles, slug
+from agiqa.bench.report.reading import Results, Row
+from agiqa.bench.result_folders import RUNS
 
 _CURVES = 7
 """Lines that can be told apart in one picture."""
@@ -21,7 +22,7 @@ _FAR, _FAR_AT_LEAST = 4.0, 0.1
 _ROW_INCHES, _DOT_INCHES = 0.14, 0.13
 
 
-def interval_chart(results: Results, label: str, stores: Sequence[str], *, several: bool) -> Picture | None:
+def interval_chart(results: Results, label: str, stores: Sequence[str]) -> Picture | None:
     """Dots and whiskers: the test SRCC of each row of `stores`, a colour for each protocol; None without numbers."""
     by_protocol: dict[str, Keyed] = {}
     for one, protocol in results.groups():
@@ -37,7 +38,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
         return None
     order = sorted(rows, key=lambda key: rows[key].kind == "baseline")
     titles = row_titles(rows.values())
-    names = [" @ ".join([titles[name], *([store] if len(stores) > 1 else [])]) for name, store in order]
+    names = [on_store(titles[name], store if len(stores) > 1 else "") for name, store in order]
     heads = sum(rows[key].kind == "head" for key in order)
     where = ", ".join(part for part in (label, *(stores if len(stores) == 1 else ())) if part)
 
@@ -63,8 +64,8 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
             figure.legend(loc="outside upper right", ncols=min(3, len(by_protocol)), fontsize=SMALL, handletextpad=0.3)
 
     return draw(
-        slug(results.name if several else "", "intervals", label, *(stores if len(stores) == 1 else ())),
-        f"{results.name + ': ' if several else ''}test SRCC of every row, {where}",
+        slug(results.prefix, "intervals", label, *(stores if len(stores) == 1 else ())),
+        results.titled(f"test SRCC of every row, {where}"),
         alt=_told_intervals(by_protocol, titles),
         caption="Dots: means over seeds. Whiskers: 95% intervals over prompts. Hollow, below the dots: baselines."
         + further,
@@ -74,7 +75,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str], *, sever
     )
 
 
-def curves_chart(results: Results, label: str, protocol: str, *, several: bool) -> Picture | None:
+def curves_chart(results: Results, label: str, protocol: str) -> Picture | None:
     """The validation SRCC after each epoch, mean over the runs of a row, of the rows with the best validation."""
     heads = [row for row in results.of(label, protocol) if row.kind == "head"]
     found = {row.row + row.store_name: (row, _curve(results, row)) for row in heads[:_CURVES]}
@@ -87,7 +88,7 @@ def curves_chart(results: Results, label: str, protocol: str, *, several: bool) 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         for (row, curve), (colour, marker) in zip(curves.values(), styles(list(curves)).values(), strict=True):
-            name = " @ ".join(part for part in (titles[row.row], row.store_name if stores else "") if part)
+            name = on_store(titles[row.row], row.store_name if stores else "")
             epochs = range(1, len(curve) + 1)
             axes.plot(
                 epochs, curve, color=colour, marker=marker, markersize=3.5, linewidth=1.4, label=safe(shortened(name))
@@ -102,8 +103,8 @@ def curves_chart(results: Results, label: str, protocol: str, *, several: bool) 
     best = titles[next(iter(curves.values()))[0].row]
     more = f" {len(heads) - len(curves)} further heads are left out." if len(heads) > len(curves) else ""
     return draw(
-        slug(results.name if several else "", "curves", label, protocol),
-        f"{results.name + ': ' if several else ''}validation SRCC by epoch, {label}, {protocol_name(protocol)}",
+        slug(results.prefix, "curves", label, protocol),
+        results.titled(f"validation SRCC by epoch, {label}, {protocol_name(protocol)}"),
         alt=(
             f"Lines of the validation SRCC by epoch for {plural(len(curves), 'head')}; {best} goes from {first} "
             f"to {last}."
@@ -116,13 +117,7 @@ def curves_chart(results: Results, label: str, protocol: str, *, several: bool) 
 
 def _curve(results: Results, row: Row) -> list[float]:
     """The mean validation SRCC by epoch over the runs of a row, up to the last epoch that all of them reached."""
-    same = (row.row, row.protocol, row.store_name)
-    runs: list[list[float]] = []
-    for line in results.done:
-        if (line.row, line.protocol, line.store_name) == same:
-            values = _epochs(results, line.name)
-            if values:
-                runs.append(values)
+    runs = [values for line in results.runs_of(row) if (values := _epochs(results, line.name))]
     length = min((len(run) for run in runs), default=0)
     return np.mean([run[:length] for run in runs], axis=0).tolist() if length else []
 

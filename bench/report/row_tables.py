@@ -19,16 +19,16 @@ from agiqa.bench.report.tables import Cell, Column, Table
 BASELINE, REFERENCE = "baseline", "reference"
 
 
-def main_tables(results: Results, *, several: bool) -> list[Table]:
+def main_tables(results: Results) -> list[Table]:
     """The table of each label and protocol."""
-    return [_main_table(results, label, protocol, several=several) for label, protocol in results.groups()]
+    return [_main_table(results, label, protocol) for label, protocol in results.groups()]
 
 
-def optimism_tables(results: Results, *, several: bool) -> list[Table]:
+def optimism_tables(results: Results) -> list[Table]:
     """Published minus grouped of the same row, for each label of which both were run."""
     groups = results.groups()
     labels = [label for label, protocol in groups if protocol == "published" and (label, "grouped") in groups]
-    return [_optimism_table(results, label, several=several) for label in labels]
+    return [_optimism_table(results, label) for label in labels]
 
 
 def leak(results: Results, protocol: str) -> tuple[int, int] | None:
@@ -89,7 +89,7 @@ BOLD = (
 )
 
 
-def _main_table(results: Results, label: str, protocol: str, *, several: bool) -> Table:
+def _main_table(results: Results, label: str, protocol: str) -> Table:
     rows = results.of(label, protocol)
     stores = list(dict.fromkeys(row.store_name for row in rows))
     references = results.references(label, protocol)
@@ -121,8 +121,8 @@ def _main_table(results: Results, label: str, protocol: str, *, several: bool) -
         cells += [*(cell for metric in METRICS for cell in difference_cells(row, metric)), *_training(row)]
         body.append(cells)
     return Table(
-        name=slug(results.name if several else "", label, protocol),
-        title=group_title(results, label, protocol, several=several),
+        name=slug(results.prefix, label, protocol),
+        title=group_title(results, label, protocol),
         columns=columns,
         rows=body,
         notes=[*_notes(results, label, protocol), *([BOLD] if any(bold.values()) else [])],
@@ -210,7 +210,7 @@ def _smallest_p(rows: Sequence[Row]) -> str | None:
     return None
 
 
-def _optimism_table(results: Results, label: str, *, several: bool) -> Table:
+def _optimism_table(results: Results, label: str) -> Table:
     """Both protocols side by side, in the order of the grouped one."""
     pairs = [
         (grouped, published)
@@ -247,9 +247,9 @@ def _optimism_table(results: Results, label: str, *, several: bool) -> Table:
         "two test on "
         "different images, so a small difference of either sign is no more than chance."
     )
-    title = f"{results.name + ': ' if several else ''}{label}, published beside grouped"
+    title = results.titled(f"{label}, published beside grouped")
     return Table(
-        name=slug(results.name if several else "", label, "optimism"),
+        name=slug(results.prefix, label, "optimism"),
         title=title,
         columns=columns,
         rows=body,

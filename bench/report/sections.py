@@ -5,7 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agiqa.bench.report.bookkeeping import bias_table, failures_table, left_out_table, runs_table, stores_table
+from agiqa.bench.report.bookkeeping import (
+    bias_table,
+    failures_table,
+    left_out_table,
+    outdated,
+    runs_table,
+    stores_table,
+)
 from agiqa.bench.report.examples import Examples, examples_of
 from agiqa.bench.report.figures import Picture
 from agiqa.bench.report.item_charts import scatter_chart
@@ -55,36 +62,31 @@ class Content:
 
 def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequence[str]) -> Content:
     """The content of a report on these results."""
-    several = len(everything) > 1
     ablations = [one for one in everything if one.about.kind == "ablation"]
     transfers = [one for one in everything if one.about.kind == "transfer"]
-    items, unread = _item_blocks(ablations, images, several=several)
+    items, unread = _item_blocks(ablations, images)
     sections = [
-        Section(name="rows", title="Heads and baselines", blocks=_row_blocks(ablations, several=several)),
-        Section(name="transfer", title="Across data sets", blocks=_transfer_blocks(transfers, several=several)),
-        Section(
-            name="optimism", title="What the published split adds", blocks=_optimism_blocks(ablations, several=several)
-        ),
-        Section(name="paper", title="Beside the paper", blocks=_paper_blocks(ablations, several=several)),
+        Section(name="rows", title="Heads and baselines", blocks=_row_blocks(ablations)),
+        Section(name="transfer", title="Across data sets", blocks=_transfer_blocks(transfers)),
+        Section(name="optimism", title="What the published split adds", blocks=_optimism_blocks(ablations)),
+        Section(name="paper", title="Beside the paper", blocks=_paper_blocks(ablations)),
         Section(name="items", title="Item by item", blocks=items),
-        Section(name="ranks", title="Energy and rank", blocks=_rank_blocks(ablations, several=several)),
-        Section(
-            name="bias",
-            title="Choosing the epoch on test",
-            blocks=_some(bias_table(one, several=several) for one in everything),
-        ),
-        Section(name="curves", title="Training curves", blocks=_curve_blocks(ablations, several=several)),
-        Section(name="failed", title="Failed and left out", blocks=_failed_blocks(everything, several=several)),
+        Section(name="ranks", title="Energy and rank", blocks=_rank_blocks(ablations)),
+        Section(name="bias", title="Choosing the epoch on test", blocks=_some(map(bias_table, everything))),
+        Section(name="curves", title="Training curves", blocks=_curve_blocks(ablations)),
+        Section(name="failed", title="Failed and left out", blocks=_failed_blocks(everything)),
     ]
     found = [section for section in sections if section.blocks]
     about = [
         Section(name="method", title="How the numbers are made", words=METHOD),
-        Section(name="provenance", title="Provenance", blocks=_provenance_blocks(everything, several=several)),
+        Section(name="provenance", title="Provenance", blocks=_provenance_blocks(everything)),
     ]
-    problems = [f"{one.name}: {problem}" if several else problem for one in everything for problem in one.problems]
+    problems = [
+        one.titled(problem) for one in everything for problem in (outdated(one), *one.problems) if problem is not None
+    ]
     return Content(
         facts=_facts(everything),
-        findings=[sentence for one in ablations for sentence in findings(one, several=several)],
+        findings=[sentence for one in ablations for sentence in findings(one)],
         notes=[*notes, *limits(everything)],
         sections=[*found, *about],
         missing=missing(_present(found, ablations, images)),
@@ -92,44 +94,41 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
     )
 
 
-def _row_blocks(ablations: Sequence[Results], *, several: bool) -> list[Block]:
+def _row_blocks(ablations: Sequence[Results]) -> list[Block]:
     blocks: list[Block | None] = []
     for one in ablations:
-        tables = main_tables(one, several=several)
+        tables = main_tables(one)
         for label in dict.fromkeys(label for label, _ in one.groups()):
             rows = [row for row in one.rows if row.label == label]
             stores = list(dict.fromkeys(row.store_name for row in rows))
             together = len({(row.row, row.store_name) for row in rows}) <= _ROWS_TOGETHER
             blocks += [
-                interval_chart(one, label, part, several=several)
-                for part in ([stores] if together else [[store] for store in stores])
+                interval_chart(one, label, part) for part in ([stores] if together else [[store] for store in stores])
             ]
             blocks += [table for table, (of, _) in zip(tables, one.groups(), strict=True) if of == label]
     return _some(blocks)
 
 
-def _transfer_blocks(transfers: Sequence[Results], *, several: bool) -> list[Block]:
+def _transfer_blocks(transfers: Sequence[Results]) -> list[Block]:
     blocks: list[Block | None] = []
     for one in transfers:
         for label, protocol in one.groups():
-            blocks += [transfer_table(one, label, protocol, several=several)]
-            blocks += [
-                shots_chart(one, way, label, protocol, several=several) for way in directions(one, label, protocol)
-            ]
-            blocks += [shots_table(one, label, protocol, several=several)]
+            blocks += [transfer_table(one, label, protocol)]
+            blocks += [shots_chart(one, way, label, protocol) for way in directions(one, label, protocol)]
+            blocks += [shots_table(one, label, protocol)]
     return _some(blocks)
 
 
-def _paper_blocks(ablations: Sequence[Results], *, several: bool) -> list[Block]:
+def _paper_blocks(ablations: Sequence[Results]) -> list[Block]:
     blocks: list[Block | None] = []
     for one in ablations:
-        blocks += paper_tables(one, several=several)
+        blocks += paper_tables(one)
         stores = dict.fromkeys((row.store_name, row.protocol) for row in one.rows)
-        blocks += [radar_chart(one, protocol, store, several=several) for store, protocol in stores]
+        blocks += [radar_chart(one, protocol, store) for store, protocol in stores]
     return _some(blocks)
 
 
-def _item_blocks(ablations: Sequence[Results], images: Path | None, *, several: bool) -> tuple[list[Block], list[str]]:
+def _item_blocks(ablations: Sequence[Results], images: Path | None) -> tuple[list[Block], list[str]]:
     """Fig. 5 of the reference row of every label and protocol, its best and worst items, and what was not readable."""
     charts: list[Block | None] = []
     lists: list[Block | None] = []
@@ -140,10 +139,10 @@ def _item_blocks(ablations: Sequence[Results], images: Path | None, *, several: 
             if found is None:
                 continue
             title = row_titles(one.of(label, protocol))[found.row.row]
-            problems += [f"{one.name}: {problem}" if several else problem for problem in found.missing]
-            charts.append(scatter_chart(found, title, prefix=one.name if several else ""))
+            problems += [one.titled(problem) for problem in found.missing]
+            charts.append(scatter_chart(one, found, title))
             if protocol != "published" or (label, "grouped") not in one.groups():
-                lists.append(examples_of(one, found, title, images=images, several=several))
+                lists.append(examples_of(one, found, title, images=images))
     return _some([*charts, *lists]), problems
 
 
@@ -153,30 +152,30 @@ def _leading(one: Results, label: str, protocol: str) -> Predictions | None:
     return next((found for row in heads[:1] for found in [predictions_of(one, row)] if found), None)
 
 
-def _rank_blocks(ablations: Sequence[Results], *, several: bool) -> list[Block]:
+def _rank_blocks(ablations: Sequence[Results]) -> list[Block]:
     """Of each ablation at two ranks or more; where there is none, the energy that a sketch keeps is known still."""
     blocks: list[Block | None] = []
     for one in ablations:
         for label, protocol in one.groups():
-            table = rank_table(one, label, protocol, several=several)
-            blocks += [rank_chart(one, label, protocol, several=several), table] if table is not None else []
-    return _some(blocks or [rank_chart(one, *one.groups()[0], several=several) for one in ablations[:1]])
+            table = rank_table(one, label, protocol)
+            blocks += [rank_chart(one, label, protocol), table] if table is not None else []
+    return _some(blocks or [rank_chart(one, *one.groups()[0]) for one in ablations[:1]])
 
 
-def _curve_blocks(ablations: Sequence[Results], *, several: bool) -> list[Block]:
-    return _some(curves_chart(one, *group, several=several) for one in ablations for group in one.groups())
+def _curve_blocks(ablations: Sequence[Results]) -> list[Block]:
+    return _some(curves_chart(one, *group) for one in ablations for group in one.groups())
 
 
-def _failed_blocks(everything: Sequence[Results], *, several: bool) -> list[Block]:
-    return _some(make(one, several=several) for one in everything for make in (failures_table, left_out_table))
+def _failed_blocks(everything: Sequence[Results]) -> list[Block]:
+    return _some(make(one) for one in everything for make in (failures_table, left_out_table))
 
 
-def _provenance_blocks(everything: Sequence[Results], *, several: bool) -> list[Block]:
-    return [make(one, several=several) for one in everything for make in (stores_table, runs_table)]
+def _provenance_blocks(everything: Sequence[Results]) -> list[Block]:
+    return [make(one) for one in everything for make in (stores_table, runs_table)]
 
 
-def _optimism_blocks(ablations: Sequence[Results], *, several: bool) -> list[Block]:
-    return [table for one in ablations for table in optimism_tables(one, several=several)]
+def _optimism_blocks(ablations: Sequence[Results]) -> list[Block]:
+    return [table for one in ablations for table in optimism_tables(one)]
 
 
 def _some(blocks: Iterable[Block | None]) -> list[Block]:

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from agiqa.bench.report.figures import MUTED, SMALL, Picture, draw, styles, tidy
+from agiqa.bench.report.figures import MUTED, SMALL, Picture, draw, styles, tidy, whiskered_line
 from agiqa.bench.report.naming import METRIC_NAMES, listed, protocol_name, slug
 from agiqa.bench.report.paper import PaperTransfer, comparable, paper
 from agiqa.bench.report.reading import METRICS, Results, Row
@@ -56,7 +55,7 @@ def directions(results: Results, label: str, protocol: str) -> list[Direction]:
     ]
 
 
-def transfer_table(results: Results, label: str, protocol: str, *, several: bool) -> Table | None:
+def transfer_table(results: Results, label: str, protocol: str) -> Table | None:
     """Table VI: a row per direction; ways in columns, the paper's numbers beside ours."""
     found = directions(results, label, protocol)
     ways = [way for way in WHOLE if any(one.way(way) for one in found)]
@@ -93,9 +92,9 @@ def transfer_table(results: Results, label: str, protocol: str, *, several: bool
     ]
     notes += _shared(results, found)
     notes += [comparable(list(results.about.stores.values()))] if has_paper else []
-    title = f"{results.name + ': ' if several else ''}across data sets, {label}, {protocol_name(protocol)}"
+    title = results.titled(f"across data sets, {label}, {protocol_name(protocol)}")
     return Table(
-        name=slug(results.name if several else "", "transfer", label, protocol),
+        name=slug(results.prefix, "transfer", label, protocol),
         title=title,
         columns=columns,
         rows=body,
@@ -103,7 +102,7 @@ def transfer_table(results: Results, label: str, protocol: str, *, several: bool
     )
 
 
-def shots_table(results: Results, label: str, protocol: str, *, several: bool) -> Table | None:
+def shots_table(results: Results, label: str, protocol: str) -> Table | None:
     """SRCC and PLCC by the number of labelled items of the target."""
     found = [
         (one, way, count, row)
@@ -133,8 +132,8 @@ def shots_table(results: Results, label: str, protocol: str, *, several: bool) -
             cells += [score_cell(row, metric), Cell(value=row.test.sd.get(metric) if row.test else None)]
         body.append(cells + (difference_cells(row, "srcc") if compared else []))
     return Table(
-        name=slug(results.name if several else "", "few-shot", label, protocol),
-        title=f"{results.name + ': ' if several else ''}few-shot, {label}, {protocol_name(protocol)}",
+        name=slug(results.prefix, "few-shot", label, protocol),
+        title=results.titled(f"few-shot, {label}, {protocol_name(protocol)}"),
         columns=columns,
         rows=body,
         notes=[
@@ -144,7 +143,7 @@ def shots_table(results: Results, label: str, protocol: str, *, several: bool) -
     )
 
 
-def shots_chart(results: Results, one: Direction, label: str, protocol: str, *, several: bool) -> Picture | None:
+def shots_chart(results: Results, one: Direction, label: str, protocol: str) -> Picture | None:
     """SRCC against the number of labelled items of the target, with the head as it is for comparison."""
     shots = one.shots()
     if not shots:
@@ -154,7 +153,8 @@ def shots_chart(results: Results, one: Direction, label: str, protocol: str, *, 
     def paint(figure: Figure) -> None:
         axes = figure.add_subplot()
         for (way, rows), (colour, marker) in zip(shots.items(), styles(shots).values(), strict=True):
-            _line(axes, [(places[count], row) for count, row in rows], colour, marker, way)
+            points = [(places[count], row.value("srcc"), row.interval("srcc")) for count, row in rows]
+            whiskered_line(axes, points, colour=colour, marker=marker, label=way, size=4.5, width=1.5)
         for way, dashes in (("apply", (0, (4, 2))), ("tp", (0, (1, 2)))):
             row = one.way(way)
             if row is not None and row.value("srcc") is not None:
@@ -169,7 +169,7 @@ def shots_chart(results: Results, one: Direction, label: str, protocol: str, *, 
         figure.legend(loc="outside upper right", ncols=4, fontsize=SMALL)
 
     return draw(
-        slug(results.name if several else "", "few-shot", label, protocol, one.source, one.target),
+        slug(results.prefix, "few-shot", label, protocol, one.source, one.target),
         f"Few-shot: {one.source} to {one.target}, {label}",
         alt=_told(one),
         caption=(
@@ -231,28 +231,8 @@ def _places(results: Results, shots: dict[str, list[tuple[int | str, Row]]]) -> 
 
 
 def _trained_on(results: Results, row: Row) -> int:
-    splits = [
-        line.split for line in results.done if line.of_row == row.row and line.protocol == row.protocol and line.split
-    ]
+    splits = [line.split for line in results.runs_of(row) if line.split]
     return max((int(split.get("train") or 0) + int(split.get("validation") or 0) for split in splits), default=0)
-
-
-def _line(axes: Axes, points: Sequence[tuple[float, Row]], colour: str, marker: str, way: str) -> None:
-    known = [
-        (at, value, row.interval("srcc")) for at, row in points for value in [row.value("srcc")] if value is not None
-    ]
-    axes.plot(
-        [at for at, _, _ in known],
-        [value for _, value, _ in known],
-        color=colour,
-        marker=marker,
-        markersize=4.5,
-        linewidth=1.5,
-        label=way,
-    )
-    for at, _, interval in known:
-        if interval is not None:
-            axes.plot([at, at], interval, color=colour, linewidth=1.0, alpha=0.6)
 
 
 def _told(one: Direction) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from agiqa.bench.report.naming import listed, plural, protocol_name, row_titles
+from agiqa.bench.report.naming import listed, on_store, plural, protocol_name, row_titles
 from agiqa.bench.report.reading import CONFIDENT, Results, Row
 from agiqa.bench.report.row_tables import leak
 
@@ -37,7 +37,7 @@ METHOD = (
 _FEW_SEEDS = 3
 
 
-def findings(results: Results, *, several: bool = False) -> list[str]:
+def findings(results: Results) -> list[str]:
     """What came out of an ablation, a sentence or two for each label and protocol."""
     found: list[str] = []
     for label, protocol in results.groups():
@@ -47,8 +47,8 @@ def findings(results: Results, *, several: bool = False) -> list[str]:
             titles = row_titles(rows)
             beside = [row for row in rows if row.store_name == chosen.store_name]
             rivals = next((others for one, others in results.references(label, protocol) if one is chosen), [])
-            where = f"{results.name}: " if several else ""
-            parts = [where + _chosen(chosen, titles, label, protocol), _rivals(rivals), _best_baseline(beside)]
+            told = results.titled(_chosen(chosen, titles, label, protocol))
+            parts = [told, _rivals(rivals), _best_baseline(beside)]
             found.append(" ".join(part for part in parts if part))
     return found
 
@@ -83,7 +83,7 @@ def limits(results: Sequence[Results]) -> list[str]:
 
 
 def _chosen(row: Row, titles: dict[str, str], label: str, protocol: str) -> str:
-    name = " @ ".join(part for part in (titles[row.row], row.store_name) if part)
+    name = on_store(titles[row.row], row.store_name)
     where = f"{label.capitalize()}, {protocol_name(protocol)}"
     return (
         f"{where}: {name}, chosen by validation, has a test SRCC of {_number(row, 'srcc')} and a PLCC of "

@@ -28,7 +28,7 @@ class Report:
     missing: tuple[Missing, ...]
     """What there was no data for."""
     problems: tuple[str, ...]
-    """What could not be read, and is left out."""
+    """What is left out, as it could not be read or is newer than the rows."""
 
 
 def write_report(

@@ -11,6 +11,7 @@ import pytest
 from sklearn.model_selection import GroupKFold
 
 from agiqa.bench.baseline_predictors import STRENGTHS, MeanFeatures, fit_ridge
+from agiqa.bench.baseline_words import RatingWords
 from agiqa.bench.baselines import run_baselines
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
@@ -65,9 +66,11 @@ def talks(store, path: Path, own, word="good"):
     return path
 
 
-def run(store, out, *configs, **options):
+def run(store, out, *configs, words=(), **options):
     """The lines by name."""
-    lines = run_baselines(store, configs or [TrainConfig()], protocol="published", out=out, **options)
+    lines = run_baselines(
+        store, configs or [TrainConfig()], protocol="published", out=out, words=RatingWords(words), **options
+    )
     return {line["row"]: line for line in lines}
 
 

@@ -107,6 +107,14 @@ def test_a_seed_with_a_failed_fold_does_not_count(tmp_path, plan, told):
     assert "| encoder=gru | 0 | - | - | - | - |" in rows_text(nothing)
 
 
+@pytest.mark.parametrize(("end", "said"), [("nan", "x.png has a MOS that is not finite"), ("", "could not convert")])
+def test_predictions_that_are_no_numbers_are_named(tmp_path, plan, told, end, said):
+    path = tmp_path / "runs" / plan[0].name / "predictions.csv"
+    path.write_text(path.read_text() + f"x.png,prompt,test,2.5,{end}\n")
+    with pytest.raises(DataError, match=rf"predictions\.csv cannot be read as predictions .*{said}"):
+        head_rows(plan, told, tmp_path / "runs", resamples=20)
+
+
 def test_predictions_that_are_gone_are_named(tmp_path, plan, told):
     (tmp_path / "runs" / plan[0].name / "predictions.csv").unlink()
     with pytest.raises(DataError, match=r"predictions\.csv"):

@@ -7,9 +7,10 @@ import pytest
 import yaml
 
 from agiqa.bench.predictions import write_predictions
+from agiqa.bench.result_folders import ABOUT, RESULTS
 from agiqa.bench.rows import RESAMPLES
 from agiqa.bench.transfer_plan import plan_transfer, read_transfer_settings
-from agiqa.bench.transfer_results import ABOUT, RESULTS, TransferResults, rows_of
+from agiqa.bench.transfer_results import TransferResults, rows_of
 from agiqa.errors import DataError
 from agiqa.heads.comparing import holm, paired, seeds_score
 

@@ -44,7 +44,7 @@ ALL = list(every_command())
 NAMES = [" ".join(words) for words, _ in ALL]
 
 
-@pytest.mark.parametrize("words", [(), ("extract",), ("store",), ("train",)], ids=str)
+@pytest.mark.parametrize("words", [(), ("extract",), ("store",), ("train",), ("ablate",), ("report",)], ids=str)
 def test_help_answers_at_once_and_imports_nothing_heavy(words):
     outcome = subprocess.run(
         [sys.executable, "-c", COLD_HELP, *words, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=False

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from agiqa.bench.ablation import LOCK
+from agiqa.bench.result_folders import LOCK
 from agiqa.commands.common import failures
 from agiqa.store.files import exclusive_lock
 from tests.cli.refusals import refuse

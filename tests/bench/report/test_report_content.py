@@ -63,7 +63,7 @@ def leading(folder):
 
 def examples(folder, images):
     found, predictions = leading(folder)
-    return examples_of(found, predictions, "a head", images=images, several=False)
+    return examples_of(found, predictions, "a head", images=images)
 
 
 def test_best_and_worst_items_are_those_of_the_smallest_and_largest_error(results):
@@ -119,12 +119,12 @@ def test_runs_whose_predictions_are_gone_are_told_and_the_others_used(results, c
     gone, broken, *_ = lead(folder)[1]
     (folder / "runs" / gone["name"] / "predictions.csv").unlink()
     (folder / "runs" / broken["name"] / "predictions.csv").write_text("name,prompt\nx,y\n")
-    _, found = leading(folder)
+    results_read, found = leading(folder)
     assert len(found.missing) == 2
     assert any(gone["name"] in problem and "not there" in problem for problem in found.missing)
     assert any(broken["name"] in problem and "not readable" in problem for problem in found.missing)
     assert found.runs == 2 * made.FOLDS - 2
-    assert "Predictions of 2 runs are missing" in scatter_chart(found, "a head", prefix="").caption
+    assert "Predictions of 2 runs are missing" in scatter_chart(results_read, found, "a head").caption
 
 
 def test_without_any_run_folder_the_tables_are_there_and_the_rest_is_told_missing(results, copy):
@@ -148,11 +148,11 @@ def test_failed_runs_are_shown_with_their_errors(results, copy):
     }
     made.write_lines(folder / "results.jsonl", [*lines, {**failed, "error": "HeadError: the loss is <NaN>"}])
     (found,) = read_all([folder])
-    (row,) = rows_of(failures_table(found, several=False))
+    (row,) = rows_of(failures_table(found))
     assert row == {"run": lines[0]["name"], "error": "HeadError: the loss is <NaN>"}
-    told = {row["what"]: row["value"] for row in rows_of(runs_table(found, several=False))}
+    told = {row["what"]: row["value"] for row in rows_of(runs_table(found))}
     assert told["Runs"] == f"{len(lines) - 1} done, 1 failed"
-    assert failures_table(read_all([results.ablation])[0], several=False) is None
+    assert failures_table(read_all([results.ablation])[0]) is None
 
 
 def test_the_bias_of_the_best_epoch_on_test_is_the_mean_over_runs(results, copy):
@@ -169,7 +169,7 @@ def test_the_bias_of_the_best_epoch_on_test_is_the_mean_over_runs(results, copy)
         path.write_text(json.dumps({**metrics, "paper_compatible": both}))
         told.setdefault((line["row"], line["protocol"]), []).append((metrics["test"]["quality"], both["quality"]))
     (found,) = read_all([folder])
-    rows = [row for row in rows_of(bias_table(found, several=False)) if row["label"] == "quality"]
+    rows = [row for row in rows_of(bias_table(found)) if row["label"] == "quality"]
     assert len(rows) == len(told) == 4
     for runs in told.values():
         honest, bias = (
@@ -179,14 +179,14 @@ def test_the_bias_of_the_best_epoch_on_test_is_the_mean_over_runs(results, copy)
         assert float(row["srcc_honest"]) == pytest.approx(honest)
         assert float(row["srcc_best_epoch"]) == pytest.approx(honest + bias)
         assert row["runs"] == str(len(runs))
-    assert bias_table(read_all([results.ablation])[0], several=False) is None
+    assert bias_table(read_all([results.ablation])[0]) is None
 
 
 def test_ranks_have_the_energy_of_the_basis_and_the_scores_of_their_rows(results):
     (found,) = read_all([results.ranks])
     energy = results.stores["r4"].basis().energy
     assert energy_share(found, 2) == pytest.approx(energy[:2].sum() / energy.sum())
-    rows = {(row["row"], row["rank"]): row for row in rows_of(rank_table(found, "quality", "grouped", several=False))}
+    rows = {(row["row"], row["rank"]): row for row in rows_of(rank_table(found, "quality", "grouped"))}
     lines = {
         (line["kind"], line["store_name"]): line
         for line in made.read_lines(results.ranks / "rows.jsonl")
@@ -199,7 +199,7 @@ def test_ranks_have_the_energy_of_the_basis_and_the_scores_of_their_rows(results
 
 def test_transfer_has_the_layout_of_table_vi_and_the_papers_numbers(results):
     (found,) = read_all([results.transfer])
-    rows = rows_of(transfer_table(found, "quality", "published", several=False))
+    rows = rows_of(transfer_table(found, "quality", "published"))
     lines = {tuple(line["settings"].values()): line for line in made.read_lines(results.transfer / "rows.jsonl")}
     assert [(row["from"], row["to"]) for row in rows] == [("AGIQA-3k", "AIGCIQA2023"), ("AIGCIQA2023", "AGIQA-3k")]
     for row in rows:
@@ -208,7 +208,7 @@ def test_transfer_has_the_layout_of_table_vi_and_the_papers_numbers(results):
         assert float(row["tp_plcc"]) == lines[(*ends, "tp", "all")]["test"]["plcc"]
         assert float(row["within_srcc"]) == lines[(row["from"], row["from"], "within", "all")]["test"]["srcc"]
     assert [float(rows[0][f"paper_{way}_srcc"]) for way in ("apply", "tp")] == [0.7489, 0.8557]
-    shots = rows_of(shots_table(found, "quality", "published", several=False))
+    shots = rows_of(shots_table(found, "quality", "published"))
     assert [(row["from"], row["training_items"]) for row in shots] == [
         (name, count) for name in ("AGIQA-3k", "AIGCIQA2023") for count in ("10", "all")
     ]

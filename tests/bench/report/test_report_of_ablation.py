@@ -67,7 +67,7 @@ def out(tmp_path_factory):
 
 def table_of(out, protocol):
     (found,) = read_all([out])
-    tables = dict(zip(found.groups(), main_tables(found, several=False), strict=True))
+    tables = dict(zip(found.groups(), main_tables(found), strict=True))
     table = tables["quality", protocol]
     return list(csv.DictReader(io.StringIO(table.csv()))), " ".join(table.notes)
 
@@ -122,7 +122,7 @@ def test_the_bias_of_choosing_on_test_is_in_the_result_lines_and_needs_no_run_fo
         told = line["paper_compatible"]
         assert told["srcc"] - told["bias"]["srcc"] == pytest.approx(line["test"]["srcc"])
     whole, bare = out, shutil.copytree(out, tmp_path / "bare", ignore=shutil.ignore_patterns("runs"))
-    tables = [bias_table(read_all([folder])[0], several=False).csv() for folder in (whole, bare)]
+    tables = [bias_table(read_all([folder])[0]).csv() for folder in (whole, bare)]
     assert tables[0] == tables[1]
     rows = list(csv.DictReader(io.StringIO(tables[1])))
     assert {(row["protocol"], row["runs"]) for row in rows} == {
@@ -136,6 +136,31 @@ def test_the_bias_of_choosing_on_test_is_in_the_result_lines_and_needs_no_run_fo
 
 def test_one_seed_is_one_seed(results):
     (found,) = read_all([results.ranks])
-    notes = " ".join(note for table in main_tables(found, several=False) for note in table.notes)
+    notes = " ".join(note for table in main_tables(found) for note in table.notes)
     assert "Heads are of 1 seed." in notes
     assert "1 seeds" not in " ".join([notes, *limits([found])])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"seconds": 1000.0}, "(quality, published split: runs were made again)"),
+        ({"name": "store=main,seed=2", "seed": 2}, "(quality, published split: 5 runs done, and the rows are of 4)"),
+        ({"error": "no room"}, "(quality, published split: 3 runs done, and the rows are of 4)"),
+    ],
+    ids=["the same", "made again", "added", "lost"],
+)
+def test_rows_that_are_older_than_the_runs_are_told_with_what_to_do(out, tmp_path, changes, said):
+    folder = shutil.copytree(out, tmp_path / "copy", ignore=shutil.ignore_patterns("runs"))
+    line = next(line for line in made.read_lines(folder / "results.jsonl") if line["protocol"] == "published")
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps({**line, **changes}) + "\n")
+    report = write_report([folder], tmp_path / "page")
+    told = [problem for problem in report.problems if "since rows.jsonl was computed" in problem]
+    if said is None:
+        assert told == []
+        return
+    (problem,) = told
+    assert f"{said}: run the same `agiqa ablate` again" in problem
+    assert said in report.page.read_text()

@@ -41,11 +41,11 @@ def test_data_sets_are_known_by_their_usual_names(name, known):
 
 def test_the_paper_stands_beside_rows_that_mean_the_same_and_no_others(results):
     (found,) = read_all([results.ablation])
-    assert paper_tables(found, several=False) == []  # heads on bare hidden states are not its logits
+    assert paper_tables(found) == []  # heads on bare hidden states are not its logits
     lines = made.read_lines(results.ablation / "results.jsonl")
     as_sketch = [line | {"config": {**line["config"], "projection": "sketch"}} for line in lines]
     other = type(found)(**{**vars(found), "lines": tuple(type(found.lines[0])(**line) for line in as_sketch)})
-    (table,) = paper_tables(other, several=False)
+    (table,) = paper_tables(other)
     (row,) = list(csv.DictReader(io.StringIO(table.csv())))
     assert (row["paper_row"], row["paper_srcc"], row["table"]) == ("without xLSTM", "0.8959", "IV")
     ours = {
@@ -70,4 +70,4 @@ def test_features_of_its_model_are_said_to_be_so(results):
 def test_a_data_set_that_the_paper_has_not_has_no_table(results, copy):
     folder = copy(results.ablation)
     (folder / "about.json").write_text((folder / "about.json").read_text().replace('"agiqa-3k"', '"other"'))
-    assert paper_tables(read_all([folder])[0], several=False) == []
+    assert paper_tables(read_all([folder])[0]) == []

@@ -18,7 +18,7 @@ def read_csv(table):
 
 def test_main_tables_hold_every_row_with_all_digits(results):
     (found,) = read_all([results.ablation])
-    tables = main_tables(found, several=False)
+    tables = main_tables(found)
     assert [table.heading for table in tables][:2] == ["Quality, grouped by prompt", "Quality, published split"]
     lines = [line for line in made.read_lines(results.ablation / "rows.jsonl") if line["test"]]
     for table, (label, protocol) in zip(tables, found.groups(), strict=True):
@@ -40,7 +40,7 @@ def test_main_tables_hold_every_row_with_all_digits(results):
 
 def test_optimism_is_published_minus_grouped(results):
     (found,) = read_all([results.ablation])
-    tables = optimism_tables(found, several=False)
+    tables = optimism_tables(found)
     assert [table.name for table in tables] == ["quality-optimism", "correspondence-optimism"]
     for row in read_csv(tables[0]):
         for metric in ("srcc", "plcc"):
@@ -52,7 +52,7 @@ def test_optimism_is_published_minus_grouped(results):
 
 def test_the_published_split_is_labelled_with_its_leak(results):
     (found,) = read_all([results.ablation])
-    notes = {table.name: " ".join(table.notes) for table in main_tables(found, several=False)}
+    notes = {table.name: " ".join(table.notes) for table in main_tables(found)}
     leak = next(
         line["split"] for line in made.read_lines(results.ablation / "results.jsonl") if line["protocol"] == "published"
     )
@@ -109,10 +109,10 @@ def test_too_few_resamples_for_the_correction_are_told(results):
     few = Against(row="x", difference={"srcc": -0.1}, p_holm={"srcc": 0.9}, resamples=20)
     rows = tuple(one.model_copy(update={"against": few}) if one.against else one for one in found.rows)
     spoiled = type(found)(**{**vars(found), "rows": rows})
-    notes = " ".join(main_tables(spoiled, several=False)[0].notes)
+    notes = " ".join(main_tables(spoiled)[0].notes)
     compared = sum(one.against is not None for one in spoiled.of("quality", "grouped"))
     assert f"With 20 resamples and {compared} comparisons no corrected p can be below {2 * compared / 21:.3f}" in notes
-    assert "no corrected p" not in " ".join(main_tables(found, several=False)[0].notes)
+    assert "no corrected p" not in " ".join(main_tables(found)[0].notes)
 
 
 def test_titles_are_short_and_never_the_same(results):
