@@ -18,6 +18,12 @@ from agiqa.commands.common import print_result, shared_options
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Folder of the images by item name, for the best and worst items.",
 )
+@click.option(
+    "--data",
+    metavar="NAME",
+    help="Data set of stores whose names do not begin with it: agiqa-3k, aigciqa2023 or aigciqa-20k sets the paper's "
+    "numbers beside theirs.",
+)
 @click.option("--title", help="Title of the page.  [default: the names of the folders]")
 @click.option("--note", "notes", multiple=True, help="What a reader must know of the data; may be given again.")
 @shared_options
@@ -27,6 +33,7 @@ def command(
     *,
     to: Path | None,
     images: Path | None,
+    data: str | None,
     title: str | None,
     notes: tuple[str, ...],
     as_json: bool,
@@ -38,7 +45,7 @@ def command(
     """
     from agiqa.bench.report import write_report
 
-    report = write_report([out, *more], to or out / "report", images=images, title=title, notes=notes)
+    report = write_report([out, *more], to or out / "report", images=images, title=title, notes=notes, data=data)
     result = {
         "page": str(report.page),
         "tables": [str(path) for path in report.tables],

@@ -31,7 +31,7 @@ _WANTED = {
     "paper": Missing(
         what="The paper's numbers beside ours",
         command=_ABLATE,
-        how="on a data set of the paper, with its encoders and poolings",
+        how="on a data set of the paper, with its encoders and poolings; `agiqa report --data NAME` says which it is",
     ),
     "radar": Missing(
         what="Radar over the aspects",

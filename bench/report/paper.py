@@ -73,8 +73,10 @@ class Paper(_Fact):
     transfers: list[PaperTransfer]
 
     def data_set(self, name: str) -> str | None:
-        """The paper's name of a data set, or None."""
-        return _known(name, self.data_sets)
+        """The paper's name of the data set that `name` names or begins with, as `AGIQA-3k_r128` does; or None."""
+        begins = _letters(name)
+        found = (known for known, others in self.data_sets.items() if begins.startswith((_letters(known), *others)))
+        return next(found, None)
 
     def label(self, name: str) -> str | None:
         """The paper's name of an aspect, or None."""
@@ -95,7 +97,7 @@ def paper_tables(results: Results) -> list[Table]:
     """A table for each data set and label that the paper has, where a row of ours means the same as one of its."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
-        data, label = paper().data_set(results.store(row.store_name).data_name), paper().label(row.label)
+        data, label = paper().data_set(results.store(row.store_name).hint), paper().label(row.label)
         if row.kind == "head" and data and label and row.protocol in PROTOCOLS:
             found.setdefault((data, label), []).append(row)
     tables = [_table(results, data, label, rows) for (data, label), rows in found.items()]
@@ -155,7 +157,7 @@ def _table(results: Results, data: str, label: str, rows: Sequence[Row]) -> Tabl
         "one seed.",
         *([f"Without a counterpart here: {', '.join(others)}."] if others else []),
     ]
-    title = results.titled(f"{data}, {label}")
+    title = results.titled(f"beside the paper, {data}, {label}")
     return Table(
         name=slug(results.prefix, "paper", data, label),
         title=title,

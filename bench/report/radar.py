@@ -25,7 +25,7 @@ def radar_chart(results: Results, protocol: str, store: str) -> Picture | None:
     if len(spokes) < _FEWEST_AXES or not heads:
         return None
     about = results.store(store)
-    facts = {label: paper_scores(paper().data_set(about.data_name), paper().label(label)) for label, _ in spokes}
+    facts = {label: paper_scores(paper().data_set(about.hint), paper().label(label)) for label, _ in spokes}
     papers = [
         None if fact is None else float(getattr(fact, metric)) for label, metric in spokes for fact in [facts[label]]
     ]

@@ -154,6 +154,11 @@ class AboutStore(_Record):
         return _name_of(self.data)
 
     @property
+    def hint(self) -> str:
+        """What may tell the data set: its name, or else that of the store's folder."""
+        return self.data_name or (self.path or "").rstrip("/").rpartition("/")[2]
+
+    @property
     def model_name(self) -> str:
         """The model of the features, or nothing."""
         return _name_of(self.model)
@@ -245,8 +250,11 @@ class Results:
         return [(heads[name], others) for name, others in compared.items() if name in heads]
 
 
-def read_all(folders: Sequence[Path]) -> list[Results]:
-    """The results of each folder. Raises DataError for one that holds none, or that is given twice."""
+def read_all(folders: Sequence[Path], *, data: str | None = None) -> list[Results]:
+    """The results of each folder; `data` is the data set of stores that do not tell theirs.
+
+    Raises DataError for a folder that holds none, or that is given twice.
+    """
     resolved = [folder.resolve() for folder in folders]
     names = [folder.name for folder in resolved]
     for folder in resolved:
@@ -257,12 +265,13 @@ def read_all(folders: Sequence[Path]) -> list[Results]:
         name if names.count(name) == 1 else "/".join(path.parts[-2:])
         for name, path in zip(names, resolved, strict=True)
     ]
-    return [_read(folder, name, name if len(folders) > 1 else "") for folder, name in zip(folders, told, strict=True)]
+    several = len(folders) > 1
+    return [_read(folder, name, name if several else "", data) for folder, name in zip(folders, told, strict=True)]
 
 
-def _read(folder: Path, name: str, prefix: str) -> Results:
+def _read(folder: Path, name: str, prefix: str, data: str | None) -> Results:
     problems: list[str] = []
-    about = _read_about(folder)
+    about = _of_data(_read_about(folder), data)
     rows = _read_lines(folder / ROWS, Row, problems)
     lines = {line.name: line for line in _read_lines(folder / RESULTS, RunLine, problems)}
     if not rows:
@@ -297,6 +306,17 @@ def _read_about(folder: Path) -> About:
     except ValidationError as error:
         message = f"{path} is not what `agiqa ablate` or `agiqa transfer` writes: {_fault(error)}."
         raise DataError(message) from error
+
+
+def _of_data(about: About, data: str | None) -> About:
+    """`about`, its stores of the data set `data` where they do not tell."""
+    if data is None:
+        return about
+    stores = {
+        name: store if store.data_name else store.model_copy(update={"data": data})
+        for name, store in about.stores.items()
+    }
+    return about.model_copy(update={"stores": stores})
 
 
 Record = TypeVar("Record", bound=_Record)

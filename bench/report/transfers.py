@@ -211,9 +211,7 @@ def _items(row: Row) -> int | str:
 
 
 def _paper(results: Results, one: Direction, label: str) -> PaperTransfer | None:
-    names = [
-        paper().data_set(results.store(name).data_name) or paper().data_set(name) for name in (one.source, one.target)
-    ]
+    names = [paper().data_set(name) or paper().data_set(results.store(name).hint) for name in (one.source, one.target)]
     wanted = (*names, paper().label(label))
     return next((fact for fact in paper().transfers if (fact.source, fact.target, fact.label) == wanted), None)
 

@@ -38,17 +38,18 @@ def write_report(
     images: Path | None = None,
     title: str | None = None,
     notes: Sequence[str] = (),
+    data: str | None = None,
 ) -> Report:
     """Write the report on result folders of `agiqa ablate` and `agiqa transfer` into the folder `to`.
 
     Tables and pictures that an earlier report left there are replaced. `images` is the folder of the images by item
-    name, `notes` what the reader is told of the data. Raises DataError for a folder that holds no results, or for a
-    `to` that is something else.
+    name, `notes` what the reader is told of the data, `data` the data set of stores that do not tell theirs. Raises
+    DataError for a folder that holds no results, or for a `to` that is something else.
     """
     if to.exists() and (not to.is_dir() or ((any(to.iterdir())) and not (to / PAGE).is_file())):
         message = f"{to} is there already and is no report. Give another --to, or remove it."
         raise DataError(message)
-    everything = read_all(folders)
+    everything = read_all(folders, data=data)
     content = compose(everything, images=images, notes=notes)
     page = render(title or " and ".join(one.name for one in everything), content)
     for name, ends in _MADE.items():

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.bench.report import made
 from tests.cli.refusals import refuse
 
@@ -53,3 +55,28 @@ def test_a_damaged_line_is_told_and_the_rest_reported(agiqa, tmp_path):
     assert len(told["problems"]) == 1
     assert "rows.jsonl, line 2 is damaged and was left out" in told["problems"][0]
     assert "rows.jsonl, line 2 is damaged" in (out / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "options", "there"),
+    [
+        ("/stores/agiqa-3k-r128.agiqa", [], True),
+        ("https://host/AGIQA-3k.agiqa/", [], True),
+        ("/stores/mine.agiqa", [], False),
+        ("/stores/mine.agiqa", ["--data", "AGIQA-3k"], True),
+    ],
+)
+def test_the_paper_stands_beside_stores_whose_place_or_reader_tells_the_data_set(
+    agiqa, tmp_path, place, options, there
+):
+    """Stores themselves name no data set: `facts_of` has counts and hashes of it."""
+    name = "encoder=gru,pooling=mean"
+    settings = {"projection": "sketch", "encoder": "gru", "pooling": "mean"}
+    out = write(tmp_path / "out", {**ROW, "row": name, "settings": settings, "test": TEST})
+    about = {"id": "a", "path": place, "data": {"items": 9, "skipped": 0, "plan_sha256": "b"}, "model": "demo"}
+    (out / "about.json").write_text(json.dumps({"kind": "ablation", "stores": {"": about}}))
+    line = {"name": f"{name},seed=0", "row": name, "protocol": "grouped", "config": {**settings, "label": "quality"}}
+    made.write_lines(out / "results.jsonl", [line])
+    told = agiqa("report", out, *options, "--json").json
+    assert any("paper-agiqa-3k-quality" in path for path in told["tables"]) == there
+    assert ("0.8928" in (out / "report" / "index.html").read_text()) == there  # GRU in Table IV

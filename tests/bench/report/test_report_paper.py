@@ -33,7 +33,14 @@ def test_the_file_names_parts_that_there_are_and_numbers_in_range():
 
 @pytest.mark.parametrize(
     ("name", "known"),
-    [("AGIQA-3k", "agiqa-3k"), ("agiqa_3k", "agiqa-3k"), ("AIGIQA-20K", "aigciqa-20k"), ("demo", None), ("", None)],
+    [
+        ("AGIQA-3k", "agiqa-3k"),
+        ("agiqa_3k", "agiqa-3k"),
+        ("agiqa-3k-r128.agiqa", "agiqa-3k"),
+        ("AIGIQA-20K", "aigciqa-20k"),
+        ("demo", None),
+        ("", None),
+    ],
 )
 def test_data_sets_are_known_by_their_usual_names(name, known):
     assert paper().data_set(name) == known
