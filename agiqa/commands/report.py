@@ -40,21 +40,25 @@ def command(
 ) -> None:
     """Write a report on OUT and MORE, folders made by `agiqa ablate` or `agiqa transfer`.
 
-    index.html is one file that holds everything it shows and needs no network; tables/ has each table as markdown and
-    CSV, pictures/ each figure as PNG and SVG. What there are no data for is left out, and the page says what makes it.
+    index.html is one file that holds everything it shows and needs no network; report.md says the same without
+    pictures; tables/ has each table as markdown and CSV, pictures/ each figure as PNG and SVG. What there are no data
+    for is left out, and the page says what makes it.
     """
     from agiqa.bench.report import write_report
 
     report = write_report([out, *more], to or out / "report", images=images, title=title, notes=notes, data=data)
     result = {
         "page": str(report.page),
+        "document": str(report.document),
         "tables": [str(path) for path in report.tables],
         "pictures": [str(path) for path in report.pictures],
         "missing": [{"what": one.what, "command": one.command, "how": one.how} for one in report.missing],
         "problems": list(report.problems),
     }
     lines = [f"{report.page}  ({report.page.stat().st_size / 1e6:.1f} MB)"]
-    lines += [f"{len(report.tables) // 2} tables, {len(report.pictures) // 2} pictures beside it"]
+    lines += [
+        f"{len(report.tables) // 2} tables, {len(report.pictures) // 2} pictures and {report.document.name} beside it"
+    ]
     lines += [f"not in it: {one.line()}" for one in report.missing]
     lines += [f"left out: {problem}" for problem in report.problems]
     print_result(result, "\n".join(lines), as_json=as_json)

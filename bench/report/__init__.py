@@ -3,6 +3,7 @@
 It reads result folders only, and computes no metric of its own.
 
 reading         the folders, forgivingly        page            the HTML, its style and its script
+document        the same in markdown
 row_tables      main tables, optimism           sections        what stands where, and what is missing
 transfers       Table VI and few-shot           words           findings, methods, limits
 paper           the paper's numbers beside      bookkeeping     provenance, failures, the bias of choosing on test

@@ -157,7 +157,7 @@ def _table(results: Results, data: str, label: str, rows: Sequence[Row]) -> Tabl
         "one seed.",
         *([f"Without a counterpart here: {', '.join(others)}."] if others else []),
     ]
-    title = results.titled(f"beside the paper, {data}, {label}")
+    title = results.titled(f"the paper's numbers, {data}, {label}")
     return Table(
         name=slug(results.prefix, "paper", data, label),
         title=title,

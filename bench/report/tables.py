@@ -80,10 +80,10 @@ class Table:
 
     def markdown(self) -> str:
         """Title, table and notes."""
-        head = [_plain(column.title) for column in self.columns]
+        head = [plain(column.title) for column in self.columns]
         body = [[_markdown(column, cell) for column, cell in self.cells(row)] for row in self.rows]
-        notes = "".join(f"\n\n{_plain(note)}" for note in self.notes)
-        return f"### {_plain(self.heading)}\n\n{as_table(head, body)}{notes}\n"
+        notes = "".join(f"\n\n{plain(note)}" for note in self.notes)
+        return f"### {plain(self.heading)}\n\n{as_table(head, body)}{notes}\n"
 
     def csv(self) -> str:
         """Every value with all its digits; intervals in columns of their own, tags in the last."""
@@ -111,14 +111,14 @@ def key_values(name: str, title: str, facts: Mapping[str, Value], notes: Sequenc
 
 
 def _markdown(column: Column, cell: Cell) -> str:
-    text, around = _plain(column.text(cell)), column.around(cell)
+    text, around = plain(column.text(cell)), column.around(cell)
     text = f"**{text}**" if cell.strong else text
     return " ".join(
         part for part in (text, f"[{around}]" if around else "", f"({cell.tag})" if cell.tag else "") if part
     )
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """The text on one line of a markdown table, markup made harmless."""
     return text.translate(_BREAKS)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agiqa.bench.report.document import document
 from agiqa.bench.report.examples import Examples
 from agiqa.bench.report.figures import Picture
 from agiqa.bench.report.missing import Missing
@@ -14,7 +15,7 @@ from agiqa.bench.report.tables import Table
 from agiqa.errors import DataError
 from agiqa.store.files import write_text_atomically
 
-PAGE, TABLES, PICTURES = "index.html", "tables", "pictures"
+PAGE, DOCUMENT, TABLES, PICTURES = "index.html", "report.md", "tables", "pictures"
 _MADE = {TABLES: (".md", ".csv"), PICTURES: (".png", ".svg")}
 
 
@@ -23,6 +24,8 @@ class Report:
     """What was written."""
 
     page: Path
+    document: Path
+    """What the page says, in markdown without pictures."""
     tables: tuple[Path, ...]
     pictures: tuple[Path, ...]
     missing: tuple[Missing, ...]
@@ -51,7 +54,8 @@ def write_report(
         raise DataError(message)
     everything = read_all(folders, data=data)
     content = compose(everything, images=images, notes=notes)
-    page = render(title or " and ".join(one.name for one in everything), content)
+    title = title or " and ".join(one.name for one in everything)
+    page = render(title, content)
     for name, ends in _MADE.items():
         _clear(to / name, ends)
     tables: list[Path] = []
@@ -61,9 +65,11 @@ def write_report(
             pictures += block.write(to / PICTURES)
         else:
             tables += _write_table(to / TABLES, block.table() if isinstance(block, Examples) else block)
+    write_text_atomically(to / DOCUMENT, document(title, content))
     write_text_atomically(to / PAGE, page)
     return Report(
         page=to / PAGE,
+        document=to / DOCUMENT,
         tables=tuple(tables),
         pictures=tuple(pictures),
         missing=tuple(content.missing),
