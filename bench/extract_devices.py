@@ -35,7 +35,13 @@ def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
             yield {
                 "stage": "extract on devices",
                 "config": {"devices": devices, "items": report.items, "encoding": options["encoding"], "device": name},
-                "measured": {"images_per_second": rate, "linear": rate / (devices * alone)},
+                "measured": {
+                    "images_per_second": rate,
+                    "linear": rate / (devices * alone),
+                    "waited_for_items": report.waited_for_items / devices,
+                    "waited_for_writers": report.waited_for_writers / devices,
+                    "seconds": report.seconds,
+                },
             }
 
 

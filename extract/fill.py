@@ -44,6 +44,11 @@ class FillReport:
     """When the first batch was there, in seconds since the epoch."""
     seconds: float
     """From then to the last record."""
+    waited_for_items: float
+    """Seconds of these in which items were not prepared yet and the device had nothing to do; of several processes
+    their sum, as of `waited_for_writers`."""
+    waited_for_writers: float
+    """Seconds in which as many units as memory is given to were still being compressed and written."""
     busy_units: int
     """Units of this run's share that another run was at work on."""
     batch_size: int
@@ -59,6 +64,8 @@ def merged(reports: Sequence[FillReport]) -> FillReport:
         tokens=sum(report.tokens for report in reports),
         started=began,
         seconds=max((report.started + report.seconds - began for report in reports if report.items), default=0.0),
+        waited_for_items=sum(report.waited_for_items for report in reports),
+        waited_for_writers=sum(report.waited_for_writers for report in reports),
         busy_units=0,
         batch_size=min((report.batch_size for report in reports), default=0),
     )
@@ -82,6 +89,8 @@ class _OpenUnit:
 
 _Batch = tuple[_OpenUnit, list[int]]
 """Places of items within a unit that run together."""
+_Group = tuple[_Batch, list[Prepared]]
+"""A batch, and what the model reads of its items."""
 
 
 class Filler:
@@ -147,6 +156,7 @@ class _Fill:
         self.transfers = Transfers(filler.backbone.device)
         self.open: dict[int, _OpenUnit] = {}
         self.units = self.written_items = self.tokens = self.busy = 0
+        self.waited_for_items = self.waited_for_writers = 0.0
 
     def run(self, units: Iterable[int], advance: Callable[[int], None]) -> FillReport:
         """Fill `units`."""
@@ -155,11 +165,11 @@ class _Fill:
             with self.transfers.on_device(), _Writes() as writes:
                 staging = staging_of(self.filler.target, self.backbone, self.transfers)
                 groups = self.filler.preparation.groups(prepare_planned, self._batches(units))
-                for number, ((unit, places), prepared) in enumerate(self.transfers.sent(groups)):
+                for number, ((unit, places), prepared) in enumerate(self._awaited(self.transfers.sent(groups))):
                     if number == 0:
-                        started, began = time.perf_counter(), time.time()
+                        started, began, self.waited_for_items = time.perf_counter(), time.time(), 0.0
                     if unit.buffer is None:
-                        writes.wait_for_room()
+                        self.waited_for_writers += writes.wait_for_room()
                         rows = self.store.rows_used(unit.unit)
                         unit.buffer = self.transfers.buffer(rows, staging.width, staging.dtype)
                     self._compute(unit, places, prepared, staging)
@@ -176,9 +186,21 @@ class _Fill:
             tokens=self.tokens,
             started=began,
             seconds=time.perf_counter() - started,
+            waited_for_items=self.waited_for_items,
+            waited_for_writers=self.waited_for_writers,
             busy_units=self.busy,
             batch_size=self.runner.size,
         )
+
+    def _awaited(self, groups: Iterator[_Group]) -> Iterator[_Group]:
+        """`groups`, and how long each kept the device waiting."""
+        while True:
+            began = time.perf_counter()
+            group = next(groups, None)
+            self.waited_for_items += time.perf_counter() - began
+            if group is None:
+                return
+            yield group
 
     def _batches(self, units: Iterable[int]) -> Iterator[tuple[_Batch, list[PlannedItem]]]:
         """Batches of the units that can be claimed; the same for a unit whenever it is computed."""
@@ -256,10 +278,12 @@ class _Writes:
         """Write when a thread is free."""
         self._running.append(self._pool.submit(write))
 
-    def wait_for_room(self) -> None:
-        """Wait until there may be one more unit in memory."""
+    def wait_for_room(self) -> float:
+        """Wait until there may be one more unit in memory; the seconds that it took."""
+        began = time.perf_counter()
         while len(self._running) >= WRITERS + _WAITING:
             self._running.popleft().result()
+        return time.perf_counter() - began
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

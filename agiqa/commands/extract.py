@@ -1,5 +1,6 @@
 """`agiqa extract`: phase 1, from images, prompts and conversations to a sealed feature store."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -116,4 +117,14 @@ def command(
     shown["skipped"] = len(result["skipped"])
     if result["filled"] is not None:
         shown["batch size"] = result["filled"]["batch_size"]
+        shown |= _rate(result["filled"])
     print_result(result, table(shown), as_json=as_json)
+
+
+def _rate(filled: Mapping[str, Any]) -> dict[str, str]:
+    """Images per second of this run, and what the device waited for; nothing where nothing was filled."""
+    if not filled["items"]:
+        return {}
+    waits = {"items": filled["waited_for_items"], "the disk": filled["waited_for_writers"]}
+    waited = " and ".join(f"{seconds:.0f} s for {what}" for what, seconds in waits.items())
+    return {"rate": f"{filled['items'] / filled['seconds']:.1f} items/s (waited {waited})"}
