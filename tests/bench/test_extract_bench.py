@@ -101,5 +101,5 @@ def test_devices_are_compared_with_one(tmp_path):
     rates = [line["measured"]["images_per_second"] for line in lines]
     assert [line["measured"]["linear"] for line in lines] == pytest.approx([1.0, rates[1] / (2 * rates[0])])
     log = (Path(__file__).resolve().parents[2] / "bench" / "LOG.md").read_text()
-    measured = Path(__file__).resolve().parents[2] / "bench" / "results" / "extract" / "h200-x2-disk.jsonl"
+    measured = Path(__file__).resolve().parents[2] / "bench" / "results" / "extract" / "h200-x2.jsonl"
     assert [row for row in extract_devices.tables(read_results(measured)).splitlines() if row not in log] == []
