@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError
 from agiqa.heads.config import TrainConfig
-from agiqa.heads.features import FeatureSource
+from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.holding_out import Items, fold_items, generator_items, hold_out, published_items
 from agiqa.heads.prompts import normalise_prompt
 
@@ -87,8 +87,8 @@ def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
         train, validation = _first(config.training_items, train, validation, [drawn_by, _TRAINING_STREAM])
         if not len(train):
             message = (
-                f"{source.id}: all of the {config.training_items} training items that were drawn are in the data set's "
-                "own 'val' part, which leaves none to train on. Raise `training_items`, draw others by another "
+                f"{location_of(source)}: all of the {config.training_items} training items that were drawn are in "
+                "the data set's own 'val' part, which leaves none to train on. Raise `training_items`, draw others by another "
                 "`training_seed`, or set `validation` to 0, which leaves the 'val' part out."
             )
             raise DataError(message)

@@ -47,6 +47,11 @@ class StoreUnion:
         """A name for messages, beside the first store: the stores' names joined by `+`. There is no such file."""
         return self.stores[0].path.with_name("+".join(store.path.name for store in self.stores))
 
+    @property
+    def location(self) -> str:
+        """Where the stores are: the path or URL of each, joined by ` + `."""
+        return " + ".join(store.location for store in self.stores)
+
     @cached_property
     def provenance(self) -> dict[str, Any]:
         """What all the stores have in common at the top level, and `union`, the list of their ids."""
@@ -109,7 +114,7 @@ class StoreUnion:
 
         Raises DataError for a position outside the union.
         """
-        wanted = item_positions(items, count=int(self._first_items[-1]), where=str(self.path))
+        wanted = item_positions(items, count=int(self._first_items[-1]), where=self.location)
         owners = np.searchsorted(self._first_items, wanted, side="right") - 1
         asked = np.unique(owners).tolist()
         if len(asked) <= 1:
