@@ -87,9 +87,9 @@ def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
         train, validation = _first(config.training_items, train, validation, [drawn_by, _TRAINING_STREAM])
         if not len(train):
             message = (
-                f"{location_of(source)}: all of the {config.training_items} training items that were drawn are in "
-                "the data set's own 'val' part, which leaves none to train on. Raise `training_items`, draw others by another "
-                "`training_seed`, or set `validation` to 0, which leaves the 'val' part out."
+                f"{location_of(source)}: all of the {config.training_items} training items that were drawn are in the "
+                "data set's own 'val' part, which leaves none to train on. Raise `training_items`, draw others by "
+                "another `training_seed`, or set `validation` to 0, which leaves the 'val' part out."
             )
             raise DataError(message)
     if config.validation > 0.0 and not len(validation):
