@@ -26,7 +26,7 @@ from agiqa.extract.plan import PlannedItem, prepare_planned, tokenise
 from agiqa.extract.preparing import Preparation
 from agiqa.extract.staging import coordinates_on_device
 from agiqa.extract.targets import Target
-from agiqa.store import make_basis, moments_of, open_store, verify
+from agiqa.store import UnitWriter, make_basis, moments_of, open_store, verify
 from tests.extract.jobs import extract, inputs
 from tests.extract.small_sets import write_set, write_talks
 
@@ -251,6 +251,17 @@ def test_batches_hold_items_of_like_length_and_are_of_like_size():
     runner.run(lambda piece: seen.append(list(piece)), list(range(9)), name=str)
     assert [len(piece) for piece in seen] == [3, 3, 3]
     assert list(chain.from_iterable(seen)) == list(range(9))
+
+
+def test_units_that_another_run_holds_are_counted_once(pictures, tiny_vision_checkpoint, tmp_path):
+    path = tmp_path / "s.agiqa"
+    store = extract(pictures, tiny_vision_checkpoint, path, plan_only=True).store
+    units = store.geometry.units
+    with UnitWriter(store).claim(units - 1) as mine:
+        assert mine
+        there = extract(pictures, tiny_vision_checkpoint, path, devices=2, workers=0).fill
+    assert there is not None
+    assert (there.units, there.busy_units) == (units - 1, 1)
 
 
 def test_processes_begin_apart_and_end_with_each_others_units():
