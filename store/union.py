@@ -13,7 +13,7 @@ from agiqa.errors import ConfigError, DataError, HeadError, SchemaError
 from agiqa.store.basis import Basis
 from agiqa.store.files import canonical_json
 from agiqa.store.items import Items, item_positions
-from agiqa.store.provenance import differences
+from agiqa.store.provenance import differing
 from agiqa.store.reading import Store, TokenRows
 
 _SAME_MAKING = ("model", "conversation")
@@ -197,7 +197,7 @@ def _require_no_item_twice(stores: Sequence[Store]) -> None:
 
 def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Dotted names of what the two provenances differ in among what makes the features."""
-    return [line.partition(":")[0] for key in _SAME_MAKING for line in differences(first.get(key), other.get(key), key)]
+    return [name for key in _SAME_MAKING for name, _, _ in differing(first.get(key), other.get(key), key)]
 
 
 def _mos(table: Items, aspect: str) -> NDArray[np.float64]:

@@ -174,6 +174,17 @@ def test_a_name_may_be_used_in_both(stored, second, tmp_path):
     assert union([stored, other]).items.names.count("image_0.png") == 2
 
 
+def test_what_two_stores_differ_in_is_named_whole(stored, second, tmp_path):
+    model = {"name": "a", "files": {"a: b.json": 1}}
+    made = [
+        make_store(
+            tmp_path / f"{number}.agiqa", named(second, f"{number}/"), model={**model, "files": {"a: b.json": number}}
+        )
+        for number in range(2)
+    ]
+    assert union(made).notes == (f"{made[0].path} and {made[1].path} differ in model.files.a: b.json",)
+
+
 def test_no_store_at_all_is_refused():
     with pytest.raises(ConfigError, match="at least one store"):
         union([])
