@@ -93,7 +93,7 @@ class Moments:
     def of_sums(cls, tokens: int, second: NDArray[np.float64], first: NDArray[np.float64]) -> "Moments":
         """The means of sums over `tokens`. Raises ConfigError when there are none."""
         if tokens == 0:
-            message = "A basis needs calibration tokens, and there are none. Give items of the training split."
+            message = "A calibration needs tokens, and there are none. Give items of the training split."
             raise ConfigError(message)
         return cls(tokens=tokens, second=second / tokens, first=first / tokens)
 
