@@ -195,23 +195,3 @@ def save_basis(group: zarr.Group, basis: Basis) -> None:
     create_whole_array(group, "basis/energy", basis.energy)
     create_whole_array(group, "basis/mean", basis.mean)
     create_whole_array(group, "basis/q", basis.q, attributes=attributes)
-
-
-def load_basis(group: zarr.Group) -> Basis:
-    """The basis that `save_basis` wrote into `group`."""
-    attributes = group["basis/q"].attrs
-
-    def values(name: str) -> NDArray[Any]:
-        return np.asarray(group[f"basis/{name}"][...])  # type: ignore[index]
-
-    return Basis(
-        id=str(attributes["id"]),
-        rank=int(str(attributes["rank"])),
-        method=str(attributes["method"]),
-        lm_head_sha256=str(attributes["lm_head_sha256"]),
-        calibration=str(attributes["calibration"]),
-        map=values("map"),
-        q=values("q"),
-        energy=values("energy"),
-        mean=values("mean"),
-    )
