@@ -20,7 +20,7 @@ from agiqa.extract.backbones.loading import load_config
 from agiqa.extract.backbones.text import TextBackbone
 from agiqa.extract.batches import BatchRunner, even_batches
 from agiqa.extract.checkpoints import resolve_checkpoint
-from agiqa.extract.devices import OnDevices, striped
+from agiqa.extract.devices import OnDevices, devices_of_host, striped
 from agiqa.extract.engines import Helper
 from agiqa.extract.plan import PlannedItem, prepare_planned, tokenise
 from agiqa.extract.preparing import Preparation
@@ -173,7 +173,7 @@ def test_a_killed_run_takes_its_processes_with_it(agiqa, tiny_vision_checkpoint,
 
 def test_workers_without_an_opener_are_refused(pictures, tiny_vision_checkpoint):
     _, backbone = inputs(pictures, tiny_vision_checkpoint)
-    with pytest.raises(ConfigError, match="give run_extraction an opener"):
+    with pytest.raises(ConfigError, match="Worker processes open the backbone anew: give an `opener`"):
         Preparation(backbone, workers=2)
 
 
@@ -262,6 +262,11 @@ def test_units_that_another_run_holds_are_counted_once(pictures, tiny_vision_che
         there = extract(pictures, tiny_vision_checkpoint, path, devices=2, workers=0).fill
     assert there is not None
     assert (there.units, there.busy_units) == (units - 1, 1)
+
+
+def test_more_gpus_than_there_are_are_refused_with_what_to_do():
+    with pytest.raises(ConfigError, match=r"torch sees \d+ CUDA devices\. Give fewer; .*CUDA_VISIBLE_DEVICES"):
+        devices_of_host(torch.device("cuda"), 99)
 
 
 def test_processes_begin_apart_and_end_with_each_others_units():
