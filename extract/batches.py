@@ -19,6 +19,8 @@ _MEMORY = 8 << 30
 _HIDDEN_VECTORS = 48
 """Vectors of the hidden size that a guess counts per token: those of a language model's widest layer, and as much again
 for the image patches behind an image token."""
+_MAKE_ROOM = "Cut it with --max-tokens and --truncate, leave it out, or use a device with more memory."
+"""What to do about an item of a store that does not fit."""
 
 _Item = TypeVar("_Item")
 
@@ -47,9 +49,10 @@ def first_batch_size(backbone: Backbone, longest: int) -> int:
 class BatchRunner:
     """Runs batches; one that the device has no memory for runs in halves, as do all larger than those after it."""
 
-    def __init__(self, size: int) -> None:
-        """`size` is in items, 1 or more."""
+    def __init__(self, size: int, *, remedy: str = _MAKE_ROOM) -> None:
+        """`size` is in items, 1 or more; `remedy` tells users what to do about an item that does not fit alone."""
         self.size = size
+        self._remedy = remedy
 
     def run(
         self, compute: Callable[[Sequence[_Item]], None], batch: Sequence[_Item], *, name: Callable[[_Item], str]
@@ -66,10 +69,7 @@ class BatchRunner:
                 start += len(piece)
                 continue
             if len(piece) == 1:
-                message = (
-                    f"The device has not enough memory for {name(piece[0])}, even alone. Cut it with --max-tokens and "
-                    "--truncate, leave it out, or use a device with more memory."
-                )
+                message = f"The device has not enough memory for {name(piece[0])}, even alone. {self._remedy}"
                 raise WorkerError(message)
             self.size = len(piece) // 2
             say(f"the device has not enough memory for a batch of {len(piece)} items: going on with {self.size}")

@@ -119,7 +119,10 @@ def calibration_positions(splits: Sequence[str | None]) -> list[int]:
     """Up to 256 positions spread over the training split, or over all items when none has a split."""
     training = [position for position, split in enumerate(splits) if split == "train" or not any(splits)]
     if not training:
-        message = "The data set has splits but no item in 'train'; a basis is never calibrated on test items."
+        message = (
+            "The data set has splits but no item in 'train', and sketch and int8 are never calibrated on test items. "
+            "Mark training items, or give no splits to calibrate on any."
+        )
         raise ConfigError(message)
     count = min(CALIBRATION_ITEMS, len(training))
     return [training[place] for place in np.linspace(0, len(training) - 1, count).astype(int).tolist()]

@@ -36,8 +36,12 @@ def devices_of_host(device: torch.device, count: int) -> list[str]:
     if str(device) != "cuda":
         message = f"--devices {count} uses the first {count} GPUs; give --device cuda, not {device}."
         raise ConfigError(message)
-    if count > torch.cuda.device_count():
-        message = f"--devices {count} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices."
+    there = torch.cuda.device_count()
+    if count > there:
+        message = (
+            f"--devices {count} was asked for, but torch sees {there} CUDA devices. Give fewer; it sees none that "
+            "CUDA_VISIBLE_DEVICES leaves out."
+        )
         raise ConfigError(message)
     return [f"cuda:{index}" for index in range(count)]
 
@@ -88,7 +92,7 @@ class OnDevices:
                 "command again."
             )
             raise WorkerError(message)
-        return merged(reports)
+        return merged(reports, busy_units=len(left))
 
     def _in_process(self, task: Any, *arguments: Any) -> Any:
         context = multiprocessing.get_context("spawn")

@@ -55,8 +55,12 @@ class FillReport:
     """Items per batch at most, at the end."""
 
 
-def merged(reports: Sequence[FillReport]) -> FillReport:
-    """What several processes did side by side; `seconds` are from the first batch of any to the last record of any."""
+def merged(reports: Sequence[FillReport], *, busy_units: int) -> FillReport:
+    """What several processes did side by side; `seconds` are from the first batch of any to the last record of any.
+
+    `busy_units` are those of their share that none of them has filled at the end. What each of them counts are those of
+    the others too.
+    """
     began = min((report.started for report in reports if report.items), default=0.0)
     return FillReport(
         units=sum(report.units for report in reports),
@@ -66,7 +70,7 @@ def merged(reports: Sequence[FillReport]) -> FillReport:
         seconds=max((report.started + report.seconds - began for report in reports if report.items), default=0.0),
         waited_for_items=sum(report.waited_for_items for report in reports),
         waited_for_writers=sum(report.waited_for_writers for report in reports),
-        busy_units=0,
+        busy_units=busy_units,
         batch_size=min((report.batch_size for report in reports), default=0),
     )
 

@@ -24,7 +24,7 @@ from agiqa.store import ENCODINGS, Store, UnitWriter, is_planned, open_store, se
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionSettings:
-    """How to extract; the defaults are those of the command line."""
+    """How to extract; the defaults are those of the command line, but for `workers`, where that is None."""
 
     variant: str = "id"
     aspect: str = "quality"
@@ -85,6 +85,12 @@ def run_extraction(
 
     With `plan_only` nothing is computed; with a `part` the store is sealed by whichever run completes it. `opener`
     opens `backbone` anew in other processes, which `workers`, `devices` and `ray` need.
+
+    Raises before anything is read UnknownName for the encoding, ConfigError for settings that contradict each other or
+    that need an `opener`, and ModelError for a checkpoint without the tensors; then DataError for items that cannot be
+    used (see `LengthRule`), ConfigError for splits without an item to calibrate on, HeadError for a basis of another
+    model, SettingsConflict for a store made otherwise, ModelError where the weights do not fit the device, and
+    WorkerError for an item that does not, or where processes die. What is finished by then is kept.
     """
     _check_encoding(settings)
     backbone.check_tensors()
@@ -156,7 +162,9 @@ def _engine(
 
 
 def _check_encoding(settings: ExtractionSettings) -> None:
-    """Raise ConfigError when the encoding and its options do not go together."""
+    """Raise UnknownName for the encoding, and ConfigError when it and its options do not go together."""
+    if settings.encoding not in ENCODINGS:
+        raise UnknownName.of(kind="encoding", name=settings.encoding, known=ENCODINGS)
     given = [option for option in (settings.rank, settings.basis) if option is not None]
     if settings.encoding != "sketch" and given:
         message = f"--rank and --basis belong to --encoding sketch, not to {settings.encoding}."
@@ -179,8 +187,6 @@ def _choose_target(
     engine: Engine, tokenised: TokenisedItems, path: Path, settings: ExtractionSettings, phases: _Phases
 ) -> Target:
     """What to store, with its constants: of another sketch, of the store that is being resumed, or calibrated now."""
-    if settings.encoding not in ENCODINGS:
-        raise UnknownName.of(kind="encoding", name=settings.encoding, known=ENCODINGS)
     if settings.basis is not None:
         basis = open_store(settings.basis).basis()
         if not is_planned(path):  # refused before there is a store; a store that is there names its model itself

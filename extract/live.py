@@ -19,6 +19,9 @@ from agiqa.extract.transfers import Transfers
 from agiqa.store import Basis, Items, TokenRows, to_float32
 from agiqa.store.bits import storage_dtype
 
+_SHORTEN = "That is all that the model has positions for: give it a shorter prompt, or leave it out."
+_MAKE_ROOM = "Leave it out, or use a device with more memory."
+
 
 class LiveFeatures:
     """What `agiqa extract` would have stored of `items`, without a store."""
@@ -53,14 +56,15 @@ class LiveFeatures:
         WorkerError for one that does not fit into the memory alone.
         """
         limit = position_limit(self._backbone)
-        prepared = [prepare_item(self._backbone, item, limit, truncate=False) for item in items]
+        prepared = [prepare_item(self._backbone, item, limit, truncate=False, remedy=_SHORTEN) for item in items]
         self._rows = []
 
         def compute(batch: Sequence[Prepared]) -> None:
             self._rows += [self._encoded(one) for one in self._backbone.hidden_states(batch)]
 
         names = {id(one): item.name for one, item in zip(prepared, items, strict=True)}
-        BatchRunner(max(1, len(items))).run(compute, prepared, name=lambda one: f"item {names[id(one)]!r}")
+        runner = BatchRunner(max(1, len(items)), remedy=_MAKE_ROOM)
+        runner.run(compute, prepared, name=lambda one: f"item {names[id(one)]!r}")
         self._roles = [one.roles for one in prepared]
         self.items = item_table(items)
         self.n_tokens = np.array([len(rows) for rows in self._rows], np.int32)

@@ -21,6 +21,8 @@ from agiqa.version import agiqa_version
 OnBadItem = Literal["fail", "skip"]
 
 _NO_LIMIT = 1 << 30
+_SHORTEN = "Give --truncate, --on-bad-item skip, or a higher --max-tokens where that set the limit."
+"""What to do about an item that is too long for a store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,28 +131,26 @@ def prepare_planned(backbone: Backbone, planned: PlannedItem) -> Prepared:
     return prepared
 
 
-def prepare_item(backbone: Backbone, item: Item, limit: int, *, truncate: bool) -> Prepared:
+def prepare_item(backbone: Backbone, item: Item, limit: int, *, truncate: bool, remedy: str = _SHORTEN) -> Prepared:
     """What the model reads of `item`, see `fit`. Raises DataError, which names the item."""
     try:
-        return fit(backbone.prepare(item.conversation, item.image), limit, truncate=truncate)
+        return fit(backbone.prepare(item.conversation, item.image), limit, truncate=truncate, remedy=remedy)
     except DataError as error:
         error.add_note(f"while reading item {item.name!r}")
         raise
 
 
-def fit(prepared: Prepared, limit: int, *, truncate: bool) -> Prepared:
+def fit(prepared: Prepared, limit: int, *, truncate: bool, remedy: str = _SHORTEN) -> Prepared:
     """`prepared`, cut to `limit` tokens if it is longer and `truncate` is set.
 
-    Raises DataError when it is longer and may not be cut, or when the cut would go through the image.
+    Raises DataError when it is longer and may not be cut, which ends with `remedy`, or when the cut would go through
+    the image.
     """
     length = len(prepared.token_ids)
     if length <= limit:
         return prepared
     if not truncate:
-        message = (
-            f"{length} tokens, the limit is {limit}. Give --truncate, --on-bad-item skip, or a higher --max-tokens "
-            "where that set the limit."
-        )
+        message = f"{length} tokens, the limit is {limit}. {remedy}"
         raise DataError(message)
     if (prepared.roles[limit:] == TOKEN_ROLES["image"]).any():
         message = f"{length} tokens, and a cut at {limit} would go through the image. Give a higher --max-tokens."

@@ -133,7 +133,7 @@ def _nothing(_backbone: Backbone, _argument: None) -> None:
 def require_opener(opener: Opener | None, what: str, *, needed: bool) -> None:
     """Raise ConfigError where `what` needs to open the backbone anew and cannot."""
     if needed and opener is None:
-        message = f"{what} open the backbone anew: give run_extraction an opener."
+        message = f"{what} open the backbone anew: give an `opener`."
         raise ConfigError(message)
 
 

@@ -134,7 +134,10 @@ class OnRay:
         there = int(ray.cluster_resources().get(kind, 0))
         wanted = self.actors or (there if kind == "GPU" else 1)
         if wanted > there:
-            message = f"--devices {wanted} was asked for, but the Ray cluster has {there} {kind}s."
+            message = (
+                f"--devices {wanted} was asked for, but the Ray cluster has {there} {kind}s. Give fewer, or add "
+                "machines to the cluster."
+            )
             raise ConfigError(message)
         return wanted
 
@@ -183,7 +186,10 @@ class OnRay:
             dashboard = None if address else False
             ray.init(address=address, include_dashboard=dashboard, logging_level="error", log_to_driver=False)
         except (ConnectionError, ValueError) as error:
-            message = f"--ray {self.address}: no such cluster ({first_line(error)})."
+            message = (
+                f"--ray {self.address}: no such cluster ({first_line(error)}). Start it with `ray start --head` on its "
+                "first machine, or give --ray without an address for one of this machine."
+            )
             raise ConfigError(message) from error
         try:
             yield ray
@@ -243,7 +249,7 @@ class _Handing:
                 "seemed to be theirs still. What is finished is kept: run the same command again."
             )
             raise WorkerError(message)
-        return merged(reports)
+        return merged(reports, busy_units=len(left))
 
     def _start(self, work: tuple[Any, ...]) -> None:
         name = f"actor {self._started}"

@@ -11,6 +11,7 @@ import torch
 
 from agiqa.extract.backbones import Prepared
 from agiqa.extract.backbones.uploading import uploaded
+from agiqa.extract.memory import is_out_of_memory
 
 _Tag = TypeVar("_Tag")
 _SENT_AHEAD = 1
@@ -50,7 +51,7 @@ class Transfers:
     def sent(self, groups: Iterable[tuple[_Tag, list[Prepared]]]) -> Iterator[tuple[_Tag, list[Prepared]]]:
         """`groups`, the next of which a thread sends to the device meanwhile; `upload` still has to be asked for each.
 
-        Inputs that the device has no memory for yet come as they are.
+        Inputs that the device, or the pinned memory of the host, has no room for yet come as they are.
         """
         if self._up is None:
             yield from groups
@@ -68,7 +69,9 @@ class Transfers:
     def _send_if_room(self, items: list[Prepared]) -> list[Prepared]:
         try:
             return self._send(items)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return items  # who computes them takes fewer at a time
 
     def _send(self, items: list[Prepared]) -> list[Prepared]:

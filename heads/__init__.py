@@ -41,6 +41,7 @@ shared_memory.py  memory that processes map together
 progress.py    a bar on a terminal, lines elsewhere
 """
 
+from agiqa.heads.comparing import holm, paired, seeds_score
 from agiqa.heads.config import HeadConfig, TrainConfig, load_settings
 from agiqa.heads.encoders import ENCODERS
 from agiqa.heads.features import FeatureSource
@@ -71,10 +72,13 @@ __all__ = [
     "TrainConfig",
     "TrainingProgress",
     "evaluate",
+    "holm",
     "load_run",
     "load_settings",
+    "paired",
     "predict",
     "score_words",
+    "seeds_score",
     "train_head",
     "train_heads",
     "training_progress",

@@ -26,6 +26,7 @@ from agiqa.heads.features import (
     FeatureSource,
     describe_items,
     items_identity,
+    location_of,
     read_checked,
     row_bytes,
     row_dtype,
@@ -192,5 +193,6 @@ def _compare(copy: _Copy, features: FeatureSet) -> None:
         kept = features.take(some[[position]])[0]
         same = torch.equal(kept.rows.view(torch.uint8), item.rows.view(torch.uint8))
         if not (same and torch.equal(kept.roles, item.roles)):
-            message = f"{copy.folder} holds other rows than the store {copy.source.id}. Delete it; it is written anew."
+            where = location_of(copy.source)
+            message = f"{copy.folder} holds other rows than the store {where}. Delete it; it is written anew."
             raise DataError(message)

@@ -88,6 +88,19 @@ class FeatureSource(Protocol):
     def basis(self) -> SketchBasis: ...
 
 
+@runtime_checkable
+class Located(Protocol):
+    """A FeatureSource that is at a place with a name, as stores are."""
+
+    @property
+    def location(self) -> str: ...
+
+
+def location_of(source: FeatureSource) -> str:
+    """What messages call `source`: the path or URL of a store, of several read as one each, or the id of any other."""
+    return source.location if isinstance(source, Located) else source.id
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenStatistics:
     """What a projection may learn from the training tokens before training."""
@@ -277,7 +290,7 @@ def describe_items(
     lengths = np.asarray(source.n_tokens, dtype=np.int64)[items]
     empty = [source.items.names[item] for item in items[lengths == 0]]
     if empty:
-        raise DataError.from_problems(source.id, [f"{name!r} has no tokens to pool" for name in empty])
+        raise DataError.from_problems(location_of(source), [f"{name!r} has no tokens to pool" for name in empty])
     return targets, np.concatenate([[0], np.cumsum(lengths)])
 
 
@@ -307,7 +320,7 @@ def read_checked(source: FeatureSource, items: NDArray[np.int64]) -> Iterator[tu
             yield position, item
     if bad:
         names = [source.items.names[items[position]] for position in sorted(bad)]
-        raise DataError.from_problems(source.id, [f"{name!r} holds NaN or inf features" for name in names])
+        raise DataError.from_problems(location_of(source), [f"{name!r} holds NaN or inf features" for name in names])
 
 
 def _is_finite(rows: Tensor) -> bool:
@@ -334,7 +347,7 @@ def read_labels(source: FeatureSource, items: NDArray[np.int64], *, label: str) 
     labels, wanted = source.items.labels, parse_labels(label)
     for name in wanted:
         if name not in labels:
-            kind = f"label of {source.id}"
+            kind = f"label of {location_of(source)}"
             raise UnknownName.of(kind, name, labels)
     values = np.stack([np.asarray(labels[name], dtype=np.float64)[items] for name in wanted], axis=1)
     missing = np.argwhere(~np.isfinite(values)).tolist()
@@ -343,7 +356,7 @@ def read_labels(source: FeatureSource, items: NDArray[np.int64], *, label: str) 
             f"{name} on {np.isfinite(column).sum()} of {len(column)} items" for name, column in labels.items()
         )
         problems = [f"{source.items.names[items[row]]!r} has no {wanted[column]} MOS" for row, column in missing]
-        error = DataError.from_problems(source.id, problems)
+        error = DataError.from_problems(location_of(source), problems)
         error.add_note(f"Labels of this store: {counts}. Join more with `agiqa store labels`.")
         raise error
     return values

@@ -20,7 +20,7 @@ from agiqa.errors import ConfigError, DataError
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.events import EventLog
-from agiqa.heads.features import FeatureSet
+from agiqa.heads.features import FeatureSet, location_of
 from agiqa.heads.head import Head, build_head
 from agiqa.heads.learner import Learner, steps_per_epoch
 from agiqa.heads.outcome import Outcome
@@ -177,18 +177,24 @@ def _events(
 
 def _training_labels(features: FeatureSet, train: NDArray[np.int64], config: TrainConfig) -> torch.Tensor:
     """The labels of these positions, (items, labels). Raises DataError when nothing can be learned from them."""
-    names = config.labels
+    names, where = config.labels, location_of(features.source)
     if features.targets is None or features.targets.shape[1] != len(names):
         message = f"Training on the label {config.label!r} needs features that were read with it."
         raise DataError(message)
     labels = features.targets[torch.from_numpy(train)]
     if len(labels) == 1:
-        message = "The training part is a single item: there is nothing to learn. Change the split or `validation`."
+        message = (
+            f"{where}: the training part is a single item: there is nothing to learn. Change the split, `validation` "
+            "or `training_items`."
+        )
         raise DataError(message)
     for name, column in zip(names, labels.unbind(1), strict=True):
         if column.max() == column.min():
             which = "label" if len(names) == 1 else f"{name} label"
-            message = f"All {len(train)} training items have the {which} {float(column[0])}: there is nothing to learn."
+            message = (
+                f"{where}: all {len(train)} training items have the {which} {float(column[0])}: there is nothing to "
+                "learn. Change the split, train on more items, or another label."
+            )
             raise DataError(message)
     return labels
 

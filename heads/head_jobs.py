@@ -112,7 +112,7 @@ def is_there(source: FeatureSource, job: HeadJob, partition: Partition) -> bool:
 def _differences(run: Run, source: FeatureSource, job: HeadJob, partition: Partition) -> list[str]:
     """What is not the same about the run that is there and the job, a line each."""
     start = None if job.start is None else start_record(load_run(job.start))
-    there = _settings(run.head, run.train, run.store_id, run.config["preset"], run.config.get("start"))
+    there = _settings(run.head, run.train, run.store_id, run.config.get("preset"), run.config.get("start"))
     asked = _settings(job.head, job.train, source.id, job.preset, start)
     found = [
         f"{name}: there {there[name]!r}, asked for {value!r}"

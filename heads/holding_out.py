@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError, UnknownName, listed
-from agiqa.heads.features import FeatureSource
+from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.prompts import prompt_groups
 
 Items = NDArray[np.int64]
@@ -22,8 +22,9 @@ def split_items(source: FeatureSource, part: str) -> Items:
         return np.arange(len(source.items.names))
     chosen = _equal(source.items.splits, part)
     if not len(chosen):
+        where = location_of(source)
         message = (
-            f"{source.id}: no item is in the split {part!r}. The split column holds: "
+            f"{where}: no item is in the split {part!r}. The split column holds: "
             f"{_counts(source.items.splits)}. Join one with `agiqa store labels`, or evaluate `all`."
         )
         raise DataError(message)
@@ -34,8 +35,9 @@ def published_items(source: FeatureSource) -> tuple[Items, Items, Items]:
     """Train, val and test of the split column; val may be empty. Raises DataError without train or test."""
     splits = source.items.splits
     if not {"train", "test"} <= set(splits):
+        where = location_of(source)
         message = (
-            f"{source.id}: the split 'published' needs items marked train and test, and the split column holds: "
+            f"{where}: the split 'published' needs items marked train and test, and the split column holds: "
             f"{_counts(splits)}. Use the split 'grouped', or join a split column with `agiqa store labels`."
         )
         raise DataError(message)
@@ -72,8 +74,8 @@ def fold_items(source: FeatureSource, folds: int, fold: int, seed: Sequence[int]
     sizes = np.bincount(groups)
     if len(sizes) < folds:
         message = (
-            f"{source.id}: {folds} folds need as many different prompts, and {len(groups)} items have {len(sizes)}. "
-            f"Ask for fewer folds."
+            f"{location_of(source)}: {folds} folds need as many different prompts, and {len(groups)} items have "
+            f"{len(sizes)}. Ask for fewer folds."
         )
         raise DataError(message)
     shuffled = np.random.default_rng(seed).permutation(len(sizes))
@@ -90,24 +92,22 @@ def generator_items(source: FeatureSource, generator: str | None) -> Items:
     Raises ConfigError for None and UnknownName for no such generator, both with those that the store has, and
     DataError for items without a generator, and where no other generator is left to train on.
     """
-    generators = source.items.generators
+    generators, where = source.items.generators, location_of(source)
     missing = [name for name, made_by in zip(source.items.names, generators, strict=True) if not made_by]
     if missing:
-        error = DataError.from_problems(source.id, [f"{name!r} has no generator" for name in missing])
+        error = DataError.from_problems(where, [f"{name!r} has no generator" for name in missing])
         error.add_note("The split 'generator' needs that of every item: join the column with `agiqa store labels`.")
         raise error
     known = sorted({made_by for made_by in generators if made_by})
     if generator is None:
-        message = (
-            f"The split 'generator' needs `held_out`, the generator to test on. {source.id} has: {listed(known, 20)}."
-        )
+        message = f"The split 'generator' needs `held_out`, the generator to test on. {where} has: {listed(known, 20)}."
         raise ConfigError(message)
     if generator not in known:
-        kind = f"generator of {source.id}"
+        kind = f"generator of {where}"
         raise UnknownName.of(kind, generator, known)
     if len(known) == 1:
         message = (
-            f"{source.id}: all {len(generators)} items are of the generator {generator!r}, so holding it out leaves "
+            f"{where}: all {len(generators)} items are of the generator {generator!r}, so holding it out leaves "
             f"nothing to train on. Use the split 'grouped', or train on other stores too."
         )
         raise DataError(message)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads.config import HeadConfig
-from agiqa.heads.features import FeatureSet, FeatureSource
+from agiqa.heads.features import FeatureSet, FeatureSource, location_of
 from agiqa.registry import Registry
 from agiqa.store.layout import TOKEN_ROLES
 
@@ -198,7 +198,7 @@ def _refuse(source: FeatureSource, pooling: str, role: str, names: Sequence[str]
     """Raise DataError when there are names."""
     if not names:
         return
-    error = DataError.from_problems(source.id, [f"{name!r} has no {role} token to pool" for name in names])
+    error = DataError.from_problems(location_of(source), [f"{name!r} has no {role} token to pool" for name in names])
     error.add_note(f"The pooling is {pooling!r}. Choose one over all tokens, or leave these items out.")
     raise error
 

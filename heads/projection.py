@@ -233,13 +233,6 @@ class SketchProjection(ChannelProjection):
     reads = "sketch"
     remedy = "Make a sketch of hidden states with `agiqa store sketch STORE OUT --rank R`, or take 'vocabulary'."
 
-    def lift(
-        self, q: Float[Tensor, "vocabulary channel"]
-    ) -> tuple[Float[Tensor, "width vocabulary"], Float[Tensor, " width"]]:
-        """W_proj and bias on logits that are this projection: `(W / std) Q^T`; `q` is `basis().q` of the store."""
-        weight = self.linear.weight / self.std
-        return weight @ q.T, self.linear.bias - weight @ self.mean
-
     @torch.no_grad()
     def fold(
         self,
@@ -247,7 +240,7 @@ class SketchProjection(ChannelProjection):
         bias: Float[Tensor, " width"],
         q: Float[Tensor, "vocabulary channel"],
     ) -> None:
-        """Become W_proj `weight` and `bias` on logits, as far as the sketch has them: the inverse of `lift`."""
+        """Become W_proj `weight` and `bias` on logits, as far as the sketch has them; `q` is `basis().q`."""
         folded = weight @ q
         self.linear.weight.copy_(folded * self.std)
         self.linear.bias.copy_(bias + folded @ self.mean)

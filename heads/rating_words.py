@@ -29,15 +29,6 @@ _WORD = re.compile(rf"\b(?:{'|'.join(WORDS)})\b")
 _DENIED = re.compile(rf"(?:\b(?:not|never|hardly|neither|nor)|n['\u2019]t)\s+(?:\w+\s+){{0,2}}(?:{'|'.join(WORDS)})\b")
 
 
-def word_of(mos: float, mos_range: tuple[float, float] = (0.0, 5.0)) -> str:
-    """The word of a MOS: five equal bins, each with its lower bound; the highest MOS is excellent.
-
-    On 0 to 5: [0, 1) bad, [1, 2) poor, [2, 3) fair, [3, 4) good, [4, 5] excellent.
-    Raises DataError for a MOS outside `mos_range` (lowest, highest), ConfigError for an empty range.
-    """
-    return WORDS[int(_classes(np.array([mos], dtype=np.float64), mos_range)[0])]
-
-
 def parse_word(answer: str) -> str | None:
     """The rating word in a free answer, such as "The quality is **Good**."; None when it is not clear which.
 
@@ -60,6 +51,9 @@ def score_words(
     confidence: float = 0.95,
 ) -> dict[str, Any]:
     """How well free answers name the words of the true MOS, ready for JSON.
+
+    The word of a MOS is that of its bin, of five equal ones, each with its lower bound; the highest MOS is excellent.
+    On 0 to 5: [0, 1) bad, [1, 2) poor, [2, 3) fair, [3, 4) good, [4, 5] excellent.
 
     `{"n", "unknown", "accuracy", "rough_accuracy", "precision", "f1", "precision_weighted", "f1_weighted",
     "ci": {metric: [low, high]}, "confusion": {true word: {answered word or "unknown": items}}, "confidence",

@@ -6,6 +6,7 @@ config.json       head and training settings, the store, what its features mean 
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split and its warnings
 predictions.csv   name, prompt, split, mos, predicted for the validation and test items
 curves.csv        a row per epoch; with `paper_compatible` also its test scores
+parts.json        name and prompt of every item that trained the head, chose its epoch, and was tested on
 tensorboard       event files of the stages `train` and `refit`, where they were asked for
 
 For a head with several labels `validation`, `test` and `logistic` of metrics.json hold an entry per label under its
@@ -18,17 +19,18 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from agiqa.errors import HeadError
+from agiqa.errors import ConfigError, HeadError, UnknownName
 from agiqa.heads.config import HeadConfig, TrainConfig
-from agiqa.heads.features import FeatureSource
+from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.head import Head, build_head, check_parts
 from agiqa.heads.projection import FeatureSpec
+from agiqa.version import agiqa_version
 
 FORMAT = "agiqa.head"
 FORMAT_VERSION = 1
@@ -69,7 +71,7 @@ class Run:
         found, expected = FeatureSpec.of(source), self.spec
         problem = _mismatch(expected, found)
         if problem is not None:
-            message = f"The head {self.path} cannot read the store {source.id}: {problem}"
+            message = f"The head {self.path} cannot read the store {location_of(source)}: {problem}"
             raise HeadError(message)
         return found
 
@@ -92,29 +94,47 @@ class Run:
 
 
 def load_run(path: Path) -> Run:
-    """Open a run folder. Raises HeadError when it is none, or of a version that this agiqa does not read."""
+    """Open a run folder.
+
+    Raises HeadError when it is none, of a version that this agiqa does not read, of settings or parts that this agiqa
+    does not know, or its files do not say what a training writes.
+    """
     config = _read_json(path, CONFIG)
     found = (config.get("format"), config.get("version"))
     if found != (FORMAT, FORMAT_VERSION):
         message = f"{path / CONFIG} is {found[0]} v{found[1]}; this agiqa reads {FORMAT} v{FORMAT_VERSION}."
         raise HeadError(message)
-    features = config["features"]
-    head = HeadConfig(**config["head"])
-    check_parts(head)
-    return Run(
-        path=path,
-        head=head,
-        train=TrainConfig(**config["train"]),
-        store_id=features["store"],
-        spec=FeatureSpec(
-            encoding=features["encoding"],
-            width=features["width"],
-            lm_head_sha256=features["lm_head_sha256"],
-            basis_id=features["basis_id"],
-        ),
-        config=config,
-        metrics=_read_json(path, METRICS),
-    )
+    try:
+        features = config["features"]
+        head = HeadConfig(**config["head"])
+        check_parts(head)
+        return Run(
+            path=path,
+            head=head,
+            train=TrainConfig(**config["train"]),
+            store_id=features["store"],
+            spec=FeatureSpec(
+                encoding=features["encoding"],
+                width=features["width"],
+                lm_head_sha256=features["lm_head_sha256"],
+                basis_id=features["basis_id"],
+            ),
+            config=config,
+            metrics=_read_json(path, METRICS),
+        )
+    except (UnknownName, ConfigError) as error:
+        message = (
+            f"{path / CONFIG}: {error} The head was trained by agiqa {config.get('agiqa')}, and this is "
+            f"{agiqa_version()}: read it with that one, and import the module that registers parts of your own."
+        )
+        raise HeadError(message) from error
+    except (KeyError, TypeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        message = (
+            f"{path / CONFIG} is not what a training writes ({what}). Bring the file back from a copy, or train the "
+            "head anew."
+        )
+        raise HeadError(message) from error
 
 
 def origin_of(source: FeatureSource) -> dict[str, Any]:
@@ -190,13 +210,16 @@ def _mismatch(expected: FeatureSpec, found: FeatureSpec) -> str | None:
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
-    """One JSON file of a run folder."""
+    """One JSON file of a run folder, an object. Raises HeadError."""
     try:
-        content: dict[str, Any] = json.loads((path / name).read_text(encoding="utf-8"))
+        content: Any = json.loads((path / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         message = f"{path} is no run folder of a trained head: {name} cannot be read ({error})."
         raise HeadError(message) from error
-    return content
+    if not isinstance(content, dict):
+        message = f"{path} is no run folder of a trained head: {name} holds no JSON object."
+        raise HeadError(message)
+    return cast("dict[str, Any]", content)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

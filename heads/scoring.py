@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads.batches import BatchLoader
-from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
+from agiqa.heads.features import FeatureSet, FeatureSource, location_of, read_labels
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head import Head
 from agiqa.heads.holding_out import split_items
@@ -98,7 +98,7 @@ def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
     everything = np.arange(len(source.items.names))
     items = everything[[identity in wanted for identity in identities(source, everything)]]
     if not len(items):
-        message = f"{source.id}: no item is in the part {part!r} of the run {run.path}."
+        message = f"{location_of(source)}: no item is in the part {part!r} of the run {run.path}."
         raise DataError(message)
     return items
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError
 from agiqa.heads.config import TrainConfig
-from agiqa.heads.features import FeatureSource
+from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.holding_out import Items, fold_items, generator_items, hold_out, published_items
 from agiqa.heads.prompts import normalise_prompt
 
@@ -75,8 +75,8 @@ class Partition:
 def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
     """The parts that `config` asks for; the same store and config give the same parts.
 
-    Raises DataError when the store has no such split, too few prompts or too few items, and what `generator_items`
-    raises.
+    Raises DataError when the store has no such split, too few prompts or too few items, or `training_items` draws none
+    that trains, and what `generator_items` raises.
     """
     prompts = source.items.prompts
     train, validation, test = _drawn(source, config)
@@ -85,6 +85,13 @@ def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
     if config.training_items is not None:
         drawn_by = config.split_seed if config.training_seed is None else config.training_seed
         train, validation = _first(config.training_items, train, validation, [drawn_by, _TRAINING_STREAM])
+        if not len(train):
+            message = (
+                f"{location_of(source)}: all of the {config.training_items} training items that were drawn are in the "
+                "data set's own 'val' part, which leaves none to train on. Raise `training_items`, draw others by "
+                "another `training_seed`, or set `validation` to 0, which leaves the 'val' part out."
+            )
+            raise DataError(message)
     if config.validation > 0.0 and not len(validation):
         seed = [config.split_seed, _VALIDATION_STREAM]
         remedy = "Set `validation` to 0 to hold out none and keep the last epoch."

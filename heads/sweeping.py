@@ -68,7 +68,7 @@ class Partitions:
         self._known: dict[tuple[Any, ...], Partition] = {}
 
     def of(self, config: TrainConfig) -> Partition:
-        """As `make_partition`, which raises DataError."""
+        """As `make_partition`; raises what it raises."""
         name = tuple(getattr(config, setting) for setting in PARTITION_SETTINGS)
         if name not in self._known:
             self._known[name] = make_partition(self._source, config)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from agiqa.errors import HeadError
 from agiqa.heads.batches import Batch, pad, plan_batches
-from agiqa.heads.features import FeatureSource, describe_items, items_identity, read_checked
+from agiqa.heads.features import FeatureSource, describe_items, items_identity, location_of, read_checked
 from agiqa.store import Store, StoreUnion, open_store, union
 from agiqa.store.remotes import is_url
 
@@ -108,6 +108,8 @@ class SourceAddress:
         """The source. Raises HeadError when other items have its place by now, and what opening a store raises."""
         source = self.reopen()
         if len(source.n_tokens) <= self.items.max() or items_identity(source, self.items) != self.identity:
-            message = f"The store {source.id} that a worker opened has other items: it was replaced meanwhile."
+            message = (
+                f"The store {location_of(source)} that a worker opened has other items: it was replaced meanwhile."
+            )
             raise HeadError(message)
         return source

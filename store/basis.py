@@ -93,7 +93,7 @@ class Moments:
     def of_sums(cls, tokens: int, second: NDArray[np.float64], first: NDArray[np.float64]) -> "Moments":
         """The means of sums over `tokens`. Raises ConfigError when there are none."""
         if tokens == 0:
-            message = "A basis needs calibration tokens, and there are none. Give items of the training split."
+            message = "A calibration needs tokens, and there are none. Give items of the training split."
             raise ConfigError(message)
         return cls(tokens=tokens, second=second / tokens, first=first / tokens)
 
@@ -195,23 +195,3 @@ def save_basis(group: zarr.Group, basis: Basis) -> None:
     create_whole_array(group, "basis/energy", basis.energy)
     create_whole_array(group, "basis/mean", basis.mean)
     create_whole_array(group, "basis/q", basis.q, attributes=attributes)
-
-
-def load_basis(group: zarr.Group) -> Basis:
-    """The basis that `save_basis` wrote into `group`."""
-    attributes = group["basis/q"].attrs
-
-    def values(name: str) -> NDArray[Any]:
-        return np.asarray(group[f"basis/{name}"][...])  # type: ignore[index]
-
-    return Basis(
-        id=str(attributes["id"]),
-        rank=int(str(attributes["rank"])),
-        method=str(attributes["method"]),
-        lm_head_sha256=str(attributes["lm_head_sha256"]),
-        calibration=str(attributes["calibration"]),
-        map=values("map"),
-        q=values("q"),
-        energy=values("energy"),
-        mean=values("mean"),
-    )

@@ -31,7 +31,6 @@ LIBVER = ("v110", "v110")
 JSON_ATTRIBUTES = "json_attributes"
 METADATA_SHA256 = "metadata_sha256"
 INSTALL = "pip install 'agiqa[hdf5]'"
-TEXT_COLUMNS = ("name", "prompt", "split", "generator", "description")
 _CHUNK_BYTES = 1 << 20
 _ZSTD_FILTER = 32015
 """The number that the HDF Group registered for zstd."""

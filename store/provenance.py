@@ -12,10 +12,19 @@ def store_id(provenance: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(provenance).encode()).hexdigest()
 
 
-def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
-    """One line `dotted.path: stored X, asked Y` for every leaf in which two provenances differ."""
+def differing(there: Any, here: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The dotted name of every leaf in which two JSON values differ, below `where`, and both its values.
+
+    A key that one of them lacks counts as None.
+    """
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for key in sorted({*there, *here}):
-            yield from differences(there.get(key), here.get(key), f"{where}.{key}" if where else str(key))
+            yield from differing(there.get(key), here.get(key), f"{where}.{key}" if where else str(key))
     elif there != here:
-        yield f"{where}: stored {there!r}, asked {here!r}"
+        yield where, there, here
+
+
+def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
+    """One line `dotted.path: stored X, asked Y` for every leaf of `differing`."""
+    for name, stored, asked in differing(there, here, where):
+        yield f"{name}: stored {stored!r}, asked {asked!r}"

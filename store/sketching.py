@@ -69,12 +69,15 @@ def calibration_moments(store: Store) -> tuple[Moments, str]:
 
 
 def calibration_items(store: Store) -> NDArray[np.int64]:
-    """Positions of the items that a basis may be computed from: the training split, or all without splits."""
+    """Positions of the items that a calibration may be computed from: the training split, or all without splits."""
     if not any(store.items.splits):
         return np.arange(len(store.items))
     training = np.array(store.items.in_split("train"), np.int64)
     if not len(training):
-        message = f"{store.path} has splits but no item in 'train'; a basis is never calibrated on test items."
+        message = (
+            f"{store.path} has splits but no item in 'train', and sketch and int8 are never calibrated on test items. "
+            "Join a split column with `agiqa store labels`."
+        )
         raise ConfigError(message)
     return training
 

@@ -1,7 +1,7 @@
 """What a store holds, in numbers that a person asks for first."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ def store_summary(store: Store) -> dict[str, Any]:
     """State, encoding, items, tokens, bytes, labels, splits and provenance of `store`, JSON-able.
 
     `bytes_raw_features` is what the finished units take decoded; `bytes_raw_logits` what their logits would take
-    as float16 (present where the size of the vocabulary is known).
+    as float16 (present where the size of the vocabulary is known). `seconds_of_work` is the sum of what the records of
+    the finished units say; None where some of them are not here, as in a store that was pulled or is read at a URL.
     """
     items, done = store.items, store.committed_units()
     records = [read_json(path) for unit in done if (path := store.layout.commit(unit)).exists()]
@@ -34,7 +35,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "bytes_on_disk": sum(path.stat().st_size for path in files_below(store.path)),
         "bytes_features": _bytes_of_features(store, done),
         "bytes_raw_features": rows * store.width * store.array("features").dtype.itemsize,
-        "seconds_of_work": round(sum(float(record["seconds"]) for record in records), 1),
+        "seconds_of_work": _seconds(records) if len(records) == len(done) else None,
         "labels": {aspect: int(np.isfinite(mos).sum()) for aspect, mos in items.labels.items()},
         "splits": dict(Counter(split or "none" for split in items.splits)),
         "provenance": store.provenance,
@@ -43,6 +44,10 @@ def store_summary(store: Store) -> dict[str, Any]:
         vocabulary = int(store.array("probe/logits").shape[1])
         summary["bytes_raw_logits"] = rows * vocabulary * 2
     return summary
+
+
+def _seconds(records: Sequence[Mapping[str, Any]]) -> float:
+    return round(sum(float(record["seconds"]) for record in records), 1)
 
 
 def _bytes_of_features(store: Store, done: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ from agiqa.errors import ConfigError, DataError, HeadError, SchemaError
 from agiqa.store.basis import Basis
 from agiqa.store.files import canonical_json
 from agiqa.store.items import Items, item_positions
-from agiqa.store.provenance import differences
+from agiqa.store.provenance import differing
 from agiqa.store.reading import Store, TokenRows
 
 _SAME_MAKING = ("model", "conversation")
@@ -46,6 +46,11 @@ class StoreUnion:
     def path(self) -> Path:
         """A name for messages, beside the first store: the stores' names joined by `+`. There is no such file."""
         return self.stores[0].path.with_name("+".join(store.path.name for store in self.stores))
+
+    @property
+    def location(self) -> str:
+        """Where the stores are: the path or URL of each, joined by ` + `."""
+        return " + ".join(store.location for store in self.stores)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -109,7 +114,7 @@ class StoreUnion:
 
         Raises DataError for a position outside the union.
         """
-        wanted = item_positions(items, count=int(self._first_items[-1]), where=str(self.path))
+        wanted = item_positions(items, count=int(self._first_items[-1]), where=self.location)
         owners = np.searchsorted(self._first_items, wanted, side="right") - 1
         asked = np.unique(owners).tolist()
         if len(asked) <= 1:
@@ -192,7 +197,7 @@ def _require_no_item_twice(stores: Sequence[Store]) -> None:
 
 def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Dotted names of what the two provenances differ in among what makes the features."""
-    return [line.partition(":")[0] for key in _SAME_MAKING for line in differences(first.get(key), other.get(key), key)]
+    return [name for key in _SAME_MAKING for name, _, _ in differing(first.get(key), other.get(key), key)]
 
 
 def _mos(table: Items, aspect: str) -> NDArray[np.float64]:

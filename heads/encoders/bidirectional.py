@@ -62,7 +62,17 @@ def either_way(causal: Callable[[HeadConfig], Encoder]) -> Callable[[HeadConfig]
 
 
 def check_forwards_only(config: HeadConfig, name: str) -> None:
-    """Raise ConfigError when `bidirectional` is asked of the part called `name`, which does not have it."""
+    """Raise ConfigError when `bidirectional` is asked of the encoder called `name`, which does not have it."""
     if config.bidirectional:
         message = f"The encoder {name!r} has no bidirectional form: set bidirectional to false, or choose another."
+        raise ConfigError(message)
+
+
+def check_one_way(config: HeadConfig, part: type[Encoder], *, entry: str) -> None:
+    """Raise ConfigError when `bidirectional` is asked of the causal `part` itself; `entry` of the registry has it."""
+    if config.bidirectional:
+        message = (
+            f"{part.__name__} reads forwards only; `ENCODERS.get({entry!r})` builds a bidirectional encoder of two of "
+            "them. Build it by that name, or set bidirectional to false."
+        )
         raise ConfigError(message)

@@ -13,7 +13,7 @@ from torch.nn.functional import silu, softplus
 
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
-from agiqa.heads.encoders.bidirectional import check_forwards_only, either_way
+from agiqa.heads.encoders.bidirectional import check_one_way, either_way
 from agiqa.heads.encoders.causal_conv import causal_conv_silu
 from agiqa.heads.encoders.ssd import fused_ssd, has_fused_ssd, ssd
 
@@ -37,7 +37,7 @@ class Mamba2Encoder(Encoder):
 
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError for `bidirectional`, for which `ENCODERS.get("mamba2")` builds two of these."""
-        check_forwards_only(config, type(self).__name__)
+        check_one_way(config, Mamba2Encoder, entry="mamba2")
         super().__init__(config.width)
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.layers))
         self.norm_f = nn.RMSNorm(config.width, eps=_EPSILON)

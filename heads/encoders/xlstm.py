@@ -18,7 +18,7 @@ from xlstm import (
 from agiqa.errors import ConfigError
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
-from agiqa.heads.encoders.bidirectional import check_forwards_only, either_way
+from agiqa.heads.encoders.bidirectional import check_one_way, either_way
 from agiqa.heads.encoders.mlstm import torch_form_because
 from agiqa.heads.encoders.slstm import loops_because
 from agiqa.heads.encoders.xlstm_parts import install_parts
@@ -45,7 +45,7 @@ class XLSTMEncoder(Encoder):
 
         Raises ConfigError for `bidirectional` too, for which `ENCODERS.get("xlstm")` builds two of these.
         """
-        check_forwards_only(config, type(self).__name__)
+        check_one_way(config, XLSTMEncoder, entry="xlstm")
         super().__init__(config.width)
         if config.width % config.num_heads or config.width < 2 * config.num_heads:
             message = (

@@ -88,7 +88,7 @@ def test_a_single_training_item(agiqa, relabelled, tmp_path):
     store = relabelled(lambda number, name, mos, split: [name, mos, "test" if number else "train"])
     refuse(agiqa("train", store, tmp_path / "run", *SMALL_HEAD), "two different prompts or more, and 1 items have 1")
     outcome = agiqa("train", store, tmp_path / "run", *SMALL_HEAD, "--validation", 0)
-    refuse(outcome, "The training part is a single item")
+    refuse(outcome, f"{store}: the training part is a single item")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["relabelled.agiqa", "table"]
 
 

@@ -5,12 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agiqa.errors import ModelError, WorkerError
+from agiqa.errors import DataError, ModelError, WorkerError
 from agiqa.extract.backbones import huggingface
 from agiqa.extract.batches import BatchRunner
+from agiqa.extract.items import Message
 from agiqa.extract.live import LiveFeatures
 from agiqa.extract.memory import is_out_of_memory
 from agiqa.extract.targets import Target
+from agiqa.extract.transfers import Transfers
 from tests.extract.jobs import inputs
 from tests.extract.small_sets import write_set, write_talks
 from tests.extract.test_pipeline import small_device
@@ -80,8 +82,32 @@ def test_live_features_of_a_batch_that_does_not_fit(tiny_text_checkpoint, tmp_pa
     assert found[2].offsets.tolist() == found[6].offsets.tolist()
     assert abs(found[2].rows - found[6].rows).max() < 1e-4
     features = LiveFeatures(small_device(tiny_text_checkpoint, 0), Target(encoding="hidden"), name="live")
-    with pytest.raises(WorkerError, match=r"not enough memory for item '00\d\.png', even alone"):
+    with pytest.raises(
+        WorkerError, match=r"not enough memory for item '00\d\.png', even alone\. Leave it out"
+    ) as alone:
         features.replace(items)
+    long = replace(items[0], conversation=(Message(role="user", content="very " * 600),))
+    with pytest.raises(DataError, match=r"tokens, the limit is 512\. .*a shorter prompt") as too_long:
+        features.replace([long])
+    assert not any("--" in str(caught.value) for caught in (alone, too_long))  # agiqa score has none of these options
+
+
+class CrowdedTransfers(Transfers):
+    """To a device that has no room, in the words of `said`."""
+
+    def __init__(self, said):
+        super().__init__(torch.device("cpu"))
+        self._up, self.said = object(), said
+
+    def _send(self, items):
+        raise RuntimeError(self.said)
+
+
+def test_inputs_that_pinned_memory_has_no_room_for_come_as_they_are():
+    groups = [("first", []), ("second", []), ("third", [])]
+    assert list(CrowdedTransfers("CUDA error: out of memory").sent(groups)) == groups
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        list(CrowdedTransfers("an illegal memory access was encountered").sent(groups))
 
 
 def test_a_probe_that_does_not_fit_names_its_item(tiny_text_checkpoint, tmp_path):

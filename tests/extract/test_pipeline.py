@@ -20,13 +20,13 @@ from agiqa.extract.backbones.loading import load_config
 from agiqa.extract.backbones.text import TextBackbone
 from agiqa.extract.batches import BatchRunner, even_batches
 from agiqa.extract.checkpoints import resolve_checkpoint
-from agiqa.extract.devices import OnDevices, striped
+from agiqa.extract.devices import OnDevices, devices_of_host, striped
 from agiqa.extract.engines import Helper
 from agiqa.extract.plan import PlannedItem, prepare_planned, tokenise
 from agiqa.extract.preparing import Preparation
 from agiqa.extract.staging import coordinates_on_device
 from agiqa.extract.targets import Target
-from agiqa.store import make_basis, moments_of, open_store, verify
+from agiqa.store import UnitWriter, make_basis, moments_of, open_store, verify
 from tests.extract.jobs import extract, inputs
 from tests.extract.small_sets import write_set, write_talks
 
@@ -173,7 +173,7 @@ def test_a_killed_run_takes_its_processes_with_it(agiqa, tiny_vision_checkpoint,
 
 def test_workers_without_an_opener_are_refused(pictures, tiny_vision_checkpoint):
     _, backbone = inputs(pictures, tiny_vision_checkpoint)
-    with pytest.raises(ConfigError, match="give run_extraction an opener"):
+    with pytest.raises(ConfigError, match="Worker processes open the backbone anew: give an `opener`"):
         Preparation(backbone, workers=2)
 
 
@@ -251,6 +251,22 @@ def test_batches_hold_items_of_like_length_and_are_of_like_size():
     runner.run(lambda piece: seen.append(list(piece)), list(range(9)), name=str)
     assert [len(piece) for piece in seen] == [3, 3, 3]
     assert list(chain.from_iterable(seen)) == list(range(9))
+
+
+def test_units_that_another_run_holds_are_counted_once(pictures, tiny_vision_checkpoint, tmp_path):
+    path = tmp_path / "s.agiqa"
+    store = extract(pictures, tiny_vision_checkpoint, path, plan_only=True).store
+    units = store.geometry.units
+    with UnitWriter(store).claim(units - 1) as mine:
+        assert mine
+        there = extract(pictures, tiny_vision_checkpoint, path, devices=2, workers=0).fill
+    assert there is not None
+    assert (there.units, there.busy_units) == (units - 1, 1)
+
+
+def test_more_gpus_than_there_are_are_refused_with_what_to_do():
+    with pytest.raises(ConfigError, match=r"torch sees \d+ CUDA devices\. Give fewer; .*CUDA_VISIBLE_DEVICES"):
+        devices_of_host(torch.device("cuda"), 99)
 
 
 def test_processes_begin_apart_and_end_with_each_others_units():

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from agiqa.errors import ConfigError, DataError, SettingsConflict
+from agiqa.errors import ConfigError, DataError, SettingsConflict, UnknownName
 from agiqa.extract import LengthRule
 from agiqa.extract.plan import fit, tokenise
 from agiqa.store import ITEM_STATUS, TOKEN_ROLES, open_store
@@ -187,3 +187,9 @@ def test_corrected_labels_reach_an_unfinished_store(texts, tiny_text_checkpoint,
     write_table(texts, rows)
     extract(texts, tiny_text_checkpoint, path)
     assert open_store(path).items.labels["quality"][0] == 1.25
+
+
+def test_an_unknown_encoding_is_refused_before_any_item_is_tokenised(texts, tiny_text_checkpoint, tmp_path):
+    too_short = LengthRule(max_tokens=3)
+    with pytest.raises(UnknownName, match=r"No encoding is called 'hiden'.*'hidden'"):
+        extract(texts, tiny_text_checkpoint, tmp_path / "s.agiqa", length=too_short, encoding="hiden")

@@ -7,7 +7,14 @@ from torch import nn
 
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.config import HeadConfig
-from agiqa.heads.encoders import ENCODERS, Encoder, either_way
+from agiqa.heads.encoders import (
+    ENCODERS,
+    BidirectionalEncoder,
+    Encoder,
+    Mamba2Encoder,
+    XLSTMEncoder,
+    either_way,
+)
 from agiqa.heads.head import build_head
 from agiqa.heads.pooling import POOLINGS
 from agiqa.heads.projection import FeatureSpec
@@ -120,6 +127,14 @@ def test_unknown_parts_name_the_nearest(make_store):
         build_head(HeadConfig(projection="sketch", encoder="xlsmt"), spec)
     with pytest.raises(UnknownName, match="Did you mean 'mean'"):
         build_head(HeadConfig(projection="sketch", pooling="maen"), spec)
+
+
+@pytest.mark.parametrize(("part", "entry"), [(XLSTMEncoder, "xlstm"), (Mamba2Encoder, "mamba2")])
+def test_one_direction_of_an_encoder_names_what_builds_both(part, entry):
+    config = HeadConfig(encoder=entry, width=16, bidirectional=True)
+    with pytest.raises(ConfigError, match=rf"{part.__name__} reads forwards only; `ENCODERS\.get\('{entry}'\)` builds"):
+        part(config)
+    assert isinstance(ENCODERS.get(entry)(config), BidirectionalEncoder)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from agiqa.errors import ConfigError, DataError
+from agiqa.heads import holm, paired, seeds_score
 from agiqa.heads.bootstrap import draw_groups
-from agiqa.heads.comparing import SeedScores, holm, paired, seeds_score
+from agiqa.heads.comparing import SeedScores
 from agiqa.heads.metrics import METRICS, evaluate_scores
 from agiqa.heads.prompts import prompt_groups
 

@@ -149,10 +149,16 @@ def test_a_sketch_of_full_rank_is_the_vocabulary_projection(make_store):
         torch.testing.assert_close(ours(torch.from_numpy(coordinates).double()[None]), expected, rtol=1e-5, atol=1e-5)
 
 
+def lifted(projection, q):
+    """W_proj and bias on logits that are this projection of coordinates: `(W / std) Q^T`."""
+    weight = projection.linear.weight / projection.std
+    return weight @ q.T, projection.linear.bias - weight @ projection.mean
+
+
 def test_lifting_and_folding_are_inverse_and_true_to_the_logits(make_store):
     sketched, q = full_rank(make_store(40, encoding="hidden"))
     ours = build(sketched, projection="sketch")
-    weight, bias = ours.lift(q)
+    weight, bias = lifted(ours, q)
     coordinates = torch.randn(3, 5, 4, dtype=torch.float64)
     explicit = nn.functional.linear(coordinates @ q.T, weight, bias)
     torch.testing.assert_close(ours(coordinates), explicit, rtol=1e-9, atol=1e-9)

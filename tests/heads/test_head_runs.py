@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from agiqa.errors import DataError, HeadError, UnknownName
+from agiqa.errors import ConfigError, DataError, HeadError, UnknownName
 from agiqa.heads import HeadConfig, TrainConfig, evaluate, load_run, predict, train_head, training_progress
+from agiqa.heads.head_jobs import with_notes
 from agiqa.heads.splits import make_partition
+from tests.heads.conftest import MemoryStore
 
 QUICK = TrainConfig(split="grouped", epochs=1, lr=1e-2)
 
@@ -108,6 +110,60 @@ def test_folders_that_are_no_runs_are_refused(trained, tmp_path: Path):
     (run.path / "config.json").write_text(json.dumps({**config, "version": 3}))
     with pytest.raises(HeadError, match=r"agiqa.head v3; this agiqa reads agiqa.head v1"):
         load_run(run.path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config: {**config, "features": None}, "is not what a training writes .*train the head anew"),
+        (lambda config: {k: v for k, v in config.items() if k != "features"}, r"'features' is missing\)\. Bring"),
+        (lambda config: {k: v for k, v in config.items() if k != "train"}, r"'train' is missing"),
+        (lambda config: {**config, "head": ["gru"]}, "is not what a training writes"),
+        (lambda config: {**config, "features": {}}, "is missing"),
+        (list, "holds no JSON object"),
+        (lambda config: {**config, "head": {**config["head"], "encoder": "my-gru"}}, "'my-gru'.*import the module"),
+        (lambda config: {**config, "head": {**config["head"], "depth": 3}}, "'depth'.*trained by agiqa"),
+    ],
+)
+def test_a_config_that_no_training_wrote_is_refused_with_its_file(make_store, tmp_path: Path, change, said):
+    head = HeadConfig(projection="sketch", encoder="none", width=4)
+    run = train_head(make_store(40), tmp_path / "run", head=head, train=QUICK)
+    (run.path / "config.json").write_text(json.dumps(change(dict(run.config))))
+    with pytest.raises(HeadError, match=f"run.*config.json.*{said}"):
+        load_run(run.path)
+
+
+class PlacedStore(MemoryStore):
+    """A store that is somewhere."""
+
+    location = "s3://bucket/placed.agiqa"
+
+
+def test_messages_name_a_store_by_its_place_and_not_by_its_id(make_store, tmp_path: Path):
+    made = make_store(40, id="0" * 64)
+    made.items.labels["flat"] = np.ones(40)
+    placed = PlacedStore(**vars(made))
+    head = HeadConfig(projection="sketch", encoder="none", width=4)
+
+    def told(source, **settings):
+        with pytest.raises((DataError, UnknownName, HeadError, ConfigError)) as refused:
+            train_head(source, tmp_path / "run", head=head, train=TrainConfig(epochs=1, **settings))
+        return with_notes(refused.value)
+
+    for settings in [
+        {"split": "published"},
+        {"split": "folds", "folds": 50},
+        {"split": "generator", "held_out": "DALLE2"},
+        {"split": "grouped", "label": "correspondence"},
+        {"split": "grouped", "label": "flat"},
+        {"split": "grouped", "training_items": 1, "validation": 0.0},
+    ]:
+        assert placed.location in told(placed, **settings)
+        assert placed.id not in told(placed, **settings)
+        assert made.id in told(made, **settings)
+    run = train_head(placed, tmp_path / "run", head=head, train=QUICK)
+    with pytest.raises(HeadError, match=r"cannot read the store s3://bucket/placed\.agiqa: "):
+        predict(run, replace(placed, encoding="hidden"))
 
 
 def test_damaged_weights_are_refused(trained):

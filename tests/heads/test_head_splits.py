@@ -84,3 +84,11 @@ def test_a_store_without_the_split_says_what_it_has(make_store):
         split_items(with_splits(make_store(6), ["train"] * 6), "test")
     with pytest.raises(DataError, match="two different prompts"):
         make_partition(make_store(6, prompts=1), TrainConfig(split="grouped"))
+
+
+def test_a_draw_of_nothing_but_val_items_is_refused_with_what_to_do(make_store):
+    store = with_splits(make_store(40), ["train", "test", *["val"] * 38])
+    with pytest.raises(DataError, match=r"memory: all of the 1 training items that were drawn.*Raise `training_items`"):
+        make_partition(store, TrainConfig(training_items=1))
+    alone = make_partition(store, TrainConfig(training_items=1, validation=0.0))
+    assert (alone.train.tolist(), alone.validation.tolist()) == ([0], [])

@@ -206,7 +206,7 @@ def test_faults_are_told_before_training(make_store, tmp_path: Path):
         with pytest.raises(ConfigError, match="finds no CUDA device"):
             train_head(store, tmp_path / "run", head=GRU, train=QUICK.model_copy(update={"device": "cuda"}))
     store.items.labels["quality"][:] = 3.0
-    with pytest.raises(DataError, match=r"All \d+ training items have the label 3.0"):
+    with pytest.raises(DataError, match=r"memory: all \d+ training items have the label 3.0"):
         train_head(store, tmp_path / "run", head=GRU, train=QUICK)
     assert [p.name for p in tmp_path.iterdir()] == ["full"]
 

@@ -8,7 +8,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_score
 
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads.prompts import prompt_groups
-from agiqa.heads.rating_words import WORD_METRICS, WORDS, parse_word, score_words, word_of
+from agiqa.heads.rating_words import WORD_METRICS, WORDS, parse_word, score_words
 
 RANGES = st.sampled_from([(0.0, 5.0), (1.0, 5.0), (0.0, 100.0), (0.0, 1.0), (-3.0, 7.0)])
 
@@ -27,6 +27,12 @@ def opinion(truth, answered):
         *(score(truth, answered, average="macro", **options) for score in (precision_score, f1_score)),
         *(score(truth, answered, average="weighted", **options) for score in (precision_score, f1_score)),
     ]
+
+
+def word_of(mos, mos_range=(0.0, 5.0)):
+    """The word that `score_words` takes a MOS for: the row of its confusion that has the item."""
+    confusion = score_words(["?"], [mos], mos_range=mos_range, resamples=1)["confusion"]
+    return next(word for word, row in confusion.items() if any(row.values()))
 
 
 def test_the_bins_are_those_of_the_paper():

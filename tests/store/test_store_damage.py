@@ -113,13 +113,15 @@ def test_a_sketch_of_other_hidden_states_fails_the_numeric_check(stored, tmp_pat
 
 
 def test_a_sealed_store_without_its_commit_records_is_whole(stored):
-    """They serve resumption only, and a copy may leave them out."""
+    """They serve resumption only, and a copy may leave them out; what the work took is unknown then, not nothing."""
+    assert store_summary(stored)["seconds_of_work"] is not None
     shutil.rmtree(stored.layout.commit(0).parent)
     again = open_store(stored.path)
     assert again.committed_units() == list(range(again.geometry.units))
     summary = store_summary(again)
     assert summary["state"] == "complete"
     assert summary["bytes_features"] > 0
+    assert summary["seconds_of_work"] is None
 
 
 def test_a_sound_store_passes_every_level(stored):

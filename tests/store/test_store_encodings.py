@@ -16,6 +16,7 @@ from agiqa.store import (
     convert_store,
     create_store,
     from_float32,
+    moments_of,
     open_store,
     seal,
     sketch_store,
@@ -252,3 +253,9 @@ def test_a_conversion_resumes_and_refuses_what_it_cannot_read(stored, tmp_path, 
         convert_store(again, tmp_path / "third.agiqa", "int8")
     with pytest.raises(UnknownName, match="Did you mean 'int8'"):
         convert_store(stored, tmp_path / "third.agiqa", "int4")
+
+
+@pytest.mark.parametrize("blocks", [[], [np.zeros((0, 4), np.float32)]], ids=["none", "empty"])
+def test_a_calibration_without_tokens_is_refused_for_any_encoding(blocks):
+    with pytest.raises(ConfigError, match="A calibration needs tokens, and there are none"):
+        moments_of(blocks, 4)

@@ -1,5 +1,6 @@
 """Several stores read as one: same rows, same order, and no mixture of spaces."""
 
+import re
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from agiqa.errors import ConfigError, DataError, HeadError, SchemaError
-from agiqa.heads.features import FeatureSet, FeatureSource
+from agiqa.heads.features import FeatureSet, FeatureSource, location_of
+from agiqa.heads.holding_out import split_items
 from agiqa.store import basis_from, sketch_store
 from agiqa.store.union import union
 from tests.store.conftest import Content, make_content, make_store
@@ -172,6 +174,25 @@ def test_a_name_may_be_used_in_both(stored, second, tmp_path):
     assert union([stored, other]).items.names.count("image_0.png") == 2
 
 
+def test_what_two_stores_differ_in_is_named_whole(stored, second, tmp_path):
+    model = {"name": "a", "files": {"a: b.json": 1}}
+    made = [
+        make_store(
+            tmp_path / f"{number}.agiqa", named(second, f"{number}/"), model={**model, "files": {"a: b.json": number}}
+        )
+        for number in range(2)
+    ]
+    assert union(made).notes == (f"{made[0].path} and {made[1].path} differ in model.files.a: b.json",)
+
+
 def test_no_store_at_all_is_refused():
     with pytest.raises(ConfigError, match="at least one store"):
         union([])
+
+
+def test_messages_of_heads_name_every_store_that_is_read(stores):
+    both = union(stores)
+    for source, place in [(stores[0], str(stores[0].path)), (both, f"{stores[0].path} + {stores[1].path}")]:
+        assert location_of(source) == place
+        with pytest.raises(DataError, match=re.escape(f"{place}: no item is in the split 'val'")):
+            split_items(source, "val")
