@@ -1,6 +1,6 @@
 """The two data sets of a transfer: what they are called, whether one head can read both, and what they share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,11 @@ def named(source: Store, target: Store, names: str | None) -> dict[str, Store]:
         message = f"A transfer needs two names for its data sets, found {', '.join(given)}. Give --names A,B."
         raise ConfigError(message)
     return dict(zip(given, (source, target), strict=True))
+
+
+def usual_projection(stores: Iterable[Store]) -> str | None:
+    """The projection of heads where nobody sets one: `sketch` where all stores are sketches, else the default, None."""
+    return "sketch" if all(store.encoding == "sketch" for store in stores) else None
 
 
 def _name_of(store: Store) -> str:

@@ -266,6 +266,20 @@ def test_stores_that_no_head_can_read_both_are_refused(agiqa, transfer, stores, 
     assert not (tmp_path / "out").exists()
 
 
+def test_sketches_are_read_as_such_where_nobody_sets_the_projection(agiqa, transfer, stores, tmp_path):
+    first, second = sketches = [tmp_path / f"{name}.agiqa" for name in ("one", "two")]
+    assert agiqa("store", "sketch", stores[0], first, "--rank", 4).code == 0
+    assert agiqa("store", "sketch", stores[1], second, "--basis", first).code == 0
+    asked = ("--names", "one,two", "--shots", 46)
+    bare = agiqa("transfer", *sketches, tmp_path / "out", *asked)
+    refuse(bare, "46 training items of two are asked for")  # the heads can read both, or this were not asked
+    refuse(agiqa("transfer", *sketches, tmp_path / "out", *asked, "--preset", "paper"), "reads 'hidden' features")
+    head = {"encoder": "none", "width": 8}
+    few = ("--seeds", 1, "--shots", "", "--one-way", "--workers", 1, "--names", "one,two")
+    assert agiqa(*transfer(*few, at=sketches, head=head)).code == 0
+    assert {line["config"]["projection"] for line in lines_of(tmp_path / "out").values()} == {"sketch"}
+
+
 def test_what_cannot_be_asked_is_refused_before_anything_is_written(agiqa, transfer, stores, tmp_path):
     half = stored(tmp_path / "half.agiqa", 4, beauty=np.ones(COUNT))
     refuse(agiqa(*transfer("--label", "beauty", at=(half, stores[0]))), "'beauty'", "data set 'here'")
