@@ -24,7 +24,7 @@ from agiqa.bench.result_folders import RESULTS, ROWS, RUNS, working_in, write_ab
 from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.bench.rows import head_rows, write_rows
 from agiqa.bench.store_facts import facts_of
-from agiqa.bench.this_run import about_this_run
+from agiqa.bench.this_run import this_commit
 from agiqa.errors import AgiqaError
 from agiqa.heads.config import TrainConfig, read_yaml
 from agiqa.heads.features import read_labels
@@ -71,7 +71,7 @@ def run_ablation(
     a run on items or labels that its store does not have any more, and as `train_heads` and `run_baselines`. Before
     the first run, where something is wrong with every one (settings, features, split, labels): that of the first.
     """
-    told = RatingWords(words)  # a file that cannot be read is refused before anything is trained
+    told, commit = RatingWords(words), this_commit()  # what cannot be read is refused before anything is trained
     if not (out / RESULTS).exists():
         _refuse_hopeless(stores, plan)
     with working_in(out, "ablation"):
@@ -86,7 +86,7 @@ def run_ablation(
         trained = 0
         for name, store in stores.items():
             missing = [run for run in plan if run.store == name and run not in done]
-            trained += _train(store, missing, out, results, workers, clock) if missing else 0
+            trained += _train(store, missing, out, results, workers, clock, commit=commit) if missing else 0
         rows = [*head_rows(plan, results.lines, out / RUNS), *_baselines(stores, plan, out, told)]
         write_rows(out / ROWS, rows)
     errors = {run.name: results.lines[run.name].get("error") for run in plan}
@@ -160,9 +160,10 @@ def _train(
     results: ResultLines,
     workers: int | None,
     clock: _Clock,
+    *,
+    commit: str | None,
 ) -> int:
     """Train the runs that are missing, and append their lines; how many were trained, and not there or failed."""
-    commit = about_this_run()["commit"]
     jobs = [_job(run, out) for run in missing]
     by_folder = {job.run: run for job, run in zip(jobs, missing, strict=True)}
 

@@ -124,9 +124,9 @@ def read_transfer_settings(
 ) -> TransferSettings:
     """The settings of `file`; `overrides` (of `train`, flat; None means not given) beat it, and it beats `preset`.
 
-    `projection` is that of heads where nobody sets one. On a CPU a training whose `threads` nobody sets has one, so that as many run at once as
-    there are cores. Raises ConfigError or UnknownName, naming the file, for what is no such file, and for settings that
-    a transfer sets itself.
+    `projection` is that of heads where nobody sets one. On a CPU a training whose `threads` nobody sets has one, so
+    that as many run at once as there are cores. Raises ConfigError or UnknownName, naming the file, for what is no such
+    file, and for settings that a transfer sets itself.
     """
     try:
         sections = _read_sections(file)
@@ -226,9 +226,7 @@ def _read_sections(file: Path | None) -> dict[str, dict[str, Any]]:
     return {name: as_mapping(f"section {name!r}", content.get(name)) for name in _SECTIONS}
 
 
-def _settings(
-    sections: Mapping[str, dict[str, Any]], preset: str | None, projection: str | None
-) -> TransferSettings:
+def _settings(sections: Mapping[str, dict[str, Any]], preset: str | None, projection: str | None) -> TransferSettings:
     """Both kinds of training from the sections, above those of the preset, above `projection`."""
     chosen = {**sections["head"], **sections["train"]}
     below = {} if preset is None else preset_values(preset, chosen)

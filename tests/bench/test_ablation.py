@@ -11,7 +11,7 @@ import yaml
 
 from agiqa.bench.ablation import run_ablation
 from agiqa.bench.grids import generators_of, read_grid
-from agiqa.errors import DataError
+from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
 from agiqa.heads.splits import make_partition
 from tests.store.conftest import make_content, make_store
@@ -101,3 +101,14 @@ def test_words_that_cannot_be_read_are_refused_before_anything_is_trained(ablate
     with pytest.raises(DataError, match="rating words"):
         ablate(words=[tmp_path / "quality.json"], grid={"pooling": ["mean"]})
     assert not (tmp_path / "out").exists()
+
+
+def test_lines_name_the_commit_that_the_environment_says(ablate, tmp_path, monkeypatch):
+    grid = {"grid": {"pooling": ["mean"]}}
+    monkeypatch.setenv("AGIQA_COMMIT", "HEAD")
+    with pytest.raises(ConfigError, match="AGIQA_COMMIT is 'HEAD'"):
+        ablate(**grid)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("AGIQA_COMMIT", "fedcba9-dirty")
+    assert ablate(**grid).failed == {}
+    assert lines_of(tmp_path / "out" / "results.jsonl")[0]["commit"] == "fedcba9-dirty"
