@@ -17,13 +17,13 @@ import numpy as np
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.predictions import Predictions, read_predictions
 from agiqa.bench.protocols import PARTS
+from agiqa.bench.result_folders import write_whole
 from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.errors import DataError
 from agiqa.heads.comparing import SeedScores, holm
 from agiqa.heads.labels import parse_labels
 from agiqa.heads.metrics import METRICS
 from agiqa.heads.runs import PREDICTIONS
-from agiqa.store.files import write_text_atomically
 
 RESAMPLES = 10_000
 """Of prompts. The smallest p-value is 2 in one more than these, and Holm's procedure multiplies it by the rows."""
@@ -115,7 +115,7 @@ def validation_summary(lines: Sequence[Line], label: str) -> dict[str, list[floa
 
 def write_rows(path: Path, rows: Sequence[Line]) -> None:
     """Write `rows` as lines of JSON, in one step."""
-    write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Group]:

@@ -12,9 +12,10 @@ from agiqa.bench.report.reading import read_all
 from agiqa.bench.report.sections import compose
 from agiqa.bench.report.tables import Table
 from agiqa.errors import DataError
-from agiqa.store.files import write_text_atomically
+from agiqa.store.files import telling_disk_errors, write_text_atomically
 
 PAGE, TABLES, PICTURES = "index.html", "tables", "pictures"
+_KEPT = "the results are kept, and what was written of the report"
 _MADE = {TABLES: (".md", ".csv"), PICTURES: (".png", ".svg")}
 
 
@@ -51,16 +52,19 @@ def write_report(
     everything = read_all(folders)
     content = compose(everything, images=images, notes=notes)
     page = render(title or " and ".join(one.name for one in everything), content)
-    for name, ends in _MADE.items():
-        _clear(to / name, ends)
+    with telling_disk_errors(f"writing {to / PAGE}", _KEPT):
+        to.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(to / PAGE, page)  # first: what is broken off after it can be written anew
+        for name, ends in _MADE.items():
+            _clear(to / name, ends)
     tables: list[Path] = []
     pictures: list[Path] = []
     for block in content.blocks():
         if isinstance(block, Picture):
-            pictures += block.write(to / PICTURES)
+            with telling_disk_errors(f"writing the picture {block.name} to {to / PICTURES}", _KEPT):
+                pictures += block.write(to / PICTURES)
         else:
             tables += _write_table(to / TABLES, block.table() if isinstance(block, Examples) else block)
-    write_text_atomically(to / PAGE, page)
     return Report(
         page=to / PAGE,
         tables=tuple(tables),
@@ -81,5 +85,6 @@ def _clear(folder: Path, ends: Sequence[str]) -> None:
 def _write_table(folder: Path, table: Table) -> list[Path]:
     paths = [folder / f"{table.name}.md", folder / f"{table.name}.csv"]
     for path, text in zip(paths, (table.markdown(), table.csv()), strict=True):
-        path.write_text(text, encoding="utf-8", newline="")
+        with telling_disk_errors(f"writing {path}", _KEPT):
+            path.write_text(text, encoding="utf-8", newline="")
     return paths

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,24 +13,8 @@ from agiqa.bench.grids import generators_of, read_grid
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
 from agiqa.heads.splits import make_partition
-from tests.store.conftest import make_content, make_store
 
 BASE = {"projection": "hidden", "encoder": "none", "width": 4, "epochs": 2, "batch_size": 8, "device": "cpu"}
-ITEMS = 48
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    rng = np.random.default_rng(2)
-    content = make_content(rng.integers(3, 6, ITEMS).tolist(), width=6, seed=2, logical_dtype="float32")
-    items = replace(
-        content.items,
-        prompts=[f"prompt {k // 3}" for k in range(ITEMS)],
-        splits=["test" if k % 4 == 0 else "train" for k in range(ITEMS)],
-        generators=[("one", "two", "three")[k % 3] for k in range(ITEMS)],
-        labels={"quality": rng.uniform(0, 5, ITEMS)},
-    )
-    return make_store(tmp_path_factory.mktemp("store") / "set.agiqa", replace(content, items=items))
 
 
 @pytest.fixture
@@ -85,12 +68,12 @@ def test_baselines_have_the_training_items_of_the_heads_beside_them(ablate, stor
     assert len(set(files)) == len(files)
 
 
-def test_a_run_that_asks_for_no_possible_split_costs_the_others_nothing(ablate, tmp_path):
+def test_a_run_that_asks_for_no_possible_split_costs_the_others_nothing(ablate, store, tmp_path):
     done = ablate(runs=[{"name": "fine"}, {"name": "lost", "split": "generator"}])
     assert list(done.failed) == ["lost"]
     assert "needs `held_out`" in done.failed["lost"]
     rows = lines_of(tmp_path / "out" / "rows.jsonl")
-    assert next(row for row in rows if row["row"] == "fine")["test"]["n"] == ITEMS // 4
+    assert next(row for row in rows if row["row"] == "fine")["test"]["n"] == len(store.items.names) // 4
     lost = [row for row in rows if row["kind"] == "baseline" and row["protocol"] == "leave-one-generator-out"]
     assert lost
     assert all("needs `held_out`" in row["left_out"] for row in lost)
