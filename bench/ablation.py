@@ -75,12 +75,11 @@ def run_ablation(
     if not (out / RESULTS).exists():
         _refuse_hopeless(stores, plan)
     with working_in(out, "ablation"):
-        ids = {name: store.id for name, store in stores.items()}
-        results = ResultLines(out / RESULTS, plan, stores=ids)
+        facts = {name: facts_of(store) for name, store in stores.items()}
+        results = ResultLines(out / RESULTS, plan, stores=facts)
         done = [run for run in plan if results.is_done(run) and _job(run, out).run.exists()]
         for name, store in stores.items():
             _check_done(store, [_job(run, out) for run in done if run.store == name])
-        facts = {name: facts_of(store) for name, store in stores.items()}
         write_about(out, {"kind": "ablation", "stores": facts, "grid": read_yaml(grid)})
         clock = _Clock(len(plan), len(done), tell)
         trained = 0
@@ -116,8 +115,12 @@ def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Pat
 
 
 def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) -> None:
-    """Raise the error of the first run where each has one that is known beforehand, such as too many folds."""
+    """Raise the error of the first run where each has one that is known beforehand, such as too many folds.
+
+    Also where each of those has one that a protocol has on one store.
+    """
     partitions = {name: Partitions(store) for name, store in stores.items()}
+    _refuse_undrawable(plan, partitions)
     errors: list[AgiqaError] = []
     for run in plan:
         try:
@@ -133,6 +136,31 @@ def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) ->
             f"in {plan[0].name}, the first of {len(plan)} run{'s' * (len(plan) > 1)}, none of which can be trained"
         )
         raise errors[0]
+
+
+def _refuse_undrawable(plan: Sequence[PlannedRun], partitions: Mapping[str, Partitions]) -> None:
+    """Raise the first error of a protocol none of whose splits a store can be drawn into."""
+    groups: dict[tuple[str, str], list[PlannedRun]] = {}
+    for run in plan:
+        if run.asked:
+            groups.setdefault((run.store, run.protocol), []).append(run)
+    for (store, protocol), runs in groups.items():
+        error: AgiqaError | None = None
+        for run in runs:
+            try:
+                partitions[run.store].of(run.train)
+            except AgiqaError as found:
+                error = error or found
+            else:
+                break
+        else:
+            assert error is not None  # there is a run, and none was drawn
+            where = f" on the store {store!r}" if store else ""
+            error.add_note(
+                f"in {runs[0].name}, the first of {len(runs)} runs of the protocol {protocol}{where}, none "
+                f"of which can be trained. Change the protocol, or leave it out."
+            )
+            raise error
 
 
 class _Clock:

@@ -44,7 +44,7 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
         ("validation SRCC", _validation),
         ("test SRCC", lambda row: score_text(row["test"], "srcc", undefined="undefined")),
         ("test PLCC", lambda row: score_text(row["test"], "plcc", undefined="undefined")),
-        ("SRCC against the best by validation (p)", _against),
+        ("SRCC against the best by validation (p, Holm)", _against),
     ]
     return columns
 

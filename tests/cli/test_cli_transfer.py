@@ -294,7 +294,13 @@ def test_results_of_something_else_are_refused(agiqa, transfer, stores, done, tm
     shutil.copytree(done[0], tmp_path / "out")
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
     third = stored(tmp_path / "third.agiqa", 5)
-    refuse(agiqa(*transfer(*FEW, "--names", "here,there", at=(stores[0], third))), "about.json", "stores.there")
+    refuse(
+        agiqa(*transfer(*FEW, "--names", "here,there", at=(stores[0], third))),
+        "about.json",
+        "stores.there: stored ",
+        f"{stores[1]} (",
+        f"{third} (",
+    )
     refuse(agiqa(*transfer(*FEW, train={**SETTINGS["train"], "epochs": 1})), "settings.train.epochs: stored 2, asked 1")
     refuse(agiqa(*transfer("--seeds", 1, "--shots", 4)), "results.jsonl, line", "is not asked for now")
     shutil.copytree(stores[1], tmp_path / "there.agiqa")
