@@ -22,7 +22,7 @@ from agiqa.bench.baselines import run_baselines
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.result_folders import RESULTS, ROWS, RUNS, working_in, write_about
 from agiqa.bench.result_lines import Line, scores_by_label
-from agiqa.bench.rows import head_rows, write_rows
+from agiqa.bench.rows import table_rows, write_rows
 from agiqa.bench.store_facts import facts_of
 from agiqa.bench.this_run import this_commit
 from agiqa.errors import AgiqaError
@@ -86,7 +86,8 @@ def run_ablation(
         for name, store in stores.items():
             missing = [run for run in plan if run.store == name and run not in done]
             trained += _train(store, missing, out, results, workers, clock, commit=commit) if missing else 0
-        rows = [*head_rows(plan, results.lines, out / RUNS), *_baselines(stores, plan, out, told)]
+        rows = table_rows(plan, results.lines, out, _baselines(stores, plan, out, told))
+        write_rows(out / BASELINES, [row for row in rows if row["kind"] == "baseline"])
         write_rows(out / ROWS, rows)
     errors = {run.name: results.lines[run.name].get("error") for run in plan}
     failed = {name: error for name, error in errors.items() if error is not None}
@@ -110,7 +111,6 @@ def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Pat
                 found += run_baselines(
                     store, trained, protocol=protocol, out=out, words=words, store_name=name, means=means, shown=shown
                 )
-    write_rows(out / BASELINES, found)
     return found
 
 

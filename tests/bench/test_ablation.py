@@ -95,3 +95,21 @@ def test_lines_name_the_commit_that_the_environment_says(ablate, tmp_path, monke
     monkeypatch.setenv("AGIQA_COMMIT", "fedcba9-dirty")
     assert ablate(**grid).failed == {}
     assert lines_of(tmp_path / "out" / "results.jsonl")[0]["commit"] == "fedcba9-dirty"
+
+
+def test_baselines_are_compared_with_the_best_head(ablate, tmp_path):
+    """Of the published split and of folds, whose parts are put together in an order of their own."""
+    protocols = ["published", {"grouped": {"folds": 2}}]
+    done = ablate(grid={"pooling": ["mean", "max"]}, seeds=[0, 1], protocols=protocols)
+    for protocol in ("published", "grouped"):
+        rows = [row for row in done.rows if row["protocol"] == protocol and row.get("test") is not None]
+        (best,) = [row for row in rows if row["kind"] == "head" and row["against"] is None]
+        (mean,) = [row for row in rows if row["row"] == "mean hidden state"]
+        assert mean["against"]["row"] == best["row"]
+        gap = mean["test"]["srcc"] - best["test"]["srcc"]
+        assert mean["against"]["difference"]["srcc"] == pytest.approx(gap)
+        others = [row["against"] for row in rows if row["against"] and row["against"]["p"]["srcc"] is not None]
+        least = min(others, key=lambda against: against["p"]["srcc"])
+        assert least["p_holm"]["srcc"] == pytest.approx(min(1.0, least["p"]["srcc"] * len(others)))
+    written = lines_of(tmp_path / "out" / "baselines.jsonl")
+    assert written == [row for row in done.rows if row["kind"] == "baseline"]
