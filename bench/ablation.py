@@ -22,9 +22,9 @@ from agiqa.bench.baselines import run_baselines
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.result_folders import RESULTS, ROWS, RUNS, working_in, write_about
 from agiqa.bench.result_lines import Line, scores_by_label
-from agiqa.bench.rows import head_rows, write_rows
+from agiqa.bench.rows import table_rows, write_rows
 from agiqa.bench.store_facts import facts_of
-from agiqa.bench.this_run import about_this_run
+from agiqa.bench.this_run import this_commit
 from agiqa.errors import AgiqaError
 from agiqa.heads.config import TrainConfig, read_yaml
 from agiqa.heads.features import read_labels
@@ -71,23 +71,23 @@ def run_ablation(
     a run on items or labels that its store does not have any more, and as `train_heads` and `run_baselines`. Before
     the first run, where something is wrong with every one (settings, features, split, labels): that of the first.
     """
-    told = RatingWords(words)  # a file that cannot be read is refused before anything is trained
+    told, commit = RatingWords(words), this_commit()  # what cannot be read is refused before anything is trained
     if not (out / RESULTS).exists():
         _refuse_hopeless(stores, plan)
     with working_in(out, "ablation"):
-        ids = {name: store.id for name, store in stores.items()}
-        results = ResultLines(out / RESULTS, plan, stores=ids)
+        facts = {name: facts_of(store) for name, store in stores.items()}
+        results = ResultLines(out / RESULTS, plan, stores=facts)
         done = [run for run in plan if results.is_done(run) and _job(run, out).run.exists()]
         for name, store in stores.items():
             _check_done(store, [_job(run, out) for run in done if run.store == name])
-        facts = {name: facts_of(store) for name, store in stores.items()}
         write_about(out, {"kind": "ablation", "stores": facts, "grid": read_yaml(grid)})
         clock = _Clock(len(plan), len(done), tell)
         trained = 0
         for name, store in stores.items():
             missing = [run for run in plan if run.store == name and run not in done]
-            trained += _train(store, missing, out, results, workers, clock) if missing else 0
-        rows = [*head_rows(plan, results.lines, out / RUNS), *_baselines(stores, plan, out, told)]
+            trained += _train(store, missing, out, results, workers, clock, commit=commit) if missing else 0
+        rows = table_rows(plan, results.lines, out, _baselines(stores, plan, out, told))
+        write_rows(out / BASELINES, [row for row in rows if row["kind"] == "baseline"])
         write_rows(out / ROWS, rows)
     errors = {run.name: results.lines[run.name].get("error") for run in plan}
     failed = {name: error for name, error in errors.items() if error is not None}
@@ -111,13 +111,16 @@ def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Pat
                 found += run_baselines(
                     store, trained, protocol=protocol, out=out, words=words, store_name=name, means=means, shown=shown
                 )
-    write_rows(out / BASELINES, found)
     return found
 
 
 def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) -> None:
-    """Raise the error of the first run where each has one that is known beforehand, such as too many folds."""
+    """Raise the error of the first run where each has one that is known beforehand, such as too many folds.
+
+    Also where each of those has one that a protocol has on one store.
+    """
     partitions = {name: Partitions(store) for name, store in stores.items()}
+    _refuse_undrawable(plan, partitions)
     errors: list[AgiqaError] = []
     for run in plan:
         try:
@@ -133,6 +136,31 @@ def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) ->
             f"in {plan[0].name}, the first of {len(plan)} run{'s' * (len(plan) > 1)}, none of which can be trained"
         )
         raise errors[0]
+
+
+def _refuse_undrawable(plan: Sequence[PlannedRun], partitions: Mapping[str, Partitions]) -> None:
+    """Raise the first error of a protocol none of whose splits a store can be drawn into."""
+    groups: dict[tuple[str, str], list[PlannedRun]] = {}
+    for run in plan:
+        if run.asked:
+            groups.setdefault((run.store, run.protocol), []).append(run)
+    for (store, protocol), runs in groups.items():
+        error: AgiqaError | None = None
+        for run in runs:
+            try:
+                partitions[run.store].of(run.train)
+            except AgiqaError as found:
+                error = error or found
+            else:
+                break
+        else:
+            assert error is not None  # there is a run, and none was drawn
+            where = f" on the store {store!r}" if store else ""
+            error.add_note(
+                f"in {runs[0].name}, the first of {len(runs)} runs of the protocol {protocol}{where}, none "
+                f"of which can be trained. Change the protocol, or leave it out."
+            )
+            raise error
 
 
 class _Clock:
@@ -160,9 +188,10 @@ def _train(
     results: ResultLines,
     workers: int | None,
     clock: _Clock,
+    *,
+    commit: str | None,
 ) -> int:
     """Train the runs that are missing, and append their lines; how many were trained, and not there or failed."""
-    commit = about_this_run()["commit"]
     jobs = [_job(run, out) for run in missing]
     by_folder = {job.run: run for job, run in zip(jobs, missing, strict=True)}
 

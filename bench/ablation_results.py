@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.bench.grids import PlannedRun
+from agiqa.bench.result_folders import ABOUT
 from agiqa.bench.result_lines import Line, LineFile, error_facts, outcome_facts, training_facts
+from agiqa.bench.store_facts import place_of, spelled
 from agiqa.errors import DataError
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.resuming import OF_THE_MACHINE
@@ -15,16 +17,16 @@ from agiqa.heads.runs import Run
 class ResultLines(LineFile):
     """`results.jsonl` of an ablation."""
 
-    def __init__(self, path: Path, plan: Sequence[PlannedRun], *, stores: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, plan: Sequence[PlannedRun], *, stores: Mapping[str, Mapping[str, Any]]) -> None:
         """Read what is there; the rest of a line that a kill tore off is removed.
 
-        `stores` are the ids of the stores by name. Raises DataError for lines that are none, or of another store or
-        another grid than `plan`.
+        `stores` is what `facts_of` says of them, by name. Raises DataError for lines that are none, or of another
+        store or another grid than `plan`.
         """
         runs = {run.name: run for run in plan}
 
         def check(line: Line, where: str) -> None:
-            _check(line, where, runs, stores)
+            _check(line, where, runs, stores, path.with_name(ABOUT))
 
         keys = {"store": str, "config": dict}
         super().__init__(path, kind="an ablation", keys=keys, kept="the runs before are kept", check=check)
@@ -52,14 +54,19 @@ def _identity(run: PlannedRun, store: str) -> Line:
     }
 
 
-def _check(line: Line, where: str, plan: Mapping[str, PlannedRun], stores: Mapping[str, str]) -> None:
+def _check(
+    line: Line, where: str, plan: Mapping[str, PlannedRun], stores: Mapping[str, Mapping[str, Any]], about: Path
+) -> None:
     """Raise DataError for a line of another store or grid."""
     run = plan.get(line["name"])
     if run is None:
         message = f"{where}: the run {line['name']!r} is not in this grid. Choose another OUT, or put it back."
         raise DataError(message)
-    if line["store"] != stores[run.store]:
-        message = f"{where}: a run on the store {line['store']}, and this is {stores[run.store]}. Choose another OUT."
+    store = stores[run.store]
+    if line["store"] != store["id"]:
+        there = spelled(line["store"], place_of(about, line["store"]))
+        here = spelled(store["id"], store["path"])
+        message = f"{where}: a run on the store {there}, and this is {here}. Choose another OUT."
         raise DataError(message)
     config, now = {**_defaults(), **line["config"]}, run.config
     names = [name for name in {**line["config"], **now} if name not in OF_THE_MACHINE]

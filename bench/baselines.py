@@ -67,8 +67,8 @@ def run_baselines(
     become part of the names: `text, training_items=10`.
 
     A line has `test` as `evaluate_scores` gives it, correlations null with the reason in `undefined` where the
-    predictions are constant within every part, or `left_out` with a reason. Raises ConfigError for splits whose test
-    parts overlap.
+    predictions are constant within every part, or `left_out` with a reason. `against` is null: rows.py compares
+    baselines with heads. Raises ConfigError for splits whose test parts overlap.
     """
     told, kept, partitions = words or RatingWords(()), means or MeanFeatures(source), Partitions(source)
     labels = list(dict.fromkeys(label for config in configs for label in config.labels))

@@ -24,7 +24,8 @@ from typing import Any, cast
 import torch
 
 from agiqa.bench.protocols import PARTS, SPLIT_SETTINGS, Protocol, Split, protocol_of, read_protocols
-from agiqa.errors import AgiqaError, ConfigError, UnknownName
+from agiqa.bench.unread import unread_settings
+from agiqa.errors import AgiqaError, ConfigError, UnknownName, listed
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.features import FeatureSource
 from agiqa.heads.presets import preset_values
@@ -32,6 +33,7 @@ from agiqa.heads.presets import preset_values
 _SECTIONS = ("base", "grid", "runs", "seeds", "protocols")
 _BROUGHT = Path(__file__).parent / "shipped"
 _NOT_OF_A_HEAD = ("preset", "store")
+_MAIN = "main"
 _LONGEST_NAME = 120
 Settings = dict[str, Any]
 
@@ -53,6 +55,8 @@ class PlannedRun:
     """The name of its store; empty for the only one."""
     protocol: str
     """See protocols.py."""
+    asked: bool
+    """Whether the section `protocols` asked for its split."""
     answer: int
     """Runs of a row with the same number test different items, and are put together."""
 
@@ -68,17 +72,22 @@ def read_grid(
 ) -> list[PlannedRun]:
     """The runs that `file` asks for, in its order.
 
-    `stores` are the names that the setting `store` may have, and the first of them is meant where it is not given;
+    `stores` are the names that the setting `store` may have, each of which a run must use, and the first of them is
+    meant where it is not given;
     `generators` gives those of the data. On a CPU a run whose `threads` nobody sets has one, so that as many run at
     once as there are cores. Raises ConfigError or UnknownName, naming the file, for what is no such grid, a setting
-    that is unknown, out of range or set in two places, no runs, and runs that are the same.
+    that is unknown, out of range or set in two places, no runs, and runs that are the same or differ only in settings
+    that they do not read.
     """
     try:
         sections = _sections(file)
         named = sections["protocols"]
         protocols = None if named is None else read_protocols(named, generators)
+        if not any(stores):
+            _refuse_stores(sections)
         runs = list(_planned(sections, protocols, stores))
         _refuse_repeated(runs)
+        _refuse_unused(stores, runs)
     except AgiqaError as error:
         error.add_note(f"while reading the grid {file}")
         raise
@@ -118,7 +127,7 @@ def _sections(file: Path) -> Settings:
         if name not in _SECTIONS:
             kind = "section"
             raise UnknownName.of(kind, name, _SECTIONS)
-    grid = {key: _values(key, value) for key, value in as_mapping("grid", content.get("grid")).items()}
+    grid = {key: _different(key, value) for key, value in as_mapping("grid", content.get("grid")).items()}
     runs = (
         [as_mapping("an entry of runs", one) for one in _values("runs", content.get("runs", []))]
         if "runs" in content
@@ -127,7 +136,7 @@ def _sections(file: Path) -> Settings:
     base, protocols = as_mapping("base", content.get("base")), content.get("protocols")
     if "protocols" in content and protocols is None:
         protocols = []
-    seeds = _values("seeds", content["seeds"]) if "seeds" in content else None
+    seeds = _different("seeds", content["seeds"]) if "seeds" in content else None
     return {"base": base, "grid": grid, "runs": runs, "seeds": seeds, "protocols": protocols}
 
 
@@ -172,10 +181,49 @@ def _refuse_twice(sections: Settings, protocols: Sequence[Protocol] | None) -> N
     if sections["seeds"] is None and any(protocol.seed_per_fold for protocol in protocols):
         message = "`seed_per_fold` deals the folds to `seeds`: give the grid that section."
         raise ConfigError(message)
+    _refuse_idle_seeds(protocols, sections["seeds"] or [])
     for name in SPLIT_SETTINGS:
         if any(name in section for section in (base, grid, *runs)):
             message = f"`{name}` is decided by `protocols`: leave it out, or leave out `protocols`."
             raise ConfigError(message)
+
+
+def _refuse_idle_seeds(protocols: Sequence[Protocol], seeds: Sequence[Any]) -> None:
+    """Raise ConfigError for seeds that get no fold where these are dealt to them."""
+    for protocol in protocols:
+        idle = [seed for number, seed in enumerate(seeds) if not protocol.of_seed(number, len(seeds))]
+        if idle:
+            message = (
+                f"`seed_per_fold` deals the {len(protocol.splits)} folds of {protocol.name} to {len(seeds)} `seeds`, "
+                f"and none is left for {listed([str(seed) for seed in idle])}. Give as many `folds`, or fewer `seeds`."
+            )
+            raise ConfigError(message)
+
+
+def _refuse_stores(sections: Settings) -> None:
+    """Raise ConfigError for a grid that names stores where there is one only."""
+    places = [sections["base"], *({"store": one} for one in sections["grid"].get("store", ())), *sections["runs"]]
+    names = list(dict.fromkeys(str(place["store"]) for place in places if "store" in place))
+    if len(names) > 1 or (names and names != [_MAIN]):
+        main = "STORE is main, give" if _MAIN in names else f"call one of them {_MAIN}, which is STORE, and give"
+        message = f"This grid compares the stores {', '.join(names)}: {main} the others by --store NAME=STORE."
+        raise ConfigError(message)
+    if names:
+        message = f"This grid names the store {_MAIN}, and there is no other: leave out the setting `store`."
+        raise ConfigError(message)
+
+
+def _refuse_unused(stores: Sequence[str], runs: Sequence[PlannedRun]) -> None:
+    """Raise ConfigError for a store that no run is trained on."""
+    used = {run.store for run in runs}
+    idle = [name for name in stores if name not in used]
+    if idle:
+        what = "STORE, which is called main" if idle[0] == _MAIN else f"the store {idle[0]!r} given by --store"
+        message = (
+            f"No run of this grid uses {what}. Name it in the setting `store`, as in `grid: {{store: "
+            f"[{', '.join(stores)}]}}`, or leave it out."
+        )
+        raise ConfigError(message)
 
 
 def _splits(protocols: Sequence[Protocol] | None, seed: int, seeds: int) -> list[tuple[Protocol | None, Split]]:
@@ -219,6 +267,7 @@ def _plan(
         preset=preset,
         store=store,
         protocol=protocol_of(train) if protocol is None else protocol.name,
+        asked=protocol is not None,
         answer=0 if protocol is not None and protocol.seed_per_fold else train.seed,
     )
 
@@ -241,18 +290,32 @@ def _configs(settings: Settings) -> tuple[HeadConfig, TrainConfig, str | None]:
 
 
 def _refuse_repeated(runs: list[PlannedRun]) -> None:
-    """Raise ConfigError for two runs that have the same settings or the same name."""
+    """Raise ConfigError for two runs that have the same name or settings, or the same but for what they do not read."""
     by_config: dict[str, PlannedRun] = {}
     by_name: dict[str, PlannedRun] = {}
     for run in runs:
-        config = str((run.store, run.config))
+        unread = unread_settings(run.head, run.train)
+        config = str((run.store, {name: value for name, value in run.config.items() if name not in unread}))
         if config in by_config:
-            message = f"The runs {by_config[config].name!r} and {run.name!r} have the same settings: keep one of them."
-            raise ConfigError(message)
+            raise ConfigError(_alike(by_config[config], run, unread))
         if run.name in by_name:
             message = f"Two runs of different settings are called {run.name!r}: give one of them a `name`."
             raise ConfigError(message)
         by_config[config] = by_name[run.name] = run
+
+
+def _alike(first: PlannedRun, second: PlannedRun, unread: Mapping[str, str]) -> str:
+    """What to say of two runs that would have the same numbers."""
+    different = [name for name, value in second.config.items() if first.config.get(name) != value]
+    if different:
+        name = different[0]
+        return (
+            f"The runs {first.name!r} and {second.name!r} differ in `{name}`, which {unread[name]} does not read: they "
+            f"would be the same twice. Keep one of them; `runs` is for what goes with some encoders only."
+        )
+    if first.name == second.name:
+        return f"The run {first.name!r} is there twice: keep it once."
+    return f"The runs {first.name!r} and {second.name!r} have the same settings: keep one of them."
 
 
 def _spell(settings: Mapping[str, Any]) -> str:
@@ -278,3 +341,14 @@ def _values(name: str, value: object) -> list[Any]:
         message = f"`{name}` needs a list with one value or more, found {value!r}."
         raise ConfigError(message)
     return value
+
+
+def _different(name: str, value: object) -> list[Any]:
+    """The same, of which none is given twice."""
+    values, seen = _values(name, value), set[str]()
+    for one in values:
+        if repr(one) in seen:
+            message = f"`{name}` has the value {_spell({'': one})[1:]} twice: keep it once."
+            raise ConfigError(message)
+        seen.add(repr(one))
+    return values

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from agiqa.bench.result_folders import KEPT
 from agiqa.errors import DataError
 from agiqa.heads.labels import column_names, side_by_side
+from agiqa.store.files import telling_disk_errors
 
 Array = NDArray[np.float64]
 
@@ -32,11 +34,16 @@ def write_predictions(
     `mos` and `predicted` are (items, labels).
     """
     titles, rows = side_by_side(labels, mos, predicted)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
+    with telling_disk_errors(f"writing {path}", KEPT), _made(path).open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(("name", "prompt", *titles))
         table.writerows((name, prompt, *row) for name, prompt, row in zip(names, prompts, rows, strict=True))
+
+
+def _made(path: Path) -> Path:
+    """`path`, in a folder made for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictions:

@@ -10,7 +10,10 @@ Row = Mapping[str, Any]
 
 
 def rows_text(rows: Sequence[Row]) -> str:
-    """A table with intervals of 95 % and the paired difference to the reference, and lines for what is left out."""
+    """A table with intervals of 95 % and the paired difference to the best head by validation, of heads and baselines.
+
+    Lines below it say what is left out.
+    """
     shown = [row for row in rows if "left_out" not in row]
     order = {protocol: number for number, protocol in enumerate(dict.fromkeys(row["protocol"] for row in shown))}
     shown.sort(key=lambda row: (order[row["protocol"]], row["kind"] != "head"))
@@ -44,7 +47,7 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
         ("validation SRCC", _validation),
         ("test SRCC", lambda row: score_text(row["test"], "srcc", undefined="undefined")),
         ("test PLCC", lambda row: score_text(row["test"], "plcc", undefined="undefined")),
-        ("SRCC against the best by validation (p)", _against),
+        ("SRCC against the best by validation (p, Holm)", _against),
     ]
     return columns
 
@@ -74,6 +77,6 @@ def _validation(row: Row) -> str:
 
 def _against(row: Row) -> str:
     against = row["against"]
-    if against is None or against["difference"]["srcc"] is None:
+    if against is None or against["difference"]["srcc"] is None or against["p_holm"]["srcc"] is None:
         return "-"
     return f"{against['difference']['srcc']:+.4f} ({against['p_holm']['srcc']:.3g})"

@@ -17,13 +17,13 @@ import numpy as np
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.predictions import Predictions, read_predictions
 from agiqa.bench.protocols import PARTS
+from agiqa.bench.result_folders import RUNS, write_whole
 from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.errors import DataError
 from agiqa.heads.comparing import SeedScores, holm
 from agiqa.heads.labels import parse_labels
 from agiqa.heads.metrics import METRICS
 from agiqa.heads.runs import PREDICTIONS
-from agiqa.store.files import write_text_atomically
 
 RESAMPLES = 10_000
 """Of prompts. The smallest p-value is 2 in one more than these, and Holm's procedure multiplies it by the rows."""
@@ -43,24 +43,32 @@ class _Group:
     """Name, prompt and MOS of each test item."""
 
 
-def head_rows(
-    plan: Sequence[PlannedRun], lines: Mapping[str, Line], runs: Path, *, resamples: int = RESAMPLES
+def table_rows(
+    plan: Sequence[PlannedRun],
+    lines: Mapping[str, Line],
+    out: Path,
+    baselines: Sequence[Line] = (),
+    *,
+    resamples: int = RESAMPLES,
 ) -> list[Line]:
-    """A row for each head, store, protocol and label of `plan`, in its order, as `rows.jsonl` has them.
+    """A row for each head, store, protocol and label of `plan`, in its order, then `baselines`, as `rows.jsonl` is.
 
-    `lines` are the result lines by name, and `runs` is the folder of the run folders. `test` is of the seeds all of
-    whose splits have a result, None without one; `against` compares a row with the reference of its label and
-    protocol, the row of the best mean validation SRCC among those that were tested on the same items, with p-values
-    adjusted for their number. Raises DataError for predictions that are gone or damaged.
+    `lines` are the result lines by name, and `out` is the folder of the runs and of what the baselines predicted.
+    `test` is of the seeds all of whose splits have a result, None without one; `against` compares a row with the
+    reference of its label and protocol, the head of the best mean validation SRCC among those that were tested on the
+    same items, with p-values adjusted for the number of rows that are compared with it, baselines among them. It is
+    None for the reference itself, and where no head was tested on the same items. Raises DataError for predictions that
+    are gone or damaged.
     """
-    groups = _groups(plan, lines)
+    groups, runs = _groups(plan, lines), out / RUNS
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(lambda group: _score(group, lines, runs, resamples), groups))
-    references = _references(groups)
-    rows = [_row(group, references.get(_question(group))) for group in groups]
+        references = _references(groups)
+        told = list(pool.map(lambda line: _baseline_row(line, references, out, resamples), baselines))
+    rows = [(_question(group), _row(group, references.get(_question(group)))) for group in groups] + told
     for question in references:
-        adjust_by_holm([row for row, group in zip(rows, groups, strict=True) if _question(group) == question])
-    return rows
+        adjust_by_holm([row for asked, row in rows if asked == question])
+    return [row for _, row in rows]
 
 
 def summary(label: str, planned: int, done: Sequence[Line], scores: SeedScores | None, against: Line | None) -> Line:
@@ -115,7 +123,7 @@ def validation_summary(lines: Sequence[Line], label: str) -> dict[str, list[floa
 
 def write_rows(path: Path, rows: Sequence[Line]) -> None:
     """Write `rows` as lines of JSON, in one step."""
-    write_text_atomically(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Group]:
@@ -142,19 +150,24 @@ def _score(group: _Group, lines: Mapping[str, Line], runs: Path, resamples: int)
     if not whole:
         return
     tables = {ran[0].name: _together(ran, group.label, runs) for ran in whole}
-    first = tables[whole[0][0].name]
-    group.items = tuple(zip(first.names, first.prompts, first.mos.tolist(), strict=True))
+    group.items = _items(tables[whole[0][0].name])
     group.scores = scores_over_seeds(tables, resamples=resamples)
 
 
 def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
     """The test items of all these runs, by name. Raises DataError for an item that two of them tested."""
     parts = [read_predictions(runs / run.name / PREDICTIONS, parse_labels(run.train.label), label=label) for run in ran]
-    names = [name for part in parts for name in part.names]
-    prompts = [prompt for part in parts for prompt in part.prompts]
-    if len(set(zip(names, prompts, strict=True))) < len(names):
+    joined = _in_order(parts)
+    if len(set(zip(joined.names, joined.prompts, strict=True))) < len(joined.names):
         message = f"The runs of {ran[0].row!r}, {ran[0].protocol}, tested an item twice; their splits must not overlap."
         raise DataError(message)
+    return joined
+
+
+def _in_order(parts: Sequence[Predictions]) -> Predictions:
+    """All items of `parts`, by name and prompt."""
+    names = [name for part in parts for name in part.names]
+    prompts = [prompt for part in parts for prompt in part.prompts]
     order = sorted(range(len(names)), key=lambda place: (names[place], prompts[place]))
     return Predictions(
         names=[names[place] for place in order],
@@ -162,6 +175,11 @@ def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
         mos=np.concatenate([part.mos for part in parts])[order],
         predicted=np.concatenate([part.predicted for part in parts])[order],
     )
+
+
+def _items(table: Predictions) -> tuple[tuple[str, str, float], ...]:
+    """Name, prompt and MOS of each item."""
+    return tuple(zip(table.names, table.prompts, table.mos.tolist(), strict=True))
 
 
 _Question = tuple[str, str, tuple[tuple[str, str, float], ...]]
@@ -190,12 +208,7 @@ def _row(group: _Group, reference: _Group | None) -> Line:
     run, scores = group.first, group.scores
     against = None
     if reference is not None and reference is not group and scores is not None:
-        assert reference.scores is not None  # _references chose
-        against = {
-            "row": reference.first.row,
-            "store_name": reference.first.store,
-            **scores.against(reference.scores),
-        }
+        against = _against(scores, reference)
     return {
         "kind": "head",
         "row": run.row,
@@ -203,4 +216,35 @@ def _row(group: _Group, reference: _Group | None) -> Line:
         "store_name": run.store,
         "protocol": run.protocol,
         **summary(group.label, len(group.runs), group.done, scores, against),
+    }
+
+
+def _baseline_row(
+    line: Line, references: Mapping[_Question, _Group], out: Path, resamples: int
+) -> tuple[_Question | None, Line]:
+    """The row of a baseline, compared with the reference that was tested on its items, and what both answer.
+
+    A correlation that the line has none of, as it tells of the split alone, is not compared.
+    """
+    if "left_out" in line:
+        return None, line
+    table = _in_order([read_predictions(out / line["predictions"], [line["label"]], label=line["label"])])
+    question = line["protocol"], line["label"], _items(table)
+    reference = references.get(question)
+    if reference is None:
+        return None, {**line, "against": None}
+    against = _against(scores_over_seeds({line["row"]: table}, resamples=resamples), reference)
+    for metric in METRICS:
+        if line["test"][metric] is None:
+            against |= {told: {**against[told], metric: None} for told in ("difference", "ci", "p")}
+    return question, {**line, "against": against}
+
+
+def _against(scores: SeedScores, reference: _Group) -> Line:
+    """The paired comparison with the reference."""
+    assert reference.scores is not None  # _references chose
+    return {
+        "row": reference.first.row,
+        "store_name": reference.first.store,
+        **scores.against(reference.scores),
     }

@@ -1,5 +1,7 @@
 """What a reader of results must know of the stores behind them, for about.json."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from agiqa.store import Store
@@ -24,3 +26,17 @@ def facts_of(store: Store) -> dict[str, Any]:
     if store.encoding == "sketch":
         facts["energy"] = [float(value) for value in store.basis().energy]
     return facts
+
+
+def spelled(identity: str, place: str | None) -> str:
+    """A store in a message: where it is, as far as that is known, and the beginning of its id."""
+    return f"{place} ({identity[:12]})" if place else identity[:12]
+
+
+def place_of(about: Path, identity: str) -> str | None:
+    """Where the about.json of some results says that the store of this id is; None where it does not."""
+    try:
+        stores = json.loads(about.read_bytes())["stores"].values()
+        return next((str(store["path"]) for store in stores if store["id"] == identity), None)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None

@@ -17,7 +17,7 @@ from agiqa.bench.predictions import write_predictions
 from agiqa.bench.result_folders import ROWS, RUNS, working_in
 from agiqa.bench.result_lines import Line, error_facts, outcome_facts, training_facts
 from agiqa.bench.rows import write_rows
-from agiqa.bench.this_run import about_this_run
+from agiqa.bench.this_run import this_commit
 from agiqa.bench.transfer_plan import SHOTS, PlannedHead, PlannedLine, TransferPlan, TransferSettings, plan_transfer
 from agiqa.bench.transfer_results import TransferResults, rows_of
 from agiqa.bench.transfer_sides import Side, check_shots, making_differs, open_sides, shared
@@ -74,6 +74,7 @@ def run_transfer(
     HeadError for a head on items or labels that its store does not have any more.
     """
     first, second = stores
+    commit = this_commit()
     plan = plan_transfer((first, second), settings, seeds=seeds, shots=shots, one_way=one_way)
     sides = open_sides(stores, settings)
     for name in dict.fromkeys(line.target for line in plan.lines if line.way == "warm"):
@@ -82,7 +83,7 @@ def run_transfer(
     if about["making_differs"]:
         tell(f"warning: {first} and {second} were made differently: {', '.join(about['making_differs'])}")
     with working_in(out, "transfer"):
-        work = _Work(plan, sides, settings, out, about, tell)
+        work = _Work(plan, sides, settings, out, about, tell, commit=commit)
         trained = work.train(workers)
         work.apply()
         rows = rows_of(plan, work.results, out, protocol=settings.train.split, label=settings.train.label)
@@ -119,12 +120,14 @@ class _Work:
         out: Path,
         about: Mapping[str, Any],
         tell: Callable[[str], None],
+        *,
+        commit: str | None,
     ) -> None:
         self.results = TransferResults(out, about, plan)
         self._shared = about["shared"]
         self._plan, self._sides, self._settings, self._out, self._tell = plan, sides, settings, out, tell
         self._missing = {line.name: line for line in plan.lines if not self._is_done(line)}
-        self._commit = about_this_run()["commit"]
+        self._commit = commit
         self._failed: dict[str, str] = {}
         done = len(plan.lines) - len(self._missing)
         if done:

@@ -116,17 +116,22 @@ class TransferPlan:
 
 
 def read_transfer_settings(
-    file: Path | None, overrides: Mapping[str, Any] | None = None, *, preset: str | None = None
+    file: Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    projection: str | None = None,
 ) -> TransferSettings:
     """The settings of `file`; `overrides` (of `train`, flat; None means not given) beat it, and it beats `preset`.
 
-    On a CPU a training whose `threads` nobody sets has one, so that as many run at once as there are cores. Raises
-    ConfigError or UnknownName, naming the file, for what is no such file, and for settings that a transfer sets itself.
+    `projection` is that of heads where nobody sets one. On a CPU a training whose `threads` nobody sets has one, so
+    that as many run at once as there are cores. Raises ConfigError or UnknownName, naming the file, for what is no such
+    file, and for settings that a transfer sets itself.
     """
     try:
         sections = _read_sections(file)
         sections["train"] |= {name: value for name, value in (overrides or {}).items() if value is not None}
-        return _settings(sections, preset)
+        return _settings(sections, preset, projection)
     except (ConfigError, UnknownName) as error:
         if file is not None:
             error.add_note(f"while reading {file} and the options given")
@@ -221,12 +226,14 @@ def _read_sections(file: Path | None) -> dict[str, dict[str, Any]]:
     return {name: as_mapping(f"section {name!r}", content.get(name)) for name in _SECTIONS}
 
 
-def _settings(sections: Mapping[str, dict[str, Any]], preset: str | None) -> TransferSettings:
-    """Both kinds of training from the sections, above those of the preset."""
+def _settings(sections: Mapping[str, dict[str, Any]], preset: str | None, projection: str | None) -> TransferSettings:
+    """Both kinds of training from the sections, above those of the preset, above `projection`."""
     chosen = {**sections["head"], **sections["train"]}
     below = {} if preset is None else preset_values(preset, chosen)
     if chosen.get("device") == "cpu" or not torch.cuda.is_available():
         below.setdefault("threads", 1)
+    if projection is not None:
+        below.setdefault("projection", projection)
     known = {"head": HeadConfig.model_fields, "train": TrainConfig.model_fields}
     head, train = ({**{k: v for k, v in below.items() if k in known[name]}, **sections[name]} for name in known)
     told = TrainConfig(**train)

@@ -13,6 +13,7 @@ from agiqa.bench.predictions import read_predictions
 from agiqa.bench.result_folders import ABOUT, RESULTS, write_about
 from agiqa.bench.result_lines import Line, LineFile
 from agiqa.bench.rows import adjust_by_holm, scores_over_seeds, summary
+from agiqa.bench.store_facts import spelled
 from agiqa.bench.transfer_plan import PlannedLine, TransferPlan, completed
 from agiqa.errors import DataError
 from agiqa.heads.comparing import SeedScores
@@ -51,15 +52,29 @@ def _check_about(path: Path, about: Mapping[str, Any]) -> None:
     there = read_json(path, remedy="Choose another OUT.")
     if not isinstance(there, dict):
         there = {}
-    found = list(differences(_identity(there), _identity(about)))
+    found = [*_other_stores(there, about), *differences(_identity(there), _identity(about))]
     if found:
         where = f"{path} is of another transfer, choose another OUT"
         raise DataError.from_problems(where, found)
 
 
 def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
-    stores = {name: store.get("id") for name, store in about.get("stores", {}).items()}
-    return {"kind": about.get("kind"), "stores": stores, "settings": completed(about.get("settings", {}))}
+    return {"kind": about.get("kind"), "settings": completed(about.get("settings", {}))}
+
+
+def _other_stores(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """A line for each name that does not stand for one store in both."""
+    before, now = there.get("stores", {}), asked["stores"]
+    ids = {name: tuple(stores.get(name, {}).get("id") for stores in (before, now)) for name in {**before, **now}}
+    return [
+        f"stores.{name}: stored {_spelled(before.get(name))}, asked {_spelled(now.get(name))}"
+        for name, (old, new) in ids.items()
+        if old != new
+    ]
+
+
+def _spelled(store: Mapping[str, Any] | None) -> str:
+    return "none" if not store else spelled(str(store.get("id")), store.get("path"))
 
 
 def rows_of(plan: TransferPlan, results: TransferResults, out: Path, *, protocol: str, label: str) -> list[Line]:

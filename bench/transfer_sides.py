@@ -1,6 +1,6 @@
 """The two data sets of a transfer: what they are called, whether one head can read both, and what they share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from agiqa.heads.projection import FeatureSpec, check_encoding
 from agiqa.heads.prompts import normalise_prompt
 from agiqa.heads.splits import Partition, make_partition
 from agiqa.store import Store
-from agiqa.store.provenance import differences
+from agiqa.store.provenance import differing
 
 _MAKING = ("model", "conversation")
 
@@ -45,6 +45,11 @@ def named(source: Store, target: Store, names: str | None) -> dict[str, Store]:
         message = f"A transfer needs two names for its data sets, found {', '.join(given)}. Give --names A,B."
         raise ConfigError(message)
     return dict(zip(given, (source, target), strict=True))
+
+
+def usual_projection(stores: Iterable[Store]) -> str | None:
+    """The projection of heads where nobody sets one: `sketch` where all stores are sketches, else the default, None."""
+    return "sketch" if all(store.encoding == "sketch" for store in stores) else None
 
 
 def _name_of(store: Store) -> str:
@@ -94,7 +99,7 @@ def making_differs(a: Store, b: Store) -> list[str]:
     Heads can read both all the same: the adapters of one model, say, have one W_lm.
     """
     pairs = ((key, a.provenance.get(key), b.provenance.get(key)) for key in _MAKING)
-    return [line.partition(":")[0] for key, here, there in pairs for line in differences(here, there, key)]
+    return [name for key, here, there in pairs for name, _, _ in differing(here, there, key)]
 
 
 def shared(source: Side, target: Side) -> dict[str, Any]:

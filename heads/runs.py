@@ -15,6 +15,8 @@ name, predictions.csv has the columns mos_LABEL and predicted_LABEL of each, and
 
 import csv
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.head import Head, build_head, check_parts
 from agiqa.heads.projection import FeatureSpec
+from agiqa.store.files import telling_disk_errors
 from agiqa.version import agiqa_version
 
 FORMAT = "agiqa.head"
@@ -165,26 +168,27 @@ def write_run(
     """Write the folder at `partial`, then move it to its place: a run that was killed is never taken for a run.
 
     `partial` is on the same file system, and what a killed process left there is replaced. `events` is a folder of
-    TensorBoard event files to copy.
+    TensorBoard event files to copy. An OSError is told of as `telling_disk_errors` does.
     """
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, partial / WEIGHTS)
-        _write_csv(partial / PREDICTIONS, predictions)
-        _write_csv(partial / CURVES, curves)
-        _write_json(partial / PARTS, parts)
-        _write_json(partial / METRICS, metrics)
-        if events is not None:
-            shutil.copytree(events, partial / EVENTS)
-        _write_json(partial / CONFIG, {"format": FORMAT, "version": FORMAT_VERSION, **config})
-        refuse_taken(path)
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
+    with telling_disk_errors(f"writing {path}", "the epochs that were saved are kept"):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            _write_weights(partial / WEIGHTS, head)
+            _write_csv(partial / PREDICTIONS, predictions)
+            _write_csv(partial / CURVES, curves)
+            _write_json(partial / PARTS, parts)
+            _write_json(partial / METRICS, metrics)
+            if events is not None:
+                shutil.copytree(events, partial / EVENTS)
+            _write_json(partial / CONFIG, {"format": FORMAT, "version": FORMAT_VERSION, **config})
+            refuse_taken(path)
+            if path.exists():
+                path.rmdir()
+            partial.rename(path)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
 
 
 def _mismatch(expected: FeatureSpec, found: FeatureSpec) -> str | None:
@@ -220,6 +224,17 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         message = f"{path} is no run folder of a trained head: {name} holds no JSON object."
         raise HeadError(message)
     return cast("dict[str, Any]", content)
+
+
+def _write_weights(path: Path, head: Head) -> None:
+    """The weights as safetensors; an error of the disk is an OSError as of any other file."""
+    try:
+        save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, path)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -71,8 +71,8 @@ def command(
 
     Features are decoded once for all runs. A run that fails is kept with its error, and the rest goes on. The same
     command again trains what is missing or failed. At the end comes a table: means over seeds, intervals by prompt,
-    the paired difference to the best row by validation, and baselines without a head. Nothing is chosen by test
-    results. `agiqa report OUT` makes pictures and a page of it.
+    the paired difference to the best head by validation, and baselines without a head, compared alike. Nothing is
+    chosen by test results. `agiqa report OUT` makes pictures and a page of it.
     """
     from agiqa.bench.ablation import run_ablation
     from agiqa.bench.grids import find_grid, generators_of, read_grid

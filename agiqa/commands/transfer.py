@@ -31,7 +31,8 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repo
     "--config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="YAML with the sections `head` and `train` of `agiqa train`, and `few_shot`: settings of `train` that "
-    "few-shot trainings have instead.",
+    "few-shot trainings have instead. Where neither it nor a preset sets the `projection`, heads read two sketches by "
+    "`sketch`.",
 )
 @click.option("--preset", help="Settings to start from, as of `agiqa train`: paper or published.")
 @click.option("--label", help="Aspect whose MOS is predicted.  [default: quality]")
@@ -74,12 +75,13 @@ def command(
     from agiqa.bench.result_folders import RESULTS
     from agiqa.bench.transfer import run_transfer
     from agiqa.bench.transfer_plan import read_transfer_settings
-    from agiqa.bench.transfer_sides import named
+    from agiqa.bench.transfer_sides import named, usual_projection
     from agiqa.bench.transfer_tables import transfer_text
     from agiqa.store import open_store
 
-    settings = read_transfer_settings(config, {"label": label, "split": split}, preset=preset)
     stores = named(open_store(source), open_store(target), names)
+    usual = usual_projection(stores.values())
+    settings = read_transfer_settings(config, {"label": label, "split": split}, preset=preset, projection=usual)
     done = run_transfer(stores, settings, out, seeds=seeds, shots=shots, one_way=one_way, workers=workers)
     result = {
         "results": str(out / RESULTS),

@@ -53,6 +53,8 @@ class Examples:
     best: tuple[Example, ...]
     """The smallest errors first."""
     notes: tuple[str, ...]
+    problem: str | None = None
+    """What is not shown that was asked for."""
 
     def table(self) -> Table:
         """The same as a table."""
@@ -101,7 +103,8 @@ def examples_of(results: Results, found: Predictions, head: str, *, images: Path
     absent = sum(image is None for image in thumbnails.values())
     notes = [f"Items of the test part by the error of {head}, a mean over {plural(found.runs, 'run')}."]
     notes += ["Images are not shown: give their folder with --images FOLDER."] if images is None else []
-    notes += [f"{plural(absent, 'image')} could not be read in {images}."] if absent else []
+    problem = f"{absent:,} of {plural(len(thumbnails), 'image')} could not be read in {images}." if absent else None
+    notes += [problem] if problem else []
     notes += [why] if why else []
     return Examples(
         name=slug(results.prefix, "items", row.label, row.protocol),
@@ -109,6 +112,7 @@ def examples_of(results: Results, found: Predictions, head: str, *, images: Path
         worst=tuple(example(k) for k in order[::-1][:count]),
         best=tuple(example(k) for k in order[:count]),
         notes=tuple(notes),
+        problem=problem,
     )
 
 

@@ -54,7 +54,9 @@ _WANTED = {
         command=_ABLATE,
         how="with `paper_compatible: true` in the base of the grid",
     ),
-    "curves": Missing(what="Training curves", command=_ABLATE, how="whose OUT/runs hold the curves"),
+    "curves": Missing(
+        what="Training curves", command=_ABLATE, how="whose OUT/runs hold the curves of more than one epoch"
+    ),
 }
 KEYS = frozenset(_WANTED)
 """The names of what a report can have."""

@@ -41,7 +41,7 @@ def leak(results: Results, protocol: str) -> tuple[int, int] | None:
         counts = _leak_of(line.split) if line.protocol == protocol else None
         if counts is not None:
             part = str(line.config.get("fold")), str(line.config.get("held_out"))
-            by_row.setdefault((line.row, line.store_name), {})[part] = counts
+            by_row.setdefault((line.of_row, line.store_name), {})[part] = counts
     sums = [(sum(one for one, _ in parts.values()), sum(n for _, n in parts.values())) for parts in by_row.values()]
     return max(sums, default=None)
 

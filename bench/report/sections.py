@@ -142,7 +142,9 @@ def _item_blocks(ablations: Sequence[Results], images: Path | None) -> tuple[lis
             problems += [one.titled(problem) for problem in found.missing]
             charts.append(scatter_chart(one, found, title))
             if protocol != "published" or (label, "grouped") not in one.groups():
-                lists.append(examples_of(one, found, title, images=images))
+                best_and_worst = examples_of(one, found, title, images=images)
+                lists.append(best_and_worst)
+                problems += [one.titled(best_and_worst.problem)] if best_and_worst.problem else []
     return _some([*charts, *lists]), problems
 
 

@@ -24,13 +24,14 @@ METHOD = (
     "difference that the test finds may be one between two trainings.",
     "Δ is a row minus the reference row of its table, scored on the same draws (a paired bootstrap). Its p is "
     "two-sided: twice the share of draws on the other side of zero, counted with one draw more. Holm's correction "
-    "covers, for each metric, all heads that are compared with one reference: the chance that any of them is told from "
-    f"it by luck stays at about {CONFIDENT}. Stores of other items have a reference of their own.",
+    "covers, for each metric, all heads and baselines that are compared with one reference: the chance that any of "
+    f"them is told from it by luck stays at about {CONFIDENT}. Stores of other items have a reference of their own.",
     "The reference row has the best mean validation SRCC. Epochs, too, are chosen by validation items. Test "
     "items take part in no choice, and the order of the rows is that of validation.",
     "Baselines are tested on the same items as the heads of their table, and fitted on all others that heads have, "
-    "those included that choose an epoch: a few more than a head without `refit` learns from. They are not part of the "
-    "paired test.",
+    "those included that choose an epoch: a few more than a head without `refit` learns from. They are compared "
+    "with the reference by the same paired test where they have a value and predict exactly its items, and are never "
+    "the reference.",
 )
 
 

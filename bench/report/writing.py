@@ -13,9 +13,10 @@ from agiqa.bench.report.reading import read_all
 from agiqa.bench.report.sections import compose
 from agiqa.bench.report.tables import Table
 from agiqa.errors import DataError
-from agiqa.store.files import write_text_atomically
+from agiqa.store.files import telling_disk_errors, write_text_atomically
 
 PAGE, DOCUMENT, TABLES, PICTURES = "index.html", "report.md", "tables", "pictures"
+_KEPT = "the results are kept, and what was written of the report"
 _MADE = {TABLES: (".md", ".csv"), PICTURES: (".png", ".svg")}
 
 
@@ -47,7 +48,7 @@ def write_report(
 
     Tables and pictures that an earlier report left there are replaced. `images` is the folder of the images by item
     name, `notes` what the reader is told of the data, `data` the data set of stores that do not tell theirs. Raises
-    DataError for a folder that holds no results, or for a `to` that is something else.
+    DataError for a folder that holds no results, or for a `to` that is something else, and as `telling_disk_errors`.
     """
     if to.exists() and (not to.is_dir() or ((any(to.iterdir())) and not (to / PAGE).is_file())):
         message = f"{to} is there already and is no report. Give another --to, or remove it."
@@ -56,17 +57,20 @@ def write_report(
     content = compose(everything, images=images, notes=notes)
     title = title or " and ".join(one.name for one in everything)
     page = render(title, content)
-    for name, ends in _MADE.items():
-        _clear(to / name, ends)
+    with telling_disk_errors(f"writing {to / PAGE}", _KEPT):
+        to.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(to / PAGE, page)  # first: what is broken off after it can be written anew
+        write_text_atomically(to / DOCUMENT, document(title, content))
+        for name, ends in _MADE.items():
+            _clear(to / name, ends)
     tables: list[Path] = []
     pictures: list[Path] = []
     for block in content.blocks():
         if isinstance(block, Picture):
-            pictures += block.write(to / PICTURES)
+            with telling_disk_errors(f"writing the picture {block.name} to {to / PICTURES}", _KEPT):
+                pictures += block.write(to / PICTURES)
         else:
             tables += _write_table(to / TABLES, block.table() if isinstance(block, Examples) else block)
-    write_text_atomically(to / DOCUMENT, document(title, content))
-    write_text_atomically(to / PAGE, page)
     return Report(
         page=to / PAGE,
         document=to / DOCUMENT,
@@ -88,5 +92,6 @@ def _clear(folder: Path, ends: Sequence[str]) -> None:
 def _write_table(folder: Path, table: Table) -> list[Path]:
     paths = [folder / f"{table.name}.md", folder / f"{table.name}.csv"]
     for path, text in zip(paths, (table.markdown(), table.csv()), strict=True):
-        path.write_text(text, encoding="utf-8", newline="")
+        with telling_disk_errors(f"writing {path}", _KEPT):
+            path.write_text(text, encoding="utf-8", newline="")
     return paths

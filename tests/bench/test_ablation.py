@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,27 +10,11 @@ import yaml
 
 from agiqa.bench.ablation import run_ablation
 from agiqa.bench.grids import generators_of, read_grid
-from agiqa.errors import DataError
+from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
 from agiqa.heads.splits import make_partition
-from tests.store.conftest import make_content, make_store
 
 BASE = {"projection": "hidden", "encoder": "none", "width": 4, "epochs": 2, "batch_size": 8, "device": "cpu"}
-ITEMS = 48
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    rng = np.random.default_rng(2)
-    content = make_content(rng.integers(3, 6, ITEMS).tolist(), width=6, seed=2, logical_dtype="float32")
-    items = replace(
-        content.items,
-        prompts=[f"prompt {k // 3}" for k in range(ITEMS)],
-        splits=["test" if k % 4 == 0 else "train" for k in range(ITEMS)],
-        generators=[("one", "two", "three")[k % 3] for k in range(ITEMS)],
-        labels={"quality": rng.uniform(0, 5, ITEMS)},
-    )
-    return make_store(tmp_path_factory.mktemp("store") / "set.agiqa", replace(content, items=items))
 
 
 @pytest.fixture
@@ -85,12 +68,12 @@ def test_baselines_have_the_training_items_of_the_heads_beside_them(ablate, stor
     assert len(set(files)) == len(files)
 
 
-def test_a_run_that_asks_for_no_possible_split_costs_the_others_nothing(ablate, tmp_path):
+def test_a_run_that_asks_for_no_possible_split_costs_the_others_nothing(ablate, store, tmp_path):
     done = ablate(runs=[{"name": "fine"}, {"name": "lost", "split": "generator"}])
     assert list(done.failed) == ["lost"]
     assert "needs `held_out`" in done.failed["lost"]
     rows = lines_of(tmp_path / "out" / "rows.jsonl")
-    assert next(row for row in rows if row["row"] == "fine")["test"]["n"] == ITEMS // 4
+    assert next(row for row in rows if row["row"] == "fine")["test"]["n"] == len(store.items.names) // 4
     lost = [row for row in rows if row["kind"] == "baseline" and row["protocol"] == "leave-one-generator-out"]
     assert lost
     assert all("needs `held_out`" in row["left_out"] for row in lost)
@@ -101,3 +84,32 @@ def test_words_that_cannot_be_read_are_refused_before_anything_is_trained(ablate
     with pytest.raises(DataError, match="rating words"):
         ablate(words=[tmp_path / "quality.json"], grid={"pooling": ["mean"]})
     assert not (tmp_path / "out").exists()
+
+
+def test_lines_name_the_commit_that_the_environment_says(ablate, tmp_path, monkeypatch):
+    grid = {"grid": {"pooling": ["mean"]}}
+    monkeypatch.setenv("AGIQA_COMMIT", "HEAD")
+    with pytest.raises(ConfigError, match="AGIQA_COMMIT is 'HEAD'"):
+        ablate(**grid)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("AGIQA_COMMIT", "fedcba9-dirty")
+    assert ablate(**grid).failed == {}
+    assert lines_of(tmp_path / "out" / "results.jsonl")[0]["commit"] == "fedcba9-dirty"
+
+
+def test_baselines_are_compared_with_the_best_head(ablate, tmp_path):
+    """Of the published split and of folds, whose parts are put together in an order of their own."""
+    protocols = ["published", {"grouped": {"folds": 2}}]
+    done = ablate(grid={"pooling": ["mean", "max"]}, seeds=[0, 1], protocols=protocols)
+    for protocol in ("published", "grouped"):
+        rows = [row for row in done.rows if row["protocol"] == protocol and row.get("test") is not None]
+        (best,) = [row for row in rows if row["kind"] == "head" and row["against"] is None]
+        (mean,) = [row for row in rows if row["row"] == "mean hidden state"]
+        assert mean["against"]["row"] == best["row"]
+        gap = mean["test"]["srcc"] - best["test"]["srcc"]
+        assert mean["against"]["difference"]["srcc"] == pytest.approx(gap)
+        others = [row["against"] for row in rows if row["against"] and row["against"]["p"]["srcc"] is not None]
+        least = min(others, key=lambda against: against["p"]["srcc"])
+        assert least["p_holm"]["srcc"] == pytest.approx(min(1.0, least["p"]["srcc"] * len(others)))
+    written = lines_of(tmp_path / "out" / "baselines.jsonl")
+    assert written == [row for row in done.rows if row["kind"] == "baseline"]

@@ -9,6 +9,8 @@ from agiqa.bench.grids import read_grid
 from agiqa.bench.result_lines import scores_by_label
 from agiqa.errors import DataError
 
+STORES = {"": {"id": "s", "path": "here/set.agiqa"}}
+
 
 @pytest.fixture
 def plan(tmp_path):
@@ -31,12 +33,12 @@ def line(run, value, **changes):
 
 def test_lines_are_read_again_and_the_last_of_a_run_counts(tmp_path, plan):
     path = tmp_path / "results.jsonl"
-    results = ResultLines(path, plan, stores={"": "s"})
+    results = ResultLines(path, plan, stores=STORES)
     results.append(error_line(plan[0], "s", "broken", agiqa="1", commit=None))
     assert not results.is_done(plan[0])
     results.append(line(plan[0], 0.5))
     results.append(error_line(plan[1], "s", "broken", agiqa="1", commit=None))
-    again = ResultLines(path, plan, stores={"": "s"})
+    again = ResultLines(path, plan, stores=STORES)
     assert again.lines == results.lines
     assert [again.is_done(run) for run in plan[:3]] == [True, False, False]
     assert len(path.read_text().splitlines()) == 3
@@ -45,27 +47,27 @@ def test_lines_are_read_again_and_the_last_of_a_run_counts(tmp_path, plan):
 def test_errors_with_odd_ends_of_lines_are_read_again(tmp_path, plan):
     path, name = tmp_path / "results.jsonl", plan[0].name
     failed = {**line(plan[0], 0.5), "error": "one\u2028two\u0085three\nfour"}
-    ResultLines(path, plan, stores={"": "s"}).append(failed)
-    assert ResultLines(path, plan, stores={"": "s"}).lines[name]["error"] == failed["error"]
+    ResultLines(path, plan, stores=STORES).append(failed)
+    assert ResultLines(path, plan, stores=STORES).lines[name]["error"] == failed["error"]
 
 
 @pytest.mark.parametrize("torn", [1, 20, -1])
 def test_a_line_that_was_torn_off_is_dropped(tmp_path, plan, torn):
     path = tmp_path / "results.jsonl"
-    ResultLines(path, plan, stores={"": "s"}).append(line(plan[0], 0.5))
+    ResultLines(path, plan, stores=STORES).append(line(plan[0], 0.5))
     whole = path.read_bytes()
     path.write_bytes(whole + json.dumps(line(plan[1], 0.5)).encode()[:torn])
-    results = ResultLines(path, plan, stores={"": "s"})
+    results = ResultLines(path, plan, stores=STORES)
     assert list(results.lines) == [plan[0].name]
     results.append(line(plan[1], 0.25))
     assert path.read_bytes().startswith(whole)
-    assert list(ResultLines(path, plan, stores={"": "s"}).lines) == [run.name for run in plan[:2]]
+    assert list(ResultLines(path, plan, stores=STORES).lines) == [run.name for run in plan[:2]]
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"store": "other"}, "line 1: a run on the store other, and this is s"),
+        ({"store": "other"}, "line 1: a run on the store other, and this is here/set.agiqa (s). Choose another OUT."),
         ({"name": "encoder=xlstm,seed=0"}, "the run 'encoder=xlstm,seed=0' is not in this grid"),
         ({"config": {"width": 4}}, "had width 4, and this grid has 512"),
     ],
@@ -74,9 +76,20 @@ def test_lines_of_something_else_are_refused(tmp_path, plan, change, said):
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(line(plan[0], 0.5, **change)) + "\n")
     with pytest.raises(DataError) as caught:
-        ResultLines(path, plan, stores={"": "s"})
+        ResultLines(path, plan, stores=STORES)
     assert said in str(caught.value)
     assert "Choose another OUT" in str(caught.value)
+
+
+def test_another_store_is_told_by_its_place_and_the_beginning_of_its_id(tmp_path, plan):
+    path, old, new = tmp_path / "results.jsonl", "0123456789ab" + "c" * 52, "f" * 64
+    path.write_text(json.dumps(line(plan[0], 0.5, store=old)) + "\n")
+    stores = {"": {"id": new, "path": "new.agiqa"}}
+    with pytest.raises(DataError, match=r"on the store 0123456789ab, and this is new\.agiqa \(f{12}\)"):
+        ResultLines(path, plan, stores=stores)
+    (tmp_path / "about.json").write_text(json.dumps({"stores": {"": {"id": old, "path": "old.agiqa"}}}))
+    with pytest.raises(DataError, match=r"on the store old\.agiqa \(0123456789ab\), and this is new\.agiqa"):
+        ResultLines(path, plan, stores=stores)
 
 
 @pytest.mark.parametrize("content", [b"{}\n", b"no json\n", b"[1]\n", b"\xff\xff\n", b"3\n"])
@@ -84,7 +97,7 @@ def test_what_is_no_result_line_is_refused(tmp_path, plan, content):
     path = tmp_path / "results.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"results\.jsonl.*(is no result line|is no file of result lines)"):
-        ResultLines(path, plan, stores={"": "s"})
+        ResultLines(path, plan, stores=STORES)
     assert path.read_bytes() == content
 
 
@@ -102,7 +115,7 @@ def test_lines_of_an_older_agiqa_are_of_the_defaults_that_they_lack(tmp_path, pl
     path = tmp_path / "results.jsonl"
     older = {name: value for name, value in plan[0].config.items() if name not in ("paper_compatible", "folds")}
     path.write_text(json.dumps(line(plan[0], 0.5, config=older)) + "\n")
-    assert ResultLines(path, plan, stores={"": "s"}).is_done(plan[0])
+    assert ResultLines(path, plan, stores=STORES).is_done(plan[0])
 
 
 def test_a_grid_is_gone_on_with_on_another_machine(tmp_path, plan):
@@ -110,4 +123,4 @@ def test_a_grid_is_gone_on_with_on_another_machine(tmp_path, plan):
     path = tmp_path / "results.jsonl"
     there = {**plan[0].config, "threads": 7, "device": "cuda", "memory": 1000, "keep": "memmap"}
     path.write_text(json.dumps(line(plan[0], 0.5, config=there)) + "\n")
-    assert ResultLines(path, plan, stores={"": "s"}).is_done(plan[0])
+    assert ResultLines(path, plan, stores=STORES).is_done(plan[0])

@@ -1,14 +1,16 @@
 """Grids: which runs a file asks for, what they are called, and which files are refused."""
 
 from itertools import product
+from typing import ClassVar
 
 import pytest
 import torch
 import yaml
 
 from agiqa.bench.grids import read_grid
+from agiqa.bench.unread import unread_settings
 from agiqa.errors import ConfigError, UnknownName
-from agiqa.heads import HeadConfig, TrainConfig, load_settings
+from agiqa.heads import ENCODERS, HeadConfig, TrainConfig, load_settings
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_names_can_be_folders(grid):
     settings = {
         name: [1e-5, 1.23456789e-4] for name in ("lr", "projection_lr", "weight_decay", "warmup", "ema", "dropout")
     }
-    names = [run.name for run in grid(grid={**settings, "token_dropout": [0.1, 0.2], "test_share": [0.1, 0.12345678]})]
+    names = [run.name for run in grid(grid={**settings, "token_dropout": [0.1, 0.2], "validation": [0.1, 0.12345678]})]
     assert len(set(names)) == len(names) == 2**8
     assert max(len(name) for name in names) <= 120
 
@@ -99,8 +101,19 @@ def test_threads_are_set_only_where_a_cpu_trains_and_nobody_sets_them(grid):
         ("base: {encodr: gru}\ngrid: {seed: [1]}", UnknownName, "Did you mean 'encoder'"),
         ("grids: {seed: [1]}", UnknownName, "No section is called 'grids'. Did you mean 'grid'"),
         ("base: {seed: 1}\ngrid: {seed: [1, 2]}", ConfigError, "`seed` is both in `base` and in `grid`"),
-        ("grid: {seed: [1, 1]}", ConfigError, "'seed=1' and 'seed=1' have the same settings"),
-        ("grid: {seed: [1, 2]}\nruns: [{seed: 2}]", ConfigError, "have the same settings"),
+        ("grid: {seed: [1, 1]}", ConfigError, "`seed` has the value 1 twice: keep it once"),
+        ("grid: {seed: [1, 2]}\nruns: [{seed: 2}]", ConfigError, "The run 'seed=2' is there twice: keep it once"),
+        ("grid: {seed: [1, 2]}\nruns: [{seed: 2, name: a}]", ConfigError, "'seed=2' and 'a' have the same settings"),
+        ("grid: {encoder: [gru, none, gru]}", ConfigError, "`encoder` has the value gru twice"),
+        ("grid: {bidirectional: [true, true]}", ConfigError, "`bidirectional` has the value true twice"),
+        ("grid: {encoder: [gru]}\nseeds: [0, 3, 3]", ConfigError, "`seeds` has the value 3 twice"),
+        ("base: {encoder: none}\ngrid: {layers: [1, 2]}", ConfigError, "differ in `layers`, which the encoder 'none'"),
+        ("grid: {encoder: [gru, none], layers: [1, 2]}", ConfigError, "'encoder=none,layers=2' differ in `layers`"),
+        ("base: {encoder: gru}\ngrid: {blocks: [1, 2]}", ConfigError, "`blocks`, which the encoder 'gru' does not"),
+        ("grid: {folds: [3, 4]}", ConfigError, "differ in `folds`, which the split 'published' does not read"),
+        ("grid: {test_share: [0.1, 0.2]}", ConfigError, "differ in `test_share`, which the split 'published'"),
+        ("grid: {training_seed: [1, 2]}", ConfigError, "which a training without `training_items` does not read"),
+        ("grid: {store: [main]}", ConfigError, "leave out the setting `store`"),
         ("grid: {loss: ['mse+plcc', 'mse plcc']}", None, ""),
         ("runs: [{seed: 1, name: a}, {seed: 2, name: a}]", ConfigError, "different settings are called 'a'"),
         ("runs: [{seed: 1, name: a/b}]", ConfigError, "'a/b' is no name of a run"),
@@ -121,3 +134,34 @@ def test_what_is_no_grid_is_refused_with_its_file(grid, content, kind, said):
         grid(content or "{}")
     assert said in str(caught.value)
     assert "while reading the grid" in caught.value.__notes__[-1]
+
+
+class Watched(HeadConfig):
+    """Notes which settings are read."""
+
+    read: ClassVar[set[str]] = set()
+
+    def __getattribute__(self, name):
+        Watched.read.add(name)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("encoder", ["xlstm", "lstm", "gru", "mamba2", "transformer", "none"])
+def test_what_is_said_to_be_read_is_read(encoder):
+    config = Watched(encoder=encoder, width=8, num_heads=2, blocks=2)
+    Watched.read.clear()
+    ENCODERS.get(encoder)(config)
+    parts = {"blocks", "num_heads", "layers", "state_size", "bidirectional", "dropout"}
+    read = Watched.read & parts
+    assert read == parts - unread_settings(config, TrainConfig()).keys()
+
+
+def test_an_encoder_of_ones_own_may_read_everything():
+    assert "layers" not in unread_settings(HeadConfig(encoder="mine"), TrainConfig())
+    assert "folds" not in unread_settings(HeadConfig(), TrainConfig(split="folds"))
+    assert "test_share" not in unread_settings(HeadConfig(), TrainConfig(split="grouped"))
+    assert "training_seed" not in unread_settings(HeadConfig(), TrainConfig(training_items=3))
+
+
+def test_the_same_setting_is_an_axis_of_encoders_that_read_it(grid):
+    assert len(grid(grid={"encoder": ["gru", "lstm"], "layers": [1, 2]}, runs=[{"encoder": "none"}])) == 5

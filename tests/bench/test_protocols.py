@@ -91,6 +91,28 @@ def test_contradictions_are_refused(grid, sections, said):
         grid(**{"grid": {"encoder": ["gru"]}, **sections})
 
 
+def test_seeds_that_get_no_fold_are_refused_by_name(grid):
+    """They would be trained on nothing, and nobody would hear of it."""
+    dealt = [{"grouped": {"folds": 2, "seed_per_fold": True}}]
+    with pytest.raises(ConfigError, match=r"deals the 2 folds of grouped to 4 `seeds`, and none is left for 5, 3\."):
+        grid(grid={"encoder": ["gru"]}, seeds=[9, 7, 5, 3], protocols=dealt)
+    assert len(grid(grid={"encoder": ["gru"]}, seeds=[9, 7], protocols=dealt)) == 2
+
+
+def test_a_store_that_no_run_uses_is_refused(grid):
+    with pytest.raises(ConfigError, match="No run of this grid uses the store 'small' given by --store"):
+        grid(stores=("main", "small"), grid={"encoder": ["gru"]})
+    with pytest.raises(ConfigError, match="No run of this grid uses STORE, which is called main"):
+        grid(stores=("main", "small"), base={"store": "small"}, grid={"encoder": ["gru"]})
+
+
+def test_a_grid_of_several_stores_says_how_they_are_given(grid):
+    with pytest.raises(ConfigError, match="compares the stores main, one, two: STORE is main, give the others by --s"):
+        grid(grid={"store": ["main", "one"]}, runs=[{"store": "two"}])
+    with pytest.raises(ConfigError, match="compares the stores one, two: call one of them main, which is STORE"):
+        grid(grid={"store": ["one", "two"]})
+
+
 def test_unknown_names_are_answered_with_the_nearest(grid):
     with pytest.raises(UnknownName, match="Did you mean 'grouped'"):
         grid(grid={"encoder": ["gru"]}, protocols=["groupd"])

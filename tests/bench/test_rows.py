@@ -8,9 +8,11 @@ import yaml
 from scipy import stats
 
 from agiqa.bench.grids import read_grid
+from agiqa.bench.predictions import write_predictions
 from agiqa.bench.row_text import rows_text
-from agiqa.bench.rows import head_rows
+from agiqa.bench.rows import table_rows
 from agiqa.errors import DataError
+from agiqa.heads.comparing import holm, paired
 
 ITEMS, FOLDS = 60, 3
 PROMPTS = [f"prompt {k // 4}" for k in range(ITEMS)]
@@ -58,7 +60,7 @@ def together(plan, lines, encoder):
 
 
 def test_folds_are_put_together_and_seeds_averaged(tmp_path, plan, told):
-    rows = head_rows(plan, told, tmp_path / "runs")
+    rows = table_rows(plan, told, tmp_path)
     assert [(row["row"], row["protocol"], row["runs"], row["seeds"], row["failed"]) for row in rows] == [
         ("encoder=gru", "grouped", 6, 2, 0),
         ("encoder=none", "grouped", 6, 2, 0),
@@ -72,7 +74,7 @@ def test_folds_are_put_together_and_seeds_averaged(tmp_path, plan, told):
 
 
 def test_rows_are_compared_with_the_best_by_validation(tmp_path, plan, told):
-    gru, none = head_rows(plan, told, tmp_path / "runs")
+    gru, none = table_rows(plan, told, tmp_path)
     assert gru["against"] is None
     against = none["against"]
     assert against["row"] == "encoder=gru"
@@ -95,14 +97,14 @@ def test_rows_are_compared_with_the_best_by_validation(tmp_path, plan, told):
 def test_a_seed_with_a_failed_fold_does_not_count(tmp_path, plan, told):
     broken = next(run for run in plan if (run.head.encoder, run.train.seed, run.train.fold) == ("gru", 1, 2))
     told[broken.name] = {"error": "out of memory"}
-    gru, none = head_rows(plan, told, tmp_path / "runs")
+    gru, none = table_rows(plan, told, tmp_path)
     assert (gru["failed"], gru["test"]["seeds"], none["test"]["seeds"]) == (1, 1, 2)
     predicted = together(plan, {**told, broken.name: {"predicted": np.zeros(ITEMS)}}, "gru")[0]
     assert "| encoder=gru | 1 of 2 |" in rows_text([gru])
     assert "| encoder=none | 2 |" in rows_text([none])
     assert "| encoder=gru | 2, one a part |" in rows_text([{**gru, "failed": 0}])
     assert gru["test"]["srcc"] == pytest.approx(stats.spearmanr(predicted, MOS).statistic)
-    nothing = head_rows(plan, {}, tmp_path / "runs")
+    nothing = table_rows(plan, {}, tmp_path)
     assert [(row["test"], row["against"], row["failed"]) for row in nothing] == [(None, None, 6)] * 2
     assert "| encoder=gru | 0 | - | - | - | - |" in rows_text(nothing)
 
@@ -112,17 +114,71 @@ def test_predictions_that_are_no_numbers_are_named(tmp_path, plan, told, end, sa
     path = tmp_path / "runs" / plan[0].name / "predictions.csv"
     path.write_text(path.read_text() + f"x.png,prompt,test,2.5,{end}\n")
     with pytest.raises(DataError, match=rf"predictions\.csv cannot be read as predictions .*{said}"):
-        head_rows(plan, told, tmp_path / "runs", resamples=20)
+        table_rows(plan, told, tmp_path, resamples=20)
 
 
 def test_predictions_that_are_gone_are_named(tmp_path, plan, told):
     (tmp_path / "runs" / plan[0].name / "predictions.csv").unlink()
     with pytest.raises(DataError, match=r"predictions\.csv"):
-        head_rows(plan, told, tmp_path / "runs")
+        table_rows(plan, told, tmp_path)
+
+
+def baseline_of(out, name, predicted, **changes):
+    """The line of a baseline, whose predictions are written in an order of their own."""
+    order = np.random.default_rng(7).permutation(ITEMS)
+    path = out / "baselines" / f"{name}.csv"
+    names, prompts = ([column[k] for k in order] for column in (NAMES, PROMPTS))
+    write_predictions(path, ["quality"], names, prompts, MOS[order][:, None], predicted[order][:, None])
+    shared = {"kind": "baseline", "row": name, "protocol": "grouped", "label": "quality"}
+    shared |= {"store_name": "", "validation": None, "against": None}
+    test = {"srcc": 0.1, "plcc": 0.1, "krcc": 0.1, "rmse": 1.0, "ci": {}}
+    return {**shared, "test": test, "predictions": f"baselines/{name}.csv", **changes}
+
+
+def test_baselines_are_compared_with_the_best_head_in_one_family_with_the_others(tmp_path, plan, told):
+    random = np.random.default_rng(11)
+    guesses = {"near": MOS + random.normal(size=ITEMS) * 1.1, "far": random.normal(size=ITEMS), "flat": MOS * 0.5}
+    lines = [baseline_of(tmp_path, name, guess) for name, guess in guesses.items()]
+    nothing = {"srcc": None, "plcc": None, "krcc": None, "rmse": 1.0}
+    lines[2]["test"] = nothing
+    lost = {"kind": "baseline", "row": "lost", "protocol": "grouped", "label": "quality", "left_out": "no words"}
+    gru, none, near, far, flat, last = table_rows(plan, told, tmp_path, [*lines, lost], resamples=500)
+    assert (gru["against"], last) == (None, lost)
+    best = together(plan, told, "gru")
+    heads = {"none": together(plan, told, "none"), **{name: guess[None] for name, guess in guesses.items()}}
+    order = sorted(range(ITEMS), key=lambda k: (NAMES[k], PROMPTS[k]))
+    assert order == list(range(ITEMS))
+    expected = {name: paired(each, best, MOS, PROMPTS, resamples=500) for name, each in heads.items()}
+    rows = {"none": none, "near": near, "far": far}
+    for name, row in rows.items():
+        against = row["against"]
+        assert against["row"] == "encoder=gru"
+        for metric in ("srcc", "plcc", "krcc", "rmse"):
+            assert against["difference"][metric] == pytest.approx(expected[name]["difference"][metric])
+            assert against["p"][metric] == expected[name]["p"][metric]
+            assert against["ci"][metric] == pytest.approx(expected[name]["ci"][metric])
+    adjusted = holm([expected[name]["p"]["srcc"] for name in rows])
+    assert [row["against"]["p_holm"]["srcc"] for row in rows.values()] == adjusted
+    adjusted = holm([expected[name]["p"]["rmse"] for name in (*rows, "flat")])
+    assert [row["against"]["p_holm"]["rmse"] for row in (*rows.values(), flat)] == adjusted
+    for what in ("difference", "ci", "p", "p_holm"):
+        assert flat["against"][what]["srcc"] is None
+    (shown,) = [line for line in rows_text([gru, far]).splitlines() if line.startswith("| far ")]
+    difference, p = far["against"]["difference"]["srcc"], far["against"]["p_holm"]["srcc"]
+    assert shown.endswith(f"| {difference:+.4f} ({p:.3g}) |")
+
+
+def test_a_baseline_of_other_items_is_compared_with_nothing(tmp_path, plan, told):
+    other = baseline_of(tmp_path, "elsewhere", MOS, protocol="published")
+    path = tmp_path / "baselines" / "short.csv"
+    line = baseline_of(tmp_path, "short", MOS)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    rows = table_rows(plan, told, tmp_path, [other, line], resamples=50)
+    assert [row["against"] for row in rows[2:]] == [None, None]
 
 
 def test_the_table_has_intervals_differences_and_what_is_left_out(tmp_path, plan, told):
-    rows = head_rows(plan, told, tmp_path / "runs")
+    rows = table_rows(plan, told, tmp_path)
     baseline = {**rows[1], "kind": "baseline", "row": "generator", "against": None, "validation": None}
     lost = {"kind": "baseline", "row": "rating word", "protocol": "grouped", "label": "quality", "left_out": "no words"}
     lines = rows_text([baseline, lost, *rows]).splitlines()
@@ -138,7 +194,7 @@ def test_the_table_has_intervals_differences_and_what_is_left_out(tmp_path, plan
 def test_settings_of_a_split_that_differ_are_rows_of_their_own(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text(yaml.safe_dump({"base": {"split": "grouped"}, "grid": {"test_share": [0.2, 0.4]}}))
-    rows = head_rows(read_grid(file), {}, tmp_path / "runs")
+    rows = table_rows(read_grid(file), {}, tmp_path)
     assert [row["row"] for row in rows] == ["test_share=0.2", "test_share=0.4"]
 
 
@@ -151,7 +207,7 @@ def test_rows_of_other_mos_are_not_compared(tmp_path, plan, told):
                 head, *table = list(csv.reader(file))
             with path.open("w", newline="") as file:
                 csv.writer(file).writerows([head, *([*row[:3], float(row[3]) / 2, row[4]] for row in table)])
-    rows = head_rows(plan, told, tmp_path / "runs")
+    rows = table_rows(plan, told, tmp_path)
     assert [row["against"] for row in rows] == [None, None]
 
 
@@ -160,4 +216,4 @@ def test_an_item_that_is_tested_twice_is_refused(tmp_path, plan, told):
     content = (tmp_path / "runs" / first.name / "predictions.csv").read_text()
     (tmp_path / "runs" / second.name / "predictions.csv").write_text(content)
     with pytest.raises(DataError, match="tested an item twice"):
-        head_rows(plan, told, tmp_path / "runs")
+        table_rows(plan, told, tmp_path)

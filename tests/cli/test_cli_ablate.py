@@ -170,6 +170,9 @@ def test_what_no_run_can_be_trained_on_is_one_message(agiqa, ablate, tmp_path):
     told = agiqa(*ablate("--json", base=base, protocols=folds))
     refuse(told, "100 folds need as many different prompts", "the first of 400 runs")
     assert (told.out, told.err.count("folds need")) == ("", 1)
+    told = agiqa(*ablate("--json", base=base, protocols=["published", *folds]))
+    refuse(told, "100 folds need as many", "the first of 400 runs of the protocol grouped", "or leave it out")
+    assert told.err.count("folds need") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -179,7 +182,13 @@ def test_results_of_something_else_are_refused(agiqa, ablate, store, tmp_path):
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
     other = tmp_path / "sketch.agiqa"
     assert agiqa("store", "sketch", store, other, "--rank", 4).code == 0
-    refuse(agiqa(*ablate(at=other, **small)), "results.jsonl, line 1: a run on the store", "Choose another OUT")
+    refuse(
+        agiqa(*ablate(at=other, **small)),
+        "results.jsonl, line 1: a run on the store",
+        f"{store} (",
+        f"{other} (",
+        "Choose another OUT",
+    )
     refuse(agiqa(*ablate(at=stored(tmp_path, 6), **small)), "seed=0 holds another training", "labels of train are not")
     refuse(agiqa(*ablate()), "'seed=0' is not in this grid")
     changed = {**small, "base": {**small["base"], "width": 4}}
@@ -190,6 +199,14 @@ def test_results_of_something_else_are_refused(agiqa, ablate, store, tmp_path):
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
     more = {**small, "grid": {"seed": [0, 1, 2]}}
     assert agiqa(*ablate("--workers", 1, "--json", **more)).json["trained"] == 1
+
+
+def test_stores_that_a_grid_compares_must_be_given(agiqa, store, tmp_path):
+    said = "This grid compares the stores main, one, two, three: STORE is main, give the others by --store NAME=STORE."
+    refuse(agiqa("ablate", store, tmp_path / "out", "--config", "table-iii"), said)
+    idle = agiqa("ablate", store, tmp_path / "out", "--config", "heads", "--store", f"r16={store}")
+    refuse(idle, "No run of this grid uses the store 'r16' given by --store")
+    assert not (tmp_path / "out").exists()
 
 
 def test_grids_that_cannot_be_run_are_refused_before_anything_is_written(agiqa, ablate, store, tmp_path):

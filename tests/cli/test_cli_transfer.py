@@ -266,6 +266,20 @@ def test_stores_that_no_head_can_read_both_are_refused(agiqa, transfer, stores, 
     assert not (tmp_path / "out").exists()
 
 
+def test_sketches_are_read_as_such_where_nobody_sets_the_projection(agiqa, transfer, stores, tmp_path):
+    first, second = sketches = [tmp_path / f"{name}.agiqa" for name in ("one", "two")]
+    assert agiqa("store", "sketch", stores[0], first, "--rank", 4).code == 0
+    assert agiqa("store", "sketch", stores[1], second, "--basis", first).code == 0
+    asked = ("--names", "one,two", "--shots", 46)
+    bare = agiqa("transfer", *sketches, tmp_path / "out", *asked)
+    refuse(bare, "46 training items of two are asked for")  # the heads can read both, or this were not asked
+    refuse(agiqa("transfer", *sketches, tmp_path / "out", *asked, "--preset", "paper"), "reads 'hidden' features")
+    head = {"encoder": "none", "width": 8}
+    few = ("--seeds", 1, "--shots", "", "--one-way", "--workers", 1, "--names", "one,two")
+    assert agiqa(*transfer(*few, at=sketches, head=head)).code == 0
+    assert {line["config"]["projection"] for line in lines_of(tmp_path / "out").values()} == {"sketch"}
+
+
 def test_what_cannot_be_asked_is_refused_before_anything_is_written(agiqa, transfer, stores, tmp_path):
     half = stored(tmp_path / "half.agiqa", 4, beauty=np.ones(COUNT))
     refuse(agiqa(*transfer("--label", "beauty", at=(half, stores[0]))), "'beauty'", "data set 'here'")
@@ -280,7 +294,13 @@ def test_results_of_something_else_are_refused(agiqa, transfer, stores, done, tm
     shutil.copytree(done[0], tmp_path / "out")
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
     third = stored(tmp_path / "third.agiqa", 5)
-    refuse(agiqa(*transfer(*FEW, "--names", "here,there", at=(stores[0], third))), "about.json", "stores.there")
+    refuse(
+        agiqa(*transfer(*FEW, "--names", "here,there", at=(stores[0], third))),
+        "about.json",
+        "stores.there: stored ",
+        f"{stores[1]} (",
+        f"{third} (",
+    )
     refuse(agiqa(*transfer(*FEW, train={**SETTINGS["train"], "epochs": 1})), "settings.train.epochs: stored 2, asked 1")
     refuse(agiqa(*transfer("--seeds", 1, "--shots", 4)), "results.jsonl, line", "is not asked for now")
     shutil.copytree(stores[1], tmp_path / "there.agiqa")

@@ -3,17 +3,20 @@
 import csv
 import io
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
+from agiqa.bench.report import write_report
 from agiqa.bench.report.bookkeeping import bias_table, failures_table, runs_table
 from agiqa.bench.report.examples import SHOWN, examples_of
 from agiqa.bench.report.item_charts import scatter_chart
 from agiqa.bench.report.predictions import predictions_of
 from agiqa.bench.report.rank_charts import energy_share, rank_table
 from agiqa.bench.report.reading import read_all
+from agiqa.bench.report.row_tables import leak
 from agiqa.bench.report.sections import compose
 from agiqa.bench.report.transfers import directions, shots_table, transfer_table
 from agiqa.bench.report.words import findings, limits
@@ -89,7 +92,7 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(results, copy):
     assert [one.image is None for one in shown] == [one.name in broken for one in shown]
     absent = sum(one.image is None for one in shown)
     assert absent > 0
-    assert any(note.startswith(f"{absent} image") for note in found.notes)
+    assert any(note.startswith(f"{absent} of {len(shown)} images") for note in found.notes)
 
 
 def test_an_image_outside_its_folder_is_never_read(results, copy):
@@ -230,3 +233,37 @@ def test_findings_say_what_the_files_say(results):
     notes = limits([found])
     assert any(note.startswith("On the published split 15 of 15 test images") for note in notes)
     assert any("2 seeds only" in note for note in notes)
+
+
+def test_a_folder_without_the_images_is_told_on_the_command_line_too(results, tmp_path):
+    (tmp_path / "wrong").mkdir()
+    found = write_report([results.ablation], tmp_path / "report", images=tmp_path / "wrong")
+    told = [problem for problem in found.problems if f"could not be read in {tmp_path / 'wrong'}" in problem]
+    assert told
+    assert all(re.fullmatch(r"(\d+) of \1 images could not .*", problem) for problem in told)
+    assert not write_report([results.ablation], tmp_path / "report", images=results.images).problems
+
+
+def test_curves_of_one_epoch_are_none(results, copy):
+    folder = copy(results.ablation)
+    for path in (folder / "runs").glob("*/curves.csv"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    content = compose(read_all([folder]), images=None, notes=())
+    assert "hold the curves of more than one epoch" in next(
+        one.line() for one in content.missing if one.what == "Training curves"
+    )
+
+
+def test_the_leak_of_a_transfer_is_that_of_the_row_with_the_most(results, copy):
+    """Its lines name no row: their own name tells it."""
+    folder = copy(results.transfer)
+    lines = [line for line in made.read_lines(folder / "results.jsonl") if "leak" in line.get("split", {})]
+    rows = list(dict.fromkeys(line["row"] for line in lines))
+    for line in lines:
+        row = line.pop("row")
+        line["name"] = f"{row},seed={line['seed']}"
+        line["split"]["leak"]["test_items_with_a_training_prompt"] = len(rows) - rows.index(row)
+    made.write_lines(folder / "results.jsonl", lines)
+    (found,) = read_all([folder])
+    assert len(rows) > 1
+    assert leak(found, "published") == (len(rows), lines[0]["split"]["test"])

@@ -78,14 +78,16 @@ def test_stores_of_the_same_items_have_one_reference(out, protocol):
     (other,) = [line for line in lines if line["kind"] == "head" and line["against"]]
     rows, _ = table_of(out, protocol)
     assert [row["store"] for row in rows if row["tag"] == "reference"] == [other["against"]["store_name"]]
-    (told,) = [row for row in rows if row["srcc_difference"]]
+    (told,) = [row for row in rows if row["srcc_difference"] and row["tag"] != "baseline"]
     assert (told["store"], told["tag"]) == (other["store_name"], "")
+    baselines = [line for line in lines if line["kind"] == "baseline" and line.get("against")]
+    assert {line["store_name"] for line in baselines} == {"main", "r2"}
     (found,) = read_all([out])
     ((reference, others),) = found.references("quality", protocol)
-    assert (reference.store_name, [row.store_name for row in others]) == (
-        other["against"]["store_name"],
-        [other["store_name"]],
-    )
+    assert (reference.row, reference.store_name) == (other["against"]["row"], other["against"]["store_name"])
+    assert [(row.row, row.store_name) for row in others] == [
+        (line["row"], line["store_name"]) for line in (other, *baselines)
+    ]
 
 
 def test_a_head_on_another_store_is_a_rival(out):
