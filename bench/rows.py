@@ -24,6 +24,7 @@ from agiqa.heads.comparing import SeedScores, holm
 from agiqa.heads.labels import parse_labels
 from agiqa.heads.metrics import METRICS
 from agiqa.heads.runs import PREDICTIONS
+from agiqa.progress import track
 
 RESAMPLES = 10_000
 """Of prompts. The smallest p-value is 2 in one more than these, and Holm's procedure multiplies it by the rows."""
@@ -61,10 +62,17 @@ def table_rows(
     are gone or damaged.
     """
     groups, runs = _groups(plan, lines), out / RUNS
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(lambda group: _score(group, lines, runs, resamples), groups))
+    with (
+        track("intervals", len(groups) + len(baselines), "rows") as advance,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        for _ in pool.map(lambda group: _score(group, lines, runs, resamples), groups):
+            advance(1)
         references = _references(groups)
-        told = list(pool.map(lambda line: _baseline_row(line, references, out, resamples), baselines))
+        told: list[tuple[_Question | None, Line]] = []
+        for row in pool.map(lambda line: _baseline_row(line, references, out, resamples), baselines):
+            told.append(row)
+            advance(1)
     rows = [(_question(group), _row(group, references.get(_question(group)))) for group in groups] + told
     for question in references:
         adjust_by_holm([row for asked, row in rows if asked == question])
