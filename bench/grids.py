@@ -27,7 +27,7 @@ from agiqa.bench.protocols import PARTS, SPLIT_SETTINGS, Protocol, Split, protoc
 from agiqa.bench.unread import unread_settings
 from agiqa.errors import AgiqaError, ConfigError, UnknownName, listed
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
-from agiqa.heads.features import FeatureSource
+from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.presets import preset_values
 
 _SECTIONS = ("base", "grid", "runs", "seeds", "protocols")
@@ -105,9 +105,18 @@ def find_grid(name: str) -> Path:
     return brought[name]
 
 
-def generators_of(source: FeatureSource) -> list[str]:
-    """The generators of a store's images, sorted."""
-    return sorted({name for name in source.items.generators if name is not None})
+def generators_of(*sources: FeatureSource) -> list[str]:
+    """The generators of the images of stores, sorted. Raises ConfigError where they are not those of every store."""
+    first, *others = ({name for name in source.items.generators if name is not None} for source in sources)
+    for source, found in zip(sources[1:], others, strict=True):
+        if found != first:
+            message = (
+                f"{location_of(source)} has images of other generators than {location_of(sources[0])}: "
+                f"{listed(sorted(found ^ first))} in one of them only. Leave one of them out in each store by itself, "
+                "or join the same column with `agiqa store labels`."
+            )
+            raise ConfigError(message)
+    return sorted(first)
 
 
 def as_mapping(where: str, value: object) -> Settings:

@@ -87,7 +87,7 @@ def command(
             raise click.UsageError(message)
         stores[name] = open_store(location)
     file = find_grid(grid)
-    plan = read_grid(file, stores=list(stores), generators=lambda: generators_of(next(iter(stores.values()))))
+    plan = read_grid(file, stores=list(stores), generators=lambda: generators_of(*stores.values()))
     done = run_ablation(stores, plan, out, grid=file, words=words, workers=workers)
     result = {
         "results": str(out / RESULTS),

@@ -1,5 +1,6 @@
 """Grids: which runs a file asks for, what they are called, and which files are refused."""
 
+import shutil
 from itertools import product
 from typing import ClassVar
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 import yaml
 
-from agiqa.bench.grids import read_grid
+from agiqa.bench.grids import generators_of, read_grid
 from agiqa.bench.unread import unread_settings
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads import ENCODERS, HeadConfig, TrainConfig, load_settings
+from agiqa.store import open_store
+from agiqa.store.labelling import join_labels
 
 
 @pytest.fixture
@@ -165,3 +168,15 @@ def test_an_encoder_of_ones_own_may_read_everything():
 
 def test_the_same_setting_is_an_axis_of_encoders_that_read_it(grid):
     assert len(grid(grid={"encoder": ["gru", "lstm"], "layers": [1, 2]}, runs=[{"encoder": "none"}])) == 5
+
+
+def test_generators_are_those_of_every_store(store, tmp_path):
+    """Else a store would be tested on some of its generators only, and nobody would be told."""
+    assert generators_of(store, store) == ["one", "three", "two"]
+    other = tmp_path / "other.agiqa"
+    shutil.copytree(store.path, other)
+    table = tmp_path / "generators.csv"
+    table.write_text("name,generator\n" + "".join(f"{name},one\n" for name in store.items.names))
+    join_labels(open_store(other), table)
+    with pytest.raises(ConfigError, match=r"other\.agiqa has images of other generators than .*: three, two in one"):
+        generators_of(store, open_store(other))
