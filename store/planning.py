@@ -1,10 +1,10 @@
 """Plan: everything of a store but the features, written in one step before the first unit is computed."""
 
+import asyncio
 import errno
 import glob
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.sync import sync
 
 from agiqa.errors import ConfigError, SettingsConflict, listed
 from agiqa.store.arrays import (
@@ -42,8 +43,6 @@ from agiqa.store.upkeep import upkeep_lock
 
 PLAN_LOCK = "plan"
 """Held while a plan is written."""
-_REMOVAL_PAUSES = (0.05, 0.2, 1.0, 2.0)
-"""Seconds between attempts to remove a plan that failed."""
 _SHAPE = ("encoding", "logical_dtype", "width", "kept_logits")
 """What decides the shape of the features."""
 
@@ -166,12 +165,14 @@ def _write_beside(path: Path, plan: StorePlan) -> bool:
 
 
 def _remove_for_good(folder: Path) -> None:
-    """Remove `folder` although zarr may still write into it: where one of its writes fails, others run to their end."""
-    for pause in _REMOVAL_PAUSES:
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(pause)
+    """Remove `folder`, into which zarr may still write: where one of its writes fails, others run to their end."""
+    sync(_others_of_the_loop())
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _others_of_the_loop() -> None:
+    """Wait for everything that zarr's event loop is at work on, and leave it to others how it ends."""
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 
 
 def _plan_prefix(path: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 import agiqa
-from agiqa.bench.grids import read_grid
+from agiqa.bench.grids import find_grid, read_grid
 from agiqa.bench.transfer_plan import plan_transfer, read_transfer_settings
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads import HeadConfig, TrainConfig, load_settings
@@ -51,11 +51,15 @@ def test_a_preset_stands_below_every_section(settings):
 
 def test_the_file_for_real_data_sets_says_what_its_comments_say():
     found = read_transfer_settings(BENCH / "agiqa-transfer.yaml")
-    chosen = next(run for run in read_grid(BENCH / "agiqa3k-encoders-final.yaml") if run.head.encoder == "gru")
+    chosen = next(
+        run
+        for run in read_grid(find_grid("heads"))
+        if (run.head.encoder, run.head.pooling, run.protocol) == ("mamba2", "max", "published")
+    )
     assert found.head == chosen.head
     whole, few = found.train, found.few_shot
     assert whole == chosen.train.model_copy(update={"refit": False})
-    assert few.epochs * math.ceil(10 / few.batch_size) == 102
+    assert [few.epochs * math.ceil(n / few.batch_size) for n in (10, 1800, 2385)] == [68, 7650, 10166]
     assert few.lr == pytest.approx(whole.lr * math.sqrt(few.batch_size / whole.batch_size), rel=0.02)
     assert (few.ema, few.validation, few.patience, few.refit) == (None, 0.0, None, False)
     changed = {"epochs": whole.epochs, "batch_size": whole.batch_size, "lr": whole.lr, "ema": whole.ema}

@@ -99,7 +99,7 @@ def test_what_lacks_one_of_the_labels_is_told_by_item_and_label(make_store, tmp_
 def test_a_label_that_is_the_same_everywhere_is_refused_by_its_name(make_store, tmp_path: Path):
     store = with_correspondence(make_store(40))
     store.items.labels["correspondence"][:] = 3.0
-    with pytest.raises(DataError, match=r"All \d+ training items have the correspondence label 3.0: there is nothing"):
+    with pytest.raises(DataError, match=r"all \d+ training items have the correspondence label 3.0: there is nothing"):
         train_head(store, tmp_path / "run", head=NONE, train=QUICK)
 
 
