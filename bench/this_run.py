@@ -38,7 +38,7 @@ def about_this_run() -> dict[str, Any]:
     """Commit, versions and machine, as every result line has them. Raises as `commit_of`."""
     versions = {found.name: found.version for found in metadata.distributions() if found.name in _DISTRIBUTIONS}
     machine = {"cpus": len(os.sched_getaffinity(0)), "machine": platform.platform()}
-    return {"commit": commit_of(_HERE), "versions": {"python": platform.python_version(), **versions}, **machine}
+    return {"commit": this_commit(), "versions": {"python": platform.python_version(), **versions}, **machine}
 
 
 def this_commit() -> str | None:

@@ -56,7 +56,7 @@ class HuggingFaceBackbone(ABC):
         self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
         self.renderer = self._make_renderer()
         self._model: Any = None
-        self._adapter_fits = False
+        self._tensors_fit = False
         self._after_head: LogitMap | None = None
         self._hashes: dict[str, str] | None = None
         self._adapter_hashed: dict[str, Any] | None = None
@@ -99,10 +99,15 @@ class HuggingFaceBackbone(ABC):
         }
 
     def check_tensors(self) -> None:
-        """See `Backbone.check_tensors`; transformers tells of the model's own tensors as it loads them."""
-        if self.adapter is not None and not self._adapter_fits:
+        """See `Backbone.check_tensors`. Heads of files are read once."""
+        if not self._tensors_fit:
+            self._compare_tensors()
+            self._tensors_fit = True
+
+    def _compare_tensors(self) -> None:
+        """Compare the adapter with the model; transformers tells of the model's own tensors as it loads them."""
+        if self.adapter is not None:
             check_adapter(self.hollow(), self.adapter, name=self.checkpoint.name)
-            self._adapter_fits = True
 
     def hollow(self) -> torch.nn.Module:
         """The model without weights, on the device `meta`."""

@@ -69,15 +69,15 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         with torch.device("meta"):
             return MiniCPMV(self.config)
 
-    def check_tensors(self) -> None:
-        """See `Backbone.check_tensors`."""
+    def _compare_tensors(self) -> None:
         check_weights(self.checkpoint, self.hollow())
-        super().check_tensors()
+        super()._compare_tensors()
 
     def load(self) -> None:
         """See `Backbone.load`."""
         if self._model is not None:
             return
+        self.check_tensors()
         dtype = DTYPES[self.logical_dtype]
         with room_for_weights(self.checkpoint.name, self.device):
             model = load_weights(self.checkpoint, self.hollow(), dtype=dtype, device=self.device)

@@ -41,9 +41,8 @@ def check_weights(checkpoint: Checkpoint, model: MiniCPMV) -> None:
 def load_weights(checkpoint: Checkpoint, model: MiniCPMV, *, dtype: torch.dtype, device: torch.device) -> MiniCPMV:
     """`model`, which has no weights, for inference, with those of `checkpoint` as `dtype` on `device`.
 
-    Raises as `check_weights`.
+    They fit, by `check_weights`. Raises ModelError for files that cannot be read.
     """
-    check_weights(checkpoint, model)
     with failures_of(checkpoint, "load the weights"):
         for path in _files(checkpoint):
             with safe_open(path, framework="pt", device=str(device)) as tensors:
