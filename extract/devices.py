@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from multiprocessing.connection import Connection, wait
@@ -125,21 +126,28 @@ class _Crew:
             process.join()
 
     def start(self, path: Path, items: Sequence[Item], target: Target, pending: Sequence[int]) -> None:
-        """Start a process per device."""
+        """Start a process per device, then send each what it has to do.
+
+        As an argument of a process that would make the next one wait until this one has imported all it needs: what a
+        pipe has no room for is written only as fast as it is read.
+        """
+        threads = max(1, torch.get_num_threads() // len(self._devices))
         for index, device in enumerate(self._devices):
-            mine, theirs = self._context.Pipe(duplex=False)
+            mine, theirs = self._context.Pipe()
+            process = self._context.Process(target=_work, args=(theirs, self._stop, device, threads))
+            process.start()
+            theirs.close()
+            self._members[mine] = (f"process {index} on {device}", process)
+        for index, (connection, device) in enumerate(zip(self._members, self._devices, strict=True)):
             task = _Task(
                 helper=replace(self._helper, device=device),
                 path=path,
                 items=items,
                 target=target,
                 units=striped(pending, index, len(self._devices)),
-                threads=max(1, torch.get_num_threads() // len(self._devices)),
             )
-            process = self._context.Process(target=_work, args=(theirs, self._stop, task))
-            process.start()
-            theirs.close()
-            self._members[mine] = (f"process {index} on {device}", process)
+            with suppress(ConnectionError):  # of one that died, which `attend` finds
+                connection.send(task)
 
     def attend(self, advance: Advance) -> list[FillReport]:
         """Listen until all have ended; their reports. Raises the first error that one of them sends."""
@@ -187,14 +195,14 @@ class _Task:
     items: Sequence[Item]
     target: Target
     units: list[int]
-    threads: int
 
 
-def _work(connection: Connection, stop: Any, task: _Task) -> None:
-    """The life of one process of a crew."""
-    _begin(task.helper.device, task.threads)
+def _work(connection: Connection, stop: Any, device: str, threads: int) -> None:
+    """The life of one process of a crew, which finds its `_Task` in `connection`."""
+    _begin(device, threads)
 
     try:
+        task: _Task = connection.recv()
         with said_to(lambda text: connection.send(("said", text))):
             report = task.helper.fill(
                 task.path,

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -115,6 +116,40 @@ def test_devices_name_an_item_that_fails_and_keep_what_is_finished(tiny_vision_c
     picture.write_bytes(content)
     store = extract(folder, tiny_vision_checkpoint, path).store
     assert verify(store, "full").sound
+
+
+class OpenerThatMeets:
+    """Cannot be read from a pipe before two processes have begun to."""
+
+    def __init__(self, folder, checkpoint):
+        self.arguments = folder, checkpoint
+
+    def __reduce__(self):
+        return opener_after_meeting, self.arguments
+
+
+def opener_after_meeting(folder, checkpoint):
+    (folder / str(os.getpid())).touch()
+    until = time.monotonic() + 60
+    while len(list(folder.iterdir())) < 2:
+        assert time.monotonic() < until, "the other process has not started"
+        time.sleep(0.01)
+    return opener_of(checkpoint)
+
+
+def test_a_process_that_is_slow_to_start_keeps_no_other_from_starting(tiny_vision_checkpoint, tmp_path):
+    folder, path, meeting = fill_set(tmp_path / "set"), tmp_path / "s.agiqa", tmp_path / "meeting"
+    meeting.mkdir()
+    extract(folder, tiny_vision_checkpoint, path, plan_only=True)
+    _, planned = planned_items(folder, tiny_vision_checkpoint)
+    larger_than_a_pipe = "x" * (1 << 20)
+    items = [replace(wanted.item, description=larger_than_a_pipe) for wanted in planned]
+    opener = OpenerThatMeets(meeting, tiny_vision_checkpoint)
+    helper = Helper(opener=opener, device="cpu", workers=0, processes=2, batch_size=1)
+    engine = OnDevices(helper=helper, devices=["cpu", "cpu"])
+    store = open_store(path, allow_partial=True)
+    report = engine.fill(store, items, Target(encoding="hidden"), part=(1, 1), advance=lambda _items: None)
+    assert report.items == len(items)
 
 
 def half_a_message(connection, *_):
