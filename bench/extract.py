@@ -5,6 +5,7 @@ Then the bare forward (vision tower and language model) of the same batches, pre
 starts, is timed in the same run. The model has random weights, which are made on the device.
 """
 
+import os
 import shutil
 import tempfile
 import time
@@ -35,6 +36,8 @@ RATIO, IMAGES_PER_SECOND, MEMORY_GB = 0.9, 38.0, 12.0
 """Goals: of the bare rate, in images per second, and beside the weights."""
 _PICTURES = 64
 """Different pictures; the others are copies of them."""
+_NOISE = 64 << 20
+"""Bytes of noise, again and again, that stand for a file."""
 _BATCHES_AT_ONCE = 8
 """Prepared batches that lie on the device while their forward is timed."""
 _WORDS = ("sharp", "blurry", "a", "dog", "with", "good", "colours", "and", "noise", "in", "the", "background")
@@ -80,12 +83,12 @@ def made_up_data(folder: Path, backbone: Backbone, *, items: int, tokens: int, p
     return DataSet(name="made up", items=tuple(found), skipped=())
 
 
-def made_up_options(*, items: int) -> Callable[[Command], Command]:
-    """Add the options that `made_up_work` reads; `items` is the default of `--items`."""
+def made_up_options(*, items: int, each: str = "") -> Callable[[Command], Command]:
+    """Add the options that `made_up_work` reads; `items` is the default of `--items`, `each` says of what."""
     where = "Where pictures and stores lie for the while."
     options = (
         click.option("--model-shape", type=click.Choice(list(SHAPES)), default=next(iter(SHAPES)), show_default=True),
-        click.option("--items", default=items, show_default=True, help="Pictures."),
+        click.option("--items", default=items, show_default=True, help=f"Pictures{each}."),
         click.option("--tokens", default=477, show_default=True, help="Tokens of each on the average."),
         click.option("--pixels", default=512, show_default=True, help="Sides of the pictures."),
         click.option("--device", default="auto", show_default=True),
@@ -142,6 +145,7 @@ def measured_line(
     seconds["fill"] = report.seconds
     bare = bare_rate(data, backbone, opener, result, report.batch_size, options)
     size = sum(file.stat().st_size for file in result.store.path.rglob("*") if file.is_file())
+    disk = {"disk_mb_per_second": disk_rate(folder, size)} if encoding == "logits" else {}
     rows = result.store.array("features")
     items = report.items
     measured = {
@@ -152,6 +156,7 @@ def measured_line(
         "row_mb_per_second": report.tokens * rows.dtype.itemsize * result.store.width / report.seconds / 1e6,
         "peak_gb": (peak - weights) / 1e9,
         "store_gb": size / 1e9,
+        **disk,
         **{f"{phase}_seconds": seconds.get(phase, 0.0) for phase in _PHASES},
     }
     config = {
@@ -162,6 +167,18 @@ def measured_line(
         "width": result.store.width,
     }
     return {"stage": "extract", "name": encoding, "config": config, "measured": measured}
+
+
+def disk_rate(folder: Path, size: int) -> float:
+    """MB/s at which one plain file of `size` bytes of noise reaches the disk of `folder`."""
+    noise, left = os.urandom(_NOISE), size
+    with tempfile.TemporaryFile(dir=folder) as file:
+        started = time.perf_counter()
+        while left > 0:
+            left -= file.write(noise[:left])
+        file.flush()
+        os.fsync(file.fileno())
+        return size / (time.perf_counter() - started) / 1e6
 
 
 def bare_rate(
@@ -236,8 +253,17 @@ def tables(lines: Sequence[Line]) -> str:
     phases = (*(f"{phase}_seconds" for phase in _PHASES), "peak_gb", "store_gb")
     rows = [[line["name"], *_cells(line, phases)] for line in lines]
     parts.append(as_table(["encoding", *_spelled(phases)], rows))
+    raw = [line for line in lines if "disk_mb_per_second" in line["measured"]]
+    if raw:
+        rows = [[line["name"], digits(_stored_rate(line)), *_cells(line, ["disk_mb_per_second"])] for line in raw]
+        parts.append(as_table(["encoding", "stored MB per second", "plain file MB per second"], rows))
     parts.append(as_table(["goal", "wanted", "measured", "met"], list(_goal_rows(lines))))
     return "\n\n".join(part for part in parts if part)
+
+
+def _stored_rate(line: Line) -> float:
+    """MB/s of compressed bytes, to be held against those of a plain file."""
+    return float(line["measured"]["store_gb"]) * 1e3 / float(line["measured"]["fill_seconds"])
 
 
 def _spelled(keys: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """How filling one store scales with the GPUs of a host: `python -m agiqa.bench.extract_devices --help`.
 
-The same made-up pictures are extracted by one device and by several, each from files to a store of its own.
+One device and several extract as many made-up pictures each, from files to a store: what a process loses when it begins
+then weighs the same in all of them.
 """
 
 import shutil
@@ -13,7 +14,7 @@ import click
 from agiqa.bench.extract import made_up_options, made_up_work
 from agiqa.bench.measuring import Line, device_name, print_tables, result_options
 from agiqa.bench.tables import as_table, digits, verdict
-from agiqa.extract import ExtractionSettings, run_extraction
+from agiqa.extract import DataSet, ExtractionSettings, run_extraction
 
 LINEAR = 0.9
 """Goal: share of as many times the rate of one device."""
@@ -21,13 +22,15 @@ LINEAR = 0.9
 
 def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
     """A line per number of devices, one device first; rates are of the fill alone, weights loaded."""
-    with made_up_work(options) as (folder, opener, backbone, data):
+    counts = (1, *options["devices"])
+    with made_up_work({**options, "items": options["items"] * max(counts)}) as (folder, opener, backbone, data):
         name = device_name(backbone.device)
         alone: float | None = None
-        for devices in (1, *options["devices"]):
+        for devices in counts:
             store = folder / f"{devices}.agiqa"
+            few = DataSet(name=data.name, items=data.items[: devices * options["items"]], skipped=())
             settings = ExtractionSettings(encoding=options["encoding"], devices=devices, workers=options["workers"])
-            report = run_extraction(data, backbone, store, settings, opener=opener).fill
+            report = run_extraction(few, backbone, store, settings, opener=opener).fill
             assert report is not None  # the store is new
             shutil.rmtree(store)
             rate = report.items / report.seconds
@@ -62,7 +65,7 @@ def tables(lines: Sequence[Line]) -> str:
 
 
 @click.command()
-@made_up_options(items=1500)
+@made_up_options(items=1000, each=" for each device")
 @click.option("--devices", type=click.IntRange(min=2), multiple=True, default=(2,), show_default=True)
 @click.option("--encoding", default="hidden", show_default=True)
 @click.option("--workers", type=int, help="Processes that prepare items, per device [default: by the cores].")

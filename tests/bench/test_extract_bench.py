@@ -30,6 +30,8 @@ def test_every_encoding_goes_the_whole_way_beside_the_bare_forward(tmp_path):
         assert measured["ratio"] * measured["bare_images_per_second"] - measured["images_per_second"] < 1e-6
         assert measured["fill_seconds"] > 0
         assert measured["peak_gb"] == 0  # of a GPU only
+        assert measured.get("disk_mb_per_second", 1.0) > 0
+        assert ("disk_mb_per_second" in measured) == (line["name"] == "logits")
     assert tables(lines) in outcome.output
     assert tables(lines) == CliRunner().invoke(main, ["--table", str(out)]).output.strip()
     assert "goal" not in tables(lines)
@@ -78,7 +80,7 @@ def test_the_tables_of_the_log_come_from_their_lines():
 
 
 def test_devices_are_compared_with_one(tmp_path):
-    """Of a CPU: two processes fill as many items, and the table holds the goal."""
+    """Of a CPU: two processes fill as many items each, and the table holds the goal."""
     out = tmp_path / "lines.jsonl"
     options = [
         "--model-shape",
@@ -97,9 +99,14 @@ def test_devices_are_compared_with_one(tmp_path):
     done = CliRunner().invoke(extract_devices.main, [*options, "--out", str(out)])
     assert done.exit_code == 0, done.output
     lines = read_results(out)
-    assert [(line["config"]["devices"], line["config"]["items"]) for line in lines] == [(1, 12), (2, 12)]
+    assert [(line["config"]["devices"], line["config"]["items"]) for line in lines] == [(1, 12), (2, 24)]
     rates = [line["measured"]["images_per_second"] for line in lines]
     assert [line["measured"]["linear"] for line in lines] == pytest.approx([1.0, rates[1] / (2 * rates[0])])
-    log = (Path(__file__).resolve().parents[2] / "bench" / "LOG.md").read_text()
-    measured = Path(__file__).resolve().parents[2] / "bench" / "results" / "extract" / "h200-x2.jsonl"
-    assert [row for row in extract_devices.tables(read_results(measured)).splitlines() if row not in log] == []
+
+
+@pytest.mark.parametrize("name", ["h200-x2", "h200-x4"])
+def test_the_log_has_the_rows_of_the_lines(name):
+    bench = Path(__file__).resolve().parents[2] / "bench"
+    rows = extract_devices.tables(read_results(bench / "results" / "extract" / f"{name}.jsonl")).splitlines()
+    log = (bench / "LOG.md").read_text().splitlines()
+    assert [row for row in rows if row not in log] == []
