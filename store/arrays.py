@@ -1,13 +1,18 @@
 """The arrays of a store: geometry, codecs and how each is created. Sizes were chosen by measurement, see FORMAT.md."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import LocalStore
 
 from agiqa.store.bits import storage_dtype
+from agiqa.store.files import write_bytes_atomically
+from agiqa.store.layout import object_path
+from agiqa.store.objects import ObjectCodec
 
 CHUNK_BYTES = 1 << 20
 SHARD_BYTES = 64 << 20
@@ -125,4 +130,18 @@ def create_whole_array(
         attributes=attributes or {},
         overwrite=True,
     )
-    array[...] = values
+    _write_whole(array, values)
+
+
+def _write_whole(array: zarr.Array[Any], values: np.ndarray[Any, Any]) -> None:
+    """Write all values, on all cores where the array lies in a folder."""
+    store = array.store_path.store
+    if not isinstance(store, LocalStore):
+        array[...] = values
+        return
+    codec = ObjectCodec.of(array)
+    folder = Path(store.root, array.path)
+    for position, start in enumerate(range(0, len(values), codec.rows)):
+        part = values[start : start + codec.rows]
+        if part.any():  # zeros only are not stored at all
+            write_bytes_atomically(object_path(folder, position, dimensions=values.ndim), codec.encode(part))

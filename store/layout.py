@@ -42,6 +42,11 @@ def cache_root() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "agiqa"
 
 
+def object_path(array: Path, position: int, *, dimensions: int) -> Path:
+    """Object number `position` in the folder of an array that is cut along its first axis only."""
+    return array.joinpath("c", str(position), *["0"] * (dimensions - 1))
+
+
 @dataclass(frozen=True)
 class StoreLayout:
     """Paths of the parts of the store folder `root`."""
@@ -97,5 +102,5 @@ class StoreLayout:
         return self.object_of("features", unit, dimensions=2)
 
     def object_of(self, array: str, position: int, *, dimensions: int) -> Path:
-        """The object number `position` along the first axis of `array`, which is cut along that axis only."""
-        return self.zarr.joinpath(array, "c", str(position), *["0"] * (dimensions - 1))
+        """`object_path` of the array of that name."""
+        return object_path(self.zarr / array, position, dimensions=dimensions)

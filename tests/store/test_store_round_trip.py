@@ -1,12 +1,15 @@
 """What goes into a store comes out of it, bit for bit, whatever the lengths and the dtype."""
 
+import shutil
+
 import numpy as np
 import pytest
+import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agiqa.errors import DataError, IncompleteStore, SchemaError, ViewRefused
-from agiqa.store import create_store, from_float32, open_store, to_float32
+from agiqa.store import create_store, create_whole_array, from_float32, open_store, to_float32
 from tests.store.conftest import fill, make_content, make_store, plan_of
 
 
@@ -85,3 +88,27 @@ def test_bits_round_to_nearest_even_as_torch_does(logical_dtype):
     values = values.astype(np.float32)
     expected = torch.from_numpy(values).to(getattr(torch, logical_dtype)).float().numpy()
     np.testing.assert_array_equal(to_float32(from_float32(values, logical_dtype), logical_dtype), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((300, 4096), "u2"), ((40_000, 512), "f4"), ((1000,), "i8"), ((0, 8), "f4"), ((9, 2, 3), "u1")]
+)
+def test_an_array_written_whole_has_the_bytes_that_zarr_writes(tmp_path, shape, dtype):
+    values = np.random.default_rng(3).integers(0, 200, shape).astype(dtype)
+    values[: len(values) // 2] = 0  # and some objects are not there at all
+    create_whole_array(zarr.open_group(tmp_path / "ours", mode="w"), "lm_head/weight", values)
+    shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
+    shutil.rmtree(tmp_path / "theirs" / "lm_head" / "weight" / "c", ignore_errors=True)
+    theirs = zarr.open_group(tmp_path / "theirs", mode="r+")["lm_head/weight"]
+    assert isinstance(theirs, zarr.Array)
+    theirs[...] = values
+    ours, theirs = (
+        {
+            path.relative_to(tmp_path / name): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
+        for name in ("ours", "theirs")
+    )
+    assert ours.keys() == theirs.keys()
+    assert ours == theirs
