@@ -5,6 +5,7 @@ units that it was handed, and another takes its place.
 """
 
 import os
+import socket
 import sys
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
@@ -23,6 +24,7 @@ from agiqa.progress import said_to, say
 from agiqa.store import Basis, Store, UnitWriter
 
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_ANSWER = 10
 _DEATHS = 3
 """Actors in a row that may die without one more finished unit."""
 
@@ -183,9 +185,11 @@ class OnRay:
             return
         address = None if self.address == "auto" else self.address
         try:
+            if address:
+                _check_answers(address)
             dashboard = None if address else False
             ray.init(address=address, include_dashboard=dashboard, logging_level="error", log_to_driver=False)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             message = (
                 f"--ray {self.address}: no such cluster ({first_line(error)}). Start it with `ray start --head` on its "
                 "first machine, or give --ray without an address for one of this machine."
@@ -195,6 +199,13 @@ class OnRay:
             yield ray
         finally:
             ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise OSError where nothing answers at `address`, for which Ray itself would wait minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
 
 
 class _Handing:

@@ -40,6 +40,7 @@ FORMAT_VERSION = 1
 WEIGHTS, CONFIG, METRICS = "head.safetensors", "config.json", "metrics.json"
 PREDICTIONS, CURVES, PARTS = "predictions.csv", "curves.csv", "parts.json"
 EVENTS = "tensorboard"
+_PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,14 @@ class Run:
         return origin
 
     def parts(self) -> dict[str, set[tuple[str, str]]]:
-        """Name and prompt of the items that trained the head, chose its epoch, and were tested on."""
+        """Name and prompt of the items that trained the head, chose its epoch, and were tested on. Raises HeadError."""
         recorded = _read_json(self.path, PARTS)
-        return {part: {(name, prompt) for name, prompt in items} for part, items in recorded.items()}
+        try:
+            return {part: {(name, prompt) for name, prompt in recorded[part]} for part in _PARTS}
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            message = f"{self.path / PARTS} is not what a training writes ({what}). Bring the file back from a copy."
+            raise HeadError(message) from error
 
     def check(self, source: FeatureSource) -> FeatureSpec:
         """The spec of `source`. Raises HeadError, naming both sides, when its features mean nothing to this head."""

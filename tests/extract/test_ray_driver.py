@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agiqa.errors import ConfigError
 from agiqa.extract.ray_driver import UnitQueue
 from agiqa.store import UnitWriter, open_store, verify
 from tests.extract.jobs import extract
@@ -92,3 +93,12 @@ def kill_a_worker(run, path):
 def hashes_of(path):
     manifest = json.loads((path / "MANIFEST.json").read_text())
     return {entry["path"]: entry["sha256"] for entry in manifest["objects"]}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_a_cluster_that_is_not_there_is_told_at_once(tiny_text_checkpoint, tmp_path, address):
+    pytest.importorskip("ray", reason="needs the extra ray")
+    folder = write_set(tmp_path / "set", 6)
+    write_talks(folder)
+    with pytest.raises(ConfigError, match=rf"--ray {address}: no such cluster \(.*refused.*ray start --head"):
+        extract(folder, tiny_text_checkpoint, tmp_path / "s.agiqa", ray=address)

@@ -71,6 +71,17 @@ def test_the_parts_of_a_run_do_not_move_when_the_split_column_does(make_store, t
     }
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [('{"train": [], "test": []}', "'validation' is missing"), ('{"train": [7], "validation": [], "test": []}', "int")],
+)
+def test_damaged_parts_are_told_with_their_file(trained, content, said):
+    store, run = trained
+    (run.path / "parts.json").write_text(content)
+    with pytest.raises(HeadError, match=rf"run/parts\.json is not what a training writes .*{said}"):
+        evaluate(load_run(run.path), store)
+
+
 def test_items_of_the_training_are_told_when_a_copy_is_evaluated(make_store, tmp_path: Path):
     store = make_store(60, published=True, prompts=20)
     head = HeadConfig(projection="sketch", encoder="none", width=8)
