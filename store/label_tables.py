@@ -73,6 +73,7 @@ def read_mos(column: str, cell: str, mos_range: tuple[float, float]) -> float:
         message = f"{column} is {cell!r}, not a number"
         raise DataError(message) from None
     if not (math.isfinite(value) and low <= value <= high):
-        message = f"{column} is {cell}, outside {low:g} to {high:g}"
+        remedy = " (give the range of these MOS by --mos-range)" if math.isfinite(value) else ""
+        message = f"{column} is {cell}, outside {low:g} to {high:g}{remedy}"
         raise DataError(message)
     return value

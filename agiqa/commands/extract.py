@@ -91,6 +91,9 @@ def command(
 
     opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
     backbone = opened(opener, settings["device"])  # before every image is looked at
+    if not backbone.reads_images:
+        alike = ", the same for all images of one prompt" if variant.startswith("no_id") else ""
+        say(f"note: {model} reads no images; these features are of the text alone{alike}")
     data_set = load_data_set(
         data,
         conversations=conversations,

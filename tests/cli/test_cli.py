@@ -290,7 +290,9 @@ def test_train_options_and_config_reach_the_run(agiqa, example, tmp_path):
 
 def test_a_head_for_an_aspect_that_the_conversations_do_not_ask_for_is_warned_of(agiqa, example, tmp_path):
     store = tmp_path / "s.agiqa"
-    agiqa("extract", example.data, store, "--model", example.model, "--variant", "no_id", "--aspect", "authenticity")
+    options = ("--model", example.model, "--variant", "no_id", "--aspect", "authenticity")
+    told = agiqa("extract", example.data, store, *options).err
+    assert "reads no images; these features are of the text alone, the same for all images of one prompt" in told
     outcome = agiqa("train", store, tmp_path / "run", *SMALL_HEAD, "--json")
     assert outcome.code == 0, outcome.err
     assert "ask for authenticity, and the head learns quality" in outcome.err

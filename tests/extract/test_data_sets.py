@@ -192,7 +192,7 @@ def test_every_bad_row_is_named_in_one_error(tmp_path):
         "text.png (d.csv, line 9): mos_quality is 'good', not a number",
         "nan.png (d.csv, line 10): mos_quality is nan, outside 0 to 5",
         "inf.png (d.csv, line 11): mos_quality is inf, outside",
-        "high.png (d.csv, line 12): mos_quality is 5.1, outside 0 to 5",
+        "high.png (d.csv, line 12): mos_quality is 5.1, outside 0 to 5 (give the range of these MOS by --mos-range)",
         "good.png (d.csv, line 13): duplicate of line 2",
         "short.png (d.csv, line 14): has 2 fields where the header has 3",
         "long.png (d.csv, line 15): has 4 fields",
