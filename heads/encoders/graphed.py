@@ -5,7 +5,10 @@ computing them takes the GPU. A graph queues a whole pass at once. It has one sh
 few lengths, which does not change their results: padding is invisible to every encoder.
 """
 
+import gc
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -81,10 +84,25 @@ class GraphedEncoder:
         dtype, mixed = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         random = torch.cuda.get_rng_state(tokens.device)
         _expect_streams_to_differ()
-        with torch.autocast("cuda", dtype=dtype, enabled=mixed, cache_enabled=False):
+        with torch.autocast("cuda", dtype=dtype, enabled=mixed, cache_enabled=False), _garbage_waits():
             graphed = torch.cuda.make_graphed_callables(_Pass(self._encoder), examples, pool=self._pool)
         torch.cuda.set_rng_state(random, tokens.device)
         return cast("nn.Module", graphed)
+
+
+@contextmanager
+def _garbage_waits() -> Generator[None]:
+    """Collect no garbage meanwhile: a graph of a head trained before may be among it, and its end breaks a capture.
+
+    https://github.com/pytorch/pytorch/pull/161037
+    """
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collected:
+            gc.enable()
 
 
 def _expect_streams_to_differ() -> None:

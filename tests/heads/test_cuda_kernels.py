@@ -1,7 +1,10 @@
 """The GPU's kernels against the torch forms that the CPU runs: outputs and gradients, on a CUDA device only."""
 
+import gc
+
 import pytest
 import torch
+from torch import nn
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 
 from agiqa.heads.config import HeadConfig
@@ -138,3 +141,35 @@ def test_the_random_state_is_the_same_after_a_capture():
     assert torch.equal(first, first_again)
     assert torch.equal(second, second_again)
     assert not torch.equal(first, second)
+
+
+class LeavesAGraphBehind(nn.Module):
+    """An encoder; while it is captured a graph becomes garbage that only the collector finds."""
+
+    def __init__(self, encoder, graph):
+        super().__init__()
+        self.encoder, self.graphs = encoder, [graph]
+
+    def forward(self, tokens, mask):
+        if torch.cuda.is_current_stream_capturing() and self.graphs:
+            cycle = [self.graphs.pop()]
+            cycle.append(cycle)
+        return self.encoder(tokens, mask)
+
+
+def test_garbage_breaks_no_capture():
+    encoder = ENCODERS.get("transformer")(HeadConfig(width=64, dropout=0.0)).cuda()
+    mask = torch.ones(2, 20, dtype=torch.bool, device="cuda")
+    tokens = torch.randn(2, 20, 64, device="cuda", requires_grad=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.zeros(1, device="cuda")
+    leaving, often, before = LeavesAGraphBehind(encoder, graph), 1, gc.get_threshold()
+    del graph
+    gc.set_threshold(often)
+    try:
+        outputs = GraphedEncoder(leaving, 2)(tokens, mask)
+    finally:
+        gc.set_threshold(*before)
+    assert not leaving.graphs
+    torch.testing.assert_close(outputs, encoder(tokens, mask), rtol=1e-3, atol=1e-3)
