@@ -18,8 +18,8 @@ gpu_kernels.py           what kernels for GPUs have in common
 graphed.py              training steps as CUDA graphs
 """
 
-from agiqa.heads.encoders.base import ENCODERS, Encoder
-from agiqa.heads.encoders.bidirectional import BidirectionalEncoder, either_way
+from agiqa.heads.encoders.base import ENCODERS, Encoder, settings_read
+from agiqa.heads.encoders.bidirectional import BidirectionalEncoder, EitherWay
 from agiqa.heads.encoders.identity import IdentityEncoder
 from agiqa.heads.encoders.mamba2 import Mamba2Encoder
 from agiqa.heads.encoders.recurrent import GRUEncoder, LSTMEncoder
@@ -29,6 +29,7 @@ from agiqa.heads.encoders.xlstm import XLSTMEncoder
 __all__ = [
     "ENCODERS",
     "BidirectionalEncoder",
+    "EitherWay",
     "Encoder",
     "GRUEncoder",
     "IdentityEncoder",
@@ -36,5 +37,5 @@ __all__ = [
     "Mamba2Encoder",
     "TransformerEncoder",
     "XLSTMEncoder",
-    "either_way",
+    "settings_read",
 ]

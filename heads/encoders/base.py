@@ -23,6 +23,10 @@ class Encoder(nn.Module, ABC):
     mixes_tokens: ClassVar[bool] = True
     """Whether an output depends on other tokens at all."""
 
+    reads: ClassVar[frozenset[str] | None] = None
+    """The settings of a HeadConfig that have a say in it, beside `width` and `bidirectional`; None is any of them. A
+    grid over a setting that no encoder of it reads is refused."""
+
     graphable: bool = False
     """Whether a pass on a GPU only queues work there, of a shape that follows from the batch's: nothing is read back,
     so that training can replay it from a CUDA graph."""
@@ -47,6 +51,11 @@ class Encoder(nn.Module, ABC):
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch token out_width"]:
         """Encode; `mask` is True on real tokens, of which every item has at least one."""
+
+
+def settings_read(encoder: str) -> frozenset[str] | None:
+    """`Encoder.reads` of the encoder called `encoder`; None for one that is not registered."""
+    return getattr(ENCODERS.get(encoder), "reads", None) if encoder in ENCODERS else None
 
 
 ENCODERS: Registry[Callable[[HeadConfig], Encoder]] = Registry("encoder")

@@ -48,17 +48,20 @@ def reversal(mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch token 1"
     return torch.where(steps < lengths, lengths - 1 - steps, steps)[..., None]
 
 
-def either_way(causal: Callable[[HeadConfig], Encoder]) -> Callable[[HeadConfig], Encoder]:
-    """A factory of what `config.bidirectional` asks for: one `causal` encoder, or two in a BidirectionalEncoder.
+class EitherWay:
+    """Builds what `config.bidirectional` asks for: one causal encoder, or two in a BidirectionalEncoder."""
 
-    `causal` is always called with `bidirectional` off.
-    """
+    def __init__(self, causal: Callable[[HeadConfig], Encoder]) -> None:
+        """`causal` is always called with `bidirectional` off."""
+        self.reads: frozenset[str] | None = getattr(causal, "reads", None)
+        self._causal = causal
 
-    def build(config: HeadConfig) -> Encoder:
+    def __call__(self, config: HeadConfig) -> Encoder:
+        """The encoder."""
+        if not config.bidirectional:
+            return self._causal(config)
         one_way = config.model_copy(update={"bidirectional": False})
-        return BidirectionalEncoder(causal(one_way), causal(one_way)) if config.bidirectional else causal(config)
-
-    return build
+        return BidirectionalEncoder(self._causal(one_way), self._causal(one_way))
 
 
 def check_forwards_only(config: HeadConfig, name: str) -> None:

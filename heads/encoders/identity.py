@@ -13,6 +13,7 @@ class IdentityEncoder(Encoder):
     """Passes every token on as it is."""
 
     mixes_tokens = False
+    reads = frozenset()
 
     def __init__(self, config: HeadConfig) -> None:
         """Only the width has a meaning here. Raises ConfigError for `bidirectional`: there is no direction to add."""

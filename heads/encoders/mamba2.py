@@ -13,7 +13,7 @@ from torch.nn.functional import silu, softplus
 
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
-from agiqa.heads.encoders.bidirectional import check_one_way, either_way
+from agiqa.heads.encoders.bidirectional import EitherWay, check_one_way
 from agiqa.heads.encoders.causal_conv import causal_conv_silu
 from agiqa.heads.encoders.ssd import fused_ssd, has_fused_ssd, ssd
 
@@ -34,6 +34,7 @@ class Mamba2Encoder(Encoder):
     """
 
     graphable = True
+    reads = frozenset({"layers", "state_size", "dropout"})
 
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError for `bidirectional`, for which `ENCODERS.get("mamba2")` builds two of these."""
@@ -65,7 +66,7 @@ class Mamba2Encoder(Encoder):
         return outputs.masked_fill(padding, 0.0)
 
 
-ENCODERS.add("mamba2", either_way(Mamba2Encoder))
+ENCODERS.add("mamba2", EitherWay(Mamba2Encoder))
 
 
 class Mamba2Block(nn.Module):

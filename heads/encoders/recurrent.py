@@ -18,6 +18,7 @@ class RecurrentEncoder(Encoder):
     """
 
     graphable = True
+    reads = frozenset({"layers", "dropout"})
 
     def __init__(self, config: HeadConfig, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
         """`kind` is the torch module to build."""

@@ -29,6 +29,7 @@ class TransformerEncoder(Encoder):
     """
 
     graphable = True
+    reads = frozenset({"num_heads", "layers", "dropout"})
 
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError when the heads do not divide the width."""

@@ -18,7 +18,7 @@ from xlstm import (
 from agiqa.errors import ConfigError
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
-from agiqa.heads.encoders.bidirectional import check_one_way, either_way
+from agiqa.heads.encoders.bidirectional import EitherWay, check_one_way
 from agiqa.heads.encoders.mlstm import torch_form_because
 from agiqa.heads.encoders.slstm import loops_because
 from agiqa.heads.encoders.xlstm_parts import install_parts
@@ -39,6 +39,7 @@ class XLSTMEncoder(Encoder):
     """
 
     graphable = True
+    reads = frozenset({"blocks", "num_heads", "dropout"})
 
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError when the heads do not divide the width into two channels or more each.
@@ -80,7 +81,7 @@ class XLSTMEncoder(Encoder):
         return outputs.masked_fill(padding, 0.0)
 
 
-ENCODERS.add("xlstm", either_way(XLSTMEncoder))
+ENCODERS.add("xlstm", EitherWay(XLSTMEncoder))
 
 
 def stack_config(config: HeadConfig) -> xLSTMBlockStackConfig:

@@ -10,10 +10,10 @@ from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders import (
     ENCODERS,
     BidirectionalEncoder,
+    EitherWay,
     Encoder,
     Mamba2Encoder,
     XLSTMEncoder,
-    either_way,
 )
 from agiqa.heads.head import build_head
 from agiqa.heads.pooling import POOLINGS
@@ -50,7 +50,7 @@ class RunningMean(Encoder):
 def ones_own(monkeypatch):
     """The registered name of RunningMean, for the length of one test."""
     monkeypatch.setattr(ENCODERS, "_parts", dict(ENCODERS._parts))
-    ENCODERS.add("running-mean", either_way(RunningMean))
+    ENCODERS.add("running-mean", EitherWay(RunningMean))
     return "running-mean"
 
 
