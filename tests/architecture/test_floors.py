@@ -67,6 +67,21 @@ def test_packages_are_those_on_disk():
         assert (ROOT / folder / "__init__.py").exists(), package
 
 
+def test_files_that_are_read_at_run_time_are_packaged():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {package: ROOT / package.removeprefix("agiqa.").replace(".", "/") for package in settings["package-data"]}
+    packaged = {
+        path.resolve()
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in folders[package].glob(pattern)
+    }
+    of_a_clone_only = {*(ROOT / "bench" / "results").rglob("*"), *(ROOT / "bench").glob("*.yaml")}
+    suffixes = (".yaml", ".css", ".js", ".j2", ".typed")
+    files = [path for room in (*ROOMS, "agiqa") for path in (ROOT / room).rglob("*") if path.suffix in suffixes]
+    assert {path.resolve() for path in files} - of_a_clone_only == packaged
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_links_lead_to_the_rooms(room):
     link = ROOT / "agiqa" / room
