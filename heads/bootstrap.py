@@ -11,26 +11,36 @@ from collections.abc import Generator
 import numpy as np
 from numpy.typing import NDArray
 
+FEWEST_GROUPS = 5
+"""Four groups make 35 different resamples, too few for one in forty to lie beyond each end of a 95% interval."""
 _WEIGHTS_AT_ONCE = 2_000_000
 _PAIRS_AT_ONCE = 4_000_000
 
 Array = NDArray[np.float64]
 
 
+def group_count(groups: NDArray[np.int64]) -> int:
+    """How many groups there are; `groups` numbers the group of each of one or more items from 0, without gaps."""
+    return int(groups.max()) + 1
+
+
 def draw_groups(groups: NDArray[np.int64], *, seed: int, resamples: int) -> Array:
     """How often each resample draws each group (resamples, groups): as many draws as there are groups.
 
-    `groups` numbers the group of each item from 0, without gaps; there is one item or more.
+    `groups` as of `group_count`.
     """
-    count = int(groups.max()) + 1
+    count = group_count(groups)
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1.0 / count), size=resamples)
     return drawn.astype(np.float64)
 
 
-def interval(values: Array, confidence: float) -> list[float] | None:
-    """Percentiles over the resamples in which a metric is defined (not NaN); None when it is so in none."""
+def interval(values: Array, confidence: float, *, groups: NDArray[np.int64]) -> list[float] | None:
+    """Percentiles over the resamples in which a metric is defined (not NaN); None when it is so in none.
+
+    None too where there are fewer than `FEWEST_GROUPS` groups to draw from; `groups` as of `group_count`.
+    """
     defined = values[np.isfinite(values)]
-    if not len(defined):
+    if not len(defined) or group_count(groups) < FEWEST_GROUPS:
         return None
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(defined, [tail, 1.0 - tail])

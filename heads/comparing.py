@@ -78,6 +78,10 @@ class SeedScores:
         """The mean over seeds of each metric, NaN where that of a seed is."""
         return np.asarray(self.values.mean(axis=0))
 
+    def _intervals(self, drawn: Array, confidence: float) -> dict[str, list[float] | None]:
+        """The interval of each metric; null for fewer than five prompts."""
+        return {name: interval(drawn[:, k], confidence, groups=self.groups) for k, name in enumerate(METRICS)}
+
     def score(self, *, confidence: float = 0.95) -> dict[str, Any]:
         """What `seeds_score` tells."""
         several = len(self.values) > 1
@@ -87,7 +91,7 @@ class SeedScores:
             **_numbers(self.means),
             "sd": _numbers(spread),
             "seeds": len(self.values),
-            "ci": _intervals(self.drawn, confidence),
+            "ci": self._intervals(self.drawn, confidence),
             "confidence": confidence,
             "resamples": len(self.drawn),
         }
@@ -112,7 +116,7 @@ class SeedScores:
             "n": self.n,
             "seeds": [len(self.values), len(other.values)],
             "difference": _numbers(self.means - other.means),
-            "ci": _intervals(drawn, confidence),
+            "ci": self._intervals(drawn, confidence),
             "p": {name: _two_sided(drawn[:, k]) for k, name in enumerate(METRICS)},
             "confidence": confidence,
             "resamples": len(drawn),
@@ -197,11 +201,6 @@ def _check(predicted: Array, labels: Array, prompts: Sequence[str]) -> None:
     else:
         return
     raise DataError(message)
-
-
-def _intervals(drawn: Array, confidence: float) -> dict[str, list[float] | None]:
-    """The interval of each metric."""
-    return {name: interval(drawn[:, k], confidence) for k, name in enumerate(METRICS)}
 
 
 def _two_sided(differences: Array) -> float | None:

@@ -62,6 +62,7 @@ def evaluate_scores(
     `{"n", "srcc", "plcc", "krcc", "rmse", "ci": {metric: [low, high]}, "confidence", "resamples"}`, and
     `"undefined"`, the reason, where correlations are null. Each of `mappings`, by its name, adds `plcc_NAME` and
     `rmse_NAME` of the mapped predictions; their intervals are of the same resamples, with the mapping as it is.
+    Intervals are null for fewer than five prompts.
     Raises DataError without items, for unequal numbers of them, and for predictions or labels that are not finite.
     """
     _check(predicted, labels, prompts)
@@ -69,14 +70,14 @@ def evaluate_scores(
     metrics = score(predicted, labels)
     drawn = bootstrap_metrics(predicted, labels, groups, seed=seed, resamples=resamples)
     reason = undefined_reason(predicted, labels)
-    intervals = {name: interval(drawn[:, k], confidence) for k, name in enumerate(METRICS)}
+    intervals = {name: interval(drawn[:, k], confidence, groups=groups) for k, name in enumerate(METRICS)}
     for kind, mapping in (mappings or {}).items():
         mapped = mapping(predicted)
         scores = score(mapped, labels)
         drawn = bootstrap_linear(mapped, labels, groups, seed=seed, resamples=resamples)
         for k, name in enumerate(("plcc", "rmse")):
             metrics[f"{name}_{kind}"] = scores[name]
-            intervals[f"{name}_{kind}"] = interval(drawn[:, k], confidence)
+            intervals[f"{name}_{kind}"] = interval(drawn[:, k], confidence, groups=groups)
         reason = reason or undefined_reason(mapped, labels)
     result: dict[str, Any] = {
         "n": len(labels),

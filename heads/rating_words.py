@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.heads.bootstrap import draw_groups, interval
+from agiqa.heads.bootstrap import draw_groups, group_count, interval
 from agiqa.heads.prompts import prompt_groups
 
 WORDS = ("bad", "poor", "fair", "good", "excellent")
@@ -80,7 +80,7 @@ def score_words(
     words = [parse_word(answer) for answer in answers]
     answered = np.array([_UNKNOWN if word is None else WORDS.index(word) for word in words])
     groups = np.arange(len(answers)) if prompts is None else prompt_groups(prompts)
-    by_group = np.zeros((int(groups.max()) + 1, len(WORDS), len(WORDS) + 1))
+    by_group = np.zeros((group_count(groups), len(WORDS), len(WORDS) + 1))
     np.add.at(by_group, (groups, truths, answered), 1.0)
     table = by_group.sum(axis=0)
     drawn = _score(np.tensordot(draw_groups(groups, seed=seed, resamples=resamples), by_group, axes=1))
@@ -89,7 +89,7 @@ def score_words(
         "n": len(answers),
         "unknown": int((answered == _UNKNOWN).sum()),
         **dict(zip(WORD_METRICS, _score(table[None])[0].tolist(), strict=True)),
-        "ci": {name: interval(drawn[:, k], confidence) for k, name in enumerate(WORD_METRICS)},
+        "ci": {name: interval(drawn[:, k], confidence, groups=groups) for k, name in enumerate(WORD_METRICS)},
         "confusion": {
             word: dict(zip(columns, row, strict=True))
             for word, row in zip(WORDS, table.astype(int).tolist(), strict=True)

@@ -76,17 +76,29 @@ def test_numbers_that_are_none_are_refused(wrong):
 @pytest.mark.parametrize(
     ("predicted", "labels", "reason"),
     [
-        ([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], "all predictions are equal"),
-        ([1.0, 2.0, 3.0], [1.0, 1.0, 1.0], "all labels are equal"),
+        ([1.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], "all predictions are equal"),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5, "all labels are equal"),
         ([1.0], [1.0], "two items or more"),
     ],
 )
 def test_undefined_correlations_are_null_with_a_reason(predicted, labels, reason):
-    result = evaluate_scores(np.array(predicted), np.array(labels), ["a", "b", "c"][: len(labels)])
+    result = evaluate_scores(np.array(predicted), np.array(labels), list("abcde")[: len(labels)])
     assert reason in result["undefined"]
     assert result["srcc"] is result["plcc"] is result["krcc"] is result["ci"]["srcc"] is None
     assert result["rmse"] >= 0
-    assert len(result["ci"]["rmse"]) == 2
+    interval = result["ci"]["rmse"]
+    assert interval is None if len(labels) == 1 else len(interval) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6])
+def test_a_handful_of_prompts_has_no_interval(count):
+    """Resamples of two prompts often have a correlation at one value only, and an interval of no width."""
+    predicted, labels = np.random.default_rng(count).normal(size=(2, 12))
+    result = evaluate_scores(predicted, labels, [f"p{number % count}" for number in range(12)])
+    if count < 5:
+        assert result["ci"] == dict.fromkeys(("srcc", "plcc", "krcc", "rmse"))
+    else:
+        assert all(low < high for low, high in result["ci"].values())
 
 
 def test_the_result_is_what_the_command_line_promises():
@@ -146,6 +158,8 @@ def test_resamples_without_a_correlation_do_not_count():
     undefined = np.isnan(found[:, 0])
     assert 0 < undefined.sum() < 200
     assert np.isfinite(found[:, 3]).all()
-    assert evaluate_scores(predicted, labels, ["a", "a", "b"])["ci"]["plcc"] is not None
+    labels = np.array([1.0, 2.0, 4.0, 3.0, 3.0, 3.0])
+    some_undefined = evaluate_scores(np.array([1.0, 1.0, 2.0, 1.0, 1.0, 1.0]), labels, list("aabcde"))
+    assert some_undefined["ci"]["plcc"] is not None
     with pytest.raises(DataError, match="no items"):
         evaluate_scores(predicted[:0], labels[:0], [])
