@@ -22,7 +22,7 @@ from agiqa.commands.common import print_result, shared_options
     "--data",
     metavar="NAME",
     help="Data set of stores whose names do not begin with it: agiqa-3k, aigciqa2023 or aigciqa-20k sets the paper's "
-    "numbers beside theirs.",
+    "numbers beside theirs. The stores of a transfer are those that its --names say.",
 )
 @click.option("--title", help="Title of the page.  [default: the names of the folders]")
 @click.option("--note", "notes", multiple=True, help="What a reader must know of the data; may be given again.")

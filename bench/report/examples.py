@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from agiqa.bench.report.naming import group_title, plural, slug
+from agiqa.bench.report.naming import plural, protocol_name, slug
 from agiqa.bench.report.predictions import Predictions
 from agiqa.bench.report.reading import Results
 from agiqa.bench.report.tables import Cell, Column, Table
@@ -108,7 +108,7 @@ def examples_of(results: Results, found: Predictions, head: str, *, images: Path
     notes += [why] if why else []
     return Examples(
         name=slug(results.prefix, "items", row.label, row.protocol),
-        title=f"Best and worst items: {group_title(results, row.label, row.protocol)}",
+        title=results.titled(f"best and worst items, {row.label}, {protocol_name(row.protocol)}"),
         worst=tuple(example(k) for k in order[::-1][:count]),
         best=tuple(example(k) for k in order[:count]),
         notes=tuple(notes),

@@ -63,11 +63,6 @@ class Picture:
     """Whether it stands alone in its line of the page."""
 
     @property
-    def heading(self) -> str:
-        """The title as a sentence begins."""
-        return self.title[:1].upper() + self.title[1:]
-
-    @property
     def inline(self) -> str:
         """The SVG element alone, with the page's colours, and names that occur in no other picture."""
         start = self.svg.index("<svg")
@@ -108,7 +103,7 @@ def draw(
     return Picture(
         name=name,
         title=title,
-        alt=f"{title[:1].upper()}{title[1:]}. {alt}",
+        alt=f"{title}. {alt}",
         caption=caption,
         svg=svg.getvalue(),
         png=png.getvalue(),

@@ -21,6 +21,7 @@ PROTOCOL_NOTES = {
     "do not say what a further generator would change."
 }
 """What a reader of its tables must know of a protocol."""
+_BETWEEN = "\N{NO-BREAK SPACE}· "
 _TELLING = ("encoder", "pooling", "projection", "loss")
 """Settings whose values need no name beside them, though `none` does."""
 
@@ -41,8 +42,9 @@ def row_titles(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def on_store(title: str, store: str) -> str:
-    """`title @ store`; the title alone where the store has no name."""
-    return f"{title} @ {store}" if store else title
+    """`title @ store`; the title alone where the store has no name, or the title tells it."""
+    told = f"store {store}" in title.split(_BETWEEN)
+    return title if told or not store else f"{title} @ {store}"
 
 
 def group_title(results: Results, label: str, protocol: str) -> str:
@@ -69,7 +71,7 @@ def listed(words: Sequence[str]) -> str:
 def _title(row: Row) -> str:
     if row.kind == "baseline" or "=" not in row.row or not row.settings:
         return row.row
-    return "\N{NO-BREAK SPACE}· ".join(_setting(name, value) for name, value in row.settings.items())
+    return _BETWEEN.join(_setting(name, value) for name, value in row.settings.items())
 
 
 def _setting(name: str, value: Any) -> str:

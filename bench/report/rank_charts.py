@@ -1,6 +1,7 @@
 """What a sketch keeps: the share of the logits' energy, and the SRCC of heads, against its rank."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -25,6 +26,8 @@ from agiqa.bench.report.row_tables import score_cell
 from agiqa.bench.report.tables import Cell, Column, Table
 
 _HEADS = 6
+_OF_THE_RANK = {"rank", "store"}
+"""Settings that differ between the rows of one head at several ranks."""
 Points = dict[str, list[tuple[int, Row]]]
 """Of each head its rows by rank, ascending."""
 
@@ -45,7 +48,11 @@ def rank_points(results: Results, label: str, protocol: str) -> Points:
         rank = rank_of(results, row)
         if rank is not None and row.value("srcc") is not None:
             found.setdefault(_apart_from_rank(row), []).append((rank, row))
-    points = {name: sorted(rows, key=lambda one: one[0]) for name, rows in found.items()}
+    points = {
+        name: sorted(rows, key=lambda one: one[0])
+        for name, rows in found.items()
+        if len({rank for rank, _ in rows}) == len(rows)  # or stores differ in more than their rank
+    }
     return {name: rows for name, rows in points.items() if len({rank for rank, _ in rows}) > 1 and _depends(rows)}
 
 
@@ -154,16 +161,20 @@ def _ranks(results: Results) -> set[int]:
 
 def _apart_from_rank(row: Row) -> str:
     """The name of a row without its rank, so that the rows of one head are known as such."""
-    if "rank" not in row.settings:
+    if not row.settings.keys() & _OF_THE_RANK:
         return row.row
-    return ",".join(f"{name}={value}" for name, value in row.settings.items() if name != "rank") or "head"
+    return ",".join(f"{name}={value}" for name, value in _without_rank(row).items()) or "head"
+
+
+def _without_rank(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in row.settings.items() if name not in _OF_THE_RANK}
 
 
 def _titles(points: Points) -> dict[str, str]:
     """A title for each head, which does not name the rank."""
     rows = [rows[0][1] for rows in points.values()]
     bare = [
-        row.model_copy(update={"settings": {k: v for k, v in row.settings.items() if k != "rank"}, "row": name})
+        row.model_copy(update={"settings": _without_rank(row), "row": name})
         for name, row in zip(points, rows, strict=True)
     ]
     return row_titles(bare)

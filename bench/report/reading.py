@@ -89,6 +89,11 @@ class Row(_Record):
         return float("-inf") if found is None else found[0]
 
     @property
+    def was_chosen(self) -> bool:
+        """Of the first of its rows by `chosen_by`: whether validation put it there."""
+        return self.chosen_by() > float("-inf")
+
+    @property
     def reference(self) -> tuple[str, str] | None:
         """Name and store of the row that this one is compared with; None where it is with none."""
         if self.against is None:
@@ -196,9 +201,13 @@ class Results:
     prefix: str = ""
     """What tells its files, titles and sentences from those of other folders of one report; empty if it is alone."""
 
-    def titled(self, text: str) -> str:
-        """The text, and of which folder it tells where there are several."""
+    def told(self, text: str) -> str:
+        """The text as it is, behind the folder of which it tells where there are several."""
         return f"{self.prefix}: {text}" if self.prefix else text
+
+    def titled(self, text: str) -> str:
+        """The same with a capital, as a title that is not behind a folder."""
+        return self.told(text if self.prefix else text[:1].upper() + text[1:])
 
     @property
     def done(self) -> list[RunLine]:
@@ -251,7 +260,7 @@ class Results:
 
 
 def read_all(folders: Sequence[Path], *, data: str | None = None) -> list[Results]:
-    """The results of each folder; `data` is the data set of stores that do not tell theirs.
+    """The results of each folder; `data` is the data set of stores that do not tell theirs, but of no transfer's.
 
     Raises DataError for a folder that holds none, or that is given twice.
     """
@@ -310,7 +319,7 @@ def _read_about(folder: Path) -> About:
 
 def _of_data(about: About, data: str | None) -> About:
     """`about`, its stores of the data set `data` where they do not tell."""
-    if data is None:
+    if data is None or about.kind == "transfer":
         return about
     stores = {
         name: store if store.data_name else store.model_copy(update={"data": data})

@@ -18,7 +18,7 @@ from agiqa.bench.report.figures import Picture
 from agiqa.bench.report.item_charts import scatter_chart
 from agiqa.bench.report.missing import KEYS, Missing, missing
 from agiqa.bench.report.naming import listed, plural, protocol_name, row_titles
-from agiqa.bench.report.paper import paper_tables
+from agiqa.bench.report.paper import paper, paper_tables
 from agiqa.bench.report.predictions import Predictions, predictions_of
 from agiqa.bench.report.radar import radar_chart
 from agiqa.bench.report.rank_charts import rank_chart, rank_table
@@ -27,7 +27,7 @@ from agiqa.bench.report.row_charts import curves_chart, interval_chart
 from agiqa.bench.report.row_tables import main_tables, optimism_tables
 from agiqa.bench.report.tables import Table
 from agiqa.bench.report.transfers import directions, shots_chart, shots_table, transfer_table
-from agiqa.bench.report.words import METHOD, findings, limits
+from agiqa.bench.report.words import METHOD, findings, limits, transfer_findings
 
 Block = Table | Picture | Examples
 _ROWS_TOGETHER = 30
@@ -82,11 +82,14 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
         Section(name="provenance", title="Provenance", blocks=_provenance_blocks(everything)),
     ]
     problems = [
-        one.titled(problem) for one in everything for problem in (outdated(one), *one.problems) if problem is not None
+        one.told(problem) for one in everything for problem in (outdated(one), *one.problems) if problem is not None
     ]
     return Content(
         facts=_facts(everything),
-        findings=[sentence for one in ablations for sentence in findings(one)],
+        findings=[
+            *(sentence for one in ablations for sentence in findings(one)),
+            *(sentence for one in transfers for sentence in transfer_findings(one)),
+        ],
         notes=[*notes, *limits(everything)],
         sections=[*found, *about],
         missing=missing(_present(found, ablations, images)),
@@ -139,18 +142,18 @@ def _item_blocks(ablations: Sequence[Results], images: Path | None) -> tuple[lis
             if found is None:
                 continue
             title = row_titles(one.of(label, protocol))[found.row.row]
-            problems += [one.titled(problem) for problem in found.missing]
+            problems += [one.told(problem) for problem in found.missing]
             charts.append(scatter_chart(one, found, title))
             if protocol != "published" or (label, "grouped") not in one.groups():
                 best_and_worst = examples_of(one, found, title, images=images)
                 lists.append(best_and_worst)
-                problems += [one.titled(best_and_worst.problem)] if best_and_worst.problem else []
+                problems += [one.told(best_and_worst.problem)] if best_and_worst.problem else []
     return _some([*charts, *lists]), problems
 
 
 def _leading(one: Results, label: str, protocol: str) -> Predictions | None:
     """The predictions of the head with the best validation SRCC that has any."""
-    heads = [row for row in one.of(label, protocol) if row.kind == "head"]
+    heads = [row for row in one.of(label, protocol) if row.kind == "head" and row.was_chosen]
     return next((found for row in heads[:1] for found in [predictions_of(one, row)] if found), None)
 
 
@@ -191,7 +194,7 @@ def _facts(everything: Sequence[Results]) -> dict[str, str]:
     rows = [row for one in everything for row in one.rows]
     kinds = Counter(row.kind for row in rows)
     facts = {
-        "Data": listed(sorted({store.data_name or name for name, store in stores if store.data_name or name})),
+        "Data": listed(sorted({_data_set(data) for name, store in stores if (data := store.data_name or name)})),
         "Features of": listed(sorted({store.model_name for _, store in stores if store.model_name})),
         "Labels": listed(list(dict.fromkeys(row.label for row in rows))),
         "Protocols": listed(list(dict.fromkeys(protocol_name(row.protocol) for row in rows))),
@@ -199,6 +202,11 @@ def _facts(everything: Sequence[Results]) -> dict[str, str]:
         "Rows": listed([plural(count, kind) for kind, count in sorted(kinds.items(), reverse=True)]),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _data_set(name: str) -> str:
+    """The data set as the paper writes it, if it has it."""
+    return paper().data_set(name) or name
 
 
 def _present(found: Sequence[Section], ablations: Sequence[Results], images: Path | None) -> set[str]:

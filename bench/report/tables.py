@@ -69,11 +69,6 @@ class Table:
     notes: Sequence[str] = field(default_factory=tuple)
 
     @property
-    def heading(self) -> str:
-        """The title as a sentence begins."""
-        return self.title[:1].upper() + self.title[1:]
-
-    @property
     def has_head(self) -> bool:
         """Whether any column has a title."""
         return any(column.title for column in self.columns)
@@ -83,7 +78,7 @@ class Table:
         head = [plain(column.title) for column in self.columns]
         body = [[_markdown(column, cell) for column, cell in self.cells(row)] for row in self.rows]
         notes = "".join(f"\n\n{plain(note)}" for note in self.notes)
-        return f"### {plain(self.heading)}\n\n{as_table(head, body)}{notes}\n"
+        return f"### {plain(self.title)}\n\n{as_table(head, body)}{notes}\n"
 
     def csv(self) -> str:
         """Every value with all its digits; intervals in columns of their own, tags in the last."""

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from agiqa.bench.report.naming import listed, on_store, plural, protocol_name, row_titles
+from agiqa.bench.report.naming import group_title, listed, on_store, plural, protocol_name, row_titles
 from agiqa.bench.report.reading import CONFIDENT, Results, Row
 from agiqa.bench.report.row_tables import leak
+from agiqa.bench.report.transfers import Direction, directions
 
 METHOD = (
     "A row is one head, trained once for every seed and, where the protocol has them, every fold or held-out "
@@ -44,13 +45,35 @@ def findings(results: Results) -> list[str]:
     for label, protocol in results.groups():
         rows = results.of(label, protocol)
         chosen = next((row for row in rows if row.kind == "head" and row.value("srcc") is not None), None)
-        if chosen is not None:
+        if chosen is not None and not chosen.was_chosen:
+            found.append(
+                f"{group_title(results, label, protocol)}: no head could be chosen, as none has a validation SRCC."
+            )
+        elif chosen is not None:
             titles = row_titles(rows)
             beside = [row for row in rows if row.store_name == chosen.store_name]
             rivals = next((others for one, others in results.references(label, protocol) if one is chosen), [])
-            told = results.titled(_chosen(chosen, titles, label, protocol))
+            told = f"{group_title(results, label, protocol)}: {_chosen(chosen, titles)}"
             parts = [told, _rivals(rivals), _best_baseline(beside)]
             found.append(" ".join(part for part in parts if part))
+    return found
+
+
+def transfer_findings(results: Results) -> list[str]:
+    """What came out of a transfer, a sentence or three for each direction."""
+    found: list[str] = []
+    for label, protocol in results.groups():
+        for one in directions(results, label, protocol):
+            applied, retrained = one.way("apply"), one.way("tp")
+            parts: list[str] = []
+            if applied is not None:
+                parts.append(f"the head as it is has a test SRCC of {_number(applied, 'srcc')}")
+            if retrained is not None:
+                parts.append(f"retrained (w/ TP) it has {_number(retrained, 'srcc')}{_verdict(retrained)}")
+            if parts:
+                where = f"{one.source} to {one.target}, {label}, {protocol_name(protocol)}"
+                told = results.told(f"{where}: {'; '.join(parts)}.")
+                found.append(" ".join(part for part in (told, _fewest(one)) if part))
     return found
 
 
@@ -83,13 +106,10 @@ def limits(results: Sequence[Results]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _chosen(row: Row, titles: dict[str, str], label: str, protocol: str) -> str:
+def _chosen(row: Row, titles: dict[str, str]) -> str:
     name = on_store(titles[row.row], row.store_name)
-    where = f"{label.capitalize()}, {protocol_name(protocol)}"
-    return (
-        f"{where}: {name}, chosen by validation, has a test SRCC of {_number(row, 'srcc')} and a PLCC of "
-        f"{_number(row, 'plcc')}."
-    )
+    scores = f"a test SRCC of {_number(row, 'srcc')} and a PLCC of {_number(row, 'plcc')}"
+    return f"{name}, chosen by validation, has {scores}."
 
 
 def _rivals(rows: Sequence[Row]) -> str | None:
@@ -108,15 +128,27 @@ def _best_baseline(rows: Sequence[Row]) -> str | None:
     if not known:
         return None
     best = max(known, key=lambda row: row.value("srcc") or float("-inf"))
-    p = best.p("srcc")
-    verdict = (
-        ""
-        if p is None
-        else ", which the test tells from it"
-        if p < CONFIDENT
-        else ", which the test cannot tell from it"
+    return f"The best baseline, {best.row}, has {_number(best, 'srcc')}{_verdict(best)}."
+
+
+def _verdict(row: Row) -> str:
+    """Whether the paired test tells the row from its reference; nothing where it was not asked."""
+    p = row.p("srcc")
+    if p is None:
+        return ""
+    return ", which the test tells from it" if p < CONFIDENT else ", which the test cannot tell from it"
+
+
+def _fewest(one: Direction) -> str | None:
+    """What the fewest labelled items of the target bring."""
+    fewest = {way: rows[0] for way, rows in one.shots().items()}
+    if {"fresh", "warm"} - fewest.keys() or fewest["fresh"][0] != fewest["warm"][0]:
+        return None
+    (count, fresh), (_, warm) = fewest["fresh"], fewest["warm"]
+    return (
+        f"Trained on {count} items of {one.target}, a head from random weights has {_number(fresh, 'srcc')}, one that "
+        f"goes on from {one.source} {_number(warm, 'srcc')}{_verdict(warm)}."
     )
-    return f"The best baseline, {best.row}, has {_number(best, 'srcc')}{verdict}."
 
 
 def _number(row: Row, metric: str) -> str:

@@ -19,7 +19,7 @@ from agiqa.bench.report.reading import read_all
 from agiqa.bench.report.row_tables import leak
 from agiqa.bench.report.sections import compose
 from agiqa.bench.report.transfers import directions, shots_table, transfer_table
-from agiqa.bench.report.words import findings, limits
+from agiqa.bench.report.words import findings, limits, transfer_findings
 from tests.bench.report import made
 
 
@@ -200,6 +200,23 @@ def test_ranks_have_the_energy_of_the_basis_and_the_scores_of_their_rows(results
         assert float(rows["no encoder", str(rank)]["energy"]) == energy_share(found, rank)
 
 
+def test_a_grid_over_stores_of_several_ranks_has_its_heads_in_the_curve(results, copy):
+    """As of `--config ranks`, where the store is what tells one row from another."""
+    folder = copy(results.ranks)
+    rows = made.read_lines(folder / "rows.jsonl")
+    for row in rows:
+        if row["kind"] == "head":
+            row["row"], row["settings"] = f"store={row['store_name']}", {"store": row["store_name"]}
+    made.write_lines(folder / "rows.jsonl", rows)
+    (found,) = read_all([folder])
+    heads = [
+        (row["rank"], float(row["srcc"])) for row in rows_of(rank_table(found, "quality", "grouped")) if not row["tag"]
+    ]
+    told = {row["store_name"]: row["test"]["srcc"] for row in rows if row["kind"] == "head"}
+    assert heads == [("2", told["r2"]), ("4", told["r4"])]
+    assert all("@" not in sentence for sentence in findings(found))
+
+
 def test_transfer_has_the_layout_of_table_vi_and_the_papers_numbers(results):
     (found,) = read_all([results.transfer])
     rows = rows_of(transfer_table(found, "quality", "published"))
@@ -233,6 +250,47 @@ def test_findings_say_what_the_files_say(results):
     notes = limits([found])
     assert any(note.startswith("On the published split 15 of 15 test images") for note in notes)
     assert any("2 seeds only" in note for note in notes)
+
+
+def test_without_a_validation_score_no_head_is_said_to_be_chosen(results, copy):
+    folder = copy(results.ablation)
+    rows = made.read_lines(folder / "rows.jsonl")
+    for row in rows:
+        row["validation"] = None
+    made.write_lines(folder / "rows.jsonl", rows)
+    (found,) = read_all([folder])
+    content = compose([found], images=None, notes=())
+    assert content.findings
+    assert all("no head could be chosen" in sentence for sentence in content.findings)
+    assert "items" not in [section.name for section in content.sections]
+
+
+def test_findings_of_a_transfer_say_what_the_files_say(results, copy):
+    folder = copy(results.transfer)
+    rows = made.read_lines(folder / "rows.jsonl")
+    warm = json.loads(json.dumps([row for row in rows if row["settings"]["way"] == "fresh"]).replace("fresh", "warm"))
+    for row in warm:
+        row["test"]["srcc"] += 0.125
+    made.write_lines(folder / "rows.jsonl", [*rows, *warm])
+    values = {tuple(row["settings"].values()): row["test"]["srcc"] for row in [*rows, *warm]}
+    (found,) = read_all([folder])
+    sentences = transfer_findings(found)
+    ways = (("apply", "all"), ("tp", "all"), ("fresh", 10), ("warm", 10))
+    for ends, sentence in zip((("AGIQA-3k", "AIGCIQA2023"), ("AIGCIQA2023", "AGIQA-3k")), sentences, strict=True):
+        told = [f"{values[*ends, way, count]:.3f} (" for way, count in ways]
+        assert sentence.startswith(f"{ends[0]} to {ends[1]}, quality, published split: the head as it is has ")
+        assert [sentence.count(number) for number in told] == [1] * len(told)
+
+
+def test_the_stores_of_a_transfer_are_of_the_data_sets_that_it_calls_them_by(results, copy):
+    folder = copy(results.transfer)
+    about = json.loads((folder / "about.json").read_text())
+    for store in about["stores"].values():
+        store["data"] = {"items": 15}
+    (folder / "about.json").write_text(json.dumps(about))
+    (found,) = read_all([folder], data="AGIQA-20k")
+    facts = compose([found], images=None, notes=()).facts
+    assert facts["Data"] == "agiqa-3k and aigciqa2023"
 
 
 def test_a_folder_without_the_images_is_told_on_the_command_line_too(results, tmp_path):

@@ -19,7 +19,7 @@ def read_csv(table):
 def test_main_tables_hold_every_row_with_all_digits(results):
     (found,) = read_all([results.ablation])
     tables = main_tables(found)
-    assert [table.heading for table in tables][:2] == ["Quality, grouped by prompt", "Quality, published split"]
+    assert [table.title for table in tables][:2] == ["Quality, grouped by prompt", "Quality, published split"]
     lines = [line for line in made.read_lines(results.ablation / "rows.jsonl") if line["test"]]
     for table, (label, protocol) in zip(tables, found.groups(), strict=True):
         told = {row["row"]: row for row in read_csv(table)}
@@ -91,7 +91,7 @@ def test_markdown_cannot_be_broken_by_what_is_in_a_cell():
     cells = [Cell(value="x | <script>\ny", tag="baseline"), Cell(value=0.12345, interval=(-0.0001, 0.2), strong=True)]
     table = Table(name="t", title="t", columns=columns, rows=[cells], notes=["a\n# b"])
     assert table.markdown().splitlines() == [
-        "### T",
+        "### t",
         "",
         "| a\\|b | n |",
         "| --- | --- |",
