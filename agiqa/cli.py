@@ -2,6 +2,8 @@
 
 import _thread
 import logging
+import os
+import signal
 import sys
 import threading
 import traceback
@@ -75,9 +77,27 @@ def keep_interrupts(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
 
 
+class Termination:
+    """Ends the command at SIGTERM, by which clusters and supervisors stop jobs, as Ctrl-C does."""
+
+    def __init__(self) -> None:
+        """Listen from now on, in this process alone: a fork of it dies of SIGTERM as others do."""
+        self.came = False
+        self._process = os.getpid()
+        signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, number: int, _frame: object) -> None:
+        if os.getpid() != self._process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.came = True
+        raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed with one message, 2 wrong usage, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 failed with one message, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    termination = Termination()
     sys.unraisablehook = keep_interrupts
     if not {"-v", "--verbose"} & set(arguments):
         # zarr writes side by side: when one write fails, which is told below, asyncio would log how the others end
@@ -88,8 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
+        how = signal.SIGTERM if termination.came else signal.SIGINT
         print("interrupted; what is finished is kept: run the same command again", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + how)
     except (AgiqaError, OSError) as error:
         if "-v" in arguments or "--verbose" in arguments:
             traceback.print_exc()

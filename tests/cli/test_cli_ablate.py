@@ -113,16 +113,20 @@ def undisturbed(agiqa, store, tmp_path_factory):
     return lines_of(folder / "out")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill", "Ctrl-C"])
-def test_a_sweep_that_is_broken_off_goes_on_at_once(agiqa, ablate, undisturbed, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)],
+    ids=["kill", "Ctrl-C", "as a cluster stops jobs"],
+)
+def test_a_sweep_that_is_broken_off_goes_on_at_once(agiqa, ablate, undisturbed, tmp_path, number, code):
     """Workers train when the program ends, and it is run again before anything else happens."""
     out = tmp_path / "out"
     states = [out / "runs" / f".seed={seed}.state" / "state.ckpt" for seed in range(2)]
     broken = agiqa.interrupted(
         *ablate("--workers", 2, **LONG), when=lambda: any(state.exists() for state in states), number=number
     )
-    assert broken.code == (-9 if number == signal.SIGKILL else 130)
-    if number == signal.SIGINT:
+    assert broken.code == code
+    if number != signal.SIGKILL:
         assert "run the same command again" in broken.err
         assert "Traceback" not in broken.err
     assert any(state.exists() for state in states)
