@@ -18,9 +18,9 @@ from agiqa.bench.result_folders import ROWS, RUNS, working_in
 from agiqa.bench.result_lines import Line, error_facts, outcome_facts, training_facts
 from agiqa.bench.rows import write_rows
 from agiqa.bench.this_run import this_commit
-from agiqa.bench.transfer_plan import SHOTS, PlannedHead, PlannedLine, TransferPlan, TransferSettings, plan_transfer
+from agiqa.bench.transfer_plan import PlannedHead, PlannedLine, TransferPlan, TransferSettings, plan_transfer
 from agiqa.bench.transfer_results import TransferResults, rows_of
-from agiqa.bench.transfer_sides import Side, check_shots, making_differs, open_sides, shared
+from agiqa.bench.transfer_sides import Side, chosen_shots, making_differs, open_sides, shared
 from agiqa.errors import AgiqaError
 from agiqa.heads.features import read_labels
 from agiqa.heads.fitting import cpu_threads
@@ -62,23 +62,25 @@ def run_transfer(
     out: Path,
     *,
     seeds: int = 5,
-    shots: Sequence[int] = SHOTS,
+    shots: Sequence[int] | None = None,
     one_way: bool = False,
     workers: int | None = None,
     tell: Callable[[str], None] = say,
 ) -> Transfer:
     """Train and apply what is missing of a transfer between two named stores in `out`; see `train_heads` for `workers`.
 
-    What failed is tried again. Raises what `plan_transfer`, `open_sides` and `check_shots` raise before anything is
+    What failed is tried again. Raises what `plan_transfer`, `open_sides` and `chosen_shots` raise before anything is
     written; BusyStore where another process is at work in `out`, DataError for results of other stores or settings,
     HeadError for a head on items or labels that its store does not have any more.
     """
     first, second = stores
     commit = this_commit()
-    plan = plan_transfer((first, second), settings, seeds=seeds, shots=shots, one_way=one_way)
     sides = open_sides(stores, settings)
-    for name in dict.fromkeys(line.target for line in plan.lines if line.way == "warm"):
-        check_shots(sides[name], settings, shots)
+    targets = [second] if one_way else [second, first]
+    counts, left_out = chosen_shots([sides[name] for name in targets], settings, shots)
+    if left_out is not None:
+        tell(f"note: {left_out}")
+    plan = plan_transfer((first, second), settings, seeds=seeds, shots=counts, one_way=one_way)
     about = _about(sides, settings)
     if about["making_differs"]:
         tell(f"warning: {first} and {second} were made differently: {', '.join(about['making_differs'])}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from agiqa.bench.store_facts import facts_of
-from agiqa.bench.transfer_plan import TransferSettings
+from agiqa.bench.transfer_plan import SHOTS, TransferSettings
 from agiqa.errors import AgiqaError, ConfigError, HeadError
 from agiqa.heads.features import read_labels
 from agiqa.heads.head import check_parts
@@ -85,12 +85,23 @@ def open_sides(stores: Mapping[str, Store], settings: TransferSettings) -> dict[
     return sides
 
 
-def check_shots(target: Side, settings: TransferSettings, shots: Sequence[int]) -> None:
-    """Raise ConfigError where the target has fewer training items than are asked for."""
-    there = len(make_partition(target.store, settings.few_shot).train)
-    if max(shots, default=0) > there:
-        message = f"{max(shots)} training items of {target.name} are asked for, and it has {there}. Give fewer --shots."
+def chosen_shots(
+    targets: Iterable[Side], settings: TransferSettings, shots: Sequence[int] | None
+) -> tuple[tuple[int, ...], str | None]:
+    """The numbers of items of the few-shot curve: `shots`, or those of SHOTS that every target has; what was left out.
+
+    Raises ConfigError where a target has fewer training items than `shots` ask for.
+    """
+    sizes = [(len(make_partition(one.store, settings.few_shot).train), one.name) for one in targets]
+    most, name = min(sizes, key=lambda size: size[0])
+    if shots is None:
+        kept, others = ([count for count in SHOTS if (count <= most) is there] for there in (True, False))
+        left_out = f"{name} has {most} training items: none are drawn of {', '.join(map(str, others))}"
+        return tuple(kept), left_out if others else None
+    if max(shots, default=0) > most:
+        message = f"{max(shots)} training items of {name} are asked for, and it has {most}. Give fewer --shots."
         raise ConfigError(message)
+    return tuple(shots), None
 
 
 def making_differs(a: Store, b: Store) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from agiqa.errors import AgiqaError, ConfigError
 from agiqa.heads.config import TrainConfig
-from agiqa.heads.features import FeatureSource, item_bytes
+from agiqa.heads.features import FeatureSource, item_bytes, location_of
 from agiqa.heads.feeding import allowed_memory
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head_jobs import Attempt, HeadJob, JobOutcome, attempt, is_there, with_notes
@@ -17,6 +17,7 @@ from agiqa.heads.job_workers import run_jobs
 from agiqa.heads.memory import available_memory
 from agiqa.heads.sharing import SharedFeatures, all_items, share_features
 from agiqa.heads.splits import PARTITION_SETTINGS, Partition, make_partition
+from agiqa.progress import say
 
 _ALIKE = ("device", "keep", "memory")
 _WORKERS_PER_GPU = 3
@@ -107,6 +108,7 @@ def _train_heads(
         return
     parts, config = [partitions.of(job.train) for job in todo], todo[0].train
     count = min(workers or default_workers(todo, features=int(item_bytes(source, all_items(parts)).sum())), len(todo))
+    say(f"{len(todo)} head{'s' * (len(todo) > 1)} to train on {location_of(source)}, {count} at a time")
     shared = share_features(source, parts, config, device=resolve_device(config.device), workers=count)
     for job, ended in _attempts(source, todo, shared, count, tell):
         failed = ended.error is not None

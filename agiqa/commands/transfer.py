@@ -42,9 +42,8 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repo
 @click.option(
     "--shots",
     type=Counts(),
-    default="10,30,100,300",
-    show_default=True,
-    help="Training items of the few-shot curve, which always ends with all of them.",
+    help="Training items of the few-shot curve, which always ends with all of them.  [default: those of 10,30,100,300 "
+    "that each data set has]",
 )
 @click.option("--one-way", is_flag=True, help="From SOURCE to TARGET only.")
 @click.option("--workers", type=click.IntRange(min=1), help="As of `agiqa ablate`.")
@@ -60,7 +59,7 @@ def command(
     split: str | None,
     names: str | None,
     seeds: int,
-    shots: tuple[int, ...],
+    shots: tuple[int, ...] | None,
     one_way: bool,
     workers: int | None,
     as_json: bool,

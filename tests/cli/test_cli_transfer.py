@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -278,6 +279,16 @@ def test_sketches_are_read_as_such_where_nobody_sets_the_projection(agiqa, trans
     few = ("--seeds", 1, "--shots", "", "--one-way", "--workers", 1, "--names", "one,two")
     assert agiqa(*transfer(*few, at=sketches, head=head)).code == 0
     assert {line["config"]["projection"] for line in lines_of(tmp_path / "out").values()} == {"sketch"}
+
+
+def test_a_small_data_set_has_the_part_of_the_curve_that_it_has_items_for(agiqa, transfer, tmp_path):
+    outcome = agiqa(*transfer("--seeds", 1, "--workers", 2, few_shot={"epochs": 1}))
+    assert outcome.code == 0, outcome.err
+    assert "note: there has 45 training items: none are drawn of 100, 300" in outcome.err
+    assert "7 heads to train on" in outcome.err
+    assert "2 at a time" in outcome.err
+    few = [name for name in lines_of(tmp_path / "out") if "way=fresh" in name or "way=warm" in name]
+    assert {re.search(r"training_items=(\w+)", name).group(1) for name in few} == {"10", "30", "all"}
 
 
 def test_what_cannot_be_asked_is_refused_before_anything_is_written(agiqa, transfer, stores, tmp_path):
