@@ -7,7 +7,7 @@ from typing import Any, Literal
 import click
 
 from agiqa.commands.common import Automatic, Share, StoreLocation, print_result, shared_options, table
-from agiqa.commands.models import model_options, opened, opener_of, workers_option
+from agiqa.commands.models import ASPECTS, model_options, opened, opener_of, workers_option
 
 
 @click.command("extract")
@@ -28,7 +28,7 @@ from agiqa.commands.models import model_options, opened, opener_of, workers_opti
     help="Rounds of the conversation: no_id (one question), id (with a description), full (and the rating word), or "
     "id:ASPECT+ASPECT[+ASPECT] (with descriptions of these aspects; the first is rated).",
 )
-@click.option("--aspect", default="quality", show_default=True, help="quality, correspondence or authenticity.")
+@click.option("--aspect", default="quality", show_default=True, help=ASPECTS)
 @click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
 @click.option(
     "--encoding",

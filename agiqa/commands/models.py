@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from agiqa.extract import Backbone
     from agiqa.extract.preparing import Opener
 
+ASPECTS = (
+    "quality, correspondence, authenticity, or agiqa3k_quality_v0 (quality, as the adapter of AGIQA-3k was asked)."
+)
+"""Help of `--aspect`: the questions of templates.yaml."""
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 

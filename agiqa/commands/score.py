@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agiqa.commands.common import StoreLocation, print_result, shared_options
-from agiqa.commands.models import generation_options, model_options, open_model
+from agiqa.commands.models import ASPECTS, generation_options, model_options, open_model
 from agiqa.progress import say, track
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--run", required=True, type=click.Path(path_type=Path, exists=True), help="Run folder of the head.")
 @click.option("--basis", type=StoreLocation(), help="Sketch store with the basis of a head on a sketch.")
 @model_options
-@click.option("--aspect", help="quality, correspondence or authenticity.  [default: that of the head's store]")
+@click.option("--aspect", help=f"{ASPECTS}  [default: that of the head's store]")
 @click.option(
     "--variant",
     type=click.Choice(["no_id", "id", "full"]),

@@ -11,6 +11,7 @@ from agiqa.commands.sharing import pull_store, push_store
 from agiqa.commands.upkeep import gc, labels, repair
 from agiqa.errors import listed
 
+_ASKED = ("variant", "aspect")
 _STORE = click.argument("store", type=LocalStore())
 _ANYWHERE = click.argument("store", type=StoreLocation())
 
@@ -24,15 +25,18 @@ def command() -> None:
 @_ANYWHERE
 @shared_options
 def info(store: str | Path, *, as_json: bool) -> None:
-    """Encoding, items, tokens, bytes, provenance, state and labels of STORE."""
+    """Encoding, items, tokens, bytes, provenance, state and labels of STORE; what is not known has no line."""
     from agiqa.store import open_store, store_summary
 
     summary = store_summary(open_store(store, allow_partial=True))
     shown = {name: value for name, value in summary.items() if name != "provenance"}
     shown["labels"] = ", ".join(f"{aspect} ({count})" for aspect, count in summary["labels"].items()) or "none"
     shown["splits"] = ", ".join(f"{split} ({count})" for split, count in summary["splits"].items())
-    shown["model"] = summary["provenance"].get("model", {}).get("name", "unknown")
-    print_result(summary, table(shown), as_json=as_json)
+    made = summary["provenance"]
+    shown["model"] = made.get("model", {}).get("name", "unknown")
+    shown |= {name: value for name, value in made.get("conversation", {}).items() if name in _ASKED}
+    known = {name: value for name, value in shown.items() if value is not None}
+    print_result(summary, table(known), as_json=as_json)
 
 
 @command.command("verify")

@@ -189,6 +189,7 @@ def test_without_json_people_get_lines(agiqa, example):
     assert f"SRCC {example.printed['evaluate']['srcc']:.4f}" in shown.out
     info = agiqa("store", "info", example.store).out
     assert f"model               {example.model.name}" in info
+    assert "variant             id\naspect              quality" in info
     assert agiqa("store", "verify", example.store).out.endswith("sound\n")
 
 
