@@ -5,7 +5,9 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+# Python compiles what is imported, once; pip would compile all of torch and transformers, which takes minutes.
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test browser check format lint types clean
 
