@@ -1,7 +1,9 @@
 """The rooms keep to their floors, and what is packaged is what is on disk."""
 
 import ast
+import re
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,15 @@ def test_every_public_name_is_there():
     for name in ("agiqa", *(f"agiqa.{room}" for room in ROOMS)):
         module = import_module(name)
         assert all(hasattr(module, public) for public in module.__all__)
+
+
+@pytest.mark.parametrize("room", ["agiqa", *ROOMS])
+def test_the_map_of_the_readme_names_every_module(room):
+    text = (ROOT / "README.md").read_text()
+    described = re.search(rf"^{room}/ (.|\n)*?(?=^\w+/ |```)", text, re.MULTILINE)
+    assert described is not None
+    named = set(re.findall(r"[\w*]+\.py\b", described.group()))
+    on_disk = {path.name for path in (ROOT / room).glob("*.py") if not path.name.startswith("__")}
+    unnamed = {name for name in on_disk if not any(fnmatch(name, pattern) for pattern in named)}
+    gone = {pattern for pattern in named if not any(fnmatch(name, pattern) for name in on_disk)}
+    assert (unnamed, gone) == (set(), set())
