@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/agiqa demo --out demo
 
 test: $(VENV)/installed-dev browser
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The page of `agiqa report` is tested in Debian's Chromium. Where it is neither there nor to be had so, that test skips.
 browser:
