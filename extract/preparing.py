@@ -13,7 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import partial
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -23,6 +26,7 @@ import torch.multiprocessing as tensors_between_processes
 
 from agiqa.errors import ConfigError, WorkerError
 from agiqa.extract.backbones import Backbone
+from agiqa.interrupts import ctrl_c_kept_away
 
 Opener = Callable[..., Backbone]
 """Opens the backbone of a run anew: `opener(device="cpu")`. It travels to other processes, so it must be picklable."""
@@ -32,6 +36,8 @@ FEWEST_ITEMS = 64
 MOST_WORKERS = 12
 _AHEAD = 2
 """Items that wait per worker."""
+_IMPORTED_ONCE = ["agiqa.extract.backbones.opening"]
+"""What a worker imports before it can prepare anything, to which a model adds little."""
 _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_BYTES = 1 << 30
 """With less shared memory than this (containers often have 64 MiB), tensors are copied through pipes."""
@@ -63,9 +69,9 @@ class Preparation:
         self.close()
 
     def start(self) -> None:
-        """Start the workers now: they take as long to get ready as this process takes to load a model."""
-        for _ in range(self.workers):
-            self._submit(_nothing, None)
+        """Have the workers start while this process goes on: they take as long as it takes to load a model."""
+        if self.workers > 0:
+            threading.Thread(target=self._start_all, args=(self._executor(),), daemon=True).start()
 
     def close(self) -> None:
         """End the workers; they would start again when they are needed."""
@@ -116,14 +122,36 @@ class Preparation:
                 for future in futures:
                     future.cancel()
 
+    def _start_all(self, pool: ProcessPoolExecutor) -> None:
+        with suppress(RuntimeError):  # it was closed meanwhile, or broke, of which whoever uses it is told
+            for _ in range(self.workers):
+                pool.submit(_in_worker, _nothing, None)
+
     def _submit(self, function: Callable[[Backbone, Any], Any], argument: Any) -> "Future[Any]":
+        return self._executor().submit(_in_worker, function, argument)
+
+    def _executor(self) -> ProcessPoolExecutor:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 self.workers,
-                mp_context=multiprocessing.get_context("spawn"),
+                mp_context=_context_of_workers(),
                 initializer=partial(_start_worker, self._opener, shares_memory=_shared_memory_suffices()),
             )
-        return self._pool.submit(_in_worker, function, argument)
+        return self._pool
+
+
+def _context_of_workers() -> BaseContext:
+    """Workers are forks of a process that has imported what they need and has done nothing else.
+
+    Each would import it anew otherwise, and a dozen that do so at once are far slower than one.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
+    with ctrl_c_kept_away():
+        forkserver.ensure_running()
+    return context
 
 
 def _nothing(_backbone: Backbone, _argument: None) -> None:

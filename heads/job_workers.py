@@ -11,9 +11,8 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -24,6 +23,7 @@ from agiqa.heads.features import FeatureSource
 from agiqa.heads.head_jobs import Attempt, HeadJob, attempt, with_notes
 from agiqa.heads.sharing import PackedFeatures, SharedFeatures
 from agiqa.heads.worker_batches import SourceAddress
+from agiqa.interrupts import ctrl_c_kept_away
 
 _SECONDS_TO_END = 15.0
 
@@ -52,7 +52,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, setup), daemon=True, name="agiqa-heads")
-        with _ctrl_c_kept_away():
+        with ctrl_c_kept_away():
             self.process.start()
         theirs.close()  # so that this end tells when the worker is gone
         self.started = False
@@ -159,20 +159,6 @@ def _lost(worker: _Worker, message: _Ready | None, *, left: int) -> Generator[tu
     if worker.job is not None:
         job, worker.job = worker.job, None
         yield job, Attempt(error=f"The worker that trained it {worker.obituary()}", sound=False)
-
-
-@contextmanager
-def _ctrl_c_kept_away() -> Generator[None]:
-    """Start processes inside that Ctrl-C does not reach, from their first instruction on: it is for this one to act.
-
-    One that comes meanwhile is raised afterwards.
-    """
-    resource_tracker.ensure_running()  # which would let it through again if it were started inside
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(pipe: "Connection[Any, Any]", setup: _Setup) -> None:

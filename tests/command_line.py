@@ -30,6 +30,7 @@ for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()
     if child == 0:
+        os.setsid()
         for descriptor in (1, 2):
             os.dup2(os.open(request["streams"][descriptor - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
         torch.set_num_threads(request["threads"])
@@ -97,7 +98,7 @@ class CommandLine:
         when: Callable[[], bool] = lambda: True,
         number: signal.Signals = signal.SIGINT,
     ) -> Outcome:
-        """Run `agiqa ARGUMENTS` and press Ctrl-C (or send signal `number`) at a moment.
+        """Run `agiqa ARGUMENTS` and press Ctrl-C, which reaches all its processes, or send it signal `number`.
 
         It is when `after` is on the error stream and `when()` is true.
         """
@@ -132,7 +133,7 @@ class CommandLine:
                 if when(streams[1]):
                     time.sleep(delay)
                     if _alive(child):
-                        os.kill(child, number)
+                        _send(child, number)
                     break
                 time.sleep(0.001)
             code = int(self._read())
@@ -141,6 +142,13 @@ class CommandLine:
     def _read(self) -> str:
         assert self._server.stdout is not None
         return self._server.stdout.readline().strip()
+
+
+def _send(process: int, number: signal.Signals) -> None:
+    if number == signal.SIGINT:
+        os.killpg(process, number)
+    else:
+        os.kill(process, number)
 
 
 def _alive(process: int) -> bool:

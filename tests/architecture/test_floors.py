@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("bench", "extract", "heads", "store")
-GROUND = {"agiqa", "agiqa.errors", "agiqa.progress", "agiqa.registry", "agiqa.version"}
+GROUND = {"agiqa", "agiqa.errors", "agiqa.interrupts", "agiqa.progress", "agiqa.registry", "agiqa.version"}
 MAY_IMPORT = {
     "store": {"store"},
     "extract": {"store", "extract"},

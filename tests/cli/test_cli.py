@@ -316,6 +316,21 @@ def test_ctrl_c_is_not_lost_in_a_finalizer(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.parametrize("delay", [0.5, 4.0])
+def test_ctrl_c_while_workers_start_is_told_in_one_line(agiqa, example, tmp_path, delay):
+    first: list[float] = []
+
+    def a_moment_later():
+        first.append(time.monotonic())
+        return first[-1] - first[0] >= delay
+
+    command = example.extract(tmp_path / "s.agiqa", "--workers", 2)
+    outcome = agiqa.interrupted(*command, after="reads no images", when=a_moment_later)
+    assert outcome.code == 130
+    _, after = outcome.err.split("\n", maxsplit=1)
+    assert after.strip() == "interrupted; what is finished is kept: run the same command again"
+
+
 def test_a_share_of_the_units_can_be_filled_from_the_command_line(agiqa, example, tmp_path):
     store = tmp_path / "s.agiqa"
     first = agiqa(*example.extract(store, "--part", "1/2", "--json"))
