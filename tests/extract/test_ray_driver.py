@@ -39,7 +39,7 @@ def test_a_killed_actor_costs_no_unit(tiny_text_checkpoint, tmp_path):
     path = tmp_path / "s.agiqa"
     run = start(folder, path, tiny_text_checkpoint)
     killed = kill_a_worker(run, path)
-    out, err = run.communicate(timeout=120)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == 0, err
     assert json.loads(out)["state"] == "complete"
     assert killed
@@ -59,7 +59,7 @@ def test_units_that_a_dead_actor_seems_to_hold_are_told(tiny_text_checkpoint, tm
     with UnitWriter(store).claim(store.geometry.units - 1):
         run = start(folder, path, tiny_text_checkpoint)
         assert kill_a_worker(run, path)
-        _, err = run.communicate(timeout=120)
+        _, err = run.communicate(timeout=600)
     assert run.returncode == 1, err
     assert "1 Ray actors died (actor" in err
     assert "1 units are left" in err
