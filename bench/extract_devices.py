@@ -6,6 +6,7 @@ then weighs the same in all of them.
 
 import shutil
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import click
 from agiqa.bench.extract import made_up_options, made_up_work
 from agiqa.bench.measuring import Line, device_name, print_tables, result_options
 from agiqa.bench.tables import as_table, digits, verdict
-from agiqa.extract import DataSet, ExtractionSettings, run_extraction
+from agiqa.extract import ExtractionSettings, run_extraction
 
 LINEAR = 0.9
 """Goal: share of as many times the rate of one device."""
@@ -28,7 +29,7 @@ def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
         alone: float | None = None
         for devices in counts:
             store = folder / f"{devices}.agiqa"
-            few = DataSet(name=data.name, items=data.items[: devices * options["items"]], skipped=())
+            few = replace(data, items=data.items[: devices * options["items"]])
             settings = ExtractionSettings(encoding=options["encoding"], devices=devices, workers=options["workers"])
             report = run_extraction(few, backbone, store, settings, opener=opener).fill
             assert report is not None  # the store is new

@@ -143,7 +143,7 @@ def plan_transfer(
     settings: TransferSettings,
     *,
     seeds: int,
-    shots: Sequence[int] = SHOTS,
+    shots: Sequence[int],
     one_way: bool = False,
 ) -> TransferPlan:
     """The heads and lines of a transfer from the first of `names` to the second and, unless `one_way`, back.

@@ -95,9 +95,9 @@ def chosen_shots(
     sizes = [(len(make_partition(one.store, settings.few_shot).train), one.name) for one in targets]
     most, name = min(sizes, key=lambda size: size[0])
     if shots is None:
-        kept, others = ([count for count in SHOTS if (count <= most) is there] for there in (True, False))
-        left_out = f"{name} has {most} training items: none are drawn of {', '.join(map(str, others))}"
-        return tuple(kept), left_out if others else None
+        kept = tuple(count for count in SHOTS if count <= most)
+        others = ", ".join(str(count) for count in SHOTS if count > most)
+        return kept, f"{name} has {most} training items: none are drawn of {others}" if others else None
     if max(shots, default=0) > most:
         message = f"{max(shots)} training items of {name} are asked for, and it has {most}. Give fewer --shots."
         raise ConfigError(message)

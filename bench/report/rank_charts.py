@@ -48,12 +48,13 @@ def rank_points(results: Results, label: str, protocol: str) -> Points:
         rank = rank_of(results, row)
         if rank is not None and row.value("srcc") is not None:
             found.setdefault(_apart_from_rank(row), []).append((rank, row))
-    points = {
-        name: sorted(rows, key=lambda one: one[0])
-        for name, rows in found.items()
-        if len({rank for rank, _ in rows}) == len(rows)  # or stores differ in more than their rank
-    }
-    return {name: rows for name, rows in points.items() if len({rank for rank, _ in rows}) > 1 and _depends(rows)}
+    points = {name: sorted(rows, key=lambda one: one[0]) for name, rows in found.items()}
+    return {name: rows for name, rows in points.items() if _only_ranks_differ(rows) and _depends(rows)}
+
+
+def _only_ranks_differ(rows: Sequence[tuple[int, Row]]) -> bool:
+    """Whether there are several rows, each of another rank: where two share one, their stores differ in more."""
+    return 1 < len(rows) == len({rank for rank, _ in rows})
 
 
 def energy_share(results: Results, rank: int) -> float | None:

@@ -43,18 +43,15 @@ def findings(results: Results) -> list[str]:
     """What came out of an ablation, a sentence or two for each label and protocol."""
     found: list[str] = []
     for label, protocol in results.groups():
-        rows = results.of(label, protocol)
+        rows, where = results.of(label, protocol), group_title(results, label, protocol)
         chosen = next((row for row in rows if row.kind == "head" and row.value("srcc") is not None), None)
         if chosen is not None and not chosen.was_chosen:
-            found.append(
-                f"{group_title(results, label, protocol)}: no head could be chosen, as none has a validation SRCC."
-            )
+            found.append(f"{where}: no head could be chosen, as none has a validation SRCC.")
         elif chosen is not None:
             titles = row_titles(rows)
             beside = [row for row in rows if row.store_name == chosen.store_name]
             rivals = next((others for one, others in results.references(label, protocol) if one is chosen), [])
-            told = f"{group_title(results, label, protocol)}: {_chosen(chosen, titles)}"
-            parts = [told, _rivals(rivals), _best_baseline(beside)]
+            parts = [f"{where}: {_chosen(chosen, titles)}", _rivals(rivals), _best_baseline(beside)]
             found.append(" ".join(part for part in parts if part))
     return found
 
