@@ -21,11 +21,11 @@ from agiqa.bench.baseline_words import RatingWords
 from agiqa.bench.baselines import run_baselines
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.result_folders import RESULTS, ROWS, RUNS, working_in, write_about
-from agiqa.bench.result_lines import Line, scores_by_label
+from agiqa.bench.result_lines import Line, ignored_line, scores_by_label
 from agiqa.bench.rows import table_rows, write_rows
 from agiqa.bench.store_facts import facts_of
 from agiqa.bench.this_run import this_commit
-from agiqa.errors import AgiqaError
+from agiqa.errors import AgiqaError, UnknownName
 from agiqa.heads.config import TrainConfig, read_yaml
 from agiqa.heads.features import read_labels
 from agiqa.heads.head_jobs import HeadJob, JobOutcome, is_there
@@ -67,20 +67,24 @@ def run_ablation(
 
     `stores` are those that the runs name, and `words` conversation files with rating words, for that baseline. Runs
     that failed, or whose folders were removed, are trained again. `tell` gets a line per run that ends. Raises
-    BusyStore where another process is at work in `out`, DataError for results of another store or grid, HeadError for
-    a run on items or labels that its store does not have any more, and as `train_heads` and `run_baselines`. Before
-    the first run, where something is wrong with every one (settings, features, split, labels): that of the first.
+    BusyStore where another process is at work in `out`, DataError for results of another store or of the same run with
+    other settings, HeadError for a run on items or labels that its store does not have any more, and as `train_heads`
+    and `run_baselines`. Before anything is trained: UnknownName for a label or generator that a run names and its store
+    does not have, and where something is wrong with every run (settings, features, split, labels) that of the first.
+    Results of runs that are not in `plan` stay in the file and count for nothing.
     """
     told, commit = RatingWords(words), this_commit()  # what cannot be read is refused before anything is trained
-    if not (out / RESULTS).exists():
-        _refuse_hopeless(stores, plan)
+    _refuse_hopeless(stores, plan, started=(out / RESULTS).exists())
     with working_in(out, "ablation"):
         facts = {name: facts_of(store) for name, store in stores.items()}
         results = ResultLines(out / RESULTS, plan, stores=facts)
         done = [run for run in plan if results.is_done(run) and _job(run, out).run.exists()]
         for name, store in stores.items():
             _check_done(store, [_job(run, out) for run in done if run.store == name])
-        write_about(out, {"kind": "ablation", "stores": facts, "grid": read_yaml(grid)})
+        names = [run.name for run in plan]
+        write_about(out, {"kind": "ablation", "stores": facts, "grid": read_yaml(grid), "runs": names})
+        if results.ignored:
+            tell(ignored_line(out, results))
         clock = _Clock(len(plan), len(done), tell)
         trained = 0
         for name, store in stores.items():
@@ -114,24 +118,29 @@ def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Pat
     return found
 
 
-def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) -> None:
-    """Raise the error of the first run where each has one that is known beforehand, such as too many folds.
+def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun], *, started: bool) -> None:
+    """Raise what is known to be wrong before anything is trained.
 
-    Also where each of those has one that a protocol has on one store.
+    That is the first name that a run has and its store does not: a label, a generator. Unless the ablation has
+    `started` before, it is also the error of the first run where each has one, such as too many folds, and where each
+    run of a protocol has one on one store.
     """
     partitions = {name: Partitions(store) for name, store in stores.items()}
-    _refuse_undrawable(plan, partitions)
     errors: list[AgiqaError] = []
     for run in plan:
         try:
             check_settings(stores[run.store], run.head, run.train)
             for items in partitions[run.store].of(run.train).parts().values():
                 read_labels(stores[run.store], items, label=run.train.label)
+        except UnknownName as error:
+            error.add_note(f"in {run.name}, a run of this grid; nothing was trained")
+            raise
         except AgiqaError as error:
             errors.append(error)
-        else:
-            return
-    if errors:
+    if started:
+        return
+    _refuse_undrawable(plan, partitions)
+    if errors and len(errors) == len(plan):
         errors[0].add_note(
             f"in {plan[0].name}, the first of {len(plan)} run{'s' * (len(plan) > 1)}, none of which can be trained"
         )

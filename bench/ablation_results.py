@@ -20,16 +20,17 @@ class ResultLines(LineFile):
     def __init__(self, path: Path, plan: Sequence[PlannedRun], *, stores: Mapping[str, Mapping[str, Any]]) -> None:
         """Read what is there; the rest of a line that a kill tore off is removed.
 
-        `stores` is what `facts_of` says of them, by name. Raises DataError for lines that are none, or of another
-        store or another grid than `plan`.
+        `stores` is what `facts_of` says of them, by name. Lines of runs that are not in `plan` are ignored. Raises
+        DataError for lines that are none, and for a line of `plan` on another store or with other settings.
         """
         runs = {run.name: run for run in plan}
 
         def check(line: Line, where: str) -> None:
-            _check(line, where, runs, stores, path.with_name(ABOUT))
+            _check(line, where, runs[line["name"]], stores, path.with_name(ABOUT))
 
         keys = {"store": str, "config": dict}
-        super().__init__(path, kind="an ablation", keys=keys, kept="the runs before are kept", check=check)
+        kept = "the runs before are kept"
+        super().__init__(path, kind="an ablation", keys=keys, kept=kept, planned=runs, check=check)
 
 
 def result_line(run: PlannedRun, store: str, trained: Run, *, commit: str | None) -> Line:
@@ -54,14 +55,8 @@ def _identity(run: PlannedRun, store: str) -> Line:
     }
 
 
-def _check(
-    line: Line, where: str, plan: Mapping[str, PlannedRun], stores: Mapping[str, Mapping[str, Any]], about: Path
-) -> None:
-    """Raise DataError for a line of another store or grid."""
-    run = plan.get(line["name"])
-    if run is None:
-        message = f"{where}: the run {line['name']!r} is not in this grid. Choose another OUT, or put it back."
-        raise DataError(message)
+def _check(line: Line, where: str, run: PlannedRun, stores: Mapping[str, Mapping[str, Any]], about: Path) -> None:
+    """Raise DataError for a line of `run` on another store or with other settings."""
     store = stores[run.store]
     if line["store"] != store["id"]:
         there = spelled(line["store"], place_of(about, line["store"]))

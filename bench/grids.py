@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,8 @@ from agiqa.bench.unread import unread_settings
 from agiqa.errors import AgiqaError, ConfigError, UnknownName, listed
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.features import FeatureSource, location_of
+from agiqa.heads.head import check_parts
+from agiqa.heads.losses import get_loss
 from agiqa.heads.presets import preset_values
 
 _SECTIONS = ("base", "grid", "runs", "seeds", "protocols")
@@ -68,12 +71,16 @@ class PlannedRun:
 
 
 def read_grid(
-    file: Path, *, stores: Sequence[str] = ("",), generators: Callable[[], Sequence[str]] = lambda: ()
+    file: Path,
+    *,
+    stores: Sequence[str] = ("",),
+    projections: Mapping[str, str | None] = MappingProxyType({}),
+    generators: Callable[[], Sequence[str]] = lambda: (),
 ) -> list[PlannedRun]:
     """The runs that `file` asks for, in its order.
 
     `stores` are the names that the setting `store` may have, each of which a run must use, and the first of them is
-    meant where it is not given;
+    meant where it is not given; `projections` has, by store, the projection of runs that name none.
     `generators` gives those of the data. On a CPU a run whose `threads` nobody sets has one, so that as many run at
     once as there are cores. Raises ConfigError or UnknownName, naming the file, for what is no such grid, a setting
     that is unknown, out of range or set in two places, no runs, and runs that are the same or differ only in settings
@@ -85,7 +92,7 @@ def read_grid(
         protocols = None if named is None else read_protocols(named, generators)
         if not any(stores):
             _refuse_stores(sections)
-        runs = list(_planned(sections, protocols, stores))
+        runs = list(_planned(sections, protocols, stores, projections))
         _refuse_repeated(runs)
         _refuse_unused(stores, runs)
     except AgiqaError as error:
@@ -149,7 +156,12 @@ def _sections(file: Path) -> Settings:
     return {"base": base, "grid": grid, "runs": runs, "seeds": seeds, "protocols": protocols}
 
 
-def _planned(sections: Settings, protocols: Sequence[Protocol] | None, stores: Sequence[str]) -> Iterator[PlannedRun]:
+def _planned(
+    sections: Settings,
+    protocols: Sequence[Protocol] | None,
+    stores: Sequence[str],
+    projections: Mapping[str, str | None],
+) -> Iterator[PlannedRun]:
     seeds = sections["seeds"]
     _refuse_twice(sections, protocols)
     for chosen, shown, name in _entries(sections):
@@ -157,7 +169,7 @@ def _planned(sections: Settings, protocols: Sequence[Protocol] | None, stores: S
             given = {} if seed is None else {"seed": seed}
             settings = {**sections["base"], **chosen, **given}
             for protocol, split in _splits(protocols, number, len(seeds or [None])):
-                yield _plan(settings, shown, stores, protocol, split, given=given, name=name)
+                yield _plan(settings, shown, stores, projections, protocol, split, given=given, name=name)
 
 
 def _entries(sections: Settings) -> Iterator[tuple[Settings, Settings, Any]]:
@@ -246,6 +258,7 @@ def _plan(
     settings: Settings,
     shown: Mapping[str, Any],
     stores: Sequence[str],
+    projections: Mapping[str, str | None],
     protocol: Protocol | None,
     split: Split,
     *,
@@ -258,7 +271,7 @@ def _plan(
         kind, known = "store given by --store", [one for one in stores if one]
         raise UnknownName.of(kind, str(store), known)
     chosen = {**{key: value for key, value in settings.items() if key != "store"}, **split.settings}
-    head, train, preset = _configs(chosen)
+    head, train, preset = _configs(chosen, projections.get(store))
     if name is not None and (not isinstance(name, str) or _file_name(name) != name or name.startswith(".")):
         message = (
             f"{name!r} is no name of a run: use letters, digits and any of . _ - = + @ , (not at the start a dot)."
@@ -281,8 +294,11 @@ def _plan(
     )
 
 
-def _configs(settings: Settings) -> tuple[HeadConfig, TrainConfig, str | None]:
-    """Both configs of flat settings, which beat those of the preset. An explicit null is a value here."""
+def _configs(settings: Settings, projection: str | None) -> tuple[HeadConfig, TrainConfig, str | None]:
+    """Both configs of flat settings, which beat those of the preset, which beat `projection`.
+
+    An explicit null is a value here. Raises UnknownName for a setting, a part of the head or a loss that is not known.
+    """
     chosen = {name: value for name, value in settings.items() if name != "preset"}
     preset = settings.get("preset")
     known = (*HeadConfig.model_fields, *TrainConfig.model_fields)
@@ -293,8 +309,12 @@ def _configs(settings: Settings) -> tuple[HeadConfig, TrainConfig, str | None]:
     values = {**({} if preset is None else preset_values(str(preset), chosen)), **chosen}
     if values.get("device") == "cpu" or not torch.cuda.is_available():
         values.setdefault("threads", 1)
+    if projection is not None:
+        values.setdefault("projection", projection)
     head = HeadConfig(**{name: value for name, value in values.items() if name in HeadConfig.model_fields})
     train = TrainConfig(**{name: value for name, value in values.items() if name in TrainConfig.model_fields})
+    check_parts(head)
+    get_loss(train.loss)
     return head, train, None if preset is None else str(preset)
 
 

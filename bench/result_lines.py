@@ -5,10 +5,11 @@ What every line of a head that was trained tells is here too, so that all such f
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from agiqa.bench.result_folders import RESULTS
 from agiqa.errors import DataError
 from agiqa.heads.labels import of_each_label, parse_labels
 from agiqa.heads.runs import Run
@@ -31,22 +32,36 @@ class LineFile:
     """The lines of a file by name. A result that was tried again has a second line, which counts."""
 
     def __init__(
-        self, path: Path, *, kind: str, keys: Mapping[str, type], kept: str, check: Callable[[Line, str], None]
+        self,
+        path: Path,
+        *,
+        kind: str,
+        keys: Mapping[str, type],
+        kept: str,
+        planned: Collection[str],
+        check: Callable[[Line, str], None] = lambda _line, _where: None,
     ) -> None:
         """Read what is there; the rest of a line that a kill tore off is removed.
 
-        `kind` is what made the file, `keys` are those that every line has beside its name, `kept` is what a full disk
-        leaves, and `check` refuses a line, given where it is. Raises DataError for what is no such line, and as
-        `check`; the file is then as it was.
+        `kind` is what made the file, `keys` are those that every line has beside its name, and `kept` is what a full
+        disk leaves. Lines whose name is not `planned` stay in the file and are only counted, in `ignored`; the others
+        `check` may refuse, given where they are. Raises DataError for what is no such line, and as `check`; the file is
+        then as it was.
         """
         self._path, self._kept = path, kept
         self.lines: dict[str, Line] = {}
+        ignored: set[str] = set()
         whole = whole_lines(path)
         for number, text in enumerate(_texts(path, whole), 1):
             where = f"{path}, line {number}"
             line = _parse(text, where, kind, {"name": str, **keys})
+            if line["name"] not in planned:
+                ignored.add(line["name"])
+                continue
             check(line, where)
             self.lines[line["name"]] = line
+        self.ignored = len(ignored)
+        """Results that are there and not asked for."""
         if path.exists() and len(whole) < path.stat().st_size:
             os.truncate(path, len(whole))
 
@@ -60,6 +75,11 @@ class LineFile:
     def is_done(self, planned: Planned) -> bool:
         """Whether it has a line, and no error."""
         return "error" not in self.lines.get(planned.name, {"error": "not run"})
+
+
+def ignored_line(out: Path, results: LineFile) -> str:
+    """What is said of the results in `out` that are not asked for."""
+    return f"note: {out / RESULTS} also has {results.ignored} results that are not asked for now; they are ignored"
 
 
 def training_facts(run: Run, *, commit: str | None) -> Line:

@@ -15,7 +15,7 @@ from typing import Any
 
 from agiqa.bench.predictions import write_predictions
 from agiqa.bench.result_folders import ROWS, RUNS, working_in
-from agiqa.bench.result_lines import Line, error_facts, outcome_facts, training_facts
+from agiqa.bench.result_lines import Line, error_facts, ignored_line, outcome_facts, training_facts
 from agiqa.bench.rows import write_rows
 from agiqa.bench.this_run import this_commit
 from agiqa.bench.transfer_plan import PlannedHead, PlannedLine, TransferPlan, TransferSettings, plan_transfer
@@ -131,6 +131,8 @@ class _Work:
         self._missing = {line.name: line for line in plan.lines if not self._is_done(line)}
         self._commit = commit
         self._failed: dict[str, str] = {}
+        if self.results.ignored:
+            tell(ignored_line(out, self.results))
         done = len(plan.lines) - len(self._missing)
         if done:
             tell(f"{done} of {len(plan.lines)} results are there already")

@@ -31,18 +31,13 @@ class TransferResults(LineFile):
     def __init__(self, out: Path, about: Mapping[str, Any], plan: TransferPlan) -> None:
         """Read what is in `out`, and write `about` there; the rest of a line that a kill tore off is removed.
 
-        Raises DataError for the results of other stores or settings, or lines that are not of `plan`.
+        Lines that are not of `plan` are ignored. Raises DataError for the results of other stores or settings.
         """
-        known = {line.name for line in plan.lines}
-
-        def check(line: Line, where: str) -> None:
-            if line["name"] not in known:
-                message = f"{where}: {line['name']!r} is not asked for now. Choose another OUT, or ask for it again."
-                raise DataError(message)
-
+        planned = [line.name for line in plan.lines]
         _check_about(out / ABOUT, about)
-        super().__init__(out / RESULTS, kind="a transfer", keys={}, kept="the lines before are kept", check=check)
-        write_about(out, about)
+        kept = "the lines before are kept"
+        super().__init__(out / RESULTS, kind="a transfer", keys={}, kept=kept, planned=set(planned))
+        write_about(out, {**about, "runs": planned})
 
 
 def _check_about(path: Path, about: Mapping[str, Any]) -> None:

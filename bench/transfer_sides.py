@@ -47,11 +47,6 @@ def named(source: Store, target: Store, names: str | None) -> dict[str, Store]:
     return dict(zip(given, (source, target), strict=True))
 
 
-def usual_projection(stores: Iterable[Store]) -> str | None:
-    """The projection of heads where nobody sets one: `sketch` where all stores are sketches, else the default, None."""
-    return "sketch" if all(store.encoding == "sketch" for store in stores) else None
-
-
 def _name_of(store: Store) -> str:
     recorded = store.provenance.get("data_set", {}).get("name")
     return str(recorded or store.path.stem)

@@ -183,11 +183,13 @@ def load_settings(
     *,
     preset: str | None = None,
     start: HeadConfig | None = None,
+    projection: str | None = None,
 ) -> tuple[HeadConfig, TrainConfig]:
     """Both configs: `overrides` (flat; None means not given) beat the sections of `file`, which beat those of `preset`.
 
-    The head of `start` stands between the file and the preset. What none of them gives is the default. Raises
-    ConfigError for a file that is no such YAML, an unknown key or a value out of range, and UnknownName for the preset.
+    The head of `start` stands between the file and the preset. `projection` is used where none of them names one, such
+    as `usual_projection` of the store; what else none of them gives is the default. Raises ConfigError for a file that
+    is no such YAML, an unknown key or a value out of range, and UnknownName for the preset.
     """
     sections = _read_sections(file) if file is not None else {"head": {}, "train": {}}
     for name, value in (overrides or {}).items():
@@ -199,6 +201,8 @@ def load_settings(
         chosen = {**sections["head"], **sections["train"]}
         for name, value in preset_values(preset, chosen).items():
             sections[_section_of(name)].setdefault(name, value)
+    if projection is not None:
+        sections["head"].setdefault("projection", projection)
     try:
         return HeadConfig(**sections["head"]), TrainConfig(**sections["train"])
     except ConfigError as error:

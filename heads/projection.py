@@ -27,6 +27,8 @@ _USUAL_HIDDEN_SIZE = 4096
 _WHITENING_FLOOR = 1e-3
 """Directions of hidden states with a smaller share of the largest deviation are near the rounding of bfloat16."""
 
+_USUAL_PROJECTION = {"hidden": "vocabulary", "sketch": "sketch", "logits": "logits"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
@@ -91,6 +93,16 @@ def check_encoding(source: FeatureSource, projection: str) -> None:
     part = PROJECTIONS.get(projection)
     if isinstance(part, type) and issubclass(part, Projection):
         part.refuse_other(FeatureSpec.of(source).encoding)
+
+
+def usual_projection(*sources: FeatureSource) -> str | None:
+    """The projection of heads that read all of `sources` where nobody names one; None where no projection reads all.
+
+    Hidden states (also in eight bits) are read by `vocabulary`, as in the paper; a sketch by `sketch`, logits by
+    `logits`.
+    """
+    encodings = {"hidden" if source.encoding == "int8" else source.encoding for source in sources}
+    return _USUAL_PROJECTION.get(encodings.pop()) if len(encodings) == 1 else None
 
 
 @PROJECTIONS.register("vocabulary")

@@ -28,7 +28,7 @@ from agiqa.heads.outcome import Outcome
 from agiqa.heads.paper_compatible import PaperTrace, best_on_test, bias_warnings
 from agiqa.heads.pooling import check_item_roles, check_roles
 from agiqa.heads.progress import LineProgress, TrainingProgress
-from agiqa.heads.projection import FeatureSpec, check_encoding
+from agiqa.heads.projection import FeatureSpec, check_encoding, usual_projection
 from agiqa.heads.resuming import TrainingState, data_of, training_key, training_state
 from agiqa.heads.runs import EVENTS, Run, load_run, origin_of, refuse_taken, write_run
 from agiqa.heads.scoring import predict_items, scores_of_labels
@@ -56,6 +56,7 @@ def train_head(
     A training that was broken off goes on from the last epoch that was kept beside `run` (see resuming.py), and
     `restart` throws that away. `preset` is the name that config.json says the settings came from. `shared` are
     features that were decoded before, for several trainings (see sharing.py); the numbers are the same.
+    Without `head` and `start` it is the default head, with the projection that reads the encoding of `source`.
     `start` is a run whose head is the beginning, with its weights, constants of the features and scale of the labels;
     without `head` this one has its settings. A refit begins there too.
     Several labels, as in `quality+correspondence`, are learned by one head; an item that lacks one is refused by name.
@@ -66,7 +67,7 @@ def train_head(
     task = _Task(
         source=source,
         run=run,
-        head=head or (HeadConfig() if start is None else start.head),
+        head=head or (_usual_head(source) if start is None else start.head),
         train=train or TrainConfig(),
         preset=preset,
         start=start,
@@ -83,6 +84,12 @@ def train_head(
         told = progress or LineProgress(lambda _: None)
         _train(task, partition, told, state, about={"start": start_from, "data": data_of(key)})
     return load_run(run)
+
+
+def _usual_head(source: FeatureSource) -> HeadConfig:
+    """The default head, with the projection that reads `source`."""
+    usual = usual_projection(source)
+    return HeadConfig() if usual is None else HeadConfig(projection=usual)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,7 @@ def command(
     from agiqa.bench.grids import find_grid, generators_of, read_grid
     from agiqa.bench.result_folders import RESULTS, ROWS
     from agiqa.bench.row_text import rows_text
+    from agiqa.heads.projection import usual_projection
     from agiqa.store import open_store
 
     stores = {"main" if named else "": open_store(store)}
@@ -87,7 +88,10 @@ def command(
             raise click.UsageError(message)
         stores[name] = open_store(location)
     file = find_grid(grid)
-    plan = read_grid(file, stores=list(stores), generators=lambda: generators_of(*stores.values()))
+    projections = {name: usual_projection(source) for name, source in stores.items()}
+    plan = read_grid(
+        file, stores=list(stores), projections=projections, generators=lambda: generators_of(*stores.values())
+    )
     done = run_ablation(stores, plan, out, grid=file, words=words, workers=workers)
     result = {
         "results": str(out / RESULTS),

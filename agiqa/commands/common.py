@@ -1,7 +1,7 @@
 """What all commands share: `--json`, `-v`, `--config`, and how a result is printed."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,6 +97,33 @@ class Automatic(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[r
         if not str(value).isdigit() or int(value) < self._lowest:
             self.fail(f"{value!r} is neither auto nor a number from {self._lowest}.", param, ctx)
         return int(value)
+
+
+class Name(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
+    """A name out of a list that only the library holds, looked up when a value is given: help imports nothing."""
+
+    def __init__(self, of: str, look_up: Callable[[str], object]) -> None:
+        """`of` is what is named, such as `aspect`; `look_up` raises UnknownName or ConfigError for other names."""
+        self.name = of
+        self._look_up = look_up
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it is given; one that is not known is wrong usage, with the nearest known name."""
+        try:
+            self._look_up(str(value))
+        except (ConfigError, UnknownName) as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
+
+
+def one_of(kind: str, names: Sequence[str]) -> Name:
+    """The type of an option whose value is one of `names`, each a `kind`."""
+
+    def look_up(name: str) -> None:
+        if name not in names:
+            raise UnknownName.of(kind, name, names)
+
+    return Name(kind, look_up)
 
 
 class LocalStore(click.Path):

@@ -1,12 +1,47 @@
 """`agiqa train`: phase 2, from a feature store to a trained and evaluated head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from agiqa.commands.common import StoreLocation, output_options, print_result
+from agiqa.commands.common import Name, StoreLocation, output_options, print_result
+
+Options = TypeVar("Options", bound=Callable[..., Any])
+
+
+def _look_up_setting(setting: str) -> Callable[[str], None]:
+    """Raises where no part of a head, or no kind of training, has the name that is given for `setting`."""
+
+    def look_up(name: str) -> None:
+        from agiqa.heads.config import HeadConfig, TrainConfig
+        from agiqa.heads.head import check_parts
+        from agiqa.heads.losses import get_loss
+
+        if setting == "loss":
+            get_loss(name)
+        elif setting in HeadConfig.model_fields:
+            check_parts(HeadConfig(**{setting: name}))
+        else:
+            TrainConfig(**{setting: name})
+
+    return look_up
+
+
+def _look_up_preset(name: str) -> None:
+    from agiqa.heads.presets import preset_values
+
+    preset_values(name, {})
+
+
+PRESET = Name("preset", _look_up_preset)
+
+
+def named(setting: str, text: str) -> Callable[[Options], Options]:
+    """An option whose value is a name that the library knows: a part of a head, or a word of a training setting."""
+    flag = f"--{setting.replace('_', '-')}"
+    return click.option(flag, type=Name(setting, _look_up_setting(setting)), help=text)
 
 
 @click.command("train")
@@ -16,6 +51,7 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
 @click.option("--config", type=click.Path(path_type=Path, exists=True), help="YAML with sections `head` and `train`.")
 @click.option(
     "--preset",
+    type=PRESET,
     help="Settings to start from, which the config file and the options beat: `paper` puts the same width, pooling, "
     "depth and regressor around every encoder; `published` has the sizes and the training of the code released with "
     "the paper, encoder by encoder, its bugs mended (agiqa.heads.presets lists them).",
@@ -25,11 +61,15 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="A run whose head is the beginning, with its settings, weights and scales; features must fit.",
 )
-@click.option("--projection", help="vocabulary (W_proj on the logits, from hidden states), sketch, hidden or logits.")
-@click.option("--encoder", help="xlstm, lstm, gru, mamba2, transformer or none.  [default: xlstm]")
-@click.option(
-    "--pooling",
-    help="mean, max, first, last, first-last-mean or attention; @special, @image, @question or @answer limits it to "
+@named(
+    "projection",
+    "vocabulary (W_proj on the logits, from hidden states), hidden, sketch or logits.  [default: the one that reads "
+    "the store, vocabulary where it has hidden states]",
+)
+@named("encoder", "xlstm, lstm, gru, mamba2, transformer or none.  [default: xlstm]")
+@named(
+    "pooling",
+    "mean, max, first, last, first-last-mean or attention; @special, @image, @question or @answer limits it to "
     "those tokens, as in mean@answer.  [default: mean]",
 )
 @click.option("--width", type=int, help="Channels of projection and encoder, per direction.  [default: 512]")
@@ -47,9 +87,9 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
     help="Aspect whose MOS is learned, or several that one head learns, as in quality+correspondence.  "
     "[default: quality]",
 )
-@click.option(
-    "--split",
-    help="published (of the data set), grouped (whole prompts), folds (one of several parts of whole prompts) or "
+@named(
+    "split",
+    "published (of the data set), grouped (whole prompts), folds (one of several parts of whole prompts) or "
     "generator (the images of one).  [default: published]",
 )
 @click.option("--folds", type=int, help="Parts that the split `folds` deals the prompts into.  [default: 5]")
@@ -66,16 +106,16 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
     help="Use only so many items outside of the test part; 10 are among 30.  [default: all]",
 )
 @click.option("--training-seed", type=int, help="Draws the training items alone.  [default: that of --split-seed]")
-@click.option(
-    "--loss",
-    help="mse, mae, huber, plcc, fidelity, margin or ranknet, or a weighted sum such as mse+0.5*plcc.  [default: mse]",
+@named(
+    "loss",
+    "mse, mae, huber, plcc, fidelity, margin or ranknet, or a weighted sum such as mse+0.5*plcc.  [default: mse]",
 )
 @click.option("--epochs", type=int, help="Passes over the training items.  [default: 20]")
 @click.option("--batch-size", type=int, help="Items per step.  [default: 32]")
 @click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-3]")
 @click.option("--projection-lr", type=float, help="Peak learning rate of the projection.")
 @click.option("--weight-decay", type=float, help="Of AdamW.  [default: 0.01]")
-@click.option("--schedule", help="cosine or constant.  [default: cosine]")
+@named("schedule", "cosine or constant.  [default: cosine]")
 @click.option("--warmup", type=float, help="Share of the steps that warm up.  [default: 0.05]")
 @click.option("--gradient-clip", type=float, help="Largest norm of the gradient.  [default: 1]")
 @click.option("--ema", type=float, help="Decay per step of an average of the weights, kept instead of them.")
@@ -87,14 +127,14 @@ from agiqa.commands.common import StoreLocation, output_options, print_result
     help="Also tell the best epoch by its test score, as the paper reports it, and its bias.  [default: no]",
 )
 @click.option("--seed", type=int, help="Of weights, batches and intervals.  [default: 0]")
-@click.option("--device", help="auto, cpu or cuda.  [default: auto]")
-@click.option("--precision", help="fp32, bf16 or, on a GPU, fp16; the last two are mixed.  [default: fp32]")
+@named("device", "auto, cpu or cuda.  [default: auto]")
+@named("precision", "fp32, bf16 or, on a GPU, fp16; the last two are mixed.  [default: fp32]")
 @click.option("--threads", type=int, help="CPU threads.")
 @click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Replay steps on a GPU.  [default: yes]")
 @click.option("--compile/--no-compile", default=None, help="Fuse on a GPU: slow start, for long trainings.")
-@click.option(
-    "--keep",
-    help="Where decoded features are: device, ram, memmap (a decoded copy on disk) or stream (what fits in RAM, the "
+@named(
+    "keep",
+    "Where decoded features are: device, ram, memmap (a decoded copy on disk) or stream (what fits in RAM, the "
     "rest from STORE for every batch); auto is the first that holds them.  [default: auto]",
 )
 @click.option(
@@ -131,12 +171,14 @@ def command(
 
     from agiqa.heads import load_run, load_settings, train_head, training_progress
     from agiqa.heads.labels import of_each_label
+    from agiqa.heads.projection import usual_projection
     from agiqa.progress import say
     from agiqa.store import open_store, union
 
     first = None if start is None else load_run(start)
-    head, train = load_settings(config, overrides, preset=preset, start=None if first is None else first.head)
     source = union([open_store(one) for one in (store, *also)]) if also else open_store(store)
+    usual, beginning = usual_projection(source), None if first is None else first.head
+    head, train = load_settings(config, overrides, preset=preset, start=beginning, projection=usual)
     asked = source.provenance.get("conversation", {}).get("aspect", train.label)
     if asked != train.label:
         learned = " and ".join(train.labels)

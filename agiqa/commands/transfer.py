@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import StoreLocation, fail_if_any, output_options, print_result
+from agiqa.commands.common import StoreLocation, fail_if_any, one_of, output_options, print_result
+from agiqa.commands.train import PRESET
 
 
 class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
@@ -34,9 +35,13 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repo
     "few-shot trainings have instead. Where neither it nor a preset sets the `projection`, heads read two sketches by "
     "`sketch`.",
 )
-@click.option("--preset", help="Settings to start from, as of `agiqa train`: paper or published.")
+@click.option("--preset", type=PRESET, help="Settings to start from, as of `agiqa train`: paper or published.")
 @click.option("--label", help="Aspect whose MOS is predicted.  [default: quality]")
-@click.option("--split", help="published (of each data set) or grouped (by prompt).  [default: published]")
+@click.option(
+    "--split",
+    type=one_of("split", ["published", "grouped"]),
+    help="published (of each data set) or grouped (by prompt).  [default: published]",
+)
 @click.option("--names", help="What to call SOURCE and TARGET, as in 3k,2023.  [default: from their provenance]")
 @click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Heads of each kind.")
 @click.option(
@@ -74,12 +79,13 @@ def command(
     from agiqa.bench.result_folders import RESULTS
     from agiqa.bench.transfer import run_transfer
     from agiqa.bench.transfer_plan import read_transfer_settings
-    from agiqa.bench.transfer_sides import named, usual_projection
+    from agiqa.bench.transfer_sides import named
     from agiqa.bench.transfer_tables import transfer_text
+    from agiqa.heads.projection import usual_projection
     from agiqa.store import open_store
 
     stores = named(open_store(source), open_store(target), names)
-    usual = usual_projection(stores.values())
+    usual = usual_projection(*stores.values())
     settings = read_transfer_settings(config, {"label": label, "split": split}, preset=preset, projection=usual)
     done = run_transfer(stores, settings, out, seeds=seeds, shots=shots, one_way=one_way, workers=workers)
     result = {

@@ -174,6 +174,8 @@ class About(_Record):
 
     kind: Literal["ablation", "transfer"]
     stores: dict[str, AboutStore] = Field(default_factory=dict)
+    runs: list[str] | None = None
+    """The names of the runs that were asked for last; lines of others count for nothing. None in older folders."""
     shared: Any = None
     """Of a transfer: of each direction `A -> B`, how many test items of B have a prompt that A trained on."""
 
@@ -283,6 +285,8 @@ def _read(folder: Path, name: str, prefix: str, data: str | None) -> Results:
     about = _of_data(_read_about(folder), data)
     rows = _read_lines(folder / ROWS, Row, problems)
     lines = {line.name: line for line in _read_lines(folder / RESULTS, RunLine, problems)}
+    if about.runs is not None:
+        lines = {name: lines[name] for name in about.runs if name in lines}
     if not rows:
         made = f"its runs all failed, or `agiqa {about.command}` has not ended" if lines else "nothing was run"
         message = (

@@ -68,7 +68,6 @@ def test_a_line_that_was_torn_off_is_dropped(tmp_path, plan, torn):
     ("change", "said"),
     [
         ({"store": "other"}, "line 1: a run on the store other, and this is here/set.agiqa (s). Choose another OUT."),
-        ({"name": "encoder=xlstm,seed=0"}, "the run 'encoder=xlstm,seed=0' is not in this grid"),
         ({"config": {"width": 4}}, "had width 4, and this grid has 512"),
     ],
 )
@@ -79,6 +78,17 @@ def test_lines_of_something_else_are_refused(tmp_path, plan, change, said):
         ResultLines(path, plan, stores=STORES)
     assert said in str(caught.value)
     assert "Choose another OUT" in str(caught.value)
+
+
+def test_lines_of_runs_that_are_not_in_the_grid_are_ignored_and_kept(tmp_path, plan):
+    path = tmp_path / "results.jsonl"
+    other = json.dumps(line(plan[0], 0.5, name="encoder=xlstm,seed=0", store="gone")) + "\n"
+    path.write_text(other * 2)
+    results = ResultLines(path, plan, stores=STORES)
+    assert (results.lines, results.ignored) == ({}, 1)
+    results.append(line(plan[0], 0.5))
+    assert path.read_text().startswith(other * 2)
+    assert list(ResultLines(path, plan, stores=STORES).lines) == [plan[0].name]
 
 
 def test_another_store_is_told_by_its_place_and_the_beginning_of_its_id(tmp_path, plan):

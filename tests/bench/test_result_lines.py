@@ -21,7 +21,7 @@ def refuse_odd(line, where):
 
 
 def opened(path):
-    return LineFile(path, kind="a test", keys={"store": str}, kept="all", check=refuse_odd)
+    return LineFile(path, kind="a test", keys={"store": str}, kept="all", planned={"one", "two"}, check=refuse_odd)
 
 
 def test_a_result_replaces_an_error_and_both_lines_stay(tmp_path):

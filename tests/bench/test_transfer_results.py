@@ -119,7 +119,6 @@ def test_lines_are_read_again_without_what_a_kill_tore_off(tmp_path, plan, about
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        (b'{"name": "x"}\n', "'x' is not asked for now. Choose another OUT"),
         (b'{"name": ["x"]}\n', "line 1 is no result line of a transfer"),
         (b"3\n", "line 1 is no result line of a transfer"),
         (b"\xff\n", "is no file of result lines"),

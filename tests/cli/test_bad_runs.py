@@ -1,6 +1,7 @@
 """Heads that cannot be trained or applied: one clear message, exit 1, and no run that could pass for a good one."""
 
 import csv
+import json
 import shutil
 
 import pytest
@@ -59,6 +60,21 @@ def test_training_on_what_is_not_there(agiqa, example, tmp_path):
     refuse(agiqa("train", example.sketch, run, "--projection", "vocabulary"), "the projection 'sketch' for a sketch")
     assert not run.exists()
     assert not (tmp_path / "sketch").exists()
+
+
+@pytest.mark.parametrize("encoding", ["sketch", "logits"])
+def test_a_head_reads_the_encoding_of_its_store_where_no_projection_is_named(agiqa, example, tmp_path, encoding):
+    store, run = example.sketch, tmp_path / "run"
+    if encoding == "logits":
+        store = tmp_path / "logits.agiqa"
+        assert agiqa("store", "convert", example.store, store, "--encoding", "logits").code == 0
+    assert agiqa("train", store, run, *SMALL_HEAD, "--epochs", 1).code == 0
+    assert json.loads((run / "config.json").read_text())["head"]["projection"] == encoding
+    grid, out = tmp_path / "grid.yaml", tmp_path / "out"
+    grid.write_text("base: {width: 4, epochs: 1, device: cpu}\ngrid: {encoder: [none, gru]}\n")
+    assert agiqa("ablate", store, out, "--config", grid, "--workers", 1).code == 0
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert {line["config"]["projection"] for line in lines} == {encoding}
 
 
 @pytest.fixture

@@ -141,12 +141,12 @@ def test_runs_that_fail_are_kept_with_their_error_and_tried_again(agiqa, ablate,
     taken = tmp_path / "out" / "runs" / "encoder=none,seed=1"
     taken.mkdir(parents=True)
     (taken / "letter.txt").write_text("mine")
-    sections = {"runs": [{"label": "beauty"}]}
+    sections = {"runs": [{"encoder": "transformer", "num_heads": 3}]}
     failed = agiqa(*ablate("--workers", 1, "--json", **sections))
     assert failed.code == 1
     assert json.loads(failed.out)["trained"] == 3
     assert "error: 2 of 5 runs failed; the same command tries them again:" in failed.err
-    assert "  label=beauty: No label of" in failed.err
+    assert "  encoder=transformer,num_heads=3: " in failed.err
     assert "Traceback" not in failed.err
     lines = lines_of(tmp_path / "out")
     assert "letter" not in lines["encoder=none,seed=1"]["error"]
@@ -194,7 +194,6 @@ def test_results_of_something_else_are_refused(agiqa, ablate, store, tmp_path):
         "Choose another OUT",
     )
     refuse(agiqa(*ablate(at=stored(tmp_path, 6), **small)), "seed=0 holds another training", "labels of train are not")
-    refuse(agiqa(*ablate()), "'seed=0' is not in this grid")
     changed = {**small, "base": {**small["base"], "width": 4}}
     refuse(agiqa(*ablate(**changed)), "had width 8, and this grid has 4")
     with exclusive_lock(tmp_path / "out" / LOCK) as held:
@@ -203,6 +202,37 @@ def test_results_of_something_else_are_refused(agiqa, ablate, store, tmp_path):
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
     more = {**small, "grid": {"seed": [0, 1, 2]}}
     assert agiqa(*ablate("--workers", 1, "--json", **more)).json["trained"] == 1
+
+
+NAMES = [
+    ({"encoder": "grru"}, "No encoder is called 'grru'. Did you mean 'gru'?"),
+    ({"pooling": "maxx"}, "No pooling is called 'maxx'. Did you mean 'max'?"),
+    ({"pooling": "mean@answr"}, "'answr'"),
+    ({"projection": "hiden"}, "Did you mean 'hidden'?"),
+    ({"loss": "mse+plc"}, "No loss is called 'plc'. Did you mean 'plcc'?"),
+    ({"label": "qualty"}, "Did you mean 'quality'?"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "said"), NAMES, ids=[str(wrong) for wrong, _ in NAMES])
+def test_every_name_of_a_grid_is_checked_before_anything_is_trained(agiqa, ablate, tmp_path, wrong, said):
+    refuse(agiqa(*ablate("--workers", 1, runs=[{"encoder": "lstm"}, wrong])), said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_grid_that_lost_runs_goes_on_without_them(agiqa, ablate, tmp_path):
+    """Their lines stay in the file, and neither rows nor the report count them."""
+    first = {"grid": {"seed": [0, 1]}, "base": {**BASE, "encoder": "none"}, "runs": [{"encoder": "gru", "seed": 7}]}
+    assert agiqa(*ablate("--workers", 1, **first)).code == 0
+    del first["runs"]
+    again = agiqa(*ablate("--workers", 1, "--json", **{**first, "base": {**BASE, "encoder": "none"}}))
+    assert again.json["trained"] == 0
+    assert "results.jsonl also has 1 results that are not asked for now; they are ignored" in again.err
+    assert len(lines_of(tmp_path / "out")) == 3
+    assert {row["row"] for row in again.json["table"] if row["kind"] == "head"} == {"base"}
+    reported = agiqa("report", tmp_path / "out", "--json")
+    assert reported.code == 0, reported.err
+    assert "was computed" not in (tmp_path / "out" / "report" / "report.md").read_text()
 
 
 def test_stores_that_a_grid_compares_must_be_given(agiqa, store, tmp_path):

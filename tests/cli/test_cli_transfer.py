@@ -313,7 +313,6 @@ def test_results_of_something_else_are_refused(agiqa, transfer, stores, done, tm
         f"{third} (",
     )
     refuse(agiqa(*transfer(*FEW, train={**SETTINGS["train"], "epochs": 1})), "settings.train.epochs: stored 2, asked 1")
-    refuse(agiqa(*transfer("--seeds", 1, "--shots", 4)), "results.jsonl, line", "is not asked for now")
     shutil.copytree(stores[1], tmp_path / "there.agiqa")
     (tmp_path / "mos.csv").write_text("name,mos_quality\nimage_3.png,4.5\n")
     assert agiqa("store", "labels", tmp_path / "there.agiqa", tmp_path / "mos.csv").code == 0
