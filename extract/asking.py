@@ -29,14 +29,15 @@ class DescriptionSettings:
 
     aspect: str = "quality"
     describe: GenerationSettings = field(default_factory=GenerationSettings)
-    rate: GenerationSettings = field(default_factory=lambda: GenerationSettings(max_new_tokens=RATING_TOKENS))
+    rate: GenerationSettings | None = field(default_factory=lambda: GenerationSettings(max_new_tokens=RATING_TOKENS))
+    """None asks for no rating word."""
     batch_size: int = 8
     """Items whose answers are generated at a time; halved where memory runs out."""
     on_bad_item: OnBadItem = "fail"
 
     def generation(self) -> dict[str, Any]:
         """The settings of both rounds, JSON-able."""
-        return {"describe": asdict(self.describe), "rate": asdict(self.rate)}
+        return {"describe": asdict(self.describe), "rate": None if self.rate is None else asdict(self.rate)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,9 @@ class Described:
     conversation: tuple[Message, Message, Message]
     """Question, description, question for the rating."""
     answer: str
-    """To the second question, without white space around it."""
+    """To the second question, without white space around it; empty where it was not asked."""
     tokens: Mapping[str, int | None]
-    """Of both prompts, images included, and both answers; None where the backbone does not count."""
+    """Of both prompts, images included, and both answers; None where the backbone does not count or was not asked."""
     cut: bool | None
     """Whether the description was cut off by a limit; None where the backbone cannot tell."""
     seconds: Mapping[str, float]
@@ -130,6 +131,11 @@ class Describer:
         question = Message(role="user", content=fill(self.questions.describe, item.prompt))
         return Asked(item=item, conversation=(question,))
 
+    def undescribed(self, item: Item) -> Item:
+        """The item as heads of the variant no_id read it, which needs no answer of the model."""
+        asked = Message(role="user", content=fill(self.questions.one_round, item.prompt))
+        return replace(item, conversation=(asked,))
+
     def item(self, described: Described, variant: str) -> Item:
         """The item as the heads read it: with the conversation of `variant`, as `agiqa extract` words it.
 
@@ -139,8 +145,7 @@ class Describer:
             raise UnknownName.of(kind="conversation variant", name=variant, known=VARIANTS)
         item, turns = described.item, described.conversation
         if variant == "no_id":
-            asked = Message(role="user", content=fill(self.questions.one_round, item.prompt))
-            return replace(item, conversation=(asked,))
+            return self.undescribed(item)
         if variant == "full" and not described.answer:
             message = f"{item.name}: the model answered no rating word, which the variant full needs; use id."
             raise DataError(message)
@@ -196,8 +201,10 @@ class Describer:
                 first.failures[item.name] = f"{item.name}: the model's description is empty"
         told = [item for item in items if item.name in talks]
         asked = [Asked(item=item, conversation=talks[item.name]) for item in told]
-        second = self._ask(told, list(self.preparation.each(prepare_asked, asked)), self.settings.rate, "rate")
-        failures = first.failures | second.failures
+        second = None
+        if self.settings.rate is not None:
+            second = self._ask(told, list(self.preparation.each(prepare_asked, asked)), self.settings.rate, "rate")
+        failures = first.failures | ({} if second is None else second.failures)
         return [
             failures[item.name] if item.name in failures else _described(item, talks[item.name], first, second)
             for item in items
@@ -233,20 +240,20 @@ class _Round:
     """Of each item: its share."""
 
 
-def _described(item: Item, talk: tuple[Message, Message, Message], first: _Round, second: _Round) -> Described:
+def _described(item: Item, talk: tuple[Message, Message, Message], first: _Round, second: _Round | None) -> Described:
     name = item.name
     return Described(
         item=item,
         conversation=talk,
-        answer=str(second.answers[name]),
+        answer="" if second is None else str(second.answers[name]),
         tokens={
             "prompt": first.lengths[name],
             "description": _tokens(first.answers[name]),
-            "second_prompt": second.lengths[name],
-            "answer": _tokens(second.answers[name]),
+            "second_prompt": None if second is None else second.lengths[name],
+            "answer": None if second is None else _tokens(second.answers[name]),
         },
         cut=_cut(first.answers[name]),
-        seconds={"describe": first.seconds, "rate": second.seconds},
+        seconds={"describe": first.seconds, "rate": 0.0 if second is None else second.seconds},
     )
 
 

@@ -10,12 +10,14 @@ from agiqa.extract.joining import row_name
 from agiqa.store.label_tables import read_table
 
 
-def items_of_images(images: Sequence[Path], *, prompt: str | None, table: Path | None) -> list[Item]:
-    """An item per image, under its path as it is given, with no conversation yet.
+def items_of_images(
+    images: Sequence[Path], *, prompt: str | None, table: Path | None
+) -> tuple[list[Item], dict[str, str]]:
+    """An item per image, under its path as it is given, with no conversation yet; and images that make none, with why.
 
     Either `prompt` is that of all images, or the csv `table` has the columns `name`, which an image's path ends in,
-    and `prompt`. Raises ConfigError unless just one is given, and DataError that lists the images that cannot be read
-    or have no prompt.
+    and `prompt`. An image that cannot be read or has no prompt makes no item, and one that is given twice makes one.
+    Raises ConfigError unless just one of `prompt` and `table` is given, and DataError for a table that cannot be read.
     """
     if (prompt is None) == (table is None):
         message = "Give either --prompt, the text of all images, or --prompts table.csv with the columns name, prompt."
@@ -25,17 +27,14 @@ def items_of_images(images: Sequence[Path], *, prompt: str | None, table: Path |
         raise ConfigError(message)
     texts = {} if table is None else _read_prompts(table)
     items: list[Item] = []
-    problems: list[str] = []
-    for image in images:
+    problems: dict[str, str] = {}
+    for image in dict.fromkeys(images):
         text = prompt or texts.get(row_name(image.as_posix(), texts) or "", "")
-        problems.extend(_problems(image, text, table))
-        if any(item.name == str(image) for item in items):
-            problems.append(f"{image}: is given twice")
-        items.append(_item(image, text))
-    if problems:
-        where = "the images to score"
-        raise DataError.from_problems(where, problems)
-    return items
+        if problem := _problem(image, text, table):
+            problems[str(image)] = problem
+        else:
+            items.append(_item(image, text))
+    return items, problems
 
 
 def _item(image: Path, prompt: str) -> Item:
@@ -51,15 +50,12 @@ def _item(image: Path, prompt: str) -> Item:
     )
 
 
-def _problems(image: Path, prompt: str, table: Path | None) -> list[str]:
-    found: list[str] = []
+def _problem(image: Path, prompt: str, table: Path | None) -> str | None:
     try:
         open_image(image)
     except DataError as error:
-        found.append(str(error))
-    if not prompt.strip():
-        found.append(f"{image}: {table} has no prompt under this name")
-    return found
+        return str(error)
+    return None if prompt.strip() else f"{image}: {table} has no prompt under this name"
 
 
 def _read_prompts(path: Path) -> dict[str, str]:

@@ -100,9 +100,13 @@ class CommandLine:
     ) -> Outcome:
         """Run `agiqa ARGUMENTS` and press Ctrl-C, which reaches all its processes, or send it signal `number`.
 
-        It is when `after` is on the error stream and `when()` is true.
+        It is when `after` is on one of its streams and `when()` is true.
         """
-        return self._run(arguments, lambda error: after in error.read_text() and when(), 1, number=number)
+
+        def told(error: Path) -> bool:
+            return after in error.read_text() or after in error.with_name("out").read_text()
+
+        return self._run(arguments, lambda error: told(error) and when(), 1, number=number)
 
     def close(self) -> None:
         """End the process that the commands are forked from."""

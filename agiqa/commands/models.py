@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from agiqa.commands.common import Automatic
+from agiqa.commands.common import Automatic, Name, one_of
 
 if TYPE_CHECKING:
     from agiqa.extract import Backbone
@@ -17,6 +17,16 @@ ASPECTS = (
 )
 """Help of `--aspect`: the questions of templates.yaml."""
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _look_up_aspect(name: str) -> None:
+    from agiqa.extract.templates import template_of
+
+    template_of(name)
+
+
+ASPECT = Name("aspect", _look_up_aspect)
+"""The type of `--aspect`: a wording of templates.yaml."""
 
 
 def model_options(command: Command) -> Command:
@@ -38,6 +48,7 @@ def model_options(command: Command) -> Command:
             ),
             click.option(
                 "--dtype",
+                type=one_of("dtype", ["auto", "bfloat16", "float16", "float32"]),
                 default="auto",
                 show_default=True,
                 help="bfloat16, float16, float32, or the checkpoint's own.",

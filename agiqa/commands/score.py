@@ -1,7 +1,7 @@
 """`agiqa score`: images to description, rating word and MOS, by a model and a trained head, without a store."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agiqa.commands.common import StoreLocation, print_result, shared_options
-from agiqa.commands.models import ASPECTS, generation_options, model_options, open_model
+from agiqa.commands.models import ASPECT, ASPECTS, generation_options, model_options, open_model
 from agiqa.progress import say, track
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from agiqa.extract.live import LiveFeatures
     from agiqa.extract.targets import Target
     from agiqa.heads import Run
+    from agiqa.heads.head import Head
 
 
 @click.command("score")
@@ -30,11 +31,17 @@ if TYPE_CHECKING:
 @click.option("--run", required=True, type=click.Path(path_type=Path, exists=True), help="Run folder of the head.")
 @click.option("--basis", type=StoreLocation(), help="Sketch store with the basis of a head on a sketch.")
 @model_options
-@click.option("--aspect", help=f"{ASPECTS}  [default: that of the head's store]")
+@click.option("--aspect", type=ASPECT, help=f"{ASPECTS}  [default: that of the head's store]")
 @click.option(
     "--variant",
     type=click.Choice(["no_id", "id", "full"]),
     help="What the head reads.  [default: that of the head's store]",
+)
+@click.option(
+    "--describe/--mos-only",
+    default=None,
+    help="Whether description and rating word are made where the head does not read them.  [default: unless the head "
+    "reads the one question of no_id]",
 )
 @generation_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images at a time.")
@@ -54,6 +61,7 @@ def command(
     device: str,
     aspect: str | None,
     variant: str | None,
+    describe: bool | None,
     settings: str,
     seed: int,
     max_new_tokens: int,
@@ -62,29 +70,49 @@ def command(
     """Describe each of IMAGES, rate it in one word, and predict its MOS with the head RUN.
 
     MODEL, ADAPTER, aspect and variant must be those of the store that the head was trained on; others are refused.
+    Each image is printed as soon as it is scored. Images that cannot be scored are listed at the end, with exit code 1.
     """
+    from agiqa.errors import DataError
     from agiqa.extract import Describer, DescriptionSettings
     from agiqa.extract.asking import preset
     from agiqa.extract.given_images import items_of_images
     from agiqa.extract.live import LiveFeatures
     from agiqa.heads import load_run
+    from agiqa.heads.fitting import resolve_device
 
-    items = items_of_images(images, prompt=prompt, table=prompts)
+    items, failed = items_of_images(images, prompt=prompt, table=prompts)
+    where = "the images to score"
+    if not items:
+        raise DataError.from_problems(where, list(failed.values()))
     head = load_run(run)
     target = _target(head, basis)
     aspect, variant = _wording(head, aspect, variant)
-    describe, rate = preset(settings, max_new_tokens=max_new_tokens, seed=seed)
-    chosen = DescriptionSettings(aspect=aspect, describe=describe, rate=rate, batch_size=batch_size)
+    texts = variant != "no_id" if describe is None else describe
+    first, second = preset(settings, max_new_tokens=max_new_tokens, seed=seed)
+    rate = second if texts or variant == "full" else None
+    chosen = DescriptionSettings(aspect=aspect, describe=first, rate=rate, batch_size=batch_size)
     backbone = _open_as(head, model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
-    describer = Describer(backbone, chosen)
     features = LiveFeatures(backbone, target, name=f"of {model}")
     head.check(features)
     if not backbone.reads_images:
         say(f"warning: {model} reads no images; these scores are of the prompts alone")
         items = [replace(item, image=None) for item in items]
-    told = list(_scores(items, describer, features, head, variant=variant, device=device))
-    result = {"run": str(run), "model": model, "adapter": adapter, "aspect": aspect, "variant": variant, "images": told}
-    print_result(result, "\n\n".join(_text(one) for one in told), as_json=as_json)
+    scorer = _Scorer(
+        describer=Describer(backbone, chosen),
+        features=features,
+        run=head,
+        head=head.load_head(features, device=resolve_device("cpu" if device == "cpu" else "auto")),
+        variant=variant,
+        texts=texts,
+    )
+    outcomes = {item.name: outcome for item, outcome in scorer.printed(items, quiet=as_json)}
+    failed |= {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
+    if as_json:
+        told = [outcome for name, outcome in outcomes.items() if name not in failed]
+        asked = {"run": str(run), "model": model, "adapter": adapter, "aspect": aspect, "variant": variant}
+        print_result({**asked, "images": told, "failed": failed}, "", as_json=True)
+    if failed:
+        raise DataError.from_problems(where, list(failed.values()))
 
 
 def _wording(run: "Run", aspect: str | None, variant: str | None) -> tuple[str, str]:
@@ -163,57 +191,86 @@ def _target(run: "Run", basis: str | Path | None) -> "Target":
     return Target(encoding="sketch", basis=open_store(basis).basis())
 
 
-def _scores(
-    items: "Sequence[Item]",
-    describer: "Describer",
-    features: "LiveFeatures",
-    run: "Run",
-    *,
-    variant: str,
-    device: str,
-) -> Iterator[dict[str, Any]]:
-    """What is told of each image, a batch at a time. Raises DataError for images that the model has no answer to."""
-    import numpy as np
+@dataclass(frozen=True, kw_only=True)
+class _Scorer:
+    """From images to what is told of them, a batch at a time."""
 
-    from agiqa.errors import DataError
-    from agiqa.extract import Described
-    from agiqa.heads.fitting import resolve_device
-    from agiqa.heads.scoring import predict_items
+    describer: "Describer"
+    features: "LiveFeatures"
+    run: "Run"
+    head: "Head"
+    variant: str
+    texts: bool
+    """Whether descriptions and rating words are asked for where the head does not read them."""
 
-    head = run.load_head(features, device=resolve_device("cpu" if device == "cpu" else "auto"))
-    with track("score", len(items), "images") as advance:
-        for start in range(0, len(items), describer.settings.batch_size):
-            outcomes = describer.describe(items[start : start + describer.settings.batch_size])
-            failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
-            if failed:
-                where = "the images to score"
-                raise DataError.from_problems(where, failed)
-            batch = [outcome for outcome in outcomes if isinstance(outcome, Described)]
-            features.replace([describer.item(one, variant) for one in batch])
-            predicted = predict_items(head, features, np.arange(len(batch)), batch_size=len(batch))
-            yield from (_told(one, mos, run.train.labels) for one, mos in zip(batch, predicted.tolist(), strict=True))
-            advance(len(batch))
+    def printed(self, items: "Sequence[Item]", *, quiet: bool) -> "Iterator[tuple[Item, dict[str, Any] | str]]":
+        """Each item with what is told of it, printed unless `quiet`, or with the line that says why it has no score."""
+        size = self.describer.settings.batch_size
+        with track("score", len(items), "images") as advance:
+            for start in range(0, len(items), size):
+                batch = items[start : start + size]
+                for item, outcome in zip(batch, self._batch(batch), strict=True):
+                    if not quiet and not isinstance(outcome, str):
+                        click.echo(_text(outcome, texts=self.texts))
+                    yield item, outcome
+                advance(len(batch))
+
+    def _batch(self, items: "Sequence[Item]") -> list[dict[str, Any] | str]:
+        """The outcomes of a batch; where an item ends it, each of its items is tried alone."""
+        from agiqa.errors import DataError, ModelError, WorkerError
+
+        try:
+            return self._scores(items)
+        except (DataError, ModelError, WorkerError) as error:
+            if len(items) == 1:
+                return [str(error)]
+        return [outcome for item in items for outcome in self._batch([item])]
+
+    def _scores(self, items: "Sequence[Item]") -> list[dict[str, Any] | str]:
+        """Raises DataError, ModelError or WorkerError where the model cannot read an item."""
+        import numpy as np
+
+        from agiqa.heads.scoring import predict_items
+
+        described: Sequence[Described | str | None] = [None] * len(items)
+        if self.texts or self.variant != "no_id":
+            described = self.describer.describe(items)
+        able = [(item, one) for item, one in zip(items, described, strict=True) if not isinstance(one, str)]
+        if not able:
+            return [one for one in described if isinstance(one, str)]
+        self.features.replace([self._read(item, one) for item, one in able])
+        predicted = predict_items(self.head, self.features, np.arange(len(able)), batch_size=len(able))
+        labels = self.run.train.labels
+        told = iter([_told(item, one, mos, labels) for (item, one), mos in zip(able, predicted.tolist(), strict=True)])
+        return [one if isinstance(one, str) else next(told) for one in described]
+
+    def _read(self, item: "Item", described: "Described | None") -> "Item":
+        """The item as the head reads it."""
+        return self.describer.undescribed(item) if described is None else self.describer.item(described, self.variant)
 
 
-def _told(one: "Described", mos: list[float], labels: Sequence[str]) -> dict[str, Any]:
-    """The line of one image."""
+def _told(item: "Item", described: "Described | None", mos: list[float], labels: Sequence[str]) -> dict[str, Any]:
+    """The line of one image; without a description or a rating word these are null."""
     from agiqa.heads.labels import by_label
     from agiqa.heads.rating_words import parse_word
 
+    word = described.rating_word if described is not None else ""
     return {
-        "image": one.item.name,
-        "prompt": one.item.prompt,
-        "description": one.description,
-        "cut": one.cut,
-        "rating_word": one.rating_word,
-        "rating": parse_word(one.answer),
+        "image": item.name,
+        "prompt": item.prompt,
+        "description": None if described is None else described.description,
+        "cut": None if described is None else described.cut,
+        "rating_word": word or None,
+        "rating": parse_word(word),
         "mos": by_label(labels, mos),
     }
 
 
-def _text(one: Mapping[str, Any]) -> str:
-    """The line of one image for people."""
+def _text(one: Mapping[str, Any], *, texts: bool) -> str:
+    """The lines of one image for people: scores, and with `texts` the rating word and the description."""
     mos = one["mos"] if isinstance(one["mos"], dict) else {"MOS": one["mos"]}
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in mos.items())
+    scores = f"{one['image']}: " + ", ".join(f"{name} {value:.4f}" for name, value in mos.items())
+    if not texts:
+        return scores
     cut = " (cut off; see --max-new-tokens)" if one["cut"] else ""
-    return f"{one['image']}: {scores}, rating word: {one['rating_word'] or 'none'}\n{one['description']}{cut}"
+    return f"{scores}, rating word: {one['rating_word'] or 'none'}\n{one['description']}{cut}\n"

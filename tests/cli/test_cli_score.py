@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+import signal
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 from agiqa.extract.backbones.loading import quiet_transformers
 from agiqa.store.files import sha256_of_file
 from tests.cli.conftest import SMALL_HEAD
-from tests.cli.refusals import refuse, truncate
+from tests.cli.refusals import misuse, refuse, truncate
 from tests.extract.small_sets import save_noise, write_set
 from tests.extract.test_adapters import PLAIN, random_adapter
 from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
@@ -63,7 +64,7 @@ def way(agiqa, tmp_path_factory):
         ("vocabulary", ()),
         ("sketch", ("--basis",)),
         ("logits", ("--variant", "id", "--aspect", "quality")),
-        ("no_id", ()),
+        ("no_id", ("--describe",)),
     ],
 )
 def test_the_same_mos_as_by_a_store(agiqa, way, run, options, tmp_path):
@@ -161,6 +162,57 @@ def test_a_run_that_does_not_say_what_made_its_store(agiqa, way, tmp_path):
     assert (told.json["aspect"], told.json["variant"]) == ("quality", "id")
 
 
+def test_images_that_cannot_be_scored_cost_the_others_nothing(agiqa, way, tmp_path):
+    """A broken file is found before the model runs, a prompt that is too long for its positions when it is asked."""
+    broken, long, table = tmp_path / "broken.png", tmp_path / "long.png", tmp_path / "prompts.csv"
+    for number, path in enumerate((broken, long)):
+        save_noise(path, seed=number)
+    truncate(broken)
+    fine = way.images[:3]
+    prompts = {
+        fine[0].name: "a picture 0",
+        broken.name: "b",
+        long.name: "word " * 3000,
+        fine[1].name: "c",
+        fine[2].name: "",
+    }
+    table.write_text("name,prompt\n" + "".join(f"{name},{prompt}\n" for name, prompt in prompts.items()))
+    given = ("--run", way.runs["vocabulary"], "--model", way.model, *GENERATION, "--prompts", table)
+    outcome = agiqa("score", fine[0], broken, long, fine[0], fine[1], fine[2], *given, "--batch-size", 3)
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.err
+    told = json.loads(outcome.out)
+    assert [one["image"] for one in told["images"]] == [str(fine[0]), str(fine[1])]
+    assert sorted(told["failed"]) == sorted(map(str, (broken, long, fine[2])))
+    assert "error: the images to score: 3 problems" in outcome.err
+    for mention in (broken, long, f"{fine[2]}: {table} has no prompt"):
+        assert str(mention) in outcome.err
+    alone = agiqa("score", fine[0], *given)
+    assert alone.json["images"][0]["mos"] == pytest.approx(told["images"][0]["mos"], abs=2e-4)
+
+
+def test_every_image_is_printed_as_soon_as_it_is_scored(agiqa, way):
+    """The process is killed as soon as the line of the first is there: the model is at work on the others."""
+    arguments = [argument for argument in way.score("vocabulary", "--batch-size", 1) if argument != "--json"]
+    cut = agiqa.interrupted(*arguments, after=f"{way.images[0]}: MOS ", number=signal.SIGKILL)
+    assert cut.code == -signal.SIGKILL
+    assert str(way.images[4]) not in cut.out
+
+
+def test_what_a_head_does_not_read_is_not_generated(agiqa, way):
+    bare = agiqa(*way.score("no_id")).json["images"]
+    described = agiqa(*way.score("no_id", "--describe")).json["images"]
+    assert {one[key] for one in bare for key in ("description", "rating_word", "rating", "cut")} == {None}
+    assert all(one["description"] for one in described)
+    assert [one["mos"] for one in bare] == pytest.approx([one["mos"] for one in described], abs=2e-4)
+    full, short = (agiqa(*way.score("vocabulary", *options)).json["images"] for options in ((), ("--mos-only",)))
+    assert [one["mos"] for one in short] == pytest.approx([one["mos"] for one in full], abs=2e-4)
+    assert [one["description"] for one in short] == [one["description"] for one in full]
+    assert {one["rating_word"] for one in short} == {None}
+    lines = agiqa(*(argument for argument in way.score("no_id") if argument != "--json")).out.splitlines()
+    assert lines == [f"{image}: MOS {one['mos']:.4f}" for image, one in zip(way.images, bare, strict=True)]
+
+
 def test_images_and_prompts_that_cannot_be_used(agiqa, way, tmp_path):
     base = ("--run", way.runs["vocabulary"], "--model", way.model, *GENERATION)
     image, broken, table = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "prompts.csv"
@@ -169,11 +221,11 @@ def test_images_and_prompts_that_cannot_be_used(agiqa, way, tmp_path):
     truncate(broken)
     refuse(agiqa("score", image, *base), "--prompt", "--prompts table.csv")
     refuse(agiqa("score", image, *base, "--prompt", " "), "The prompt is empty")
-    refuse(agiqa("score", image, broken, image, *base, "--prompt", "a"), "2 problems", broken, "given twice")
+    refuse(agiqa("score", broken, *base, "--prompt", "a"), "1 problem", broken)
     table.write_text("name,prompt\na.png,\nc.png,a dog\n")
     refuse(agiqa("score", image, *base, "--prompts", table), image, "has no prompt under this name")
     table.write_text("name,text\na.png,a dog\n")
     refuse(agiqa("score", image, *base, "--prompts", table), "no column 'prompt'")
-    refuse(agiqa("score", image, *base, "--prompt", "a", "--aspect", "qualty"), "Did you mean 'quality'?")
+    misuse(agiqa("score", image, *base, "--prompt", "a", "--aspect", "qualty"), "Did you mean 'quality'?")
     assert agiqa("score", tmp_path / "absent.png", *base, "--prompt", "a").code == 2
     assert agiqa("score", *base, "--prompt", "a").code == 2
