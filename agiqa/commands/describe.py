@@ -7,7 +7,7 @@ from typing import Any, Literal
 import click
 
 from agiqa.commands.common import print_result, shared_options, table
-from agiqa.commands.models import ASPECTS, generation_options, model_options, opened, opener_of, workers_option
+from agiqa.commands.models import ASPECT, ASPECTS, generation_options, model_options, opened, opener_of, workers_option
 
 
 @click.command("describe")
@@ -15,7 +15,7 @@ from agiqa.commands.models import ASPECTS, generation_options, model_options, op
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 @model_options
 @click.option("--labels", type=click.Path(path_type=Path, exists=True), help="Table of a conversation file's items.")
-@click.option("--aspect", default="quality", show_default=True, help=ASPECTS)
+@click.option("--aspect", type=ASPECT, default="quality", show_default=True, help=ASPECTS)
 @generation_options
 @click.option(
     "--on-bad-item",

@@ -6,13 +6,19 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import StoreLocation, print_result, shared_options
+from agiqa.commands.common import StoreLocation, one_of, print_result, shared_options
 
 
 @click.command("evaluate")
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
 @click.argument("store", type=StoreLocation())
-@click.option("--split", default="test", show_default=True, help="test, validation, train or all.")
+@click.option(
+    "--split",
+    type=one_of("part", ["test", "validation", "train", "all"]),
+    default="test",
+    show_default=True,
+    help="test, validation, train or all.",
+)
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),

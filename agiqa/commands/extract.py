@@ -6,8 +6,14 @@ from typing import Any, Literal
 
 import click
 
-from agiqa.commands.common import Automatic, Share, StoreLocation, print_result, shared_options, table
-from agiqa.commands.models import ASPECTS, model_options, opened, opener_of, workers_option
+from agiqa.commands.common import Automatic, Name, Share, StoreLocation, print_result, shared_options, table
+from agiqa.commands.models import ASPECT, ASPECTS, model_options, opened, opener_of, workers_option
+
+
+def _look_up_variant(variant: str) -> None:
+    from agiqa.extract.templates import aspects_of
+
+    aspects_of(variant, variant.removeprefix("id:").partition("+")[0] if variant.startswith("id:") else "quality")
 
 
 @click.command("extract")
@@ -23,12 +29,13 @@ from agiqa.commands.models import ASPECTS, model_options, opened, opener_of, wor
 @click.option("--labels", type=click.Path(path_type=Path, exists=True), help="Table of MOS for a conversation file.")
 @click.option(
     "--variant",
+    type=Name("variant", _look_up_variant),
     default="id",
     show_default=True,
     help="Rounds of the conversation: no_id (one question), id (with a description), full (and the rating word), or "
     "id:ASPECT+ASPECT[+ASPECT] (with descriptions of these aspects; the first is rated).",
 )
-@click.option("--aspect", default="quality", show_default=True, help=ASPECTS)
+@click.option("--aspect", type=ASPECT, default="quality", show_default=True, help=ASPECTS)
 @click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
 @click.option(
     "--encoding",

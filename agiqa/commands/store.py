@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import LocalStore, StoreLocation, print_result, shared_options, table
+from agiqa.commands.common import LocalStore, StoreLocation, one_of, print_result, shared_options, table
 from agiqa.commands.hdf5 import export_store, import_store
 from agiqa.commands.sharing import pull_store, push_store
 from agiqa.commands.upkeep import gc, labels, repair
@@ -42,7 +42,11 @@ def info(store: str | Path, *, as_json: bool) -> None:
 @command.command("verify")
 @_STORE
 @click.option(
-    "--level", default="quick", show_default=True, help="quick (sizes), full (sha256) or numeric (logits too)."
+    "--level",
+    type=one_of("verification level", ["quick", "full", "numeric"]),
+    default="quick",
+    show_default=True,
+    help="quick (sizes), full (sha256) or numeric (logits too).",
 )
 @shared_options
 def check(store: Path, level: str, *, as_json: bool) -> None:
@@ -114,6 +118,7 @@ def convert(store: str | Path, out: Path, encoding: str, *, as_json: bool) -> No
 @click.option("--basis", type=StoreLocation(), help="Sketch store whose basis is used instead.")
 @click.option(
     "--method",
+    type=one_of("basis method", ["second-moment", "lm_head"]),
     help="second-moment of the training tokens, or lm_head: of W_lm alone, in float32.  [default: second-moment]",
 )
 @shared_options

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from agiqa.commands.common import print_result, shared_options
+from agiqa.commands.common import one_of, print_result, shared_options
 
 if TYPE_CHECKING:
     from agiqa.extract.labels import Row
@@ -24,7 +24,13 @@ class Rated(NamedTuple):
 @click.command("words")
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--labels", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Table with the MOS.")
-@click.option("--aspect", default="quality", show_default=True, help="quality, correspondence or authenticity.")
+@click.option(
+    "--aspect",
+    type=one_of("aspect", ["quality", "correspondence", "authenticity"]),
+    default="quality",
+    show_default=True,
+    help="quality, correspondence or authenticity.",
+)
 @click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals.")
 @shared_options
@@ -37,14 +43,10 @@ def command(
     with the columns name and answer, and either prompt and mos_ASPECT or --labels. An answer that holds no clear word
     of bad, poor, fair, good and excellent is wrong; rough accuracy lets a neighbouring word count.
     """
-    from agiqa.errors import UnknownName
     from agiqa.extract.sources import CONVERSATION_SUFFIXES
     from agiqa.heads.rating_words import score_words
     from agiqa.progress import say
-    from agiqa.store.label_tables import ASPECT_COLUMNS
 
-    if aspect not in ASPECT_COLUMNS.values():
-        raise UnknownName.of(kind="aspect", name=aspect, known=set(ASPECT_COLUMNS.values()))
     told = file.suffix.lower() in CONVERSATION_SUFFIXES
     rated = (_read_conversations if told else _read_answers)(file, labels, aspect, mos_range)
     prompts = [one.prompt for one in rated if one.prompt is not None]
@@ -187,10 +189,14 @@ def _labelled_rows(table: Path, mos_range: tuple[float, float]) -> "Sequence[Row
 
 def _lines(scores: Mapping[str, Any]) -> str:
     """The metrics with their intervals, for people."""
+    from agiqa.heads.bootstrap import FEWEST_GROUPS
     from agiqa.heads.rating_words import WORD_METRICS
 
     lines = [f"{'answers':<20}n {scores['n']}, of which {scores['unknown']} hold no clear word"]
     for metric in WORD_METRICS:
-        low, high = scores["ci"][metric]
-        lines.append(f"{metric.replace('_', ' '):<20}{scores[metric]:.4f} [{low:.3f}, {high:.3f}]")
+        interval = scores["ci"][metric]
+        around = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+        lines.append(f"{metric.replace('_', ' '):<20}{scores[metric]:.4f}{around}")
+    if None in scores["ci"].values():
+        lines.append(f"no intervals: resampling prompts needs {FEWEST_GROUPS} prompts or more")
     return "\n".join(lines)

@@ -11,6 +11,15 @@ def refuse(outcome, *mentions):
         assert str(mention) in outcome.err
 
 
+def misuse(outcome, *mentions):
+    """The outcome is wrong usage of the command line, told in one line that mentions all of `mentions`."""
+    assert outcome.code == 2, (outcome.out, outcome.err)
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+    for mention in mentions:
+        assert str(mention) in outcome.err
+
+
 def extract(agiqa, data, store, model, *options):
     return agiqa("extract", data, store, "--model", model, "--device", "cpu", "--json", *options)
 

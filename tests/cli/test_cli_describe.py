@@ -5,7 +5,7 @@ import json
 import pytest
 
 from agiqa.store import open_store
-from tests.cli.refusals import refuse, truncate
+from tests.cli.refusals import misuse, refuse, truncate
 from tests.extract.small_sets import read_table, write_set, write_table
 from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
 
@@ -120,7 +120,7 @@ def test_what_is_refused(agiqa, data, model, described, tmp_path):
     refuse(agiqa("describe", data, out, "--model", other, *SHORT), out, "made with other settings", "model.name")
     refuse(agiqa("describe", data, out, "--model", model, *SHORT, "--settings", "published"), "describe.sample")
     assert agiqa("describe", data, out, "--model", model, *SHORT, "--seed", 3).json["described"] == 0  # draws nothing
-    refuse(agiqa("describe", data, out, "--model", model, *SHORT, "--aspect", "qualty"), "Did you mean 'quality'?")
+    misuse(agiqa("describe", data, out, "--model", model, *SHORT, "--aspect", "qualty"), "Did you mean 'quality'?")
     assert out.read_bytes() == before
     refuse(agiqa("describe", data, tmp_path / "out.csv", "--model", model, *SHORT), "ends in .jsonl")
     refuse(agiqa("describe", data, tmp_path / "no" / "out.jsonl", "--model", model, *SHORT), tmp_path / "no")

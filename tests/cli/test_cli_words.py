@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.cli.refusals import refuse
+from tests.cli.refusals import misuse, refuse
 from tests.extract.small_sets import read_table, write_set, write_talks
 
 ROUGH = {"bad": "poor", "poor": "fair", "fair": "good", "good": "excellent", "excellent": "good"}
@@ -99,10 +99,21 @@ def test_the_mos_range_moves_the_bins(agiqa, data, truths, tmp_path):
     refuse(agiqa("words", plain, "--mos-range", 5, 0))
 
 
+def test_too_few_prompts_have_no_intervals_and_say_so(agiqa, tmp_path):
+    table = tmp_path / "few.csv"
+    rows = [f"{prompt}{k}.png,{word},{prompt},1.5" for prompt in "abcd" for k, word in enumerate(("poor", "good"))]
+    table.write_text("name,answer,prompt,mos_quality\n" + "\n".join(rows) + "\n")
+    shown = agiqa("words", table)
+    assert shown.code == 0, shown.err
+    assert "accuracy            0.5000\n" in shown.out
+    assert "no intervals: resampling prompts needs 5 prompts or more" in shown.out
+    assert set(agiqa("words", table, "--json").json["ci"].values()) == {None}
+
+
 def test_bad_input_is_refused_by_name(agiqa, data, truths, tmp_path):
     talks = talks_with(data, answers_for(truths))
     refuse(agiqa("words", talks), "--labels data.csv")
-    refuse(agiqa("words", talks, "--labels", data / "data.csv", "--aspect", "qualty"), "Did you mean 'quality'?")
+    misuse(agiqa("words", talks, "--labels", data / "data.csv", "--aspect", "qualty"), "Did you mean 'quality'?")
     refuse(agiqa("words", talks, "--labels", data / "data.csv", "--aspect", "authenticity"), "no MOS of authenticity")
     refuse(agiqa("words", data / "data.csv"), "no column 'answer'")
     bare = write_answers(tmp_path / "bare.csv", data, truths, ("name", "answer"))
