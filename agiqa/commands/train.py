@@ -19,12 +19,13 @@ def _look_up_setting(setting: str) -> Callable[[str], None]:
         from agiqa.heads.head import check_parts
         from agiqa.heads.losses import get_loss
 
+        given: dict[str, Any] = {setting: name}
         if setting == "loss":
             get_loss(name)
         elif setting in HeadConfig.model_fields:
-            check_parts(HeadConfig(**{setting: name}))
+            check_parts(HeadConfig(**given))
         else:
-            TrainConfig(**{setting: name})
+            TrainConfig(**given)
 
     return look_up
 
