@@ -47,8 +47,8 @@ def is_object_path(text: str) -> bool:
     return len(text) <= _LONGEST_PATH and _OBJECT_PATH.fullmatch(text) is not None
 
 
-def read_manifest(path: Path, *, store_id: str | None = None) -> dict[str, Any]:
-    """The manifest at `path`, its entries whole, and that of the store with this id where one is given.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest at `path`, its entries whole.
 
     Raises SchemaError for a foreign format or version, and DamagedStore where it is anything else.
     """
@@ -62,8 +62,6 @@ def read_manifest(path: Path, *, store_id: str | None = None) -> dict[str, Any]:
     labels += [manifest["labels_next"]] if "labels_next" in manifest else []
     if not all(is_entry(entry) and entry["path"] == ITEM_TABLE for entry in labels):
         raise damaged(path, f"it does not list {ITEM_TABLE} as it should")
-    if store_id is not None and manifest.get("id") != store_id:
-        raise damaged(path, f"it is that of the store {str(manifest.get('id'))[:12]}, the metadata of {store_id[:12]}")
     state, units = manifest.get("state"), manifest.get("units", [])
     if state not in ("complete", "partial") or not isinstance(units, list) or (state == "partial") != bool(units):
         raise damaged(path, f"its state is {state!r}, of units {units!r}"[:200])
@@ -72,12 +70,11 @@ def read_manifest(path: Path, *, store_id: str | None = None) -> dict[str, Any]:
     return manifest
 
 
-def check_root_metadata(layout: StoreLayout, manifest: dict[str, Any]) -> None:
-    """Raise DamagedStore unless the metadata of all arrays, which the seal gathered, are what the manifest lists."""
+def is_root_metadata_of(layout: StoreLayout, manifest: dict[str, Any]) -> bool:
+    """Whether the metadata of all arrays, which the seal gathered, are what the manifest lists."""
     path = layout.zarr / "zarr.json"
     listed = [entry["sha256"] for entry in manifest["objects"] if layout.root / entry["path"] == path]
-    if listed != [sha256_of_file(path)]:
-        raise damaged(path, f"it is not what {layout.manifest.name} lists")
+    return listed == [sha256_of_file(path)]
 
 
 def check_object_path(path: Path, listed: Any, *, listed_in: str) -> str:

@@ -218,7 +218,7 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
             )
             raise SettingsConflict(message)
         with upkeep_lock(store.layout, doing="writing the labels of", kept="finished units are kept"):
-            if not store.is_complete:  # else a seal has listed the old ones since
+            if not store.layout.manifest.exists():  # else a seal has listed the old ones since
                 write_items(store.layout.items, plan.items)
         return _take_up(path, plan)
     return store

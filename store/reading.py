@@ -16,7 +16,7 @@ from agiqa.store.bits import rows_dtype, storage_dtype, to_float32
 from agiqa.store.checks import check_index, check_item_count, check_items, damaged, empty_array
 from agiqa.store.items import Items, item_positions, read_items
 from agiqa.store.layout import LM_HEAD_NAMED_IN, StoreLayout
-from agiqa.store.listings import check_root_metadata
+from agiqa.store.listings import is_root_metadata_of
 from agiqa.store.recorded_items import read_recorded_items
 from agiqa.store.scaling import Scale
 from agiqa.store.stored_arrays import StoredArrays
@@ -42,9 +42,9 @@ class TokenRows:
 class Store(StoredArrays):
     """A feature store on a local disk; open one with `open_store`."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the store's attributes. Raises SchemaError where `path` is no store of a version read here."""
-        super().__init__(path)
+    def __init__(self, path: Path, *, layout: StoreLayout | None = None) -> None:
+        """Raises as `StoredArrays`."""
+        super().__init__(path, layout=layout)
         self.encoding: str = str(self.attributes["encoding"])
         self.logical_dtype: str = str(self.attributes["logical_dtype"])
         self.dtype = rows_dtype(self.encoding, self.logical_dtype)
@@ -199,10 +199,11 @@ class Store(StoredArrays):
         rows = self.stored_rows(array, start, stop)
         if self.encoding != "int8":
             return rows
-        return self._scale.decode(rows, self.stored_rows("tokens/scale", start, stop))
+        return self.scale.decode(rows, self.stored_rows("tokens/scale", start, stop))
 
     @cached_property
-    def _scale(self) -> Scale:
+    def scale(self) -> Scale:
+        """Mean and RMS deviation of the channels, of an `int8` store."""
         mean, rms = self.whole("scale/mean"), self.whole("scale/rms")
         return Scale(mean=mean, rms=rms, calibration=str(self._attribute("scale/mean", "calibration")))
 
@@ -269,9 +270,7 @@ def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
     Raises SchemaError where `path` is no store or of an unknown version, and IncompleteStore for a store that
     was never sealed unless `allow_partial` is set.
     """
-    store = Store(Path(path))
-    if store.is_complete:
-        check_root_metadata(store.layout, store.manifest)
+    store = _open_as_listed(Path(path))
     if not allow_partial and not store.is_complete:
         done = len(store.committed_units())
         message = (
@@ -280,3 +279,19 @@ def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
         )
         raise IncompleteStore(message)
     return store
+
+
+def _open_as_listed(path: Path) -> Store:
+    """The store at `path`, its root metadata those that its manifest lists.
+
+    Raises as Store, and DamagedStore where the two do not belong together. A repair and a seal beside this may have
+    replaced one of them between two looks, so only what is found twice counts.
+    """
+    seen = None
+    while True:
+        store = Store(path)
+        if not store.is_complete or is_root_metadata_of(store.layout, store.manifest):
+            return store
+        if store.manifest == seen:
+            raise damaged(store.layout.zarr / "zarr.json", f"it is not what {store.layout.manifest.name} lists")
+        seen = store.manifest

@@ -8,12 +8,10 @@ from typing import Any, Final, Literal
 from agiqa.errors import DamagedStore
 from agiqa.store.arrays import object_rows
 from agiqa.store.files import canonical_json, files_below, write_text_atomically
-from agiqa.store.layout import MODEL_GROUPS, ROOT_METADATA, ROW_ARRAYS
+from agiqa.store.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, ROOT_METADATA, ROW_ARRAYS
 from agiqa.store.listings import read_record
 from agiqa.store.reading import Store
 
-_PLANNED: Final = ("tokens/ids", "tokens/roles")
-"""Arrays with a row per token that are there before any unit is filled."""
 _NUMBER: Final = re.compile(r"[0-9]{1,12}")
 
 Owner = int | Literal["plan", "model"]
@@ -23,7 +21,7 @@ Owner = int | Literal["plan", "model"]
 def owner_of(store: Store, path: str) -> Owner:
     """Who writes the object `path` (relative to the store); the temporary files of a write belong to its object."""
     array, unit = _place(store, path)
-    if unit is not None and array not in _PLANNED:
+    if unit is not None and array not in PLANNED_ROW_ARRAYS:
         return unit
     return "model" if array in MODEL_GROUPS else "plan"
 

@@ -29,8 +29,8 @@ def seal(store: Store) -> Store:
     missing, of another size or of other bytes.
     """
     with upkeep_lock(store.layout, doing="sealing", kept="all its units are kept"):
-        if not store.is_complete:
-            _seal(store)
+        if not store.layout.manifest.exists():
+            _seal(open_store(store.path, allow_partial=True))
         shutil.rmtree(store.layout.locks, ignore_errors=True)
     return open_store(store.path)
 

@@ -71,8 +71,7 @@ def verify(store: Store, level: str = "quick") -> Report:
     """
     if level not in get_args(Level):
         raise UnknownName.of(kind="verification level", name=level, known=get_args(Level))
-    # as it is now: `store` may have been opened before its labels were replaced
-    manifest = read_manifest(store.layout.manifest, store_id=store.id) if store.is_complete else None
+    manifest = store.manifest if store.is_complete else None
     entries = list(_entries(store, manifest))
     damage = [found for entry, unit in entries if (found := _check_object(store, entry, unit, level))]
     damage += [_damaged_record(store, owner, problem) for owner, problem in record_problems(store, manifest)]

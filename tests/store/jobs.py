@@ -147,3 +147,18 @@ def be_nobody(_progress, folder, lengths):
     attempt("write", lambda: UnitWriter(unfinished).write_unit(1, rows, seconds=0.0))
     attempt("plan", lambda: create_store(folder / "new", plan_of(content)))
     return found
+
+
+def read_until(progress, path, stop, lengths, seed, longest):
+    """Open the store and read all its items, until `stop` is there: how many reads were right, wrong, refused."""
+    right = np.concatenate(make_content(lengths).hidden)
+    found = {"right": 0, "wrong": 0, "refused": 0}
+    dawdle(seed, longest)
+    while not Path(stop).exists():
+        try:
+            rows = open_store(path).read(range(len(lengths)))
+            found["right" if np.array_equal(rows.rows, right) else "wrong"] += 1
+        except AgiqaError:
+            found["refused"] += 1
+        progress.at("read once")
+    return found
