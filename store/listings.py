@@ -1,17 +1,20 @@
 """What commit records and MANIFEST.json list, read without trusting it: objects by path, bytes and sha256."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 from agiqa.errors import DamagedStore
 from agiqa.store.checks import REMEDY, check_inside, check_version, damaged
-from agiqa.store.files import read_json, sha256_of_file
+from agiqa.store.files import canonical_json, read_json, sha256_of_file
 from agiqa.store.layout import ITEM_TABLE, StoreLayout
 
 _OBJECT_PATH = re.compile(r"store\.zarr(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})+")
 _LONGEST_PATH = 1000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+LABEL_KEYS = ("labels", "labels_next")
+"""Where a listing has the entry of items.parquet, and that of the table that it is being replaced by."""
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
@@ -58,16 +61,50 @@ def read_manifest(path: Path) -> dict[str, Any]:
     check_version(path, manifest)
     if not isinstance(manifest.get("objects"), list) or not all(map(is_entry, manifest["objects"])):
         raise damaged(path, "it does not list objects as it should")
-    labels: list[Any] = [manifest.get("labels")]
-    labels += [manifest["labels_next"]] if "labels_next" in manifest else []
-    if not all(is_entry(entry) and entry["path"] == ITEM_TABLE for entry in labels):
-        raise damaged(path, f"it does not list {ITEM_TABLE} as it should")
+    if LABEL_KEYS[0] not in _labels_in(path, manifest):
+        raise damaged(path, f"it does not list {ITEM_TABLE}")
     state, units = manifest.get("state"), manifest.get("units", [])
     if state not in ("complete", "partial") or not isinstance(units, list) or (state == "partial") != bool(units):
         raise damaged(path, f"its state is {state!r}, of units {units!r}"[:200])
     if not all(type(unit) is int for unit in units):
         raise damaged(path, "its units are no numbers")
     return manifest
+
+
+def read_labels(path: Path) -> dict[str, Any]:
+    """What the manifest, or the record of the plan, at `path` has under LABEL_KEYS.
+
+    Raises DamagedStore where that is no entry of the item table.
+    """
+    listing = read_json(path)
+    if not isinstance(listing, dict):
+        raise damaged(path, "it lists nothing")
+    return _labels_in(path, listing)
+
+
+def _labels_in(path: Path, listing: dict[str, Any]) -> dict[str, Any]:
+    labels = {key: listing[key] for key in LABEL_KEYS if key in listing}
+    if not all(is_entry(entry) and entry["path"] == ITEM_TABLE for entry in labels.values()):
+        raise damaged(path, f"it does not list {ITEM_TABLE} as it should")
+    return labels
+
+
+def attributes_entry(attributes: dict[str, Any]) -> str:
+    """The sha256 by which the record of the plan knows the attributes of the root; the seal rewrites the file itself.
+
+    Raises ValueError where they have no canonical JSON.
+    """
+    return hashlib.sha256(canonical_json(attributes).encode()).hexdigest()
+
+
+def are_attributes_of(layout: StoreLayout, attributes: dict[str, Any]) -> bool:
+    """Whether the root's attributes are those that the plan recorded, if it did: records were made without them."""
+    record = read_json(layout.plan_commit) if layout.plan_commit.exists() else {}
+    recorded = record.get("attributes") if isinstance(record, dict) else None
+    try:
+        return recorded is None or recorded == attributes_entry(attributes)
+    except ValueError:
+        return False
 
 
 def is_root_metadata_of(layout: StoreLayout, manifest: dict[str, Any]) -> bool:

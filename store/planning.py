@@ -15,7 +15,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 
-from agiqa.errors import ConfigError, SettingsConflict, listed
+from agiqa.errors import ConfigError, DamagedStore, SettingsConflict, listed
 from agiqa.store.arrays import (
     Geometry,
     choose_geometry,
@@ -31,14 +31,17 @@ from agiqa.store.files import (
     files_below,
     left_lock,
     new_lock,
+    read_json,
     sync_file,
     telling_disk_errors,
     write_text_atomically,
 )
 from agiqa.store.items import Items, write_items
 from agiqa.store.layout import FORMAT, ITEM_STATUS, PULL_RECORD, VERSION, StoreLayout
+from agiqa.store.listings import attributes_entry
 from agiqa.store.provenance import differences, store_id
 from agiqa.store.reading import Store, is_planned, open_store
+from agiqa.store.recorded_items import replace_recorded_items
 from agiqa.store.upkeep import upkeep_lock
 
 PLAN_LOCK = "plan"
@@ -210,7 +213,7 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
             "Give the settings that it was made with, or another path."
         )
         raise SettingsConflict(message)
-    if not store.items.same_as(plan.items):
+    if not _has_items(store, plan.items):
         if store.is_complete:
             message = (
                 f"{path} is finished and its labels, splits or prompts differ from those given now. "
@@ -219,9 +222,19 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
             raise SettingsConflict(message)
         with upkeep_lock(store.layout, doing="writing the labels of", kept="finished units are kept"):
             if not store.layout.manifest.exists():  # else a seal has listed the old ones since
-                write_items(store.layout.items, plan.items)
+                replace_recorded_items(store.layout, plan.items)
         return _take_up(path, plan)
     return store
+
+
+def _has_items(store: Store, items: Items) -> bool:
+    """Whether the store has these labels, splits and prompts; a damaged table of an unfinished store has not."""
+    try:
+        return store.items.same_as(items)
+    except DamagedStore:
+        if store.is_complete:
+            raise
+        return False
 
 
 def _changed_items(store: Store, plan: StorePlan) -> list[str]:
@@ -258,12 +271,14 @@ def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
         create_whole_array(group, f"index/{name}", values)
     write_items(layout.items, plan.items)
     layout.commits.mkdir()
-    root_metadata = layout.zarr / "zarr.json"  # rewritten by the seal, so no part of the record
+    root_metadata = layout.zarr / "zarr.json"  # rewritten by the seal, so only its attributes are recorded
     files = files_below(layout.zarr)
     for path in files:
         sync_file(path)
     objects = [describe_object(layout.root, path) for path in files if path != root_metadata]
-    write_text_atomically(layout.plan_commit, canonical_json({"objects": objects}))
+    attributes = attributes_entry(read_json(root_metadata)["attributes"])
+    record = {"objects": objects, "labels": describe_object(layout.root, layout.items), "attributes": attributes}
+    write_text_atomically(layout.plan_commit, canonical_json(record))
 
 
 def _attributes(plan: StorePlan, geometry: Geometry) -> dict[str, Any]:

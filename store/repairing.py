@@ -13,7 +13,7 @@ from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.files import read_json, sync_file, waiting_lock
 from agiqa.store.layout import ROOT_METADATA, StoreLayout
 from agiqa.store.reading import Store, open_store
-from agiqa.store.recorded_items import recorded_labels, settle_labels
+from agiqa.store.recorded_items import settle_labels, table_problem
 from agiqa.store.records import (
     Owner,
     objects_by_owner,
@@ -68,13 +68,14 @@ def repair(store: Store) -> RepairReport:
     damaged; IncompleteStore for a store of which only a part was pulled.
     """
     with upkeep_lock(store.layout):
-        if store.is_complete:
-            settle_labels(store.layout)
+        settle_labels(store.layout)
         store = open_store(store.path, allow_partial=True)
         _refuse_partial(store)
         lost = set[Owner]() if store.is_complete else set(unreadable_records(store))
         objects = _objects(store, lost)
         broken = _damage(store, "plan", _plan_objects(store, objects))
+        if problem := table_problem(store.layout):
+            broken.append(Damage(where=store.layout.items.name, problem=problem))
         if broken or "plan" in lost:
             raise DamagedStore(_not_repairable(store, [*broken, *(_unreadable(store, owner) for owner in lost)]))
         damage = [_unreadable(store, owner) for owner in sorted(lost, key=str)]
@@ -117,11 +118,10 @@ def _objects(store: Store, lost: set[Owner]) -> Objects:
 
 
 def _plan_objects(store: Store, objects: Objects) -> list[Mapping[str, Any]]:
-    """What no unit can bring back; a finished store lists its item table and root metadata too."""
+    """What no unit can bring back; a finished store lists its root metadata too."""
     planned = list(objects.get("plan", []))
     if store.is_complete:
         planned += [entry for entry in store.manifest["objects"] if entry["path"] == ROOT_METADATA]
-        planned.append(recorded_labels(store.layout, store.manifest))
     return planned
 
 

@@ -6,7 +6,6 @@ error of the logits is .0081 with it and .0196 with one scale per token alone.
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import zarr

@@ -16,7 +16,15 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.arrays import object_rows
-from agiqa.store.checks import UNREADABLE, check_array, check_attributes, damaged, empty_array, open_group
+from agiqa.store.checks import (
+    UNREADABLE,
+    check_array,
+    check_attributes,
+    check_expansion,
+    damaged,
+    empty_array,
+    open_group,
+)
 from agiqa.store.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, PULL_RECORD, ROW_ARRAYS, StoreLayout
 from agiqa.store.listings import read_manifest, read_record
 from agiqa.store.objects import ObjectCodec
@@ -99,6 +107,8 @@ class StoredArrays:
         Raises as `array`, DamagedStore where bytes are damaged, and StoreError where memory does not suffice.
         """
         array = self.array(name)
+        if name.partition("/")[0] in MODEL_GROUPS:
+            check_expansion(self.path, name, array, listed=self._listed_in_all(name, array))
         values = empty_array(self.path, repr(name), array.shape, array.dtype)
         for start in range(0, len(values), object_rows(array)):
             stop = min(start + object_rows(array), len(values))
@@ -171,8 +181,8 @@ class StoredArrays:
         size = path.stat().st_size if path.exists() else None
         if size != listed:  # that of another unit or store is sound in itself
             here = "is missing" if size is None else f"has {size} bytes"
-            there = "do not list it" if listed is None else f"list {listed} bytes"
-            message = f"it {here}, the records of the store, as it was opened, {there}"
+            there = "does not list it" if listed is None else f"lists {listed}"
+            message = f"it {here}, {self.layout.manifest.name if self.is_complete else 'its commit record'} {there}"
             raise ValueError(message)
         if size is not None:
             return codec.read(path, start, stop, out=out)
@@ -180,6 +190,12 @@ class StoredArrays:
             return np.zeros((stop - start, *codec.row_shape), codec.dtype)
         out[...] = 0
         return out
+
+    def _listed_in_all(self, name: str, array: zarr.Array[Any]) -> int:
+        """Bytes of all objects of an array of the model."""
+        positions = range(-(-array.shape[0] // object_rows(array)))
+        paths = [self.layout.object_of(name, position, dimensions=array.ndim) for position in positions]
+        return sum(self._listed_bytes(path, self._record_of(name, None), None) or 0 for path in paths)
 
     def _record_of(self, name: str, unit: int | None) -> Path:
         """The record that lists an object of the array `name`, of this unit, while the store is unfinished."""
