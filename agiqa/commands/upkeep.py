@@ -54,6 +54,7 @@ def repair(store: Path, *, as_json: bool) -> None:
     if report.changed:
         what = [f"{len(report.units)} units ({report.items} items)"] if report.units else []
         what += ["the model's own arrays"] if report.model else []
+        what += [f"{len(report.tokens)} objects of token ids and roles"] if report.tokens else []
         lines.append(f"{store}: dropped {' and '.join(what)}. {opened.remedy} A store that was pulled: pull it again.")
     else:
         lines.append(f"{store}: nothing to repair")

@@ -162,3 +162,14 @@ def read_until(progress, path, stop, lengths, seed, longest):
             found["refused"] += 1
         progress.at("read once")
     return found
+
+
+def verify_until(progress, path, stop, seed, longest):
+    """Open and verify the store in full, until `stop` is there: how often, and all the damage that was found."""
+    damage, runs = [], 0
+    dawdle(seed, longest)
+    while not Path(stop).exists():
+        damage += [found.problem for found in verify(open_store(path), "full").damage]
+        runs += 1
+        progress.at("verified once")
+    return {"damage": damage, "runs": runs}

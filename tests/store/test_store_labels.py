@@ -16,6 +16,14 @@ from agiqa.store.labelling import join_labels
 from agiqa.store.upkeep import upkeep_lock
 from tests.store.conftest import fill, plan_of
 from tests.store.crash_points import REPOSITORY, states_after_kills
+from tests.store.workers import Workers
+
+
+@pytest.fixture(scope="module")
+def workers():
+    started = Workers()
+    yield started
+    started.close()
 
 
 def write_table(path, header, *rows) -> Path:
@@ -198,6 +206,21 @@ def test_a_reader_beside_killed_writers_sees_whole_tables_only(stored, tmp_path)
     assert seen == {1.5, 3.5}
     join_labels(stored, tables[0])
     assert verify(open_store(stored.path), "full").sound
+
+
+def test_a_verify_beside_relabelling_raises_no_false_alarm(stored, tmp_path, workers):
+    """Which table the manifest lists was looked at once, and the table that it had become was found damaged."""
+    tables = [full_table(tmp_path / f"{value}.csv", "mos", value) for value in (1.5, 3.5)]
+    verifier = workers.start("verify_until", stored.path, tmp_path / "stop", 1, 0.01)
+    verifier.wait_for("verified once")
+    for _ in range(8):
+        for table in tables:
+            join_labels(stored, table)
+    (tmp_path / "stop").touch()
+    outcome = verifier.ended()
+    assert (outcome.code, outcome.message) == (0, "")
+    assert outcome.result["damage"] == []
+    assert outcome.result["runs"] > 1
 
 
 JOINERS = """

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from agiqa.errors import ConfigError, DataError, IncompleteStore
-from agiqa.store import basis_from, convert_store, open_store, sketch_store
+from agiqa.store import basis_from, convert_store, create_store, open_store, sketch_store
 from agiqa.store.pulling import pull
 from agiqa.store.pushing import push, push_bytes
+from tests.store.conftest import make_content, plan_of
 from tests.store.sharing.copies import assert_equal_stores, files_below, objects_of
 
 
@@ -76,6 +77,15 @@ def test_items_asked_of_a_complete_copy_leave_it_complete(stored, served, tmp_pa
     pull(served.url, copy)
     pull(served.url, copy, items=names_in(stored, [2]))
     assert_equal_stores(copy, stored.path)
+
+
+def test_the_run_that_made_a_store_does_not_call_a_part_of_it_complete(stored, served, tmp_path):
+    copy = tmp_path / "copy.agiqa"
+    pull(served.url, copy, items=names_in(stored, [2]))
+    content = make_content(stored.n_tokens.tolist())
+    with pytest.raises(IncompleteStore, match=rf"holds 1 of {stored.geometry.units} units.*agiqa store pull"):
+        create_store(copy, plan_of(content))
+    assert create_store(stored.path, plan_of(content)).is_complete
 
 
 def test_a_sketch_of_a_part_is_refused_before_it_is_planned(stored, served, tmp_path):
