@@ -162,15 +162,17 @@ class StoredArrays:
         if name not in self._codecs:
             self._codecs[name] = ObjectCodec.of(self.array(name))
         codec, parts = self._codecs[name], list[NDArray[Any]]()
-        while start < stop or not parts:
+        if start >= stop:  # of an item without tokens, whose address may be past the last unit
+            return np.zeros((0, *codec.row_shape), codec.dtype) if out is None else out
+        while start < stop:
             position = start // codec.rows
             first, end = position * codec.rows, min(stop, (position + 1) * codec.rows)
             path = self.layout.object_of(name, position, dimensions=1 + len(codec.row_shape))
             unit = start // self.geometry.unit_rows if name in ROW_ARRAYS else None
             listed = self._listed_bytes(path, self._record_of(name, unit), unit)
             with self._decoding(repr(name) if unit is None else f"unit {unit} of {name!r}"):
-                parts.append(self._read_object(codec, path, listed, start - first, max(start, end) - first, out))
-            start = max(start + 1, end)
+                parts.append(self._read_object(codec, path, listed, start - first, end - first, out))
+            start = end
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _read_object(
@@ -210,7 +212,7 @@ class StoredArrays:
         """
         name = path.relative_to(self.path).as_posix()
         if self.is_complete:
-            if unit is not None and self.pulled_units is not None and unit not in self.pulled_units:
+            if unit is not None and self._pulled is not None and unit not in self._pulled:
                 message = f"{self.path}: unit {unit} was not pulled. {self.remedy}"
                 raise IncompleteStore(message)
             return self._recorded_bytes.get(name)
@@ -220,6 +222,10 @@ class StoredArrays:
                 raise IncompleteStore(message)
             self._records[record] = _sizes(read_record(record))
         return self._records[record].get(name)
+
+    @cached_property
+    def _pulled(self) -> frozenset[int] | None:
+        return None if self.pulled_units is None else frozenset(self.pulled_units)
 
     @cached_property
     def _recorded_bytes(self) -> Mapping[str, int]:

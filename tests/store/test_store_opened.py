@@ -65,6 +65,15 @@ def test_a_unit_without_a_record_is_no_unit_of_zeros(tmp_path, content):
     ]
 
 
+def test_an_item_without_tokens_at_the_end_of_a_unit_is_read_while_the_next_has_no_record(tmp_path):
+    content = make_content([8, 0, 8])
+    store = create_store(tmp_path / "s.agiqa", plan_of(content))
+    fill(store, content, units=[0])
+    assert (store.units[1], store.row_starts[1]) == (0, store.geometry.unit_rows)  # the first row of unit 1
+    assert store.read([1]).rows.shape == (0, store.width)
+    assert store.unit_rows(0).shape == (8, store.width)
+
+
 @pytest.mark.parametrize("name", ["features", "tokens/ids", "lm_head/weight"])
 def test_an_object_of_another_size_is_refused_before_the_seal_too(tmp_path, content, name):
     store = create_store(tmp_path / "s.agiqa", plan_of(content))
