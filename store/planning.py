@@ -288,7 +288,7 @@ def _require_same_tokens(store: Store, plan: StorePlan) -> None:
     for unit in range(store.geometry.units):
         items = store.items_of(unit).tolist()
         for name, per_item in planned.items():
-            expected = np.concatenate([np.zeros(0, per_item[0].dtype), *(per_item[item] for item in items)])
+            expected = np.concatenate([np.zeros(0, np.int32), *(per_item[item] for item in items)])
             if not np.array_equal(store.unit_rows(unit, name), expected):
                 message = (
                     f"{store.path} was planned with other {name} in unit {unit} (item {store.items.names[items[0]]!r} "

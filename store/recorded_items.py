@@ -123,7 +123,7 @@ def _require_listed(layout: StoreLayout) -> None:
     remedy = "Copy the store again."
     if not layout.manifest.exists():
         remedy = "Run the command that began the store again: it writes its table anew."
-    message = f"{layout.root}: {problem}. {remedy}"
+    message = f"{layout.root}/{problem}. {remedy}"
     raise DamagedStore(message)
 
 
