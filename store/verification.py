@@ -73,8 +73,8 @@ def verify(store: Store, level: str = "quick") -> Report:
     manifest = store.manifest if store.is_complete else None
     entries = list(_entries(store, manifest))
     damage = [found for entry, unit in entries if (found := _check_object(store, entry, unit, level))]
-    if problem := table_problem(store.layout):
-        damage.append(Damage(where=store.layout.items.name, problem=problem))
+    if changed := table_problem(store.layout):
+        damage.append(Damage(where=store.layout.items.name, problem=changed))
     damage += [_damaged_record(store, owner, problem) for owner, problem in record_problems(store, manifest)]
     if manifest is not None:  # what it does not list would be read without any proof
         strays = unlisted_files(store, {entry["path"] for entry in manifest["objects"]})
