@@ -17,7 +17,7 @@ from agiqa.extract.plan import PlannedItem, TokenisedItems, prepare_planned
 from agiqa.extract.preparing import Preparation
 from agiqa.extract.targets import Target
 from agiqa.extract.transfers import Transfers
-from agiqa.store import Moments, Scale, is_planned, load_scale, make_basis, moments_of, open_store, to_float32
+from agiqa.store import Moments, Scale, is_planned, make_basis, moments_of, open_store, to_float32
 
 CALIBRATION_ITEMS = 256
 
@@ -31,7 +31,7 @@ def stored_constants(path: Path, tokenised: TokenisedItems, *, rank: int | None)
     if not store.layout.model_commit.exists():
         return None
     if rank is None:
-        scale = load_scale(store.group) if store.encoding == "int8" else None
+        scale = store.scale if store.encoding == "int8" else None
         return None if scale is None or scale.calibration != asked else Target(encoding="int8", scale=scale)
     basis = store.basis() if store.encoding == "sketch" else None
     same = basis is not None and (basis.rank, basis.calibration) == (rank, asked)

@@ -19,7 +19,6 @@ from agiqa.store import (
     Store,
     UnitWriter,
     create_whole_array,
-    load_scale,
     open_store,
     save_basis,
     save_scale,
@@ -81,7 +80,7 @@ def write_model_arrays(writer: UnitWriter, backbone: Backbone, target: Target, p
     return replace(
         target,
         basis=None if basis is None else stored.basis(),
-        scale=None if scale is None else load_scale(stored.group),
+        scale=None if scale is None else stored.scale,
     )
 
 

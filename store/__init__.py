@@ -17,7 +17,7 @@ from agiqa.store.planning import StorePlan, create_store
 from agiqa.store.reading import Store, TokenRows, is_planned
 from agiqa.store.repairing import RepairReport, repair
 from agiqa.store.scaling import LOGICAL_DTYPE as SCALED_DTYPE
-from agiqa.store.scaling import Scale, load_scale, save_scale
+from agiqa.store.scaling import Scale, save_scale
 from agiqa.store.sealing import seal
 from agiqa.store.sketching import SketchResult, basis_from, sketch_store
 from agiqa.store.summary import store_summary
@@ -55,7 +55,6 @@ __all__ = [
     "from_float32",
     "is_planned",
     "join_labels",
-    "load_scale",
     "make_basis",
     "moments_of",
     "open_store",

@@ -197,12 +197,11 @@ class RemoteStore(Store):
 
     def __init__(self, remote: Remote, manifest: Manifest, cache: ObjectCache) -> None:
         """The metadata of the store must be in the cache already. Raises as Store, and DamagedStore for another id."""
-        super().__init__(cache.folder)
+        super().__init__(cache.folder, layout=_CacheLayout(cache.folder))
         if self.id != manifest.id:
             message = f"{remote.url}: the manifest is of the store {manifest.id[:12]}, the metadata of {self.id[:12]}."
             raise DamagedStore(message)
         self.url = remote.url
-        self.layout = _CacheLayout(cache.folder)
         self._cache = cache
         self._ahead = ReadAhead(cache, units_of_objects(cache.folder, manifest))
         store = _FetchingStore(LocalStore(self.layout.zarr, read_only=True), cache, self._ahead)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from agiqa.errors import DamagedStore, IncompleteStore, SchemaError, StoreError
 from agiqa.store.arrays import Geometry, object_rows
 from agiqa.store.bits import STORAGE_DTYPES, rows_dtype, storage_dtype
-from agiqa.store.items import Items, count_items
+from agiqa.store.items import Items
 from agiqa.store.layout import ENCODINGS, FORMAT, PULL_RECORD, ROW_ARRAYS, VERSION, StoreLayout
 from agiqa.store.provenance import store_id
 
@@ -21,10 +21,11 @@ _LARGEST = 64 << 30
 large, and no machine could read it."""
 _MOST_UNITS = 1 << 22
 """Units above which metadata counts as damaged: 256 TiB in the usual units."""
+_ROOM, _EXPANSION = 64 << 20, 256
+"""Bytes that an array of the model may take: so many, and so many more for each byte of its objects. Values of a model
+are noise to a compressor; one that takes more holds something else."""
 _LEAST_OBJECT = 1 << 20
 """Bytes of values that an array read whole has per object, if it has several: files are opened one by one."""
-_NAMES_PER_BYTE = 16
-"""Rows of an item table per byte of its file, at most: the names differ, and a million counted ones take 0.7 bytes."""
 _GEOMETRY = ("units", "unit_rows", "chunk_rows", "width")
 REMEDY = "Copy the store again, or extract it to another path."
 
@@ -145,6 +146,13 @@ def check_array(path: Path, name: str, array: zarr.Array[Any], geometry: Geometr
         raise damaged(path, f"{name} has the shape {array.shape}, which is no plausible size")
 
 
+def check_expansion(path: Path, name: str, array: zarr.Array[Any], *, listed: int) -> None:
+    """Raise DamagedStore where a whole array of the model is too large for its objects, which have `listed` bytes."""
+    size = math.prod(array.shape) * array.dtype.itemsize
+    if size > _ROOM + _EXPANSION * listed:
+        raise damaged(path, f"{name} has the shape {array.shape}, {size} bytes, in objects of {listed} bytes")
+
+
 def form_problem(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], form: Form) -> str | None:
     """How the array `name`, of this `shape` and `dtype`, differs from the `form` that it must have; None if not."""
     lengths, kind = form
@@ -169,14 +177,6 @@ def _is_cut_well(name: str, array: zarr.Array[Any], geometry: Geometry, size: in
     if name in ROW_ARRAYS:
         return rows == geometry.unit_rows
     return -(-array.shape[0] // rows) <= 1 + size // _LEAST_OBJECT
-
-
-def check_item_count(path: Path, *, table: Path) -> int:
-    """Rows of the item table of the store at `path`. Raises DamagedStore where its file is too small for them."""
-    count, size = count_items(table), table.stat().st_size
-    if count > _NAMES_PER_BYTE * size:
-        raise damaged(path, f"{table.name} says that it has {count} rows, in {size} bytes")
-    return count
 
 
 def check_items(path: Path, items: Items) -> Items:

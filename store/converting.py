@@ -39,8 +39,9 @@ def _to_int8(source: Store) -> Derivation:
 
     def write_model(group: zarr.Group) -> None:
         save_scale(group, scale)
-        lm_head = source.array("lm_head/weight")
-        create_whole_array(group, "lm_head/weight", np.asarray(lm_head[...]), attributes=dict(lm_head.attrs))
+        bits, dtype = source.lm_head_bits()
+        attributes = {"logical_dtype": dtype, "lm_head_sha256": source.lm_head_sha256}
+        create_whole_array(group, "lm_head/weight", bits, attributes=attributes)
 
     return Derivation(
         encoding="int8",

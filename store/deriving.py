@@ -122,11 +122,11 @@ def _plan(source: Store, derivation: Derivation) -> StorePlan:
 
 def _write_model_arrays(group: zarr.Group, source: Store, made: Store, derivation: Derivation) -> None:
     derivation.write_model(group)
-    rows = np.asarray(source.array("probe/rows")[...])
-    logits = source.array("probe/logits")
+    rows, logits = source.whole("probe/rows"), source.whole("probe/logits")
     create_whole_array(group, "probe/rows", same_tokens(rows, source.row_starts, made.row_starts))
-    attributes = {"logical_dtype": logits.attrs["logical_dtype"], **derivation.probe_attributes}
-    create_whole_array(group, "probe/logits", np.asarray(logits[...]), attributes=attributes)
+    dtype = source.array("probe/logits").attrs["logical_dtype"]
+    attributes = {"logical_dtype": dtype, **derivation.probe_attributes}
+    create_whole_array(group, "probe/logits", logits, attributes=attributes)
 
 
 def same_tokens(rows: NDArray[np.int64], there: NDArray[np.int64], here: NDArray[np.int64]) -> NDArray[np.int64]:

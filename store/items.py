@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -14,6 +15,11 @@ from agiqa.errors import DamagedStore, DataError
 from agiqa.store.files import sync_file
 
 LABEL_PREFIX = "mos_"
+_NAMES_PER_BYTE = 16
+"""Rows of an item table per byte of its file, at most: the names differ, and a million counted ones take 0.7 bytes."""
+_ROOM, _EXPANSION = 64 << 20, 4096
+"""Bytes that the values of a table may take: so many, and so many more for each byte of its file. The counted names of
+a million items alone take 0.7 MB, so each item may share texts of 2,900 bytes with all the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +86,23 @@ def write_items(path: Path, items: Items) -> None:
 def count_items(path: Path) -> int:
     """Rows of the item table, from its footer alone. Raises DamagedStore as `read_items`."""
     try:
-        return int(pq.read_metadata(path).num_rows)
+        count, size = int(pq.read_metadata(path).num_rows), path.stat().st_size
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
+    if count > _NAMES_PER_BYTE * size:
+        raise _too_large(path, f"says that it has {count} rows, in {size} bytes")
+    return count
 
 
 def read_items(path: Path) -> Items:
-    """The items in `path`. Raises DamagedStore, naming the file, when it is missing or unreadable."""
+    """The items in `path`.
+
+    Raises DamagedStore, naming the file, when it is missing or unreadable, or would take more memory than a table of
+    its size may: see `_ROOM`.
+    """
+    count_items(path)
     try:
-        table = pq.ParquetFile(path).read()  # pq.read_table would import pandas where it is installed
+        table = _bounded_table(path)
         columns = {name: table.column(name) for name in table.column_names}
         return Items(
             names=columns["name"].to_pylist(),
@@ -102,8 +116,41 @@ def read_items(path: Path) -> Items:
                 if name.startswith(LABEL_PREFIX)
             },
         )
+    except DamagedStore:
+        raise
     except (OSError, KeyError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
+
+
+def _bounded_table(path: Path) -> pa.Table:
+    """The table in `path`, its texts as dictionaries: a text that many rows share is there once.
+
+    Raises DamagedStore where its values, one by one, would take more than `_ROOM` and `_EXPANSION` allow.
+    """
+    file = pq.ParquetFile(path)  # pq.read_table would import pandas where it is installed
+    room = _ROOM + _EXPANSION * path.stat().st_size
+    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    stored = sum(
+        group.column(column).total_uncompressed_size for group in groups for column in range(group.num_columns)
+    )
+    names = file.schema_arrow.names
+    if max(stored, 8 * file.metadata.num_rows * len(names)) > room:
+        raise _too_large(path, f"holds {stored} bytes in {len(names)} columns")
+    table = pq.ParquetFile(path, read_dictionary=names).read()
+    texts = sum(_bytes_of_texts(chunk) for column in table.columns for chunk in column.chunks)
+    if texts > room:
+        raise _too_large(path, f"holds texts of {texts} bytes, where a table of its size may hold {room}")
+    return table
+
+
+def _bytes_of_texts(chunk: pa.Array) -> int:
+    if not pa.types.is_dictionary(chunk.type):
+        return 0
+    return pc.sum(pc.take(pc.binary_length(chunk.dictionary), chunk.indices)).as_py() or 0
+
+
+def _too_large(path: Path, what: str) -> DamagedStore:
+    return DamagedStore(f"{path} is damaged: {path.name} {what}. Copy the store again, or extract it again.")
 
 
 def _unreadable(path: Path, error: Exception) -> DamagedStore:

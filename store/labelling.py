@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError
 from agiqa.store.card import data_card
-from agiqa.store.files import sync_file, write_text_atomically
-from agiqa.store.items import LABEL_PREFIX, Items, read_items, write_items
+from agiqa.store.files import write_text_atomically
+from agiqa.store.items import LABEL_PREFIX, Items
 from agiqa.store.label_tables import ASPECT_COLUMNS, SPLITS, TableRow, read_mos, read_table
 from agiqa.store.reading import Store, open_store
 from agiqa.store.recorded_items import read_recorded_items, replace_recorded_items, settle_labels
@@ -79,17 +79,14 @@ def join_labels(store: Store, table: Path, *, mos_range: tuple[float, float] = (
     layout = store.layout
     with upkeep_lock(layout):
         finished = layout.manifest.exists()
-        if finished:
-            settle_labels(layout)
-        items = read_recorded_items(layout) if finished else read_items(layout.items)
+        settle_labels(layout)
+        items = read_recorded_items(layout)
         positions = _match(table, rows, items)
         joined, filled, replaced = _joined(items, rows, positions, columns)
-        if (filled or replaced) and finished:
+        if filled or replaced:
             replace_recorded_items(layout, joined)
+        if (filled or replaced) and finished:
             write_text_atomically(layout.card, data_card(open_store(store.path)))
-        elif filled or replaced:
-            write_items(layout.items, joined)
-            sync_file(layout.root)
     return LabelReport(
         rows=len(rows),
         matched=len(positions),

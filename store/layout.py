@@ -31,6 +31,8 @@ PULL_RECORD = "PULLING.json"
 
 ROW_ARRAYS = ("features", "logits", "tokens/ids", "tokens/roles", "tokens/scale")
 """Arrays with a row, or an entry, per token; all have the same row addresses."""
+PLANNED_ROW_ARRAYS = ("tokens/ids", "tokens/roles")
+"""Those of them that the plan writes, before any unit is filled."""
 
 TOKEN_ROLES = {"special": 0, "image": 1, "question": 2, "answer": 3}
 ITEM_STATUS = {"whole": 0, "truncated": 1}

@@ -1,17 +1,20 @@
 """What commit records and MANIFEST.json list, read without trusting it: objects by path, bytes and sha256."""
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 from agiqa.errors import DamagedStore
 from agiqa.store.checks import REMEDY, check_inside, check_version, damaged
-from agiqa.store.files import read_json, sha256_of_file
+from agiqa.store.files import canonical_json, read_json, sha256_of_file
 from agiqa.store.layout import ITEM_TABLE, StoreLayout
 
 _OBJECT_PATH = re.compile(r"store\.zarr(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})+")
 _LONGEST_PATH = 1000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+LABEL_KEYS = ("labels", "labels_next")
+"""Where a listing has the entry of items.parquet, and that of the table that it is being replaced by."""
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
@@ -47,8 +50,8 @@ def is_object_path(text: str) -> bool:
     return len(text) <= _LONGEST_PATH and _OBJECT_PATH.fullmatch(text) is not None
 
 
-def read_manifest(path: Path, *, store_id: str | None = None) -> dict[str, Any]:
-    """The manifest at `path`, its entries whole, and that of the store with this id where one is given.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest at `path`, its entries whole.
 
     Raises SchemaError for a foreign format or version, and DamagedStore where it is anything else.
     """
@@ -58,12 +61,8 @@ def read_manifest(path: Path, *, store_id: str | None = None) -> dict[str, Any]:
     check_version(path, manifest)
     if not isinstance(manifest.get("objects"), list) or not all(map(is_entry, manifest["objects"])):
         raise damaged(path, "it does not list objects as it should")
-    labels: list[Any] = [manifest.get("labels")]
-    labels += [manifest["labels_next"]] if "labels_next" in manifest else []
-    if not all(is_entry(entry) and entry["path"] == ITEM_TABLE for entry in labels):
-        raise damaged(path, f"it does not list {ITEM_TABLE} as it should")
-    if store_id is not None and manifest.get("id") != store_id:
-        raise damaged(path, f"it is that of the store {str(manifest.get('id'))[:12]}, the metadata of {store_id[:12]}")
+    if LABEL_KEYS[0] not in _labels_in(path, manifest):
+        raise damaged(path, f"it does not list {ITEM_TABLE}")
     state, units = manifest.get("state"), manifest.get("units", [])
     if state not in ("complete", "partial") or not isinstance(units, list) or (state == "partial") != bool(units):
         raise damaged(path, f"its state is {state!r}, of units {units!r}"[:200])
@@ -72,12 +71,47 @@ def read_manifest(path: Path, *, store_id: str | None = None) -> dict[str, Any]:
     return manifest
 
 
-def check_root_metadata(layout: StoreLayout, manifest: dict[str, Any]) -> None:
-    """Raise DamagedStore unless the metadata of all arrays, which the seal gathered, are what the manifest lists."""
+def read_labels(path: Path) -> dict[str, Any]:
+    """What the manifest, or the record of the plan, at `path` has under LABEL_KEYS.
+
+    Raises DamagedStore where that is no entry of the item table.
+    """
+    listing = read_json(path)
+    if not isinstance(listing, dict):
+        raise damaged(path, "it lists nothing")
+    return _labels_in(path, listing)
+
+
+def _labels_in(path: Path, listing: dict[str, Any]) -> dict[str, Any]:
+    labels = {key: listing[key] for key in LABEL_KEYS if key in listing}
+    if not all(is_entry(entry) and entry["path"] == ITEM_TABLE for entry in labels.values()):
+        raise damaged(path, f"it does not list {ITEM_TABLE} as it should")
+    return labels
+
+
+def attributes_entry(attributes: dict[str, Any]) -> str:
+    """The sha256 by which the record of the plan knows the attributes of the root; the seal rewrites the file itself.
+
+    Raises ValueError where they have no canonical JSON.
+    """
+    return hashlib.sha256(canonical_json(attributes).encode()).hexdigest()
+
+
+def are_attributes_of(layout: StoreLayout, attributes: dict[str, Any]) -> bool:
+    """Whether the root's attributes are those that the plan recorded, if it did: records were made without them."""
+    record = read_json(layout.plan_commit) if layout.plan_commit.exists() else {}
+    recorded = record.get("attributes") if isinstance(record, dict) else None
+    try:
+        return recorded is None or recorded == attributes_entry(attributes)
+    except ValueError:
+        return False
+
+
+def is_root_metadata_of(layout: StoreLayout, manifest: dict[str, Any]) -> bool:
+    """Whether the metadata of all arrays, which the seal gathered, are what the manifest lists."""
     path = layout.zarr / "zarr.json"
     listed = [entry["sha256"] for entry in manifest["objects"] if layout.root / entry["path"] == path]
-    if listed != [sha256_of_file(path)]:
-        raise damaged(path, f"it is not what {layout.manifest.name} lists")
+    return listed == [sha256_of_file(path)]
 
 
 def check_object_path(path: Path, listed: Any, *, listed_in: str) -> str:

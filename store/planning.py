@@ -5,7 +5,8 @@ import errno
 import glob
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 
-from agiqa.errors import ConfigError, SettingsConflict, listed
+from agiqa.errors import ConfigError, DamagedStore, IncompleteStore, SettingsConflict, listed
 from agiqa.store.arrays import (
     Geometry,
     choose_geometry,
@@ -31,14 +32,19 @@ from agiqa.store.files import (
     files_below,
     left_lock,
     new_lock,
+    read_json,
+    sha256_of_file,
     sync_file,
     telling_disk_errors,
     write_text_atomically,
 )
 from agiqa.store.items import Items, write_items
 from agiqa.store.layout import FORMAT, ITEM_STATUS, PULL_RECORD, VERSION, StoreLayout
+from agiqa.store.listings import attributes_entry, check_object_path, read_record
 from agiqa.store.provenance import differences, store_id
 from agiqa.store.reading import Store, is_planned, open_store
+from agiqa.store.recorded_items import replace_recorded_items
+from agiqa.store.sealing import size_problem
 from agiqa.store.upkeep import upkeep_lock
 
 PLAN_LOCK = "plan"
@@ -129,10 +135,12 @@ def create_store(path: Path, plan: StorePlan) -> Store:
     """Write the plan at `path`, or take up the store that is there if it was planned alike.
 
     The plan is written beside `path` and renamed, so a killed plan leaves no store. An unfinished store takes
-    over the labels of `plan`. Returns the store, opened with what is there of it.
+    over the labels of `plan`, and gets back what it lacks of what its plan wrote. Returns the store, opened with what
+    is there of it.
 
     Raises SettingsConflict, naming every difference, when `path` holds a store made with other settings, a
-    finished store with other labels, or something that is no store.
+    finished store with other labels, or something that is no store; IncompleteStore when it holds a part of the store;
+    and DamagedStore when objects of it are missing and `plan` does not write them as they were.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         return _take_up(path, plan)
@@ -145,23 +153,29 @@ def create_store(path: Path, plan: StorePlan) -> Store:
 
 def _write_beside(path: Path, plan: StorePlan) -> bool:
     """Write the plan into a folder beside `path` and rename it; False where another run was first."""
-    temporary = Path(tempfile.mkdtemp(prefix=_plan_prefix(path), dir=path.parent))
-    layout = StoreLayout(temporary)
     try:
-        with new_lock(layout.locks / PLAN_LOCK):
-            _write_plan(layout, plan)
-            temporary.chmod(0o755)
-            temporary.replace(path)
+        with _plan_beside(path, plan) as layout:
+            layout.root.chmod(0o755)
+            layout.root.replace(path)
     except OSError as error:
-        _remove_for_good(temporary)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         return False
-    except BaseException:
-        _remove_for_good(temporary)
-        raise
     sync_file(path.parent)
     return True
+
+
+@contextmanager
+def _plan_beside(path: Path, plan: StorePlan) -> Generator[StoreLayout]:
+    """The plan, written into a folder beside `path` that is locked while inside; what is left of it then is removed."""
+    layout = StoreLayout(Path(tempfile.mkdtemp(prefix=_plan_prefix(path), dir=path.parent)))
+    try:
+        with new_lock(layout.locks / PLAN_LOCK):
+            _write_plan(layout, plan)
+            yield layout
+    finally:
+        if layout.root.exists():
+            _remove_for_good(layout.root)
 
 
 def _remove_for_good(folder: Path) -> None:
@@ -210,7 +224,7 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
             "Give the settings that it was made with, or another path."
         )
         raise SettingsConflict(message)
-    if not store.items.same_as(plan.items):
+    if not _has_items(store, plan.items):
         if store.is_complete:
             message = (
                 f"{path} is finished and its labels, splits or prompts differ from those given now. "
@@ -218,10 +232,83 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
             )
             raise SettingsConflict(message)
         with upkeep_lock(store.layout, doing="writing the labels of", kept="finished units are kept"):
-            if not store.is_complete:  # else a seal has listed the old ones since
-                write_items(store.layout.items, plan.items)
+            if not store.layout.manifest.exists():  # else a seal has listed the old ones since
+                replace_recorded_items(store.layout, plan.items)
         return _take_up(path, plan)
+    if store.is_complete:
+        _require_whole(store)
+    else:
+        _write_missing(store, plan)
+        _require_same_tokens(store, plan)
     return store
+
+
+def _require_whole(store: Store) -> None:
+    """Raise IncompleteStore where only a part of the store was pulled, DamagedStore where objects of it are missing."""
+    if store.pulled_units is not None:
+        message = f"{store.path} holds {len(store.pulled_units)} of {store.geometry.units} units. {store.remedy}"
+        raise IncompleteStore(message)
+    problems = [problem for entry in store.manifest["objects"] if (problem := size_problem(store, entry))]
+    if problems:
+        message = (
+            f"{store.path} was finished, and is damaged since: {listed(problems)}. `agiqa store repair {store.path}` "
+            "drops what is damaged, and the same command computes it anew then."
+        )
+        raise DamagedStore(message)
+
+
+def _write_missing(store: Store, plan: StorePlan) -> None:
+    """Write what the record of the plan lists and is not there, as after a repair, to the very bytes recorded.
+
+    Raises DamagedStore where `plan` does not make these bytes.
+    """
+    layout = store.layout
+    missing = [entry for entry in read_record(layout.plan_commit) if _is_missing(store, entry["path"])]
+    if not missing:
+        return
+    doing = "writing token ids and roles of"
+    with upkeep_lock(layout, doing=doing, kept="finished units are kept"), _plan_beside(store.path, plan) as made:
+        for entry in missing:
+            source, target = made.root / entry["path"], store.path / entry["path"]
+            if not source.is_file() or sha256_of_file(source) != entry["sha256"]:
+                message = (
+                    f"{store.path}: {entry['path']} is missing, and is written otherwise now than it was recorded: the "
+                    "items have other tokens, or a library encodes them otherwise. Copy the store again, or make it at "
+                    "another path."
+                )
+                raise DamagedStore(message)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
+            sync_file(target.parent)
+
+
+def _require_same_tokens(store: Store, plan: StorePlan) -> None:
+    """Raise SettingsConflict where the store was planned with other tokens, as from a source that was there in part."""
+    planned: dict[str, Sequence[NDArray[Any]]] = {"tokens/ids": plan.token_ids, "tokens/roles": plan.roles}
+    for unit in range(store.geometry.units):
+        items = store.items_of(unit).tolist()
+        for name, per_item in planned.items():
+            expected = np.concatenate([np.zeros(0, np.int32), *(per_item[item] for item in items)])
+            if not np.array_equal(store.unit_rows(unit, name), expected):
+                message = (
+                    f"{store.path} was planned with other {name} in unit {unit} (item {store.items.names[items[0]]!r} "
+                    "and those after it). Remove it, or give another path."
+                )
+                raise SettingsConflict(message)
+
+
+def _is_missing(store: Store, path: str) -> bool:
+    return not (store.path / check_object_path(store.path, path, listed_in="commits/plan.json")).exists()
+
+
+def _has_items(store: Store, items: Items) -> bool:
+    """Whether the store has these labels, splits and prompts; a damaged table of an unfinished store has not."""
+    try:
+        return store.items.same_as(items)
+    except DamagedStore:
+        if store.is_complete:
+            raise
+        return False
 
 
 def _changed_items(store: Store, plan: StorePlan) -> list[str]:
@@ -258,12 +345,14 @@ def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
         create_whole_array(group, f"index/{name}", values)
     write_items(layout.items, plan.items)
     layout.commits.mkdir()
-    root_metadata = layout.zarr / "zarr.json"  # rewritten by the seal, so no part of the record
+    root_metadata = layout.zarr / "zarr.json"  # rewritten by the seal, so only its attributes are recorded
     files = files_below(layout.zarr)
     for path in files:
         sync_file(path)
     objects = [describe_object(layout.root, path) for path in files if path != root_metadata]
-    write_text_atomically(layout.plan_commit, canonical_json({"objects": objects}))
+    attributes = attributes_entry(read_json(root_metadata)["attributes"])
+    record = {"objects": objects, "labels": describe_object(layout.root, layout.items), "attributes": attributes}
+    write_text_atomically(layout.plan_commit, canonical_json(record))
 
 
 def _attributes(plan: StorePlan, geometry: Geometry) -> dict[str, Any]:

@@ -26,6 +26,14 @@ from agiqa.store.upkeep import is_held
 _SET_ASIDE = "items.before-pull.parquet"
 
 
+class _PullLayout(StoreLayout):
+    """The objects of a folder that a pull is at work in count by what the pull's record lists."""
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / PULL_RECORD
+
+
 @dataclass(frozen=True, kw_only=True)
 class PullPlan:
     """What a pull is going to bring to `path`."""
@@ -83,7 +91,7 @@ def plan_pull(url: str, path: Path, *, items: Sequence[str] | None = None, jobs:
         tally = Tally()
         _drop_outdated(path, manifest)
         _fetch_missing(remote, manifest.metadata, path, tally, jobs)
-    store = Store(path)
+    store = Store(path, layout=_PullLayout(path))
     unit_of = units_of_objects(path, manifest)
     units = {*had, *_units_of_items(store, items)}
     part = manifest if len(units) == store.geometry.units else manifest.part(units, unit_of)

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from agiqa.errors import DamagedStore, IncompleteStore, ViewRefused
 from agiqa.store.basis import Basis
 from agiqa.store.bits import rows_dtype, storage_dtype, to_float32
-from agiqa.store.checks import check_index, check_item_count, check_items, damaged, empty_array
-from agiqa.store.items import Items, item_positions, read_items
+from agiqa.store.checks import check_index, check_items, damaged, empty_array
+from agiqa.store.items import Items, count_items, item_positions
 from agiqa.store.layout import LM_HEAD_NAMED_IN, StoreLayout
-from agiqa.store.listings import check_root_metadata
+from agiqa.store.listings import are_attributes_of, is_root_metadata_of
 from agiqa.store.recorded_items import read_recorded_items
 from agiqa.store.scaling import Scale
 from agiqa.store.stored_arrays import StoredArrays
@@ -42,9 +42,9 @@ class TokenRows:
 class Store(StoredArrays):
     """A feature store on a local disk; open one with `open_store`."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the store's attributes. Raises SchemaError where `path` is no store of a version read here."""
-        super().__init__(path)
+    def __init__(self, path: Path, *, layout: StoreLayout | None = None) -> None:
+        """Raises as `StoredArrays`."""
+        super().__init__(path, layout=layout)
         self.encoding: str = str(self.attributes["encoding"])
         self.logical_dtype: str = str(self.attributes["logical_dtype"])
         self.dtype = rows_dtype(self.encoding, self.logical_dtype)
@@ -67,9 +67,8 @@ class Store(StoredArrays):
 
     @cached_property
     def _items(self) -> Items:
-        check_item_count(self.path, table=self.layout.items)
         try:
-            items = read_recorded_items(self.layout) if self.is_complete else read_items(self.layout.items)
+            items = read_recorded_items(self.layout)
         except (TypeError, ValueError) as error:
             raise damaged(self.path, f"{self.layout.items.name} has values of another kind ({error})") from error
         return check_items(self.path, items)
@@ -111,7 +110,7 @@ class Store(StoredArrays):
     @cached_property
     def _checked_index(self) -> dict[str, NDArray[Any]]:
         """The three arrays that addresses come from, none of them read unless all have a row per item."""
-        count = check_item_count(self.path, table=self.layout.items)
+        count = count_items(self.layout.items)
         for name in ("n_tokens", "row_start", "unit", "item_key", "status"):
             if self.array(f"index/{name}").shape[:1] != (count,):
                 raise damaged(self.path, f"index/{name} does not have one entry for each of {count} items")
@@ -199,10 +198,11 @@ class Store(StoredArrays):
         rows = self.stored_rows(array, start, stop)
         if self.encoding != "int8":
             return rows
-        return self._scale.decode(rows, self.stored_rows("tokens/scale", start, stop))
+        return self.scale.decode(rows, self.stored_rows("tokens/scale", start, stop))
 
     @cached_property
-    def _scale(self) -> Scale:
+    def scale(self) -> Scale:
+        """Mean and RMS deviation of the channels, of an `int8` store."""
         mean, rms = self.whole("scale/mean"), self.whole("scale/rms")
         return Scale(mean=mean, rms=rms, calibration=str(self._attribute("scale/mean", "calibration")))
 
@@ -269,9 +269,7 @@ def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
     Raises SchemaError where `path` is no store or of an unknown version, and IncompleteStore for a store that
     was never sealed unless `allow_partial` is set.
     """
-    store = Store(Path(path))
-    if store.is_complete:
-        check_root_metadata(store.layout, store.manifest)
+    store = _open_as_listed(Path(path))
     if not allow_partial and not store.is_complete:
         done = len(store.committed_units())
         message = (
@@ -279,4 +277,29 @@ def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
             f"{store.remedy}"
         )
         raise IncompleteStore(message)
+    return store
+
+
+def _open_as_listed(path: Path) -> Store:
+    """The store at `path`, its root metadata those that its manifest, or the record of its plan, lists.
+
+    Raises as Store, and DamagedStore where the two do not belong together. A repair and a seal beside this may have
+    replaced one of them between two looks, so only what is found twice counts.
+    """
+    seen = None
+    while True:
+        store = Store(path)
+        if not store.is_complete:
+            return _with_planned_attributes(store)
+        if is_root_metadata_of(store.layout, store.manifest):
+            return store
+        if store.manifest == seen:
+            raise damaged(store.layout.zarr / "zarr.json", f"it is not what {store.layout.manifest.name} lists")
+        seen = store.manifest
+
+
+def _with_planned_attributes(store: Store) -> Store:
+    if not are_attributes_of(store.layout, store.attributes):
+        what = f"its attributes are not those that {store.layout.plan_commit.name} records"
+        raise damaged(store.layout.zarr / "zarr.json", what)
     return store

@@ -7,13 +7,12 @@ from typing import Any, Final, Literal
 
 from agiqa.errors import DamagedStore
 from agiqa.store.arrays import object_rows
-from agiqa.store.files import canonical_json, files_below, write_text_atomically
-from agiqa.store.layout import MODEL_GROUPS, ROOT_METADATA, ROW_ARRAYS
-from agiqa.store.listings import read_record
+from agiqa.store.files import canonical_json, files_below, read_json, write_text_atomically
+from agiqa.store.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, ROOT_METADATA, ROW_ARRAYS
+from agiqa.store.listings import LABEL_KEYS, attributes_entry, read_record
 from agiqa.store.reading import Store
+from agiqa.store.recorded_items import recorded_labels
 
-_PLANNED: Final = ("tokens/ids", "tokens/roles")
-"""Arrays with a row per token that are there before any unit is filled."""
 _NUMBER: Final = re.compile(r"[0-9]{1,12}")
 
 Owner = int | Literal["plan", "model"]
@@ -23,7 +22,7 @@ Owner = int | Literal["plan", "model"]
 def owner_of(store: Store, path: str) -> Owner:
     """Who writes the object `path` (relative to the store); the temporary files of a write belong to its object."""
     array, unit = _place(store, path)
-    if unit is not None and array not in _PLANNED:
+    if unit is not None and array not in PLANNED_ROW_ARRAYS:
         return unit
     return "model" if array in MODEL_GROUPS else "plan"
 
@@ -116,8 +115,9 @@ def restore_records(store: Store, objects: Mapping[Owner, Sequence[Mapping[str, 
     """
     store.layout.commits.mkdir(exist_ok=True)
     for owner, entries in objects.items():
-        if not is_readable(store, owner) or recorded_objects_of(store, owner) != list(entries):
-            write_text_atomically(record_path(store, owner), canonical_json(_record(store, owner, entries)))
+        record = _record(store, owner, entries)
+        if not is_readable(store, owner) or _differs(record_path(store, owner), record):
+            write_text_atomically(record_path(store, owner), canonical_json(record))
 
 
 def record_problems(store: Store, manifest: dict[str, Any] | None) -> Iterator[tuple[Owner, str]]:
@@ -142,9 +142,20 @@ def unreadable_records(store: Store) -> Iterator[Owner]:
     return (owner for owner in owners(store) if not is_readable(store, owner))
 
 
+def _differs(path: Path, record: Mapping[str, Any]) -> bool:
+    """Whether the record at `path` is absent or lists other things than `record`; who wrote it when does not count."""
+    if not path.exists():
+        return True
+    found = read_json(path)
+    return any(found.get(key) != record.get(key) for key in ("objects", *LABEL_KEYS, "attributes"))
+
+
 def _record(store: Store, owner: Owner, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if not isinstance(owner, int):
-        return {"objects": entries}
+    if owner == "plan":
+        labels = recorded_labels(store.layout)
+        return {"objects": list(entries), "labels": labels, "attributes": attributes_entry(store.attributes)}
+    if owner == "model":
+        return {"objects": list(entries)}
     work = {"worker": "restored from MANIFEST.json", "seconds": 0.0}
     items, rows = len(store.items_of(owner)), store.rows_used(owner)
-    return {"unit": owner, "objects": entries, "items": items, "rows": rows, **work}
+    return {"unit": owner, "objects": list(entries), "items": items, "rows": rows, **work}

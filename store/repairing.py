@@ -1,5 +1,8 @@
 """Repair: a damaged unit loses its record and its objects, so that the next run computes it anew, and only it.
 
+Damaged token ids and roles are removed. The record of the plan goes on listing them, so they are missing, and the next
+run, which knows them all, writes these very bytes again (see `create_store`).
+
 No step leaves a store that claims more than it holds, so a kill at any moment is followed by another repair: the
 records of what is damaged go first, then MANIFEST.json, and only then the objects.
 """
@@ -13,7 +16,7 @@ from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.files import read_json, sync_file, waiting_lock
 from agiqa.store.layout import ROOT_METADATA, StoreLayout
 from agiqa.store.reading import Store, open_store
-from agiqa.store.recorded_items import recorded_labels, settle_labels
+from agiqa.store.recorded_items import settle_labels, table_problem
 from agiqa.store.records import (
     Owner,
     objects_by_owner,
@@ -21,6 +24,7 @@ from agiqa.store.records import (
     record_path,
     recorded_objects_of,
     restore_records,
+    unit_of,
     unlisted_files,
     unreadable_records,
 )
@@ -44,13 +48,15 @@ class RepairReport:
     """Items in these units."""
     model: bool
     """Whether the model's own arrays (`lm_head`, `basis`, `scale`, `probe`) lost their record."""
+    tokens: tuple[str, ...]
+    """Objects of `tokens/ids` and `tokens/roles` that were removed."""
     strays: tuple[str, ...]
     """Files of a finished store that nothing lists; `collect_garbage` removes them."""
 
     @property
     def changed(self) -> bool:
         """Whether anything was dropped."""
-        return bool(self.units) or self.model
+        return bool(self.units or self.tokens) or self.model
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -64,36 +70,40 @@ def repair(store: Store) -> RepairReport:
     provenance does not name) go with them. The command that made the store computes what was dropped. Labels are
     kept, but `agiqa extract` sets those of its own table again while a store is unfinished. Open the store again.
 
-    Raises DamagedStore, and changes nothing, when objects of the plan (tokens, index, metadata, item table) are
-    damaged; IncompleteStore for a store of which only a part was pulled.
+    Raises DamagedStore, and changes nothing, when other objects of the plan than tokens (index, metadata, item table)
+    are damaged; IncompleteStore for a store of which only a part was pulled.
     """
     with upkeep_lock(store.layout):
-        if store.is_complete:
-            settle_labels(store.layout)
+        settle_labels(store.layout)
         store = open_store(store.path, allow_partial=True)
         _refuse_partial(store)
         lost = set[Owner]() if store.is_complete else set(unreadable_records(store))
         objects = _objects(store, lost)
-        broken = _damage(store, "plan", _plan_objects(store, objects))
+        planned = _damage(store, "plan", _plan_objects(store, objects))
+        tokens = [found for found in planned if found.unit is not None]
+        broken = [found for found in planned if found.unit is None]
+        if problem := table_problem(store.layout):
+            broken.append(Damage(where=store.layout.items.name, problem=problem))
         if broken or "plan" in lost:
             raise DamagedStore(_not_repairable(store, [*broken, *(_unreadable(store, owner) for owner in lost)]))
-        damage = [_unreadable(store, owner) for owner in sorted(lost, key=str)]
+        damage = [*tokens, *(_unreadable(store, owner) for owner in sorted(lost, key=str))]
         dropped = set(lost)
         for owner, entries in objects.items():
-            if found := _damage(store, owner, entries):
+            if owner != "plan" and (found := _damage(store, owner, entries)):
                 dropped.add(owner)
                 damage += found
         if "model" in dropped and _rows_need_their_model(store):
             dropped |= {owner for owner in objects if isinstance(owner, int)}
         strays = _strays(store)
-        if dropped:
-            _drop(store, objects, dropped)
+        if dropped or tokens:
+            _drop(store, objects, dropped, tokens=[found.where for found in tokens])
     units = tuple(sorted(owner for owner in dropped if isinstance(owner, int)))
     return RepairReport(
         damage=tuple(damage),
         units=units,
         items=sum(len(store.items_of(unit)) for unit in units),
         model="model" in dropped,
+        tokens=tuple(found.where for found in tokens),
         strays=tuple(strays),
     )
 
@@ -117,11 +127,10 @@ def _objects(store: Store, lost: set[Owner]) -> Objects:
 
 
 def _plan_objects(store: Store, objects: Objects) -> list[Mapping[str, Any]]:
-    """What no unit can bring back; a finished store lists its item table and root metadata too."""
+    """What no unit can bring back; a finished store lists its root metadata too."""
     planned = list(objects.get("plan", []))
     if store.is_complete:
         planned += [entry for entry in store.manifest["objects"] if entry["path"] == ROOT_METADATA]
-        planned.append(recorded_labels(store.layout, store.manifest))
     return planned
 
 
@@ -130,7 +139,8 @@ def _damage(store: Store, owner: Owner, entries: Sequence[Mapping[str, Any]]) ->
     for entry in entries:
         problem = content_problem(store, dict(entry))
         if problem is not None:
-            found.append(Damage(where=entry["path"], problem=problem, **_whose(store, owner)))
+            unit = unit_of(store, entry["path"])  # of tokens too, which the plan wrote
+            found.append(Damage(where=entry["path"], problem=problem, **_whose(store, owner if unit is None else unit)))
     return found
 
 
@@ -159,7 +169,7 @@ def _strays(store: Store) -> list[str]:
     return unlisted_files(store, {entry["path"] for entry in store.manifest["objects"]})
 
 
-def _drop(store: Store, objects: Objects, dropped: set[Owner]) -> None:
+def _drop(store: Store, objects: Objects, dropped: set[Owner], *, tokens: Sequence[str]) -> None:
     layout = store.layout
     if store.is_complete:  # records serve resumption only, and a copy may have left them out
         restore_records(store, {owner: entries for owner, entries in objects.items() if owner not in dropped})
@@ -170,6 +180,8 @@ def _drop(store: Store, objects: Objects, dropped: set[Owner]) -> None:
         layout.manifest.unlink()
         sync_file(store.path)
     _forget_consolidated(layout)
+    for path in tokens:
+        (store.path / path).unlink(missing_ok=True)
     for owner in dropped:
         lock = f"{owner:08d}" if isinstance(owner, int) else owner
         with waiting_lock(layout.locks / lock):

@@ -6,7 +6,6 @@ error of the logits is .0081 with it and .0196 with one scale per token alone.
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import zarr
@@ -69,12 +68,3 @@ def save_scale(group: zarr.Group, scale: Scale) -> None:
     """Write `scale` as the arrays `scale/mean` and `scale/rms` of `group`."""
     create_whole_array(group, "scale/mean", scale.mean, attributes={"id": scale.id, "calibration": scale.calibration})
     create_whole_array(group, "scale/rms", scale.rms)
-
-
-def load_scale(group: zarr.Group) -> Scale:
-    """The scale that `save_scale` wrote into `group`."""
-
-    def values(name: str) -> NDArray[Any]:
-        return np.asarray(group[f"scale/{name}"][...])  # type: ignore[index]
-
-    return Scale(mean=values("mean"), rms=values("rms"), calibration=str(group["scale/mean"].attrs["calibration"]))

@@ -18,6 +18,7 @@ from agiqa.store.files import (
 from agiqa.store.layout import FORMAT, VERSION
 from agiqa.store.listings import check_object_path, read_record
 from agiqa.store.reading import Store, open_store
+from agiqa.store.recorded_items import table_problem
 from agiqa.store.upkeep import upkeep_lock
 
 
@@ -29,8 +30,8 @@ def seal(store: Store) -> Store:
     missing, of another size or of other bytes.
     """
     with upkeep_lock(store.layout, doing="sealing", kept="all its units are kept"):
-        if not store.is_complete:
-            _seal(store)
+        if not store.layout.manifest.exists():
+            _seal(open_store(store.path, allow_partial=True))
         shutil.rmtree(store.layout.locks, ignore_errors=True)
     return open_store(store.path)
 
@@ -41,8 +42,13 @@ def _seal(store: Store) -> None:
     shared = [entry for record in (layout.plan_commit, layout.model_commit) for entry in read_record(record)]
     damaged = [problem for entry in objects if (problem := size_problem(store, entry))]
     damaged = damaged or [problem for entry in shared if (problem := content_problem(store, entry))]
+    damaged += [problem] if (problem := table_problem(layout)) else []
     if damaged:
-        message = f"{store.path} cannot be sealed:\n" + "\n".join(f"  {line}" for line in damaged)
+        lines = "\n".join(f"  {line}" for line in damaged)
+        message = (
+            f"{store.path} cannot be sealed:\n{lines}\n"
+            f"`agiqa store repair {store.path}` drops what can be made anew. {store.remedy}"
+        )
         raise DamagedStore(message)
     # writes of killed runs that were never renamed
     names = (layout.manifest.name, layout.card.name, layout.items.name)

@@ -1,6 +1,10 @@
-"""The arrays of a store as they lie on disk: their metadata checked, their bytes decoded or found damaged."""
+"""The arrays of a store as they lie on disk: their metadata checked, their bytes decoded or found damaged.
 
-from collections.abc import Generator
+An opened store keeps the listing that it was opened with. Absence of an object means zeros only where that listing
+says that there is no such object; what it lists and is gone, or has another size, is an error.
+"""
+
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +16,16 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.arrays import object_rows
-from agiqa.store.checks import UNREADABLE, check_array, check_attributes, damaged, empty_array, open_group
-from agiqa.store.layout import PULL_RECORD, ROW_ARRAYS, StoreLayout
+from agiqa.store.checks import (
+    UNREADABLE,
+    check_array,
+    check_attributes,
+    check_expansion,
+    damaged,
+    empty_array,
+    open_group,
+)
+from agiqa.store.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, PULL_RECORD, ROW_ARRAYS, StoreLayout
 from agiqa.store.listings import read_manifest, read_record
 from agiqa.store.objects import ObjectCodec
 
@@ -21,16 +33,25 @@ from agiqa.store.objects import ObjectCodec
 class StoredArrays:
     """What every reader of a store needs: any of its arrays, in whole or by rows, in the bits of the store."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the store's attributes. Raises SchemaError where `path` is no store of a version read here."""
+    def __init__(self, path: Path, *, layout: StoreLayout | None = None) -> None:
+        """Read the store's manifest and attributes; `layout` names another file than MANIFEST.json as its manifest.
+
+        Raises SchemaError where `path` is no store of a version read here, and DamagedStore where its manifest is none,
+        or that of another store.
+        """
         self.path = path
-        self.layout = StoreLayout(path)
+        self.layout = StoreLayout(path) if layout is None else layout
+        self._manifest = _manifest_at(self.layout.manifest)
+        self._records: dict[Path, Mapping[str, int]] = {}
         self.group = open_group(self.layout)
         self._arrays: dict[str, zarr.Array[Any]] = {}
         self._codecs: dict[str, ObjectCodec] = {}
         self.attributes: dict[str, Any] = dict(self.group.attrs)
         self.geometry = check_attributes(path, self.attributes)
         self.id: str = str(self.attributes["id"])
+        if self._manifest is not None and self._manifest.get("id") != self.id:
+            what = f"it is that of the store {str(self._manifest.get('id'))[:12]}, the metadata of {self.id[:12]}"
+            raise damaged(self.layout.manifest, what)
         self.provenance: dict[str, Any] = self.attributes["provenance"]
 
     @property
@@ -40,16 +61,19 @@ class StoredArrays:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the store was sealed; so is a part that was pulled of a sealed store."""
-        return self.layout.manifest.exists()
+        """Whether the store was sealed when it was opened; so is a part that was pulled of a sealed store."""
+        return self._manifest is not None
 
-    @cached_property
+    @property
     def manifest(self) -> dict[str, Any]:
-        """MANIFEST.json as it was when it was first looked at: the labels that it lists may have been replaced since.
+        """MANIFEST.json as it was when the store was opened: the labels that it lists may have been replaced since.
 
-        Raises DamagedStore where it is not that of this store.
+        Raises IncompleteStore for a store that was not sealed then.
         """
-        return read_manifest(self.layout.manifest, store_id=self.id)
+        if self._manifest is None:
+            message = f"{self.path} is not sealed. {self.remedy}"
+            raise IncompleteStore(message)
+        return self._manifest
 
     @cached_property
     def pulled_units(self) -> list[int] | None:
@@ -83,6 +107,8 @@ class StoredArrays:
         Raises as `array`, DamagedStore where bytes are damaged, and StoreError where memory does not suffice.
         """
         array = self.array(name)
+        if name.partition("/")[0] in MODEL_GROUPS:
+            check_expansion(self.path, name, array, listed=self._listed_in_all(name, array))
         values = empty_array(self.path, repr(name), array.shape, array.dtype)
         for start in range(0, len(values), object_rows(array)):
             stop = min(start + object_rows(array), len(values))
@@ -135,50 +161,83 @@ class StoredArrays:
         """
         if name not in self._codecs:
             self._codecs[name] = ObjectCodec.of(self.array(name))
-        codec, parts, rows = self._codecs[name], list[NDArray[Any]](), name in ROW_ARRAYS
-        while start < stop or not parts:
+        codec, parts = self._codecs[name], list[NDArray[Any]]()
+        if start >= stop:  # of an item without tokens, whose address may be past the last unit
+            return np.zeros((0, *codec.row_shape), codec.dtype) if out is None else out
+        while start < stop:
             position = start // codec.rows
             first, end = position * codec.rows, min(stop, (position + 1) * codec.rows)
             path = self.layout.object_of(name, position, dimensions=1 + len(codec.row_shape))
-            with self._decoding(f"unit {start // self.geometry.unit_rows} of {name!r}" if rows else repr(name)):
-                parts.append(self._read_object(codec, path, start - first, max(start, end) - first, out))
-            start = max(start + 1, end)
+            unit = start // self.geometry.unit_rows if name in ROW_ARRAYS else None
+            listed = self._listed_bytes(path, self._record_of(name, unit), unit)
+            with self._decoding(repr(name) if unit is None else f"unit {unit} of {name!r}"):
+                parts.append(self._read_object(codec, path, listed, start - first, end - first, out))
+            start = end
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _read_object(
-        self, codec: ObjectCodec, path: Path, start: int, stop: int, out: NDArray[Any] | None
+        self, codec: ObjectCodec, path: Path, listed: int | None, start: int, stop: int, out: NDArray[Any] | None
     ) -> NDArray[Any]:
+        """Rows of the object at `path`, which has `listed` bytes, or is all zero and absent where that is None."""
         self._have(path)
-        try:
-            self._check_size(path)
-            return codec.read(path, start, stop, out=out)
-        except FileNotFoundError:  # all zero, so never stored
-            if self._is_recorded(path):
-                raise
-            if out is None:
-                return np.zeros((stop - start, *codec.row_shape), codec.dtype)
-            out[...] = 0
-            return out
-
-    def _check_size(self, path: Path) -> None:
-        """Raise ValueError for the object of another unit or store in a sealed one, which is sound in itself."""
-        size = path.stat().st_size
-        recorded = self._recorded_bytes.get(self._name(path)) if self.is_complete else size
-        if recorded != size:
-            listed = "does not list it" if recorded is None else f"lists {recorded}"
-            message = f"it has {size} bytes, {self.layout.manifest.name} {listed}"
+        size = path.stat().st_size if path.exists() else None
+        if size != listed:  # that of another unit or store is sound in itself
+            here = "is missing" if size is None else f"has {size} bytes"
+            there = "does not list it" if listed is None else f"lists {listed}"
+            message = f"it {here}, {self.layout.manifest.name if self.is_complete else 'its commit record'} {there}"
             raise ValueError(message)
+        if size is not None:
+            return codec.read(path, start, stop, out=out)
+        if out is None:
+            return np.zeros((stop - start, *codec.row_shape), codec.dtype)
+        out[...] = 0
+        return out
+
+    def _listed_in_all(self, name: str, array: zarr.Array[Any]) -> int:
+        """Bytes of all objects of an array of the model."""
+        positions = range(-(-array.shape[0] // object_rows(array)))
+        paths = [self.layout.object_of(name, position, dimensions=array.ndim) for position in positions]
+        return sum(self._listed_bytes(path, self._record_of(name, None), None) or 0 for path in paths)
+
+    def _record_of(self, name: str, unit: int | None) -> Path:
+        """The record that lists an object of the array `name`, of this unit, while the store is unfinished."""
+        if unit is not None and name not in PLANNED_ROW_ARRAYS:
+            return self.layout.commit(unit)
+        return self.layout.model_commit if name.partition("/")[0] in MODEL_GROUPS else self.layout.plan_commit
+
+    def _listed_bytes(self, path: Path, record: Path, unit: int | None) -> int | None:
+        """Bytes of the object at `path` by the store's listing; None where it is absent since its values are all zero.
+
+        Raises IncompleteStore where nothing tells yet: the unit was not pulled, or `record` is not written.
+        """
+        name = path.relative_to(self.path).as_posix()
+        if self.is_complete:
+            if unit is not None and self._pulled is not None and unit not in self._pulled:
+                message = f"{self.path}: unit {unit} was not pulled. {self.remedy}"
+                raise IncompleteStore(message)
+            return self._recorded_bytes.get(name)
+        if record not in self._records:
+            if not record.exists():
+                message = f"{self.path}: {name} does not count before commits/{record.name} is there. {self.remedy}"
+                raise IncompleteStore(message)
+            self._records[record] = _sizes(read_record(record))
+        return self._records[record].get(name)
 
     @cached_property
-    def _recorded_bytes(self) -> dict[str, int]:
-        return {entry["path"]: entry["bytes"] for entry in self.manifest["objects"]}
+    def _pulled(self) -> frozenset[int] | None:
+        return None if self.pulled_units is None else frozenset(self.pulled_units)
 
-    def _is_recorded(self, path: Path) -> bool:
-        """Whether the store's records list the object at `path`."""
-        if self.is_complete:
-            return self._name(path) in self._recorded_bytes
-        records = sorted(self.layout.commits.glob("*.json"))
-        return any(entry["path"] == self._name(path) for record in records for entry in read_record(record))
+    @cached_property
+    def _recorded_bytes(self) -> Mapping[str, int]:
+        return _sizes(self.manifest["objects"])
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self.path).as_posix()
+
+def _sizes(objects: Iterable[Mapping[str, Any]]) -> Mapping[str, int]:
+    return {entry["path"]: entry["bytes"] for entry in objects}
+
+
+def _manifest_at(path: Path) -> dict[str, Any] | None:
+    try:
+        return read_manifest(path)
+    except FileNotFoundError:
+        return None

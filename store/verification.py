@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, StoreError, UnknownName
 from agiqa.store.bits import to_float32
-from agiqa.store.listings import read_manifest
 from agiqa.store.reading import Store
-from agiqa.store.recorded_items import recorded_labels
+from agiqa.store.recorded_items import table_problem
 from agiqa.store.records import (
     Owner,
     is_readable,
@@ -71,10 +70,11 @@ def verify(store: Store, level: str = "quick") -> Report:
     """
     if level not in get_args(Level):
         raise UnknownName.of(kind="verification level", name=level, known=get_args(Level))
-    # as it is now: `store` may have been opened before its labels were replaced
-    manifest = read_manifest(store.layout.manifest, store_id=store.id) if store.is_complete else None
+    manifest = store.manifest if store.is_complete else None
     entries = list(_entries(store, manifest))
     damage = [found for entry, unit in entries if (found := _check_object(store, entry, unit, level))]
+    if changed := table_problem(store.layout):
+        damage.append(Damage(where=store.layout.items.name, problem=changed))
     damage += [_damaged_record(store, owner, problem) for owner, problem in record_problems(store, manifest)]
     if manifest is not None:  # what it does not list would be read without any proof
         strays = unlisted_files(store, {entry["path"] for entry in manifest["objects"]})
@@ -87,7 +87,7 @@ def verify(store: Store, level: str = "quick") -> Report:
     return Report(
         level=level,
         state=store.state,
-        objects=len(entries),
+        objects=len(entries) + 1,  # the item table
         missing_units=tuple(unit for unit in range(store.geometry.units) if unit not in done),
         damage=tuple(damage),
         probe_error=probe_error,
@@ -98,7 +98,6 @@ def _entries(store: Store, manifest: dict[str, Any] | None) -> Iterable[tuple[di
     if manifest is not None:
         objects_by_owner(store, manifest)  # refuses what is no object of a store
         yield from ((entry, unit_of(store, entry["path"])) for entry in manifest["objects"])
-        yield recorded_labels(store.layout, manifest), None
         return
     for owner in owners(store):
         if is_readable(store, owner):

@@ -43,7 +43,7 @@ def labels(store: Path, table: Path, mos_range: tuple[float, float], *, as_json:
 def repair(store: Path, *, as_json: bool) -> None:
     """Read all of STORE and drop what is damaged, so that the next `extract` or `sketch` computes only that again.
 
-    Exit 1, and nothing changed, if the plan itself is damaged.
+    Exit 1, and nothing changed, if other parts of the plan than token ids and roles are damaged.
     """
     from agiqa.store import open_store
     from agiqa.store.repairing import repair as repair_store
@@ -54,6 +54,7 @@ def repair(store: Path, *, as_json: bool) -> None:
     if report.changed:
         what = [f"{len(report.units)} units ({report.items} items)"] if report.units else []
         what += ["the model's own arrays"] if report.model else []
+        what += [f"{len(report.tokens)} objects of token ids and roles"] if report.tokens else []
         lines.append(f"{store}: dropped {' and '.join(what)}. {opened.remedy} A store that was pulled: pull it again.")
     else:
         lines.append(f"{store}: nothing to repair")

@@ -40,24 +40,27 @@ def test_a_bad_table_is_one_message_and_exit_1(agiqa, store, tmp_path):
 
 def test_a_damaged_unit_is_repaired_by_the_next_extract(agiqa, example, store):
     shard = store / "store.zarr" / "features" / "c" / "2" / "0"
-    sound = shard.read_bytes()
-    shard.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+    roles = store / "store.zarr" / "tokens" / "roles" / "c" / "1"
+    sound = shard.read_bytes(), roles.read_bytes()
+    for path, raw in zip((shard, roles), sound, strict=True):
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     assert agiqa("store", "verify", store, "--level", "full").code == 1
     report = agiqa("store", "repair", store, "--json").json
     assert (report["changed"], report["units"], report["model"]) == (True, [2], False)
+    assert report["tokens"] == ["store.zarr/tokens/roles/c/1"]
     assert agiqa("store", "info", store, "--json").json["state"].startswith("unfinished")
     assert agiqa(*example.extract(store), "--json").json["filled"]["units"] == 1
     assert agiqa("store", "verify", store, "--level", "numeric").code == 0
-    assert shard.read_bytes() == sound
+    assert (shard.read_bytes(), roles.read_bytes()) == sound
     assert "nothing to repair" in agiqa("store", "repair", store).out
 
 
 def test_damage_in_the_plan_exits_1_with_what_to_do(agiqa, store):
-    tokens = store / "store.zarr" / "tokens" / "ids" / "c" / "0"
-    tokens.write_bytes(tokens.read_bytes()[:-1])
+    keys = store / "store.zarr" / "index" / "item_key" / "c" / "0" / "0"
+    keys.write_bytes(keys.read_bytes()[:-1])
     outcome = agiqa("store", "repair", store)
     assert outcome.code == 1
-    assert "store.zarr/tokens/ids/c/0" in outcome.err
+    assert "store.zarr/index/item_key/c/0/0" in outcome.err
     assert "Nothing was changed. Copy the store again" in outcome.err
     assert (store / "MANIFEST.json").exists()
 

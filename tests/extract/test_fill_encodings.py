@@ -7,7 +7,7 @@ import pytest
 
 from agiqa.errors import ConfigError
 from agiqa.extract import ExtractionSettings, LengthRule, run_extraction
-from agiqa.store import load_scale, open_store, verify, view
+from agiqa.store import open_store, verify, view
 from tests.extract.jobs import extract, inputs
 from tests.extract.oracle import all_hidden, expected
 from tests.extract.small_sets import write_set, write_talks
@@ -47,11 +47,11 @@ def test_logits_kept_beside_hidden_states_are_the_models_own(texts, tiny_text_ch
 def test_eight_bits_are_scaled_by_training_items_and_resume_with_their_scale(texts, tiny_text_checkpoint, tmp_path):
     path = tmp_path / "s.agiqa"
     extract(texts, tiny_text_checkpoint, path, encoding="int8", part=(1, 2))
-    begun = load_scale(open_store(path, allow_partial=True).group)
+    begun = open_store(path, allow_partial=True).scale
     store = extract(texts, tiny_text_checkpoint, path, encoding="int8", batch_size=3).store
     data_set, _ = inputs(texts, tiny_text_checkpoint)
     training = all_hidden(tiny_text_checkpoint, [item for item in data_set.items if item.split == "train"])
-    scale = load_scale(store.group)
+    scale = store.scale
     assert scale.id == begun.id
     np.testing.assert_allclose(scale.mean, training.mean(0), atol=1e-4)
     np.testing.assert_allclose(scale.rms, training.std(0), rtol=1e-3)

@@ -147,3 +147,29 @@ def be_nobody(_progress, folder, lengths):
     attempt("write", lambda: UnitWriter(unfinished).write_unit(1, rows, seconds=0.0))
     attempt("plan", lambda: create_store(folder / "new", plan_of(content)))
     return found
+
+
+def read_until(progress, path, stop, lengths, seed, longest):
+    """Open the store and read all its items, until `stop` is there: how many reads were right, wrong, refused."""
+    right = np.concatenate(make_content(lengths).hidden)
+    found = {"right": 0, "wrong": 0, "refused": 0}
+    dawdle(seed, longest)
+    while not Path(stop).exists():
+        try:
+            rows = open_store(path).read(range(len(lengths)))
+            found["right" if np.array_equal(rows.rows, right) else "wrong"] += 1
+        except AgiqaError:
+            found["refused"] += 1
+        progress.at("read once")
+    return found
+
+
+def verify_until(progress, path, stop, seed, longest):
+    """Open and verify the store in full, until `stop` is there: how often, and all the damage that was found."""
+    damage, runs = [], 0
+    dawdle(seed, longest)
+    while not Path(stop).exists():
+        damage += [found.problem for found in verify(open_store(path), "full").damage]
+        runs += 1
+        progress.at("verified once")
+    return {"damage": damage, "runs": runs}

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from agiqa.errors import AgiqaError, DamagedStore, DataError, SchemaError, SettingsConflict
-from agiqa.store import UnitWriter, basis_from, create_store, open_store, seal, sketch_store, store_summary, verify
+from agiqa.store import (
+    UnitWriter,
+    basis_from,
+    create_store,
+    open_store,
+    repair,
+    seal,
+    sketch_store,
+    store_summary,
+    verify,
+)
 from tests.store import golden
 from tests.store.conftest import fill, make_content, plan_of, unit_features
 
@@ -149,6 +159,25 @@ def test_features_of_another_shape_are_refused(tmp_path, content):
 def test_other_settings_are_refused_and_named(stored, content):
     with pytest.raises(SettingsConflict, match=r"model\.revision: stored 'a', asked 'b'"):
         create_store(stored.path, plan_of(content, model={"name": "made up", "revision": "b"}))
+
+
+def test_a_finished_store_that_lacks_an_object_is_not_called_complete(stored, content):
+    """The run that made it said that it was there; `repair` and the same run bring it back."""
+    stored.layout.features_object(2).unlink()
+    with pytest.raises(DamagedStore, match=r"features/c/2/0 is missing.*agiqa store repair"):
+        create_store(stored.path, plan_of(content))
+    repair(open_store(stored.path))
+    fill(create_store(stored.path, plan_of(content)), content)
+    assert seal(open_store(stored.path, allow_partial=True)).state == "complete"
+    assert create_store(stored.path, plan_of(content)).is_complete
+
+
+def test_a_plan_with_other_tokens_is_not_taken_up(tmp_path, content):
+    """Such plans were left by stores that were made of one that was there in part: zeros for its tokens."""
+    store = create_store(tmp_path / "s.agiqa", plan_of(content))
+    other = replace(plan_of(content), roles=[np.zeros_like(roles) for roles in content.roles])
+    with pytest.raises(SettingsConflict, match=r"planned with other tokens/roles in unit 0"):
+        create_store(store.path, other)
 
 
 def test_a_folder_with_other_things_is_not_touched(tmp_path, content):

@@ -25,7 +25,7 @@ from agiqa.store import (
     verify,
     view,
 )
-from agiqa.store.scaling import Scale, load_scale
+from agiqa.store.scaling import Scale
 from tests.store.conftest import Content, make_content, make_store, plan_of, unit_features, write_model
 
 
@@ -196,7 +196,7 @@ class TestInt8(EncodingContract):
         return convert_store(make_store(path.with_name("hidden-of-int8.agiqa"), content), path, "int8")
 
     def test_the_error_is_at_most_half_a_step_of_its_token(self, made, content):
-        scale = load_scale(made.group)
+        scale = made.scale
         training = np.concatenate([explicit_hidden(content, item) for item in content.items.in_split("train")])
         np.testing.assert_allclose(scale.mean, training.mean(0), atol=1e-5)
         np.testing.assert_allclose(scale.rms, training.std(0), rtol=1e-4)

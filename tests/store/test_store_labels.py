@@ -16,6 +16,14 @@ from agiqa.store.labelling import join_labels
 from agiqa.store.upkeep import upkeep_lock
 from tests.store.conftest import fill, plan_of
 from tests.store.crash_points import REPOSITORY, states_after_kills
+from tests.store.workers import Workers
+
+
+@pytest.fixture(scope="module")
+def workers():
+    started = Workers()
+    yield started
+    started.close()
 
 
 def write_table(path, header, *rows) -> Path:
@@ -132,27 +140,31 @@ def test_a_table_that_no_manifest_lists_is_refused(stored, tmp_path):
         join_labels(stored, full_table(tmp_path / "t.csv", "mos", 1))
 
 
-def test_killed_before_any_change_on_disk_the_labels_are_the_old_or_the_new(stored, content, tmp_path):
+@pytest.mark.parametrize("sealed", [True, False])
+def test_killed_before_any_change_on_disk_the_labels_are_the_old_or_the_new(stored, content, tmp_path, sealed):
     table = full_table(tmp_path / "t.csv", "mos", 3.5)
+    if not sealed:
+        stored = create_store(tmp_path / "unfinished.agiqa", plan_of(content))
+    listing = (stored.layout.manifest if sealed else stored.layout.plan_commit).relative_to(stored.path)
     states = states_after_kills(
         stored.path,
         tmp_path / "states",
         imports="from agiqa.store import open_store\nfrom agiqa.store.labelling import join_labels",
-        job=f"join_labels(open_store(path), Path({str(table)!r}))",
+        job=f"join_labels(open_store(path, allow_partial=True), Path({str(table)!r}))",
     )
     seen = []
     for state in states:
-        store = open_store(state)
+        store = open_store(state, allow_partial=not sealed)
         quality = store.items.labels["quality"]
         is_new = bool((quality == 3.5).all())
         assert is_new or np.array_equal(quality, content.items.labels["quality"], equal_nan=True)
-        assert verify(store, "full").sound
-        announced = "labels_next" in json.loads(store.layout.manifest.read_text())
+        assert not verify(store, "full").damage
+        announced = "labels_next" in json.loads((state / listing).read_text())
         seen.append((is_new, announced))
         join_labels(store, table)
-        assert (open_store(state).items.labels["quality"] == 3.5).all()
-        assert set(json.loads(store.layout.manifest.read_text())) == set(json.loads(stored.layout.manifest.read_text()))
-        assert not store.layout.locks.exists()
+        assert (open_store(state, allow_partial=not sealed).items.labels["quality"] == 3.5).all()
+        assert set(json.loads((state / listing).read_text())) == set(json.loads((stored.path / listing).read_text()))
+        assert not (sealed and store.layout.locks.exists())
     assert {(False, False), (False, True), (True, True), (True, False)} <= set(seen)
     assert seen == sorted(seen, key=lambda step: step[0])
 
@@ -194,6 +206,21 @@ def test_a_reader_beside_killed_writers_sees_whole_tables_only(stored, tmp_path)
     assert seen == {1.5, 3.5}
     join_labels(stored, tables[0])
     assert verify(open_store(stored.path), "full").sound
+
+
+def test_a_verify_beside_relabelling_raises_no_false_alarm(stored, tmp_path, workers):
+    """Which table the manifest lists was looked at once, and the table that it had become was found damaged."""
+    tables = [full_table(tmp_path / f"{value}.csv", "mos", value) for value in (1.5, 3.5)]
+    verifier = workers.start("verify_until", stored.path, tmp_path / "stop", 1, 0.01)
+    verifier.wait_for("verified once")
+    for _ in range(8):
+        for table in tables:
+            join_labels(stored, table)
+    (tmp_path / "stop").touch()
+    outcome = verifier.ended()
+    assert (outcome.code, outcome.message) == (0, "")
+    assert outcome.result["damage"] == []
+    assert outcome.result["runs"] > 1
 
 
 JOINERS = """

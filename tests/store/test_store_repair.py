@@ -92,7 +92,7 @@ def test_metadata_of_model_arrays_are_written_anew(stored, content, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["tokens/ids", "tokens/roles", "index/row_start", "index/item_key", "zarr.json", "features/zarr.json", "items"],
+    ["index/row_start", "index/item_key", "zarr.json", "features/zarr.json", "items"],
 )
 def test_damage_in_the_plan_is_told_and_nothing_changed(stored, name):
     path = stored.layout.zarr / name
@@ -106,6 +106,46 @@ def test_damage_in_the_plan_is_told_and_nothing_changed(stored, name):
     before = everything(stored.path)
     with pytest.raises(DamagedStore, match=r"(?i)copy the store again"):
         repair(open_store(stored.path))
+    assert everything(stored.path) == before
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_damaged_tokens_are_written_again_by_the_run_that_resumes(stored, content, tmp_path, how, sealed):
+    before = contents(stored)
+    if not sealed:
+        stored.layout.manifest.unlink()
+    damaged = [stored.layout.zarr / "tokens" / name for name in ("ids/c/1", "roles/c/3")]
+    for path in damaged:
+        harm(path, how)
+    report = repair(open_store(stored.path, allow_partial=True))
+    assert (report.units, report.model, report.changed) == ((), False, True)
+    assert list(report.tokens) == [path.relative_to(stored.path).as_posix() for path in damaged]
+    assert {found.unit for found in report.damage} == {1, 3}
+    unfinished = open_store(stored.path, allow_partial=True)
+    with pytest.raises(DamagedStore, match="is missing"):
+        seal(unfinished)
+    resumed = create_store(stored.path, plan_of(content))
+    assert contents(seal(resumed)) == before
+    assert [left.name for left in tmp_path.iterdir()] == [stored.path.name]
+
+
+def test_tokens_of_a_sketch_are_written_again_from_its_source(stored, tmp_path):
+    basis = basis_from(stored, 4)
+    sketch = sketch_store(stored, tmp_path / "k.agiqa", basis=basis).store
+    before = contents(sketch)
+    harm(sketch.layout.zarr / "tokens" / "roles" / "c" / "2", "flip")
+    assert repair(sketch).tokens == ("store.zarr/tokens/roles/c/2",)
+    assert contents(sketch_store(stored, sketch.path, basis=basis).store) == before
+
+
+def test_other_tokens_are_not_written_in_the_place_of_removed_ones(stored, content):
+    harm(stored.layout.zarr / "tokens" / "ids" / "c" / "1", "flip")
+    repair(stored)
+    before = everything(stored.path)
+    other = replace(plan_of(content), token_ids=[ids + 1 for ids in content.token_ids])
+    with pytest.raises(DamagedStore, match=r"tokens/ids/c/1 is missing, and is written otherwise now"):
+        create_store(stored.path, other)
     assert everything(stored.path) == before
 
 

@@ -68,6 +68,15 @@ ITEMS = {
         ),
         "items.parquet says that it has 2000000 rows",
     ),
+    "a long text for all": (
+        lambda _table: pa.table(
+            {
+                "name": [str(row) for row in range(20_000)],
+                "prompt": pa.DictionaryArray.from_arrays(pa.array(np.zeros(20_000, np.int8)), ["x" * 40_000]),
+            }
+        ),
+        "items.parquet holds texts of 800088890 bytes",
+    ),
 }
 
 

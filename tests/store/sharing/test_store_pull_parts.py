@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from agiqa.errors import ConfigError, DataError, IncompleteStore
-from agiqa.store import open_store
+from agiqa.store import basis_from, convert_store, create_store, open_store, sketch_store
 from agiqa.store.pulling import pull
 from agiqa.store.pushing import push, push_bytes
+from tests.store.conftest import make_content, plan_of
 from tests.store.sharing.copies import assert_equal_stores, files_below, objects_of
 
 
@@ -76,3 +77,33 @@ def test_items_asked_of_a_complete_copy_leave_it_complete(stored, served, tmp_pa
     pull(served.url, copy)
     pull(served.url, copy, items=names_in(stored, [2]))
     assert_equal_stores(copy, stored.path)
+
+
+def test_the_run_that_made_a_store_does_not_call_a_part_of_it_complete(stored, served, tmp_path):
+    copy = tmp_path / "copy.agiqa"
+    pull(served.url, copy, items=names_in(stored, [2]))
+    content = make_content(stored.n_tokens.tolist())
+    with pytest.raises(IncompleteStore, match=rf"holds 1 of {stored.geometry.units} units.*agiqa store pull"):
+        create_store(copy, plan_of(content))
+    assert create_store(stored.path, plan_of(content)).is_complete
+
+
+def test_a_sketch_of_a_part_is_refused_before_it_is_planned(stored, served, tmp_path):
+    """Its plan held zeros for the tokens that were not pulled, and outlived the refusal."""
+    copy, out = tmp_path / "copy.agiqa", tmp_path / "sketch.agiqa"
+    pull(served.url, copy, items=names_in(stored, [2]))
+    basis = basis_from(stored, 4)
+    part = open_store(copy)
+    for array in ("features", "tokens/ids", "tokens/roles"):
+        with pytest.raises(IncompleteStore, match="unit 3 was not pulled"):
+            part.unit_rows(3, array)
+    with pytest.raises(IncompleteStore, match=r"was not pulled.*`agiqa store pull` it again"):
+        sketch_store(part, out, basis=basis)
+    assert not out.exists()
+    with pytest.raises(IncompleteStore):
+        convert_store(part, out, "logits")
+    assert not out.exists()
+    pull(served.url, copy)
+    sketch = sketch_store(open_store(copy), out, basis=basis).store
+    items = range(len(stored.n_tokens))
+    np.testing.assert_array_equal(sketch.read(items).roles, stored.read(items).roles)
