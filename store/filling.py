@@ -102,6 +102,7 @@ class UnitWriter:
             if layout.model_commit.exists():
                 return
             for name in MODEL_GROUPS:  # what a killed run left there would be recorded as if it belonged to them
+                check_inside(self.store.path, layout.zarr / name)
                 if (layout.zarr / name).exists():
                     shutil.rmtree(layout.zarr / name)
             write(self.group)

@@ -181,7 +181,8 @@ def _plan_prefix(path: Path) -> str:
 
 def plans_beside(path: Path) -> list[Path]:
     """The folders in which plans of the store at `path` are being written, or were when their runs were killed."""
-    return sorted(path.parent.glob(f"{glob.escape(_plan_prefix(path))}*/"))
+    found = path.parent.glob(f"{glob.escape(_plan_prefix(path))}*/")
+    return sorted(folder for folder in found if not folder.is_symlink())
 
 
 def _remove_killed_plans(path: Path) -> None:
