@@ -89,7 +89,8 @@ class UnitWriter:
                 "worker": self._worker,
                 "seconds": round(seconds, 3),
             }
-            put_text_if_absent(self.store.layout.commit(unit), canonical_json(record))
+            layout = self.store.layout
+            put_text_if_absent(layout.commit(unit), canonical_json(record), lock=layout.locks / "records")
 
     def write_model_arrays(self, write: Callable[[zarr.Group], None]) -> None:
         """Let `write` create the arrays that come from the model (`lm_head`, `basis`, `probe`), once per store.

@@ -5,7 +5,6 @@ known by its name, and the links and the folders that they lead to stay.
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import stat
@@ -14,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from agiqa.store.files import open_lock, telling_disk_errors, try_lock
+from agiqa.store.files import open_lock, telling_disk_errors, try_lock, unlock, wait_for_lock
 from agiqa.store.layout import StoreLayout
 
 UPKEEP_LOCK = "seal"
 """All that write MANIFEST.json hold the lock of the seal."""
-_LOCK = re.compile(r"[0-9]{8,}|model|plan|pull|seal")
+_LOCK = re.compile(r"[0-9]{8,}|model|plan|pull|records|seal")
 _KILLED_RECORD = re.compile(r"\.(?:[0-9]{8,}|model|plan)\.json\..+|\.zarr\.json\.new")
 
 
@@ -36,7 +35,7 @@ def upkeep_lock(
     path = layout.locks / UPKEEP_LOCK
     while True:
         with telling_disk_errors(f"{doing} {layout.root}", kept), open_lock(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            wait_for_lock(file)
             if not _is_at(file, path):
                 continue
             try:
@@ -45,7 +44,7 @@ def upkeep_lock(
                 if layout.manifest.exists():
                     path.unlink(missing_ok=True)
                     _remove_if_empty(layout.locks)
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing does not release it while a forked child has the file open
+                unlock(file)
             return
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from agiqa.errors import AgiqaError
 from agiqa.store import UnitWriter, create_store, open_store, seal, verify
+from agiqa.store.hdf5_import import import_hdf5
 from tests.store.conftest import make_content, plan_of, unit_features, write_model
 
 NOBODY = 65534
@@ -147,3 +148,8 @@ def be_nobody(_progress, folder, lengths):
     attempt("write", lambda: UnitWriter(unfinished).write_unit(1, rows, seconds=0.0))
     attempt("plan", lambda: create_store(folder / "new", plan_of(content)))
     return found
+
+
+def import_file(_progress, source, out):
+    """Make the store `out` of an HDF5 file."""
+    import_hdf5(Path(source), Path(out))
