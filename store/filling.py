@@ -12,7 +12,7 @@ import zarr
 from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, DataError
-from agiqa.store.arrays import object_rows
+from agiqa.store.arrays import WritableArrays, object_rows
 from agiqa.store.bits import finite_rows
 from agiqa.store.checks import check_inside
 from agiqa.store.files import (
@@ -40,7 +40,7 @@ class UnitWriter:
     def __init__(self, store: Store) -> None:
         """A writer for `store`, which must be planned and not sealed."""
         self.store = store
-        self.group = zarr.open_group(store.layout.zarr, mode="r+", use_consolidated=False)
+        self.group = zarr.open_group(WritableArrays(store.layout.zarr), mode="r+", use_consolidated=False)
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
 
     def pending(self, *, part: tuple[int, int] = (1, 1)) -> list[int]:

@@ -78,9 +78,10 @@ def _refuse_what_leads_elsewhere(path: Path, file: h5py.File) -> None:
     file.id.links.visit(lambda name, link: links.append((name, link.type)), info=True)
     for name, kind in links:
         if problem := _elsewhere(file, name, kind):
+            shown = "/" + name.decode(errors="replace")
             message = (
-                f"{path}: {'/' + name.decode(errors='replace')!r} {problem}, so its values lie elsewhere; nothing of it was "
-                "read. A store is imported only from a file that holds all of it: export it again."
+                f"{path}: {shown!r} {problem}, so its values lie elsewhere; nothing of it was read. "
+                "A store is imported only from a file that holds all of it: export it again."
             )
             raise SchemaError(message)
 

@@ -99,18 +99,23 @@ def export_hdf5(
             _Export(store, work, content=content, compression=chosen).write(out, advance)
         _remove_parts(work)
         (work / _LOCK).unlink()
-        with suppress(OSError):  # a link, or not empty
-            work.rmdir()
     size = out.stat().st_size
     return found or HDF5Export(path=out, id=store.id, compression=chosen, bytes=size, already_there=False)
 
 
 @contextmanager
 def _lock(out: Path, work: Path) -> Generator[bool]:
-    """Hold the folder `work`, made for the export to `out`; yields False when another process holds it."""
+    """Hold the folder `work`, made for the export to `out`; yields False when another process holds it.
+
+    The folder goes at the end if it is empty then, and no link.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(work / _LOCK) as mine:
-        yield mine
+    try:
+        with exclusive_lock(work / _LOCK) as mine:
+            yield mine
+    finally:  # the lock is closed by now: FUSE file systems keep the names of open files
+        with suppress(OSError):
+            work.rmdir()
 
 
 def _remove_parts(work: Path) -> None:

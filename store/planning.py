@@ -18,6 +18,7 @@ from zarr.core.sync import sync
 from agiqa.errors import ConfigError, SettingsConflict, listed
 from agiqa.store.arrays import (
     Geometry,
+    WritableArrays,
     choose_geometry,
     create_features,
     create_kept_logits,
@@ -241,7 +242,7 @@ def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
     n_tokens = np.array([len(ids) for ids in plan.token_ids], np.int32)
     placement = place(n_tokens, width=plan.width, itemsize=plan.dtype.itemsize)
     geometry = placement.geometry
-    group = zarr.create_group(store=layout.zarr, attributes=_attributes(plan, geometry))
+    group = zarr.create_group(store=WritableArrays(layout.zarr), attributes=_attributes(plan, geometry))
     create_features(group, geometry, dtype=plan.dtype, logical_dtype=plan.logical_dtype)
     if plan.kept_logits is not None:
         create_kept_logits(group, geometry, vocabulary=plan.kept_logits, logical_dtype=plan.logical_dtype)

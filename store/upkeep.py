@@ -32,18 +32,29 @@ def upkeep_lock(
     A finished store has no `locks` folder, so there the lock is removed by its holder; who waited for a removed
     lock file tries again.
     """
-    path = layout.locks / UPKEEP_LOCK
-    while True:
-        with telling_disk_errors(f"{doing} {layout.root}", kept), open_lock(path) as file:
-            wait_for_lock(file)
-            if not _is_at(file, path):
-                continue
+    try:
+        with telling_disk_errors(f"{doing} {layout.root}", kept), _held(layout.locks / UPKEEP_LOCK) as lock:
             try:
                 yield
             finally:
                 if layout.manifest.exists():
-                    path.unlink(missing_ok=True)
-                    _remove_if_empty(layout.locks)
+                    lock.unlink(missing_ok=True)
+    finally:  # the lock is closed by now: FUSE file systems keep the names of open files
+        if layout.manifest.exists():
+            _remove_if_empty(layout.locks)
+
+
+@contextmanager
+def _held(path: Path) -> Generator[Path]:
+    """Hold the lock file `path`, the one that has that name at last, while inside."""
+    while True:
+        with open_lock(path) as file:
+            wait_for_lock(file)
+            if not _is_at(file, path):
+                continue
+            try:
+                yield path
+            finally:
                 unlock(file)
             return
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from agiqa.errors import AgiqaError
-from agiqa.store import UnitWriter, create_store, open_store, seal, verify
+from agiqa.store import UnitWriter, create_store, join_labels, open_store, repair, seal, verify
+from agiqa.store.files import put_text_if_absent
+from agiqa.store.garbage import collect_garbage
 from agiqa.store.hdf5_import import import_hdf5
 from tests.store.conftest import make_content, plan_of, unit_features, write_model
 
@@ -153,3 +155,23 @@ def be_nobody(_progress, folder, lengths):
 def import_file(_progress, source, out):
     """Make the store `out` of an HDF5 file."""
     import_hdf5(Path(source), Path(out))
+
+
+def on_odd_disk(progress, oddities, job, *arguments):
+    """The job called `job`, in a process that was started with `odd_disks.c` preloaded, on a disk with these oddities."""
+    os.environ.update(oddities)
+    return globals()[job](progress, *arguments)
+
+
+def upkeep(_progress, path, what):
+    """Seal, label, repair or tidy up the store at `path`."""
+    store = open_store(path, allow_partial=True)
+    if what == "label":
+        table = Path(path).with_name("labels.csv")
+        return join_labels(store, table).as_dict()["filled"]
+    return {"seal": seal, "repair": repair, "collect": collect_garbage}[what](store) is not None
+
+
+def put(_progress, path, text, lock):
+    """Put the record at `path` unless there is one; whether this was the one that did."""
+    return put_text_if_absent(Path(path), text, lock=Path(lock))
