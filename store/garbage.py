@@ -13,7 +13,7 @@ from agiqa.store.checks import check_inside
 from agiqa.store.files import exclusive_lock, files_below, left_lock
 from agiqa.store.layout import PULL_RECORD, ROOT_METADATA, StoreLayout
 from agiqa.store.listings import read_record
-from agiqa.store.planning import PLAN_LOCK, plans_beside
+from agiqa.store.places import PLAN_LOCK, plans_beside
 from agiqa.store.reading import Store
 from agiqa.store.records import Owner, owner_of, owners, recorded_objects_of
 from agiqa.store.upkeep import UPKEEP_LOCK, is_held, killed_records, lock_files, upkeep_lock

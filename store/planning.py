@@ -2,9 +2,7 @@
 
 import asyncio
 import errno
-import glob
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 
-from agiqa.errors import ConfigError, SettingsConflict, listed
+from agiqa.errors import ConfigError, DataError, SettingsConflict, listed
 from agiqa.store.arrays import (
     Geometry,
     WritableArrays,
@@ -37,13 +35,20 @@ from agiqa.store.files import (
     write_text_atomically,
 )
 from agiqa.store.items import Items, write_items
-from agiqa.store.layout import FORMAT, ITEM_STATUS, PULL_RECORD, VERSION, StoreLayout
+from agiqa.store.layout import FORMAT, ITEM_STATUS, VERSION, StoreLayout
+from agiqa.store.places import (
+    PLAN_LOCK,
+    give_rights_of,
+    is_taken,
+    plan_folder,
+    plans_beside,
+    require_place,
+    require_planned,
+)
 from agiqa.store.provenance import differences, store_id
-from agiqa.store.reading import Store, is_planned, open_store
+from agiqa.store.reading import Store, open_store
 from agiqa.store.upkeep import upkeep_lock
 
-PLAN_LOCK = "plan"
-"""Held while a plan is written."""
 _SHAPE = ("encoding", "logical_dtype", "width", "kept_logits")
 """What decides the shape of the features."""
 
@@ -71,7 +76,10 @@ class StorePlan:
     """Size of the vocabulary, where the raw logits are kept beside hidden states."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where raw logits are to be kept beside anything but hidden states."""
+        """Raises DataError without items, ConfigError where raw logits are kept beside other than hidden states."""
+        if not len(self.items):
+            message = "There are no items, so there is nothing to store."
+            raise DataError(message)
         if self.kept_logits is not None and self.encoding != "hidden":
             message = f"Raw logits are kept beside hidden states only, not beside {self.encoding!r}."
             raise ConfigError(message)
@@ -129,29 +137,33 @@ def place(n_tokens: NDArray[np.int32], *, width: int, itemsize: int) -> Placemen
 def create_store(path: Path, plan: StorePlan) -> Store:
     """Write the plan at `path`, or take up the store that is there if it was planned alike.
 
-    The plan is written beside `path` and renamed, so a killed plan leaves no store. An unfinished store takes
-    over the labels of `plan`. Returns the store, opened with what is there of it.
+    The plan is written beside `path` (or what it is a link to) and renamed, so a killed plan leaves no store. It has
+    the rights that the umask and the folder above give it, or those of an empty folder that it takes the place of. An
+    unfinished store takes over the labels of `plan`. Returns the store, opened with what is there of it.
 
     Raises SettingsConflict, naming every difference, when `path` holds a store made with other settings, a
-    finished store with other labels, or something that is no store.
+    finished store with other labels, or something that is no store; ConfigError as `require_place`.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    place = require_place(path)
+    if is_taken(place):
         return _take_up(path, plan)
     with telling_disk_errors(f"writing the plan of {path}", "nothing of it is left"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_killed_plans(path)
-        first = _write_beside(path, plan)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_killed_plans(place)
+        first = _write_beside(place, plan)
     return open_store(path, allow_partial=True) if first else _take_up(path, plan)
 
 
 def _write_beside(path: Path, plan: StorePlan) -> bool:
     """Write the plan into a folder beside `path` and rename it; False where another run was first."""
-    temporary = Path(tempfile.mkdtemp(prefix=_plan_prefix(path), dir=path.parent))
+    temporary = plan_folder(path)
     layout = StoreLayout(temporary)
     try:
+        temporary.mkdir()
+        if path.is_dir():
+            give_rights_of(path, temporary)
         with new_lock(layout.locks / PLAN_LOCK):
             _write_plan(layout, plan)
-            temporary.chmod(0o755)
             temporary.replace(path)
     except OSError as error:
         _remove_for_good(temporary)
@@ -176,16 +188,6 @@ async def _others_of_the_loop() -> None:
     await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 
 
-def _plan_prefix(path: Path) -> str:
-    return f".{path.name}.plan-"
-
-
-def plans_beside(path: Path) -> list[Path]:
-    """The folders in which plans of the store at `path` are being written, or were when their runs were killed."""
-    found = path.parent.glob(f"{glob.escape(_plan_prefix(path))}*/")
-    return sorted(folder for folder in found if not folder.is_symlink())
-
-
 def _remove_killed_plans(path: Path) -> None:
     for left_over in plans_beside(path):
         with left_lock(StoreLayout(left_over).locks / PLAN_LOCK) as ended:
@@ -194,14 +196,7 @@ def _remove_killed_plans(path: Path) -> None:
 
 
 def _take_up(path: Path, plan: StorePlan) -> Store:
-    if (path / PULL_RECORD).exists():
-        message = (
-            f"A pull into {path} is at work or was cut off. Finish it with `agiqa store pull`, or give another path."
-        )
-        raise SettingsConflict(message)
-    if not is_planned(path):
-        message = f"{path} exists and is not a feature store. Choose another path, or move it away."
-        raise SettingsConflict(message)
+    require_planned(path)
     store = open_store(path, allow_partial=True)
     asked = plan.full_provenance()
     if store_id(asked) != store.id:
