@@ -20,6 +20,7 @@ from agiqa.extract.ray_driver import OnRay
 from agiqa.extract.targets import Target
 from agiqa.progress import say, track
 from agiqa.store import ENCODINGS, Store, UnitWriter, is_planned, open_store, seal
+from agiqa.store.places import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +88,14 @@ def run_extraction(
     opens `backbone` anew in other processes, which `workers`, `devices` and `ray` need.
 
     Raises before anything is read UnknownName for the encoding, ConfigError for settings that contradict each other or
-    that need an `opener`, and ModelError for a checkpoint without the tensors; then DataError for items that cannot be
-    used (see `LengthRule`), ConfigError for splits without an item to calibrate on, HeadError for a basis of another
-    model, SettingsConflict for a store made otherwise, ModelError where the weights do not fit the device, and
-    WorkerError for an item that does not, or where processes die. What is finished by then is kept.
+    that need an `opener`, what `check_writable` raises of `path`, and ModelError for a checkpoint without the tensors;
+    then DataError for items that cannot be used (see `LengthRule`), ConfigError for splits without an item to calibrate
+    on, HeadError for a basis of another model, SettingsConflict for a store made otherwise, ModelError where the
+    weights do not fit the device, and WorkerError for an item that does not, or where processes die. What is finished
+    by then is kept.
     """
     _check_encoding(settings)
+    check_writable(path)
     backbone.check_tensors()
     if settings.rank is not None:
         check_rank(settings.rank, backbone)

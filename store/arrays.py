@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from agiqa.store.bits import storage_dtype
@@ -88,6 +89,15 @@ def _create_rows(
         fill_value=0,
         attributes={"logical_dtype": logical_dtype},
     )
+
+
+class WritableArrays(LocalStore):
+    """The folder of a Zarr group, to write to by one process at a time; zarr's own class needs hard links there."""
+
+    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
+        """Write `value` unless there is a value of that name."""
+        if not await self.exists(key):
+            await self.set(key, value)
 
 
 def object_rows(array: zarr.Array[Any]) -> int:

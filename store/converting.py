@@ -12,6 +12,7 @@ from agiqa.errors import UnknownName
 from agiqa.store.arrays import create_whole_array
 from agiqa.store.bits import from_float32
 from agiqa.store.deriving import Derivation, derive_store, require_hidden
+from agiqa.store.places import check_writable
 from agiqa.store.reading import Store
 from agiqa.store.scaling import LOGICAL_DTYPE, Scale, save_scale
 from agiqa.store.sketching import calibration_moments
@@ -30,6 +31,7 @@ def convert_store(
     makers = {"int8": _to_int8, "logits": _to_logits}
     if encoding not in makers:
         raise UnknownName.of(kind="encoding to convert to", name=encoding, known=makers)
+    check_writable(out)
     return derive_store(source, out, makers[encoding](source), advance=advance)
 
 

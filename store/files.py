@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from agiqa.errors import AgiqaError, DamagedStore
+from agiqa.errors import AgiqaError, ConfigError, DamagedStore
 
 _BLOCK = 1 << 20
 _REMEDIES = {
@@ -24,6 +24,10 @@ _REMEDIES = {
     errno.EMFILE: "Raise the limit on open files (`ulimit -n`)",
     errno.EIO: "Check the disk",
 }
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What `flock` fails with on file systems without locks."""
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -58,10 +62,13 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Force the file (or folder) at `path` to the disk."""
+    """Force the file (or folder) at `path` to the disk; folders only where their file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 
@@ -95,7 +102,7 @@ def write_bytes_atomically(path: Path, pieces: Iterable[bytes]) -> dict[str, Any
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     digest, size = hashlib.sha256(), 0
-    with _removed_on_failure(temporary, of=path):
+    with removed_on_failure(temporary, of=path):
         with temporary.open("wb") as file:
             for piece in pieces:
                 file.write(piece)
@@ -123,22 +130,38 @@ def whole_lines(path: Path) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def put_text_if_absent(path: Path, text: str) -> bool:
-    """Create `path` with `text` in one step; False, and nothing changed, when it exists already."""
+def put_text_if_absent(path: Path, text: str, *, lock: Path) -> bool:
+    """Create `path` with `text` in one step; False, and nothing changed, when it exists already.
+
+    Where the file system has no hard links, the one step is a rename, and the lock file `lock` keeps others away.
+    """
     temporary = _write_temporary(path, text)
     try:
         os.link(temporary, path)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _rename_if_absent(temporary, path, lock)
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     sync_file(path.parent)
     return True
 
 
+def _rename_if_absent(temporary: Path, path: Path, lock: Path) -> bool:
+    with waiting_lock(lock):
+        if path.exists():
+            return False
+        temporary.rename(path)
+        sync_file(path.parent)
+        return True
+
+
 def _write_temporary(path: Path, text: str) -> Path:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")  # readable to whom the umask lets read it
-    with _removed_on_failure(temporary, of=path), temporary.open("x", encoding="utf-8") as file:
+    with removed_on_failure(temporary, of=path), temporary.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -146,14 +169,14 @@ def _write_temporary(path: Path, text: str) -> Path:
 
 
 @contextmanager
-def _removed_on_failure(temporary: Path, *, of: Path) -> Generator[None]:
+def removed_on_failure(temporary: Path, *, of: Path) -> Generator[None]:
     """Remove `temporary` when writing it fails; the error names `of`, since that of a full disk names no file."""
     try:
         yield
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if error.filename is None:
+        if error.errno is not None and error.filename is None:
             error.filename = str(of)
         raise
 
@@ -180,7 +203,7 @@ def exclusive_lock(path: Path) -> Generator[bool]:
         try:
             yield True
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # closing does not release it while a forked child has the file open
+            unlock(file)
 
 
 @contextmanager
@@ -192,12 +215,12 @@ def new_lock(path: Path) -> Generator[None]:
     path.parent.mkdir(exist_ok=True)
     nameless = path.with_name(f".{path.name}.new")
     with nameless.open("x") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(file)
         nameless.replace(path)
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+            unlock(file)
 
 
 @contextmanager
@@ -216,25 +239,85 @@ def left_lock(path: Path) -> Generator[bool]:
 def waiting_lock(path: Path) -> Generator[None]:
     """Hold the lock file `path` while inside, after waiting for any other process that holds it."""
     with open_lock(path) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(file)
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+            unlock(file)
 
 
 def try_lock(file: IO[str]) -> bool:
-    """Lock the open lock file `file` unless another process holds it; whether it is ours now."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    """Lock the open lock file `file` unless another process holds it; whether it is ours now.
+
+    Raises ConfigError where the file system has no locks, or locks that keep nobody out.
+    """
+    if not _flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, of=file.name):
         return False
+    _require_exclusive(file)
     return True
 
 
+def wait_for_lock(file: IO[str]) -> None:
+    """Lock the open lock file `file` once no other process holds it. Raises as `try_lock`."""
+    _flock(file.fileno(), fcntl.LOCK_EX, of=file.name)
+    _require_exclusive(file)
+
+
+def unlock(file: IO[str]) -> None:
+    """Release the lock on `file`; closing it does not, while a forked child has it open."""
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _flock(descriptor: int, operation: int, *, of: str) -> bool:
+    """`flock` of the open lock file `of`; False when another one holds it."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except (BlockingIOError, PermissionError):  # SMB says that it has no right to what another one holds
+        return False
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            raise _no_locks(of, str(error.strerror)) from error
+        raise
+    return True
+
+
+def _require_exclusive(file: IO[str]) -> None:
+    """Raise ConfigError where the lock of `file`, which this process holds, can be had a second time."""
+    try:
+        second = os.open(file.name, os.O_WRONLY if file.writable() else os.O_RDONLY)
+    except FileNotFoundError:  # removed by another run since
+        return
+    try:
+        same = os.path.samestat(os.fstat(second), os.fstat(file.fileno()))
+        if same and _flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB, of=file.name):
+            raise _no_locks(file.name, "two can hold one lock at the same time")
+    finally:
+        os.close(second)
+
+
+def _no_locks(lock: str, why: str) -> ConfigError:
+    message = (
+        f"Locks do not work on the file system of {lock} ({why}), and runs would harm each other without them: use "
+        "another file system, or make the folder of the lock a link to one."
+    )
+    return ConfigError(message)
+
+
 def open_lock(path: Path) -> IO[str]:
-    """The lock file `path`, in a folder made for it, open and not yet locked."""
+    """The lock file `path`, in a folder made for it, open and not yet locked.
+
+    One of another user, who does not let this one write to it, is opened for reading, which is enough to lock it.
+    """
     while True:
-        path.parent.mkdir(exist_ok=True)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except FileExistsError:
+            message = "no folder, nor a link to one"
+            raise NotADirectoryError(errno.ENOTDIR, message, str(path.parent)) from None
         with suppress(FileNotFoundError):  # the seal of another run has removed the folder since
-            return path.open("a")
+            try:
+                return path.open("a")
+            except PermissionError:
+                if not path.exists():
+                    raise
+                return path.open()

@@ -12,7 +12,7 @@ import zarr
 from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, DataError
-from agiqa.store.arrays import object_rows
+from agiqa.store.arrays import WritableArrays, object_rows
 from agiqa.store.bits import finite_rows
 from agiqa.store.checks import check_inside
 from agiqa.store.files import (
@@ -40,7 +40,7 @@ class UnitWriter:
     def __init__(self, store: Store) -> None:
         """A writer for `store`, which must be planned and not sealed."""
         self.store = store
-        self.group = zarr.open_group(store.layout.zarr, mode="r+", use_consolidated=False)
+        self.group = zarr.open_group(WritableArrays(store.layout.zarr), mode="r+", use_consolidated=False)
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
 
     def pending(self, *, part: tuple[int, int] = (1, 1)) -> list[int]:
@@ -89,7 +89,8 @@ class UnitWriter:
                 "worker": self._worker,
                 "seconds": round(seconds, 3),
             }
-            put_text_if_absent(self.store.layout.commit(unit), canonical_json(record))
+            layout = self.store.layout
+            put_text_if_absent(layout.commit(unit), canonical_json(record), lock=layout.locks / "records")
 
     def write_model_arrays(self, write: Callable[[zarr.Group], None]) -> None:
         """Let `write` create the arrays that come from the model (`lm_head`, `basis`, `probe`), once per store.
@@ -102,6 +103,7 @@ class UnitWriter:
             if layout.model_commit.exists():
                 return
             for name in MODEL_GROUPS:  # what a killed run left there would be recorded as if it belonged to them
+                check_inside(self.store.path, layout.zarr / name)
                 if (layout.zarr / name).exists():
                     shutil.rmtree(layout.zarr / name)
             write(self.group)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import BusyStore, DamagedStore
+from agiqa.store.checks import check_inside
 from agiqa.store.files import exclusive_lock, files_below, left_lock
 from agiqa.store.layout import PULL_RECORD, ROOT_METADATA, StoreLayout
 from agiqa.store.listings import read_record
-from agiqa.store.planning import PLAN_LOCK, plans_beside
+from agiqa.store.places import PLAN_LOCK, plans_beside
 from agiqa.store.reading import Store
 from agiqa.store.records import Owner, owner_of, owners, recorded_objects_of
-from agiqa.store.upkeep import UPKEEP_LOCK, is_held, upkeep_lock
+from agiqa.store.upkeep import UPKEEP_LOCK, is_held, killed_records, lock_files, upkeep_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,11 @@ def collect_garbage(store: Store, *, dry_run: bool = False) -> GcReport:
     """Remove from `store` what nothing lists; with `dry_run` only say what.
 
     That is: files below store.zarr, temporary files of killed writes, lock files that no run will want, and killed
-    plans beside the store. What a run is at work on stays, told by its locks; what is listed is never removed.
-    Raises DamagedStore where a record or the manifest cannot be read, and BusyStore where a pull is not finished.
+    plans beside the store. What a run is at work on stays, told by its locks; what is listed is never removed. `locks`
+    and `commits` may be links to other folders; there, too, only files with the names of ours are removed.
+
+    Raises DamagedStore where a record or the manifest cannot be read, or store.zarr is a link out of the store, and
+    BusyStore where a pull is not finished.
     """
     if (store.path / PULL_RECORD).exists():
         message = f"{store.path} is being pulled, or a pull was cut off: finish it with the same `agiqa store pull`."
@@ -81,6 +85,7 @@ class _Collector:
         self._killed_plans()
 
     def _unlisted_objects(self) -> None:
+        check_inside(self.store.path, self.layout.zarr)
         files = files_below(self.layout.zarr)
         listed = self._listed()
         by_owner: dict[Owner, list[Path]] = {}
@@ -130,13 +135,12 @@ class _Collector:
     def _temporary_files(self) -> None:
         """Of writes to commits/, which any run may be at, and to the files that only upkeep and the seal write."""
         root, why = self.store.path, "a write that was killed"
-        commits = sorted(self.layout.commits.glob(".*"))
+        commits = killed_records(self.layout)
         mine = [*root.glob(f".{self.layout.manifest.name}.*"), *root.glob(f".{self.layout.card.name}.*")]
         if self.finished:
             mine += root.glob(f".{self.layout.items.name}.*")
         self._remove(sorted(mine), why)
-        locks = self.layout.locks.glob("*")
-        if any(is_held(lock) for lock in locks if lock.name != UPKEEP_LOCK):
+        if any(is_held(lock) for lock in self._lock_files()):
             self.in_use += map(str, commits)
         else:
             self._remove(commits, why)
@@ -150,9 +154,12 @@ class _Collector:
         if not self.finished:
             done |= {f"{unit:08d}" for unit in self.store.committed_units()}
             done |= {"model"} if self.layout.model_commit.exists() else set()
-        locks = [lock for lock in sorted(self.layout.locks.glob("*")) if lock.name != UPKEEP_LOCK]
-        removable = [lock for lock in locks if self.finished or lock.name in done]
+        removable = [lock for lock in self._lock_files() if self.finished or lock.name in done]
         self._remove([lock for lock in removable if not is_held(lock)], "the lock of a run that has ended")
+
+    def _lock_files(self) -> list[Path]:
+        """All but the one that this collection holds."""
+        return [lock for lock in lock_files(self.layout) if lock.name != UPKEEP_LOCK]
 
     def _killed_plans(self) -> None:
         """As `create_store` would remove them when it is called for this path again."""
@@ -164,14 +171,14 @@ class _Collector:
                 if not ended:
                     self.in_use.append(str(plan))
                     continue
-                size = sum(file.stat().st_size for file in files_below(plan))
+                size = sum(file.lstat().st_size for file in files_below(plan))
                 self.garbage.append(Garbage(path=str(plan), bytes=size, why="a plan that was killed"))
                 if not self.dry_run:
                     shutil.rmtree(plan)
 
     def _remove(self, paths: Sequence[Path], why: str) -> None:
         for path in paths:
-            self.garbage.append(Garbage(path=str(path), bytes=path.stat().st_size, why=why))
+            self.garbage.append(Garbage(path=str(path), bytes=path.lstat().st_size, why=why))
             if not self.dry_run:
                 path.unlink()
 

@@ -11,8 +11,8 @@ all metadata but the texts of attributes, and `metadata_sha256` of the root grou
 
 import hashlib
 import json
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.errors import AgiqaError, ConfigError, DamagedStore, SchemaError, UnknownName
+from agiqa.errors import ConfigError, SchemaError, UnknownName
 from agiqa.store.files import canonical_json
 from agiqa.store.items import LABEL_PREFIX, Items
 
 COMPRESSIONS = ("auto", "zstd", "gzip", "none")
-LIBVER = ("v110", "v110")
-"""Any HDF5 from 1.10 (2016) on; the formats before it have no checksums on their metadata."""
 JSON_ATTRIBUTES = "json_attributes"
 METADATA_SHA256 = "metadata_sha256"
 INSTALL = "pip install 'agiqa[hdf5]'"
@@ -81,35 +79,6 @@ def create_dataset(
     }
     fitting = tuple(min(chunk, length) for chunk, length in zip(chunks, shape, strict=True))
     return group.create_dataset(name, shape=shape, dtype=dtype, chunks=fitting, fletcher32=True, **filters[compression])
-
-
-@contextmanager
-def reading(path: Path, what: str) -> Generator[None]:
-    """Turn what HDF5 raises at damaged bytes of the file `path` into DamagedStore, naming `what` was read."""
-    try:
-        yield
-    except AgiqaError:
-        raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        message = f"{path}: {what} cannot be read, the file is damaged or cut off ({error}). Copy or export it again."
-        raise DamagedStore(message) from error
-
-
-@contextmanager
-def open_hdf5(path: Path) -> Generator[h5py.File]:
-    """The HDF5 file `path`, to read. Raises SchemaError where it is none, DamagedStore where it is cut off."""
-    if not path.is_file():
-        message = f"{path} is not there, or no file."
-        raise SchemaError(message)
-    if not h5py.is_hdf5(path):
-        message = f"{path} is no HDF5 file, or its first bytes are damaged."
-        raise SchemaError(message)
-    with reading(path, "the file"):
-        file = h5py.File(path, "r")
-    try:
-        yield file
-    finally:
-        file.close()
 
 
 def dataset_of(group: h5py.Group, name: str) -> h5py.Dataset:

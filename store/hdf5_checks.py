@@ -18,9 +18,9 @@ from agiqa.store.hdf5 import (
     metadata_sha256,
     read_attributes,
     read_items,
-    reading,
     require_filters,
 )
+from agiqa.store.hdf5_files import reading
 from agiqa.store.items import Items
 from agiqa.store.layout import ITEM_STATUS, LM_HEAD_NAMED_IN, TOKEN_ROLES
 
@@ -50,9 +50,12 @@ class StoreFile:
 def check_store_file(path: Path, file: h5py.File) -> StoreFile:
     """Read and check all of `file`, at `path`, but the rows of units.
 
-    Raises SchemaError for a foreign version, missing, unknown or wrongly shaped arrays, and filters that are not here;
+    Raises SchemaError for datasets and groups that lie elsewhere (links, external storage, virtual datasets) before any
+    value is read, for a foreign version, missing, unknown or wrongly shaped arrays, and filters that are not here;
     DamagedStore for damaged bytes and for parts that contradict each other.
     """
+    with reading(path, "its structure"):
+        _refuse_what_leads_elsewhere(path, file)
     with reading(path, "its attributes"):
         attributes = read_attributes(file)
     geometry = check_attributes(path, attributes, remedy=_REMEDY)
@@ -64,6 +67,34 @@ def check_store_file(path: Path, file: h5py.File) -> StoreFile:
     _check_items(source)
     _check_model(source)
     return source
+
+
+def _refuse_what_leads_elsewhere(path: Path, file: h5py.File) -> None:
+    """Raise SchemaError, naming it, for what has its values from another file or from another place of this one.
+
+    HDF5 would follow it into any file that this user may read, and these values would become those of a store.
+    """
+    links: list[tuple[bytes, int]] = []
+    file.id.links.visit(lambda name, link: links.append((name, link.type)), info=True)
+    for name, kind in links:
+        if problem := _elsewhere(file, name, kind):
+            shown = "/" + name.decode(errors="replace")
+            message = (
+                f"{path}: {shown!r} {problem}, so its values lie elsewhere; nothing of it was read. "
+                "A store is imported only from a file that holds all of it: export it again."
+            )
+            raise SchemaError(message)
+
+
+def _elsewhere(file: h5py.File, name: bytes, kind: int) -> str | None:
+    """In what way the link `name` of this `kind` does not lead to values in their own place; None where it does."""
+    if kind != h5py.h5l.TYPE_HARD:
+        soft, external = h5py.h5l.TYPE_SOFT, h5py.h5l.TYPE_EXTERNAL
+        return {soft: "is a soft link", external: "is an external link"}.get(kind, "is a link of an unknown kind")
+    node = file[name]
+    if isinstance(node, h5py.Dataset) and node.is_virtual:
+        return "is a virtual dataset"
+    return "has external storage" if isinstance(node, h5py.Dataset) and node.external else None
 
 
 def _arrays(file: h5py.File) -> dict[str, h5py.Dataset]:

@@ -8,8 +8,10 @@ features twice.
 """
 
 import hashlib
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,27 +22,34 @@ import zarr
 
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, SettingsConflict
 from agiqa.store.arrays import object_rows
-from agiqa.store.files import canonical_json, exclusive_lock, read_json, sync_file, write_text_atomically
+from agiqa.store.files import (
+    canonical_json,
+    exclusive_lock,
+    read_json,
+    removed_on_failure,
+    sync_file,
+    telling_disk_errors,
+    write_text_atomically,
+)
 from agiqa.store.hdf5 import (
-    LIBVER,
     METADATA_SHA256,
     chosen_compression,
     create_dataset,
     dataset_of,
     metadata_sha256,
-    open_hdf5,
     read_attributes,
-    reading,
     write_attributes,
     write_items,
 )
+from agiqa.store.hdf5_files import open_hdf5, reading, writing_hdf5
 from agiqa.store.layout import ROW_ARRAYS
 from agiqa.store.reading import Store
 from agiqa.store.verification import verify
 
 _CONTENT = "content_sha256"
 _COMPRESSION = "compression"
-_BASE = "base"
+_BASE, _LOCK = "base", "lock"
+_PART = re.compile(rf"(?:{_BASE}|[0-9]{{8,}})\.h5|(?:part|merged)\.new|\.?export\.json.*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,17 +90,39 @@ def export_hdf5(
     found = _found(store, out, content, asked)
     if found and not work.exists():
         return found
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with exclusive_lock(work / "lock") as mine:
+    with telling_disk_errors(f"exporting to {out}", "finished units are kept"), _lock(out, work) as mine:
         if not mine:
             message = f"Another process is exporting to {out}. Wait for it, or give another path."
             raise BusyStore(message)
         found = _found(store, out, content, asked)
         if not found:
             _Export(store, work, content=content, compression=chosen).write(out, advance)
-        shutil.rmtree(work)
+        _remove_parts(work)
+        (work / _LOCK).unlink()
     size = out.stat().st_size
     return found or HDF5Export(path=out, id=store.id, compression=chosen, bytes=size, already_there=False)
+
+
+@contextmanager
+def _lock(out: Path, work: Path) -> Generator[bool]:
+    """Hold the folder `work`, made for the export to `out`; yields False when another process holds it.
+
+    The folder goes at the end if it is empty then, and no link.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with exclusive_lock(work / _LOCK) as mine:
+            yield mine
+    finally:  # the lock is closed by now: FUSE file systems keep the names of open files
+        with suppress(OSError):
+            work.rmdir()
+
+
+def _remove_parts(work: Path) -> None:
+    """Remove what exports left in `work`, which may be a link to a folder that holds files of others."""
+    for path in work.iterdir():
+        if _PART.fullmatch(path.name):
+            path.unlink()
 
 
 def _require_sound(store: Store) -> None:
@@ -138,6 +169,8 @@ class _Export:
     def __init__(self, store: Store, work: Path, *, content: str, compression: str) -> None:
         self._store, self._work = store, work
         self._content, self._compression = content, compression
+        self._check_disk: Callable[[], None] = lambda: None
+        """Raises what the disk refused of the file that is being written."""
         nodes = dict(store.group.members(max_depth=None))
         self._groups = {name: node for name, node in sorted(nodes.items()) if isinstance(node, zarr.Group)}
         self._arrays = {name: store.array(name) for name, node in sorted(nodes.items()) if isinstance(node, zarr.Array)}
@@ -150,8 +183,7 @@ class _Export:
         for unit in range(self._store.geometry.units):
             self._part(f"{unit:08d}", partial(self._write_unit, unit))
             advance(self._store.rows_used(unit))
-        merged = self._merge()
-        sync_file(merged)
+        merged = self._merge(out)
         merged.replace(out)
         sync_file(out.parent)
 
@@ -160,9 +192,7 @@ class _Export:
         state, record = {_CONTENT: self._content, _COMPRESSION: self._compression}, self._work / "export.json"
         if record.exists() and read_json(record) == state:
             return
-        for left_over in self._work.iterdir():
-            if left_over.name != "lock":
-                left_over.unlink()
+        _remove_parts(self._work)
         write_text_atomically(record, canonical_json(state))
 
     def _part(self, name: str, write: Callable[[h5py.File], None]) -> None:
@@ -170,9 +200,10 @@ class _Export:
         if path.exists():
             return
         temporary = self._work / "part.new"
-        with h5py.File(temporary, "w", libver=LIBVER) as file:
-            write(file)
-        sync_file(temporary)
+        with removed_on_failure(temporary, of=path):
+            with writing_hdf5(temporary) as (file, self._check_disk):
+                write(file)
+            sync_file(temporary)
         temporary.replace(path)
         sync_file(self._work)
 
@@ -208,22 +239,29 @@ class _Export:
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             dataset[start:stop] = self._store.stored_rows(name, first + start, first + stop)
+            self._check_disk()
 
-    def _merge(self) -> Path:
+    def _merge(self, out: Path) -> Path:
         """One file of all parts; chunks are moved as they are, neither decompressed nor compressed again."""
         merged = self._work / "merged.new"
-        shutil.copyfile(self._work / f"{_BASE}.h5", merged)
-        with h5py.File(merged, "r+", libver=LIBVER) as file:
-            for unit in range(self._store.geometry.units):
-                first = unit * self._store.geometry.unit_rows
-                with h5py.File(self._work / f"{unit:08d}.h5", "r") as part:
-                    for name in self._per_unit:
-                        _move_chunks(dataset_of(part, name), dataset_of(file, name), first)
+        with removed_on_failure(merged, of=out):
+            shutil.copyfile(self._work / f"{_BASE}.h5", merged)
+            with writing_hdf5(merged, "r+") as (file, self._check_disk):
+                for unit in range(self._store.geometry.units):
+                    self._move_unit(unit, file)
+            sync_file(merged)
         return merged
 
+    def _move_unit(self, unit: int, file: h5py.File) -> None:
+        first = unit * self._store.geometry.unit_rows
+        with open_hdf5(self._work / f"{unit:08d}.h5") as part:
+            for name in self._per_unit:
+                _move_chunks(dataset_of(part, name), dataset_of(file, name), first, check=self._check_disk)
 
-def _move_chunks(source: h5py.Dataset, target: h5py.Dataset, first: int) -> None:
+
+def _move_chunks(source: h5py.Dataset, target: h5py.Dataset, first: int, *, check: Callable[[], None]) -> None:
     for number in range(source.id.get_num_chunks()):
         row, *columns = source.id.get_chunk_info(number).chunk_offset
         mask, data = source.id.read_direct_chunk((row, *columns))
         target.id.write_direct_chunk((first + row, *columns), data, mask)
+        check()

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from agiqa.store.arrays import create_whole_array
 from agiqa.store.deriving import same_tokens, write_store
 from agiqa.store.filling import UnitWriter
-from agiqa.store.hdf5 import open_hdf5, read_attributes, reading
+from agiqa.store.hdf5 import read_attributes
 from agiqa.store.hdf5_checks import StoreFile, check_store_file
+from agiqa.store.hdf5_files import open_hdf5, reading
 from agiqa.store.layout import ITEM_STATUS, MODEL_GROUPS
 from agiqa.store.planning import StorePlan, without_shape
 from agiqa.store.reading import Store

@@ -2,9 +2,7 @@
 
 import asyncio
 import errno
-import glob
 import shutil
-import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +14,10 @@ import zarr
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 
-from agiqa.errors import ConfigError, DamagedStore, IncompleteStore, SettingsConflict, listed
+from agiqa.errors import ConfigError, DamagedStore, DataError, IncompleteStore, SettingsConflict, listed
 from agiqa.store.arrays import (
     Geometry,
+    WritableArrays,
     choose_geometry,
     create_features,
     create_kept_logits,
@@ -39,16 +38,23 @@ from agiqa.store.files import (
     write_text_atomically,
 )
 from agiqa.store.items import Items, write_items
-from agiqa.store.layout import FORMAT, ITEM_STATUS, PULL_RECORD, VERSION, StoreLayout
+from agiqa.store.layout import FORMAT, ITEM_STATUS, VERSION, StoreLayout
 from agiqa.store.listings import attributes_entry, check_object_path, read_record
+from agiqa.store.places import (
+    PLAN_LOCK,
+    give_rights_of,
+    is_taken,
+    plan_folder,
+    plans_beside,
+    require_place,
+    require_planned,
+)
 from agiqa.store.provenance import differences, store_id
-from agiqa.store.reading import Store, is_planned, open_store
+from agiqa.store.reading import Store, open_store
 from agiqa.store.recorded_items import replace_recorded_items
 from agiqa.store.sealing import size_problem
 from agiqa.store.upkeep import upkeep_lock
 
-PLAN_LOCK = "plan"
-"""Held while a plan is written."""
 _SHAPE = ("encoding", "logical_dtype", "width", "kept_logits")
 """What decides the shape of the features."""
 
@@ -76,7 +82,10 @@ class StorePlan:
     """Size of the vocabulary, where the raw logits are kept beside hidden states."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where raw logits are to be kept beside anything but hidden states."""
+        """Raises DataError without items, ConfigError where raw logits are kept beside other than hidden states."""
+        if not len(self.items):
+            message = "There are no items, so there is nothing to store."
+            raise DataError(message)
         if self.kept_logits is not None and self.encoding != "hidden":
             message = f"Raw logits are kept beside hidden states only, not beside {self.encoding!r}."
             raise ConfigError(message)
@@ -134,20 +143,23 @@ def place(n_tokens: NDArray[np.int32], *, width: int, itemsize: int) -> Placemen
 def create_store(path: Path, plan: StorePlan) -> Store:
     """Write the plan at `path`, or take up the store that is there if it was planned alike.
 
-    The plan is written beside `path` and renamed, so a killed plan leaves no store. An unfinished store takes
-    over the labels of `plan`, and gets back what it lacks of what its plan wrote. Returns the store, opened with what
-    is there of it.
+    The plan is written beside `path` (or what it is a link to) and renamed, so a killed plan leaves no store. It has
+    the rights that the umask and the folder above give it, or those of an empty folder that it takes the place of. An
+    unfinished store takes over the labels of `plan`, and gets back what it lacks of what its plan wrote. Returns the
+    store, opened with what is there of it.
 
     Raises SettingsConflict, naming every difference, when `path` holds a store made with other settings, a
     finished store with other labels, or something that is no store; IncompleteStore when it holds a part of the store;
-    and DamagedStore when objects of it are missing and `plan` does not write them as they were.
+    DamagedStore when objects of it are missing and `plan` does not write them as they were; ConfigError as
+    `require_place`.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    place = require_place(path)
+    if is_taken(place):
         return _take_up(path, plan)
     with telling_disk_errors(f"writing the plan of {path}", "nothing of it is left"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_killed_plans(path)
-        first = _write_beside(path, plan)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove_killed_plans(place)
+        first = _write_beside(place, plan)
     return open_store(path, allow_partial=True) if first else _take_up(path, plan)
 
 
@@ -155,7 +167,6 @@ def _write_beside(path: Path, plan: StorePlan) -> bool:
     """Write the plan into a folder beside `path` and rename it; False where another run was first."""
     try:
         with _plan_beside(path, plan) as layout:
-            layout.root.chmod(0o755)
             layout.root.replace(path)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -168,8 +179,11 @@ def _write_beside(path: Path, plan: StorePlan) -> bool:
 @contextmanager
 def _plan_beside(path: Path, plan: StorePlan) -> Generator[StoreLayout]:
     """The plan, written into a folder beside `path` that is locked while inside; what is left of it then is removed."""
-    layout = StoreLayout(Path(tempfile.mkdtemp(prefix=_plan_prefix(path), dir=path.parent)))
+    layout = StoreLayout(plan_folder(path))
     try:
+        layout.root.mkdir()
+        if path.is_dir():
+            give_rights_of(path, layout.root)
         with new_lock(layout.locks / PLAN_LOCK):
             _write_plan(layout, plan)
             yield layout
@@ -189,15 +203,6 @@ async def _others_of_the_loop() -> None:
     await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
 
 
-def _plan_prefix(path: Path) -> str:
-    return f".{path.name}.plan-"
-
-
-def plans_beside(path: Path) -> list[Path]:
-    """The folders in which plans of the store at `path` are being written, or were when their runs were killed."""
-    return sorted(path.parent.glob(f"{glob.escape(_plan_prefix(path))}*/"))
-
-
 def _remove_killed_plans(path: Path) -> None:
     for left_over in plans_beside(path):
         with left_lock(StoreLayout(left_over).locks / PLAN_LOCK) as ended:
@@ -206,14 +211,7 @@ def _remove_killed_plans(path: Path) -> None:
 
 
 def _take_up(path: Path, plan: StorePlan) -> Store:
-    if (path / PULL_RECORD).exists():
-        message = (
-            f"A pull into {path} is at work or was cut off. Finish it with `agiqa store pull`, or give another path."
-        )
-        raise SettingsConflict(message)
-    if not is_planned(path):
-        message = f"{path} exists and is not a feature store. Choose another path, or move it away."
-        raise SettingsConflict(message)
+    require_planned(path)
     store = open_store(path, allow_partial=True)
     asked = plan.full_provenance()
     if store_id(asked) != store.id:
@@ -266,8 +264,8 @@ def _write_missing(store: Store, plan: StorePlan) -> None:
     missing = [entry for entry in read_record(layout.plan_commit) if _is_missing(store, entry["path"])]
     if not missing:
         return
-    doing = "writing token ids and roles of"
-    with upkeep_lock(layout, doing=doing, kept="finished units are kept"), _plan_beside(store.path, plan) as made:
+    place, doing = require_place(store.path), "writing token ids and roles of"
+    with upkeep_lock(layout, doing=doing, kept="finished units are kept"), _plan_beside(place, plan) as made:
         for entry in missing:
             source, target = made.root / entry["path"], store.path / entry["path"]
             if not source.is_file() or sha256_of_file(source) != entry["sha256"]:
@@ -327,7 +325,7 @@ def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
     n_tokens = np.array([len(ids) for ids in plan.token_ids], np.int32)
     placement = place(n_tokens, width=plan.width, itemsize=plan.dtype.itemsize)
     geometry = placement.geometry
-    group = zarr.create_group(store=layout.zarr, attributes=_attributes(plan, geometry))
+    group = zarr.create_group(store=WritableArrays(layout.zarr), attributes=_attributes(plan, geometry))
     create_features(group, geometry, dtype=plan.dtype, logical_dtype=plan.logical_dtype)
     if plan.kept_logits is not None:
         create_kept_logits(group, geometry, vocabulary=plan.kept_logits, logical_dtype=plan.logical_dtype)

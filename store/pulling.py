@@ -21,9 +21,10 @@ from agiqa.store.manifests import Entry, Manifest, parse_manifest, units_of_obje
 from agiqa.store.reading import Store
 from agiqa.store.remotes import BLOCK, Remote, remote_at, wait_after
 from agiqa.store.transfers import JOBS, Tally, Transfer, in_parallel
-from agiqa.store.upkeep import is_held
+from agiqa.store.upkeep import is_held, lock_files, remove_locks
 
 _SET_ASIDE = "items.before-pull.parquet"
+_PULL_LOCK = "pull"
 
 
 class _PullLayout(StoreLayout):
@@ -115,7 +116,7 @@ def run_pull(plan: PullPlan, *, jobs: int = JOBS, advance: Callable[[int], None]
             write_text_atomically(layout.card, card.decode("utf-8", errors="replace"))
         write_text_atomically(layout.manifest, plan.manifest.text)
         (plan.path / PULL_RECORD).unlink(missing_ok=True)
-        shutil.rmtree(layout.locks)
+        remove_locks(layout, mine=_PULL_LOCK)
     return tally.result()
 
 
@@ -235,7 +236,7 @@ def _claim(path: Path, manifest: Manifest) -> list[int] | None:
 
 
 def _require_idle(layout: StoreLayout) -> None:
-    if any(is_held(lock) for lock in layout.locks.glob("*")):
+    if any(is_held(lock) for lock in lock_files(layout)):
         message = f"Another run is at work on the unfinished store {layout.root}. Wait for it, or pull to another path."
         raise BusyStore(message)
 
@@ -279,7 +280,7 @@ def _units_of_items(store: Store, items: Sequence[str]) -> list[int]:
 
 @contextmanager
 def _only_pull(path: Path) -> Generator[None]:
-    with exclusive_lock(StoreLayout(path).locks / "pull") as held:
+    with exclusive_lock(StoreLayout(path).locks / _PULL_LOCK) as held:
         if not held:
             message = f"Another pull is at work on {path}. Wait for it, or pull to another path."
             raise BusyStore(message)

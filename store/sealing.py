@@ -1,6 +1,5 @@
 """Seal: when every unit is there, list every object with its hash; the list is the proof of completeness."""
 
-import shutil
 import warnings
 from typing import Any
 
@@ -19,7 +18,7 @@ from agiqa.store.layout import FORMAT, VERSION
 from agiqa.store.listings import check_object_path, read_record
 from agiqa.store.reading import Store, open_store
 from agiqa.store.recorded_items import table_problem
-from agiqa.store.upkeep import upkeep_lock
+from agiqa.store.upkeep import UPKEEP_LOCK, killed_records, remove_locks, upkeep_lock
 
 
 def seal(store: Store) -> Store:
@@ -32,7 +31,7 @@ def seal(store: Store) -> Store:
     with upkeep_lock(store.layout, doing="sealing", kept="all its units are kept"):
         if not store.layout.manifest.exists():
             _seal(open_store(store.path, allow_partial=True))
-        shutil.rmtree(store.layout.locks, ignore_errors=True)
+        remove_locks(store.layout, mine=UPKEEP_LOCK)
     return open_store(store.path)
 
 
@@ -53,7 +52,7 @@ def _seal(store: Store) -> None:
     # writes of killed runs that were never renamed
     names = (layout.manifest.name, layout.card.name, layout.items.name)
     left_over = [path for name in names for path in layout.root.glob(f".{name}.*")]
-    for path in (*left_over, *layout.zarr.rglob("*.partial"), *layout.commits.glob(".*")):
+    for path in (*left_over, *layout.zarr.rglob("*.partial"), *killed_records(layout)):
         path.unlink()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")

@@ -1,18 +1,25 @@
-"""What relabelling, repair and garbage collection share: one of them at a time, and never beside a seal."""
+"""What relabelling, repair, garbage collection and the seal share: one of them at a time, and what they tidy up.
+
+`locks` and `commits` may be links to folders elsewhere, which may hold files of others. So what is tidied up there is
+known by its name, and the links and the folders that they lead to stay.
+"""
 
 import contextlib
-import fcntl
 import os
+import re
+import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from agiqa.store.files import open_lock, telling_disk_errors, try_lock
+from agiqa.store.files import open_lock, telling_disk_errors, try_lock, unlock, wait_for_lock
 from agiqa.store.layout import StoreLayout
 
 UPKEEP_LOCK = "seal"
 """All that write MANIFEST.json hold the lock of the seal."""
+_LOCK = re.compile(r"[0-9]{8,}|model|plan|pull|records|seal")
+_KILLED_RECORD = re.compile(r"\.(?:[0-9]{8,}|model|plan)\.json\..+|\.zarr\.json\.new")
 
 
 @contextmanager
@@ -25,21 +32,50 @@ def upkeep_lock(
     A finished store has no `locks` folder, so there the lock is removed by its holder; who waited for a removed
     lock file tries again.
     """
-    path = layout.locks / UPKEEP_LOCK
-    while True:
-        with telling_disk_errors(f"{doing} {layout.root}", kept), open_lock(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file, path):
-                continue
+    try:
+        with telling_disk_errors(f"{doing} {layout.root}", kept), _held(layout.locks / UPKEEP_LOCK) as lock:
             try:
                 yield
             finally:
                 if layout.manifest.exists():
-                    path.unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):  # of other holders
-                        layout.locks.rmdir()
-                fcntl.flock(file, fcntl.LOCK_UN)  # closing does not release it while a forked child has the file open
+                    lock.unlink(missing_ok=True)
+    finally:  # the lock is closed by now: FUSE file systems keep the names of open files
+        if layout.manifest.exists():
+            _remove_if_empty(layout.locks)
+
+
+@contextmanager
+def _held(path: Path) -> Generator[Path]:
+    """Hold the lock file `path`, the one that has that name at last, while inside."""
+    while True:
+        with open_lock(path) as file:
+            wait_for_lock(file)
+            if not _is_at(file, path):
+                continue
+            try:
+                yield path
+            finally:
+                unlock(file)
             return
+
+
+def lock_files(layout: StoreLayout) -> list[Path]:
+    """The lock files of runs on the store at `layout`, which are empty; nothing else that lies in `locks`."""
+    return sorted(path for path in layout.locks.glob("*") if _LOCK.fullmatch(path.name) and _is_empty_file(path))
+
+
+def killed_records(layout: StoreLayout) -> list[Path]:
+    """The temporary files that killed writes left in `commits`, and those of runs at work."""
+    found = (path for path in layout.commits.glob(".*") if _KILLED_RECORD.fullmatch(path.name))
+    return sorted(path for path in found if path.is_symlink() or path.is_file())
+
+
+def remove_locks(layout: StoreLayout, *, mine: str) -> None:
+    """Remove the lock files that no process holds and `mine`, which the caller holds, and their folder once empty."""
+    for lock in lock_files(layout):
+        if lock.name == mine or not is_held(lock):
+            lock.unlink(missing_ok=True)
+    _remove_if_empty(layout.locks)
 
 
 def is_held(lock: Path) -> bool:
@@ -49,6 +85,17 @@ def is_held(lock: Path) -> bool:
             return not try_lock(file)
     except (FileNotFoundError, IsADirectoryError):
         return False
+
+
+def _is_empty_file(path: Path) -> bool:
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_size == 0
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove `folder`; one that holds other files stays, and so does a link."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _is_at(file: IO[str], path: Path) -> bool:

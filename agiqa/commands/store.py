@@ -133,6 +133,7 @@ def sketch(
     from agiqa.errors import ConfigError
     from agiqa.progress import track
     from agiqa.store import basis_from, open_store, sketch_store
+    from agiqa.store.places import check_writable
 
     if (rank is None) == (basis is None):
         message = "Give either --rank R, to make a basis, or --basis STORE, to use another sketch's."
@@ -141,6 +142,7 @@ def sketch(
         message = "--method is how a basis is made; the one of --basis STORE is made already."
         raise ConfigError(message)
     source = open_store(store)
+    check_writable(out)
     made = None if rank is None else basis_from(source, rank, method=method or "second-moment")
     chosen = made or open_store(basis or store).basis()
     with track("sketch", int(source.n_tokens.sum()), "tokens") as advance:

@@ -9,7 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from agiqa.errors import AgiqaError
-from agiqa.store import UnitWriter, create_store, open_store, seal, verify
+from agiqa.store import UnitWriter, create_store, join_labels, open_store, repair, seal, verify
+from agiqa.store.files import put_text_if_absent
+from agiqa.store.garbage import collect_garbage
+from agiqa.store.hdf5_import import import_hdf5
+from tests.store.conftest import fill as fill_units
 from tests.store.conftest import make_content, plan_of, unit_features, write_model
 
 NOBODY = 65534
@@ -173,3 +177,51 @@ def verify_until(progress, path, stop, seed, longest):
         runs += 1
         progress.at("verified once")
     return {"damage": damage, "runs": runs}
+
+
+def import_file(_progress, source, out):
+    """Make the store `out` of an HDF5 file."""
+    import_hdf5(Path(source), Path(out))
+
+
+def on_odd_disk(progress, oddities, job, *arguments):
+    """The job called `job`, in a process that was started with `odd_disks.c` preloaded, on a disk with these oddities."""
+    os.environ.update(oddities)
+    return globals()[job](progress, *arguments)
+
+
+def upkeep(_progress, path, what):
+    """Seal, label, repair or tidy up the store at `path`."""
+    store = open_store(path, allow_partial=True)
+    if what == "label":
+        table = Path(path).with_name("labels.csv")
+        return join_labels(store, table).changed
+    return {"seal": seal, "repair": repair, "collect": collect_garbage}[what](store) is not None
+
+
+def put(_progress, path, text, lock):
+    """Put the record at `path` unless there is one; whether this was the one that did."""
+    return put_text_if_absent(Path(path), text, lock=Path(lock))
+
+
+def as_member(progress, user, group, warm, job, *arguments):
+    """The job called `job`, as a user with this id and group whose files the group may write.
+
+    All is done once before in `warm`, since a process that has become another user may not import what is missing.
+    """
+    store = make(progress, str(Path(warm) / "s.agiqa"), [9, 30], 0, 0.0) and open_store(Path(warm) / "s.agiqa")
+    (Path(warm) / "labels.csv").write_text(f"name,mos_quality\n{store.items.names[0]},2.5\n")
+    for what in ("label", "repair", "collect"):
+        upkeep(progress, store.path, what)
+    os.umask(0o002)
+    os.setgroups([])
+    os.setresgid(group, group, group)
+    os.setresuid(user, user, user)
+    return globals()[job](progress, *arguments)
+
+
+def plan(_progress, path, lengths, units):
+    """Plan the store at `path` and fill its first `units` units."""
+    content = make_content(lengths)
+    store = create_store(Path(path), plan_of(content))
+    fill_units(store, content, units=range(units))

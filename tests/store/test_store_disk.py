@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from agiqa.store import UnitWriter, create_store, join_labels, open_store, seal, verify
+from agiqa.store.hdf5_export import export_hdf5
 from agiqa.store.reading import is_planned
 from tests.store.conftest import fill, make_content, make_store, plan_of, write_model
+from tests.store.hdf5_files import content_of
 from tests.store.workers import REPOSITORY, Workers
 
 LENGTHS = [37] * 60
@@ -222,6 +224,27 @@ def test_the_command_line_says_it_in_one_message(disk, undisturbed):
     disk.make_room()
     assert agiqa("store", "sketch", undisturbed.path, out, "--rank", 4).returncode == 0
     same(open_store(out), open_store(whole))
+
+
+def test_an_export_to_a_full_disk_ends_in_one_message(disk, undisturbed):
+    """With no room at all, for some units, for half of the whole file; each time in a process that comes to its end."""
+    out = disk.path / "s.h5"
+    whole = export_hdf5(undisturbed, disk.path.with_name("whole.h5"), compression="none")
+    pages = -(-whole.bytes // PAGE)
+    for free, unfinished in ((2, ".s.h5.parts/"), (pages // 2, ".s.h5.parts/"), (pages * 5 // 3, "s.h5'")):
+        disk.leave(free * PAGE)
+        done = agiqa("store", "export", undisturbed.path, out, "--compression", "none")
+        assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (1, "", False), done.stderr
+        assert done.stderr.count("No space left on device") == 1
+        assert f"'{disk.path}/{unfinished}" in done.stderr
+        assert f"while exporting to {out}; finished units are kept. Free some space" in done.stderr
+        assert not [name for name in disk.files() if name.endswith(".new")]
+        disk.make_room()
+        for part in (disk.path / ".s.h5.parts").glob("*"):  # the next one begins anew
+            part.unlink()
+    export_hdf5(undisturbed, out, compression="none")
+    assert content_of(out) == content_of(whole.path)
+    assert [path.name for path in disk.path.iterdir()] == ["s.h5"]
 
 
 def write_protected(error, doing):

@@ -1,16 +1,21 @@
 """Garbage collection: what kills left is removed, and nothing that is listed, in use or of others."""
 
+import contextlib
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
 
 import numpy as np
+import pytest
 
+from agiqa.errors import DamagedStore
 from agiqa.store import open_store, seal, verify
 from agiqa.store.files import exclusive_lock
 from agiqa.store.garbage import collect_garbage
+from agiqa.store.pulling import pull
 from agiqa.store.repairing import repair
 from tests.store.conftest import make_content, make_store
 from tests.store.crash_points import REPOSITORY
@@ -154,3 +159,89 @@ def test_collecting_at_any_time_costs_no_unit(tmp_path):
     whole = refill(open_store(path, allow_partial=True), content)
     assert verify(whole, "numeric").sound
     np.testing.assert_array_equal(whole.read(range(60)).rows, np.concatenate(content.hidden))
+
+
+OTHERS = {".gitignore": b"mine", "notes.json": b"mine", "0000.json": b"mine", ".bashrc.bak": b"mine", "seal.txt": b"x"}
+
+
+def linked_elsewhere(store, folder, *names):
+    """The folders `names` of `store`, moved to a folder each that also holds files and folders of others."""
+    for name in names:
+        elsewhere = folder / f"{name} elsewhere"
+        elsewhere.mkdir()
+        for path in (store.path / name).iterdir() if (store.path / name).exists() else ():
+            path.rename(elsewhere / path.name)
+        for other, raw in OTHERS.items():
+            (elsewhere / other).write_bytes(raw)
+        (elsewhere / "00009003").mkdir()
+        (elsewhere / "00009003" / "thesis.tex").write_bytes(b"mine")
+        (elsewhere / "00009004").write_bytes(b"a file with this name that is not empty")
+        shutil.rmtree(store.path / name, ignore_errors=True)
+        (store.path / name).symlink_to(elsewhere)
+
+
+def of_others(folder):
+    kinds = (*OTHERS.values(), b"a file with this name that is not empty")
+    return {name: raw for name, raw in everything(folder).items() if raw in kinds and not (folder / name).is_symlink()}
+
+
+@pytest.mark.parametrize("state", ["unfinished", "finished"])
+def test_folders_linked_elsewhere_lose_only_what_is_ours(tmp_path, state):
+    """`locks` and `commits` on another disk, for a share without flock: collected, repaired, filled and sealed."""
+    path = tmp_path / "s.agiqa"
+    start_fill(path, "kill").communicate()
+    content = make_content([37] * 60)
+    if state == "finished":
+        refill(open_store(path, allow_partial=True), content)
+    store = open_store(path, allow_partial=True)
+    linked_elsewhere(store, tmp_path, "locks", "commits")
+    (store.layout.commits / ".00000001.json.x1y2").write_bytes(b"half")
+    (store.layout.commits / ".00000002.json.x1y2").symlink_to(tmp_path / "commits elsewhere" / "notes.json")
+    (store.layout.locks / "00000007").touch()
+    mine = of_others(tmp_path)
+    collect_garbage(store)
+    assert of_others(tmp_path) == mine
+    for name in (".00000001.json.x1y2", ".00000002.json.x1y2"):
+        assert not os.path.lexists(store.layout.commits / name)
+    assert (store.layout.locks / "00000007").exists() == (state == "unfinished")
+    if state == "unfinished":
+        (store.layout.commits / ".model.json.x1y2").write_bytes(b"half")
+        assert verify(refill(store, content), "numeric").sound
+        assert not (store.layout.commits / ".model.json.x1y2").exists()
+        assert not (store.layout.locks / "00000007").exists()
+    assert of_others(tmp_path) == mine
+    assert store.layout.locks.is_symlink()
+    assert store.layout.commits.is_symlink()
+    assert collect_garbage(open_store(path)).garbage == ()
+
+
+def test_a_link_that_is_called_like_a_killed_plan_leads_nowhere(stored, tmp_path):
+    other = tmp_path / "other"
+    (other / "locks").mkdir(parents=True)
+    (other / "locks" / "plan").touch()
+    (tmp_path / ".small.agiqa.plan-x").symlink_to(other)
+    assert collect_garbage(stored).garbage == ()
+    assert (other / "locks" / "plan").exists()
+
+
+@pytest.mark.parametrize("name", ["store.zarr", "store.zarr/features"])
+def test_arrays_linked_out_of_the_store_are_not_collected(stored, tmp_path, name):
+    elsewhere = tmp_path / "elsewhere"
+    (stored.path / name).rename(elsewhere)
+    (elsewhere / "thesis.tex").write_bytes(b"mine")
+    (stored.path / name).symlink_to(elsewhere)
+    before = everything(elsewhere)
+    with contextlib.suppress(DamagedStore):
+        collect_garbage(stored)
+    assert everything(elsewhere) == before
+
+
+def test_a_pull_into_a_store_whose_locks_are_linked_elsewhere_leaves_what_is_not_ours(stored, tmp_path):
+    copy, elsewhere = tmp_path / "copy.agiqa", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.tex").write_bytes(b"mine")
+    pull(stored.path.as_uri(), copy)
+    (copy / "locks").symlink_to(elsewhere)
+    pull(stored.path.as_uri(), copy)
+    assert everything(elsewhere) == {"thesis.tex": b"mine"}
+    assert open_store(copy).id == stored.id
