@@ -29,7 +29,7 @@ from agiqa.store.files import read_json, waiting_lock, write_text_atomically
 from agiqa.store.items import item_positions
 from agiqa.store.layout import StoreLayout, cache_root
 from agiqa.store.manifests import Manifest, array_of, units_of_objects
-from agiqa.store.pulling import fetch_manifest, fetch_object
+from agiqa.store.fetching import fetch_manifest, fetch_object
 from agiqa.store.reading import Store, TokenRows, open_store
 from agiqa.store.remotes import LocalFolder, Remote, remote_at
 from agiqa.store.transfers import JOBS, Tally, in_parallel
@@ -78,7 +78,7 @@ class ObjectCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with waiting_lock(self.folder / "locks" / path.replace("/", ".")):
                 if not self.is_here(path):
-                    fetch_object(self.remote, self._entries[path], self.folder, Tally())
+                    fetch_object(self.remote, self._entries[path], self.folder / path, Tally())
         except OSError as error:
             error.add_note(f"while fetching it to the cache {self.folder}, which is never emptied (see AGIQA_CACHE)")
             raise

@@ -29,6 +29,9 @@ LM_HEAD_NAMED_IN = {
 PULL_RECORD = "PULLING.json"
 """In a folder that a pull is at work in: the manifest of what is being pulled."""
 
+PULL_LOCK = "pull"
+"""The lock that a pull at work holds."""
+
 ROW_ARRAYS = ("features", "logits", "tokens/ids", "tokens/roles", "tokens/scale")
 """Arrays with a row, or an entry, per token; all have the same row addresses."""
 
@@ -72,6 +75,11 @@ class StoreLayout:
     def locks(self) -> Path:
         """Empty files that the runs at work hold locked; no part of a finished store."""
         return self.root / "locks"
+
+    @property
+    def pulled(self) -> Path:
+        """Objects that a pull has fetched and that wait until all are here; no part of the store."""
+        return self.root / ".pulled"
 
     @property
     def manifest(self) -> Path:

@@ -36,10 +36,10 @@ from agiqa.store.files import (
     write_text_atomically,
 )
 from agiqa.store.items import Items, write_items
-from agiqa.store.layout import FORMAT, ITEM_STATUS, PULL_RECORD, VERSION, StoreLayout
+from agiqa.store.layout import FORMAT, ITEM_STATUS, PULL_LOCK, PULL_RECORD, VERSION, StoreLayout
 from agiqa.store.provenance import differences, store_id
 from agiqa.store.reading import Store, is_planned, open_store
-from agiqa.store.upkeep import upkeep_lock
+from agiqa.store.upkeep import is_held, upkeep_lock
 
 PLAN_LOCK = "plan"
 """Held while a plan is written."""
@@ -192,7 +192,7 @@ def _remove_killed_plans(path: Path) -> None:
 
 
 def _take_up(path: Path, plan: StorePlan) -> Store:
-    if (path / PULL_RECORD).exists():
+    if (path / PULL_RECORD).exists() or is_held(StoreLayout(path).locks / PULL_LOCK):
         message = (
             f"A pull into {path} is at work or was cut off. Finish it with `agiqa store pull`, or give another path."
         )

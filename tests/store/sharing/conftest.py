@@ -7,6 +7,7 @@ import pytest
 
 from agiqa.store import open_store
 from agiqa.store import remotes as remotes_module
+from agiqa.store import retries
 from tests.store.conftest import make_content, make_store
 from tests.store.sharing_servers import web_server
 
@@ -44,4 +45,4 @@ def small_blocks(monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """Tries again at once, so that failures cost the tests no time."""
-    monkeypatch.setattr(remotes_module, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.01)
