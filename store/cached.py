@@ -25,11 +25,11 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
 from agiqa.errors import DamagedStore
+from agiqa.store.fetching import fetch_manifest, fetch_object
 from agiqa.store.files import read_json, waiting_lock, write_text_atomically
 from agiqa.store.items import item_positions
 from agiqa.store.layout import StoreLayout, cache_root
 from agiqa.store.manifests import Manifest, array_of, units_of_objects
-from agiqa.store.fetching import fetch_manifest, fetch_object
 from agiqa.store.reading import Store, TokenRows, open_store
 from agiqa.store.remotes import LocalFolder, Remote, remote_at
 from agiqa.store.transfers import JOBS, Tally, in_parallel

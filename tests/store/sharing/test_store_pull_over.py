@@ -10,7 +10,6 @@ from agiqa.errors import BusyStore, DamagedStore, RemoteError, SettingsConflict
 from agiqa.store import collect_garbage, create_store, join_labels, open_store, seal, verify
 from agiqa.store.files import exclusive_lock
 from agiqa.store.pulling import plan_pull, pull, run_pull
-from agiqa.store.pushing import push
 from tests.store.conftest import fill, make_content, make_store, plan_of
 from tests.store.crash_points import states_after_kills
 from tests.store.sharing.copies import assert_equal_stores, files_below, largest_object
