@@ -49,7 +49,9 @@ def test_a_server_that_stays_busy_is_given_up(served, tmp_path, impatient):
 
 
 def date_in(seconds):
-    return email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds), True)
+    return email.utils.format_datetime(
+        datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds), usegmt=True
+    )
 
 
 @pytest.mark.parametrize("wait", ["1", "date"])
