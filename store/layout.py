@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from agiqa.errors import ConfigError
+
 FORMAT = "agiqa.features"
 VERSION = 1
 ENCODINGS = ("hidden", "sketch", "int8", "logits")
@@ -40,9 +42,16 @@ ITEM_STATUS = {"whole": 0, "truncated": 1}
 
 
 def cache_root() -> Path:
-    """Where agiqa keeps what it can fetch or compute again: `~/.cache/agiqa`, or what AGIQA_CACHE names."""
-    named = os.environ.get("AGIQA_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "agiqa"
+    """Where agiqa keeps what it can fetch or compute again: `~/.cache/agiqa`, or what AGIQA_CACHE names.
+
+    Raises ConfigError where that is in a home that nobody knows.
+    """
+    named = os.environ.get("AGIQA_CACHE") or "~/.cache/agiqa"
+    try:
+        return Path(named).expanduser()
+    except RuntimeError as error:
+        message = f"There is no cache folder {named} ({error}). Set AGIQA_CACHE to a folder that can be written."
+        raise ConfigError(message) from error
 
 
 def object_path(array: Path, position: int, *, dimensions: int) -> Path:

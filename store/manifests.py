@@ -12,6 +12,7 @@ from agiqa.store.checks import check_version
 from agiqa.store.files import canonical_json, read_json
 from agiqa.store.layout import ITEM_TABLE, ROOT_METADATA, StoreLayout
 from agiqa.store.listings import is_entry, is_object_path, is_sha256
+from agiqa.store.provenance import content_hash
 
 _ROWS_OBJECT = re.compile(r"store\.zarr/(?P<array>features|logits|tokens/[^/]+)/c/(?P<position>\d+)(/0)*")
 
@@ -48,6 +49,11 @@ class Manifest:
     def entries(self) -> tuple[Entry, ...]:
         """All objects, the item table among them."""
         return (self.labels, *self.objects)
+
+    @property
+    def content(self) -> str:
+        """What the store consists of but for its labels, see `content_hash`."""
+        return content_hash((entry.path, entry.sha256) for entry in self.objects)
 
     @property
     def metadata(self) -> list[Entry]:

@@ -69,10 +69,13 @@ class Store(StoredArrays):
     def _items(self) -> Items:
         check_item_count(self.path, table=self.layout.items)
         try:
-            items = read_recorded_items(self.layout) if self.is_complete else read_items(self.layout.items)
+            items = self._read_items()
         except (TypeError, ValueError) as error:
             raise damaged(self.path, f"{self.layout.items.name} has values of another kind ({error})") from error
         return check_items(self.path, items)
+
+    def _read_items(self) -> Items:
+        return read_recorded_items(self.layout) if self.is_complete else read_items(self.layout.items)
 
     @property
     def n_tokens(self) -> NDArray[np.int32]:

@@ -37,7 +37,6 @@ def fill_up(disk, *, but):
 
 def told(error):
     text = "\n".join([str(error), *getattr(error, "__notes__", ())])
-    assert os.strerror(errno.ENOSPC) in text
     assert "Free some space" in text
     assert "run the same command again" in text
     return text
@@ -46,7 +45,7 @@ def told(error):
 def test_a_push_to_a_full_disk_names_the_file_there(wide, disk):
     there = disk / "there"
     fill_up(disk, but=100_000)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
         push(wide, there.as_uri(), jobs=1)
     text = told(caught.value)
     assert f"while pushing to {there.as_uri()}; what was sent is kept" in text
@@ -67,7 +66,7 @@ def test_a_pull_to_a_full_disk_names_the_file_here(wide, disk):
             fill_up(disk, but=50_000)
             filled.append(True)
 
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
         run_pull(plan, jobs=1, advance=others_fill_it)
     text = told(caught.value)
     assert f"while pulling {url} to {copy}; what was fetched is kept" in text
