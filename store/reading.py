@@ -17,6 +17,7 @@ from agiqa.store.checks import check_index, check_item_count, check_items, damag
 from agiqa.store.items import Items, item_positions, read_items
 from agiqa.store.layout import LM_HEAD_NAMED_IN, StoreLayout
 from agiqa.store.listings import check_root_metadata
+from agiqa.store.provenance import content_hash
 from agiqa.store.recorded_items import read_recorded_items
 from agiqa.store.scaling import Scale
 from agiqa.store.stored_arrays import StoredArrays
@@ -220,6 +221,13 @@ class Store(StoredArrays):
                     f"({len(missing)} of the units asked for are missing). {self.remedy}"
                 )
                 raise IncompleteStore(message)
+
+    @cached_property
+    def content(self) -> str:
+        """Which bytes the rows are, see `content_hash`; of an unfinished store, whose rows may still come, its id."""
+        if not self.is_complete:
+            return self.id
+        return content_hash((entry["path"], entry["sha256"]) for entry in self.manifest["objects"])
 
     @property
     def lm_head_sha256(self) -> str:
