@@ -103,6 +103,8 @@ class RemoteError(StoreError, OSError):
 
     refused: bool = False
     """Whether it would answer the same again: no right to do this, for example."""
+    retry_after: float = 0.0
+    """Seconds that the server asks to wait before the next try."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,12 +1,13 @@
 """The decoded copy: rows of a store on disk as they are in memory, to be mapped where they do not fit there.
 
-It lies in `~/.cache/agiqa/decoded`, or below the folder that AGIQA_CACHE names: a folder for each store and set of
-items, written once, whole or absent, and used by every later run on those items, whatever their order. agiqa never
+It lies in `~/.cache/agiqa/decoded`, or below the folder that AGIQA_CACHE names: a folder for each set of
+items of a store with these bytes, written once, whole or absent, and used by every later run on those items, whatever
+their order. agiqa never
 empties it: delete it to free its space.
 
 rows.bin      the rows of the items in the order of the store, one after the other, in the bits of the store
 roles.bin     a byte per row
-decoded.json  format, version, store, identity of the items, dtype and shape
+decoded.json  format, version, store, hash of its bytes, identity of the items, dtype and shape
 """
 
 import json
@@ -24,6 +25,7 @@ from agiqa.errors import AgiqaError, ConfigError, DataError
 from agiqa.heads.features import (
     FeatureSet,
     FeatureSource,
+    content_of,
     describe_items,
     items_identity,
     location_of,
@@ -59,6 +61,7 @@ class _Copy:
             "format": FORMAT,
             "version": FORMAT_VERSION,
             "store": source.id,
+            "content": content_of(source),
             "items": items_identity(source, once),
             "logical_dtype": source.logical_dtype,
             "shape": [int(np.asarray(source.n_tokens)[once].sum()), source.width],
@@ -67,7 +70,7 @@ class _Copy:
 
     @property
     def folder(self) -> Path:
-        return decoded_folder() / f"{self.about['store'][:16]}-{self.about['items'][:16]}"
+        return decoded_folder() / f"{self.about['content'][:16]}-{self.about['items'][:16]}"
 
     @property
     def row_bytes(self) -> int:
@@ -87,8 +90,7 @@ def mapped_features(source: FeatureSource, items: NDArray[np.int64], *, label: s
     """
     targets, offsets = describe_items(source, items, label=label)
     copy = _Copy.of(source, items)
-    if not copy.folder.exists():
-        _write_once(copy)
+    _write_once(copy)
     rows, copied_roles = _open(copy)
     lengths = np.asarray(source.n_tokens, dtype=np.int64)
     begins = np.concatenate([[0], np.cumsum(lengths[copy.items])])
@@ -108,10 +110,12 @@ def mapped_features(source: FeatureSource, items: NDArray[np.int64], *, label: s
 
 
 def _write_once(copy: _Copy) -> None:
-    """Write the copy, unless another process has done so by the time that it is this one's turn."""
+    """Write the copy, unless it is there, perhaps written by another process by the time that it is this one's turn."""
     folder = copy.folder
-    say(f"decoding {copy.row_bytes:,} bytes to {folder}, once for all runs on these items")
     try:
+        if folder.exists():
+            return
+        say(f"decoding {copy.row_bytes:,} bytes to {folder}, once for all runs on these items")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with waiting_lock(folder.with_name(f"{folder.name}.lock")):
             if not folder.exists():

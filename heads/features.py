@@ -101,6 +101,19 @@ def location_of(source: FeatureSource) -> str:
     return source.location if isinstance(source, Located) else source.id
 
 
+@runtime_checkable
+class Hashed(Protocol):
+    """A FeatureSource that knows a hash of its bytes, as stores do."""
+
+    @property
+    def content(self) -> str: ...
+
+
+def content_of(source: FeatureSource) -> str:
+    """A hash of the bytes of `source` where it knows one, else its id, which other bytes may have too."""
+    return source.content if isinstance(source, Hashed) else source.id
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenStatistics:
     """What a projection may learn from the training tokens before training."""

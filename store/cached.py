@@ -2,18 +2,26 @@
 
 `open_remote(url)` fetches the manifest, the metadata, the index and the item table; the rest comes when an array is
 read, whole objects at a time, each checked by the sha256 that the manifest records. For features that is one unit.
-They are kept in `~/.cache/agiqa/stores/ID`, or below the folder that AGIQA_CACHE names, and Zarr reads them there.
-Several processes may share that folder. agiqa never empties it: delete it to free its space. While items are read in
+
+They are kept in `~/.cache/agiqa/stores/CONTENT`, or below the folder that AGIQA_CACHE names, and Zarr reads them there.
+CONTENT is a hash of all paths and hashes that the manifest lists, so only URLs with the same bytes share a folder; item
+tables, which may differ between such URLs, lie there by their own hashes. A process hashes what is kept
+before it reads it for the first time, and again when the file was touched; what has other bytes is fetched again.
+
+Several processes may share the folder; one that cannot be written is read as far as it goes. agiqa never empties it:
+delete it to free its space. What earlier versions kept, in `stores/STORE_ID`, is not looked at. While items are read in
 order the next units are fetched ahead.
 """
 
 import asyncio
+import json
 import os
 import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +32,12 @@ from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
-from agiqa.errors import DamagedStore
-from agiqa.store.files import read_json, waiting_lock, write_text_atomically
-from agiqa.store.items import item_positions
-from agiqa.store.layout import StoreLayout, cache_root
+from agiqa.errors import AgiqaError, ConfigError, DamagedStore
+from agiqa.store.fetching import fetch_manifest, fetch_object
+from agiqa.store.files import sha256_of_file, waiting_lock
+from agiqa.store.items import Items, item_positions, read_items
+from agiqa.store.layout import ITEM_TABLE, StoreLayout, cache_root
 from agiqa.store.manifests import Manifest, array_of, units_of_objects
-from agiqa.store.pulling import fetch_manifest, fetch_object
 from agiqa.store.reading import Store, TokenRows, open_store
 from agiqa.store.remotes import LocalFolder, Remote, remote_at
 from agiqa.store.transfers import JOBS, Tally, in_parallel
@@ -39,49 +47,99 @@ _AHEAD = 4
 _AHEAD_THREADS = 4
 
 
+@dataclass(frozen=True)
 class _CacheLayout(StoreLayout):
-    """A cache is no store: what was not fetched would read as zeros. So its manifest has a name of its own."""
+    """A cache is no store, since what was not fetched would read as zeros: it has no MANIFEST.json."""
+
+    table: str
+    """sha256 of the item table."""
 
     @property
-    def manifest(self) -> Path:
-        return self.root / "REMOTE.json"
+    def items(self) -> Path:
+        return self.root / "tables" / f"{self.table}.parquet"
 
 
 class ObjectCache:
-    """The objects of the store at `remote`, fetched into `folder` once, by whichever thread or process asks first."""
+    """The objects of the store at `remote`, fetched once, by whichever thread or process asks first."""
 
-    def __init__(self, remote: Remote, manifest: Manifest, folder: Path) -> None:
+    def __init__(self, remote: Remote, manifest: Manifest) -> None:
         """Nothing is fetched yet."""
         self.remote = remote
-        self.folder = folder
+        self.manifest = manifest
+        self.layout = _CacheLayout(root=cache_folder(manifest), table=manifest.labels.sha256)
+        self.folder = self.layout.root
         self._entries = {entry.path: entry for entry in manifest.entries}
+        self._sound: dict[str, _Stamp] = {}
 
     def knows(self, path: str) -> bool:
         """Whether the manifest lists `path`."""
         return path in self._entries
 
     def is_here(self, path: str) -> bool:
-        """Whether `path` needs no fetching: it was fetched, or the store has no such object.
-
-        By its size alone, since an object gets its name only after its hash was found right.
-        """
+        """Whether `path` needs no look: this process has found its bytes right, or the store has no such object."""
         if path not in self._entries:
             return True
-        place = self.folder / path
-        return place.is_file() and place.stat().st_size == self._entries[path].bytes
+        known = self._sound.get(path)
+        return known is not None and known == _stamp(self._place(path))
 
     def fetch(self, path: str) -> None:
-        """Have the object `path` in the folder. Raises as `fetch_object`, with the folder's name in a note."""
+        """Have the object `path` in the folder, its bytes those that the manifest lists.
+
+        Raises as `fetch_object`, with the folder's name in a note, and ConfigError where it cannot be kept.
+        """
         if self.is_here(path):
             return
+        with self._keeping():
+            if not self._is_sound(path):
+                with self._locked(self._entries[path].sha256):
+                    if not self._is_sound(path):
+                        fetch_object(self.remote, self._entries[path], self._place(path), Tally())
+                        self._is_sound(path)
+
+    def _place(self, path: str) -> Path:
+        return self.layout.items if path == ITEM_TABLE else self.folder / path
+
+    def _is_sound(self, path: str) -> bool:
+        place, entry = self._place(path), self._entries[path]
+        stamp = _stamp(place)
+        if stamp is None or stamp[-1] != entry.bytes or sha256_of_file(place) != entry.sha256:
+            return False
+        self._sound[path] = stamp  # of before it was hashed, so a change meanwhile shows
+        return True
+
+    @contextmanager
+    def _locked(self, name: str) -> Generator[None]:
+        self.layout.locks.mkdir(parents=True, exist_ok=True)
+        with waiting_lock(self.layout.locks / name):
+            yield
+
+    @contextmanager
+    def _keeping(self) -> Generator[None]:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with waiting_lock(self.folder / "locks" / path.replace("/", ".")):
-                if not self.is_here(path):
-                    fetch_object(self.remote, self._entries[path], self.folder, Tally())
-        except OSError as error:
+            yield
+        except AgiqaError as error:
             error.add_note(f"while fetching it to the cache {self.folder}, which is never emptied (see AGIQA_CACHE)")
             raise
+        except OSError as error:
+            needed = sum(entry.bytes for entry in self.manifest.entries)
+            message = (
+                f"The cache {self.folder} cannot be written ({error}). Set AGIQA_CACHE to a folder that can take up to "
+                f"{needed:,} bytes, or `agiqa store pull {self.remote.url}` and give the path of the copy."
+            )
+            raise ConfigError(message) from error
+
+
+_Stamp = tuple[int, int, int]
+"""Inode, time of the last change in nanoseconds, and size of a file: they change whenever its bytes do."""
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    """The stamp of the file at `path`; None where there is none."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 class ReadAhead:
@@ -146,7 +204,7 @@ class ReadAhead:
                 self._fetching.add(path)
             try:
                 self._cache.fetch(path)
-            except OSError:  # the reader meets the same failure itself when it comes to this object
+            except (AgiqaError, OSError):  # the reader meets the same failure itself when it comes to this object
                 continue
             finally:
                 with self._lock:
@@ -164,23 +222,21 @@ class _FetchingStore(WrapperStore[LocalStore]):
     def _with_store(self, store: LocalStore) -> "_FetchingStore":
         return type(self)(store, self._cache, self._ahead)
 
-    async def _fetch(self, key: str) -> None:
+    async def _fetch(self, key: str) -> bool:
+        """Have the object `key` here; False where the store has none, whatever lies in its place in the folder."""
         path = f"store.zarr/{key}"
         self._ahead.reads(path)
         if not self._cache.is_here(path):
             await asyncio.to_thread(self._cache.fetch, path)
+        return self._cache.knows(path)
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
-        await self._fetch(key)
-        return await super().get(key, prototype, byte_range)
+        return await super().get(key, prototype, byte_range) if await self._fetch(key) else None
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        ranges = list(key_ranges)
-        for key, _ in ranges:
-            await self._fetch(key)
-        return await super().get_partial_values(prototype, ranges)
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
     async def _get_many(
         self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
@@ -189,19 +245,16 @@ class _FetchingStore(WrapperStore[LocalStore]):
             yield key, await self.get(key, prototype, byte_range)
 
     async def exists(self, key: str) -> bool:
-        return self._cache.knows(f"store.zarr/{key}") or await super().exists(key)
+        return self._cache.knows(f"store.zarr/{key}")
 
 
 class RemoteStore(Store):
     """A store read in place; open one with `open_remote`. Its `path` is the cache folder."""
 
-    def __init__(self, remote: Remote, manifest: Manifest, cache: ObjectCache) -> None:
-        """The metadata of the store must be in the cache already. Raises as Store, and DamagedStore for another id."""
-        super().__init__(cache.folder, layout=_CacheLayout(cache.folder))
-        if self.id != manifest.id:
-            message = f"{remote.url}: the manifest is of the store {manifest.id[:12]}, the metadata of {self.id[:12]}."
-            raise DamagedStore(message)
-        self.url = remote.url
+    def __init__(self, cache: ObjectCache) -> None:
+        """The metadata of the store must be in the cache already. Raises as Store."""
+        self.url, manifest = cache.remote.url, cache.manifest
+        super().__init__(cache.folder, layout=cache.layout, manifest=json.loads(manifest.text))
         self._cache = cache
         self._ahead = ReadAhead(cache, units_of_objects(cache.folder, manifest))
         store = _FetchingStore(LocalStore(self.layout.zarr, read_only=True), cache, self._ahead)
@@ -219,6 +272,10 @@ class RemoteStore(Store):
         self._ahead.announce(np.unique(self.units[wanted]).tolist())
         return super().read(wanted)
 
+    def _read_items(self) -> Items:
+        self._cache.fetch(ITEM_TABLE)
+        return read_items(self.layout.items)
+
     def _have(self, path: Path) -> None:
         name = path.relative_to(self.path).as_posix()
         self._ahead.reads(name)
@@ -230,9 +287,9 @@ class RemoteStore(Store):
             with super()._decoding(what):
                 yield
         except DamagedStore as error:
-            if isinstance(error.__cause__, OSError):  # not decoded because it could not be fetched, or not kept
+            if isinstance(error.__cause__, (AgiqaError, OSError)):  # it could not be fetched, or not kept
                 raise error.__cause__ from None
-            message = f"{self.url}: {what} is damaged in the cache. Delete {self.path}; it is fetched again."
+            message = f"{self.url}: {what} was damaged before it was pushed ({error.__cause__}). Push a sound store."
             raise DamagedStore(message) from error
 
 
@@ -240,34 +297,16 @@ def open_remote(url: str) -> Store:
     """The store at `url`, to be read in place. A `file://` URL is opened where it is.
 
     Raises SchemaError where there is no finished store, RemoteError where it cannot be reached, ConfigError for a
-    missing driver and UnknownName for a scheme that is not read here.
+    missing driver or a cache that cannot be written, and UnknownName for a scheme that is not read here.
     """
     remote = remote_at(url)
     if isinstance(remote, LocalFolder):
         return open_store(Path(remote.root))
-    manifest = fetch_manifest(remote)
-    folder = cache_folder(manifest.id)
-    folder.mkdir(parents=True, exist_ok=True)
-    cache = ObjectCache(remote, manifest, folder)
-    with waiting_lock(folder / "locks" / "open"):
-        _adopt(manifest, folder)
-        names = [entry.path for entry in manifest.metadata]
-        in_parallel(cache.fetch, names, threads=JOBS)
-    return RemoteStore(remote, manifest, cache)
+    cache = ObjectCache(remote, fetch_manifest(remote))
+    in_parallel(cache.fetch, [entry.path for entry in cache.manifest.metadata], threads=JOBS)
+    return RemoteStore(cache)
 
 
-def cache_folder(store_id: str) -> Path:
-    """Where the objects of a remote store are kept: `stores/ID` below the cache root."""
-    return cache_root() / "stores" / store_id
-
-
-def _adopt(manifest: Manifest, folder: Path) -> None:
-    """Drop from the cache what the remote has replaced since, as new labels."""
-    record = _CacheLayout(folder).manifest
-    if record.exists():
-        known = read_json(record)
-        wanted = {entry.path: entry.sha256 for entry in manifest.entries}
-        for entry in [*known["objects"], known["labels"]]:
-            if wanted.get(entry["path"]) != entry["sha256"]:
-                (folder / entry["path"]).unlink(missing_ok=True)
-    write_text_atomically(record, manifest.text)
+def cache_folder(manifest: Manifest) -> Path:
+    """Where the objects of the remote store with this manifest are kept: `stores/CONTENT` below the cache root."""
+    return cache_root() / "stores" / manifest.content

@@ -246,6 +246,6 @@ def empty_array(path: Path, what: str, shape: tuple[int, ...], dtype: np.dtype[A
         raise StoreError(message) from error
 
 
-def damaged(path: Path, what: str, *, remedy: str = REMEDY) -> DamagedStore:
+def damaged(path: Path | str, what: str, *, remedy: str = REMEDY) -> DamagedStore:
     """The error for a store that contradicts itself."""
     return DamagedStore(f"{path} is damaged: {what}. {remedy}")

@@ -169,15 +169,27 @@ def _write_temporary(path: Path, text: str) -> Path:
 
 
 @contextmanager
-def removed_on_failure(temporary: Path, *, of: Path) -> Generator[None]:
-    """Remove `temporary` when writing it fails; the error names `of`, since that of a full disk names no file."""
+def naming(path: Path) -> Generator[None]:
+    """Give an OSError from inside that names no file, as that of a full disk, the name `path`."""
     try:
         yield
+    except AgiqaError:
+        raise
     except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def removed_on_failure(temporary: Path, *, of: Path) -> Generator[None]:
+    """Remove `temporary` when writing it fails; the error names `of`."""
+    try:
+        with naming(of):
+            yield
+    except OSError:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if error.errno is not None and error.filename is None:
-            error.filename = str(of)
         raise
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from agiqa.errors import BusyStore, DamagedStore
 from agiqa.store.checks import check_inside
 from agiqa.store.files import exclusive_lock, files_below, left_lock
-from agiqa.store.layout import PULL_RECORD, ROOT_METADATA, StoreLayout
+from agiqa.store.layout import PULL_LOCK, PULL_RECORD, ROOT_METADATA, StoreLayout
 from agiqa.store.listings import read_record
 from agiqa.store.places import PLAN_LOCK, plans_beside
 from agiqa.store.reading import Store
@@ -57,7 +57,7 @@ def collect_garbage(store: Store, *, dry_run: bool = False) -> GcReport:
     Raises DamagedStore where a record or the manifest cannot be read, or store.zarr is a link out of the store, and
     BusyStore where a pull is not finished.
     """
-    if (store.path / PULL_RECORD).exists():
+    if (store.path / PULL_RECORD).exists() or is_held(store.layout.locks / PULL_LOCK):
         message = f"{store.path} is being pulled, or a pull was cut off: finish it with the same `agiqa store pull`."
         raise BusyStore(message)
     with contextlib.nullcontext() if dry_run else upkeep_lock(store.layout):
@@ -140,6 +140,10 @@ class _Collector:
         if self.finished:
             mine += root.glob(f".{self.layout.items.name}.*")
         self._remove(sorted(mine), why)
+        if not self.layout.pulled.is_symlink():
+            self._remove(files_below(self.layout.pulled), "fetched by a pull that was cut off")
+            if not self.dry_run:
+                shutil.rmtree(self.layout.pulled, ignore_errors=True)
         if any(is_held(lock) for lock in self._lock_files()):
             self.in_use += map(str, commits)
         else:

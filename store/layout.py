@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from agiqa.errors import ConfigError
+
 FORMAT = "agiqa.features"
 VERSION = 1
 ENCODINGS = ("hidden", "sketch", "int8", "logits")
@@ -29,6 +31,9 @@ LM_HEAD_NAMED_IN = {
 PULL_RECORD = "PULLING.json"
 """In a folder that a pull is at work in: the manifest of what is being pulled."""
 
+PULL_LOCK = "pull"
+"""The lock that a pull at work holds."""
+
 ROW_ARRAYS = ("features", "logits", "tokens/ids", "tokens/roles", "tokens/scale")
 """Arrays with a row, or an entry, per token; all have the same row addresses."""
 PLANNED_ROW_ARRAYS = ("tokens/ids", "tokens/roles")
@@ -39,9 +44,16 @@ ITEM_STATUS = {"whole": 0, "truncated": 1}
 
 
 def cache_root() -> Path:
-    """Where agiqa keeps what it can fetch or compute again: `~/.cache/agiqa`, or what AGIQA_CACHE names."""
-    named = os.environ.get("AGIQA_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "agiqa"
+    """Where agiqa keeps what it can fetch or compute again: `~/.cache/agiqa`, or what AGIQA_CACHE names.
+
+    Raises ConfigError where that is in a home that nobody knows.
+    """
+    named = os.environ.get("AGIQA_CACHE") or "~/.cache/agiqa"
+    try:
+        return Path(named).expanduser()
+    except RuntimeError as error:
+        message = f"There is no cache folder {named} ({error}). Set AGIQA_CACHE to a folder that can be written."
+        raise ConfigError(message) from error
 
 
 def object_path(array: Path, position: int, *, dimensions: int) -> Path:
@@ -74,6 +86,11 @@ class StoreLayout:
     def locks(self) -> Path:
         """Empty files that the runs at work hold locked; no part of a finished store."""
         return self.root / "locks"
+
+    @property
+    def pulled(self) -> Path:
+        """Objects that a pull has fetched and that wait until all are here; no part of the store."""
+        return self.root / ".pulled"
 
     @property
     def manifest(self) -> Path:

@@ -12,8 +12,15 @@ from agiqa.store.checks import check_version
 from agiqa.store.files import canonical_json, read_json
 from agiqa.store.layout import ITEM_TABLE, ROOT_METADATA, StoreLayout
 from agiqa.store.listings import is_entry, is_object_path, is_sha256
+from agiqa.store.provenance import content_hash
 
 _ROWS_OBJECT = re.compile(r"store\.zarr/(?P<array>features|logits|tokens/[^/]+)/c/(?P<position>\d+)(/0)*")
+
+MANIFEST_BYTES = 128 << 20
+"""The longest manifest that is read at a URL: 890,000 objects, as of two million items of 1,000 tokens in 18 TiB."""
+CARD_BYTES = 16 << 20
+_LARGEST_OBJECT = 64 << 30
+"""Bytes of an object above which a manifest counts as damaged, see `agiqa.store.checks`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,11 @@ class Manifest:
     def entries(self) -> tuple[Entry, ...]:
         """All objects, the item table among them."""
         return (self.labels, *self.objects)
+
+    @property
+    def content(self) -> str:
+        """What the store consists of but for its labels, see `content_hash`."""
+        return content_hash((entry.path, entry.sha256) for entry in self.objects)
 
     @property
     def metadata(self) -> list[Entry]:
@@ -134,6 +146,10 @@ def _check(manifest: Manifest, where: str) -> None:
         raise _not_a_manifest(where, f"it names {stray[0]!r}, which is no place for an object of a store")
     if len(set(paths)) != len(paths) or ROOT_METADATA not in paths:
         raise _not_a_manifest(where, f"it names an object twice, or not {ROOT_METADATA}")
+    for entry in manifest.entries:
+        most = MANIFEST_BYTES if entry.path.endswith("/zarr.json") else _LARGEST_OBJECT
+        if entry.bytes > most:
+            raise _not_a_manifest(where, f"it says that {entry.path} has {entry.bytes} bytes; {most} are plausible")
     if not is_sha256(manifest.id):
         raise _not_a_manifest(where, f"its id is {manifest.id!r}")
 

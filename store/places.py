@@ -10,8 +10,9 @@ from pathlib import Path
 
 from agiqa.errors import ConfigError, SettingsConflict
 from agiqa.store.files import exclusive_lock, new_lock, telling_disk_errors
-from agiqa.store.layout import PULL_RECORD, StoreLayout
+from agiqa.store.layout import PULL_LOCK, PULL_RECORD, StoreLayout
 from agiqa.store.reading import is_planned
+from agiqa.store.upkeep import is_held
 
 PLAN_LOCK = "plan"
 """Held while a plan is written."""
@@ -56,7 +57,7 @@ def is_taken(place: Path) -> bool:
 
 def require_planned(path: Path) -> None:
     """Raise SettingsConflict unless what is at `path` is a store, finished or not, and not one that is being pulled."""
-    if (path / PULL_RECORD).exists():
+    if (path / PULL_RECORD).exists() or is_held(StoreLayout(path).locks / PULL_LOCK):
         message = (
             f"A pull into {path} is at work or was cut off. Finish it with `agiqa store pull`, or give another path."
         )

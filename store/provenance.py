@@ -1,7 +1,7 @@
 """Where a store comes from, as JSON, and what two stores of one name differ in."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from agiqa.store.files import canonical_json
@@ -10,6 +10,14 @@ from agiqa.store.files import canonical_json
 def store_id(provenance: Mapping[str, Any]) -> str:
     """Hex sha256 of the canonical JSON of `provenance`; equal ids mean interchangeable features."""
     return hashlib.sha256(canonical_json(provenance).encode()).hexdigest()
+
+
+def content_hash(objects: Iterable[tuple[str, str]]) -> str:
+    """Hex sha256 of what a store consists of: of the path and sha256 of each of its objects, in any order.
+
+    Stores of one id may differ in it, since the same settings may give other last bits; labels are no part of it.
+    """
+    return hashlib.sha256(canonical_json(sorted(objects)).encode()).hexdigest()
 
 
 def differing(there: Any, here: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,38 +1,43 @@
 """Pull: copy a store, or the units that hold some of its items, from a URL; every byte is checked on its way.
 
-While a pull is at work the folder holds `PULLING.json`, the manifest of what is being pulled; MANIFEST.json comes last.
-A part of a store has `"state": "partial"` in its manifest, and lists the `units` that are there.
+An object goes to its place as soon as it is here, unless that would change a store which the folder holds: an
+unfinished one, or one whose manifest lists another object there. Then it waits in the folder `.pulled`. When everything
+is here, `_install` moves all that waits to its place and writes MANIFEST.json. Before that a failure or a kill leaves
+the store that was there as it was.
+
+`PULLING.json`, the manifest of what is being pulled, marks a folder that is no store yet; a part of a store has
+`"state": "partial"` in its manifest, and lists the `units` that are there.
 """
 
-import hashlib
+import json
 import shutil
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import BusyStore, ConfigError, DamagedStore, DataError, RemoteError, SchemaError, SettingsConflict
-from agiqa.store.files import exclusive_lock, sha256_of_file, sync_file, write_text_atomically
-from agiqa.store.layout import MANIFEST, PULL_RECORD, StoreLayout
+from agiqa.errors import BusyStore, ConfigError, DamagedStore, DataError, SettingsConflict
+from agiqa.store.checks import check_attributes, check_inside
+from agiqa.store.fetching import fetch_manifest, fetch_object
+from agiqa.store.files import (
+    exclusive_lock,
+    read_json,
+    sha256_of_file,
+    sync_file,
+    telling_disk_errors,
+    write_text_atomically,
+)
+from agiqa.store.items import read_items
+from agiqa.store.layout import ITEM_TABLE, PULL_LOCK, PULL_RECORD, ROOT_METADATA, StoreLayout
 from agiqa.store.listings import read_manifest
-from agiqa.store.manifests import Entry, Manifest, parse_manifest, units_of_objects
+from agiqa.store.manifests import CARD_BYTES, Entry, Manifest, units_of_objects
 from agiqa.store.reading import Store
-from agiqa.store.remotes import BLOCK, Remote, remote_at, wait_after
+from agiqa.store.remotes import Remote, remote_at
 from agiqa.store.transfers import JOBS, Tally, Transfer, in_parallel
-from agiqa.store.upkeep import is_held, lock_files, remove_locks
-
-_SET_ASIDE = "items.before-pull.parquet"
-_PULL_LOCK = "pull"
-
-
-class _PullLayout(StoreLayout):
-    """The objects of a folder that a pull is at work in count by what the pull's record lists."""
-
-    @property
-    def manifest(self) -> Path:
-        return self.root / PULL_RECORD
+from agiqa.store.upkeep import UPKEEP_LOCK, is_held, lock_files, remove_locks, upkeep_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +71,9 @@ def pull(
     """Copy the store at `url` to the folder `path`, or take up a pull that was cut off there.
 
     With `items` (names) only the units that hold them are fetched, beside what other pulls brought before. Objects that
-    are there already are hashed and kept; an item table that differs from the remote's is set aside as
-    `items.before-pull.parquet`. `advance` is called with bytes that are done. Raises as `plan_pull` and
-    `run_pull` do.
+    are there already are hashed and kept; an item table or a card that differs from the remote's is set aside as
+    `items.before-pull.parquet` or `README.before-pull.md`, the next as `items.before-pull-2.parquet` and so on.
+    `advance` is called with bytes that are done. Raises as `plan_pull` and `run_pull` do.
     """
     return run_pull(plan_pull(url, path, items=items, jobs=jobs), jobs=jobs, advance=advance)
 
@@ -77,25 +82,28 @@ def plan_pull(url: str, path: Path, *, items: Sequence[str] | None = None, jobs:
     """Find out what must be fetched; with `items` this fetches the index and the item table.
 
     Raises SchemaError where there is no finished store at `url`, SettingsConflict where `path` holds anything else
-    than this store (an unfinished one is completed), DamagedStore where its manifest cannot be read, DataError naming
-    the items that the store does not have, and BusyStore where another pull or run is at work on `path`.
+    than this store (an unfinished one is completed, unless `items` are given), DamagedStore where its manifest cannot
+    be read, DataError naming the items that the store does not have, and BusyStore where another pull or run is at work
+    on `path`.
     """
     if items is not None and not items:
         message = f"No items are named, so there is nothing to pull from {url}. Name some, or pull the whole store."
         raise ConfigError(message)
     remote = remote_at(url)
     manifest = fetch_manifest(remote)
-    had = _claim(path, manifest)
+    had = _claim(path, manifest, some=items is not None)
     if items is None or had is None:
         return PullPlan(remote=remote, path=path, manifest=manifest)
-    with _only_pull(path):
-        tally = Tally()
-        _drop_outdated(path, manifest)
-        _fetch_missing(remote, manifest.metadata, path, tally, jobs)
-    store = Store(path, layout=_PullLayout(path))
-    unit_of = units_of_objects(path, manifest)
-    units = {*had, *_units_of_items(store, items)}
-    part = manifest if len(units) == store.geometry.units else manifest.part(units, unit_of)
+    with _only_pull(path, url):
+        _fetch_missing(remote, manifest.metadata, _Local.at(path), Tally(), jobs)
+    if any(_waiting(path, entry).exists() for entry in manifest.metadata if entry.path != ITEM_TABLE):
+        message = f"The store at {url} was made anew since {path} was pulled. Pull it without --items, or elsewhere."
+        raise SettingsConflict(message)
+    store = Store(path, manifest=json.loads(manifest.text))
+    units = {*had, *_units_of_items(store, _names(path, manifest), items)}
+    part = manifest
+    if len(units) < store.geometry.units:
+        part = manifest.part(units, units_of_objects(path, manifest))
     return PullPlan(remote=remote, path=path, manifest=part)
 
 
@@ -103,110 +111,140 @@ def run_pull(plan: PullPlan, *, jobs: int = JOBS, advance: Callable[[int], None]
     """Fetch what `plan` names in `jobs` threads; MANIFEST.json is written when all of it is there.
 
     Raises DamagedStore naming the object and its URL where the remote twice gave other bytes than its manifest
-    records, RemoteError where it cannot be reached, and BusyStore where another pull is at work.
+    records, RemoteError where it cannot be reached, ConfigError where the disk has too little room, and BusyStore where
+    another pull is at work or the store was changed meanwhile. An OSError is told of as `telling_disk_errors` does.
     """
-    layout = StoreLayout(plan.path)
-    with _only_pull(plan.path):
-        tally = Tally(advance)
-        _drop_outdated(plan.path, plan.manifest)
-        _fetch_missing(plan.remote, plan.manifest.entries, plan.path, tally, jobs)
+    with _only_pull(plan.path, plan.remote.url):
+        tally, local = Tally(advance), _Local.at(plan.path)
+        _require_room(plan)
+        _fetch_missing(plan.remote, plan.manifest.entries, local, tally, jobs)
         _check_identity(plan.remote, plan.manifest, plan.path)
-        card = plan.remote.read(layout.card.name)
-        if card is not None:
-            write_text_atomically(layout.card, card.decode("utf-8", errors="replace"))
-        write_text_atomically(layout.manifest, plan.manifest.text)
-        (plan.path / PULL_RECORD).unlink(missing_ok=True)
-        remove_locks(layout, mine=_PULL_LOCK)
+        card = plan.remote.read(local.layout.card.name, limit=CARD_BYTES)
+        _install(plan.manifest, local, card)
+        remove_locks(local.layout, mine=PULL_LOCK)
     return tally.result()
 
 
-def fetch_manifest(remote: Remote) -> Manifest:
-    """The manifest of the finished store at `remote`. Raises SchemaError where there is none."""
-    text = remote.read(MANIFEST)
-    if text is None:
-        message = f"{remote.url} is not a finished feature store: it has no {MANIFEST}. Push the store (again)."
-        raise SchemaError(message)
-    return parse_manifest(text.decode("utf-8", errors="replace"), remote.url_of(MANIFEST))
+@dataclass(frozen=True, kw_only=True)
+class _Local:
+    """What the folder of a pull holds of the store when the pull begins."""
+
+    layout: StoreLayout
+    listed: dict[str, str] | None
+    """The sha256 of every object of its manifest, by path; None where there is no manifest."""
+
+    @classmethod
+    def at(cls, path: Path) -> "_Local":
+        layout = StoreLayout(path)
+        return cls(layout=layout, listed=_listed(layout))
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether runs of this machine have planned the store and perhaps filled some of it."""
+        return self.listed is None and self.layout.plan_commit.exists()
+
+    def place_for(self, entry: Entry, found: str | None) -> Path:
+        """Where the object of `entry` is fetched to; `found` is the sha256 of what has its place now."""
+        counts = self.listed is not None and self.listed.get(entry.path) == found
+        if self.is_unfinished or (found is not None and (counts or entry.path == ITEM_TABLE)):
+            return _waiting(self.layout.root, entry)
+        return self.layout.root / entry.path
 
 
-def fetch_object(remote: Remote, entry: Entry, folder: Path, tally: Tally) -> None:
-    """Fetch one object into the store `folder`, checked by its sha256, whole or not at all.
-
-    What an earlier run had fetched of it is kept. Raises DamagedStore when its bytes are wrong twice over, and
-    RemoteError when the remote cannot be reached.
-    """
-    target = folder / entry.path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.partial")
-    size = 0
-    for _ in range(2):
-        if _download(remote, entry, temporary, tally) == entry.sha256:
-            sync_file(temporary)
-            temporary.replace(target)
-            sync_file(target.parent)
-            tally.finished()
-            return
-        size = temporary.stat().st_size
-        temporary.unlink()
-        tally.found(-size)
-    message = (
-        f"{remote.url_of(entry.path)} is damaged: {size} bytes came, twice, that do not have the sha256 recorded for "
-        f"{entry.path} ({entry.bytes} bytes). Push the store there again."
-    )
-    raise DamagedStore(message)
+def _listed(layout: StoreLayout) -> dict[str, str] | None:
+    if not layout.manifest.exists():
+        return None
+    manifest = read_manifest(layout.manifest)
+    return {entry["path"]: entry["sha256"] for entry in [*manifest["objects"], manifest["labels"]]}
 
 
-def _download(remote: Remote, entry: Entry, temporary: Path, tally: Tally) -> str:
-    """Complete the file `temporary`; returns the hex sha256 of what it holds then."""
-    digest = hashlib.sha256()
-    done = _resume(temporary, entry, digest, tally)
-    failures = 0
-    with temporary.open("ab") as file:
-        while done < entry.bytes:
-            try:
-                for block in remote.blocks(entry.path, size=entry.bytes, start=done):
-                    file.write(block)
-                    digest.update(block)
-                    done += len(block)
-                    failures = 0
-                    tally.moved(len(block))
-                break
-            except FileNotFoundError as error:
-                message = f"{remote.url_of(entry.path)} is missing, though the manifest lists it. Push the store again."
-                raise DamagedStore(message) from error
-            except RemoteError as error:
-                failures += 1  # without a byte between them
-                wait_after(failures, error)
-    return digest.hexdigest()
+def _waiting(path: Path, entry: Entry) -> Path:
+    """Where a fetched object waits until all are here."""
+    return StoreLayout(path).pulled / entry.path
 
 
-def _resume(temporary: Path, entry: Entry, digest: Any, tally: Tally) -> int:
-    """Take what is there of the object into `digest`; returns its bytes."""
-    if not temporary.exists():
-        return 0
-    if temporary.stat().st_size > entry.bytes:
-        temporary.unlink()
-        return 0
-    with temporary.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    size = temporary.stat().st_size
-    tally.found(size)
-    return size
+def _fetch_missing(remote: Remote, entries: Iterable[Entry], local: _Local, tally: Tally, jobs: int) -> None:
+    path = local.layout.root
 
-
-def _fetch_missing(remote: Remote, entries: Iterable[Entry], path: Path, tally: Tally, jobs: int) -> None:
     def fetch(entry: Entry) -> None:
-        target = path / entry.path
-        if target.is_file() and target.stat().st_size == entry.bytes and sha256_of_file(target) == entry.sha256:
+        target, waiting = path / entry.path, _waiting(path, entry)
+        for place in (target, waiting):
+            check_inside(path, place)
+        found = sha256_of_file(target) if target.is_file() else None
+        if entry.sha256 in (found, sha256_of_file(waiting) if waiting.is_file() else None):
             tally.skipped(entry.bytes)
         else:
-            fetch_object(remote, entry, path, tally)
+            fetch_object(remote, entry, local.place_for(entry, found), tally)
+        if found == entry.sha256:
+            waiting.unlink(missing_ok=True)  # of a pull of another version that was cut off
 
     in_parallel(fetch, entries, threads=jobs, halt=tally.halt)
 
 
-def _claim(path: Path, manifest: Manifest) -> list[int] | None:
+def _install(manifest: Manifest, local: _Local, card: bytes | None) -> None:
+    """Move what waits to its place and write MANIFEST.json; all that `manifest` lists is in the folder already.
+
+    From the first move on a kill leaves PULLING.json and no MANIFEST.json, and the next pull only moves the rest.
+    """
+    layout, path = local.layout, local.layout.root
+    waiting = [entry for entry in manifest.entries if _waiting(path, entry).exists()]
+    with upkeep_lock(layout):
+        if _listed(layout) != local.listed:
+            message = f"{path} was sealed, or its labels were changed, while it was pulled. Run the same command again."
+            raise BusyStore(message)
+        if local.is_unfinished:
+            _require_idle(layout)
+        if waiting:
+            write_text_atomically(path / PULL_RECORD, manifest.text)
+            layout.manifest.unlink(missing_ok=True)
+            sync_file(path)
+        for entry in waiting:
+            target = path / entry.path
+            if entry.path == ITEM_TABLE:
+                _set_aside(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _waiting(path, entry).replace(target)
+        for folder in {(path / entry.path).parent for entry in waiting}:
+            sync_file(folder)
+        listed = local.listed or {}
+        if any(listed.get(entry.path) != entry.sha256 for entry in manifest.objects) and layout.commits.exists():
+            shutil.rmtree(layout.commits)  # the objects that its records list have been replaced
+        if card is not None and (not layout.card.exists() or layout.card.read_bytes() != card):
+            _set_aside(layout.card)
+            write_text_atomically(layout.card, card.decode("utf-8", errors="replace"))
+        write_text_atomically(layout.manifest, manifest.text)
+        shutil.rmtree(layout.pulled, ignore_errors=True)
+        (path / PULL_RECORD).unlink(missing_ok=True)
+
+
+def _set_aside(path: Path) -> None:
+    """Give the file at `path`, if there is one, the first name `NAME.before-pull[-N].SUFFIX` that is free."""
+    for number in count(1):
+        tail = "" if number == 1 else f"-{number}"
+        aside = path.with_name(f"{path.stem}.before-pull{tail}{path.suffix}")
+        if not aside.exists():
+            break
+    if path.exists():
+        path.replace(aside)
+
+
+def _require_room(plan: PullPlan) -> None:
+    """Raise ConfigError where what is not here yet is more than the disk has room for."""
+    needed = 0
+    for entry in plan.manifest.entries:
+        places = (plan.path / entry.path, _waiting(plan.path, entry))
+        there = any(place.is_file() and place.stat().st_size == entry.bytes for place in places)
+        needed += 0 if there else entry.bytes
+    free = shutil.disk_usage(plan.path).free
+    if needed > free:
+        message = (
+            f"{plan.path} has {free:,} bytes free, and {needed:,} of the store at {plan.remote.url} are not there yet. "
+            "Free some space, or pull to another disk; what was pulled before is kept."
+        )
+        raise ConfigError(message)
+
+
+def _claim(path: Path, manifest: Manifest, *, some: bool) -> list[int] | None:
     """Make `path` the place of this store; returns the units that are there already, None for a complete store."""
     layout, record = StoreLayout(path), path / PULL_RECORD
     local = read_manifest(layout.manifest) if layout.manifest.exists() else None
@@ -224,49 +262,55 @@ def _claim(path: Path, manifest: Manifest) -> list[int] | None:
             "Pull to another path."
         )
         raise SettingsConflict(message)
+    if unfinished and some:
+        message = (
+            f"{path} is an unfinished store; some items of the store at the URL would take the place of all its units. "
+            "Pull to another path, or without --items."
+        )
+        raise SettingsConflict(message)
     path.mkdir(parents=True, exist_ok=True)
-    if unfinished:
+    check_inside(path, layout.commits)
+    if unfinished:  # stays one until all is here, so that its runs can go on where the pull fails
         _require_idle(layout)
+        return []
     write_text_atomically(record, manifest.text)
-    if unfinished:  # as a repair leaves it; from here on its objects count by what the manifest lists
-        shutil.rmtree(layout.commits)
     if local is None:
         return []
     return None if local["state"] == "complete" else [int(unit) for unit in local["units"]]
 
 
 def _require_idle(layout: StoreLayout) -> None:
-    if any(is_held(lock) for lock in lock_files(layout)):
+    """Raise BusyStore where a run is at work; other pulls and upkeep keep out by their own locks."""
+    if any(is_held(lock) for lock in lock_files(layout) if lock.name not in (PULL_LOCK, UPKEEP_LOCK)):
         message = f"Another run is at work on the unfinished store {layout.root}. Wait for it, or pull to another path."
         raise BusyStore(message)
 
 
-def _drop_outdated(path: Path, manifest: Manifest) -> None:
-    """Take down a local manifest that lists what will be replaced, before any of it is.
-
-    Labels may have been replaced here rather than there, so the item table is set aside.
-    """
-    layout = StoreLayout(path)
-    if not layout.manifest.exists():
-        return
-    local = read_manifest(layout.manifest)
-    wanted = {entry.path: entry.sha256 for entry in manifest.entries}
-    listed = [*local["objects"], local["labels"]]
-    if any(wanted.get(entry["path"]) != entry["sha256"] for entry in listed):
-        layout.manifest.unlink()
-        if wanted[layout.items.name] != local["labels"]["sha256"] and layout.items.exists():
-            layout.items.replace(path / _SET_ASIDE)
-        sync_file(path)
-
-
 def _check_identity(remote: Remote, manifest: Manifest, path: Path) -> None:
-    if Store(path).id != manifest.id:
+    """Raise DamagedStore unless the metadata that was fetched are those of the store that the manifest names."""
+    root = next(entry for entry in manifest.objects if entry.path == ROOT_METADATA)
+    waiting = _waiting(path, root)
+    found = read_json(waiting if waiting.exists() else path / root.path)
+    attributes: Any = found.get("attributes") if isinstance(found, dict) else None
+    if not isinstance(attributes, dict) or attributes.get("id") != manifest.id:
         message = f"{remote.url}: its manifest is of the store {manifest.id[:12]}, its metadata is not. Push it again."
         raise DamagedStore(message)
+    check_attributes(path, attributes)
 
 
-def _units_of_items(store: Store, items: Sequence[str]) -> list[int]:
-    names = store.items.names
+def _names(path: Path, manifest: Manifest) -> list[str]:
+    """The names of all items, as the item table says that `manifest` lists."""
+    waiting = _waiting(path, manifest.labels)
+    table = waiting if waiting.exists() else path / ITEM_TABLE
+    try:
+        return list(read_items(table).names)
+    except (OSError, TypeError, ValueError) as error:
+        message = f"{table} cannot be read ({error}), though it has the sha256 that the manifest lists. Push it again."
+        raise DamagedStore(message) from error
+
+
+def _units_of_items(store: Store, names: Sequence[str], items: Sequence[str]) -> list[int]:
+    """The units of the items of these names, where `names` are all that the store has."""
     position = {name: number for number, name in enumerate(names)}
     problems: list[str] = []
     for item in items:
@@ -279,8 +323,10 @@ def _units_of_items(store: Store, items: Sequence[str]) -> list[int]:
 
 
 @contextmanager
-def _only_pull(path: Path) -> Generator[None]:
-    with exclusive_lock(StoreLayout(path).locks / _PULL_LOCK) as held:
+def _only_pull(path: Path, url: str) -> Generator[None]:
+    """Hold the folder against other pulls. An OSError of the disk gets a note with what is kept."""
+    doing = telling_disk_errors(f"pulling {url} to {path}", "what was fetched is kept")
+    with doing, exclusive_lock(StoreLayout(path).locks / PULL_LOCK) as held:
         if not held:
             message = f"Another pull is at work on {path}. Wait for it, or pull to another path."
             raise BusyStore(message)

@@ -7,7 +7,7 @@ from typing import Any
 from agiqa.errors import ConfigError, DamagedStore, IncompleteStore, SettingsConflict
 from agiqa.store.files import sha256_of_file
 from agiqa.store.layout import CARD, ITEM_TABLE, MANIFEST, ROOT_METADATA
-from agiqa.store.manifests import Entry, Manifest, parse_manifest
+from agiqa.store.manifests import CARD_BYTES, MANIFEST_BYTES, Entry, Manifest, parse_manifest
 from agiqa.store.reading import Store
 from agiqa.store.remotes import Found, Remote, Upload, remote_at
 from agiqa.store.transfers import JOBS, Tally, Transfer, in_parallel
@@ -38,7 +38,7 @@ def push(
     held = _require_same_store(remote, there, store)
     tally = Tally(advance)
     uploads = _uploads(store, manifest)
-    if CARD in there and store.id.encode() not in (remote.read(CARD) or b""):
+    if CARD in there and store.id.encode() not in (remote.read(CARD, limit=CARD_BYTES) or b""):
         uploads = [upload for upload in uploads if upload.name != CARD]  # the repository's own card stays
     missing = _missing(remote, there, uploads, tally, jobs)
     _check_local(store, manifest.entries, {upload.name for upload in missing}, jobs)
@@ -67,8 +67,8 @@ def _manifest_of(store: Store) -> Manifest:
 
 def _require_same_store(remote: Remote, there: dict[str, Found], store: Store) -> str | None:
     """Refuse a folder that holds another store, whole or begun; returns the manifest that is there."""
-    held = remote.read(MANIFEST) if MANIFEST in there else None
-    root = remote.read(ROOT_METADATA) if ROOT_METADATA in there else None
+    held = remote.read(MANIFEST, limit=MANIFEST_BYTES) if MANIFEST in there else None
+    root = remote.read(ROOT_METADATA, limit=MANIFEST_BYTES) if ROOT_METADATA in there else None
     for name, text in ((MANIFEST, held), (ROOT_METADATA, root)):
         if text is not None and (found := _id_in(text, remote.url_of(name))) != store.id:
             message = (

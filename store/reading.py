@@ -17,6 +17,7 @@ from agiqa.store.checks import check_index, check_items, damaged, empty_array
 from agiqa.store.items import Items, count_items, item_positions
 from agiqa.store.layout import LM_HEAD_NAMED_IN, StoreLayout
 from agiqa.store.listings import are_attributes_of, is_root_metadata_of
+from agiqa.store.provenance import content_hash
 from agiqa.store.recorded_items import read_recorded_items
 from agiqa.store.scaling import Scale
 from agiqa.store.stored_arrays import StoredArrays
@@ -42,9 +43,11 @@ class TokenRows:
 class Store(StoredArrays):
     """A feature store on a local disk; open one with `open_store`."""
 
-    def __init__(self, path: Path, *, layout: StoreLayout | None = None) -> None:
-        """Raises as `StoredArrays`."""
-        super().__init__(path, layout=layout)
+    def __init__(
+        self, path: Path, *, layout: StoreLayout | None = None, manifest: dict[str, Any] | None = None
+    ) -> None:
+        """As `StoredArrays`."""
+        super().__init__(path, layout=layout, manifest=manifest)
         self.encoding: str = str(self.attributes["encoding"])
         self.logical_dtype: str = str(self.attributes["logical_dtype"])
         self.dtype = rows_dtype(self.encoding, self.logical_dtype)
@@ -68,10 +71,13 @@ class Store(StoredArrays):
     @cached_property
     def _items(self) -> Items:
         try:
-            items = read_recorded_items(self.layout)
+            items = self._read_items()
         except (TypeError, ValueError) as error:
             raise damaged(self.path, f"{self.layout.items.name} has values of another kind ({error})") from error
         return check_items(self.path, items)
+
+    def _read_items(self) -> Items:
+        return read_recorded_items(self.layout)
 
     @property
     def n_tokens(self) -> NDArray[np.int32]:
@@ -217,6 +223,13 @@ class Store(StoredArrays):
                     f"({len(missing)} of the units asked for are missing). {self.remedy}"
                 )
                 raise IncompleteStore(message)
+
+    @cached_property
+    def content(self) -> str:
+        """Which bytes the rows are, see `content_hash`; of an unfinished store, whose rows may still come, its id."""
+        if not self.is_complete:
+            return self.id
+        return content_hash((entry["path"], entry["sha256"]) for entry in self.manifest["objects"])
 
     @property
     def lm_head_sha256(self) -> str:

@@ -12,35 +12,24 @@
 import base64
 import hashlib
 import os
-import shutil
-import time
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
-from agiqa.errors import ConfigError, RemoteError, StoreError, UnknownName
-from agiqa.store.files import sha256_of_file, sync_file
+from agiqa.errors import ConfigError, DamagedStore, RemoteError, StoreError, UnknownName
+from agiqa.store.files import naming, sha256_of_file, sync_file, telling_disk_errors
+from agiqa.store.retries import describe_failure, patiently, status_of
 from agiqa.store.transfers import in_parallel
 
 BLOCK = 4 << 20
 """Bytes asked for at once: what a cut connection loses."""
 _HUB_COMMIT_FILES = 64
-TRIES = 5
-"""Failures in a row that are waited out, unless the remote refuses for good."""
-FIRST_WAIT = 0.2
-"""Seconds after the first failure, doubled after each further one."""
-
-
-def wait_after(failures: int, error: RemoteError) -> None:
-    """Wait before the next try; raises `error` where there is no use in one."""
-    if error.refused or failures >= TRIES:
-        raise error
-    time.sleep(FIRST_WAIT * 2 ** (failures - 1))
+_PLAIN = {"Accept-Encoding": "identity"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +54,8 @@ class Remote:
     """A folder in an fsspec file system; this class as it is serves the object stores, whose writes are atomic."""
 
     read_only: ClassVar[bool] = False
+    waits: ClassVar[bool] = True
+    """Whether its failures may pass by themselves."""
 
     def __init__(self, url: str, connect: Callable[[], tuple[Any, str]], failures: tuple[type[Exception], ...]) -> None:
         """`connect` gives the file system and how it spells the folder; `failures` are what its driver raises."""
@@ -88,33 +79,43 @@ class Remote:
         return f"{self.url}/{name}"
 
     def blocks(self, name: str, *, size: int, start: int = 0) -> Iterator[bytes]:
-        """The bytes of the file `name`, of `size` bytes, from `start` on, in blocks of at most BLOCK.
+        """The bytes of the file `name` from `start` on, in blocks of at most BLOCK.
 
-        Raises FileNotFoundError where there is no such file, and RemoteError where it cannot be read.
+        A file of more than `size` bytes ends after one of those that are too many. Raises FileNotFoundError where
+        there is no such file, and RemoteError where it cannot be read.
         """
-        options = {"block_size": BLOCK, "cache_type": "none", "size": size}
-        with self.talking_of(name), self.file_system.open(self._path(name), "rb", **options) as file:
-            file.seek(start)
-            while block := file.read(BLOCK):
-                yield block
+        with self.talking_of(name), self._opened(name, size=size, start=start) as file:
+            yield from _blocks_of(file, size - start + 1)
 
-    def read(self, name: str) -> bytes | None:
-        """The whole of the small file `name`, or None where there is none. Raises RemoteError."""
-        for failures in count(1):
-            try:
-                with self.talking_of(name):
-                    return bytes(self.file_system.cat_file(self._path(name)))
-            except FileNotFoundError:
-                return None
-            except RemoteError as error:
-                wait_after(failures, error)
-        raise AssertionError  # the loop has no end
+    def read(self, name: str, *, limit: int) -> bytes | None:
+        """The whole of the small file `name`, or None where there is none.
+
+        Raises DamagedStore where it has more than `limit` bytes, and RemoteError where it cannot be read.
+        """
+
+        def whole() -> bytes:
+            with self.talking_of(name), self._opened(name) as file:
+                return b"".join(_blocks_of(file, limit + 1))
+
+        try:
+            content = patiently(whole)
+        except FileNotFoundError:
+            return None
+        if len(content) > limit:
+            message = f"{self.url_of(name)} has more than {limit:,} bytes, the most that agiqa reads of such a file."
+            raise DamagedStore(message)
+        return content
 
     def listing(self) -> dict[str, Found]:
         """Every file below the folder, by name; empty where there is no folder. Raises RemoteError."""
-        try:
+
+        def found() -> dict[str, Any]:
             with self.talking_of(""):
-                infos = self.file_system.find(self.root, detail=True)
+                infos: dict[str, Any] = self.file_system.find(self.root, detail=True)
+            return infos
+
+        try:
+            infos = patiently(found)
         except FileNotFoundError:
             return {}
         names = {path: path[len(self.root) + 1 :] for path in infos}
@@ -128,17 +129,21 @@ class Remote:
 
     def put_all(self, uploads: Sequence[Upload], *, threads: int, sent: Callable[[Upload], None]) -> None:
         """Write files, replacing what is there; `sent` is called after each. Raises RemoteError."""
+        halt = threading.Event()
 
         def put(upload: Upload) -> None:
-            try:
+            def once() -> None:
                 with self.talking_of(upload.name):
                     self._put(upload)
+
+            try:
+                patiently(once, halt=halt)
             except FileNotFoundError as error:
                 message = f"{self.url_of(upload.name)} cannot be written: its bucket does not exist ({error})."
                 raise RemoteError(message) from error
             sent(upload)
 
-        in_parallel(put, uploads, threads=threads)
+        in_parallel(put, uploads, threads=threads, halt=halt)
 
     def remove(self, name: str) -> None:
         """Remove the file `name`. Raises RemoteError."""
@@ -155,15 +160,28 @@ class Remote:
         except FileNotFoundError as error:
             raise FileNotFoundError(self.url_of(name)) from error
         except self._failures as error:
-            if _status(error) in (404, 410):
+            if status_of(error) in (404, 410):
                 raise FileNotFoundError(self.url_of(name)) from error
             message = f"{self.url_of(name)}: {type(error).__name__}: {str(error) or 'no answer'}"
             failure = RemoteError(message)
-            failure.refused = isinstance(error, PermissionError) or 400 <= (_status(error) or 0) < 500
+            describe_failure(failure, error)
+            failure.refused |= not self.waits
+            for note in getattr(error, "__notes__", ()):
+                failure.add_note(note)
             raise failure from error
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
+
+    @contextmanager
+    def _opened(self, name: str, *, size: int | None = None, start: int = 0) -> Generator[Any]:
+        """The file `name`, of `size` bytes where that is known, open for reading from `start` on."""
+        options: dict[str, Any] = {"block_size": BLOCK, "cache_type": "none"}
+        if size is not None:
+            options["size"] = size
+        with self.file_system.open(self._path(name), "rb", **options) as file:
+            file.seek(start)
+            yield file
 
     def _put(self, upload: Upload) -> None:
         self.file_system.put_file(str(upload.local), self._path(upload.name))
@@ -181,42 +199,45 @@ class Remote:
 class LocalFolder(Remote):
     """A folder on this machine, perhaps a mounted share: whole files only, and compared byte by byte."""
 
+    waits = False
+
     def holds(self, found: Found, local: Path) -> bool:
         """Whether both files have one sha256: reading is as quick here as copying."""
         return super().holds(found, local) and sha256_of_file(Path(self._path(found.name))) == sha256_of_file(local)
 
     def _put(self, upload: Upload) -> None:
         target = Path(self._path(upload.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.partial")
-        shutil.copyfile(upload.local, temporary)
-        sync_file(temporary)
-        temporary.replace(target)
-        sync_file(target.parent)
+        temporary = target.with_name(f".{target.name}.partial")  # the next push replaces what a kill left of it
+        with telling_disk_errors(f"pushing to {self.url}", "what was sent is kept"), naming(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with upload.local.open("rb") as source, temporary.open("wb") as copy:
+                while block := source.read(BLOCK):
+                    copy.write(block)
+            sync_file(temporary)
+            temporary.replace(target)
+            sync_file(target.parent)
 
 
 class WebFolder(Remote):
-    """A folder of a web server; one that knows no ranges is read from the beginning."""
+    """A folder of a web server; what one that knows no ranges sends from the beginning is dropped up to the start."""
 
     read_only = True
 
-    def blocks(self, name: str, *, size: int, start: int = 0) -> Iterator[bytes]:
-        """As in Remote. A server without ranges sends all, and what is here already is dropped."""
-        position = start
-        try:
-            for block in super().blocks(name, size=size, start=start):
-                position += len(block)
-                yield block
-        except ValueError:  # how fsspec says that the server ignored the range
-            yield from self._whole(name, skip=position)
-
-    def _whole(self, name: str, *, skip: int) -> Iterator[bytes]:
-        with self.talking_of(name), self.file_system.open(self._path(name), "rb", block_size=0, size=None) as file:
-            while block := file.read(BLOCK):
-                fresh = block[skip:]
-                skip = max(0, skip - len(block))
-                if fresh:
-                    yield fresh
+    @contextmanager
+    def _opened(self, name: str, *, size: int | None = None, start: int = 0) -> Generator[Any]:
+        """As in Remote, as one answer that is read as it comes: of one without end, no more than is asked for."""
+        headers = {**_PLAIN, "Range": f"bytes={start}-"} if start else _PLAIN
+        with self.file_system.open(self._path(name), "rb", block_size=0, size=size or 1, headers=headers) as file:
+            coding = file.r.headers.get("Content-Encoding", "identity").strip().lower()
+            if coding != "identity":
+                message = f"{self.url_of(name)}: the server sends it compressed ({coding}), though asked not to."
+                failure = RemoteError(message)
+                failure.refused = True
+                raise failure
+            if file.r.status != 206:
+                for _ in _blocks_of(file, start):
+                    pass
+            yield file
 
 
 class HubFolder(Remote):
@@ -241,15 +262,19 @@ class HubFolder(Remote):
         folder = f"{place.path_in_repo}/" if place.path_in_repo else ""
         for first in range(0, len(uploads), _HUB_COMMIT_FILES):
             batch = uploads[first : first + _HUB_COMMIT_FILES]
-            with self.talking_of(batch[0].name):
-                api.create_commit(
-                    place.repo_id,
-                    [CommitOperationAdd(folder + upload.name, upload.local) for upload in batch],
-                    commit_message=f"agiqa store push: {len(batch)} files",
-                    repo_type=place.repo_type,
-                    revision=place.revision,
-                    num_threads=threads,
-                )
+
+            def commit(batch: Sequence[Upload] = batch) -> None:
+                with self.talking_of(batch[0].name):
+                    api.create_commit(
+                        place.repo_id,
+                        [CommitOperationAdd(folder + upload.name, upload.local) for upload in batch],
+                        commit_message=f"agiqa store push: {len(batch)} files",
+                        repo_type=place.repo_type,
+                        revision=place.revision,
+                        num_threads=threads,
+                    )
+
+            patiently(commit)
             for upload in batch:
                 sent(upload)
 
@@ -328,8 +353,10 @@ def _open_file_system(url: str, scheme: str) -> tuple[Any, str]:
         from aiohttp import ClientTimeout
 
         # no limit on the whole, which a large object on a slow line would exceed; one on silence
-        options["client_kwargs"] = {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}
-        options["headers"] = {"Accept-Encoding": "identity"}
+        timeout = ClientTimeout(total=None, sock_connect=30, sock_read=60)
+        # nothing is unpacked: a small answer can be made to unpack to any size
+        options["client_kwargs"] = {"timeout": timeout, "auto_decompress": False}
+        options["headers"] = _PLAIN
     file_system, root = url_to_fs(url, **options)
     return file_system, str(root)
 
@@ -342,10 +369,11 @@ def _class(name: str) -> type[Exception]:
     return found
 
 
-def _status(error: Exception) -> int | None:
-    """The HTTP status that a driver's error carries."""
-    found = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
-    return found if isinstance(found, int) else None
+def _blocks_of(file: Any, most: int) -> Iterator[bytes]:
+    """The rest of an open file, but no more than `most` bytes, in blocks of at most BLOCK."""
+    while most > 0 and (block := file.read(min(BLOCK, most))):
+        most -= len(block)
+        yield block
 
 
 def _digest(path: Path, kind: str) -> str:

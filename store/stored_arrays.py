@@ -33,15 +33,17 @@ from agiqa.store.objects import ObjectCodec
 class StoredArrays:
     """What every reader of a store needs: any of its arrays, in whole or by rows, in the bits of the store."""
 
-    def __init__(self, path: Path, *, layout: StoreLayout | None = None) -> None:
-        """Read the store's manifest and attributes; `layout` names another file than MANIFEST.json as its manifest.
+    def __init__(
+        self, path: Path, *, layout: StoreLayout | None = None, manifest: dict[str, Any] | None = None
+    ) -> None:
+        """Read the store's manifest, unless one is given, and its attributes; `layout` says where its parts lie.
 
         Raises SchemaError where `path` is no store of a version read here, and DamagedStore where its manifest is none,
         or that of another store.
         """
         self.path = path
         self.layout = StoreLayout(path) if layout is None else layout
-        self._manifest = _manifest_at(self.layout.manifest)
+        self._manifest = _manifest_at(self.layout.manifest) if manifest is None else manifest
         self._records: dict[Path, Mapping[str, int]] = {}
         self.group = open_group(self.layout)
         self._arrays: dict[str, zarr.Array[Any]] = {}
@@ -51,7 +53,7 @@ class StoredArrays:
         self.id: str = str(self.attributes["id"])
         if self._manifest is not None and self._manifest.get("id") != self.id:
             what = f"it is that of the store {str(self._manifest.get('id'))[:12]}, the metadata of {self.id[:12]}"
-            raise damaged(self.layout.manifest, what)
+            raise damaged(self.layout.manifest if manifest is None else self.location, what)
         self.provenance: dict[str, Any] = self.attributes["provenance"]
 
     @property

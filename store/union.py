@@ -53,6 +53,11 @@ class StoreUnion:
         return " + ".join(store.location for store in self.stores)
 
     @cached_property
+    def content(self) -> str:
+        """Which bytes the rows are: a sha256 of the stores' own, in their order."""
+        return hashlib.sha256(canonical_json([store.content for store in self.stores]).encode()).hexdigest()
+
+    @cached_property
     def provenance(self) -> dict[str, Any]:
         """What all the stores have in common at the top level, and `union`, the list of their ids."""
         first, *others = (store.provenance for store in self.stores)

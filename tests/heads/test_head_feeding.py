@@ -268,6 +268,18 @@ def test_a_copy_of_an_earlier_fill_of_the_store_is_refused(stored):
         set_of(stored, "memmap")
 
 
+def test_a_store_of_the_same_id_has_a_copy_of_its_own(tmp_path):
+    content = labelled(make_content([10] * 40))
+    other = replace(content, hidden=[rows ^ (place == 7) for place, rows in enumerate(content.hidden)])
+    mine, yours = (write_store(tmp_path / f"{k}.agiqa", what) for k, what in enumerate((content, other)))
+    assert mine.id == yours.id
+    for store in (mine, yours, mine):
+        kept = set_of(store, "memmap", items=np.arange(40)).features
+        rows = np.asarray(kept.take(np.array([7]))[0].rows.view(torch.uint8))
+        np.testing.assert_array_equal(rows, store.read([7]).rows.view(np.uint8))
+    assert mine.content != yours.content == open_store(yours.path).content
+
+
 def test_non_finite_rows_are_named_before_training_and_leave_no_copy(make_store, cache):
     source = make_store(30)
     source.features[21][-1, 1] = np.nan

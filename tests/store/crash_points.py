@@ -33,7 +33,7 @@ def kill_before(step):
     sys.addaudithook(watch)
 
 source, states = Path(sys.argv[1]), Path(sys.argv[2])
-for step in range(1, 500):
+for step in range(1, 500, int(sys.argv[3])):
     state = states / f"{{step:03d}}" / source.name
     shutil.copytree(source, state)
     child = os.fork()
@@ -48,15 +48,18 @@ sys.exit("the job never ended")
 """
 
 
-def states_after_kills(store: Path, folder: Path, *, imports: str, job: str) -> list[Path]:
-    """Copies of `store` on each of which `job` (code, the copy is `path`) was killed one change later.
+def states_after_kills(store: Path, folder: Path, *, imports: str, job: str, every: int = 1) -> list[Path]:
+    """Copies of `store` on each of which `job` (code, the copy is `path`) was killed `every` changes later.
 
     The last copy is that of the job which ran to its end.
     """
     folder.mkdir()
     code = _HARNESS.format(imports=imports, job=textwrap.indent(textwrap.dedent(job), "    "))
     done = subprocess.run(
-        [sys.executable, "-c", code, str(store), str(folder)], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", code, str(store), str(folder), str(every)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return [state / store.name for state in sorted(folder.iterdir())]

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+ENDLESS = 48 << 20
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
@@ -36,6 +37,12 @@ class Behaviour:
     """Seconds before each answer."""
     down: bool = False
     """Answer everything with 503."""
+    refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list[tuple[int, dict[str, str]]])
+    """Statuses and headers of the next answers, one each, before files are served again."""
+    endless: set[str] = field(default_factory=set[str])
+    """Paths that are sent in chunks, without a length, and then zeros until the client hangs up, at most ENDLESS."""
+    compressed: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    """Bodies that are sent with `Content-Encoding: gzip` in place of the files of these paths."""
     bytes_sent: int = 0
     asked: list[tuple[str, int]] = field(default_factory=list[tuple[str, int]])
     """(path, first byte) of every GET."""
@@ -77,15 +84,32 @@ class _Handler(BaseHTTPRequestHandler):
         start = int(asked[1]) if asked else 0
         if self.command == "GET":
             behaviour.asked.append((name, start))
+        if name in behaviour.compressed:
+            self.answer(behaviour.compressed[name], headers={"Content-Encoding": "gzip"})
+            return
+        answer = self.answer_without_end if name in behaviour.endless and self.command == "GET" else self.answer
         if asked is None:
-            self.answer(bytes(body))
+            answer(bytes(body))
             return
         if start >= len(body):
             self.answer(b"", status=416, headers={"Content-Range": f"bytes */{len(body)}"})
             return
         stop = min(int(asked[2]) + 1 if asked[2] else len(body), len(body))
         span = {"Content-Range": f"bytes {start}-{stop - 1}/{len(body)}"}
-        self.answer(bytes(body[start:stop]), status=206, headers=span)
+        answer(bytes(body[start:stop]), status=206, headers=span)
+
+    def answer_without_end(self, body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Transfer-Encoding": "chunked", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        block, left = body or bytes(1 << 16), ENDLESS
+        while left > 0:  # a client that hangs up ends it with an error
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(block), block))
+            self.server.behaviour.bytes_sent += len(block)
+            left -= len(block)
+            block = bytes(1 << 16)
+        self.wfile.write(b"0\r\n\r\n")
 
     def _write(self, body: bytes) -> None:
         behaviour = self.server.behaviour
@@ -103,8 +127,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _WebHandler(_Handler):
     def do_GET(self) -> None:  # the name that http.server calls
-        if self.server.behaviour.down:
+        behaviour = self.server.behaviour
+        if behaviour.down:
             self.answer(b"", status=503)
+            return
+        if behaviour.refusals:
+            status, headers = behaviour.refusals.pop(0)
+            self.answer(b"", status=status, headers=headers)
             return
         self.answer_file(self.server.folder, unquote(urlsplit(self.path).path).lstrip("/"))
 

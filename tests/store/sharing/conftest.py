@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from agiqa.store import open_store
+from agiqa.store import open_store, retries
 from agiqa.store import remotes as remotes_module
 from tests.store.conftest import make_content, make_store
 from tests.store.sharing_servers import web_server
@@ -44,4 +44,4 @@ def small_blocks(monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """Tries again at once, so that failures cost the tests no time."""
-    monkeypatch.setattr(remotes_module, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT", 0.01)
