@@ -13,7 +13,7 @@ from agiqa.store.repairing import repair
 from tests.store.conftest import fill, make_content, plan_of
 from tests.store.upkeep import contents, harm, refill
 
-EVERY = 23
+EVERY = 31
 """Of the bytes of a file every so many are flipped here; all of them were, by hand."""
 
 
