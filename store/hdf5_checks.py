@@ -7,6 +7,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from h5py import h5l
 from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, SchemaError
@@ -88,8 +89,8 @@ def _refuse_what_leads_elsewhere(path: Path, file: h5py.File) -> None:
 
 def _elsewhere(file: h5py.File, name: bytes, kind: int) -> str | None:
     """In what way the link `name` of this `kind` does not lead to values in their own place; None where it does."""
-    if kind != h5py.h5l.TYPE_HARD:
-        soft, external = h5py.h5l.TYPE_SOFT, h5py.h5l.TYPE_EXTERNAL
+    if kind != h5l.TYPE_HARD:
+        soft, external = h5l.TYPE_SOFT, h5l.TYPE_EXTERNAL
         return {soft: "is a soft link", external: "is an external link"}.get(kind, "is a link of an unknown kind")
     node = file[name]
     if isinstance(node, h5py.Dataset) and node.is_virtual:

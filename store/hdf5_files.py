@@ -2,10 +2,13 @@
 
 import io
 import os
+import signal
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal
 
 import h5py
 
@@ -74,17 +77,50 @@ def _open(path: Path) -> h5py.File:
 def writing_hdf5(path: Path, mode: Literal["w", "r+"] = "w") -> Generator[tuple[h5py.File, Callable[[], None]]]:
     """The HDF5 file `path`, to write (`w`) or to add to (`r+`), and a function that raises what the disk refused.
 
-    That function is to be called now and then: what the disk does not take stays in memory until the file is closed.
-    The OSError is raised at the end at the latest, without a file name; what the disk holds of the file is worthless
-    then.
+    That function is to be called now and then: what the disk does not take stays in memory until the file is closed,
+    and so long Ctrl-C and SIGTERM wait. The OSError is raised at the end at the latest, without a file name; what the
+    disk holds of the file is worthless then.
     """
-    disk = _Disk(path, "w+b" if mode == "w" else "r+b")
+    with _held_back_signals() as let_through:
+        disk = _Disk(path, "w+b" if mode == "w" else "r+b")
+
+        def check() -> None:
+            disk.check()
+            let_through()
+
+        try:
+            with h5py.File(disk, mode, libver=LIBVER) as file:
+                yield file, check
+        finally:
+            disk.close()
+        disk.check()
+
+
+@contextmanager
+def _held_back_signals() -> Generator[Callable[[], None]]:
+    """Run the handlers of SIGINT and SIGTERM at the end, or when the function that this yields is called.
+
+    They raise, and HDF5 must not see an exception come out of the file that it writes to.
+    """
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    waiting: list[int] = []
+
+    def let_through() -> None:
+        while waiting:
+            number = waiting.pop()
+            handlers[number](number, None)
+
+    if threading.current_thread() is threading.main_thread():  # no other one runs handlers, or may set them
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: handler for number, handler in found.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _frame: waiting.append(number))
     try:
-        with h5py.File(disk, mode, libver=LIBVER) as file:
-            yield file, disk.check
+        yield let_through
     finally:
-        disk.close()
-    disk.check()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        let_through()
 
 
 class _Disk(io.RawIOBase):

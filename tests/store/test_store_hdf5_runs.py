@@ -16,6 +16,7 @@ from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, SchemaError, 
 from agiqa.store import UnitWriter, create_store, open_store
 from agiqa.store.files import exclusive_lock
 from agiqa.store.hdf5_export import export_hdf5
+from agiqa.store.hdf5_files import writing_hdf5
 from agiqa.store.hdf5_import import import_hdf5
 from tests.store.conftest import fill, make_content, make_store, plan_of
 from tests.store.crash_points import REPOSITORY
@@ -195,3 +196,32 @@ def test_an_import_to_a_finished_store_leaves_it_and_to_another_one_is_refused(s
     other = make_store(tmp_path / "o.agiqa", make_content([3, 4, 5]), model={"name": "other"})
     with pytest.raises(SettingsConflict, match="made with other settings"):
         import_hdf5(path, other.path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_hdf5_has_closed_the_file_or_is_between_two_steps(tmp_path, number):
+    """Its handler raises, and a library that sees its file fail crashes the process."""
+
+    def handler(_number, _frame):
+        raise Stop
+
+    def write(path, *, asks):
+        with writing_hdf5(path) as (file, check):
+            signal.raise_signal(number)
+            file["values"] = range(1000)
+            if asks:
+                check()
+            file["more"] = range(10)
+
+    before = signal.signal(number, handler)
+    try:
+        for asks in (True, False):
+            path = tmp_path / f"{asks}.h5"
+            with pytest.raises(Stop):
+                write(path, asks=asks)
+            assert signal.getsignal(number) is handler
+            with h5py.File(path) as file:
+                assert set(file) == ({"values"} if asks else {"values", "more"})
+                assert file["values"][...].sum() == 499500
+    finally:
+        signal.signal(number, before)
