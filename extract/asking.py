@@ -10,7 +10,7 @@ import torch
 
 from agiqa.errors import DataError, ModelError, UnknownName
 from agiqa.extract.backbones import Answer, Backbone, GenerationSettings, Prepared
-from agiqa.extract.items import Item, Message
+from agiqa.extract.items import Item, Message, read_image
 from agiqa.extract.memory import is_out_of_memory
 from agiqa.extract.plan import OnBadItem
 from agiqa.extract.preparing import Preparation
@@ -96,7 +96,7 @@ def prepare_asked(backbone: Backbone, asked: Asked) -> Prepared | str:
     """`asked` as the model reads it, or the line that says why it cannot be answered. Needs no weights."""
     name = asked.item.name
     try:
-        prepared = backbone.prepare(asked.conversation, asked.item.image, answer=True)
+        prepared = backbone.prepare(asked.conversation, read_image(asked.item), answer=True)
     except DataError as error:
         return f"{name}: {error}"
     length, positions = len(prepared.token_ids), backbone.max_positions

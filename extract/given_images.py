@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.extract.images import open_image
+from agiqa.extract.images import checked_image
 from agiqa.extract.items import Item
 from agiqa.extract.joining import row_name
 from agiqa.store.label_tables import read_table
@@ -28,17 +28,23 @@ def items_of_images(images: Sequence[Path], *, prompt: str | None, table: Path |
     problems: list[str] = []
     for image in images:
         text = prompt or texts.get(row_name(image.as_posix(), texts) or "", "")
-        problems.extend(_problems(image, text, table))
+        sha256 = None
+        try:
+            sha256 = checked_image(image)
+        except DataError as error:
+            problems.append(str(error))
+        if not text.strip():
+            problems.append(f"{image}: {table} has no prompt under this name")
         if any(item.name == str(image) for item in items):
             problems.append(f"{image}: is given twice")
-        items.append(_item(image, text))
+        items.append(_item(image, text, sha256))
     if problems:
         where = "the images to score"
         raise DataError.from_problems(where, problems)
     return items
 
 
-def _item(image: Path, prompt: str) -> Item:
+def _item(image: Path, prompt: str, sha256: str | None) -> Item:
     return Item(
         name=str(image),
         prompt=prompt,
@@ -48,18 +54,8 @@ def _item(image: Path, prompt: str) -> Item:
         split=None,
         generator=None,
         description=None,
+        image_sha256=sha256,
     )
-
-
-def _problems(image: Path, prompt: str, table: Path | None) -> list[str]:
-    found: list[str] = []
-    try:
-        open_image(image)
-    except DataError as error:
-        found.append(str(error))
-    if not prompt.strip():
-        found.append(f"{image}: {table} has no prompt under this name")
-    return found
 
 
 def _read_prompts(path: Path) -> dict[str, str]:
