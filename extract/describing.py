@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import DataError
-from agiqa.extract.asking import Asked, Described, Describer, DescriptionSettings, prepare_asked
+from agiqa.extract.asking import Asked, Described, Describer, DescriptionSettings, prepare_asked, unprepared
 from agiqa.extract.backbones import Backbone
 from agiqa.extract.descriptions import DescriptionFile, Line
 from agiqa.extract.items import DataSet, Item, item_key, read_image
@@ -104,10 +104,15 @@ def _plan(data_set: DataSet, describer: Describer) -> dict[str, _Planned]:
     asked = [describer.first(item) for item in data_set.items]
     with track("plan", len(asked), "items") as advance:
         planned: dict[str, _Planned] = {}
-        for item, one in zip(data_set.items, describer.preparation.each(_planned, asked), strict=True):
+        answers = describer.preparation.each(_planned, asked, lost=_unplanned)
+        for item, one in zip(data_set.items, answers, strict=True):
             planned[item.name] = one
             advance(1)
     return planned
+
+
+def _unplanned(asked: Asked, reason: str) -> _Planned:
+    return _Planned(length=0, key=None, problem=unprepared(asked, reason))
 
 
 def _planned(backbone: Backbone, asked: Asked) -> _Planned:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.extract.images import checked_image
+from agiqa.extract.image_checks import image_checks
 from agiqa.extract.items import Item
 from agiqa.extract.joining import row_name
 from agiqa.store.label_tables import read_table
@@ -26,18 +26,19 @@ def items_of_images(images: Sequence[Path], *, prompt: str | None, table: Path |
     texts = {} if table is None else _read_prompts(table)
     items: list[Item] = []
     problems: list[str] = []
-    for image in images:
-        text = prompt or texts.get(row_name(image.as_posix(), texts) or "", "")
-        sha256 = None
-        try:
-            sha256 = checked_image(image)
-        except DataError as error:
-            problems.append(str(error))
-        if not text.strip():
-            problems.append(f"{image}: {table} has no prompt under this name")
-        if any(item.name == str(image) for item in items):
-            problems.append(f"{image}: is given twice")
-        items.append(_item(image, text, sha256))
+    with image_checks() as check:
+        for image in images:
+            text = prompt or texts.get(row_name(image.as_posix(), texts) or "", "")
+            sha256 = None
+            try:
+                sha256 = check(image)
+            except DataError as error:
+                problems.append(str(error))
+            if not text.strip():
+                problems.append(f"{image}: {table} has no prompt under this name")
+            if any(item.name == str(image) for item in items):
+                problems.append(f"{image}: is given twice")
+            items.append(_item(image, text, sha256))
     if problems:
         where = "the images to score"
         raise DataError.from_problems(where, problems)

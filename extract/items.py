@@ -58,6 +58,8 @@ class DataSet:
     """One line, with the reason, per item left out under `on_bad_item="skip"`."""
     notes: tuple[str, ...] = ()
     """What a user should know though nothing is wrong, such as rows that no conversation names."""
+    table: Path | None = None
+    """The file that the labels come from, where there is one."""
 
 
 def read_image(item: Item) -> ImageFile | None:

@@ -86,7 +86,8 @@ def tokenise(
     limit = min(position_limit(backbone), rule.max_tokens or _NO_LIMIT)
     found = TokenisedItems(items=[], token_ids=[], roles=[], keys=[], truncated=[], skipped=[])
     preparation = preparation or Preparation(backbone)
-    answers = preparation.each(partial(_tokens_of, limit=limit, truncate=rule.truncate), data_set.items)
+    tokens_of = partial(_tokens_of, limit=limit, truncate=rule.truncate)
+    answers = preparation.each(tokens_of, data_set.items, lost=lambda _item, reason: reason)
     for item, tokens in zip(data_set.items, answers, strict=True):
         if isinstance(tokens, str):
             found.skipped.append(f"{item.name}: {tokens}")
@@ -197,6 +198,7 @@ def plan_store(
         roles=tokenised.roles,
         item_keys=tokenised.keys,
         truncated=tokenised.truncated,
+        label_table=data_set.table,
     )
     return create_store(path, plan)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import zarr
 from numpy.typing import NDArray
 from zarr.core.sync import sync
@@ -35,7 +36,7 @@ from agiqa.store.files import (
     telling_disk_errors,
     write_text_atomically,
 )
-from agiqa.store.items import Items, write_items
+from agiqa.store.items import LABEL_PREFIX, Items, write_items
 from agiqa.store.layout import FORMAT, ITEM_STATUS, PULL_RECORD, VERSION, StoreLayout
 from agiqa.store.provenance import differences, store_id
 from agiqa.store.reading import Store, is_planned, open_store
@@ -68,6 +69,8 @@ class StorePlan:
     truncated: Sequence[bool]
     kept_logits: int | None = None
     """Size of the vocabulary, where the raw logits are kept beside hidden states."""
+    label_table: Path | None = None
+    """The table that the labels come from, for messages."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError where raw logits are to be kept beside anything but hidden states."""
@@ -212,16 +215,40 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
         raise SettingsConflict(message)
     if not store.items.same_as(plan.items):
         if store.is_complete:
-            message = (
-                f"{path} is finished and its labels, splits or prompts differ from those given now. "
-                "Extract to another path, or give the labels that it was made with."
-            )
-            raise SettingsConflict(message)
+            raise SettingsConflict(_other_labels(path, store.items, plan))
         with upkeep_lock(store.layout, doing="writing the labels of", kept="finished units are kept"):
             if not store.is_complete:  # else a seal has listed the old ones since
                 write_items(store.layout.items, plan.items)
         return _take_up(path, plan)
     return store
+
+
+def _other_labels(path: Path, stored: Items, plan: StorePlan) -> str:
+    """What differs between the item tables of a finished store and a plan, and how to store what is given now."""
+    there, here = stored.table(), plan.items.table()
+    columns = sorted({*there.column_names, *here.column_names})
+    different = [name for name in columns if not _same_column(there, here, name)]
+    message = f"{path} is finished and its labels or texts differ from those given now ({', '.join(different)})."
+    labels = all(name in ("split", "generator") or name.startswith(LABEL_PREFIX) for name in different)
+    if labels and all(name in here.column_names and _keeps_no_old(there, here, name) for name in different):
+        table = plan.label_table or "TABLE.csv"
+        return f"{message} `agiqa store labels {path} {table}` stores what {table} has of them, without the model."
+    return f"{message} Extract to another path, or give those that it was made with."
+
+
+def _same_column(there: pa.Table, here: pa.Table, name: str) -> bool:
+    both = name in there.column_names and name in here.column_names
+    return both and bool(there.column(name).equals(here.column(name)))
+
+
+def _keeps_no_old(there: pa.Table, here: pa.Table, name: str) -> bool:
+    """Whether no value is only in `there`: joining labels leaves what the table has no value for."""
+    if name not in there.column_names:
+        return True
+    return not any(
+        new is None and old is not None
+        for old, new in zip(there.column(name).to_pylist(), here.column(name).to_pylist(), strict=True)
+    )
 
 
 def _changed_items(store: Store, plan: StorePlan) -> list[str]:
