@@ -31,7 +31,7 @@ _ATTEMPTS = 2
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 """Signals that say nothing of the question: people send them, and the system does where memory runs out."""
 
-Work = Callable[[Callable[[Any], Any], Any], Any]
+Work = Callable[[Callable[..., Any], Any], Any]
 """What a process does with a function and its argument."""
 
 
@@ -62,7 +62,7 @@ class Workers:
         if limited:
             threading.Thread(target=self._watch, args=(SECONDS_TO_ANSWER,), daemon=True).start()
 
-    def ask(self, function: Callable[[Any], Any], argument: Any) -> Any:
+    def ask(self, function: Callable[..., Any], argument: Any) -> Any:
         """The answer of a process to `function` and `argument`; what it raises is raised here.
 
         A fresh process tries where the first one died or took longer than it may. Raises LostAnswer when
@@ -150,7 +150,7 @@ class _Worker:
         self.looks = 0
         self.late: str | None = None
 
-    def ask(self, function: Callable[[Any], Any], argument: Any) -> tuple[bool, Any]:
+    def ask(self, function: Callable[..., Any], argument: Any) -> tuple[bool, Any]:
         """True and the answer, or False and an error. Raises EOFError or OSError when the process is gone."""
         if not self.ready:
             self.ready, error = self.pipe.recv()
