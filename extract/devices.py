@@ -36,6 +36,8 @@ _SECONDS_BETWEEN_SIGNS = 5.0
 """A process shows that it is alive so often."""
 _SIGNS = 60
 """As many that fail to come, and the process is killed: somebody stopped it, or its machine did."""
+_SIGNS_TO_BEGIN = 180
+"""As many more that may fail to come before the first: importing on a busy machine is slow."""
 _SECONDS_TO_END = 5.0
 """What a process that is told to end may take."""
 
@@ -154,6 +156,7 @@ class _Crew:
                 process.start()
             theirs.close()
             self._members[mine] = (f"process {index} on {device}", process)
+            self._silent[mine] = -_SIGNS_TO_BEGIN
         for index, (connection, device) in enumerate(zip(self._members, self._devices, strict=True)):
             task = _Task(
                 helper=replace(self._helper, device=device),
@@ -203,7 +206,7 @@ class _Crew:
     def _kill_the_silent(self, listening: Iterable[Connection]) -> None:
         """Looks are counted: the clock would also count the time for which this process itself was stopped."""
         for connection in listening:
-            self._silent[connection] = self._silent.get(connection, 0) + 1
+            self._silent[connection] += 1
             name, process = self._members[connection]
             if self._silent[connection] == _SIGNS:
                 say(f"{name} gave no sign of life for {_SIGNS * _SECONDS_BETWEEN_SIGNS:g} s: it is killed")

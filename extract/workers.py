@@ -24,6 +24,8 @@ SECONDS_TO_ANSWER = 300.0
 """A process that takes longer for one question is killed. Images take a second or two."""
 _LOOKS = 60
 """Looks at a process within its seconds. The clock would also count the time for which Ctrl-Z stopped this process."""
+_TIMES_TO_BEGIN = 4
+"""So many times its seconds a process may take to begin: a dozen that import and open a model at once are slow."""
 _SECONDS_TO_END = 5.0
 """What a process that has been killed, or has closed its pipe, may take to be gone."""
 _ATTEMPTS = 2
@@ -50,7 +52,7 @@ class Workers:
     def __init__(self, context: BaseContext, begin: Callable[[], Work], *, limited: bool = True) -> None:
         """Each process calls `begin` first, which must be picklable unless `context` forks this process.
 
-        With `limited` a process may take SECONDS_TO_ANSWER, for an answer or to begin, and starts no processes itself.
+        With `limited` a process may take SECONDS_TO_ANSWER, and longer to begin, and it starts no processes itself.
         """
         self._context = context
         self._begin = begin
@@ -131,8 +133,9 @@ class Workers:
             with self._lock:
                 for worker in self._busy:
                     worker.looks += 1
-                    if worker.looks > _LOOKS:
-                        worker.late = f"took longer than {seconds:g} s"
+                    times = 1 if worker.ready else _TIMES_TO_BEGIN
+                    if worker.looks > times * _LOOKS:
+                        worker.late = f"took longer than {times * seconds:g} s"
                         worker.kill()
 
 
@@ -156,6 +159,7 @@ class _Worker:
             self.ready, error = self.pipe.recv()
             if not self.ready:
                 return False, error
+            self.looks = 0
         self.pipe.send((function, argument))
         answer: tuple[bool, Any] = self.pipe.recv()
         return answer
