@@ -10,7 +10,7 @@ import torch
 
 from agiqa.errors import DataError, ModelError, UnknownName
 from agiqa.extract.backbones import Answer, Backbone, GenerationSettings, Prepared
-from agiqa.extract.items import Item, Message
+from agiqa.extract.items import Item, Message, read_image
 from agiqa.extract.memory import is_out_of_memory
 from agiqa.extract.plan import OnBadItem
 from agiqa.extract.preparing import Preparation
@@ -92,18 +92,27 @@ class Asked:
     item: Item
     conversation: tuple[Message, ...]
 
+    def __str__(self) -> str:
+        """For messages."""
+        return str(self.item)
+
 
 def prepare_asked(backbone: Backbone, asked: Asked) -> Prepared | str:
     """`asked` as the model reads it, or the line that says why it cannot be answered. Needs no weights."""
     name = asked.item.name
     try:
-        prepared = backbone.prepare(asked.conversation, asked.item.image, answer=True)
+        prepared = backbone.prepare(asked.conversation, read_image(asked.item), answer=True)
     except DataError as error:
         return f"{name}: {error}"
     length, positions = len(prepared.token_ids), backbone.max_positions
     if positions is not None and length >= positions:
         return f"{name}: {length} tokens, and the model has {positions} positions: none is left for an answer."
     return prepared
+
+
+def unprepared(asked: Asked, reason: str) -> str:
+    """The line that says why `asked` cannot be answered: what `Preparation` tells where no worker could prepare it."""
+    return f"{asked.item.name}: {reason}"
 
 
 class Describer:
@@ -155,7 +164,7 @@ class Describer:
     def batches(self, batches: Sequence[Sequence[Item]]) -> Iterator[list[Described | str]]:
         """`describe` of each batch in turn; the images of those that follow are prepared meanwhile."""
         asked = ((batch, [self.first(item) for item in batch]) for batch in batches)
-        for batch, prepared in self.preparation.groups(prepare_asked, asked):
+        for batch, prepared in self.preparation.groups(prepare_asked, asked, lost=unprepared):
             yield self.describe(batch, prepared)
 
     def describe(
@@ -167,7 +176,7 @@ class Describer:
         of one fits into the memory.
         """
         if prepared is None:
-            prepared = list(self.preparation.each(prepare_asked, map(self.first, items)))
+            prepared = list(self.preparation.each(prepare_asked, map(self.first, items), lost=unprepared))
         outcomes: list[Described | str] = []
         while len(outcomes) < len(items):
             part = slice(len(outcomes), len(outcomes) + self.batch_size)
@@ -203,7 +212,8 @@ class Describer:
         asked = [Asked(item=item, conversation=talks[item.name]) for item in told]
         second = None
         if self.settings.rate is not None:
-            second = self._ask(told, list(self.preparation.each(prepare_asked, asked)), self.settings.rate, "rate")
+            prepared = list(self.preparation.each(prepare_asked, asked, lost=unprepared))
+            second = self._ask(told, prepared, self.settings.rate, "rate")
         failures = first.failures | ({} if second is None else second.failures)
         return [
             failures[item.name] if item.name in failures else _described(item, talks[item.name], first, second)

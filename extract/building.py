@@ -1,11 +1,11 @@
 """One item made from its row, its conversation and its image, or the line that says why it cannot be."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from agiqa.errors import DataError
-from agiqa.extract.images import open_image
+from agiqa.extract.images import checked_image
 from agiqa.extract.items import Item, Message
 from agiqa.extract.joining import Pair
 from agiqa.extract.sources import Sources
@@ -21,14 +21,19 @@ class ItemBuilder:
     """Whose descriptions the conversations hold, first the one that is rated."""
     variant: str
     images: bool
+    check: Callable[[Path], str] = checked_image
+    """Decodes the image at a path: its SHA-256."""
 
     def build(self, pair: Pair) -> Item | str:
         """The item of `pair`, its image decoded once for the check, or one line naming item, file and reasons."""
         row, talk = pair
         problems = [*row.problems, *self._missing_words(pair)]
-        image = self.sources.image_of(row.name) if self.images and not row.problems else None
+        image, sha256 = None, None
         if self.images and not row.problems:
-            problems.extend(self._image_faults(image))
+            try:
+                image, sha256 = self._image_of(row.name)
+            except DataError as error:
+                problems.append(str(error))
         if problems:
             label = row.name if row.name.strip() else "a row without a name"
             return f"{label} ({self.sources.table.name}, line {row.number}): {'; '.join(problems)}"
@@ -42,16 +47,16 @@ class ItemBuilder:
             split=talk.split if talk is not None and talk.split is not None else row.split,
             generator=row.generator,
             description=turns[1].content if len(turns) > 1 else None,
+            image_sha256=sha256,
         )
 
-    def _image_faults(self, image: Path | None) -> list[str]:
+    def _image_of(self, name: str) -> tuple[Path, str]:
+        """The image file called `name` and its SHA-256. Raises DataError for one that is missing or cannot be read."""
+        image = self.sources.image_of(name)
         if image is None:
-            return [f"no image of that name in {' or '.join(str(folder) for folder in self.sources.folders)}"]
-        try:
-            open_image(image)
-        except DataError as error:
-            return [str(error)]
-        return []
+            message = f"no image of that name in {' or '.join(str(folder) for folder in self.sources.folders)}"
+            raise DataError(message)
+        return image, self.check(image)
 
     def _missing_words(self, pair: Pair) -> list[str]:
         row, talk = pair

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from agiqa.errors import ConfigError, DataError
 from agiqa.extract.building import ItemBuilder
 from agiqa.extract.conversations import Talk, read_conversations
+from agiqa.extract.image_checks import CHECKERS, image_checks
 from agiqa.extract.items import DataSet, Item
 from agiqa.extract.joining import Joined, Pair, join, join_aspects
 from agiqa.extract.labels import Rows, read_rows
@@ -56,14 +58,20 @@ def load_data_set(
     if problems and (on_bad_item == "fail" or not items):
         raise DataError.from_problems(str(data), problems)
     unlabelled = () if mos_range is None or table.labelled else (_unlabelled(sources, table),)
-    return DataSet(name=sources.name, items=items, skipped=problems, notes=(*joined.notes, *unlabelled))
+    return DataSet(
+        name=sources.name, items=items, skipped=problems, notes=(*joined.notes, *unlabelled), table=sources.table
+    )
 
 
 def _build(builder: ItemBuilder, pairs: Sequence[Pair]) -> list[Item | str]:
     """The items of all pairs; decoding many images takes a while."""
     outcomes: list[Item | str] = []
-    with ThreadPoolExecutor() as pool, track("check", len(pairs), "images") as advance:
-        for outcome in pool.map(builder.build, pairs):
+    with (
+        ThreadPoolExecutor(CHECKERS) as pool,
+        image_checks() as check,
+        track("check", len(pairs), "images") as advance,
+    ):
+        for outcome in pool.map(replace(builder, check=check).build, pairs):
             outcomes.append(outcome)
             advance(1)
     return outcomes

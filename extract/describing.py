@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import DataError
-from agiqa.extract.asking import Asked, Described, Describer, DescriptionSettings, prepare_asked
+from agiqa.extract.asking import Asked, Described, Describer, DescriptionSettings, prepare_asked, unprepared
 from agiqa.extract.backbones import Backbone
 from agiqa.extract.descriptions import DescriptionFile, Line
-from agiqa.extract.items import DataSet, Item, item_key
+from agiqa.extract.items import DataSet, Item, item_key, read_image
 from agiqa.extract.preparing import Opener, Preparation, chosen_workers
 from agiqa.progress import say, track
 from agiqa.version import agiqa_version
@@ -104,17 +104,23 @@ def _plan(data_set: DataSet, describer: Describer) -> dict[str, _Planned]:
     asked = [describer.first(item) for item in data_set.items]
     with track("plan", len(asked), "items") as advance:
         planned: dict[str, _Planned] = {}
-        for item, one in zip(data_set.items, describer.preparation.each(_planned, asked), strict=True):
+        answers = describer.preparation.each(_planned, asked, lost=_unplanned)
+        for item, one in zip(data_set.items, answers, strict=True):
             planned[item.name] = one
             advance(1)
     return planned
 
 
+def _unplanned(asked: Asked, reason: str) -> _Planned:
+    return _Planned(length=0, key=None, problem=unprepared(asked, reason))
+
+
 def _planned(backbone: Backbone, asked: Asked) -> _Planned:
     try:
-        key = item_key(replace(asked.item, conversation=asked.conversation)).hex()
+        image = read_image(asked.item)
     except DataError as error:
-        return _Planned(length=0, key=None, problem=str(error))
+        return _Planned(length=0, key=None, problem=f"{asked.item.name}: {error}")
+    key = item_key(replace(asked.item, conversation=asked.conversation), image).hex()
     prepared = prepare_asked(backbone, asked)
     if isinstance(prepared, str):
         return _Planned(length=0, key=key, problem=prepared)

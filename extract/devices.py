@@ -5,12 +5,14 @@ units, which the kernel drops when a process ends, are all that they need to agr
 """
 
 import multiprocessing
-import pickle
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -24,10 +26,20 @@ from agiqa.extract.engines import Advance, Helper
 from agiqa.extract.fill import FillReport, merged
 from agiqa.extract.items import Item
 from agiqa.extract.plan import TokenisedItems
-from agiqa.extract.preparing import end_with_parent
 from agiqa.extract.targets import Target
+from agiqa.extract.workers import LostAnswer, Work, Workers, end_with_parent, picklable
+from agiqa.interrupts import ctrl_c_kept_away
 from agiqa.progress import said_to, say
 from agiqa.store import Basis, Store, UnitWriter
+
+_SECONDS_BETWEEN_SIGNS = 5.0
+"""A process shows that it is alive so often."""
+_SIGNS = 60
+"""As many that fail to come, and the process is killed: somebody stopped it, or its machine did."""
+_SIGNS_TO_BEGIN = 180
+"""As many more that may fail to come before the first: importing on a busy machine is slow."""
+_SECONDS_TO_END = 5.0
+"""What a process that is told to end may take."""
 
 
 def devices_of_host(device: torch.device, count: int) -> list[str]:
@@ -69,7 +81,7 @@ class OnDevices:
     def calibrate(self, tokenised: TokenisedItems, *, rank: int | None, advance: Advance) -> Target:
         """See `Engine`. On the first device, in a process of its own."""
         del advance
-        target: Target = self._in_process(self.helper.calibrate, tokenised, rank)
+        target: Target = self._in_process(partial(self.helper.calibrate, rank=rank), tokenised)
         return target
 
     def load(self) -> None:
@@ -95,14 +107,15 @@ class OnDevices:
             raise WorkerError(message)
         return merged(reports, busy_units=len(left))
 
-    def _in_process(self, task: Any, *arguments: Any) -> Any:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(self.devices[0], 0)) as pool:
-            try:
-                return pool.submit(task, *arguments).result()
-            except BrokenProcessPool as error:
-                message = f"The process on {self.devices[0]} died. Run the same command again."
-                raise WorkerError(message) from error
+    def _in_process(self, task: Callable[[Any], Any], argument: Any) -> Any:
+        workers = Workers(multiprocessing.get_context("spawn"), partial(_begin_tasks, self.devices[0]), limited=False)
+        try:
+            return workers.ask(task, argument)
+        except LostAnswer as error:
+            message = f"The process on {self.devices[0]} {error}, twice. Run the same command again."
+            raise WorkerError(message) from error
+        finally:
+            workers.close()
 
 
 class _Crew:
@@ -114,6 +127,7 @@ class _Crew:
         self._context = multiprocessing.get_context("spawn")
         self._stop = self._context.Event()
         self._members: dict[Connection, tuple[str, SpawnProcess]] = {}
+        self._silent: dict[Connection, int] = {}
         self.died: list[str] = []
 
     def __enter__(self) -> "_Crew":
@@ -123,21 +137,26 @@ class _Crew:
         for _, process in self._members.values():
             if kind is not None:
                 process.terminate()  # a store may be left at any moment
-            process.join()
+        for _, process in self._members.values():
+            process.join(_SECONDS_TO_END)
+            process.kill()  # one that is stopped, or within a long computation
+            process.join(_SECONDS_TO_END)
 
     def start(self, path: Path, items: Sequence[Item], target: Target, pending: Sequence[int]) -> None:
-        """Start a process per device, then send each what it has to do.
+        """Start a process per device, then send each what it has to do, from a thread.
 
         As an argument of a process that would make the next one wait until this one has imported all it needs: what a
-        pipe has no room for is written only as fast as it is read.
+        pipe has no room for is written only as fast as it is read, and a process that is stopped reads nothing.
         """
         threads = max(1, torch.get_num_threads() // len(self._devices))
         for index, device in enumerate(self._devices):
             mine, theirs = self._context.Pipe()
             process = self._context.Process(target=_work, args=(theirs, self._stop, device, threads))
-            process.start()
+            with ctrl_c_kept_away():
+                process.start()
             theirs.close()
             self._members[mine] = (f"process {index} on {device}", process)
+            self._silent[mine] = -_SIGNS_TO_BEGIN
         for index, (connection, device) in enumerate(zip(self._members, self._devices, strict=True)):
             task = _Task(
                 helper=replace(self._helper, device=device),
@@ -146,18 +165,22 @@ class _Crew:
                 target=target,
                 units=striped(pending, index, len(self._devices)),
             )
-            with suppress(ConnectionError):  # of one that died, which `attend` finds
-                connection.send(task)
+            threading.Thread(target=_send, args=(connection, task), daemon=True).start()
 
     def attend(self, advance: Advance) -> list[FillReport]:
         """Listen until all have ended; their reports. Raises the first error that one of them sends."""
         reports: list[FillReport] = []
         failure: BaseException | None = None
-        listening = set(self._members)
+        listening, looked = set(self._members), time.monotonic()
         while listening:
-            for connection in wait(list(listening)):
+            ready = wait(list(listening), _SECONDS_BETWEEN_SIGNS)
+            if time.monotonic() - looked >= _SECONDS_BETWEEN_SIGNS:
+                looked = time.monotonic()
+                self._kill_the_silent(listening)
+            for connection in ready:
                 assert isinstance(connection, Connection)  # nothing else is waited for
                 name, process = self._members[connection]
+                self._silent[connection] = 0
                 try:
                     kind, value = connection.recv()
                 except (EOFError, OSError):  # of one that was killed, perhaps within a message
@@ -172,13 +195,22 @@ class _Crew:
                     say(f"{name}: {value}")
                 elif kind == "report":
                     reports.append(value)
-                elif failure is None:
+                elif kind == "error" and failure is None:
                     value.add_note(f"in {name}")
                     failure = value
                     self._stop.set()
         if failure is not None:
             raise failure
         return reports
+
+    def _kill_the_silent(self, listening: Iterable[Connection]) -> None:
+        """Looks are counted: the clock would also count the time for which this process itself was stopped."""
+        for connection in listening:
+            self._silent[connection] += 1
+            name, process = self._members[connection]
+            if self._silent[connection] == _SIGNS:
+                say(f"{name} gave no sign of life for {_SIGNS * _SECONDS_BETWEEN_SIGNS:g} s: it is killed")
+                process.kill()
 
     def _lost(self, name: str, code: int | None) -> None:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
@@ -197,24 +229,57 @@ class _Task:
     units: list[int]
 
 
-def _work(connection: Connection, stop: Any, device: str, threads: int) -> None:
-    """The life of one process of a crew, which finds its `_Task` in `connection`."""
-    _begin(device, threads)
+def _send(connection: Connection, task: _Task) -> None:
+    with suppress(OSError):  # of one that died, which `attend` finds
+        connection.send(task)
 
+
+class _Line:
+    """The way to the parent for all threads of a process, one of which shows that the process is alive."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        threading.Thread(target=self._show_life, daemon=True).start()
+
+    def send(self, kind: str, value: Any) -> None:
+        with self._lock:
+            self._connection.send((kind, value))
+
+    def _show_life(self) -> None:
+        with suppress(OSError):  # the line is closed
+            while True:
+                self.send("alive", None)
+                time.sleep(_SECONDS_BETWEEN_SIGNS)
+
+
+def _work(connection: Connection, stop: Any, device: str, threads: int) -> None:
+    """The life of one process of a crew, which finds its `_Task` in `connection`. SIGTERM ends it in good order."""
+    signal.signal(signal.SIGTERM, _end)
+    end_with_parent()
+    _begin(device, threads)
+    line = _Line(connection)
     try:
         task: _Task = connection.recv()
-        with said_to(lambda text: connection.send(("said", text))):
+        with said_to(lambda text: line.send("said", text)):
             report = task.helper.fill(
                 task.path,
                 task.items,
                 task.target,
                 units=_until(stop, task.units),
-                advance=lambda count: connection.send(("items", count)),
+                advance=lambda count: line.send("items", count),
             )
-        connection.send(("report", report))
+        line.send("report", report)
     except Exception as error:  # noqa: BLE001  # it goes on in the parent
-        connection.send(("error", _picklable(error)))
+        line.send("error", picklable(error))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGTERM)
     connection.close()
+
+
+def _end(*_signal: object) -> None:
+    """Have the process end as Ctrl-C would: its own workers too, and no unit is begun any more."""
+    raise KeyboardInterrupt
 
 
 def _until(stop: Any, units: Iterable[int]) -> Iterator[int]:
@@ -223,16 +288,16 @@ def _until(stop: Any, units: Iterable[int]) -> Iterator[int]:
 
 
 def _begin(device: str, threads: int) -> None:
-    end_with_parent()
     if threads:
         torch.set_num_threads(threads)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
 
 
-def _picklable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001  # whatever an error's own pickling raises
-        return WorkerError(f"{type(error).__name__}: {error}")
-    return error
+def _begin_tasks(device: str) -> Work:
+    _begin(device, 0)
+    return _do
+
+
+def _do(task: Callable[[Any], Any], argument: Any) -> Any:
+    return task(argument)

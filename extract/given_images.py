@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.extract.images import open_image
+from agiqa.extract.image_checks import image_checks
 from agiqa.extract.items import Item
 from agiqa.extract.joining import row_name
 from agiqa.store.label_tables import read_table
@@ -28,16 +28,20 @@ def items_of_images(
     texts = {} if table is None else _read_prompts(table)
     items: list[Item] = []
     problems: dict[str, str] = {}
-    for image in dict.fromkeys(images):
-        text = prompt or texts.get(row_name(image.as_posix(), texts) or "", "")
-        if problem := _problem(image, text, table):
-            problems[str(image)] = problem
-        else:
-            items.append(_item(image, text))
+    with image_checks() as check:
+        for image in dict.fromkeys(images):
+            text = prompt or texts.get(row_name(image.as_posix(), texts) or "", "")
+            if not text.strip():
+                problems[str(image)] = f"{image}: {table} has no prompt under this name"
+                continue
+            try:
+                items.append(_item(image, text, check(image)))
+            except DataError as error:
+                problems[str(image)] = str(error)
     return items, problems
 
 
-def _item(image: Path, prompt: str) -> Item:
+def _item(image: Path, prompt: str, sha256: str) -> Item:
     return Item(
         name=str(image),
         prompt=prompt,
@@ -47,15 +51,8 @@ def _item(image: Path, prompt: str) -> Item:
         split=None,
         generator=None,
         description=None,
+        image_sha256=sha256,
     )
-
-
-def _problem(image: Path, prompt: str, table: Path | None) -> str | None:
-    try:
-        open_image(image)
-    except DataError as error:
-        return str(error)
-    return None if prompt.strip() else f"{image}: {table} has no prompt under this name"
 
 
 def _read_prompts(path: Path) -> dict[str, str]:

@@ -1,7 +1,11 @@
 """Images from disk as upright RGB pixels, or one clear error that names the file."""
 
+import hashlib
+import io
+import stat
 import struct
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,9 @@ from agiqa.errors import DataError, first_line
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own limit for suspected decompression bombs."""
+
+MAX_BYTES = 1 << 30
+"""Largest file that is read as an image; MAX_PIXELS with four channels of 16 bits take less."""
 
 _UNREADABLE = (
     *(
@@ -30,20 +37,67 @@ _UNREADABLE = (
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def open_image(path: Path) -> Image.Image:
-    """The whole image at `path` as RGB: turned upright by its EXIF tag, alpha laid over white.
+@dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """The content of an image file, read once: what is hashed is what is decoded."""
 
-    Palette, greyscale, 16-bit greyscale and CMYK images are converted; of an animation the first frame is
-    read. Raises DataError, naming the file, when it is missing, truncated, no image, or over MAX_PIXELS.
-    """
+    path: Path
+    content: bytes
+
+    def __str__(self) -> str:
+        """For messages."""
+        return str(self.path)
+
+    @property
+    def sha256(self) -> str:
+        """Of the content, in hex."""
+        return hashlib.sha256(self.content).hexdigest()
+
+
+ImageSource = Path | ImageFile
+"""An image file by its path, or as it was read."""
+
+
+def read_image_file(path: Path) -> ImageFile:
+    """The file at `path`. Raises DataError, naming it, when it is missing, no regular file, or over MAX_BYTES."""
     try:
-        with Image.open(path) as image:
-            _refuse_bombs(path, image.size)
-            image.load()
-            return _to_rgb(path, ImageOps.exif_transpose(image))
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            message = f"{path}: not a readable image (not a regular file); replace the file."
+            raise DataError(message)
+        if status.st_size > MAX_BYTES:
+            message = f"{path}: the file has {status.st_size} bytes, more than {MAX_BYTES}; shrink it or leave it out."
+            raise DataError(message)
+        return ImageFile(path=path, content=path.read_bytes())
     except FileNotFoundError as error:
         message = f"{path}: no such image."
         raise DataError(message) from error
+    except OSError as error:
+        message = f"{path}: not a readable image ({_reason(error)}); replace the file."
+        raise DataError(message) from error
+
+
+def checked_image(path: Path) -> str:
+    """The SHA-256, in hex, of the image file at `path`, which is decoded once. Raises DataError as `open_image`."""
+    file = read_image_file(path)
+    open_image(file)
+    return file.sha256
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """The whole image in `source` as RGB: turned upright by its EXIF tag, alpha laid over white.
+
+    Palette, greyscale, 16-bit greyscale and CMYK images are converted; of an animation the first frame is
+    read. Raises DataError, naming the file, when it is truncated, no image, or over MAX_PIXELS, and as
+    `read_image_file`.
+    """
+    file = source if isinstance(source, ImageFile) else read_image_file(source)
+    path = file.path
+    try:
+        with Image.open(io.BytesIO(file.content)) as image:
+            _refuse_bombs(path, image.size)
+            image.load()
+            return _to_rgb(path, ImageOps.exif_transpose(image))
     except _BOMBS as error:
         message = f"{path}: the image has more than {MAX_PIXELS} pixels; shrink it or leave it out."
         raise DataError(message) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from agiqa.errors import DataError
+from agiqa.extract.images import ImageFile, read_image_file
 
 Role = Literal["user", "assistant"]
 
@@ -39,6 +40,12 @@ class Item:
     """The text-to-image model, where the data set names it."""
     description: str | None
     """The description that the conversation contains, if any."""
+    image_sha256: str | None = None
+    """Of the image file when this item was made, in hex; `read_image` compares it. None compares nothing."""
+
+    def __str__(self) -> str:
+        """For messages."""
+        return f"item {self.name!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +58,40 @@ class DataSet:
     """One line, with the reason, per item left out under `on_bad_item="skip"`."""
     notes: tuple[str, ...] = ()
     """What a user should know though nothing is wrong, such as rows that no conversation names."""
+    table: Path | None = None
+    """The file that the labels come from, where there is one."""
 
 
-def item_key(item: Item) -> bytes:
+def read_image(item: Item) -> ImageFile | None:
+    """The image file of `item`, None where it has none.
+
+    Raises DataError when the file cannot be read, or is not the one that the item was made with.
+    """
+    if item.image is None:
+        return None
+    file = read_image_file(item.image)
+    if item.image_sha256 not in (None, file.sha256):
+        message = (
+            f"{item.image}: the image file was replaced or changed during this run. Restore the file and run the same "
+            "command again, or write to another path."
+        )
+        raise DataError(message)
+    return file
+
+
+def item_key(item: Item, image: ImageFile | None = None) -> bytes:
     """The 32 bytes that say what the model reads of `item`: SHA-256 over conversation and image file.
 
     Two items with equal keys give the same features. The conversation enters as canonical JSON, its
-    length first, so that no text can pass for image bytes. Raises DataError when the image is gone.
+    length first, so that no text can pass for image bytes. `image` is the file as it was decoded; where none is
+    given, the item's file is read as it is now. Raises DataError when that is gone.
     """
     turns = [[message.role, message.content] for message in item.conversation]
     text = json.dumps(turns, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     digest = hashlib.sha256(len(text).to_bytes(8, "big") + text)
     if item.image is not None:
         try:
-            digest.update(item.image.read_bytes())
+            digest.update(item.image.read_bytes() if image is None else image.content)
         except OSError as error:
             message = f"{item.name}: cannot read the image {item.image} ({error.strerror or error})."
             raise DataError(message) from error

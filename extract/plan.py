@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError
 from agiqa.extract.backbones import Backbone, Prepared
-from agiqa.extract.items import DataSet, Item, item_key
+from agiqa.extract.items import DataSet, Item, item_key, read_image
 from agiqa.extract.preparing import Preparation
 from agiqa.extract.targets import Target
 from agiqa.store import TOKEN_ROLES, Items, Store, StorePlan, create_store
@@ -86,7 +86,8 @@ def tokenise(
     limit = min(position_limit(backbone), rule.max_tokens or _NO_LIMIT)
     found = TokenisedItems(items=[], token_ids=[], roles=[], keys=[], truncated=[], skipped=[])
     preparation = preparation or Preparation(backbone)
-    answers = preparation.each(partial(_tokens_of, limit=limit, truncate=rule.truncate), data_set.items)
+    tokens_of = partial(_tokens_of, limit=limit, truncate=rule.truncate)
+    answers = preparation.each(tokens_of, data_set.items, lost=lambda _item, reason: reason)
     for item, tokens in zip(data_set.items, answers, strict=True):
         if isinstance(tokens, str):
             found.skipped.append(f"{item.name}: {tokens}")
@@ -110,12 +111,13 @@ def position_limit(backbone: Backbone) -> int:
 def _tokens_of(backbone: Backbone, item: Item, *, limit: int, truncate: bool) -> _Tokens | str:
     """The tokens of `item`, or why it cannot be used."""
     try:
-        prepared = backbone.prepare(item.conversation, item.image)
+        image = read_image(item)
+        prepared = backbone.prepare(item.conversation, image)
         cut = fit(prepared, limit, truncate=truncate)
         return _Tokens(
             token_ids=cut.token_ids,
             roles=cut.roles,
-            key=item_key(item),
+            key=item_key(item, image),
             truncated=len(cut.token_ids) < len(prepared.token_ids),
         )
     except DataError as error:
@@ -134,7 +136,7 @@ def prepare_planned(backbone: Backbone, planned: PlannedItem) -> Prepared:
 def prepare_item(backbone: Backbone, item: Item, limit: int, *, truncate: bool, remedy: str = _SHORTEN) -> Prepared:
     """What the model reads of `item`, see `fit`. Raises DataError, which names the item."""
     try:
-        return fit(backbone.prepare(item.conversation, item.image), limit, truncate=truncate, remedy=remedy)
+        return fit(backbone.prepare(item.conversation, read_image(item)), limit, truncate=truncate, remedy=remedy)
     except DataError as error:
         error.add_note(f"while reading item {item.name!r}")
         raise
@@ -196,6 +198,7 @@ def plan_store(
         roles=tokenised.roles,
         item_keys=tokenised.keys,
         truncated=tokenised.truncated,
+        label_table=data_set.table,
     )
     return create_store(path, plan)
 

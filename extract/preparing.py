@@ -7,13 +7,9 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
@@ -26,6 +22,7 @@ import torch.multiprocessing as tensors_between_processes
 
 from agiqa.errors import ConfigError, WorkerError
 from agiqa.extract.backbones import Backbone
+from agiqa.extract.workers import LostAnswer, Work, Workers
 from agiqa.interrupts import ctrl_c_kept_away
 
 Opener = Callable[..., Backbone]
@@ -47,6 +44,12 @@ _Argument = TypeVar("_Argument")
 _Answer = TypeVar("_Answer")
 
 
+def _fail(argument: object, reason: str) -> Any:
+    """Raise WorkerError for an argument that cannot be prepared."""
+    message = f"{argument}: {reason}. What is finished is kept."
+    raise WorkerError(message)
+
+
 class Preparation:
     """Runs functions of a backbone without weights and one argument, in order and ahead of who reads the answers."""
 
@@ -56,7 +59,7 @@ class Preparation:
         self.backbone = backbone
         self.workers = workers
         self._opener = opener
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: tuple[ThreadPoolExecutor, Workers] | None = None
 
     def __enter__(self) -> "Preparation":
         """Workers start when they are first needed."""
@@ -70,30 +73,43 @@ class Preparation:
 
     def start(self) -> None:
         """Have the workers start while this process goes on: they take as long as it takes to load a model."""
-        if self.workers > 0:
-            threading.Thread(target=self._start_all, args=(self._executor(),), daemon=True).start()
+        for _ in range(self.workers):
+            self._submit(_nothing, "its start", _fail)
 
     def close(self) -> None:
-        """End the workers; they would start again when they are needed."""
+        """End the workers, whatever they are at; they would start again when they are needed."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            threads, processes = self._pool
             self._pool = None
+            processes.close()
+            threads.shutdown(wait=True, cancel_futures=True)
 
     def each(
-        self, function: Callable[[Backbone, _Argument], _Answer], arguments: Iterable[_Argument]
+        self,
+        function: Callable[[Backbone, _Argument], _Answer],
+        arguments: Iterable[_Argument],
+        *,
+        lost: Callable[[_Argument, str], _Answer] = _fail,
     ) -> Iterator[_Answer]:
-        """`function(backbone, argument)` of every argument, in order. What it raises is raised here, in its turn."""
-        for _, answers in self.groups(function, ((None, [argument]) for argument in arguments)):
+        """`function(backbone, argument)` of every argument, in order. What it raises is raised here, in its turn.
+
+        `lost` is as in `groups`.
+        """
+        for _, answers in self.groups(function, ((None, [argument]) for argument in arguments), lost=lost):
             yield answers[0]
 
     def groups(
         self,
         function: Callable[[Backbone, _Argument], _Answer],
         groups: Iterable[tuple[_Tag, Sequence[_Argument]]],
+        *,
+        lost: Callable[[_Argument, str], _Answer] = _fail,
     ) -> Iterator[tuple[_Tag, list[_Answer]]]:
         """As `each`, of arguments that come in groups, and the tag of each group.
 
-        `groups` is read as far ahead as workers are kept busy by it. Raises WorkerError when a worker dies.
+        `groups` is read as far ahead as workers are kept busy by it. `lost` answers for an argument that crashes two
+        workers in turn or that neither is done with in time, given the reason; by default that is a WorkerError.
+        Raises WorkerError, naming the argument, when both were killed from outside or for want of memory.
         """
         if self.workers == 0:
             for tag, arguments in groups:
@@ -103,41 +119,41 @@ class Preparation:
         behind = 0  # items that wait behind the first group
         try:
             for tag, arguments in groups:
-                waiting.append((tag, [self._submit(function, argument) for argument in arguments]))
+                waiting.append((tag, [self._submit(function, argument, lost) for argument in arguments]))
                 behind += len(arguments) if len(waiting) > 1 else 0
                 while behind >= _AHEAD * self.workers:
                     yield _finished(waiting)
                     behind -= len(waiting[0][1])
             while waiting:
                 yield _finished(waiting)
-        except BrokenProcessPool as error:
-            self._pool = None
-            message = (
-                "A worker process that prepares items died, killed from outside or for want of memory. What is "
-                "finished is kept: run the same command again, with fewer --workers if memory is short."
-            )
-            raise WorkerError(message) from error
         finally:
             for _, futures in waiting:
                 for future in futures:
                     future.cancel()
 
-    def _start_all(self, pool: ProcessPoolExecutor) -> None:
-        with suppress(RuntimeError):  # it was closed meanwhile, or broke, of which whoever uses it is told
-            for _ in range(self.workers):
-                pool.submit(_in_worker, _nothing, None)
-
-    def _submit(self, function: Callable[[Backbone, Any], Any], argument: Any) -> "Future[Any]":
-        return self._executor().submit(_in_worker, function, argument)
-
-    def _executor(self) -> ProcessPoolExecutor:
+    def _submit(
+        self, function: Callable[[Backbone, Any], Any], argument: Any, lost: Callable[[Any, str], Any]
+    ) -> "Future[Any]":
         if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                self.workers,
-                mp_context=_context_of_workers(),
-                initializer=partial(_start_worker, self._opener, shares_memory=_shared_memory_suffices()),
-            )
-        return self._pool
+            assert self._opener is not None  # workers are refused without one
+            begin = partial(_begin, self._opener, shares_memory=_shared_memory_suffices())
+            self._pool = ThreadPoolExecutor(self.workers), Workers(_context_of_workers(), begin)
+        threads, processes = self._pool
+        return threads.submit(_answer, processes, function, argument, lost)
+
+
+def _answer(processes: Workers, function: Callable[[Backbone, Any], Any], argument: Any, lost: Any) -> Any:
+    try:
+        answer = processes.ask(function, argument)
+    except LostAnswer as error:
+        if not error.blameless:
+            return lost(argument, f"the process that prepared it {error}, twice; leave it out, or replace its image")
+        message = (
+            f"{argument}: the process that prepared it {error}, twice, from outside or for want of memory. What is "
+            "finished is kept: run the same command again, with fewer --workers if memory is short."
+        )
+        raise WorkerError(message) from error
+    return pickle.loads(answer.content) if isinstance(answer, _Packed) else answer
 
 
 def _context_of_workers() -> BaseContext:
@@ -154,7 +170,7 @@ def _context_of_workers() -> BaseContext:
     return context
 
 
-def _nothing(_backbone: Backbone, _argument: None) -> None:
+def _nothing(_backbone: Backbone, _argument: str) -> None:
     """What a worker does to get ready."""
 
 
@@ -179,52 +195,15 @@ def chosen_workers(workers: int | None, backbone: Backbone, items: int, *, opene
     return 0 if opener is None else default_workers(backbone.device, items)
 
 
-def end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended, however it did; Ctrl-C is the parent's to take."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _finished(waiting: "deque[tuple[_Tag, list[Future[Any]]]]") -> tuple[_Tag, list[Any]]:
     tag, futures = waiting[0]
-    answers = [_unpacked(future.result()) for future in futures]
+    answers = [future.result() for future in futures]
     waiting.popleft()
     return tag, answers
 
 
 def _shared_memory_suffices() -> bool:
     return _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free >= _SHARED_BYTES
-
-
-class _Worker:
-    """What one worker process knows."""
-
-    opener: Opener | None = None
-    backbone: Backbone | None = None
-    shares_memory = True
-
-
-def _start_worker(opener: Opener | None, *, shares_memory: bool) -> None:
-    end_with_parent()
-    torch.set_num_threads(1)  # the others have the other cores
-    tensors_between_processes.set_sharing_strategy("file_descriptor")
-    _Worker.opener, _Worker.shares_memory = opener, shares_memory
-
-
-def _in_worker(function: Callable[[Backbone, Any], Any], argument: Any) -> Any:
-    if _Worker.backbone is None:
-        assert _Worker.opener is not None  # _start_worker ran
-        _Worker.backbone = _Worker.opener(device="cpu")
-    answer = function(_Worker.backbone, argument)
-    return answer if _Worker.shares_memory else _Packed(pickle.dumps(answer))
 
 
 class _Packed:
@@ -234,5 +213,14 @@ class _Packed:
         self.content = content
 
 
-def _unpacked(answer: Any) -> Any:
-    return pickle.loads(answer.content) if isinstance(answer, _Packed) else answer
+def _begin(opener: Opener, *, shares_memory: bool) -> Work:
+    """What a worker does first: open its own backbone."""
+    torch.set_num_threads(1)  # the others have the other cores
+    tensors_between_processes.set_sharing_strategy("file_descriptor")
+    backbone = opener(device="cpu")
+
+    def work(function: Callable[[Backbone, Any], Any], argument: Any) -> Any:
+        answer = function(backbone, argument)
+        return answer if shares_memory else _Packed(pickle.dumps(answer))
+
+    return work

@@ -7,13 +7,14 @@ from agiqa.store.arrays import create_whole_array
 from agiqa.store.basis import Basis, Moments, make_basis, moments_of, save_basis
 from agiqa.store.bits import from_float32, to_float32
 from agiqa.store.converting import convert_store
+from agiqa.store.creating import create_store
 from agiqa.store.filling import UnitWriter
 from agiqa.store.garbage import GcReport, collect_garbage
 from agiqa.store.items import Items
 from agiqa.store.labelling import LabelReport, join_labels
 from agiqa.store.layout import ENCODINGS, ITEM_STATUS, TOKEN_ROLES
 from agiqa.store.opening import open_store
-from agiqa.store.planning import StorePlan, create_store
+from agiqa.store.planning import StorePlan
 from agiqa.store.reading import Store, TokenRows, is_planned
 from agiqa.store.repairing import RepairReport, repair
 from agiqa.store.scaling import LOGICAL_DTYPE as SCALED_DTYPE

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from agiqa.errors import BusyStore, SettingsConflict, ViewRefused
 from agiqa.store.arrays import create_whole_array
+from agiqa.store.creating import create_store
 from agiqa.store.filling import UnitWriter
 from agiqa.store.layout import ITEM_STATUS
-from agiqa.store.planning import StorePlan, create_store, without_shape
+from agiqa.store.planning import StorePlan, without_shape
 from agiqa.store.reading import Store
 from agiqa.store.sealing import seal
 

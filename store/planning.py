@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 from zarr.core.sync import sync
 
-from agiqa.errors import ConfigError, DamagedStore, DataError, IncompleteStore, SettingsConflict, listed
+from agiqa.errors import ConfigError, DataError
 from agiqa.store.arrays import (
     Geometry,
     WritableArrays,
@@ -29,31 +29,20 @@ from agiqa.store.files import (
     canonical_json,
     describe_object,
     files_below,
-    left_lock,
     new_lock,
     read_json,
-    sha256_of_file,
     sync_file,
-    telling_disk_errors,
     write_text_atomically,
 )
 from agiqa.store.items import Items, write_items
 from agiqa.store.layout import FORMAT, ITEM_STATUS, VERSION, StoreLayout
-from agiqa.store.listings import attributes_entry, check_object_path, read_record
+from agiqa.store.listings import attributes_entry
 from agiqa.store.places import (
     PLAN_LOCK,
     give_rights_of,
-    is_taken,
     plan_folder,
-    plans_beside,
-    require_place,
-    require_planned,
 )
-from agiqa.store.provenance import differences, store_id
-from agiqa.store.reading import Store, open_store
-from agiqa.store.recorded_items import replace_recorded_items
-from agiqa.store.sealing import size_problem
-from agiqa.store.upkeep import upkeep_lock
+from agiqa.store.provenance import store_id
 
 _SHAPE = ("encoding", "logical_dtype", "width", "kept_logits")
 """What decides the shape of the features."""
@@ -80,6 +69,8 @@ class StorePlan:
     truncated: Sequence[bool]
     kept_logits: int | None = None
     """Size of the vocabulary, where the raw logits are kept beside hidden states."""
+    label_table: Path | None = None
+    """The table that the labels come from, for messages."""
 
     def __post_init__(self) -> None:
         """Raises DataError without items, ConfigError where raw logits are kept beside other than hidden states."""
@@ -140,33 +131,10 @@ def place(n_tokens: NDArray[np.int32], *, width: int, itemsize: int) -> Placemen
     return place_items(n_tokens, geometry)
 
 
-def create_store(path: Path, plan: StorePlan) -> Store:
-    """Write the plan at `path`, or take up the store that is there if it was planned alike.
-
-    The plan is written beside `path` (or what it is a link to) and renamed, so a killed plan leaves no store. It has
-    the rights that the umask and the folder above give it, or those of an empty folder that it takes the place of. An
-    unfinished store takes over the labels of `plan`, and gets back what it lacks of what its plan wrote. Returns the
-    store, opened with what is there of it.
-
-    Raises SettingsConflict, naming every difference, when `path` holds a store made with other settings, a
-    finished store with other labels, or something that is no store; IncompleteStore when it holds a part of the store;
-    DamagedStore when objects of it are missing and `plan` does not write them as they were; ConfigError as
-    `require_place`.
-    """
-    place = require_place(path)
-    if is_taken(place):
-        return _take_up(path, plan)
-    with telling_disk_errors(f"writing the plan of {path}", "nothing of it is left"):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_killed_plans(place)
-        first = _write_beside(place, plan)
-    return open_store(path, allow_partial=True) if first else _take_up(path, plan)
-
-
-def _write_beside(path: Path, plan: StorePlan) -> bool:
+def write_beside(path: Path, plan: StorePlan) -> bool:
     """Write the plan into a folder beside `path` and rename it; False where another run was first."""
     try:
-        with _plan_beside(path, plan) as layout:
+        with plan_beside(path, plan) as layout:
             layout.root.replace(path)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -177,7 +145,7 @@ def _write_beside(path: Path, plan: StorePlan) -> bool:
 
 
 @contextmanager
-def _plan_beside(path: Path, plan: StorePlan) -> Generator[StoreLayout]:
+def plan_beside(path: Path, plan: StorePlan) -> Generator[StoreLayout]:
     """The plan, written into a folder beside `path` that is locked while inside; what is left of it then is removed."""
     layout = StoreLayout(plan_folder(path))
     try:
@@ -201,124 +169,6 @@ def _remove_for_good(folder: Path) -> None:
 async def _others_of_the_loop() -> None:
     """Wait for everything that zarr's event loop is at work on, and leave it to others how it ends."""
     await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
-
-
-def _remove_killed_plans(path: Path) -> None:
-    for left_over in plans_beside(path):
-        with left_lock(StoreLayout(left_over).locks / PLAN_LOCK) as ended:
-            if ended:
-                shutil.rmtree(left_over, ignore_errors=True)  # it may be another user's, or be removed by two at once
-
-
-def _take_up(path: Path, plan: StorePlan) -> Store:
-    require_planned(path)
-    store = open_store(path, allow_partial=True)
-    asked = plan.full_provenance()
-    if store_id(asked) != store.id:
-        found = [*differences(store.provenance, asked), *_changed_items(store, plan)]
-        lines = "\n".join(f"  {line}" for line in found)
-        message = (
-            f"{path} exists and was made with other settings:\n{lines}\n"
-            "Give the settings that it was made with, or another path."
-        )
-        raise SettingsConflict(message)
-    if not _has_items(store, plan.items):
-        if store.is_complete:
-            message = (
-                f"{path} is finished and its labels, splits or prompts differ from those given now. "
-                "Extract to another path, or give the labels that it was made with."
-            )
-            raise SettingsConflict(message)
-        with upkeep_lock(store.layout, doing="writing the labels of", kept="finished units are kept"):
-            if not store.layout.manifest.exists():  # else a seal has listed the old ones since
-                replace_recorded_items(store.layout, plan.items)
-        return _take_up(path, plan)
-    if store.is_complete:
-        _require_whole(store)
-    else:
-        _write_missing(store, plan)
-        _require_same_tokens(store, plan)
-    return store
-
-
-def _require_whole(store: Store) -> None:
-    """Raise IncompleteStore where only a part of the store was pulled, DamagedStore where objects of it are missing."""
-    if store.pulled_units is not None:
-        message = f"{store.path} holds {len(store.pulled_units)} of {store.geometry.units} units. {store.remedy}"
-        raise IncompleteStore(message)
-    problems = [problem for entry in store.manifest["objects"] if (problem := size_problem(store, entry))]
-    if problems:
-        message = (
-            f"{store.path} was finished, and is damaged since: {listed(problems)}. `agiqa store repair {store.path}` "
-            "drops what is damaged, and the same command computes it anew then."
-        )
-        raise DamagedStore(message)
-
-
-def _write_missing(store: Store, plan: StorePlan) -> None:
-    """Write what the record of the plan lists and is not there, as after a repair, to the very bytes recorded.
-
-    Raises DamagedStore where `plan` does not make these bytes.
-    """
-    layout = store.layout
-    missing = [entry for entry in read_record(layout.plan_commit) if _is_missing(store, entry["path"])]
-    if not missing:
-        return
-    place, doing = require_place(store.path), "writing token ids and roles of"
-    with upkeep_lock(layout, doing=doing, kept="finished units are kept"), _plan_beside(place, plan) as made:
-        for entry in missing:
-            source, target = made.root / entry["path"], store.path / entry["path"]
-            if not source.is_file() or sha256_of_file(source) != entry["sha256"]:
-                message = (
-                    f"{store.path}: {entry['path']} is missing, and is written otherwise now than it was recorded: the "
-                    "items have other tokens, or a library encodes them otherwise. Copy the store again, or make it at "
-                    "another path."
-                )
-                raise DamagedStore(message)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source.replace(target)
-            sync_file(target.parent)
-
-
-def _require_same_tokens(store: Store, plan: StorePlan) -> None:
-    """Raise SettingsConflict where the store was planned with other tokens, as from a source that was there in part."""
-    planned: dict[str, Sequence[NDArray[Any]]] = {"tokens/ids": plan.token_ids, "tokens/roles": plan.roles}
-    for unit in range(store.geometry.units):
-        items = store.items_of(unit).tolist()
-        for name, per_item in planned.items():
-            expected = np.concatenate([np.zeros(0, np.int32), *(per_item[item] for item in items)])
-            if not np.array_equal(store.unit_rows(unit, name), expected):
-                message = (
-                    f"{store.path} was planned with other {name} in unit {unit} (item {store.items.names[items[0]]!r} "
-                    "and those after it). Remove it, or give another path."
-                )
-                raise SettingsConflict(message)
-
-
-def _is_missing(store: Store, path: str) -> bool:
-    return not (store.path / check_object_path(store.path, path, listed_in="commits/plan.json")).exists()
-
-
-def _has_items(store: Store, items: Items) -> bool:
-    """Whether the store has these labels, splits and prompts; a damaged table of an unfinished store has not."""
-    try:
-        return store.items.same_as(items)
-    except DamagedStore:
-        if store.is_complete:
-            raise
-        return False
-
-
-def _changed_items(store: Store, plan: StorePlan) -> list[str]:
-    """Which items differ in image, conversation or presence, five of each kind by name."""
-    there = {name: key.tobytes() for name, key in zip(store.items.names, store.item_keys, strict=True)}
-    here = dict(zip(plan.items.names, plan.item_keys, strict=True))
-    kinds = {
-        "changed items": [name for name in here if name in there and here[name] != there[name]],
-        "items only asked": [name for name in here if name not in there],
-        "items only stored": [name for name in there if name not in here],
-    }
-    return [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]
 
 
 def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:

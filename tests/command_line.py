@@ -83,6 +83,11 @@ class CommandLine:
         )
         assert self._read() == "ready"
 
+    @property
+    def server_id(self) -> int:
+        """The process that the commands are forked from."""
+        return self._server.pid
+
     def __call__(self, *arguments: object, threads: int = 1) -> Outcome:
         """Run `agiqa ARGUMENTS` to its end."""
         return self._run(arguments, lambda _error: False, threads)

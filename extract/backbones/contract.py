@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError
+from agiqa.extract.images import ImageSource
 from agiqa.extract.items import Message
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Backbone(Protocol):
         """Everything about model, tokenizer and processor that changes a number, JSON-able. Hashes the files."""
         ...
 
-    def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
+    def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
         """Tokenise one conversation, its image before the first question. Needs no weights.
 
         `answer` appends the chat template's prompt for the next answer of the assistant.

@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from agiqa.extract.backbones.linearity import LogitMap, find_logit_map
 from agiqa.extract.backbones.loading import failures_of, load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
 from agiqa.extract.checkpoints import Checkpoint
+from agiqa.extract.images import ImageSource
 from agiqa.extract.items import Message
 from agiqa.extract.memory import room_for_weights
 
@@ -66,7 +66,7 @@ class HuggingFaceBackbone(ABC):
         """Load tokenizer or processor, and the renderer over them."""
 
     @abstractmethod
-    def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
+    def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`."""
 
     @property

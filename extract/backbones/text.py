@@ -1,7 +1,6 @@
 """The backbone `text`: any transformers causal language model; it reads the conversation and no image."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -10,6 +9,7 @@ from agiqa.extract.backbones.contract import Prepared
 from agiqa.extract.backbones.huggingface import HuggingFaceBackbone
 from agiqa.extract.backbones.loading import load_tokenizer
 from agiqa.extract.backbones.rendering import Renderer
+from agiqa.extract.images import ImageSource
 from agiqa.extract.items import Message
 
 
@@ -21,7 +21,7 @@ class TextBackbone(HuggingFaceBackbone):
     auto_class = transformers.AutoModelForCausalLM
     classes = MODEL_FOR_CAUSAL_LM_MAPPING
 
-    def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
+    def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; `image` is not looked at."""
         del image
         token_ids, roles = self.renderer.tokenize(self.renderer.render(conversation, answer=answer))

@@ -2,7 +2,6 @@
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from agiqa.extract.backbones.huggingface import HuggingFaceBackbone
 from agiqa.extract.backbones.loading import load_processor, quiet_transformers
 from agiqa.extract.backbones.rendering import Renderer, refuse_marks
 from agiqa.extract.checkpoints import Checkpoint
-from agiqa.extract.images import open_image
+from agiqa.extract.images import ImageSource, open_image
 from agiqa.extract.items import Message
 
 
@@ -34,7 +33,7 @@ class VisionBackbone(HuggingFaceBackbone):
     image_token_id: int
     """The token that an image's embeddings take the place of."""
 
-    def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
+    def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; without an image the model reads the text alone."""
         refuse_marks(conversation, [self.renderer.image_token])
         rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
@@ -74,7 +73,7 @@ class VisionBackbone(HuggingFaceBackbone):
 
 
 @contextmanager
-def _refusals_of(checkpoint: Checkpoint, image: Path) -> Generator[None]:
+def _refusals_of(checkpoint: Checkpoint, image: ImageSource) -> Generator[None]:
     """Quiet, and whatever a processor raises inside is a DataError: some refuse images of extreme shapes, in words."""
     try:
         with quiet_transformers():

@@ -1,5 +1,6 @@
 """Every kind of image file comes out upright and RGB, or as one clear error."""
 
+import os
 import random
 
 import numpy as np
@@ -108,3 +109,13 @@ def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(DataError, match=r"a\.png: the image has"):
             open_image(tmp_path / "a.png")
+
+
+def test_what_is_no_regular_file_or_too_large_is_refused_unread(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png: not a readable image \(not a regular file\)"):
+        open_image(tmp_path / "a.png")
+    with (tmp_path / "b.png").open("wb") as file:
+        file.truncate(images.MAX_BYTES + 1)
+    with pytest.raises(DataError, match=r"b\.png: the file has 1073741825 bytes, more than 1073741824; shrink it"):
+        open_image(tmp_path / "b.png")

@@ -1,7 +1,11 @@
 """`agiqa extract` killed at random moments of every phase, and run again until it is done."""
 
 import json
+import os
 import random
+import signal
+import time
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +114,61 @@ def test_kills_at_blind_moments_never_cost_a_finished_unit(agiqa, folder, tiny_t
     records = {file.name: file.read_bytes() for file in (path / "commits").glob("[0-9]*.json")}
     assert records.items() >= committed.items()
     assert agiqa("store", "verify", path, "--level", "numeric", "--json").json["sound"]
+
+
+def descendants(process):
+    """The process ids of the children of `process`, their children and so on, each with its command line."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            parents.setdefault(parent, {})[int(entry.name)] = (entry / "cmdline").read_text()
+        except OSError:  # it has ended meanwhile
+            continue
+    found = dict(parents.get(process, {}))
+    for child in list(found):
+        found |= descendants(child)
+    return found
+
+
+def is_there(process):
+    """Whether the process has not ended; one that nobody has waited for yet has."""
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class StopsOne:
+    """True once a process below the command line, of the kind that its command line tells, was found and stopped."""
+
+    def __init__(self, agiqa, kind, when):
+        self._server, self._kind, self._when = agiqa.server_id, kind, when
+        self.all, self.stopped = {}, None
+
+    def __call__(self):
+        if self._when():
+            self.all = descendants(self._server)
+            kind = [process for process, line in self.all.items() if self._kind in line]
+            if len(kind) > 1:  # the first of forks is the process that they are forks of
+                self.stopped = max(kind)
+                os.kill(self.stopped, signal.SIGSTOP)
+        return self.stopped is not None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("elsewhere", ["workers", "devices"])
+def test_ctrl_c_ends_processes_that_are_stopped(agiqa, folder, tiny_text_checkpoint, tmp_path, elsewhere, number):
+    path, options = tmp_path / "s.agiqa", (f"--{elsewhere}", 2)
+    moments = Moments(path, 0)
+    kind, when = ("forkserver", lambda: True) if elsewhere == "workers" else ("spawn_main", moments.commits)
+    stops = StopsOne(agiqa, kind, when)
+    outcome = agiqa.interrupted(*command(folder, path, tiny_text_checkpoint, *options), when=stops, number=number)
+    assert outcome.code == 128 + number
+    assert "Traceback" not in outcome.err
+    started = [process for process, line in stops.all.items() if kind in line]
+    until = time.monotonic() + 20  # the process that workers are forks of ends by itself
+    while any(map(is_there, started)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(map(is_there, started))
+    assert agiqa(*command(folder, path, tiny_text_checkpoint, "--json")).json["state"] == "complete"

@@ -82,13 +82,13 @@ def test_workers_prepare_what_this_process_would_and_name_what_is_bad(tiny_visio
     backbone, planned = planned_items(folder, tiny_vision_checkpoint)
     own = list(Preparation(backbone).each(prepare_planned, planned))
     (folder / "images" / "005.png").write_bytes(b"no image")
-    with Preparation(backbone, workers=1, opener=opener_of(tiny_vision_checkpoint)) as preparation:
-        for shared_bytes in (1 << 60, 0):  # by value, then through shared memory
-            monkeypatch.setattr(preparing, "_SHARED_BYTES", shared_bytes)
+    for shared_bytes in (1 << 60, 0):  # by value, then through shared memory
+        monkeypatch.setattr(preparing, "_SHARED_BYTES", shared_bytes)
+        with Preparation(backbone, workers=1, opener=opener_of(tiny_vision_checkpoint)) as preparation:
             for found, expected in zip(preparation.each(prepare_planned, planned[:5]), own[:5], strict=True):
                 np.testing.assert_array_equal(found.token_ids, expected.token_ids)
                 assert torch.equal(found.inputs["pixel_values"], expected.inputs["pixel_values"])
-            with pytest.raises(DataError, match=r"005\.png: not a readable image") as caught:
+            with pytest.raises(DataError, match=r"005\.png: the image file was replaced or changed") as caught:
                 list(preparation.each(prepare_planned, planned))
             assert caught.value.__notes__ == ["while reading item '005.png'"]
             with pytest.raises(WorkerError, match="fewer --workers"):

@@ -10,6 +10,7 @@ from agiqa.errors import ConfigError, DataError, SettingsConflict, UnknownName
 from agiqa.extract import LengthRule
 from agiqa.extract.plan import fit, tokenise
 from agiqa.store import ITEM_STATUS, TOKEN_ROLES, open_store
+from agiqa.store.labelling import join_labels
 from tests.extract import tiny_models
 from tests.extract.jobs import extract, inputs
 from tests.extract.oracle import expected
@@ -187,6 +188,25 @@ def test_corrected_labels_reach_an_unfinished_store(texts, tiny_text_checkpoint,
     write_table(texts, rows)
     extract(texts, tiny_text_checkpoint, path)
     assert open_store(path).items.labels["quality"][0] == 1.25
+
+
+def test_corrected_labels_of_a_finished_store_are_answered_with_what_stores_them(texts, tiny_text_checkpoint, tmp_path):
+    path, table = tmp_path / "s.agiqa", texts / "data.csv"
+    extract(texts, tiny_text_checkpoint, path)
+    rows = [list(row.values()) for row in read_table(texts)]
+    rows[0][2], rows[1][3] = 1.25, "val"
+    write_table(texts, rows)
+    with pytest.raises(SettingsConflict, match=r"differ from those given now \(mos_quality, split\)\.") as caught:
+        extract(texts, tiny_text_checkpoint, path)
+    assert f"`agiqa store labels {path} {table}` stores what {table} has of them" in str(caught.value)
+    join_labels(open_store(path), table)
+    found = extract(texts, tiny_text_checkpoint, path).store
+    assert found.is_complete
+    assert (found.items.labels["quality"][0], found.items.splits[1]) == (1.25, "val")
+    rows[1][3] = ""  # which a table cannot say: empty cells leave what is there
+    write_table(texts, rows)
+    with pytest.raises(SettingsConflict, match=r"\(split\)\. Extract to another path, or give those"):
+        extract(texts, tiny_text_checkpoint, path)
 
 
 def test_an_unknown_encoding_is_refused_before_any_item_is_tokenised(texts, tiny_text_checkpoint, tmp_path):

@@ -1,7 +1,6 @@
 """The backbone `minicpm`: MiniCPM-Llama3-V-2.5 in its published layout."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from agiqa.extract.backbones.minicpm.slicing import cut, patches_of, slicing_of
 from agiqa.extract.backbones.minicpm.weights import check_weights, load_weights
 from agiqa.extract.backbones.rendering import Renderer, refuse_marks
 from agiqa.extract.backbones.uploading import uploaded
-from agiqa.extract.images import open_image
+from agiqa.extract.images import ImageSource, open_image
 from agiqa.extract.items import Message
 from agiqa.extract.memory import room_for_weights
 from agiqa.store import TOKEN_ROLES
@@ -39,7 +38,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
 
     config: MiniCPMConfig
 
-    def prepare(self, conversation: Sequence[Message], image: Path | None, *, answer: bool = False) -> Prepared:
+    def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; without an image the model reads the text alone."""
         refuse_marks(conversation, self.config.marks.values())
         rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
