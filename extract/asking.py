@@ -52,6 +52,8 @@ class Described:
     """Of both prompts, images included, and both answers; None where the backbone does not count."""
     cut: bool | None
     """Whether the description was cut off by a limit; None where the backbone cannot tell."""
+    generated: Mapping[str, str | None]
+    """Of both rounds: all that the model generated, where that includes thoughts; None where the answer is all."""
     seconds: Mapping[str, float]
     """Of both rounds: the item's share of what the model took for its batch."""
 
@@ -193,15 +195,24 @@ class Describer:
                 (question,) = self.first(item).conversation
                 talks[item.name] = (question, Message(role="assistant", content=description), rate)
             elif item.name in first.answers:
-                first.failures[item.name] = f"{item.name}: the model's description is empty"
-        told = [item for item in items if item.name in talks]
-        asked = [Asked(item=item, conversation=talks[item.name]) for item in told]
-        second = self._ask(told, list(self.preparation.each(prepare_asked, asked)), self.settings.rate, "rate")
+                first.failures[item.name] = f"{item.name}: the model's description is empty{_why(first, item.name)}"
+        second = self._rate([item for item in items if item.name in talks], talks, first)
         failures = first.failures | second.failures
         return [
             failures[item.name] if item.name in failures else _described(item, talks[item.name], first, second)
             for item in items
         ]
+
+    def _rate(self, told: Sequence[Item], talks: Mapping[str, tuple[Message, ...]], first: "_Round") -> "_Round":
+        """The second question. Who thought before the description may think as long before the rating."""
+        settings, rounds = self.settings.rate, list[_Round]()
+        longer = max(settings.max_new_tokens, self.settings.describe.max_new_tokens)
+        for thinking in (False, True):
+            items = [item for item in told if (_generated(first.answers[item.name]) is not None) == thinking]
+            asked = [Asked(item=item, conversation=talks[item.name]) for item in items]
+            chosen = replace(settings, max_new_tokens=longer) if thinking else settings
+            rounds.append(self._ask(items, list(self.preparation.each(prepare_asked, asked)), chosen, "rate"))
+        return rounds[0] | rounds[1]
 
     def _ask(
         self, items: Sequence[Item], prepared: Sequence[Prepared | str], settings: GenerationSettings, label: str
@@ -210,14 +221,14 @@ class Describer:
         ready = {item.name: one for item, one in zip(items, prepared, strict=True) if not isinstance(one, str)}
         failures = {item.name: one for item, one in zip(items, prepared, strict=True) if isinstance(one, str)}
         if not ready:
-            return _Round(answers={}, failures=failures, lengths={}, seconds=0.0)
+            return _Round(answers={}, failures=failures, lengths={}, seconds={})
         started = time.perf_counter()
         answers = self.backbone.generate(list(ready.values()), replace(settings, seed=_seed(settings, label, [*ready])))
         return _Round(
             answers=dict(zip(ready, answers, strict=True)),
             failures=failures,
             lengths={name: len(one.token_ids) for name, one in ready.items()},
-            seconds=(time.perf_counter() - started) / len(ready),
+            seconds=dict.fromkeys(ready, (time.perf_counter() - started) / len(ready)),
         )
 
 
@@ -229,8 +240,17 @@ class _Round:
     failures: dict[str, str]
     lengths: Mapping[str, int]
     """Tokens of the prompt of every item that was answered."""
-    seconds: float
-    """Of each item: its share."""
+    seconds: Mapping[str, float]
+    """Each item's share of what the model took for the batch."""
+
+    def __or__(self, other: "_Round") -> "_Round":
+        """Both, of unlike items."""
+        return _Round(
+            answers={**self.answers, **other.answers},
+            failures=self.failures | other.failures,
+            lengths={**self.lengths, **other.lengths},
+            seconds={**self.seconds, **other.seconds},
+        )
 
 
 def _described(item: Item, talk: tuple[Message, Message, Message], first: _Round, second: _Round) -> Described:
@@ -246,7 +266,8 @@ def _described(item: Item, talk: tuple[Message, Message, Message], first: _Round
             "answer": _tokens(second.answers[name]),
         },
         cut=_cut(first.answers[name]),
-        seconds={"describe": first.seconds, "rate": second.seconds},
+        generated={"describe": _generated(first.answers[name]), "rate": _generated(second.answers[name])},
+        seconds={"describe": first.seconds[name], "rate": second.seconds[name]},
     )
 
 
@@ -258,6 +279,20 @@ def _seed(settings: GenerationSettings, label: str, names: Sequence[str]) -> int
 
 def _cut(answer: str) -> bool | None:
     return not answer.complete if isinstance(answer, Answer) else None
+
+
+def _generated(answer: str) -> str | None:
+    return answer.generated if isinstance(answer, Answer) else None
+
+
+def _why(asked: _Round, name: str) -> str:
+    """What to do about an empty answer of a thinking model."""
+    answer = asked.answers[name]
+    if _generated(answer) is None:
+        return ""
+    if _cut(answer):
+        return f": it was still thinking after {_tokens(answer)} tokens; allow more with --max-new-tokens"
+    return ": it thought and then said nothing"
 
 
 def _tokens(answer: str) -> int | None:

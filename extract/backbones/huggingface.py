@@ -91,6 +91,7 @@ class HuggingFaceBackbone(ABC):
                 "sha256": hashlib.sha256(self.renderer.template.encode()).hexdigest(),
                 "style": self.renderer.style,
                 "date": TEMPLATE_DATE.date().isoformat(),
+                **self.renderer.switches,
             },
             "dtype": self.logical_dtype,
             "attention": self.attention,
