@@ -53,6 +53,8 @@ class Described:
     """Of both prompts, images included, and both answers; None where the backbone does not count or was not asked."""
     cut: bool | None
     """Whether the description was cut off by a limit; None where the backbone cannot tell."""
+    generated: Mapping[str, str | None]
+    """Of both rounds: all that the model generated, where that includes thoughts; None where the answer is all."""
     seconds: Mapping[str, float]
     """Of both rounds: the item's share of what the model took for its batch."""
 
@@ -207,18 +209,27 @@ class Describer:
                 (question,) = self.first(item).conversation
                 talks[item.name] = (question, Message(role="assistant", content=description), rate)
             elif item.name in first.answers:
-                first.failures[item.name] = f"{item.name}: the model's description is empty"
-        told = [item for item in items if item.name in talks]
-        asked = [Asked(item=item, conversation=talks[item.name]) for item in told]
-        second = None
-        if self.settings.rate is not None:
-            prepared = list(self.preparation.each(prepare_asked, asked, lost=unprepared))
-            second = self._ask(told, prepared, self.settings.rate, "rate")
+                first.failures[item.name] = f"{item.name}: the model's description is empty{_why(first, item.name)}"
+        second = self._rate([item for item in items if item.name in talks], talks, first)
         failures = first.failures | ({} if second is None else second.failures)
         return [
             failures[item.name] if item.name in failures else _described(item, talks[item.name], first, second)
             for item in items
         ]
+
+    def _rate(self, told: Sequence[Item], talks: Mapping[str, tuple[Message, ...]], first: "_Round") -> "_Round | None":
+        """The second question, where it is asked. Who thought before describing may think as long before rating."""
+        settings, rounds = self.settings.rate, list[_Round]()
+        if settings is None:
+            return None
+        longer = max(settings.max_new_tokens, self.settings.describe.max_new_tokens)
+        for thinking in (False, True):
+            items = [item for item in told if (_generated(first.answers[item.name]) is not None) == thinking]
+            asked = [Asked(item=item, conversation=talks[item.name]) for item in items]
+            chosen = replace(settings, max_new_tokens=longer) if thinking else settings
+            prepared = list(self.preparation.each(prepare_asked, asked, lost=unprepared))
+            rounds.append(self._ask(items, prepared, chosen, "rate"))
+        return rounds[0] | rounds[1]
 
     def _ask(
         self, items: Sequence[Item], prepared: Sequence[Prepared | str], settings: GenerationSettings, label: str
@@ -227,14 +238,14 @@ class Describer:
         ready = {item.name: one for item, one in zip(items, prepared, strict=True) if not isinstance(one, str)}
         failures = {item.name: one for item, one in zip(items, prepared, strict=True) if isinstance(one, str)}
         if not ready:
-            return _Round(answers={}, failures=failures, lengths={}, seconds=0.0)
+            return _Round(answers={}, failures=failures, lengths={}, seconds={})
         started = time.perf_counter()
         answers = self.backbone.generate(list(ready.values()), replace(settings, seed=_seed(settings, label, [*ready])))
         return _Round(
             answers=dict(zip(ready, answers, strict=True)),
             failures=failures,
             lengths={name: len(one.token_ids) for name, one in ready.items()},
-            seconds=(time.perf_counter() - started) / len(ready),
+            seconds=dict.fromkeys(ready, (time.perf_counter() - started) / len(ready)),
         )
 
 
@@ -246,8 +257,17 @@ class _Round:
     failures: dict[str, str]
     lengths: Mapping[str, int]
     """Tokens of the prompt of every item that was answered."""
-    seconds: float
-    """Of each item: its share."""
+    seconds: Mapping[str, float]
+    """Each item's share of what the model took for the batch."""
+
+    def __or__(self, other: "_Round") -> "_Round":
+        """Both, of unlike items."""
+        return _Round(
+            answers={**self.answers, **other.answers},
+            failures=self.failures | other.failures,
+            lengths={**self.lengths, **other.lengths},
+            seconds={**self.seconds, **other.seconds},
+        )
 
 
 def _described(item: Item, talk: tuple[Message, Message, Message], first: _Round, second: _Round | None) -> Described:
@@ -263,7 +283,11 @@ def _described(item: Item, talk: tuple[Message, Message, Message], first: _Round
             "answer": None if second is None else _tokens(second.answers[name]),
         },
         cut=_cut(first.answers[name]),
-        seconds={"describe": first.seconds, "rate": 0.0 if second is None else second.seconds},
+        generated={
+            "describe": _generated(first.answers[name]),
+            "rate": None if second is None else _generated(second.answers[name]),
+        },
+        seconds={"describe": first.seconds[name], "rate": 0.0 if second is None else second.seconds[name]},
     )
 
 
@@ -275,6 +299,20 @@ def _seed(settings: GenerationSettings, label: str, names: Sequence[str]) -> int
 
 def _cut(answer: str) -> bool | None:
     return not answer.complete if isinstance(answer, Answer) else None
+
+
+def _generated(answer: str) -> str | None:
+    return answer.generated if isinstance(answer, Answer) else None
+
+
+def _why(asked: _Round, name: str) -> str:
+    """What to do about an empty answer of a thinking model."""
+    answer = asked.answers[name]
+    if _generated(answer) is None:
+        return ""
+    if _cut(answer):
+        return f": it was still thinking after {_tokens(answer)} tokens; allow more with --max-new-tokens"
+    return ": it thought and then said nothing"
 
 
 def _tokens(answer: str) -> int | None:

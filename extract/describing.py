@@ -183,6 +183,7 @@ def _line(one: Described, key: str, *, provenance: Mapping[str, Any], rating_of:
         "rating": rating_of(one.answer),
         "answer": one.answer,
         "cut": one.cut,
+        "generated": dict(one.generated),
         "tokens": dict(one.tokens),
         "seconds": {name: round(value, 4) for name, value in one.seconds.items()},
         "model": model["name"],

@@ -1,7 +1,8 @@
 """Prepared items as model inputs: tokens padded on the right, image inputs joined along axis 0."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ JOINED = frozenset(
         "pixel_attention_mask",
         "aspect_ratio_ids",
         "aspect_ratio_mask",
+        "batch_num_images",
         "image_sizes",
         "image_grid_thw",
         "image_position_ids",
@@ -23,18 +25,19 @@ JOINED = frozenset(
         "target_sizes",
     }
 )
-"""Image inputs of which a batch is the concatenation of its items along `_axis`."""
+"""Image inputs of which a batch is the concatenation of its items along `_axis`; items with others run alone."""
 PER_TOKEN = frozenset({"token_type_ids", "mm_token_type_ids", "cross_attention_mask"})
 """Inputs of shape (1, n, ...), padded with zeros as the tokens are."""
 
 
-def check_inputs(name: str, inputs: Mapping[str, torch.Tensor]) -> None:
-    """Raise ModelError, naming it, for an input that no batch can be made of."""
+def check_inputs(name: str, inputs: Mapping[str, Any], accepted: Collection[str]) -> None:
+    """Raise ModelError for an input, by its name, that is no tensor or not among those that the model `accepted`."""
     for key, value in inputs.items():
-        if key not in JOINED | PER_TOKEN:
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        if key not in accepted or not isinstance(value, torch.Tensor):
             message = (
-                f"{name}: its processor makes the input {key!r} {tuple(value.shape)}, which agiqa cannot batch; "
-                f"known: {', '.join(sorted(JOINED | PER_TOKEN))}."
+                f"{name}: its processor makes the input {key!r} ({shape}), which the model does not take as a tensor; "
+                f"it takes {', '.join(sorted(accepted))}."
             )
             raise ModelError(message)
 
@@ -42,11 +45,13 @@ def check_inputs(name: str, inputs: Mapping[str, torch.Tensor]) -> None:
 def alike(batch: Sequence[Prepared]) -> list[list[int]]:
     """Positions of items that fit into one forward pass: the same inputs, alike in all axes that are not joined.
 
-    Images cut into different numbers of tiles thus run apart, instead of with pixels made up as padding.
+    Images cut into different numbers of tiles thus run apart, instead of with pixels made up as padding. So does an
+    item with an input of which it is not known how a batch is made.
     """
     groups: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = defaultdict(list)
     for position, item in enumerate(batch):
         shapes = [(key, _other_axes(key, item.inputs)) for key in sorted(item.inputs)]
+        shapes += [(key, (position,)) for key in item.inputs if key not in JOINED | PER_TOKEN]
         groups[tuple(shapes)].append(position)
     return list(groups.values())
 

@@ -77,18 +77,21 @@ class GenerationSettings:
 class Answer(str):
     """The text of an answer, and how it came to its end."""
 
-    __slots__ = ("complete", "tokens")
+    __slots__ = ("complete", "generated", "tokens")
 
     tokens: int
     """How many the model generated, the one that ended it not counted."""
     complete: bool
     """Whether the model ended it; False where the limit of new tokens or of the model's positions did."""
+    generated: str | None
+    """All that the model generated, where that includes thoughts, which the text does not; else None."""
 
-    def __new__(cls, text: str, *, tokens: int, complete: bool) -> "Answer":
+    def __new__(cls, text: str, *, tokens: int, complete: bool, generated: str | None = None) -> "Answer":
         """The text, and what is told of it."""
         answer = super().__new__(cls, text)
         answer.tokens = tokens
         answer.complete = complete
+        answer.generated = generated
         return answer
 
 
@@ -142,7 +145,7 @@ class Backbone(Protocol):
         ...
 
     def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
-        """The answer to each item, which was prepared with `answer`: no special tokens, no white space around it.
+        """The answer to each item, which was prepared with `answer`: no special tokens, thoughts or outer white space.
 
         An item's greedy answer does not depend on its batch but for rounding. Each is an `Answer` where the backbone
         can tell how it ended. Raises DataError for an item that leaves no position for an answer.

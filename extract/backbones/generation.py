@@ -13,6 +13,7 @@ from agiqa.extract.backbones.batching import PER_TOKEN, alike
 from agiqa.extract.backbones.contract import Answer, GenerationSettings, Prepared
 from agiqa.extract.backbones.loading import quiet_transformers
 from agiqa.extract.backbones.rendering import Renderer
+from agiqa.extract.backbones.thoughts import begins_in_thought, split_thoughts
 
 TURN_ENDS = ("<|eot_id|>",)
 """End a turn wherever a tokenizer has them, whatever its checkpoint says: Llama 3's were published without."""
@@ -43,7 +44,8 @@ def generate(
         inputs = left_padded(collate(items), [len(item.token_ids) for item in items])
         rows = generated_ids(model, inputs, settings, stops=stops, limit=max(limits))
         for position, row, limit in zip(group, rows, limits, strict=True):
-            answers[position] = read_answer(renderer.tokenizer, row[:limit], stops)
+            begun = begins_in_thought(renderer.tokenizer, batch[position].token_ids.tolist())
+            answers[position] = read_answer(renderer.tokenizer, row[:limit], stops, begun=begun)
     return [answers[position] for position in range(len(batch))]
 
 
@@ -96,11 +98,11 @@ def generated_ids(
     return rows
 
 
-def read_answer(tokenizer: Any, ids: Sequence[int], stops: Sequence[int]) -> Answer:
-    """The text of new `ids` up to the first of `stops`."""
+def read_answer(tokenizer: Any, ids: Sequence[int], stops: Sequence[int], *, begun: bool = False) -> Answer:
+    """The text of new `ids` up to the first of `stops`, without thoughts; `begun` as in `split_thoughts`."""
     length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-    text: str = tokenizer.decode(ids[:length], skip_special_tokens=True)
-    return Answer(text.strip(), tokens=length, complete=length < len(ids))
+    text, generated = split_thoughts(tokenizer, ids[:length], begun=begun)
+    return Answer(text, tokens=length, complete=length < len(ids), generated=generated)
 
 
 def _config(settings: GenerationSettings, stops: Sequence[int], limit: int) -> GenerationConfig:

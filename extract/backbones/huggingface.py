@@ -14,7 +14,7 @@ from agiqa.extract.backbones.adapters import Adapter, apply_adapter, check_adapt
 from agiqa.extract.backbones.batching import alike, collate
 from agiqa.extract.backbones.contract import GenerationSettings, Prepared
 from agiqa.extract.backbones.generation import generate
-from agiqa.extract.backbones.linearity import LogitMap, find_logit_map
+from agiqa.extract.backbones.linearity import LogitMap, final_states, find_logit_map
 from agiqa.extract.backbones.loading import failures_of, load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
 from agiqa.extract.checkpoints import Checkpoint
@@ -43,6 +43,12 @@ class HuggingFaceBackbone(ABC):
         self, checkpoint: Checkpoint, config: Any, *, adapter: Adapter | None = None, dtype: str, device: str
     ) -> None:
         """`dtype` is auto or one of DTYPES, `device` auto or a torch device."""
+        if getattr(config, "is_encoder_decoder", False):
+            message = (
+                f"{checkpoint.name}: {config.model_type!r} is an encoder-decoder model, whose image or question has no "
+                "hidden states of its own before the logits; use a decoder-only model."
+            )
+            raise ModelError(message)
         text_config = config.get_text_config()
         self.checkpoint = checkpoint
         self.adapter = adapter
@@ -91,6 +97,7 @@ class HuggingFaceBackbone(ABC):
                 "sha256": hashlib.sha256(self.renderer.template.encode()).hexdigest(),
                 "style": self.renderer.style,
                 "date": TEMPLATE_DATE.date().isoformat(),
+                **self.renderer.switches,
             },
             "dtype": self.logical_dtype,
             "attention": self.attention,
@@ -141,7 +148,7 @@ class HuggingFaceBackbone(ABC):
         for group in alike(batch):
             items = [batch[position] for position in group]
             with torch.inference_mode():
-                states = model.base_model(**self._collate(items), use_cache=False).last_hidden_state
+                states = final_states(model, self._collate(items))
             for row, position in enumerate(group):
                 rows[position] = states[row, : len(batch[position].token_ids)].to(DTYPES[self.logical_dtype])
         return [rows[position] for position in range(len(batch))]

@@ -9,7 +9,8 @@ A scale that is a power of two goes into `W_lm` without changing a bit. Everythi
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,33 @@ class LogitMap:
         return folded
 
 
+class _HeadReached(Exception):
+    """Ends a forward pass before the output embedding makes logits."""
+
+
+def final_states(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(batch, n, D) what the base model gives; of a model without one (Llama 4), what its output embedding reads."""
+    if model.base_model is not model:
+        states: torch.Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state
+        return states
+    seen: list[torch.Tensor] = []
+
+    def stop(_module: Any, given: tuple[torch.Tensor, ...]) -> None:
+        seen.append(given[0])
+        raise _HeadReached
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(stop)
+    try:
+        with suppress(_HeadReached):
+            model(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    if not seen:
+        message = f"{type(model).__name__} makes its logits without its output embedding (lm_head)."
+        raise ModelError(message)
+    return seen[0]
+
+
 def find_logit_map(name: str, model: Any, token_ids: torch.Tensor) -> LogitMap:
     """What `model` does after its output embedding, tried on `token_ids` (1, n).
 
@@ -84,11 +112,11 @@ def find_logit_map(name: str, model: Any, token_ids: torch.Tensor) -> LogitMap:
     none of the known settings explains.
     """
     head = model.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None or model.base_model is model:
+    if head is None or getattr(head, "weight", None) is None:
         message = f"{name}: {type(model).__name__} has no output embedding (lm_head) that makes its logits."
         raise ModelError(message)
     with torch.inference_mode():
-        hidden = model.base_model(input_ids=token_ids, use_cache=False).last_hidden_state
+        hidden = final_states(model, {"input_ids": token_ids})
         seen, logits = _large_logits(name, model, head, token_ids)
         tolerance = TOLERANCE[hidden.dtype]
         if seen[0].shape != hidden.shape or _error(seen[0], hidden) > tolerance:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError, ModelError
+from agiqa.extract.backbones.thoughts import mark_in, switches_of
 from agiqa.extract.items import Message
 from agiqa.store import TOKEN_ROLES
 
@@ -56,13 +57,15 @@ class Renderer:
         self.image_token = image_token
         self.plain = template is None
         self.template = PLAIN_TEMPLATE if template is None else template
+        self.switches = switches_of(self.template)
+        """What the template is told to leave out: the thoughts of models that can do without."""
         self._source = _fixed_date(self.template)
         self.style: Style = self._find_style()
 
     def render(self, conversation: Sequence[Message], *, image: bool = False, answer: bool = False) -> Rendered:
         """The conversation's text; `answer` adds what the template writes for the model to answer after.
 
-        Raises ModelError when contents are lost.
+        Raises ModelError when contents are lost, DataError for contents that the template takes for a thought.
         """
         rendered = self._render(conversation, image=image, ask=False)
         if not answer:
@@ -94,6 +97,10 @@ class Renderer:
         text = self._apply(conversation, contents, image=image, style=self.style, ask=ask)
         spans = None if words is None else _locate(text, words, conversation)
         if spans is None:
+            thought = next(filter(None, map(mark_in, contents)), None)
+            if thought is not None:
+                reason = f"a message contains {thought!r}, and the chat template leaves out thoughts; remove that text."
+                raise DataError(reason)
             message = f"{self.name}: its chat template rewrites the contents of the messages, so roles cannot be told."
             raise ModelError(message)
         return Rendered(text=text, spans=spans)
@@ -175,6 +182,7 @@ class Renderer:
                 chat_template=self._source,
                 tokenize=False,
                 add_generation_prompt=ask,
+                **self.switches,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             message = f"{self.name}: its chat template cannot render the conversation ({error})."

@@ -158,8 +158,23 @@ def test_remote_code_is_never_run(tmp_path):
     assert not canary.exists()
 
 
-def test_unknown_image_inputs_are_refused_by_name():
+def test_inputs_that_the_model_does_not_take_are_refused_by_name():
     from agiqa.extract.backbones.batching import check_inputs
 
-    with pytest.raises(ModelError, match=r"'audio_features' \(1, 5\), which agiqa cannot batch"):
-        check_inputs("m", {"audio_features": torch.zeros(1, 5)})
+    takes = ["pixel_values", "grids"]
+    check_inputs("m", {"grids": torch.zeros(1, 5)}, takes)
+    with pytest.raises(ModelError, match=r"'audio_features' \(\(1, 5\)\), which the model does not take"):
+        check_inputs("m", {"audio_features": torch.zeros(1, 5)}, takes)
+    with pytest.raises(ModelError, match=r"'grids' \(list\), which the model does not take as a tensor"):
+        check_inputs("m", {"grids": [1]}, takes)
+
+
+def test_items_with_inputs_of_unknown_batching_run_alone():
+    from agiqa.extract.backbones.batching import alike
+    from agiqa.extract.backbones.contract import Prepared
+
+    def item(**inputs):
+        return Prepared(token_ids=np.zeros(3, np.int32), roles=np.zeros(3, np.uint8), inputs=inputs)
+
+    usual, odd = item(pixel_values=torch.zeros(1, 3)), item(pixel_values=torch.zeros(1, 3), grids=torch.zeros(1, 2))
+    assert alike([usual, odd, usual, odd]) == [[0, 2], [1], [3]]

@@ -88,6 +88,22 @@ def test_the_image_stands_once_before_the_first_question():
         assert contents_of(rendered)[1:] == ["fair", "why"]
 
 
+def test_a_processor_may_write_more_than_the_image():
+    """PaliGemma: BOS behind the image and an end of line; Idefics 2: a space before a word that touches the image."""
+
+    def ids(*values):
+        return np.asarray(values, dtype=np.int32)
+
+    def decode(tokens):
+        return "".join({5: "rate", 6: " it", 8: " rate"}.get(token, "?") for token in tokens)
+
+    roles = np.asarray([SPECIAL, SPECIAL, QUESTION, QUESTION, ANSWER], dtype=np.uint8)
+    more = expand_roles("m", ids(1, 9, 5, 6, 5), roles, ids(7, 9, 9, 1, 5, 6, 5, 4), 9, decode=decode)
+    assert more.tolist() == [SPECIAL, IMAGE, IMAGE, SPECIAL, QUESTION, QUESTION, ANSWER, SPECIAL]
+    spaced = expand_roles("m", ids(1, 9, 5, 6, 5), roles, ids(1, 7, 9, 9, 7, 8, 6, 5), 9, decode=decode)
+    assert spaced.tolist() == [SPECIAL, SPECIAL, IMAGE, IMAGE, SPECIAL, QUESTION, QUESTION, ANSWER]
+
+
 def test_expansion_keeps_roles_around_the_image():
     def ids(*values):
         return np.asarray(values, dtype=np.int32)
@@ -99,5 +115,7 @@ def test_expansion_keeps_roles_around_the_image():
     assert same.tolist() == [SPECIAL, IMAGE, QUESTION, QUESTION]
     with pytest.raises(ModelError, match="changes words"):
         expand_roles("m", ids(1, 9, 5, 6), roles, ids(1, 9, 9, 4, 6), 9)
+    with pytest.raises(ModelError, match="changes words"):
+        expand_roles("m", ids(1, 9, 5, 6), roles, ids(1, 9, 9, 4, 6), 9, decode=str)
     with pytest.raises(ModelError, match="no image token"):
         expand_roles("m", ids(1, 8, 5, 6), roles, ids(1, 8, 5, 6), 9)

@@ -87,6 +87,8 @@ def save(
             model = model_class(config)
             for weight in model.parameters():  # the usual tiny scale would hide mistakes in near-zero logits
                 weight.data.mul_(4 if weight.ndim > 1 else 1)
+                if weight.ndim > 1 and not weight.any():  # as some projectors of images begin
+                    torch.nn.init.normal_(weight, std=0.1)
             for name, weight in model.named_parameters():  # gates start closed, and an image behind one is unseen
                 if name.endswith("_gate"):
                     weight.data.fill_(0.5)

@@ -1,0 +1,38 @@
+"""`python -m tests.extract.families`: tries every family, and prints extract/FAMILIES.md.
+
+Run it with torchvision installed. A family whose tiny checkpoint cannot be written ends it with the error.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.extract.families.sweep import KINDS, try_family
+
+HEAD = f"""# Model families
+
+Tried with transformers {transformers.__version__}: a tiny random model of each family, in its official layout, is opened as `agiqa extract` does. A family works
+if token ids, final hidden states and logits are those of transformers' own processor and model (relative error below 1e-5), in a batch
+of two as alone, and, for models that read images, if the image is seen. Families that are not listed were not tried. This file is
+printed by `python -m tests.extract.families` (with torchvision installed), and a test compares a sample of it with what happens.
+"""
+TITLES = {"vision": "Models that read images", "text": "Models of text"}
+
+
+def main() -> None:
+    """Print the page."""
+    torch.set_num_threads(1)
+    print(HEAD, end="")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, (families, _) in KINDS.items():
+            print(f"\n## {TITLES[kind]}\n\n| family | outcome | why |\n|---|---|---|")
+            for family in sorted(families):
+                print(family, file=sys.stderr)
+                print(try_family(kind, family, Path(folder) / family / "model").row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
