@@ -1,15 +1,14 @@
 """The rating words that a model answered, from conversation files, for the items of a store."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from agiqa.errors import DataError
-from agiqa.extract.conversations import Talk, read_conversations
+from agiqa.extract.conversations import Talk, aspects_in_name, read_conversations
 from agiqa.extract.descriptions import unspoken
 from agiqa.extract.joining import row_name
 from agiqa.heads.rating_words import WORDS, parse_word
-from agiqa.store.label_tables import ASPECT_COLUMNS
+from agiqa.store.text_authors import MODEL
 
 _MIDDLE = len(WORDS) // 2
 
@@ -58,7 +57,7 @@ class RatingWords:
         for aspect, silent, talks in self._files:
             for talk in talks if aspect in (None, label) else ():
                 name = row_name(talk.image, names)
-                if name is None or not (talk.own_rating or talk.image in silent):
+                if name is None or not (talk.rating_author == MODEL or talk.image in silent):
                     continue
                 if name in found:
                     message = f"{talk.where}: the item {name!r} has a rating word of the model's own already"
@@ -68,12 +67,11 @@ class RatingWords:
 
 
 def _class_of(talk: Talk) -> int:
-    word = parse_word(talk.rating) if talk.own_rating and talk.rating else None
+    word = parse_word(talk.rating) if talk.rating_author == MODEL and talk.rating else None
     return _MIDDLE if word is None else WORDS.index(word)
 
 
 def _aspect_of(path: Path) -> str | None:
     """The one aspect that the name of the file holds; None where it holds none, or several."""
-    words = set(re.split("[^a-z0-9]+", path.stem.lower()))
-    named = words & set(ASPECT_COLUMNS.values())
+    named = aspects_in_name(path)
     return named.pop() if len(named) == 1 else None

@@ -68,6 +68,7 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     from agiqa.extract.joining import join
     from agiqa.extract.sources import find_sources
     from agiqa.progress import say
+    from agiqa.store.text_authors import TEACHER
 
     sources = find_sources(file, (), labels)
     talks = [talk for file in sources.conversations for talk in read_conversations(file.path, file.split)]
@@ -82,7 +83,7 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
         elif talk is None or talk.rating is None:
             problems.append(f"{where}: its conversation has no rating word")
         else:
-            of_teacher += not talk.own_rating
+            of_teacher += talk.rating_author == TEACHER
             rated.append(Rated(talk.rating, row.labels[aspect], row.prompt))
     if problems:
         raise DataError.from_problems(str(file), problems)
