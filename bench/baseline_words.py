@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from agiqa.errors import DataError
+from agiqa.extract.asked_prompts import Asked, prompt_faults
 from agiqa.extract.conversations import Talk, aspects_in_name, read_conversations
 from agiqa.extract.descriptions import unspoken
 from agiqa.extract.joining import row_name
@@ -33,27 +34,33 @@ class RatingWords:
             where = "the conversations with rating words"
             raise DataError.from_problems(where, problems)
 
-    def of(self, names: Sequence[str], label: str) -> list[int]:
-        """The class of each item `names`, of the aspect `label`; an answer without a clear word has the middle one.
+    def of(self, prompts: Mapping[str, str], label: str) -> dict[str, int]:
+        """By name, the class of each item's word on the aspect `label`; an answer without a clear word has the middle.
 
-        Raises DataError where an item has no word of the model's own: the teacher's was written with the MOS in view.
+        `prompts` are those of the items, by name. Raises DataError where an item has no word of the model's own, as
+        the teacher's was written with the MOS in view, or one about another prompt.
         """
         if not self._files:
             message = "no files with rating words were given"
             raise DataError(message)
-        found = self._words(dict.fromkeys(names), label)
-        lacking = [name for name in names if name not in found]
+        found = self._own(prompts, label)
+        lacking = [name for name in prompts if name not in found]
         if lacking:
             message = (
-                f"{len(lacking)} of the {len(names)} items of a test part, {lacking[0]!r} first, have no rating word "
+                f"{len(lacking)} of the {len(prompts)} items of a test part, {lacking[0]!r} first, have no rating word "
                 f"of the model's own on {label}; the teacher's words were written with the MOS in view"
             )
             raise DataError(message)
-        return [found[name] for name in names]
+        asked = {name: Asked(prompts[name], "the store", talk) for name, talk in found.items()}
+        faults = prompt_faults(asked, prompts.values())
+        if faults:
+            where = "the conversations with rating words"
+            raise DataError.from_problems(where, list(faults.values()))
+        return {name: _class_of(talk) for name, talk in found.items()}
 
-    def _words(self, names: Mapping[str, object], label: str) -> dict[str, int]:
-        """The class of every item that has a word of the model's own."""
-        found: dict[str, int] = {}
+    def _own(self, names: Mapping[str, object], label: str) -> dict[str, Talk]:
+        """The conversation of every item that has a word of the model's own."""
+        found: dict[str, Talk] = {}
         for aspect, silent, talks in self._files:
             for talk in talks if aspect in (None, label) else ():
                 name = row_name(talk.image, names)
@@ -62,7 +69,7 @@ class RatingWords:
                 if name in found:
                     message = f"{talk.where}: the item {name!r} has a rating word of the model's own already"
                     raise DataError(message)
-                found[name] = _class_of(talk)
+                found[name] = talk
         return found
 
 

@@ -1,4 +1,4 @@
-"""Whether conversations are about the prompts of their rows: images of two data sets may have the same names.
+"""Whether conversations are about the prompts of their items: images of two data sets may have the same names.
 
 A question names its prompt where its wording has it: the wording of a template, or one that several questions of the
 file share. A file in which every question is the same names no prompts, and there is nothing to compare.
@@ -7,14 +7,14 @@ file share. A file in which every question is the same names no prompts, and the
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from functools import cache
 from heapq import nlargest
 from pathlib import Path
+from typing import NamedTuple
 
 from agiqa.extract.conversations import Talk
-from agiqa.extract.labels import Row
 from agiqa.extract.templates import PROMPT, templates
 
 _SAME_WORDS = 0.9
@@ -27,38 +27,49 @@ _WORDINGS = 16
 """Wordings of one file that are looked for in each of its questions."""
 
 
-def prompt_faults(table: str, rows: Sequence[Row], pairs: Mapping[str, tuple[Row, Talk]]) -> dict[str, str]:
-    """By name of the row, a line about each conversation that is about another prompt; `pairs` are by that name too.
+class Asked(NamedTuple):
+    """A conversation, and the prompt of the item that it was matched with."""
 
-    White space and Unicode composition do not count, nor does a word in ten. `rows` are all rows of the table called
-    `table`: a conversation with the prompt of another row is no spelling of its own.
+    prompt: str
+    place: str
+    """Where the prompt stands, for messages."""
+    talk: Talk
+
+
+def prompt_faults(asked: Mapping[str, Asked], prompts: Iterable[str]) -> dict[str, str]:
+    """By name of the item, a line about each conversation that is about another prompt; `asked` is by that name too.
+
+    White space and Unicode composition do not count, nor does a word in ten. `prompts` are those of all items: a
+    conversation with the prompt of another item is no spelling of its own.
     """
-    prompts = {_clean(row.prompt) for row in rows}
-    files: dict[Path, list[tuple[Row, Talk]]] = defaultdict(list)
-    for row, talk in pairs.values():
-        files[talk.file].append((row, talk))
+    known = {_clean(prompt) for prompt in prompts}
+    files: dict[Path, dict[str, Asked]] = defaultdict(dict)
+    for name, one in asked.items():
+        files[one.talk.file][name] = one
     faults: dict[str, str] = {}
     for members in files.values():
-        questions = _Questions(members, prompts)
-        for row, talk in members:
-            own, expected = _clean(row.prompt), f"{row.name} has the prompt {row.prompt!r} ({table}, line {row.number})"
-            for named in questions.prompts_of(row, talk):
+        questions = _Questions(members.values(), known)
+        for name, (prompt, place, talk) in members.items():
+            own, expected = _clean(prompt), f"{talk.where}: {name} has the prompt {prompt!r} ({place}), and"
+            for named in questions.prompts_of(own, talk):
                 if named is None:
-                    faults[row.name] = f"{talk.where}: {expected}, and its question does not name it: {talk.describe!r}"
-                elif named != own and (named in prompts or not _alike(named, own)):
-                    faults[row.name] = f"{talk.where}: {expected}, and the conversation is about {named!r}"
+                    faults[name] = f"{expected} its question does not name it: {talk.describe!r}"
+                elif named != own and (named in known or not _alike(named, own)):
+                    faults[name] = f"{expected} the conversation is about {named!r}"
     return faults
 
 
 class _Questions:
     """The first questions of one file, and what their wording is around the prompt."""
 
-    def __init__(self, members: Sequence[tuple[Row, Talk]], prompts: Collection[str]) -> None:
-        """Learn the wordings that no template has from the questions that hold the prompt of their row.
+    def __init__(self, members: Iterable[Asked], prompts: Collection[str]) -> None:
+        """Learn the wordings that no template has from the questions that hold the prompt of their item.
 
-        `prompts` are those of all rows.
+        `prompts` are those of all items.
         """
-        others = [(question, _clean(row.prompt)) for row, talk in members if not _of_template(question := _asked(talk))]
+        others = [
+            (question, _clean(one.prompt)) for one in members if not _of_template(question := _question(one.talk))
+        ]
         self._all_alike = len({question for question, _ in others}) == 1
         self._prompts = prompts
         self._held_by: dict[str, set[str]] = defaultdict(set)
@@ -68,9 +79,12 @@ class _Questions:
                 self._held_by[wording].add(own)
         self._known = nlargest(_WORDINGS, self._held_by, key=lambda wording: len(self._held_by[wording]))
 
-    def prompts_of(self, row: Row, talk: Talk) -> Iterator[str | None]:
-        """The prompts that the conversation states and that its question names; None where it should name one."""
-        question, own = _asked(talk), _clean(row.prompt)
+    def prompts_of(self, own: str, talk: Talk) -> Iterator[str | None]:
+        """The prompts that the conversation states and that its question names; None where it should name one.
+
+        `own` is the prompt of its item.
+        """
+        question = _question(talk)
         if talk.prompt is not None:
             yield _clean(talk.prompt)
         of_template = _of_template(question)
@@ -96,7 +110,7 @@ class _Questions:
         return len(self._held_by[wording]) > 1
 
 
-def _asked(talk: Talk) -> str:
+def _question(talk: Talk) -> str:
     return _clean(talk.describe)
 
 

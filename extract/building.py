@@ -42,7 +42,15 @@ class ItemBuilder:
             split=talk.split if talk is not None and talk.split is not None else row.split,
             generator=row.generator,
             description=turns[1].content if len(turns) > 1 else None,
+            text_author=self._text_author(pair),
         )
+
+    def _text_author(self, pair: Pair) -> str | None:
+        """Who wrote what the model reads beside the questions; None without such a text, too."""
+        row, talk = pair
+        if self.variant == "no_id":
+            return None
+        return row.text_author if talk is None else talk.text_author(self.variant)
 
     def _image_faults(self, image: Path | None) -> list[str]:
         if image is None:

@@ -39,6 +39,8 @@ class Item:
     """The text-to-image model, where the data set names it."""
     description: str | None
     """The description that the conversation contains, if any."""
+    text_author: str | None = None
+    """Who wrote the descriptions and the rating word in the conversation, one of TEXT_AUTHORS; None if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ class DataSet:
     """One line, with the reason, per item left out under `on_bad_item="skip"`."""
     notes: tuple[str, ...] = ()
     """What a user should know though nothing is wrong, such as rows that no conversation names."""
+    warnings: tuple[str, ...] = ()
+    """What makes scores of heads too high, or training impossible, and how to mend it before the model runs."""
 
 
 def item_key(item: Item) -> bytes:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agiqa.errors import DataError
-from agiqa.extract.asked_prompts import prompt_faults
+from agiqa.extract.asked_prompts import Asked, prompt_faults
 from agiqa.extract.conversations import Talk
 from agiqa.extract.labels import Row
 from agiqa.extract.sources import Sources
@@ -127,7 +127,10 @@ def _choose(
             named[name] = talk
     if not named and not any(talk.problems for talk in talks):
         _refuse_strangers(sources, rows, talks)
-    strangers = prompt_faults(table, rows, {name: (first[name], talk) for name, talk in named.items()})
+    asked = {
+        name: Asked(first[name].prompt, f"{table}, line {first[name].number}", talk) for name, talk in named.items()
+    }
+    strangers = prompt_faults(asked, (row.prompt for row in rows))
     return {name: talk for name, talk in named.items() if name not in strangers}, [*problems, *strangers.values()]
 
 

@@ -6,7 +6,7 @@ import glob
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +210,7 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
             "Give the settings that it was made with, or another path."
         )
         raise SettingsConflict(message)
-    if not store.items.same_as(plan.items):
+    if not store.items.same_as(_comparable(plan.items, store)):
         if store.is_complete:
             message = (
                 f"{path} is finished and its labels, splits or prompts differ from those given now. "
@@ -222,6 +222,11 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
                 write_items(store.layout.items, plan.items)
         return _take_up(path, plan)
     return store
+
+
+def _comparable(asked: Items, store: Store) -> Items:
+    """The items asked for; without the authors of their texts where a finished store does not record any."""
+    return replace(asked, text_authors=[]) if store.is_complete and not store.items.text_authors else asked
 
 
 def _changed_items(store: Store, plan: StorePlan) -> list[str]:

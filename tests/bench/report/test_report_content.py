@@ -325,3 +325,23 @@ def test_the_leak_of_a_transfer_is_that_of_the_row_with_the_most(results, copy):
     (found,) = read_all([folder])
     assert len(rows) > 1
     assert leak(found, "published") == (len(rows), lines[0]["split"]["test"])
+
+
+def test_texts_of_a_teacher_are_a_finding_where_the_rating_word_is_read(results, copy):
+    folder = copy(results.ablation)
+    lines = made.read_lines(folder / "results.jsonl")
+    for line in lines:
+        line["text_authors"] = {"validation": {"model": 9}, "test": {"teacher": 12, "unknown": 3}}
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    about = json.loads((folder / "about.json").read_text())
+    said = f"In {len(lines)} runs, up to 12 of 15 test items read the text of a teacher that was told their MOS"
+    for variant, place in (("full", "findings"), (None, "findings"), ("id", "notes")):
+        about["stores"][""]["variant"] = variant
+        (folder / "about.json").write_text(json.dumps(about))
+        content = compose(read_all([folder]), images=None, notes=[])
+        told = {name: [one for one in getattr(content, name) if "teacher" in one] for name in ("findings", "notes")}
+        assert [len(told[name]) for name in ("findings", "notes")] == [place == "findings", place == "notes"]
+        assert told[place][0].startswith(said)
+    assert not [
+        one for one in compose(read_all([results.ablation]), images=None, notes=[]).findings if "teacher" in one
+    ]
