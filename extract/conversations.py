@@ -156,8 +156,8 @@ def _parse(where: str, text: str) -> Any:
 
 def _talk(path: Path, number: int, record: Any, split: str | None) -> Talk:
     if not isinstance(record, dict):
-        problems = ("is not a JSON object",)
-        return Talk(file=path, where=f"{path.name}, entry {number}", image="", split=split, problems=problems)
+        fault = "is not a JSON object"
+        return Talk(file=path, where=f"{path.name}, entry {number}", image="", split=split, problems=(fault,))
     entry = cast(Mapping[str, Any], record)
     where = f"{path.name}, id {entry['id']!r}" if "id" in entry else f"{path.name}, entry {number}"
     image = entry.get("image")

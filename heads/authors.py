@@ -54,4 +54,4 @@ def _remarks(source: FeatureSource, parts: Parts) -> list[str]:
 
 
 def _reads_rating_words(source: FeatureSource) -> bool:
-    return origin_of(source).get("conversation", {}).get("variant", "full") == "full"
+    return bool(origin_of(source).get("conversation", {}).get("variant", "full") == "full")

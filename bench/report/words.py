@@ -116,9 +116,9 @@ def limits(results: Sequence[Results]) -> list[str]:
             "nothing of new prompts."
         )
     found += [
-        f"{told}, without its rating word; a model that does not know the MOS may describe otherwise."
+        f"{read}, without its rating word; a model that does not know the MOS may describe otherwise."
         for one in results
-        if (told := _of_teacher(one, "test", rating_words=False))
+        if (read := _of_teacher(one, "test", rating_words=False))
     ]
     seeds = [row.test.seeds for one in results for row in one.rows if row.kind == "head" and row.test is not None]
     if seeds and min(seeds) < _FEW_SEEDS:
