@@ -153,6 +153,7 @@ def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Tr
     """The truth in a label table, by item name."""
     from agiqa.errors import DataError
     from agiqa.extract.joining import row_name
+    from agiqa.heads.prompts import normalise_prompt
 
     rows = _labelled_rows(table, mos_range)
     by_name = {row.name: row for row in reversed(rows)}
@@ -163,6 +164,8 @@ def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Tr
             message = f"no row of {table.name} has this name"
         elif row.problems or aspect not in row.labels:
             message = f"{table.name}, line {row.number}: {'; '.join(row.problems) or f'no MOS of {aspect}'}"
+        elif normalise_prompt(cells.get("prompt") or row.prompt) != normalise_prompt(row.prompt):
+            message = f"its prompt is {cells['prompt']!r}, in {table.name}, line {row.number}, it is {row.prompt!r}"
         else:
             return row.labels[aspect], row.prompt
         raise DataError(message)
