@@ -116,7 +116,12 @@ def _question(talk: Talk) -> str:
 
 def _of_template(question: str) -> list[str]:
     """The prompt in a question in the words of a template; empty for other words."""
-    return _prompts_in(question, [_clean(template.describe) for template in templates().values()])
+    return _prompts_in(question, _template_wordings())
+
+
+@cache
+def _template_wordings() -> tuple[str, ...]:
+    return tuple(_clean(template.describe) for template in templates().values())
 
 
 def _wording(question: str, prompt: str) -> str | None:
@@ -138,7 +143,6 @@ def _prompts_in(question: str, wordings: Iterable[str]) -> list[str]:
     return found
 
 
-@cache
 def _clean(text: str) -> str:
     """The text as it is compared: composed Unicode, single spaces."""
     return " ".join(unicodedata.normalize("NFC", text).split())

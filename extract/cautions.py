@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from agiqa.extract.items import Item
 from agiqa.extract.sources import Sources
-from agiqa.store.text_authors import TEACHER, teacher_warning
+from agiqa.store.text_authors import TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, teacher_warning
 
 _SCORED = ("val", "test")
 """The parts whose scores choose or measure a head."""
@@ -17,6 +17,12 @@ def cautions(sources: Sources, items: Sequence[Item], *, variant: str) -> Iterat
         authors = [item.text_author for item in items if item.split == part]
         if count := authors.count(TEACHER):
             yield teacher_warning(part, count, len(authors), rating_words=variant == "full")
+        if variant == "full" and (count := authors.count(None)):
+            yield (
+                f"{sources.table} does not say who wrote the rating words that {count} of {len(authors)} {part} items "
+                f"read. If a teacher did that was told the MOS, scores are too high: name the author in a column "
+                f"`{TEXT_AUTHOR}` ({', '.join(TEXT_AUTHORS)})"
+            )
     if not any(item.split == "test" for item in items):
         yield _without_test_part(sources, items)
 

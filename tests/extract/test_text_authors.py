@@ -89,6 +89,16 @@ def test_a_table_says_it_in_a_column_and_without_one_nobody_knows(tmp_path):
         load(tmp_path)
 
 
+def test_rating_words_of_a_table_that_nobody_signed_are_asked_about(tmp_path):
+    columns = ["name", "prompt", "mos", "description", "rating", "split", "text_author"]
+    rows = [["a", "x", 1.0, "dull", "poor", "test", ""], ["b", "y", 2.0, "sharp", "fair", "test", "model"]]
+    data = write_table(tmp_path, rows, columns)
+    (found,) = load(data, variant="full").warnings
+    assert "data.csv does not say who wrote the rating words that 1 of 2 test items read" in found
+    assert "in a column `text_author` (teacher, teacher-blind, model)" in found
+    assert load(data, variant="id").warnings == ()
+
+
 @pytest.mark.parametrize(("variant", "word"), [("full", "its rating word included"), ("id", "without its rating word")])
 def test_test_and_val_items_that_read_a_teacher_are_warned_of(folder, variant, word):
     files = [
