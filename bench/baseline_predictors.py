@@ -83,8 +83,10 @@ class Evidence:
 
     def words(self, items: Positions) -> Array:
         """The classes of the rating words. Raises DataError where an item has none of the model's own."""
-        names = [self._source.items.names[item] for item in items]
-        return np.array(self._words.of(names, self.label), dtype=np.float64)
+        names, prompts = self._source.items.names, self._source.items.prompts
+        asked = {names[item]: prompts[item] for item in items}
+        found = self._words.of(asked, self.label)
+        return np.array([found[names[item]] for item in items], dtype=np.float64)
 
     def _column(self, column: str, items: Positions, what: str, remedy: str) -> list[str]:
         """A text column, whole. A source that is no store may not have it at all."""

@@ -1,15 +1,15 @@
 """The rating words that a model answered, from conversation files, for the items of a store."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from agiqa.errors import DataError
-from agiqa.extract.conversations import Talk, read_conversations
+from agiqa.extract.asked_prompts import Asked, prompt_faults
+from agiqa.extract.conversations import Talk, aspects_in_name, read_conversations
 from agiqa.extract.descriptions import unspoken
 from agiqa.extract.joining import row_name
 from agiqa.heads.rating_words import WORDS, parse_word
-from agiqa.store.label_tables import ASPECT_COLUMNS
+from agiqa.store.text_authors import MODEL
 
 _MIDDLE = len(WORDS) // 2
 
@@ -34,46 +34,51 @@ class RatingWords:
             where = "the conversations with rating words"
             raise DataError.from_problems(where, problems)
 
-    def of(self, names: Sequence[str], label: str) -> list[int]:
-        """The class of each item `names`, of the aspect `label`; an answer without a clear word has the middle one.
+    def of(self, prompts: Mapping[str, str], label: str) -> dict[str, int]:
+        """By name, the class of each item's word on the aspect `label`; an answer without a clear word has the middle.
 
-        Raises DataError where an item has no word of the model's own: the teacher's was written with the MOS in view.
+        `prompts` are those of the items, by name. Raises DataError where an item has no word of the model's own, as
+        the teacher's was written with the MOS in view, or one about another prompt.
         """
         if not self._files:
             message = "no files with rating words were given"
             raise DataError(message)
-        found = self._words(dict.fromkeys(names), label)
-        lacking = [name for name in names if name not in found]
+        found = self._own(prompts, label)
+        lacking = [name for name in prompts if name not in found]
         if lacking:
             message = (
-                f"{len(lacking)} of the {len(names)} items of a test part, {lacking[0]!r} first, have no rating word "
+                f"{len(lacking)} of the {len(prompts)} items of a test part, {lacking[0]!r} first, have no rating word "
                 f"of the model's own on {label}; the teacher's words were written with the MOS in view"
             )
             raise DataError(message)
-        return [found[name] for name in names]
+        asked = {name: Asked(prompts[name], "the store", talk) for name, talk in found.items()}
+        faults = prompt_faults(asked, prompts.values())
+        if faults:
+            where = "the conversations with rating words"
+            raise DataError.from_problems(where, list(faults.values()))
+        return {name: _class_of(talk) for name, talk in found.items()}
 
-    def _words(self, names: Mapping[str, object], label: str) -> dict[str, int]:
-        """The class of every item that has a word of the model's own."""
-        found: dict[str, int] = {}
+    def _own(self, names: Mapping[str, object], label: str) -> dict[str, Talk]:
+        """The conversation of every item that has a word of the model's own."""
+        found: dict[str, Talk] = {}
         for aspect, silent, talks in self._files:
             for talk in talks if aspect in (None, label) else ():
                 name = row_name(talk.image, names)
-                if name is None or not (talk.own_rating or talk.image in silent):
+                if name is None or not (talk.rating_author == MODEL or talk.image in silent):
                     continue
                 if name in found:
                     message = f"{talk.where}: the item {name!r} has a rating word of the model's own already"
                     raise DataError(message)
-                found[name] = _class_of(talk)
+                found[name] = talk
         return found
 
 
 def _class_of(talk: Talk) -> int:
-    word = parse_word(talk.rating) if talk.own_rating and talk.rating else None
+    word = parse_word(talk.rating) if talk.rating_author == MODEL and talk.rating else None
     return _MIDDLE if word is None else WORDS.index(word)
 
 
 def _aspect_of(path: Path) -> str | None:
     """The one aspect that the name of the file holds; None where it holds none, or several."""
-    words = set(re.split("[^a-z0-9]+", path.stem.lower()))
-    named = words & set(ASPECT_COLUMNS.values())
+    named = aspects_in_name(path)
     return named.pop() if len(named) == 1 else None

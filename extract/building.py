@@ -48,7 +48,15 @@ class ItemBuilder:
             generator=row.generator,
             description=turns[1].content if len(turns) > 1 else None,
             image_sha256=sha256,
+            text_author=self._text_author(pair),
         )
+
+    def _text_author(self, pair: Pair) -> str | None:
+        """Who wrote what the model reads beside the questions; None without such a text, too."""
+        row, talk = pair
+        if self.variant == "no_id":
+            return None
+        return row.text_author if talk is None else talk.text_author(self.variant)
 
     def _image_of(self, name: str) -> tuple[Path, str]:
         """The image file called `name` and its SHA-256. Raises DataError for one that is missing or cannot be read."""

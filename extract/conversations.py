@@ -1,14 +1,15 @@
 """M3-AGIQA conversation files: the published questions with the descriptions that the models gave.
 
 A file holds one JSON list, or one JSON object per line, of
-`{id, image, conversations: [{role, content} x 4], response_0?, response_1?}`. `response_0` and `response_1`
-are the fine-tuned local model's own description and rating word; where they are given they stand in for
-the teacher's, which were written with the MOS in view.
+`{id, image, conversations: [{role, content} x 4], response_0?, response_1?, text_author?, prompt?}`. `response_0`
+and `response_1` are the fine-tuned local model's own description and rating word; where they are given they stand in
+for those of `conversations`. Those are a teacher's that was told the MOS, unless `text_author` names another writer.
+`prompt` is the prompt that the conversation is about, for questions that do not name it.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +17,13 @@ from typing import Any, cast
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract.items import Message
 from agiqa.extract.templates import template_of
-from agiqa.store.label_tables import SPLITS, read_text
+from agiqa.store.label_tables import ASPECT_NAMES, SPLITS, read_text
+from agiqa.store.text_authors import MODEL, TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, author_of
 
 IMAGE_MARK = re.compile(r"\A<image>\n?")
 """Where the published training files say that the image goes: always before the first question."""
 
+_TEXT_FIELDS = ("image", "response_0", "response_1", "prompt")
 _ROLES = ("user", "assistant", "user", "assistant")
 _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
 _PREFIX = re.compile(r"(?:(?P<aspect>\w{2,}):(?!//))?(?:(?P<split>[A-Za-z]+)=)?(?P<file>.+)")
@@ -46,8 +49,8 @@ class ConversationFile:
             raise ConfigError(message)
         if self.aspect is not None or len(aspects) == 1:
             return self.aspect or aspects[0]
-        words = re.split("[^a-z0-9]+", self.path.stem.lower())
-        named = [aspect for aspect in aspects if aspect in words]
+        known = aspects_in_name(self.path)
+        named = [aspect for aspect in aspects if aspect in known]
         if len(named) != 1:
             choices = " or ".join(f"{aspect}:{self.path}" for aspect in aspects)
             message = f"{self.path}: which aspect do these describe? Write {choices}."
@@ -59,19 +62,29 @@ class ConversationFile:
 class Talk:
     """One conversation of a file; where `problems` is not empty its texts mean nothing."""
 
+    file: Path
     where: str
     """The file's name and the conversation's id, for messages."""
     image: str
     split: str | None
+    prompt: str | None = None
+    """The prompt that the entry states; None where only its question may name it."""
     describe: str = ""
     description: str = ""
+    description_author: str | None = None
+    """Who wrote `description`, one of TEXT_AUTHORS."""
     rate: str = ""
     rating: str | None = None
-    own_rating: bool = False
-    """Whether `rating` is the local model's own answer (`response_1`), not the teacher's word."""
+    rating_author: str | None = None
+    """Who wrote `rating`."""
     problems: tuple[str, ...] = ()
     more: tuple["Talk", ...] = ()
     """Conversations on further aspects of the same image, whose descriptions follow this one's."""
+
+    def text_author(self, variant: str) -> str | None:
+        """Who wrote the texts that the model reads under `variant`, as `author_of` of them."""
+        writers = [talk.description_author for talk in (self, *self.more)]
+        return author_of([*writers, self.rating_author] if variant == "full" else writers)
 
     def messages(self, variant: str) -> tuple[Message, ...]:
         """What the model reads under `variant`: id ends with the rating question, full with the rating word."""
@@ -95,11 +108,18 @@ def parse_source(source: str) -> ConversationFile:
         return ConversationFile(path=Path(source), split=_split_of(Path(source)))
     aspect, split, path = match["aspect"], match["split"], Path(match["file"])
     if aspect is not None:
+        aspect = ASPECT_NAMES.get(aspect, aspect)
         template_of(aspect)
     if split is not None and split not in SPLITS:
         unknown = UnknownName.of("split", split, SPLITS)
         raise unknown
     return ConversationFile(path=path, split=split or _split_of(path), aspect=aspect)
+
+
+def aspects_in_name(path: Path) -> set[str]:
+    """The aspects that words of the file's name stand for; `align` and `alignment` are correspondence."""
+    words = re.split("[^a-z0-9]+", path.stem.lower())
+    return {ASPECT_NAMES[word] for word in words if word in ASPECT_NAMES}
 
 
 def _split_of(path: Path) -> str | None:
@@ -136,31 +156,45 @@ def _parse(where: str, text: str) -> Any:
 
 def _talk(path: Path, number: int, record: Any, split: str | None) -> Talk:
     if not isinstance(record, dict):
-        return Talk(where=f"{path.name}, entry {number}", image="", split=split, problems=("is not a JSON object",))
+        fault = "is not a JSON object"
+        return Talk(file=path, where=f"{path.name}, entry {number}", image="", split=split, problems=(fault,))
     entry = cast(Mapping[str, Any], record)
     where = f"{path.name}, id {entry['id']!r}" if "id" in entry else f"{path.name}, entry {number}"
     image = entry.get("image")
-    problems = [] if isinstance(image, str) and image else ["has no `image`"]
     texts, faults = _texts(entry.get("conversations"))
-    problems.extend(faults)
-    for key in ("response_0", "response_1"):
-        if entry.get(key) is not None and not _is_text(entry[key]):
-            problems.append(f"`{key}` is empty or not text")
-    for part in filter(_is_halved, (image, *texts, entry.get("response_0"), entry.get("response_1"))):
-        problems.append(f"the text {str(part)[:40]!r} holds half a character (a lone surrogate)")
+    problems = tuple(_problems(entry, texts, faults))
     if problems:
         name = image if isinstance(image, str) else ""
-        return Talk(where=where, image=name, split=split, problems=tuple(problems))
+        return Talk(file=path, where=where, image=name, split=split, problems=problems)
+    written_by = entry.get(TEXT_AUTHOR) or TEACHER
+    described, rated = entry.get("response_0"), entry.get("response_1")
     return Talk(
+        file=path,
         where=where,
         image=cast(str, image),
         split=split,
+        prompt=entry.get("prompt"),
         describe=IMAGE_MARK.sub("", texts[0]),
-        description=entry.get("response_0") or texts[1],
+        description=described or texts[1],
+        description_author=MODEL if described else written_by,
         rate=texts[2],
-        rating=entry.get("response_1") or (texts[3] if len(texts) > 3 else None),
-        own_rating=bool(entry.get("response_1")),
+        rating=rated or (texts[3] if len(texts) > 3 else None),
+        rating_author=MODEL if rated else written_by,
     )
+
+
+def _problems(entry: Mapping[str, Any], texts: Sequence[str], faults: Sequence[str]) -> Iterator[str]:
+    """Why the entry cannot be used; `faults` are those of its messages, whose contents are `texts`."""
+    if not _is_text(entry.get("image")):
+        yield "has no `image`"
+    yield from faults
+    for key in ("response_0", "response_1", "prompt"):
+        if entry.get(key) is not None and not _is_text(entry[key]):
+            yield f"`{key}` is empty or not text"
+    if entry.get(TEXT_AUTHOR) not in (None, *TEXT_AUTHORS):
+        yield f"`{TEXT_AUTHOR}` is {entry[TEXT_AUTHOR]!r}, none of {', '.join(TEXT_AUTHORS)}"
+    for part in filter(_is_halved, (*texts, *(entry.get(key) for key in _TEXT_FIELDS))):
+        yield f"the text {str(part)[:40]!r} holds half a character (a lone surrogate)"
 
 
 def _texts(messages: Any) -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from agiqa.errors import ConfigError, DataError
 from agiqa.extract.building import ItemBuilder
+from agiqa.extract.cautions import cautions
 from agiqa.extract.conversations import Talk, read_conversations
 from agiqa.extract.image_checks import CHECKERS, image_checks
 from agiqa.extract.items import DataSet, Item
@@ -37,8 +38,9 @@ def load_data_set(
     whose `name` ends its `image` field. A variant with several aspects (see `aspects_of`) needs files of each, the
     aspect written before the file or a word of its name, or no files and a column `description_ASPECT` of each in the
     csv; its column `description` is on `aspect`. Rows that no conversation names are not part of the data
-    set; their number is in `notes`. MOS must lie within `mos_range` (lowest, highest), and every row of a csv that
-    has a column of them must have one; None leaves them unread.
+    set; their number is in `notes`. `warnings` tell of test items that read a teacher's text, and of a missing test
+    part. MOS must lie within `mos_range` (lowest, highest), and every row of a csv that has a column of them must have
+    one; None leaves them unread.
 
     Raises UnknownName for a variant, aspect or split; ConfigError for options that contradict each other;
     DataError for files that cannot be used at all and, under `on_bad_item="fail"`, one that lists every bad
@@ -59,7 +61,12 @@ def load_data_set(
         raise DataError.from_problems(str(data), problems)
     unlabelled = () if mos_range is None or table.labelled else (_unlabelled(sources, table),)
     return DataSet(
-        name=sources.name, items=items, skipped=problems, notes=(*joined.notes, *unlabelled), table=sources.table
+        name=sources.name,
+        items=items,
+        skipped=problems,
+        notes=(*joined.notes, *unlabelled),
+        warnings=tuple(cautions(sources, items, variant=variant)),
+        table=sources.table,
     )
 
 

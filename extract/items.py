@@ -42,6 +42,8 @@ class Item:
     """The description that the conversation contains, if any."""
     image_sha256: str | None = None
     """Of the image file when this item was made, in hex; `read_image` compares it. None compares nothing."""
+    text_author: str | None = None
+    """Who wrote the descriptions and the rating word in the conversation, one of TEXT_AUTHORS; None if unknown."""
 
     def __str__(self) -> str:
         """For messages."""
@@ -58,6 +60,8 @@ class DataSet:
     """One line, with the reason, per item left out under `on_bad_item="skip"`."""
     notes: tuple[str, ...] = ()
     """What a user should know though nothing is wrong, such as rows that no conversation names."""
+    warnings: tuple[str, ...] = ()
+    """What makes scores of heads too high, or training impossible, and how to mend it before the model runs."""
     table: Path | None = None
     """The file that the labels come from, where there is one."""
 

@@ -1,9 +1,10 @@
-"""Rows and conversations matched by image name; what matches nothing is a problem with an address."""
+"""Rows and conversations matched by image name and prompt; what matches nothing is a problem with an address."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from agiqa.errors import DataError
+from agiqa.extract.asked_prompts import Asked, prompt_faults
 from agiqa.extract.conversations import Talk
 from agiqa.extract.labels import Row
 from agiqa.extract.sources import Sources
@@ -31,9 +32,7 @@ def join(sources: Sources, rows: Sequence[Row], talks: Sequence[Talk]) -> Joined
         alone: list[Pair] = [(row, None) for row in rows if not row.name or first[row.name] is row]
         return Joined(pairs=tuple(alone), problems=tuple(_repeats(table, rows, first)), notes=())
     first = _first_by_name(rows)
-    chosen, problems = _choose(table, first, talks)
-    if not chosen and not any(talk.problems for talk in talks):
-        _refuse_strangers(sources, rows, talks)
+    chosen, problems = _choose(sources, rows, first, talks)
     named = {name for talk in talks if (name := row_name(talk.image, first)) is not None}
     problems.extend(_repeats(table, [row for row in rows if row.name in named], first))
     pairs: list[Pair] = [(first[name], talk) for name, talk in chosen.items()]
@@ -58,10 +57,8 @@ def join_aspects(sources: Sources, rows: Sequence[Row], talks: Mapping[str, Sequ
         if not spoken:
             message = f"No descriptions of {aspect}; give their file: --conversations {aspect}:FILE."
             raise DataError(message)
-        chosen[aspect], faults = _choose(table, first, spoken)
+        chosen[aspect], faults = _choose(sources, rows, first, spoken)
         problems.extend(f"{aspect}: {fault}" for fault in faults)
-        if not chosen[aspect] and not any(talk.problems for talk in spoken):
-            _refuse_strangers(sources, rows, spoken)
     named = sorted({name for found in chosen.values() for name in found}, key=lambda name: first[name].number)
     problems.extend(_repeats(table, [row for row in rows if row.name in set(named)], first))
     pairs: list[Pair] = []
@@ -110,21 +107,31 @@ def _repeats(table: str, rows: Sequence[Row], first: Mapping[str, Row]) -> Itera
             yield f"{row.name} ({table}, line {row.number}): duplicate of line {first[row.name].number}"
 
 
-def _choose(table: str, rows: Mapping[str, Row], talks: Sequence[Talk]) -> tuple[dict[str, Talk], list[str]]:
-    """The conversation of each row name, and the conversations that cannot be used."""
-    chosen: dict[str, Talk] = {}
-    problems: list[str] = []
+def _choose(
+    sources: Sources, rows: Sequence[Row], first: Mapping[str, Row], talks: Sequence[Talk]
+) -> tuple[dict[str, Talk], list[str]]:
+    """The conversation of each row name, and the conversations that cannot be used; `first` is the row of a name.
+
+    Raises DataError when not a single conversation finds its row.
+    """
+    table, named, problems = sources.table.name, dict[str, Talk](), list[str]()
     for talk in talks:
-        name = row_name(talk.image, rows)
+        name = row_name(talk.image, first)
         if talk.problems:
             problems.append(f"{talk.where}: {'; '.join(talk.problems)}")
         elif name is None:
             problems.append(f"{talk.where}: no row of {table} is named like its image {talk.image!r}")
-        elif name in chosen:
-            problems.append(f"{talk.where}: the image {name} has a conversation already ({chosen[name].where})")
+        elif name in named:
+            problems.append(f"{talk.where}: the image {name} has a conversation already ({named[name].where})")
         else:
-            chosen[name] = talk
-    return chosen, problems
+            named[name] = talk
+    if not named and not any(talk.problems for talk in talks):
+        _refuse_strangers(sources, rows, talks)
+    asked = {
+        name: Asked(first[name].prompt, f"{table}, line {first[name].number}", talk) for name, talk in named.items()
+    }
+    strangers = prompt_faults(asked, (row.prompt for row in rows))
+    return {name: talk for name, talk in named.items() if name not in strangers}, [*problems, *strangers.values()]
 
 
 def _refuse_strangers(sources: Sources, rows: Sequence[Row], talks: Sequence[Talk]) -> None:

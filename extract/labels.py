@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 from agiqa.errors import DataError
 from agiqa.extract.templates import templates
 from agiqa.store.label_tables import ASPECT_COLUMNS, SPLITS, read_mos, read_table
+from agiqa.store.text_authors import TEXT_AUTHOR, TEXT_AUTHORS
 
-_TEXT_COLUMNS = ("name", "prompt", "split", "generator", "description", "rating")
+_TEXT_COLUMNS = ("name", "prompt", "split", "generator", "description", "rating", TEXT_AUTHOR)
 _DESCRIPTION = "description"
 """A column of this name has descriptions of the aspect that is asked for, `description_ASPECT` those of any aspect."""
 
@@ -27,6 +28,8 @@ class Row:
     descriptions: Mapping[str, str]
     """By the aspect that they are on; an absent aspect has none."""
     rating: str | None
+    text_author: str | None
+    """Who wrote the descriptions and the rating word of the row."""
     problems: tuple[str, ...]
 
 
@@ -81,7 +84,7 @@ def _row(
 ) -> Row:
     columns = dict(zip(header, cells, strict=False))
     text = {column: columns.get(column, "") for column in _TEXT_COLUMNS}
-    optional = {column: text[column].strip() or None for column in ("split", "generator", "rating")}
+    optional = {column: text[column].strip() or None for column in ("split", "generator", "rating", TEXT_AUTHOR)}
     labels, problems = ({}, []) if mos_range is None else _labels(columns, mos_range)
     if len(cells) != len(header):
         problems.insert(0, f"has {len(cells)} fields where the header has {len(header)}")
@@ -90,6 +93,8 @@ def _row(
         problems.append("the prompt is empty")
     if optional["split"] not in (None, *SPLITS):
         problems.append(f"split {optional['split']!r} is none of {', '.join(SPLITS)}")
+    if optional[TEXT_AUTHOR] not in (None, *TEXT_AUTHORS):
+        problems.append(f"{TEXT_AUTHOR} {optional[TEXT_AUTHOR]!r} is none of {', '.join(TEXT_AUTHORS)}")
     return Row(
         number=number,
         name=text["name"],

@@ -213,6 +213,7 @@ def item_table(items: Sequence[Item]) -> Items:
         generators=[item.generator for item in items],
         descriptions=[item.description for item in items],
         labels={aspect: np.array([item.labels.get(aspect, np.nan) for item in items]) for aspect in aspects},
+        text_authors=[item.text_author for item in items],
     )
 
 

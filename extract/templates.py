@@ -14,6 +14,9 @@ VARIANTS = ("no_id", "id", "full")
 `aspects_of` knows the variants with descriptions of several aspects.
 """
 
+PROMPT = "{prompt}"
+"""Stands in a wording for the text that the image was generated from."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
@@ -71,4 +74,4 @@ def aspects_of(variant: str, aspect: str) -> tuple[str, ...]:
 
 def fill(question: str, prompt: str) -> str:
     """`question` with `{prompt}` replaced to the letter: braces within the prompt stay what they are."""
-    return question.replace("{prompt}", prompt)
+    return question.replace(PROMPT, prompt)

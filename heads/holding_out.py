@@ -38,7 +38,8 @@ def published_items(source: FeatureSource) -> tuple[Items, Items, Items]:
         where = location_of(source)
         message = (
             f"{where}: the split 'published' needs items marked train and test, and the split column holds: "
-            f"{_counts(splits)}. Use the split 'grouped', or join a split column with `agiqa store labels`."
+            f"{_counts(splits)}. Use the split 'grouped', join a split column with `agiqa store labels`, or extract "
+            "with `--conversations test=FILE` where FILE is the part to test on."
         )
         raise DataError(message)
     validation = split_items(source, "val") if "val" in splits else np.arange(0)

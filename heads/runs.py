@@ -3,7 +3,8 @@
 head.safetensors  weights and constants of the head, without W_lm
 config.json       head and training settings, the store, what its features mean and what made them (model, adapter,
                   conversation), the identity of items and labels, versions, kernels
-metrics.json      validation and test metrics with intervals, the chosen epoch, the split and its warnings
+metrics.json      validation and test metrics with intervals, the chosen epoch, the split, who wrote the texts of its
+                  parts (`text_authors`), warnings and notes
 predictions.csv   name, prompt, split, mos, predicted for the validation and test items
 curves.csv        a row per epoch; with `paper_compatible` also its test scores
 parts.json        name and prompt of every item that trained the head, chose its epoch, and was tested on

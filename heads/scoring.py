@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError, HeadError, UnknownName
+from agiqa.heads.authors import author_warnings
 from agiqa.heads.batches import BatchLoader
 from agiqa.heads.features import FeatureSet, FeatureSource, location_of, read_labels
 from agiqa.heads.fitting import resolve_device
@@ -51,7 +52,8 @@ def evaluate(
     """Metrics with intervals on one part of a store: `test`, `validation`, `train` or `all`.
 
     On the store of the run the parts are those of its training; on another store they are its split column's.
-    `warnings` in the result count the items and prompts that the head was trained on; `logistic` is the recorded
+    `warnings` in the result count the items and prompts that the head was trained on, and the items that read a
+    teacher's rating words; `logistic` is the recorded
     mapping behind each `plcc_logistic4` and the like, or why there is none. For a head with several labels all but
     `warnings` stands once per label, under its name.
     Raises as `predict`, UnknownName for the part or a label that the store has not, DataError for an empty part or
@@ -64,6 +66,7 @@ def evaluate(
     scores = scores_of_labels(source, items, labels, predicted, mappings=mappings, seed=run.train.seed)
     told = [{**score, "logistic": fitted.record()} for score, fitted in zip(scores, mappings, strict=True)]
     warnings = [] if part in _TRAINING_PARTS else _leaks(run, source, items)
+    warnings += author_warnings(source, {part: items})
     return {**by_label(run.train.labels, told), "warnings": warnings}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from agiqa.heads.authors import author_record, author_warnings
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.events import check_tensorboard
@@ -137,7 +138,8 @@ def _train(
         "epochs_run": len(selection.curves),
         "refit": config.refit,
         "split": {"name": config.split, **partition.record()},
-        "warnings": partition.warnings() + start_warnings(task.start, source, config, partition.test),
+        "warnings": _warnings(task, partition),
+        **author_record(source, partition.parts()),
         "features": feeding.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
@@ -157,6 +159,13 @@ def _train(
         partial=state.folder / "run",
         events=state.folder / EVENTS if config.tensorboard else None,
     )
+
+
+def _warnings(task: _Task, partition: Partition) -> list[str]:
+    """What a reader of the metrics must know of the split, the texts of its parts, and the run that was begun from."""
+    source = task.source
+    of_start = start_warnings(task.start, source, task.train, partition.test)
+    return [*partition.warnings(), *author_warnings(source, partition.parts()), *of_start]
 
 
 def check_settings(source: FeatureSource, head: HeadConfig, train: TrainConfig) -> None:

@@ -4,6 +4,7 @@ import json
 
 from agiqa.store.layout import FORMAT, VERSION
 from agiqa.store.reading import Store
+from agiqa.store.text_authors import count_authors
 
 _TRAINING = {
     "hidden": "`agiqa train {name} RUN` trains a head.",
@@ -17,6 +18,7 @@ def data_card(store: Store) -> str:
     """The README.md of `store` as markdown."""
     items = store.items
     aspects = ", ".join(sorted(items.labels)) or "none"
+    authors = ", ".join(f"{author} ({count})" for author, count in count_authors(items.text_authors).items())
     return f"""# {store.path.name}
 
 Features of {len(items)} AI-generated images and their conversations, {int(store.n_tokens.sum())} tokens, made once by a
@@ -28,6 +30,7 @@ multimodal language model so that quality-assessment heads can be trained withou
 | store id | `{store.id}` |
 | encoding | {store.encoding}, {store.logical_dtype}, {store.width} values per token |
 | MOS | {aspects} |
+| authors of the texts | {authors or "unknown"} |
 
 ## Load
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def _take_up(path: Path, plan: StorePlan) -> Store:
         raise SettingsConflict(message)
     if not _has_items(store, plan.items):
         if store.is_complete:
-            raise SettingsConflict(_other_labels(path, store.items, plan))
+            raise SettingsConflict(_other_labels(store, plan))
         with upkeep_lock(store.layout, doing="writing the labels of", kept="finished units are kept"):
             if not store.layout.manifest.exists():  # else a seal has listed the old ones since
                 replace_recorded_items(store.layout, plan.items)
@@ -141,16 +142,21 @@ def _is_missing(store: Store, path: str) -> bool:
 def _has_items(store: Store, items: Items) -> bool:
     """Whether the store has these labels, splits and prompts; a damaged table of an unfinished store has not."""
     try:
-        return store.items.same_as(items)
+        return store.items.same_as(_comparable(items, store))
     except DamagedStore:
         if store.is_complete:
             raise
         return False
 
 
-def _other_labels(path: Path, stored: Items, plan: StorePlan) -> str:
+def _comparable(asked: Items, store: Store) -> Items:
+    """The items asked for; without the authors of their texts where a finished store does not record any."""
+    return replace(asked, text_authors=[]) if store.is_complete and not store.items.text_authors else asked
+
+
+def _other_labels(store: Store, plan: StorePlan) -> str:
     """What differs between the item tables of a finished store and a plan, and how to store what is given now."""
-    there, here = stored.table(), plan.items.table()
+    path, there, here = store.path, store.items.table(), _comparable(plan.items, store).table()
     columns = sorted({*there.column_names, *here.column_names})
     different = [name for name in columns if not _same_column(there, here, name)]
     message = f"{path} is finished and its labels or texts differ from those given now ({', '.join(different)})."

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from agiqa.errors import ConfigError, SchemaError, UnknownName
 from agiqa.store.files import canonical_json
 from agiqa.store.items import LABEL_PREFIX, Items
+from agiqa.store.text_authors import TEXT_AUTHOR
 
 COMPRESSIONS = ("auto", "zstd", "gzip", "none")
 JSON_ATTRIBUTES = "json_attributes"
@@ -172,4 +173,5 @@ def read_items(group: h5py.Group) -> Items:
             for name in sorted(group)
             if name.startswith(LABEL_PREFIX)
         },
+        text_authors=texts(TEXT_AUTHOR) if TEXT_AUTHOR in group else [],
     )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, DataError
 from agiqa.store.files import sync_file
+from agiqa.store.text_authors import TEXT_AUTHOR
 
 LABEL_PREFIX = "mos_"
 _NAMES_PER_BYTE = 16
@@ -33,6 +34,8 @@ class Items:
     descriptions: list[str | None]
     labels: Mapping[str, NDArray[np.float64]] = field(default_factory=dict[str, NDArray[np.float64]])
     """Aspect (quality, correspondence, authenticity) to MOS per item, (items,), NaN where there is none."""
+    text_authors: list[str | None] = field(default_factory=list[str | None])
+    """Who wrote the text that each item reads (see text_authors.py); empty where that is known of no item."""
 
     def __len__(self) -> int:
         """Number of items."""
@@ -56,6 +59,8 @@ class Items:
             "generator": pa.array(self.generators, text),
             "description": pa.array(self.descriptions, text),
         }
+        if any(self.text_authors):
+            columns[TEXT_AUTHOR] = pa.array(self.text_authors, text)
         for aspect in sorted(self.labels):
             columns[LABEL_PREFIX + aspect] = pa.array(self.labels[aspect], pa.float64(), from_pandas=True)
         return pa.table(columns)
@@ -115,6 +120,7 @@ def read_items(path: Path) -> Items:
                 for name, column in columns.items()
                 if name.startswith(LABEL_PREFIX)
             },
+            text_authors=columns[TEXT_AUTHOR].to_pylist() if TEXT_AUTHOR in columns else [],
         )
     except DamagedStore:
         raise

@@ -18,6 +18,9 @@ ASPECT_COLUMNS = {
 }
 """Aspect by column name, as AGIQA-3k, AIGCIQA2023 and AIGIQA-20k call them."""
 
+ASPECT_NAMES = {column.removeprefix("mos_"): aspect for column, aspect in ASPECT_COLUMNS.items() if "_" in column}
+"""Aspect by the name that files and their columns give it: `align` and `alignment` are correspondence."""
+
 SPLITS = ("train", "val", "test")
 
 

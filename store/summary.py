@@ -7,15 +7,18 @@ from typing import Any
 import numpy as np
 
 from agiqa.store.files import files_below, read_json
+from agiqa.store.items import Items
 from agiqa.store.reading import Store
+from agiqa.store.text_authors import count_authors
 
 
 def store_summary(store: Store) -> dict[str, Any]:
-    """State, encoding, items, tokens, bytes, labels, splits and provenance of `store`, JSON-able.
+    """State, encoding, items, tokens, bytes, labels, splits, authors of texts and provenance of `store`, JSON-able.
 
     `bytes_raw_features` is what the finished units take decoded; `bytes_raw_logits` what their logits would take
     as float16 (present where the size of the vocabulary is known). `seconds_of_work` is the sum of what the records of
     the finished units say; None where some of them are not here, as in a store that was pulled or is read at a URL.
+    `text_authors` counts who wrote the texts, by split; None where that is known of no item.
     """
     items, done = store.items, store.committed_units()
     records = [read_json(path) for unit in done if (path := store.layout.commit(unit)).exists()]
@@ -38,12 +41,20 @@ def store_summary(store: Store) -> dict[str, Any]:
         "seconds_of_work": _seconds(records) if len(records) == len(done) else None,
         "labels": {aspect: int(np.isfinite(mos).sum()) for aspect, mos in items.labels.items()},
         "splits": dict(Counter(split or "none" for split in items.splits)),
+        "text_authors": _text_authors(items) or None,
         "provenance": store.provenance,
     }
     if store.is_complete or store.layout.model_commit.exists():
         vocabulary = int(store.array("probe/logits").shape[1])
         summary["bytes_raw_logits"] = rows * vocabulary * 2
     return summary
+
+
+def _text_authors(items: Items) -> dict[str, dict[str, int]]:
+    by_split: dict[str, list[str | None]] = {}
+    for split, author in zip(items.splits, items.text_authors, strict=False):
+        by_split.setdefault(split or "none", []).append(author)
+    return {split: count_authors(authors) for split, authors in by_split.items()}
 
 
 def _seconds(records: Sequence[Mapping[str, Any]]) -> float:

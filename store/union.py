@@ -90,6 +90,7 @@ class StoreUnion:
             generators=[generator for table in tables for generator in table.generators],
             descriptions=[description for table in tables for description in table.descriptions],
             labels={aspect: np.concatenate([_mos(table, aspect) for table in tables]) for aspect in aspects},
+            text_authors=[author for table in tables for author in table.text_authors or [None] * len(table)],
         )
 
     @property

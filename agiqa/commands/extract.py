@@ -24,7 +24,8 @@ def _look_up_variant(variant: str) -> None:
     "--conversations",
     multiple=True,
     metavar="[ASPECT:][SPLIT=]FILE",
-    help="M3-AGIQA conversation file; repeatable. ASPECT and SPLIT are needed where the file's name does not tell.",
+    help="M3-AGIQA conversation file; repeatable. ASPECT and SPLIT (train, val or test) beat what the file's name "
+    "tells, as in test=quality_val.json.",
 )
 @click.option("--labels", type=click.Path(path_type=Path, exists=True), help="Table of MOS for a conversation file.")
 @click.option(
@@ -111,7 +112,7 @@ def command(
         mos_range=mos_range,
         on_bad_item=on_bad_item,
     )
-    for note in data_set.notes:
+    for note in (*data_set.notes, *(f"warning: {warning}" for warning in data_set.warnings)):
         say(note)
     length = LengthRule(max_tokens=max_tokens, truncate=settings.pop("truncate"), on_bad_item=on_bad_item)
     result = run_extraction(

@@ -1,5 +1,6 @@
 """`agiqa store ...`: look at, check, mend, convert and share feature stores."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def info(store: str | Path, *, as_json: bool) -> None:
     shown = {name: value for name, value in summary.items() if name != "provenance"}
     shown["labels"] = ", ".join(f"{aspect} ({count})" for aspect, count in summary["labels"].items()) or "none"
     shown["splits"] = ", ".join(f"{split} ({count})" for split, count in summary["splits"].items())
+    if summary["text_authors"] is not None:
+        shown["text authors"] = "; ".join(_authors(*one) for one in shown.pop("text_authors").items())
     made = summary["provenance"]
     shown["model"] = made.get("model", {}).get("name", "unknown")
     shown |= {name: value for name, value in made.get("conversation", {}).items() if name in _ASKED}
@@ -67,6 +70,11 @@ def check(store: Path, level: str, *, as_json: bool) -> None:
     print_result(report.as_dict(), "\n".join(lines), as_json=as_json)
     if not report.sound:
         raise SystemExit(1)
+
+
+def _authors(split: str, counts: Mapping[str, int]) -> str:
+    """Who wrote the texts of a split."""
+    return f"{split}: " + ", ".join(f"{author} ({count})" for author, count in counts.items())
 
 
 def _named(items: tuple[str, ...]) -> str:

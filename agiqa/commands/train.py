@@ -190,6 +190,8 @@ def command(
     )
     for warning in trained.metrics["warnings"]:
         say(f"warning: {warning}")
+    for note in trained.metrics["notes"]:
+        say(f"note: {note}")
     metrics = dict(trained.metrics)
     lines = [f"{run}: epoch {metrics['chosen_epoch']} of {metrics['epochs_run']}, chosen by {metrics['chosen_by']}"]
     shown = {part: of_each_label(train.labels, metrics[part]) for part in ("validation", "test") if metrics[part]}

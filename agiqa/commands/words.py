@@ -70,6 +70,7 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     from agiqa.extract.joining import join
     from agiqa.extract.sources import find_sources
     from agiqa.progress import say
+    from agiqa.store.text_authors import TEACHER
 
     sources = find_sources(file, (), labels)
     talks = [talk for file in sources.conversations for talk in read_conversations(file.path, file.split)]
@@ -84,7 +85,7 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
         elif talk is None or talk.rating is None:
             problems.append(f"{where}: its conversation has no rating word")
         else:
-            of_teacher += not talk.own_rating
+            of_teacher += talk.rating_author == TEACHER
             rated.append(Rated(talk.rating, row.labels[aspect], row.prompt))
     if problems:
         raise DataError.from_problems(str(file), problems)
@@ -154,6 +155,7 @@ def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Tr
     """The truth in a label table, by item name."""
     from agiqa.errors import DataError
     from agiqa.extract.joining import row_name
+    from agiqa.heads.prompts import normalise_prompt
 
     rows = _labelled_rows(table, mos_range)
     by_name = {row.name: row for row in reversed(rows)}
@@ -164,6 +166,8 @@ def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Tr
             message = f"no row of {table.name} has this name"
         elif row.problems or aspect not in row.labels:
             message = f"{table.name}, line {row.number}: {'; '.join(row.problems) or f'no MOS of {aspect}'}"
+        elif normalise_prompt(cells.get("prompt") or row.prompt) != normalise_prompt(row.prompt):
+            message = f"its prompt is {cells['prompt']!r}, in {table.name}, line {row.number}, it is {row.prompt!r}"
         else:
             return row.labels[aspect], row.prompt
         raise DataError(message)

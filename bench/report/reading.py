@@ -124,6 +124,8 @@ class RunLine(_Record):
     seconds: float | None = None
     split: dict[str, Any] | None = None
     warnings: list[str] = Field(default_factory=list)
+    text_authors: dict[str, dict[str, int]] = Field(default_factory=dict)
+    """Who wrote the texts that the items of each part read, counted by author."""
     paper_compatible: dict[str, Any] | None = None
     """The best epoch on test beside the honest one, as metrics.json has it; older lines have it there only."""
 

@@ -27,7 +27,7 @@ from agiqa.bench.report.row_charts import curves_chart, interval_chart
 from agiqa.bench.report.row_tables import main_tables, optimism_tables
 from agiqa.bench.report.tables import Table
 from agiqa.bench.report.transfers import directions, shots_chart, shots_table, transfer_table
-from agiqa.bench.report.words import METHOD, findings, limits, transfer_findings
+from agiqa.bench.report.words import METHOD, findings, limits, teacher_findings, transfer_findings
 
 Block = Table | Picture | Examples
 _ROWS_TOGETHER = 30
@@ -87,6 +87,7 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
     return Content(
         facts=_facts(everything),
         findings=[
+            *(sentence for one in everything for sentence in teacher_findings(one)),
             *(sentence for one in ablations for sentence in findings(one)),
             *(sentence for one in transfers for sentence in transfer_findings(one)),
         ],

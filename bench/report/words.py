@@ -6,6 +6,7 @@ from agiqa.bench.report.naming import group_title, listed, on_store, plural, pro
 from agiqa.bench.report.reading import CONFIDENT, Results, Row
 from agiqa.bench.report.row_tables import leak
 from agiqa.bench.report.transfers import Direction, directions
+from agiqa.store.text_authors import TEACHER
 
 METHOD = (
     "A row is one head, trained once for every seed and, where the protocol has them, every fold or held-out "
@@ -74,6 +75,36 @@ def transfer_findings(results: Results) -> list[str]:
     return found
 
 
+def teacher_findings(results: Results) -> list[str]:
+    """What is wrong with runs that read the rating words of a teacher that was told the MOS, a sentence by part."""
+    harms = {"test": "test scores are too high", "validation": "the choice of their epoch favours heads that copy it"}
+    return [
+        f"{told}, its rating word included: {harms[part]}."
+        for part in harms
+        if (told := _of_teacher(results, part, rating_words=True))
+    ]
+
+
+def _of_teacher(results: Results, part: str, *, rating_words: bool) -> str | None:
+    """How many items of the part read a teacher's text, in runs that read its rating words, or in those that do not.
+
+    Where a store does not tell the variant of its conversations, they count as read. None where there are no such runs.
+    """
+    counts = [
+        line.text_authors[part]
+        for line in results.done
+        if line.text_authors.get(part, {}).get(TEACHER, 0)
+        and (results.store(line.store_name).variant in (None, "full")) == rating_words
+    ]
+    if not counts:
+        return None
+    most = max(counts, key=lambda counted: counted[TEACHER])
+    return results.titled(
+        f"in {plural(len(counts), 'run')}, up to {most[TEACHER]:,} of {sum(most.values()):,} {part} items read the "
+        "text of a teacher that was told their MOS"
+    )
+
+
 def limits(results: Sequence[Results]) -> list[str]:
     """What the data cannot show, as far as the files tell."""
     found: list[str] = []
@@ -84,6 +115,11 @@ def limits(results: Sequence[Results]) -> list[str]:
             f"On the published split {told} test images have a prompt that occurs in training: those numbers say "
             "nothing of new prompts."
         )
+    found += [
+        f"{read}, without its rating word; a model that does not know the MOS may describe otherwise."
+        for one in results
+        if (read := _of_teacher(one, "test", rating_words=False))
+    ]
     seeds = [row.test.seeds for one in results for row in one.rows if row.kind == "head" and row.test is not None]
     if seeds and min(seeds) < _FEW_SEEDS:
         found.append(

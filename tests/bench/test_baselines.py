@@ -244,6 +244,18 @@ def test_words_of_the_teacher_or_on_another_aspect_are_no_answer(store, tmp_path
         run(store, tmp_path, words=[tmp_path / "bad.json"])
 
 
+def test_words_about_other_prompts_are_no_answer(store, tmp_path):
+    """As the answers of another data set whose images have the same names."""
+    file = talks(store, tmp_path / "words.json", lambda k: "good")
+    entries = json.loads(file.read_text())
+    for k, entry in enumerate(entries):
+        entry["conversations"][0]["content"] = f"Describe another thing, of kind {k}."
+    file.write_text(json.dumps(entries))
+    said = run(store, tmp_path, words=[file])["rating word"]["left_out"]
+    assert said.startswith("the conversations with rating words: 20 problems")
+    assert "(the store), and its question does not name it: 'Describe another thing, of kind" in said
+
+
 def test_test_parts_that_overlap_are_refused(store, tmp_path):
     with pytest.raises(ConfigError, match="give them one split_seed"):
         run(store, tmp_path, TrainConfig(), TrainConfig(split="grouped", test_share=0.5))

@@ -124,3 +124,17 @@ def test_bad_input_is_refused_by_name(agiqa, data, truths, tmp_path):
     strange.write_text("name,answer\nnowhere.png,good\n")
     refuse(agiqa("words", strange, "--labels", data / "data.csv"), "no row of data.csv has this name")
     assert agiqa("words", tmp_path / "absent.csv").code == 2
+
+
+def test_answers_about_other_prompts_are_refused_by_both(agiqa, data, truths, tmp_path):
+    talks, labels = talks_with(data, answers_for(truths)), data / "data.csv"
+    entries = json.loads(talks.read_text())
+    for k, entry in enumerate(entries):
+        entry["conversations"][0]["content"] = f"Describe house {k}."
+    talks.write_text(json.dumps(entries))
+    mentions = ("20 problems", "000.png has the prompt 'a picture 0' (data.csv, line 2)", "'Describe house 0.'")
+    refuse(agiqa("words", talks, "--labels", labels), *mentions)
+    answers = tmp_path / "answers.csv"
+    answers.write_text("name,answer,prompt\n000.png,good,A  picture 0\n001.png,good,a house\n")
+    mentions = ("1 problem", "its prompt is 'a house', in data.csv, line 3, it is 'a picture 0'")
+    refuse(agiqa("words", answers, "--labels", labels), *mentions)

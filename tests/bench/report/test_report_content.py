@@ -19,7 +19,7 @@ from agiqa.bench.report.reading import read_all
 from agiqa.bench.report.row_tables import leak
 from agiqa.bench.report.sections import compose
 from agiqa.bench.report.transfers import directions, shots_table, transfer_table
-from agiqa.bench.report.words import findings, limits, transfer_findings
+from agiqa.bench.report.words import findings, limits, teacher_findings, transfer_findings
 from tests.bench.report import made
 
 
@@ -325,3 +325,24 @@ def test_the_leak_of_a_transfer_is_that_of_the_row_with_the_most(results, copy):
     (found,) = read_all([folder])
     assert len(rows) > 1
     assert leak(found, "published") == (len(rows), lines[0]["split"]["test"])
+
+
+def test_texts_of_a_teacher_are_a_finding_where_the_rating_word_is_read(results, copy):
+    folder = copy(results.ablation)
+    lines = made.read_lines(folder / "results.jsonl")
+    for line in lines:
+        line["text_authors"] = {"validation": {"model": 9}, "test": {"teacher": 12, "unknown": 3}}
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    about = json.loads((folder / "about.json").read_text())
+    said = f"In {len(lines)} runs, up to 12 of 15 test items read the text of a teacher that was told their MOS"
+    for variant, place in (("full", 0), (None, 0), ("id", 1)):
+        about["stores"][""]["variant"] = variant
+        (folder / "about.json").write_text(json.dumps(about))
+        (found,) = read_all([folder])
+        told = [[one for one in lines if "teacher" in one] for lines in (teacher_findings(found), limits([found]))]
+        assert [len(lines) for lines in told] == [place == 0, place == 1]
+        assert told[place][0].startswith(said)
+    about["stores"][""]["variant"] = "full"
+    (folder / "about.json").write_text(json.dumps(about))
+    assert compose(read_all([folder]), images=None, notes=[]).findings[0].startswith(said)
+    assert teacher_findings(*read_all([results.ablation])) == []
