@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from agiqa.errors import DataError
+from agiqa.store.scales import MosRange
 
 Role = Literal["user", "assistant"]
 
@@ -51,6 +52,8 @@ class DataSet:
     """One line, with the reason, per item left out under `on_bad_item="skip"`."""
     notes: tuple[str, ...] = ()
     """What a user should know though nothing is wrong, such as rows that no conversation names."""
+    mos_range: MosRange | None = None
+    """The scale of the labels, lowest and highest; None where nobody said."""
 
 
 def item_key(item: Item) -> bytes:

@@ -4,6 +4,7 @@ import json
 
 from agiqa.store.layout import FORMAT, VERSION
 from agiqa.store.reading import Store
+from agiqa.store.scales import spelled
 
 _TRAINING = {
     "hidden": "`agiqa train {name} RUN` trains a head.",
@@ -17,6 +18,7 @@ def data_card(store: Store) -> str:
     """The README.md of `store` as markdown."""
     items = store.items
     aspects = ", ".join(sorted(items.labels)) or "none"
+    scales = ", ".join(f"{aspect} {spelled(items.mos_ranges.get(aspect))}" for aspect in sorted(items.labels)) or "none"
     return f"""# {store.path.name}
 
 Features of {len(items)} AI-generated images and their conversations, {int(store.n_tokens.sum())} tokens, made once by a
@@ -28,6 +30,7 @@ multimodal language model so that quality-assessment heads can be trained withou
 | store id | `{store.id}` |
 | encoding | {store.encoding}, {store.logical_dtype}, {store.width} values per token |
 | MOS | {aspects} |
+| scale of the MOS | {scales} |
 
 ## Load
 

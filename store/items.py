@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, DataError
 from agiqa.store.files import sync_file
+from agiqa.store.scales import MosRange, range_record, read_range
 
 LABEL_PREFIX = "mos_"
+MOS_RANGE = "mos_range"
+"""Metadata of a column of MOS: their scale, as `range_record`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,8 @@ class Items:
     descriptions: list[str | None]
     labels: Mapping[str, NDArray[np.float64]] = field(default_factory=dict[str, NDArray[np.float64]])
     """Aspect (quality, correspondence, authenticity) to MOS per item, (items,), NaN where there is none."""
+    mos_ranges: Mapping[str, MosRange] = field(default_factory=dict[str, MosRange])
+    """Aspect to the scale of its MOS, lowest and highest; an aspect that is not here has an unknown scale."""
 
     def __len__(self) -> int:
         """Number of items."""
@@ -37,11 +42,13 @@ class Items:
         return [position for position, name in enumerate(self.splits) if name == split]
 
     def same_as(self, other: "Items") -> bool:
-        """Whether every column holds the same values, missing labels included."""
-        return bool(self.table().equals(other.table()))
+        """Whether every column holds the same values, missing labels included, and no scale of MOS is another."""
+        scales, others = self.mos_ranges, other.mos_ranges
+        agree = all(scales[aspect] == others[aspect] for aspect in scales.keys() & others.keys())
+        return agree and bool(self.table().equals(other.table()))
 
     def table(self) -> pa.Table:
-        """The rows as an Arrow table; a missing label is null."""
+        """The rows as an Arrow table; a missing label is null, and the scale of MOS is metadata of their column."""
         text = pa.string()
         columns = {
             "name": pa.array(self.names, text),
@@ -52,7 +59,9 @@ class Items:
         }
         for aspect in sorted(self.labels):
             columns[LABEL_PREFIX + aspect] = pa.array(self.labels[aspect], pa.float64(), from_pandas=True)
-        return pa.table(columns)
+        scales = {LABEL_PREFIX + aspect: {MOS_RANGE: range_record(scale)} for aspect, scale in self.mos_ranges.items()}
+        fields = [pa.field(name, column.type, metadata=scales.get(name)) for name, column in columns.items()]
+        return pa.table(columns, schema=pa.schema(fields))
 
 
 def item_positions(items: Sequence[int] | NDArray[Any], *, count: int, where: str) -> NDArray[np.int64]:
@@ -97,9 +106,14 @@ def read_items(path: Path) -> Items:
             generators=columns["generator"].to_pylist(),
             descriptions=columns["description"].to_pylist(),
             labels={
-                name.removeprefix(LABEL_PREFIX): np.array(column.to_pylist(), np.float64)  # None becomes NaN
+                name.removeprefix(LABEL_PREFIX): np.array(column.to_numpy(), np.float64)  # null becomes NaN
                 for name, column in columns.items()
                 if name.startswith(LABEL_PREFIX)
+            },
+            mos_ranges={
+                column.name.removeprefix(LABEL_PREFIX): read_range(column.metadata[MOS_RANGE.encode()])
+                for column in table.schema
+                if column.name.startswith(LABEL_PREFIX) and MOS_RANGE.encode() in (column.metadata or {})
             },
         )
     except (OSError, KeyError, pa.ArrowException) as error:
