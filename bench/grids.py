@@ -16,7 +16,7 @@ protocols: [published, grouped]                          # what each is trained 
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +44,8 @@ class PlannedRun:
 
     name: str
     """Of its folder: what varies, as in `encoder=gru,seed=0`."""
+    spelled: str
+    """What the name says, in characters that a folder may not have."""
     row: str
     """The same without the seed and the split: its row of the table."""
     settings: Mapping[str, Any]
@@ -85,7 +87,7 @@ def read_grid(
         protocols = None if named is None else read_protocols(named, generators)
         if not any(stores):
             _refuse_stores(sections)
-        runs = list(_planned(sections, protocols, stores))
+        runs = _told_apart(list(_planned(sections, protocols, stores)))
         _refuse_repeated(runs)
         _refuse_unused(stores, runs)
     except AgiqaError as error:
@@ -158,6 +160,20 @@ def _planned(sections: Settings, protocols: Sequence[Protocol] | None, stores: S
             settings = {**sections["base"], **chosen, **given}
             for protocol, split in _splits(protocols, number, len(seeds or [None])):
                 yield _plan(settings, shown, stores, protocol, split, given=given, name=name)
+
+
+def _told_apart(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs, with a hash in names that stand for different things, such as the generators `sd 1.5` and `sd_1.5`.
+
+    Names that differ only in case are one on some file systems.
+    """
+    meant: dict[str, set[str]] = {}
+    for run in runs:
+        meant.setdefault(run.name.casefold(), set()).add(run.spelled)
+    return [
+        replace(run, name=_with_hash(run.name, run.spelled)) if len(meant[run.name.casefold()]) > 1 else run
+        for run in runs
+    ]
 
 
 def _entries(sections: Settings) -> Iterator[tuple[Settings, Settings, Any]]:
@@ -269,6 +285,7 @@ def _plan(
     full = ",".join(part for part in (name or _spell(shown), _spell(told)) if part)
     return PlannedRun(
         name=_file_name(full) or "base",
+        spelled=full,
         row=name or _spell(kept) or "base",
         settings=kept,
         head=head,
@@ -341,7 +358,12 @@ def _file_name(text: str) -> str:
     safe = re.sub(r"[^\w.,=+@-]+", "_", text)
     if len(safe) <= _LONGEST_NAME:
         return safe
-    return f"{safe[: _LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return _with_hash(safe, text)
+
+
+def _with_hash(name: str, text: str) -> str:
+    """`name` with a hash of `text` at its end, and no longer than names may be."""
+    return f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _values(name: str, value: object) -> list[Any]:

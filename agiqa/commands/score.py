@@ -68,6 +68,7 @@ def command(
     from agiqa.extract.given_images import items_of_images
     from agiqa.extract.live import LiveFeatures
     from agiqa.heads import load_run
+    from agiqa.heads.scales import scales_record
 
     items = items_of_images(images, prompt=prompt, table=prompts)
     head = load_run(run)
@@ -83,7 +84,15 @@ def command(
         say(f"warning: {model} reads no images; these scores are of the prompts alone")
         items = [replace(item, image=None) for item in items]
     told = list(_scores(items, describer, features, head, variant=variant, device=device))
-    result = {"run": str(run), "model": model, "adapter": adapter, "aspect": aspect, "variant": variant, "images": told}
+    result = {
+        "run": str(run),
+        "model": model,
+        "adapter": adapter,
+        "aspect": aspect,
+        "variant": variant,
+        "mos_ranges": scales_record(head.train.labels, head.scales),
+        "images": told,
+    }
     print_result(result, "\n\n".join(_text(one) for one in told), as_json=as_json)
 
 
