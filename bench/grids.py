@@ -16,7 +16,7 @@ protocols: [published, grouped]                          # what each is trained 
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +28,6 @@ from agiqa.bench.protocols import PARTS, SPLIT_SETTINGS, Protocol, Split, protoc
 from agiqa.bench.unread import unread_settings
 from agiqa.errors import AgiqaError, ConfigError, UnknownName, listed
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
-from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.head import check_parts
 from agiqa.heads.losses import get_loss
 from agiqa.heads.presets import preset_values
@@ -47,6 +46,8 @@ class PlannedRun:
 
     name: str
     """Of its folder: what varies, as in `encoder=gru,seed=0`."""
+    spelled: str
+    """What the name says, in characters that a folder may not have."""
     row: str
     """The same without the seed and the split: its row of the table."""
     settings: Mapping[str, Any]
@@ -92,7 +93,7 @@ def read_grid(
         protocols = None if named is None else read_protocols(named, generators)
         if not any(stores):
             _refuse_stores(sections)
-        runs = list(_planned(sections, protocols, stores, projections))
+        runs = _told_apart(list(_planned(sections, protocols, stores, projections)))
         _refuse_repeated(runs)
         _refuse_unused(stores, runs)
     except AgiqaError as error:
@@ -110,20 +111,6 @@ def find_grid(name: str) -> Path:
         kind = "file and no grid"
         raise UnknownName.of(kind, name, brought)
     return brought[name]
-
-
-def generators_of(*sources: FeatureSource) -> list[str]:
-    """The generators of the images of stores, sorted. Raises ConfigError where they are not those of every store."""
-    first, *others = ({name for name in source.items.generators if name is not None} for source in sources)
-    for source, found in zip(sources[1:], others, strict=True):
-        if found != first:
-            message = (
-                f"{location_of(source)} has images of other generators than {location_of(sources[0])}: "
-                f"{listed(sorted(found ^ first))} in one of them only. Leave one of them out in each store by itself, "
-                "or join the same column with `agiqa store labels`."
-            )
-            raise ConfigError(message)
-    return sorted(first)
 
 
 def as_mapping(where: str, value: object) -> Settings:
@@ -170,6 +157,20 @@ def _planned(
             settings = {**sections["base"], **chosen, **given}
             for protocol, split in _splits(protocols, number, len(seeds or [None])):
                 yield _plan(settings, shown, stores, projections, protocol, split, given=given, name=name)
+
+
+def _told_apart(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs, with a hash in names that stand for different things, such as the generators `sd 1.5` and `sd_1.5`.
+
+    Names that differ only in case are one on some file systems.
+    """
+    meant: dict[str, set[str]] = {}
+    for run in runs:
+        meant.setdefault(run.name.casefold(), set()).add(run.spelled)
+    return [
+        replace(run, name=_with_hash(run.name, run.spelled)) if len(meant[run.name.casefold()]) > 1 else run
+        for run in runs
+    ]
 
 
 def _entries(sections: Settings) -> Iterator[tuple[Settings, Settings, Any]]:
@@ -282,6 +283,7 @@ def _plan(
     full = ",".join(part for part in (name or _spell(shown), _spell(told)) if part)
     return PlannedRun(
         name=_file_name(full) or "base",
+        spelled=full,
         row=name or _spell(kept) or "base",
         settings=kept,
         head=head,
@@ -361,7 +363,12 @@ def _file_name(text: str) -> str:
     safe = re.sub(r"[^\w.,=+@-]+", "_", text)
     if len(safe) <= _LONGEST_NAME:
         return safe
-    return f"{safe[: _LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return _with_hash(safe, text)
+
+
+def _with_hash(name: str, text: str) -> str:
+    """`name` with a hash of `text` at its end, and no longer than names may be."""
+    return f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _values(name: str, value: object) -> list[Any]:

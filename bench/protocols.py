@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from agiqa.errors import ConfigError, UnknownName
+from agiqa.errors import ConfigError, UnknownName, listed
 from agiqa.heads.config import TrainConfig
+from agiqa.heads.features import FeatureSource, location_of
 
 PUBLISHED, GROUPED, GENERATORS = "published", "grouped", "leave-one-generator-out"
 PROTOCOLS = (PUBLISHED, GROUPED, GENERATORS)
@@ -125,3 +126,17 @@ def _at_least_two(generators: Sequence[str]) -> Sequence[str]:
         )
         raise ConfigError(message)
     return generators
+
+
+def generators_of(*sources: FeatureSource) -> list[str]:
+    """The generators of the images of stores, sorted. Raises ConfigError where they are not those of every store."""
+    first, *others = ({name for name in source.items.generators if name is not None} for source in sources)
+    for source, found in zip(sources[1:], others, strict=True):
+        if found != first:
+            message = (
+                f"{location_of(source)} has images of other generators than {location_of(sources[0])}: "
+                f"{listed(sorted(found ^ first))} in one of them only. Leave one of them out in each store by itself, "
+                "or join the same column with `agiqa store labels`."
+            )
+            raise ConfigError(message)
+    return sorted(first)

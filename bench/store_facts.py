@@ -20,6 +20,7 @@ def facts_of(store: Store) -> dict[str, Any]:
         "width": store.width,
         "items": len(store.n_tokens),
         "tokens": int(store.n_tokens.sum()),
+        "mos_ranges": {aspect: store.items.mos_ranges.get(aspect) for aspect in store.items.labels},
         "model": store.provenance.get("model", {}).get("name"),
         "variant": store.provenance.get("conversation", {}).get("variant"),
     }

@@ -20,7 +20,7 @@ from agiqa.bench.rows import write_rows
 from agiqa.bench.this_run import this_commit
 from agiqa.bench.transfer_plan import PlannedHead, PlannedLine, TransferPlan, TransferSettings, plan_transfer
 from agiqa.bench.transfer_results import TransferResults, rows_of
-from agiqa.bench.transfer_sides import Side, chosen_shots, making_differs, open_sides, shared
+from agiqa.bench.transfer_sides import Side, chosen_shots, making_differs, open_sides, scale_notes, shared
 from agiqa.errors import AgiqaError
 from agiqa.heads.features import read_labels
 from agiqa.heads.fitting import cpu_threads
@@ -28,6 +28,7 @@ from agiqa.heads.head_jobs import HeadJob, is_there, with_notes
 from agiqa.heads.labels import by_label, of_each_label
 from agiqa.heads.logistic import Mappings
 from agiqa.heads.runs import PREDICTIONS, Run, load_run
+from agiqa.heads.scales import conversions, convert_columns, lines_between, scales_of, scales_record, unknown_scales
 from agiqa.heads.scoring import predict, scores_of_labels
 from agiqa.heads.sweeping import Partitions, train_heads
 from agiqa.progress import say
@@ -37,8 +38,8 @@ from agiqa.version import agiqa_version
 APPLIED = "predictions"
 
 _REPORTED = (
-    "srcc, plcc, krcc and rmse of the predictions as they are, rmse on the target's scale; those after a logistic "
-    "mapping have the one fitted on the source's validation items, not fitted anew"
+    "srcc, plcc, krcc and rmse of the predictions as they are, on the target's scale (`converted` where the source has "
+    "another); those after a logistic mapping have the one fitted on the source's validation items, not fitted anew"
 )
 
 
@@ -84,6 +85,8 @@ def run_transfer(
     about = _about(sides, settings)
     if about["making_differs"]:
         tell(f"warning: {first} and {second} were made differently: {', '.join(about['making_differs'])}")
+    for note in scale_notes(sides[first], sides[second], settings.train.labels):
+        tell(note)
     with working_in(out, "transfer"):
         work = _Work(plan, sides, settings, out, about, tell, commit=commit)
         trained = work.train(workers)
@@ -221,7 +224,10 @@ class _Work:
                 run, target.store, items, device=self._settings.train.device, batch_size=run.train.batch_size
             ).reshape(len(items), len(labels))
         mos = read_labels(target.store, items, label=run.train.label)
-        mappings = [Mappings.from_record(one) for one in of_each_label(labels, run.metrics["logistic"])]
+        scales = run.scales, scales_of(target.store, labels)
+        guesses, lines = convert_columns(guesses, *scales), lines_between(*scales)
+        fitted = [Mappings.from_record(one) for one in of_each_label(labels, run.metrics["logistic"])]
+        mappings = [one.rescaled(*line) for one, line in zip(fitted, lines, strict=True)]
         scores = scores_of_labels(target.store, items, mos, guesses, mappings=mappings, seed=run.train.seed)
         path = self._out / APPLIED / f"{line.name}.csv"
         names, prompts = (
@@ -234,6 +240,9 @@ class _Work:
             "reported": _REPORTED,
             "validation": None,
             "test": by_label(labels, scores),
+            "mos_ranges": scales_record(labels, scales[1]),
+            "converted": conversions(labels, *scales),
+            "warnings": unknown_scales(f"the head {line.head}", scales[0], target.store, labels, mos),
             "predictions": path.relative_to(self._out).as_posix(),
         }
 

@@ -14,6 +14,7 @@ from agiqa.heads.head import check_parts
 from agiqa.heads.losses import check_loss
 from agiqa.heads.projection import FeatureSpec, check_encoding
 from agiqa.heads.prompts import normalise_prompt
+from agiqa.heads.scales import conversions, scales_of, unknown_scales
 from agiqa.heads.splits import Partition, make_partition
 from agiqa.store import Store
 from agiqa.store.provenance import differing
@@ -106,6 +107,17 @@ def making_differs(a: Store, b: Store) -> list[str]:
     """
     pairs = ((key, a.provenance.get(key), b.provenance.get(key)) for key in _MAKING)
     return [name for key, here, there in pairs for name, _, _ in differing(here, there, key)]
+
+
+def scale_notes(a: Side, b: Side, labels: Sequence[str]) -> list[str]:
+    """A line where predictions of one side must be converted to the scale of the other, or a scale is not known."""
+    here, there = scales_of(a.store, labels), scales_of(b.store, labels)
+    found = [
+        f"note: {a.name} and {b.name} are on different scales of MOS, and predictions are converted: {line}"
+        for line in conversions(labels, here, there)
+    ]
+    mos = read_labels(b.store, b.partition.test, label="+".join(labels))
+    return found + [f"warning: {line}" for line in unknown_scales(a.store.location, here, b.store, labels, mos)]
 
 
 def shared(source: Side, target: Side) -> dict[str, Any]:

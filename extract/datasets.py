@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from agiqa.errors import ConfigError, DataError
+import numpy as np
+
+from agiqa.errors import DataError
 from agiqa.extract.building import ItemBuilder
 from agiqa.extract.cautions import cautions
 from agiqa.extract.conversations import Talk, read_conversations
@@ -18,6 +20,7 @@ from agiqa.extract.sources import Sources, find_sources
 from agiqa.extract.templates import aspects_of
 from agiqa.progress import track
 from agiqa.store.label_tables import ASPECT_COLUMNS
+from agiqa.store.scales import DEFAULT_RANGE, MosRange, check_range, doubts
 
 
 def load_data_set(
@@ -28,7 +31,7 @@ def load_data_set(
     variant: str = "id",
     aspect: str = "quality",
     images: bool,
-    mos_range: tuple[float, float] | None = (0.0, 5.0),
+    mos_range: MosRange | None = DEFAULT_RANGE,
     on_bad_item: Literal["fail", "skip"] = "fail",
 ) -> DataSet:
     """Read and check a whole data set; every image is decoded once when `images` is true.
@@ -47,9 +50,7 @@ def load_data_set(
     item. "skip" leaves bad items out, and raises DataError only when no item is left.
     """
     aspects = aspects_of(variant, aspect)
-    if mos_range is not None and not mos_range[0] < mos_range[1]:
-        message = f"The MOS range {mos_range[0]:g} to {mos_range[1]:g} is empty; give the lowest value first."
-        raise ConfigError(message)
+    scale = None if mos_range is None else check_range(mos_range)
     sources = find_sources(data, conversations, labels, aspect=aspect)
     table = read_rows(sources.table, mos_range, aspect=aspect)
     joined = _join(sources, table, aspects, variant)
@@ -59,14 +60,15 @@ def load_data_set(
     problems = (*joined.problems, *(outcome for outcome in outcomes if isinstance(outcome, str)))
     if problems and (on_bad_item == "fail" or not items):
         raise DataError.from_problems(str(data), problems)
-    unlabelled = () if mos_range is None or table.labelled else (_unlabelled(sources, table),)
+    about_labels = () if scale is None else _doubts(items, scale) if table.labelled else (_unlabelled(sources, table),)
     return DataSet(
         name=sources.name,
         items=items,
         skipped=problems,
-        notes=(*joined.notes, *unlabelled),
+        notes=(*joined.notes, *about_labels),
         warnings=tuple(cautions(sources, items, variant=variant)),
         table=sources.table,
+        mos_range=scale,
     )
 
 
@@ -82,6 +84,13 @@ def _build(builder: ItemBuilder, pairs: Sequence[Pair]) -> list[Item | str]:
             outcomes.append(outcome)
             advance(1)
     return outcomes
+
+
+def _doubts(items: Sequence[Item], scale: MosRange) -> tuple[str, ...]:
+    """A note for each aspect whose MOS look like those of a smaller scale."""
+    aspects = sorted({aspect for item in items for aspect in item.labels})
+    values = {aspect: np.array([item.labels.get(aspect, np.nan) for item in items]) for aspect in aspects}
+    return tuple(note for aspect in aspects if (note := doubts(aspect, values[aspect], scale)))
 
 
 def _unlabelled(sources: Sources, table: Rows) -> str:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from agiqa.errors import DataError
 from agiqa.extract.images import ImageFile, read_image_file
+from agiqa.store.scales import MosRange
 
 Role = Literal["user", "assistant"]
 
@@ -64,6 +65,8 @@ class DataSet:
     """What makes scores of heads too high, or training impossible, and how to mend it before the model runs."""
     table: Path | None = None
     """The file that the labels come from, where there is one."""
+    mos_range: MosRange | None = None
+    """The scale of the labels, lowest and highest; None where nobody said."""
 
 
 def read_image(item: Item) -> ImageFile | None:

@@ -16,6 +16,7 @@ from agiqa.extract.items import DataSet, Item, item_key, read_image
 from agiqa.extract.preparing import Preparation
 from agiqa.extract.targets import Target
 from agiqa.store import TOKEN_ROLES, Items, Store, StorePlan, create_store
+from agiqa.store.scales import MosRange
 from agiqa.version import agiqa_version
 
 OnBadItem = Literal["fail", "skip"]
@@ -193,7 +194,7 @@ def plan_store(
         width=target.width(backbone),
         kept_logits=backbone.vocab_size if target.keep_logits else None,
         provenance=provenance,
-        items=item_table(tokenised.items),
+        items=item_table(tokenised.items, mos_range=data_set.mos_range),
         token_ids=tokenised.token_ids,
         roles=tokenised.roles,
         item_keys=tokenised.keys,
@@ -203,8 +204,8 @@ def plan_store(
     return create_store(path, plan)
 
 
-def item_table(items: Sequence[Item]) -> Items:
-    """The store's item table; an aspect that no item has a MOS for gets no column."""
+def item_table(items: Sequence[Item], *, mos_range: MosRange | None = None) -> Items:
+    """The store's item table, its MOS on the scale `mos_range`; an aspect that no item has a MOS for gets no column."""
     aspects = sorted({aspect for item in items for aspect in item.labels})
     return Items(
         names=[item.name for item in items],
@@ -214,6 +215,7 @@ def item_table(items: Sequence[Item]) -> Items:
         descriptions=[item.description for item in items],
         labels={aspect: np.array([item.labels.get(aspect, np.nan) for item in items]) for aspect in aspects},
         text_authors=[item.text_author for item in items],
+        mos_ranges={} if mos_range is None else dict.fromkeys(aspects, mos_range),
     )
 
 

@@ -28,6 +28,7 @@ from agiqa.heads.progress import TrainingProgress
 from agiqa.heads.projection import FeatureSpec
 from agiqa.heads.resuming import StateFile, StateKeeper, TrainingState
 from agiqa.heads.runs import Run
+from agiqa.heads.scales import lines_between, scales_of
 from agiqa.progress import say
 
 _PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = {
@@ -77,6 +78,7 @@ def fit_head(
             head.calibrate(features.statistics(train, device=device), labels)
         else:
             start.give_weights(head)
+            head.regressor.rescale(lines_between(start.scales, scales_of(features.source, config.labels)))
         kept = None if state is None else state.learner_of(stage)
         per_epoch = steps_per_epoch(len(train), config)
         done = 0 if kept is None else len(kept["curves"])

@@ -11,7 +11,7 @@ the rest solved exactly (variable projection), from a grid of starts. The direct
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,16 @@ class LogisticMap:
         b1, b2, b3, b4, b5 = self.parameters
         return np.asarray(b1 / 2 * np.tanh(b2 * (predicted - b3) / 2) + b4 * predicted + b5)
 
+    def rescaled(self, slope: float, offset: float) -> "LogisticMap":
+        """The same mapping on another scale of predictions and MOS: `slope` (above 0) times this one, and `offset`."""
+        if self.kind == "logistic4":
+            b1, b2, b3, b4 = self.parameters
+            high, low, centre = (slope * value + offset for value in (b1, b2, b3))
+            return replace(self, parameters=(high, low, centre, slope * b4))
+        b1, b2, b3, b4, b5 = self.parameters
+        centre, constant = slope * b3 + offset, slope * b5 + offset - b4 * offset
+        return replace(self, parameters=(slope * b1, b2 / slope, centre, b4, constant))
+
     def record(self) -> dict[str, Any]:
         """What metrics.json says."""
         return {"parameters": list(self.parameters), "fitted_on": "validation", "n": self.n, "monotone": self.monotone}
@@ -73,6 +83,10 @@ class Mappings:
         """What metrics.json says under `logistic`: per kind, the fit or `{"absent": reason}`."""
         reasons = {kind: {"absent": reason} for kind, reason in self.absent.items()}
         return {**{kind: mapping.record() for kind, mapping in self.fitted.items()}, **reasons}
+
+    def rescaled(self, slope: float, offset: float) -> "Mappings":
+        """Each as `LogisticMap.rescaled`."""
+        return replace(self, fitted={kind: one.rescaled(slope, offset) for kind, one in self.fitted.items()})
 
     @classmethod
     def none(cls, reason: str) -> "Mappings":

@@ -1,10 +1,13 @@
 """The regressor: from the pooled vector to the MOS of each label, in its unit."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from agiqa.heads.config import HeadConfig
+from agiqa.heads.scales import Line
 
 
 class Regressor(nn.Module):
@@ -38,6 +41,14 @@ class Regressor(nn.Module):
             (self.label_std, [column.std(correction=0) for column in columns]),
         ):
             constant.copy_(torch.stack(values).view(constant.shape))
+
+    @torch.no_grad()
+    def rescale(self, lines: Sequence[Line]) -> None:
+        """Predict on another scale from now on: the line of each label takes its predictions there."""
+        slopes, offsets = torch.tensor(lines, dtype=torch.float64, device=self.label_mean.device).unbind(1)
+        shape = self.label_mean.shape
+        self.label_mean.copy_((self.label_mean.double().view(-1) * slopes + offsets).view(shape))
+        self.label_std.copy_((self.label_std.double().view(-1) * slopes).view(shape))
 
     def scaled(self, labels: Float[Tensor, "batch label"]) -> Float[Tensor, "batch label"]:
         """Labels or predictions in the scale of the loss."""

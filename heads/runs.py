@@ -2,9 +2,10 @@
 
 head.safetensors  weights and constants of the head, without W_lm
 config.json       head and training settings, the store, what its features mean and what made them (model, adapter,
-                  conversation), the identity of items and labels, versions, kernels
+                  conversation), the identity of items and labels, the scale of the labels, versions, kernels
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split, who wrote the texts of its
-                  parts (`text_authors`), warnings and notes
+                  parts (`text_authors`), warnings and notes; of several stores read as one also the metrics of each,
+                  and what was converted
 predictions.csv   name, prompt, split, mos, predicted for the validation and test items
 curves.csv        a row per epoch; with `paper_compatible` also its test scores
 parts.json        name and prompt of every item that trained the head, chose its epoch, and was tested on
@@ -33,6 +34,7 @@ from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.head import Head, build_head, check_parts
 from agiqa.heads.projection import FeatureSpec
+from agiqa.heads.scales import Scales, read_scales
 from agiqa.store.files import telling_disk_errors
 from agiqa.version import agiqa_version
 
@@ -65,6 +67,18 @@ class Run:
         """As `origin_of` the store; empty in runs of an agiqa that did not record it."""
         origin: Mapping[str, Any] = self.config.get("origin", {})
         return origin
+
+    @property
+    def scales(self) -> Scales:
+        """The scale of each label, and so of what the head predicts, in the order of `train.labels`. Raises HeadError.
+
+        None where the store had none, and in runs of an agiqa that did not record it.
+        """
+        try:
+            return read_scales(self.config.get("mos_ranges", {}), self.train.labels)
+        except (AttributeError, ConfigError, TypeError, ValueError) as error:
+            message = f"{self.path / CONFIG}: `mos_ranges` is not what a training writes ({error})."
+            raise HeadError(message) from error
 
     def parts(self) -> dict[str, set[tuple[str, str]]]:
         """Name and prompt of the items that trained the head, chose its epoch, and were tested on. Raises HeadError."""

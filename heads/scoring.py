@@ -20,6 +20,7 @@ from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.pooling import check_roles
 from agiqa.heads.prompts import normalise_prompt
 from agiqa.heads.runs import METRICS, Run
+from agiqa.heads.scales import conversions, convert_columns, scales_of, scales_record, unknown_scales
 from agiqa.heads.splits import identities
 
 _ITEMS_AT_ONCE = 512
@@ -52,20 +53,31 @@ def evaluate(
     """Metrics with intervals on one part of a store: `test`, `validation`, `train` or `all`.
 
     On the store of the run the parts are those of its training; on another store they are its split column's.
-    `warnings` in the result count the items and prompts that the head was trained on, and the items that read a
-    teacher's rating words; `logistic` is the recorded
-    mapping behind each `plcc_logistic4` and the like, or why there is none. For a head with several labels all but
-    `warnings` stands once per label, under its name.
+    `warnings` in the result count the items and prompts that the head was trained on and the items that read a
+    teacher's rating words, and name scales of MOS that are converted or not known; `logistic` is the recorded mapping
+    behind each `plcc_logistic4` and the like, or why there is none; `mos_range` is the scale of the head, which errors
+    such as RMSE are on, where it is known. For a head with several labels all but `warnings` stands once per label,
+    under its name.
     Raises as `predict`, UnknownName for the part or a label that the store has not, DataError for an empty part or
     missing labels.
     """
     items = part_items(run, source, part)
-    labels = read_labels(source, items, label=run.train.label)
+    names, learned = run.train.labels, run.scales
+    there, labels = scales_of(source, names), read_labels(source, items, label=run.train.label)
     predicted = _predict(run, source, items, device=device, batch_size=batch_size)
     mappings = _mappings(run, source, items)
-    scores = scores_of_labels(source, items, labels, predicted, mappings=mappings, seed=run.train.seed)
+    truth = convert_columns(labels, there, learned)
+    scores = scores_of_labels(source, items, truth, predicted, mappings=mappings, seed=run.train.seed)
     told = [{**score, "logistic": fitted.record()} for score, fitted in zip(scores, mappings, strict=True)]
-    warnings = [] if part in _TRAINING_PARTS else _leaks(run, source, items)
+    for score, scale in zip(told, scales_record(names, learned).values(), strict=True):
+        score |= {} if scale is None else {"mos_range": scale}
+    warnings = [
+        f"The MOS of {location_of(source)} are converted to the scale of this head: {line}."
+        for line in conversions(names, there, learned)
+    ]
+    if source.id != run.store_id or learned != there:
+        warnings += unknown_scales(f"the head {run.path}", learned, source, names, labels)
+    warnings += [] if part in _TRAINING_PARTS else _leaks(run, source, items)
     warnings += author_warnings(source, {part: items})
     return {**by_label(run.train.labels, told), "warnings": warnings}
 

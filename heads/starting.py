@@ -1,7 +1,8 @@
 """Another run's head as the beginning of a training, as where a head is retrained on few items of another data set.
 
-Its weights, its constants of the features and its scale of the labels are taken as they are: before the first step
-the head predicts what the run predicts.
+Its weights, its constants of the features and its mean and deviation of the labels are taken as they are: before the
+first step the head predicts what the run predicts. Where the labels of the store are on another scale than those of the
+run, mean and deviation are converted to it, and so are the predictions.
 """
 
 import hashlib
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 from agiqa.errors import HeadError
 from agiqa.heads.config import HeadConfig, TrainConfig
-from agiqa.heads.features import FeatureSource
+from agiqa.heads.features import FeatureSource, read_labels
 from agiqa.heads.runs import WEIGHTS, Run
+from agiqa.heads.scales import conversions, scales_of, unknown_scales
 from agiqa.heads.scoring import count_known
 
 
@@ -51,7 +53,7 @@ def start_record(start: Run | None) -> dict[str, str] | None:
 
 
 def start_warnings(start: Run | None, source: FeatureSource, train: TrainConfig, test: NDArray[np.int64]) -> list[str]:
-    """What a reader must know: the `test` items that the first training had seen, and a label that was another."""
+    """What a reader must know: `test` items that the first training had seen, and another label or scale of labels."""
     if start is None:
         return []
     name = start.path.absolute().name
@@ -61,6 +63,13 @@ def start_warnings(start: Run | None, source: FeatureSource, train: TrainConfig,
         f"have a prompt that occurs in the training of {name}, the head that this one starts from": prompts,
     }
     found = [f"{count} of {len(test)} test items {what}." for what, count in counts.items() if count]
+    found += [
+        f"What {name}, the head that this one starts from, predicts is converted: {line}."
+        for line in conversions(train.labels, start.scales, scales_of(source, train.labels))
+    ]
+    found += unknown_scales(
+        f"the head {name}", start.scales, source, train.labels, read_labels(source, test, label=train.label)
+    )
     if train.label != start.train.label:
         found.append(f"{name}, the head that this one starts from, learned {start.train.label}, not {train.label}.")
     return found

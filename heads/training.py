@@ -7,7 +7,7 @@ and with `paper_compatible` also after every epoch, for a number that stands bes
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,11 @@ from agiqa.heads.authors import author_record, author_warnings
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.events import check_tensorboard
-from agiqa.heads.features import FeatureSet, FeatureSource, read_labels
+from agiqa.heads.features import FeatureSet, FeatureSource, location_of, read_labels
 from agiqa.heads.feeding import Feeding, feed
 from agiqa.heads.fitting import Fit, check_precision, cpu_threads, fit_head, resolve_device
 from agiqa.heads.head import check_parts
-from agiqa.heads.labels import by_label, columns, side_by_side
+from agiqa.heads.labels import Array, by_label, columns, side_by_side
 from agiqa.heads.logistic import Mappings, fit_mappings
 from agiqa.heads.losses import check_loss
 from agiqa.heads.outcome import Outcome
@@ -32,6 +32,7 @@ from agiqa.heads.progress import LineProgress, TrainingProgress
 from agiqa.heads.projection import FeatureSpec, check_encoding, usual_projection
 from agiqa.heads.resuming import TrainingState, data_of, training_key, training_state
 from agiqa.heads.runs import EVENTS, Run, load_run, origin_of, refuse_taken, write_run
+from agiqa.heads.scales import Joined, scales_of, scales_record
 from agiqa.heads.scoring import predict_items, scores_of_labels
 from agiqa.heads.sharing import Places, SharedFeatures
 from agiqa.heads.splits import Partition, identities, make_partition
@@ -79,6 +80,8 @@ def train_head(
     if shared is None or not shared.has(partition.test):
         check_item_roles(source, partition.test, task.head.pooling)
     device, start_from = resolve_device(task.train.device), start_record(start)
+    for note in (*source.notes, *source.scale_notes) if isinstance(source, Joined) else ():
+        say(f"note: {note}")
     key = training_key(source, partition, task.head, task.train, device=device, start=start_from)
     saved = training_state(run, key, save_seconds=task.train.save_seconds, restart=restart)
     with cpu_threads(task.train.threads), saved as state:
@@ -143,6 +146,8 @@ def _train(
         "features": feeding.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
+    if isinstance(source, Joined):
+        metrics |= _of_stores(source, source, config, parts)
     if config.paper_compatible:
         best = best_on_test(selection.curves, metrics["test"], config.label)
         metrics["warnings"] += bias_warnings(best, metrics["test"], config.label)
@@ -270,6 +275,26 @@ def _metrics(
     return told
 
 
+def _of_stores(
+    source: FeatureSource,
+    joined: Joined,
+    config: TrainConfig,
+    parts: Mapping[str, tuple[NDArray[np.int64], Array, Array]],
+) -> dict[str, Any]:
+    """What metrics.json says of several stores read as one: the notes on them, and every part on the items of each.
+
+    Metrics of all together reward a head for telling the stores apart.
+    """
+    told: list[dict[str, Any]] = []
+    for store, items in joined.parts:
+        entry: dict[str, Any] = {"store": store.id, "name": PurePosixPath(location_of(store)).name}
+        for name, (chosen, labels, predicted) in parts.items():
+            here = np.isin(chosen, items)
+            entry[name] = _metrics(source, config, chosen[here], labels[here], predicted[here])
+        told.append(entry)
+    return {"notes": [*joined.notes, *joined.scale_notes], "stores": told}
+
+
 def _rows(
     source: FeatureSource,
     config: TrainConfig,
@@ -306,6 +331,7 @@ def _record(task: _Task, fit: Fit) -> dict[str, Any]:
         "origin": origin_of(source),
         "label": train.label,
         "labels": list(train.labels),
+        "mos_ranges": scales_record(train.labels, scales_of(source, train.labels)),
         "seed": train.seed,
         "kernels": training_kernels(fit.head.encoder, train, device),
         "device": str(device),

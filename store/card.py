@@ -4,6 +4,7 @@ import json
 
 from agiqa.store.layout import FORMAT, VERSION
 from agiqa.store.reading import Store
+from agiqa.store.scales import spelled
 from agiqa.store.text_authors import count_authors
 
 _TRAINING = {
@@ -19,6 +20,7 @@ def data_card(store: Store) -> str:
     items = store.items
     aspects = ", ".join(sorted(items.labels)) or "none"
     authors = ", ".join(f"{author} ({count})" for author, count in count_authors(items.text_authors).items())
+    scales = ", ".join(f"{aspect} {spelled(items.mos_ranges.get(aspect))}" for aspect in sorted(items.labels)) or "none"
     return f"""# {store.path.name}
 
 Features of {len(items)} AI-generated images and their conversations, {int(store.n_tokens.sum())} tokens, made once by a
@@ -31,6 +33,7 @@ multimodal language model so that quality-assessment heads can be trained withou
 | encoding | {store.encoding}, {store.logical_dtype}, {store.width} values per token |
 | MOS | {aspects} |
 | authors of the texts | {authors or "unknown"} |
+| scale of the MOS | {scales} |
 
 ## Load
 

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, SchemaError, UnknownName
 from agiqa.store.files import canonical_json
-from agiqa.store.items import LABEL_PREFIX, Items
+from agiqa.store.items import LABEL_PREFIX, MOS_RANGE, Items
+from agiqa.store.scales import range_record, read_range
 from agiqa.store.text_authors import TEXT_AUTHOR
 
 COMPRESSIONS = ("auto", "zstd", "gzip", "none")
@@ -129,6 +130,9 @@ def write_items(group: h5py.Group, items: Items, compression: str) -> None:
     for name, column in items.table().to_pydict().items():
         if name.startswith(LABEL_PREFIX):
             _write_column(group, name, np.array(column, np.float64), compression)  # None becomes NaN
+            scale = items.mos_ranges.get(name.removeprefix(LABEL_PREFIX))
+            if scale is not None:
+                group[name].attrs[MOS_RANGE] = range_record(scale)
             continue
         _write_column(group, name, _text_bits(name, column), compression)
         missing = np.array([text is None for text in column], np.uint8)
@@ -174,4 +178,9 @@ def read_items(group: h5py.Group) -> Items:
             if name.startswith(LABEL_PREFIX)
         },
         text_authors=texts(TEXT_AUTHOR) if TEXT_AUTHOR in group else [],
+        mos_ranges={
+            name.removeprefix(LABEL_PREFIX): read_range(str(group[name].attrs[MOS_RANGE]))
+            for name in sorted(group)
+            if name.startswith(LABEL_PREFIX) and MOS_RANGE in group[name].attrs
+        },
     )

@@ -139,7 +139,9 @@ def _require_sound(store: Store) -> None:
 def _content_sha256(store: Store) -> str:
     """What decides the content of the file: the bytes of every object, and the item table."""
     objects = sorted([entry["path"], entry["sha256"]] for entry in store.manifest["objects"])
-    content = {"objects": objects, "items": store.items.table().to_pydict()}
+    content: dict[str, Any] = {"objects": objects, "items": store.items.table().to_pydict()}
+    if store.items.mos_ranges:
+        content["mos_ranges"] = store.items.mos_ranges
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, DataError
 from agiqa.store.files import sync_file
+from agiqa.store.scales import MosRange, range_record, read_range
 from agiqa.store.text_authors import TEXT_AUTHOR
 
 LABEL_PREFIX = "mos_"
+MOS_RANGE = "mos_range"
+"""Metadata of a column of MOS: their scale, as `range_record`."""
 _NAMES_PER_BYTE = 16
 """Rows of an item table per byte of its file, at most: the names differ, and a million counted ones take 0.7 bytes."""
 _ROOM, _EXPANSION = 64 << 20, 4096
@@ -36,6 +39,8 @@ class Items:
     """Aspect (quality, correspondence, authenticity) to MOS per item, (items,), NaN where there is none."""
     text_authors: list[str | None] = field(default_factory=list[str | None])
     """Who wrote the text that each item reads (see text_authors.py); empty where that is known of no item."""
+    mos_ranges: Mapping[str, MosRange] = field(default_factory=dict[str, MosRange])
+    """Aspect to the scale of its MOS, lowest and highest; an aspect that is not here has an unknown scale."""
 
     def __len__(self) -> int:
         """Number of items."""
@@ -46,11 +51,13 @@ class Items:
         return [position for position, name in enumerate(self.splits) if name == split]
 
     def same_as(self, other: "Items") -> bool:
-        """Whether every column holds the same values, missing labels included."""
-        return bool(self.table().equals(other.table()))
+        """Whether every column holds the same values, missing labels included, and no scale of MOS is another."""
+        scales, others = self.mos_ranges, other.mos_ranges
+        agree = all(scales[aspect] == others[aspect] for aspect in scales.keys() & others.keys())
+        return agree and bool(self.table().equals(other.table()))
 
     def table(self) -> pa.Table:
-        """The rows as an Arrow table; a missing label is null."""
+        """The rows as an Arrow table; a missing label is null, and the scale of MOS is metadata of their column."""
         text = pa.string()
         columns = {
             "name": pa.array(self.names, text),
@@ -63,7 +70,9 @@ class Items:
             columns[TEXT_AUTHOR] = pa.array(self.text_authors, text)
         for aspect in sorted(self.labels):
             columns[LABEL_PREFIX + aspect] = pa.array(self.labels[aspect], pa.float64(), from_pandas=True)
-        return pa.table(columns)
+        scales = {LABEL_PREFIX + aspect: {MOS_RANGE: range_record(scale)} for aspect, scale in self.mos_ranges.items()}
+        fields = [pa.field(name, column.type, metadata=scales.get(name)) for name, column in columns.items()]
+        return pa.table(columns, schema=pa.schema(fields))
 
 
 def item_positions(items: Sequence[int] | NDArray[Any], *, count: int, where: str) -> NDArray[np.int64]:
@@ -116,11 +125,16 @@ def read_items(path: Path) -> Items:
             generators=columns["generator"].to_pylist(),
             descriptions=columns["description"].to_pylist(),
             labels={
-                name.removeprefix(LABEL_PREFIX): np.array(column.to_pylist(), np.float64)  # None becomes NaN
+                name.removeprefix(LABEL_PREFIX): np.array(column.to_numpy(), np.float64)  # null becomes NaN
                 for name, column in columns.items()
                 if name.startswith(LABEL_PREFIX)
             },
             text_authors=columns[TEXT_AUTHOR].to_pylist() if TEXT_AUTHOR in columns else [],
+            mos_ranges={
+                column.name.removeprefix(LABEL_PREFIX): read_range(column.metadata[MOS_RANGE.encode()])
+                for column in table.schema
+                if column.name.startswith(LABEL_PREFIX) and MOS_RANGE.encode() in (column.metadata or {})
+            },
         )
     except DamagedStore:
         raise

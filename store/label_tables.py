@@ -3,10 +3,12 @@
 import csv
 import io
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from agiqa.errors import DataError
+from agiqa.store.scales import MosRange
 
 ASPECT_COLUMNS = {
     "mos": "quality",
@@ -54,20 +56,33 @@ def read_table(path: Path) -> tuple[list[str], list[TableRow]]:
 
     Raises DataError when it is no UTF-8 csv, or has no rows.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    header, rows = open_table(path)
+    return header, list(rows)
+
+
+def open_table(path: Path) -> tuple[list[str], Iterator[TableRow]]:
+    """Header and rows of the csv file `path`, a row at a time; as `read_table`, but errors in rows come with them."""
+    rows = _rows(path)
+    return [cell.strip() for cell in next(rows).cells], rows
+
+
+def _rows(path: Path) -> Iterator[TableRow]:
+    """The header as it is, and the rows."""
+    reader, count = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), 0
     try:
-        header = [cell.strip() for cell in next(reader)]
-        rows = [TableRow(number=reader.line_num, cells=cells) for cells in reader if cells]
+        for cells in reader:
+            if cells or not count:
+                yield TableRow(number=reader.line_num, cells=cells)
+                count += 1
     except csv.Error as error:
         message = f"{path}, line {reader.line_num}: not a csv file ({error})."
         raise DataError(message) from error
-    if not rows:
+    if count < 2:
         message = f"{path}: a header but no rows."
         raise DataError(message)
-    return header, rows
 
 
-def read_mos(column: str, cell: str, mos_range: tuple[float, float]) -> float:
+def read_mos(column: str, cell: str, mos_range: MosRange) -> float:
     """The MOS in `cell`. Raises DataError, in words for a list of problems, unless it lies in `mos_range`."""
     low, high = mos_range
     try:

@@ -15,6 +15,7 @@ from agiqa.store.text_authors import count_authors
 def store_summary(store: Store) -> dict[str, Any]:
     """State, encoding, items, tokens, bytes, labels, splits, authors of texts and provenance of `store`, JSON-able.
 
+    `mos_ranges` has the scale of each label, None where it is not recorded.
     `bytes_raw_features` is what the finished units take decoded; `bytes_raw_logits` what their logits would take
     as float16 (present where the size of the vocabulary is known). `seconds_of_work` is the sum of what the records of
     the finished units say; None where some of them are not here, as in a store that was pulled or is read at a URL.
@@ -40,6 +41,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "bytes_raw_features": rows * store.width * store.array("features").dtype.itemsize,
         "seconds_of_work": _seconds(records) if len(records) == len(done) else None,
         "labels": {aspect: int(np.isfinite(mos).sum()) for aspect, mos in items.labels.items()},
+        "mos_ranges": {aspect: items.mos_ranges.get(aspect) for aspect in items.labels},
         "splits": dict(Counter(split or "none" for split in items.splits)),
         "text_authors": _text_authors(items) or None,
         "provenance": store.provenance,

@@ -15,6 +15,7 @@ from agiqa.store.files import canonical_json
 from agiqa.store.items import Items, item_positions
 from agiqa.store.provenance import differing
 from agiqa.store.reading import Store, TokenRows
+from agiqa.store.scales import JoinedColumn, ScaledColumn, join_columns
 
 _SAME_MAKING = ("model", "conversation")
 
@@ -35,6 +36,7 @@ class StoreUnion:
         for other in self.stores[1:]:
             _require_same_meaning(first, other)
         _require_no_item_twice(self.stores)
+        self._scaled = _on_one_scale(self.stores)
         self.id = hashlib.sha256(canonical_json([store.id for store in stores]).encode()).hexdigest()
         """sha256 of the canonical JSON of the list of the stores' ids, in their order."""
         self.encoding = first.encoding
@@ -75,22 +77,36 @@ class StoreUnion:
         )
 
     @property
+    def scale_notes(self) -> tuple[str, ...]:
+        """Which MOS are converted to the scale of another store, and of which the scale is not known."""
+        return tuple(note for column in self._scaled.values() for note in column.notes)
+
+    @property
+    def parts(self) -> tuple[tuple[Store, NDArray[np.int64]], ...]:
+        """Each store, and where its items are in the union."""
+        bounds = zip(self._first_items[:-1].tolist(), self._first_items[1:].tolist(), strict=True)
+        return tuple((store, np.arange(*ends)) for store, ends in zip(self.stores, bounds, strict=True))
+
+    @property
     def items(self) -> Items:
-        """The items of all stores; an aspect that a store lacks is NaN there. A name may occur in two stores."""
+        """The items of all stores. A name may occur in two stores.
+
+        MOS of an aspect are on the scale of the first store that records one; where a store lacks them they are NaN.
+        """
         return self._items
 
     @cached_property
     def _items(self) -> Items:
         tables = [store.items for store in self.stores]
-        aspects = sorted({aspect for table in tables for aspect in table.labels})
         return Items(
             names=[name for table in tables for name in table.names],
             prompts=[prompt for table in tables for prompt in table.prompts],
             splits=[split for table in tables for split in table.splits],
             generators=[generator for table in tables for generator in table.generators],
             descriptions=[description for table in tables for description in table.descriptions],
-            labels={aspect: np.concatenate([_mos(table, aspect) for table in tables]) for aspect in aspects},
             text_authors=[author for table in tables for author in table.text_authors or [None] * len(table)],
+            labels={aspect: column.values for aspect, column in self._scaled.items()},
+            mos_ranges={aspect: column.scale for aspect, column in self._scaled.items() if column.scale is not None},
         )
 
     @property
@@ -145,8 +161,8 @@ def union(stores: Sequence[Store]) -> StoreUnion:
     """Read `stores` as one, their items one store after the other.
 
     Raises SchemaError when encoding, dtype or width differ and HeadError when W_lm or the basis of sketches do,
-    naming both sides and the remedy; DataError naming the items that occur in two stores; ConfigError without a
-    store.
+    naming both sides and the remedy; DataError naming the items that occur in two stores, or the stores whose MOS are
+    on scales that are not recorded and cannot be one; ConfigError without a store.
     """
     return StoreUnion(stores)
 
@@ -206,5 +222,20 @@ def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [name for key in _SAME_MAKING for name, _, _ in differing(first.get(key), other.get(key), key)]
 
 
-def _mos(table: Items, aspect: str) -> NDArray[np.float64]:
-    return np.asarray(table.labels.get(aspect, np.full(len(table), np.nan)), np.float64)
+def _on_one_scale(stores: Sequence[Store]) -> dict[str, JoinedColumn]:
+    """The MOS of each aspect of all stores. Raises as `join_columns`."""
+    aspects = sorted({aspect for store in stores for aspect in store.items.labels})
+    return {
+        aspect: join_columns(
+            aspect,
+            [
+                ScaledColumn(
+                    where=store.location,
+                    values=np.asarray(store.items.labels.get(aspect, np.full(len(store.items), np.nan)), np.float64),
+                    scale=store.items.mos_ranges.get(aspect),
+                )
+                for store in stores
+            ],
+        )
+        for aspect in aspects
+    }

@@ -75,7 +75,8 @@ def command(
     chosen by test results. `agiqa report OUT` makes pictures and a page of it.
     """
     from agiqa.bench.ablation import run_ablation
-    from agiqa.bench.grids import find_grid, generators_of, read_grid
+    from agiqa.bench.grids import find_grid, read_grid
+    from agiqa.bench.protocols import generators_of
     from agiqa.bench.result_folders import RESULTS, ROWS
     from agiqa.bench.row_text import rows_text
     from agiqa.heads.projection import usual_projection

@@ -33,7 +33,8 @@ def command(run: Path, store: str | Path, split: str, device: str, batch_size: i
 
     On the store that it was trained on, the parts are those of its training; on another store of the same model
     (or basis) they are that store's own. PLCC and RMSE are also given after the 4- and 5-parameter logistic mappings
-    that the run fitted to its validation part. A head with several labels is scored on each, and STORE must have all.
+    that the run fitted to its validation part. MOS of STORE on another scale than that of the head are converted to it,
+    and RMSE is on it. A head with several labels is scored on each, and STORE must have all.
     """
     from agiqa.commands.train import label_titles, scores_line
     from agiqa.heads import evaluate, load_run

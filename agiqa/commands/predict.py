@@ -24,12 +24,15 @@ from agiqa.commands.common import StoreLocation, print_result, shared_options
 def command(run: Path, store: str | Path, out: Path, device: str, batch_size: int, *, as_json: bool) -> None:
     """Write the scores of the head RUN for every item of STORE to the csv OUT (name, prompt, predicted).
 
-    A head with several labels fills a column predicted_LABEL for each.
+    A head with several labels fills a column predicted_LABEL for each. Scores are on the scale of the MOS that the head
+    was trained on.
     """
     from agiqa.errors import DataError
     from agiqa.heads import load_run, predict
     from agiqa.heads.labels import column_names
+    from agiqa.heads.scales import scales_record
     from agiqa.store import open_store
+    from agiqa.store.scales import spelled
 
     if not out.parent.is_dir():
         message = f"{out.parent} is no folder; make it, or write to another path."
@@ -47,4 +50,6 @@ def command(run: Path, store: str | Path, out: Path, device: str, batch_size: in
             for name, prompt, row in zip(source.items.names, source.items.prompts, scores.tolist(), strict=True)
         )
     temporary.replace(out)
-    print_result({"out": str(out), "items": len(scores)}, f"{out}: {len(scores)} scores", as_json=as_json)
+    result = {"out": str(out), "items": len(scores), "mos_ranges": scales_record(head.train.labels, head.scales)}
+    scales = dict.fromkeys(spelled(scale) for scale in head.scales)
+    print_result(result, f"{out}: {len(scores)} scores, on {' and '.join(scales)}", as_json=as_json)

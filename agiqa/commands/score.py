@@ -79,6 +79,7 @@ def command(
     from agiqa.extract.live import LiveFeatures
     from agiqa.heads import load_run
     from agiqa.heads.fitting import resolve_device
+    from agiqa.heads.scales import scales_record
 
     items, failed = items_of_images(images, prompt=prompt, table=prompts)
     where = "the images to score"
@@ -110,7 +111,8 @@ def command(
     if as_json:
         told = [outcome for name, outcome in outcomes.items() if name not in failed]
         asked = {"run": str(run), "model": model, "adapter": adapter, "aspect": aspect, "variant": variant}
-        print_result({**asked, "images": told, "failed": failed}, "", as_json=True)
+        scales = scales_record(head.train.labels, head.scales)
+        print_result({**asked, "mos_ranges": scales, "images": told, "failed": failed}, "", as_json=True)
     if failed:
         raise DataError.from_problems(where, list(failed.values()))
 

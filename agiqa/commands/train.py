@@ -197,6 +197,11 @@ def command(
     shown = {part: of_each_label(train.labels, metrics[part]) for part in ("validation", "test") if metrics[part]}
     for number, title in enumerate(label_titles(train.labels)):
         lines += [*title, *(scores_line(part, scores[number]) for part, scores in shown.items())]
+        lines += [
+            scores_line(f"test, {one['name']}", of_each_label(train.labels, one["test"])[number])
+            for one in metrics.get("stores", ())
+            if one["test"]
+        ]
     print_result({"run": str(run), **metrics}, "\n".join(lines), as_json=as_json)
 
 

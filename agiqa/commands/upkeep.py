@@ -14,22 +14,33 @@ _STORE = click.argument("store", type=LocalStore())
 @click.command("labels")
 @_STORE
 @click.argument("table", metavar="TABLE.csv", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
+@click.option(
+    "--mos-range",
+    nargs=2,
+    type=float,
+    help="Lowest and highest MOS of the scale of TABLE.csv.  [default: that of the store, or 0 5 where it has none]",
+)
 @shared_options
-def labels(store: Path, table: Path, mos_range: tuple[float, float], *, as_json: bool) -> None:
+def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, as_json: bool) -> None:
     """Set MOS, split and generator in STORE from TABLE.csv, by item name; features are not touched.
 
     The table has the column `name` and any of mos_quality, mos_correspondence (or mos_align), mos_authenticity, split
-    and generator. An empty cell leaves the value as it is; a `prompt` column must agree with the store.
+    and generator. An empty cell leaves the value as it is; a `prompt` column must agree with the store. Where the table
+    has only some of the MOS of an aspect, on another scale than the others, they are converted to that of the others.
     """
+    from agiqa.progress import say
     from agiqa.store import open_store
     from agiqa.store.labelling import join_labels
+    from agiqa.store.scales import spelled
 
     report = join_labels(open_store(store, allow_partial=True), table, mos_range=mos_range)
+    for note in report.notes:
+        say(note)
     lines = [f"{store}: {report.matched} items named in {table}, {report.kept} items not (they keep what they have)"]
     if report.unmatched_rows:
         lines.append(f"  {len(report.unmatched_rows)} rows name no item: {listed(report.unmatched_rows)}")
     lines += [f"  {column}: {counts}" for column, counts in _changes(report.filled, report.replaced).items()]
+    lines += [f"  {column}: recorded as on {spelled(report.mos_ranges[column])}" for column in report.rescaled]
     if report.ignored_columns:
         lines.append(f"  columns that are no label: {', '.join(report.ignored_columns)}")
     if not report.changed:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from agiqa.bench.ablation import run_ablation
-from agiqa.bench.grids import generators_of, read_grid
+from agiqa.bench.grids import read_grid
+from agiqa.bench.protocols import generators_of
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
 from agiqa.heads.splits import make_partition

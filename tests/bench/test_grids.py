@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from agiqa.bench.grids import generators_of, read_grid
+from agiqa.bench.grids import read_grid
+from agiqa.bench.protocols import generators_of
 from agiqa.bench.unread import unread_settings
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads import ENCODERS, HeadConfig, TrainConfig, load_settings

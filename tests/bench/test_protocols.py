@@ -50,6 +50,21 @@ def test_seeds_can_share_the_folds(grid):
     assert plan[3].name == "deep,seed=9,protocol=grouped,fold=1"
 
 
+def test_generators_that_differ_in_punctuation_or_case_have_runs_of_their_own(grid):
+    """Their folders would have one name, and nobody can rename a generator in a grid file."""
+    generators = ["SD 1.5", "SD/1.5", "SD_1.5", "glide", "sd_1.5"]
+    for sections in ({"protocols": ["leave-one-generator-out"]}, {"base": {"split": "generator"}}):
+        varied = {"encoder": ["gru"], **({} if "protocols" in sections else {"held_out": generators})}
+        plan = grid(generators=generators, grid=varied, **sections)
+        assert [run.train.held_out for run in plan] == generators
+        names = [run.name for run in plan]
+        assert len({name.casefold() for name in names}) == len(generators)
+        assert all(re.fullmatch(r"[\w.,=+@-]+", name) for name in names)
+        assert names[3].endswith("held_out=glide")
+        alone = grid(generators=["SD 1.5", "glide"], grid={"encoder": ["gru"]}, protocols=["leave-one-generator-out"])
+        assert alone[0].name.endswith("held_out=SD_1.5")
+
+
 def test_a_run_without_protocols_belongs_to_that_of_its_split(grid):
     runs = [
         {"split": "published"},

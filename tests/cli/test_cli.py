@@ -175,7 +175,8 @@ def test_predict_writes_a_score_per_item(example):
         rows = list(csv.DictReader(file))
     table = read_table(example.data)
     assert [(row["name"], row["prompt"]) for row in rows] == [(row["name"], row["prompt"]) for row in table]
-    assert example.printed["predict"] == {"out": str(example.predictions), "items": ITEMS}
+    told = {"out": str(example.predictions), "items": ITEMS, "mos_ranges": {"quality": [0.0, 5.0]}}
+    assert example.printed["predict"] == told
     with (example.run / "predictions.csv").open(newline="", encoding="utf-8") as file:
         told = {row["name"]: float(row["predicted"]) for row in csv.DictReader(file)}
     again = {row["name"]: float(row["predicted"]) for row in rows}

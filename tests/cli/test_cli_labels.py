@@ -66,7 +66,8 @@ def test_evaluate_tells_of_every_label(agiqa, both):
 def test_predict_fills_a_column_per_label(agiqa, both, tmp_path):
     store, run, _ = both
     out = tmp_path / "scores.csv"
-    assert agiqa("predict", run, store, out, "--json").json == {"out": str(out), "items": ITEMS}
+    scales = {"quality": [0.0, 5.0], "correspondence": [0.0, 5.0]}
+    assert agiqa("predict", run, store, out, "--json").json == {"out": str(out), "items": ITEMS, "mos_ranges": scales}
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["name", "prompt", "predicted_quality", "predicted_correspondence"]

@@ -88,6 +88,33 @@ def test_the_same_table_twice_changes_nothing(stored, tmp_path):
     assert snapshot(stored.path) == before
 
 
+def numpy_calls(work) -> int:
+    """How often `work` enters a function of NumPy's that is written in Python."""
+    entered = []
+
+    def note(frame, event, _arg):
+        if event == "call" and "/numpy/" in frame.f_code.co_filename:
+            entered.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return len(entered)
+
+
+def test_a_row_costs_no_work_on_a_whole_column(stored, tmp_path):
+    """One operation on all items for each row took ten minutes for a million of them."""
+    tables = [
+        write_table(tmp_path / f"{rows}.csv", "name,mos", *(f"image_{item}.png,{rows / 10}" for item in range(rows)))
+        for rows in (20, 40)
+    ]
+    join_labels(stored, tables[1])  # what is imported or made once is not counted
+    few, many = (numpy_calls(lambda table=table: join_labels(stored, table)) for table in tables)
+    assert many <= few + 5
+
+
 def test_rows_of_other_images_are_counted(stored, tmp_path):
     table = write_table(tmp_path / "t.csv", "name,mos", "image_0.png,1", "image_99.png,2", "image_98.png,2")
     report = join_labels(stored, table)

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from agiqa.bench.ablation import run_ablation
-from agiqa.bench.grids import generators_of, read_grid
+from agiqa.bench.grids import read_grid
+from agiqa.bench.protocols import generators_of
 from agiqa.bench.report import write_report
 from agiqa.bench.report.bookkeeping import bias_table
 from agiqa.bench.report.reading import read_all
