@@ -248,7 +248,8 @@ def seal_nearly_empty(store: Store) -> None:
     for unit in writer.pending():
         features[unit * store.geometry.unit_rows] = 1
         entry = describe_object(store.path, store.layout.features_object(unit))
-        put_text_if_absent(store.layout.commit(unit), canonical_json({"objects": [entry], "seconds": 0.0}))
+        record = canonical_json({"objects": [entry], "seconds": 0.0})
+        put_text_if_absent(store.layout.commit(unit), record, lock=store.layout.locks / "records")
     seal(store)
 
 

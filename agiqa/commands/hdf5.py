@@ -45,8 +45,8 @@ def import_store(source: Path, out: Path, *, as_json: bool) -> None:
     A killed import goes on when it is run again.
     """
     from agiqa.progress import track
-    from agiqa.store.hdf5 import open_hdf5
     from agiqa.store.hdf5_checks import check_store_file
+    from agiqa.store.hdf5_files import open_hdf5
     from agiqa.store.hdf5_import import import_checked
 
     with open_hdf5(source) as file:
