@@ -219,13 +219,10 @@ def _install(manifest: Manifest, local: _Local, card: bytes | None) -> None:
 
 def _set_aside(path: Path) -> None:
     """Give the file at `path`, if there is one, the first name `NAME.before-pull[-N].SUFFIX` that is free."""
-    for number in count(1):
-        tail = "" if number == 1 else f"-{number}"
-        aside = path.with_name(f"{path.stem}.before-pull{tail}{path.suffix}")
-        if not aside.exists():
-            break
+    tails = ("" if number == 1 else f"-{number}" for number in count(1))
+    names = (path.with_name(f"{path.stem}.before-pull{tail}{path.suffix}") for tail in tails)
     if path.exists():
-        path.replace(aside)
+        path.replace(next(name for name in names if not name.exists()))
 
 
 def _require_room(plan: PullPlan) -> None:
