@@ -23,6 +23,8 @@ from agiqa.extract.checkpoints import Checkpoint
 from agiqa.extract.images import ImageSource, open_image
 from agiqa.extract.items import Message
 
+_NO_INPUTS = ("input_ids", "attention_mask", "labels")
+"""What a processor makes besides image inputs; PaliGemma's adds the labels of a training."""
 _MARK_NAME = re.compile(r"(image|img|boi).*(token|placeholder)$|^boi")
 
 
@@ -63,7 +65,7 @@ class VisionBackbone(HuggingFaceBackbone):
                 return_tensors="pt",
                 add_special_tokens=renderer.adds_special_tokens(rendered.text),
             )
-        inputs = {key: value for key, value in encoded.items() if key not in ("input_ids", "attention_mask")}
+        inputs = {key: value for key, value in encoded.items() if key not in _NO_INPUTS}
         check_inputs(self.checkpoint.name, inputs, self._accepted)
         token_ids = encoded["input_ids"][0].numpy().astype(np.int32)
         decode = self.processor.tokenizer.decode

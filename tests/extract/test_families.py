@@ -8,6 +8,7 @@ import pytest
 from tests.extract.families.specs import FAMILIES
 from tests.extract.families.sweep import KINDS, try_family
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")  # PaliGemma's own way with text
 PAGE = Path(__file__).parents[2] / "extract" / "FAMILIES.md"
 SAMPLE = {
     "vision": ["aya_vision", "florence2", "gemma3", "gemma4", "idefics2", "llava_onevision", "ovis2", "paligemma"],
