@@ -146,8 +146,7 @@ def _train(
         "features": feeding.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
-    if isinstance(source, Joined):
-        metrics |= _of_stores(source, source, config, parts)
+    metrics |= _of_stores(source, source, config, parts) if isinstance(source, Joined) else {}
     if config.paper_compatible:
         best = best_on_test(selection.curves, metrics["test"], config.label)
         metrics["warnings"] += bias_warnings(best, metrics["test"], config.label)
