@@ -27,6 +27,8 @@ from agiqa.store import TOKEN_ROLES
 
 _ANSWER = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 """The end of the published chat template, which asks for an answer whether one is wanted or not."""
+_POSITIONS = "torch"
+"""Who rounds the positions of patches (`line_positions`). Stores without this entry have some rounded otherwise."""
 
 
 class MiniCPMBackbone(HuggingFaceBackbone):
@@ -61,8 +63,8 @@ class MiniCPMBackbone(HuggingFaceBackbone):
 
     def provenance(self) -> dict[str, Any]:
         """See `Backbone.provenance`."""
-        slicing = {"slices": self.config.slices, "resolution": self.config.resolution}
-        return {**super().provenance(), "image": slicing}
+        seen = {"slices": self.config.slices, "resolution": self.config.resolution, "positions": _POSITIONS}
+        return {**super().provenance(), "image": seen}
 
     def hollow(self) -> MiniCPMV:
         """See `HuggingFaceBackbone.hollow`."""
