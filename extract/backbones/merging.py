@@ -18,6 +18,8 @@ _LORA = re.compile(
 )
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
 """peft's own modules around the model's, within names of tensors that are saved whole."""
+_ORIGINAL = ".original_module."
+"""Within names of what a replaced module was before: `save_embedding_layers` saves it beside the trained one."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +73,10 @@ class Merge:
                 pair.a = tensor
             else:
                 pair.b = tensor
+        originals = [name for name in self.whole if _ORIGINAL in name]
+        for name in originals:
+            if name.replace(_ORIGINAL, ".") in self.whole:
+                del self.whole[name]
 
     def _find_problems(self) -> Iterator[str]:
         strangers = [name for name in self.whole if self._place(name) not in self.weights]
