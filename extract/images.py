@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from agiqa.errors import DataError, first_line
+from agiqa.store.lfs import refuse_lfs_pointers
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own limit for suspected decompression bombs."""
@@ -34,7 +35,8 @@ def open_image(path: Path) -> Image.Image:
     """The whole image at `path` as RGB: turned upright by its EXIF tag, alpha laid over white.
 
     Palette, greyscale, 16-bit greyscale and CMYK images are converted; of an animation the first frame is
-    read. Raises DataError, naming the file, when it is missing, truncated, no image, or over MAX_PIXELS.
+    read. Raises DataError, naming the file, when it is missing, truncated, no image, a Git LFS pointer, or over
+    MAX_PIXELS.
     """
     try:
         with Image.open(path) as image:
@@ -50,6 +52,7 @@ def open_image(path: Path) -> Image.Image:
     except DataError:
         raise
     except _UNREADABLE as error:
+        refuse_lfs_pointers([path], DataError)
         message = f"{path}: not a readable image ({_reason(error)}); replace the file."
         raise DataError(message) from error
 

@@ -28,6 +28,7 @@ from agiqa.extract.backbones.merging import Merge
 from agiqa.extract.checkpoints import HUB_ID, PACKAGE, download, package_path
 from agiqa.progress import say
 from agiqa.store.files import sha256_of_file
+from agiqa.store.lfs import refuse_lfs_pointers
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -125,8 +126,8 @@ def _shapes_of(path: Path) -> dict[str, torch.Tensor]:
 def resolve_adapter(adapter: str) -> Adapter:
     """The adapter that `adapter` names (see the table above).
 
-    Raises ModelError when there is no such folder or repository, it holds no PEFT adapter, or one that is no plain
-    LoRA.
+    Raises ModelError when there is no such folder or repository, it holds no PEFT adapter, one that is no plain LoRA,
+    or a Git LFS pointer.
     """
     path = package_path(adapter) if adapter.startswith(PACKAGE) else Path(adapter).expanduser()
     repository = revision = None
@@ -138,6 +139,7 @@ def resolve_adapter(adapter: str) -> Adapter:
         repository = match["repo"]
         path = download(repository, match["revision"], [CONFIG, *WEIGHTS])
         revision = path.name
+    refuse_lfs_pointers([path / name for name in (CONFIG, *WEIGHTS)], ModelError)
     return Adapter(
         name=adapter, folder=path, config=_read_config(adapter, path), repository=repository, revision=revision
     )
