@@ -34,7 +34,7 @@ _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 def open_image(path: Path) -> Image.Image:
     """The whole image at `path` as RGB: turned upright by its EXIF tag, alpha laid over white.
 
-    Palette, greyscale, 16-bit greyscale and CMYK images are converted; of an animation the first frame is
+    Palette, greyscale, 16-bit and 32-bit greyscale and CMYK images are converted; of an animation the first frame is
     read. Raises DataError, naming the file, when it is missing, truncated, no image, a Git LFS pointer, or over
     MAX_PIXELS.
     """
@@ -42,7 +42,7 @@ def open_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             _refuse_bombs(path, image.size)
             image.load()
-            return _to_rgb(path, ImageOps.exif_transpose(image))
+            return _to_rgb(path, ImageOps.exif_transpose(image), tiff=image.format == "TIFF")
     except FileNotFoundError as error:
         message = f"{path}: no such image."
         raise DataError(message) from error
@@ -70,10 +70,12 @@ def _refuse_bombs(path: Path, size: tuple[int, int]) -> None:
         raise DataError(message)
 
 
-def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+def _to_rgb(path: Path, image: Image.Image, *, tiff: bool) -> Image.Image:
     if image.mode == "F":
         message = f"{path}: the pixels are floating-point numbers without a known range; save it as 8-bit RGB."
         raise DataError(message)
+    if image.mode == "I" and tiff:
+        return _from_32_bit(path, image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_16_bit(image)
     if image.has_transparency_data:
@@ -81,6 +83,20 @@ def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, layer).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_32_bit(path: Path, image: Image.Image) -> Image.Image:
+    """TIFFs of 32-bit integers hold 8-bit or 16-bit values in practice: which of the two, their largest value tells."""
+    least, largest = image.getextrema()
+    if least < 0 or largest > 65535:
+        message = (
+            f"{path}: the pixels are 32-bit integers from {least} to {largest}, without a known range; save it as "
+            "8-bit RGB."
+        )
+        raise DataError(message)
+    if largest > 255:
+        return _from_16_bit(image)
+    return Image.fromarray(np.asarray(image).astype(np.uint8)).convert("RGB")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
