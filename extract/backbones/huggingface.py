@@ -19,6 +19,7 @@ from agiqa.extract.backbones.independence import TOKENS_NEEDED, refuse_batch_dep
 from agiqa.extract.backbones.linearity import LogitMap, find_logit_map
 from agiqa.extract.backbones.loading import failures_of, load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
+from agiqa.extract.backbones.vocabulary import Vocabulary
 from agiqa.extract.checkpoints import Checkpoint
 from agiqa.extract.items import Message
 from agiqa.extract.memory import room_for_weights
@@ -53,9 +54,17 @@ class HuggingFaceBackbone(ABC):
         self.hidden_size: int = text_config.hidden_size
         self.vocab_size: int = text_config.vocab_size
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._rows: int | None = None
         self.model_class: Any = self.classes[type(config)]
         self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
         self.renderer = self._make_renderer()
+        self.vocabulary = Vocabulary(
+            checkpoint.name,
+            self.renderer.tokenizer,
+            size=self.vocab_size,
+            rows=self._embedding_rows,
+            image_id=self._image_token_id,
+        )
         self._model: Any = None
         self._tensors_fit = False
         self._after_head: LogitMap | None = None
@@ -117,6 +126,13 @@ class HuggingFaceBackbone(ABC):
                 self.config, dtype=DTYPES[self.logical_dtype], attn_implementation=self.attention
             )
         return model
+
+    def _embedding_rows(self) -> int:
+        """Token ids that the model has an embedding for: its vocabulary, and of some models marks of images."""
+        if self._rows is None:
+            table: Any = self.hollow()
+            self._rows = max(self.vocab_size, len(table.get_input_embeddings().weight))
+        return self._rows
 
     def load(self) -> None:
         """See `Backbone.load`."""

@@ -39,6 +39,7 @@ class VisionBackbone(HuggingFaceBackbone):
         refuse_marks(conversation, [self.renderer.image_token])
         rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
         text_ids, text_roles = self.renderer.tokenize(rendered)
+        self.vocabulary.refuse_strangers(text_ids)
         if image is None:
             return Prepared(token_ids=text_ids, roles=text_roles)
         picture = open_image(image)

@@ -46,6 +46,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         refuse_marks(conversation, self.config.marks.values())
         rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
         ids, roles = self.renderer.tokenize(rendered)
+        self.vocabulary.refuse_strangers(ids)
         if image is None:
             return Prepared(token_ids=ids, roles=roles)
         settings, picture = self.config, open_image(image)
@@ -70,6 +71,9 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         """See `HuggingFaceBackbone.hollow`."""
         with torch.device("meta"):
             return MiniCPMV(self.config)
+
+    def _embedding_rows(self) -> int:
+        return self.vocab_size
 
     def _compare_tensors(self) -> None:
         check_weights(self.checkpoint, self.hollow())
