@@ -140,7 +140,8 @@ class HuggingFaceBackbone(ABC):
             return
         dtype = DTYPES[self.logical_dtype]
         with room_for_weights(self.checkpoint.name, self.device):
-            model = load_model(self.checkpoint, self.auto_class, dtype, self.attention)
+            merges = self.adapter is not None
+            model = load_model(self.checkpoint, self.auto_class, dtype, self.attention, to_merge=merges)
             model = model.to(self.device)
             if self.adapter is not None:
                 apply_adapter(model, self.adapter, name=self.checkpoint.name)

@@ -137,11 +137,14 @@ def _without_video(config: Any) -> Any:
     return type(parent.__name__, (parent,), members)
 
 
-def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, attention: str) -> Any:
-    """The model on the CPU, in `dtype`, for inference only.
+def load_model(
+    checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, attention: str, *, to_merge: bool = False
+) -> Any:
+    """The model on the CPU, in `dtype`, for inference only; `to_merge` says that its weights will be changed.
 
     GGUF weights are unpacked on the way: where transformers has a GgufConfig it is asked to (newer releases
-    would keep the blocks packed), and releases without one unpack by themselves. Raises ModelError when a
+    would keep the blocks packed), and releases without one unpack by themselves. FP8 weights, which a GPU computes with
+    as they are, are unpacked for a merge. Raises ModelError when a
     tensor is missing, has another shape, has no place in the model, or is not floating-point after all.
     """
     checkpoint.weight_files()
@@ -150,6 +153,8 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, atte
     packing = getattr(transformers, "GgufConfig", None)
     if checkpoint.gguf is not None and packing is not None:
         options["quantization_config"] = packing(dequantize=True)
+    if to_merge and (checkpoint.raw_config.get("quantization_config") or {}).get("quant_method") == "fp8":
+        options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     # The GGUF reader draws a progress bar that transformers' own switch does not reach.
     bar = redirect_stderr(io.StringIO()) if checkpoint.gguf is not None else nullcontext()
     with failures_of(checkpoint, "load the weights"), bar:
