@@ -87,7 +87,8 @@ def _to_rgb(path: Path, image: Image.Image, *, tiff: bool) -> Image.Image:
 
 def _from_32_bit(path: Path, image: Image.Image) -> Image.Image:
     """TIFFs of 32-bit integers hold 8-bit or 16-bit values in practice: which of the two, their largest value tells."""
-    least, largest = image.getextrema()
+    values = np.asarray(image)
+    least, largest = int(values.min()), int(values.max())
     if least < 0 or largest > 65535:
         message = (
             f"{path}: the pixels are 32-bit integers from {least} to {largest}, without a known range; save it as "
@@ -96,7 +97,7 @@ def _from_32_bit(path: Path, image: Image.Image) -> Image.Image:
         raise DataError(message)
     if largest > 255:
         return _from_16_bit(image)
-    return Image.fromarray(np.asarray(image).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
