@@ -19,6 +19,7 @@ from typing import Any
 
 from agiqa.errors import ModelError, first_line
 from agiqa.store.files import sha256_of_file
+from agiqa.store.lfs import refuse_lfs_pointers
 
 SETTINGS_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 """Everything but weights that changes a number; json covers configuration, tokenizer and processor."""
@@ -29,6 +30,8 @@ WEIGHT_LAYOUTS = (
     "pytorch_model.bin.index.json",
 )
 """The weight files of the official layouts, in the order in which transformers looks for them."""
+
+_WEIGHT_KINDS = ("*.safetensors", "*.bin")
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 """A repository of the hub, and the branch, tag or commit."""
@@ -128,8 +131,17 @@ class Checkpoint:
 def resolve_checkpoint(model: str) -> Checkpoint:
     """The checkpoint that `model` names (see the table above); weights of hub models are not downloaded yet.
 
-    Raises ModelError when there is no such file, folder, package or repository, or it holds no model.
+    Raises ModelError when there is no such file, folder, package or repository, it holds no model, or one of its files
+    is a Git LFS pointer.
     """
+    found = _find(model)
+    if found.gguf is None:
+        weights = [path for kind in _WEIGHT_KINDS for path in sorted(found.folder.glob(kind))]
+        refuse_lfs_pointers([*found.settings_files(), *weights], ModelError)
+    return found
+
+
+def _find(model: str) -> Checkpoint:
     path = package_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
     if path.is_file():
         return _gguf(model, path)
@@ -162,6 +174,7 @@ def package_path(model: str) -> Path:
 
 
 def _gguf(model: str, path: Path) -> Checkpoint:
+    refuse_lfs_pointers([path], ModelError)
     with path.open("rb") as stream:
         magic = stream.read(4)
     if magic != b"GGUF":

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from agiqa.errors import DataError, first_line
+from agiqa.store.lfs import refuse_lfs_pointers
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own limit for suspected decompression bombs."""
@@ -87,9 +88,9 @@ def checked_image(path: Path) -> str:
 def open_image(source: ImageSource) -> Image.Image:
     """The whole image in `source` as RGB: turned upright by its EXIF tag, alpha laid over white.
 
-    Palette, greyscale, 16-bit greyscale and CMYK images are converted; of an animation the first frame is
-    read. Raises DataError, naming the file, when it is truncated, no image, or over MAX_PIXELS, and as
-    `read_image_file`.
+    Palette, greyscale, 16-bit and 32-bit greyscale and CMYK images are converted; of an animation the first frame is
+    read. Raises DataError, naming the file, when it is truncated, no image, a Git LFS pointer, or over MAX_PIXELS, and
+    as `read_image_file`.
     """
     file = source if isinstance(source, ImageFile) else read_image_file(source)
     path = file.path
@@ -97,13 +98,14 @@ def open_image(source: ImageSource) -> Image.Image:
         with Image.open(io.BytesIO(file.content)) as image:
             _refuse_bombs(path, image.size)
             image.load()
-            return _to_rgb(path, ImageOps.exif_transpose(image))
+            return _to_rgb(path, ImageOps.exif_transpose(image), tiff=image.format == "TIFF")
     except _BOMBS as error:
         message = f"{path}: the image has more than {MAX_PIXELS} pixels; shrink it or leave it out."
         raise DataError(message) from error
     except DataError:
         raise
     except _UNREADABLE as error:
+        refuse_lfs_pointers([path], DataError)
         message = f"{path}: not a readable image ({_reason(error)}); replace the file."
         raise DataError(message) from error
 
@@ -121,10 +123,12 @@ def _refuse_bombs(path: Path, size: tuple[int, int]) -> None:
         raise DataError(message)
 
 
-def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+def _to_rgb(path: Path, image: Image.Image, *, tiff: bool) -> Image.Image:
     if image.mode == "F":
         message = f"{path}: the pixels are floating-point numbers without a known range; save it as 8-bit RGB."
         raise DataError(message)
+    if image.mode == "I" and tiff:
+        return _from_32_bit(path, image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_16_bit(image)
     if image.has_transparency_data:
@@ -132,6 +136,21 @@ def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, layer).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_32_bit(path: Path, image: Image.Image) -> Image.Image:
+    """TIFFs of 32-bit integers hold 8-bit or 16-bit values in practice: which of the two, their largest value tells."""
+    values = np.asarray(image)
+    least, largest = int(values.min()), int(values.max())
+    if least < 0 or largest > 65535:
+        message = (
+            f"{path}: the pixels are 32-bit integers from {least} to {largest}, without a known range; save it as "
+            "8-bit RGB."
+        )
+        raise DataError(message)
+    if largest > 255:
+        return _from_16_bit(image)
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agiqa.errors import DataError
+from agiqa.store.lfs import refuse_lfs_pointers
 from agiqa.store.scales import MosRange
 
 ASPECT_COLUMNS = {
@@ -45,6 +46,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         message = f"{path}: cannot be read ({error.strerror or error})."
         raise DataError(message) from error
+    refuse_lfs_pointers([path], DataError)
     if not text.strip():
         message = f"{path}: the file is empty."
         raise DataError(message)

@@ -28,29 +28,29 @@ from agiqa.extract.backbones.merging import Merge
 from agiqa.extract.checkpoints import HUB_ID, PACKAGE, download, package_path
 from agiqa.progress import say
 from agiqa.store.files import sha256_of_file
+from agiqa.store.lfs import refuse_lfs_pointers
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """In the order in which peft looks for them."""
 
-REFUSED_SETTINGS = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-    "ensure_weight_tying",
+MERGED_SETTINGS = frozenset(
+    {
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "bias"),
+        *("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"),
+        *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"),
+        *("lora_dropout", "inference_mode", "runtime_config"),  # of training, and of how peft itself runs
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of init_lora_weights, which decides
+        *("megatron_core", "qalora_group_size"),  # of megatron_config and use_qalora, which decide
+    }
 )
-"""Settings of LoRA under which the merged weight would not be `W + scale B A`, each off by default."""
-CHANGING_STARTS = ("pissa", "olora", "corda", "lora_ga")
-"""Beginnings of `init_lora_weights` that take the start of the pair out of the base weights, which are not saved."""
+"""Settings of an adapter that are merged exactly whatever they say. Any other must be off."""
+MERGED_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base weights alone.
+
+Others (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) change them as training starts. An adapter that peft converted back when
+it saved it (`path_initial_model_for_weight_conversion`) says True.
+"""
 
 _UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
@@ -126,8 +126,8 @@ def _shapes_of(path: Path) -> dict[str, torch.Tensor]:
 def resolve_adapter(adapter: str) -> Adapter:
     """The adapter that `adapter` names (see the table above).
 
-    Raises ModelError when there is no such folder or repository, it holds no PEFT adapter, or one that is no plain
-    LoRA.
+    Raises ModelError when there is no such folder or repository, it holds no PEFT adapter, one that is no plain LoRA,
+    or a Git LFS pointer.
     """
     path = package_path(adapter) if adapter.startswith(PACKAGE) else Path(adapter).expanduser()
     repository = revision = None
@@ -139,6 +139,7 @@ def resolve_adapter(adapter: str) -> Adapter:
         repository = match["repo"]
         path = download(repository, match["revision"], [CONFIG, *WEIGHTS])
         revision = path.name
+    refuse_lfs_pointers([path / name for name in (CONFIG, *WEIGHTS)], ModelError)
     return Adapter(
         name=adapter, folder=path, config=_read_config(adapter, path), repository=repository, revision=revision
     )
@@ -203,13 +204,27 @@ def _read_config(name: str, folder: Path) -> Any:
 
 
 def _refuse_more_than_lora(name: str, raw: Mapping[str, Any]) -> None:
-    used = [f"{key} = {raw[key]!r}" for key in REFUSED_SETTINGS if raw.get(key)]
-    start = raw.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(CHANGING_STARTS):
-        used.append(f"init_lora_weights = {start!r}")
+    from peft import LoraConfig, __version__
+
+    defaults = LoraConfig().to_dict()
+    used = [
+        f"{key} = {value!r}{'' if key in defaults else f' (unknown to peft {__version__}, which is installed)'}"
+        for key, value in raw.items()
+        if not _is_merged(key, value, defaults)
+    ]
     if used:
         message = (
             f"{name}: the adapter uses {', '.join(used)}, which agiqa cannot merge. Merge it with peft "
             "(merge_and_unload, save_pretrained) and give the folder as the model."
         )
         raise ModelError(message)
+
+
+def _is_merged(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    """Whether W + scale B A is exact under this setting: it is one of those that we merge, or off."""
+    if key in MERGED_SETTINGS:
+        return True
+    if key == "init_lora_weights":
+        return (value.lower() if isinstance(value, str) else value) in MERGED_STARTS
+    default = defaults.get(key)
+    return value == default or not (value or default)

@@ -14,9 +14,11 @@ from agiqa.extract.backbones.adapters import Adapter, apply_adapter, check_adapt
 from agiqa.extract.backbones.batching import alike, collate
 from agiqa.extract.backbones.contract import GenerationSettings, Prepared
 from agiqa.extract.backbones.generation import generate
+from agiqa.extract.backbones.independence import TOKENS_NEEDED, refuse_batch_dependence
 from agiqa.extract.backbones.linearity import LogitMap, final_states, find_logit_map
 from agiqa.extract.backbones.loading import failures_of, load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
+from agiqa.extract.backbones.vocabulary import Vocabulary
 from agiqa.extract.checkpoints import Checkpoint
 from agiqa.extract.images import ImageSource
 from agiqa.extract.items import Message
@@ -58,9 +60,17 @@ class HuggingFaceBackbone(ABC):
         self.hidden_size: int = text_config.hidden_size
         self.vocab_size: int = text_config.vocab_size
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._rows: int | None = None
         self.model_class: Any = self.classes[type(config)]
         self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
         self.renderer = self._make_renderer()
+        self.vocabulary = Vocabulary(
+            checkpoint.name,
+            self.renderer.tokenizer,
+            size=self.vocab_size,
+            rows=self._embedding_rows,
+            image_id=self._image_token_id,
+        )
         self._model: Any = None
         self._tensors_fit = False
         self._after_head: LogitMap | None = None
@@ -124,13 +134,21 @@ class HuggingFaceBackbone(ABC):
             )
         return model
 
+    def _embedding_rows(self) -> int:
+        """Token ids that the model has an embedding for: its vocabulary, and of some models marks of images."""
+        if self._rows is None:
+            table: Any = self.hollow()
+            self._rows = max(self.vocab_size, len(table.get_input_embeddings().weight))
+        return self._rows
+
     def load(self) -> None:
         """See `Backbone.load`."""
         if self._model is not None:
             return
         dtype = DTYPES[self.logical_dtype]
         with room_for_weights(self.checkpoint.name, self.device):
-            model = load_model(self.checkpoint, self.auto_class, dtype, self.attention)
+            merges = self.adapter is not None
+            model = load_model(self.checkpoint, self.auto_class, dtype, self.attention, to_merge=merges)
             model = model.to(self.device)
             if self.adapter is not None:
                 apply_adapter(model, self.adapter, name=self.checkpoint.name)
@@ -139,6 +157,8 @@ class HuggingFaceBackbone(ABC):
         if found != expected:
             message = f"{self.checkpoint.name}: lm_head has shape {found}, expected {expected} by the configuration."
             raise ModelError(message)
+        probe = self._ordinary_tokens(TOKENS_NEEDED)
+        refuse_batch_dependence(self.checkpoint.name, model, probe, pad_id=self._pad_id(), dtype=dtype)
         self._model = model
 
     def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
@@ -192,16 +212,21 @@ class HuggingFaceBackbone(ABC):
         return self._model
 
     def _collate(self, items: Sequence[Prepared]) -> dict[str, torch.Tensor]:
-        pad = self.renderer.tokenizer.pad_token_id
-        pad_id = next(p for p in (pad, 0, 1) if p is not None and p != self._image_token_id)
-        return collate(items, pad_id=pad_id, dtype=DTYPES[self.logical_dtype], device=self.device)
+        return collate(items, pad_id=self._pad_id(), dtype=DTYPES[self.logical_dtype], device=self.device)
+
+    def _pad_id(self) -> int:
+        pad: int | None = self.renderer.tokenizer.pad_token_id
+        return next(p for p in (pad, 0, 1) if p is not None and p != self._image_token_id)
 
     def _probe(self) -> torch.Tensor:
-        """A few ordinary token ids (1, n), spread over the vocabulary, none of them an image token."""
+        """A few ordinary token ids (1, n)."""
+        return torch.tensor([self._ordinary_tokens(PROBE_TOKENS)], device=self.device)
+
+    def _ordinary_tokens(self, count: int) -> list[int]:
+        """Token ids, spread over the vocabulary, none of them special or an image token."""
         special = {*self.renderer.tokenizer.all_special_ids, self._image_token_id}
         ordinary = [token for token in range(min(self.vocab_size, 4096)) if token not in special]
-        chosen = np.linspace(0, len(ordinary) - 1, PROBE_TOKENS).astype(int)
-        return torch.tensor([[ordinary[position] for position in chosen]], device=self.device)
+        return [ordinary[position] for position in np.linspace(0, len(ordinary) - 1, count).astype(int)]
 
 
 def _device(device: str) -> torch.device:

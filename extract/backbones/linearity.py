@@ -26,7 +26,7 @@ SCALE_TOLERANCE = 1e-3
 LARGE_LOGIT = 300.0
 """Well above every soft cap in use (15 to 50)."""
 
-_CAPS = ("final_logit_softcapping",)
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _SCALES = (
     "logit_scale",
     "logits_scaling",

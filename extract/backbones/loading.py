@@ -1,8 +1,10 @@
 """transformers' objects from a checkpoint: quietly, as data only, complete, and with failures that name it."""
 
 import io
+import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from agiqa.extract.checkpoints import Checkpoint
 from agiqa.extract.memory import is_out_of_memory
 
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
+_TO_INSTALL = re.compile(r"pip install (?:-\S+ )*(?P<package>[\w-]+)")
+_REQUIRED = re.compile(r"requires the (?P<package>[\w-]+) library")
 _DERIVED = ("rotary_emb.inv_freq", "position_ids")
 """Ends of tensors that older checkpoints hold and every model computes by itself."""
 
@@ -47,8 +51,23 @@ def failures_of(checkpoint: Checkpoint, task: str) -> Generator[None]:
     except _FAILURES as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
+        package = _missing_package(error)
+        if package is not None:
+            message = (
+                f"{checkpoint.name}: cannot {task}: that needs the Python package {package}, which is not installed: "
+                f"pip install {package}"
+            )
+            raise ModelError(message) from error
         message = f"{checkpoint.name}: cannot {task} with what is in {checkpoint.folder} ({first_line(error)})"
         raise ModelError(message) from error
+
+
+def _missing_package(error: Exception) -> str | None:
+    """The package that is not installed and that `error`, of transformers or of an import, is about."""
+    text = " ".join(str(error).split())
+    words = _TO_INSTALL.search(text) or (_REQUIRED.search(text) if isinstance(error, ImportError) else None)
+    name = getattr(error, "name", None) or (words["package"].lower() if words else None)
+    return None if name is None or find_spec(name.partition(".")[0].replace("-", "_")) else name.partition(".")[0]
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -137,11 +156,14 @@ def _without_video(config: Any) -> Any:
     return type(parent.__name__, (parent,), members)
 
 
-def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, attention: str) -> Any:
-    """The model on the CPU, in `dtype`, for inference only.
+def load_model(
+    checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, attention: str, *, to_merge: bool = False
+) -> Any:
+    """The model on the CPU, in `dtype`, for inference only; `to_merge` says that its weights will be changed.
 
     GGUF weights are unpacked on the way: where transformers has a GgufConfig it is asked to (newer releases
-    would keep the blocks packed), and releases without one unpack by themselves. Raises ModelError when a
+    would keep the blocks packed), and releases without one unpack by themselves. FP8 weights, which a GPU computes with
+    as they are, are unpacked for a merge. Raises ModelError when a
     tensor is missing, has another shape, has no place in the model, or is not floating-point after all.
     """
     checkpoint.weight_files()
@@ -150,6 +172,8 @@ def load_model(checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, atte
     packing = getattr(transformers, "GgufConfig", None)
     if checkpoint.gguf is not None and packing is not None:
         options["quantization_config"] = packing(dequantize=True)
+    if to_merge and (checkpoint.raw_config.get("quantization_config") or {}).get("quant_method") == "fp8":
+        options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     # The GGUF reader draws a progress bar that transformers' own switch does not reach.
     bar = redirect_stderr(io.StringIO()) if checkpoint.gguf is not None else nullcontext()
     with failures_of(checkpoint, "load the weights"), bar:

@@ -18,6 +18,10 @@ _LORA = re.compile(
 )
 _WRAPPERS = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.)")
 """peft's own modules around the model's, within names of tensors that are saved whole."""
+_SUMMED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Weights that `scale B A` can be added to; others are packed."""
+_ORIGINAL = ".original_module."
+"""Within names of what a replaced module was before: `save_embedding_layers` saves it beside the trained one."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +75,10 @@ class Merge:
                 pair.a = tensor
             else:
                 pair.b = tensor
+        originals = [name for name in self.whole if _ORIGINAL in name]
+        for name in originals:
+            if name.replace(_ORIGINAL, ".") in self.whole:
+                del self.whole[name]
 
     def _find_problems(self) -> Iterator[str]:
         strangers = [name for name in self.whole if self._place(name) not in self.weights]
@@ -83,6 +91,9 @@ class Merge:
         shapes = [*self._wrong_shapes()]
         if shapes:
             yield f"shapes differ: {listed(shapes)}"
+        packed = [*self._packed()]
+        if packed:
+            yield f"weights that it changes are quantised, {listed(packed)}: give an unquantised checkpoint"
 
     def _missing(self) -> Iterator[str]:
         """Names of the tensors that the configuration promises and the file does not hold."""
@@ -98,6 +109,12 @@ class Merge:
                 yield f"{name}.lora_A, lora_B"
             if any(name.endswith(saved) for saved in self.config.modules_to_save or ()):
                 yield from (f"{name}.{key}" for key in module.state_dict() if f"{name}.{key}" not in replaced)
+
+    def _packed(self) -> Iterator[str]:
+        for name in (self._place(f"{module}.weight") for module in self.pairs):
+            weight = self.weights.get(name)
+            if weight is not None and weight.dtype not in _SUMMED:
+                yield f"{name} ({str(weight.dtype).removeprefix('torch.')})"
 
     def _wrong_shapes(self) -> Iterator[str]:
         for name, tensor in self.whole.items():

@@ -25,6 +25,7 @@ class TextBackbone(HuggingFaceBackbone):
         """See `Backbone.prepare`; `image` is not looked at."""
         del image
         token_ids, roles = self.renderer.tokenize(self.renderer.render(conversation, answer=answer))
+        self.vocabulary.refuse_strangers(token_ids)
         return Prepared(token_ids=token_ids, roles=roles)
 
     def _make_renderer(self) -> Renderer:

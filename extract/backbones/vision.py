@@ -51,9 +51,11 @@ class VisionBackbone(HuggingFaceBackbone):
         rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
         if image is None:
             text_ids, text_roles = self.renderer.tokenize(rendered)
-            return Prepared(token_ids=text_ids, roles=text_roles)
-        picture = open_image(image)
-        return self._processed(self.renderer, rendered, picture, name=str(image))
+            prepared = Prepared(token_ids=text_ids, roles=text_roles)
+        else:
+            prepared = self._processed(self.renderer, rendered, open_image(image), name=str(image))
+        self.vocabulary.refuse_strangers(prepared.token_ids)
+        return prepared
 
     def _processed(self, renderer: Renderer, rendered: Rendered, picture: Image.Image, *, name: str) -> Prepared:
         """The conversation with its image as the processor makes them. Raises DataError for a refused image."""

@@ -247,6 +247,21 @@ def test_an_adapter_of_another_base_names_both_shapes(tiny_text_checkpoint, adap
     assert "do not multiply to the model's (32, 32)" in message
 
 
+def test_what_a_saved_module_was_before_it_was_trained_is_passed_over(tiny_text_checkpoint, tmp_path):
+    options = {**PLAIN, "modules_to_save": ["embed_tokens"]}
+    oracle = random_adapter(llama(tiny_text_checkpoint), tmp_path / "a", **options)
+    oracle.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert any("original_module" in name for name in load_file(tmp_path / "a" / "adapter_model.safetensors"))
+    merged = apply_adapter(llama(tiny_text_checkpoint), resolve_adapter(str(tmp_path / "a")), name="tiny")
+    torch.testing.assert_close(merged(IDS).logits, oracle(IDS).logits, rtol=1e-4, atol=1e-4)
+
+    def orphan(tensors):
+        tensors["base_model.model.model.norm.original_module.weight"] = torch.zeros(2, 2)
+
+    edit(tmp_path / "a", orphan)
+    assert "model.norm.original_module.weight has no place in it" in refused(tiny_text_checkpoint, tmp_path / "a")
+
+
 def test_every_tensor_must_land_and_none_may_lack(tiny_text_checkpoint, adapter, tmp_path):
     def spoil(tensors):
         tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.zeros(4, 32)
@@ -286,6 +301,8 @@ def test_a_rank_that_the_configuration_does_not_state(tiny_text_checkpoint, adap
         ({"use_dora": True}, "uses use_dora = True, which agiqa cannot merge"),
         ({"lora_bias": True}, "lora_bias"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4'"),
+        ({"init_lora_weights": "start_of_a_newer_peft"}, "init_lora_weights = 'start_of_a_newer_peft'"),
+        ({"use_newer": {"x": 1}}, f"use_newer = {{'x': 1}} (unknown to peft {peft.__version__}, which is installed)"),
         ({"peft_type": "IA3"}, "describes 'IA3', not a LoRA adapter"),
         ({"target_modules": None, "target_parameters": ["a"]}, "target_parameters"),
     ],

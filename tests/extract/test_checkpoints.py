@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from agiqa.errors import ModelError
+from agiqa.extract.backbones.loading import failures_of
 from agiqa.extract.checkpoints import resolve_checkpoint
 
 
@@ -69,6 +70,32 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     (tmp_path / "config.json").write_text("[1")
     with pytest.raises(ModelError, match=r"cannot read .*config\.json"):
         _ = resolve_checkpoint(str(tmp_path)).raw_config
+
+
+@pytest.mark.parametrize(
+    ("error", "package"),
+    [
+        (ImportError("\nAProcessor requires the Nosuchvision library but it was not found\nCheck the"), "nosuchvision"),
+        (ValueError("AoConfig requires nosuchao to be installed. Install with `pip install -U nosuchao`"), "nosuchao"),
+        (ModuleNotFoundError("No module named 'nosuchao.x'", name="nosuchao.x"), "nosuchao"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(tiny_text_checkpoint, error, package):
+    """In whatever words the library has for it, of which the first line may end within a sentence."""
+    checkpoint = resolve_checkpoint(str(tiny_text_checkpoint))
+    with pytest.raises(ModelError) as caught, failures_of(checkpoint, "load the processor"):
+        raise error
+    assert str(caught.value).endswith(
+        f"cannot load the processor: that needs the Python package {package}, which is not installed: "
+        f"pip install {package}"
+    )
+
+
+def test_other_failures_are_not_taken_for_missing_packages(tiny_text_checkpoint):
+    checkpoint = resolve_checkpoint(str(tiny_text_checkpoint))
+    for error in (ImportError("cannot import name x"), ValueError("pip install torch"), KeyError("a")):
+        with pytest.raises(ModelError, match="with what is in"), failures_of(checkpoint, "load the processor"):
+            raise error
 
 
 def test_an_unreachable_hub_is_a_clear_error(tmp_path, monkeypatch):

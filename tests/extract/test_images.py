@@ -37,6 +37,31 @@ def test_modes(tmp_path, mode, colour, expected):
     assert pixel(tmp_path / "a.png") == expected
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0, 100, 255], [0, 100, 255]), ([0, 257 * 100, 65535], [0, 100, 255]), ([0, 0, 0], [0] * 3)],
+)
+def test_tiffs_of_32_bit_integers_hold_eight_or_sixteen_bits(tmp_path, values, expected):
+    Image.fromarray(np.array([values], np.int32)).save(tmp_path / "a.tiff")
+    with Image.open(tmp_path / "a.tiff") as image:
+        assert image.mode == "I"
+    found = np.asarray(open_image(tmp_path / "a.tiff"))
+    np.testing.assert_array_equal(found[0], np.repeat(np.array(expected)[:, None], 3, axis=1))
+
+
+@pytest.mark.parametrize("values", [[-1, 5], [0, 70000]])
+def test_tiffs_of_32_bit_integers_of_another_range_are_refused(tmp_path, values):
+    Image.fromarray(np.array([values], np.int32)).save(tmp_path / "a.tiff")
+    with pytest.raises(DataError, match=rf"a\.tiff: .*integers from {values[0]} to {values[1]}, without a known range"):
+        open_image(tmp_path / "a.tiff")
+
+
+def test_sixteen_bits_of_other_formats_stay_dark(tmp_path):
+    """A PGM says its range; Pillow opens it as 32-bit integers too."""
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + bytes([0, 200, 0, 100]))
+    assert np.asarray(open_image(tmp_path / "a.pgm")).max() == 0
+
+
 def test_cmyk_and_transparent_palettes(tmp_path):
     Image.new("CMYK", (8, 8), (0, 0, 0, 0)).save(tmp_path / "a.jpg")
     assert pixel(tmp_path / "a.jpg") == (255, 255, 255)

@@ -9,6 +9,10 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     LlamaForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    xLSTMConfig,
+    xLSTMForCausalLM,
 )
 
 from agiqa.errors import ModelError
@@ -92,6 +96,29 @@ def test_soft_caps_are_refused_by_name_where_only_hidden_states_would_be_kept(tm
     assert backbone.project(large).abs().max() <= 30
     expected = 30 * torch.tanh(large @ backbone.lm_head(bent=True).T / 30)
     torch.testing.assert_close(backbone.project(large), expected)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "setting"),
+    [
+        (RecurrentGemmaForCausalLM, RecurrentGemmaConfig, {"logits_soft_cap": 20.0}),
+        (xLSTMForCausalLM, xLSTMConfig, {"output_logit_soft_cap": 25.0}),
+    ],
+    ids=["recurrent-gemma", "xlstm"],
+)
+def test_soft_caps_by_other_names(tmp_path, model_class, config_class, setting):
+    more = {"lru_width": 32, "num_hidden_layers": 3, "num_heads": 2, "head_dim": 16, "attention_window_size": 64}
+    tokenizer = tiny_models.make_tokenizer()
+    tokenizer.chat_template = tiny_models.TEXT_TEMPLATE
+    config = config_class(**{**tiny_models.widths(len(tokenizer)), **more, **setting})
+    folder = tiny_models.save(tmp_path, model_class, config, tokenizer)
+    backbone = open_backbone(str(folder), device="cpu")
+    name, cap = next(iter(setting.items()))
+    with pytest.raises(ModelError, match=rf"{name} = {cap}.*Use --encoding logits"):
+        backbone.lm_head()
+    item = backbone.prepare(ASKED, None)
+    torch.testing.assert_close(backbone.project(backbone.hidden_states([item])[0]), backbone.logits(item))
+    assert backbone.project(torch.randn(5, 32) * 100).abs().max() <= cap
 
 
 def test_raw_logits_of_a_bent_model_are_stored_as_it_made_them(tmp_path):

@@ -20,7 +20,7 @@ from agiqa.errors import DataError, ModelError
 from agiqa.extract import Message, open_backbone
 from agiqa.extract.backbones.contract import GenerationSettings
 from agiqa.extract.backbones.minicpm.config import MiniCPMConfig
-from agiqa.extract.backbones.minicpm.model import MiniCPMV
+from agiqa.extract.backbones.minicpm.model import MiniCPMV, line_positions
 from agiqa.extract.backbones.minicpm.slicing import cut, slicing_of
 from agiqa.store import TOKEN_ROLES
 from tests.extract.backbone_contract import CONVERSATION, LocalContract
@@ -47,12 +47,26 @@ class TestMiniCPMBackbone(LocalContract):
     write = staticmethod(write_minicpm_checkpoint)
 
 
-def published_image_tokens(weights, image):
-    """The tokens of an image as published code computes them, slice by slice; the resampler in float64."""
+def published_positions(count, per_side=70):
+    """Positions (count,) of one row of patches, by the lines of transformers 4.44 with torch on the CPU."""
+    boundaries = torch.arange(1 / per_side, 1.0, 1 / per_side)
+    fractional_coords = torch.arange(0, 1 - 1e-6, 1 / torch.tensor(count))
+    return torch.bucketize(fractional_coords, boundaries, right=True)
+
+
+def published_tower(weights, pixels):
+    """The tower on slices that are one row of patches each, (slices, 3, 14, 14 n): newer releases round otherwise."""
     vision = {"image_size": 980, "patch_size": 14, "hidden_size": 48, "intermediate_size": 64}
     tower = Idefics2VisionTransformer(Idefics2VisionConfig(**vision, num_attention_heads=4, num_hidden_layers=2)).eval()
     tower.load_state_dict({name[4:]: value for name, value in weights.items() if name.startswith("vpm.")})
-    slicing = slicing_of(image.size, most=SLICES, resolution=RESOLUTION, patch=14)
+    patches = tower.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    embedded = patches + tower.embeddings.position_embedding(published_positions(patches.shape[1]))
+    return tower.post_layernorm(tower.encoder(inputs_embeds=embedded).last_hidden_state)
+
+
+def published_image_tokens(weights, image, resolution):
+    """The tokens of an image as published code computes them, slice by slice; the resampler in float64."""
+    slicing = slicing_of(image.size, most=SLICES, resolution=resolution, patch=14)
     flat, sizes = [], []
     for piece in cut(image, slicing):
         values = (torch.from_numpy(np.array(piece)).permute(2, 0, 1).float() / 255 - 0.5) / 0.5
@@ -61,9 +75,8 @@ def published_image_tokens(weights, image):
         sizes.append((piece.height // 14, piece.width // 14))
     longest = max(part.shape[2] for part in flat)
     pixels = torch.stack([torch.nn.functional.pad(part, (0, longest - part.shape[2])) for part in flat])
-    everything = torch.ones(len(flat), 1, longest // 14, dtype=torch.bool)
     with torch.no_grad():
-        states = tower(pixel_values=pixels, patch_attention_mask=everything).last_hidden_state.double()
+        states = published_tower(weights, pixels).double()
     weights = {name[10:]: value.double() for name, value in weights.items() if name.startswith("resampler.")}
     return torch.cat([read_by_queries(weights, one[: h * w], h, w) for one, (h, w) in zip(states, sizes, strict=True)])
 
@@ -86,7 +99,7 @@ def read_by_queries(weights, patches, rows, columns):
     return norm("ln_post", out) @ weights["proj"]
 
 
-def published_hidden(folder, item, image):
+def published_hidden(folder, item, image, resolution=RESOLUTION):
     """Hidden states of one item, its Llama transformers' own with eager attention."""
     weights = {}
     for part in folder.glob("*.safetensors"):
@@ -100,7 +113,9 @@ def published_hidden(folder, item, image):
     llama = transformers.LlamaForCausalLM(config).eval()
     llama.load_state_dict({name[4:]: value for name, value in weights.items() if name.startswith("llm.")})
     embedded = llama.model.embed_tokens(torch.from_numpy(item.token_ids).long()).detach()
-    embedded[torch.from_numpy(item.roles == TOKEN_ROLES["image"])] = published_image_tokens(weights, image).float()
+    embedded[torch.from_numpy(item.roles == TOKEN_ROLES["image"])] = published_image_tokens(
+        weights, image, resolution
+    ).float()
     with torch.no_grad():
         return llama.model(inputs_embeds=embedded[None], use_cache=False).last_hidden_state[0]
 
@@ -113,6 +128,43 @@ def test_hidden_states_are_those_of_the_published_route(tiny, tmp_path, size):
     expected = published_hidden(tiny, item, Image.open(path))
     found = backbone.hidden_states([item])[0]
     assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("size", [(1024, 768), (800, 600), (512, 768)])
+def test_hidden_states_of_images_in_the_published_resolution(tiny, tmp_path, size):
+    """Whose slices are rows of 1,000 patches and more, where the rounding of positions tells."""
+    folder = tmp_path / "fine"
+    shutil.copytree(tiny, folder)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, "scale_resolution": 448}))
+    backbone = open_backbone(str(folder), device="cpu")
+    path = picture(tmp_path / "a.png", *size)
+    item = backbone.prepare(CONVERSATION, path)
+    expected = published_hidden(folder, item, Image.open(path), 448)
+    found = backbone.hidden_states([item])[0]
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_every_number_of_patches_has_the_positions_that_torch_gives_it():
+    for count in range(1, 70**2 + 1):
+        np.testing.assert_array_equal(line_positions(count, 70), published_positions(count).numpy(), str(count))
+
+
+def test_a_store_says_whose_positions_it_has(tiny):
+    """Stores of releases that rounded otherwise have another id, so that none is resumed with other numbers."""
+    assert open_backbone(str(tiny), device="cpu").provenance()["image"]["positions"] == "torch"
+
+
+def test_positions_do_not_depend_on_the_defaults_of_torch():
+    expected = published_positions(1036).numpy()
+    line_positions.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            np.testing.assert_array_equal(line_positions(1036, 70), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        line_positions.cache_clear()
 
 
 def test_images_of_a_batch_do_not_feel_each_other(tiny, tmp_path):

@@ -26,6 +26,8 @@ from agiqa.store import TOKEN_ROLES
 
 _ANSWER = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 """The end of the published chat template, which asks for an answer whether one is wanted or not."""
+_POSITIONS = "torch"
+"""Who rounds the positions of patches (`line_positions`). Stores without this entry have some rounded otherwise."""
 
 
 class MiniCPMBackbone(HuggingFaceBackbone):
@@ -43,6 +45,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         refuse_marks(conversation, self.config.marks.values())
         rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
         ids, roles = self.renderer.tokenize(rendered)
+        self.vocabulary.refuse_strangers(ids)
         if image is None:
             return Prepared(token_ids=ids, roles=roles)
         settings, picture = self.config, open_image(image)
@@ -60,13 +63,16 @@ class MiniCPMBackbone(HuggingFaceBackbone):
 
     def provenance(self) -> dict[str, Any]:
         """See `Backbone.provenance`."""
-        slicing = {"slices": self.config.slices, "resolution": self.config.resolution}
-        return {**super().provenance(), "image": slicing}
+        seen = {"slices": self.config.slices, "resolution": self.config.resolution, "positions": _POSITIONS}
+        return {**super().provenance(), "image": seen}
 
     def hollow(self) -> MiniCPMV:
         """See `HuggingFaceBackbone.hollow`."""
         with torch.device("meta"):
             return MiniCPMV(self.config)
+
+    def _embedding_rows(self) -> int:
+        return self.vocab_size
 
     def _compare_tensors(self) -> None:
         check_weights(self.checkpoint, self.hollow())

@@ -95,13 +95,15 @@ def line_positions(count: int, per_side: int) -> NDArray[np.int64]:
     """Positions (count,) of patches in the tower's square of `per_side` squared: all in its first row, in order.
 
     Published code hands the tower each slice as one row of patches, which spreads them over the columns of the first
-    row; rows and columns enter with the resampler's own positions. Computed in float64 and rounded to float32, as
-    torch computes a range on a CPU.
+    row; rows and columns enter with the resampler's own positions. Which column a patch falls into depends on how
+    float32 is rounded, so these are the published calls of torch, on the CPU, whatever torch's defaults are.
     """
-    step = float(np.float32(1) / np.float32(count))
-    places = (np.arange(count) * step).astype(np.float32)
-    bounds = np.arange(1 / per_side, 1.0, 1 / per_side).astype(np.float32)
-    return np.searchsorted(bounds, places, side="right").astype(np.int64)
+    cpu: Any = {"dtype": torch.float32, "device": "cpu"}
+    step = 1 / torch.tensor(count, **cpu)
+    places = torch.arange(0, 1 - 1e-6, step.item(), **cpu)
+    bounds = torch.arange(1 / per_side, 1.0, 1 / per_side, **cpu)
+    found: NDArray[np.int64] = torch.bucketize(places, bounds, right=True).numpy()
+    return found
 
 
 def _in_chunks(attended: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
