@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -166,7 +165,8 @@ def _bounded_table(path: Path) -> pa.Table:
 def _bytes_of_texts(chunk: pa.Array) -> int:
     if not pa.types.is_dictionary(chunk.type):
         return 0
-    return pc.sum(pc.take(pc.binary_length(chunk.dictionary), chunk.indices)).as_py() or 0
+    lengths = np.array([len(text) for text in chunk.dictionary.to_pylist()], np.int64)
+    return int(lengths[chunk.indices.drop_null().to_numpy()].sum())
 
 
 def _too_large(path: Path, what: str) -> DamagedStore:
