@@ -7,6 +7,7 @@ and with `paper_compatible` also after every epoch, for a number that stands bes
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -118,9 +119,8 @@ def _train(
     test_labels = read_labels(source, partition.test, label=config.label)
     feeding, places = _feed(task, partition)
     kept = (feeding.features, places["test"]) if "test" in places else None
-    trace = None
-    if config.paper_compatible:
-        trace = PaperTrace(source, partition.test, label=config.label, batch_size=config.batch_size, kept=kept)
+    follow = partial(PaperTrace, source, partition.test, label=config.label, batch_size=config.batch_size, kept=kept)
+    trace = follow() if config.paper_compatible else None
     selection, final = _fit(task, feeding.features, places, progress, state, trace)
     trained = time.perf_counter()
     tested = predict_items(final.head, source, partition.test, batch_size=config.batch_size, kept=kept)

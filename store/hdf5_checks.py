@@ -7,7 +7,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5l
+from h5py import h5l  # pyright: ignore[reportAttributeAccessIssue]  # a compiled module without stubs
 from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, SchemaError

@@ -83,7 +83,7 @@ def is_held(lock: Path) -> bool:
     try:
         with lock.open() as file:
             return not try_lock(file)
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return False
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from agiqa.errors import ModelError
+from agiqa.extract.backbones.linearity import final_states
 
 SHORT, LONG = 4, 16
 """Tokens of the row that is watched, and of its companion."""
@@ -55,8 +56,7 @@ def _states(model: Any, rows: list[list[int]]) -> torch.Tensor:
     mask = torch.ones_like(ids)
     mask[0, SHORT:] = 0
     with torch.inference_mode():
-        states: torch.Tensor = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return states[0, :SHORT]
+        return final_states(model, {"input_ids": ids, "attention_mask": mask})[0, :SHORT]
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

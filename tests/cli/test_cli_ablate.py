@@ -167,7 +167,7 @@ def test_many_failures_with_one_error_are_one_line():
 
 
 def test_what_no_run_can_be_trained_on_is_one_message(agiqa, ablate, tmp_path):
-    refuse(agiqa(*ablate(base={**BASE, "label": "beauty"})), "No label of", "none of which can be trained")
+    refuse(agiqa(*ablate(base={**BASE, "label": "beauty"})), "No label of", "a run of this grid; nothing was trained")
     refuse(agiqa(*ablate(base={**BASE, "projection": "sketch"})), "Make a sketch of hidden states", "first of 4 runs")
     base = {name: value for name, value in BASE.items() if name != "split"}
     folds = [{"grouped": {"folds": 100}}]

@@ -315,7 +315,7 @@ def test_results_of_something_else_are_refused(agiqa, transfer, stores, done, tm
     refuse(agiqa(*transfer(*FEW, train={**SETTINGS["train"], "epochs": 1})), "settings.train.epochs: stored 2, asked 1")
     shutil.copytree(stores[1], tmp_path / "there.agiqa")
     (tmp_path / "mos.csv").write_text("name,mos_quality\nimage_3.png,4.5\n")
-    assert agiqa("store", "labels", tmp_path / "there.agiqa", tmp_path / "mos.csv").code == 0
+    assert agiqa("store", "labels", tmp_path / "there.agiqa", tmp_path / "mos.csv", "--mos-range", -10, 10).code == 0
     labelled = transfer(*FEW, at=(stores[0], tmp_path / "there.agiqa"))
     refuse(agiqa(*labelled), "there,own,seed=0 holds another training", "labels of train are not")
     with exclusive_lock(tmp_path / "out" / "lock") as held:

@@ -191,7 +191,7 @@ class Counting(Cramped):
         self.prepared = Counter()
 
     def prepare(self, conversation, image, *, answer=False):
-        self.prepared[image.name, len(conversation)] += 1
+        self.prepared[image.path.name, len(conversation)] += 1
         return self._backbone.prepare(conversation, image, answer=answer)
 
 
@@ -214,7 +214,7 @@ def test_an_image_that_is_gone_after_the_plan_is_a_bad_item(vision_model, tmp_pa
     data_set = items_of(folder, backbone)
     (folder / "images" / "001.png").unlink()
     for workers in (0, 1):
-        with pytest.raises(DataError, match=r"1 problem\n  001\.png: cannot read the image"):
+        with pytest.raises(DataError, match=r"1 problem\n  001\.png: .*001\.png: no such image"):
             run_descriptions(
                 data_set,
                 backbone,

@@ -65,7 +65,7 @@ def test_other_errors_travel_on():
 
 def test_weights_that_do_not_fit_are_told_with_a_remedy(tiny_text_checkpoint, tmp_path, monkeypatch):
     backbone = small_device(tiny_text_checkpoint, 8)
-    monkeypatch.setattr(huggingface, "load_model", lambda *_: allocate())
+    monkeypatch.setattr(huggingface, "load_model", lambda *_, **_settings: allocate())
     with pytest.raises(ModelError, match=r"weights do not fit into the free memory of the device cpu .*--dtype"):
         backbone.load()
 

@@ -141,7 +141,8 @@ def test_descriptions_are_of_the_image_that_their_key_is_of(tmp_path, calls):
 
 def test_an_image_replaced_before_it_is_scored_is_refused(tiny_vision_checkpoint, tmp_path):
     save_noise(tmp_path / "003.png", seed=1)
-    items = items_of_images([tmp_path / "003.png"], prompt="a cat", table=None)
+    items, problems = items_of_images([tmp_path / "003.png"], prompt="a cat", table=None)
+    assert problems == {}
     backbone = open_backbone(str(tiny_vision_checkpoint), device="cpu")
     items = [replace(item, conversation=(Message(role="user", content="What is it?"),)) for item in items]
     features = LiveFeatures(backbone, Target(encoding="hidden"), name="here")

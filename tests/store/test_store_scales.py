@@ -37,6 +37,13 @@ def scale_of(path):
     return open_store(path).items.mos_ranges.get("quality")
 
 
+def without_listed_table(store):
+    """Let an unfinished store take the table that is there, as those of an agiqa that did not record its hash."""
+    record = json.loads(store.layout.plan_commit.read_text())
+    del record["labels"]
+    store.layout.plan_commit.write_text(json.dumps(record))
+
+
 @pytest.fixture
 def hundred(tmp_path, content):
     return make_store(tmp_path / "hundred.agiqa", on_scale(content, HUNDRED))
@@ -68,6 +75,7 @@ def test_a_scale_that_is_none_is_damage(stored, record):
     schema = table.schema.set(at, table.schema.field(at).with_metadata({"mos_range": record}))
     stored.layout.manifest.unlink()
     pq.write_table(table.cast(schema), stored.layout.items)
+    without_listed_table(stored)
     with pytest.raises(DamagedStore, match=r"mos_range is .*not \[low,high\]"):
         _ = open_store(stored.path, allow_partial=True).items
 
@@ -229,6 +237,7 @@ def test_a_store_without_the_label_has_no_say(tmp_path):
     bare = replace(first.items, labels={"quality": np.full(10, np.nan)}, mos_ranges={})
     first.layout.manifest.unlink()
     write_items(first.layout.items, bare)
+    without_listed_table(first)
     both = union([open_store(first.path, allow_partial=True), second])
     np.testing.assert_array_equal(both.items.labels["quality"][10:], second.items.labels["quality"])
     assert (both.items.mos_ranges, both.scale_notes) == ({"quality": HUNDRED}, ())

@@ -9,7 +9,7 @@ from agiqa.store import basis_from, convert_store, join_labels, open_store, sket
 from agiqa.store.card import data_card
 from agiqa.store.hdf5_export import export_hdf5
 from agiqa.store.hdf5_import import import_hdf5
-from agiqa.store.planning import create_store
+from agiqa.store.creating import create_store
 from agiqa.store.pulling import pull
 from agiqa.store.pushing import push
 from tests.store.conftest import Content, make_content, make_store, plan_of

@@ -128,7 +128,7 @@ SQUARES: dict[str, Family] = {
     "paligemma": Family(
         config={
             "vision_config": {**SIGLIP, "projection_dim": 32},
-            "text_config": {"model_type": "gemma"},
+            "text_config": {"model_type": "gemma", "vocab_size": 2048},  # its processor adds 1,152 tokens
             "projection_dim": 32,
         },
         images="siglip.SiglipImageProcessor",

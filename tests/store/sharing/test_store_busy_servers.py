@@ -82,9 +82,10 @@ def test_a_wait_that_is_too_long_is_told_at_once(served, tmp_path, wait):
 
 
 WAITING = """
-    import sys
+    import signal, sys
     from pathlib import Path
     from agiqa.store.pulling import plan_pull, run_pull
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     plan = plan_pull(sys.argv[1], Path(sys.argv[2]))
     print("planned", flush=True)
     sys.stdin.readline()
