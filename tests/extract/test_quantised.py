@@ -58,6 +58,22 @@ def test_an_adapter_on_fp8_weights_is_merged_into_what_they_stand_for(tmp_path, 
     torch.testing.assert_close(backbone.hidden_states([item])[0], states, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_an_adapter_on_fp8_weights_is_merged_on_a_gpu(tmp_path):
+    plain = tiny_models.write_text_checkpoint(tmp_path / "plain", dtype=torch.bfloat16)
+    (tmp_path / "fp8").mkdir()
+    unpacked = write_fp8_checkpoint(tmp_path / "fp8", plain)
+    random_adapter(llama(plain, torch.bfloat16), tmp_path / "a", **PLAIN)
+    expected = llama(plain, torch.bfloat16)
+    expected.load_state_dict(unpacked)
+    apply_adapter(expected, resolve_adapter(str(tmp_path / "a")), name="plain")
+    backbone = open_backbone(str(tmp_path / "fp8"), adapter=str(tmp_path / "a"), device="cuda")
+    item = backbone.prepare(ASKED, None)
+    with torch.inference_mode():
+        states = expected.model(torch.from_numpy(item.token_ids).long()[None]).last_hidden_state[0]
+    torch.testing.assert_close(backbone.hidden_states([item])[0].cpu(), states, rtol=5e-2, atol=5e-2)
+
+
 def test_weights_that_stay_quantised_take_no_adapter(tiny_text_checkpoint, tmp_path):
     random_adapter(llama(tiny_text_checkpoint), tmp_path / "a", **PLAIN)
     model = llama(tiny_text_checkpoint)
