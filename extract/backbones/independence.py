@@ -5,6 +5,7 @@ the batch. Three forward passes over a few tokens tell: of a short row alone, an
 longer one, twice, with other tokens in the padding and another companion.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,8 +56,11 @@ def _states(model: Any, rows: list[list[int]]) -> torch.Tensor:
     ids = torch.tensor(rows, device=model.device)
     mask = torch.ones_like(ids)
     mask[0, SHORT:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in inspect.signature(model.base_model.forward).parameters:
+        inputs["token_type_ids"] = torch.zeros_like(ids)  # PaliGemma attends to padding without them
     with torch.inference_mode():
-        return final_states(model, {"input_ids": ids, "attention_mask": mask})[0, :SHORT]
+        return final_states(model, inputs)[0, :SHORT]
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

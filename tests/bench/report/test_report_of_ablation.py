@@ -159,6 +159,9 @@ def test_rows_that_are_older_than_the_runs_are_told_with_what_to_do(out, tmp_pat
     line = next(line for line in made.read_lines(folder / "results.jsonl") if line["protocol"] == "published")
     with (folder / "results.jsonl").open("a") as file:
         file.write(json.dumps({**line, **changes}) + "\n")
+    about = json.loads((folder / "about.json").read_text())
+    about["runs"].append(changes.get("name", line["name"]))  # as `agiqa ablate` of the larger grid had begun
+    (folder / "about.json").write_text(json.dumps(about))
     report = write_report([folder], tmp_path / "page")
     told = [problem for problem in report.problems if "since rows.jsonl was computed" in problem]
     if said is None:
