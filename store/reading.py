@@ -70,11 +70,7 @@ class Store(StoredArrays):
 
     @cached_property
     def _items(self) -> Items:
-        try:
-            items = self._read_items()
-        except (TypeError, ValueError) as error:
-            raise damaged(self.path, f"{self.layout.items.name} has values of another kind ({error})") from error
-        return check_items(self.path, items)
+        return check_items(self.path, self._read_items())
 
     def _read_items(self) -> Items:
         return read_recorded_items(self.layout)
