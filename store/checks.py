@@ -43,9 +43,7 @@ def open_group(layout: StoreLayout) -> zarr.Group:
     cannot be read.
     """
     if not (layout.zarr / "zarr.json").is_file():
-        if (layout.root / PULL_RECORD).exists():
-            message = f"A pull into {layout.root} was cut off: run the same `agiqa store pull` again to finish it."
-            raise IncompleteStore(message)
+        require_no_pull(layout)
         message = f"{layout.root} is not a feature store: it has no {layout.zarr.name}/zarr.json."
         raise SchemaError(message)
     try:
@@ -53,6 +51,15 @@ def open_group(layout: StoreLayout) -> zarr.Group:
     except UNREADABLE as error:
         message = f"{layout.zarr}/zarr.json cannot be read ({error}). Copy the store again, or extract it again."
         raise DamagedStore(message) from error
+
+
+def require_no_pull(layout: StoreLayout) -> None:
+    """Raise IncompleteStore where a pull has begun to replace what is at `layout`, which is no store before it ends."""
+    if (layout.root / PULL_RECORD).exists():
+        message = (
+            f"A pull into {layout.root} is at work or was cut off: run the same `agiqa store pull` again to finish it."
+        )
+        raise IncompleteStore(message)
 
 
 def check_attributes(path: Path, attributes: dict[str, Any], *, remedy: str = REMEDY) -> Geometry:

@@ -103,15 +103,15 @@ def count_items(path: Path) -> int:
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
     if count > _NAMES_PER_BYTE * size:
-        raise _too_large(path, f"says that it has {count} rows, in {size} bytes")
+        raise _damaged(path, f"says that it has {count} rows, in {size} bytes")
     return count
 
 
 def read_items(path: Path) -> Items:
     """The items in `path`.
 
-    Raises DamagedStore, naming the file, when it is missing or unreadable, or would take more memory than a table of
-    its size may: see `_ROOM`.
+    Raises DamagedStore, naming the file, when it is missing or unreadable, has values of another kind, or would take
+    more memory than a table of its size may: see `_ROOM`.
     """
     count_items(path)
     try:
@@ -139,6 +139,8 @@ def read_items(path: Path) -> Items:
         raise
     except (OSError, KeyError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
+    except (TypeError, ValueError) as error:
+        raise _damaged(path, f"has values of another kind ({error})") from error
 
 
 def _bounded_table(path: Path) -> pa.Table:
@@ -154,11 +156,11 @@ def _bounded_table(path: Path) -> pa.Table:
     )
     names = file.schema_arrow.names
     if max(stored, 8 * file.metadata.num_rows * len(names)) > room:
-        raise _too_large(path, f"holds {stored} bytes in {len(names)} columns")
+        raise _damaged(path, f"holds {stored} bytes in {len(names)} columns")
     table = pq.ParquetFile(path, read_dictionary=names).read()
     texts = sum(_bytes_of_texts(chunk) for column in table.columns for chunk in column.chunks)
     if texts > room:
-        raise _too_large(path, f"holds texts of {texts} bytes, where a table of its size may hold {room}")
+        raise _damaged(path, f"holds texts of {texts} bytes, where a table of its size may hold {room}")
     return table
 
 
@@ -169,7 +171,7 @@ def _bytes_of_texts(chunk: pa.Array) -> int:
     return int(lengths[chunk.indices.drop_null().to_numpy()].sum())
 
 
-def _too_large(path: Path, what: str) -> DamagedStore:
+def _damaged(path: Path, what: str) -> DamagedStore:
     return DamagedStore(f"{path} is damaged: {path.name} {what}. Copy the store again, or extract it again.")
 
 

@@ -301,7 +301,7 @@ def _names(path: Path, manifest: Manifest) -> list[str]:
     table = waiting if waiting.exists() else path / ITEM_TABLE
     try:
         return list(read_items(table).names)
-    except (OSError, TypeError, ValueError) as error:
+    except OSError as error:
         message = f"{table} cannot be read ({error}), though it has the sha256 that the manifest lists. Push it again."
         raise DamagedStore(message) from error
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from agiqa.errors import DamagedStore, IncompleteStore, ViewRefused
 from agiqa.store.basis import Basis
 from agiqa.store.bits import rows_dtype, storage_dtype, to_float32
-from agiqa.store.checks import check_index, check_items, damaged, empty_array
+from agiqa.store.checks import check_index, check_items, damaged, empty_array, require_no_pull
 from agiqa.store.items import Items, count_items, item_positions
 from agiqa.store.layout import LM_HEAD_NAMED_IN, StoreLayout
 from agiqa.store.listings import are_attributes_of, is_root_metadata_of
@@ -70,11 +70,7 @@ class Store(StoredArrays):
 
     @cached_property
     def _items(self) -> Items:
-        try:
-            items = self._read_items()
-        except (TypeError, ValueError) as error:
-            raise damaged(self.path, f"{self.layout.items.name} has values of another kind ({error})") from error
-        return check_items(self.path, items)
+        return check_items(self.path, self._read_items())
 
     def _read_items(self) -> Items:
         return read_recorded_items(self.layout)
@@ -296,13 +292,15 @@ def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
 def _open_as_listed(path: Path) -> Store:
     """The store at `path`, its root metadata those that its manifest, or the record of its plan, lists.
 
-    Raises as Store, and DamagedStore where the two do not belong together. A repair and a seal beside this may have
-    replaced one of them between two looks, so only what is found twice counts.
+    Raises as Store, IncompleteStore while a pull replaces its objects, and DamagedStore where metadata and listing do
+    not belong together. A repair and a seal beside this may have replaced one of them between two looks, so only what
+    is found twice counts.
     """
     seen = None
     while True:
         store = Store(path)
         if not store.is_complete:
+            require_no_pull(store.layout)
             return _with_planned_attributes(store)
         if is_root_metadata_of(store.layout, store.manifest):
             return store

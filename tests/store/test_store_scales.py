@@ -78,6 +78,9 @@ def test_a_scale_that_is_none_is_damage(stored, record):
     without_listed_table(stored)
     with pytest.raises(DamagedStore, match=r"mos_range is .*not \[low,high\]"):
         _ = open_store(stored.path, allow_partial=True).items
+    table = write_table(stored.path.with_name("t.csv"), "name,mos", "image_3.png,2.5")
+    with pytest.raises(DamagedStore, match=r"mos_range is .*not \[low,high\]"):
+        join_labels(open_store(stored.path, allow_partial=True), table)
 
 
 @pytest.mark.parametrize("scale", [(5.0, 0.0), (1.0, 1.0), (0.0, float("inf")), (float("nan"), 1.0), (-1e308, 1e308)])

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from agiqa.errors import BusyStore, DamagedStore, RemoteError, SettingsConflict
+from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, RemoteError, SettingsConflict
 from agiqa.store import collect_garbage, create_store, join_labels, open_store, seal, verify
 from agiqa.store.files import exclusive_lock
 from agiqa.store.pulling import plan_pull, pull, run_pull
@@ -87,16 +87,20 @@ def test_a_pull_killed_at_any_change_on_disk_keeps_the_old_or_brings_the_new(tmp
     imports = "from agiqa.store.pulling import pull"
     job = f"pull({there.as_uri()!r}, path, jobs=1)"
     states = states_after_kills(mine.path, tmp_path / "states", imports=imports, job=job, every=5)
-    before, old, new = bytes_below(mine.path), 0, 0
+    before, old, new, mixed = bytes_below(mine.path), 0, 0, 0
     for state in states:
         if bytes_below(state) == before:
             old += 1
             assert create_store(state, plan_of(content)).committed_units() == [0]
         else:  # all of it is here: only names change
             new += 1
+            if not (state / "MANIFEST.json").exists():  # a mixture of both, which must not be read, sealed or repaired
+                with pytest.raises(IncompleteStore, match="same `agiqa store pull` again"):
+                    open_store(state, allow_partial=True)
+                mixed += 1
             assert pull(there.as_uri(), state).bytes == 0
             assert_equal_stores(state, there)
-    assert min(old, new) > 3
+    assert min(old, new, mixed) > 3
 
 
 def test_a_run_at_work_and_a_pull_keep_out_of_each_other(served, unfinished, content):
