@@ -19,6 +19,7 @@ from agiqa.store.layout import StoreLayout
 UPKEEP_LOCK = "seal"
 """All that write MANIFEST.json hold the lock of the seal."""
 _LOCK = re.compile(r"[0-9]{8,}|model|plan|pull|records|seal")
+_RECORD = re.compile(r"(?:[0-9]{8,}|model|plan)\.json")
 _KILLED_RECORD = re.compile(r"\.(?:[0-9]{8,}|model|plan)\.json\..+|\.zarr\.json\.new")
 
 
@@ -68,6 +69,20 @@ def killed_records(layout: StoreLayout) -> list[Path]:
     """The temporary files that killed writes left in `commits`, and those of runs at work."""
     found = (path for path in layout.commits.glob(".*") if _KILLED_RECORD.fullmatch(path.name))
     return sorted(path for path in found if path.is_symlink() or path.is_file())
+
+
+def remove_records(layout: StoreLayout) -> None:
+    """Remove the commit records, those of killed writes too, and their folder once empty.
+
+    Where `commits` is a link, only the link goes: the files that it leads to may be those of another store.
+    """
+    if layout.commits.is_symlink():
+        layout.commits.unlink()
+        return
+    records = [path for path in layout.commits.glob("*") if _RECORD.fullmatch(path.name)]
+    for path in (*records, *killed_records(layout)):
+        path.unlink(missing_ok=True)
+    _remove_if_empty(layout.commits)
 
 
 def remove_locks(layout: StoreLayout, *, mine: str) -> None:
