@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from agiqa.store.files import open_lock, telling_disk_errors, try_lock, unlock, wait_for_lock
+from agiqa.store.files import is_lock_held, open_lock, telling_disk_errors, unlock, wait_for_lock
 from agiqa.store.layout import StoreLayout
 
 UPKEEP_LOCK = "seal"
@@ -97,7 +97,7 @@ def is_held(lock: Path) -> bool:
     """Whether a process holds the lock file `lock` at this moment; creates nothing."""
     try:
         with lock.open() as file:
-            return not try_lock(file)
+            return is_lock_held(file)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return False
 
