@@ -48,17 +48,20 @@ def _pages(content: mmap.mmap, column: pq.ColumnChunkMetaData) -> Iterator[int]:
     header = _Thrift(content, start, end)
     while header.position < end:
         found = header.struct()
-        unpacked, packed = found.get(_UNPACKED), found.get(_PACKED)
         encodings = [found[kind].get(_ENCODING[kind]) for kind in _ENCODING if isinstance(found.get(kind), dict)]
-        if not _is_size(unpacked) or not _is_size(packed) or not set(encodings) <= set(_ENCODINGS):
-            message = f"a page of {column.path_in_schema} has the sizes {packed} and {unpacked}, encodings {encodings}"
+        if not set(encodings) <= set(_ENCODINGS):
+            message = f"a page of {column.path_in_schema} has values in the encodings {encodings}"
             raise ValueError(message)
-        header.skip(packed)
-        yield unpacked
+        header.skip(_size(found, _PACKED))
+        yield _size(found, _UNPACKED)
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
+def _size(found: dict[int, Any], field: int) -> int:
+    size = found.get(field)
+    if not isinstance(size, int) or size < 0:
+        message = f"a page has the size {size}"
+        raise ValueError(message)
+    return size
 
 
 @dataclass

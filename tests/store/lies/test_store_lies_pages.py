@@ -97,7 +97,7 @@ def test_headers_of_random_bytes_end_in_one_error(tmp_path):
     write_items(path, items)
     raw, start = path.read_bytes(), pq.read_metadata(path).row_group(0).column(0).dictionary_page_offset
     told: list[str] = []
-    for _ in range(200):
+    for _ in range(50):
         changed = bytearray(raw)
         changed[start + int(random.integers(0, 20))] = int(random.integers(0, 256))
         path.write_bytes(changed)
@@ -105,5 +105,5 @@ def test_headers_of_random_bytes_end_in_one_error(tmp_path):
             read_items(path)
         except DamagedStore as error:
             told.append(str(error))
-    assert len(told) > 100
+    assert len(told) > 25
     assert all(str(path) in message for message in told)
