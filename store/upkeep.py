@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from agiqa.errors import IncompleteStore
 from agiqa.store.files import is_lock_held, open_lock, telling_disk_errors, unlock, wait_for_lock
-from agiqa.store.layout import StoreLayout
+from agiqa.store.layout import PULL_RECORD, StoreLayout
 
 UPKEEP_LOCK = "seal"
 """All that write MANIFEST.json hold the lock of the seal."""
@@ -43,6 +44,13 @@ def upkeep_lock(
     finally:  # the lock is closed by now: FUSE file systems keep the names of open files
         if layout.manifest.exists():
             _remove_if_empty(layout.locks)
+
+
+def require_not_pulling(layout: StoreLayout) -> None:
+    """Raise IncompleteStore where a pull was cut off while it installed its store; the caller holds the upkeep lock."""
+    if (layout.root / PULL_RECORD).exists() and not layout.manifest.exists():
+        message = f"A pull into {layout.root} was cut off: run the same `agiqa store pull` again to finish it."
+        raise IncompleteStore(message)
 
 
 @contextmanager

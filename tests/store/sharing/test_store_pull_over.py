@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from agiqa.errors import BusyStore, DamagedStore, RemoteError, SettingsConflict
-from agiqa.store import UnitWriter, collect_garbage, create_store, join_labels, open_store, seal, verify
+from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, RemoteError, SettingsConflict
+from agiqa.store import UnitWriter, collect_garbage, create_store, join_labels, open_store, repair, seal, verify
 from agiqa.store.files import exclusive_lock
 from agiqa.store.pulling import plan_pull, pull, run_pull
 from tests.store.conftest import fill, make_content, make_store, plan_of, write_model
@@ -150,7 +150,7 @@ def relabelled(path, quality):
     """Give one item of the store at `path` another label, as `agiqa store labels` does; the bytes of the new table."""
     table = path.with_name("labels.csv")
     table.write_text(f"name,mos_quality\nimage_0.png,{quality}\n")
-    join_labels(open_store(path), table)
+    join_labels(open_store(path, allow_partial=True), table)
     return (path / "items.parquet").read_bytes()
 
 
@@ -243,6 +243,17 @@ def test_nothing_is_written_while_a_pull_moves_its_objects(unfinished):
     (unfinished.path / "PULLING.json").write_text("{}")
     with pytest.raises(BusyStore, match="replaced by a pull"):
         writer.claim(unfinished.geometry.units - 1).__enter__()
+
+
+def test_what_a_killed_pull_left_is_neither_sealed_nor_repaired_nor_labelled(unfinished, content):
+    """It has moved some of its objects: sizes alone do not tell them from those of the units that were filled."""
+    fill(unfinished, other_bits(content))
+    (unfinished.path / "PULLING.json").write_text("{}")
+    before = bytes_below(unfinished.path)
+    for work in (seal, repair, lambda _store: relabelled(unfinished.path, 1.5)):
+        with pytest.raises(IncompleteStore, match=r"pull into .* was cut off"):
+            work(open_store(unfinished.path, allow_partial=True))
+    assert bytes_below(unfinished.path) == before
 
 
 def test_a_failed_pull_of_a_damaged_copy_does_not_lock_it(served, stored, tmp_path, impatient):
