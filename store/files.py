@@ -239,7 +239,7 @@ def new_lock(path: Path) -> Generator[None]:
 def left_lock(path: Path) -> Generator[bool]:
     """Hold the lock file `path` that another process left; yields False where one holds it, or where there is none."""
     try:
-        file = path.open()
+        file = path.open("r+")
     except (FileNotFoundError, PermissionError):  # one of another user is not ours to clear away
         yield False
         return
@@ -269,6 +269,14 @@ def try_lock(file: IO[str]) -> bool:
     return True
 
 
+def is_lock_held(file: IO[str]) -> bool:
+    """Whether another process holds the lock file `file`, which is open for reading. Raises ConfigError without locks.
+
+    A shared lock is tried, since NFS gives an exclusive one only of files that are open for writing.
+    """
+    return not _flock(file.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB, of=file.name)
+
+
 def wait_for_lock(file: IO[str]) -> None:
     """Lock the open lock file `file` once no other process holds it. Raises as `try_lock`."""
     _flock(file.fileno(), fcntl.LOCK_EX, of=file.name)
@@ -289,6 +297,9 @@ def _flock(descriptor: int, operation: int, *, of: str) -> bool:
     except OSError as error:
         if error.errno in NO_LOCKS:
             raise _no_locks(of, str(error.strerror)) from error
+        if error.errno == errno.EBADF:
+            message = "a lock file must be writable on this file system (as NFS), and it is another user's"
+            raise PermissionError(errno.EACCES, message, of) from error
         raise
     return True
 

@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import DamagedStore, DataError
+from agiqa.errors import BusyStore, DamagedStore, DataError
 from agiqa.store.arrays import WritableArrays, object_rows
 from agiqa.store.bits import finite_rows
 from agiqa.store.checks import check_inside
@@ -27,7 +27,7 @@ from agiqa.store.files import (
     write_bytes_atomically,
     write_text_atomically,
 )
-from agiqa.store.layout import MODEL_GROUPS
+from agiqa.store.layout import MODEL_GROUPS, PULL_RECORD
 from agiqa.store.objects import ObjectCodec
 from agiqa.store.reading import Store
 
@@ -52,10 +52,16 @@ class UnitWriter:
 
     @contextmanager
     def claim(self, unit: int) -> Generator[bool]:
-        """Hold `unit` for this process; False when another process holds it or has finished it."""
+        """Hold `unit` for this process; False when another process holds it or has finished it.
+
+        Raises BusyStore where a pull has replaced the store since it was opened.
+        """
         lock = self.store.layout.locks / f"{unit:08d}"
         with telling_disk_errors(f"computing unit {unit} of {self.store.path}", _KEPT), exclusive_lock(lock) as held:
-            yield held and not self.store.layout.commit(unit).exists()
+            mine = held and not self.store.layout.commit(unit).exists()
+            if mine:
+                self._require_not_pulled()
+            yield mine
 
     def write_unit(
         self,
@@ -95,13 +101,15 @@ class UnitWriter:
     def write_model_arrays(self, write: Callable[[zarr.Group], None]) -> None:
         """Let `write` create the arrays that come from the model (`lm_head`, `basis`, `probe`), once per store.
 
-        Other processes wait here until the first one is done. A part written by a killed run is replaced.
+        Other processes wait here until the first one is done. A part written by a killed run is replaced. Raises
+        BusyStore where a pull has replaced the store since it was opened.
         """
         layout = self.store.layout
         doing = f"writing what {self.store.path} keeps of the model"
         with telling_disk_errors(doing, _KEPT), waiting_lock(layout.locks / "model"):
             if layout.model_commit.exists():
                 return
+            self._require_not_pulled()
             for name in MODEL_GROUPS:  # what a killed run left there would be recorded as if it belonged to them
                 check_inside(self.store.path, layout.zarr / name)
                 if (layout.zarr / name).exists():
@@ -113,6 +121,20 @@ class UnitWriter:
                 sync_file(path)
             objects = [describe_object(self.store.path, path) for path in files]
             write_text_atomically(layout.model_commit, canonical_json({"objects": objects}))
+
+    def _require_not_pulled(self) -> None:
+        """Raise BusyStore where a pull has installed its store here, or is installing it.
+
+        The caller holds the lock of what it is going to write. A pull writes PULLING.json before it looks at the locks,
+        so at least one of the two sees the other.
+        """
+        layout = self.store.layout
+        if layout.manifest.exists() or (layout.root / PULL_RECORD).exists():
+            message = (
+                f"{layout.root} was replaced by a pull while this run was at work on it. Nothing of the pull was "
+                "changed; run the same command again to go on with what is there."
+            )
+            raise BusyStore(message)
 
     def _put_logits(self, unit: int, used: int, logits: Callable[[int, int], NDArray[Any]]) -> list[dict[str, Any]]:
         """Write the raw logits of `unit`, one shard in memory at a time."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, SchemaError, UnknownName
 from agiqa.store.files import canonical_json
+from agiqa.store.hdf5_limits import check_column, read_texts
 from agiqa.store.items import LABEL_PREFIX, MOS_RANGE, Items
 from agiqa.store.scales import range_record, read_range
 from agiqa.store.text_authors import TEXT_AUTHOR
@@ -156,31 +157,38 @@ def _write_column(group: h5py.Group, name: str, values: NDArray[Any], compressio
     dataset[...] = values
 
 
-def read_items(group: h5py.Group) -> Items:
-    """The items that `write_items` wrote into `group`; HDF5's own errors where they are missing or damaged."""
+def read_items(path: Path, group: h5py.Group, *, rows: int) -> Items:
+    """The items that `write_items` wrote into `group` of the file `path`, which has so many `rows` in its index.
+
+    Raises DamagedStore where a column has other values, or too many bytes (see hdf5_limits.py), and HDF5's own errors
+    where one is missing or damaged.
+    """
+
+    def column(name: str, kind: str) -> h5py.Dataset:
+        dataset = dataset_of(group, name)
+        require_filters(path, dataset)
+        check_column(path, dataset, kind, rows=rows)
+        return dataset
 
     def texts(name: str) -> list[str | None]:
-        values = [text.decode() for text in dataset_of(group, name)[...].tolist()]
+        values = read_texts(path, column(name, "S"))
         if f"missing/{name}" not in group:
             return list(values)
-        missing = dataset_of(group, f"missing/{name}")[...].tolist()
+        missing = column(f"missing/{name}", "u")[...].tolist()
         return [None if gone else text for text, gone in zip(values, missing, strict=True)]
 
+    aspects = [name.removeprefix(LABEL_PREFIX) for name in sorted(group) if name.startswith(LABEL_PREFIX)]
     return Items(
         names=[text or "" for text in texts("name")],
         prompts=[text or "" for text in texts("prompt")],
         splits=texts("split"),
         generators=texts("generator"),
         descriptions=texts("description"),
-        labels={
-            name.removeprefix(LABEL_PREFIX): np.asarray(dataset_of(group, name)[...], np.float64)
-            for name in sorted(group)
-            if name.startswith(LABEL_PREFIX)
-        },
+        labels={aspect: np.asarray(column(LABEL_PREFIX + aspect, "f")[...], np.float64) for aspect in aspects},
         text_authors=texts(TEXT_AUTHOR) if TEXT_AUTHOR in group else [],
         mos_ranges={
-            name.removeprefix(LABEL_PREFIX): read_range(str(group[name].attrs[MOS_RANGE]))
-            for name in sorted(group)
-            if name.startswith(LABEL_PREFIX) and MOS_RANGE in group[name].attrs
+            aspect: read_range(str(group[LABEL_PREFIX + aspect].attrs[MOS_RANGE]))
+            for aspect in aspects
+            if MOS_RANGE in group[LABEL_PREFIX + aspect].attrs
         },
     )

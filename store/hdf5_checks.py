@@ -22,10 +22,9 @@ from agiqa.store.hdf5 import (
     require_filters,
 )
 from agiqa.store.hdf5_files import reading
+from agiqa.store.hdf5_limits import REMEDY, check_size
 from agiqa.store.items import Items
 from agiqa.store.layout import ITEM_STATUS, LM_HEAD_NAMED_IN, TOKEN_ROLES
-
-_REMEDY = "Copy or export it again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ def check_store_file(path: Path, file: h5py.File) -> StoreFile:
         _refuse_what_leads_elsewhere(path, file)
     with reading(path, "its attributes"):
         attributes = read_attributes(file)
-    geometry = check_attributes(path, attributes, remedy=_REMEDY)
+    geometry = check_attributes(path, attributes, remedy=REMEDY)
     with reading(path, "its attributes"):
         if attributes.get(METADATA_SHA256) != metadata_sha256(file):
             raise _damaged(path, "its attributes are not those that metadata_sha256 names")
@@ -111,7 +110,7 @@ def _arrays(file: h5py.File) -> dict[str, h5py.Dataset]:
 
 
 def _damaged(path: Path, problem: str) -> DamagedStore:
-    return damaged(path, problem, remedy=_REMEDY)
+    return damaged(path, problem, remedy=REMEDY)
 
 
 def _read(
@@ -121,7 +120,7 @@ def _read(
     with reading(path, "its index"):
         index = {name: np.asarray(array[...]) for name, array in arrays.items() if name.startswith("index/")}
     with reading(path, "its item table"):
-        table = _item_table(path, file)
+        table = _item_table(path, file, rows=len(index["index/n_tokens"]))
     return StoreFile(
         path=path,
         arrays=arrays,
@@ -138,17 +137,12 @@ def _read(
     )
 
 
-def _item_table(path: Path, file: h5py.File) -> Items:
+def _item_table(path: Path, file: h5py.File, *, rows: int) -> Items:
     group = file["items"]
     if not isinstance(group, h5py.Group):
         message = "'items' is no group"
         raise KeyError(message)
-    for column in group.values():
-        if isinstance(column, h5py.Dataset):
-            require_filters(path, column)
-    items = read_items(group)
-    items.table()  # refuses columns of unequal length
-    return items
+    return read_items(path, group, rows=rows)
 
 
 def _wanted(attributes: dict[str, Any]) -> set[str]:
@@ -181,6 +175,7 @@ def _check_arrays(path: Path, attributes: dict[str, Any], geometry: Geometry, ar
             message = f"{path}: {problem}."
             raise SchemaError(message)
         require_filters(path, found)
+        check_size(path, found)
 
 
 def _check_items(source: StoreFile) -> None:
@@ -188,8 +183,8 @@ def _check_items(source: StoreFile) -> None:
     starts, lengths, units = source.row_starts, source.n_tokens.astype(np.int64), source.units.astype(np.int64)
     ends, firsts = starts + lengths, units * source.geometry.unit_rows
     names = source.items.names
-    if len(names) != len(starts) or not len(names):
-        raise _damaged(source.path, f"its item table has {len(names)} rows, its index {len(starts)} items")
+    if not names:
+        raise _damaged(source.path, "it has no items")
     if len(set(names)) != len(names):
         raise _damaged(source.path, "an item name occurs twice in its item table")
     wrong = (lengths < 0) | (units < 0) | (units >= source.geometry.units)

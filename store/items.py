@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, DataError
 from agiqa.store.files import sync_file
+from agiqa.store.parquet_pages import bytes_of_pages
 from agiqa.store.scales import MosRange, range_record, read_range
 from agiqa.store.text_authors import TEXT_AUTHOR
 
@@ -150,14 +151,15 @@ def _bounded_table(path: Path) -> pa.Table:
     """
     file = pq.ParquetFile(path)  # pq.read_table would import pandas where it is installed
     room = _ROOM + _EXPANSION * path.stat().st_size
-    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
-    stored = sum(
-        group.column(column).total_uncompressed_size for group in groups for column in range(group.num_columns)
-    )
+    try:
+        stored = bytes_of_pages(path, file.metadata)
+    except ValueError as error:
+        raise _unreadable(path, error) from error
     names = file.schema_arrow.names
     if max(stored, 8 * file.metadata.num_rows * len(names)) > room:
         raise _damaged(path, f"holds {stored} bytes in {len(names)} columns")
     table = pq.ParquetFile(path, read_dictionary=names).read()
+    table.validate(full=True)  # damaged pages can give references beyond a dictionary, which nothing else checks
     texts = sum(_bytes_of_texts(chunk) for column in table.columns for chunk in column.chunks)
     if texts > room:
         raise _damaged(path, f"holds texts of {texts} bytes, where a table of its size may hold {room}")

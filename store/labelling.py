@@ -17,7 +17,7 @@ from agiqa.store.label_tables import ASPECT_COLUMNS, SPLITS, TableRow, open_tabl
 from agiqa.store.reading import Store, open_store
 from agiqa.store.recorded_items import read_recorded_items, replace_recorded_items, settle_labels
 from agiqa.store.scales import DEFAULT_RANGE, MosRange, check_range, converted, doubts, is_plausible, spelled
-from agiqa.store.upkeep import upkeep_lock
+from agiqa.store.upkeep import require_not_pulling, upkeep_lock
 
 _NAMES = 5
 
@@ -73,11 +73,12 @@ def join_labels(store: Store, table: Path, *, mos_range: MosRange | None = None)
 
     Raises DataError listing all rows that cannot be used (then nothing is changed), when no row names an item, and
     where the MOS that stay are on no known scale and cannot be on that of the table; ConfigError for an empty
-    `mos_range`; DamagedStore when the store's item table is not the one that was recorded.
+    `mos_range`; IncompleteStore where a pull was cut off; DamagedStore when the item table is not the recorded one.
     """
     asked = None if mos_range is None else check_range(mos_range)
     layout = store.layout
     with upkeep_lock(layout):
+        require_not_pulling(layout)
         finished = layout.manifest.exists()
         settle_labels(layout)
         items = read_recorded_items(layout)

@@ -47,6 +47,12 @@ def require_place(path: Path) -> Path:
     if place.is_mount():
         message = f"{path} is a mount point, which a new store cannot replace. Give a path in it: {path}/features.agiqa"
         raise ConfigError(message)
+    if place == Path.cwd():
+        message = (
+            f"{path} is the folder that this command runs in, which a new store would replace. Give a path in it: "
+            "features.agiqa"
+        )
+        raise ConfigError(message)
     return place
 
 

@@ -37,7 +37,7 @@ from agiqa.store.manifests import CARD_BYTES, Entry, Manifest, units_of_objects
 from agiqa.store.reading import Store
 from agiqa.store.remotes import Remote, remote_at
 from agiqa.store.transfers import JOBS, Tally, Transfer, in_parallel
-from agiqa.store.upkeep import UPKEEP_LOCK, is_held, lock_files, remove_locks, upkeep_lock
+from agiqa.store.upkeep import UPKEEP_LOCK, is_held, lock_files, remove_locks, remove_records, upkeep_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +193,14 @@ def _install(manifest: Manifest, local: _Local, card: bytes | None) -> None:
             message = f"{path} was sealed, or its labels were changed, while it was pulled. Run the same command again."
             raise BusyStore(message)
         if local.is_unfinished:
-            _require_idle(layout)
+            _stop_runs(layout, manifest)
         if waiting:
             write_text_atomically(path / PULL_RECORD, manifest.text)
             layout.manifest.unlink(missing_ok=True)
             sync_file(path)
+        listed = local.listed or {}
+        if any(listed.get(entry.path) != entry.sha256 for entry in manifest.objects):
+            remove_records(layout)  # they list objects that are replaced
         for entry in waiting:
             target = path / entry.path
             if entry.path == ITEM_TABLE:
@@ -206,15 +209,24 @@ def _install(manifest: Manifest, local: _Local, card: bytes | None) -> None:
             _waiting(path, entry).replace(target)
         for folder in {(path / entry.path).parent for entry in waiting}:
             sync_file(folder)
-        listed = local.listed or {}
-        if any(listed.get(entry.path) != entry.sha256 for entry in manifest.objects) and layout.commits.exists():
-            shutil.rmtree(layout.commits)  # the objects that its records list have been replaced
         if card is not None and (not layout.card.exists() or layout.card.read_bytes() != card):
             _set_aside(layout.card)
             write_text_atomically(layout.card, card.decode("utf-8", errors="replace"))
         write_text_atomically(layout.manifest, manifest.text)
         shutil.rmtree(layout.pulled, ignore_errors=True)
         (path / PULL_RECORD).unlink(missing_ok=True)
+
+
+def _stop_runs(layout: StoreLayout, manifest: Manifest) -> None:
+    """Write PULLING.json, after which no run begins to write. Raises BusyStore, without it, where one is at work."""
+    record = layout.root / PULL_RECORD
+    _require_idle(layout)
+    write_text_atomically(record, manifest.text)
+    try:
+        _require_idle(layout)  # one may have begun between the two steps, see UnitWriter
+    except BusyStore:
+        record.unlink()
+        raise
 
 
 def _set_aside(path: Path) -> None:
@@ -266,12 +278,11 @@ def _claim(path: Path, manifest: Manifest, *, some: bool) -> list[int] | None:
         )
         raise SettingsConflict(message)
     path.mkdir(parents=True, exist_ok=True)
-    check_inside(path, layout.commits)
     if unfinished:  # stays one until all is here, so that its runs can go on where the pull fails
         _require_idle(layout)
         return []
-    write_text_atomically(record, manifest.text)
     if local is None:
+        write_text_atomically(record, manifest.text)
         return []
     return None if local["state"] == "complete" else [int(unit) for unit in local["units"]]
 

@@ -29,7 +29,7 @@ from agiqa.store.records import (
     unreadable_records,
 )
 from agiqa.store.sealing import content_problem
-from agiqa.store.upkeep import upkeep_lock
+from agiqa.store.upkeep import require_not_pulling, upkeep_lock
 from agiqa.store.verification import Damage
 
 _LINES = 20
@@ -71,9 +71,10 @@ def repair(store: Store) -> RepairReport:
     kept, but `agiqa extract` sets those of its own table again while a store is unfinished. Open the store again.
 
     Raises DamagedStore, and changes nothing, when other objects of the plan than tokens (index, metadata, item table)
-    are damaged; IncompleteStore for a store of which only a part was pulled.
+    are damaged; IncompleteStore for a store of which only a part was pulled, or whose pull was cut off.
     """
     with upkeep_lock(store.layout):
+        require_not_pulling(store.layout)
         settle_labels(store.layout)
         store = open_store(store.path, allow_partial=True)
         _refuse_partial(store)

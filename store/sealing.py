@@ -18,17 +18,18 @@ from agiqa.store.layout import FORMAT, VERSION
 from agiqa.store.listings import check_object_path, read_record
 from agiqa.store.reading import Store, open_store
 from agiqa.store.recorded_items import table_problem
-from agiqa.store.upkeep import UPKEEP_LOCK, killed_records, remove_locks, upkeep_lock
+from agiqa.store.upkeep import UPKEEP_LOCK, killed_records, remove_locks, require_not_pulling, upkeep_lock
 
 
 def seal(store: Store) -> Store:
     """Check that all parts are there as they were recorded, then write MANIFEST.json; idempotent.
 
     Units were read back when they were written, so of their objects only the sizes are looked at. Returns the store,
-    opened as complete. Raises IncompleteStore naming the missing units, and DamagedStore naming the objects that are
-    missing, of another size or of other bytes.
+    opened as complete. Raises IncompleteStore naming the missing units, or a pull that was cut off, and DamagedStore
+    naming the objects that are missing, of another size or of other bytes.
     """
     with upkeep_lock(store.layout, doing="sealing", kept="all its units are kept"):
+        require_not_pulling(store.layout)
         if not store.layout.manifest.exists():
             _seal(open_store(store.path, allow_partial=True))
         remove_locks(store.layout, mine=UPKEEP_LOCK)
@@ -74,9 +75,13 @@ def _seal(store: Store) -> None:
 def _recorded_objects(store: Store) -> list[dict[str, Any]]:
     """Every object that the commit records name, in the order plan, model, units.
 
-    Raises IncompleteStore when the record of a unit or of the model's arrays is missing.
+    Raises IncompleteStore when the record of a unit or of the model's arrays is missing, DamagedStore when that of the
+    plan is.
     """
     layout = store.layout
+    if not layout.plan_commit.exists():
+        message = f"{layout.plan_commit} is missing, so nothing tells what the store should hold. Copy the store again."
+        raise DamagedStore(message)
     missing = sorted(set(range(store.geometry.units)) - set(store.committed_units()))
     if missing or not layout.model_commit.exists():
         what = f"units {listed([str(unit) for unit in missing], 10)}" if missing else "the model's arrays"

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from agiqa.store.files import open_lock, telling_disk_errors, try_lock, unlock, wait_for_lock
-from agiqa.store.layout import StoreLayout
+from agiqa.errors import IncompleteStore
+from agiqa.store.files import is_lock_held, open_lock, telling_disk_errors, unlock, wait_for_lock
+from agiqa.store.layout import PULL_RECORD, StoreLayout
 
 UPKEEP_LOCK = "seal"
 """All that write MANIFEST.json hold the lock of the seal."""
 _LOCK = re.compile(r"[0-9]{8,}|model|plan|pull|records|seal")
+_RECORD = re.compile(r"(?:[0-9]{8,}|model|plan)\.json")
 _KILLED_RECORD = re.compile(r"\.(?:[0-9]{8,}|model|plan)\.json\..+|\.zarr\.json\.new")
 
 
@@ -42,6 +44,13 @@ def upkeep_lock(
     finally:  # the lock is closed by now: FUSE file systems keep the names of open files
         if layout.manifest.exists():
             _remove_if_empty(layout.locks)
+
+
+def require_not_pulling(layout: StoreLayout) -> None:
+    """Raise IncompleteStore where a pull was cut off while it installed its store; the caller holds the upkeep lock."""
+    if (layout.root / PULL_RECORD).exists() and not layout.manifest.exists():
+        message = f"A pull into {layout.root} was cut off: run the same `agiqa store pull` again to finish it."
+        raise IncompleteStore(message)
 
 
 @contextmanager
@@ -70,6 +79,20 @@ def killed_records(layout: StoreLayout) -> list[Path]:
     return sorted(path for path in found if path.is_symlink() or path.is_file())
 
 
+def remove_records(layout: StoreLayout) -> None:
+    """Remove the commit records, those of killed writes too, and their folder once empty.
+
+    Where `commits` is a link, only the link goes: the files that it leads to may be those of another store.
+    """
+    if layout.commits.is_symlink():
+        layout.commits.unlink()
+        return
+    records = [path for path in layout.commits.glob("*") if _RECORD.fullmatch(path.name)]
+    for path in (*records, *killed_records(layout)):
+        path.unlink(missing_ok=True)
+    _remove_if_empty(layout.commits)
+
+
 def remove_locks(layout: StoreLayout, *, mine: str) -> None:
     """Remove the lock files that no process holds and `mine`, which the caller holds, and their folder once empty."""
     for lock in lock_files(layout):
@@ -82,7 +105,7 @@ def is_held(lock: Path) -> bool:
     """Whether a process holds the lock file `lock` at this moment; creates nothing."""
     try:
         with lock.open() as file:
-            return not try_lock(file)
+            return is_lock_held(file)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return False
 

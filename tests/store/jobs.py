@@ -10,7 +10,7 @@ import numpy as np
 
 from agiqa.errors import AgiqaError
 from agiqa.store import UnitWriter, create_store, join_labels, open_store, repair, seal, verify
-from agiqa.store.files import put_text_if_absent
+from agiqa.store.files import put_text_if_absent, waiting_lock
 from agiqa.store.garbage import collect_garbage
 from agiqa.store.hdf5_import import import_hdf5
 from tests.store.conftest import fill as fill_units
@@ -202,6 +202,14 @@ def upkeep(_progress, path, what):
 def put(_progress, path, text, lock):
     """Put the record at `path` unless there is one; whether this was the one that did."""
     return put_text_if_absent(Path(path), text, lock=Path(lock))
+
+
+def lock_as_nobody(_progress, path):
+    """Wait for the lock file `path` as another user."""
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    with waiting_lock(Path(path)):
+        return True
 
 
 def as_member(progress, user, group, warm, job, *arguments):

@@ -1,14 +1,17 @@
 /* File systems that lack something, for whatever is started with this library preloaded.
  *
- * ODD_FLOCK  an error number that flock() fails with, or "always": every lock is granted
+ * ODD_FLOCK  an error number that flock() fails with, or "always": every lock is granted, or "nfs": as that of NFS,
+ *            which locks the bytes of a file, so that an exclusive lock needs a file that is open for writing
  * ODD_LINK   an error number that link() and linkat() fail with
  * ODD_FSYNC  an error number that fsync() of a folder fails with
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 
 static int oddity(const char *name) {
@@ -20,7 +23,14 @@ int flock(int file, int operation) {
     const char *value = getenv("ODD_FLOCK");
     if (value != NULL && strcmp(value, "always") == 0)
         return 0;
-    if (oddity("ODD_FLOCK")) {
+    if (value != NULL && strcmp(value, "nfs") == 0) {
+        int mode = fcntl(file, F_GETFL) & O_ACCMODE;
+        int useless = operation & LOCK_EX ? O_RDONLY : operation & LOCK_SH ? O_WRONLY : -1;
+        if (mode == useless) {
+            errno = EBADF;
+            return -1;
+        }
+    } else if (oddity("ODD_FLOCK")) {
         errno = oddity("ODD_FLOCK");
         return -1;
     }

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -132,3 +133,38 @@ def test_without_working_locks_a_store_is_read_and_not_written(tmp_path, workers
     assert {name: step for name, step in read.items() if step[0]} == {}
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "locks"}
     assert after == before
+
+
+def test_locks_of_nfs_need_a_file_that_is_open_for_writing(tmp_path, workers, undisturbed):
+    """Runs that race, with a plan and locks of runs that were killed; then labels, repair and garbage."""
+    path, content, odd = tmp_path / "s.agiqa", make_content(LENGTHS), {"ODD_FLOCK": "nfs"}
+    killed = tmp_path / ".s.agiqa.plan-0" / "locks"
+    killed.mkdir(parents=True)
+    (killed / "plan").touch()
+    team = [workers.start("on_odd_disk", odd, "make", str(path), LENGTHS, seed, 0.001) for seed in range(2)]
+    assert [(job.code, job.message) for job in [one.ended() for one in team]] == [(0, "")] * 2
+    assert contents(open_store(path)) == undisturbed
+    (path / "locks").mkdir(exist_ok=True)
+    for name in ("pull", "00000001"):
+        (path / "locks" / name).touch()
+    (tmp_path / "labels.csv").write_text(f"name,mos_quality\n{content.items.names[0]},1.5\n")
+    for what in ("seal", "label", "repair", "collect"):
+        outcome = workers.run("on_odd_disk", odd, "upkeep", str(path), what)
+        assert (outcome.code, outcome.message) == (0, ""), what
+    assert verify(open_store(path), "full").sound
+    assert sorted(left.name for left in tmp_path.iterdir()) == ["labels.csv", "s.agiqa"]
+    assert not (path / "locks").exists()
+
+
+def test_a_lock_of_another_user_on_nfs_is_told(workers):
+    if os.getuid():
+        pytest.skip("becoming another user needs root")
+    with tempfile.TemporaryDirectory() as folder:  # unlike those of pytest, other users can get to it
+        Path(folder).chmod(0o755)
+        lock = Path(folder) / "seal"
+        lock.touch(0o444)
+        assert workers.run("on_odd_disk", {}, "lock_as_nobody", str(lock)).result
+        outcome = workers.run("on_odd_disk", {"ODD_FLOCK": "nfs"}, "lock_as_nobody", str(lock))
+    assert outcome.error == "PermissionError"
+    assert f"{lock}" in outcome.message
+    assert "must be writable" in outcome.message

@@ -109,6 +109,19 @@ def test_a_mount_point_is_refused_and_a_path_in_it_named(tmp_path):
         subprocess.run(["umount", path], check=True)
 
 
+def test_the_folder_that_the_command_runs_in_is_refused(tmp_path, monkeypatch):
+    """A rename would take its place, and nothing below `.` would be found any more."""
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(), tmp_path):
+        for run in (check_writable, lambda place: create_store(place, plan_of(make_content(LENGTHS)))):
+            with pytest.raises(ConfigError, match="is the folder that this command runs in"):
+                run(path)
+    assert list(tmp_path.iterdir()) == []
+    assert make_store(Path("features.agiqa"), make_content([3])).is_complete
+    monkeypatch.chdir("features.agiqa")
+    assert create_store(Path(), plan_of(make_content([3]))).is_complete
+
+
 def test_names_are_refused_before_any_work_or_work_to_the_end(tmp_path):
     """`é` has two bytes; a plan beside a store has a name that is 15 bytes longer."""
     for name in ("é" * 120, "x" * 240):

@@ -99,3 +99,11 @@ def test_a_repair_records_the_labels_of_the_finished_store(filled, tmp_path):
     assert {found.where for found in verify(unfinished, "full").damage} == set()
     assert contents(refill(sealed, content)) == before
     np.testing.assert_array_equal(open_store(sealed.path).items.labels["quality"][1], 2.5)
+
+
+def test_a_store_without_the_record_of_its_plan_is_not_sealed(filled):
+    store, _ = filled
+    store.layout.plan_commit.unlink()
+    with pytest.raises(DamagedStore, match=r"plan\.json is missing"):
+        seal(open_store(store.path, allow_partial=True))
+    assert not store.layout.manifest.exists()

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, RemoteError, SettingsConflict
-from agiqa.store import collect_garbage, create_store, join_labels, open_store, seal, verify
+from agiqa.store import UnitWriter, collect_garbage, create_store, join_labels, open_store, repair, seal, verify
 from agiqa.store.files import exclusive_lock
 from agiqa.store.pulling import plan_pull, pull, run_pull
-from tests.store.conftest import fill, make_content, make_store, plan_of
+from tests.store.conftest import fill, make_content, make_store, plan_of, write_model
 from tests.store.crash_points import states_after_kills
 from tests.store.sharing.copies import assert_equal_stores, files_below, largest_object
 from tests.store.sharing.movers import kill_after, start_mover
@@ -154,7 +154,7 @@ def relabelled(path, quality):
     """Give one item of the store at `path` another label, as `agiqa store labels` does; the bytes of the new table."""
     table = path.with_name("labels.csv")
     table.write_text(f"name,mos_quality\nimage_0.png,{quality}\n")
-    join_labels(open_store(path), table)
+    join_labels(open_store(path, allow_partial=True), table)
     return (path / "items.parquet").read_bytes()
 
 
@@ -210,11 +210,68 @@ def test_some_items_of_a_store_that_was_made_anew_are_not_mixed_with_old_ones(se
     assert_equal_stores(copy, anew.path)
 
 
-def test_what_is_a_link_in_the_copy_is_not_written_through(served, tmp_path, unfinished):
-    elsewhere = tmp_path / "elsewhere"
+@pytest.mark.parametrize("inside", [True, False])
+def test_records_that_are_a_link_are_not_followed_by_a_pull(served, stored, tmp_path, unfinished, inside):
+    elsewhere = unfinished.path / "records" if inside else tmp_path / "elsewhere"
     shutil.move(unfinished.layout.commits, elsewhere)
     unfinished.layout.commits.symlink_to(elsewhere)
     before = files_below(elsewhere)
-    with pytest.raises(DamagedStore, match="link out of the store"):
-        pull(served.url, unfinished.path)
+    pull(served.url, unfinished.path)
     assert files_below(elsewhere) == before
+    assert not unfinished.layout.commits.is_symlink()
+    assert verify(open_store(unfinished.path), "full").sound
+    assert open_store(unfinished.path).content == stored.content
+
+
+def test_a_pull_removes_only_records_from_commits(served, unfinished):
+    (unfinished.layout.commits / "notes.txt").write_text("mine")
+    pull(served.url, unfinished.path)
+    assert files_below(unfinished.layout.commits) == {"notes.txt"}
+
+
+def test_a_run_that_began_before_a_pull_writes_nothing_over_it(served, stored, unfinished, content):
+    """A run holds no lock while it loads its model, and between two units."""
+    writer, last = UnitWriter(unfinished), unfinished.geometry.units - 1
+    model = UnitWriter(unfinished)
+    pull(served.url, unfinished.path)
+    for write in (lambda: write_model(model, other_bits(content)), lambda: writer.claim(last).__enter__()):
+        with pytest.raises(BusyStore, match="replaced by a pull"):
+            write()
+    assert verify(open_store(unfinished.path), "full").sound
+    assert open_store(unfinished.path).content == stored.content
+
+
+def test_nothing_is_written_while_a_pull_moves_its_objects(unfinished):
+    """PULLING.json stands for that time, and for what is left of it after a kill."""
+    writer = UnitWriter(unfinished)
+    (unfinished.path / "PULLING.json").write_text("{}")
+    with pytest.raises(BusyStore, match="replaced by a pull"):
+        writer.claim(unfinished.geometry.units - 1).__enter__()
+
+
+def test_what_a_killed_pull_left_is_neither_sealed_nor_repaired_nor_labelled(unfinished, content):
+    """It has moved some of its objects: sizes alone do not tell them from those of the units that were filled."""
+    fill(unfinished, other_bits(content))
+    (unfinished.path / "PULLING.json").write_text("{}")
+    before = bytes_below(unfinished.path)
+    for work in (seal, repair, lambda _store: relabelled(unfinished.path, 1.5)):
+        with pytest.raises(IncompleteStore, match=r"pull into .* was cut off"):
+            work(open_store(unfinished.path, allow_partial=True))
+    assert bytes_below(unfinished.path) == before
+
+
+def test_a_failed_pull_of_a_damaged_copy_does_not_lock_it(served, stored, tmp_path, impatient):
+    """It is the finished store that it was: whoever has no network can still collect garbage in it."""
+    copy = tmp_path / "copy.agiqa"
+    pull(served.url, copy)
+    (copy / largest_object(stored)).unlink()
+    served.behaviour.down = True
+    with pytest.raises(RemoteError):
+        pull(served.url, copy)
+    served.behaviour.down = False
+    plan = plan_pull(served.url, copy)
+    served.behaviour.down = True
+    with pytest.raises(RemoteError):
+        run_pull(plan)
+    assert not (copy / "PULLING.json").exists()
+    collect_garbage(open_store(copy))
