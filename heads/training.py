@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agiqa.heads.authors import author_record, author_warnings
+from agiqa.heads.authors import author_notes, author_warnings, authors_by_part
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.events import check_tensorboard
@@ -142,11 +142,12 @@ def _train(
         "refit": config.refit,
         "split": {"name": config.split, **partition.record()},
         "warnings": _warnings(task, partition),
-        **author_record(source, partition.parts()),
+        "notes": _notes(source, partition),
+        "text_authors": authors_by_part(source, partition.parts()),
         "features": feeding.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
-    metrics |= _of_stores(source, source, config, parts) if isinstance(source, Joined) else {}
+    metrics |= {"stores": _of_stores(source, source, config, parts)} if isinstance(source, Joined) else {}
     if config.paper_compatible:
         best = best_on_test(selection.curves, metrics["test"], config.label)
         metrics["warnings"] += bias_warnings(best, metrics["test"], config.label)
@@ -170,6 +171,12 @@ def _warnings(task: _Task, partition: Partition) -> list[str]:
     source = task.source
     of_start = start_warnings(task.start, source, task.train, partition.test)
     return [*partition.warnings(), *author_warnings(source, partition.parts()), *of_start]
+
+
+def _notes(source: FeatureSource, partition: Partition) -> list[str]:
+    """What a reader of the metrics should know though nothing is wrong."""
+    of_stores = [*source.notes, *source.scale_notes] if isinstance(source, Joined) else []
+    return [*author_notes(source, partition.parts()), *of_stores]
 
 
 def check_settings(source: FeatureSource, head: HeadConfig, train: TrainConfig) -> None:
@@ -279,8 +286,8 @@ def _of_stores(
     joined: Joined,
     config: TrainConfig,
     parts: Mapping[str, tuple[NDArray[np.int64], Array, Array]],
-) -> dict[str, Any]:
-    """What metrics.json says of several stores read as one: the notes on them, and every part on the items of each.
+) -> list[dict[str, Any]]:
+    """What metrics.json says of each of several stores read as one: the metrics of every part on its items.
 
     Metrics of all together reward a head for telling the stores apart.
     """
@@ -291,7 +298,7 @@ def _of_stores(
             here = np.isin(chosen, items)
             entry[name] = _metrics(source, config, chosen[here], labels[here], predicted[here])
         told.append(entry)
-    return {"notes": [*joined.notes, *joined.scale_notes], "stores": told}
+    return told
 
 
 def _rows(
