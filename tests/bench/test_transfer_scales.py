@@ -1,5 +1,6 @@
-"""A transfer between data sets whose MOS are on different scales, from their stores to the rows."""
+"""A transfer between data sets whose MOS are on different scales and whose texts have different authors."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,7 @@ def store_of(path, scale, *, seed):
         prompts=[f"{seed} {prompt}" for prompt in drawn.items.prompts],
         labels={"quality": low + shares * (high - low)},
         mos_ranges={"quality": scale},
+        text_authors=["teacher" if seed == 2 else "model"] * COUNT,
     )
     return make_store(path, replace(drawn, items=items, lm_head=content.lm_head), data_set={"name": path.stem})
 
@@ -69,3 +71,17 @@ def test_truth_and_predictions_are_written_on_the_scale_of_the_target(transfers)
         factor = 20 if ours.names[0].startswith("2/") else 1
         np.testing.assert_allclose(theirs.mos, ours.mos * factor, rtol=1e-6)
         np.testing.assert_allclose(theirs.predicted, ours.predicted * factor, rtol=1e-3, atol=1e-3)
+
+
+def test_texts_of_a_teacher_are_told_and_stand_in_the_lines_of_what_was_applied(transfers):
+    done, said = transfers
+    told = [line for line in said if "read the text of a teacher" in line]
+    assert all(line.startswith("warning: b: ") for line in told)
+    assert sum(" test items" in line for line in told) == len(done)
+    for _, out in done.values():
+        lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+        applied = {line["to"]: line for line in lines if line["way"] == "apply"}
+        assert applied["b"]["text_authors"] == {"test": {"teacher": COUNT // 4}}
+        assert applied["a"]["text_authors"] == {"test": {"model": COUNT // 4}}
+        spoiled = [any("rating word included" in one for one in applied[name]["warnings"]) for name in "ab"]
+        assert spoiled == [False, True]
