@@ -141,9 +141,7 @@ def _train(
         "epochs_run": len(selection.curves),
         "refit": config.refit,
         "split": {"name": config.split, **partition.record()},
-        "warnings": _warnings(task, partition),
-        "notes": _notes(source, partition),
-        "text_authors": authors_by_part(source, partition.parts()),
+        **_remarks(task, partition),
         "features": feeding.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
@@ -166,17 +164,16 @@ def _train(
     )
 
 
-def _warnings(task: _Task, partition: Partition) -> list[str]:
-    """What a reader of the metrics must know of the split, the texts of its parts, and the run that was begun from."""
-    source = task.source
+def _remarks(task: _Task, partition: Partition) -> dict[str, Any]:
+    """What a reader of the metrics must know of the split, the texts of its parts, the stores and the first run."""
+    source, parts = task.source, partition.parts()
     of_start = start_warnings(task.start, source, task.train, partition.test)
-    return [*partition.warnings(), *author_warnings(source, partition.parts()), *of_start]
-
-
-def _notes(source: FeatureSource, partition: Partition) -> list[str]:
-    """What a reader of the metrics should know though nothing is wrong."""
     of_stores = [*source.notes, *source.scale_notes] if isinstance(source, Joined) else []
-    return [*author_notes(source, partition.parts()), *of_stores]
+    return {
+        "warnings": [*partition.warnings(), *author_warnings(source, parts), *of_start],
+        "notes": [*author_notes(source, parts), *of_stores],
+        "text_authors": authors_by_part(source, parts),
+    }
 
 
 def check_settings(source: FeatureSource, head: HeadConfig, train: TrainConfig) -> None:
