@@ -9,11 +9,13 @@ OUT/lock                              held by the process at work
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from agiqa.bench.ablation_results import ResultLines, error_line, result_line
 from agiqa.bench.baseline_predictors import MeanFeatures
@@ -26,6 +28,7 @@ from agiqa.bench.rows import table_rows, write_rows
 from agiqa.bench.store_facts import facts_of
 from agiqa.bench.this_run import this_commit
 from agiqa.errors import AgiqaError, UnknownName
+from agiqa.heads.authors import author_warnings
 from agiqa.heads.config import TrainConfig, read_yaml
 from agiqa.heads.features import read_labels
 from agiqa.heads.head_jobs import HeadJob, JobOutcome, is_there
@@ -75,6 +78,8 @@ def run_ablation(
     """
     told, commit = RatingWords(words), this_commit()  # what cannot be read is refused before anything is trained
     _refuse_hopeless(stores, plan, started=(out / RESULTS).exists())
+    for line in _author_warnings(stores, plan):
+        tell(f"warning: {line}")
     with working_in(out, "ablation"):
         facts = {name: facts_of(store) for name, store in stores.items()}
         results = ResultLines(out / RESULTS, plan, stores=facts)
@@ -170,6 +175,21 @@ def _refuse_undrawable(plan: Sequence[PlannedRun], partitions: Mapping[str, Part
                 f"of which can be trained. Change the protocol, or leave it out."
             )
             raise error
+
+
+def _author_warnings(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) -> Iterator[str]:
+    """A line for each store and part whose items, of any run, read a teacher's rating words; see `author_warnings`."""
+    for name, store in stores.items():
+        drawn, items = Partitions(store), {"validation": [np.arange(0)], "test": [np.arange(0)]}
+        for run in plan:
+            if run.store == name:
+                with suppress(AgiqaError):  # a run that cannot be drawn tells why itself
+                    partition = drawn.of(run.train)
+                    items["validation"].append(partition.validation)
+                    items["test"].append(partition.test)
+        where = f"{name}: " if name else ""
+        parts = {part: np.unique(np.concatenate(of_runs)) for part, of_runs in items.items()}
+        yield from (f"{where}{line}" for line in author_warnings(store, parts))
 
 
 class _Clock:

@@ -22,6 +22,7 @@ from agiqa.bench.transfer_plan import PlannedHead, PlannedLine, TransferPlan, Tr
 from agiqa.bench.transfer_results import TransferResults, rows_of
 from agiqa.bench.transfer_sides import Side, chosen_shots, making_differs, open_sides, scale_notes, shared
 from agiqa.errors import AgiqaError
+from agiqa.heads.authors import author_warnings, authors_by_part
 from agiqa.heads.features import read_labels
 from agiqa.heads.fitting import cpu_threads
 from agiqa.heads.head_jobs import HeadJob, is_there, with_notes
@@ -87,6 +88,9 @@ def run_transfer(
         tell(f"warning: {first} and {second} were made differently: {', '.join(about['making_differs'])}")
     for note in scale_notes(sides[first], sides[second], settings.train.labels):
         tell(note)
+    for side in sides.values():
+        for line in author_warnings(side.store, side.partition.parts()):
+            tell(f"warning: {side.name}: {line}")
     with working_in(out, "transfer"):
         work = _Work(plan, sides, settings, out, about, tell, commit=commit)
         trained = work.train(workers)
@@ -242,7 +246,11 @@ class _Work:
             "test": by_label(labels, scores),
             "mos_ranges": scales_record(labels, scales[1]),
             "converted": conversions(labels, *scales),
-            "warnings": unknown_scales(f"the head {line.head}", scales[0], target.store, labels, mos),
+            "warnings": [
+                *unknown_scales(f"the head {line.head}", scales[0], target.store, labels, mos),
+                *author_warnings(target.store, {"test": items}),
+            ],
+            "text_authors": authors_by_part(target.store, {"test": items}),
             "predictions": path.relative_to(self._out).as_posix(),
         }
 

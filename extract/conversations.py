@@ -149,7 +149,7 @@ def _records(path: Path, text: str) -> list[Any]:
 def _parse(where: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (RecursionError, ValueError) as error:
         message = f"{where}: not JSON ({error}); expected an M3-AGIQA conversation list."
         raise DataError(message) from error
 

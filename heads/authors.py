@@ -1,13 +1,14 @@
 """Who wrote the text that each part of a training reads: one by a teacher that was told the MOS spoils scores."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.heads.features import FeatureSource
 from agiqa.heads.runs import origin_of
+from agiqa.heads.scales import Joined
 from agiqa.store.text_authors import TEACHER, count_authors, teacher_warning
 
 
@@ -36,22 +37,30 @@ def author_warnings(source: FeatureSource, parts: Parts) -> list[str]:
 
     Those are the MOS in other words. Where nothing says that the conversations end before them, they count as read.
     """
-    return _remarks(source, parts) if _reads_rating_words(source) else []
+    return _remarks(source, parts, rating_words=True)
 
 
-def author_record(source: FeatureSource, parts: Parts) -> dict[str, Any]:
-    """For metrics.json: `text_authors` as `authors_by_part`, and `notes` on teachers' texts without rating words."""
-    notes = [] if _reads_rating_words(source) else _remarks(source, parts)
-    return {"text_authors": authors_by_part(source, parts), "notes": notes}
+def author_notes(source: FeatureSource, parts: Parts) -> list[str]:
+    """A line for each part, but `train`, whose items read texts of such a teacher without its rating words."""
+    return _remarks(source, parts, rating_words=False)
 
 
-def _remarks(source: FeatureSource, parts: Parts) -> list[str]:
+def _remarks(source: FeatureSource, parts: Parts, *, rating_words: bool) -> list[str]:
+    authors = source.items.text_authors if isinstance(source.items, Authored) else []
+    if not authors:
+        return []
+    told = (np.array(authors, dtype=object) == TEACHER) & (_reads_rating_words(source) == rating_words)
     return [
-        teacher_warning(part, count, len(parts[part]), rating_words=_reads_rating_words(source))
-        for part, counts in authors_by_part(source, parts).items()
-        if part != "train" and (count := counts.get(TEACHER, 0))
+        teacher_warning(part, count, len(items), rating_words=rating_words)
+        for part, items in parts.items()
+        if part != "train" and (count := int(told[items].sum()))
     ]
 
 
-def _reads_rating_words(source: FeatureSource) -> bool:
-    return bool(origin_of(source).get("conversation", {}).get("variant", "full") == "full")
+def _reads_rating_words(source: FeatureSource) -> NDArray[np.bool_]:
+    """Whether the conversation of each item holds the rating word; (items,)."""
+    found = np.ones(len(source.items.names), np.bool_)
+    stores = source.parts if isinstance(source, Joined) else [(source, np.arange(len(found)))]
+    for store, places in stores:
+        found[places] = origin_of(store).get("conversation", {}).get("variant", "full") == "full"
+    return found

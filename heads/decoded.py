@@ -7,9 +7,12 @@ empties it: delete it to free its space.
 
 rows.bin      the rows of the items in the order of the store, one after the other, in the bits of the store
 roles.bin     a byte per row
-decoded.json  format, version, store, hash of its bytes, identity of the items, dtype and shape
+decoded.json  format, version, store, hash of its bytes, identity of the items, dtype and shape; sha256 of both files
+
+A training hashes both files before it reads them: one more pass over what every epoch reads.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -34,12 +37,12 @@ from agiqa.heads.features import (
     row_dtype,
 )
 from agiqa.progress import say, track
-from agiqa.store.files import sync_file, waiting_lock
+from agiqa.store.files import sha256_of_file, sync_file, waiting_lock
 from agiqa.store.layout import cache_root
 
 FORMAT = "agiqa.decoded"
-FORMAT_VERSION = 1
-ROWS, ROLES, ABOUT = "rows.bin", "roles.bin", "decoded.json"
+FORMAT_VERSION = 2
+ROWS, ROLES, ABOUT, HASHES = "rows.bin", "roles.bin", "decoded.json", "sha256"
 _SHARE_OF_DISK = 0.9
 _ITEMS_COMPARED = 3
 
@@ -52,7 +55,7 @@ class _Copy:
     items: NDArray[np.int64]
     """Ascending, each once."""
     about: dict[str, Any]
-    """What decoded.json says."""
+    """What decoded.json says beside the hashes."""
 
     @classmethod
     def of(cls, source: FeatureSource, items: NDArray[np.int64]) -> "_Copy":
@@ -70,7 +73,7 @@ class _Copy:
 
     @property
     def folder(self) -> Path:
-        return decoded_folder() / f"{self.about['content'][:16]}-{self.about['items'][:16]}"
+        return decoded_folder() / f"{self.about['content'][:16]}-{self.about['items'][:16]}-v{FORMAT_VERSION}"
 
     @property
     def row_bytes(self) -> int:
@@ -82,16 +85,18 @@ def decoded_folder() -> Path:
     return cache_root() / "decoded"
 
 
-def mapped_features(source: FeatureSource, items: NDArray[np.int64], *, label: str | None) -> tuple[FeatureSet, Path]:
+def mapped_features(
+    source: FeatureSource, items: NDArray[np.int64], *, label: str | None, checked: bool = False
+) -> tuple[FeatureSet, Path]:
     """The features of `items` from their decoded copy, which is written first if it is not there, and its folder.
 
-    Raises ConfigError where it cannot be written, DataError where something else has its place, and as
-    `FeatureSet.from_store`.
+    `checked` says that another process has just compared its hashes. Raises ConfigError where it cannot be written,
+    DataError where it is damaged or something else has its place, and as `FeatureSet.from_store`.
     """
     targets, offsets = describe_items(source, items, label=label)
     copy = _Copy.of(source, items)
     _write_once(copy)
-    rows, copied_roles = _open(copy)
+    rows, copied_roles = _open(copy, checked=checked)
     lengths = np.asarray(source.n_tokens, dtype=np.int64)
     begins = np.concatenate([[0], np.cumsum(lengths[copy.items])])
     starts = begins[np.searchsorted(copy.items, items)]
@@ -154,11 +159,15 @@ def _write(copy: _Copy) -> None:
             (partial / ROLES).open("wb") as roles,
             track("decode", len(copy.items), "items") as advance,
         ):
+            digests = {ROWS: hashlib.sha256(), ROLES: hashlib.sha256()}
             for _, item in read_checked(copy.source, copy.items):
-                rows.write(item.rows.view(torch.uint8).numpy().data)
-                roles.write(item.roles.numpy().data)
+                for file, values in ((rows, item.rows.view(torch.uint8)), (roles, item.roles)):
+                    content = values.numpy().ravel().data
+                    file.write(content)
+                    digests[Path(file.name).name].update(content)
                 advance(1)
-        (partial / ABOUT).write_text(json.dumps(copy.about, indent=2) + "\n", encoding="utf-8")
+        about = {**copy.about, HASHES: {name: digest.hexdigest() for name, digest in digests.items()}}
+        (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         for name in (ROWS, ROLES, ABOUT):
             sync_file(partial / name)
         partial.rename(copy.folder)
@@ -168,7 +177,7 @@ def _write(copy: _Copy) -> None:
         raise
 
 
-def _open(copy: _Copy) -> tuple[Tensor, Tensor]:
+def _open(copy: _Copy, *, checked: bool) -> tuple[Tensor, Tensor]:
     """The rows, mapped, and the roles, in RAM. Raises DataError where the files are not what they should be."""
     folder, (tokens, width) = copy.folder, copy.about["shape"]
     try:
@@ -177,12 +186,17 @@ def _open(copy: _Copy) -> tuple[Tensor, Tensor]:
     except (OSError, ValueError) as error:
         message = f"{folder} is no decoded copy ({error}). Delete it, and it is written anew."
         raise DataError(message) from error
-    if about != copy.about:
-        different = ", ".join(key for key, value in copy.about.items() if about.get(key) != value)
+    if not isinstance(about, dict):
+        about = {}
+    different = ", ".join(key for key, value in copy.about.items() if about.get(key) != value)
+    if different:
         message = f"{folder} is the decoded copy of other items ({different} differ). Delete it; it is written anew."
         raise DataError(message)
     if sizes != [copy.row_bytes, tokens]:
         message = f"{folder} is damaged: {sizes} bytes, expected {[copy.row_bytes, tokens]}. Delete it."
+        raise DataError(message)
+    if not checked and {name: sha256_of_file(folder / name) for name in (ROWS, ROLES)} != about.get(HASHES):
+        message = f"{folder} is damaged: its bytes are not those that were written. Delete it."
         raise DataError(message)
     # copy on write, since torch warns of memory that it must not write to; nothing is written
     mapped = np.memmap(folder / ROWS, dtype=np.uint8, mode="c")

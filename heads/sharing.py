@@ -202,7 +202,7 @@ class PackedFeatures:
         if self.items is None or self.starts is None or self.offsets is None:
             return self.about
         if self.about.copy is not None:
-            features, _ = mapped_features(source, self.items, label=None)
+            features, _ = mapped_features(source, self.items, label=None, checked=True)
             return replace(self.about, features=features)
         mapping, rows, roles = self.about.mapping, self.rows, self.roles
         if mapping is not None:

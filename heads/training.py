@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agiqa.heads.authors import author_record, author_warnings
+from agiqa.heads.authors import author_notes, author_warnings, authors_by_part
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.events import check_tensorboard
@@ -141,12 +141,11 @@ def _train(
         "epochs_run": len(selection.curves),
         "refit": config.refit,
         "split": {"name": config.split, **partition.record()},
-        "warnings": _warnings(task, partition),
-        **author_record(source, partition.parts()),
+        **_remarks(task, partition),
         "features": feeding.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
-    metrics |= _of_stores(source, source, config, parts) if isinstance(source, Joined) else {}
+    metrics |= {"stores": _of_stores(source, source, config, parts)} if isinstance(source, Joined) else {}
     if config.paper_compatible:
         best = best_on_test(selection.curves, metrics["test"], config.label)
         metrics["warnings"] += bias_warnings(best, metrics["test"], config.label)
@@ -165,11 +164,16 @@ def _train(
     )
 
 
-def _warnings(task: _Task, partition: Partition) -> list[str]:
-    """What a reader of the metrics must know of the split, the texts of its parts, and the run that was begun from."""
-    source = task.source
+def _remarks(task: _Task, partition: Partition) -> dict[str, Any]:
+    """What a reader of the metrics must know of the split, the texts of its parts, the stores and the first run."""
+    source, parts = task.source, partition.parts()
     of_start = start_warnings(task.start, source, task.train, partition.test)
-    return [*partition.warnings(), *author_warnings(source, partition.parts()), *of_start]
+    of_stores = [*source.notes, *source.scale_notes] if isinstance(source, Joined) else []
+    return {
+        "warnings": [*partition.warnings(), *author_warnings(source, parts), *of_start],
+        "notes": [*author_notes(source, parts), *of_stores],
+        "text_authors": authors_by_part(source, parts),
+    }
 
 
 def check_settings(source: FeatureSource, head: HeadConfig, train: TrainConfig) -> None:
@@ -279,8 +283,8 @@ def _of_stores(
     joined: Joined,
     config: TrainConfig,
     parts: Mapping[str, tuple[NDArray[np.int64], Array, Array]],
-) -> dict[str, Any]:
-    """What metrics.json says of several stores read as one: the notes on them, and every part on the items of each.
+) -> list[dict[str, Any]]:
+    """What metrics.json says of each of several stores read as one: the metrics of every part on its items.
 
     Metrics of all together reward a head for telling the stores apart.
     """
@@ -291,7 +295,7 @@ def _of_stores(
             here = np.isin(chosen, items)
             entry[name] = _metrics(source, config, chosen[here], labels[here], predicted[here])
         told.append(entry)
-    return {"notes": [*joined.notes, *joined.scale_notes], "stores": told}
+    return told
 
 
 def _rows(

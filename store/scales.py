@@ -119,7 +119,7 @@ def join_columns(aspect: str, columns: Sequence[ScaledColumn]) -> JoinedColumn:
     holders = [column for column in columns if np.isfinite(column.values).any()]
     scale = next((column.scale for column in holders if column.scale is not None), None)
     named = next((column.where for column in holders if column.scale is not None), "")
-    notes: list[str] = []
+    notes = [_doubts_of(aspect, column) for column in holders if not _is_likely(column)] if len(holders) > 1 else []
     unknown = [column for column in holders if column.scale is None]
     if unknown and len(holders) > 1:
         _refuse_mixture(aspect, holders, unknown, scale, named)
@@ -137,6 +137,19 @@ def join_columns(aspect: str, columns: Sequence[ScaledColumn]) -> JoinedColumn:
             f"the scale of {named}"
         )
     return JoinedColumn(values=np.concatenate(values), scale=scale, notes=tuple(notes))
+
+
+def _is_likely(column: ScaledColumn) -> bool:
+    return column.scale is None or is_plausible(column.values, column.scale)
+
+
+def _doubts_of(aspect: str, column: ScaledColumn) -> str:
+    """A note on a store whose values look like those of a smaller scale than it records."""
+    return (
+        f"the {aspect} MOS of {column.where} are recorded on {spelled(column.scale)} and go from "
+        f"{np.nanmin(column.values):g} to {np.nanmax(column.values):g}. If that is not their scale, a head learns to "
+        "tell the stores apart: record it, `agiqa store labels STORE TABLE.csv --mos-range LOW HIGH`"
+    )
 
 
 def _refuse_mixture(

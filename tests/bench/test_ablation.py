@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from agiqa.bench.protocols import generators_of
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
 from agiqa.heads.splits import make_partition
+from tests.store.conftest import make_content, make_store
 
 BASE = {"projection": "hidden", "encoder": "none", "width": 4, "epochs": 2, "batch_size": 8, "device": "cpu"}
 
@@ -114,3 +116,17 @@ def test_baselines_are_compared_with_the_best_head(ablate, tmp_path):
         assert least["p_holm"]["srcc"] == pytest.approx(min(1.0, least["p"]["srcc"] * len(others)))
     written = lines_of(tmp_path / "out" / "baselines.jsonl")
     assert written == [row for row in done.rows if row["kind"] == "baseline"]
+
+
+def test_a_teachers_words_in_any_test_part_are_told_once(store, tmp_path):
+    """Of 48 items 12 are tested on; each of two folds tests on half of all of them."""
+    items = replace(store.items, text_authors=["teacher"] * 12 + ["model"] * 36)
+    content = replace(make_content([3] * 48, width=6), items=items)
+    authored = make_store(tmp_path / "authored.agiqa", content, conversation={"variant": "full", "aspect": "quality"})
+    file, said = tmp_path / "grid.yaml", []
+    for protocols, count in [(["published"], "3 of 12"), ([{"grouped": {"folds": 2}}], "12 of 48")]:
+        file.write_text(yaml.safe_dump({"base": BASE, "runs": [{"seed": 0}], "protocols": protocols}))
+        run_ablation({"": authored}, read_grid(file), tmp_path / count, grid=file, workers=1, tell=said.append)
+        told = [line for line in said if "read the text of a teacher" in line and " test items" in line]
+        assert [line.split(" test")[0] for line in told] == [f"warning: {count}"]
+        said.clear()

@@ -328,6 +328,7 @@ def test_strangers_are_one_error_that_names_both(folder):
         ("[]", "no conversations in the file"),
         ('{"id": 1}\n{oops\n', "line 2: not JSON"),
         ("[" * 100_000, "not JSON"),
+        ("[" + "1" * 5_000 + "]", "not JSON"),
         ("  \n", "the file is empty"),
     ],
 )

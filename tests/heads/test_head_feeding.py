@@ -1,5 +1,6 @@
 """Where features are kept changes no number; budgets hold; decoded copies are whole, or not there, or refused."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -259,13 +260,36 @@ def test_a_damaged_copy_is_refused_by_name(stored, name):
         set_of(stored, "memmap")
 
 
+@pytest.mark.parametrize("name", ["rows.bin", "roles.bin"])
+def test_a_flipped_bit_of_a_copy_is_refused(stored, name):
+    folder = set_of(stored, "memmap").copy
+    flip(folder / name, (folder / name).stat().st_size // 3)
+    with pytest.raises(DataError, match=f"{folder} is damaged: its bytes are not those that were written"):
+        set_of(stored, "memmap")
+
+
 def test_a_copy_of_an_earlier_fill_of_the_store_is_refused(stored):
     folder = set_of(stored, "memmap").copy
-    rows = np.memmap(folder / "rows.bin", mode="r+")
-    rows[0] ^= 1
-    rows.flush()
+    flip(folder / "rows.bin", 0)
+    about = json.loads((folder / "decoded.json").read_text())
+    about["sha256"]["rows.bin"] = hashlib.sha256((folder / "rows.bin").read_bytes()).hexdigest()
+    (folder / "decoded.json").write_text(json.dumps(about))
     with pytest.raises(DataError, match="holds other rows than the store"):
         set_of(stored, "memmap")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{"format": 1}'])
+def test_another_json_file_in_a_copy_is_refused(stored, content):
+    folder = set_of(stored, "memmap").copy
+    (folder / "decoded.json").write_text(content)
+    with pytest.raises(DataError, match=f"{folder} is the decoded copy of other items"):
+        set_of(stored, "memmap")
+
+
+def flip(path, place):
+    values = np.memmap(path, mode="r+")
+    values[place] ^= 1
+    values.flush()
 
 
 def test_a_store_of_the_same_id_has_a_copy_of_its_own(tmp_path):

@@ -187,3 +187,24 @@ def test_stores_of_two_scales_are_learned_on_one_and_told_of_one_by_one(mixed, t
         assert told["test"]["n"] == alone["n"] == 10
         for metric in ("srcc", "plcc", "rmse"):
             assert told["test"][metric] == pytest.approx(alone[metric], abs=1e-4)
+
+
+@pytest.mark.parametrize("variants", [("id", "id"), ("id", "full")])
+def test_what_is_said_of_scales_leaves_what_is_said_of_teachers(mixed, tmp_path, variants):
+    """The teachers' texts of each store count by its own conversations, though those of the two differ."""
+    stores = []
+    for number, (store, variant) in enumerate(zip(mixed.stores, variants, strict=True)):
+        content = named(make_content([4] * 40, seed=number), f"{number}/")
+        labels = {"labels": store.items.labels, "mos_ranges": store.items.mos_ranges}
+        items = replace(content.items, **labels, text_authors=["teacher"] * 40)
+        content = replace(content, lm_head=np.asarray(mixed.lm_head()), items=items)
+        conversation = {"variant": variant, "aspect": ("quality", "correspondence")[number]}
+        stores.append(write_store(tmp_path / f"told{number}.agiqa", content, conversation=conversation))
+    head = HeadConfig(projection="hidden", encoder="none", width=8)
+    run = train_head(union(stores), tmp_path / "run", head=head, train=CONFIG.model_copy(update={"split": "published"}))
+    notes, warnings = run.metrics["notes"], run.metrics["warnings"]
+    spoiled = 10 * variants.count("full")
+    assert sum(f"{20 - spoiled} of 20 test items read the text of a teacher" in line for line in notes) == 1
+    assert sum("are converted from 0 to 100 to 0 to 5" in line for line in notes) == 1
+    of_words = [line for line in warnings if "its rating word included" in line and " test items" in line]
+    assert [line.split(" test")[0] for line in of_words] == (["10 of 20"] if spoiled else [])

@@ -210,6 +210,17 @@ def test_stores_of_one_scale_are_joined_as_they_are(tmp_path):
     assert (both.scale_notes, both.items.mos_ranges) == ((), {"quality": FIVE})
 
 
+def test_a_store_whose_values_are_not_on_its_recorded_scale_is_told(tmp_path):
+    """Of MOS on 0 to 1, extracted with the usual range of 0 to 5: beside others they only tell the stores apart."""
+    first, second = two(tmp_path, FIVE, (0.0, 1.0))
+    rows = [f"{name},{mos}" for name, mos in zip(second.items.names, second.items.labels["quality"], strict=True)]
+    join_labels(second, write_table(tmp_path / "t.csv", "name,mos", *rows), mos_range=FIVE)
+    (note,) = union([first, open_store(second.path)]).scale_notes
+    assert note.startswith(f"the quality MOS of {second.path} are recorded on 0 to 5 and go from 0.02 to 0.98. ")
+    assert "store labels STORE TABLE.csv --mos-range" in note
+    assert union([open_store(second.path)]).scale_notes == ()
+
+
 @pytest.mark.parametrize("recorded", [(True, False), (False, True), (False, False)])
 def test_a_store_of_no_known_scale_is_joined_where_its_values_may_be_on_that_of_the_others(tmp_path, recorded):
     stores = two(tmp_path, FIVE, FIVE, recorded=recorded)
