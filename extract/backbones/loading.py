@@ -65,8 +65,9 @@ def failures_of(checkpoint: Checkpoint, task: str) -> Generator[None]:
 def _missing_package(error: Exception) -> str | None:
     """The package that is not installed and that `error`, of transformers or of an import, is about."""
     text = " ".join(str(error).split())
-    words = _TO_INSTALL.search(text) or (_REQUIRED.search(text) if isinstance(error, ImportError) else None)
-    name = getattr(error, "name", None) or (words["package"].lower() if words else None)
+    imports = isinstance(error, ImportError)
+    words = _TO_INSTALL.search(text) or (_REQUIRED.search(text) if imports else None)
+    name = (error.name if isinstance(error, ImportError) else None) or (words["package"].lower() if words else None)
     return None if name is None or find_spec(name.partition(".")[0].replace("-", "_")) else name.partition(".")[0]
 
 
