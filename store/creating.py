@@ -1,4 +1,4 @@
-"""Create a store from a plan, or take up the one that is there: planned alike, and with what its plan wrote."""
+"""Create a store from a plan, or resume the one that is there after checking that it was planned in the same way."""
 
 import shutil
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ def create_store(path: Path, plan: StorePlan) -> Store:
     """Write the plan at `path`, or take up the store that is there if it was planned alike.
 
     The plan is written beside `path` (or what it is a link to) and renamed, so a killed plan leaves no store. It has
-    the rights that the umask and the folder above give it, or those of an empty folder that it takes the place of. An
-    unfinished store takes over the labels of `plan`, and gets back what it lacks of what its plan wrote. Returns the
-    store, opened with what is there of it.
+    the rights that the umask and the folder above give it, or those of the empty folder that it replaces. In an
+    unfinished store, the labels become those of `plan`, and missing files of the plan (as tokens that a repair removed)
+    are written again. Returns the store, opened even if it is unfinished.
 
     Raises SettingsConflict, naming every difference, when `path` holds a store made with other settings, a
     finished store with other labels, or something that is no store; IncompleteStore when it holds a part of the store;

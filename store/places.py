@@ -74,7 +74,7 @@ def require_planned(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Find out, before any work, whether a store can be made or gone on with at `path`; leaves nothing behind.
+    """Check, before any work, that a store can be made or resumed at `path`; leaves nothing behind.
 
     Raises ConfigError as `require_place`, and where locks do not work there; SettingsConflict as `require_planned`;
     OSError, telling what to do, where this user cannot write there.
