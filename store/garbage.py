@@ -125,7 +125,13 @@ class _Collector:
         if self.finished:
             yield True
             return
-        lock = self.layout.locks / (f"{owner:08d}" if isinstance(owner, int) else "model")
+        with self._held(f"{owner:08d}" if isinstance(owner, int) else "model") as held:
+            yield held
+
+    @contextmanager
+    def _held(self, name: str) -> Generator[bool]:
+        """Hold the lock of this name while inside (with a dry run only look); False when another process does."""
+        lock = self.layout.locks / name
         if self.dry_run:
             yield not is_held(lock)
         else:
@@ -140,14 +146,22 @@ class _Collector:
         if self.finished:
             mine += root.glob(f".{self.layout.items.name}.*")
         self._remove(sorted(mine), why)
-        if not self.layout.pulled.is_symlink():
-            self._remove(files_below(self.layout.pulled), "fetched by a pull that was cut off")
-            if not self.dry_run:
-                shutil.rmtree(self.layout.pulled, ignore_errors=True)
+        if self.layout.pulled.is_dir() and not self.layout.pulled.is_symlink():
+            self._fetched_objects()
         if any(is_held(lock) for lock in self._lock_files()):
             self.in_use += map(str, commits)
         else:
             self._remove(commits, why)
+
+    def _fetched_objects(self) -> None:
+        """Those that wait for the rest of a pull, unless one has begun meanwhile."""
+        with self._held(PULL_LOCK) as free:
+            if not free:
+                self.in_use.append(str(self.layout.pulled))
+                return
+            self._remove(files_below(self.layout.pulled), "fetched by a pull that was cut off")
+            if not self.dry_run:
+                shutil.rmtree(self.layout.pulled, ignore_errors=True)
 
     def _locks(self) -> None:
         """All locks of a finished store; of an unfinished one, those whose work is done for good.

@@ -93,7 +93,8 @@ def test_a_package_that_is_missing_is_named(tiny_text_checkpoint, error, package
 
 def test_other_failures_are_not_taken_for_missing_packages(tiny_text_checkpoint):
     checkpoint = resolve_checkpoint(str(tiny_text_checkpoint))
-    for error in (ImportError("cannot import name x"), ValueError("pip install torch"), KeyError("a")):
+    lacking = AttributeError("GemmaTokenizer has no attribute boi_token_id", name="boi_token_id")
+    for error in (ImportError("cannot import name x"), ValueError("pip install torch"), KeyError("a"), lacking):
         with pytest.raises(ModelError, match="with what is in"), failures_of(checkpoint, "load the processor"):
             raise error
 
