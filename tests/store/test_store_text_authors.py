@@ -7,9 +7,9 @@ import pytest
 
 from agiqa.store import basis_from, convert_store, join_labels, open_store, sketch_store, store_summary, union, verify
 from agiqa.store.card import data_card
+from agiqa.store.creating import create_store
 from agiqa.store.hdf5_export import export_hdf5
 from agiqa.store.hdf5_import import import_hdf5
-from agiqa.store.creating import create_store
 from agiqa.store.pulling import pull
 from agiqa.store.pushing import push
 from tests.store.conftest import Content, make_content, make_store, plan_of
