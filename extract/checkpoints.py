@@ -128,6 +128,15 @@ class Checkpoint:
             return next((name for name in found if name is not None), None)
 
 
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by name, from its header. Raises OSError or SafetensorError."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as tensors:
+        names: list[str] = tensors.keys()
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+
+
 def resolve_checkpoint(model: str) -> Checkpoint:
     """The checkpoint that `model` names (see the table above); weights of hub models are not downloaded yet.
 

@@ -27,7 +27,7 @@ from agiqa.extract.fill import FillReport, merged
 from agiqa.extract.items import Item
 from agiqa.extract.plan import TokenisedItems
 from agiqa.extract.targets import Target
-from agiqa.extract.workers import LostAnswer, Work, Workers, end_with_parent, picklable
+from agiqa.extract.workers import LostAnswer, Work, Workers, end_with_parent, killed_with_forker, picklable
 from agiqa.interrupts import ctrl_c_kept_away
 from agiqa.progress import said_to, say
 from agiqa.store import Basis, Store, UnitWriter
@@ -257,6 +257,7 @@ def _work(connection: Connection, stop: Any, device: str, threads: int) -> None:
     """The life of one process of a crew, which finds its `_Task` in `connection`. SIGTERM ends it in good order."""
     signal.signal(signal.SIGTERM, _end)
     end_with_parent()
+    killed_with_forker()
     _begin(device, threads)
     line = _Line(connection)
     try:

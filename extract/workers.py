@@ -3,6 +3,7 @@
 Each has a pipe of its own, so it is known what a process was at when it died. A thread kills those that take too long.
 """
 
+import ctypes
 import multiprocessing
 import os
 import pickle
@@ -11,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -30,6 +32,8 @@ _SECONDS_TO_END = 5.0
 """What a process that has been killed, or has closed its pipe, may take to be gone."""
 _ATTEMPTS = 2
 """Processes that try a question: the first may have been stopped or killed for no fault of the question."""
+_SET_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of Linux."""
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 """Signals that say nothing of the question: people send them, and the system does where memory runs out."""
 
@@ -92,6 +96,7 @@ class Workers:
 
     def close(self) -> None:
         """Kill the processes, stopped ones too; whoever waits for an answer gets LostAnswer."""
+        _wake_fork_server()  # a thread that waits for it holds the lock
         with self._lock:
             self._closed.set()
             there = [*self._idle, *self._busy]
@@ -130,6 +135,7 @@ class Workers:
 
     def _watch(self, seconds: float) -> None:
         while not self._closed.wait(seconds / _LOOKS):
+            _wake_fork_server()
             with self._lock:
                 for worker in self._busy:
                     worker.looks += 1
@@ -182,17 +188,36 @@ class _Worker:
 
 
 def end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended, however it did; Ctrl-C is the parent's to take."""
+    """End this process as soon as the one that started it has ended, however it did; Ctrl-C is the parent's to take.
+
+    On Linux the children of a fork server end even while they are stopped.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    if os.getppid() != parent.pid:  # a fork server has forked it
+        killed_with_forker()
 
     def wait() -> None:
         parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def killed_with_forker() -> None:
+    """Have Linux kill this process, stopped or not, when the thread that forked it ends."""
+    with suppress(OSError, AttributeError):  # other systems have no such call
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _wake_fork_server() -> None:
+    """Let the fork server go on if somebody stopped it: nobody can start a process, or see one end, without it."""
+    server: int | None = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
+    if server is not None:
+        with suppress(ProcessLookupError):
+            os.kill(server, signal.SIGCONT)
 
 
 def picklable(error: Exception) -> Exception:

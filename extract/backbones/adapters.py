@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from agiqa.errors import ModelError, first_line
 from agiqa.extract.backbones.merging import Merge
-from agiqa.extract.checkpoints import HUB_ID, PACKAGE, download, package_path
+from agiqa.extract.checkpoints import HUB_ID, PACKAGE, download, package_path, tensor_shapes
 from agiqa.progress import say
 from agiqa.store.files import sha256_of_file
 from agiqa.store.lfs import refuse_lfs_pointers
@@ -118,9 +118,7 @@ class Adapter:
 
 
 def _shapes_of(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as tensors:
-        names: list[str] = tensors.keys()
-        return {name: torch.empty(tensors.get_slice(name).get_shape(), device="meta") for name in names}
+    return {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(path).items()}
 
 
 def resolve_adapter(adapter: str) -> Adapter:

@@ -125,7 +125,8 @@ class Backbone(Protocol):
     def check_tensors(self) -> None:
         """Raise ModelError, as `load` would, for what the heads of files tell of it; no tensor is read.
 
-        That is an adapter that does not fit the model, and of a native backbone any tensor of its own.
+        That is an adapter that does not fit the model, embeddings or an lm_head of another shape, and of a native
+        backbone any tensor. Weights of a hub repository are downloaded first.
         """
         ...
 

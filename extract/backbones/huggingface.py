@@ -16,7 +16,7 @@ from agiqa.extract.backbones.contract import GenerationSettings, Prepared
 from agiqa.extract.backbones.generation import generate
 from agiqa.extract.backbones.independence import TOKENS_NEEDED, refuse_batch_dependence
 from agiqa.extract.backbones.linearity import LogitMap, final_states, find_logit_map
-from agiqa.extract.backbones.loading import failures_of, load_model
+from agiqa.extract.backbones.loading import check_vocabulary_rows, failures_of, load_model
 from agiqa.extract.backbones.rendering import TEMPLATE_DATE, Renderer
 from agiqa.extract.backbones.vocabulary import Vocabulary
 from agiqa.extract.checkpoints import Checkpoint
@@ -118,13 +118,15 @@ class HuggingFaceBackbone(ABC):
     def check_tensors(self) -> None:
         """See `Backbone.check_tensors`. Heads of files are read once."""
         if not self._tensors_fit:
-            self._compare_tensors()
+            model = self.hollow()
+            if self.adapter is not None:
+                check_adapter(model, self.adapter, name=self.checkpoint.name)
+            self._compare_weights(model)
             self._tensors_fit = True
 
-    def _compare_tensors(self) -> None:
-        """Compare the adapter with the model; transformers tells of the model's own tensors as it loads them."""
-        if self.adapter is not None:
-            check_adapter(self.hollow(), self.adapter, name=self.checkpoint.name)
+    def _compare_weights(self, model: Any) -> None:
+        """Compare the files with `model`, which has no weights; transformers compares the rest as it loads it."""
+        check_vocabulary_rows(self.checkpoint, model)
 
     def hollow(self) -> torch.nn.Module:
         """The model without weights, on the device `meta`."""

@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_torchvision_available
 
 from agiqa.errors import ModelError, first_line, listed
-from agiqa.extract.checkpoints import Checkpoint
+from agiqa.extract.backbones.merging import finder
+from agiqa.extract.checkpoints import Checkpoint, tensor_shapes
 from agiqa.extract.memory import is_out_of_memory
 
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
@@ -185,6 +186,29 @@ def load_model(
         message = f"{checkpoint.name}: the weights stayed quantised ({packed[0]}); give an unquantised checkpoint."
         raise ModelError(message)
     return model.eval().requires_grad_(requires_grad=False)
+
+
+def check_vocabulary_rows(checkpoint: Checkpoint, model: Any) -> None:
+    """Compare embeddings and lm_head in the headers of the weight files with `model`, which may be without weights.
+
+    No tensor is read. Raises ModelError where weights are missing or a shape is another. Quantised weights, GGUF and
+    torch's own format are compared as they are loaded.
+    """
+    if checkpoint.raw_config.get("quantization_config"):
+        return
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    wanted = {id(layer.weight) for layer in layers if getattr(layer, "weight", None) is not None}
+    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters() if id(weight) in wanted}
+    place = finder(model, model.state_dict())
+    mismatched = []
+    with failures_of(checkpoint, "read the weights"):
+        for path in checkpoint.weight_files():
+            shapes = tensor_shapes(path) if path.suffix == ".safetensors" else {}
+            stored = ((place(name), shape) for name, shape in shapes.items() if name.endswith(".weight"))
+            mismatched += [
+                (name, shape, expected[name]) for name, shape in stored if shape != expected.get(name, shape)
+            ]
+    _refuse_misfits(checkpoint, {"mismatched_keys": mismatched})
 
 
 def _refuse_misfits(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ class Merge:
         self.pairs: dict[str, _Pair] = {}
         """Factors by the name of the module, as the adapter calls it."""
         self._sort(tensors)
-        self._place = _finder(model, self.weights)
+        self._place = finder(model, self.weights)
         self.problems = tuple(self._find_problems())
         """What keeps the adapter from the model, in words."""
 
@@ -168,8 +168,8 @@ class Merge:
         setattr(_owner(self.model, name), name.rpartition(".")[2], new)
 
 
-def _finder(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[[str], str]:
-    """From a tensor's name in the adapter to its name in `model`, which may be a newer one.
+def finder(model: nn.Module, weights: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """From a tensor's name in an adapter or a checkpoint to its name in `model`, which may be a newer one.
 
     transformers has moved modules between releases and renames the tensors of older checkpoints as it loads them;
     adapters were made under the older names too.

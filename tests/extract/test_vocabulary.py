@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from agiqa.errors import DataError, ModelError
@@ -50,3 +51,17 @@ def test_a_minicpm_with_a_smaller_vocabulary(tmp_path):
     (folder / "config.json").write_text(text.replace('"vocab_size": 350', '"vocab_size": 300'))
     with pytest.raises(ModelError, match="the tokenizer has ids up to 349, and the model's vocabulary is 300"):
         open_backbone(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_weights_of_another_vocabulary_are_refused_before_they_are_read(tiny_text_checkpoint, tmp_path, name):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_text_checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    rows = len(tensors[name])
+    tensors[name] = tensors[name][: rows - 3].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    backbone = open_backbone(str(folder), device="cpu")
+    told = rf"1 mismatched weight in .*{name} is \({rows - 3}, 32\) in the file and \({rows}, 32\) in the model"
+    with pytest.raises(ModelError, match=told):
+        backbone.check_tensors()

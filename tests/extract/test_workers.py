@@ -4,6 +4,8 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +19,7 @@ from agiqa.extract import LengthRule, devices, load_data_set, open_backbone, wor
 from agiqa.extract.engines import Here
 from agiqa.extract.given_images import items_of_images
 from agiqa.extract.plan import plan_store, tokenise
-from agiqa.extract.preparing import Preparation
+from agiqa.extract.preparing import Preparation, _context_of_workers
 from agiqa.extract.targets import Target
 from agiqa.extract.workers import LostAnswer, Workers
 from agiqa.store import verify
@@ -118,6 +120,56 @@ def test_closing_ends_stopped_busy_and_idle_processes_at_once(pool, tmp_path):
                 future.result()
     assert gone(idle)
     assert all(gone(process) for process in noted(note))
+
+
+def test_a_stopped_fork_server_hangs_neither_a_question_nor_the_end(monkeypatch):
+    monkeypatch.setattr(workers, "SECONDS_TO_ANSWER", 20.0)
+    pool = Workers(_context_of_workers(), answers)
+    server = pool.ask(parent_id, None)
+    assert server != os.getpid()
+    with ThreadPoolExecutor(2) as threads:
+        sleeping = threads.submit(pool.ask, time.sleep, 1)
+        os.kill(server, signal.SIGSTOP)
+        assert threads.submit(pool.ask, abs, -1).result(timeout=30) == 1  # by a second process, which it forks
+        assert sleeping.result(timeout=30) is None
+    os.kill(server, signal.SIGSTOP)
+    pool.close()
+    assert state_of(server) != "T"
+
+
+def parent_id(_argument):
+    return os.getppid()
+
+
+def state_of(process):
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+KILLED_RUN = """
+import multiprocessing, os, signal
+from agiqa.extract.workers import Workers
+
+def answers():
+    return lambda function, argument: function(argument)
+
+if __name__ == "__main__":
+    worker = Workers(multiprocessing.get_context("forkserver"), answers).ask(eval, "__import__('os').getpid()")
+    os.kill(worker, signal.SIGSTOP)
+    print(worker, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_stopped_worker_of_a_killed_run_ends(tmp_path):
+    (tmp_path / "run.py").write_text(KILLED_RUN)
+    run = subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, text=True)
+    worker = int(run.stdout.readline())
+    until = time.monotonic() + 20
+    while not gone(worker) and time.monotonic() < until:
+        time.sleep(0.01)
+    run.stdout.close()
+    assert run.wait() == -signal.SIGKILL
+    assert gone(worker)
 
 
 def fails_to_begin():

@@ -74,9 +74,8 @@ class MiniCPMBackbone(HuggingFaceBackbone):
     def _embedding_rows(self) -> int:
         return self.vocab_size
 
-    def _compare_tensors(self) -> None:
-        check_weights(self.checkpoint, self.hollow())
-        super()._compare_tensors()
+    def _compare_weights(self, model: MiniCPMV) -> None:
+        check_weights(self.checkpoint, model)
 
     def load(self) -> None:
         """See `Backbone.load`."""

@@ -9,7 +9,7 @@ from torch import nn
 from agiqa.errors import ModelError, listed
 from agiqa.extract.backbones.loading import failures_of
 from agiqa.extract.backbones.minicpm.model import MiniCPMV
-from agiqa.extract.checkpoints import Checkpoint
+from agiqa.extract.checkpoints import Checkpoint, tensor_shapes
 
 
 def check_weights(checkpoint: Checkpoint, model: MiniCPMV) -> None:
@@ -22,10 +22,9 @@ def check_weights(checkpoint: Checkpoint, model: MiniCPMV) -> None:
     twice: list[str] = []
     with failures_of(checkpoint, "read the weights"):
         for path in _files(checkpoint):
-            with safe_open(path, framework="pt") as tensors:
-                names: list[str] = tensors.keys()
-                twice += [name for name in names if name in found]
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+            shapes = tensor_shapes(path)
+            twice += [name for name in shapes if name in found]
+            found |= shapes
     _refuse(checkpoint, "unknown", [name for name in found if name not in expected])
     _refuse(checkpoint, "missing", [name for name in expected if name not in found])
     _refuse(checkpoint, "repeated", twice)
