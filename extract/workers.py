@@ -207,7 +207,15 @@ def end_with_parent() -> None:
 
 
 def killed_with_forker() -> None:
-    """Have Linux kill this process, stopped or not, when the thread that forked it ends."""
+    """Have Linux kill this process, stopped or not, when the fork server ends, and let that end with the whole run.
+
+    The fork server lives until nobody holds the pipe that it watches, and hands that pipe to every process that it
+    forks: one that was stopped would keep it alive for ever.
+    """
+    server: Any = getattr(forkserver, "_forkserver", None)
+    if (watched := getattr(server, "_forkserver_alive_fd", None)) is not None:
+        os.close(watched)
+        server._forkserver_alive_fd = None
     with suppress(OSError, AttributeError):  # other systems have no such call
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
