@@ -90,8 +90,8 @@ def in_parallel(
     The first failure, Ctrl-C included, sets `halt`, drops the jobs that have not begun and is raised.
     """
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        running = [pool.submit(work, job) for job in jobs]
-        try:
+        try:  # Ctrl-C may come while jobs are handed out
+            running = [pool.submit(work, job) for job in jobs]
             for done in as_completed(running):
                 done.result()
         except BaseException:
