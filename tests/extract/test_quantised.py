@@ -38,39 +38,42 @@ def write_fp8_checkpoint(folder, plain):
     return unpacked
 
 
-def test_an_adapter_on_fp8_weights_is_merged_into_what_they_stand_for(tmp_path, monkeypatch):
-    """As on a machine with a GPU that computes in FP8, where transformers keeps such weights packed."""
-    plain = tiny_models.write_text_checkpoint(tmp_path / "plain", dtype=torch.bfloat16)
-    (tmp_path / "fp8").mkdir()
-    unpacked = write_fp8_checkpoint(tmp_path / "fp8", plain)
-    random_adapter(llama(plain, torch.bfloat16), tmp_path / "a", **PLAIN)
+def merged_unpacked(folder):
+    """The model of an FP8 checkpoint in `fp8` and an adapter in `a`, unpacked and merged."""
+    plain = tiny_models.write_text_checkpoint(folder / "plain", dtype=torch.bfloat16)
+    (folder / "fp8").mkdir()
+    unpacked = write_fp8_checkpoint(folder / "fp8", plain)
+    random_adapter(llama(plain, torch.bfloat16), folder / "a", **PLAIN)
     expected = llama(plain, torch.bfloat16)
     expected.load_state_dict(unpacked)
-    apply_adapter(expected, resolve_adapter(str(tmp_path / "a")), name="plain")
+    apply_adapter(expected, resolve_adapter(str(folder / "a")), name="plain")
+    return expected
+
+
+def states_of(model, item):
+    with torch.inference_mode():
+        return model.model(torch.from_numpy(item.token_ids).long()[None]).last_hidden_state[0]
+
+
+def test_an_adapter_on_fp8_weights_is_merged_into_what_they_stand_for(tmp_path, monkeypatch):
+    """As on a machine with a GPU that computes in FP8, where transformers keeps such weights packed."""
+    expected = merged_unpacked(tmp_path)
     backbone = open_backbone(str(tmp_path / "fp8"), adapter=str(tmp_path / "a"), device="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     backbone.load()
     monkeypatch.undo()
     item = backbone.prepare(ASKED, None)
-    with torch.inference_mode():
-        states = expected.model(torch.from_numpy(item.token_ids).long()[None]).last_hidden_state[0]
+    states = states_of(expected, item)
     torch.testing.assert_close(backbone.hidden_states([item])[0], states, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_an_adapter_on_fp8_weights_is_merged_on_a_gpu(tmp_path):
-    plain = tiny_models.write_text_checkpoint(tmp_path / "plain", dtype=torch.bfloat16)
-    (tmp_path / "fp8").mkdir()
-    unpacked = write_fp8_checkpoint(tmp_path / "fp8", plain)
-    random_adapter(llama(plain, torch.bfloat16), tmp_path / "a", **PLAIN)
-    expected = llama(plain, torch.bfloat16)
-    expected.load_state_dict(unpacked)
-    apply_adapter(expected, resolve_adapter(str(tmp_path / "a")), name="plain")
+    expected = merged_unpacked(tmp_path)
     backbone = open_backbone(str(tmp_path / "fp8"), adapter=str(tmp_path / "a"), device="cuda")
     item = backbone.prepare(ASKED, None)
-    with torch.inference_mode():
-        states = expected.model(torch.from_numpy(item.token_ids).long()[None]).last_hidden_state[0]
+    states = states_of(expected, item)
     torch.testing.assert_close(backbone.hidden_states([item])[0].cpu(), states, rtol=5e-2, atol=5e-2)
 
 
