@@ -146,9 +146,10 @@ def test_a_store_of_the_published_oracle_holds_its_numbers(agiqa, adapter, tmp_p
     golden = ORACLE / "golden"
     (tmp_path / "set" / "images").mkdir(parents=True)
     shutil.copy(golden / "square512.png", tmp_path / "set" / "images")
-    write_table(tmp_path / "set", [["square512.png", "a prompt", 3.0]], COLUMNS[:3])
     turns = json.loads((golden / "square512.json").read_text())
-    told = [{"id": "0", "image": "square512.png", "prompt": "a prompt", "conversations": turns}]
+    prompt = turns[0]["content"].partition("prompt is: '")[2].partition("'. Could")[0]
+    write_table(tmp_path / "set", [["square512.png", prompt, 3.0]], COLUMNS[:3])
+    told = [{"id": "0", "image": "square512.png", "conversations": turns}]
     (tmp_path / "told.json").write_text(json.dumps(told))
     options = ["--model", ORACLE / "minicpm-tiny", "--device", "cpu", "--conversations", tmp_path / "told.json"]
     if adapter:
