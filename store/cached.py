@@ -129,8 +129,11 @@ class ObjectCache:
             raise ConfigError(message) from error
 
 
-_Stamp = tuple[int, int, int]
-"""Inode, time of the last change in nanoseconds, and size of a file: they change whenever its bytes do."""
+_Stamp = tuple[int, int, int, int]
+"""Inode, times of the last write and of the last change of its entry in nanoseconds, and size of a file.
+
+Whoever copies a file may set the first time back, as rsync does; the second one shows that.
+"""
 
 
 def _stamp(path: Path) -> _Stamp | None:
@@ -139,7 +142,7 @@ def _stamp(path: Path) -> _Stamp | None:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return status.st_ino, status.st_mtime_ns, status.st_size
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size
 
 
 class ReadAhead:
@@ -275,6 +278,10 @@ class RemoteStore(Store):
     def _read_items(self) -> Items:
         self._cache.fetch(ITEM_TABLE)
         return read_items(self.layout.items)
+
+    def _count_items(self) -> int:
+        self._cache.fetch(ITEM_TABLE)
+        return super()._count_items()
 
     def _have(self, path: Path) -> None:
         name = path.relative_to(self.path).as_posix()

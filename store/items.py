@@ -1,5 +1,6 @@
 """The items of a store, one row each: names, prompts, labels, splits. Labels are no part of the features."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,16 +150,17 @@ def _bounded_table(path: Path) -> pa.Table:
 
     Raises DamagedStore where its values, one by one, would take more than `_ROOM` and `_EXPANSION` allow.
     """
-    file = pq.ParquetFile(path)  # pq.read_table would import pandas where it is installed
-    room = _ROOM + _EXPANSION * path.stat().st_size
-    try:
-        stored = bytes_of_pages(path, file.metadata)
-    except ValueError as error:
-        raise _unreadable(path, error) from error
-    names = file.schema_arrow.names
-    if max(stored, 8 * file.metadata.num_rows * len(names)) > room:
-        raise _damaged(path, f"holds {stored} bytes in {len(names)} columns")
-    table = pq.ParquetFile(path, read_dictionary=names).read()
+    with path.open("rb") as opened:  # once: another process may be replacing the file
+        file = pq.ParquetFile(opened)  # pq.read_table would import pandas where it is installed
+        room = _ROOM + _EXPANSION * os.fstat(opened.fileno()).st_size
+        try:
+            stored = bytes_of_pages(opened, file.metadata)
+        except ValueError as error:
+            raise _unreadable(path, error) from error
+        names = file.schema_arrow.names
+        if max(stored, 8 * file.metadata.num_rows * len(names)) > room:
+            raise _damaged(path, f"holds {stored} bytes in {len(names)} columns")
+        table = pq.ParquetFile(opened, read_dictionary=names).read()
     table.validate(full=True)  # damaged pages can give references beyond a dictionary, which nothing else checks
     texts = sum(_bytes_of_texts(chunk) for column in table.columns for chunk in column.chunks)
     if texts > room:

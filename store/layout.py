@@ -46,11 +46,12 @@ ITEM_STATUS = {"whole": 0, "truncated": 1}
 def cache_root() -> Path:
     """Where agiqa keeps what it can fetch or compute again: `~/.cache/agiqa`, or what AGIQA_CACHE names.
 
+    The path is absolute, so that what is open stays where it is when the process goes to another folder.
     Raises ConfigError where that is in a home that nobody knows.
     """
     named = os.environ.get("AGIQA_CACHE") or "~/.cache/agiqa"
     try:
-        return Path(named).expanduser()
+        return Path(named).expanduser().absolute()
     except RuntimeError as error:
         message = f"There is no cache folder {named} ({error}). Set AGIQA_CACHE to a folder that can be written."
         raise ConfigError(message) from error

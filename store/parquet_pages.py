@@ -7,8 +7,7 @@ header of each page states. Headers are Thrift structures in the compact protoco
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow.parquet as pq
 
@@ -21,13 +20,13 @@ _ENCODING = {_DATA: 2, _DICTIONARY: 2, _DATA_V2: 4}
 _DEEPEST, _MOST_FIELDS = 8, 64
 
 
-def bytes_of_pages(path: Path, metadata: pq.FileMetaData) -> int:
-    """Bytes of all pages of the file at `path` once they are unpacked, as their headers state.
+def bytes_of_pages(file: BinaryIO, metadata: pq.FileMetaData) -> int:
+    """Bytes of all pages of the open `file` once they are unpacked, as their headers state.
 
     Raises ValueError where a header is none, or its page ends beyond its column or has values in another encoding.
     """
     total = 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for group in range(metadata.num_row_groups):
             columns = metadata.row_group(group)
             for column in range(columns.num_columns):

@@ -75,6 +75,9 @@ class Store(StoredArrays):
     def _read_items(self) -> Items:
         return read_recorded_items(self.layout)
 
+    def _count_items(self) -> int:
+        return count_items(self.layout.items)
+
     @property
     def n_tokens(self) -> NDArray[np.int32]:
         """Tokens per item, (items,)."""
@@ -112,7 +115,7 @@ class Store(StoredArrays):
     @cached_property
     def _checked_index(self) -> dict[str, NDArray[Any]]:
         """The three arrays that addresses come from, none of them read unless all have a row per item."""
-        count = count_items(self.layout.items)
+        count = self._count_items()
         for name in ("n_tokens", "row_start", "unit", "item_key", "status"):
             if self.array(f"index/{name}").shape[:1] != (count,):
                 raise damaged(self.path, f"index/{name} does not have one entry for each of {count} items")

@@ -56,6 +56,8 @@ def _load_config(ctx: click.Context, _parameter: click.Parameter, path: Path | N
             unknown = UnknownName.of(kind="option", name=str(key), known=known)
             unknown.add_note(f"in {path}")
             raise unknown
+        if value is None:  # nothing after the colon: as if the line were not there
+            continue
         defaults[name] = [value] if name in repeated and not isinstance(value, list) else value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path

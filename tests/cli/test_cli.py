@@ -15,7 +15,7 @@ import yaml
 from agiqa.cli import COMMANDS, cli, keep_interrupts
 from tests.cli.conftest import ITEMS, SMALL_HEAD
 from tests.command_line import REPOSITORY
-from tests.extract.small_sets import read_table
+from tests.extract.small_sets import read_table, write_talks
 
 COLD_HELP = """
 import sys, time
@@ -256,6 +256,24 @@ def test_train_options_cover_every_setting():
     command = dict(zip(NAMES, (command for _, command in ALL), strict=True))["train"]
     options = {parameter.name for parameter in command.params if isinstance(parameter, click.Option)}
     assert options >= {*HeadConfig.model_fields, *TrainConfig.model_fields}
+
+
+def test_a_config_line_without_a_value_leaves_the_default(agiqa, texts, tiny_text_checkpoint, tmp_path):
+    config, store = tmp_path / "empty.yaml", tmp_path / "s.agiqa"
+    config.write_text("variant:\npart:\nadapter:\nmos-range:\nworkers:\ndtype: null\n")
+    options = (
+        "--conversations",
+        write_talks(texts),
+        "--model",
+        tiny_text_checkpoint,
+        "--device",
+        "cpu",
+        "--plan-only",
+        "--config",
+        config,
+    )
+    assert agiqa("extract", texts, store, *options, "--json").json["state"] == "unfinished"
+    assert agiqa("store", "info", store, "--json").json["provenance"]["conversation"]["variant"] == "id"
 
 
 def test_train_options_and_config_reach_the_run(agiqa, example, tmp_path):

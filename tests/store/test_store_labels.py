@@ -235,6 +235,41 @@ def test_a_reader_beside_killed_writers_sees_whole_tables_only(stored, tmp_path)
     assert verify(open_store(stored.path), "full").sound
 
 
+REPLACED = """
+    import sys
+    from pathlib import Path
+    from agiqa.store import join_labels, open_store
+    path, *tables = map(Path, sys.argv[1:])
+    left = []
+
+    def replace_it(event, arguments):
+        if event == "open" and left and str(arguments[0]).endswith("items.parquet"):
+            step = left.pop()
+            if step is not None:
+                coming, left[:] = list(left), []
+                join_labels(open_store(path), step)
+                left[:] = coming
+
+    sys.addaudithook(replace_it)
+    for skipped in range(4):
+        for table in tables:
+            store = open_store(path)
+            left[:] = [table, *[None] * skipped]
+            labels = store.items.labels["quality"]
+            assert not left, "read without opening the table so often"
+            assert labels.tolist() == open_store(path).items.labels["quality"].tolist()
+"""
+
+
+def test_a_table_replaced_at_any_step_of_its_reading_is_read_whole(stored, tmp_path):
+    """The footer was read of one table and the pages of the next, which was called damage."""
+    rows = (f"image_{item}.png,{item / 8}" for item in range(40))
+    tables = [full_table(tmp_path / "a.csv", "mos", 1.5), write_table(tmp_path / "b.csv", "name,mos", *rows)]
+    join_labels(stored, tables[1])
+    code = [sys.executable, "-c", textwrap.dedent(REPLACED), str(stored.path), *map(str, tables)]
+    subprocess.run(code, cwd=REPOSITORY, check=True)
+
+
 def test_a_verify_beside_relabelling_raises_no_false_alarm(stored, tmp_path, workers):
     """Which table the manifest lists was looked at once, and the table that it had become was found damaged."""
     tables = [full_table(tmp_path / f"{value}.csv", "mos", value) for value in (1.5, 3.5)]

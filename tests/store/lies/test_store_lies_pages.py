@@ -86,7 +86,8 @@ def test_sound_pages_are_counted_to_the_byte(tmp_path, kind):
     pq.write_table(items.table(), path, **{"compression": "zstd", **kind})
     metadata = pq.read_metadata(path)
     columns = metadata.num_row_groups * metadata.num_columns
-    headers = unpacked_by_footer(metadata) - bytes_of_pages(path, metadata)
+    with path.open("rb") as file:
+        headers = unpacked_by_footer(metadata) - bytes_of_pages(file, metadata)
     assert 10 * columns < headers
     assert read_items(path).same_as(items)
 

@@ -89,6 +89,35 @@ def test_an_object_that_changes_while_the_store_is_open_is_fetched_again(stored,
         np.testing.assert_array_equal(np.asarray(remote.array("features")[:]), np.asarray(stored.array("features")[:]))
 
 
+def test_a_change_that_keeps_the_time_of_the_file_is_seen(stored, served):
+    remote = open_remote(served.url)
+    assert_same_rows(remote, stored)
+    name = largest_object(stored)
+    kept = remote.path / name
+    before, raw = kept.stat(), flipped(kept.read_bytes())
+    with kept.open("r+b") as file:  # as `rsync --inplace --times` writes
+        file.write(raw)
+    os.utime(kept, ns=(before.st_atime_ns, before.st_mtime_ns))
+    unit = int(name.split("/")[3])
+    np.testing.assert_array_equal(remote.unit_rows(unit), stored.unit_rows(unit))
+
+
+def test_a_cache_that_is_deleted_while_a_store_is_open_is_fetched_again(stored, served, cache):
+    remote = open_remote(served.url)
+    shutil.rmtree(cache)
+    assert_same_rows(remote, stored)
+
+
+def test_a_relative_cache_stays_where_it_was(stored, served, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AGIQA_CACHE", "here")
+    remote = open_remote(served.url)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert_same_rows(remote, stored)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def largest_of_others(store, name):
     return next(
         other
