@@ -1,6 +1,7 @@
 """Small real stores, written through the public protocol, and the arrays that went into them."""
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from agiqa.store import (
     seal,
     to_float32,
 )
+from agiqa.store.hdf5_export import export_hdf5
+from tests.store.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,3 +125,28 @@ def content() -> Content:
 @pytest.fixture
 def stored(tmp_path, content) -> Store:
     return make_store(tmp_path / "small.agiqa", content)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """Processes of their own, that the tests of a module share."""
+    started = Workers()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """A store that no test changes."""
+    return make_store(tmp_path_factory.mktemp("original") / "small.agiqa", make_content([9, 30, 22]))
+
+
+@pytest.fixture(scope="module")
+def exported(original):
+    """The HDF5 export of `original` with bare chunks, from which tests take copies to harm."""
+    return export_hdf5(original, original.path.with_name("original.h5"), compression="none").path
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return Path(shutil.copy(exported, tmp_path / "s.h5"))

@@ -19,17 +19,10 @@ from agiqa.store.hdf5_export import export_hdf5
 from agiqa.store.reading import is_planned
 from tests.store.conftest import fill, make_content, make_store, plan_of, write_model
 from tests.store.hdf5_files import content_of
-from tests.store.workers import REPOSITORY, Workers
+from tests.store.workers import REPOSITORY
 
 LENGTHS = [37] * 60
 PAGE = 4096
-
-
-@pytest.fixture(scope="module")
-def workers():
-    started = Workers()
-    yield started
-    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """HDF5 files from elsewhere: other cuts give the same store, and no lie, flipped bit or missing end goes unnoticed."""
 
 import random
-import shutil
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -23,17 +21,6 @@ def original(tmp_path_factory):
     """A store that no test changes."""
     lengths = np.random.default_rng(7).integers(1, 60, 40).tolist()
     return make_store(tmp_path_factory.mktemp("original") / "small.agiqa", make_content(lengths))
-
-
-@pytest.fixture(scope="module")
-def exported(original):
-    """Its export with bare chunks, from which tests take copies to harm."""
-    return export_hdf5(original, original.path.with_name("original.h5"), compression="none").path
-
-
-@pytest.fixture
-def copy(exported, tmp_path):
-    return Path(shutil.copy(exported, tmp_path / "s.h5"))
 
 
 def test_a_file_whose_units_are_cut_otherwise_gives_the_same_store(original, copy, tmp_path):

@@ -1,9 +1,7 @@
 """HDF5 files of a few bytes that state gigabytes: refused before memory is taken; files that repeat themselves are read."""
 
-import shutil
 import tracemalloc
 from dataclasses import replace
-from pathlib import Path
 
 import h5py
 import pytest
@@ -13,22 +11,11 @@ from agiqa.store import UnitWriter, create_store, seal
 from agiqa.store.hdf5 import METADATA_SHA256, metadata_sha256
 from agiqa.store.hdf5_export import export_hdf5
 from agiqa.store.hdf5_import import import_hdf5
-from tests.store.conftest import make_content, make_store, plan_of, write_model
+from tests.store.conftest import make_content, plan_of, write_model
 from tests.store.hdf5_files import assert_same_store
 
 ITEMS, HUGE = 3, 50_000_000
 INDEX = ("row_start", "n_tokens", "unit", "item_key", "status")
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    store = make_store(tmp_path_factory.mktemp("original") / "small.agiqa", make_content([9, 30, 22]))
-    return export_hdf5(store, store.path.with_name("original.h5"), compression="none").path
-
-
-@pytest.fixture
-def copy(exported, tmp_path):
-    return Path(shutil.copy(exported, tmp_path / "s.h5"))
 
 
 def again(file, name, shape, *, chunks=None, **settings):

@@ -12,23 +12,10 @@ import pytest
 
 from agiqa.errors import BusyStore, SchemaError
 from agiqa.store.hdf5 import METADATA_SHA256, metadata_sha256
-from agiqa.store.hdf5_export import export_hdf5
 from agiqa.store.hdf5_import import import_hdf5
-from tests.store.conftest import make_content, make_store
 from tests.store.workers import Workers
 
 SECRET = b"what this user may read and the sender of the file may not"
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    store = make_store(tmp_path_factory.mktemp("original") / "small.agiqa", make_content([9, 30, 22]))
-    return export_hdf5(store, store.path.with_name("original.h5"), compression="none").path
-
-
-@pytest.fixture
-def copy(exported, tmp_path):
-    return Path(shutil.copy(exported, tmp_path / "s.h5"))
 
 
 def again(file, name, make):

@@ -16,14 +16,6 @@ from agiqa.store.labelling import join_labels
 from agiqa.store.upkeep import upkeep_lock
 from tests.store.conftest import fill, plan_of
 from tests.store.crash_points import REPOSITORY, states_after_kills
-from tests.store.workers import Workers
-
-
-@pytest.fixture(scope="module")
-def workers():
-    started = Workers()
-    yield started
-    started.close()
 
 
 def write_table(path, header, *rows) -> Path:

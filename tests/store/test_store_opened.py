@@ -15,17 +15,9 @@ from agiqa.store import (
 from agiqa.store.repairing import repair
 from tests.store.conftest import fill, make_content, make_store, plan_of
 from tests.store.upkeep import harm, object_of, refill
-from tests.store.workers import Workers
 
 LENGTHS = [37] * 30
 RACES = 4
-
-
-@pytest.fixture(scope="module")
-def workers():
-    started = Workers()
-    yield started
-    started.close()
 
 
 def test_a_store_opened_before_its_repair_gives_no_zeros_for_what_was_dropped(stored, content):

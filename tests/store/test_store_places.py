@@ -14,17 +14,9 @@ from agiqa.errors import ConfigError, DataError, SettingsConflict
 from agiqa.store import Items, create_store, open_store, seal, verify
 from agiqa.store.places import check_writable
 from tests.store.conftest import fill, make_content, make_store, plan_of
-from tests.store.workers import Workers
 
 LENGTHS = [37] * 8
 GROUP, ANNE, BEN = 54321, 54322, 54323
-
-
-@pytest.fixture(scope="module")
-def workers():
-    started = Workers()
-    yield started
-    started.close()
 
 
 @pytest.fixture

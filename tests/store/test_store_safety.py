@@ -10,17 +10,9 @@ import pytest
 from agiqa.store import create_store, open_store, seal, verify
 from tests.store.conftest import fill, make_content, make_store, plan_of
 from tests.store.crash_points import states_after_kills
-from tests.store.workers import Workers
 
 KILLS = 20
 LENGTHS = [37] * 60
-
-
-@pytest.fixture(scope="module")
-def workers():
-    started = Workers()
-    yield started
-    started.close()
 
 
 def everything(folder):

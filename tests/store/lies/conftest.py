@@ -1,17 +1,9 @@
-"""A store to tell lies with, and processes to read it in."""
+"""A store to tell lies with."""
 
 import pytest
 
 from tests.store import golden
 from tests.store.lies.liar import Liar
-from tests.store.workers import Workers
-
-
-@pytest.fixture(scope="module")
-def workers():
-    started = Workers()
-    yield started
-    started.close()
 
 
 @pytest.fixture
