@@ -1,5 +1,7 @@
 """Families that cut an image into tiles or into as many patches as it has room for."""
 
+from typing import Any
+
 from tests.extract.families.family import (
     GLM_IDS,
     GLM_TOKENS,
@@ -16,6 +18,28 @@ from tests.extract.families.family import (
     Family,
 )
 
+PIXTRAL = {
+    "model_type": "pixtral",
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+}
+GLM_ROPE = {**ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+GLM_IMAGE: dict[str, Any] = {
+    "image": "<|begin_of_image|><|image|><|end_of_image|>",
+    "tokens": GLM_TOKENS,
+    "filled": "<|image|>",
+    "image_settings": {"size": {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}},
+}
+GLM4V = Family(
+    **GLM_IMAGE,
+    config={
+        **GLM_IDS,
+        "text_config": {"rope_parameters": GLM_ROPE},
+        "vision_config": GLM_VISION,
+    },
+    images="glm4v.Glm4vImageProcessor",
+    processor="Glm4vProcessor",
+)
 GRIDS: dict[str, Family] = {
     "gemma4": Family(
         image="<|image|>",
@@ -193,11 +217,7 @@ GRIDS: dict[str, Family] = {
         filled="[IMG]",
         id_key="image_token_index",
         config={
-            "vision_config": {
-                "model_type": "pixtral",
-                "head_dim": 16,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-            },
+            "vision_config": PIXTRAL,
             "text_config": {"model_type": "mistral"},
             "spatial_merge_size": 2,
             "vision_feature_layer": -1,
@@ -213,46 +233,19 @@ GRIDS: dict[str, Family] = {
             "image_end_token": "[IMG_END]",
         },
     ),
-    "glm4v": Family(
-        image="<|begin_of_image|><|image|><|end_of_image|>",
-        tokens=GLM_TOKENS,
-        filled="<|image|>",
-        config={
-            **GLM_IDS,
-            "text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
-            "vision_config": GLM_VISION,
-        },
-        images="glm4v.Glm4vImageProcessor",
-        image_settings={"size": {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}},
-        processor="Glm4vProcessor",
-    ),
-    "glm4v_moe": Family(
-        image="<|begin_of_image|><|image|><|end_of_image|>",
-        tokens=GLM_TOKENS,
-        filled="<|image|>",
-        config={
-            **GLM_IDS,
-            "text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
-            "vision_config": GLM_VISION,
-        },
-        images="glm4v.Glm4vImageProcessor",
-        image_settings={"size": {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}},
-        processor="Glm4vProcessor",
-    ),
+    "glm4v": GLM4V,
+    "glm4v_moe": GLM4V,
     "glm46v": Family(
-        image="<|begin_of_image|><|image|><|end_of_image|>",
-        tokens=GLM_TOKENS,
-        filled="<|image|>",
+        **GLM_IMAGE,
         config={
             **GLM_IDS,
             "text_config": {
                 "model_type": "glm4v_text",
-                "rope_parameters": {**ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5},
+                "rope_parameters": GLM_ROPE,
             },
             "vision_config": {"model_type": "glm4v_vision", **GLM_VISION},
         },
         images="glm46v.Glm46VImageProcessor",
-        image_settings={"size": {"shortest_edge": 28 * 28, "longest_edge": 84 * 84}},
         processor="Glm46VProcessor",
     ),
     "fuyu": Family(
@@ -300,11 +293,7 @@ GRIDS: dict[str, Family] = {
         },
         filled="<|image_pad|>",
         config={
-            "vision_config": {
-                "model_type": "pixtral",
-                "head_dim": 16,
-                "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-            },
+            "vision_config": PIXTRAL,
             "text_config": {"model_type": "qwen3"},
             "spatial_merge_size": 2,
         },

@@ -6,17 +6,9 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from agiqa.extract.backbones.loading import quiet_transformers
+from tests.extract.tiny_models import widths
 
 TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 3,
     "head_dim": 16,
     "moe_intermediate_size": 32,
     "num_experts": 4,
@@ -58,7 +50,7 @@ def tiny(config_class: type[PreTrainedConfig], vocab_size: int, *, vision: bool 
     """The settings of a tiny `config_class`, without its inner configurations; `own` come on top."""
     with quiet_transformers():
         usual = config_class()
-    known = VISION if vision else {**TEXT, "vocab_size": vocab_size}
+    known = VISION if vision else {**widths(vocab_size), **TEXT}
     return {name: value for name, value in known.items() if _has(usual, name) and _settable(config_class, name)} | own
 
 
