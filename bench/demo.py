@@ -67,7 +67,7 @@ def run_demo(out: Path, *, images: int = IMAGES, seed: int = 0) -> DemoResult:
     started = time.perf_counter()
     store = _extract(out, images, seed)
     test = np.array(store.items.in_split("test"))
-    rows = [_generator_baseline(store, test, seed)]
+    rows = [_generator_baseline(store, test)]
     predictions: dict[str, NDArray[np.float64]] = {}
     for name, head in HEADS.items():
         row, predictions[name] = _train(store, out / "runs" / name, head, seed)
@@ -127,12 +127,12 @@ def _train(store: Store, run: Path, head: HeadConfig, seed: int) -> tuple[DemoRo
     return row, predict(trained, store, store.items.in_split("test"), device="cpu")
 
 
-def _generator_baseline(store: Store, test: NDArray[np.int64], seed: int) -> DemoRow:
+def _generator_baseline(store: Store, test: NDArray[np.int64]) -> DemoRow:
     """Every test image gets the mean MOS of its generator's training images: what a head has to beat."""
     mos, generators = store.items.labels[LABEL], np.array(store.items.generators)
     train = np.array(store.items.in_split("train"))
     means = {name: float(mos[train][generators[train] == name].mean()) for name in np.unique(generators[train])}
     predicted = np.array([means.get(name, float(mos[train].mean())) for name in generators[test]])
     prompts = [store.items.prompts[item] for item in test]
-    scores = evaluate_scores(predicted, mos[test], prompts, seed=seed)
+    scores = evaluate_scores(predicted, mos[test], prompts)
     return DemoRow(name="mean of the generator", scores=scores, seconds=None)

@@ -77,6 +77,8 @@ def _validation(row: Row) -> str:
 
 def _against(row: Row) -> str:
     against = row["against"]
-    if against is None or against["difference"]["srcc"] is None or against["p_holm"]["srcc"] is None:
+    if against is None or against["difference"]["srcc"] is None:
         return "-"
-    return f"{against['difference']['srcc']:+.4f} ({against['p_holm']['srcc']:.3g})"
+    p = against["p_holm"]["srcc"]
+    told = "one seed: no p" if "no_p" in against else "no p" if p is None else f"{p:.3g}"
+    return f"{against['difference']['srcc']:+.4f} ({told})"

@@ -22,13 +22,11 @@ from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.errors import DataError
 from agiqa.heads.comparing import SeedScores, holm
 from agiqa.heads.labels import parse_labels
-from agiqa.heads.metrics import METRICS
 from agiqa.heads.runs import PREDICTIONS
+from agiqa.heads.uncertainty import METRICS
 from agiqa.progress import track
 
-RESAMPLES = 10_000
-"""Of prompts. The smallest p-value is 2 in one more than these, and Holm's procedure multiplies it by the rows."""
-_SHOWN = ("srcc", "plcc")
+_SHOWN = ("srcc", "plcc", "rmse", "slope")
 
 
 @dataclass(kw_only=True)
@@ -49,8 +47,6 @@ def table_rows(
     lines: Mapping[str, Line],
     out: Path,
     baselines: Sequence[Line] = (),
-    *,
-    resamples: int = RESAMPLES,
 ) -> list[Line]:
     """A row for each head, store, protocol and label of `plan`, in its order, then `baselines`, as `rows.jsonl` is.
 
@@ -66,11 +62,11 @@ def table_rows(
         track("intervals", len(groups) + len(baselines), "rows") as advance,
         ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
     ):
-        for _ in pool.map(lambda group: _score(group, lines, runs, resamples), groups):
+        for _ in pool.map(lambda group: _score(group, lines, runs), groups):
             advance(1)
         references = _references(groups)
         told: list[tuple[_Question | None, Line]] = []
-        for row in pool.map(lambda line: _baseline_row(line, references, out, resamples), baselines):
+        for row in pool.map(lambda line: _baseline_row(line, references, out), baselines):
             told.append(row)
             advance(1)
     rows = [(_question(group), _row(group, references.get(_question(group)))) for group in groups] + told
@@ -93,8 +89,8 @@ def summary(label: str, planned: int, done: Sequence[Line], scores: SeedScores |
     }
 
 
-def scores_over_seeds(tables: Mapping[str, Predictions], *, resamples: int = RESAMPLES) -> SeedScores:
-    """The scores of predictions of one row by the names of their runs, one for each seed.
+def scores_over_seeds(tables: Mapping[str, Predictions], *, seedless: bool = False) -> SeedScores:
+    """The scores of predictions of one row by the names of their runs, one for each seed; `seedless` as `SeedScores`.
 
     Raises DataError where they are not of the same items in the same order.
     """
@@ -104,7 +100,7 @@ def scores_over_seeds(tables: Mapping[str, Predictions], *, resamples: int = RES
             message = f"The runs {first!r} and {name!r} of one row were tested on different items."
             raise DataError(message)
     predicted = np.stack([one.predicted for one in tables.values()])
-    return SeedScores.of(predicted, table.mos, table.prompts, resamples=resamples)
+    return SeedScores.of(predicted, table.mos, table.prompts, seedless=seedless)
 
 
 def adjust_by_holm(rows: Sequence[Line]) -> None:
@@ -123,7 +119,7 @@ def validation_summary(lines: Sequence[Line], label: str) -> dict[str, list[floa
     found = [one for line in lines if (one := scores_by_label(line, "validation").get(label)) is not None]
     told: dict[str, list[float | None]] = {}
     for metric in _SHOWN:
-        values = [one[metric] for one in found if one[metric] is not None]
+        values = [one[metric] for one in found if one.get(metric) is not None]
         if values:
             told[metric] = [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None]
     return told or None
@@ -149,7 +145,7 @@ def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Grou
     return list(found.values())
 
 
-def _score(group: _Group, lines: Mapping[str, Line], runs: Path, resamples: int) -> None:
+def _score(group: _Group, lines: Mapping[str, Line], runs: Path) -> None:
     """Put the predictions of each answer together, and score them."""
     answers: dict[int, list[PlannedRun]] = {}
     for run in group.runs:
@@ -159,7 +155,7 @@ def _score(group: _Group, lines: Mapping[str, Line], runs: Path, resamples: int)
         return
     tables = {ran[0].name: _together(ran, group.label, runs) for ran in whole}
     group.items = _items(tables[whole[0][0].name])
-    group.scores = scores_over_seeds(tables, resamples=resamples)
+    group.scores = scores_over_seeds(tables)
 
 
 def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
@@ -227,9 +223,7 @@ def _row(group: _Group, reference: _Group | None) -> Line:
     }
 
 
-def _baseline_row(
-    line: Line, references: Mapping[_Question, _Group], out: Path, resamples: int
-) -> tuple[_Question | None, Line]:
+def _baseline_row(line: Line, references: Mapping[_Question, _Group], out: Path) -> tuple[_Question | None, Line]:
     """The row of a baseline, compared with the reference that was tested on its items, and what both answer.
 
     A correlation that the line has none of, as it tells of the split alone, is not compared.
@@ -241,7 +235,7 @@ def _baseline_row(
     reference = references.get(question)
     if reference is None:
         return None, {**line, "against": None}
-    against = _against(scores_over_seeds({line["row"]: table}, resamples=resamples), reference)
+    against = _against(scores_over_seeds({line["row"]: table}, seedless=True), reference)
     for metric in METRICS:
         if line["test"][metric] is None:
             against |= {told: {**against[told], metric: None} for told in ("difference", "ci", "p")}

@@ -232,7 +232,7 @@ class _Work:
         guesses, lines = convert_columns(guesses, *scales), lines_between(*scales)
         fitted = [Mappings.from_record(one) for one in of_each_label(labels, run.metrics["logistic"])]
         mappings = [one.rescaled(*line) for one, line in zip(fitted, lines, strict=True)]
-        scores = scores_of_labels(target.store, items, mos, guesses, mappings=mappings, seed=run.train.seed)
+        scores = scores_of_labels(target.store, items, mos, guesses, mappings=mappings)
         path = self._out / APPLIED / f"{line.name}.csv"
         names, prompts = (
             [column[k] for k in items] for column in (target.store.items.names, target.store.items.prompts)

@@ -18,7 +18,7 @@ losses.py      regression, correlation and ranking losses, and weighted sums of 
 metrics.py     SRCC, PLCC, KRCC, RMSE with intervals by prompt
 logistic.py    the mappings that PLCC and RMSE are also reported after, fitted on validation
 rating_words.py  the word of a MOS, the word in an answer, and how well they agree
-bootstrap.py   the intervals, for all resamples at once
+uncertainty.py  standard errors over prompts and seeds, intervals, p-values
 comparing.py   heads over seeds, and one against another: intervals and p-values
 prompts.py     when two prompts are the same
 holding_out.py  the items that a split holds out: published, by prompt, a fold, a generator

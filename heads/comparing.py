@@ -1,8 +1,8 @@
 """Comparing heads that were trained with several seeds: means over seeds, paired differences, and their intervals.
 
-Two sources of chance are told apart: `sd` is between seeds, over the same items; intervals and p-values are of the
-items, by the cluster bootstrap of bootstrap.py, which draws the same prompts for every seed and for both sides of a
-comparison. In each resample a metric is the mean over seeds of the metric of each.
+`sd` is between seeds, over the same items. Intervals and p-values are about other prompts and other seeds alike
+(uncertainty.py), with the same prompts left out for every seed and for both sides of a comparison. One seed cannot tell
+how much seeds matter: then an interval is about prompts alone, `covers` says so, and there is no p-value.
 """
 
 import math
@@ -15,62 +15,65 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.heads.bootstrap import bootstrap_metrics, interval
-from agiqa.heads.metrics import METRICS, score, undefined_reason
+from agiqa.heads.metrics import score, undefined_reason
 from agiqa.heads.prompts import prompt_groups
+from agiqa.heads.uncertainty import (
+    FEWEST_PROMPTS,
+    METRICS,
+    Side,
+    few_prompts,
+    group_count,
+    leave_one_out,
+    numbers,
+    prompt_blocks,
+    spread,
+)
 
 Array = NDArray[np.float64]
+BOTH, PROMPTS = "prompts and seeds", "prompts"
+"""What an interval covers."""
+ONE_SEED = "one seed tells nothing of how much seeds matter: no p-value"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SeedScores:
-    """The metrics of a head on some items, over its seeds, and in resamples of the items.
+    """The metrics of a head on some items, over its seeds, and without each block of prompts.
 
-    `seeds_score` and `paired` are made from these; whoever compares a head with several others keeps them, as the
-    resamples take the time.
+    `seeds_score` and `paired` are made from these; whoever compares a head with several others keeps them, as leaving
+    out every block takes the time.
     """
 
     n: int
     """Items."""
     values: Float[np.ndarray, "seed metric"]
     """Of all items; NaN where a correlation is not defined."""
-    drawn: Float[np.ndarray, "resample metric"]
-    """Mean over seeds; NaN where that of a seed is."""
+    left_out: Float[np.ndarray, "seed block metric"]
+    """As of `leave_one_out`."""
     undefined: str | None
     """Why a correlation of all items is not defined, of the first seed that has none."""
     labels: Float[np.ndarray, " item"]
     groups: NDArray[np.int64]
     """The prompt of each item, numbered."""
-    seed: int
-    """Of the resamples."""
+    seedless: bool
+    """Whether nothing in the predictions was drawn by a seed, as with a closed form."""
 
     @classmethod
-    def of(
-        cls,
-        predicted: Array,
-        labels: Array,
-        prompts: Sequence[str],
-        *,
-        seed: int = 0,
-        resamples: int = 1000,
-    ) -> "SeedScores":
+    def of(cls, predicted: Array, labels: Array, prompts: Sequence[str], *, seedless: bool = False) -> "SeedScores":
         """Score each row of `predicted` (seeds, items) by `labels` (items,).
 
         Raises DataError for shapes that do not fit, nothing to score, and values that are not finite.
         """
         _check(predicted, labels, prompts)
-        groups = prompt_groups(prompts)
-        rows = list(np.asarray(predicted, dtype=np.float64))
-        resampled = [bootstrap_metrics(row, labels, groups, seed=seed, resamples=resamples) for row in rows]
+        groups, rows = prompt_groups(prompts), np.asarray(predicted, dtype=np.float64)
         reasons = [reason for row in rows if (reason := undefined_reason(row, labels)) is not None]
         return cls(
             n=len(labels),
             values=np.array([[metrics[name] for name in METRICS] for metrics in (score(row, labels) for row in rows)]),
-            drawn=np.mean(resampled, axis=0),
+            left_out=leave_one_out(rows, labels, prompt_blocks(groups)),
             undefined=reasons[0] if reasons else None,
             labels=labels,
             groups=groups,
-            seed=seed,
+            seedless=seedless,
         )
 
     @property
@@ -78,51 +81,69 @@ class SeedScores:
         """The mean over seeds of each metric, NaN where that of a seed is."""
         return np.asarray(self.values.mean(axis=0))
 
-    def _intervals(self, drawn: Array, confidence: float) -> dict[str, list[float] | None]:
-        """The interval of each metric; null for fewer than five prompts."""
-        return {name: interval(drawn[:, k], confidence, groups=self.groups) for k, name in enumerate(METRICS)}
+    @property
+    def covers(self) -> str:
+        """What intervals cover: other prompts, and other seeds where that can be told."""
+        return BOTH if self.seedless or len(self.values) > 1 else PROMPTS
+
+    def _side(self, metric: int) -> Side:
+        return Side(values=self.values[:, metric], left_out=self.left_out[:, :, metric])
+
+    def _told(self, confidence: float, reason: str | None) -> dict[str, Any]:
+        """What is told of the items, whatever is scored on them."""
+        caution = few_prompts(self.groups)
+        return {
+            "confidence": confidence,
+            **({} if caution is None else {"caution": caution}),
+            **({} if reason is None else {"undefined": reason}),
+        }
 
     def score(self, *, confidence: float = 0.95) -> dict[str, Any]:
         """What `seeds_score` tells."""
-        several = len(self.values) > 1
-        spread = self.values.std(axis=0, ddof=1) if several else np.full(len(METRICS), math.nan)
-        told: dict[str, Any] = {
-            "n": self.n,
-            **_numbers(self.means),
-            "sd": _numbers(spread),
-            "seeds": len(self.values),
-            "ci": self._intervals(self.drawn, confidence),
-            "confidence": confidence,
-            "resamples": len(self.drawn),
+        several, count = len(self.values) > 1, group_count(self.groups)
+        sd = self.values.std(axis=0, ddof=1) if several else np.full(len(METRICS), math.nan)
+        intervals = {
+            name: spread(self._side(k)).metric_interval(float(self.means[k]), name, confidence)
+            if count >= FEWEST_PROMPTS[name]
+            else None
+            for k, name in enumerate(METRICS)
         }
-        return told if self.undefined is None else {**told, "undefined": self.undefined}
+        return {
+            "n": self.n,
+            "prompts": count,
+            **numbers(self.means),
+            "sd": numbers(sd),
+            "seeds": len(self.values),
+            "ci": intervals,
+            "covers": self.covers,
+            **self._told(confidence, self.undefined),
+        }
 
     def against(self, other: "SeedScores", *, confidence: float = 0.95) -> dict[str, Any]:
-        """What `paired` tells of this head, a, and the `other`, b.
-
-        Raises DataError for other items, and ConfigError for other resamples.
-        """
+        """What `paired` tells of this head, a, and the `other`, b. Raises DataError for other items."""
         if not (np.array_equal(self.labels, other.labels) and np.array_equal(self.groups, other.groups)):
             message = "Two heads can be compared on the same items only, and these differ in labels or prompts."
             raise DataError(message)
-        if (self.seed, len(self.drawn)) != (other.seed, len(other.drawn)):
-            message = (
-                f"A paired comparison needs the same resamples, and these are {len(self.drawn)} of seed {self.seed} "
-                f"and {len(other.drawn)} of seed {other.seed}."
-            )
-            raise ConfigError(message)
-        drawn = self.drawn - other.drawn
-        told: dict[str, Any] = {
+        difference, count = self.means - other.means, group_count(self.groups)
+        covers = BOTH if self.covers == other.covers == BOTH else PROMPTS
+        intervals: dict[str, list[float] | None] = dict.fromkeys(METRICS)
+        p: dict[str, float | None] = dict.fromkeys(METRICS)
+        for k, name in enumerate(METRICS):
+            if count >= min(FEWEST_PROMPTS.values()):
+                found = spread(self._side(k), other._side(k))
+                intervals[name] = found.interval(float(difference[k]), confidence)
+                p[name] = found.p_value(float(difference[k])) if covers == BOTH else None
+        return {
             "n": self.n,
+            "prompts": count,
             "seeds": [len(self.values), len(other.values)],
-            "difference": _numbers(self.means - other.means),
-            "ci": self._intervals(drawn, confidence),
-            "p": {name: _two_sided(drawn[:, k]) for k, name in enumerate(METRICS)},
-            "confidence": confidence,
-            "resamples": len(drawn),
+            "difference": numbers(difference),
+            "ci": intervals,
+            "p": p,
+            "covers": covers,
+            **({} if covers == BOTH else {"no_p": ONE_SEED}),
+            **self._told(confidence, self.undefined or other.undefined),
         }
-        reason = self.undefined or other.undefined
-        return told if reason is None else {**told, "undefined": reason}
 
 
 def seeds_score(
@@ -130,19 +151,19 @@ def seeds_score(
     labels: Array,
     prompts: Sequence[str],
     *,
-    seed: int = 0,
-    resamples: int = 1000,
+    seedless: bool = False,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
     """The metrics of one head over its seeds, `predicted` (seeds, items), ready for JSON.
 
-    `{"n", "srcc", "plcc", "krcc", "rmse", "sd": {metric: of seeds}, "seeds", "ci": {metric: [low, high]},
-    "confidence", "resamples"}`: each metric is the mean over seeds of that of all items, `sd` the standard deviation
-    over seeds (n - 1 in the denominator, null for one seed), `ci` percentiles of that mean over resamples of the
-    prompts. What is not defined for every seed is null, with the reason under `"undefined"`. One seed has the
-    numbers of `evaluate_scores`. Raises DataError as `SeedScores.of`.
+    `{"n", "prompts", "srcc", "plcc", "krcc", "rmse", "sd": {metric: of seeds}, "seeds", "ci": {metric: [low, high]},
+    "covers": "prompts and seeds" or "prompts", "confidence"}`: each metric is the mean over seeds of that of all items,
+    `sd` the standard deviation over seeds (n - 1 in the denominator, null for one seed), `ci` as uncertainty.py says,
+    null for fewer than 10 prompts (RMSE: 20). Below 50 prompts `"caution"` says so. What is not defined for every seed
+    is null, with the reason under `"undefined"`. One seed has the numbers of `evaluate_scores`. `seedless` are
+    predictions that no seed has a part in, such as those of a closed form. Raises DataError as `SeedScores.of`.
     """
-    return SeedScores.of(predicted, labels, prompts, seed=seed, resamples=resamples).score(confidence=confidence)
+    return SeedScores.of(predicted, labels, prompts, seedless=seedless).score(confidence=confidence)
 
 
 def paired(
@@ -151,21 +172,20 @@ def paired(
     labels: Array,
     prompts: Sequence[str],
     *,
-    seed: int = 0,
-    resamples: int = 1000,
+    seedless: tuple[bool, bool] = (False, False),
     confidence: float = 0.95,
 ) -> dict[str, Any]:
     """Head a minus head b on the same items, each `predicted` (seeds of its own, items), ready for JSON.
 
-    `{"n", "seeds": [a, b], "difference": {metric: a - b}, "ci": {metric: [low, high]}, "p": {metric: two-sided},
-    "confidence", "resamples"}`, differences of the means over seeds. The same prompts are drawn for both. p is twice
-    the share of resamples on the rarer side of no difference, one added to numerator and denominator (Davison and
-    Hinkley, Bootstrap Methods and their Application, 1997, section 4.4), at most 1. Null and `"undefined"` as in
-    `seeds_score`. Raises DataError as `SeedScores.of`.
+    `{"n", "prompts", "seeds": [a, b], "difference": {metric: a - b}, "ci": {metric: [low, high]}, "p": {metric:
+    two-sided}, "covers", "confidence"}`, differences of the means over seeds. Intervals and p are those of
+    uncertainty.py, on the scale of the metric; null for fewer than 10 prompts. Where a side has one seed p is null too,
+    with the reason under `"no_p"`, unless no seed has a part in that side (`seedless`). The rest as in `seeds_score`.
+    Raises DataError as `SeedScores.of`.
     """
     a, b = (
-        SeedScores.of(predicted, labels, prompts, seed=seed, resamples=resamples)
-        for predicted in (predicted_a, predicted_b)
+        SeedScores.of(predicted, labels, prompts, seedless=without)
+        for predicted, without in zip((predicted_a, predicted_b), seedless, strict=True)
     )
     return a.against(b, confidence=confidence)
 
@@ -201,17 +221,3 @@ def _check(predicted: Array, labels: Array, prompts: Sequence[str]) -> None:
     else:
         return
     raise DataError(message)
-
-
-def _two_sided(differences: Array) -> float | None:
-    """The p-value of no difference, from the resamples in which there is one; None where there is none."""
-    defined = differences[np.isfinite(differences)]
-    if not len(defined):
-        return None
-    rarer = min((defined <= 0).sum(), (defined >= 0).sum())
-    return float(min(1.0, 2.0 * (rarer + 1) / (len(defined) + 1)))
-
-
-def _numbers(values: Array) -> dict[str, float | None]:
-    """The values by metric, None for NaN, which JSON has no word for."""
-    return {name: None if math.isnan(value) else float(value) for name, value in zip(METRICS, values, strict=True)}

@@ -126,7 +126,7 @@ class TrainConfig(_Settings):
     """Also follow the test scores of every epoch, and tell the best epoch by them beside the honest number, with the
     difference: what the published protocol reports. No choice hears of it."""
     seed: int = Field(default=0, ge=0)
-    """Of the initial weights, the order of the batches, dropout and the bootstrap."""
+    """Of the initial weights, the order of the batches, and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` is cuda where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

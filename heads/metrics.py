@@ -1,8 +1,8 @@
-"""SRCC, PLCC, KRCC and RMSE with bootstrap intervals, resampled by prompt.
+"""SRCC, PLCC, KRCC and RMSE with intervals over prompts.
 
-Items of one prompt are not independent, so the bootstrap draws whole prompts (a cluster bootstrap, percentile
-intervals). A correlation that is not defined is null, with the reason beside it; it is never a number. PLCC and
-RMSE can also be had after logistic mappings (`heads/logistic.py`); the other two do not change under one.
+Items of one prompt are not independent, so intervals leave out whole prompts (uncertainty.py). A correlation that
+is not defined is null, with the reason beside it; it is never a number. PLCC and RMSE can also be had after mappings
+(logistic.py); the other two do not change under one.
 """
 
 import math
@@ -14,11 +14,18 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from agiqa.errors import DataError
-from agiqa.heads.bootstrap import bootstrap_linear, bootstrap_metrics, interval
 from agiqa.heads.logistic import LogisticMap
 from agiqa.heads.prompts import prompt_groups
-
-METRICS = ("srcc", "plcc", "krcc", "rmse")
+from agiqa.heads.uncertainty import (
+    FEWEST_PROMPTS,
+    METRICS,
+    Side,
+    few_prompts,
+    group_count,
+    leave_one_out,
+    prompt_blocks,
+    spread,
+)
 
 
 def score(predicted: NDArray[np.float64], labels: NDArray[np.float64]) -> dict[str, float]:
@@ -53,40 +60,50 @@ def evaluate_scores(
     prompts: Sequence[str],
     *,
     mappings: Mapping[str, LogisticMap] | None = None,
-    seed: int = 0,
-    resamples: int = 1000,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
     """Metrics, their intervals and what is undefined, ready for JSON.
 
-    `{"n", "srcc", "plcc", "krcc", "rmse", "ci": {metric: [low, high]}, "confidence", "resamples"}`, and
-    `"undefined"`, the reason, where correlations are null. Each of `mappings`, by its name, adds `plcc_NAME` and
-    `rmse_NAME` of the mapped predictions; their intervals are of the same resamples, with the mapping as it is.
-    Intervals are null for fewer than five prompts.
+    `{"n", "prompts", "srcc", "plcc", "krcc", "rmse", "ci": {metric: [low, high]}, "confidence"}`, and `"undefined"`,
+    the reason, where correlations are null. Each of `mappings`, by its name, adds `plcc_NAME` and `rmse_NAME` of the
+    mapped predictions, with intervals for the mapping as it is.
+    Intervals are about other prompts, not other seeds (uncertainty.py), and null for fewer than 10 prompts (RMSE: 20).
+    Below 50 prompts `"caution"` says how many there are.
     Raises DataError without items, for unequal numbers of them, and for predictions or labels that are not finite.
     """
     _check(predicted, labels, prompts)
     groups = prompt_groups(prompts)
-    metrics = score(predicted, labels)
-    drawn = bootstrap_metrics(predicted, labels, groups, seed=seed, resamples=resamples)
-    reason = undefined_reason(predicted, labels)
-    intervals = {name: interval(drawn[:, k], confidence, groups=groups) for k, name in enumerate(METRICS)}
+    metrics, intervals, reason = _scored(predicted, labels, groups, confidence)
     for kind, mapping in (mappings or {}).items():
-        mapped = mapping(predicted)
-        scores = score(mapped, labels)
-        drawn = bootstrap_linear(mapped, labels, groups, seed=seed, resamples=resamples)
-        for k, name in enumerate(("plcc", "rmse")):
-            metrics[f"{name}_{kind}"] = scores[name]
-            intervals[f"{name}_{kind}"] = interval(drawn[:, k], confidence, groups=groups)
-        reason = reason or undefined_reason(mapped, labels)
-    result: dict[str, Any] = {
+        mapped, mapped_intervals, undefined = _scored(mapping(predicted), labels, groups, confidence)
+        for name in ("plcc", "rmse"):
+            metrics[f"{name}_{kind}"] = mapped[name]
+            intervals[f"{name}_{kind}"] = mapped_intervals[name]
+        reason = reason or undefined
+    caution = few_prompts(groups)
+    return {
         "n": len(labels),
+        "prompts": group_count(groups),
         **{name: _number(value) for name, value in metrics.items()},
         "ci": intervals,
         "confidence": confidence,
-        "resamples": resamples,
+        **({} if caution is None else {"caution": caution}),
+        **({} if reason is None else {"undefined": reason}),
     }
-    return result if reason is None else {**result, "undefined": reason}
+
+
+def _scored(
+    predicted: NDArray[np.float64], labels: NDArray[np.float64], groups: NDArray[np.int64], confidence: float
+) -> tuple[dict[str, float], dict[str, list[float] | None], str | None]:
+    """The metrics, their intervals, and why correlations are not defined."""
+    metrics, count = score(predicted, labels), group_count(groups)
+    without = leave_one_out(predicted[None], labels, prompt_blocks(groups))
+    intervals: dict[str, list[float] | None] = dict.fromkeys(METRICS)
+    for k, name in enumerate(METRICS):
+        if count >= FEWEST_PROMPTS[name]:
+            side = Side(values=np.array([metrics[name]]), left_out=without[:, :, k])
+            intervals[name] = spread(side).metric_interval(metrics[name], name, confidence)
+    return metrics, intervals, undefined_reason(predicted, labels)
 
 
 def _check(predicted: NDArray[np.float64], labels: NDArray[np.float64], prompts: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""When two prompts count as the same: the one rule that splits, leak counts and bootstrap clusters share."""
+"""When two prompts count as the same: the one rule that splits, leak counts and intervals share."""
 
 from collections.abc import Sequence
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.heads.bootstrap import draw_groups, group_count, interval
 from agiqa.heads.prompts import prompt_groups
+from agiqa.heads.uncertainty import FEWEST_PROMPTS, Side, few_prompts, group_count, prompt_blocks, spread
 
 WORDS = ("bad", "poor", "fair", "good", "excellent")
 """From the lowest fifth of the MOS range to the highest."""
@@ -46,8 +46,6 @@ def score_words(
     prompts: Sequence[str] | None = None,
     *,
     mos_range: tuple[float, float] = (0.0, 5.0),
-    seed: int = 0,
-    resamples: int = 1000,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
     """How well free answers name the words of the true MOS, ready for JSON.
@@ -56,15 +54,15 @@ def score_words(
     On 0 to 5: [0, 1) bad, [1, 2) poor, [2, 3) fair, [3, 4) good, [4, 5] excellent.
 
     `{"n", "unknown", "accuracy", "rough_accuracy", "precision", "f1", "precision_weighted", "f1_weighted",
-    "ci": {metric: [low, high]}, "confusion": {true word: {answered word or "unknown": items}}, "confidence",
-    "resamples"}`.
+    "ci": {metric: [low, high]}, "confusion": {true word: {answered word or "unknown": items}}, "confidence"}`.
 
     An answer that `parse_word` cannot read is wrong, and counted in `unknown`. Precision and F1 are means over the
     words that occur among the truths or the answers: plain ("macro"), or weighted by how often each is true; a word
     that is never answered has precision 0. The paper names neither the kind of mean nor what rough accuracy is: that
     an answer counts when it is the true word or a neighbour of it is our reading.
 
-    Intervals are percentiles of a bootstrap that draws whole prompts; without `prompts` it draws single items.
+    Intervals leave out whole prompts (uncertainty.py), without `prompts` single items; null for fewer than 10 of them.
+    Below 50 `"caution"` says how many there are.
     Raises DataError without items, for unequal numbers of them, and for MOS outside `mos_range`; ConfigError for an
     empty range.
     """
@@ -80,22 +78,36 @@ def score_words(
     words = [parse_word(answer) for answer in answers]
     answered = np.array([_UNKNOWN if word is None else WORDS.index(word) for word in words])
     groups = np.arange(len(answers)) if prompts is None else prompt_groups(prompts)
-    by_group = np.zeros((group_count(groups), len(WORDS), len(WORDS) + 1))
-    np.add.at(by_group, (groups, truths, answered), 1.0)
-    table = by_group.sum(axis=0)
-    drawn = _score(np.tensordot(draw_groups(groups, seed=seed, resamples=resamples), by_group, axes=1))
+    blocks, caution = prompt_blocks(groups), few_prompts(groups, rmse=False)
+    by_block = np.zeros((group_count(blocks), len(WORDS), len(WORDS) + 1))
+    np.add.at(by_block, (blocks, truths, answered), 1.0)
+    table = by_block.sum(axis=0)
+    metrics = _score(table[None])[0]
     columns = (*WORDS, "unknown")
     return {
         "n": len(answers),
         "unknown": int((answered == _UNKNOWN).sum()),
-        **dict(zip(WORD_METRICS, _score(table[None])[0].tolist(), strict=True)),
-        "ci": {name: interval(drawn[:, k], confidence, groups=groups) for k, name in enumerate(WORD_METRICS)},
+        **dict(zip(WORD_METRICS, metrics.tolist(), strict=True)),
+        "ci": _intervals(metrics, table - by_block, group_count(groups), confidence),
         "confusion": {
             word: dict(zip(columns, row, strict=True))
             for word, row in zip(WORDS, table.astype(int).tolist(), strict=True)
         },
         "confidence": confidence,
-        "resamples": resamples,
+        **({} if caution is None else {"caution": caution}),
+    }
+
+
+def _intervals(metrics: Array, without: Array, prompts: int, confidence: float) -> dict[str, list[float] | None]:
+    """The interval of each metric (metric,) from the tables without each block; null where there are few prompts."""
+    if prompts < FEWEST_PROMPTS["srcc"]:
+        return dict.fromkeys(WORD_METRICS)
+    left_out = _score(without)
+    return {
+        name: spread(Side(values=metrics[k : k + 1], left_out=left_out[None, :, k])).share_interval(
+            float(metrics[k]), confidence
+        )
+        for k, name in enumerate(WORD_METRICS)
     }
 
 

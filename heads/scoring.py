@@ -67,7 +67,7 @@ def evaluate(
     predicted = _predict(run, source, items, device=device, batch_size=batch_size)
     mappings = _mappings(run, source, items)
     truth = convert_columns(labels, there, learned)
-    scores = scores_of_labels(source, items, truth, predicted, mappings=mappings, seed=run.train.seed)
+    scores = scores_of_labels(source, items, truth, predicted, mappings=mappings)
     told = [{**score, "logistic": fitted.record()} for score, fitted in zip(scores, mappings, strict=True)]
     for score, scale in zip(told, scales_record(names, learned).values(), strict=True):
         score |= {} if scale is None else {"mos_range": scale}
@@ -89,14 +89,13 @@ def scores_of_labels(
     predicted: NDArray[np.float64],
     *,
     mappings: Sequence[Mappings] | None,
-    seed: int,
 ) -> list[dict[str, Any]]:
     """`evaluate_scores` of each label: of its column of `labels` and `predicted` (items, labels), and its mappings."""
     prompts = [source.items.prompts[k] for k in items]
     pairs = list(zip(columns(predicted), columns(labels), strict=True))
     applied = [None] * len(pairs) if mappings is None else [each.fitted for each in mappings]
     return [
-        evaluate_scores(guesses, truth, prompts, mappings=fitted, seed=seed)
+        evaluate_scores(guesses, truth, prompts, mappings=fitted)
         for (guesses, truth), fitted in zip(pairs, applied, strict=True)
     ]
 

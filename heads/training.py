@@ -273,7 +273,7 @@ def _metrics(
     """The metrics of one part, `by_label`, with the mappings of each label; None when it has no items."""
     if not len(items):
         return None
-    scores = scores_of_labels(source, items, labels, predicted, mappings=mappings, seed=config.seed)
+    scores = scores_of_labels(source, items, labels, predicted, mappings=mappings)
     told: dict[str, Any] = by_label(config.labels, scores)
     return told
 

@@ -29,7 +29,7 @@ from agiqa.commands.common import StoreLocation, one_of, print_result, shared_op
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items at a time.")
 @shared_options
 def command(run: Path, store: str | Path, split: str, device: str, batch_size: int, *, as_json: bool) -> None:
-    """SRCC, PLCC, KRCC and RMSE of the head RUN on STORE, with prompt-clustered bootstrap intervals.
+    """SRCC, PLCC, KRCC and RMSE of the head RUN on STORE, with intervals over prompts.
 
     On the store that it was trained on, the parts are those of its training; on another store of the same model
     (or basis) they are that store's own. PLCC and RMSE are also given after the 4- and 5-parameter logistic mappings

@@ -211,11 +211,11 @@ def label_titles(labels: Sequence[str]) -> list[list[str]]:
 
 
 def scores_line(name: str, scores: dict[str, Any]) -> str:
-    """`name` with SRCC, PLCC, KRCC and RMSE and the intervals of the first two, on one line."""
+    """`name` with SRCC, PLCC, KRCC and RMSE and the intervals of the first two, on one line; last what to beware of."""
     parts = [f"{name:<10} n {scores['n']}"]
     for metric in ("srcc", "plcc", "krcc", "rmse"):
         value, interval = scores[metric], scores["ci"].get(metric)
         shown = "undefined" if value is None else f"{value:.4f}"
         around = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval and metric in ("srcc", "plcc") else ""
         parts.append(f"{metric.upper()} {shown}{around}")
-    return "  ".join(parts)
+    return "  ".join([*parts, *([f"({scores['caution']})"] if "caution" in scores else [])])

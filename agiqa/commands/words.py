@@ -32,11 +32,8 @@ class Rated(NamedTuple):
     help="quality, correspondence or authenticity.",
 )
 @click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the intervals.")
 @shared_options
-def command(
-    file: Path, labels: Path | None, aspect: str, mos_range: tuple[float, float], seed: int, *, as_json: bool
-) -> None:
+def command(file: Path, labels: Path | None, aspect: str, mos_range: tuple[float, float], *, as_json: bool) -> None:
     """Accuracy, rough accuracy, precision and F1 of the rating words in FILE, with prompt-clustered intervals.
 
     FILE is an M3-AGIQA conversation file, such as `agiqa describe` writes, whose MOS are in --labels data.csv, or a csv
@@ -57,7 +54,6 @@ def command(
         [one.mos for one in rated],
         prompts if len(prompts) == len(rated) else None,
         mos_range=mos_range,
-        seed=seed,
     )
     print_result({"file": str(file), "aspect": aspect, **scores}, _lines(scores), as_json=as_json)
 
@@ -193,7 +189,6 @@ def _labelled_rows(table: Path, mos_range: tuple[float, float]) -> "Sequence[Row
 
 def _lines(scores: Mapping[str, Any]) -> str:
     """The metrics with their intervals, for people."""
-    from agiqa.heads.bootstrap import FEWEST_GROUPS
     from agiqa.heads.rating_words import WORD_METRICS
 
     lines = [f"{'answers':<20}n {scores['n']}, of which {scores['unknown']} hold no clear word"]
@@ -201,6 +196,6 @@ def _lines(scores: Mapping[str, Any]) -> str:
         interval = scores["ci"][metric]
         around = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         lines.append(f"{metric.replace('_', ' '):<20}{scores[metric]:.4f}{around}")
-    if None in scores["ci"].values():
-        lines.append(f"no intervals: resampling prompts needs {FEWEST_GROUPS} prompts or more")
+    if "caution" in scores:
+        lines.append(f"note: {scores['caution']}")
     return "\n".join(lines)

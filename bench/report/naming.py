@@ -7,7 +7,7 @@ from typing import Any
 
 from agiqa.bench.report.reading import Results, Row
 
-METRIC_NAMES = {"srcc": "SRCC", "plcc": "PLCC"}
+METRIC_NAMES = {"srcc": "SRCC", "plcc": "PLCC", "rmse": "RMSE"}
 GENERATORS = "leave-one-generator-out"
 PROTOCOLS = {
     "published": "published split",

@@ -40,7 +40,8 @@ class Scores(_Record):
     sd: dict[str, float | None] = Field(default_factory=dict)
     ci: dict[str, Pair | None] = Field(default_factory=dict)
     confidence: float = 0.95
-    resamples: int = 1000
+    caution: str | None = None
+    """What to know of few prompts."""
     undefined: str | None = None
 
 
@@ -54,7 +55,8 @@ class Against(_Record):
     ci: dict[str, Pair | None] = Field(default_factory=dict)
     p: dict[str, float | None] = Field(default_factory=dict)
     p_holm: dict[str, float | None] = Field(default_factory=dict)
-    resamples: int = 1000
+    no_p: str | None = None
+    """Why there is no p-value."""
 
 
 class Row(_Record):
@@ -83,10 +85,15 @@ class Row(_Record):
         """The confidence interval of `value`."""
         return None if self.test is None else self.test.ci.get(metric)
 
+    def validated(self, metric: str) -> float | None:
+        """The mean of a validation metric; None where it is not known."""
+        found = (self.validation or {}).get(metric)
+        return None if found is None else found[0]
+
     def chosen_by(self) -> float:
         """The mean validation SRCC, which orders heads; -inf without one."""
-        found = (self.validation or {}).get("srcc")
-        return float("-inf") if found is None else found[0]
+        found = self.validated("srcc")
+        return float("-inf") if found is None else found
 
     @property
     def was_chosen(self) -> bool:

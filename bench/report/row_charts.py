@@ -67,8 +67,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str]) -> Pictu
         slug(results.prefix, "intervals", label, *(stores if len(stores) == 1 else ())),
         results.titled(f"test SRCC of every row, {where}"),
         alt=_told_intervals(by_protocol, titles),
-        caption="Dots: means over seeds. Whiskers: 95% intervals over prompts. Hollow, below the dots: baselines."
-        + further,
+        caption="Dots: means over seeds. Whiskers: 95% intervals. Hollow, below the dots: baselines." + further,
         height=0.75 + len(order) * (_ROW_INCHES + _DOT_INCHES * len(by_protocol)),
         is_wide=True,
         paint=paint,

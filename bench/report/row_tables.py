@@ -101,6 +101,8 @@ def _main_table(results: Results, label: str, protocol: str) -> Table:
         columns += [Column(key=metric, title=METRIC_NAMES[metric], interval=True)]
         columns += [Column(key=f"{metric}_sd", title="sd")]
     columns += [
+        Column(key="rmse", title=METRIC_NAMES["rmse"]),
+        Column(key="validation_slope", title="Slope"),
         Column(key="srcc_difference", title="Δ SRCC", kind="difference", interval=True),
         Column(key="srcc_p_holm", title="p\N{NO-BREAK SPACE}(Holm)", kind="p"),
         Column(key="plcc_difference", title="Δ PLCC", kind="difference", interval=True),
@@ -118,6 +120,7 @@ def _main_table(results: Results, label: str, protocol: str) -> Table:
         for metric in METRICS:
             sd = None if row.test is None else row.test.sd.get(metric)
             cells += [score_cell(row, metric, strong=k in bold[metric]), Cell(value=sd)]
+        cells += [Cell(value=row.value("rmse")), Cell(value=row.validated("slope"))]
         cells += [*(cell for metric in METRICS for cell in difference_cells(row, metric)), *_training(row)]
         body.append(cells)
     return Table(
@@ -143,9 +146,8 @@ def difference_cells(row: Row | None, metric: str) -> list[Cell]:
 
 
 def _training(row: Row) -> list[Cell]:
-    chosen = (row.validation or {}).get("srcc")
     runs = row.runs if row.kind == "head" else None
-    return [Cell(value=None if chosen is None else chosen[0]), Cell(value=runs), Cell(value=row.seconds)]
+    return [Cell(value=row.validated("srcc")), Cell(value=runs), Cell(value=row.seconds)]
 
 
 def _difference(row: Row, metric: str) -> float | None:
@@ -169,10 +171,11 @@ def _notes(results: Results, label: str, protocol: str) -> list[str]:
         f"{_range((row.test.n for row in rows if row.test is not None), 'test image')}.",
         *_seeds(heads),
         f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} not in these means." if failed else "",
-        "Small figures: 95% intervals; sd: over seeds; Δ: minus the reference row.",
+        "Small figures: 95% intervals; sd: over seeds; RMSE: of the test images; Slope: of a line through the MOS of "
+        "validation images over their predictions, 1 is right; Δ: minus the reference row.",
     ]
     meaning = PROTOCOL_NOTES.get(protocol)
-    found = [meaning, leak_note(results, protocol), " ".join(part for part in parts if part), _smallest_p(rows)]
+    found = [meaning, leak_note(results, protocol), " ".join(part for part in parts if part), *_cautions(rows)]
     return [note for note in found if note]
 
 
@@ -194,20 +197,17 @@ def _range(numbers: Iterable[int], noun: str) -> str:
     return plural(found[0], noun) if len(found) == 1 else f"{found[0]:,} to {plural(found[-1], noun)}"
 
 
-def _smallest_p(rows: Sequence[Row]) -> str | None:
-    """A warning where so few resamples were drawn that the correction lets no difference count."""
-    tested = [(row.reference, row.against.resamples) for row in rows if row.against and row.p("srcc") is not None]
-    for reference in dict.fromkeys(reference for reference, _ in tested):
-        drawn = [resamples for one, resamples in tested if one == reference]
-        smallest = 2.0 * len(drawn) / (min(drawn) + 1)
-        if smallest >= CONFIDENT:
-            return (
-                f"With {min(drawn):,} resamples and {len(drawn)} comparisons no corrected p can be below "
-                f"{min(1.0, smallest):.3f}: this table cannot tell any row from the reference, however different. "
-                "It takes "
-                "more resamples."
-            )
-    return None
+def _cautions(rows: Sequence[Row]) -> list[str]:
+    """What takes weight from the intervals and p-values of a table."""
+    few = dict.fromkeys(row.test.caution for row in rows if row.test is not None and row.test.caution)
+    found = [f"{text[:1].upper()}{text[1:]}." for text in few]
+    untested = [row for row in rows if row.against is not None and row.against.no_p]
+    if untested:
+        found.append(
+            f"{plural(len(untested), 'row')} {'has' if len(untested) == 1 else 'have'} no p-value, as a side of the "
+            "comparison has one seed: its interval covers other prompts, not other seeds."
+        )
+    return found
 
 
 def _optimism_table(results: Results, label: str) -> Table:

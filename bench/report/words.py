@@ -20,14 +20,15 @@ METHOD = (
     "SRCC is Spearman's rank correlation of predicted and true MOS, PLCC is Pearson's, with no mapping fitted in "
     "between. A dash is a correlation that does not exist, because all predictions are equal, or a number that was not "
     "recorded.",
-    "Intervals are 95% percentiles of a bootstrap that draws whole prompts, since images of one prompt are not "
-    "independent. All seeds share the draws. An interval tells how much other prompts would have changed the number; "
-    "sd tells how much other seeds would. Neither intervals nor p-values cover other seeds: with one seed, a "
-    "difference that the test finds may be one between two trainings.",
-    "Δ is a row minus the reference row of its table, scored on the same draws (a paired bootstrap). Its p is "
-    "two-sided: twice the share of draws on the other side of zero, counted with one draw more. Holm's correction "
-    "covers, for each metric, all heads and baselines that are compared with one reference: the chance that any of "
-    f"them is told from it by luck stays at about {CONFIDENT}. Stores of other items have a reference of their own.",
+    "Intervals cover 95%. They are about other prompts and other seeds: images of one prompt are not independent, so "
+    "whole prompts are left out one by one (a jackknife), and the variance over seeds is added. With one seed they are "
+    "about prompts alone. Quantiles are those of Student's t; correlations have their interval on Fisher's z scale. "
+    "There is no interval for fewer than 10 prompts (RMSE: 20).",
+    "Δ is a row minus the reference row of its table, on the same items. Its two-sided p asks whether a training with "
+    "other seeds, on other prompts, would differ too; it is that of a t-test with the same variances. With one seed "
+    "there is none. Holm's correction covers, for each metric, all heads and baselines that are compared with one "
+    f"reference: the chance that any of them is told from it by luck stays at about {CONFIDENT}. Stores of other items "
+    "have a reference of their own.",
     "The reference row has the best mean validation SRCC. Epochs, too, are chosen by validation items. Test "
     "items take part in no choice, and the order of the rows is that of validation.",
     "Baselines are tested on the same items as the heads of their table, and fitted on all others that heads have, "
@@ -133,8 +134,8 @@ def limits(results: Sequence[Results]) -> list[str]:
             "order heads otherwise."
         )
     found.append(
-        "Intervals and p-values are about the prompts of these data sets. They do not cover another data set or "
-        "another split of it."
+        "Intervals and p-values are about prompts and seeds like these. They do not cover another data set or another "
+        "split of it."
     )
     return list(dict.fromkeys(found))
 

@@ -8,7 +8,6 @@ import yaml
 
 from agiqa.bench.predictions import write_predictions
 from agiqa.bench.result_folders import ABOUT, RESULTS
-from agiqa.bench.rows import RESAMPLES
 from agiqa.bench.transfer_plan import plan_transfer, read_transfer_settings
 from agiqa.bench.transfer_results import TransferResults, rows_of
 from agiqa.errors import DataError
@@ -66,9 +65,7 @@ def test_rows_have_the_scores_and_differences_of_their_predictions(tmp_path, pla
     assert len(rows) == 2 * 2 * (3 + 2 * 2)
     for row in rows:
         column = LABELS.index(row["label"])
-        assert row["test"] == seeds_score(
-            of_row(plan, row["row"], column), MOS[:, column], PROMPTS, resamples=RESAMPLES
-        )
+        assert row["test"] == seeds_score(of_row(plan, row["row"], column), MOS[:, column], PROMPTS)
         other = {"tp": "apply", "warm": "fresh"}.get(row["settings"]["way"])
         assert (row["against"] is None) == (other is None)
         if other is not None:
@@ -77,7 +74,6 @@ def test_rows_have_the_scores_and_differences_of_their_predictions(tmp_path, pla
                 *(of_row(plan, name, column) for name in (row["row"], reference)),
                 MOS[:, column],
                 PROMPTS,
-                resamples=RESAMPLES,
             )
             assert row["against"] == {"row": reference, **expected, "p_holm": row["against"]["p_holm"]}
     for label in LABELS:
@@ -88,7 +84,8 @@ def test_rows_have_the_scores_and_differences_of_their_predictions(tmp_path, pla
 def test_only_heads_with_validation_items_tell_of_them(tmp_path, plan, results):
     rows = rows_of(plan, results, tmp_path, protocol="published", label="beauty+quality")
     assert {row["settings"]["way"] for row in rows if row["validation"]} == {"within"}
-    assert rows[0]["validation"] == {"srcc": [0.005, pytest.approx(np.std([0, 0.01], ddof=1))], "plcc": [0.5, 0.0]}
+    assert rows[0]["validation"]["srcc"] == [0.005, pytest.approx(np.std([0, 0.01], ddof=1))]
+    assert rows[0]["validation"]["plcc"] == [0.5, 0.0]
 
 
 def test_seeds_that_failed_are_counted_and_left_out(tmp_path, plan, results):

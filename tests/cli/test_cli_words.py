@@ -106,7 +106,7 @@ def test_too_few_prompts_have_no_intervals_and_say_so(agiqa, tmp_path):
     shown = agiqa("words", table)
     assert shown.code == 0, shown.err
     assert "accuracy            0.5000\n" in shown.out
-    assert "no intervals: resampling prompts needs 5 prompts or more" in shown.out
+    assert "prompts only: an interval needs 10" in shown.out
     assert set(agiqa("words", table, "--json").json["ci"].values()) == {None}
 
 

@@ -1,4 +1,4 @@
-"""Means over seeds and paired differences, against resamples that are really drawn and scored with scipy."""
+"""Means over seeds and paired differences, against scipy on the items of all prompts but one."""
 
 import json
 
@@ -10,12 +10,9 @@ from scipy import stats
 
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads import holm, paired, seeds_score
-from agiqa.heads.bootstrap import draw_groups
 from agiqa.heads.comparing import SeedScores
-from agiqa.heads.metrics import METRICS, evaluate_scores
-from agiqa.heads.prompts import prompt_groups
-
-RESAMPLES = 60
+from agiqa.heads.metrics import evaluate_scores
+from agiqa.heads.uncertainty import METRICS
 
 
 def example(items=80, prompts=25, seeds=3, seed=0, error=0.6):
@@ -36,61 +33,74 @@ def explicit(predicted, labels):
     ]
 
 
-def resampled(predicted, labels, prompts, *, seed):
-    """(resamples, 4): the items of the drawn prompts repeated as often as drawn, scored per seed, the seeds averaged."""
-    groups = prompt_groups(prompts)
-    rows = []
-    for times in draw_groups(groups, seed=seed, resamples=RESAMPLES).astype(int):
-        items = np.repeat(np.arange(len(labels)), times[groups])
-        rows.append(np.mean([explicit(one[items], labels[items]) for one in predicted], axis=0))
-    return np.array(rows)
+def without_prompts(predicted, labels, prompts):
+    """(prompts, metrics): the means over seeds of what scipy says of the items of all other prompts."""
+    names = np.array(prompts)
+    return np.array(
+        [
+            np.mean([explicit(one[names != name], labels[names != name]) for one in predicted], axis=0)
+            for name in sorted(set(prompts))
+        ]
+    )
 
 
-def percentiles(drawn):
-    return {name: pytest.approx(np.quantile(drawn[:, k], [0.025, 0.975])) for k, name in enumerate(METRICS)}
+def jackknife(left_out):
+    return (len(left_out) - 1) / len(left_out) * np.square(left_out - left_out.mean(axis=0)).sum(axis=0)
 
 
-@pytest.mark.parametrize("seed", [0, 7])
-def test_scores_are_those_of_resamples_that_are_really_drawn(seed):
-    predicted, labels, prompts = example(seed=seed)
-    found = seeds_score(predicted, labels, prompts, seed=seed, resamples=RESAMPLES)
+def test_scores_are_means_over_seeds_of_those_of_scipy():
+    predicted, labels, prompts = example()
+    found = seeds_score(predicted, labels, prompts)
     each = np.array([explicit(one, labels) for one in predicted])
     assert [found[name] for name in METRICS] == pytest.approx(each.mean(axis=0))
     assert [found["sd"][name] for name in METRICS] == pytest.approx(each.std(axis=0, ddof=1))
-    assert found["ci"] == percentiles(resampled(predicted, labels, prompts, seed=seed))
-    assert (found["n"], found["seeds"], found["resamples"], found["confidence"]) == (80, 3, RESAMPLES, 0.95)
+    assert (found["n"], found["seeds"], found["confidence"]) == (80, 3, 0.95)
+    assert (found["prompts"], found["covers"]) == (len(set(prompts)), "prompts and seeds")
+    assert all(low < found[name] < high for name, (low, high) in found["ci"].items())
     assert "undefined" not in found
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_a_paired_difference_is_that_of_the_same_resamples():
-    predicted, labels, prompts = example()
-    other = example(error=0.7, seeds=2)[0]
-    found = paired(predicted, other, labels, prompts, seed=3, resamples=RESAMPLES)
-    means = [np.mean([explicit(one, labels) for one in side], axis=0) for side in (predicted, other)]
-    drawn = [resampled(side, labels, prompts, seed=3) for side in (predicted, other)]
-    assert [found["difference"][name] for name in METRICS] == pytest.approx(means[0] - means[1])
-    assert found["ci"] == percentiles(drawn[0] - drawn[1])
+def test_a_difference_of_closed_forms_is_tested_over_prompts_that_are_left_out():
+    predicted, labels, prompts = example(seeds=2)
+    a, b = predicted[:1], predicted[1:]
+    found = paired(a, b, labels, prompts, seedless=(True, True), confidence=0.9)
+    left_out = without_prompts(a, labels, prompts) - without_prompts(b, labels, prompts)
+    difference = np.subtract(explicit(a[0], labels), explicit(b[0], labels))
+    error, dof = np.sqrt(jackknife(left_out)), len(set(prompts)) - 1
+    assert [found["difference"][name] for name in METRICS] == pytest.approx(difference)
+    assert [found["p"][name] for name in METRICS] == pytest.approx(2 * stats.t.sf(np.abs(difference) / error, dof))
     for k, name in enumerate(METRICS):
-        below, above = ((drawn[0] - drawn[1])[:, k] <= 0).sum(), ((drawn[0] - drawn[1])[:, k] >= 0).sum()
-        assert found["p"][name] == pytest.approx(min(1.0, 2 * (min(below, above) + 1) / (RESAMPLES + 1)))
-    assert (found["n"], found["seeds"], found["resamples"]) == (80, [3, 2], RESAMPLES)
+        assert found["ci"][name] == pytest.approx(stats.t.interval(0.9, dof, difference[k], error[k]))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_seeds_add_to_the_error_of_a_difference():
+    predicted, labels, prompts = example(items=300, prompts=100, seeds=6)
+    levels = np.array([[-2.0], [0.0], [2.0]])
+    a, b = predicted[:3], predicted[3:]
+    low, high = paired(a + levels, b, labels, prompts)["ci"]["rmse"]
+    of_seeds = [explicit(one, labels)[3] for one in a + levels]
+    welch = stats.ttest_ind(of_seeds, [explicit(one, labels)[3] for one in b], equal_var=False)
+    assert [low, high] == pytest.approx(list(welch.confidence_interval()), rel=0.1)
+    calm = paired(a, b, labels, prompts)["ci"]["rmse"]
+    assert high - low > 10 * (calm[1] - calm[0])
 
 
 def test_one_seed_has_the_numbers_of_a_single_evaluation():
     predicted, labels, prompts = example(seeds=1)
-    found = seeds_score(predicted, labels, prompts, seed=4, resamples=RESAMPLES, confidence=0.8)
-    alone = evaluate_scores(predicted[0], labels, prompts, seed=4, resamples=RESAMPLES, confidence=0.8)
+    found = seeds_score(predicted, labels, prompts, confidence=0.8)
+    alone = evaluate_scores(predicted[0], labels, prompts, confidence=0.8)
     assert {name: found[name] for name in alone} == alone
     assert found["sd"] == dict.fromkeys(METRICS)
+    assert found["covers"] == "prompts"
 
 
 def test_swapping_the_sides_turns_the_difference_round():
     predicted, labels, prompts = example()
     other = example(error=0.7)[0]
-    one, back = (paired(*sides, labels, prompts, resamples=200) for sides in ((predicted, other), (other, predicted)))
-    assert one["p"] == back["p"]
+    one, back = (paired(*sides, labels, prompts) for sides in ((predicted, other), (other, predicted)))
+    assert one["p"] == pytest.approx(back["p"])
     for name in METRICS:
         assert one["difference"][name] == -back["difference"][name]
         assert one["ci"][name] == pytest.approx([-end for end in back["ci"][name]][::-1])
@@ -98,49 +108,46 @@ def test_swapping_the_sides_turns_the_difference_round():
 
 def test_a_head_does_not_differ_from_itself_and_a_far_better_one_does():
     predicted, labels, prompts = example(items=200, prompts=60)
-    same = paired(predicted, predicted[::-1], labels, prompts, resamples=200)
-    assert same["p"] == dict.fromkeys(METRICS, 1.0)
-    assert same["ci"] == dict.fromkeys(METRICS, pytest.approx([0.0, 0.0]))
+    same = paired(predicted, predicted[::-1], labels, prompts)
+    assert same["p"] == pytest.approx(dict.fromkeys(METRICS, 1.0))
     worse = example(items=200, prompts=60, error=4.0)[0]
-    better = paired(predicted, worse, labels, prompts, resamples=200)
-    assert better["p"] == dict.fromkeys(METRICS, 2 / 201)
+    better = paired(predicted, worse, labels, prompts)
+    assert all(p < 1e-3 for p in better["p"].values())
     assert better["ci"]["srcc"][0] > 0 > better["ci"]["rmse"][1]
-
-
-def test_no_difference_is_called_one_about_as_rarely_as_it_says():
-    """Two predictors of equal error on fresh items: p under .1 in about a tenth of them."""
-    rejected = 0
-    for seed in range(150):
-        predicted, labels, prompts = example(items=90, prompts=30, seeds=2, seed=seed)
-        rejected += paired(predicted[:1], predicted[1:], labels, prompts, resamples=150)["p"]["plcc"] <= 0.1
-    assert 5 <= rejected <= 25
 
 
 def test_what_is_kept_of_a_head_compares_it_with_many():
     predicted, labels, prompts = example()
     other = example(error=0.7)[0]
-    a, b = (SeedScores.of(side, labels, prompts, resamples=RESAMPLES) for side in (predicted, other))
-    assert a.against(b) == paired(predicted, other, labels, prompts, resamples=RESAMPLES)
-    assert a.score() == seeds_score(predicted, labels, prompts, resamples=RESAMPLES)
-    with pytest.raises(ConfigError, match="60 of seed 0 and 60 of seed 1"):
-        a.against(SeedScores.of(other, labels, prompts, seed=1, resamples=RESAMPLES))
+    a, b = (SeedScores.of(side, labels, prompts) for side in (predicted, other))
+    assert a.against(b) == paired(predicted, other, labels, prompts)
+    assert a.score() == seeds_score(predicted, labels, prompts)
     with pytest.raises(DataError, match="on the same items only"):
-        a.against(SeedScores.of(other, labels[::-1].copy(), prompts, resamples=RESAMPLES))
+        a.against(SeedScores.of(other, labels[::-1].copy(), prompts))
     with pytest.raises(DataError, match="on the same items only"):
-        a.against(SeedScores.of(other, labels, prompts[::-1], resamples=RESAMPLES))
+        a.against(SeedScores.of(other, labels, prompts[::-1]))
 
 
 def test_correlations_that_are_not_defined_are_null_and_said():
     predicted, labels, prompts = example()
     predicted[1] = 2.0
-    found = seeds_score(predicted, labels, prompts, resamples=RESAMPLES)
+    found = seeds_score(predicted, labels, prompts)
     assert (found["srcc"], found["plcc"], found["krcc"], found["ci"]["srcc"], found["sd"]["srcc"]) == (None,) * 5
     assert found["rmse"] > 0
     assert found["undefined"] == "all predictions are equal"
-    against = paired(predicted, predicted[:1], labels, prompts, resamples=RESAMPLES)
+    against = paired(predicted, predicted[:2], labels, prompts)
     assert (against["difference"]["srcc"], against["p"]["srcc"], against["ci"]["srcc"]) == (None, None, None)
     assert against["p"]["rmse"] is not None
     assert against["undefined"] == "all predictions are equal"
+
+
+@pytest.mark.parametrize("prompts", [5, 9])
+def test_a_handful_of_prompts_is_not_tested(prompts):
+    predicted, labels, _ = example(seeds=4)
+    found = paired(predicted[:2], predicted[2:], labels, [str(k % prompts) for k in range(80)])
+    assert found["p"] == found["ci"] == dict.fromkeys(METRICS)
+    assert found["caution"] == f"{prompts} prompts only: an interval needs 10"
+    assert found["difference"]["srcc"] is not None
 
 
 def test_what_cannot_be_scored_is_told():

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from agiqa.heads.bootstrap import bootstrap_linear, bootstrap_metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads import HeadConfig, TrainConfig, evaluate, load_run, predict, train_head
-from agiqa.heads.bootstrap import bootstrap_linear, bootstrap_metrics
 from agiqa.heads.logistic import LogisticMap, Mappings, fit_logistic, fit_mappings
 from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.prompts import prompt_groups

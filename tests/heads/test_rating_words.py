@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, precision_score
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.heads.prompts import prompt_groups
 from agiqa.heads.rating_words import WORD_METRICS, WORDS, parse_word, score_words
 
 RANGES = st.sampled_from([(0.0, 5.0), (1.0, 5.0), (0.0, 100.0), (0.0, 1.0), (-3.0, 7.0)])
@@ -31,7 +31,7 @@ def opinion(truth, answered):
 
 def word_of(mos, mos_range=(0.0, 5.0)):
     """The word that `score_words` takes a MOS for: the row of its confusion that has the item."""
-    confusion = score_words(["?"], [mos], mos_range=mos_range, resamples=1)["confusion"]
+    confusion = score_words(["?"], [mos], mos_range=mos_range)["confusion"]
     return next(word for word, row in confusion.items() if any(row.values()))
 
 
@@ -108,7 +108,7 @@ def test_metrics_are_scikit_learns(pairs, mos_range):
     low, high = mos_range
     mos = [min(high, low + share * (high - low)) for share, _ in pairs]
     answers = [answer for _, answer in pairs]
-    result = score_words(answers, mos, mos_range=mos_range, resamples=5)
+    result = score_words(answers, mos, mos_range=mos_range)
     truth = [word_of(value, mos_range) for value in mos]
     assert [result[name] for name in WORD_METRICS] == pytest.approx(opinion(truth, answers), abs=1e-12)
     assert result["n"] == len(pairs)
@@ -116,25 +116,34 @@ def test_metrics_are_scikit_learns(pairs, mos_range):
     assert sum(sum(row.values()) for row in result["confusion"].values()) == len(pairs)
 
 
-def test_intervals_draw_whole_prompts():
+def test_intervals_are_wilsons_for_so_many_independent_answers_as_prompts_are_worth():
     random = np.random.default_rng(0)
     mos = random.uniform(0, 5, 60)
     answers = [str(random.choice([*WORDS, "?"])) if random.uniform() < 0.4 else word_of(value) for value in mos]
     prompts = [f"prompt {k % 12}" for k in range(60)]
-    result = score_words(answers, mos, prompts, seed=5, resamples=40)
-    groups = prompt_groups(prompts)
-    drawn = np.random.default_rng(5).multinomial(12, np.full(12, 1 / 12), size=40)
-    rows = []
-    for counts in drawn:
-        items = np.repeat(np.arange(60), counts[groups])
-        rows.append(opinion([word_of(mos[k]) for k in items], [answers[k] for k in items]))
-    expected = np.quantile(rows, [0.025, 0.975], axis=0)
-    for k, name in enumerate(WORD_METRICS):
-        assert result["ci"][name] == pytest.approx(expected[:, k], abs=1e-12)
-    assert result == score_words(answers, mos, prompts, seed=5, resamples=40)
-    alone = score_words(answers, mos, seed=5, resamples=40)
-    assert alone["accuracy"] == result["accuracy"]
-    assert alone["ci"] == score_words(answers, mos, [f"{k:02d}" for k in range(60)], seed=5, resamples=40)["ci"]
+    result = score_words(answers, mos, prompts)
+    without = []
+    for left_out in range(12):
+        kept = [k for k in range(60) if k % 12 != left_out]
+        without.append(opinion([word_of(mos[k]) for k in kept], [answers[k] for k in kept]))
+    variances = 11 / 12 * np.square(without - np.mean(without, axis=0)).sum(axis=0)
+    quantile = stats.t.ppf(0.975, 11)
+    for name, variance in zip(WORD_METRICS, variances, strict=True):
+        share = result[name]
+        worth = share * (1 - share) / variance
+        for end in result["ci"][name]:
+            assert abs(end - share) == pytest.approx(quantile * np.sqrt(end * (1 - end) / worth), abs=1e-9)
+    assert "12 prompts only" in result["caution"]
+    alone = score_words(answers, mos)
+    assert alone["ci"] == score_words(answers, mos, [f"{k:02d}" for k in range(60)])["ci"]
+    assert score_words(answers, mos, ["one prompt"] * 60)["ci"] == dict.fromkeys(WORD_METRICS)
+
+
+def test_words_that_are_all_right_are_not_certain_to_stay_so():
+    mos = np.linspace(0, 5, 30)
+    result = score_words([word_of(value) for value in mos], mos)
+    low, high = result["ci"]["accuracy"]
+    assert (low, high) == (pytest.approx(30 / (30 + stats.t.ppf(0.975, 29) ** 2)), pytest.approx(1.0))
 
 
 def test_what_cannot_be_scored_is_refused():

@@ -10,11 +10,10 @@ import numpy as np
 
 from agiqa.heads import HeadConfig, TrainConfig, train_head
 from agiqa.heads.comparing import SeedScores, holm
-from agiqa.heads.metrics import METRICS
 from agiqa.heads.splits import make_partition
+from agiqa.heads.uncertainty import METRICS
 
 FOLDS = 2
-RESAMPLES = 400
 Line = dict[str, Any]
 Predictions = dict[tuple[str, str], tuple[float, float]]
 """True and predicted MOS by name and prompt."""
@@ -184,7 +183,8 @@ class Row:
             names = list(tests[0])
             true = np.array([tests[0][name][0] for name in names])
             predicted = np.array([[test[name][1] for name in names] for test in tests])
-            self.scores = SeedScores.of(predicted, true, [prompt for _, prompt in names], resamples=RESAMPLES)
+            seedless = line["kind"] == "baseline"
+            self.scores = SeedScores.of(predicted, true, [prompt for _, prompt in names], seedless=seedless)
             self.line["test"] = self.scores.score()
 
 

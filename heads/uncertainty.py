@@ -1,0 +1,234 @@
+"""How far a metric may be off: standard errors over prompts and training seeds, intervals, and p-values.
+
+Images of one prompt are not independent, so the error over items is that of a jackknife which leaves out whole prompts
+(Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11). Heads of other seeds differ too, so the
+error of a head that was trained with several seeds has three parts, as prompts and seeds are crossed (Cameron, Gelbach
+and Miller, J. of Business & Economic Statistics 29, 2011):
+
+    prompts: jackknife of the mean over seeds
+    + seeds: variance over seeds of the metric of all items, by the number of seeds
+    - both: jackknife of what sets a seed apart from the mean, which the two above count twice
+
+Quantiles are those of Student's t, whose degrees of freedom come from the parts (Satterthwaite, Biometrics Bulletin 2,
+1946). `python -m agiqa.bench.inference` measures what intervals cover and how often p-values err; LOG.md has the
+figures, also those of the percentile bootstrap, which is wrong in both for few prompts or seeds.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy import stats
+
+METRICS = ("srcc", "plcc", "krcc", "rmse")
+FEWEST_PROMPTS = {"srcc": 10, "plcc": 10, "krcc": 10, "rmse": 20}
+"""With fewer prompts an interval at 95 % covers less than 93 %, so there is none."""
+FEW_PROMPTS = 50
+"""With fewer prompts a reader is told how many there are."""
+_MOST_BLOCKS = 1000
+_PAIRS_AT_ONCE = 1_000_000
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """The variance of an estimate, NaN where it is not known, and the degrees of freedom that it was estimated with."""
+
+    variance: float
+    dof: float
+
+    def interval(self, estimate: float, confidence: float) -> list[float] | None:
+        """The symmetric interval around `estimate`; None where one of the two is not known."""
+        if not math.isfinite(estimate + self.variance):
+            return None
+        reach = self._quantile(confidence) * math.sqrt(self.variance)
+        return [estimate - reach, estimate + reach]
+
+    def metric_interval(self, estimate: float, metric: str, confidence: float) -> list[float] | None:
+        """The interval of a metric: of a correlation on Fisher's z scale, of RMSE on the scale of 1 / RMSE.
+
+        There the estimates are nearer to a normal distribution; the standard error is carried over by the slope.
+        """
+        if not math.isfinite(estimate + self.variance):
+            return None
+        if self.variance == 0.0:
+            return [estimate, estimate]
+        reach = self._quantile(confidence) * math.sqrt(self.variance)
+        if metric == "rmse":
+            share = reach / estimate
+            return [estimate / (1.0 + share), estimate / (1.0 - share)] if share < 1.0 else None
+        centre, reach = math.atanh(estimate), reach / (1.0 - estimate**2)
+        return [math.tanh(centre - reach), math.tanh(centre + reach)]
+
+    def share_interval(self, estimate: float, confidence: float) -> list[float] | None:
+        """The interval of a share from 0 to 1, Wilson's (J. of the American Statistical Association 22, 1927).
+
+        Its number of items is that of independent ones with this variance (Korn and Graubard, Survey Methodology 24,
+        1998); where all or none count, that of the blocks.
+        """
+        if not math.isfinite(estimate + self.variance):
+            return None
+        items = estimate * (1.0 - estimate) / self.variance if self.variance > 0.0 else self.dof + 1.0
+        squared = self._quantile(confidence) ** 2 / items
+        centre = (estimate + squared / 2.0) / (1.0 + squared)
+        reach = math.sqrt(squared * (estimate * (1.0 - estimate) + squared / 4.0)) / (1.0 + squared)
+        return [max(0.0, centre - reach), min(1.0, centre + reach)]
+
+    def p_value(self, difference: float) -> float | None:
+        """Two-sided p of no difference; None where one of the two is not known."""
+        if not math.isfinite(difference + self.variance):
+            return None
+        if self.variance == 0.0:
+            return 1.0 if difference == 0.0 else 0.0
+        return float(2.0 * stats.t.sf(abs(difference) / math.sqrt(self.variance), self.dof))
+
+    def _quantile(self, confidence: float) -> float:
+        return float(stats.t.ppf(0.5 + confidence / 2.0, self.dof))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One metric of one head: its seeds, and each of them without each block of prompts."""
+
+    values: Float[np.ndarray, " seed"]
+    left_out: Float[np.ndarray, "seed block"]
+
+    @property
+    def seeds(self) -> int:
+        return len(self.values)
+
+
+def spread(*sides: Side) -> Spread:
+    """Of the mean over seeds of one side, or of the difference of two sides on the same prompts.
+
+    A side of one seed adds nothing for seeds: either it has none, or nobody knows. NaN where a metric is not defined
+    without some block.
+    """
+    means = sides[0].left_out.mean(axis=0) - (sides[1].left_out.mean(axis=0) if len(sides) > 1 else 0.0)
+    parts = [(_jackknife(means), len(means) - 1)]
+    both = 0.0
+    for side in sides:
+        if side.seeds > 1:
+            parts.append((float(side.values.var(ddof=1)) / side.seeds, side.seeds - 1))
+            apart = side.left_out - side.left_out.mean(axis=0)
+            both += sum(_jackknife(row) for row in apart) / (side.seeds - 1) / side.seeds
+    prompts, seeds = parts[0][0], sum(variance for variance, _ in parts[1:])
+    total = max(prompts + seeds - both, prompts, seeds)
+    if not total > 0.0:
+        return Spread(variance=total, dof=float(len(means) - 1))
+    doubt = sum(variance**2 / dof for variance, dof in parts)
+    return Spread(variance=total, dof=max(1.0, total**2 / doubt))
+
+
+def _jackknife(left_out: Array) -> float:
+    """The jackknife's variance of an estimate from its values without each block (blocks,)."""
+    blocks = len(left_out)
+    return float((blocks - 1) / blocks * np.square(left_out - left_out.mean()).sum())
+
+
+def prompt_blocks(groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The block of each item (items,) that is left out together: its prompt, or of many prompts one of 1,000 parts.
+
+    `groups` numbers the prompt of each item from 0, without gaps.
+    """
+    return groups % _MOST_BLOCKS
+
+
+def group_count(groups: NDArray[np.int64]) -> int:
+    """How many groups there are; `groups` numbers the group of each of one or more items from 0, without gaps."""
+    return int(groups.max()) + 1
+
+
+def few_prompts(groups: NDArray[np.int64], *, rmse: bool = True) -> str | None:
+    """What a reader must know where there are fewer than `FEW_PROMPTS` prompts, else None; `rmse`: it is a metric."""
+    count, least = group_count(groups), FEWEST_PROMPTS["srcc"]
+    if count >= FEW_PROMPTS:
+        return None
+    if count < least:
+        return f"{count} prompts only: an interval needs {least}"
+    of_rmse = rmse and count < FEWEST_PROMPTS["rmse"]
+    told = f", and that of RMSE needs {FEWEST_PROMPTS['rmse']}" if of_rmse else ""
+    return f"{count} prompts only: intervals are wide and rough{told}"
+
+
+def leave_one_out(
+    predicted: Float[np.ndarray, "seed item"], labels: Float[np.ndarray, " item"], blocks: NDArray[np.int64]
+) -> Float[np.ndarray, "seed block metric"]:
+    """The four METRICS of the items outside of each block; NaN where a correlation is not defined there.
+
+    Of a single block, outside of which there is nothing, all are NaN. Takes the time of items squared, and the memory
+    of items times blocks.
+    """
+    count = group_count(blocks)
+    if count == 1:
+        return np.full((len(predicted), 1, len(METRICS)), np.nan)
+    order = np.argsort(blocks, kind="stable")
+    starts = np.flatnonzero(np.diff(blocks[order], prepend=-1))
+    truth, block = labels[order], blocks[order]
+    found = np.empty((len(predicted), count, len(METRICS)))
+    for result, row in zip(found, predicted[:, order], strict=True):
+        spearman, kendall = _rank_correlations(row, truth, block, starts)
+        result[:, 0], result[:, 2] = spearman, kendall
+        pearson, result[:, 3] = _linear(row, truth, starts)
+        result[:, 1] = np.where(np.isnan(spearman), np.nan, pearson)
+    return found
+
+
+def _rank_correlations(a: Array, b: Array, block: NDArray[np.int64], starts: NDArray[np.intp]) -> tuple[Array, Array]:
+    """Spearman's and Kendall's (tau-b) correlation without each block, of items sorted by block.
+
+    Both come from the signs of differences: their sum over all other items is twice an item's centred rank.
+    """
+    above_a, above_b = np.empty((len(a), len(starts))), np.empty((len(a), len(starts)))
+    touching = np.empty((3, len(a)))
+    rows = max(1, _PAIRS_AT_ONCE // len(a))
+    for start in range(0, len(a), rows):
+        part = slice(start, start + rows)
+        sign_a, sign_b = np.sign(a[part, None] - a), np.sign(b[part, None] - b)
+        above_a[part] = np.add.reduceat(sign_a, starts, axis=1)
+        above_b[part] = np.add.reduceat(sign_b, starts, axis=1)
+        touching[:, part] = _sums(sign_a, sign_b, axis=1)
+    outside = block[:, None] != np.arange(len(starts))
+    rank_a, rank_b = ((above.sum(axis=1, keepdims=True) - above) * outside for above in (above_a, above_b))
+    products = [(one * other).sum(axis=0) for one, other in ((rank_a, rank_b), (rank_a, rank_a), (rank_b, rank_b))]
+    inside = np.stack([_inside(a[block == k], b[block == k]) for k in range(len(starts))], axis=1)
+    pairs = touching.sum(axis=1, keepdims=True) - 2.0 * np.add.reduceat(touching, starts, axis=1) + inside
+    return _ratio(*products), _ratio(*pairs)
+
+
+def _sums(sign_a: Array, sign_b: Array, axis: int | None) -> Array:
+    """Kendall's three sums over pairs: sign(a) sign(b), |sign(a)|, |sign(b)|."""
+    return np.stack([each.sum(axis=axis) for each in (sign_a * sign_b, np.abs(sign_a), np.abs(sign_b))])
+
+
+def _inside(a: Array, b: Array) -> Array:
+    """`_sums` over all pairs of these items."""
+    return _sums(np.sign(a[:, None] - a), np.sign(b[:, None] - b), axis=None)
+
+
+def _linear(a: Array, b: Array, starts: NDArray[np.intp]) -> tuple[Array, Array]:
+    """Pearson's correlation and RMSE without each block, of items sorted by block; no correlation of constants."""
+    error = np.square(a - b)
+    a, b = ((values - values.mean()) / (np.ptp(values) or 1.0) for values in (a, b))
+    columns = np.stack([np.ones_like(a), a, b, a * b, a * a, b * b, error])
+    left = columns.sum(axis=1, keepdims=True) - np.add.reduceat(columns, starts, axis=1)
+    items, sum_a, sum_b, ab, aa, bb, errors = left
+    ab, aa, bb = ab - sum_a * sum_b / items, aa - sum_a * sum_a / items, bb - sum_b * sum_b / items
+    return _ratio(ab, aa, bb), np.sqrt(np.maximum(errors, 0.0) / items)
+
+
+def _ratio(ab: Array, aa: Array, bb: Array) -> Array:
+    """ab / sqrt(aa bb), NaN where either is not positive."""
+    defined = (aa > 0.0) & (bb > 0.0)
+    found = np.full(len(ab), np.nan)
+    found[defined] = np.clip(ab[defined] / np.sqrt(aa[defined] * bb[defined]), -1.0, 1.0)
+    return found
+
+
+def numbers(values: Sequence[float] | Array) -> dict[str, float | None]:
+    """The values by metric, None for NaN, which JSON has no word for."""
+    return {name: None if math.isnan(value) else float(value) for name, value in zip(METRICS, values, strict=True)}
