@@ -148,9 +148,13 @@ def _chosen(row: Row, titles: dict[str, str]) -> str:
 
 def _rivals(rows: Sequence[Row]) -> str | None:
     """How many of the heads that are compared with the chosen one the paired test tells from it."""
-    tested = [p for row in rows if row.kind == "head" and (p := row.p("srcc")) is not None]
+    heads = [row for row in rows if row.kind == "head"]
+    tested = [p for row in heads if (p := row.p("srcc")) is not None]
+    untested = sum(row.against is not None and row.against.no_p is not None for row in heads)
     if not tested:
-        return None
+        was = "was" if untested == 1 else "were"
+        told = f"{plural(untested, 'other head')} {was} not tested: it takes two seeds or more."
+        return told if untested else None
     alike = sum(p >= CONFIDENT for p in tested)
     if alike == len(tested):
         return f"The paired test tells none of the {plural(len(tested), 'other head')} from it."

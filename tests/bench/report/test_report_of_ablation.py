@@ -95,7 +95,11 @@ def test_a_head_on_another_store_is_a_rival(out):
     (found,) = read_all([out])
     told = findings(found)
     assert len(told) == 3
-    assert all("1 other head from it" in sentence for sentence in told)
+    tested = {
+        label: "1 other head from it" in sentence for (_, label), sentence in zip(found.groups(), told, strict=True)
+    }
+    assert tested == {"published": True, "grouped": False, "leave-one-generator-out": True}
+    assert sum("1 other head was not tested: it takes two seeds or more" in sentence for sentence in told) == 1
 
 
 def test_prompts_that_leak_are_counted_over_all_held_out_generators(out):
