@@ -54,6 +54,9 @@ class HeadConfig(_Settings):
     """Heads of every block of `xlstm` and every layer of `transformer`; must divide the width."""
     layers: int = Field(default=1, ge=1)
     """Layers of `lstm`, `gru`, `mamba2` and `transformer`."""
+    residual: bool = True
+    """Whether each layer of `lstm` and `gru` has a LayerNorm before it and a residual around it, with a norm at the
+    end. False is the plain stack of the published code."""
     state_size: int = Field(default=16, ge=1)
     """Rows of the state of `mamba2` (N of its paper), per channel; 16 is the published setting."""
     bidirectional: bool = False

@@ -4,8 +4,10 @@ A preset stands between the defaults and what a file or an option says.
 
 `paper` is Section III of the paper (arXiv 2502.15167), controlled: around every encoder the same vocabulary
 projection, width 512, mean pooling, regressor 512-128-1, MSE and AdamW, so that a row of Table IV differs from the
-next by its encoder alone. Each has four layers, as many as the xLSTM has blocks, and reads forwards. The training is
-that of this project (`TrainConfig`), with the features standardised: at the paper's own learning rate of 1e-5 the
+next by its encoder alone. Each has four layers, as many as the xLSTM has blocks, and reads forwards. Those of `lstm`
+and `gru` have a LayerNorm before them and a residual around them, as the layers of the other encoders have: plain ones,
+as the paper's code stacks them, begin with nearly the same pooled vector for every item. The training is that of this
+project (`TrainConfig`), with the features standardised: at the paper's own learning rate of 1e-5 the
 head needs one step per image.
 
 `published` has the sizes and the training of the released code, encoder by encoder: one image per step, a constant
@@ -27,6 +29,7 @@ xlstm
 - The feed-forward's and the stack's own settings are the same; the kernels may be others.
 
 lstm, gru
+- The layers are plain, as in the code (`residual` is False).
 - The regressor has no dropout; the code dropped .2 of its 256 channels.
 
 transformer
@@ -61,6 +64,7 @@ _PAPER: Settings = {
     "width": 512,
     "regressor_hidden": 128,
     "bidirectional": False,
+    "residual": True,
     "loss": "mse",
 }
 _PAPER_ENCODERS: dict[str, Settings] = {
@@ -92,10 +96,16 @@ _PUBLISHED: Settings = {
     "refit": False,
     "seed": 42,
 }
+_PUBLISHED_RECURRENT: Settings = {
+    "residual": False,
+    "bidirectional": True,
+    "pooling": "first-last-mean",
+    "regressor_hidden": 256,
+}
 _PUBLISHED_ENCODERS: dict[str, Settings] = {
     "xlstm": {"blocks": 4, "num_heads": 4, "regressor_hidden": 128},
-    "lstm": {"layers": 4, "bidirectional": True, "pooling": "first-last-mean", "regressor_hidden": 256},
-    "gru": {"layers": 2, "bidirectional": True, "pooling": "first-last-mean", "regressor_hidden": 256},
+    "lstm": _PUBLISHED_RECURRENT | {"layers": 4},
+    "gru": _PUBLISHED_RECURRENT | {"layers": 2},
     "mamba2": {"layers": 4, "state_size": 16, "regressor_hidden": 256},
     "transformer": {"layers": 6, "num_heads": 2, "dropout": 0.2, "bidirectional": True, "regressor_hidden": 256},
     "none": {"width": 1024, "regressor_hidden": 0},

@@ -77,6 +77,11 @@ def named(setting: str, text: str) -> Callable[[Options], Options]:
 @click.option("--blocks", type=int, help="Blocks of the xLSTM.  [default: 4]")
 @click.option("--num-heads", type=int, help="Heads of xlstm and transformer.  [default: 4]")
 @click.option("--layers", type=int, help="Layers of lstm, gru, mamba2 and transformer.  [default: 1]")
+@click.option(
+    "--residual/--no-residual",
+    default=None,
+    help="Whether layers of lstm and gru have a norm before and a residual around them.  [default: yes]",
+)
 @click.option("--state-size", type=int, help="State rows of mamba2.  [default: 16]")
 @click.option("--bidirectional/--causal", default=None, help="Whether tokens feel later ones too.  [default: causal]")
 @click.option("--standardise/--no-standardise", default=None, help="Scale projected tokens once.  [default: yes]")
