@@ -61,7 +61,7 @@ class RecurrentEncoder(Encoder):
         """`forward` with `residual`. Either direction reads the padding last, so it reaches no real token."""
         padding = ~mask[..., None]
         order = reversal(mask) if self.rnn.bidirectional else None
-        states = tokens.masked_fill(padding, 0.0).to(self.rnn.weight_ih_l0.dtype)
+        states = tokens.masked_fill(padding, 0.0).to(next(self.rnn.parameters()).dtype)
         for layer in range(self.rnn.num_layers):
             added = dropout(_one_layer(self.rnn, norms[layer](states), order, layer), self._dropout, self.training)
             if layer == 0 and order is not None:
