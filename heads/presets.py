@@ -15,7 +15,8 @@ learning rate of 1e-5 (which the code uses for AGIQA-3k; give `--lr 2e-5` elsewh
 AIGCIQA-20k, 60 for AIGCIQA2023), no warm-up, no clipping, seed 42, fp16. What differs from the released code, and why:
 
 everywhere
-- The epoch is chosen on a part of the training items. The code chose it on the test set.
+- The epoch is chosen on a tenth of the training items (`validation`), so the head learns from the other nine. The code
+  trained on all of them, and chose the epoch on the test set. `--refit` trains again on all, for the chosen epochs.
 - The precision is fp32 where there is no CUDA, since mixed fp16 needs it.
 - Labels have mean 0 and variance 1 within the loss, where the code took MOS as it is: the steps of AdamW hardly
   feel the scale, and a fresh head begins near the mean.
