@@ -79,8 +79,8 @@ class LossRegistry(Registry[LossTerm]):
         """Register `part`. Raises ConfigError for a taken name, and for a class, which called makes no loss."""
         if isinstance(part, type):
             message = (
-                f"The loss {name!r} must be a function of predictions and labels, or a LossTerm with one, not the class "
-                f"{part.__name__}. Register an instance that can be called with both."
+                f"The loss {name!r} must be a function of predictions and labels, or a LossTerm with one, not the "
+                f"class {part.__name__}. Register an instance that can be called with both."
             )
             raise ConfigError(message)
         super().add(name, part if isinstance(part, LossTerm) else LossTerm(formula=part))
