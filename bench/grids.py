@@ -28,7 +28,7 @@ from agiqa.bench.protocols import PARTS, SPLIT_SETTINGS, Protocol, Split, protoc
 from agiqa.bench.unread import unread_settings
 from agiqa.errors import AgiqaError, ConfigError, UnknownName, listed
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
-from agiqa.heads.head import check_parts
+from agiqa.heads.head import check_sizes
 from agiqa.heads.losses import get_loss
 from agiqa.heads.presets import preset_values
 
@@ -299,7 +299,8 @@ def _plan(
 def _configs(settings: Settings, projection: str | None) -> tuple[HeadConfig, TrainConfig, str | None]:
     """Both configs of flat settings, which beat those of the preset, which beat `projection`.
 
-    An explicit null is a value here. Raises UnknownName for a setting, a part of the head or a loss that is not known.
+    An explicit null is a value here. Raises UnknownName for a setting, a part of the head or a loss that is not known,
+    and ConfigError for sizes that a part cannot have.
     """
     chosen = {name: value for name, value in settings.items() if name != "preset"}
     preset = settings.get("preset")
@@ -315,7 +316,7 @@ def _configs(settings: Settings, projection: str | None) -> tuple[HeadConfig, Tr
         values.setdefault("projection", projection)
     head = HeadConfig(**{name: value for name, value in values.items() if name in HeadConfig.model_fields})
     train = TrainConfig(**{name: value for name, value in values.items() if name in TrainConfig.model_fields})
-    check_parts(head)
+    check_sizes(head)
     get_loss(train.loss)
     return head, train, None if preset is None else str(preset)
 

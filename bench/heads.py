@@ -41,8 +41,8 @@ HEADS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "none": (32, {"encoder": "none"}),
     "mamba2": (32, {"encoder": "mamba2", "layers": 4}),
     "transformer": (32, {"encoder": "transformer", "layers": 6, "num_heads": 2, "bidirectional": True}),
-    "lstm": (128, {"encoder": "lstm", "layers": 4, "bidirectional": True}),
-    "gru": (128, {"encoder": "gru", "layers": 2, "bidirectional": True}),
+    "lstm": (128, {"encoder": "lstm", "layers": 4, "bidirectional": True, "residual": False}),
+    "gru": (128, {"encoder": "gru", "layers": 2, "bidirectional": True, "residual": False}),
 }
 """Batch size and settings of each head; sizes as published (4 xLSTM blocks, and the layers that are written here)."""
 COMPILED = ("xlstm", "mamba2", "transformer")

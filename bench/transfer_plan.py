@@ -23,6 +23,7 @@ from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.presets import preset_values
 from agiqa.heads.resuming import OF_THE_MACHINE
+from agiqa.heads.runs import as_recorded
 from agiqa.heads.splits import PARTITION_SETTINGS
 
 Way = Literal["within", "apply", "tp", "fresh", "warm"]
@@ -50,12 +51,13 @@ class TransferSettings:
 
 
 def completed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A `record` of settings, of an older agiqa perhaps, with the default of every setting that it does not name."""
+    """A `record` of settings with those that it lacks, as an older agiqa trained: `as_recorded`, else the defaults."""
     kinds = {"head": HeadConfig, "train": TrainConfig, "few_shot": TrainConfig}
+    recorded = {**record, "head": as_recorded(record.get("head", {}))}
     known = {
         name: {
             setting: value
-            for setting, value in {**kind().model_dump(mode="json"), **record.get(name, {})}.items()
+            for setting, value in {**kind().model_dump(mode="json"), **recorded.get(name, {})}.items()
             if setting not in OF_THE_MACHINE
         }
         for name, kind in kinds.items()

@@ -10,7 +10,7 @@ from agiqa.bench.store_facts import facts_of
 from agiqa.bench.transfer_plan import SHOTS, TransferSettings
 from agiqa.errors import AgiqaError, ConfigError, HeadError
 from agiqa.heads.features import read_labels
-from agiqa.heads.head import check_parts
+from agiqa.heads.head import check_sizes
 from agiqa.heads.losses import check_loss
 from agiqa.heads.projection import FeatureSpec, check_encoding
 from agiqa.heads.prompts import normalise_prompt
@@ -59,7 +59,7 @@ def open_sides(stores: Mapping[str, Store], settings: TransferSettings) -> dict[
     Raises HeadError where one head cannot read both, ConfigError for one store given twice, and, naming the data set,
     what `make_partition` and `read_labels` raise.
     """
-    check_parts(settings.head)
+    check_sizes(settings.head)
     for config in (settings.train, settings.few_shot):
         check_loss(config)
     (first, a), (second, b) = stores.items()

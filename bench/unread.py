@@ -3,7 +3,7 @@
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders import settings_read
 
-_OF_ENCODERS = ("blocks", "num_heads", "layers", "state_size", "dropout")
+_OF_ENCODERS = ("blocks", "num_heads", "layers", "state_size", "residual", "dropout")
 """Settings that nothing but the encoder may read."""
 
 

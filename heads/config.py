@@ -47,13 +47,18 @@ class HeadConfig(_Settings):
     width: int = Field(default=512, ge=1)
     """Channels of the projected tokens and of the encoder, in each of its directions (d of the paper)."""
     standardise: bool = True
-    """Centre and scale (or whiten) the features once, by statistics of the training tokens; False is the bare paper."""
+    """Centre and scale the features once, by statistics of the training tokens: `vocabulary` whitens hidden states, the
+    other projections scale each channel. The functions that a head can learn stay the same, the steps of AdamW do not:
+    only with False are those of `vocabulary` the steps on explicit logits, as in the paper."""
     blocks: int = Field(default=4, ge=1)
     """Blocks of `xlstm`; the one at index 1 is an sLSTM, the others are mLSTMs."""
     num_heads: int = Field(default=4, ge=1)
     """Heads of every block of `xlstm` and every layer of `transformer`; must divide the width."""
     layers: int = Field(default=1, ge=1)
     """Layers of `lstm`, `gru`, `mamba2` and `transformer`."""
+    residual: bool = True
+    """Whether each layer of `lstm` and `gru` has a LayerNorm before it and a residual around it, with a norm at the
+    end. False is the plain stack of the published code."""
     state_size: int = Field(default=16, ge=1)
     """Rows of the state of `mamba2` (N of its paper), per channel; 16 is the published setting."""
     bidirectional: bool = False

@@ -1,16 +1,18 @@
 """A head: projection, encoder, pooling and regressor in a row."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from agiqa.errors import AgiqaError, ConfigError
 from agiqa.heads.config import HeadConfig
-from agiqa.heads.encoders import ENCODERS
+from agiqa.heads.encoders import ENCODERS, Encoder
 from agiqa.heads.features import TokenStatistics
-from agiqa.heads.pooling import POOLINGS, PoolingName, select_role
-from agiqa.heads.projection import PROJECTIONS, FeatureSpec
+from agiqa.heads.pooling import POOLINGS, Pooling, PoolingName, select_role
+from agiqa.heads.projection import PROJECTIONS, FeatureSpec, Projection
 from agiqa.heads.regressor import Regressor
 
 
@@ -21,6 +23,7 @@ class Head(nn.Module):
         """Use `build_head`, which checks all names first."""
         super().__init__()
         self.projection = PROJECTIONS.get(config.projection)(config, spec)
+        _refuse_stranger("projection", config.projection, self.projection, Projection)
         self.encoder = ENCODERS.get(config.encoder)(config)
         name = PoolingName.parse(config.pooling)
         self.pooling = POOLINGS.get(name.pooling)(config, self.encoder.out_width)
@@ -49,7 +52,7 @@ class Head(nn.Module):
         compute the same in another way.
         A pooling over a role raises HeadError without `roles`, and DataError for an item without such a token.
         """
-        projected: Tensor = self.projection(features)
+        projected: Tensor = self.projection(features.masked_fill(~mask[..., None], 0.0))
         if self.training and self._token_dropout:
             hidden = torch.rand(mask.shape, device=mask.device) < self._token_dropout
             projected = projected.masked_fill(hidden[..., None], 0.0)
@@ -64,6 +67,51 @@ def check_parts(config: HeadConfig) -> None:
     PROJECTIONS.get(config.projection)
     ENCODERS.get(config.encoder)
     PoolingName.parse(config.pooling)
+
+
+def check_sizes(config: HeadConfig) -> None:
+    """Raise what the encoder or the pooling of `config` raises for sizes that it cannot have, before a feature is read.
+
+    They are built without memory for it. Raises ConfigError for a part that is no Encoder or Pooling, and as
+    `check_parts`.
+    """
+    check_parts(config)
+    _try_sizes(config, ENCODERS.get(config.encoder), POOLINGS.get(PoolingName.parse(config.pooling).pooling))
+
+
+@lru_cache(maxsize=1024)
+def _try_sizes(
+    config: HeadConfig, encoder: Callable[[HeadConfig], Encoder], pooling: Callable[[HeadConfig, int], Pooling]
+) -> None:
+    """`check_sizes` of these parts, which may be registered anew; a grid asks for the same many times."""
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                _build_sizes(config, encoder, pooling)
+        except AgiqaError:
+            raise
+        except (AssertionError, RuntimeError, TypeError, ValueError):
+            # perhaps only since a part reads a value while it is built, and on `meta` there is none
+            _build_sizes(config, encoder, pooling)
+
+
+def _build_sizes(
+    config: HeadConfig, encoder: Callable[[HeadConfig], Encoder], pooling: Callable[[HeadConfig, int], Pooling]
+) -> None:
+    """Build both. Raises ConfigError for a part of another class, and what the parts raise themselves."""
+    built = encoder(config)
+    _refuse_stranger("encoder", config.encoder, built, Encoder)
+    _refuse_stranger("pooling", config.pooling, pooling(config, built.out_width), Pooling)
+
+
+def _refuse_stranger(kind: str, name: str, part: object, base: type[nn.Module]) -> None:
+    """Raise ConfigError unless `part` is one of the base class that a training asks more of than to be called."""
+    if not isinstance(part, base):
+        message = (
+            f"The {kind} {name!r} builds an object of the class {type(part).__name__}, which is no {base.__name__}: "
+            f"derive that class from {base.__module__}.{base.__name__}."
+        )
+        raise ConfigError(message)
 
 
 def build_head(config: HeadConfig, spec: FeatureSpec, *, labels: int = 1) -> Head:

@@ -72,7 +72,21 @@ class Loss:
         return torch.stack(values).mean()
 
 
-LOSSES: Registry[LossTerm] = Registry("loss")
+class LossRegistry(Registry[LossTerm]):
+    """Losses by name; a plain function joins as a LossTerm for batches of any size."""
+
+    def add(self, name: str, part: LossTerm | LossFormula) -> None:
+        """Register `part`. Raises ConfigError for a taken name, and for a class, which called makes no loss."""
+        if isinstance(part, type):
+            message = (
+                f"The loss {name!r} must be a function of predictions and labels, or a LossTerm with one, not the "
+                f"class {part.__name__}. Register an instance that can be called with both."
+            )
+            raise ConfigError(message)
+        super().add(name, part if isinstance(part, LossTerm) else LossTerm(formula=part))
+
+
+LOSSES = LossRegistry("loss")
 
 
 def get_loss(name: str) -> Loss:
@@ -161,7 +175,7 @@ def ranknet(predicted: Float[Tensor, " batch"], labels: Float[Tensor, " batch"])
 
 
 for _formula in (mse, mae, huber):
-    LOSSES.add(_formula.__name__, LossTerm(formula=_formula))
+    LOSSES.add(_formula.__name__, _formula)
 for _formula in (plcc, fidelity, margin, ranknet):
     LOSSES.add(_formula.__name__, LossTerm(formula=_formula, smallest_batch=2))
 

@@ -4,8 +4,10 @@ A preset stands between the defaults and what a file or an option says.
 
 `paper` is Section III of the paper (arXiv 2502.15167), controlled: around every encoder the same vocabulary
 projection, width 512, mean pooling, regressor 512-128-1, MSE and AdamW, so that a row of Table IV differs from the
-next by its encoder alone. Each has four layers, as many as the xLSTM has blocks, and reads forwards. The training is
-that of this project (`TrainConfig`), with the features standardised: at the paper's own learning rate of 1e-5 the
+next by its encoder alone. Each has four layers, as many as the xLSTM has blocks, and reads forwards. Those of `lstm`
+and `gru` have a LayerNorm before them and a residual around them, as the layers of the other encoders have: plain ones,
+as the paper's code stacks them, begin with nearly the same pooled vector for every item. The training is that of this
+project (`TrainConfig`), with the features standardised: at the paper's own learning rate of 1e-5 the
 head needs one step per image.
 
 `published` has the sizes and the training of the released code, encoder by encoder: one image per step, a constant
@@ -13,7 +15,8 @@ learning rate of 1e-5 (which the code uses for AGIQA-3k; give `--lr 2e-5` elsewh
 AIGCIQA-20k, 60 for AIGCIQA2023), no warm-up, no clipping, seed 42, fp16. What differs from the released code, and why:
 
 everywhere
-- The epoch is chosen on a part of the training items. The code chose it on the test set.
+- The epoch is chosen on a tenth of the training items (`validation`), so the head learns from the other nine. The code
+  trained on all of them, and chose the epoch on the test set. `--refit` trains again on all, for the chosen epochs.
 - The precision is fp32 where there is no CUDA, since mixed fp16 needs it.
 - Labels have mean 0 and variance 1 within the loss, where the code took MOS as it is: the steps of AdamW hardly
   feel the scale, and a fresh head begins near the mean.
@@ -27,6 +30,7 @@ xlstm
 - The feed-forward's and the stack's own settings are the same; the kernels may be others.
 
 lstm, gru
+- The layers are plain, as in the code (`residual` is False).
 - The regressor has no dropout; the code dropped .2 of its 256 channels.
 
 transformer
@@ -61,6 +65,7 @@ _PAPER: Settings = {
     "width": 512,
     "regressor_hidden": 128,
     "bidirectional": False,
+    "residual": True,
     "loss": "mse",
 }
 _PAPER_ENCODERS: dict[str, Settings] = {
@@ -92,10 +97,16 @@ _PUBLISHED: Settings = {
     "refit": False,
     "seed": 42,
 }
+_PUBLISHED_RECURRENT: Settings = {
+    "residual": False,
+    "bidirectional": True,
+    "pooling": "first-last-mean",
+    "regressor_hidden": 256,
+}
 _PUBLISHED_ENCODERS: dict[str, Settings] = {
     "xlstm": {"blocks": 4, "num_heads": 4, "regressor_hidden": 128},
-    "lstm": {"layers": 4, "bidirectional": True, "pooling": "first-last-mean", "regressor_hidden": 256},
-    "gru": {"layers": 2, "bidirectional": True, "pooling": "first-last-mean", "regressor_hidden": 256},
+    "lstm": _PUBLISHED_RECURRENT | {"layers": 4},
+    "gru": _PUBLISHED_RECURRENT | {"layers": 2},
     "mamba2": {"layers": 4, "state_size": 16, "regressor_hidden": 256},
     "transformer": {"layers": 6, "num_heads": 2, "dropout": 0.2, "bidirectional": True, "regressor_hidden": 256},
     "none": {"width": 1024, "regressor_hidden": 0},

@@ -109,8 +109,9 @@ def usual_projection(*sources: FeatureSource) -> str | None:
 class VocabularyProjection(Projection):
     """The paper's W_proj (d, V) on logits that are never made.
 
-    `E W_proj^T = H (W_proj W_lm)^T`: the parameter and its gradient live in vocabulary coordinates, so AdamW
-    walks exactly as it would on explicit logits. Xavier initialisation and a bias, as published. A few directions
+    `E W_proj^T = H (W_proj W_lm)^T`: the parameter and its gradient live in vocabulary coordinates. Without
+    `standardise` AdamW walks exactly as it would on explicit logits, with it as on those of whitened hidden states:
+    the functions are the same, the steps are not. Xavier initialisation and a bias, as published. A few directions
     hold nearly all energy of the logits, and AdamW on them as they are learns from little else: `calibrate` centres
     and whitens the hidden states first, which leaves the set of functions as it is (W_lm has full rank). An AdamW step
     moves all V entries of a row by about the learning rate, and the logits span D directions only, hence
@@ -143,7 +144,7 @@ class VocabularyProjection(Projection):
         self.register_buffer("scale", torch.ones(()))
         self.lr_scale = min(1.0, lm_head.shape[1] / len(lm_head))
         self._standardise = config.standardise
-        self._cached: tuple[int, Tensor] | None = None
+        self._cached: tuple[tuple[object, ...], Tensor] | None = None
 
     @torch.no_grad()
     def calibrate(self, statistics: TokenStatistics) -> None:
@@ -184,10 +185,20 @@ class VocabularyProjection(Projection):
         """W_eff, computed at every step of training and once per evaluation."""
         if self.training or torch.is_grad_enabled():
             return self.effective_weight()
-        version = self.weight._version
-        if self._cached is None or self._cached[0] != version or self._cached[1].device != self.weight.device:
-            self._cached = (version, self.effective_weight())
+        made_of = self._made_of()
+        if self._cached is None or self._cached[0] != made_of:
+            self._cached = (made_of, self.effective_weight())
         return self._cached[1]
+
+    def _made_of(self) -> tuple[object, ...]:
+        """What W_eff depends on: where its factors are, how often each was changed, and the dtype of its products.
+
+        A change by way of `.data` is not seen; `train` and `eval` forget the product.
+        """
+        kind = self.weight.device.type
+        mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        factors = (self.weight, self.lm_head, self.whitening)
+        return (mixed, *((each.device, each.dtype, each.data_ptr(), each._version) for each in factors))
 
 
 def _minus(features: Tensor, shift: Float[Tensor, " channel"]) -> Tensor:

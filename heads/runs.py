@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from agiqa.errors import ConfigError, HeadError, UnknownName
 from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.encoders import settings_read
 from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.head import Head, build_head, check_parts
 from agiqa.heads.projection import FeatureSpec
@@ -130,7 +131,7 @@ def load_run(path: Path) -> Run:
         raise HeadError(message)
     try:
         features = config["features"]
-        head = HeadConfig(**config["head"])
+        head = HeadConfig(**as_recorded(config["head"]))
         check_parts(head)
         return Run(
             path=path,
@@ -159,6 +160,16 @@ def load_run(path: Path) -> Run:
             "head anew."
         )
         raise HeadError(message) from error
+
+
+def as_recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` as an agiqa recorded them, and `residual` where it had no such setting.
+
+    Its `lstm` and `gru` were plain. Raises TypeError where `settings` are no mapping.
+    """
+    completed = {"residual": False, **settings}
+    read = settings_read(str(completed.get("encoder")))
+    return {**settings} if read is not None and "residual" not in read else completed
 
 
 def origin_of(source: FeatureSource) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from agiqa.heads.events import check_tensorboard
 from agiqa.heads.features import FeatureSet, FeatureSource, location_of, read_labels
 from agiqa.heads.feeding import Feeding, feed
 from agiqa.heads.fitting import Fit, check_precision, cpu_threads, fit_head, resolve_device
-from agiqa.heads.head import check_parts
+from agiqa.heads.head import check_sizes
 from agiqa.heads.labels import Array, by_label, columns, side_by_side
 from agiqa.heads.logistic import Mappings, fit_mappings
 from agiqa.heads.losses import check_loss
@@ -179,9 +179,9 @@ def _remarks(task: _Task, partition: Partition) -> dict[str, Any]:
 def check_settings(source: FeatureSource, head: HeadConfig, train: TrainConfig) -> None:
     """Raise what is wrong with settings for `source` on any machine: UnknownName, ConfigError or HeadError.
 
-    As `check_parts`, `check_encoding` and `check_loss`.
+    As `check_sizes`, `check_encoding` and `check_loss`.
     """
-    check_parts(head)
+    check_sizes(head)
     check_encoding(source, head.projection)
     check_loss(train)
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders.base import ENCODERS, Encoder
@@ -14,11 +15,17 @@ from agiqa.heads.encoders.bidirectional import reversal
 class RecurrentEncoder(Encoder):
     """`layers` recurrent layers, causal, or bidirectional with the full width in each direction.
 
-    They have no norm at their input: the scale that they need comes from the projection's calibration.
+    With `residual` each layer reads a LayerNorm of the states and its outputs are added to them, and a norm comes at
+    the end: `x + dropout(rnn(norm(x)))`. In a bidirectional first layer either direction is added to the tokens. The
+    sum is taken in the dtype of the weights, under autocast too.
+
+    Without `residual` each layer reads the outputs of the one before, as published. Those of an untrained layer differ
+    from item to item by a third of what its inputs did, so that four layers begin with nearly the same vector for
+    every item. The scale of the first inputs comes from the projection's calibration alone.
     """
 
     graphable = True
-    reads = frozenset({"layers", "dropout"})
+    reads = frozenset({"layers", "dropout", "residual"})
 
     def __init__(self, config: HeadConfig, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
         """`kind` is the torch module to build."""
@@ -31,14 +38,37 @@ class RecurrentEncoder(Encoder):
             dropout=config.dropout if config.layers > 1 else 0.0,
             batch_first=True,
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self._dropout = config.dropout
+        self.norms: nn.ModuleList | None = None
+        if config.residual:
+            widths = [config.width, *[self.out_width] * config.layers]
+            self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
 
     def forward(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
     ) -> Float[Tensor, "batch token out_width"]:
-        """The states of the last layer, with zeros in the padding."""
-        outputs: Tensor = self.dropout(run_layers(self.rnn, tokens, mask))
-        return outputs
+        """The states behind the last layer, with zeros in the padding."""
+        if self.norms is None:
+            return dropout(run_layers(self.rnn, tokens, mask), self._dropout, self.training)
+        return self._add_layers(self.norms, tokens, mask)
+
+    def _add_layers(
+        self,
+        norms: nn.ModuleList,
+        tokens: Float[Tensor, "batch token width"],
+        mask: Bool[Tensor, "batch token"],
+    ) -> Float[Tensor, "batch token out_width"]:
+        """`forward` with `residual`. Either direction reads the padding last, so it reaches no real token."""
+        padding = ~mask[..., None]
+        order = reversal(mask) if self.rnn.bidirectional else None
+        states = tokens.masked_fill(padding, 0.0).to(next(self.rnn.parameters()).dtype)
+        for layer in range(self.rnn.num_layers):
+            added = dropout(_one_layer(self.rnn, norms[layer](states), order, layer), self._dropout, self.training)
+            if layer == 0 and order is not None:
+                states = torch.cat([states, states], dim=-1)
+            states = states + added
+        outputs: Tensor = norms[-1](states)
+        return outputs.masked_fill(padding, 0.0)
 
 
 @ENCODERS.register("lstm")
@@ -72,13 +102,20 @@ def run_layers(
     states = tokens.masked_fill(padding, 0.0)
     for layer in range(rnn.num_layers):
         if layer:
-            states = nn.functional.dropout(states, rnn.dropout, rnn.training)
-        ahead = _one_way(rnn, states, f"l{layer}")
-        if order is not None:
-            back = _one_way(rnn, _reordered(states, order), f"l{layer}_reverse")
-            ahead = torch.cat([ahead, _reordered(back, order)], dim=-1)
-        states = ahead.masked_fill(padding, 0.0)
+            states = dropout(states, rnn.dropout, rnn.training)
+        states = _one_layer(rnn, states, order, layer).masked_fill(padding, 0.0)
     return states
+
+
+def _one_layer(
+    rnn: nn.LSTM | nn.GRU, tokens: Float[Tensor, "batch token width"], order: Tensor | None, layer: int
+) -> Float[Tensor, "batch token out_width"]:
+    """The states of one layer; `order` reverses the items for the other direction, where there is one."""
+    ahead = _one_way(rnn, tokens, f"l{layer}")
+    if order is None:
+        return ahead
+    back = _one_way(rnn, _reordered(tokens, order), f"l{layer}_reverse")
+    return torch.cat([ahead, _reordered(back, order)], dim=-1)
 
 
 def _reordered(states: Float[Tensor, "batch token width"], order: Tensor) -> Float[Tensor, "batch token width"]:

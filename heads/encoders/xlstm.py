@@ -1,5 +1,6 @@
 """The encoder `xlstm`: the published stack from the xlstm package (Beck et al. 2024, NX-AI)."""
 
+import math
 from collections.abc import Iterable
 from typing import cast
 
@@ -28,6 +29,8 @@ _CONTEXT = 512
 """As published. It sizes masks of the package that are not used here, and bounds no item."""
 _MLSTM_FACTOR = 2
 """How much wider an mLSTM works than its block, as the package has it."""
+_MLSTM_STEP = 64
+"""The package rounds the channels of an mLSTM up to a multiple of this."""
 
 
 class XLSTMEncoder(Encoder):
@@ -42,7 +45,7 @@ class XLSTMEncoder(Encoder):
     reads = frozenset({"blocks", "num_heads", "dropout"})
 
     def __init__(self, config: HeadConfig) -> None:
-        """Raises ConfigError when the heads do not divide the width into two channels or more each.
+        """Raises ConfigError when the heads do not divide the width into two channels or more each, or not an mLSTM's.
 
         Raises ConfigError for `bidirectional` too, for which `ENCODERS.get("xlstm")` builds two of these.
         """
@@ -54,7 +57,14 @@ class XLSTMEncoder(Encoder):
                 f"the width must be a multiple of the heads, and at least twice as many."
             )
             raise ConfigError(message)
-        self._dim = config.width // config.num_heads
+        inner = _MLSTM_STEP * math.ceil(_MLSTM_FACTOR * config.width / _MLSTM_STEP)
+        if inner % config.num_heads:
+            message = (
+                f"An xLSTM of width {config.width} cannot have {config.num_heads} heads: its mLSTMs have {inner} "
+                f"channels, twice the width rounded up to a multiple of {_MLSTM_STEP}, which the heads must divide."
+            )
+            raise ConfigError(message)
+        self._dim, self._mlstm_dim = config.width // config.num_heads, inner // config.num_heads
         self.stack = xLSTMBlockStack(stack_config(config))
         install_parts(self.stack)
 
@@ -67,7 +77,7 @@ class XLSTMEncoder(Encoder):
     def kernels(self) -> str:
         """What computes the two recurrences on the device that the encoder is on, and why."""
         weight = next(self.stack.parameters())
-        torch_form = torch_form_because(weight.device, _MLSTM_FACTOR * self._dim)
+        torch_form = torch_form_because(weight.device, self._mlstm_dim)
         loops = loops_because(weight.new_empty(0, self._dim))
         parallel = "mlstm: Triton kernels" if torch_form is None else f"mlstm: torch's parallel form ({torch_form})"
         return f"{parallel}; slstm: " + ("Triton kernels" if loops is None else f"loops over the steps ({loops})")

@@ -128,6 +128,15 @@ def test_lines_of_an_older_agiqa_are_of_the_defaults_that_they_lack(tmp_path, pl
     assert ResultLines(path, plan, stores=STORES).is_done(plan[0])
 
 
+def test_an_older_agiqa_trained_lstm_and_gru_with_plain_layers(tmp_path, plan):
+    """`plan` has them with the default, a norm and a residual around each layer."""
+    path = tmp_path / "results.jsonl"
+    older = {name: value for name, value in plan[0].config.items() if name != "residual"}
+    path.write_text(json.dumps(line(plan[0], 0.5, config=older)) + "\n")
+    with pytest.raises(DataError, match="had residual False, and this grid has True"):
+        ResultLines(path, plan, stores=STORES)
+
+
 def test_a_grid_is_gone_on_with_on_another_machine(tmp_path, plan):
     """With other threads, another device and other memory, which lines tell and no number hangs on."""
     path = tmp_path / "results.jsonl"

@@ -183,3 +183,9 @@ def test_generators_are_those_of_every_store(store, tmp_path):
     join_labels(open_store(other), table)
     with pytest.raises(ConfigError, match=r"other\.agiqa has images of other generators than .*: three, two in one"):
         generators_of(store, open_store(other))
+
+
+def test_a_grid_with_sizes_that_an_encoder_cannot_have_is_refused_as_a_whole(grid):
+    with pytest.raises(ConfigError, match="width 18 cannot have 4 heads") as refused:
+        grid(base={"encoder": "transformer", "width": 18}, grid={"num_heads": [3, 4]})
+    assert any("while reading the grid" in note for note in refused.value.__notes__)

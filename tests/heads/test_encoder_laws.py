@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from agiqa.errors import ConfigError, UnknownName
-from agiqa.heads.config import HeadConfig
+from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders import (
     ENCODERS,
     BidirectionalEncoder,
@@ -15,15 +15,19 @@ from agiqa.heads.encoders import (
     Mamba2Encoder,
     XLSTMEncoder,
 )
-from agiqa.heads.head import build_head
+from agiqa.heads.head import build_head, check_sizes
 from agiqa.heads.pooling import POOLINGS
 from agiqa.heads.projection import FeatureSpec
+from agiqa.heads.training import train_head
+from tests.heads.conftest import MemoryStore
 from tests.heads.encoder_contract import LENGTHS, SIZES, WIDTH, EncoderContract, ragged_mask, ragged_tokens
 
 ONE_WAY = ("none",)
 """Encoders that refuse `bidirectional`."""
 VARIANTS = [(name, both) for name in ENCODERS for both in (False, True) if not (both and name in ONE_WAY)]
 DIRECTIONS = {False: "causal", True: "bidirectional"}
+ENCODINGS = {"vocabulary": "hidden", "hidden": "hidden", "sketch": "sketch", "logits": "logits"}
+"""What each projection reads."""
 IDS = [f"{name}-{DIRECTIONS[both]}" for name, both in VARIANTS]
 
 
@@ -79,11 +83,23 @@ def mask():
     return ragged_mask()
 
 
+NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("name", POOLINGS.names())
-def test_pooling_is_blind_to_padding(name, tokens, mask):
+def test_pooling_is_blind_to_padding(name, tokens, mask, value):
     pooling = POOLINGS.get(name)(HeadConfig(), WIDTH).double()
-    clean = pooling(tokens, mask)
-    torch.testing.assert_close(pooling(tokens.masked_fill(~mask[..., None], float("nan")), mask), clean)
+    for parameter in pooling.parameters():
+        parameter.data += torch.randn_like(parameter)
+    found = []
+    for fill in (0.0, value):
+        given = tokens.masked_fill(~mask[..., None], fill).requires_grad_()
+        pooled = pooling(given, mask)
+        learned = torch.autograd.grad(pooled.square().sum(), [given, *pooling.parameters()])
+        found.append([pooled.detach(), *learned])
+    clean = found[0][0]
+    torch.testing.assert_close(found[1], found[0])
     for row, length in enumerate(LENGTHS):
         alone = pooling(tokens[row : row + 1, :length], mask[row : row + 1, :length])
         torch.testing.assert_close(alone[0], clean[row])
@@ -98,9 +114,15 @@ def test_poolings_by_hand(tokens, mask):
         assert POOLINGS.get(name)(HeadConfig(), WIDTH)(tokens, mask).numpy() == pytest.approx(expected)
 
 
+def gradients_of(outputs, parameters):
+    """Those of the sum of the squares; zeros where a parameter has no say."""
+    found = torch.autograd.grad(outputs.square().sum(), parameters, allow_unused=True)
+    return [torch.zeros(()) if one is None else one for one in found]
+
+
 @pytest.mark.parametrize("pooling", POOLINGS.names())
 @pytest.mark.parametrize(("encoder_name", "bidirectional"), VARIANTS, ids=IDS)
-@pytest.mark.parametrize(("projection", "encoding"), [("vocabulary", "hidden"), ("sketch", "sketch")])
+@pytest.mark.parametrize(("projection", "encoding"), ENCODINGS.items())
 def test_a_whole_head_obeys_the_laws(make_store, mask, projection, encoding, encoder_name, bidirectional, pooling):
     torch.manual_seed(0)
     config = HeadConfig(
@@ -111,6 +133,13 @@ def test_a_whole_head_obeys_the_laws(make_store, mask, projection, encoding, enc
     clean = head(features, mask)
     dirty = head(features.masked_fill(~mask[..., None], 1e3), mask)
     torch.testing.assert_close(clean, dirty)
+    parameters = list(head.parameters())
+    zeros = features.masked_fill(~mask[..., None], 0.0)
+    wanted = gradients_of(head(zeros, mask), parameters)
+    for value in NOT_FINITE:
+        spoilt = head(features.masked_fill(~mask[..., None], value), mask)
+        torch.testing.assert_close(spoilt, clean)
+        torch.testing.assert_close(gradients_of(spoilt, parameters), wanted)
     for row, length in enumerate(LENGTHS):
         alone = head(features[row : row + 1, :length], mask[row : row + 1, :length])
         torch.testing.assert_close(alone[0], clean[row])
@@ -142,6 +171,7 @@ def test_one_direction_of_an_encoder_names_what_builds_both(part, entry):
     [
         ({"encoder": "xlstm", "width": 18, "num_heads": 4}, "multiple of the heads"),
         ({"encoder": "xlstm", "width": 4, "num_heads": 4}, "at least twice as many"),
+        ({"encoder": "xlstm", "width": 6, "num_heads": 3}, "its mLSTMs have 64 channels"),
         ({"encoder": "transformer", "width": 18, "num_heads": 4}, "multiple of the heads"),
         *(({"encoder": name, "bidirectional": True}, f"'{name}' has no bidirectional form") for name in ONE_WAY),
     ],
@@ -149,3 +179,53 @@ def test_one_direction_of_an_encoder_names_what_builds_both(part, entry):
 def test_settings_that_cannot_be_are_refused(make_store, settings, said):
     with pytest.raises(ConfigError, match=said):
         build_head(HeadConfig(projection="sketch", **settings), FeatureSpec.of(make_store(3)))
+
+
+IMPOSSIBLE = {"encoder": "transformer", "width": 18, "num_heads": 4}
+
+
+class NeverRead(MemoryStore):
+    """A store whose features nobody may decode."""
+
+    def read(self, items):
+        message = f"{len(items)} items were decoded"
+        raise AssertionError(message)
+
+
+@pytest.mark.parametrize("settings", [IMPOSSIBLE, {**IMPOSSIBLE, "encoder": "xlstm"}])
+def test_impossible_sizes_are_refused_before_anything_is_decoded(make_store, tmp_path, settings):
+    store = NeverRead(**vars(make_store(20)))
+    head, train = HeadConfig(projection="sketch", **settings), TrainConfig(split="grouped", epochs=1, device="cpu")
+    before = torch.get_rng_state()
+    with pytest.raises(ConfigError, match="width 18 cannot have 4 heads"):
+        train_head(store, tmp_path / "run", head=head, train=train)
+    assert not list(tmp_path.iterdir())
+    check_sizes(HeadConfig())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class ReadsItsWeights(Encoder):
+    """Builds from values, which a device without memory has not; as torch's attention it asserts that heads fit."""
+
+    def __init__(self, config):
+        super().__init__(config.width)
+        self.attention = nn.MultiheadAttention(config.width, config.num_heads)
+        self.scale = float(self.attention.in_proj_weight.abs().max())
+
+    def forward(self, tokens, mask):
+        return self.scale * tokens.masked_fill(~mask[..., None], 0.0)
+
+
+def test_sizes_of_ones_own_encoder_are_tried_with_values_where_it_needs_them(monkeypatch):
+    monkeypatch.setattr(ENCODERS, "_parts", {**ENCODERS._parts, "own": ReadsItsWeights})
+    check_sizes(HeadConfig(encoder="own", width=8, num_heads=2))
+    with pytest.raises(AssertionError, match="embed_dim must be divisible by num_heads"):
+        check_sizes(HeadConfig(encoder="own", width=9, num_heads=2))
+
+
+@pytest.mark.parametrize(("registry", "field"), [(ENCODERS, "encoder"), (POOLINGS, "pooling")])
+def test_a_part_of_another_class_is_refused_with_what_to_derive_it_from(monkeypatch, registry, field):
+    monkeypatch.setattr(registry, "_parts", {**registry._parts, "mine": lambda *_: nn.Identity()})
+    base = field.capitalize().replace("Pooling", "pooling.Pooling").replace("Encoder", "encoders.base.Encoder")
+    with pytest.raises(ConfigError, match=f"The {field} 'mine' builds .* Identity, .* from agiqa.heads.{base}"):
+        check_sizes(HeadConfig(**{field: "mine"}))

@@ -311,3 +311,25 @@ def test_every_loss_goes_from_the_store_to_a_run_folder(make_store, tmp_path, na
 def test_batches_of_one_are_refused_before_training(make_store):
     with pytest.raises(ConfigError, match=r"'mse\+ranknet' compares items .* batch_size is 1"):
         fitted(make_store(12), "mse+ranknet", batch_size=1)
+
+
+def log_cosh(predicted, labels):
+    return torch.log(torch.cosh(predicted - labels)).mean()
+
+
+def test_a_plain_function_is_a_loss_of_batches_of_any_size(make_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(LOSSES, "_parts", dict(LOSSES._parts))
+    LOSSES.add("mine", log_cosh)
+    predicted, labels = torch.randn(2, 5)
+    expected = 0.5 * log_cosh(predicted, labels) + (predicted - labels).square().mean()
+    assert get_loss("0.5*mine+mse")(predicted, labels).item() == pytest.approx(expected.item(), rel=1e-6)
+    head = HeadConfig(projection="sketch", encoder="none", width=4)
+    train = TrainConfig(split="grouped", epochs=1, loss="mine", batch_size=1, device="cpu")
+    run = train_head(make_store(20), tmp_path / "run", head=head, train=train)
+    assert np.isfinite(run.metrics["test"]["rmse"])
+
+
+def test_a_class_is_no_loss():
+    with pytest.raises(ConfigError, match=r"'mine' must be a function of predictions and labels.*class MSELoss"):
+        LOSSES.add("mine", torch.nn.MSELoss)
+    assert "mine" not in LOSSES

@@ -9,7 +9,7 @@ from torch import nn
 
 from agiqa.errors import HeadError
 from agiqa.heads.config import HeadConfig
-from agiqa.heads.features import FeatureSet
+from agiqa.heads.features import FeatureSet, TokenStatistics
 from agiqa.heads.projection import PROJECTIONS, FeatureSpec, SketchProjection, VocabularyProjection
 
 
@@ -215,3 +215,66 @@ def test_in_mixed_precision_hidden_states_are_centred_before_they_are_rounded(ma
         with_gradient = ours((hidden + 1000.0).requires_grad_())
     assert torch.equal(found, with_gradient)
     assert (found - expected).detach().norm() < 0.02 * expected.detach().norm()
+
+
+def in_mixed_precision(projection):
+    projection.eval()  # forgets what was kept
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        projection(torch.randn(1, 3, 4))
+
+
+def recalibrated(projection):
+    tokens = np.random.default_rng(3).normal(size=(200, 4)).astype(np.float32) @ np.triu(np.ones((4, 4), np.float32))
+    projection.calibrate(
+        TokenStatistics(
+            mean=torch.from_numpy(tokens.mean(0)).double(),
+            std=torch.from_numpy(tokens.std(0)).double(),
+            sample=torch.from_numpy(tokens),
+        )
+    )
+
+
+def loaded(projection):
+    projection.load_state_dict({name: value + 0.25 for name, value in projection.state_dict().items()})
+
+
+def replaced(projection):
+    projection.whitening = 3.0 * torch.eye(4)
+
+
+CHANGES = {
+    "autocast": in_mixed_precision,
+    "calibrate": recalibrated,
+    "load_state_dict": loaded,
+    "shift": lambda projection: projection.shift.add_(1.0),
+    "whitening": lambda projection: projection.whitening.mul_(2.0),
+    "another whitening": replaced,
+    "lm_head": lambda projection: projection.lm_head.mul_(2.0),
+    "weight": lambda projection: setattr(projection.weight, "data", 2.0 * projection.weight),
+    "dtype": lambda projection: projection.double().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_product_kept_for_evaluation_is_never_a_stale_one(make_store, change):
+    projection = build(make_store(40, encoding="hidden"), projection="vocabulary").float().eval()
+    hidden = torch.randn(1, 3, 4)
+    with torch.no_grad():
+        projection(hidden)
+        CHANGES[change](projection)
+        found = projection(hidden)
+        shifted = (hidden - projection.shift) @ projection.whitening.T @ projection.lm_head.float().T
+        expected = (shifted @ projection.weight.T + projection.bias) / projection.scale
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_product_is_kept_while_nothing_changes(make_store):
+    projection = build(make_store(40, encoding="hidden"), projection="vocabulary").eval()
+    made = []
+    effective_weight = projection.effective_weight
+    projection.effective_weight = lambda: made.append(1) or effective_weight()
+    with torch.no_grad():
+        for _ in range(3):
+            projection(torch.randn(1, 3, 4, dtype=torch.float64))
+    assert len(made) == 1
