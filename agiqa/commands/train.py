@@ -81,7 +81,7 @@ def named(setting: str, text: str) -> Callable[[Options], Options]:
 @click.option("--bidirectional/--causal", default=None, help="Whether tokens feel later ones too.  [default: causal]")
 @click.option("--standardise/--no-standardise", default=None, help="Scale projected tokens once.  [default: yes]")
 @click.option("--dropout", type=float, help="Within the encoder.  [default: 0]")
-@click.option("--token-dropout", type=float, help="Share of tokens hidden in training.  [default: 0]")
+@click.option("--token-dropout", type=float, help="Share of tokens taken out in training.  [default: 0]")
 @click.option("--regressor-hidden", type=int, help="Channels between the regressor's layers.  [default: 128]")
 @click.option(
     "--label",
