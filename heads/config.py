@@ -119,7 +119,9 @@ class TrainConfig(_Settings):
     gradient_clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient; None clips nothing."""
     ema: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Decay per step of a moving average of the weights, which is validated and kept; None keeps the weights."""
+    """Decay per step of a moving average of the weights, which is validated and kept; None keeps the weights. It is a
+    mean over the steps so far, those before weighing less, in which the first weights count no more than others. Its
+    window of 1 / (1 - `ema`) steps is at most a tenth of all steps: in short trainings the decay is less than `ema`."""
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many epochs without a better validation SRCC (of several labels the mean); None runs all epochs."""
     refit: bool = False

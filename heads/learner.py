@@ -31,6 +31,8 @@ from agiqa.heads.progress import TrainingProgress
 
 LEARNER = "agiqa"
 """Where a checkpoint keeps what Lightning does not know of."""
+EMA_WINDOW = 0.1
+"""The longest window of an average of weights, 1 / (1 - decay) steps, as a share of all steps of a training."""
 
 
 class Learner(pl.LightningModule):
@@ -77,7 +79,7 @@ class Learner(pl.LightningModule):
         self._average: AveragedModel | None = None
         if config.ema is not None:
             self._average = AveragedModel(head)
-            self._mix = get_ema_multi_avg_fn(config.ema)
+            self._decay = ema_decay(config.ema, config.epochs * steps_per_epoch(len(positions), config))
         self._encode: Callable[[Tensor, Tensor], Tensor] | None = None
         self._events = events
         self._trace = trace
@@ -216,12 +218,9 @@ class Learner(pl.LightningModule):
     def _move(self, average: AveragedModel) -> None:
         """Move the average towards the head. Its own `update_parameters` copies all constants too, W_lm among them."""
         averaged, present = ([value.detach() for value in part.parameters()] for part in (average.module, self.head))
-        if average.n_averaged == 0:
-            for old, new in zip(averaged, present, strict=True):
-                old.copy_(new)
-        else:
-            self._mix(averaged, present, average.n_averaged)
         average.n_averaged += 1
+        share = newest_share(self._decay, int(average.n_averaged))
+        get_ema_multi_avg_fn(1.0 - share)(averaged, present, average.n_averaged)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the predictions of one batch."""
@@ -310,6 +309,20 @@ class Learner(pl.LightningModule):
 def steps_per_epoch(items: int, config: TrainConfig) -> int:
     """Optimiser steps of one pass over so many training items."""
     return batches_per_epoch(items, config.batch_size, smallest=get_loss(config.loss).smallest_batch)
+
+
+def ema_decay(decay: float, steps: int) -> float:
+    """The decay per step of a training of so many `steps`: `decay`, or less where its window is too long for them."""
+    return min(decay, 1.0 - 1.0 / max(1.0, EMA_WINDOW * steps))
+
+
+def newest_share(decay: float, step: int) -> float:
+    """How far the average moves to the weights after step number `step`, from 1.
+
+    It is then the mean of all weights so far, each weighted `decay` to the power of the steps since: the moving average
+    that starts at 0 with the bias correction of Adam (Kingma & Ba 2015, arXiv 1412.6980, section 3).
+    """
+    return (1.0 - decay) / (1.0 - decay**step)
 
 
 def lr_factor(step: int, steps: int, config: TrainConfig) -> float:

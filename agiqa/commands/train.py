@@ -119,7 +119,11 @@ def named(setting: str, text: str) -> Callable[[Options], Options]:
 @named("schedule", "cosine or constant.  [default: cosine]")
 @click.option("--warmup", type=float, help="Share of the steps that warm up.  [default: 0.05]")
 @click.option("--gradient-clip", type=float, help="Largest norm of the gradient.  [default: 1]")
-@click.option("--ema", type=float, help="Decay per step of an average of the weights, kept instead of them.")
+@click.option(
+    "--ema",
+    type=float,
+    help="Decay per step of an average of the weights, kept instead; over a tenth of the steps at most.",
+)
 @click.option("--patience", type=int, help="Stop after so many epochs without a better validation SRCC.")
 @click.option("--refit/--no-refit", default=None, help="Train again on training + validation for the chosen epochs.")
 @click.option(
