@@ -88,7 +88,8 @@ class TrainConfig(_Settings):
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """Share of the items that `grouped` holds out."""
     validation: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of the training part, whole prompts, that chooses the epoch; 0 keeps the last epoch."""
+    """Share of the training part, whole prompts, that chooses the epoch; 0 keeps the last epoch, and so do fewer than
+    30 items, which are too few to choose by."""
     training_items: int | None = Field(default=None, ge=1)
     """Use only so many of the items outside of the test part, training and validation together: the first of a random
     order by `training_seed`, so that 10 are among 30. None uses all."""
@@ -123,7 +124,12 @@ class TrainConfig(_Settings):
     mean over the steps so far, those before weighing less, in which the first weights count no more than others. Its
     window of 1 / (1 - `ema`) steps is at most a tenth of all steps: in short trainings the decay is less than `ema`."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop after so many epochs without a better validation SRCC (of several labels the mean); None runs all epochs."""
+    """Stop after so many epochs without a better validation SRCC (of several labels the mean), where there are enough
+    validation items to choose by; None runs all epochs."""
+    calibrate: bool = False
+    """Fit a line from predictions to MOS on the validation items (30 at least) once the epoch is chosen, for each
+    label, and put it into the head: for a loss that leaves the level open, or a pooling that differs between training
+    and evaluation. A refit head gets the line of the head that chose the epoch."""
     refit: bool = False
     """Train again on training + validation items for the chosen number of epochs."""
     paper_compatible: bool = False

@@ -26,7 +26,7 @@ from agiqa.heads.head import Head
 from agiqa.heads.labels import columns
 from agiqa.heads.losses import check_loss, get_loss
 from agiqa.heads.metrics import score
-from agiqa.heads.outcome import Epoch, Outcome
+from agiqa.heads.outcome import FEWEST_TO_CHOOSE_BY, Epoch, Outcome
 from agiqa.heads.progress import TrainingProgress
 
 LEARNER = "agiqa"
@@ -51,7 +51,7 @@ class Learner(pl.LightningModule):
         events: EventLog | None = None,
         trace: Callable[[Head], Mapping[str, float]] | None = None,
     ) -> None:
-        """`validation` are positions too, possibly none: then the last epoch is the best.
+        """`validation` are positions too, possibly none: without FEWEST_TO_CHOOSE_BY the last epoch is the best.
 
         `trace` gets the head after every epoch and tells scores that go into the curves and into no choice.
 
@@ -91,6 +91,11 @@ class Learner(pl.LightningModule):
     def validates(self) -> bool:
         """Whether there are validation items."""
         return len(self._validation) > 0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there are enough validation items to choose an epoch by."""
+        return len(self._validation) >= FEWEST_TO_CHOOSE_BY
 
     def train_dataloader(self) -> BatchLoader:
         """The batches of the present epoch, as large as the loss needs them; Lightning asks anew every epoch."""
@@ -259,7 +264,7 @@ class Learner(pl.LightningModule):
             self._events.epoch(self.trainer.global_step, epoch)
         self._keep_best(number, srcc)
         patience = self._config.patience
-        if patience is not None and srcc is not None and number - self.best_epoch >= patience:
+        if patience is not None and self.chooses and number - self.best_epoch >= patience:
             self.trainer.should_stop = True
         self.finished = self.trainer.should_stop or number == self.trainer.max_epochs
 
@@ -278,6 +283,8 @@ class Learner(pl.LightningModule):
         """How the kept epoch was chosen, in words."""
         if not self.validates:
             return "last epoch, as there are no validation items"
+        if not self.chooses:
+            return f"last epoch, as {len(self._validation)} validation items are too few to choose by"
         labels = self._config.labels
         what = "validation SRCC" if len(labels) == 1 else f"mean validation SRCC of {', '.join(labels)}"
         if math.isnan(self._best_srcc):
@@ -293,14 +300,17 @@ class Learner(pl.LightningModule):
         return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
 
     def _keep_best(self, number: int, srcc: float | None) -> None:
-        """Copy weights and predictions of an epoch that beats the kept one; an undefined SRCC is beaten by any."""
-        if srcc is None:
+        """Copy weights and predictions of an epoch that beats the kept one; an undefined SRCC is beaten by any.
+
+        Where there are too few validation items to choose by, the last epoch is kept.
+        """
+        if srcc is None or not self.chooses:
             better = number == self.trainer.max_epochs
         else:
             better = math.isnan(self._best_srcc) or srcc > self._best_srcc
         if not better:
             return
-        self._best_srcc = math.nan if srcc is None else srcc
+        self._best_srcc = math.nan if srcc is None or not self.chooses else srcc
         self.best_epoch = number
         self.best_predictions = self._predicted[self._validation].copy()
         self.best_weights = {name: value.detach().cpu().clone() for name, value in self._kept.state_dict().items()}

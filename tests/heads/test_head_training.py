@@ -78,7 +78,11 @@ def test_the_run_folder_holds_what_it_says(make_store, tmp_path: Path):
     store = make_store(100, prompts=41, published=True)
     lines = []
     run = train_head(
-        store, tmp_path / "deep" / "run", head=GRU, train=TrainConfig(epochs=3), progress=LineProgress(lines.append)
+        store,
+        tmp_path / "deep" / "run",
+        head=GRU,
+        train=TrainConfig(epochs=3, validation=0.4),
+        progress=LineProgress(lines.append),
     )
     assert sorted(p.name for p in run.path.iterdir()) == [
         "config.json",
@@ -89,7 +93,7 @@ def test_the_run_folder_holds_what_it_says(make_store, tmp_path: Path):
         "predictions.csv",
     ]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["run"]
-    assert lines[0].startswith("train: 9 steps")
+    assert lines[0].startswith("train: 6 steps")
     assert [line.split(":")[0] for line in lines[1:]] == ["epoch 1", "epoch 2", "epoch 3"]
     curves = read_csv(run.path / "curves.csv")
     srcc = [float(row["validation_srcc"]) for row in curves]
@@ -148,8 +152,10 @@ def test_refit_trains_on_validation_items_too(make_store, tmp_path: Path):
 
 
 def test_patience_stops(make_store, tmp_path: Path):
-    config = QUICK.model_copy(update={"epochs": 50, "patience": 2, "lr": 1e-9, "schedule": "constant"})
-    run = train_head(make_store(60), tmp_path / "run", head=GRU, train=config)
+    config = QUICK.model_copy(
+        update={"epochs": 50, "patience": 2, "lr": 1e-9, "schedule": "constant", "validation": 0.5}
+    )
+    run = train_head(make_store(80), tmp_path / "run", head=GRU, train=config)
     assert run.metrics["epochs_run"] - run.metrics["chosen_epoch"] == 2
 
 
