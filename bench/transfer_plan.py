@@ -32,7 +32,7 @@ WAYS: tuple[Way, ...] = ("within", "apply", "tp", "fresh", "warm")
 SPLITS = ("published", "grouped")
 SHOTS = (10, 30, 100, 300)
 _SECTIONS = ("head", "train", "few_shot")
-_NO_VALIDATION: dict[str, Any] = {"validation": 0.0, "patience": None, "refit": False}
+_NO_VALIDATION: dict[str, Any] = {"validation": 0.0, "patience": None, "refit": False, "calibrate": False}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,9 @@ class HeadConfig(_Settings):
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of activations dropped in training, within the encoder; `none` has none to drop."""
     token_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of tokens hidden from the encoder in training, each item anew at every step."""
+    """Share of the tokens of each item that are taken out of its sequence in training, drawn anew at every step. Those
+    that the pooling reads by their place (`first`, `last`) stay, and one token at least. The maximum of fewer tokens is
+    lower, so a head with `max` pooling predicts with a bias, which `calibrate` takes off."""
     regressor_hidden: int = Field(default=128, ge=0)
     """Channels between the two linear layers of the regressor; 0 is one linear layer."""
 
@@ -91,7 +93,8 @@ class TrainConfig(_Settings):
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """Share of the items that `grouped` holds out."""
     validation: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of the training part, whole prompts, that chooses the epoch; 0 keeps the last epoch."""
+    """Share of the training part, whole prompts, that chooses the epoch; 0 keeps the last epoch, and so do fewer than
+    30 items, which are too few to choose by."""
     training_items: int | None = Field(default=None, ge=1)
     """Use only so many of the items outside of the test part, training and validation together: the first of a random
     order by `training_seed`, so that 10 are among 30. None uses all."""
@@ -122,9 +125,16 @@ class TrainConfig(_Settings):
     gradient_clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the whole gradient; None clips nothing."""
     ema: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Decay per step of a moving average of the weights, which is validated and kept; None keeps the weights."""
+    """Decay per step of a moving average of the weights, which is validated and kept; None keeps the weights. It is a
+    mean over the steps so far, those before weighing less, in which the first weights count no more than others. Its
+    window of 1 / (1 - `ema`) steps is at most a tenth of all steps: in short trainings the decay is less than `ema`."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop after so many epochs without a better validation SRCC (of several labels the mean); None runs all epochs."""
+    """Stop after so many epochs without a better validation SRCC (of several labels the mean), where there are enough
+    validation items to choose by; None runs all epochs."""
+    calibrate: bool = False
+    """Fit a line from predictions to MOS on the validation items (30 at least) once the epoch is chosen, for each
+    label, and put it into the head: for a loss that leaves the level open, or a pooling that differs between training
+    and evaluation. A refit head gets the line of the head that chose the epoch."""
     refit: bool = False
     """Train again on training + validation items for the chosen number of epochs."""
     paper_compatible: bool = False

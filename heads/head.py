@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import lru_cache
 
-import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from agiqa.heads.features import TokenStatistics
 from agiqa.heads.pooling import POOLINGS, Pooling, PoolingName, select_role
 from agiqa.heads.projection import PROJECTIONS, FeatureSpec, Projection
 from agiqa.heads.regressor import Regressor
+from agiqa.heads.token_dropout import hide_tokens
 
 
 class Head(nn.Module):
@@ -52,12 +52,12 @@ class Head(nn.Module):
         compute the same in another way.
         A pooling over a role raises HeadError without `roles`, and DataError for an item without such a token.
         """
-        projected: Tensor = self.projection(features.masked_fill(~mask[..., None], 0.0))
-        if self.training and self._token_dropout:
-            hidden = torch.rand(mask.shape, device=mask.device) < self._token_dropout
-            projected = projected.masked_fill(hidden[..., None], 0.0)
-        tokens = (encode or self.encoder)(projected, mask)
         pooled = mask if self._pooled_role is None else select_role(mask, roles, self._pooled_role)
+        if self.training and self._token_dropout:
+            places = self.pooling.places(pooled)
+            features, mask, pooled = hide_tokens(features, mask, pooled, places, share=self._token_dropout)
+        projected: Tensor = self.projection(features.masked_fill(~mask[..., None], 0.0))
+        tokens = (encode or self.encoder)(projected, mask)
         predicted: Tensor = self.regressor(self.pooling(tokens, pooled))
         return predicted
 

@@ -26,11 +26,13 @@ from agiqa.heads.head import Head
 from agiqa.heads.labels import columns
 from agiqa.heads.losses import check_loss, get_loss
 from agiqa.heads.metrics import score
-from agiqa.heads.outcome import Epoch, Outcome
+from agiqa.heads.outcome import FEWEST_TO_CHOOSE_BY, Epoch, Outcome
 from agiqa.heads.progress import TrainingProgress
 
 LEARNER = "agiqa"
 """Where a checkpoint keeps what Lightning does not know of."""
+EMA_WINDOW = 0.1
+"""The longest window of an average of weights, 1 / (1 - decay) steps, as a share of all steps of a training."""
 
 
 class Learner(pl.LightningModule):
@@ -49,7 +51,7 @@ class Learner(pl.LightningModule):
         events: EventLog | None = None,
         trace: Callable[[Head], Mapping[str, float]] | None = None,
     ) -> None:
-        """`validation` are positions too, possibly none: then the last epoch is the best.
+        """`validation` are positions too, possibly none: without FEWEST_TO_CHOOSE_BY the last epoch is the best.
 
         `trace` gets the head after every epoch and tells scores that go into the curves and into no choice.
 
@@ -77,7 +79,7 @@ class Learner(pl.LightningModule):
         self._average: AveragedModel | None = None
         if config.ema is not None:
             self._average = AveragedModel(head)
-            self._mix = get_ema_multi_avg_fn(config.ema)
+            self._decay = ema_decay(config.ema, config.epochs * steps_per_epoch(len(positions), config))
         self._encode: Callable[[Tensor, Tensor], Tensor] | None = None
         self._events = events
         self._trace = trace
@@ -89,6 +91,11 @@ class Learner(pl.LightningModule):
     def validates(self) -> bool:
         """Whether there are validation items."""
         return len(self._validation) > 0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there are enough validation items to choose an epoch by."""
+        return len(self._validation) >= FEWEST_TO_CHOOSE_BY
 
     def train_dataloader(self) -> BatchLoader:
         """The batches of the present epoch, as large as the loss needs them; Lightning asks anew every epoch."""
@@ -216,12 +223,9 @@ class Learner(pl.LightningModule):
     def _move(self, average: AveragedModel) -> None:
         """Move the average towards the head. Its own `update_parameters` copies all constants too, W_lm among them."""
         averaged, present = ([value.detach() for value in part.parameters()] for part in (average.module, self.head))
-        if average.n_averaged == 0:
-            for old, new in zip(averaged, present, strict=True):
-                old.copy_(new)
-        else:
-            self._mix(averaged, present, average.n_averaged)
         average.n_averaged += 1
+        share = newest_share(self._decay, int(average.n_averaged))
+        get_ema_multi_avg_fn(1.0 - share)(averaged, present, average.n_averaged)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the predictions of one batch."""
@@ -260,7 +264,7 @@ class Learner(pl.LightningModule):
             self._events.epoch(self.trainer.global_step, epoch)
         self._keep_best(number, srcc)
         patience = self._config.patience
-        if patience is not None and srcc is not None and number - self.best_epoch >= patience:
+        if patience is not None and self.chooses and number - self.best_epoch >= patience:
             self.trainer.should_stop = True
         self.finished = self.trainer.should_stop or number == self.trainer.max_epochs
 
@@ -279,6 +283,8 @@ class Learner(pl.LightningModule):
         """How the kept epoch was chosen, in words."""
         if not self.validates:
             return "last epoch, as there are no validation items"
+        if not self.chooses:
+            return f"last epoch, as {len(self._validation)} validation items are too few to choose by"
         labels = self._config.labels
         what = "validation SRCC" if len(labels) == 1 else f"mean validation SRCC of {', '.join(labels)}"
         if math.isnan(self._best_srcc):
@@ -294,14 +300,17 @@ class Learner(pl.LightningModule):
         return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
 
     def _keep_best(self, number: int, srcc: float | None) -> None:
-        """Copy weights and predictions of an epoch that beats the kept one; an undefined SRCC is beaten by any."""
-        if srcc is None:
+        """Copy weights and predictions of an epoch that beats the kept one; an undefined SRCC is beaten by any.
+
+        Where there are too few validation items to choose by, the last epoch is kept.
+        """
+        if srcc is None or not self.chooses:
             better = number == self.trainer.max_epochs
         else:
             better = math.isnan(self._best_srcc) or srcc > self._best_srcc
         if not better:
             return
-        self._best_srcc = math.nan if srcc is None else srcc
+        self._best_srcc = math.nan if srcc is None or not self.chooses else srcc
         self.best_epoch = number
         self.best_predictions = self._predicted[self._validation].copy()
         self.best_weights = {name: value.detach().cpu().clone() for name, value in self._kept.state_dict().items()}
@@ -310,6 +319,20 @@ class Learner(pl.LightningModule):
 def steps_per_epoch(items: int, config: TrainConfig) -> int:
     """Optimiser steps of one pass over so many training items."""
     return batches_per_epoch(items, config.batch_size, smallest=get_loss(config.loss).smallest_batch)
+
+
+def ema_decay(decay: float, steps: int) -> float:
+    """The decay per step of a training of so many `steps`: `decay`, or less where its window is too long for them."""
+    return min(decay, 1.0 - 1.0 / max(1.0, EMA_WINDOW * steps))
+
+
+def newest_share(decay: float, step: int) -> float:
+    """How far the average moves to the weights after step number `step`, from 1.
+
+    It is then the mean of all weights so far, each weighted `decay` to the power of the steps since: the moving average
+    that starts at 0 with the bias correction of Adam (Kingma & Ba 2015, arXiv 1412.6980, section 3).
+    """
+    return (1.0 - decay) / (1.0 - decay**step)
 
 
 def lr_factor(step: int, steps: int, config: TrainConfig) -> float:

@@ -1,5 +1,6 @@
 """What a fit tells of itself: a row of the curves per epoch, and which epoch was kept and why."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,7 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from agiqa.heads.config import TrainConfig
 from agiqa.heads.labels import plain
+
+FEWEST_TO_CHOOSE_BY = 30
+"""Validation items. By fewer no epoch is chosen, and nothing is fitted to them: a rank correlation of 10 items without
+any relation is above 0.55 once in ten times."""
+STILL_RISING = 0.01
+"""What the validation SRCC must have gained over the last quarter of a training for more epochs to be advised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +86,28 @@ class Outcome:
             choice=record["choice"],
             validation_predictions=predictions[:, None] if predictions.ndim == 1 else predictions,
         )
+
+
+def epoch_warnings(outcome: Outcome, config: TrainConfig) -> list[str]:
+    """What a reader must know of how the epoch was chosen: on too few items, at the first epoch, or on the way up."""
+    items, scores = len(outcome.validation_predictions), [row.validation_srcc for row in outcome.curves]
+    if not items:
+        return []
+    if items < FEWEST_TO_CHOOSE_BY:
+        return [
+            f"There are only {items} validation items: too few to choose an epoch by ({FEWEST_TO_CHOOSE_BY} needed), "
+            "so the last epoch was kept. Their scores say little. Raise `validation`, or set it to 0 to train on them."
+        ]
+    epochs = len(scores)
+    if outcome.epoch == 1 and epochs > 1:
+        return [
+            f"The first of {epochs} epochs was kept: validation SRCC was never higher later. Lower `lr`, or train on "
+            "more items."
+        ]
+    last, before = scores[-1], scores[-1 - math.ceil(epochs / 4)] if epochs > 1 else None
+    if outcome.epoch < config.epochs or last is None or before is None or not last - before > STILL_RISING:
+        return []
+    return [
+        f"Validation SRCC still rose at the end, from {before:.3f} to {last:.3f} over the last {math.ceil(epochs / 4)} "
+        f"of {epochs} epochs: this head is not fully trained. Raise `epochs` or `lr`."
+    ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -39,6 +39,13 @@ class Pooling(nn.Module, ABC):
     ) -> Float[Tensor, "batch width"]:
         """Pool; `mask` is True on the tokens to pool, anywhere in the item, of which every item has at least one."""
 
+    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+        """Where the tokens stand that this pooling reads because of their place; token dropout hides none of them.
+
+        As many for every mask. None for a pooling to which all tokens are alike.
+        """
+        return mask.new_zeros((len(mask), 0), dtype=torch.int64)
+
 
 POOLINGS: Registry[Callable[[HeadConfig, int], Pooling]] = Registry("pooling")
 
@@ -56,7 +63,10 @@ class MeanPooling(Pooling):
 
 @POOLINGS.register("max")
 class MaxPooling(Pooling):
-    """The largest value of each channel; tokens that share it share the gradient."""
+    """The largest value of each channel; tokens that share it share the gradient.
+
+    It grows with the number of tokens, so that with token dropout training pools lower values than evaluation does.
+    """
 
     def forward(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
@@ -75,6 +85,10 @@ class FirstPooling(Pooling):
         """The row of the first True of the mask."""
         return _rows_at(tokens, _first(mask))
 
+    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+        """The first True of the mask."""
+        return _first(mask)[:, None]
+
 
 @POOLINGS.register("last")
 class LastPooling(Pooling):
@@ -86,6 +100,10 @@ class LastPooling(Pooling):
         """The row of the last True of the mask."""
         return _rows_at(tokens, _last(mask))
 
+    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+        """The last True of the mask."""
+        return _last(mask)[:, None]
+
 
 @POOLINGS.register("first-last-mean")
 class FirstLastMeanPooling(Pooling):
@@ -96,6 +114,10 @@ class FirstLastMeanPooling(Pooling):
     ) -> Float[Tensor, "batch width"]:
         """Half the sum of two rows, which are the same one in an item of one token."""
         return 0.5 * (_rows_at(tokens, _first(mask)) + _rows_at(tokens, _last(mask)))
+
+    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+        """The first and the last True of the mask."""
+        return torch.stack([_first(mask), _last(mask)], dim=1)
 
 
 @POOLINGS.register("attention")

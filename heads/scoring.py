@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads.authors import author_warnings
 from agiqa.heads.batches import BatchLoader
+from agiqa.heads.calibration import calibration_fields
 from agiqa.heads.features import FeatureSet, FeatureSource, location_of, read_labels
 from agiqa.heads.fitting import resolve_device
 from agiqa.heads.head import Head
@@ -90,12 +91,18 @@ def scores_of_labels(
     *,
     mappings: Sequence[Mappings] | None,
 ) -> list[dict[str, Any]]:
-    """`evaluate_scores` of each label: of its column of `labels` and `predicted` (items, labels), and its mappings."""
+    """`evaluate_scores` of each label: of its column of `labels` and `predicted` (items, labels), and its mappings.
+
+    With the `slope` and `intercept` of its MOS on its predictions, as of `calibration_fields`.
+    """
     prompts = [source.items.prompts[k] for k in items]
     pairs = list(zip(columns(predicted), columns(labels), strict=True))
     applied = [None] * len(pairs) if mappings is None else [each.fitted for each in mappings]
     return [
-        evaluate_scores(guesses, truth, prompts, mappings=fitted)
+        {
+            **evaluate_scores(guesses, truth, prompts, mappings=fitted),
+            **calibration_fields(guesses, truth),
+        }
         for (guesses, truth), fitted in zip(pairs, applied, strict=True)
     ]
 

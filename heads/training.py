@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.heads.authors import author_notes, author_warnings, authors_by_part
+from agiqa.heads.calibration import Calibration, calibration_warnings
 from agiqa.heads.config import HeadConfig, TrainConfig
 from agiqa.heads.encoders.graphed import training_kernels
 from agiqa.heads.events import check_tensorboard
@@ -23,10 +24,10 @@ from agiqa.heads.features import FeatureSet, FeatureSource, location_of, read_la
 from agiqa.heads.feeding import Feeding, feed
 from agiqa.heads.fitting import Fit, check_precision, cpu_threads, fit_head, resolve_device
 from agiqa.heads.head import check_sizes
-from agiqa.heads.labels import Array, by_label, columns, side_by_side
+from agiqa.heads.labels import Array, by_label, columns, of_each_label, side_by_side
 from agiqa.heads.logistic import Mappings, fit_mappings
 from agiqa.heads.losses import check_loss
-from agiqa.heads.outcome import Outcome
+from agiqa.heads.outcome import Outcome, epoch_warnings
 from agiqa.heads.paper_compatible import PaperTrace, best_on_test, bias_warnings
 from agiqa.heads.pooling import check_item_roles, check_roles
 from agiqa.heads.progress import LineProgress, TrainingProgress
@@ -122,26 +123,24 @@ def _train(
     follow = partial(PaperTrace, source, partition.test, label=config.label, batch_size=config.batch_size, kept=kept)
     trace = follow() if config.paper_compatible else None
     selection, final = _fit(task, feeding.features, places, progress, state, trace)
+    fits = [selection] if final is selection else [selection, final]
+    validation_labels = read_labels(source, partition.validation, label=config.label)
+    calibration, guesses, of_scale = _calibrate(config, selection, final, validation_labels)
     trained = time.perf_counter()
     tested = predict_items(final.head, source, partition.test, batch_size=config.batch_size, kept=kept)
-    validation_labels = read_labels(source, partition.validation, label=config.label)
     parts = {
-        "validation": (partition.validation, validation_labels, selection.validation_predictions),
+        "validation": (partition.validation, validation_labels, guesses),
         "test": (partition.test, test_labels, tested),
     }
-    pairs = zip(columns(selection.validation_predictions), columns(validation_labels), strict=True)
-    mappings = [fit_mappings(*pair) for pair in pairs]
     metrics: dict[str, Any] = {
-        "validation": _metrics(source, config, *parts["validation"]),
-        "test": _metrics(source, config, *parts["test"], mappings=mappings),
-        "logistic": by_label(config.labels, [each.record() for each in mappings]),
+        **_scores(source, config, parts, calibration, refit=final is not selection),
         "label": config.label,
         "chosen_epoch": selection.epoch,
         "chosen_by": selection.choice,
         "epochs_run": len(selection.curves),
         "refit": config.refit,
         "split": {"name": config.split, **partition.record()},
-        **_remarks(task, partition),
+        **_remarks(task, partition, [*epoch_warnings(selection, config), *of_scale]),
         "features": feeding.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
@@ -150,7 +149,6 @@ def _train(
         best = best_on_test(selection.curves, metrics["test"], config.label)
         metrics["warnings"] += bias_warnings(best, metrics["test"], config.label)
         metrics["paper_compatible"] = best
-    fits = [selection] if final is selection else [selection, final]
     write_run(
         task.run,
         head=final.head,
@@ -164,13 +162,16 @@ def _train(
     )
 
 
-def _remarks(task: _Task, partition: Partition) -> dict[str, Any]:
-    """What a reader of the metrics must know of the split, the texts of its parts, the stores and the first run."""
+def _remarks(task: _Task, partition: Partition, of_fit: Sequence[str]) -> dict[str, Any]:
+    """What a reader of the metrics must know of the split, the texts of its parts, the stores and the first run.
+
+    `of_fit` are warnings about how the head was trained.
+    """
     source, parts = task.source, partition.parts()
     of_start = start_warnings(task.start, source, task.train, partition.test)
     of_stores = [*source.notes, *source.scale_notes] if isinstance(source, Joined) else []
     return {
-        "warnings": [*partition.warnings(), *author_warnings(source, parts), *of_start],
+        "warnings": [*partition.warnings(), *author_warnings(source, parts), *of_start, *of_fit],
         "notes": [*author_notes(source, parts), *of_stores],
         "text_authors": authors_by_part(source, parts),
     }
@@ -259,6 +260,47 @@ def _fit(
         start=task.start,
     )
     return state.selection, refit
+
+
+def _calibrate(
+    config: TrainConfig, selection: Outcome, final: Fit, labels: Array
+) -> tuple[Calibration | None, Array, list[str]]:
+    """The line of each label that the head to keep predicts on from now on, where wanted; the validation predictions.
+
+    And warnings about their scale.
+
+    It is fitted to the validation predictions of the fit that chose the epoch, also where that is not the one to keep.
+    """
+    predicted = selection.validation_predictions
+    if not config.calibrate:
+        return None, predicted, calibration_warnings(config.labels, predicted, labels)
+    calibration = Calibration.fit(predicted, labels)
+    final.head.regressor.rescale(calibration.lines)
+    mapped = calibration.applied(predicted)
+    warnings = [*calibration.warnings(config.labels), *calibration_warnings(config.labels, mapped, labels)]
+    return calibration, mapped, warnings
+
+
+def _scores(
+    source: FeatureSource,
+    config: TrainConfig,
+    parts: Mapping[str, tuple[NDArray[np.int64], Array, Array]],
+    calibration: Calibration | None,
+    *,
+    refit: bool,
+) -> dict[str, Any]:
+    """The metrics of both parts, and what was fitted to the validation part once the epoch was chosen."""
+    _, labels, predicted = parts["validation"]
+    mappings = [fit_mappings(*pair) for pair in zip(columns(predicted), columns(labels), strict=True)]
+    validation = _metrics(source, config, *parts["validation"])
+    if calibration is not None and validation is not None:
+        calibration.mark(of_each_label(config.labels, validation))
+    return {
+        "validation": validation,
+        "test": _metrics(source, config, *parts["test"], mappings=mappings),
+        "logistic": by_label(config.labels, [each.record() for each in mappings]),
+        "calibration": None if calibration is None else calibration.record(config.labels, refit=refit),
+    }
 
 
 def _metrics(

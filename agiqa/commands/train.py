@@ -91,7 +91,7 @@ def named(setting: str, text: str) -> Callable[[Options], Options]:
     help="Scale or whiten features once, by the training tokens.  [default: yes]",
 )
 @click.option("--dropout", type=float, help="Within the encoder.  [default: 0]")
-@click.option("--token-dropout", type=float, help="Share of tokens hidden in training.  [default: 0]")
+@click.option("--token-dropout", type=float, help="Share of tokens taken out in training.  [default: 0]")
 @click.option("--regressor-hidden", type=int, help="Channels between the regressor's layers.  [default: 128]")
 @click.option(
     "--label",
@@ -110,7 +110,9 @@ def named(setting: str, text: str) -> Callable[[Options], Options]:
     "--split-seed", type=int, help="Draws the test part, the validation part and the training items.  [default: 0]"
 )
 @click.option("--test-share", type=float, help="Share that a grouped split holds out.  [default: 0.2]")
-@click.option("--validation", type=float, help="Share of training that chooses the epoch.  [default: 0.1]")
+@click.option(
+    "--validation", type=float, help="Share of training that chooses the epoch, by 30 items at least.  [default: 0.1]"
+)
 @click.option(
     "--training-items",
     type=int,
@@ -129,9 +131,18 @@ def named(setting: str, text: str) -> Callable[[Options], Options]:
 @named("schedule", "cosine or constant.  [default: cosine]")
 @click.option("--warmup", type=float, help="Share of the steps that warm up.  [default: 0.05]")
 @click.option("--gradient-clip", type=float, help="Largest norm of the gradient.  [default: 1]")
-@click.option("--ema", type=float, help="Decay per step of an average of the weights, kept instead of them.")
+@click.option(
+    "--ema",
+    type=float,
+    help="Decay per step of an average of the weights, kept instead; over a tenth of the steps at most.",
+)
 @click.option("--patience", type=int, help="Stop after so many epochs without a better validation SRCC.")
 @click.option("--refit/--no-refit", default=None, help="Train again on training + validation for the chosen epochs.")
+@click.option(
+    "--calibrate/--no-calibrate",
+    default=None,
+    help="Fit a line from predictions to MOS on validation items, and put it into the head.  [default: no]",
+)
 @click.option(
     "--paper-compatible/--no-paper-compatible",
     default=None,
@@ -205,6 +216,8 @@ def command(
     metrics = dict(trained.metrics)
     lines = [f"{run}: epoch {metrics['chosen_epoch']} of {metrics['epochs_run']}, chosen by {metrics['chosen_by']}"]
     shown = {part: of_each_label(train.labels, metrics[part]) for part in ("validation", "test") if metrics[part]}
+    if metrics["calibration"]:
+        lines += calibration_lines(train.labels, metrics["calibration"])
     for number, title in enumerate(label_titles(train.labels)):
         lines += [*title, *(scores_line(part, scores[number]) for part, scores in shown.items())]
         lines += [
@@ -213,6 +226,18 @@ def command(
             if one["test"]
         ]
     print_result({"run": str(run), **metrics}, "\n".join(lines), as_json=as_json)
+
+
+def calibration_lines(labels: Sequence[str], recorded: Any) -> list[str]:
+    """What is said of each label whose predictions were put on a line; `recorded` is `calibration` of metrics.json."""
+    from agiqa.heads.labels import of_each_label
+
+    return [
+        f"calibrated: {label} = {one['slope']:.4g} x prediction {one['intercept']:+.4g}, fitted on {one['n']} "
+        f"validation items{' before the refit' if one['applied_to_refit'] else ''}; their own errors are of the fit"
+        for label, one in zip(labels, of_each_label(labels, recorded), strict=True)
+        if one["slope"] is not None
+    ]
 
 
 def label_titles(labels: Sequence[str]) -> list[list[str]]:

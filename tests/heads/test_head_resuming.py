@@ -66,10 +66,11 @@ def numbers(run: Path) -> dict[str, object]:
     [
         (GRU, {"refit": True, "ema": 0.9}),
         (GRU, {"validation": 0.0, "precision": "bf16"}),
-        (GRU, {"patience": 1, "epochs": 20, "lr": 1e-9, "schedule": "constant", "refit": True}),
+        (GRU, {"patience": 1, "epochs": 20, "lr": 1e-9, "schedule": "constant", "refit": True, "validation": 0.75}),
+        (GRU, {"validation": 0.75, "refit": True, "calibrate": True}),
         (XLSTM, {"warmup": 0.5, "epochs": 2}),
     ],
-    ids=["refit, averaged", "last epoch, bf16", "patience", "xlstm"],
+    ids=["refit, averaged", "last epoch, bf16", "patience", "calibrated", "xlstm"],
 )
 def test_a_training_broken_off_anywhere_ends_with_the_same_numbers(make_store, tmp_path: Path, head, changes):
     store = make_store(50, encoding="hidden" if head is XLSTM else "sketch")
