@@ -163,7 +163,7 @@ def by_features(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     notes: dict[str, None] = {}
     for tokens, (known, unknown) in evidence.features(train, test).items():
         scaler = StandardScaler()
-        rows[tokens] = scaler.fit_transform(known), scaler.transform(unknown)
+        rows[tokens] = np.asarray(scaler.fit_transform(known)), np.asarray(scaler.transform(unknown))
         tried.append((tokens, best_ridge(rows[tokens][0], mos, groups)))
         try:
             tried.append((tokens, best_kernel_ridge(rows[tokens][0], mos, groups)))

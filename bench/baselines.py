@@ -148,7 +148,7 @@ def _line(
     seconds = (time.perf_counter() - started) / len(task.parts)
     names = [source.items.names[item] for item in tested]
     write_predictions(path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None])
-    line = {
+    line: Line = {
         **_identity(name, shared),
         **_told_of_fits(name, guesses, source, means, shared),
         "runs": len(task.parts),

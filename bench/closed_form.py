@@ -59,7 +59,9 @@ class Regression:
             return np.asarray(Ridge(alpha=self.strength).fit(known, mos).predict(unknown), dtype=np.float64)
         squares = euclidean_distances(known, squared=True)
         scale, mean = self.width * _median_distance(squares), float(mos.mean())
-        model = KernelRidge(alpha=self.strength, kernel="precomputed").fit(_gaussian(squares, scale), mos - mean)
+        model = KernelRidge(alpha=_alpha(self.strength), kernel="precomputed").fit(
+            _gaussian(squares, scale), mos - mean
+        )
         beside = _gaussian(euclidean_distances(unknown, known, squared=True), scale)
         return np.asarray(model.predict(beside), dtype=np.float64) + mean
 
@@ -71,7 +73,7 @@ def best_ridge(known: Any, mos: Array, groups: Groups) -> Regression:
     """
     errors = np.zeros(len(STRENGTHS))
     for kept, held in _folds(groups):
-        model = Ridge(alpha=_each(STRENGTHS)).fit(known[kept], _repeated(mos[kept], STRENGTHS))
+        model = Ridge(alpha=_alpha(STRENGTHS)).fit(known[kept], _repeated(mos[kept], STRENGTHS))
         errors += np.square(model.predict(known[held]) - mos[held, None]).sum(axis=0)
     chosen = int(errors.argmin())
     return Regression(
@@ -105,7 +107,7 @@ def best_kernel_ridge(known: Array, mos: Array, groups: Groups) -> Regression:
         kernel = _gaussian(squares, width * median)
         for kept, held in folds:
             mean = mos[kept].mean()
-            model = KernelRidge(alpha=_each(KERNEL_STRENGTHS), kernel="precomputed")
+            model = KernelRidge(alpha=_alpha(KERNEL_STRENGTHS), kernel="precomputed")
             model.fit(kernel[np.ix_(kept, kept)], _repeated(mos[kept] - mean, KERNEL_STRENGTHS))
             missed = model.predict(kernel[np.ix_(held, kept)]) + mean - mos[held, None]
             of_width += np.square(missed).sum(axis=0)
@@ -128,9 +130,9 @@ def _folds(groups: Groups) -> Sequence[tuple[Groups, Groups]]:
     return list(GroupKFold(min(_FOLDS, count)).split(groups, groups=groups))
 
 
-def _each(strengths: Array) -> Any:
-    """A strength for each column of the targets, which the annotations of `alpha` do not tell."""
-    return strengths
+def _alpha(strength: float | Array) -> Any:
+    """One strength, or one for each column of the targets, neither of which the annotations of `alpha` tell."""
+    return strength
 
 
 def _repeated(mos: Array, strengths: Array) -> Array:

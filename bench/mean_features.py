@@ -84,8 +84,8 @@ class MeanFeatures:
             message = f"{self.source.items.names[empty[0]]!r} has no tokens"
             raise DataError(message)
         read: dict[int, tuple[Array, Array | None, bool]] = {}
-        for place, item in read_checked(self.source, missing):
-            read[int(missing[place])] = _means(item)
+        for place, tokens in read_checked(self.source, missing):
+            read[int(missing[place])] = _means(tokens)
         for item, (over_all, over_answer, has_others) in read.items():
             self._all[item] = over_all
             if over_answer is not None:
