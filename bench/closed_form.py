@@ -24,7 +24,10 @@ RIDGE, KERNEL_RIDGE = "ridge", "kernel ridge"
 STRENGTHS = np.logspace(-1, 5, 13)
 """Of a ridge: text and one-hot vectors have length 1, standardised features as many as channels."""
 KERNEL_STRENGTHS = np.logspace(-1.5, 0.5, 5)
-"""Of a kernel ridge, whose kernel is 1 on the diagonal."""
+"""Of a kernel ridge, as multiples of the spread of its kernel: 1, which it is on the diagonal, minus its mean.
+
+A wide kernel hardly falls off between two items, and the same strength would smooth it more than a narrow one.
+"""
 WIDTHS = (0.5, 1.0, 2.0)
 """Of the kernel, as multiples of the median distance between known items."""
 KERNEL_ITEMS = 5_000
@@ -40,6 +43,7 @@ class Regression:
     kind: str
     """RIDGE or KERNEL_RIDGE."""
     strength: float
+    """For KERNEL_RIDGE as a multiple of the spread of the kernel."""
     width: float | None
     """Of the kernel, as a multiple of the median distance between known items; None for RIDGE."""
     inner_rmse: float
@@ -59,9 +63,9 @@ class Regression:
             return np.asarray(Ridge(alpha=self.strength).fit(known, mos).predict(unknown), dtype=np.float64)
         squares = euclidean_distances(known, squared=True)
         scale, mean = self.width * _median_distance(squares), float(mos.mean())
-        model = KernelRidge(alpha=_alpha(self.strength), kernel="precomputed").fit(
-            _gaussian(squares, scale), mos - mean
-        )
+        kernel = _gaussian(squares, scale)
+        alpha = _alpha(self.strength * _spread(kernel))
+        model = KernelRidge(alpha=alpha, kernel="precomputed").fit(kernel, mos - mean)
         beside = _gaussian(euclidean_distances(unknown, known, squared=True), scale)
         return np.asarray(model.predict(beside), dtype=np.float64) + mean
 
@@ -88,8 +92,9 @@ def best_ridge(known: Any, mos: Array, groups: Groups) -> Regression:
 def best_kernel_ridge(known: Array, mos: Array, groups: Groups) -> Regression:
     """The ridge regression with a Gaussian kernel, exp(-d^2 / 2 s^2), on the rows of `known`; MOS minus their mean.
 
-    Its strength is one of KERNEL_STRENGTHS; s is one of WIDTHS times the median distance d between two rows. Raises
-    DataError for fewer than two groups, more than KERNEL_ITEMS rows, and a median distance of zero.
+    Its strength is one of KERNEL_STRENGTHS times the spread of the kernel; s is one of WIDTHS times the median distance
+    d between two rows. Raises DataError for fewer than two groups, more than KERNEL_ITEMS rows, and a median distance
+    of zero.
     """
     if len(known) > KERNEL_ITEMS:
         message = (
@@ -105,9 +110,10 @@ def best_kernel_ridge(known: Array, mos: Array, groups: Groups) -> Regression:
     errors = np.zeros((len(WIDTHS), len(KERNEL_STRENGTHS)))
     for of_width, width in zip(errors, WIDTHS, strict=True):
         kernel = _gaussian(squares, width * median)
+        alpha = _alpha(KERNEL_STRENGTHS * _spread(kernel))
         for kept, held in folds:
             mean = mos[kept].mean()
-            model = KernelRidge(alpha=_alpha(KERNEL_STRENGTHS), kernel="precomputed")
+            model = KernelRidge(alpha=alpha, kernel="precomputed")
             model.fit(kernel[np.ix_(kept, kept)], _repeated(mos[kept] - mean, KERNEL_STRENGTHS))
             missed = model.predict(kernel[np.ix_(held, kept)]) + mean - mos[held, None]
             of_width += np.square(missed).sum(axis=0)
@@ -146,6 +152,10 @@ def _median_distance(squares: Array) -> float:
 
 def _gaussian(squares: Array, scale: float) -> Array:
     return np.exp(squares / (-2 * scale * scale))
+
+
+def _spread(kernel: Array) -> float:
+    return 1 - float(kernel.mean())
 
 
 def _edges(**chosen: tuple[int, int]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import pytest
 from scipy.sparse import csr_array
 from scipy.spatial.distance import pdist
 from sklearn.kernel_ridge import KernelRidge
+from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GroupKFold
 
 from agiqa.bench import closed_form
@@ -21,9 +22,11 @@ def ridge(known, mos, unknown, strength):
     return (unknown - centre) @ np.linalg.solve(matrix, (known - centre).T @ (mos - mean)) + mean
 
 
-def kernel_ridge(known, mos, unknown, strength, scale):
+def kernel_ridge(known, mos, unknown, strength, scale, everything):
     """By scikit-learn's own kernel of the rows, the mean of the MOS taken off and put back."""
-    model = KernelRidge(alpha=strength, kernel="rbf", gamma=1 / (2 * scale**2)).fit(known, mos - mos.mean())
+    gamma = 1 / (2 * scale**2)
+    spread = 1 - rbf_kernel(everything, gamma=gamma).mean()
+    model = KernelRidge(alpha=strength * spread, kernel="rbf", gamma=gamma).fit(known, mos - mos.mean())
     return model.predict(unknown) + mos.mean()
 
 
@@ -76,7 +79,10 @@ def test_kernel_ridge_is_that_of_scikit_learn_at_the_settings_that_unknown_group
     median = float(np.median(pdist(known)))
     errors = {
         (width, strength): inner_rmse(
-            lambda *parts, settings=(strength, width * median): kernel_ridge(*parts, *settings), known, mos, groups
+            lambda *parts, settings=(strength, width * median, known): kernel_ridge(*parts, *settings),
+            known,
+            mos,
+            groups,
         )
         for width, strength in itertools.product(WIDTHS, KERNEL_STRENGTHS)
     }
@@ -84,7 +90,7 @@ def test_kernel_ridge_is_that_of_scikit_learn_at_the_settings_that_unknown_group
     assert (chosen.width, chosen.strength) == min(errors, key=lambda settings: errors[settings])
     assert chosen.inner_rmse == pytest.approx(min(errors.values()))
     told = chosen.predict(known, mos, unknown)
-    assert told == pytest.approx(kernel_ridge(known, mos, unknown, chosen.strength, chosen.width * median))
+    assert told == pytest.approx(kernel_ridge(known, mos, unknown, chosen.strength, chosen.width * median, known))
     plain = best_ridge(known, mos, groups)
     assert chosen.inner_rmse < plain.inner_rmse
     assert np.square(told - truth).mean() < 0.7 * np.square(plain.predict(known, mos, unknown) - truth).mean()

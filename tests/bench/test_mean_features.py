@@ -11,6 +11,7 @@ import pytest
 from scipy.spatial.distance import pdist
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
+from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GroupKFold
 
 from agiqa.bench.baseline_predictors import features_title
@@ -89,7 +90,8 @@ def by_hand(store, tokens):
     models = {("ridge", strength, None): Ridge(alpha=strength) for strength in STRENGTHS}
     for width, strength in itertools.product(WIDTHS, KERNEL_STRENGTHS):
         gamma = 1 / (2 * (width * median) ** 2)
-        models["kernel ridge", strength, width] = KernelRidge(alpha=strength, kernel="rbf", gamma=gamma)
+        alpha = strength * (1 - rbf_kernel(means[train], gamma=gamma).mean())
+        models["kernel ridge", strength, width] = KernelRidge(alpha=alpha, kernel="rbf", gamma=gamma)
     known, found = means[train], {}
     for settings, model in models.items():
         missed = np.zeros(len(train))
