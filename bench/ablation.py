@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from agiqa.bench.ablation_results import ResultLines, error_line, result_line
-from agiqa.bench.baseline_predictors import MeanFeatures
 from agiqa.bench.baseline_words import RatingWords
 from agiqa.bench.baselines import run_baselines
 from agiqa.bench.grids import PlannedRun
+from agiqa.bench.mean_features import MeanFeatures
 from agiqa.bench.result_folders import RESULTS, ROWS, RUNS, working_in, write_about
 from agiqa.bench.result_lines import Line, ignored_line, scores_by_label
 from agiqa.bench.rows import table_rows, write_rows
@@ -63,23 +63,27 @@ def run_ablation(
     *,
     grid: Path,
     words: Sequence[Path] = (),
+    baseline_store: Store | None = None,
     workers: int | None = None,
     tell: Callable[[str], None] = say,
 ) -> Ablation:
     """Train what is missing of `plan`, read from the file `grid`, in the folder `out`; see `train_heads` for `workers`.
 
-    `stores` are those that the runs name, and `words` conversation files with rating words, for that baseline. Runs
-    that failed, or whose folders were removed, are trained again. `tell` gets a line per run that ends. Raises
-    BusyStore where another process is at work in `out`, DataError for results of another store or of the same run with
-    other settings, HeadError for a run on items or labels that its store does not have any more, and as `train_heads`
-    and `run_baselines`. Before anything is trained: UnknownName for a label or generator that a run names and its store
-    does not have, and where something is wrong with every run (settings, features, split, labels) that of the first.
+    `stores` are those that the runs name, and `words` conversation files with rating words, for that baseline. The
+    baseline `features` reads `baseline_store` where it is given, such as the hidden states that the stores are
+    sketches of. Runs that failed, or whose folders were removed, are trained again. `tell` gets a line per run that
+    ends. Raises BusyStore where another process is at work in `out`, DataError for results of another store or of the
+    same run with other settings, HeadError for a run on items or labels that its store does not have any more, and as
+    `train_heads` and `run_baselines`. Before anything is trained: DataError for a `baseline_store` of raw logits or
+    without an item of `stores`, UnknownName for a label or generator that a run names and its store does not have, and
+    where something is wrong with every run (settings, features, split, labels) that of the first.
     Results of runs that are not in `plan` stay in the file and count for nothing.
     """
     told, commit = RatingWords(words), this_commit()  # what cannot be read is refused before anything is trained
+    means = _mean_features(stores, baseline_store)
     _refuse_hopeless(stores, plan, started=(out / RESULTS).exists())
-    for line in _author_warnings(stores, plan):
-        tell(f"warning: {line}")
+    for line in (*_author_warnings(stores, plan), *_sketch_notes(means)):
+        tell(line)
     with working_in(out, "ablation"):
         facts = {name: facts_of(store) for name, store in stores.items()}
         results = ResultLines(out / RESULTS, plan, stores=facts)
@@ -87,7 +91,8 @@ def run_ablation(
         for name, store in stores.items():
             _check_done(store, [_job(run, out) for run in done if run.store == name])
         names = [run.name for run in plan]
-        write_about(out, {"kind": "ablation", "stores": facts, "grid": read_yaml(grid), "runs": names})
+        about = {"kind": "ablation", "stores": facts, "grid": read_yaml(grid), "runs": names}
+        write_about(out, about if baseline_store is None else {**about, "baseline_store": facts_of(baseline_store)})
         if results.ignored:
             tell(ignored_line(out, results))
         clock = _Clock(len(plan), len(done), tell)
@@ -95,7 +100,7 @@ def run_ablation(
         for name, store in stores.items():
             missing = [run for run in plan if run.store == name and run not in done]
             trained += _train(store, missing, out, results, workers, clock, commit=commit) if missing else 0
-        rows = table_rows(plan, results.lines, out, _baselines(stores, plan, out, told))
+        rows = table_rows(plan, results.lines, out, _baselines(stores, plan, out, told, means))
         write_rows(out / BASELINES, [row for row in rows if row["kind"] == "baseline"])
         write_rows(out / ROWS, rows)
     errors = {run.name: results.lines[run.name].get("error") for run in plan}
@@ -103,11 +108,38 @@ def run_ablation(
     return Ablation(rows=rows, failed=failed, trained=trained)
 
 
-def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Path, words: RatingWords) -> list[Line]:
+def _mean_features(stores: Mapping[str, Store], baseline_store: Store | None) -> dict[str, MeanFeatures]:
+    """What the baseline of each store reads. Raises DataError for a `baseline_store` that cannot be read for one."""
+    if baseline_store is None:
+        return {name: MeanFeatures(store) for name, store in stores.items()}
+    shared = MeanFeatures(baseline_store)
+    shared.refuse_logits()
+    for store in stores.values():
+        shared.places_of(store)
+    return dict.fromkeys(stores, shared)
+
+
+def _sketch_notes(means: Mapping[str, MeanFeatures]) -> Iterator[str]:
+    """A line where the baseline of some stores reads a sketch."""
+    names = [name for name, found in means.items() if found.source.encoding == "sketch"]
+    if names:
+        where = f" of {', '.join(name for name in names if name)}" if any(names) else ""
+        yield (
+            f"note: the baseline on mean features{where} reads a sketch only, which holds less than the hidden states "
+            "that it was made from: heads look better beside it. --baseline-store names hidden states to read."
+        )
+
+
+def _baselines(
+    stores: Mapping[str, Store],
+    plan: Sequence[PlannedRun],
+    out: Path,
+    words: RatingWords,
+    means: Mapping[str, MeanFeatures],
+) -> list[Line]:
     """The baselines of every store, protocol and way of drawing its items that the plan has."""
     found: list[Line] = []
     for name, store in stores.items():
-        means = MeanFeatures(store)
         by_protocol: dict[str, dict[tuple[Any, ...], list[TrainConfig]]] = {}
         for run in plan:
             if run.store == name:
@@ -118,7 +150,14 @@ def _baselines(stores: Mapping[str, Store], plan: Sequence[PlannedRun], out: Pat
             for how, trained in drawn.items():
                 shown = {_OF_A_DRAWING[k]: how[k] for k in varied}
                 found += run_baselines(
-                    store, trained, protocol=protocol, out=out, words=words, store_name=name, means=means, shown=shown
+                    store,
+                    trained,
+                    protocol=protocol,
+                    out=out,
+                    words=words,
+                    store_name=name,
+                    means=means[name],
+                    shown=shown,
                 )
     return found
 
@@ -189,7 +228,7 @@ def _author_warnings(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) ->
                     items["test"].append(partition.test)
         where = f"{name}: " if name else ""
         parts = {part: np.unique(np.concatenate(of_runs)) for part, of_runs in items.items()}
-        yield from (f"{where}{line}" for line in author_warnings(store, parts))
+        yield from (f"warning: {where}{line}" for line in author_warnings(store, parts))
 
 
 class _Clock:

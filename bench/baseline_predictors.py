@@ -1,57 +1,42 @@
-"""What predicts MOS without a head: means, the rating word, and ridge regressions on one vector per item.
+"""What predicts MOS without a head: means, the rating word, and closed-form regressions on one vector per item.
 
 They are what a table of heads is read against: `generator` and `prompt` know nothing of the image, `generator +
 prompt` measures what a split that shares prompts gives away, `text` does without the language model's features, and
-`mean hidden state` without the order of the tokens.
+`features` without the order of the tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import Ridge
-from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from agiqa.bench.baseline_words import RatingWords
+from agiqa.bench.baseline_words import MIDDLE, RatingWords
+from agiqa.bench.closed_form import Regression, best_kernel_ridge, best_ridge
+from agiqa.bench.mean_features import Array, MeanFeatures, Positions
 from agiqa.errors import DataError
-from agiqa.heads.features import FeatureSource, read_checked
+from agiqa.heads.features import FeatureSource
 from agiqa.heads.prompts import normalise_prompt, prompt_groups
-
-Array = NDArray[np.float64]
-Positions = NDArray[np.int64]
-
-STRENGTHS = np.logspace(-1, 5, 13)
-"""Ridge strengths to choose from: text and one-hot vectors have length 1, standardised features as many as channels."""
-
-_FOLDS = 5
+from agiqa.heads.rating_words import WORDS
+from agiqa.store.scales import MosRange
+from agiqa.store.text_authors import TEACHER, teacher_warning
 
 
-class MeanFeatures:
-    """The mean feature row of every item of a store, computed when it is first asked for and then kept."""
+@dataclass(frozen=True, kw_only=True)
+class Guess:
+    """What a baseline predicts of a test part, and how."""
 
-    def __init__(self, source: FeatureSource) -> None:
-        """Of the items of `source`; a row takes 8 bytes per channel."""
-        self._source = source
-        self._means: dict[int, Array] = {}
-
-    def of(self, items: Positions) -> Array:
-        """(items, width) float64. Raises DataError for raw logits, and for items without tokens or with NaN."""
-        if self._source.encoding == "logits":
-            message = (
-                f"a ridge on {self._source.width} raw logits is not tried; `agiqa store sketch` makes fewer of them"
-            )
-            raise DataError(message)
-        missing = np.array([item for item in items.tolist() if item not in self._means], dtype=np.int64)
-        empty = missing[np.asarray(self._source.n_tokens)[missing] == 0]
-        if len(empty):
-            message = f"{self._source.items.names[empty[0]]!r} has no tokens"
-            raise DataError(message)
-        read = {k: item.rows.double().mean(0).numpy() for k, item in read_checked(self._source, missing)}
-        self._means |= {int(missing[k]): row for k, row in read.items()}
-        return np.stack([self._means[item] for item in items.tolist()])
+    predicted: Array
+    """(test items,)."""
+    fit: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """The regression, the tokens that its features are means of, and its settings, ready for JSON."""
+    notes: tuple[str, ...] = ()
+    """What a reader of its scores must know."""
+    on_scale: bool = True
+    """Whether the predictions are on the scale of the MOS, so that they have an RMSE."""
 
 
 class Evidence:
@@ -60,9 +45,13 @@ class Evidence:
     def __init__(
         self, source: FeatureSource, label: str, mos: Array, *, words: RatingWords, means: MeanFeatures
     ) -> None:
-        """`mos` is (items of the store,), and read for training items only."""
-        self.label, self.mos, self.means = label, mos, means
-        self._source, self._words = source, words
+        """`mos` is (items of the store,), and read for training items only.
+
+        `means` are those of `source`, or of another store of the same items. Raises DataError where that lacks one.
+        """
+        self.label, self.mos = label, mos
+        self._source, self._words, self._means = source, words, means
+        self._places = means.places_of(source)
 
     def prompts(self, items: Positions) -> list[str]:
         """The normalised prompts."""
@@ -81,12 +70,31 @@ class Evidence:
         told = self._column("descriptions", items, "description", "extract a store with --conversations")
         return [f"{self._source.items.prompts[item]}\n{text}" for item, text in zip(items, told, strict=True)]
 
-    def words(self, items: Positions) -> Array:
-        """The classes of the rating words. Raises DataError where an item has none of the model's own."""
+    def words(self, items: Positions) -> list[int | None]:
+        """The classes of the rating words, None where an answer has no clear one.
+
+        Raises DataError where an item has no answer of the model's own.
+        """
         names, prompts = self._source.items.names, self._source.items.prompts
         asked = {names[item]: prompts[item] for item in items}
         found = self._words.of(asked, self.label)
-        return np.array([found[names[item]] for item in items], dtype=np.float64)
+        return [found[names[item]] for item in items]
+
+    def features(self, train: Positions, test: Positions) -> dict[str, tuple[Array, Array]]:
+        """The mean feature rows of both parts, by the tokens that they are means of; raises as `MeanFeatures.of`."""
+        found = self._means.of(self._places[np.concatenate([train, test])])
+        return {tokens: (rows[: len(train)], rows[len(train) :]) for tokens, rows in found.items()}
+
+    @property
+    def scale(self) -> MosRange | None:
+        """The scale of the MOS; None where it is not known."""
+        scales: Mapping[str, MosRange] = getattr(self._source.items, "mos_ranges", {})
+        return scales.get(self.label)
+
+    def teachers(self, items: Positions) -> int:
+        """How many of the items have a text by a teacher that was told their MOS."""
+        authors: Sequence[str | None] = getattr(self._source.items, "text_authors", [])
+        return sum(authors[item] == TEACHER for item in items) if authors else 0
 
     def _column(self, column: str, items: Positions, what: str, remedy: str) -> list[str]:
         """A text column, whole. A source that is no store may not have it at all."""
@@ -99,73 +107,124 @@ class Evidence:
         return told
 
 
-def by_generator(evidence: Evidence, train: Positions, test: Positions) -> Array:
+def by_generator(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     """The mean MOS of the generator in training; of an unknown one the mean of all."""
-    return _group_means(evidence.generators(train), evidence.mos[train], evidence.generators(test))
+    means = _group_means(evidence.generators(train), evidence.mos[train], evidence.generators(test))
+    return Guess(predicted=means)
 
 
-def by_prompt(evidence: Evidence, train: Positions, test: Positions) -> Array:
+def by_prompt(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     """The mean MOS of the prompt in training; of an unknown one the mean of all."""
-    return _group_means(evidence.prompts(train), evidence.mos[train], evidence.prompts(test))
+    return Guess(predicted=_group_means(evidence.prompts(train), evidence.mos[train], evidence.prompts(test)))
 
 
-def by_generator_and_prompt(evidence: Evidence, train: Positions, test: Positions) -> Array:
+def by_generator_and_prompt(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     """Ridge on both as one-hot vectors; an unknown generator or prompt is all zeros."""
     encoder = OneHotEncoder(handle_unknown="ignore")
     known = encoder.fit_transform(_pairs(evidence, train))
-    return fit_ridge(known, evidence.mos[train], evidence.groups(train), encoder.transform(_pairs(evidence, test)))
+    return _ridge(evidence, train, known, encoder.transform(_pairs(evidence, test)))
 
 
-def by_text(evidence: Evidence, train: Positions, test: Positions) -> Array:
+def by_text(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     """Ridge on TF-IDF of the words and word pairs of prompt and description."""
     vectorizer = TfidfVectorizer(ngram_range=(1, 2))
     known = vectorizer.fit_transform(evidence.texts(train))
-    return fit_ridge(known, evidence.mos[train], evidence.groups(train), vectorizer.transform(evidence.texts(test)))
+    told = evidence.teachers(test)
+    notes = [teacher_warning("test", told, len(test), rating_words=False)] if told else []
+    return _ridge(evidence, train, known, vectorizer.transform(evidence.texts(test)), notes)
 
 
-def by_rating_word(evidence: Evidence, train: Positions, test: Positions) -> Array:
-    """The class of the rating word, 0 to 4, which no training item has a say in: a scale of its own for RMSE."""
-    del train
-    return evidence.words(test)
+def by_rating_word(evidence: Evidence, train: Positions, test: Positions) -> Guess:
+    """The middle of the fifth of the MOS scale that the rating word stands for, in which no training item has a say.
 
-
-def by_mean_features(evidence: Evidence, train: Positions, test: Positions) -> Array:
-    """Ridge on the mean feature row, each channel scaled by the training items."""
-    scaler = StandardScaler()
-    known = scaler.fit_transform(evidence.means.of(train))
-    unknown = scaler.transform(evidence.means.of(test))
-    return fit_ridge(known, evidence.mos[train], evidence.groups(train), unknown)
-
-
-BASELINES: dict[str, Callable[[Evidence, Positions, Positions], Array]] = {
-    "generator": by_generator,
-    "prompt": by_prompt,
-    "generator + prompt": by_generator_and_prompt,
-    "text": by_text,
-    "rating word": by_rating_word,
-    "mean hidden state": by_mean_features,
-}
-"""Each predicts the MOS of test items from training items, (test items,). Raises DataError for what it lacks."""
-
-
-def fit_ridge(known: Any, mos: Array, groups: NDArray[np.int64], unknown: Any) -> Array:
-    """Predictions for the rows of `unknown` by a ridge regression on those of `known`, dense or sparse.
-
-    The strength is the one of STRENGTHS with the smallest error in a cross-validation within `known` whose folds share
-    no group, such as a prompt. Raises DataError for fewer than two groups.
+    An answer without a clear word has the middle one. Where the scale is not known, the class of the word, 0 to 4.
     """
-    count = len(np.unique(groups))
-    if count < 2:
-        message = "the strength of a ridge is chosen by prompt, and the training items have one prompt only"
-        raise DataError(message)
-    errors = np.zeros(len(STRENGTHS))
-    each: Any = STRENGTHS  # one per column of the targets, which the annotation of `alpha` does not tell
-    for kept, held in GroupKFold(min(_FOLDS, count)).split(known, groups=groups):
-        targets = np.repeat(mos[kept, None], len(STRENGTHS), axis=1)
-        model = Ridge(alpha=each).fit(known[kept], targets)
-        errors += np.square(model.predict(known[held]) - mos[held, None]).sum(axis=0)
-    chosen = float(STRENGTHS[int(errors.argmin())])
-    return np.asarray(Ridge(alpha=chosen).fit(known, mos).predict(unknown), dtype=np.float64)
+    del train
+    said = evidence.words(test)
+    unclear = said.count(None)
+    classes = np.array([MIDDLE if word is None else word for word in said], dtype=np.float64)
+    notes = [f"{unclear} of {len(said)} test items have no clear rating word and count as {WORDS[MIDDLE]}"]
+    if evidence.scale is not None:
+        low, high = evidence.scale
+        middles = low + (classes + 0.5) * (high - low) / len(WORDS)
+        return Guess(predicted=middles, notes=tuple(notes if unclear else ()))
+    unknown = "the scale of the MOS is not recorded, so that rating words have no place on it and no RMSE"
+    return Guess(predicted=classes, notes=(*(notes if unclear else ()), unknown), on_scale=False)
+
+
+def by_features(evidence: Evidence, train: Positions, test: Positions) -> Guess:
+    """Ridge or kernel ridge on the mean feature row of all tokens or of the answer's, whichever does best.
+
+    Each channel is scaled by the training items, and a cross-validation within these chooses.
+    """
+    mos, groups = evidence.mos[train], evidence.groups(train)
+    rows: dict[str, tuple[Array, Array]] = {}
+    tried: list[tuple[str, Regression]] = []
+    notes: dict[str, None] = {}
+    for tokens, (known, unknown) in evidence.features(train, test).items():
+        scaler = StandardScaler()
+        rows[tokens] = np.asarray(scaler.fit_transform(known)), np.asarray(scaler.transform(unknown))
+        tried.append((tokens, best_ridge(rows[tokens][0], mos, groups)))
+        try:
+            tried.append((tokens, best_kernel_ridge(rows[tokens][0], mos, groups)))
+        except DataError as error:
+            notes[str(error)] = None
+    tokens, best = min(tried, key=lambda one: one[1].inner_rmse)
+    fit = {"tokens": tokens, **best.record(), "candidates": [{"tokens": read, **one.record()} for read, one in tried]}
+    known, unknown = rows[tokens]
+    return Guess(predicted=best.predict(known, mos, unknown), fit=fit, notes=(*_edge_notes(best), *notes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A way to predict without a head."""
+
+    predict: Callable[[Evidence, Positions, Positions], Guess]
+    """The MOS of test items from training items. Raises DataError for what it lacks."""
+    title: str
+    """What its row is called."""
+    reads: str
+    """What it reads of an item."""
+
+
+BASELINES = {
+    "generator": Baseline(predict=by_generator, title="generator", reads="generator"),
+    "prompt": Baseline(predict=by_prompt, title="prompt", reads="prompt"),
+    "generator + prompt": Baseline(
+        predict=by_generator_and_prompt, title="generator + prompt", reads="generator and prompt"
+    ),
+    "text": Baseline(predict=by_text, title="ridge (TF-IDF of prompt and description)", reads="prompt and description"),
+    "rating word": Baseline(predict=by_rating_word, title="rating word", reads="the model's rating word"),
+    "features": Baseline(predict=by_features, title="ridge or kernel ridge (mean features)", reads="mean features"),
+}
+"""By what the setting `baseline` of a result line says. The row of `features` tells what was read and chosen."""
+
+
+def features_title(reads: str, fits: Sequence[Mapping[str, Any]]) -> str:
+    """What the row of `features` is called: what was chosen for each test part, from features that are `reads`.
+
+    As in `kernel ridge (hidden states, mean of the answer's tokens)`.
+    """
+    kinds = dict.fromkeys(fit["regression"] for fit in fits)
+    spelled = {"all": "all tokens", "answer": "the answer's tokens"}
+    tokens = dict.fromkeys(spelled[fit["tokens"]] for fit in fits)
+    return f"{' or '.join(kinds)} ({reads}, mean of {' or of '.join(tokens)})"
+
+
+def _ridge(evidence: Evidence, train: Positions, known: Any, unknown: Any, notes: Sequence[str] = ()) -> Guess:
+    """A ridge regression on the rows of `known`, those of the training items."""
+    best = best_ridge(known, evidence.mos[train], evidence.groups(train))
+    predicted = best.predict(known, evidence.mos[train], unknown)
+    return Guess(predicted=predicted, fit=best.record(), notes=(*_edge_notes(best), *notes))
+
+
+def _edge_notes(best: Regression) -> list[str]:
+    """A line for each setting that is the first or the last of those that were tried."""
+    values = {"strength": best.strength, "width": best.width}
+    return [
+        f"the {name} {values[name]:g} of the {best.kind} is the first or last that was tried: one beyond may do better"
+        for name in best.at_edge
+    ]
 
 
 def _pairs(evidence: Evidence, items: Positions) -> list[tuple[str, str]]:

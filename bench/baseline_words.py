@@ -11,7 +11,8 @@ from agiqa.extract.joining import row_name
 from agiqa.heads.rating_words import WORDS, parse_word
 from agiqa.store.text_authors import MODEL
 
-_MIDDLE = len(WORDS) // 2
+MIDDLE = len(WORDS) // 2
+"""The class of the middle word."""
 
 
 class RatingWords:
@@ -34,8 +35,8 @@ class RatingWords:
             where = "the conversations with rating words"
             raise DataError.from_problems(where, problems)
 
-    def of(self, prompts: Mapping[str, str], label: str) -> dict[str, int]:
-        """By name, the class of each item's word on the aspect `label`; an answer without a clear word has the middle.
+    def of(self, prompts: Mapping[str, str], label: str) -> dict[str, int | None]:
+        """By name, the class of each item's word on the aspect `label`; None for an answer without a clear word.
 
         `prompts` are those of the items, by name. Raises DataError where an item has no word of the model's own, as
         the teacher's was written with the MOS in view, or one about another prompt.
@@ -73,9 +74,9 @@ class RatingWords:
         return found
 
 
-def _class_of(talk: Talk) -> int:
+def _class_of(talk: Talk) -> int | None:
     word = parse_word(talk.rating) if talk.rating_author == MODEL and talk.rating else None
-    return _MIDDLE if word is None else WORDS.index(word)
+    return None if word is None else WORDS.index(word)
 
 
 def _aspect_of(path: Path) -> str | None:

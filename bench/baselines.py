@@ -1,11 +1,13 @@
 """Baselines beside every table of heads: the same parts of the same store, predicted without a head.
 
 Each becomes a line like that of a row of heads, and a csv of what it predicted. What cannot be had (no generators, no
-rating words) is a line with `left_out`, the reason.
+rating words) is a line with `left_out`, the reason. `settings["baseline"]` is a key of BASELINES, and the same wherever
+the baseline is asked; `row` tells in words what was fitted on what.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.bench.baseline_predictors import BASELINES, Array, Evidence, MeanFeatures
+from agiqa.bench.baseline_predictors import BASELINES, Evidence, Guess, features_title
 from agiqa.bench.baseline_words import RatingWords
+from agiqa.bench.mean_features import Array, MeanFeatures
 from agiqa.bench.predictions import write_predictions
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.heads.config import TrainConfig
@@ -29,6 +32,8 @@ Line = dict[str, Any]
 
 FOLDER = "baselines"
 CORRELATIONS = ("srcc", "plcc", "krcc")
+FEATURES = "features"
+"""The baseline that reads a store's features."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +67,16 @@ def run_baselines(
     `configs` are those of the heads of one protocol: each label is predicted once for each of their different splits,
     from train and validation items, and all test parts are scored together. The csv of a baseline,
     `baselines/[STORE_NAME/]PROTOCOL/NAME.csv` (of several labels `NAME_LABEL.csv`), has the columns name, prompt, mos
-    and predicted. `words` are the rating words, of none without them. `means` keeps the mean features of `source` from
-    one call to the next. `shown` are settings that all `configs` share and other calls for this protocol do not, which
-    become part of the names: `text, training_items=10`.
+    and predicted. `words` are the rating words, of none without them. `means` keeps mean features from one call to the
+    next, those of `source` or of another store of the same items. `shown` are settings that all `configs` share and
+    other calls for this protocol do not, which become part of the names: `text, training_items=10`.
 
     A line has `test` as `evaluate_scores` gives it, correlations null with the reason in `undefined` where the
-    predictions are constant within every part, or `left_out` with a reason. `against` is null: rows.py compares
-    baselines with heads. Raises ConfigError for splits whose test parts overlap.
+    predictions are constant within every part, RMSE null where the predictions are on a scale of their own; or
+    `left_out` with a reason. `reads` is what is read of an item, `fits` tells of each test part which regression with
+    which settings was chosen, and `notes` are what a reader of the scores must know. That of `features` has
+    `features_store`, the id of the store that was read. `against` is null: rows.py compares baselines with heads.
+    Raises ConfigError for splits whose test parts overlap, and DataError where `means` lack an item of `source`.
     """
     told, kept, partitions = words or RatingWords(()), means or MeanFeatures(source), Partitions(source)
     labels = list(dict.fromkeys(label for config in configs for label in config.labels))
@@ -86,9 +94,9 @@ def run_baselines(
         task = _Task(label=label, parts=parts, mos=mos)
         _refuse_overlap(task)
         evidence = Evidence(source, label, task.mos, words=told, means=kept)
-        for name, predict in BASELINES.items():
+        for name in BASELINES:
             path = folder / f"{name.replace(' + ', '+').replace(' ', '-')}{column}.csv"
-            lines.append(_line(name, predict, evidence, source, task, shared, path, out))
+            lines.append(_line(name, evidence, source, task, shared, path, out, kept))
     return lines
 
 
@@ -116,31 +124,33 @@ def _refuse_overlap(task: _Task) -> None:
 
 def _line(
     name: str,
-    predict: Callable[[Evidence, NDArray[np.int64], NDArray[np.int64]], Array],
     evidence: Evidence,
     source: FeatureSource,
     task: _Task,
     shared: Mapping[str, Any],
     path: Path,
     out: Path,
+    means: MeanFeatures,
 ) -> Line:
     """Predict, write the csv, and score."""
-    started = time.perf_counter()
+    started, predict = time.perf_counter(), BASELINES[name].predict
     try:
         guesses = [predict(evidence, np.concatenate([part.train, part.validation]), part.test) for part in task.parts]
     except DataError as error:
         return _left_out(name, shared, error)
-    predicted, tested = np.concatenate(guesses), task.tested
+    predicted, tested = np.concatenate([guess.predicted for guess in guesses]), task.tested
     prompts = [source.items.prompts[item] for item in tested]
     test = evaluate_scores(predicted, task.mos[tested], prompts)
-    if all(np.ptp(part) == 0 for part in guesses):
+    if all(np.ptp(guess.predicted) == 0 for guess in guesses):
         test = _without_correlations(test)
+    if not all(guess.on_scale for guess in guesses):
+        test = {**test, "rmse": None, "ci": {**test["ci"], "rmse": None}}
     seconds = (time.perf_counter() - started) / len(task.parts)
     names = [source.items.names[item] for item in tested]
     write_predictions(path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None])
-    say(f"baseline {name}, {shared['protocol']}, {task.label}: {_told(test)}")
-    return {
+    line: Line = {
         **_identity(name, shared),
+        **_told_of_fits(name, guesses, source, means, shared),
         "runs": len(task.parts),
         "seeds": 1,
         "failed": 0,
@@ -150,6 +160,37 @@ def _line(
         "against": None,
         "predictions": path.relative_to(out).as_posix(),
     }
+    notes = "".join(f"; {note}" for note in line["notes"])
+    say(f"baseline {line['row']}, {shared['protocol']}, {task.label}: {_told(test)}{notes}")
+    return line
+
+
+def _told_of_fits(
+    name: str, guesses: Sequence[Guess], source: FeatureSource, means: MeanFeatures, shared: Mapping[str, Any]
+) -> Line:
+    """What was read and fitted; the row of `features` is called by it."""
+    fits, notes = [dict(guess.fit) for guess in guesses if guess.fit], _notes(guesses)
+    told = {"reads": BASELINES[name].reads, "fits": fits, "notes": notes}
+    if name != FEATURES:
+        return told
+    beside = means.source is not source
+    if means.source.encoding == "sketch":
+        notes.append(f"reads a {means.reads} only, which holds less than the hidden states that it was made from")
+    reads = means.reads + (" of the baseline store" if beside else "")
+    row = _named(features_title(reads, fits), shared)
+    return {**told, "row": row, "reads": reads, "features_store": means.source.id}
+
+
+def _notes(guesses: Sequence[Guess]) -> list[str]:
+    """The notes on all test parts; one that is not on each of them names its part."""
+    counts = Counter(note for guess in guesses for note in guess.notes)
+    return list(
+        dict.fromkeys(
+            note if counts[note] == len(guesses) else f"test part {number} of {len(guesses)}: {note}"
+            for number, guess in enumerate(guesses, 1)
+            for note in guess.notes
+        )
+    )
 
 
 def _without_correlations(test: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,8 +201,13 @@ def _without_correlations(test: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _identity(name: str, shared: Mapping[str, Any]) -> Line:
-    told = ", ".join(part for part in (name, _spell(shared["settings"])) if part)
-    return {"kind": "baseline", "row": told, **shared, "settings": {"baseline": name, **shared["settings"]}}
+    settings = {"baseline": name, **shared["settings"]}
+    return {"kind": "baseline", "row": _named(BASELINES[name].title, shared), **shared, "settings": settings}
+
+
+def _named(title: str, shared: Mapping[str, Any]) -> str:
+    """The title with the settings that tell its row from others."""
+    return ", ".join(part for part in (title, _spell(shared["settings"])) if part)
 
 
 def _spell(settings: Mapping[str, Any]) -> str:

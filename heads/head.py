@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import lru_cache
 
+import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 

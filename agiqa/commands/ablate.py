@@ -51,6 +51,13 @@ class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[
     help="Conversation file with rating words, for the baseline of that name; repeatable.",
 )
 @click.option(
+    "--baseline-store",
+    type=StoreLocation(),
+    metavar="STORE",
+    help="Store of the same items, known by name and prompt, whose features the closed-form baseline reads, such as "
+    "the hidden states that STORE is a sketch of.  [default: those of the store that the heads read]",
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=1),
     help="Processes that train one head each at a time.  [default: as many as cores (one thread each, unless `threads` "
@@ -63,6 +70,7 @@ def command(
     grid: str,
     named: tuple[tuple[str, str | Path], ...],
     words: tuple[Path, ...],
+    baseline_store: str | Path | None,
     *,
     workers: int | None,
     as_json: bool,
@@ -93,7 +101,8 @@ def command(
     plan = read_grid(
         file, stores=list(stores), projections=projections, generators=lambda: generators_of(*stores.values())
     )
-    done = run_ablation(stores, plan, out, grid=file, words=words, workers=workers)
+    beside = None if baseline_store is None else open_store(baseline_store)
+    done = run_ablation(stores, plan, out, grid=file, words=words, baseline_store=beside, workers=workers)
     result = {
         "results": str(out / RESULTS),
         "rows": str(out / ROWS),

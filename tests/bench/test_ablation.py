@@ -15,6 +15,7 @@ from agiqa.bench.protocols import generators_of
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
 from agiqa.heads.splits import make_partition
+from agiqa.store import basis_from, sketch_store
 from tests.store.conftest import make_content, make_store
 
 BASE = {"projection": "hidden", "encoder": "none", "width": 4, "epochs": 2, "batch_size": 8, "device": "cpu"}
@@ -107,7 +108,7 @@ def test_baselines_are_compared_with_the_best_head(ablate, tmp_path):
     for protocol in ("published", "grouped"):
         rows = [row for row in done.rows if row["protocol"] == protocol and row.get("test") is not None]
         (best,) = [row for row in rows if row["kind"] == "head" and row["against"] is None]
-        (mean,) = [row for row in rows if row["row"] == "mean hidden state"]
+        (mean,) = [row for row in rows if row["settings"].get("baseline") == "features"]
         assert mean["against"]["row"] == best["row"]
         gap = mean["test"]["srcc"] - best["test"]["srcc"]
         assert mean["against"]["difference"]["srcc"] == pytest.approx(gap)
@@ -130,3 +131,33 @@ def test_a_teachers_words_in_any_test_part_are_told_once(store, tmp_path):
         told = [line for line in said if "read the text of a teacher" in line and " test items" in line]
         assert [line.split(" test")[0] for line in told] == [f"warning: {count}"]
         said.clear()
+
+
+def test_an_ablation_of_a_sketch_reads_hidden_states_for_its_baseline_when_they_are_given(store, tmp_path):
+    sketch = sketch_store(store, tmp_path / "sketch.agiqa", basis=basis_from(store, 2)).store
+    fewer = make_store(tmp_path / "fewer.agiqa", make_content([3] * 47, width=6))
+    file, said = tmp_path / "grid.yaml", []
+    file.write_text(yaml.safe_dump({"base": {**BASE, "projection": "sketch"}, "runs": [{"seed": 0}]}))
+
+    def run(**options):
+        said.clear()
+        plan, out = read_grid(file), tmp_path / "out"
+        done = run_ablation({"": sketch}, plan, out, grid=file, workers=1, tell=said.append, **options)
+        (row,) = [row for row in done.rows if row["settings"].get("baseline") == "features"]
+        return done.trained, row, json.loads((out / "about.json").read_text())
+
+    with pytest.raises(
+        DataError, match=r"fewer\.agiqa, which the baselines .*\n  'image_2\.png' with the prompt 'prompt 0' is not"
+    ):
+        run(baseline_store=fewer)
+    assert not (tmp_path / "out").exists()
+    trained, row, about = run()
+    assert trained == 1
+    assert sum(line.startswith("note: ") and "--baseline-store" in line for line in said) == 1
+    assert (row["features_store"], "baseline_store" in about) == (sketch.id, False)
+    assert "(sketch of rank 2, mean of " in row["row"]
+    trained, row, about = run(baseline_store=store)
+    assert trained == 0
+    assert not any("--baseline-store" in line for line in said)
+    assert (row["store"], row["features_store"], about["baseline_store"]["id"]) == (sketch.id, store.id, store.id)
+    assert "(hidden states of the baseline store, mean of " in row["row"]

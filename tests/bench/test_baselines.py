@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.model_selection import GroupKFold
 
-from agiqa.bench.baseline_predictors import STRENGTHS, MeanFeatures, fit_ridge
 from agiqa.bench.baseline_words import RatingWords
 from agiqa.bench.baselines import run_baselines
 from agiqa.errors import ConfigError, DataError
@@ -19,7 +17,7 @@ from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.splits import make_partition
 from tests.store.conftest import make_content, make_store
 
-NAMES = ["generator", "prompt", "generator + prompt", "text", "rating word", "mean hidden state"]
+NAMES = ["generator", "prompt", "generator + prompt", "text", "rating word", "features"]
 COUNT = 60
 WORDS = ("poor", "fair", "good")
 WORTH = {"one": 1.0, "two": 2.0, "three": 4.0}
@@ -71,7 +69,7 @@ def run(store, out, *configs, words=(), **options):
     lines = run_baselines(
         store, configs or [TrainConfig()], protocol="published", out=out, words=RatingWords(words), **options
     )
-    return {line["row"]: line for line in lines}
+    return {line["settings"]["baseline"]: line for line in lines}
 
 
 def predictions(path: Path):
@@ -105,7 +103,10 @@ def test_every_baseline_has_a_line_and_its_predictions(store, tmp_path):
         predicted = np.array([float(row["predicted"]) for row in rows])
         truth = np.array([float(row["mos"]) for row in rows])
         assert np.array_equal(truth, store.items.labels["quality"][test])
-        assert line["test"] == evaluate_scores(predicted, truth, [row["prompt"] for row in rows])
+        scores = evaluate_scores(predicted, truth, [row["prompt"] for row in rows])
+        if name == "rating word":  # on no known scale, so that it has no RMSE
+            scores = {**scores, "rmse": None, "ci": {**scores["ci"], "rmse": None}}
+        assert line["test"] == scores
     words = predictions(tmp_path / "out" / "baselines" / "mine" / "published" / "rating-word.csv")
     assert [float(row["predicted"]) for row in words] == [[0.0, 3.0, 2.0][k % 3] for k in test]
     assert lines["text"]["test"]["srcc"] > 0.3
@@ -122,43 +123,6 @@ def test_means_are_those_of_the_training_items(store, tmp_path, name, column):
     line = run(store, tmp_path)[name]
     told = [float(row["predicted"]) for row in predictions(tmp_path / line["predictions"])]
     assert told == pytest.approx([np.mean(by_key[keys[k]]) for k in test])
-
-
-def ridge(known, mos, unknown, strength):
-    """In closed form, the intercept free of the penalty."""
-    centre, mean = known.mean(0), mos.mean()
-    matrix = (known - centre).T @ (known - centre) + strength * np.eye(known.shape[1])
-    return (unknown - centre) @ np.linalg.solve(matrix, (known - centre).T @ (mos - mean)) + mean
-
-
-def test_ridge_is_the_closed_form_at_the_strength_that_unknown_groups_choose():
-    random = np.random.default_rng(0)
-    known, unknown = random.normal(size=(40, 30)), random.normal(size=(9, 30))
-    groups = np.repeat(np.arange(10), 4)
-    mos = known[:, 0] + random.normal(size=10)[groups] + 0.5 * random.normal(size=40)
-    errors = [
-        sum(
-            np.square(ridge(known[kept], mos[kept], known[held], strength) - mos[held]).sum()
-            for kept, held in GroupKFold(5).split(known, groups=groups)
-        )
-        for strength in STRENGTHS
-    ]
-    chosen = STRENGTHS[int(np.argmin(errors))]
-    assert STRENGTHS[0] < chosen < STRENGTHS[-1]
-    assert fit_ridge(known, mos, groups, unknown) == pytest.approx(ridge(known, mos, unknown, chosen))
-    with pytest.raises(DataError, match="one prompt only"):
-        fit_ridge(known, mos, np.zeros(40, np.int64), unknown)
-
-
-def test_ridge_on_mean_features_knows_only_the_training_items(store, tmp_path):
-    train, test = parts(store)
-    rows = [store.read([k]).float32().astype(np.float64).mean(0) for k in range(COUNT)]
-    known, unknown = np.stack([rows[k] for k in train]), np.stack([rows[k] for k in test])
-    scale = known.std(0)
-    line = run(store, tmp_path)["mean hidden state"]
-    told = [float(row["predicted"]) for row in predictions(tmp_path / line["predictions"])]
-    candidates = [ridge(known / scale, store.items.labels["quality"][train], unknown / scale, s) for s in STRENGTHS]
-    assert any(np.allclose(told, one) for one in candidates)
 
 
 def test_no_prediction_depends_on_a_test_mos(store, tmp_path):
@@ -186,7 +150,9 @@ def test_a_constant_prediction_has_no_correlation(store, tmp_path):
 
 def test_folds_are_put_together_and_constants_of_each_correlate_with_nothing(store, tmp_path):
     configs = [TrainConfig(split="folds", folds=3, fold=fold, seed=seed) for fold in range(3) for seed in range(2)]
-    lines = {line["row"]: line for line in run_baselines(store, configs, protocol="grouped", out=tmp_path)}
+    lines = {
+        line["settings"]["baseline"]: line for line in run_baselines(store, configs, protocol="grouped", out=tmp_path)
+    }
     rows = predictions(tmp_path / lines["generator"]["predictions"])
     assert sorted(row["name"] for row in rows) == sorted(store.items.names)
     assert lines["generator"]["runs"] == 3
@@ -206,14 +172,14 @@ def test_folds_are_put_together_and_constants_of_each_correlate_with_nothing(sto
 def test_labels_of_several_heads_have_lines_and_files_of_their_own(store, tmp_path):
     configs = [TrainConfig(label="quality+beauty", seed=seed) for seed in range(2)] + [TrainConfig(epochs=3)]
     lines = run_baselines(store, configs, protocol="published", out=tmp_path)
-    assert [(line["row"], line["label"]) for line in lines] == [
+    assert [(line["settings"]["baseline"], line["label"]) for line in lines] == [
         (n, label) for label in ("quality", "beauty") for n in NAMES
     ]
     assert {line.get("runs", 1) for line in lines} == {1}
-    texts = [line["predictions"] for line in lines if line["row"] == "text"]
+    texts = [line["predictions"] for line in lines if line["settings"]["baseline"] == "text"]
     assert texts == [f"baselines/published/text_{label}.csv" for label in ("quality", "beauty")]
     alone = run(store, tmp_path / "alone")["text"]["test"]
-    assert alone == next(line["test"] for line in lines if line["row"] == "text")
+    assert alone == next(line["test"] for line in lines if line["settings"]["baseline"] == "text")
 
 
 def test_what_is_lacking_is_said(tmp_path):
@@ -261,31 +227,22 @@ def test_test_parts_that_overlap_are_refused(store, tmp_path):
         run(store, tmp_path, TrainConfig(), TrainConfig(split="grouped", test_share=0.5))
 
 
-class Counting:
-    """A store that counts the items that are read."""
-
-    def __init__(self, store):
-        self._store, self.read_items = store, 0
-
-    def __getattr__(self, name):
-        return getattr(self._store, name)
-
-    def read(self, items):
-        self.read_items += len(items)
-        return self._store.read(items)
+def test_rating_words_are_the_middles_of_their_fifths_of_the_scale(tmp_path):
+    marked = make(tmp_path, mos_ranges={"quality": (0.0, 100.0)}, labels={"quality": np.linspace(0, 100, COUNT)})
+    said = ["bad", "Good.", "no idea"]
+    line = run(marked, tmp_path, words=[talks(marked, tmp_path / "words.json", lambda k: said[k % 3])])["rating word"]
+    _, test = parts(marked)
+    expected = np.array([[10.0, 70.0, 50.0][k % 3] for k in test])
+    assert [float(row["predicted"]) for row in predictions(tmp_path / line["predictions"])] == expected.tolist()
+    assert line["test"]["rmse"] == pytest.approx(np.sqrt(np.square(expected - np.linspace(0, 100, COUNT)[test]).mean()))
+    unclear = sum(k % 3 == 2 for k in test)
+    assert line["notes"] == [f"{unclear} of 20 test items have no clear rating word and count as fair"]
 
 
-def test_mean_features_are_computed_once(store, tmp_path):
-    counting = Counting(store)
-    means = MeanFeatures(counting)
-    configs = [TrainConfig(label="quality+beauty")]
-    run_baselines(counting, configs, protocol="published", out=tmp_path, means=means)
-    assert counting.read_items == COUNT
-    run_baselines(counting, [TrainConfig(split="grouped")], protocol="grouped", out=tmp_path, means=means)
-    assert counting.read_items == COUNT
-
-
-def test_raw_logits_are_too_wide(store, tmp_path):
-    counting = Counting(store)
-    counting.encoding = "logits"
-    assert "raw logits" in run(counting, tmp_path)["mean hidden state"]["left_out"]
+def test_texts_of_a_teacher_that_knew_the_mos_are_told(tmp_path):
+    authored = make(tmp_path, text_authors=["teacher"] * 30 + ["model"] * 30)
+    lines = run(authored, tmp_path / "out")
+    count = sum(k < 30 for k in parts(authored)[1])
+    (note,) = [note for note in lines["text"]["notes"] if "teacher" in note]
+    assert note.startswith(f"{count} of 20 test items read the text of a teacher that was told their MOS")
+    assert lines["text"]["row"] == "ridge (TF-IDF of prompt and description)"

@@ -11,6 +11,7 @@ import yaml
 
 from agiqa.bench.result_folders import LOCK
 from agiqa.commands.common import failures
+from agiqa.store import open_store
 from agiqa.store.files import exclusive_lock
 from tests.cli.refusals import refuse
 from tests.store.conftest import make_content
@@ -80,8 +81,8 @@ def test_a_grid_is_trained_and_summed_up(agiqa, ablate, store, tmp_path):
     assert [row["row"] for row in heads] == ["encoder=gru", "encoder=none", "aligned"]
     written = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert written == done.json["table"]
-    baselines = {(row["row"], row["label"]) for row in written if row["kind"] == "baseline"}
-    assert {("mean hidden state", "quality"), ("mean hidden state", "alignment"), ("text", "quality")} <= baselines
+    baselines = {(row["settings"]["baseline"], row["label"]) for row in written if row["kind"] == "baseline"}
+    assert {("features", "quality"), ("features", "alignment"), ("text", "quality")} <= baselines
     told = [line for line in done.err.splitlines() if line.startswith("[")]
     assert [line.split(":")[0] for line in told] == [f"[{k}/5] {name}" for k, name in enumerate(names, 1)]
     assert all(line.endswith(" left") and "validation SRCC" in line for line in told)
@@ -233,6 +234,15 @@ def test_a_grid_that_lost_runs_goes_on_without_them(agiqa, ablate, tmp_path):
     reported = agiqa("report", tmp_path / "out", "--json")
     assert reported.code == 0, reported.err
     assert "was computed" not in (tmp_path / "out" / "report" / "report.md").read_text()
+
+
+def test_the_closed_form_reads_the_store_that_is_named_for_it(agiqa, ablate, store, tmp_path):
+    sketch, grid = tmp_path / "sketch.agiqa", {"base": {**BASE, "projection": "sketch"}, "grid": {"encoder": ["none"]}}
+    assert agiqa("store", "sketch", store, sketch, "--rank", 4).code == 0
+    done = agiqa(*ablate("--workers", 1, "--json", "--baseline-store", store, at=sketch, **grid))
+    (row,) = [row for row in done.json["table"] if row["settings"].get("baseline") == "features"]
+    assert "(hidden states of the baseline store, mean of " in row["row"]
+    assert row["features_store"] == open_store(store).id != row["store"]
 
 
 def test_stores_that_a_grid_compares_must_be_given(agiqa, store, tmp_path):
