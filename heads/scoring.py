@@ -18,7 +18,7 @@ from agiqa.heads.labels import by_label, columns, of_each_label, plain
 from agiqa.heads.logistic import Mappings
 from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.pooling import check_roles
-from agiqa.heads.prompts import normalise_prompt
+from agiqa.heads.prompts import KnownPrompts, Shared
 from agiqa.heads.runs import METRICS, Run
 from agiqa.heads.scales import conversions, convert_columns, scales_of, scales_record, unknown_scales
 from agiqa.heads.splits import identities
@@ -145,20 +145,23 @@ def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list
 def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[str]:
     """Warnings about items and prompts that the head was trained on, or that chose its epoch."""
     seen, prompts = count_known(run, source, items)
-    counts = {"were in the training of this head": seen, "have a prompt that occurs in its training": prompts}
+    counts = {
+        "were in the training of this head": seen,
+        f"have a prompt that occurs in its training{prompts.told()}": prompts.same,
+    }
     return [f"{count} of {len(items)} items {what}." for what, count in counts.items() if count]
 
 
-def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, int]:
+def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, Shared]:
     """How many of `items` are among those that the head of `run` was trained on, or have a prompt that is.
 
     Those that chose its epoch count too. Raises HeadError.
     """
     parts = run.parts()
     trained = parts["train"] | parts["validation"]
-    known = {normalise_prompt(prompt) for _, prompt in trained}
+    known = KnownPrompts(prompt for _, prompt in trained)
     seen = sum(identity in trained for identity in identities(source, items))
-    return seen, sum(normalise_prompt(source.items.prompts[item]) in known for item in items)
+    return seen, known.count(source.items.prompts[item] for item in items)
 
 
 def predict_items(
