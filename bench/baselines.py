@@ -137,7 +137,9 @@ def _line(
         test = _without_correlations(test)
     seconds = (time.perf_counter() - started) / len(task.parts)
     names = [source.items.names[item] for item in tested]
-    write_predictions(path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None])
+    write_predictions(
+        path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None], items=tested.tolist()
+    )
     say(f"baseline {name}, {shared['protocol']}, {task.label}: {_told(test)}")
     return {
         **_identity(name, shared),

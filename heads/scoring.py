@@ -21,7 +21,6 @@ from agiqa.heads.pooling import check_roles
 from agiqa.heads.prompts import KnownPrompts, Shared
 from agiqa.heads.runs import METRICS, Run
 from agiqa.heads.scales import conversions, convert_columns, scales_of, scales_record, unknown_scales
-from agiqa.heads.splits import identities
 
 _ITEMS_AT_ONCE = 512
 PARTS = ("test", "validation", "train", "all")
@@ -102,16 +101,15 @@ def scores_of_labels(
 
 
 def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
-    """The items of a part, never empty; see `evaluate`."""
+    """The items of a part, never empty, ascending; see `evaluate`."""
     part = _ALIASES.get(part, part)
     if part not in PARTS:
         kind = "part"
         raise UnknownName.of(kind, part, PARTS)
     if part == "all" or source.id != run.store_id:
         return split_items(source, {"validation": "val"}.get(part, part))
-    wanted = run.parts()[part]
     everything = np.arange(len(source.items.names))
-    items = everything[[identity in wanted for identity in identities(source, everything)]]
+    items = everything[run.recorded_parts().hold(source, everything, part)]
     if not len(items):
         message = f"{location_of(source)}: no item is in the part {part!r} of the run {run.path}."
         raise DataError(message)
@@ -130,8 +128,7 @@ def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list
     recorded, labels = run.metrics.get("logistic"), run.train.labels
     if recorded is None:
         return [Mappings.none("the run recorded no fit; it was made before agiqa fitted them")] * len(labels)
-    fitted_to = run.parts()["validation"]
-    seen = sum(identity in fitted_to for identity in identities(source, items))
+    seen = int(run.recorded_parts().hold(source, items, "validation").sum())
     if seen:
         why = f"{seen} of {len(items)} items are validation items, which the mappings were fitted to"
         return [Mappings.none(why)] * len(labels)
@@ -155,12 +152,12 @@ def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[st
 def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, Shared]:
     """How many of `items` are among those that the head of `run` was trained on, or have a prompt that is.
 
-    Those that chose its epoch count too. Raises HeadError.
+    Those that chose its epoch count too. An item of a store that the run did not read is the same as one that it did
+    read where both have the same name and prompt. Raises HeadError.
     """
-    parts = run.parts()
-    trained = parts["train"] | parts["validation"]
-    known = KnownPrompts(prompt for _, prompt in trained)
-    seen = sum(identity in trained for identity in identities(source, items))
+    parts, trained = run.recorded_parts(), ("train", "validation")
+    known = KnownPrompts(prompt for part in trained for _, prompt in parts.pairs[part])
+    seen = int(parts.hold(source, items, *trained).sum())
     return seen, known.count(source.items.prompts[item] for item in items)
 
 

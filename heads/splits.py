@@ -120,11 +120,6 @@ def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
     )
 
 
-def identities(source: FeatureSource, items: NDArray[np.int64]) -> list[tuple[str, str]]:
-    """Name and prompt of each item: what makes it the same item in another store."""
-    return [(source.items.names[item], source.items.prompts[item]) for item in items]
-
-
 def _drawn(source: FeatureSource, config: TrainConfig) -> tuple[Items, Items, Items]:
     """Train, val and test before anything is left out; val is empty unless the data set brings its own."""
     if config.split == "published":
