@@ -147,7 +147,9 @@ def _line(
         test = {**test, "rmse": None, "ci": {**test["ci"], "rmse": None}}
     seconds = (time.perf_counter() - started) / len(task.parts)
     names = [source.items.names[item] for item in tested]
-    write_predictions(path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None])
+    write_predictions(
+        path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None], items=tested.tolist()
+    )
     line: Line = {
         **_identity(name, shared),
         **_told_of_fits(name, guesses, source, means, shared),

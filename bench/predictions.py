@@ -1,4 +1,4 @@
-"""Tables of what was predicted: name, prompt, and the true and predicted MOS of every item, of each label."""
+"""Tables of what was predicted: name, prompt, number in the store, and true and predicted MOS of every item."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -24,20 +24,31 @@ class Predictions:
     prompts: list[str]
     mos: Array
     predicted: Array
+    items: list[int] | None = None
+    """The number of each in its store, which tells two of the same name and prompt apart; None in tables without."""
 
 
 def write_predictions(
-    path: Path, labels: Sequence[str], names: Iterable[str], prompts: Iterable[str], mos: Array, predicted: Array
+    path: Path,
+    labels: Sequence[str],
+    names: Iterable[str],
+    prompts: Iterable[str],
+    mos: Array,
+    predicted: Array,
+    *,
+    items: Iterable[int] | None = None,
 ) -> None:
-    """Write a csv with the columns name, prompt, mos and predicted; of several labels mos_LABEL and predicted_LABEL.
+    """Write a csv with the columns name, prompt, item, mos and predicted; of several labels mos_LABEL, predicted_LABEL.
 
-    `mos` and `predicted` are (items, labels).
+    `mos` and `predicted` are (items, labels). `items` are the numbers in the store; without them there is no such
+    column.
     """
-    titles, rows = side_by_side(labels, mos, predicted)
+    titles, values = side_by_side(labels, mos, predicted)
+    columns = {"name": names, "prompt": prompts} | ({} if items is None else {"item": items})
     with telling_disk_errors(f"writing {path}", KEPT), _made(path).open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow(("name", "prompt", *titles))
-        table.writerows((name, prompt, *row) for name, prompt, row in zip(names, prompts, rows, strict=True))
+        table.writerow((*columns, *titles))
+        table.writerows((*about, *row) for *about, row in zip(*columns.values(), values, strict=True))
 
 
 def _made(path: Path) -> Path:
@@ -62,6 +73,7 @@ def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictio
             prompts=[row["prompt"] for row in rows],
             mos=np.array([float(row[mos]) for row in rows]),
             predicted=np.array([float(row[predicted]) for row in rows]),
+            items=[int(row["item"]) for row in rows] if rows and "item" in rows[0] else None,
         )
         _refuse_not_finite(found)
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:

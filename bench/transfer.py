@@ -237,7 +237,7 @@ class _Work:
         names, prompts = (
             [column[k] for k in items] for column in (target.store.items.names, target.store.items.prompts)
         )
-        write_predictions(path, labels, names, prompts, mos, guesses)
+        write_predictions(path, labels, names, prompts, mos, guesses, items=items.tolist())
         return {
             **self._facts(line, run),
             "seconds": round(time.perf_counter() - started, 3),

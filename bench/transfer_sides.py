@@ -13,7 +13,7 @@ from agiqa.heads.features import read_labels
 from agiqa.heads.head import check_sizes
 from agiqa.heads.losses import check_loss
 from agiqa.heads.projection import FeatureSpec, check_encoding
-from agiqa.heads.prompts import normalise_prompt
+from agiqa.heads.prompts import KnownPrompts
 from agiqa.heads.scales import conversions, scales_of, unknown_scales
 from agiqa.heads.splits import Partition, make_partition
 from agiqa.store import Store
@@ -121,15 +121,19 @@ def scale_notes(a: Side, b: Side, labels: Sequence[str]) -> list[str]:
 
 
 def shared(source: Side, target: Side) -> dict[str, Any]:
-    """How many test items of `target` are known from the training of `source`: by prompt, and as the same item."""
+    """How many test items of `target` are known from the training of `source`: by prompt, and as the same item.
+
+    The prompts are equal as `normalise_prompt` compares them; those that are equal letter by letter are counted too.
+    """
     learned = np.concatenate([source.partition.train, source.partition.validation])
-    known = {normalise_prompt(source.store.items.prompts[item]) for item in learned}
+    known = KnownPrompts(source.store.items.prompts[item] for item in learned)
     keys = {key.tobytes() for key in source.store.item_keys[learned]}
     test = target.partition.test
-    prompts = sum(normalise_prompt(target.store.items.prompts[item]) in known for item in test)
+    prompts = known.count(target.store.items.prompts[item] for item in test)
     return {
         "test_items": len(test),
-        "with_a_prompt_of_the_source": prompts,
+        "with_a_prompt_of_the_source": prompts.same,
+        "with_a_prompt_of_the_source_verbatim": prompts.verbatim,
         "that_are_items_of_the_source": sum(key.tobytes() in keys for key in target.store.item_keys[test]),
     }
 

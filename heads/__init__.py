@@ -31,6 +31,7 @@ fitting.py     one fit: device, random state, trainer
 starting.py    another run's head as the beginning
 paper_compatible.py  the best epoch by test score, as the paper reports it, and its bias
 training.py    from a store to a run folder
+recorded_parts.py  the items that trained a head, and who is among them
 runs.py        the run folder, and which stores it can read
 scoring.py     predict and evaluate
 sweeping.py    many heads over one store

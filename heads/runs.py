@@ -6,9 +6,11 @@ config.json       head and training settings, the store, what its features mean 
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split, who wrote the texts of its
                   parts (`text_authors`), warnings and notes; of several stores read as one also the metrics of each,
                   and what was converted
-predictions.csv   name, prompt, split, mos, predicted for the validation and test items
+predictions.csv   name, prompt, split, item, mos, predicted for the validation and test items; `item` is its number in
+                  the store, or where several are read as one in all of them, one after the other
 curves.csv        a row per epoch; with `paper_compatible` also its test scores
-parts.json        name and prompt of every item that trained the head, chose its epoch, and was tested on
+parts.json        name and prompt of every item that trained the head, chose its epoch, and was tested on, and under
+                  `items` their numbers in each store, beside its id
 tensorboard       event files of the stages `train` and `refit`, where they were asked for
 
 For a head with several labels `validation`, `test` and `logistic` of metrics.json hold an entry per label under its
@@ -35,6 +37,7 @@ from agiqa.heads.encoders import settings_read
 from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.head import Head, build_head, check_parts
 from agiqa.heads.projection import FeatureSpec
+from agiqa.heads.recorded_parts import RecordedParts
 from agiqa.heads.scales import Scales, read_scales
 from agiqa.store.files import telling_disk_errors
 from agiqa.version import agiqa_version
@@ -44,7 +47,6 @@ FORMAT_VERSION = 1
 WEIGHTS, CONFIG, METRICS = "head.safetensors", "config.json", "metrics.json"
 PREDICTIONS, CURVES, PARTS = "predictions.csv", "curves.csv", "parts.json"
 EVENTS = "tensorboard"
-_PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +83,16 @@ class Run:
             message = f"{self.path / CONFIG}: `mos_ranges` is not what a training writes ({error})."
             raise HeadError(message) from error
 
-    def parts(self) -> dict[str, set[tuple[str, str]]]:
+    def parts(self) -> Mapping[str, frozenset[tuple[str, str]]]:
         """Name and prompt of the items that trained the head, chose its epoch, and were tested on. Raises HeadError."""
+        return self.recorded_parts().pairs
+
+    def recorded_parts(self) -> RecordedParts:
+        """The items that trained the head, chose its epoch, and were tested on. Raises HeadError."""
         recorded = _read_json(self.path, PARTS)
         try:
-            return {part: {(name, prompt) for name, prompt in recorded[part]} for part in _PARTS}
-        except (KeyError, TypeError, ValueError) as error:
+            return RecordedParts.from_record(recorded)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             message = f"{self.path / PARTS} is not what a training writes ({what}). Bring the file back from a copy."
             raise HeadError(message) from error
@@ -193,14 +199,15 @@ def write_run(
     metrics: Mapping[str, Any],
     predictions: Sequence[Mapping[str, Any]],
     curves: Sequence[Mapping[str, Any]],
-    parts: Mapping[str, Sequence[tuple[str, str]]],
+    parts: Mapping[str, Any],
     partial: Path,
     events: Path | None = None,
 ) -> None:
     """Write the folder at `partial`, then move it to its place: a run that was killed is never taken for a run.
 
-    `partial` is on the same file system, and what a killed process left there is replaced. `events` is a folder of
-    TensorBoard event files to copy. An OSError is told of as `telling_disk_errors` does.
+    `parts` is what `record_parts` made. `partial` is on the same file system, and what a killed process left there is
+    replaced. `events` is a folder of TensorBoard event files to copy. An OSError is told of as `telling_disk_errors`
+    does.
     """
     with telling_disk_errors(f"writing {path}", "the epochs that were saved are kept"):
         shutil.rmtree(partial, ignore_errors=True)

@@ -19,10 +19,9 @@ from agiqa.heads.labels import by_label, columns, of_each_label, plain
 from agiqa.heads.logistic import Mappings
 from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.pooling import check_roles
-from agiqa.heads.prompts import normalise_prompt
+from agiqa.heads.prompts import KnownPrompts, Shared
 from agiqa.heads.runs import METRICS, Run
 from agiqa.heads.scales import conversions, convert_columns, scales_of, scales_record, unknown_scales
-from agiqa.heads.splits import identities
 
 _ITEMS_AT_ONCE = 512
 PARTS = ("test", "validation", "train", "all")
@@ -108,16 +107,15 @@ def scores_of_labels(
 
 
 def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
-    """The items of a part, never empty; see `evaluate`."""
+    """The items of a part, never empty, ascending; see `evaluate`."""
     part = _ALIASES.get(part, part)
     if part not in PARTS:
         kind = "part"
         raise UnknownName.of(kind, part, PARTS)
     if part == "all" or source.id != run.store_id:
         return split_items(source, {"validation": "val"}.get(part, part))
-    wanted = run.parts()[part]
     everything = np.arange(len(source.items.names))
-    items = everything[[identity in wanted for identity in identities(source, everything)]]
+    items = everything[run.recorded_parts().hold(source, everything, part)]
     if not len(items):
         message = f"{location_of(source)}: no item is in the part {part!r} of the run {run.path}."
         raise DataError(message)
@@ -136,8 +134,7 @@ def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list
     recorded, labels = run.metrics.get("logistic"), run.train.labels
     if recorded is None:
         return [Mappings.none("the run recorded no fit; it was made before agiqa fitted them")] * len(labels)
-    fitted_to = run.parts()["validation"]
-    seen = sum(identity in fitted_to for identity in identities(source, items))
+    seen = int(run.recorded_parts().hold(source, items, "validation").sum())
     if seen:
         why = f"{seen} of {len(items)} items are validation items, which the mappings were fitted to"
         return [Mappings.none(why)] * len(labels)
@@ -151,20 +148,23 @@ def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list
 def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[str]:
     """Warnings about items and prompts that the head was trained on, or that chose its epoch."""
     seen, prompts = count_known(run, source, items)
-    counts = {"were in the training of this head": seen, "have a prompt that occurs in its training": prompts}
+    counts = {
+        "were in the training of this head": seen,
+        f"have a prompt that occurs in its training{prompts.told()}": prompts.same,
+    }
     return [f"{count} of {len(items)} items {what}." for what, count in counts.items() if count]
 
 
-def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, int]:
+def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, Shared]:
     """How many of `items` are among those that the head of `run` was trained on, or have a prompt that is.
 
-    Those that chose its epoch count too. Raises HeadError.
+    Those that chose its epoch count too. An item of a store that the run did not read is the same as one that it did
+    read where both have the same name and prompt. Raises HeadError.
     """
-    parts = run.parts()
-    trained = parts["train"] | parts["validation"]
-    known = {normalise_prompt(prompt) for _, prompt in trained}
-    seen = sum(identity in trained for identity in identities(source, items))
-    return seen, sum(normalise_prompt(source.items.prompts[item]) in known for item in items)
+    parts, trained = run.recorded_parts(), ("train", "validation")
+    known = KnownPrompts(prompt for part in trained for _, prompt in parts.pairs[part])
+    seen = int(parts.hold(source, items, *trained).sum())
+    return seen, known.count(source.items.prompts[item] for item in items)
 
 
 def predict_items(

@@ -16,7 +16,7 @@ from agiqa.errors import DataError
 from agiqa.heads.config import TrainConfig
 from agiqa.heads.features import FeatureSource, location_of
 from agiqa.heads.holding_out import Items, fold_items, generator_items, hold_out, published_items
-from agiqa.heads.prompts import normalise_prompt
+from agiqa.heads.prompts import KnownPrompts, Shared
 
 PARTITION_SETTINGS = (
     *("split", "folds", "fold", "held_out", "test_share"),
@@ -35,10 +35,15 @@ class Partition:
     test: NDArray[np.int64]
     left_out: int
     """Items of the store in no part."""
-    leaked: int
-    """Test items whose normalised prompt also occurs in train or validation."""
-    validation_leaked: int
-    """Validation items whose normalised prompt also occurs in train; 0 unless the data set brings its own."""
+    leak: Shared
+    """Test items whose prompt also occurs in train or validation."""
+    validation_leak: Shared
+    """Validation items whose prompt also occurs in train; none unless the data set brings its own."""
+
+    @property
+    def leaked(self) -> int:
+        """Test items whose prompt also occurs in train or validation, letter by letter or nearly."""
+        return self.leak.same
 
     def parts(self) -> dict[str, NDArray[np.int64]]:
         """The items of each part by its name."""
@@ -51,21 +56,27 @@ class Partition:
             "validation": len(self.validation),
             "test": len(self.test),
             "left_out": self.left_out,
-            "leak": {"test_items_with_a_training_prompt": self.leaked, "share": self.leaked / len(self.test)},
+            "leak": {
+                "test_items_with_a_training_prompt": self.leak.same,
+                "test_items_with_a_training_prompt_verbatim": self.leak.verbatim,
+                "share": self.leak.same / len(self.test),
+            },
         }
 
     def warnings(self) -> list[str]:
         """What a reader of the metrics must know about this split."""
         found: list[str] = []
-        if self.leaked:
+        if self.leak.same:
             found.append(
-                f"{self.leaked} of {len(self.test)} test items have a prompt that also occurs in training; "
-                f"the metrics tell of new images for known prompts. Use the split 'grouped' for new prompts."
+                f"{self.leak.same} of {len(self.test)} test items have a prompt that also occurs in training"
+                f"{self.leak.told()}; the metrics tell of new images for known prompts. Use the split 'grouped' for "
+                "new prompts."
             )
-        if self.validation_leaked:
+        if self.validation_leak.same:
             found.append(
-                f"{self.validation_leaked} of {len(self.validation)} validation items, which choose the epoch, have a "
-                "prompt that also occurs in training: the data set's own 'val' part was used."
+                f"{self.validation_leak.same} of {len(self.validation)} validation items, which choose the epoch, have "
+                f"a prompt that also occurs in training{self.validation_leak.told()}: the data set's own 'val' part "
+                "was used."
             )
         if self.left_out:
             found.append(f"{self.left_out} items of the store are in no part of the split.")
@@ -97,21 +108,16 @@ def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
         remedy = "Set `validation` to 0 to hold out none and keep the last epoch."
         validation = hold_out(prompts, train, config.validation, seed, remedy=remedy)
         train = np.setdiff1d(train, validation)
-    trained = {normalise_prompt(prompts[k]) for k in train}
-    known = trained | {normalise_prompt(prompts[k]) for k in validation}
+    trained = KnownPrompts(prompts[k] for k in train)
+    known = KnownPrompts(prompts[k] for k in (*train, *validation))
     return Partition(
         train=train,
         validation=validation,
         test=test,
         left_out=len(prompts) - len(train) - len(validation) - len(test),
-        leaked=sum(normalise_prompt(prompts[k]) in known for k in test),
-        validation_leaked=sum(normalise_prompt(prompts[k]) in trained for k in validation),
+        leak=known.count(prompts[k] for k in test),
+        validation_leak=trained.count(prompts[k] for k in validation),
     )
-
-
-def identities(source: FeatureSource, items: NDArray[np.int64]) -> list[tuple[str, str]]:
-    """Name and prompt of each item: what makes it the same item in another store."""
-    return [(source.items.names[item], source.items.prompts[item]) for item in items]
 
 
 def _drawn(source: FeatureSource, config: TrainConfig) -> tuple[Items, Items, Items]:

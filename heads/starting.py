@@ -58,9 +58,10 @@ def start_warnings(start: Run | None, source: FeatureSource, train: TrainConfig,
         return []
     name = start.path.absolute().name
     items, prompts = count_known(start, source, test)
+    training = f"the training of {name}, the head that this one starts from"
     counts = {
-        f"were in the training of {name}, the head that this one starts from": items,
-        f"have a prompt that occurs in the training of {name}, the head that this one starts from": prompts,
+        f"were in {training}": items,
+        f"have a prompt that occurs in {training}{prompts.told()}": prompts.same,
     }
     found = [f"{count} of {len(test)} test items {what}." for what, count in counts.items() if count]
     found += [

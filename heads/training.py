@@ -32,12 +32,13 @@ from agiqa.heads.paper_compatible import PaperTrace, best_on_test, bias_warnings
 from agiqa.heads.pooling import check_item_roles, check_roles
 from agiqa.heads.progress import LineProgress, TrainingProgress
 from agiqa.heads.projection import FeatureSpec, check_encoding, usual_projection
+from agiqa.heads.recorded_parts import record_parts
 from agiqa.heads.resuming import TrainingState, data_of, training_key, training_state
 from agiqa.heads.runs import EVENTS, Run, load_run, origin_of, refuse_taken, write_run
 from agiqa.heads.scales import Joined, scales_of, scales_record
 from agiqa.heads.scoring import predict_items, scores_of_labels
 from agiqa.heads.sharing import Places, SharedFeatures
-from agiqa.heads.splits import Partition, identities, make_partition
+from agiqa.heads.splits import Partition, make_partition
 from agiqa.heads.starting import check_start, start_record, start_warnings
 from agiqa.progress import say
 from agiqa.version import agiqa_version
@@ -156,7 +157,7 @@ def _train(
         metrics=metrics,
         predictions=[row for name, part in parts.items() for row in _rows(source, config, name, *part)],
         curves=[epoch.row() for fit in fits for epoch in fit.curves],
-        parts={name: identities(source, items) for name, items in partition.parts().items()},
+        parts=record_parts(source, partition.parts()),
         partial=state.folder / "run",
         events=state.folder / EVENTS if config.tensorboard else None,
     )
@@ -352,8 +353,9 @@ def _rows(
     names, prompts = source.items.names, source.items.prompts
     titles, rows = side_by_side(config.labels, labels, predicted)
     return [
-        {"name": names[item], "prompt": prompts[item], "split": part, **dict(zip(titles, row, strict=True))}
-        for item, row in zip(items, rows, strict=True)
+        {"name": names[item], "prompt": prompts[item], "split": part, "item": item}
+        | dict(zip(titles, row, strict=True))
+        for item, row in zip(items.tolist(), rows, strict=True)
     ]
 
 

@@ -118,6 +118,7 @@ def test_a_head_is_applied_as_evaluate_does(agiqa, done, stores):
     assert line["shared"] == {
         "test_items": 15,
         "with_a_prompt_of_the_source": leaked,
+        "with_a_prompt_of_the_source_verbatim": leaked,
         "that_are_items_of_the_source": 0,
     }
 

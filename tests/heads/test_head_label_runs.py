@@ -159,7 +159,7 @@ def test_a_run_folder_of_one_label_is_as_ever(make_store, tmp_path: Path):
     store = with_correspondence(make_store(80))
     one = QUICK.model_copy(update={"label": "quality", "validation": 0.5})
     run = train_head(store, tmp_path / "run", head=GRU, train=one)
-    assert list(read_csv(run.path / "predictions.csv")[0]) == ["name", "prompt", "split", "mos", "predicted"]
+    assert list(read_csv(run.path / "predictions.csv")[0]) == ["name", "prompt", "split", "item", "mos", "predicted"]
     assert run.metrics["test"]["n"] > 0
     assert set(run.metrics["logistic"]) == {"logistic4", "logistic5"}
     assert run.metrics["chosen_by"] == "highest validation SRCC"
