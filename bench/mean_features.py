@@ -5,7 +5,6 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError
 from agiqa.heads.features import FeatureSource, ItemRows, location_of, read_checked
-from agiqa.heads.splits import identities
 from agiqa.store import TOKEN_ROLES
 
 Array = NDArray[np.float64]
@@ -63,9 +62,9 @@ class MeanFeatures:
         if other is self.source:
             return np.arange(len(other.items.names))
         there: dict[tuple[str, str], list[int]] = {}
-        for place, known_by in enumerate(identities(self.source, np.arange(len(self.source.items.names)))):
+        for place, known_by in enumerate(zip(self.source.items.names, self.source.items.prompts, strict=True)):
             there.setdefault(known_by, []).append(place)
-        wanted = identities(other, np.arange(len(other.items.names)))
+        wanted = list(zip(other.items.names, other.items.prompts, strict=True))
         problems = [
             f"{name!r} with the prompt {prompt!r} is {f'there {len(found)} times' if found else 'not there'}"
             for name, prompt in wanted

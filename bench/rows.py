@@ -162,23 +162,29 @@ def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
     """The test items of all these runs, by name. Raises DataError for an item that two of them tested."""
     parts = [read_predictions(runs / run.name / PREDICTIONS, parse_labels(run.train.label), label=label) for run in ran]
     joined = _in_order(parts)
-    if len(set(zip(joined.names, joined.prompts, strict=True))) < len(joined.names):
+    if len(set(_known_by(joined))) < len(joined.names):
         message = f"The runs of {ran[0].row!r}, {ran[0].protocol}, tested an item twice; their splits must not overlap."
         raise DataError(message)
     return joined
 
 
 def _in_order(parts: Sequence[Predictions]) -> Predictions:
-    """All items of `parts`, by name and prompt."""
-    names = [name for part in parts for name in part.names]
-    prompts = [prompt for part in parts for prompt in part.prompts]
-    order = sorted(range(len(names)), key=lambda place: (names[place], prompts[place]))
+    """All items of `parts`, by name, prompt and number."""
+    known_by = [key for part in parts for key in _known_by(part)]
+    numbered = all(part.items is not None for part in parts)
+    order = sorted(range(len(known_by)), key=known_by.__getitem__)
     return Predictions(
-        names=[names[place] for place in order],
-        prompts=[prompts[place] for place in order],
+        names=[known_by[place][0] for place in order],
+        prompts=[known_by[place][1] for place in order],
+        items=[known_by[place][2] for place in order] if numbered else None,
         mos=np.concatenate([part.mos for part in parts])[order],
         predicted=np.concatenate([part.predicted for part in parts])[order],
     )
+
+
+def _known_by(table: Predictions) -> list[tuple[str, str, int]]:
+    """Name, prompt and number of each item, as a store may hold a name with the same prompt twice."""
+    return list(zip(table.names, table.prompts, table.items or [0] * len(table.names), strict=True))
 
 
 def _items(table: Predictions) -> tuple[tuple[str, str, float], ...]:

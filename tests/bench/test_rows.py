@@ -211,3 +211,19 @@ def test_an_item_that_is_tested_twice_is_refused(tmp_path, plan, told):
     (tmp_path / "runs" / second.name / "predictions.csv").write_text(content)
     with pytest.raises(DataError, match="tested an item twice"):
         table_rows(plan, told, tmp_path)
+
+
+def test_a_name_and_prompt_that_a_store_holds_twice_are_two_items(tmp_path, plan, told):
+    """Each run tests its own of them; without numbers it would be one item that was tested twice."""
+    for number, run in enumerate(plan):
+        path = tmp_path / "runs" / run.name / "predictions.csv"
+        head, *rows = path.read_text().splitlines()
+        before, after = head.split(",mos")
+        numbered = [f"{before},item,mos{after}"]
+        for k, row in enumerate([*rows, f"twin.png,prompt,test,{2.0 + run.train.fold},3.0"]):
+            about, mos, predicted = row.rsplit(",", 2)
+            numbered.append(f"{about},{10 * number + k},{mos},{predicted}")
+        path.write_text("\n".join(numbered) + "\n")
+    rows = table_rows(plan, told, tmp_path)
+    folds = len({run.train.fold for run in plan})
+    assert [row["test"]["n"] for row in rows] == [ITEMS + folds] * len(rows)
