@@ -17,6 +17,8 @@ from agiqa.heads.resuming import state_folder
 GRU = HeadConfig(projection="sketch", encoder="gru", width=8, dropout=0.2, token_dropout=0.2)
 XLSTM = HeadConfig(projection="vocabulary", encoder="xlstm", width=8, blocks=2, num_heads=2, dropout=0.2)
 EVERY = TrainConfig(split="grouped", epochs=4, batch_size=16, lr=1e-2, save_seconds=0)
+CHOOSING = {"validation": 0.75, "batch_size": 64, "refit": True}
+"""Validation items enough to choose the epoch by, and as many steps an epoch without them as with them."""
 
 
 class Broken(Exception):
@@ -66,8 +68,8 @@ def numbers(run: Path) -> dict[str, object]:
     [
         (GRU, {"refit": True, "ema": 0.9}),
         (GRU, {"validation": 0.0, "precision": "bf16"}),
-        (GRU, {"patience": 1, "epochs": 20, "lr": 1e-9, "schedule": "constant", "refit": True, "validation": 0.75}),
-        (GRU, {"validation": 0.75, "refit": True, "calibrate": True}),
+        (GRU, CHOOSING | {"patience": 1, "epochs": 20, "lr": 1e-9, "schedule": "constant"}),
+        (GRU, CHOOSING | {"calibrate": True, "ema": 0.9, "epochs": 5}),
         (XLSTM, {"warmup": 0.5, "epochs": 2}),
     ],
     ids=["refit, averaged", "last epoch, bf16", "patience", "calibrated", "xlstm"],
