@@ -98,6 +98,8 @@ def outcome_facts(run: Run) -> Line:
     """
     seconds = round(sum(run.metrics["seconds"].values()), 3)
     told = {"seconds": seconds, **{name: run.metrics[name] for name in ("split", "warnings", *PARTS)}}
+    if calibration := run.metrics.get("calibration"):
+        told["calibration"] = calibration
     if authors := run.metrics.get("text_authors"):
         told["text_authors"] = authors
     biased = run.metrics.get("paper_compatible")

@@ -69,7 +69,7 @@ class HeadConfig(_Settings):
     token_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the tokens of each item that are taken out of its sequence in training, drawn anew at every step. Those
     that the pooling reads by their place (`first`, `last`) stay, and one token at least. The maximum of fewer tokens is
-    lower, so a head with `max` pooling predicts with a bias, which `calibrate` takes off."""
+    lower: with `max` pooling set `calibrate` too."""
     regressor_hidden: int = Field(default=128, ge=0)
     """Channels between the two linear layers of the regressor; 0 is one linear layer."""
 

@@ -15,7 +15,7 @@ from agiqa.heads.labels import plain
 FEWEST_TO_CHOOSE_BY = 30
 """Validation items. By fewer no epoch is chosen, and nothing is fitted to them: a rank correlation of 10 items without
 any relation is above 0.55 once in ten times."""
-STILL_RISING = 0.01
+STILL_RISING = 0.02
 """What the validation SRCC must have gained over the last quarter of a training for more epochs to be advised."""
 
 
@@ -101,8 +101,8 @@ def epoch_warnings(outcome: Outcome, config: TrainConfig) -> list[str]:
     epochs = len(scores)
     if outcome.epoch == 1 and epochs > 1:
         return [
-            f"The first of {epochs} epochs was kept: validation SRCC was never higher later. Lower `lr`, or train on "
-            "more items."
+            f"The first of {epochs} epochs was kept: validation SRCC was never higher later. Lower `lr`; or raise "
+            "`epochs`, where the training loss still falls."
         ]
     last, before = scores[-1], scores[-1 - math.ceil(epochs / 4)] if epochs > 1 else None
     if outcome.epoch < config.epochs or last is None or before is None or not last - before > STILL_RISING:

@@ -65,7 +65,8 @@ class MeanPooling(Pooling):
 class MaxPooling(Pooling):
     """The largest value of each channel; tokens that share it share the gradient.
 
-    It grows with the number of tokens, so that with token dropout training pools lower values than evaluation does.
+    It grows with the number of tokens and with what dropout adds to each: under either, training pools values of
+    another level and spread than evaluation does. The setting `calibrate` takes off what that does to predictions.
     """
 
     def forward(

@@ -63,7 +63,8 @@ def test_the_file_for_real_data_sets_says_what_its_comments_say():
     assert few.lr == pytest.approx(whole.lr * math.sqrt(few.batch_size / whole.batch_size), rel=0.02)
     assert (few.ema, few.validation, few.patience, few.refit) == (None, 0.0, None, False)
     changed = {"epochs": whole.epochs, "batch_size": whole.batch_size, "lr": whole.lr, "ema": whole.ema}
-    assert few.model_copy(update={**changed, "validation": whole.validation}) == whole
+    assert (whole.calibrate, few.calibrate) == (True, False)
+    assert few.model_copy(update={**changed, "validation": whole.validation, "calibrate": True}) == whole
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,21 @@ def test_the_folds_test_every_item_once(agiqa, example, tmp_path):
     for fold in range(2):
         run = tmp_path / str(fold)
         outcome = agiqa(
-            *("train", example.store, run, *SMALL_HEAD, "--split", "folds", "--folds", 2, "--fold", fold, "--json")
+            *(
+                "train",
+                example.store,
+                run,
+                *SMALL_HEAD,
+                "--split",
+                "folds",
+                "--folds",
+                2,
+                "--fold",
+                fold,
+                "--json",
+                "--validation",
+                0,
+            )
         )
         assert outcome.json["split"]["leak"]["share"] == 0
         assert outcome.json["warnings"] == []

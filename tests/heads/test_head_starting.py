@@ -87,7 +87,8 @@ def test_few_items_teach_more_to_a_head_that_knows_another_data_set(make_store, 
 
 
 def test_the_run_says_where_it_started(first, make_store, tmp_path: Path):
-    started = train_head(other_set(make_store), tmp_path / "deep" / "started", train=FIRST, start=first)
+    config = FIRST.model_copy(update={"validation": 0.0})
+    started = train_head(other_set(make_store), tmp_path / "deep" / "started", train=config, start=first)
     weights = (first.path / "head.safetensors").read_bytes()
     said = {"run": "first", "store": "memory", "sha256": hashlib.sha256(weights).hexdigest()}
     assert started.config["start"] == said
@@ -96,7 +97,7 @@ def test_the_run_says_where_it_started(first, make_store, tmp_path: Path):
 
 
 def test_test_items_that_the_first_training_had_seen_are_told(first, make_store, tmp_path: Path):
-    store, config = make_store(120, weights=WEIGHTS), FIRST.model_copy(update={"split_seed": 1})
+    store, config = make_store(120, weights=WEIGHTS), FIRST.model_copy(update={"split_seed": 1, "validation": 0.0})
     test, before = make_partition(store, config).test, make_partition(store, FIRST)
     seen = len(np.intersect1d(test, np.concatenate([before.train, before.validation])))
     found = train_head(store, tmp_path / "started", train=config, start=first).metrics["warnings"]
@@ -109,7 +110,7 @@ def test_test_items_that_the_first_training_had_seen_are_told(first, make_store,
 
 def test_another_label_is_learned_and_told_and_several_must_be_the_same(first, make_store, tmp_path: Path):
     store = with_correspondence(other_set(make_store))
-    config = FIRST.model_copy(update={"label": "correspondence"})
+    config = FIRST.model_copy(update={"label": "correspondence", "validation": 0.0})
     found = train_head(store, tmp_path / "one", train=config, start=first).metrics["warnings"]
     assert found == ["first, the head that this one starts from, learned quality, not correspondence."]
     for label in ("quality+correspondence", "correspondence+quality"):
