@@ -77,7 +77,8 @@ def check_sizes(config: HeadConfig) -> None:
     `check_parts`.
     """
     check_parts(config)
-    _try_sizes(config, ENCODERS.get(config.encoder), POOLINGS.get(PoolingName.parse(config.pooling).pooling))
+    encoder, pooling = ENCODERS.get(config.encoder), POOLINGS.get(PoolingName.parse(config.pooling).pooling)
+    _try_sizes(config, encoder, pooling)  # pyright: ignore[reportArgumentType]  # pydantic hashes what is frozen
 
 
 @lru_cache(maxsize=1024)

@@ -5,10 +5,10 @@ A preset stands between the defaults and what a file or an option says.
 `paper` is Section III of the paper (arXiv 2502.15167), controlled: around every encoder the same vocabulary
 projection, width 512, mean pooling, regressor 512-128-1, MSE and AdamW, so that a row of Table IV differs from the
 next by its encoder alone. Each has four layers, as many as the xLSTM has blocks, and reads forwards. Those of `lstm`
-and `gru` have a LayerNorm before them and a residual around them, as the layers of the other encoders have: plain ones,
-as the paper's code stacks them, begin with nearly the same pooled vector for every item. The training is that of this
-project (`TrainConfig`), with the features standardised: at the paper's own learning rate of 1e-5 the
-head needs one step per image.
+and `gru` have a LayerNorm before them and a residual around them, as the layers of the other encoders have: four
+plain ones of LSTM, as the paper's code stacks them, begin with nearly the same pooled vector for every item. The
+training is that of this project (`TrainConfig`), with the features standardised: at the paper's own learning rate of
+1e-5 the head needs one step per image.
 
 `published` has the sizes and the training of the released code, encoder by encoder: one image per step, a constant
 learning rate of 1e-5 (which the code uses for AGIQA-3k; give `--lr 2e-5` elsewhere, and `--epochs 30` for

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from agiqa.heads.config import TrainConfig
 from agiqa.heads.encoders.base import Encoder
+from agiqa.heads.encoders.gpu_kernels import product_dtype
 
 _LENGTHS_PER_OCTAVE = 8
 _SHORTEST = 16
@@ -47,7 +48,7 @@ def training_kernels(encoder: Encoder, config: TrainConfig, device: torch.device
 
 
 class GraphedEncoder:
-    """Calls `encoder`; passes with gradients are replayed from a graph for each length.
+    """Calls `encoder`; passes with gradients are replayed from a graph for each length and precision.
 
     Smaller batches are filled up with items of one zero token. Whether a pass is replayed depends on its shape alone,
     never on what came before: a training that goes on after a kill computes what it would have computed. Between a
@@ -59,7 +60,7 @@ class GraphedEncoder:
         self._encoder = encoder
         self._batch_size = batch_size
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[int, nn.Module] = {}
+        self._graphs: dict[tuple[int, torch.dtype, torch.dtype], nn.Module] = {}
 
     def __call__(
         self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
@@ -73,9 +74,10 @@ class GraphedEncoder:
         more = (0, longer - length, 0, self._batch_size - batch)
         tokens, mask = pad(tokens, (0, 0, *more)), pad(mask, more)
         mask[batch:, 0] = True
-        if longer not in self._graphs:
-            self._graphs[longer] = self._capture(tokens, mask)
-        replayed: Tensor = self._graphs[longer](tokens, mask)
+        key = (longer, tokens.dtype, product_dtype(tokens))
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(tokens, mask)
+        replayed: Tensor = self._graphs[key](tokens, mask)
         return replayed[:batch, :length]
 
     def _capture(self, tokens: Tensor, mask: Tensor) -> nn.Module:

@@ -19,9 +19,9 @@ class RecurrentEncoder(Encoder):
     the end: `x + dropout(rnn(norm(x)))`. In a bidirectional first layer either direction is added to the tokens. The
     sum is taken in the dtype of the weights, under autocast too.
 
-    Without `residual` each layer reads the outputs of the one before, as published. Those of an untrained layer differ
-    from item to item by a third of what its inputs did, so that four layers begin with nearly the same vector for
-    every item. The scale of the first inputs comes from the projection's calibration alone.
+    Without `residual` each layer reads the outputs of the one before, as published. An untrained layer makes its
+    inputs smaller and adds biases that are the same for every item, so that four layers of LSTM begin with nearly the
+    same vector for all. The scale of the first inputs comes from the projection's calibration alone.
     """
 
     graphable = True

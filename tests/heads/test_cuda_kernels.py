@@ -128,6 +128,18 @@ def test_graphs_compute_what_the_encoder_does(name, width):
         assert_near(*(values(run, tokens, mask, weights) for run in (graphed, encoder)), 5e-3)
 
 
+def test_a_graph_of_one_precision_is_not_replayed_in_another():
+    encoder = ENCODERS.get("transformer")(HeadConfig(width=64)).cuda()
+    graphed, mask = GraphedEncoder(encoder, 2), torch.ones(2, 20, dtype=torch.bool, device="cuda")
+    tokens = torch.randn(2, 20, 64, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        mixed = graphed(tokens, mask).detach().clone()
+        torch.testing.assert_close(mixed, encoder(tokens, mask), rtol=1e-2, atol=1e-2)
+    single = graphed(tokens, mask)
+    torch.testing.assert_close(single, encoder(tokens, mask), rtol=1e-5, atol=1e-5)
+    assert not torch.equal(mixed, single)
+
+
 def test_the_random_state_is_the_same_after_a_capture():
     encoder = ENCODERS.get("transformer")(HeadConfig(width=64, dropout=0.5)).cuda()
     mask = torch.ones(2, 20, dtype=torch.bool, device="cuda")
