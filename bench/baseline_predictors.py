@@ -119,10 +119,15 @@ def by_prompt(evidence: Evidence, train: Positions, test: Positions) -> Guess:
 
 
 def by_generator_and_prompt(evidence: Evidence, train: Positions, test: Positions) -> Guess:
-    """Ridge on both as one-hot vectors; an unknown generator or prompt is all zeros."""
+    """Ridge on both as one-hot vectors; an unknown generator or prompt is all zeros.
+
+    Its strength is chosen on unknown prompts unless the test part has known ones: what these are worth is the question.
+    """
     encoder = OneHotEncoder(handle_unknown="ignore")
-    known = encoder.fit_transform(_pairs(evidence, train))
-    return _ridge(evidence, train, known, encoder.transform(_pairs(evidence, test)))
+    known, unknown = encoder.fit_transform(_pairs(evidence, train)), encoder.transform(_pairs(evidence, test))
+    shared = not set(evidence.prompts(train)).isdisjoint(evidence.prompts(test))
+    groups = np.arange(len(train)) if shared else evidence.groups(train)
+    return _ridge(evidence, train, groups, known, unknown)
 
 
 def by_text(evidence: Evidence, train: Positions, test: Positions) -> Guess:
@@ -131,7 +136,8 @@ def by_text(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     known = vectorizer.fit_transform(evidence.texts(train))
     told = evidence.teachers(test)
     notes = [teacher_warning("test", told, len(test), rating_words=False)] if told else []
-    return _ridge(evidence, train, known, vectorizer.transform(evidence.texts(test)), notes)
+    unknown = vectorizer.transform(evidence.texts(test))
+    return _ridge(evidence, train, evidence.groups(train), known, unknown, notes)
 
 
 def by_rating_word(evidence: Evidence, train: Positions, test: Positions) -> Guess:
@@ -211,9 +217,11 @@ def features_title(reads: str, fits: Sequence[Mapping[str, Any]]) -> str:
     return f"{' or '.join(kinds)} ({reads}, mean of {' or of '.join(tokens)})"
 
 
-def _ridge(evidence: Evidence, train: Positions, known: Any, unknown: Any, notes: Sequence[str] = ()) -> Guess:
-    """A ridge regression on the rows of `known`, those of the training items."""
-    best = best_ridge(known, evidence.mos[train], evidence.groups(train))
+def _ridge(
+    evidence: Evidence, train: Positions, groups: Positions, known: Any, unknown: Any, notes: Sequence[str] = ()
+) -> Guess:
+    """A ridge regression on the rows of `known`, those of the training items, whose folds share none of `groups`."""
+    best = best_ridge(known, evidence.mos[train], groups)
     predicted = best.predict(known, evidence.mos[train], unknown)
     return Guess(predicted=predicted, fit=best.record(), notes=(*_edge_notes(best), *notes))
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GroupKFold
 
 from agiqa.bench.baseline_words import RatingWords
 from agiqa.bench.baselines import run_baselines
+from agiqa.bench.closed_form import STRENGTHS
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
 from agiqa.heads.metrics import evaluate_scores
@@ -123,6 +126,36 @@ def test_means_are_those_of_the_training_items(store, tmp_path, name, column):
     line = run(store, tmp_path)[name]
     told = [float(row["predicted"]) for row in predictions(tmp_path / line["predictions"])]
     assert told == pytest.approx([np.mean(by_key[keys[k]]) for k in test])
+
+
+@pytest.mark.parametrize("split", ["published", "grouped"])
+def test_the_worth_of_a_prompt_is_learned_on_prompts_as_known_as_those_of_the_test_part(tmp_path, split):
+    """Of the published split all are known, of grouped prompts none. The MOS is a value of the prompt and some noise."""
+    random = np.random.default_rng(4)
+    mos = random.normal(size=12)[np.arange(COUNT) % 12] + 0.1 * random.normal(size=COUNT)
+    store, config = make(tmp_path, labels={"quality": mos}), TrainConfig(split=split)
+    train, test = parts(store, config)
+    prompts, made = np.array(store.items.prompts), np.array(store.items.generators)
+    assert set(prompts[test]) & set(prompts[train]) == (set(prompts[test]) if split == "published" else set())
+    rows = np.hstack([prompts[:, None] == np.unique(prompts[train]), made[:, None] == np.unique(made[train])]) * 1.0
+    groups = np.arange(len(train)) if split == "published" else prompts[train]
+    folds = list(GroupKFold(5).split(train, groups=groups))
+    models = [Ridge(alpha=strength) for strength in STRENGTHS]
+    errors = [
+        sum(
+            np.square(
+                model.fit(rows[train[kept]], mos[train[kept]]).predict(rows[train[held]]) - mos[train[held]]
+            ).sum()
+            for kept, held in folds
+        )
+        for model in models
+    ]
+    best = int(np.argmin(errors))
+    line = run(store, tmp_path / "out", config)["generator + prompt"]
+    assert line["fits"][0]["strength"] == STRENGTHS[best]
+    told = [float(row["predicted"]) for row in predictions(tmp_path / "out" / line["predictions"])]
+    expected = models[best].fit(rows[train], mos[train]).predict(rows[test])
+    assert told == pytest.approx(expected, abs=2e-3)  # that of sparse rows is iterated
 
 
 def test_no_prediction_depends_on_a_test_mos(store, tmp_path):
