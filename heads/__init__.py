@@ -16,7 +16,7 @@ regressor.py   one vector to the MOS of each label
 head.py        the four in a row
 losses.py      regression, correlation and ranking losses, and weighted sums of them
 metrics.py     SRCC, PLCC, KRCC, RMSE with intervals by prompt
-logistic.py    the mappings that PLCC and RMSE are also reported after, fitted on validation
+logistic.py    the mapping that PLCC and RMSE are also reported after, fitted on validation
 rating_words.py  the word of a MOS, the word in an answer, and how well they agree
 uncertainty.py  standard errors over prompts and seeds, intervals, p-values
 comparing.py   heads over seeds, and one against another: intervals and p-values

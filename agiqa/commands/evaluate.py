@@ -32,9 +32,10 @@ def command(run: Path, store: str | Path, split: str, device: str, batch_size: i
     """SRCC, PLCC, KRCC and RMSE of the head RUN on STORE, with intervals over prompts.
 
     On the store that it was trained on, the parts are those of its training; on another store of the same model
-    (or basis) they are that store's own. PLCC and RMSE are also given after the 4- and 5-parameter logistic mappings
-    that the run fitted to its validation part. MOS of STORE on another scale than that of the head are converted to it,
-    and RMSE is on it. A head with several labels is scored on each, and STORE must have all.
+    (or basis) they are that store's own. PLCC and RMSE are also given after the 4-parameter logistic mapping that the
+    run fitted to its validation part, or a line where that has fewer than 100 items. MOS of STORE on another scale than
+    that of the head are converted to it, and RMSE is on it. A head with several labels is scored on each, and STORE
+    must have all.
     """
     from agiqa.commands.train import label_titles, scores_line
     from agiqa.heads import evaluate, load_run
@@ -54,7 +55,7 @@ def command(run: Path, store: str | Path, split: str, device: str, batch_size: i
 
 
 def _mapped_lines(scores: Mapping[str, Any]) -> list[str]:
-    """For people: what each logistic mapping gives, or why there is none; a reason of them all stands once."""
+    """For people: what each mapping gives, or why there is none; a reason of them all stands once."""
     absent = {entry["absent"] for entry in scores["logistic"].values() if "absent" in entry}
     if len(absent) == 1 and all("absent" in entry for entry in scores["logistic"].values()):
         return [f"{'logistic':<10} none: {absent.pop()}"]
@@ -69,5 +70,4 @@ def _mapped_line(kind: str, entry: Mapping[str, Any], scores: Mapping[str, Any])
         value, interval = scores[f"{metric}_{kind}"], scores["ci"][f"{metric}_{kind}"]
         around = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
         parts.append(f"{metric.upper()} {'undefined' if value is None else f'{value:.4f}'}{around}")
-    parts.append("" if entry["monotone"] else "(not monotone)")
-    return "  ".join(parts).rstrip()
+    return "  ".join(parts)
