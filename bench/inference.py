@@ -2,8 +2,7 @@
 
 `coverage`   intervals of one head on the items of 10 to 300 prompts, against the metric of very many items
 `errors`     p-values of one method against itself, trained with other seeds, where 5 % may be below .05
-`measured`   the same with the predictions of real heads: a csv of `agiqa predict` or predictions.csv for each of many
-             seeds, from which sides of one, three and five seeds are drawn without replacement
+`measured`   the same with the predictions of real heads: seeds of each head of an ablation against its other seeds
 
 A made-up prediction is the MOS plus errors that a method has with every seed, and errors, a slope and a level that a
 seed has for itself; prompts have a share in MOS and in all errors. With one seed the product gives no p-value, so the
@@ -14,7 +13,8 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.bench.predictions import read_predictions
-from agiqa.heads.comparing import paired, seeds_score
+from agiqa.bench.predictions import Predictions, read_predictions
+from agiqa.bench.protocols import PUBLISHED
+from agiqa.bench.result_folders import RESULTS, RUNS
+from agiqa.heads.comparing import PROMPTS, SeedScores, seeds_score
 from agiqa.heads.metrics import score
+from agiqa.heads.runs import PREDICTIONS
 from agiqa.heads.uncertainty import METRICS
 from agiqa.progress import track
 
@@ -118,19 +121,16 @@ def rejected(world: World, prompts: int, images: int, seeds: int, seed: int, *, 
 
 
 def verdict(a: Array, b: Array, mos: Array, prompts: Sequence[str]) -> list[bool]:
+    """`verdict_of` two sides of predictions (seeds, items)."""
+    return verdict_of(SeedScores.of(a, mos, prompts), SeedScores.of(b, mos, prompts))
+
+
+def verdict_of(a: SeedScores, b: SeedScores) -> list[bool]:
     """Whether each metric's p is below .05, of one seed whether its interval leaves out 0."""
-    told = paired(a, b, mos, prompts)
-    if told["covers"] == "prompts":
+    told = a.against(b)
+    if told["covers"] == PROMPTS:
         return [ends is not None and not ends[0] <= 0.0 <= ends[1] for ends in told["ci"].values()]
     return [p is not None and p < _LEVEL for p in told["p"].values()]
-
-
-def draws_of(predicted: Array, seeds: int, trials: int) -> Iterator[tuple[Array, Array]]:
-    """Two sides of `seeds` rows each from `predicted` (many seeds, items), no row in both."""
-    random = np.random.default_rng(0)
-    for _ in range(trials):
-        chosen = random.permutation(len(predicted))[: 2 * seeds]
-        yield predicted[chosen[:seeds]], predicted[chosen[seeds:]]
 
 
 def shares(found: Sequence[Sequence[bool | None]]) -> dict[str, float | None]:
@@ -146,10 +146,6 @@ def _cover(task: tuple[World, int, int, int, int]) -> list[bool | None]:
 
 def _reject(task: tuple[World, int, int, int, int, int]) -> list[bool]:
     return rejected(*task[:5], methods=task[5])
-
-
-def _judge(task: tuple[Array, Array, Array, list[str]]) -> list[bool]:
-    return verdict(*task)
 
 
 def _parallel(work: Any, tasks: Sequence[Any], what: str) -> list[Any]:
@@ -215,22 +211,52 @@ def errors(trials: int, out: Path | None) -> None:
 
 
 @main.command()
-@click.argument("tables", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--label", default="quality", show_default=True)
-@click.option("--name", required=True, help="What the result line calls these heads.")
-@_TRIALS
+@click.argument("results", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @_OUT
-def measured(tables: tuple[Path, ...], label: str, name: str, trials: int, out: Path | None) -> None:
-    """The share of p-values below .05 between sides drawn from the test predictions of many seeds of one head."""
-    read = [read_predictions(path, [label], label=label) for path in tables]
-    predicted, mos, prompts = np.stack([one.predicted for one in read]), read[0].mos, list(read[0].prompts)
-    spreads = np.array([list(score(row, mos).values()) for row in predicted]).std(axis=0, ddof=1)
-    sd = dict(zip(METRICS, spreads.round(5).tolist(), strict=True))
-    for seeds in (1, 3, 5):
-        tasks = [(a, b, mos, prompts) for a, b in draws_of(predicted, seeds, trials)]
-        told = shares(_parallel(_judge, tasks, f"{name}, {seeds} seeds"))
-        line = {"bench": "measured", "head": name, "of_seeds": len(tables), "items": len(mos), "sd": sd}
-        _say({**line, "seeds": seeds, "trials": trials, "below": told}, out)
+def measured(results: Path, out: Path | None) -> None:
+    """The same between seeds of each head of an ablation (RESULTS, its folder) on the published split."""
+    against = {"one against one": (1, 1), "two against the others": (2, None)}
+    found: dict[str, list[list[bool]]] = {name: [] for name in against}
+    spreads: list[Array] = []
+    for scores in seeds_of_rows(results):
+        spreads.append(scores.values.std(axis=0, ddof=1))
+        for name, (first, second) in against.items():
+            found[name] += [verdict_of(a, b) for a, b in splits_of(scores, first, second)]
+    sd = dict(zip(METRICS, np.median(spreads, axis=0).round(5).tolist(), strict=True))
+    for name, judged in found.items():
+        line = {"bench": "measured", "results": results.name, "heads": len(spreads), "median_sd": sd, "seeds": name}
+        _say({**line, "comparisons": len(judged), "below": shares(judged)}, out)
+
+
+def seeds_of_rows(results: Path) -> list[SeedScores]:
+    """The test predictions of each head with three seeds or more on the published split, a row per seed."""
+    tables: dict[tuple[str, str], list[Predictions]] = {}
+    for text in (results / RESULTS).read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if line.get("protocol") == PUBLISHED and "error" not in line:
+            path, label = results / RUNS / line["name"] / PREDICTIONS, line["config"]["label"]
+            key = line["row"], line.get("store_name", "")
+            tables.setdefault(key, []).append(read_predictions(path, [label], label=label))
+    return [
+        SeedScores.of(np.stack([one.predicted for one in seeds]), seeds[0].mos, seeds[0].prompts)
+        for seeds in tables.values()
+        if len(seeds) > 2
+    ]
+
+
+def splits_of(scores: SeedScores, first: int, second: int | None) -> Iterator[tuple[SeedScores, SeedScores]]:
+    """Every way to draw `first` seeds and `second` others (None: all others) of one head."""
+    seeds = range(len(scores.values))
+    for some in combinations(seeds, first):
+        others = [seed for seed in seeds if seed not in some]
+        for rest in combinations(others, len(others) if second is None else second):
+            if second is None or some < rest:
+                yield _only(scores, some), _only(scores, rest)
+
+
+def _only(scores: SeedScores, seeds: Sequence[int]) -> SeedScores:
+    chosen = list(seeds)
+    return replace(scores, values=scores.values[chosen], left_out=scores.left_out[chosen])
 
 
 if __name__ == "__main__":
