@@ -28,6 +28,8 @@ FEWEST_PROMPTS = {"srcc": 10, "plcc": 10, "krcc": 10, "rmse": 20}
 """With fewer prompts an interval at 95 % covers less than 93 %, so there is none."""
 FEW_PROMPTS = 50
 """With fewer prompts a reader is told how many there are."""
+ROUNDING = 1e-12
+"""How far apart, as a share of them, two metrics are at least that differ by more than the rounding of sums."""
 _MOST_BLOCKS = 1000
 _CELLS_AT_ONCE = 100_000
 
@@ -55,7 +57,7 @@ class Spread:
         """
         if not math.isfinite(estimate + self.variance):
             return None
-        if self.variance == 0.0:
+        if self.variance == 0.0 or (metric != "rmse" and 1.0 - abs(estimate) < ROUNDING):
             return [estimate, estimate]
         reach = self._quantile(confidence) * math.sqrt(self.variance)
         if metric == "rmse":
