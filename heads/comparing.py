@@ -20,6 +20,7 @@ from agiqa.heads.prompts import prompt_groups
 from agiqa.heads.uncertainty import (
     FEWEST_PROMPTS,
     METRICS,
+    ROUNDING,
     Side,
     few_prompts,
     group_count,
@@ -124,7 +125,8 @@ class SeedScores:
         if not (np.array_equal(self.labels, other.labels) and np.array_equal(self.groups, other.groups)):
             message = "Two heads can be compared on the same items only, and these differ in labels or prompts."
             raise DataError(message)
-        difference, count = self.means - other.means, group_count(self.groups)
+        alike = np.isclose(self.means, other.means, rtol=ROUNDING, atol=0.0)
+        difference, count = np.where(alike, 0.0, self.means - other.means), group_count(self.groups)
         covers = BOTH if self.covers == other.covers == BOTH else PROMPTS
         intervals: dict[str, list[float] | None] = dict.fromkeys(METRICS)
         p: dict[str, float | None] = dict.fromkeys(METRICS)

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _APOSTROPHES = "'`\u00b4\u2018\u2019\u201b\u2032\uff07\u02bc\u02b9\u02bb"
-_IN_A_WORD = re.compile(rf"(?<=[^\W_])[{_APOSTROPHES}](?=[^\W_])")
+_IN_A_WORD = re.compile(rf"(?<=[^\W\d_])[{_APOSTROPHES}](?=[^\W_])|(?<=\d)[{_APOSTROPHES}](?=[^\W\d_])")
+"""Not between two digits, as in 6'2, which is another number than 62."""
 _PUNCTUATION_BY_USE = frozenset(f"{_APOSTROPHES}^~|<>\u00a8\u00af\u00b8\u02cb\u2212\u2044")
 """Characters that stand for quotes, dashes, brackets and separators, and that Unicode calls symbols or letters."""
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
@@ -77,7 +78,7 @@ def _folded(text: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    """Punctuation as spaces, and nothing where an apostrophe stands between two letters or digits."""
+    """Punctuation as spaces, and nothing where an apostrophe stands within a word, such as `don't` or `1980's`."""
     return _IN_A_WORD.sub("", text).translate(_SPACES)
 
 

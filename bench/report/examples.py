@@ -16,6 +16,9 @@ from agiqa.bench.report.tables import Cell, Column, Table
 from agiqa.errors import AgiqaError
 from agiqa.store import open_store
 
+_Known = tuple[str, str, int | None]
+"""Name and prompt of an item, and its number in the store where it is known."""
+
 SHOWN = 6
 """Items of each kind."""
 _SIDE = 240
@@ -89,7 +92,7 @@ def examples_of(results: Results, found: Predictions, head: str, *, images: Path
     )
 
     def example(k: int) -> Example:
-        key = found.names[k], found.prompts[k]
+        key = found.names[k], found.prompts[k], found.items[k]
         true, predicted = float(found.true[k]), float(found.predicted[k])
         return Example(
             name=key[0],
@@ -116,8 +119,8 @@ def examples_of(results: Results, found: Predictions, head: str, *, images: Path
     )
 
 
-def _descriptions(results: Results, store: str) -> tuple[Mapping[tuple[str, str], str | None], str | None]:
-    """The descriptions of the store's items by name and prompt, or none and why."""
+def _descriptions(results: Results, store: str) -> tuple[Mapping[_Known, str | None], str | None]:
+    """The descriptions of the store's items by name and prompt, with and without their number, or none and why."""
     path = results.store(store).path
     if path is None or not Path(path).is_dir():
         where = f"is not at {path}" if path else "has no path in about.json"
@@ -126,7 +129,9 @@ def _descriptions(results: Results, store: str) -> tuple[Mapping[tuple[str, str]
         items = open_store(Path(path)).items
     except (AgiqaError, OSError) as error:
         return {}, f"Descriptions are not shown: {error}"
-    described = dict(zip(zip(items.names, items.prompts, strict=True), items.descriptions, strict=True))
+    described: dict[_Known, str | None] = {}
+    for number, (name, prompt, text) in enumerate(zip(items.names, items.prompts, items.descriptions, strict=True)):
+        described |= {(name, prompt, number): text, (name, prompt, None): text}
     return described, None if any(described.values()) else "The store holds no descriptions."
 
 

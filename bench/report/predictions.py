@@ -21,6 +21,8 @@ class Predictions:
     row: Row
     names: list[str]
     prompts: list[str]
+    items: list[int | None]
+    """Their numbers in the store; None where the tables of the runs have none."""
     true: Floats
     """(items,)"""
     predicted: Floats
@@ -37,7 +39,7 @@ class Predictions:
 
 def predictions_of(results: Results, row: Row) -> Predictions | None:
     """The predictions of a head's row; None where no run has any. Items of several folds stand together."""
-    found: dict[tuple[str, str], tuple[float, list[float]]] = {}
+    found: dict[tuple[str, str, int | None], tuple[float, list[float]]] = {}
     missing: list[str] = []
     runs = 0
     for line in results.runs_of(row):
@@ -52,7 +54,7 @@ def predictions_of(results: Results, row: Row) -> Predictions | None:
             missing.append(f"{RUNS}/{line.name}/{PREDICTIONS} is {reason}")
             continue
         runs += 1
-        items = zip(table.names, table.prompts, strict=True)
+        items = zip(table.names, table.prompts, table.items or [None] * len(table.names), strict=True)
         for item, true, predicted in zip(items, table.mos.tolist(), table.predicted.tolist(), strict=True):
             found.setdefault(item, (true, []))[1].append(predicted)
     if not found:
@@ -60,8 +62,9 @@ def predictions_of(results: Results, row: Row) -> Predictions | None:
     true, predicted = np.array([(true, np.mean(values)) for true, values in found.values()]).T
     return Predictions(
         row=row,
-        names=[name for name, _ in found],
-        prompts=[prompt for _, prompt in found],
+        names=[name for name, _, _ in found],
+        prompts=[prompt for _, prompt, _ in found],
+        items=[item for _, _, item in found],
         true=true,
         predicted=predicted,
         runs=runs,

@@ -116,6 +116,30 @@ def test_a_head_does_not_differ_from_itself_and_a_far_better_one_does():
     assert better["ci"]["srcc"][0] > 0 > better["ci"]["rmse"][1]
 
 
+def test_a_head_on_another_scale_has_the_same_correlations_as_without():
+    """Their PLCC differ by rounding, of which p can be anything, 0 too."""
+    for seed in range(40):
+        predicted, labels, prompts = example(seed=seed, seeds=1)
+        found = paired(predicted * 1.37 + 0.21, predicted, labels, prompts, seedless=(True, True))
+        for name in ("srcc", "plcc", "krcc"):
+            assert (found["difference"][name], found["p"][name]) == (0.0, 1.0)
+        assert found["difference"]["rmse"] != 0.0
+
+
+@pytest.mark.parametrize("slope", [1.0, 3.7, -1e-7])
+def test_predictions_on_a_line_with_the_mos_have_a_correlation_of_one_and_its_interval(slope):
+    for seed in range(20):
+        _, labels, prompts = example(seed=seed)
+        sign = float(np.sign(slope))
+        for told in (
+            seeds_score(np.stack([labels * slope + 0.3] * 3), labels, prompts),
+            evaluate_scores(labels * slope + 0.3, labels, prompts),
+        ):
+            for name in ("srcc", "plcc", "krcc"):
+                assert [told[name], *told["ci"][name]] == pytest.approx([sign] * 3, abs=1e-12)
+            json.dumps(told, allow_nan=False)
+
+
 def test_what_is_kept_of_a_head_compares_it_with_many():
     predicted, labels, prompts = example()
     other = example(error=0.7)[0]

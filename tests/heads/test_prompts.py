@@ -26,6 +26,7 @@ ALIKE = {
     "curly quotes": ("\u201ca cat\u201d it\u2019s", '"a cat" it\'s'),
     "backticks": ("`a cat` don`t", "a cat don't"),
     "accents as apostrophes": ("don\u00b4t", "dont"),
+    "apostrophe after a number": ("the 1980\u2019s", "the 1980s"),
     "dashes": ("sci-fi \u2013 city", "sci fi \u2014 city"),
     "underscores and brackets": ("<a_cat>", "a cat"),
     "zero-width space": ("a cat\u200b", "a cat"),
@@ -36,6 +37,8 @@ ALIKE = {
 }
 DIFFERENT = [
     ("1.5 m", "15 m"),
+    ("a man of 6'2", "a man of 62"),
+    ("5\u20324 tall", "54 tall"),
     ("a cat", "acat"),
     ("c++", "c"),
     ("$5", "5"),

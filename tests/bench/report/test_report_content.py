@@ -58,6 +58,18 @@ def test_predictions_are_means_over_seeds_of_every_item_once(results):
     assert (predictions.runs, predictions.missing) == (2 * made.FOLDS, ())
 
 
+def test_items_of_one_name_and_prompt_stay_apart(results, copy):
+    """A store may hold an image twice; the number of the item tells which of them a prediction is of."""
+    folder, (image, *_) = copy(results.ablation), results.stores["ours"].items.names
+    for path in (folder / "runs").glob("*/predictions.csv"):
+        path.write_text(re.sub(r"^image_\d+\.png,[^,]*,", f"{image},a cat,", path.read_text(), flags=re.MULTILINE))
+    predictions = leading(folder)[1]
+    _, whole = leading(results.ablation)
+    assert len(predictions.names) == len(results.stores["ours"].items)
+    assert predictions.predicted == pytest.approx(whole.predicted)
+    assert predictions.true.tolist() == whole.true.tolist()
+
+
 def leading(folder):
     """The results of a folder, and the predictions of the leading row of quality under the grouped protocol."""
     (found,) = read_all([folder])
