@@ -6,7 +6,7 @@ prompt` measures what a split that shares prompts gives away, `text` does withou
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from agiqa.heads.features import FeatureSource
 from agiqa.heads.prompts import normalise_prompt, prompt_groups
 from agiqa.heads.rating_words import WORDS
 from agiqa.store.scales import MosRange
-from agiqa.store.text_authors import TEACHER, teacher_warning
+from agiqa.store.text_authors import TEACHER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class Guess:
     """The regression, the tokens that its features are means of, and its settings, ready for JSON."""
     notes: tuple[str, ...] = ()
     """What a reader of its scores must know."""
+    teachers: int = 0
+    """Test items whose text, which is read, is by a teacher that was told their MOS."""
     on_scale: bool = True
     """Whether the predictions are on the scale of the MOS, so that they have an RMSE."""
 
@@ -134,10 +136,9 @@ def by_text(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     """Ridge on TF-IDF of the words and word pairs of prompt and description."""
     vectorizer = TfidfVectorizer(ngram_range=(1, 2))
     known = vectorizer.fit_transform(evidence.texts(train))
-    told = evidence.teachers(test)
-    notes = [teacher_warning("test", told, len(test), rating_words=False)] if told else []
     unknown = vectorizer.transform(evidence.texts(test))
-    return _ridge(evidence, train, evidence.groups(train), known, unknown, notes)
+    guess = _ridge(evidence, train, evidence.groups(train), known, unknown)
+    return replace(guess, teachers=evidence.teachers(test))
 
 
 def by_rating_word(evidence: Evidence, train: Positions, test: Positions) -> Guess:
@@ -217,13 +218,11 @@ def features_title(reads: str, fits: Sequence[Mapping[str, Any]]) -> str:
     return f"{' or '.join(kinds)} ({reads}, mean of {' or of '.join(tokens)})"
 
 
-def _ridge(
-    evidence: Evidence, train: Positions, groups: Positions, known: Any, unknown: Any, notes: Sequence[str] = ()
-) -> Guess:
+def _ridge(evidence: Evidence, train: Positions, groups: Positions, known: Any, unknown: Any) -> Guess:
     """A ridge regression on the rows of `known`, those of the training items, whose folds share none of `groups`."""
     best = best_ridge(known, evidence.mos[train], groups)
     predicted = best.predict(known, evidence.mos[train], unknown)
-    return Guess(predicted=predicted, fit=best.record(), notes=(*_edge_notes(best), *notes))
+    return Guess(predicted=predicted, fit=best.record(), notes=tuple(_edge_notes(best)))
 
 
 def _edge_notes(best: Regression) -> list[str]:

@@ -27,6 +27,7 @@ from agiqa.heads.metrics import evaluate_scores
 from agiqa.heads.splits import Partition
 from agiqa.heads.sweeping import Partitions
 from agiqa.progress import say
+from agiqa.store.text_authors import teacher_warning
 
 Line = dict[str, Any]
 
@@ -152,7 +153,7 @@ def _line(
     )
     line: Line = {
         **_identity(name, shared),
-        **_told_of_fits(name, guesses, source, means, shared),
+        **_told_of_fits(name, guesses, means, shared),
         "runs": len(task.parts),
         "seeds": 1,
         "failed": 0,
@@ -167,20 +168,19 @@ def _line(
     return line
 
 
-def _told_of_fits(
-    name: str, guesses: Sequence[Guess], source: FeatureSource, means: MeanFeatures, shared: Mapping[str, Any]
-) -> Line:
+def _told_of_fits(name: str, guesses: Sequence[Guess], means: MeanFeatures, shared: Mapping[str, Any]) -> Line:
     """What was read and fitted; the row of `features` is called by it."""
     fits, notes = [dict(guess.fit) for guess in guesses if guess.fit], _notes(guesses)
+    if teachers := sum(guess.teachers for guess in guesses):
+        tested = sum(len(guess.predicted) for guess in guesses)
+        notes.append(teacher_warning("test", teachers, tested, rating_words=False))
     told = {"reads": BASELINES[name].reads, "fits": fits, "notes": notes}
     if name != FEATURES:
         return told
-    beside = means.source is not source
     if means.source.encoding == "sketch":
         notes.append(f"reads a {means.reads} only, which holds less than the hidden states that it was made from")
-    reads = means.reads + (" of the baseline store" if beside else "")
-    row = _named(features_title(reads, fits), shared)
-    return {**told, "row": row, "reads": reads, "features_store": means.source.id}
+    row = _named(features_title(means.reads, fits), shared)
+    return {**told, "row": row, "reads": means.reads, "features_store": means.source.id}
 
 
 def _notes(guesses: Sequence[Guess]) -> list[str]:

@@ -160,4 +160,4 @@ def test_an_ablation_of_a_sketch_reads_hidden_states_for_its_baseline_when_they_
     assert trained == 0
     assert not any("--baseline-store" in line for line in said)
     assert (row["store"], row["features_store"], about["baseline_store"]["id"]) == (sketch.id, store.id, store.id)
-    assert "(hidden states of the baseline store, mean of " in row["row"]
+    assert "(hidden states, mean of " in row["row"]

@@ -153,7 +153,7 @@ def test_features_beside_a_sketch_are_those_of_the_store_it_was_made_from(tmp_pa
     mixed = spoken(tmp_path, name="mixed.agiqa", order=np.random.default_rng(0).permutation(COUNT).tolist())
     beside = run(sketch, tmp_path / "beside", means=MeanFeatures(mixed))
     own = run(hidden, tmp_path / "own")
-    assert beside["row"] == "kernel ridge (hidden states of the baseline store, mean of the answer's tokens)"
+    assert beside["row"] == "kernel ridge (hidden states, mean of the answer's tokens)"
     assert (beside["store"], beside["features_store"]) == (sketch.id, mixed.id)
     told = predicted(tmp_path / "beside" / beside["predictions"])
     assert told == pytest.approx(predicted(tmp_path / "own" / own["predictions"]))

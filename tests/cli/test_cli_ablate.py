@@ -241,7 +241,7 @@ def test_the_closed_form_reads_the_store_that_is_named_for_it(agiqa, ablate, sto
     assert agiqa("store", "sketch", store, sketch, "--rank", 4).code == 0
     done = agiqa(*ablate("--workers", 1, "--json", "--baseline-store", store, at=sketch, **grid))
     (row,) = [row for row in done.json["table"] if row["settings"].get("baseline") == "features"]
-    assert "(hidden states of the baseline store, mean of " in row["row"]
+    assert "(hidden states, mean of " in row["row"]
     assert row["features_store"] == open_store(store).id != row["store"]
 
 
