@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from agiqa.bench.predictions import Predictions, read_predictions
 from agiqa.bench.protocols import PUBLISHED
 from agiqa.bench.result_folders import RESULTS, RUNS
+from agiqa.bench.tables import as_table, read_results
 from agiqa.heads.comparing import PROMPTS, SeedScores, seeds_score
 from agiqa.heads.metrics import score
 from agiqa.heads.runs import PREDICTIONS
@@ -250,13 +251,41 @@ def splits_of(scores: SeedScores, first: int, second: int | None) -> Iterator[tu
     for some in combinations(seeds, first):
         others = [seed for seed in seeds if seed not in some]
         for rest in combinations(others, len(others) if second is None else second):
-            if second is None or some < rest:
+            if len(some) != len(rest) or some < rest:
                 yield _only(scores, some), _only(scores, rest)
 
 
 def _only(scores: SeedScores, seeds: Sequence[int]) -> SeedScores:
     chosen = list(seeds)
     return replace(scores, values=scores.values[chosen], left_out=scores.left_out[chosen])
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def tables(file: Path) -> None:
+    """The result lines of FILE as tables in markdown."""
+    click.echo(inference_tables(read_results(file)))
+
+
+def inference_tables(lines: Sequence[dict[str, Any]]) -> str:
+    """A table for each kind of result line, in percent, rows in the order of the lines."""
+    kinds = {
+        "measured": ("seeds", "heads", "comparisons"),
+        "errors": ("world", "prompts", "images", "seeds", "methods"),
+        "coverage": ("world", "prompts", "images", "seeds"),
+    }
+    found: list[str] = []
+    for kind, columns in kinds.items():
+        rows = [line for line in lines if line["bench"] == kind]
+        body = [[*(str(line[name]) for name in columns), *_percent(line)] for line in rows]
+        what = "covered" if kind == "coverage" else "below .05"
+        found += [as_table([*columns, *(f"{name.upper()} {what}, %" for name in METRICS)], body)] if rows else []
+    return "\n\n".join(found)
+
+
+def _percent(line: dict[str, Any]) -> list[str]:
+    shares_of = line["covered" if line["bench"] == "coverage" else "below"]
+    return ["-" if shares_of[name] is None else f"{100 * shares_of[name]:.1f}" for name in METRICS]
 
 
 if __name__ == "__main__":
