@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from agiqa.bench.predictions import Predictions as Table
 from agiqa.bench.predictions import read_predictions
 from agiqa.bench.report.reading import Results, Row
 from agiqa.bench.result_folders import RUNS
@@ -36,23 +37,26 @@ class Predictions:
 
 
 def predictions_of(results: Results, row: Row) -> Predictions | None:
-    """The predictions of a head's row; None where no run has any. Items of several folds stand together."""
-    found: dict[tuple[str, str], tuple[float, list[float]]] = {}
+    """The predictions of a head's row; None where no run has any. Items of several folds stand together.
+
+    Two items of a store may share name and prompt; the number of each tells them apart, where all runs tell it."""
+    tables: list[Table] = []
     missing: list[str] = []
-    runs = 0
     for line in results.runs_of(row):
         if row.label not in line.labels:
             continue
         path = results.folder / RUNS / line.name / PREDICTIONS
         try:
-            table = read_predictions(path, line.labels, row.label)
+            tables.append(read_predictions(path, line.labels, row.label))
         except DataError as error:
             cause = error.__cause__
             reason = "not there" if isinstance(cause, FileNotFoundError) else f"not readable ({cause!r})"
             missing.append(f"{RUNS}/{line.name}/{PREDICTIONS} is {reason}")
-            continue
-        runs += 1
-        items = zip(table.names, table.prompts, strict=True)
+    numbered = all(table.items is not None for table in tables)
+    found: dict[tuple[str, str, int], tuple[float, list[float]]] = {}
+    for table in tables:
+        numbers = (table.items if numbered else None) or [0] * len(table.names)
+        items = zip(table.names, table.prompts, numbers, strict=True)
         for item, true, predicted in zip(items, table.mos.tolist(), table.predicted.tolist(), strict=True):
             found.setdefault(item, (true, []))[1].append(predicted)
     if not found:
@@ -60,10 +64,10 @@ def predictions_of(results: Results, row: Row) -> Predictions | None:
     true, predicted = np.array([(true, np.mean(values)) for true, values in found.values()]).T
     return Predictions(
         row=row,
-        names=[name for name, _ in found],
-        prompts=[prompt for _, prompt in found],
+        names=[name for name, *_ in found],
+        prompts=[prompt for _, prompt, _ in found],
         true=true,
         predicted=predicted,
-        runs=runs,
+        runs=len(tables),
         missing=tuple(missing),
     )
