@@ -84,6 +84,7 @@ def summary(label: str, planned: int, done: Sequence[Line], scores: SeedScores |
         "failed": planned - len(done),
         "seconds": round(statistics.fmean(line["seconds"] for line in done), 3) if done else None,
         "validation": validation_summary(done, label),
+        "calibrated": sum(_fitted_slope(line, label) is not None for line in done),
         "test": None if scores is None else scores.score(),
         "against": against,
     }
@@ -115,14 +116,28 @@ def adjust_by_holm(rows: Sequence[Line]) -> None:
 
 
 def validation_summary(lines: Sequence[Line], label: str) -> dict[str, list[float | None]] | None:
-    """Mean and standard deviation over result lines of the validation metrics; None without validation items."""
-    found = [one for line in lines if (one := scores_by_label(line, "validation").get(label)) is not None]
+    """Mean and standard deviation over result lines of the validation metrics; None without validation items.
+
+    The slope of a calibrated head is that before its line, as that of the line itself is 1 by its making.
+    """
+    found: list[Line] = []
+    for line in lines:
+        scores, fitted = scores_by_label(line, "validation").get(label), _fitted_slope(line, label)
+        if scores is not None:
+            found.append({**scores} if fitted is None else {**scores, "slope": fitted})
     told: dict[str, list[float | None]] = {}
     for metric in _SHOWN:
         values = [one[metric] for one in found if one.get(metric) is not None]
         if values:
             told[metric] = [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None]
     return told or None
+
+
+def _fitted_slope(line: Line, label: str) -> float | None:
+    """The slope of the line that the predictions were put on (`calibrate`); None where they are as the head is."""
+    told: Line = scores_by_label(line, "calibration").get(label, {})
+    slope: float | None = told.get("slope")
+    return slope
 
 
 def write_rows(path: Path, rows: Sequence[Line]) -> None:

@@ -148,7 +148,7 @@ def named(setting: str, text: str) -> Callable[[Options], Options]:
     default=None,
     help="Also tell the best epoch by its test score, as the paper reports it, and its bias.  [default: no]",
 )
-@click.option("--seed", type=int, help="Of weights, batches and intervals.  [default: 0]")
+@click.option("--seed", type=int, help="Of weights and batches.  [default: 0]")
 @named("device", "auto, cpu or cuda.  [default: auto]")
 @named("precision", "fp32, bf16 or, on a GPU, fp16; the last two are mixed.  [default: fp32]")
 @click.option("--threads", type=int, help="CPU threads.")

@@ -1,12 +1,14 @@
 """Where numbers come from: stores, versions and devices, runs that failed, and the bias of the paper's own choice."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_name, row_titles, slug
-from agiqa.bench.report.reading import METRICS, Results, Row, read_json
+from agiqa.bench.report.reading import METRICS, Results, Row
 from agiqa.bench.report.tables import Cell, Column, Table, key_values
 from agiqa.bench.result_folders import RESULTS, ROWS, RUNS
 
@@ -175,7 +177,7 @@ def _biases(results: Results, row: Row) -> list[dict[str, dict[str, float]]]:
     for line in results.runs_of(row):
         told: Any = line.paper_compatible
         if told is None:
-            told = (read_json(results.folder / RUNS / line.name / "metrics.json") or {}).get("paper_compatible")
+            told = (_read_json(results.folder / RUNS / line.name / "metrics.json") or {}).get("paper_compatible")
         told = told.get(row.label) if isinstance(told, dict) and len(line.labels) > 1 else told
         if not isinstance(told, dict) or not isinstance(told.get("bias"), dict):
             continue
@@ -183,6 +185,15 @@ def _biases(results: Results, row: Row) -> list[dict[str, dict[str, float]]]:
         if all(len(numbers) == len(METRICS) for numbers in values.values()):
             found.append(values)
     return found
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is none that can be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _numbers(told: Mapping[str, object]) -> dict[str, float]:

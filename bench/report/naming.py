@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from agiqa.bench.report.reading import Results, Row
@@ -39,6 +39,21 @@ def row_titles(rows: Iterable[Row]) -> dict[str, str]:
     titles = {row.row: _title(row) for row in rows}
     seen = Counter(titles.values())
     return {name: title if seen[title] == 1 else name for name, title in titles.items()}
+
+
+def kin_titles(rows: Iterable[Row]) -> dict[str, str]:
+    """A title for each `Row.kin`: that of its rows, or of a baseline of several names its key, `features`."""
+    kept = list(rows)
+    titles, names = row_titles(kept), dict[str, set[str]]()
+    for row in kept:
+        names.setdefault(row.kin, set()).add(row.row)
+    return {row.kin: titles[row.row] if len(names[row.kin]) == 1 else _key(row.settings) for row in kept}
+
+
+def _key(settings: Mapping[str, Any]) -> str:
+    """The name of a baseline in its settings, with the others."""
+    others = (f"{name}={value}" for name, value in settings.items() if name != "baseline")
+    return ", ".join((str(settings["baseline"]), *others))
 
 
 def on_store(title: str, store: str) -> str:

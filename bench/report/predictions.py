@@ -1,10 +1,12 @@
 """The predictions behind a row: of each test item the mean over seeds, from the run folders or a baseline's file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from agiqa.bench.predictions import Predictions as Table
 from agiqa.bench.predictions import read_predictions
 from agiqa.bench.report.reading import Results, Row
 from agiqa.bench.result_folders import RUNS
@@ -38,23 +40,27 @@ class Predictions:
 
 
 def predictions_of(results: Results, row: Row) -> Predictions | None:
-    """The predictions of a head's row; None where no run has any. Items of several folds stand together."""
-    found: dict[tuple[str, str, int | None], tuple[float, list[float]]] = {}
+    """The predictions of a head's row; None where no run has any. Items of several folds stand together.
+
+    Two items of a store may share name and prompt; the number of each tells them apart, where all runs tell it.
+    """
+    tables: list[Table] = []
     missing: list[str] = []
-    runs = 0
     for line in results.runs_of(row):
         if row.label not in line.labels:
             continue
         path = results.folder / RUNS / line.name / PREDICTIONS
         try:
-            table = read_predictions(path, line.labels, row.label)
+            tables.append(read_predictions(path, line.labels, row.label))
         except DataError as error:
             cause = error.__cause__
             reason = "not there" if isinstance(cause, FileNotFoundError) else f"not readable ({cause!r})"
             missing.append(f"{RUNS}/{line.name}/{PREDICTIONS} is {reason}")
-            continue
-        runs += 1
-        items = zip(table.names, table.prompts, table.items or [None] * len(table.names), strict=True)
+    numbered = all(table.items is not None for table in tables)
+    found: dict[tuple[str, str, int | None], tuple[float, list[float]]] = {}
+    for table in tables:
+        numbers: Sequence[int | None] = (table.items if numbered else None) or [None] * len(table.names)
+        items = zip(table.names, table.prompts, numbers, strict=True)
         for item, true, predicted in zip(items, table.mos.tolist(), table.predicted.tolist(), strict=True):
             found.setdefault(item, (true, []))[1].append(predicted)
     if not found:
@@ -67,6 +73,6 @@ def predictions_of(results: Results, row: Row) -> Predictions | None:
         items=[item for _, _, item in found],
         true=true,
         predicted=predicted,
-        runs=runs,
+        runs=len(tables),
         missing=tuple(missing),
     )

@@ -20,8 +20,8 @@ from agiqa.bench.report.figures import (
     tidy,
     whiskered_line,
 )
-from agiqa.bench.report.naming import plural, protocol_name, row_titles, slug
-from agiqa.bench.report.reading import Results, Row
+from agiqa.bench.report.naming import kin_titles, plural, protocol_name, row_titles, slug
+from agiqa.bench.report.reading import Results, Row, spelled
 from agiqa.bench.report.row_tables import score_cell
 from agiqa.bench.report.tables import Cell, Column, Table
 
@@ -163,8 +163,8 @@ def _ranks(results: Results) -> set[int]:
 def _apart_from_rank(row: Row) -> str:
     """The name of a row without its rank, so that the rows of one head are known as such."""
     if not row.settings.keys() & _OF_THE_RANK:
-        return row.row
-    return ",".join(f"{name}={value}" for name, value in _without_rank(row).items()) or "head"
+        return row.kin
+    return spelled(_without_rank(row)) or "head"
 
 
 def _without_rank(row: Row) -> dict[str, Any]:
@@ -172,13 +172,14 @@ def _without_rank(row: Row) -> dict[str, Any]:
 
 
 def _titles(points: Points) -> dict[str, str]:
-    """A title for each head, which does not name the rank."""
-    rows = [rows[0][1] for rows in points.values()]
-    bare = [
-        row.model_copy(update={"settings": _without_rank(row), "row": name})
-        for name, row in zip(points, rows, strict=True)
+    """A title for each head, which does not name the rank, and for each baseline."""
+    heads = [
+        rows[0][1].model_copy(update={"settings": _without_rank(rows[0][1]), "row": name})
+        for name, rows in points.items()
+        if rows[0][1].kind == "head"
     ]
-    return row_titles(bare)
+    baselines = [row for rows in points.values() for _, row in rows if row.kind == "baseline"]
+    return {**row_titles(heads), **kin_titles(baselines)}
 
 
 def _energies(axes: Axes, spectra: Mapping[str, np.ndarray], ranks: set[int]) -> None:

@@ -3,9 +3,8 @@
 A line that is no result line is left out and told of; a folder without any result is refused.
 """
 
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -57,6 +56,8 @@ class Against(_Record):
     p_holm: dict[str, float | None] = Field(default_factory=dict)
     no_p: str | None = None
     """Why there is no p-value."""
+    covers: str | None = None
+    """What the interval and p are about; None in older folders, where both left seeds out."""
 
 
 class Row(_Record):
@@ -76,6 +77,10 @@ class Row(_Record):
     test: Scores | None = None
     against: Against | None = None
     left_out: str | None = None
+    calibrated: int = 0
+    """Runs whose predictions were put on a line that was fitted on validation items."""
+    notes: tuple[str, ...] = ()
+    """Of a baseline, what a reader of its scores must know."""
 
     def value(self, metric: str) -> float | None:
         """The mean of a test metric; None where it is not defined."""
@@ -109,8 +114,18 @@ class Row(_Record):
         return self.against.row, self.store_name if store is None else store
 
     def p(self, metric: str) -> float | None:
-        """The corrected p-value of the difference to the reference row."""
-        return None if self.against is None else self.against.p_holm.get(metric)
+        """The corrected p-value of the difference to the reference row; None where it left seeds out."""
+        return None if self.against is None or self.leaves_seeds_out else self.against.p_holm.get(metric)
+
+    @property
+    def leaves_seeds_out(self) -> bool:
+        """Whether an older agiqa compared it, whose p-values are about other prompts alone."""
+        return self.against is not None and self.against.covers is None
+
+    @property
+    def kin(self) -> str:
+        """Same over labels, protocols and stores: the name of a head, the settings of a baseline, named by its fit."""
+        return spelled(self.settings) if self.kind == "baseline" and "baseline" in self.settings else self.row
 
 
 class RunLine(_Record):
@@ -372,17 +387,13 @@ def _fault(error: ValidationError) -> str:
     return f"{where}: {first['msg']}" if where else str(first["msg"])
 
 
+def spelled(settings: Mapping[str, Any]) -> str:
+    """`encoder=gru,pooling=mean`."""
+    return ",".join(f"{name}={value}" for name, value in settings.items())
+
+
 def _name_of(value: Any) -> str:
     """The name in what a store says of its data or model: a text, or an object with a name."""
     if isinstance(value, dict):
         return str(value.get("name") or "")
     return "" if value is None else str(value)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is none that can be read."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

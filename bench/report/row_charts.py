@@ -9,14 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from agiqa.bench.report.figures import MUTED, PAPER, SMALL, Picture, draw, safe, shortened, styles, tidy
-from agiqa.bench.report.naming import on_store, plural, protocol_name, row_titles, slug
+from agiqa.bench.report.naming import kin_titles, on_store, plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import Results, Row
 from agiqa.bench.result_folders import RUNS
 
 _CURVES = 7
 """Lines that can be told apart in one picture."""
 Keyed = dict[tuple[str, str], Row]
-"""Rows by their name and store."""
+"""Rows by their `kin` and store."""
 _FAR, _FAR_AT_LEAST = 4.0, 0.1
 """Times the distance of the quartiles, and SRCC, below the median from which a row is far below the others."""
 _ROW_INCHES, _DOT_INCHES = 0.14, 0.13
@@ -27,7 +27,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str]) -> Pictu
     by_protocol: dict[str, Keyed] = {}
     for one, protocol in results.groups():
         keyed = {
-            (row.row, row.store_name): row
+            (row.kin, row.store_name): row
             for row in results.of(label, protocol)
             if row.store_name in stores and row.value("srcc") is not None
         }
@@ -37,7 +37,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str]) -> Pictu
     if not rows:
         return None
     order = sorted(rows, key=lambda key: rows[key].kind == "baseline")
-    titles = row_titles(rows.values())
+    titles = kin_titles(row for keyed in by_protocol.values() for row in keyed.values())
     names = [on_store(titles[name], store if len(stores) > 1 else "") for name, store in order]
     heads = sum(rows[key].kind == "head" for key in order)
     where = ", ".join(part for part in (label, *(stores if len(stores) == 1 else ())) if part)
@@ -67,7 +67,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str]) -> Pictu
         slug(results.prefix, "intervals", label, *(stores if len(stores) == 1 else ())),
         results.titled(f"test SRCC of every row, {where}"),
         alt=_told_intervals(by_protocol, titles),
-        caption="Dots: means over seeds. Whiskers: 95% intervals. Hollow, below the dots: baselines." + further,
+        caption="Dots: test SRCC, of several seeds the mean. Whiskers: 95% intervals. Hollow: baselines." + further,
         height=0.75 + len(order) * (_ROW_INCHES + _DOT_INCHES * len(by_protocol)),
         is_wide=True,
         paint=paint,
@@ -172,8 +172,8 @@ def _told_intervals(by_protocol: dict[str, Keyed], titles: dict[str, str]) -> st
     for protocol, rows in by_protocol.items():
         low, high = (pick(rows.values(), key=_srcc) for pick in (min, max))
         chosen = max((row for row in rows.values() if row.kind == "head"), key=Row.chosen_by, default=None)
-        ends = " to ".join(f"{_srcc(row):.3f} ({titles[row.row]})" for row in (low, high))
-        told = f"; chosen by validation: {titles[chosen.row]}, {_srcc(chosen):.3f}" if chosen is not None else ""
+        ends = " to ".join(f"{_srcc(row):.3f} ({titles[row.kin]})" for row in (low, high))
+        told = f"; chosen by validation: {titles[chosen.kin]}, {_srcc(chosen):.3f}" if chosen is not None else ""
         parts.append(f"{protocol_name(protocol).capitalize()}: from {ends}{told}.")
     return " ".join(parts)
 

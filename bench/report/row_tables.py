@@ -1,6 +1,7 @@
 """Tables of an ablation: rows with their intervals and paired differences, and how optimistic published splits are."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from agiqa.bench.report.naming import (
@@ -8,6 +9,7 @@ from agiqa.bench.report.naming import (
     METRIC_NAMES,
     PROTOCOL_NOTES,
     group_title,
+    kin_titles,
     plural,
     protocol_name,
     row_titles,
@@ -31,43 +33,71 @@ def optimism_tables(results: Results) -> list[Table]:
     return [_optimism_table(results, label) for label in labels]
 
 
-def leak(results: Results, protocol: str) -> tuple[int, int] | None:
-    """Test items with a prompt of training, and all test items, of the row with the most; None if unknown.
+@dataclass(frozen=True, kw_only=True, order=True)
+class Leak:
+    """Test items with a prompt of training."""
+
+    items: int
+    """Letter by letter or nearly."""
+    tested: int
+    """All test items."""
+    verbatim: int | None = field(compare=False)
+    """Letter by letter; None in older folders."""
+
+    def told(self) -> str:
+        """`15 of 20 test images have a prompt that also occurs in training (12 of them letter by letter)`."""
+        verbatim = "" if self.verbatim is None else f" ({self.verbatim:,} of them letter by letter)"
+        return (
+            f"{self.items:,} of {self.tested:,} test images have a prompt that also occurs in training"
+            f"{verbatim if self.items else ''}"
+        )
+
+
+def leak(results: Results, protocol: str) -> Leak | None:
+    """The leak of the row with the most; None if unknown.
 
     Those of the folds or held-out generators of a row are summed, as its numbers are of all of them.
     """
-    by_row: dict[tuple[str, str], dict[tuple[str, str], tuple[int, int]]] = {}
+    by_row: dict[tuple[str, str], dict[tuple[str, str], Leak]] = {}
     for line in results.done:
         counts = _leak_of(line.split) if line.protocol == protocol else None
         if counts is not None:
             part = str(line.config.get("fold")), str(line.config.get("held_out"))
             by_row.setdefault((line.of_row, line.store_name), {})[part] = counts
-    sums = [(sum(one for one, _ in parts.values()), sum(n for _, n in parts.values())) for parts in by_row.values()]
-    return max(sums, default=None)
+    return max((_sum(list(parts.values())) for parts in by_row.values()), default=None)
 
 
-def _leak_of(split: Mapping[str, Any] | None) -> tuple[int, int] | None:
-    """Test items with a prompt of training, and all test items, of one run."""
+def _sum(parts: Sequence[Leak]) -> Leak:
+    """All parts of a split together."""
+    verbatim = [part.verbatim for part in parts if part.verbatim is not None]
+    return Leak(
+        items=sum(part.items for part in parts),
+        tested=sum(part.tested for part in parts),
+        verbatim=sum(verbatim) if len(verbatim) == len(parts) else None,
+    )
+
+
+def _leak_of(split: Mapping[str, Any] | None) -> Leak | None:
+    """The leak of one run."""
     leaked = (split or {}).get("leak")
     if split is None or not isinstance(leaked, dict) or "test" not in split:
         return None
     count = leaked.get("test_items_with_a_training_prompt")
-    return None if count is None else (int(count), int(split["test"]))
+    if count is None:
+        return None
+    verbatim = leaked.get("test_items_with_a_training_prompt_verbatim")
+    return Leak(items=int(count), tested=int(split["test"]), verbatim=None if verbatim is None else int(verbatim))
 
 
 def leak_note(results: Results, protocol: str) -> str | None:
     """What a reader must know of the prompts of a protocol."""
-    counts = leak(results, protocol)
-    if counts is None:
+    found = leak(results, protocol)
+    if found is None:
         return None
-    leaked, tested = counts
-    if not leaked:
+    if not found.items:
         return "No prompt of a test image occurs in training."
     news = "images of a new generator" if protocol == GENERATORS else "new images"
-    return (
-        f"This protocol leaks prompts: {leaked:,} of {tested:,} test images have a prompt that also occurs in "
-        f"training. Its numbers tell of {news} for known prompts."
-    )
+    return f"This protocol leaks prompts: {found.told()}. Its numbers tell of {news} for known prompts."
 
 
 def bold_rows(rows: Sequence[Row], reference: Row | None, metric: str) -> set[int]:
@@ -173,10 +203,24 @@ def _notes(results: Results, label: str, protocol: str) -> list[str]:
         f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} not in these means." if failed else "",
         "Small figures: 95% intervals; sd: over seeds; RMSE: of the test images; Slope: of a line through the MOS of "
         "validation images over their predictions, 1 is right; Δ: minus the reference row.",
+        *_calibrated(heads),
     ]
     meaning = PROTOCOL_NOTES.get(protocol)
     found = [meaning, leak_note(results, protocol), " ".join(part for part in parts if part), *_cautions(rows)]
     return [note for note in found if note]
+
+
+def _calibrated(heads: Sequence[Row]) -> list[str]:
+    """What a line that was fitted on validation images changes in slope and RMSE."""
+    count = sum(row.calibrated > 0 for row in heads)
+    if not count:
+        return []
+    whose = "All heads" if count == len(heads) else f"{count:,} of {plural(len(heads), 'head')}"
+    were = "was" if count == 1 < len(heads) else "were"
+    return [
+        f"{whose} {were} put on a line that was fitted on validation images: their Slope is that of this line, and "
+        "their RMSE is after it."
+    ]
 
 
 def _seeds(heads: Sequence[Row]) -> list[str]:
@@ -207,7 +251,14 @@ def _cautions(rows: Sequence[Row]) -> list[str]:
             f"{plural(len(untested), 'row')} {'has' if len(untested) == 1 else 'have'} no p-value, as a side of the "
             "comparison has one seed: its interval covers other prompts, not other seeds."
         )
-    return found
+    if any(row.leaves_seeds_out for row in rows):
+        found.append(
+            "These rows were computed by an older agiqa: their intervals are about other prompts, not other seeds, and "
+            "their p-values left seeds out too, so they are not shown. The command that made the results computes the "
+            "rows anew."
+        )
+    noted = [row for row in rows if row.notes]
+    return [*found, *(f"{row.row}: {'; '.join(row.notes)}." for row in noted)]
 
 
 def _optimism_table(results: Results, label: str) -> Table:
@@ -216,9 +267,9 @@ def _optimism_table(results: Results, label: str) -> Table:
         (grouped, published)
         for grouped in results.of(label, "grouped")
         for published in results.of(label, "published")
-        if (grouped.row, grouped.store_name, grouped.kind) == (published.row, published.store_name, published.kind)
+        if (grouped.kin, grouped.store_name, grouped.kind) == (published.kin, published.store_name, published.kind)
     ]
-    titles = row_titles(row for row, _ in pairs)
+    titles = kin_titles(row for pair in pairs for row in pair)
     stores = {row.store_name for row, _ in pairs}
     columns = [Column(key="row", title="Row", kind="text")]
     columns += [Column(key="store", title="Store", kind="text")] if len(stores) > 1 else []
@@ -231,7 +282,7 @@ def _optimism_table(results: Results, label: str) -> Table:
         ]
     body: list[list[Cell]] = []
     for grouped, published in pairs:
-        cells = [Cell(value=titles[grouped.row], tag=BASELINE if grouped.kind == BASELINE else None)]
+        cells = [Cell(value=titles[grouped.kin], tag=BASELINE if grouped.kind == BASELINE else None)]
         cells += [Cell(value=grouped.store_name)] if len(stores) > 1 else []
         for metric in METRICS:
             values = published.value(metric), grouped.value(metric)
@@ -239,9 +290,7 @@ def _optimism_table(results: Results, label: str) -> Table:
             cells += [score_cell(published, metric), score_cell(grouped, metric), Cell(value=gap)]
         body.append(cells)
     counts = leak(results, "published")
-    leaked = (
-        f" {counts[0]:,} of {counts[1]:,} test images there have a prompt that occurs in training." if counts else ""
-    )
+    leaked = f" There {counts.told()}." if counts else ""
     note = (
         f"Optimism is the {protocol_name('published')} minus the {protocol_name('grouped')} protocol.{leaked} The "
         "two test on "

@@ -105,7 +105,7 @@ def _row_blocks(ablations: Sequence[Results]) -> list[Block]:
         for label in dict.fromkeys(label for label, _ in one.groups()):
             rows = [row for row in one.rows if row.label == label]
             stores = list(dict.fromkeys(row.store_name for row in rows))
-            together = len({(row.row, row.store_name) for row in rows}) <= _ROWS_TOGETHER
+            together = len({(row.kin, row.store_name) for row in rows}) <= _ROWS_TOGETHER
             blocks += [
                 interval_chart(one, label, part) for part in ([stores] if together else [[store] for store in stores])
             ]

@@ -18,12 +18,13 @@ METHOD = (
     "both, the scores of all heads are put together before a metric is computed, so differences between these heads "
     "count against it.",
     "SRCC is Spearman's rank correlation of predicted and true MOS, PLCC is Pearson's, with no mapping fitted in "
-    "between. A dash is a correlation that does not exist, because all predictions are equal, or a number that was not "
-    "recorded.",
+    "between. A dash is a correlation that does not exist, because all predictions are equal, the RMSE of predictions "
+    "that are not on the scale of the MOS, or a number that was not recorded.",
     "Intervals cover 95%. They are about other prompts and other seeds: images of one prompt are not independent, so "
     "whole prompts are left out one by one (a jackknife), and the variance over seeds is added. With one seed they are "
-    "about prompts alone. Quantiles are those of Student's t; correlations have their interval on Fisher's z scale. "
-    "There is no interval for fewer than 10 prompts (RMSE: 20).",
+    "about prompts alone; so are those of baselines, which no seed has a part in. Quantiles are those of Student's t; "
+    "correlations have their interval on Fisher's z scale. There is no interval for fewer than 10 prompts (RMSE: 20). "
+    "That of RMSE covers less, about 86 to 92%, where a few images or one prompt hold much of the squared error.",
     "Δ is a row minus the reference row of its table, on the same items. Its two-sided p asks whether a training with "
     "other seeds, on other prompts, would differ too; it is that of a t-test with the same variances. With one seed "
     "there is none. Holm's correction covers, for each metric, all heads and baselines that are compared with one "
@@ -109,12 +110,10 @@ def _of_teacher(results: Results, part: str, *, rating_words: bool) -> str | Non
 def limits(results: Sequence[Results]) -> list[str]:
     """What the data cannot show, as far as the files tell."""
     found: list[str] = []
-    leaks = dict.fromkeys(counts for one in results if (counts := leak(one, "published")) and counts[0])
+    leaks = dict.fromkeys(one for each in results if (one := leak(each, "published")) and one.items)
     if leaks:
-        told = listed([f"{leaked:,} of {tested:,}" for leaked, tested in leaks])
         found.append(
-            f"On the published split {told} test images have a prompt that occurs in training: those numbers say "
-            "nothing of new prompts."
+            f"On the published split {listed([one.told() for one in leaks])}: those numbers say nothing of new prompts."
         )
     found += [
         f"{read}, without its rating word; a model that does not know the MOS may describe otherwise."
@@ -133,9 +132,13 @@ def limits(results: Sequence[Results]) -> list[str]:
             f"All numbers are of features of {listed(models)}; another model, or the same with other text, may "
             "order heads otherwise."
         )
+    single = bool(seeds) and max(seeds) == 1
     found.append(
-        "Intervals and p-values are about prompts and seeds like these. They do not cover another data set or another "
-        "split of it."
+        "Intervals are about prompts like these. They do not cover other seeds, another data set or another split of "
+        "it."
+        if single
+        else "Intervals and p-values are about prompts and, where a head has several, seeds like these. They do not "
+        "cover another data set or another split of it."
     )
     return list(dict.fromkeys(found))
 
@@ -151,14 +154,15 @@ def _rivals(rows: Sequence[Row]) -> str | None:
     heads = [row for row in rows if row.kind == "head"]
     tested = [p for row in heads if (p := row.p("srcc")) is not None]
     untested = sum(row.against is not None and row.against.no_p is not None for row in heads)
+    was = "was" if untested == 1 else "were"
+    left = f"{plural(untested, 'other head')} {was} not tested: it takes two seeds or more." if untested else None
     if not tested:
-        was = "was" if untested == 1 else "were"
-        told = f"{plural(untested, 'other head')} {was} not tested: it takes two seeds or more."
-        return told if untested else None
-    alike = sum(p >= CONFIDENT for p in tested)
-    if alike == len(tested):
-        return f"The paired test tells none of the {plural(len(tested), 'other head')} from it."
-    return f"The paired test tells {len(tested) - alike} of {plural(len(tested), 'other head')} from it."
+        return left
+    apart = sum(p < CONFIDENT for p in tested)
+    told = (
+        f"{apart:,} of {plural(len(tested), 'other head')}" if apart else f"none of {plural(len(tested), 'other head')}"
+    )
+    return " ".join(part for part in (f"The paired test tells {told} from it.", left) if part)
 
 
 def _best_baseline(rows: Sequence[Row]) -> str | None:

@@ -10,7 +10,7 @@ from scipy import stats
 from agiqa.bench.grids import read_grid
 from agiqa.bench.predictions import write_predictions
 from agiqa.bench.row_text import rows_text
-from agiqa.bench.rows import table_rows
+from agiqa.bench.rows import table_rows, validation_summary
 from agiqa.errors import DataError
 from agiqa.heads.comparing import holm, paired
 
@@ -203,6 +203,29 @@ def test_rows_of_other_mos_are_not_compared(tmp_path, plan, told):
                 csv.writer(file).writerows([head, *([*row[:3], float(row[3]) / 2, row[4]] for row in table)])
     rows = table_rows(plan, told, tmp_path)
     assert [row["against"] for row in rows] == [None, None]
+
+
+def test_the_slope_of_a_calibrated_head_is_that_before_its_line(tmp_path, plan, told):
+    """On validation items it is 1 after the line, whatever the head does."""
+    for run in plan:
+        line = told[run.name]
+        line["validation"] = {**line["validation"], "slope": 1.0}
+        if run.head.encoder == "gru":
+            fitted = run.train.fold > 0
+            line["calibration"] = {"slope": 1.5 if fitted else None, "intercept": 0.1 if fitted else None, "n": 40}
+    gru, none = table_rows(plan, told, tmp_path)
+    assert gru["validation"]["slope"][0] == pytest.approx((1.0 + 1.5 * (FOLDS - 1)) / FOLDS)
+    assert (gru["calibrated"], none["calibrated"]) == (2 * (FOLDS - 1), 0)
+    assert none["validation"]["slope"] == [1.0, 0.0]
+
+
+def test_each_label_of_a_calibrated_head_has_the_slope_of_its_own_line():
+    line = {
+        "config": {"label": "quality+correspondence"},
+        "validation": {"quality": {"srcc": 0.5, "slope": 1.0}, "correspondence": {"srcc": 0.4, "slope": 1.0}},
+        "calibration": {"quality": {"slope": 0.7}, "correspondence": {"slope": None, "not_fitted": "too few"}},
+    }
+    assert [validation_summary([line], label)["slope"][0] for label in ("quality", "correspondence")] == [0.7, 1.0]
 
 
 def test_an_item_that_is_tested_twice_is_refused(tmp_path, plan, told):

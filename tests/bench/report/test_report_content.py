@@ -70,6 +70,28 @@ def test_items_of_one_name_and_prompt_stay_apart(results, copy):
     assert predictions.true.tolist() == whole.true.tolist()
 
 
+def test_two_items_of_one_name_and_prompt_stay_two(results, copy):
+    """The column `item` tells them apart, as the store holds both; folders of older runs have no such column."""
+    folder = copy(results.ablation)
+    row = lead(folder)[0]["row"]
+    runs = [line["name"] for line in made.read_lines(folder / "results.jsonl")]
+    for name in runs:
+        path = folder / "runs" / name / "predictions.csv"
+        table = list(csv.DictReader(path.open(newline="", encoding="utf-8")))
+        twin = next(line for line in table if line["split"] == "test")
+        numbered = [{**line, "item": k} for k, line in enumerate([*table, {**twin, "predicted_quality": "0.25"}])]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(numbered[0]))
+            writer.writeheader()
+            writer.writerows(numbered)
+    (found,) = read_all([folder])
+    predictions = predictions_of(found, next(one for one in found.of("quality", "published") if one.row == row))
+    expected = mean_predictions(results.ablation, protocol="published")
+    assert len(predictions.names) == len(expected) + 1
+    told = zip(predictions.names, predictions.prompts, predictions.predicted, strict=True)
+    assert sorted(value for name, prompt, value in told if expected[name, prompt][1] != pytest.approx(value)) == [0.25]
+
+
 def leading(folder):
     """The results of a folder, and the predictions of the leading row of quality under the grouped protocol."""
     (found,) = read_all([folder])

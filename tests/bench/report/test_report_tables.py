@@ -2,13 +2,17 @@
 
 import csv
 import io
+from functools import partial
 
 import pytest
 
 from agiqa.bench.report.naming import row_titles
+from agiqa.bench.report.rank_charts import rank_table
 from agiqa.bench.report.reading import Against, Row, Scores, read_all
+from agiqa.bench.report.row_charts import interval_chart
 from agiqa.bench.report.row_tables import bold_rows, main_tables, optimism_tables
 from agiqa.bench.report.tables import Cell, Column, Table
+from agiqa.bench.report.words import findings, limits
 from tests.bench.report import made
 
 
@@ -66,7 +70,7 @@ def row(name, value, *, p=None, difference=0.0, kind="head"):
     against = None
     if p is not None:
         told = dict.fromkeys(("srcc", "plcc"), difference)
-        against = Against(row="best", difference=told, p_holm=dict.fromkeys(told, p))
+        against = Against(row="best", difference=told, p_holm=dict.fromkeys(told, p), covers="prompts and seeds")
     test = Scores(n=9, srcc=value, plcc=value)
     return Row(kind=kind, row=name, protocol="grouped", label="quality", test=test, against=against)
 
@@ -126,3 +130,104 @@ def test_titles_are_short_and_never_the_same(results):
     ]
     told = list(row_titles(rows).values())
     assert told == ["no encoder\N{NO-BREAK SPACE}· width 8", "deep", "text", "loss=a_b", "loss=ab"]
+
+
+def spoil(folder, change):
+    """Change every line of rows.jsonl."""
+    lines = made.read_lines(folder / "rows.jsonl")
+    for line in lines:
+        change(line)
+    made.write_lines(folder / "rows.jsonl", lines)
+    (found,) = read_all([folder])
+    return found
+
+
+def test_p_values_of_an_older_agiqa_are_not_shown_and_make_nothing_bold(results, copy):
+    """It had no `covers`, and its p-values were about prompts alone."""
+
+    def age(line):
+        if line.get("against"):
+            line["against"].pop("covers")
+            line["against"]["p_holm"] = dict.fromkeys(line["against"]["p_holm"], 0.001)
+
+    found = spoil(copy(results.ablation), age)
+    for table in main_tables(found):
+        assert "computed by an older agiqa" in " ".join(table.notes)
+        rows = read_csv(table)
+        assert not any(row["srcc_p_holm"] or row["plcc_p_holm"] for row in rows)
+        assert any(row["srcc_difference"] for row in rows)
+        assert not any(cell.strong for row in table.rows for cell in row)
+    assert not any("the test" in sentence or "paired test" in sentence for sentence in findings(found))
+    (whole,) = read_all([results.ablation])
+    assert not any("older agiqa" in note for table in main_tables(whole) for note in table.notes)
+
+
+def features(line):
+    """Give the ridge of a row another name in each protocol and label, as a best closed form has."""
+    if line["row"] == "mean hidden state":
+        line["settings"] = {"baseline": "features"}
+        line["row"] = f"ridge of {line['label']} {line['protocol']}"
+        line["notes"] = ["its strength is at the end of its range", "reads a sketch only"]
+
+
+def test_a_baseline_is_paired_by_its_settings_and_its_notes_are_shown(results, copy):
+    found = spoil(copy(results.ablation), features)
+    table = optimism_tables(found)[0]
+    assert [row["row"] for row in read_csv(table) if row["tag"]] == ["features", "prompt"]
+    (main, *_) = main_tables(found)
+    told = "ridge of quality grouped: its strength is at the end of its range; reads a sketch only."
+    assert told in main.notes
+    chart = interval_chart(found, "quality", [""])
+    assert chart is not None
+    assert "of 4 rows" in chart.alt
+
+
+def test_a_baseline_of_several_names_has_one_line_against_rank(results, copy):
+    def rename(line):
+        if line["row"] == "mean hidden state":
+            line["settings"] = {"baseline": "features"}
+            line["row"] = f"ridge on {line['store_name']}"
+
+    table = rank_table(spoil(copy(results.ranks), rename), "quality", "grouped")
+    assert table is not None
+    assert [(row["row"], row["rank"]) for row in read_csv(table) if row["tag"]] == [
+        ("features", "2"),
+        ("features", "4"),
+    ]
+
+
+def test_an_rmse_that_is_not_on_the_scale_of_the_mos_is_a_dash(results, copy):
+    def lose(line):
+        if line["kind"] == "baseline" and line.get("test"):
+            line["test"]["rmse"] = line["test"]["ci"]["rmse"] = None
+
+    for table in main_tables(spoil(copy(results.ablation), lose)):
+        assert {row["rmse"] == "" for row in read_csv(table) if row["tag"] == "baseline"} == {True}
+
+
+def calibrate(every, line):
+    """Say that all heads, or only those of a GRU, were calibrated."""
+    if line["kind"] == "head":
+        line["calibrated"] = line["runs"] if every or "gru" in line["row"] else 0
+
+
+def test_calibrated_heads_are_told(results, copy):
+    folder = copy(results.ablation)
+    for every, told in ((True, "All heads were put on a line"), (False, "1 of 2 heads was put on a line")):
+        (main, *_) = main_tables(spoil(folder, partial(calibrate, every)))
+        assert told in " ".join(main.notes)
+    (whole,) = read_all([results.ablation])
+    assert not any("put on a line" in note for table in main_tables(whole) for note in table.notes)
+
+
+def test_leaks_are_counted_letter_by_letter_too(results, copy):
+    folder = copy(results.ablation)
+    lines = made.read_lines(folder / "results.jsonl")
+    for line in lines:
+        line["split"]["leak"]["test_items_with_a_training_prompt_verbatim"] = 11
+    made.write_lines(folder / "results.jsonl", lines)
+    (found,) = read_all([folder])
+    told = "15 of 15 test images have a prompt that also occurs in training (11 of them letter by letter)"
+    assert told in " ".join(main_tables(found)[1].notes)
+    assert told in " ".join(optimism_tables(found)[0].notes)
+    assert told in " ".join(limits([found]))
