@@ -120,7 +120,7 @@ def warning_lines(lines: Iterable[Line], *, told: Iterable[str] = ()) -> list[st
             if not any(kind.endswith(_kind(text)) for kind in kinds):
                 found.setdefault(_kind(text), {}).setdefault(line["name"], text)
     return [
-        f"warning: {len(texts)} of {len(heads)} heads, the first of them {name}: {text}"
+        f"warning: {len(texts)} of {len(heads)} heads ({name}{', ...' if len(texts) > 1 else ''}): {text}"
         for texts in found.values()
         for name, text in list(texts.items())[:1]
     ]

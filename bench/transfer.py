@@ -183,9 +183,12 @@ class _Work:
                 self._append(line, self._error(with_notes(error)))
 
     def lines_of_heads(self) -> list[Line]:
-        """A line of each head that was trained."""
-        own = [line for line in self._plan.lines if line.way != "apply"]
-        return list({line.head: self.results.lines[line.name] for line in reversed(own)}.values())[::-1]
+        """The first line of each head, trained or failed, in the order of the plan."""
+        first: dict[str, Line] = {}
+        for line in self._plan.lines:
+            if line.way != "apply":
+                first.setdefault(line.head, self.results.lines[line.name])
+        return list(first.values())
 
     def _is_done(self, line: PlannedLine) -> bool:
         """Whether the line is there, and what it predicted, which its row needs."""

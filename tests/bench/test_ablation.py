@@ -172,4 +172,4 @@ def test_warnings_of_trained_heads_are_told_once_for_all_of_them(store, tmp_path
         run_ablation({"": store}, read_grid(file), tmp_path / "out", grid=file, workers=1, tell=said.append)
         few = [line for line in said if "validation items: too few to choose an epoch by" in line]
         assert len(few) == 1
-        assert few[0].startswith("warning: 2 of 2 heads, the first of them pooling=mean: There are only ")
+        assert few[0].startswith("warning: 2 of 2 heads (pooling=mean, ...): There are only ")

@@ -65,7 +65,7 @@ def test_each_kind_of_warning_is_told_once_with_the_heads_that_have_it():
     ]
     lines.append({"name": "failed", "error": "broken"})
     assert warning_lines(lines) == [
-        "warning: 4 of 4 heads, the first of them head-0: Only 0 items of 1,000.5.",
-        "warning: 2 of 4 heads, the first of them head-1: All alike.",
+        "warning: 4 of 4 heads (head-0, ...): Only 0 items of 1,000.5.",
+        "warning: 2 of 4 heads (head-1, ...): All alike.",
     ]
-    assert warning_lines(lines, told=["warning: main: Only 80 items of 20."])[0].endswith("head-1: All alike.")
+    assert warning_lines(lines, told=["warning: main: Only 80 items of 20."])[0].endswith("(head-1, ...): All alike.")
