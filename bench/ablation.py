@@ -23,7 +23,7 @@ from agiqa.bench.baselines import run_baselines
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.mean_features import MeanFeatures
 from agiqa.bench.result_folders import RESULTS, ROWS, RUNS, working_in, write_about
-from agiqa.bench.result_lines import Line, ignored_line, scores_by_label
+from agiqa.bench.result_lines import Line, ignored_line, scores_by_label, warning_lines
 from agiqa.bench.rows import table_rows, write_rows
 from agiqa.bench.store_facts import facts_of
 from agiqa.bench.this_run import this_commit
@@ -72,8 +72,9 @@ def run_ablation(
     `stores` are those that the runs name, and `words` conversation files with rating words, for that baseline. The
     baseline `features` reads `baseline_store` where it is given, such as the hidden states that the stores are
     sketches of. Runs that failed, or whose folders were removed, are trained again. `tell` gets a line per run that
-    ends. Raises BusyStore where another process is at work in `out`, DataError for results of another store or of the
-    same run with other settings, HeadError for a run on items or labels that its store does not have any more, and as
+    ends, and then each kind of warning that heads were trained with. Raises BusyStore where another process is at work
+    in `out`, DataError for results of another store or of the same run with other settings, HeadError for a run on
+    items or labels that its store does not have any more, and as
     `train_heads` and `run_baselines`. Before anything is trained: DataError for a `baseline_store` of raw logits or
     without an item of `stores`, UnknownName for a label or generator that a run names and its store does not have, and
     where something is wrong with every run (settings, features, split, labels) that of the first.
@@ -82,7 +83,8 @@ def run_ablation(
     told, commit = RatingWords(words), this_commit()  # what cannot be read is refused before anything is trained
     means = _mean_features(stores, baseline_store)
     _refuse_hopeless(stores, plan, started=(out / RESULTS).exists())
-    for line in (*_author_warnings(stores, plan), *_sketch_notes(means)):
+    at_first = [*_author_warnings(stores, plan), *_sketch_notes(means)]
+    for line in at_first:
         tell(line)
     with working_in(out, "ablation"):
         facts = {name: facts_of(store) for name, store in stores.items()}
@@ -100,6 +102,8 @@ def run_ablation(
         for name, store in stores.items():
             missing = [run for run in plan if run.store == name and run not in done]
             trained += _train(store, missing, out, results, workers, clock, commit=commit) if missing else 0
+        for line in warning_lines((results.lines[run.name] for run in plan), told=at_first):
+            tell(line)
         rows = table_rows(plan, results.lines, out, _baselines(stores, plan, out, told, means))
         write_rows(out / BASELINES, [row for row in rows if row["kind"] == "baseline"])
         write_rows(out / ROWS, rows)

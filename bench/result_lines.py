@@ -5,7 +5,8 @@ What every line of a head that was trained tells is here too, so that all such f
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -104,6 +105,29 @@ def outcome_facts(run: Run) -> Line:
         told["text_authors"] = authors
     biased = run.metrics.get("paper_compatible")
     return told if biased is None else {**told, "paper_compatible": biased}
+
+
+def warning_lines(lines: Iterable[Line], *, told: Iterable[str] = ()) -> list[str]:
+    """Each kind of warning of the heads of `lines`, once, with how many heads have it and the name of the first.
+
+    Warnings are of one kind where they differ in numbers alone. Those that a line of `told` ends with are left out.
+    """
+    heads = [line for line in lines if "error" not in line]
+    kinds = [_kind(line) for line in told]
+    found: dict[str, dict[str, str]] = {}
+    for line in heads:
+        for text in line.get("warnings", ()):
+            if not any(kind.endswith(_kind(text)) for kind in kinds):
+                found.setdefault(_kind(text), {}).setdefault(line["name"], text)
+    return [
+        f"warning: {len(texts)} of {len(heads)} heads ({name}{', ...' if len(texts) > 1 else ''}): {text}"
+        for texts in found.values()
+        for name, text in list(texts.items())[:1]
+    ]
+
+
+def _kind(warning: str) -> str:
+    return re.sub(r"\d+(?:[.,]\d+)*", "#", warning)
 
 
 def error_facts(error: str, *, agiqa: str, commit: str | None) -> Line:

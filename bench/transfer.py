@@ -15,7 +15,7 @@ from typing import Any
 
 from agiqa.bench.predictions import write_predictions
 from agiqa.bench.result_folders import ROWS, RUNS, working_in
-from agiqa.bench.result_lines import Line, error_facts, ignored_line, outcome_facts, training_facts
+from agiqa.bench.result_lines import Line, error_facts, ignored_line, outcome_facts, training_facts, warning_lines
 from agiqa.bench.rows import write_rows
 from agiqa.bench.this_run import this_commit
 from agiqa.bench.transfer_plan import PlannedHead, PlannedLine, TransferPlan, TransferSettings, plan_transfer
@@ -88,13 +88,19 @@ def run_transfer(
         tell(f"warning: {first} and {second} were made differently: {', '.join(about['making_differs'])}")
     for note in scale_notes(sides[first], sides[second], settings.train.labels):
         tell(note)
-    for side in sides.values():
-        for line in author_warnings(side.store, side.partition.parts()):
-            tell(f"warning: {side.name}: {line}")
+    of_authors = [
+        f"warning: {side.name}: {line}"
+        for side in sides.values()
+        for line in author_warnings(side.store, side.partition.parts())
+    ]
+    for line in of_authors:
+        tell(line)
     with working_in(out, "transfer"):
         work = _Work(plan, sides, settings, out, about, tell, commit=commit)
         trained = work.train(workers)
         work.apply()
+        for line in warning_lines(work.lines_of_heads(), told=of_authors):
+            tell(line)
         rows = rows_of(plan, work.results, out, protocol=settings.train.split, label=settings.train.label)
         write_rows(out / ROWS, rows)
     errors = {line.name: work.results.lines[line.name].get("error") for line in plan.lines}
@@ -175,6 +181,14 @@ class _Work:
                 self._append(line, self._applied(line, load_run(self._folder(line.head))))
             except (AgiqaError, OSError) as error:
                 self._append(line, self._error(with_notes(error)))
+
+    def lines_of_heads(self) -> list[Line]:
+        """The first line of each head, trained or failed, in the order of the plan."""
+        first: dict[str, Line] = {}
+        for line in self._plan.lines:
+            if line.way != "apply":
+                first.setdefault(line.head, self.results.lines[line.name])
+        return list(first.values())
 
     def _is_done(self, line: PlannedLine) -> bool:
         """Whether the line is there, and what it predicted, which its row needs."""

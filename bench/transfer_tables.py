@@ -18,7 +18,7 @@ def transfer_text(rows: Sequence[Row]) -> str:
             "seeds with intervals by prompt.",
             across(rows),
             "**Few-shot**: trained on so many items of the other data set, from random weights (fresh) or from the "
-            "head of the first (warm); the last epoch is kept.",
+            "head of the first (warm); the last epoch is kept, and no line is fitted (`calibrate`).",
             few_shot(rows),
         ]
     )

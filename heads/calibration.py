@@ -95,12 +95,17 @@ class Calibration:
                 score["calibrated_here"] = True
 
 
-def calibration_warnings(names: Sequence[str], predicted: Array, labels: Array) -> list[str]:
-    """What is wrong with the scale of validation predictions (items, labels); nothing for too few items to tell."""
+def calibration_warnings(
+    names: Sequence[str], predicted: Array, labels: Array, *, calibrate: bool = False
+) -> list[str]:
+    """What is wrong with the scale of validation predictions (items, labels); nothing for too few items to tell.
+
+    `calibrate` says whether a line was asked for, which is then no remedy.
+    """
     if len(labels) < FEWEST_TO_CHOOSE_BY:
         return []
     pairs = zip(names, columns(predicted), columns(labels), strict=True)
-    return [line for name, guesses, mos in pairs for line in _warnings(name, guesses, mos)]
+    return [line for name, guesses, mos in pairs for line in _warnings(name, guesses, mos, calibrate=calibrate)]
 
 
 def _fit(predicted: NDArray[np.float64], labels: NDArray[np.float64]) -> tuple[Line, str | None]:
@@ -114,10 +119,12 @@ def _fit(predicted: NDArray[np.float64], labels: NDArray[np.float64]) -> tuple[L
     return (slope, intercept), None
 
 
-def _warnings(name: str, predicted: NDArray[np.float64], labels: NDArray[np.float64]) -> list[str]:
+def _warnings(name: str, predicted: NDArray[np.float64], labels: NDArray[np.float64], *, calibrate: bool) -> list[str]:
     found: list[str] = []
     slope, _ = calibration_line(predicted, labels)
-    remedy = "Set `calibrate`, which fits a line on validation items, or train with other settings."
+    remedy = "Train with other settings."
+    if slope > 0.0 and not calibrate:
+        remedy = "Set `calibrate`, which fits a line on validation items, or train with other settings."
     if not math.isnan(slope) and not RIGHT_SLOPES[0] <= slope <= RIGHT_SLOPES[1]:
         how = "too little" if slope > 1.0 else "too much" if slope > 0.0 else "the wrong way"
         found.append(

@@ -95,8 +95,9 @@ def epoch_warnings(outcome: Outcome, config: TrainConfig) -> list[str]:
         return []
     if items < FEWEST_TO_CHOOSE_BY:
         return [
-            f"There are only {items} validation items: too few to choose an epoch by ({FEWEST_TO_CHOOSE_BY} needed), "
-            "so the last epoch was kept. Their scores say little. Raise `validation`, or set it to 0 to train on them."
+            f"There {'is only 1 validation item' if items == 1 else f'are only {items} validation items'}: too few to "
+            f"choose an epoch by ({FEWEST_TO_CHOOSE_BY} needed), so the last epoch was kept. Their scores say little. "
+            "Raise `validation`, or set it to 0 to train on them."
         ]
     epochs = len(scores)
     if outcome.epoch == 1 and epochs > 1:

@@ -278,8 +278,8 @@ def _calibrate(
     calibration = Calibration.fit(predicted, labels)
     final.head.regressor.rescale(calibration.lines)
     mapped = calibration.applied(predicted)
-    warnings = [*calibration.warnings(config.labels), *calibration_warnings(config.labels, mapped, labels)]
-    return calibration, mapped, warnings
+    of_scale = calibration_warnings(config.labels, mapped, labels, calibrate=True)
+    return calibration, mapped, [*calibration.warnings(config.labels), *of_scale]
 
 
 def _scores(

@@ -161,3 +161,15 @@ def test_an_ablation_of_a_sketch_reads_hidden_states_for_its_baseline_when_they_
     assert not any("--baseline-store" in line for line in said)
     assert (row["store"], row["features_store"], about["baseline_store"]["id"]) == (sketch.id, store.id, store.id)
     assert "(hidden states, mean of " in row["row"]
+
+
+def test_warnings_of_trained_heads_are_told_once_for_all_of_them(store, tmp_path):
+    """Also by a second call that trains nothing."""
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump({"base": {**BASE, "validation": 0.3}, "grid": {"pooling": ["mean", "max"]}}))
+    for _ in range(2):
+        said: list[str] = []
+        run_ablation({"": store}, read_grid(file), tmp_path / "out", grid=file, workers=1, tell=said.append)
+        few = [line for line in said if "validation items: too few to choose an epoch by" in line]
+        assert len(few) == 1
+        assert few[0].startswith("warning: 2 of 2 heads (pooling=mean, ...): There are only ")

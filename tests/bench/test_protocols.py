@@ -142,7 +142,7 @@ def test_leaving_a_generator_out_needs_two(grid):
         grid(generators=["glide"], grid={"encoder": ["gru"]}, protocols=["leave-one-generator-out"])
 
 
-SHIPPED = {"quick": 12, "heads": 240, "table-iv": 300, "table-iii": 120, "losses": 90, "roles": 50, "ranks": 50}
+SHIPPED = {"quick": 12, "heads": 720, "table-iv": 300, "table-iii": 120, "losses": 270, "roles": 150, "ranks": 150}
 STORES = {"table-iii": ("main", "one", "two", "three"), "ranks": ("main", "r16", "r32", "r64", "r128")}
 
 
@@ -150,6 +150,7 @@ STORES = {"table-iii": ("main", "one", "two", "three"), "ranks": ("main", "r16",
 def test_every_grid_that_is_brought_can_be_read(name):
     plan = read_grid(find_grid(name), stores=STORES.get(name, ("",)))
     assert len(plan) == SHIPPED[name]
+    assert all(run.train.calibrate for run in plan)
     assert {run.protocol for run in plan} == {"published", "grouped"}
 
 

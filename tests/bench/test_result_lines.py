@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from agiqa.bench.result_lines import LineFile
+from agiqa.bench.result_lines import LineFile, warning_lines
 from agiqa.errors import DataError
 
 
@@ -57,3 +57,15 @@ def test_a_file_that_is_refused_keeps_its_torn_line_too(tmp_path, bad, said):
         opened(path)
     assert f"{path}, {said}" in str(caught.value)
     assert path.read_bytes() == before
+
+
+def test_each_kind_of_warning_is_told_once_with_the_heads_that_have_it():
+    lines = [
+        {"name": f"head-{k}", "warnings": [f"Only {k} items of 1,000.5.", "All alike."][: 1 + k % 2]} for k in range(4)
+    ]
+    lines.append({"name": "failed", "error": "broken"})
+    assert warning_lines(lines) == [
+        "warning: 4 of 4 heads (head-0, ...): Only 0 items of 1,000.5.",
+        "warning: 2 of 4 heads (head-1, ...): All alike.",
+    ]
+    assert warning_lines(lines, told=["warning: main: Only 80 items of 20."])[0].endswith("(head-1, ...): All alike.")

@@ -85,3 +85,10 @@ def test_texts_of_a_teacher_are_told_and_stand_in_the_lines_of_what_was_applied(
         assert applied["a"]["text_authors"] == {"test": {"model": COUNT // 4}}
         spoiled = [any("rating word included" in one for one in applied[name]["warnings"]) for name in "ab"]
         assert spoiled == [False, True]
+
+
+def test_warnings_of_trained_heads_are_told_once_for_all_of_them(transfers):
+    """By each of the two transfers."""
+    few = [line for line in transfers[1] if "too few to choose an epoch by" in line]
+    assert len(few) == 2
+    assert all(line.startswith("warning: 2 of 6 heads (from=a,to=a,way=within,") for line in few)

@@ -121,6 +121,22 @@ def test_predictions_of_another_scale_are_told_and_right_ones_are_not():
     assert calibration_warnings(ONE, right[:29] + 5.0, labels[:29]) == []
 
 
+def test_calibrating_is_advised_only_where_it_helps():
+    random = np.random.default_rng(0)
+    labels = random.normal(3.0, 1.0, size=(50, 1))
+    advised = "Set `calibrate`"
+    assert advised in calibration_warnings(ONE, 3.0 * labels, labels)[0]
+    assert advised not in " ".join(calibration_warnings(ONE, 3.0 * labels, labels, calibrate=True))
+    turned = calibration_warnings(ONE, -labels, labels)
+    assert "the wrong way" in turned[0]
+    assert advised not in " ".join(turned)
+
+
+def test_one_validation_item_is_counted_as_one():
+    (line,) = epoch_warnings(outcome([0.5, 0.6], epoch=2, items=1), QUICK)
+    assert line.startswith("There is only 1 validation item: too few")
+
+
 def test_a_line_is_fitted_for_each_label_that_allows_one():
     random = np.random.default_rng(0)
     predicted = random.normal(size=(40, 3))

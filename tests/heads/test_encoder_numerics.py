@@ -174,6 +174,24 @@ def test_dropout_acts_in_training_only():
         assert torch.equal(encoder(tokens, mask), encoder(tokens, mask)), name
 
 
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_dropout_leaves_the_scale_of_what_is_pooled(name):
+    """How far evaluation spreads the items where the mean over draws of dropout spreads them by 1.
+
+    A norm takes out what dropout before it adds to the mean square: a transformer that drops its inputs too has 1.48.
+    """
+    torch.manual_seed(0)
+    encoder = ENCODERS.get(name)(HeadConfig(width=32, num_heads=2, blocks=2, dropout=0.5))
+    mask = torch.arange(24) < torch.randint(10, 25, (32, 1))
+    tokens = (torch.randn(32, 1, 32) + torch.randn(32, 24, 32)) * mask[..., None]
+    with torch.no_grad():
+        drawn = torch.stack([encoder(tokens, mask).sum(1) / mask.sum(1, keepdim=True) for _ in range(40)]).mean(0)
+        encoder.eval()
+        evaluated = encoder(tokens, mask).sum(1) / mask.sum(1, keepdim=True)
+    apart, reached = drawn - drawn.mean(0), evaluated - evaluated.mean(0)
+    assert 0.9 < float((apart * reached).sum() / (apart * apart).sum()) < 1.25
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_layer_by_layer_is_what_torch_does_with_packed_sequences(kind, bidirectional):
