@@ -182,8 +182,14 @@ class VocabularyProjection(Projection):
         return nn.functional.linear(_minus(features, self.shift), self._current_weight(), self.bias) / self.scale
 
     def _current_weight(self) -> Tensor:
-        """W_eff, computed at every step of training and once per evaluation."""
-        if self.training or torch.is_grad_enabled():
+        """W_eff, computed at every step of training and once per evaluation.
+
+        A step may follow whatever has a gradient, and a fused optimiser does not count its changes. Tensors that were
+        made in inference mode count none at all.
+        """
+        counted = not any(each.is_inference() for each in self._factors())
+        if self.training or torch.is_grad_enabled() or not counted:
+            self._cached = None
             return self.effective_weight()
         made_of = self._made_of()
         if self._cached is None or self._cached[0] != made_of:
@@ -197,8 +203,10 @@ class VocabularyProjection(Projection):
         """
         kind = self.weight.device.type
         mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        factors = (self.weight, self.lm_head, self.whitening)
-        return (mixed, *((each.device, each.dtype, each.data_ptr(), each._version) for each in factors))
+        return (mixed, *((each.device, each.dtype, each.data_ptr(), each._version) for each in self._factors()))
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight, self.lm_head, self.whitening
 
 
 def _minus(features: Tensor, shift: Float[Tensor, " channel"]) -> Tensor:

@@ -109,10 +109,11 @@ class Run:
     def load_head(self, source: FeatureSource, *, device: torch.device) -> Head:
         """The head in evaluation mode, W_lm taken from `source` where needed. Raises HeadError."""
         spec = self.check(source)
-        with torch.random.fork_rng(devices=[]):
-            head = build_head(self.head, spec, labels=len(self.train.labels))
-        self.give_weights(head)
-        return head.to(device).eval()
+        with torch.inference_mode(mode=False):  # else a caller's mode makes weights that cannot be trained or cached
+            with torch.random.fork_rng(devices=[]):
+                head = build_head(self.head, spec, labels=len(self.train.labels))
+            self.give_weights(head)
+            return head.to(device).eval()
 
     def give_weights(self, head: Head) -> None:
         """Overwrite weights and constants of `head`. Raises HeadError when those of this run are not of its shapes."""

@@ -242,7 +242,15 @@ def replaced(projection):
     projection.whitening = 3.0 * torch.eye(4)
 
 
+def stepped(projection):
+    """By an optimiser whose kernel does not count its changes, and without a word of `train`."""
+    with torch.enable_grad():
+        projection(torch.randn(1, 3, 4)).square().sum().backward()
+    torch.optim.AdamW(projection.parameters(), lr=0.1, fused=True).step()
+
+
 CHANGES = {
+    "a fused step": stepped,
     "autocast": in_mixed_precision,
     "calibrate": recalibrated,
     "load_state_dict": loaded,
@@ -278,3 +286,12 @@ def test_the_product_is_kept_while_nothing_changes(make_store):
         for _ in range(3):
             projection(torch.randn(1, 3, 4, dtype=torch.float64))
     assert len(made) == 1
+
+
+def test_a_head_that_was_built_in_inference_mode_evaluates_with_its_weights(make_store):
+    store, hidden = make_store(40, encoding="hidden"), torch.randn(1, 3, 4)
+    with torch.inference_mode():
+        projection = build(store, projection="vocabulary").float().eval()
+        before = projection(hidden)
+        projection.weight.mul_(2.0)
+        torch.testing.assert_close(projection(hidden) - projection.bias, 2.0 * (before - projection.bias))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from agiqa.errors import ConfigError, DataError, HeadError, UnknownName
@@ -37,6 +38,19 @@ def test_a_loaded_run_repeats_its_own_metrics(trained):
         assert result["srcc"] == pytest.approx(run.metrics[part]["srcc"], abs=1e-6)
     assert evaluate(again, store, "train")["n"] == run.metrics["split"]["train"]
     assert evaluate(again, store, "all")["n"] == 60
+
+
+def test_predictions_within_inference_mode_are_the_same_and_leave_a_head_that_can_be_trained(
+    make_store, tmp_path: Path
+):
+    store = make_store(40, encoding="hidden", prompts=20)
+    train = TrainConfig(split="grouped", epochs=1, device="cpu", threads=1)
+    run = train_head(store, tmp_path / "run", head=HeadConfig(encoder="none", width=4), train=train)
+    expected = predict(run, store, device="cpu")
+    with torch.inference_mode():
+        assert predict(run, store, device="cpu").tolist() == expected.tolist()
+        head = run.load_head(store, device=torch.device("cpu"))
+    assert not any(weight.is_inference() for weight in head.parameters())
 
 
 def test_predictions_keep_the_asked_order_in_any_batch(trained):
