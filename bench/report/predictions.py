@@ -1,5 +1,6 @@
 """The predictions behind a row: of each test item the mean over seeds, from the run folders or a baseline's file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,7 +55,8 @@ def predictions_of(results: Results, row: Row) -> Predictions | None:
             missing.append(f"{RUNS}/{line.name}/{PREDICTIONS} is {reason}")
             continue
         runs += 1
-        items = zip(table.names, table.prompts, table.items or [None] * len(table.names), strict=True)
+        numbers: Sequence[int | None] = [None] * len(table.names) if table.items is None else table.items
+        items = zip(table.names, table.prompts, numbers, strict=True)
         for item, true, predicted in zip(items, table.mos.tolist(), table.predicted.tolist(), strict=True):
             found.setdefault(item, (true, []))[1].append(predicted)
     if not found:
