@@ -39,10 +39,18 @@ class LossTerm:
     """Items that the formula needs: 2 where it compares them with each other."""
 
     def __call__(self, predicted: Float[Tensor, " batch"], labels: Float[Tensor, " batch"]) -> Float[Tensor, ""]:
-        """The formula; for a batch that is too small 0, with gradients of 0."""
+        """The formula, a scalar or else ConfigError; of a batch that is too small 0, with gradients of 0."""
         if len(predicted) < self.smallest_batch:
             return (predicted * 0.0).sum()
-        return self.formula(predicted, labels)
+        found: object = self.formula(predicted, labels)
+        if isinstance(found, Tensor) and found.ndim == 0:
+            return found
+        what = f"tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        message = (
+            f"A loss must return one number for a batch, as a tensor without axes, and this one returned a {what}. "
+            "Take the mean over the items."
+        )
+        raise ConfigError(message)
 
 
 @dataclass(frozen=True, kw_only=True)

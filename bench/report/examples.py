@@ -131,7 +131,7 @@ def _descriptions(results: Results, store: str) -> tuple[Mapping[_Known, str | N
         return {}, f"Descriptions are not shown: {error}"
     described: dict[_Known, str | None] = {}
     for number, (name, prompt, text) in enumerate(zip(items.names, items.prompts, items.descriptions, strict=True)):
-        described |= {(name, prompt, number): text, (name, prompt, None): text}
+        described[name, prompt, number] = described[name, prompt, None] = text
     return described, None if any(described.values()) else "The store holds no descriptions."
 
 

@@ -333,3 +333,20 @@ def test_a_class_is_no_loss():
     with pytest.raises(ConfigError, match=r"'mine' must be a function of predictions and labels.*class MSELoss"):
         LOSSES.add("mine", torch.nn.MSELoss)
     assert "mine" not in LOSSES
+
+
+@pytest.mark.parametrize(
+    ("formula", "said"),
+    [
+        (lambda predicted, labels: (predicted - labels).square(), r"a tensor of shape \(7,\)"),
+        (lambda predicted, labels: (predicted - labels).abs().mean().item(), "a float"),
+    ],
+    ids=["a loss per item", "a number"],
+)
+def test_a_loss_of_anything_but_one_tensor_value_is_refused(monkeypatch, formula, said):
+    """A sum over the items would train at a learning rate that grows with the batch."""
+    monkeypatch.setattr(LOSSES, "_parts", dict(LOSSES._parts))
+    LOSSES.add("own", formula)
+    for name in ("own", "mse+0.5*own"):
+        with pytest.raises(ConfigError, match=f"one number for a batch.* this one returned {said}"):
+            get_loss(name)(torch.zeros(7, requires_grad=True), torch.arange(7.0))
