@@ -65,7 +65,7 @@ def test_two_items_of_one_name_and_prompt_stay_two(results, copy):
     runs = [line["name"] for line in made.read_lines(folder / "results.jsonl")]
     for name in runs:
         path = folder / "runs" / name / "predictions.csv"
-        table = list(csv.DictReader(path.open(newline="", encoding="utf-8")))
+        table = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
         twin = next(line for line in table if line["split"] == "test")
         numbered = [{**line, "item": k} for k, line in enumerate([*table, {**twin, "predicted_quality": "0.25"}])]
         with path.open("w", newline="", encoding="utf-8") as file:
