@@ -73,11 +73,11 @@ def test_items_of_one_name_and_prompt_stay_apart(results, copy):
 def test_two_items_of_one_name_and_prompt_stay_two(results, copy):
     """The column `item` tells them apart, as the store holds both; folders of older runs have no such column."""
     folder = copy(results.ablation)
-    row = lead(folder)[0]["row"]
+    row = lead(folder, protocol="published")[0]["row"]
     runs = [line["name"] for line in made.read_lines(folder / "results.jsonl")]
     for name in runs:
         path = folder / "runs" / name / "predictions.csv"
-        table = list(csv.DictReader(path.open(newline="", encoding="utf-8")))
+        table = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")))
         twin = next(line for line in table if line["split"] == "test")
         numbered = [{**line, "item": k} for k, line in enumerate([*table, {**twin, "predicted_quality": "0.25"}])]
         with path.open("w", newline="", encoding="utf-8") as file:
@@ -358,7 +358,9 @@ def test_the_leak_of_a_transfer_is_that_of_the_row_with_the_most(results, copy):
     made.write_lines(folder / "results.jsonl", lines)
     (found,) = read_all([folder])
     assert len(rows) > 1
-    assert leak(found, "published") == (len(rows), lines[0]["split"]["test"])
+    told = leak(found, "published")
+    assert told is not None
+    assert (told.items, told.tested) == (len(rows), lines[0]["split"]["test"])
 
 
 def test_texts_of_a_teacher_are_a_finding_where_the_rating_word_is_read(results, copy):
