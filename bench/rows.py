@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -135,7 +136,7 @@ def validation_summary(lines: Sequence[Line], label: str) -> dict[str, list[floa
 
 def _fitted_slope(line: Line, label: str) -> float | None:
     """The slope of the line that the predictions were put on (`calibrate`); None where they are as the head is."""
-    told: Line = scores_by_label(line, "calibration").get(label, {})
+    told: Mapping[str, Any] = scores_by_label(line, "calibration").get(label, {})
     slope: float | None = told.get("slope")
     return slope
 

@@ -183,13 +183,13 @@ def leave_one_out(
 
 def _rank_correlations(a: Array, b: Array, block: NDArray[np.int64], starts: NDArray[np.intp]) -> tuple[Array, Array]:
     """Spearman's and Kendall's (tau-b) correlation without each block, of items sorted by block."""
-    a, b = (np.unique(values, return_inverse=True)[1].astype(np.int64) for values in (a, b))
+    rank_a, rank_b = (np.unique(values, return_inverse=True)[1].astype(np.int64) for values in (a, b))
     spans = len(a) + 1
-    touching = _pairs(a, b)
-    inside = _pairs(a + spans * block, b + spans * block)
+    touching = _pairs(rank_a, rank_b)
+    inside = _pairs(rank_a + spans * block, rank_b + spans * block)
     inside -= len(a) - np.diff(np.append(starts, len(a)))[block]
     left = touching.sum(axis=1, keepdims=True) - np.add.reduceat(2 * touching - inside, starts, axis=1)
-    return _spearman(a, b, block, len(starts)), _ratio(*left.astype(np.float64))
+    return _spearman(rank_a, rank_b, block, len(starts)), _ratio(*left.astype(np.float64))
 
 
 def _spearman(a: NDArray[np.int64], b: NDArray[np.int64], block: NDArray[np.int64], blocks: int) -> Array:
