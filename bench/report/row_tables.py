@@ -46,11 +46,8 @@ class Leak:
 
     def told(self) -> str:
         """`15 of 20 test images have a prompt that also occurs in training (12 of them letter by letter)`."""
-        verbatim = "" if self.verbatim is None else f" ({self.verbatim:,} of them letter by letter)"
-        return (
-            f"{self.items:,} of {self.tested:,} test images have a prompt that also occurs in training"
-            f"{verbatim if self.items else ''}"
-        )
+        text = f"{self.items:,} of {self.tested:,} test images have a prompt that also occurs in training"
+        return text if self.verbatim in (None, self.items) else f"{text} ({self.verbatim:,} of them letter by letter)"
 
 
 def leak(results: Results, protocol: str) -> Leak | None:
@@ -258,7 +255,7 @@ def _cautions(rows: Sequence[Row]) -> list[str]:
             "rows anew."
         )
     noted = [row for row in rows if row.notes]
-    return [*found, *(f"{row.row}: {'; '.join(row.notes)}." for row in noted)]
+    return [*found, *(f"{row.row}: {'; '.join(row.notes).removesuffix('.')}." for row in noted)]
 
 
 def _optimism_table(results: Results, label: str) -> Table:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from agiqa.bench.report.naming import group_title, listed, on_store, plural, protocol_name, row_titles
-from agiqa.bench.report.reading import CONFIDENT, Results, Row
+from agiqa.bench.report.reading import CONFIDENT, Results, Row, RunLine
 from agiqa.bench.report.row_tables import leak
 from agiqa.bench.report.transfers import Direction, directions
 from agiqa.store.text_authors import TEACHER
@@ -96,8 +96,7 @@ def _of_teacher(results: Results, part: str, *, rating_words: bool) -> str | Non
     counts = [
         line.text_authors[part]
         for line in results.done
-        if line.text_authors.get(part, {}).get(TEACHER, 0)
-        and (results.store(line.store_name).variant in (None, "full")) == rating_words
+        if line.text_authors.get(part, {}).get(TEACHER, 0) and _may_read_rating_words(results, line) == rating_words
     ]
     if not counts:
         return None
@@ -108,13 +107,24 @@ def _of_teacher(results: Results, part: str, *, rating_words: bool) -> str | Non
     )
 
 
+def _may_read_rating_words(results: Results, line: RunLine) -> bool:
+    """Whether the conversations of its store end with the rating word, or nobody knows.
+
+    Lines of a transfer name no store, so there it is one of both.
+    """
+    stores = results.about.stores
+    variants = [store.variant for name, store in stores.items() if line.store_name in (name, "")]
+    return not variants or None in variants or "full" in variants
+
+
 def limits(results: Sequence[Results]) -> list[str]:
     """What the data cannot show, as far as the files tell."""
     found: list[str] = []
     leaks = dict.fromkeys(one for each in results if (one := leak(each, "published")) and one.items)
     if leaks:
         found.append(
-            f"On the published split {listed([one.told() for one in leaks])}: those numbers say nothing of new prompts."
+            f"On the published split {'; '.join(one.told() for one in leaks)}: those numbers say nothing of new "
+            "prompts."
         )
     found += [
         f"{read}, without its rating word; a model that does not know the MOS may describe otherwise."

@@ -382,3 +382,18 @@ def test_texts_of_a_teacher_are_a_finding_where_the_rating_word_is_read(results,
     (folder / "about.json").write_text(json.dumps(about))
     assert compose(read_all([folder]), images=None, notes=[]).findings[0].startswith(said)
     assert teacher_findings(*read_all([results.ablation])) == []
+
+
+def test_a_transfer_reads_the_rating_words_that_its_stores_have(results, copy):
+    """Its lines name no store; those of the stores count, whatever they are called."""
+    folder = copy(results.transfer)
+    lines = made.read_lines(folder / "results.jsonl")
+    for line in lines:
+        line["text_authors"] = {"validation": {"teacher": 9}}
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    about = json.loads((folder / "about.json").read_text())
+    for variants, found in ((("id", "id"), 0), (("id", "full"), 1), (("id", None), 1)):
+        for store, variant in zip(about["stores"].values(), variants, strict=True):
+            store["variant"] = variant
+        (folder / "about.json").write_text(json.dumps(about))
+        assert len(teacher_findings(*read_all([folder]))) == found
