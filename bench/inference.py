@@ -36,6 +36,7 @@ Array = NDArray[np.float64]
 
 _LEVEL = 0.05
 _ALL_ITEMS = 100_000
+_ITEMS_OF_A_HEAD = 40_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +64,25 @@ class World:
         """What all seeds of a method predict (items,)."""
         return mos + self.shared * self._drawn(random, prompts)
 
+    def traits(self, random: np.random.Generator) -> tuple[float, float, float]:
+        """What a training with some seed leaves a head with: the size of its own errors, its slope and its level."""
+        size, slope, level = random.normal(size=3)
+        return self.own * (1.0 + self.quality * size), 1.0 + self.slope * slope, self.level * level
+
+    def head(
+        self,
+        random: np.random.Generator,
+        method: Array,
+        prompts: NDArray[np.int64],
+        traits: tuple[float, float, float],
+    ) -> Array:
+        """The predictions (items,) of a head with these traits."""
+        size, slope, level = traits
+        return 3.0 + slope * (method - 3.0) + level + size * self._drawn(random, prompts)
+
     def seeds(self, random: np.random.Generator, method: Array, prompts: NDArray[np.int64], count: int) -> Array:
         """The predictions (seeds, items) of a method trained with `count` seeds."""
-        rows: list[Array] = []
-        for _ in range(count):
-            size = self.own * (1.0 + self.quality * random.normal())
-            slope = 1.0 + self.slope * random.normal()
-            level = self.level * random.normal()
-            rows.append(3.0 + slope * (method - 3.0) + level + size * self._drawn(random, prompts))
-        return np.stack(rows)
+        return np.stack([self.head(random, method, prompts, self.traits(random)) for _ in range(count)])
 
     def _drawn(self, random: np.random.Generator, prompts: NDArray[np.int64]) -> Array:
         by_prompt, by_item = random.normal(size=prompts.max() + 1), random.normal(size=len(prompts))
@@ -87,13 +98,18 @@ WORLDS = {
 
 
 def covered(world: World, prompts: int, images: int, seeds: int, seed: int) -> list[bool | None]:
-    """Whether the interval of each metric holds the true value; None where there is no interval."""
+    """Whether the interval of each metric holds the true value; None where there is no interval.
+
+    That is the mean over all seeds that there could be. The interval of one seed is about its own head alone.
+    """
     random = np.random.default_rng([seed, prompts, images])
     groups = np.repeat(np.arange(prompts), images)
     mos = world.mos(random, groups)
-    predicted = world.seeds(random, world.method(random, mos, groups), groups, seeds)
+    method = world.method(random, mos, groups)
+    traits = [world.traits(random) for _ in range(seeds)]
+    predicted = np.stack([world.head(random, method, groups, one) for one in traits])
     told = seeds_score(predicted, mos, [str(group) for group in groups])
-    truth = true_metrics(world)
+    truth = metrics_of_head(world, traits[0]) if seeds == 1 else true_metrics(world)
     return [None if ends is None else ends[0] <= truth[name] <= ends[1] for name, ends in told["ci"].items()]
 
 
@@ -109,6 +125,13 @@ def true_metrics(world: World) -> dict[str, float]:
 
 
 _TRUTHS: dict[World, dict[str, float]] = {}
+
+
+def metrics_of_head(world: World, traits: tuple[float, float, float]) -> dict[str, float]:
+    """The metrics of a head with these traits of many items, no two with one prompt."""
+    random, single = np.random.default_rng(1), np.arange(_ITEMS_OF_A_HEAD)
+    mos = world.mos(random, single)
+    return score(world.head(random, world.method(random, mos, single), single, traits), mos)
 
 
 def rejected(world: World, prompts: int, images: int, seeds: int, seed: int, *, methods: int = 1) -> list[bool]:
