@@ -142,12 +142,12 @@ def test_runs_that_fail_are_kept_with_their_error_and_tried_again(agiqa, ablate,
     taken = tmp_path / "out" / "runs" / "encoder=none,seed=1"
     taken.mkdir(parents=True)
     (taken / "letter.txt").write_text("mine")
-    sections = {"runs": [{"encoder": "transformer", "num_heads": 3}]}
+    sections = {"runs": [{"encoder": "transformer", "lr": 1e30}]}
     failed = agiqa(*ablate("--workers", 1, "--json", **sections))
     assert failed.code == 1
     assert json.loads(failed.out)["trained"] == 3
     assert "error: 2 of 5 runs failed; the same command tries them again:" in failed.err
-    assert "  encoder=transformer,num_heads=3: " in failed.err
+    assert "  encoder=transformer,lr=1e+30: " in failed.err
     assert "Traceback" not in failed.err
     lines = lines_of(tmp_path / "out")
     assert "letter" not in lines["encoder=none,seed=1"]["error"]

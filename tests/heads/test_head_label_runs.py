@@ -161,7 +161,7 @@ def test_a_run_folder_of_one_label_is_as_ever(make_store, tmp_path: Path):
     run = train_head(store, tmp_path / "run", head=GRU, train=one)
     assert list(read_csv(run.path / "predictions.csv")[0]) == ["name", "prompt", "split", "item", "mos", "predicted"]
     assert run.metrics["test"]["n"] > 0
-    assert set(run.metrics["logistic"]) == {"logistic4"}
+    assert set(run.metrics["logistic"]) == {"linear", "logistic4"}
     assert run.metrics["chosen_by"] == "highest validation SRCC"
     assert set(evaluate(run, store)) == {*run.metrics["test"], "logistic", "warnings"}
     config = {name: value for name, value in run.config.items() if name != "labels"}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import GroupKFold
 
@@ -50,6 +50,7 @@ def folds_of(store, folds, **settings):
     return [make_partition(store, TrainConfig(split="folds", folds=folds, fold=k, **settings)) for k in range(folds)]
 
 
+@settings(deadline=None)
 @given(prompt_sizes, st.integers(2, 5), st.integers(0, 50))
 def test_folds_are_disjoint_cover_all_items_and_share_no_prompt(sizes, folds, seed):
     store = store_of(shuffled_prompts(sizes, seed))
@@ -61,6 +62,7 @@ def test_folds_are_disjoint_cover_all_items_and_share_no_prompt(sizes, folds, se
         assert (one.leaked, one.left_out, one.warnings()) == (0, 0, [])
 
 
+@settings(deadline=None)
 @given(prompt_sizes, st.integers(2, 5))
 def test_folds_are_as_even_as_those_of_scikit_learn(sizes, folds):
     store = store_of(shuffled_prompts(sizes))
@@ -71,6 +73,7 @@ def test_folds_are_as_even_as_those_of_scikit_learn(sizes, folds):
     assert sorted(found) == sorted(theirs)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=12, max_size=25), st.floats(0.05, 0.5))
 def test_validation_is_drawn_by_prompt_from_what_a_fold_leaves(sizes, share):
     store = store_of(shuffled_prompts(sizes))

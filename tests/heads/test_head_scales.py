@@ -84,7 +84,10 @@ def test_labels_of_another_scale_are_converted_to_that_of_the_head(make_store, t
         scaled = evaluate(run, on(other, scale))
         for metric in ("srcc", "plcc", "krcc", "rmse", "plcc_linear", "rmse_linear"):
             assert scaled[metric] == pytest.approx(same[metric], rel=1e-9)
-            assert scaled["ci"][metric] == pytest.approx(same["ci"][metric], rel=1e-9)
+            if same["ci"][metric] is None:  # RMSE of fewer than 20 prompts
+                assert scaled["ci"][metric] is None
+            else:
+                assert scaled["ci"][metric] == pytest.approx(same["ci"][metric], rel=1e-9)
         assert scaled["mos_range"] == [0.0, 5.0]
         (line,) = scaled["warnings"]
         assert line.endswith(f"to the scale of this head: quality from {scale[0]:g} to {scale[1]:g} to 0 to 5.")

@@ -104,14 +104,16 @@ def test_a_head_on_another_store_is_a_rival(out):
 
 def test_prompts_that_leak_are_counted_over_all_held_out_generators(out):
     (found,) = read_all([out])
-    assert leak(found, "leave-one-generator-out") == (ITEMS, ITEMS)
+    everywhere = leak(found, "leave-one-generator-out")
+    assert (everywhere.items, everywhere.tested, everywhere.verbatim) == (ITEMS, ITEMS, ITEMS)
     _, notes = table_of(out, "leave-one-generator-out")
     assert f"leaks prompts: {ITEMS} of {ITEMS} test images" in notes
     assert "images of a new generator for known prompts" in notes
     assert f"{ITEMS} test images. Heads are means over 2 seeds." in notes
     assert "do not say what a further generator would change" in notes
     assert any("Leave one generator out" in sentence for sentence in METHOD)
-    assert leak(found, "grouped") == (0, ITEMS)
+    grouped = leak(found, "grouped")
+    assert (grouped.items, grouped.tested) == (0, ITEMS)
 
 
 def test_a_seed_for_each_fold_is_not_told_as_a_mean_over_seeds(out):
