@@ -13,6 +13,7 @@ size of 1, the batch plan joins a single left-over item to its neighbour, and a 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -42,7 +43,7 @@ class LossTerm:
         """The formula, a scalar or else ConfigError; of a batch that is too small 0, with gradients of 0."""
         if len(predicted) < self.smallest_batch:
             return (predicted * 0.0).sum()
-        found: object = self.formula(predicted, labels)
+        found = cast("object", self.formula(predicted, labels))  # a user's own may return anything
         if isinstance(found, Tensor) and found.ndim == 0:
             return found
         what = f"tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
