@@ -25,6 +25,7 @@ from agiqa.heads.uncertainty import (
     few_prompts,
     group_count,
     leave_one_out,
+    metric_intervals,
     numbers,
     prompt_blocks,
     spread,
@@ -101,21 +102,15 @@ class SeedScores:
 
     def score(self, *, confidence: float = 0.95) -> dict[str, Any]:
         """What `seeds_score` tells."""
-        several, count = len(self.values) > 1, group_count(self.groups)
+        several = len(self.values) > 1
         sd = self.values.std(axis=0, ddof=1) if several else np.full(len(METRICS), math.nan)
-        intervals = {
-            name: spread(self._side(k)).metric_interval(float(self.means[k]), name, confidence)
-            if count >= FEWEST_PROMPTS[name]
-            else None
-            for k, name in enumerate(METRICS)
-        }
         return {
             "n": self.n,
-            "prompts": count,
+            "prompts": group_count(self.groups),
             **numbers(self.means),
             "sd": numbers(sd),
             "seeds": len(self.values),
-            "ci": intervals,
+            "ci": metric_intervals(self.values, self.left_out, self.groups, confidence),
             "covers": self.covers,
             **self._told(confidence, self.undefined),
         }

@@ -17,14 +17,12 @@ from agiqa.errors import DataError
 from agiqa.heads.logistic import LogisticMap
 from agiqa.heads.prompts import prompt_groups
 from agiqa.heads.uncertainty import (
-    FEWEST_PROMPTS,
     METRICS,
-    Side,
     few_prompts,
     group_count,
     leave_one_out,
+    metric_intervals,
     prompt_blocks,
-    spread,
 )
 
 
@@ -96,14 +94,10 @@ def _scored(
     predicted: NDArray[np.float64], labels: NDArray[np.float64], groups: NDArray[np.int64], confidence: float
 ) -> tuple[dict[str, float], dict[str, list[float] | None], str | None]:
     """The metrics, their intervals, and why correlations are not defined."""
-    metrics, count = score(predicted, labels), group_count(groups)
+    metrics = score(predicted, labels)
+    values = np.array([[metrics[name] for name in METRICS]])
     without = leave_one_out(predicted[None], labels, prompt_blocks(groups))
-    intervals: dict[str, list[float] | None] = dict.fromkeys(METRICS)
-    for k, name in enumerate(METRICS):
-        if count >= FEWEST_PROMPTS[name]:
-            side = Side(values=np.array([metrics[name]]), left_out=without[:, :, k])
-            intervals[name] = spread(side).metric_interval(metrics[name], name, confidence)
-    return metrics, intervals, undefined_reason(predicted, labels)
+    return metrics, metric_intervals(values, without, groups, confidence), undefined_reason(predicted, labels)
 
 
 def _check(predicted: NDArray[np.float64], labels: NDArray[np.float64], prompts: Sequence[str]) -> None:

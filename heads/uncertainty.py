@@ -128,6 +128,24 @@ def spread(*sides: Side) -> Spread:
     return Spread(variance=total, dof=max(1.0, total**2 / doubt))
 
 
+def metric_intervals(
+    values: Float[np.ndarray, "seed metric"],
+    left_out: Float[np.ndarray, "seed block metric"],
+    groups: NDArray[np.int64],
+    confidence: float,
+) -> dict[str, list[float] | None]:
+    """The interval of the mean over seeds of each of METRICS; null for fewer prompts than `FEWEST_PROMPTS`.
+
+    `left_out` as of `leave_one_out`, and `groups` numbers the prompt of each item.
+    """
+    count, found = group_count(groups), dict[str, list[float] | None].fromkeys(METRICS)
+    for k, name in enumerate(METRICS):
+        if count >= FEWEST_PROMPTS[name]:
+            side = Side(values=values[:, k], left_out=left_out[:, :, k])
+            found[name] = spread(side).metric_interval(float(values[:, k].mean()), name, confidence)
+    return found
+
+
 def _jackknife(left_out: Array) -> float:
     """The jackknife's variance of an estimate from its values without each block (blocks,)."""
     blocks = len(left_out)
