@@ -17,26 +17,10 @@ from agiqa.heads.head import build_head
 from agiqa.heads.learner import Learner
 from agiqa.heads.losses import LOSSES, get_loss
 from agiqa.heads.projection import FeatureSpec
+from tests.heads.fits import fit_everything
 from tests.heads.label_stores import BOTH, GRU, LABELS, QUICK, with_correspondence
 
 NONE = HeadConfig(projection="sketch", encoder="none", width=8)
-
-
-def fitted(store, config: TrainConfig, head: HeadConfig = NONE):
-    """A fit on every item, without validation."""
-    features = FeatureSet.from_store(store, range(len(store.features)), label=config.label)
-    everything = np.arange(len(features))
-    return features, fit_head(
-        features,
-        FeatureSpec.of(store),
-        head,
-        config,
-        train=everything,
-        validation=everything[:0],
-        epochs=config.epochs,
-        stage="train",
-        progress=LineProgress(lambda _: None),
-    )
 
 
 @pytest.mark.parametrize("given", [BOTH, " quality + correspondence ", "quality+ correspondence"])
@@ -135,7 +119,7 @@ def test_a_head_of_one_label_keeps_its_names_and_shapes(make_store):
 def test_one_label_trains_to_the_bit_as_a_plain_loop_over_vectors(make_store):
     store = with_correspondence(make_store(41))
     config = QUICK.model_copy(update={"label": "quality", "warmup": 0.2})
-    features, fit = fitted(store, config, GRU)
+    features, fit = fit_everything(store, config, GRU)
     everything = np.arange(41)
     torch.manual_seed(config.seed)
     head = build_head(GRU, FeatureSpec.of(store))
@@ -193,7 +177,7 @@ def test_loss_and_gradients_are_the_mean_of_those_of_explicit_columns(make_store
 def test_training_takes_the_mean_over_the_labels(make_store):
     store = with_correspondence(make_store(30))
     config = QUICK.model_copy(update={"epochs": 1, "batch_size": 30, "loss": "mae"})
-    features, fit = fitted(store, config)
+    features, fit = fit_everything(store, config, NONE)
     torch.manual_seed(config.seed)
     head = build_head(NONE, FeatureSpec.of(store), labels=2)
     head.calibrate(features.statistics(np.arange(30)), features.targets)

@@ -13,10 +13,8 @@ from scipy import stats
 
 from agiqa.errors import ConfigError, DataError, HeadError, UnknownName
 from agiqa.heads import HeadConfig, LineProgress, TrainConfig, train_head
-from agiqa.heads.features import FeatureSet
-from agiqa.heads.fitting import fit_head
 from agiqa.heads.learner import lr_factor
-from agiqa.heads.projection import FeatureSpec
+from tests.heads.fits import fit_everything
 
 GRU = HeadConfig(projection="sketch", encoder="gru", width=16)
 QUICK = TrainConfig(split="grouped", epochs=2, lr=1e-2)
@@ -177,27 +175,21 @@ def test_averages_are_weighted_means_of_the_weights_after_every_step(make_store,
     """One step an epoch, 20 in all, against the weighted mean in float64."""
     store = make_store(12)
     plain = TrainConfig(epochs=20, batch_size=12, validation=0.0, lr=1e-2, schedule="constant", warmup=0, ema=None)
-    features, everything = FeatureSet.from_store(store, range(12), label="quality"), np.arange(12)
-
-    def fit(config, trace):
-        return fit_head(
-            features,
-            FeatureSpec.of(store),
-            GRU,
-            config,
-            train=everything,
-            validation=everything[:0],
-            epochs=config.epochs,
-            stage="train",
-            progress=LineProgress(lambda _: None),
-            trace=trace,
-        )
-
     steps: list[dict[str, torch.Tensor]] = []
-    fit(plain, lambda now: steps.append({k: v.double().clone() for k, v in now.state_dict().items()}) or {})
+    fit_everything(
+        store,
+        plain,
+        GRU,
+        trace=lambda now: steps.append({k: v.double().clone() for k, v in now.state_dict().items()}) or {},
+    )
     averages: list[dict[str, torch.Tensor]] = []
     averaged = plain.model_copy(update={"ema": ema})
-    kept = fit(averaged, lambda now: averages.append({k: v.clone() for k, v in now.state_dict().items()}) or {})
+    _, kept = fit_everything(
+        store,
+        averaged,
+        GRU,
+        trace=lambda now: averages.append({k: v.clone() for k, v in now.state_dict().items()}) or {},
+    )
     for number in (1, 2, 7, 20):
         weights = decay ** np.arange(number)[::-1]
         weights /= weights.sum()

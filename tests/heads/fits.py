@@ -1,0 +1,29 @@
+"""Fits of heads without a run folder."""
+
+from typing import Any
+
+import numpy as np
+
+from agiqa.heads import HeadConfig, LineProgress, TrainConfig
+from agiqa.heads.features import FeatureSet
+from agiqa.heads.fitting import Fit, fit_head
+from agiqa.heads.projection import FeatureSpec
+from tests.heads.conftest import MemoryStore
+
+
+def fit_everything(store: MemoryStore, config: TrainConfig, head: HeadConfig, **more: Any) -> tuple[FeatureSet, Fit]:
+    """The features of every item, and a fit on them without validation; `more` are arguments of `fit_head`."""
+    features = FeatureSet.from_store(store, range(len(store.features)), label=config.label)
+    everything = np.arange(len(features))
+    return features, fit_head(
+        features,
+        FeatureSpec.of(store),
+        head,
+        config,
+        train=everything,
+        validation=everything[:0],
+        epochs=config.epochs,
+        stage="train",
+        progress=LineProgress(lambda _: None),
+        **more,
+    )
