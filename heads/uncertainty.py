@@ -138,7 +138,8 @@ def metric_intervals(
 
     `left_out` as of `leave_one_out`, and `groups` numbers the prompt of each item.
     """
-    count, found = group_count(groups), dict[str, list[float] | None].fromkeys(METRICS)
+    count = group_count(groups)
+    found: dict[str, list[float] | None] = dict.fromkeys(METRICS)
     for k, name in enumerate(METRICS):
         if count >= FEWEST_PROMPTS[name]:
             side = Side(values=values[:, k], left_out=left_out[:, :, k])
