@@ -4,11 +4,11 @@ import gc
 
 import pytest
 import torch
-from torch import nn
 from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 
 from agiqa.heads.config import HeadConfig
 from agiqa.heads.encoders import ENCODERS, XLSTMEncoder
+from agiqa.heads.encoders.base import Encoder
 from agiqa.heads.encoders.causal_conv import causal_conv_silu
 from agiqa.heads.encoders.graphed import GraphedEncoder
 from agiqa.heads.encoders.mlstm import mlstm
@@ -17,6 +17,7 @@ from agiqa.heads.encoders.slstm import slstm
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, which these kernels need"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch.compile looks at it
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # by torch's compiler, for mlstm_kernels
 ]
 
 
@@ -155,11 +156,11 @@ def test_the_random_state_is_the_same_after_a_capture():
     assert not torch.equal(first, second)
 
 
-class LeavesAGraphBehind(nn.Module):
+class LeavesAGraphBehind(Encoder):
     """An encoder; while it is captured a graph becomes garbage that only the collector finds."""
 
     def __init__(self, encoder, graph):
-        super().__init__()
+        super().__init__(encoder.out_width)
         self.encoder, self.graphs = encoder, [graph]
 
     def forward(self, tokens, mask):

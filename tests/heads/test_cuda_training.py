@@ -14,6 +14,7 @@ from tests.heads.test_head_resuming import BreakingProgress, Broken, numbers
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, which these trainings run on"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # torch.compile looks at it
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # by torch's compiler, for mlstm_kernels
 ]
 
 SMALL = {"width": 32, "num_heads": 2, "blocks": 2, "layers": 2, "dropout": 0.2}
