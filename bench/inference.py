@@ -204,9 +204,12 @@ def coverage(trials: int, out: Path | None) -> None:
             (20, 8, 1),
             (20, 8, 5),
             (60, 5, 1),
+            (60, 5, 2),
             (60, 5, 5),
             (300, 2, 1),
+            (300, 2, 2),
             (300, 2, 3),
+            (300, 2, 5),
         ):
             tasks = [(world, prompts, images, seeds, trial) for trial in range(trials)]
             held = shares(_parallel(_cover, tasks, f"{name}, {prompts} prompts"))

@@ -10,8 +10,12 @@ and Miller, J. of Business & Economic Statistics 29, 2011):
     - both: jackknife of what sets a seed apart from the mean, which the two above count twice
 
 Quantiles are those of Student's t, whose degrees of freedom come from the parts (Satterthwaite, Biometrics Bulletin 2,
-1946). `python -m agiqa.bench.inference` measures what intervals cover and how often p-values err; LOG.md has the
-figures, also those of the percentile bootstrap, which is wrong in both for few prompts or seeds. The interval of RMSE
+1946). That covers too little for heads of few seeds which differ much, as the variance over them comes out small by
+chance too often. So with fewer than 5 seeds the quantile is the mean of those of the parts, each with degrees of
+freedom of its own and its share of the variance (Cochran, Biometrics 20, 1964), which errs on the safe side.
+
+`python -m agiqa.bench.inference` measures what intervals cover and how often p-values err; LOG.md has the figures, also
+those of the percentile bootstrap, which is wrong in both for few prompts or seeds. The interval of RMSE
 covers .86 to .92 where a few items or one prompt hold much of the squared error, as with errors of Student's t with 3
 degrees of freedom, or a prompt with a fifth of all items; those of correlations cover .93 and more there too.
 """
@@ -24,6 +28,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.optimize import brentq
 
 METRICS = ("srcc", "plcc", "krcc", "rmse")
 FEWEST_PROMPTS = {"srcc": 10, "plcc": 10, "krcc": 10, "rmse": 20}
@@ -32,6 +37,9 @@ FEW_PROMPTS = 50
 """With fewer prompts a reader is told how many there are."""
 ROUNDING = 1e-12
 """How far apart, as a share of them, two metrics are at least that differ by more than the rounding of sums."""
+_FEWEST_DOF = 4
+"""Of the variance over seeds, for the t of Satterthwaite: 5 seeds."""
+_LEAST_TAIL = 1e-300
 _MOST_BLOCKS = 1000
 _CELLS_AT_ONCE = 100_000
 
@@ -40,10 +48,12 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """The variance of an estimate, NaN where it is not known, and the degrees of freedom that it was estimated with."""
+    """The variance of an estimate, NaN where it is not known, and what it is made of."""
 
     variance: float
-    dof: float
+    parts: tuple[tuple[float, float], ...]
+    """Variance and degrees of freedom of prompts, then of the seeds of each side; what prompts and seeds both count is
+    not taken off."""
 
     def interval(self, estimate: float, confidence: float) -> list[float] | None:
         """The symmetric interval around `estimate`; None where one of the two is not known."""
@@ -76,7 +86,7 @@ class Spread:
         """
         if not math.isfinite(estimate + self.variance):
             return None
-        items = estimate * (1.0 - estimate) / self.variance if self.variance > 0.0 else self.dof + 1.0
+        items = estimate * (1.0 - estimate) / self.variance if self.variance > 0.0 else self.parts[0][1] + 1.0
         squared = self._quantile(confidence) ** 2 / items
         centre = (estimate + squared / 2.0) / (1.0 + squared)
         reach = math.sqrt(squared * (estimate * (1.0 - estimate) + squared / 4.0)) / (1.0 + squared)
@@ -88,10 +98,33 @@ class Spread:
             return None
         if self.variance == 0.0:
             return 1.0 if difference == 0.0 else 0.0
-        return float(2.0 * stats.t.sf(abs(difference) / math.sqrt(self.variance), self.dof))
+        distance = abs(difference) / math.sqrt(self.variance)
+        tails = [float(stats.t.sf(distance, dof)) for share, dof in self._quantiles() if share > 0.0]
+        low, high = max(min(tails), _LEAST_TAIL), max(max(tails), _LEAST_TAIL)
+        if (
+            not self._exceeded(low) > distance > self._exceeded(high)
+        ):  # one quantile, or several that are as good as one
+            return 2.0 * high
+        where = brentq(lambda tail: self._exceeded(math.exp(tail)) - distance, math.log(low), math.log(high))
+        return 2.0 * math.exp(where)
 
     def _quantile(self, confidence: float) -> float:
-        return float(stats.t.ppf(0.5 + confidence / 2.0, self.dof))
+        return self._exceeded(0.5 - confidence / 2.0)
+
+    def _exceeded(self, tail: float) -> float:
+        """What the estimate exceeds by chance in a share of `tail`, in standard errors."""
+        return sum(share * float(stats.t.isf(tail, dof)) for share, dof in self._quantiles())
+
+    def _quantiles(self) -> list[tuple[float, float]]:
+        """The degrees of freedom of the t whose quantiles are averaged, and the weight of each."""
+        (_, blocks), *of_seeds = self.parts
+        if not self.variance > 0.0:
+            return [(1.0, blocks)]
+        if min((dof for _, dof in of_seeds), default=math.inf) < _FEWEST_DOF:
+            shares = [variance / self.variance for variance, _ in of_seeds]
+            return [(max(1.0 - sum(shares), 0.0), blocks), *zip(shares, (dof for _, dof in of_seeds), strict=True)]
+        doubt = sum(variance**2 / dof for variance, dof in self.parts)
+        return [(1.0, max(1.0, self.variance**2 / doubt))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,19 +146,16 @@ def spread(*sides: Side) -> Spread:
     without some block.
     """
     means = sides[0].left_out.mean(axis=0) - (sides[1].left_out.mean(axis=0) if len(sides) > 1 else 0.0)
-    parts = [(_jackknife(means), len(means) - 1)]
+    of_seeds: list[tuple[float, float]] = []
     both = 0.0
     for side in sides:
         if side.seeds > 1:
-            parts.append((float(side.values.var(ddof=1)) / side.seeds, side.seeds - 1))
+            of_seeds.append((float(side.values.var(ddof=1)) / side.seeds, side.seeds - 1.0))
             apart = side.left_out - side.left_out.mean(axis=0)
             both += sum(_jackknife(row) for row in apart) / (side.seeds - 1) / side.seeds
-    prompts, seeds = parts[0][0], sum(variance for variance, _ in parts[1:])
+    prompts, seeds = _jackknife(means), sum(variance for variance, _ in of_seeds)
     total = max(prompts + seeds - both, prompts, seeds)
-    if not total > 0.0:
-        return Spread(variance=total, dof=float(len(means) - 1))
-    doubt = sum(variance**2 / dof for variance, dof in parts)
-    return Spread(variance=total, dof=max(1.0, total**2 / doubt))
+    return Spread(variance=total, parts=((prompts, len(means) - 1.0), *of_seeds))
 
 
 def metric_intervals(

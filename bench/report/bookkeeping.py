@@ -2,17 +2,23 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_name, row_titles, slug
-from agiqa.bench.report.reading import METRICS, Results, Row
+from agiqa.bench.report.reading import METRICS, Results, Row, RunLine
 from agiqa.bench.report.tables import Cell, Column, Table, key_values
 from agiqa.bench.result_folders import RESULTS, ROWS, RUNS
+from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.resuming import OF_THE_MACHINE
 
 _ID_LETTERS = 16
+_LINES = 4
+"""Most lines of an error that are shown."""
+_ELSEWHERE = ("label", "split", "fold", "held_out", "seed", *OF_THE_MACHINE)
+"""Settings that rows, headings and `Seeds` tell, or that say where a run was trained."""
 _ROUNDED = 0.0005
 """Seconds by which the mean of a row may be rounded."""
 
@@ -56,6 +62,8 @@ def runs_table(results: Results) -> Table:
         "torch": _counted(line.torch for line in done),
         "Device": _counted(line.device for line in done),
         "Kernels": _counted(line.kernels for line in done),
+        "Settings of all": _alike(done),
+        "Settings that differ": _different(done),
         "Training and testing": f"{seconds / 3600:.1f} h of work"
         if seconds > 5400
         else f"{seconds / 60:.1f} min of work",
@@ -64,13 +72,21 @@ def runs_table(results: Results) -> Table:
 
 
 def failures_table(results: Results) -> Table | None:
-    """Runs that have an error in the place of a result; None without any."""
-    failed = [line for line in results.lines if line.error is not None]
-    if not failed:
+    """Runs that have an error in the place of a result, those of a row that begins and ends alike as one; or None."""
+    alike: dict[tuple[str, str, str], list[tuple[str, list[str]]]] = {}
+    for line in results.lines:
+        if line.error is not None:
+            told = line.error.splitlines() or [""]
+            alike.setdefault((line.row, told[0], told[-1]), []).append((line.name, told))
+    if not alike:
         return None
     columns = [Column(key="run", title="Run", kind="text"), Column(key="error", title="Error", kind="text")]
-    body = [[Cell(value=line.name), Cell(value=line.error)] for line in failed]
-    title = results.titled(plural(len(failed), "failed run"))
+    body = []
+    for (first, told), *others in alike.values():
+        short = told if len(told) <= _LINES else [*told[: _LINES - 2], "...", told[-1]]
+        run = f"{first} and {plural(len(others), 'run')} like it" if others else first
+        body.append([Cell(value=run), Cell(value="\n".join(short))])
+    title = results.titled(plural(sum(map(len, alike.values())), "failed run"))
     note = f"The same `agiqa {results.about.command}` tries them again."
     return Table(name=slug(results.prefix, "failed"), title=title, columns=columns, rows=body, notes=[note])
 
@@ -199,6 +215,35 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _numbers(told: Mapping[str, object]) -> dict[str, float]:
     """The metrics that are numbers."""
     return {metric: float(value) for metric in METRICS if isinstance(value := told.get(metric), int | float)}
+
+
+def _settings(lines: Sequence[RunLine]) -> dict[str, list[object]]:
+    """The distinct values of every setting, in the order of the first runs that had them."""
+    found: dict[str, list[object]] = {}
+    for line in lines:
+        for name, value in line.config.items():
+            if name not in _ELSEWHERE and value not in found.setdefault(name, []):
+                found[name].append(value)
+    return found
+
+
+def _alike(lines: Sequence[RunLine]) -> str:
+    """What all runs were trained with, where it is not what `agiqa train` does by default."""
+    usual = {**HeadConfig().model_dump(mode="json"), **TrainConfig().model_dump(mode="json")}
+    shared = {name: values[0] for name, values in _settings(lines).items() if len(values) == 1}
+    told = [f"{name} {_said(value)}" for name, value in shared.items() if name in usual and value != usual[name]]
+    return ", ".join([*told, "others by default"])
+
+
+def _different(lines: Sequence[RunLine]) -> str | None:
+    """What runs of these results differ in."""
+    differ = {name: values for name, values in _settings(lines).items() if len(values) > 1}
+    return "; ".join(f"{name} {', '.join(map(_said, values))}" for name, values in differ.items()) or None
+
+
+def _said(value: object) -> str:
+    """A setting as YAML has it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _counted(values: Iterable[object]) -> str:

@@ -64,14 +64,14 @@ def energy_share(results: Results, rank: int) -> float | None:
 
 
 def rank_table(results: Results, label: str, protocol: str) -> Table | None:
-    """Rank, energy kept, and the scores of each head."""
-    points = rank_points(results, label, protocol)
+    """Rank, energy kept where a store tells its spectrum, and the scores of each head."""
+    points, spectra = rank_points(results, label, protocol), _spectra(results)
     if not points:
         return None
     columns = [
         Column(key="row", title="Row", kind="text"),
         Column(key="rank", title="Rank", kind="count"),
-        Column(key="energy", title="Energy kept", kind="paper"),
+        *([Column(key="energy", title="Energy kept", kind="paper")] if spectra else []),
         Column(key="srcc", title="SRCC", interval=True),
         Column(key="plcc", title="PLCC", interval=True),
     ]
@@ -80,7 +80,7 @@ def rank_table(results: Results, label: str, protocol: str) -> Table | None:
         [
             Cell(value=titles[name], tag="baseline" if row.kind == "baseline" else None),
             Cell(value=rank),
-            Cell(value=energy_share(results, rank)),
+            *([Cell(value=energy_share(results, rank))] if spectra else []),
             score_cell(row, "srcc"),
             score_cell(row, "plcc"),
         ]
@@ -94,7 +94,7 @@ def rank_table(results: Results, label: str, protocol: str) -> Table | None:
         title=title,
         columns=columns,
         rows=body,
-        notes=[note],
+        notes=[note] if spectra else [],
     )
 
 
@@ -128,7 +128,7 @@ def rank_chart(results: Results, label: str, protocol: str) -> Picture | None:
     panels = [*(["energy"] if spectra else []), *([f"SRCC ({label}, {protocol_name(protocol)})"] if shown else [])]
     parts = ["share of the logits' energy that a rank keeps, ranks in use marked"] if spectra else []
     parts += ["test SRCC with 95% intervals"] if shown else []
-    told = f"Above: {parts[0]}. Below: {parts[1]}." if len(parts) == 2 else f"{parts[0].capitalize()}."
+    told = f"Above: {parts[0]}. Below: {parts[1]}." if len(parts) == 2 else f"{parts[0][:1].upper()}{parts[0][1:]}."
     more = f" {len(points) - len(shown)} further rows are in the table only." if len(points) > len(shown) else ""
     return draw(
         slug(results.prefix, "energy", label, protocol),

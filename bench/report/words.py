@@ -23,9 +23,9 @@ METHOD = (
     "Intervals cover 95%. They are about other prompts and other seeds: images of one prompt are not independent, so "
     "whole prompts are left out one by one (a jackknife), and the variance over seeds is added. With one seed they are "
     "about prompts alone; so are those of baselines, which no seed has a part in. Quantiles are those of Student's t; "
-    "correlations have their interval on Fisher's z scale. There is no interval for fewer than 10 prompts (RMSE: 20). "
-    "That of RMSE covers less, about 86 to 92%, where a few images or one prompt hold much of the squared error. With "
-    "two seeds that differ a lot, intervals cover about 88 to 94%, and that of RMSE about 80%.",
+    "with fewer than 5 seeds, which tell little of how much seeds matter, they are larger. Correlations have their "
+    "interval on Fisher's z scale. There is none for fewer than 10 prompts (RMSE: 20). That of RMSE covers less, about "
+    "86 to 92%, where a few images or one prompt hold much of the squared error.",
     "Δ is a row minus the reference row of its table, on the same items. Its two-sided p asks whether a training with "
     "other seeds, on other prompts, would differ too; it is that of a t-test with the same variances. With one seed "
     "there is none. Holm's correction covers, for each metric, all heads and baselines that are compared with one "

@@ -110,9 +110,11 @@ def test_a_head_does_not_differ_from_itself_and_a_far_better_one_does():
     predicted, labels, prompts = example(items=200, prompts=60)
     same = paired(predicted, predicted[::-1], labels, prompts)
     assert same["p"] == pytest.approx(dict.fromkeys(METRICS, 1.0))
-    worse = example(items=200, prompts=60, error=4.0)[0]
-    better = paired(predicted, worse, labels, prompts)
-    assert all(p < 1e-3 for p in better["p"].values())
+    for seeds, most in ((3, 0.02), (6, 1e-3)):  # the variance over three seeds is known with two degrees of freedom
+        predicted, labels, prompts = example(items=200, prompts=60, seeds=seeds)
+        worse = example(items=200, prompts=60, seeds=seeds, error=4.0)[0]
+        better = paired(predicted, worse, labels, prompts)
+        assert all(p < most for p in better["p"].values())
     assert better["ci"]["srcc"][0] > 0 > better["ci"]["rmse"][1]
 
 

@@ -1,6 +1,7 @@
 """Results folders as `agiqa ablate` and `agiqa transfer` leave them: every number is of a real training."""
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,11 @@ FOLDS = 2
 Line = dict[str, Any]
 Predictions = dict[tuple[str, str], tuple[float, float]]
 """True and predicted MOS by name and prompt."""
+
+
+def cells_of(table: Any) -> list[dict[str, str]]:
+    """The rows of a table of the report, from its CSV."""
+    return list(csv.DictReader(io.StringIO(table.csv())))
 
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:

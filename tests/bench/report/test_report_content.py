@@ -10,21 +10,17 @@ import numpy as np
 import pytest
 
 from agiqa.bench.report import write_report
-from agiqa.bench.report.bookkeeping import bias_table, failures_table, runs_table
 from agiqa.bench.report.examples import SHOWN, examples_of
 from agiqa.bench.report.item_charts import scatter_chart
 from agiqa.bench.report.predictions import predictions_of
-from agiqa.bench.report.rank_charts import energy_share, rank_table
+from agiqa.bench.report.rank_charts import energy_share, rank_chart, rank_table
 from agiqa.bench.report.reading import read_all
 from agiqa.bench.report.row_tables import leak
 from agiqa.bench.report.sections import compose
 from agiqa.bench.report.transfers import directions, shots_table, transfer_table
 from agiqa.bench.report.words import findings, limits, teacher_findings, transfer_findings
 from tests.bench.report import made
-
-
-def rows_of(table):
-    return list(csv.DictReader(io.StringIO(table.csv())))
+from tests.bench.report.made import cells_of
 
 
 def lead(folder, label="quality", protocol="grouped"):
@@ -176,54 +172,11 @@ def test_without_any_run_folder_the_tables_are_there_and_the_rest_is_told_missin
     assert "SRCC against rank" not in told
 
 
-def test_failed_runs_are_shown_with_their_errors(results, copy):
-    folder = copy(results.ablation)
-    lines = made.read_lines(folder / "results.jsonl")
-    failed = {
-        **{key: lines[0][key] for key in ("config", "seed", "store", "row", "protocol")},
-        "name": lines[0]["name"],
-    }
-    made.write_lines(folder / "results.jsonl", [*lines, {**failed, "error": "HeadError: the loss is <NaN>"}])
-    (found,) = read_all([folder])
-    (row,) = rows_of(failures_table(found))
-    assert row == {"run": lines[0]["name"], "error": "HeadError: the loss is <NaN>"}
-    told = {row["what"]: row["value"] for row in rows_of(runs_table(found))}
-    assert told["Runs"] == f"{len(lines) - 1} done, 1 failed"
-    assert failures_table(read_all([results.ablation])[0]) is None
-
-
-def test_the_bias_of_the_best_epoch_on_test_is_the_mean_over_runs(results, copy):
-    folder = copy(results.ablation)
-    rng, told = np.random.default_rng(3), {}
-    for line in made.read_lines(folder / "results.jsonl"):
-        path = folder / "runs" / line["name"] / "metrics.json"
-        metrics = json.loads(path.read_text())
-        both = {}
-        for label in ("quality", "correspondence"):
-            bias = dict(zip(("srcc", "plcc"), rng.uniform(0, 0.1, 2).tolist(), strict=True))
-            best = {metric: metrics["test"][label][metric] + bias[metric] for metric in bias}
-            both[label] = {"chosen_by": "highest test SRCC", "epoch": 2, **best, "bias": bias}
-        path.write_text(json.dumps({**metrics, "paper_compatible": both}))
-        told.setdefault((line["row"], line["protocol"]), []).append((metrics["test"]["quality"], both["quality"]))
-    (found,) = read_all([folder])
-    rows = [row for row in rows_of(bias_table(found)) if row["label"] == "quality"]
-    assert len(rows) == len(told) == 4
-    for runs in told.values():
-        honest, bias = (
-            np.mean(values) for values in zip(*((test["srcc"], one["bias"]["srcc"]) for test, one in runs), strict=True)
-        )
-        (row,) = [row for row in rows if float(row["srcc_bias"]) == pytest.approx(bias)]
-        assert float(row["srcc_honest"]) == pytest.approx(honest)
-        assert float(row["srcc_best_epoch"]) == pytest.approx(honest + bias)
-        assert row["runs"] == str(len(runs))
-    assert bias_table(read_all([results.ablation])[0]) is None
-
-
 def test_ranks_have_the_energy_of_the_basis_and_the_scores_of_their_rows(results):
     (found,) = read_all([results.ranks])
     energy = results.stores["r4"].basis().energy
     assert energy_share(found, 2) == pytest.approx(energy[:2].sum() / energy.sum())
-    rows = {(row["row"], row["rank"]): row for row in rows_of(rank_table(found, "quality", "grouped"))}
+    rows = {(row["row"], row["rank"]): row for row in cells_of(rank_table(found, "quality", "grouped"))}
     lines = {
         (line["kind"], line["store_name"]): line
         for line in made.read_lines(results.ranks / "rows.jsonl")
@@ -232,6 +185,19 @@ def test_ranks_have_the_energy_of_the_basis_and_the_scores_of_their_rows(results
     for rank in (2, 4):
         assert float(rows["no encoder", str(rank)]["srcc"]) == lines["head", f"r{rank}"]["test"]["srcc"]
         assert float(rows["no encoder", str(rank)]["energy"]) == energy_share(found, rank)
+
+
+def test_ranks_whose_energy_nobody_tells_have_their_scores_alone(results, copy):
+    folder = copy(results.ranks)
+    about = json.loads((folder / "about.json").read_text())
+    for store in about["stores"].values():
+        del store["energy"]
+    (folder / "about.json").write_text(json.dumps(about))
+    (found,) = read_all([folder])
+    table = rank_table(found, "quality", "grouped")
+    assert [column.key for column in table.columns] == ["row", "rank", "srcc", "plcc"]
+    assert table.notes == []
+    assert rank_chart(found, "quality", "grouped").caption == "Test SRCC with 95% intervals."
 
 
 def test_a_grid_over_stores_of_several_ranks_has_its_heads_in_the_curve(results, copy):
@@ -244,7 +210,7 @@ def test_a_grid_over_stores_of_several_ranks_has_its_heads_in_the_curve(results,
     made.write_lines(folder / "rows.jsonl", rows)
     (found,) = read_all([folder])
     heads = [
-        (row["rank"], float(row["srcc"])) for row in rows_of(rank_table(found, "quality", "grouped")) if not row["tag"]
+        (row["rank"], float(row["srcc"])) for row in cells_of(rank_table(found, "quality", "grouped")) if not row["tag"]
     ]
     told = {row["store_name"]: row["test"]["srcc"] for row in rows if row["kind"] == "head"}
     assert heads == [("2", told["r2"]), ("4", told["r4"])]
@@ -253,7 +219,7 @@ def test_a_grid_over_stores_of_several_ranks_has_its_heads_in_the_curve(results,
 
 def test_transfer_has_the_layout_of_table_vi_and_the_papers_numbers(results):
     (found,) = read_all([results.transfer])
-    rows = rows_of(transfer_table(found, "quality", "published"))
+    rows = cells_of(transfer_table(found, "quality", "published"))
     lines = {tuple(line["settings"].values()): line for line in made.read_lines(results.transfer / "rows.jsonl")}
     assert [(row["from"], row["to"]) for row in rows] == [("AGIQA-3k", "AIGCIQA2023"), ("AIGCIQA2023", "AGIQA-3k")]
     for row in rows:
@@ -262,7 +228,7 @@ def test_transfer_has_the_layout_of_table_vi_and_the_papers_numbers(results):
         assert float(row["tp_plcc"]) == lines[(*ends, "tp", "all")]["test"]["plcc"]
         assert float(row["within_srcc"]) == lines[(row["from"], row["from"], "within", "all")]["test"]["srcc"]
     assert [float(rows[0][f"paper_{way}_srcc"]) for way in ("apply", "tp")] == [0.7489, 0.8557]
-    shots = rows_of(shots_table(found, "quality", "published"))
+    shots = cells_of(shots_table(found, "quality", "published"))
     assert [(row["from"], row["training_items"]) for row in shots] == [
         (name, count) for name in ("AGIQA-3k", "AIGCIQA2023") for count in ("10", "all")
     ]
