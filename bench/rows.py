@@ -7,9 +7,9 @@ predictions of the splits of a seed are put together, so that every test item co
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from agiqa.bench.grids import PlannedRun
 from agiqa.bench.predictions import Predictions, read_predictions
-from agiqa.bench.protocols import PARTS
+from agiqa.bench.protocols import GROUPED, PARTS, PUBLISHED
 from agiqa.bench.result_folders import RUNS, write_whole
 from agiqa.bench.result_lines import Line, scores_by_label
 from agiqa.errors import DataError
@@ -38,6 +38,8 @@ class _Group:
     label: str
     runs: list[PlannedRun] = field(default_factory=list[PlannedRun])
     done: list[Line] = field(default_factory=list[Line])
+    answers: dict[str, Predictions] = field(default_factory=dict[str, Predictions])
+    """What each seed all of whose splits have a result predicted, by the name of its first run."""
     scores: SeedScores | None = None
     items: tuple[tuple[str, str, float], ...] = ()
     """Name, prompt and MOS of each test item."""
@@ -55,7 +57,9 @@ def table_rows(
     `test` is of the seeds all of whose splits have a result, None without one; `against` compares a row with the
     reference of its label and protocol, the head of the best mean validation SRCC among those that were tested on the
     same items, with p-values adjusted for the number of rows that are compared with it, baselines among them. It is
-    None for the reference itself, and where no head was tested on the same items. Raises DataError for predictions that
+    None for the reference itself, and where no head was tested on the same items. `beside_grouped` of a row of the
+    published split is what it has more on its test items than the folds of whole prompts have on the same. Raises
+    DataError for predictions that
     are gone or damaged.
     """
     groups, runs = _groups(plan, lines), out / RUNS
@@ -70,7 +74,10 @@ def table_rows(
         for row in pool.map(lambda line: _baseline_row(line, references, out), baselines):
             told.append(row)
             advance(1)
-    rows = [(_question(group), _row(group, references.get(_question(group)))) for group in groups] + told
+        rows = [(_question(group), _row(group, references.get(_question(group)))) for group in groups] + told
+        pairs = [*_pairs_of_heads(groups, rows), *_pairs_of_baselines(baselines, rows[len(groups) :], out)]
+        for pair, same in zip(pairs, pool.map(_same_items, pairs), strict=True):
+            pair.row.update({} if same is None else {"beside_grouped": same})
     for question in references:
         adjust_by_holm([row for asked, row in rows if asked == question])
     return [row for _, row in rows]
@@ -169,9 +176,9 @@ def _score(group: _Group, lines: Mapping[str, Line], runs: Path) -> None:
     whole = [ran for ran in answers.values() if all("error" not in lines.get(run.name, {"error": ""}) for run in ran)]
     if not whole:
         return
-    tables = {ran[0].name: _together(ran, group.label, runs) for ran in whole}
-    group.items = _items(tables[whole[0][0].name])
-    group.scores = scores_over_seeds(tables)
+    group.answers = {ran[0].name: _together(ran, group.label, runs) for ran in whole}
+    group.items = _items(group.answers[whole[0][0].name])
+    group.scores = scores_over_seeds(group.answers)
 
 
 def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
@@ -252,7 +259,7 @@ def _baseline_row(line: Line, references: Mapping[_Question, _Group], out: Path)
     """
     if "left_out" in line:
         return None, line
-    table = _in_order([read_predictions(out / line["predictions"], [line["label"]], label=line["label"])])
+    table = _predicted(line, out)
     question = line["protocol"], line["label"], _items(table)
     reference = references.get(question)
     if reference is None:
@@ -262,6 +269,67 @@ def _baseline_row(line: Line, references: Mapping[_Question, _Group], out: Path)
         if line["test"][metric] is None:
             against |= {told: {**against[told], metric: None} for told in ("difference", "ci", "p")}
     return question, {**line, "against": against}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """What was predicted for one row under the published split and under folds of whole prompts."""
+
+    row: Line
+    """That of the published split."""
+    published: Mapping[str, Predictions]
+    folds: Mapping[str, Predictions]
+    seedless: bool = False
+
+
+def _pairs_of_heads(groups: Sequence[_Group], rows: Sequence[tuple[_Question | None, Line]]) -> Iterator[_Pair]:
+    """The heads that were trained under both protocols."""
+    folds = {(one.first.row, one.first.store, one.label): one for one in groups if one.first.protocol == GROUPED}
+    for group, (_, row) in zip(groups, rows, strict=False):
+        other = folds.get((group.first.row, group.first.store, group.label))
+        if group.first.protocol == PUBLISHED and other is not None and group.answers and other.answers:
+            yield _Pair(row=row, published=group.answers, folds=other.answers)
+
+
+def _pairs_of_baselines(
+    lines: Sequence[Line], rows: Sequence[tuple[_Question | None, Line]], out: Path
+) -> Iterator[_Pair]:
+    """The baselines that predict under both protocols, where their scores are of more than the split alone."""
+    known = {
+        (_asked(line), line["protocol"]): line
+        for line in lines
+        if "left_out" not in line and line["test"]["srcc"] is not None
+    }
+    for line, (_, row) in zip(lines, rows, strict=True):
+        other_line = known.get((_asked(line), GROUPED))
+        if line is known.get((_asked(line), PUBLISHED)) and other_line is not None:
+            one, other = ({line["row"]: _predicted(told, out)} for told in (line, other_line))
+            yield _Pair(row=row, published=one, folds=other, seedless=True)
+
+
+def _asked(line: Line) -> tuple[str, str, str]:
+    """What a baseline is called by over protocols: `features` is named by what it fitted."""
+    return str(line.get("settings") or line["row"]), line.get("store_name", ""), line["label"]
+
+
+def _same_items(pair: _Pair) -> Line | None:
+    """The published split minus the folds, both on the published test items; None unless the folds test them all."""
+    table = next(iter(pair.published.values()))
+    wanted, cut = _known_by(table), dict[str, Predictions]()
+    for name, one in pair.folds.items():
+        places = {key: place for place, key in enumerate(_known_by(one))}
+        if not places.keys() >= set(wanted):
+            return None
+        at = [places[key] for key in wanted]
+        cut[name] = replace(table, mos=one.mos[at], predicted=one.predicted[at])
+    published, folds = (scores_over_seeds(one, seedless=pair.seedless) for one in (pair.published, cut))
+    told = published.against(folds)
+    return {name: told[name] for name in ("n", "prompts", "difference", "ci", "covers", "confidence")}
+
+
+def _predicted(line: Line, out: Path) -> Predictions:
+    """What a baseline predicted, in the order of `_in_order`."""
+    return _in_order([read_predictions(out / line["predictions"], [line["label"]], label=line["label"])])
 
 
 def _against(scores: SeedScores, reference: _Group) -> Line:

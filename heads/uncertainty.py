@@ -39,7 +39,9 @@ ROUNDING = 1e-12
 """How far apart, as a share of them, two metrics are at least that differ by more than the rounding of sums."""
 _FEWEST_DOF = 4
 """Of the variance over seeds, for the t of Satterthwaite: 5 seeds."""
-_LEAST_TAIL = 1e-300
+_LEAST_TAIL = 1e-200
+"""Below it scipy's quantiles of t overflow."""
+_BEYOND = 1e-6
 _MOST_BLOCKS = 1000
 _CELLS_AT_ONCE = 100_000
 
@@ -100,13 +102,14 @@ class Spread:
             return 1.0 if difference == 0.0 else 0.0
         distance = abs(difference) / math.sqrt(self.variance)
         tails = [float(stats.t.sf(distance, dof)) for share, dof in self._quantiles() if share > 0.0]
-        low, high = max(min(tails), _LEAST_TAIL), max(max(tails), _LEAST_TAIL)
-        if (
-            not self._exceeded(low) > distance > self._exceeded(high)
-        ):  # one quantile, or several that are as good as one
-            return 2.0 * high
-        where = brentq(lambda tail: self._exceeded(math.exp(tail)) - distance, math.log(low), math.log(high))
-        return 2.0 * math.exp(where)
+        if len(tails) == 1:
+            return 2.0 * tails[0]
+        # Between the parts' own tails, and a little further out than rounding, as two may be next to each other.
+        most, least = math.log(max(*tails, _LEAST_TAIL)) + _BEYOND, math.log(max(min(tails), _LEAST_TAIL)) - _BEYOND
+        if self._exceeded(math.exp(least)) <= distance:
+            return 2.0 * math.exp(least)
+        where = brentq(lambda tail: self._exceeded(math.exp(tail)) - distance, least, most)
+        return min(1.0, 2.0 * math.exp(where))
 
     def _quantile(self, confidence: float) -> float:
         return self._exceeded(0.5 - confidence / 2.0)

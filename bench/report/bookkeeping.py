@@ -72,12 +72,12 @@ def runs_table(results: Results) -> Table:
 
 
 def failures_table(results: Results) -> Table | None:
-    """Runs that have an error in the place of a result, those of a row that begins and ends alike as one; or None."""
-    alike: dict[tuple[str, str, str], list[tuple[str, list[str]]]] = {}
+    """Runs with an error in the place of a result, those of a row that begin and end alike as one; None without any."""
+    alike: dict[tuple[str, ...], list[tuple[str, list[str]]]] = {}
     for line in results.lines:
         if line.error is not None:
             told = line.error.splitlines() or [""]
-            alike.setdefault((line.row, told[0], told[-1]), []).append((line.name, told))
+            alike.setdefault((line.of_row, line.store_name, told[0], told[-1]), []).append((line.name, told))
     if not alike:
         return None
     columns = [Column(key="run", title="Run", kind="text"), Column(key="error", title="Error", kind="text")]
@@ -218,21 +218,24 @@ def _numbers(told: Mapping[str, object]) -> dict[str, float]:
 
 
 def _settings(lines: Sequence[RunLine]) -> dict[str, list[object]]:
-    """The distinct values of every setting, in the order of the first runs that had them."""
-    found: dict[str, list[object]] = {}
+    """The distinct values of every setting, in the order of the runs; the default where an older line lacks it."""
+    usual = {**HeadConfig().model_dump(mode="json"), **TrainConfig().model_dump(mode="json")}
+    names = dict.fromkeys(name for line in lines for name in line.config if name not in _ELSEWHERE)
+    found: dict[str, list[object]] = {name: [] for name in names}
     for line in lines:
-        for name, value in line.config.items():
-            if name not in _ELSEWHERE and value not in found.setdefault(name, []):
+        for name in names:
+            value = line.config.get(name, usual.get(name))
+            if value not in found[name]:
                 found[name].append(value)
     return found
 
 
-def _alike(lines: Sequence[RunLine]) -> str:
-    """What all runs were trained with, where it is not what `agiqa train` does by default."""
+def _alike(lines: Sequence[RunLine]) -> str | None:
+    """What all runs were trained with, where it is not what `agiqa train` does by default; None without any."""
     usual = {**HeadConfig().model_dump(mode="json"), **TrainConfig().model_dump(mode="json")}
     shared = {name: values[0] for name, values in _settings(lines).items() if len(values) == 1}
-    told = [f"{name} {_said(value)}" for name, value in shared.items() if name in usual and value != usual[name]]
-    return ", ".join([*told, "others by default"])
+    told = [f"{name} {_said(value)}" for name, value in shared.items() if value != usual.get(name)]
+    return ", ".join([*told, "others by default"]) if any(line.config for line in lines) else None
 
 
 def _different(lines: Sequence[RunLine]) -> str | None:

@@ -60,6 +60,13 @@ class Against(_Record):
     """What the interval and p are about; None in older folders, where both left seeds out."""
 
 
+class SameItems(_Record):
+    """The published split minus folds of whole prompts, both on the published test items."""
+
+    difference: dict[str, float | None]
+    ci: dict[str, Pair | None] = Field(default_factory=dict)
+
+
 class Row(_Record):
     """A line of rows.jsonl: a head or a baseline under one protocol, on one store, for one label."""
 
@@ -76,6 +83,7 @@ class Row(_Record):
     validation: dict[str, tuple[float, float | None] | None] | None = None
     test: Scores | None = None
     against: Against | None = None
+    beside_grouped: SameItems | None = None
     left_out: str | None = None
     calibrated: int = 0
     """Runs whose predictions were put on a line that was fitted on validation items."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from agiqa.bench.report.reading import CONFIDENT
 from agiqa.bench.tables import as_table
 
 Value = float | int | str | None
@@ -44,7 +45,8 @@ class Column:
             return value
         formats = {"number": ".3f", "difference": "+.3f", "paper": ".4f", "count": ",d", "seconds": ",.1f"}
         if self.kind == "p":
-            return "< 0.001" if value < 0.001 else f"{value:.3f}"
+            told = f"{value:.3f}" if round(value, 3) != CONFIDENT else f"{value:.5f}"  # on which side it is must show
+            return "< 0.001" if value < 0.001 else told
         text = format(round(value) if self.kind == "count" else value, formats.get(self.kind, "g"))
         return _minus(text)
 

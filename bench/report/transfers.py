@@ -138,7 +138,7 @@ def shots_table(results: Results, label: str, protocol: str) -> Table | None:
         rows=body,
         notes=[
             "“fresh” starts from random weights, “warm” from the head of From. Nothing is chosen on test items; the "
-            "last epoch is kept."
+            "last epoch is kept. A seed draws the items of To, too."
         ],
     )
 

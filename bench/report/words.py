@@ -24,15 +24,17 @@ METHOD = (
     "whole prompts are left out one by one (a jackknife), and the variance over seeds is added. With one seed they are "
     "about prompts alone; so are those of baselines, which no seed has a part in. Quantiles are those of Student's t; "
     "with fewer than 5 seeds, which tell little of how much seeds matter, they are larger. Correlations have their "
-    "interval on Fisher's z scale. There is none for fewer than 10 prompts (RMSE: 20). That of RMSE covers less, about "
-    "86 to 92%, where a few images or one prompt hold much of the squared error.",
+    "interval on Fisher's z scale. There is none for fewer than 10 prompts (RMSE: 20), nor for an RMSE that few seeds "
+    "leave open. That of RMSE covers less, about 86 to 92%, where a few images or one prompt hold much of the squared "
+    "error.",
     "Δ is a row minus the reference row of its table, on the same items. Its two-sided p asks whether a training with "
     "other seeds, on other prompts, would differ too; it is that of a t-test with the same variances. With one seed "
     "there is none. Holm's correction covers, for each metric, all heads and baselines that are compared with one "
     f"reference: the chance that any of them is told from it by luck stays at about {CONFIDENT}. Stores of other items "
     "have a reference of their own.",
     "The reference row has the best mean validation SRCC. Epochs, too, are chosen by validation items. Test "
-    "items take part in no choice, and the order of the rows is that of validation.",
+    "items take part in no choice but that of the baseline which is named first, and the order of the rows is that of "
+    "validation.",
     "Baselines are tested on the same items as the heads of their table, and fitted on all others that heads have, "
     "those included that choose an epoch: a few more than a head without `refit` learns from. They are compared "
     "with the reference by the same paired test where they have a value and predict exactly its items, and are never "
@@ -173,7 +175,7 @@ def _rivals(rows: Sequence[Row]) -> str | None:
     told = (
         f"{apart:,} of {plural(len(tested), 'other head')}" if apart else f"none of {plural(len(tested), 'other head')}"
     )
-    return " ".join(part for part in (f"The paired test tells {told} from it.", left) if part)
+    return " ".join(part for part in (f"In SRCC the paired test tells {told} from it.", left) if part)
 
 
 def _best_baseline(rows: Sequence[Row]) -> str | None:
@@ -181,7 +183,7 @@ def _best_baseline(rows: Sequence[Row]) -> str | None:
     if not known:
         return None
     best = max(known, key=lambda row: row.value("srcc") or float("-inf"))
-    return f"The best baseline, {best.row}, has {_number(best, 'srcc')}{_verdict(best)}."
+    return f"Of the baselines {best.row} has the highest test SRCC, {_number(best, 'srcc')}{_verdict(best)}."
 
 
 def _verdict(row: Row) -> str:

@@ -86,6 +86,47 @@ def test_rows_are_compared_with_the_best_by_validation(tmp_path, plan, told):
     assert against["p_holm"] == against["p"]
 
 
+def write_published(tmp_path, run, told, items, predicted):
+    """A run folder of the published split, and its result line; three times as near to the MOS as the folds."""
+    folder = tmp_path / "runs" / run.name
+    folder.mkdir(parents=True)
+    names, prompts = ([column[item] for item in items] for column in (NAMES, PROMPTS))
+    write_predictions(folder / "predictions.csv", ["quality"], names, prompts, MOS[items, None], predicted[:, None])
+    shared = {"config": run.config, "seed": run.train.seed, "seconds": 1.0}
+    told[run.name] = {"name": run.name, **shared, "validation": {"srcc": 0.5}, "test": {"srcc": 0.5}}
+
+
+@pytest.mark.parametrize("tested", ["known", "unknown"])
+def test_the_published_split_is_compared_with_the_folds_on_the_same_items(tmp_path, told, tested):
+    file, items = tmp_path / "both.yaml", np.arange(3, ITEMS, 2)
+    protocols = ["published", {"grouped": {"folds": FOLDS}}]
+    file.write_text(yaml.safe_dump({"grid": {"encoder": ["gru", "none"]}, "seeds": [0, 1], "protocols": protocols}))
+    both, published = read_grid(file), {}
+    for run in both:
+        if run.protocol == "published":
+            noise = np.random.default_rng(run.train.seed + 7).normal(size=len(items))
+            published[run.head.encoder, run.train.seed] = MOS[items] + noise / 3
+            write_published(tmp_path, run, told, items, published[run.head.encoder, run.train.seed])
+    if tested == "unknown":  # the folds lack an item of the published test part
+        for path in (tmp_path / "runs").glob("*grouped*/predictions.csv"):
+            path.write_text(path.read_text().replace(NAMES[items[0]], "gone.png"))
+    rows = {(row["row"], row["protocol"]): row for row in table_rows(both, told, tmp_path)}
+    for encoder in ("gru", "none"):
+        row = rows[f"encoder={encoder}", "published"]
+        assert "beside_grouped" not in rows[f"encoder={encoder}", "grouped"]
+        if tested == "unknown":
+            assert "beside_grouped" not in row
+            continue
+        folds = together([run for run in both if run.protocol == "grouped"], told, encoder)[:, items]
+        here = np.stack([published[encoder, seed] for seed in (0, 1)])
+        means = [np.mean([stats.spearmanr(one, MOS[items]).statistic for one in each]) for each in (here, folds)]
+        found = row["beside_grouped"]
+        assert found["difference"]["srcc"] == pytest.approx(means[0] - means[1])
+        expected = paired(here, folds, MOS[items], [PROMPTS[item] for item in items])
+        assert {name: expected[name] for name in found} == found
+        assert found["n"] == len(items)
+
+
 def test_a_seed_with_a_failed_fold_does_not_count(tmp_path, plan, told):
     broken = next(run for run in plan if (run.head.encoder, run.train.seed, run.train.fold) == ("gru", 1, 2))
     told[broken.name] = {"error": "out of memory"}

@@ -156,6 +156,20 @@ def test_an_interval_at_one_minus_p_ends_at_no_difference(seeds):
     assert spread(side_of(a[:1]), side_of(b[:1])).p_value(1e9) < 1e-100
 
 
+def test_p_values_hold_for_parts_of_any_size():
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        sizes = 10.0 ** random.uniform(-12, 2, size=3)
+        parts = tuple(zip(sizes.tolist(), (float(random.integers(9, 400)), 2.0, 3.0), strict=True))
+        found = Spread(variance=float(sizes.sum()), parts=parts)
+        error = math.sqrt(found.variance)
+        told = [found.p_value(error * errors) for errors in (0.0, 1e-6, 0.1, 1.0, 2.0, 4.0, 300.0, 1e5)]
+        assert told == sorted(told, reverse=True)
+        assert told[0] == pytest.approx(1.0)
+        assert 0 < told[-1] < 1e-3
+        assert found.interval(2.0 * error, 1 - told[4])[0] == pytest.approx(0.0, abs=1e-6 * error)
+
+
 def test_intervals_of_correlations_stay_within_one_and_that_of_rmse_above_zero():
     wide = Spread(variance=0.04, parts=((0.04, 9.0),))
     low, high = wide.metric_interval(0.9, "srcc", 0.95)

@@ -1,6 +1,7 @@
 """What a report says of how its results were made, and of runs that failed, against the files."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -50,6 +51,16 @@ def test_runs_of_a_row_that_fail_alike_are_told_once(results, copy):
     ]
 
 
+def test_failed_runs_of_other_rows_of_a_transfer_stay_apart(results, copy):
+    folder = copy(results.transfer)
+    lines = made.read_lines(folder / "results.jsonl")
+    rows = {re.sub(r",seed=\d+$", "", line["name"]): line for line in lines}
+    failed = [{"name": line["name"], "seed": line["seed"], "error": "no"} for line in rows.values()]
+    assert len(failed) > 3
+    made.write_lines(folder / "results.jsonl", failed)
+    assert [row["run"] for row in cells_of(failures_table(read_all([folder])[0]))] == [line["name"] for line in failed]
+
+
 def test_the_settings_of_all_runs_are_told(results, copy):
     folder = copy(results.ablation)
     lines = made.read_lines(folder / "results.jsonl")
@@ -63,6 +74,10 @@ def test_the_settings_of_all_runs_are_told(results, copy):
     assert "seed" not in told["Settings of all"] + told["Settings that differ"]
     assert "threads" not in told["Settings of all"]
     assert "lr 0.001, 0.002" in told["Settings that differ"].split("; ")
+    del lines[0]["config"]["calibrate"]  # as of an agiqa that had no such setting
+    made.write_lines(folder / "results.jsonl", lines)
+    told = {row["what"]: row["value"] for row in cells_of(runs_table(read_all([folder])[0]))}
+    assert "calibrate false, true" in told["Settings that differ"].split("; ")
 
 
 def test_the_bias_of_the_best_epoch_on_test_is_the_mean_over_runs(results, copy):
