@@ -45,9 +45,9 @@ class Scores(_Record):
 
 
 class Against(_Record):
-    """The paired comparison with the reference row: this row minus that one."""
+    """The paired comparison of this row minus the reference row, or minus itself under another protocol."""
 
-    row: str
+    row: str = ""
     store_name: str | None = None
     """Of the reference row; None is that of this row."""
     difference: dict[str, float | None]
@@ -58,13 +58,6 @@ class Against(_Record):
     """Why there is no p-value."""
     covers: str | None = None
     """What the interval and p are about; None in older folders, where both left seeds out."""
-
-
-class SameItems(_Record):
-    """The published split minus folds of whole prompts, both on the published test items."""
-
-    difference: dict[str, float | None]
-    ci: dict[str, Pair | None] = Field(default_factory=dict)
 
 
 class Row(_Record):
@@ -83,7 +76,7 @@ class Row(_Record):
     validation: dict[str, tuple[float, float | None] | None] | None = None
     test: Scores | None = None
     against: Against | None = None
-    beside_grouped: SameItems | None = None
+    beside_grouped: Against | None = None
     left_out: str | None = None
     calibrated: int = 0
     """Runs whose predictions were put on a line that was fitted on validation items."""
