@@ -156,9 +156,10 @@ def seeds_score(
     `{"n", "prompts", "srcc", "plcc", "krcc", "rmse", "sd": {metric: of seeds}, "seeds", "ci": {metric: [low, high]},
     "covers": "prompts and seeds" or "prompts", "confidence"}`: each metric is the mean over seeds of that of all items,
     `sd` the standard deviation over seeds (n - 1 in the denominator, null for one seed), `ci` as uncertainty.py says,
-    null for fewer than 10 prompts (RMSE: 20). Below 50 prompts `"caution"` says so. What is not defined for every seed
-    is null, with the reason under `"undefined"`. One seed has the numbers of `evaluate_scores`. `seedless` are
-    predictions that no seed has a part in, such as those of a closed form. Raises DataError as `SeedScores.of`.
+    null for fewer than 10 prompts (RMSE: 20, or two seeds). Below 50 prompts `"caution"` says so. What is not defined
+    for every seed is null, with the reason under `"undefined"`. One seed has the numbers of `evaluate_scores`.
+    `seedless` are predictions that no seed has a part in, such as those of a closed form. Raises DataError as
+    `SeedScores.of`.
     """
     return SeedScores.of(predicted, labels, prompts, seedless=seedless).score(confidence=confidence)
 

@@ -96,6 +96,13 @@ def test_one_seed_has_the_numbers_of_a_single_evaluation():
     assert found["covers"] == "prompts"
 
 
+def test_two_seeds_have_no_interval_of_rmse():
+    for seeds in (1, 2, 3):
+        predicted, labels, prompts = example(seeds=seeds)
+        ends = seeds_score(predicted, labels, prompts)["ci"]
+        assert [name for name in METRICS if ends[name] is None] == (["rmse"] if seeds == 2 else [])
+
+
 def test_swapping_the_sides_turns_the_difference_round():
     predicted, labels, prompts = example()
     other = example(error=0.7)[0]
