@@ -9,7 +9,7 @@ from agiqa.bench.result_folders import ABOUT
 from agiqa.bench.result_lines import Line, LineFile, error_facts, outcome_facts, training_facts
 from agiqa.bench.store_facts import place_of, spelled
 from agiqa.errors import DataError
-from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.config import default_settings
 from agiqa.heads.resuming import OF_THE_MACHINE
 from agiqa.heads.runs import Run, as_recorded
 
@@ -63,7 +63,7 @@ def _check(line: Line, where: str, run: PlannedRun, stores: Mapping[str, Mapping
         here = spelled(store["id"], store["path"])
         message = f"{where}: a run on the store {there}, and this is {here}. Choose another OUT."
         raise DataError(message)
-    config, now = {**_defaults(), **as_recorded(line["config"])}, run.config
+    config, now = {**default_settings(), **as_recorded(line["config"])}, run.config
     names = [name for name in {**line["config"], **now} if name not in OF_THE_MACHINE]
     different = [name for name in names if config.get(name) != now.get(name)]
     if different:
@@ -73,8 +73,3 @@ def _check(line: Line, where: str, run: PlannedRun, stores: Mapping[str, Mapping
             f"{now.get(name)!r}. Choose another OUT, or go on with its grid."
         )
         raise DataError(message)
-
-
-def _defaults() -> dict[str, Any]:
-    """The settings that the lines of an older agiqa may lack, at which its runs were trained (see `as_recorded`)."""
-    return {**HeadConfig().model_dump(mode="json"), **TrainConfig().model_dump(mode="json")}

@@ -277,9 +277,10 @@ class _Pair:
 
     row: Line
     """That of the published split."""
-    published: Mapping[str, Predictions]
+    items: Predictions
+    """The test items of the published split."""
+    published: SeedScores
     folds: Mapping[str, Predictions]
-    seedless: bool = False
 
 
 def _pairs_of_heads(groups: Sequence[_Group], rows: Sequence[tuple[_Question | None, Line]]) -> Iterator[_Pair]:
@@ -287,8 +288,9 @@ def _pairs_of_heads(groups: Sequence[_Group], rows: Sequence[tuple[_Question | N
     folds = {(one.first.row, one.first.store, one.label): one for one in groups if one.first.protocol == GROUPED}
     for group, (_, row) in zip(groups, rows, strict=False):
         other = folds.get((group.first.row, group.first.store, group.label))
-        if group.first.protocol == PUBLISHED and other is not None and group.answers and other.answers:
-            yield _Pair(row=row, published=group.answers, folds=other.answers)
+        if group.first.protocol == PUBLISHED and other is not None and group.scores is not None and other.answers:
+            items = next(iter(group.answers.values()))
+            yield _Pair(row=row, items=items, published=group.scores, folds=other.answers)
 
 
 def _pairs_of_baselines(
@@ -303,8 +305,9 @@ def _pairs_of_baselines(
     for line, (_, row) in zip(lines, rows, strict=True):
         other_line = known.get((_asked(line), GROUPED))
         if line is known.get((_asked(line), PUBLISHED)) and other_line is not None:
-            one, other = ({line["row"]: _predicted(told, out)} for told in (line, other_line))
-            yield _Pair(row=row, published=one, folds=other, seedless=True)
+            items, folds = _predicted(line, out), {line["row"]: _predicted(other_line, out)}
+            published = scores_over_seeds({line["row"]: items}, seedless=True)
+            yield _Pair(row=row, items=items, published=published, folds=folds)
 
 
 def _asked(line: Line) -> tuple[str, str, str]:
@@ -314,16 +317,14 @@ def _asked(line: Line) -> tuple[str, str, str]:
 
 def _same_items(pair: _Pair) -> Line | None:
     """The published split minus the folds, both on the published test items; None unless the folds test them all."""
-    table = next(iter(pair.published.values()))
-    wanted, cut = _known_by(table), dict[str, Predictions]()
+    wanted, cut = _known_by(pair.items), dict[str, Predictions]()
     for name, one in pair.folds.items():
         places = {key: place for place, key in enumerate(_known_by(one))}
         if not places.keys() >= set(wanted):
             return None
         at = [places[key] for key in wanted]
-        cut[name] = replace(table, mos=one.mos[at], predicted=one.predicted[at])
-    published, folds = (scores_over_seeds(one, seedless=pair.seedless) for one in (pair.published, cut))
-    told = published.against(folds)
+        cut[name] = replace(pair.items, mos=one.mos[at], predicted=one.predicted[at])
+    told = pair.published.against(scores_over_seeds(cut, seedless=pair.published.seedless))
     return {name: told[name] for name in ("n", "prompts", "difference", "ci", "covers", "confidence")}
 
 

@@ -274,3 +274,11 @@ def _faults(error: ValidationError) -> str:
         for fault in error.errors()
     ]
     return "Settings out of range:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def default_settings() -> dict[str, Any]:
+    """The settings of a HeadConfig and a TrainConfig by default, ready for JSON.
+
+    Those that the record of an older agiqa lacks were these, but for what `agiqa.heads.runs.as_recorded` says.
+    """
+    return {**HeadConfig().model_dump(mode="json"), **TrainConfig().model_dump(mode="json")}

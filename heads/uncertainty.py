@@ -44,6 +44,7 @@ _FEWEST_DOF = 4
 _LEAST_TAIL = 1e-200
 """Below it scipy's quantiles of t overflow."""
 _BEYOND = 1e-6
+"""How far beyond the tails of its parts, as a share of them, a p-value is looked for."""
 _MOST_BLOCKS = 1000
 _CELLS_AT_ONCE = 100_000
 

@@ -11,8 +11,9 @@ from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_n
 from agiqa.bench.report.reading import METRICS, Results, Row, RunLine
 from agiqa.bench.report.tables import Cell, Column, Table, key_values
 from agiqa.bench.result_folders import RESULTS, ROWS, RUNS
-from agiqa.heads.config import HeadConfig, TrainConfig
+from agiqa.heads.config import default_settings
 from agiqa.heads.resuming import OF_THE_MACHINE
+from agiqa.heads.runs import as_recorded
 
 _ID_LETTERS = 16
 _LINES = 4
@@ -218,24 +219,22 @@ def _numbers(told: Mapping[str, object]) -> dict[str, float]:
 
 
 def _settings(lines: Sequence[RunLine]) -> dict[str, list[object]]:
-    """The distinct values of every setting, in the order of the runs; the default where an older line lacks it."""
-    usual = {**HeadConfig().model_dump(mode="json"), **TrainConfig().model_dump(mode="json")}
-    names = dict.fromkeys(name for line in lines for name in line.config if name not in _ELSEWHERE)
-    found: dict[str, list[object]] = {name: [] for name in names}
-    for line in lines:
-        for name in names:
-            value = line.config.get(name, usual.get(name))
-            if value not in found[name]:
+    """The distinct values of every setting, in the order of the runs; what older lines lack as those were trained."""
+    usual = default_settings()
+    found: dict[str, list[object]] = {}
+    for config in (line.config for line in lines if line.config):
+        for name, value in {**usual, **as_recorded(config)}.items():
+            if name not in _ELSEWHERE and value not in found.setdefault(name, []):
                 found[name].append(value)
     return found
 
 
 def _alike(lines: Sequence[RunLine]) -> str | None:
     """What all runs were trained with, where it is not what `agiqa train` does by default; None without any."""
-    usual = {**HeadConfig().model_dump(mode="json"), **TrainConfig().model_dump(mode="json")}
-    shared = {name: values[0] for name, values in _settings(lines).items() if len(values) == 1}
+    settings, usual = _settings(lines), default_settings()
+    shared = {name: values[0] for name, values in settings.items() if len(values) == 1}
     told = [f"{name} {_said(value)}" for name, value in shared.items() if value != usual.get(name)]
-    return ", ".join([*told, "others by default"]) if any(line.config for line in lines) else None
+    return ", ".join([*told, "others by default"]) if settings else None
 
 
 def _different(lines: Sequence[RunLine]) -> str | None:

@@ -87,7 +87,7 @@ def test_rows_are_compared_with_the_best_by_validation(tmp_path, plan, told):
 
 
 def write_published(tmp_path, run, told, items, predicted):
-    """A run folder of the published split, and its result line; three times as near to the MOS as the folds."""
+    """A run folder of the published split, and its result line."""
     folder = tmp_path / "runs" / run.name
     folder.mkdir(parents=True)
     names, prompts = ([column[item] for item in items] for column in (NAMES, PROMPTS))
