@@ -7,12 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from agiqa.bench.demo import DemoResult, run_demo
-    from agiqa.bench.pictures import Panel, scatter
+    from agiqa.bench.demo.run import DemoResult, run_demo
+    from agiqa.bench.report.pictures import Panel, scatter
 
 __all__ = ["DemoResult", "Panel", "run_demo", "scatter"]
 
-_MODULES = {"DemoResult": "demo", "Panel": "pictures", "run_demo": "demo", "scatter": "pictures"}
+_MODULES = {"DemoResult": "demo.run", "Panel": "report.pictures", "run_demo": "demo.run", "scatter": "report.pictures"}
 
 
 def __getattr__(name: str) -> object:

@@ -3,28 +3,28 @@
 The format is specified in `FORMAT.md` beside this file.
 """
 
-from agiqa.store.arrays import create_whole_array
-from agiqa.store.basis import Basis, Moments, make_basis, moments_of, save_basis
-from agiqa.store.bits import from_float32, to_float32
-from agiqa.store.converting import convert_store
-from agiqa.store.creating import create_store
-from agiqa.store.filling import UnitWriter
-from agiqa.store.garbage import GcReport, collect_garbage
-from agiqa.store.items import Items
-from agiqa.store.labelling import LabelReport, join_labels
-from agiqa.store.layout import ENCODINGS, ITEM_STATUS, TOKEN_ROLES
-from agiqa.store.opening import open_store
-from agiqa.store.planning import StorePlan
-from agiqa.store.reading import Store, TokenRows, is_planned
-from agiqa.store.repairing import RepairReport, repair
-from agiqa.store.scaling import LOGICAL_DTYPE as SCALED_DTYPE
-from agiqa.store.scaling import Scale, save_scale
-from agiqa.store.sealing import seal
-from agiqa.store.sketching import SketchResult, basis_from, sketch_store
-from agiqa.store.summary import store_summary
-from agiqa.store.union import StoreUnion, union
-from agiqa.store.verification import Damage, Report, verify
-from agiqa.store.views import VIEWS, View, view
+from agiqa.store.care.garbage import GcReport, collect_garbage
+from agiqa.store.care.repairing import RepairReport, repair
+from agiqa.store.care.verification import Damage, Report, verify
+from agiqa.store.deriving.converting import convert_store
+from agiqa.store.deriving.labelling import LabelReport, join_labels
+from agiqa.store.deriving.sketching import SketchResult, basis_from, sketch_store
+from agiqa.store.format.arrays import create_whole_array
+from agiqa.store.format.basis import Basis, Moments, make_basis, moments_of, save_basis
+from agiqa.store.format.bits import from_float32, to_float32
+from agiqa.store.format.items import Items
+from agiqa.store.format.layout import ENCODINGS, ITEM_STATUS, TOKEN_ROLES
+from agiqa.store.format.scaling import LOGICAL_DTYPE as SCALED_DTYPE
+from agiqa.store.format.scaling import Scale, save_scale
+from agiqa.store.reading.store import Store, TokenRows, is_planned
+from agiqa.store.reading.summary import store_summary
+from agiqa.store.reading.union import StoreUnion, union
+from agiqa.store.reading.views import VIEWS, View, view
+from agiqa.store.sharing.opening import open_store
+from agiqa.store.writing.creating import create_store
+from agiqa.store.writing.filling import UnitWriter
+from agiqa.store.writing.planning import StorePlan
+from agiqa.store.writing.sealing import seal
 
 __all__ = [
     "ENCODINGS",

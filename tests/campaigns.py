@@ -23,12 +23,12 @@ from pathlib import Path
 import click
 import numpy as np
 
+from agiqa import workers
 from agiqa.errors import AgiqaError
-from agiqa.extract import workers
 from agiqa.store import create_store, open_store, seal, verify
-from agiqa.store.cached import open_remote
-from agiqa.store.pulling import pull
-from agiqa.store.repairing import repair
+from agiqa.store.care.repairing import repair
+from agiqa.store.sharing.cached import open_remote
+from agiqa.store.sharing.pulling import pull
 from tests.store.conftest import fill, make_content, make_store, plan_of
 from tests.store.crash_points import states_after_kills
 from tests.store.sharing_servers import web_server
@@ -152,7 +152,7 @@ def pulls(folder, _rng, _times):
     mine = create_store(folder / "mine.agiqa", plan_of(content))
     fill(mine, replace(content, hidden=[rows ^ 1 for rows in content.hidden]), units=[0, 1])
     job = f"pull({there.as_uri()!r}, path, jobs=1)"
-    imports = "from agiqa.store.pulling import pull"
+    imports = "from agiqa.store.sharing.pulling import pull"
     for state in states_after_kills(mine.path, folder / "states", imports=imports, job=job):
         if (state / "PULLING.json").exists() or (state / "MANIFEST.json").exists():
             whole = pull(there.as_uri(), state).bytes == 0 and verify(open_store(state), "full").sound

@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 _SERVER = """
 import gc, json, os, signal, sys, traceback
 import lightning.pytorch, pyarrow.parquet, torch, transformers, xlstm, zarr
-import agiqa.extract.backbones.opening, agiqa.heads
+import agiqa.extract.models.opening, agiqa.heads
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from agiqa.cli import main
 gc.freeze()

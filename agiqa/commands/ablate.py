@@ -82,12 +82,12 @@ def command(
     the paired difference to the best head by validation, and baselines without a head, compared alike. Nothing is
     chosen by test results. `agiqa report OUT` makes pictures and a page of it.
     """
-    from agiqa.bench.ablation import run_ablation
-    from agiqa.bench.grids import find_grid, read_grid
-    from agiqa.bench.protocols import generators_of
-    from agiqa.bench.result_folders import RESULTS, ROWS
-    from agiqa.bench.row_text import rows_text
-    from agiqa.heads.projection import usual_projection
+    from agiqa.bench.ablation.ablation import run_ablation
+    from agiqa.bench.ablation.grids import find_grid, read_grid
+    from agiqa.bench.ablation.protocols import generators_of
+    from agiqa.bench.ablation.row_text import rows_text
+    from agiqa.bench.recording.result_folders import RESULTS, ROWS
+    from agiqa.heads.model.projection import usual_projection
     from agiqa.store import open_store
 
     stores = {"main" if named else "": open_store(store)}

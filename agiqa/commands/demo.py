@@ -23,7 +23,7 @@ def command(out: Path, images: int, seed: int, *, as_json: bool) -> None:
 
     Takes a few minutes on two cores. Everything lands in the folder --out; run it again to see the table again.
     """
-    from agiqa.bench.demo import WHAT_IS_SHOWN, run_demo
+    from agiqa.bench.demo.run import WHAT_IS_SHOWN, run_demo
     from agiqa.commands.train import scores_line
 
     result = run_demo(out, images=images, seed=seed)

@@ -54,8 +54,8 @@ def command(
     """
     from agiqa.errors import ConfigError
     from agiqa.extract import DescriptionSettings, load_data_set, run_descriptions
-    from agiqa.extract.asking import preset
-    from agiqa.heads.rating_words import parse_word
+    from agiqa.extract.describing.asking import preset
+    from agiqa.heads.evaluation.rating_words import parse_word
     from agiqa.progress import say
 
     if out.suffix.lower() != ".jsonl":

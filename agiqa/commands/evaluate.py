@@ -39,7 +39,7 @@ def command(run: Path, store: str | Path, split: str, device: str, batch_size: i
     """
     from agiqa.commands.train import label_titles, scores_line
     from agiqa.heads import evaluate, load_run
-    from agiqa.heads.labels import of_each_label
+    from agiqa.heads.settings.labels import of_each_label
     from agiqa.progress import say
     from agiqa.store import open_store
 

@@ -11,7 +11,7 @@ from agiqa.commands.models import ASPECT, ASPECTS, model_options, opened, opener
 
 
 def _look_up_variant(variant: str) -> None:
-    from agiqa.extract.templates import aspects_of
+    from agiqa.extract.data.templates import aspects_of
 
     aspects_of(variant, variant.removeprefix("id:").partition("+")[0] if variant.startswith("id:") else "quality")
 

@@ -25,7 +25,7 @@ def export_store(store: Path, out: Path, compression: str, *, as_json: bool) -> 
     """
     from agiqa.progress import say, track
     from agiqa.store import open_store
-    from agiqa.store.hdf5_export import export_hdf5
+    from agiqa.store.hdf5.export import export_hdf5
 
     opened = open_store(store)
     with track("export", int(opened.n_tokens.sum()), "tokens") as advance:
@@ -45,9 +45,9 @@ def import_store(source: Path, out: Path, *, as_json: bool) -> None:
     A killed import goes on when it is run again.
     """
     from agiqa.progress import track
-    from agiqa.store.hdf5_checks import check_store_file
-    from agiqa.store.hdf5_files import open_hdf5
-    from agiqa.store.hdf5_import import import_checked
+    from agiqa.store.hdf5.checks import check_store_file
+    from agiqa.store.hdf5.files import open_hdf5
+    from agiqa.store.hdf5.importing import import_checked
 
     with open_hdf5(source) as file:
         checked = check_store_file(source, file)

@@ -10,7 +10,7 @@ from agiqa.commands.common import Automatic, Name, one_of
 
 if TYPE_CHECKING:
     from agiqa.extract import Backbone
-    from agiqa.extract.preparing import Opener
+    from agiqa.extract.models.preparing import Opener
 
 ASPECTS = (
     "quality, correspondence, authenticity, or agiqa3k_quality_v0 (quality, as the adapter of AGIQA-3k was asked)."
@@ -20,7 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _look_up_aspect(name: str) -> None:
-    from agiqa.extract.templates import template_of
+    from agiqa.extract.data.templates import template_of
 
     template_of(name)
 
@@ -63,7 +63,7 @@ def model_options(command: Command) -> Command:
 
 
 def generation_options(command: Command) -> Command:
-    """Add `--settings`, `--seed` and `--max-new-tokens` to a command; see `agiqa.extract.asking.preset`."""
+    """Add `--settings`, `--seed` and `--max-new-tokens` to a command; see `agiqa.extract.describing.asking.preset`."""
     for option in reversed(
         (
             click.option(

@@ -29,10 +29,10 @@ def command(run: Path, store: str | Path, out: Path, device: str, batch_size: in
     """
     from agiqa.errors import DataError
     from agiqa.heads import load_run, predict
-    from agiqa.heads.labels import column_names
-    from agiqa.heads.scales import scales_record
+    from agiqa.heads.data.scales import scales_record
+    from agiqa.heads.settings.labels import column_names
     from agiqa.store import open_store
-    from agiqa.store.scales import spelled
+    from agiqa.store.format.scales import spelled
 
     if not out.parent.is_dir():
         message = f"{out.parent} is no folder; make it, or write to another path."

@@ -44,7 +44,7 @@ def command(
     pictures; tables/ has each table as markdown and CSV, pictures/ each figure as PNG and SVG. What there are no data
     for is left out, and the page says what makes it.
     """
-    from agiqa.bench.report import write_report
+    from agiqa.bench.report.writing import write_report
 
     report = write_report([out, *more], to or out / "report", images=images, title=title, notes=notes, data=data)
     result = {

@@ -14,10 +14,10 @@ from agiqa.progress import say, track
 
 if TYPE_CHECKING:
     from agiqa.extract import Backbone, Described, Describer, Item
-    from agiqa.extract.live import LiveFeatures
-    from agiqa.extract.targets import Target
+    from agiqa.extract.filling.live import LiveFeatures
+    from agiqa.extract.filling.targets import Target
     from agiqa.heads import Run
-    from agiqa.heads.head import Head
+    from agiqa.heads.model.head import Head
 
 
 @click.command("score")
@@ -74,12 +74,12 @@ def command(
     """
     from agiqa.errors import DataError
     from agiqa.extract import Describer, DescriptionSettings
-    from agiqa.extract.asking import preset
-    from agiqa.extract.given_images import items_of_images
-    from agiqa.extract.live import LiveFeatures
+    from agiqa.extract.data.given_images import items_of_images
+    from agiqa.extract.describing.asking import preset
+    from agiqa.extract.filling.live import LiveFeatures
     from agiqa.heads import load_run
-    from agiqa.heads.fitting import resolve_device
-    from agiqa.heads.scales import scales_record
+    from agiqa.heads.data.scales import scales_record
+    from agiqa.heads.settings.device import resolve_device
 
     items, failed = items_of_images(images, prompt=prompt, table=prompts)
     where = "the images to score"
@@ -123,7 +123,7 @@ def _wording(run: "Run", aspect: str | None, variant: str | None) -> tuple[str, 
     Raises UnknownName, and HeadError for others than those recorded.
     """
     from agiqa.errors import HeadError
-    from agiqa.extract.templates import VARIANTS, template_of
+    from agiqa.extract.data.templates import VARIANTS, template_of
 
     if aspect is not None:
         template_of(aspect)
@@ -153,7 +153,7 @@ def _open_as(
 
     Raises HeadError, see `check_model`, and as `open_backbone`.
     """
-    from agiqa.extract.origins import check_model
+    from agiqa.extract.models.origins import check_model
 
     recorded = run.origin.get("model", {})
     if not recorded:
@@ -176,7 +176,7 @@ def _open_as(
 def _target(run: "Run", basis: str | Path | None) -> "Target":
     """What the head reads of the hidden states. Raises HeadError or ConfigError where the basis does not fit."""
     from agiqa.errors import ConfigError, HeadError
-    from agiqa.extract.targets import Target
+    from agiqa.extract.filling.targets import Target
     from agiqa.store import open_store
 
     if run.spec.basis_id is None:
@@ -232,7 +232,7 @@ class _Scorer:
         """Raises DataError, ModelError or WorkerError where the model cannot read an item."""
         import numpy as np
 
-        from agiqa.heads.scoring import predict_items
+        from agiqa.heads.evaluation.scoring import predict_items
 
         described: Sequence[Described | str | None] = [None] * len(items)
         if self.texts or self.variant != "no_id":
@@ -253,8 +253,8 @@ class _Scorer:
 
 def _told(item: "Item", described: "Described | None", mos: list[float], labels: Sequence[str]) -> dict[str, Any]:
     """The line of one image; without a description or a rating word these are null."""
-    from agiqa.heads.labels import by_label
-    from agiqa.heads.rating_words import parse_word
+    from agiqa.heads.evaluation.rating_words import parse_word
+    from agiqa.heads.settings.labels import by_label
 
     word = described.rating_word if described is not None else ""
     return {

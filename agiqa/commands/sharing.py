@@ -8,7 +8,7 @@ import click
 from agiqa.commands.common import LocalStore, print_result, shared_options, table
 
 if TYPE_CHECKING:
-    from agiqa.store.transfers import Transfer
+    from agiqa.store.sharing.transfers import Transfer
 
 _JOBS = click.option(
     "--jobs", type=click.IntRange(1, 64), default=8, show_default=True, help="Objects moved at the same time."
@@ -28,7 +28,7 @@ def push_store(store: Path, url: str, jobs: int, *, as_json: bool) -> None:
     """
     from agiqa.progress import track
     from agiqa.store import open_store
-    from agiqa.store.pushing import push, push_bytes
+    from agiqa.store.sharing.pushing import push, push_bytes
 
     opened = open_store(store)
     with track("push", push_bytes(opened), "bytes") as advance:
@@ -55,7 +55,7 @@ def pull_store(url: str, store: Path, named: tuple[str, ...], jobs: int, *, as_j
     or with other --items to add their units; without --items it completes the store.
     """
     from agiqa.progress import track
-    from agiqa.store.pulling import plan_pull, run_pull
+    from agiqa.store.sharing.pulling import plan_pull, run_pull
 
     plan = plan_pull(url, store, items=_names(named) if named else None, jobs=jobs)
     with track("pull", plan.bytes, "bytes") as advance:

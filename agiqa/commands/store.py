@@ -28,7 +28,7 @@ def command() -> None:
 def info(store: str | Path, *, as_json: bool) -> None:
     """Encoding, items, tokens, bytes, provenance, state and labels of STORE; what is not known has no line."""
     from agiqa.store import open_store, store_summary
-    from agiqa.store.scales import spelled
+    from agiqa.store.format.scales import spelled
 
     summary = store_summary(open_store(store, allow_partial=True))
     shown = {name: value for name, value in summary.items() if name != "provenance"}
@@ -144,7 +144,7 @@ def sketch(
     from agiqa.errors import ConfigError
     from agiqa.progress import track
     from agiqa.store import basis_from, open_store, sketch_store
-    from agiqa.store.places import check_writable
+    from agiqa.store.writing.places import check_writable
 
     if (rank is None) == (basis is None):
         message = "Give either --rank R, to make a basis, or --basis STORE, to use another sketch's."

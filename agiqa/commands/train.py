@@ -15,9 +15,9 @@ def _look_up_setting(setting: str) -> Callable[[str], None]:
     """Raises where no part of a head, or no kind of training, has the name that is given for `setting`."""
 
     def look_up(name: str) -> None:
-        from agiqa.heads.config import HeadConfig, TrainConfig
-        from agiqa.heads.head import check_parts
-        from agiqa.heads.losses import get_loss
+        from agiqa.heads.model.head import check_parts
+        from agiqa.heads.model.losses import get_loss
+        from agiqa.heads.settings.config import HeadConfig, TrainConfig
 
         given: dict[str, Any] = {setting: name}
         if setting == "loss":
@@ -31,7 +31,7 @@ def _look_up_setting(setting: str) -> Callable[[str], None]:
 
 
 def _look_up_preset(name: str) -> None:
-    from agiqa.heads.presets import preset_values
+    from agiqa.heads.settings.presets import preset_values
 
     preset_values(name, {})
 
@@ -55,7 +55,7 @@ def named(setting: str, text: str) -> Callable[[Options], Options]:
     type=PRESET,
     help="Settings to start from, which the config file and the options beat: `paper` puts the same width, pooling, "
     "depth and regressor around every encoder; `published` has the sizes and the training of the code released with "
-    "the paper, encoder by encoder, its bugs mended (agiqa.heads.presets lists them); it trains on 90 % of the "
+    "the paper, encoder by encoder, its bugs mended (listed in agiqa.heads.settings.presets); it trains on 90 % of the "
     "training items, and the others choose the epoch.",
 )
 @click.option(
@@ -192,8 +192,8 @@ def command(
     from rich.console import Console
 
     from agiqa.heads import load_run, load_settings, train_head, training_progress
-    from agiqa.heads.labels import of_each_label
-    from agiqa.heads.projection import usual_projection
+    from agiqa.heads.model.projection import usual_projection
+    from agiqa.heads.settings.labels import of_each_label
     from agiqa.progress import say
     from agiqa.store import open_store, union
 
@@ -230,7 +230,7 @@ def command(
 
 def calibration_lines(labels: Sequence[str], recorded: Any) -> list[str]:
     """What is said of each label whose predictions were put on a line; `recorded` is `calibration` of metrics.json."""
-    from agiqa.heads.labels import of_each_label
+    from agiqa.heads.settings.labels import of_each_label
 
     return [
         f"calibrated: {label} = {one['slope']:.4g} x prediction {one['intercept']:+.4g}, fitted on {one['n']} "

@@ -76,12 +76,12 @@ def command(
     one W_lm and, of sketches, one basis. Each data set is tested on its own test part, on which nothing is chosen.
     The same command again trains what is missing or failed.
     """
-    from agiqa.bench.result_folders import RESULTS
-    from agiqa.bench.transfer import run_transfer
-    from agiqa.bench.transfer_plan import read_transfer_settings
-    from agiqa.bench.transfer_sides import named
-    from agiqa.bench.transfer_tables import transfer_text
-    from agiqa.heads.projection import usual_projection
+    from agiqa.bench.recording.result_folders import RESULTS
+    from agiqa.bench.transfer.plan import read_transfer_settings
+    from agiqa.bench.transfer.sides import named
+    from agiqa.bench.transfer.tables import transfer_text
+    from agiqa.bench.transfer.transfer import run_transfer
+    from agiqa.heads.model.projection import usual_projection
     from agiqa.store import open_store
 
     stores = named(open_store(source), open_store(target), names)

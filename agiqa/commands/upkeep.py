@@ -30,8 +30,8 @@ def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, a
     """
     from agiqa.progress import say
     from agiqa.store import open_store
-    from agiqa.store.labelling import join_labels
-    from agiqa.store.scales import spelled
+    from agiqa.store.deriving.labelling import join_labels
+    from agiqa.store.format.scales import spelled
 
     report = join_labels(open_store(store, allow_partial=True), table, mos_range=mos_range)
     for note in report.notes:
@@ -57,7 +57,7 @@ def repair(store: Path, *, as_json: bool) -> None:
     Exit 1, and nothing changed, if other parts of the plan than token ids and roles are damaged.
     """
     from agiqa.store import open_store
-    from agiqa.store.repairing import repair as repair_store
+    from agiqa.store.care.repairing import repair as repair_store
 
     report = repair_store(open_store(store, allow_partial=True))
     opened = open_store(store, allow_partial=True)
@@ -81,7 +81,7 @@ def repair(store: Path, *, as_json: bool) -> None:
 def gc(store: Path, *, dry_run: bool, as_json: bool) -> None:
     """Remove from STORE what killed runs left and no record lists; what a run is at work on stays."""
     from agiqa.store import open_store
-    from agiqa.store.garbage import collect_garbage
+    from agiqa.store.care.garbage import collect_garbage
 
     report = collect_garbage(open_store(store, allow_partial=True), dry_run=dry_run)
     lines = [f"  {found.path}  {found.bytes} bytes, {found.why}" for found in report.garbage]

@@ -9,7 +9,7 @@ import click
 from agiqa.commands.common import one_of, print_result, shared_options
 
 if TYPE_CHECKING:
-    from agiqa.extract.labels import Row
+    from agiqa.extract.data.labels import Row
 
 
 class Rated(NamedTuple):
@@ -40,8 +40,8 @@ def command(file: Path, labels: Path | None, aspect: str, mos_range: tuple[float
     with the columns name and answer, and either prompt and mos_ASPECT or --labels. An answer that holds no clear word
     of bad, poor, fair, good and excellent is wrong; rough accuracy lets a neighbouring word count.
     """
-    from agiqa.extract.sources import CONVERSATION_SUFFIXES
-    from agiqa.heads.rating_words import score_words
+    from agiqa.extract.data.sources import CONVERSATION_SUFFIXES
+    from agiqa.heads.evaluation.rating_words import score_words
     from agiqa.progress import say
 
     told = file.suffix.lower() in CONVERSATION_SUFFIXES
@@ -61,12 +61,12 @@ def command(file: Path, labels: Path | None, aspect: str, mos_range: tuple[float
 def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range: tuple[float, float]) -> list[Rated]:
     """The rating words of a conversation file, joined with the MOS of the table."""
     from agiqa.errors import DataError
-    from agiqa.extract.conversations import read_conversations
-    from agiqa.extract.descriptions import unspoken
-    from agiqa.extract.joining import join
-    from agiqa.extract.sources import find_sources
+    from agiqa.extract.data.conversations import read_conversations
+    from agiqa.extract.data.joining import join
+    from agiqa.extract.data.sources import find_sources
+    from agiqa.extract.describing.descriptions import unspoken
     from agiqa.progress import say
-    from agiqa.store.text_authors import TEACHER
+    from agiqa.store.format.text_authors import TEACHER
 
     sources = find_sources(file, (), labels)
     talks = [talk for file in sources.conversations for talk in read_conversations(file.path, file.split)]
@@ -98,7 +98,7 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
 def _read_answers(file: Path, labels: Path | None, aspect: str, mos_range: tuple[float, float]) -> list[Rated]:
     """The answers of a csv file, with the MOS and prompts of its own columns or of the table."""
     from agiqa.errors import DataError
-    from agiqa.store.label_tables import read_table
+    from agiqa.store.format.label_tables import read_table
 
     header, rows = read_table(file)
     for column in ("name", "answer"):
@@ -133,7 +133,7 @@ Truth = Callable[[Mapping[str, str]], tuple[float, str | None]]
 def _own_truth(file: Path, header: list[str], aspect: str, mos_range: tuple[float, float]) -> Truth:
     """The truth that stands beside the answers."""
     from agiqa.errors import DataError
-    from agiqa.store.label_tables import ASPECT_COLUMNS, read_mos
+    from agiqa.store.format.label_tables import ASPECT_COLUMNS, read_mos
 
     columns = [column for column in header if ASPECT_COLUMNS.get(column) == aspect]
     if len(columns) != 1:
@@ -150,8 +150,8 @@ def _own_truth(file: Path, header: list[str], aspect: str, mos_range: tuple[floa
 def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Truth:
     """The truth in a label table, by item name."""
     from agiqa.errors import DataError
-    from agiqa.extract.joining import row_name
-    from agiqa.heads.prompts import normalise_prompt
+    from agiqa.extract.data.joining import row_name
+    from agiqa.heads.data.prompts import normalise_prompt
 
     rows = _labelled_rows(table, mos_range)
     by_name = {row.name: row for row in reversed(rows)}
@@ -174,8 +174,8 @@ def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Tr
 def _labelled_rows(table: Path, mos_range: tuple[float, float]) -> "Sequence[Row]":
     """The rows of a table. Raises DataError for one without any MOS column."""
     from agiqa.errors import DataError
-    from agiqa.extract.labels import read_rows
-    from agiqa.store.label_tables import ASPECT_COLUMNS
+    from agiqa.extract.data.labels import read_rows
+    from agiqa.store.format.label_tables import ASPECT_COLUMNS
 
     read = read_rows(table, mos_range)
     if not read.labelled:
@@ -189,7 +189,7 @@ def _labelled_rows(table: Path, mos_range: tuple[float, float]) -> "Sequence[Row
 
 def _lines(scores: Mapping[str, Any]) -> str:
     """The metrics with their intervals, for people."""
-    from agiqa.heads.rating_words import WORD_METRICS
+    from agiqa.heads.evaluation.rating_words import WORD_METRICS
 
     lines = [f"{'answers':<20}n {scores['n']}, of which {scores['unknown']} hold no clear word"]
     for metric in WORD_METRICS:

@@ -7,13 +7,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from agiqa.bench.recording.result_folders import RESULTS, ROWS, RUNS
 from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import METRICS, Results, Row, RunLine
 from agiqa.bench.report.tables import Cell, Column, Table, key_values
-from agiqa.bench.result_folders import RESULTS, ROWS, RUNS
-from agiqa.heads.config import default_settings
-from agiqa.heads.resuming import OF_THE_MACHINE
-from agiqa.heads.runs import as_recorded
+from agiqa.heads.evaluation.runs import as_recorded
+from agiqa.heads.settings.config import default_settings
+from agiqa.heads.training.resuming import OF_THE_MACHINE
 
 _ID_LETTERS = 16
 _LINES = 4

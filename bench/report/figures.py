@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from agiqa.bench.pictures import MARKERS, PALETTE
+from agiqa.bench.report.pictures import MARKERS, PALETTE
 
 INK, MUTED, GRID, PAPER = "#24292f", "#6b7280", "#e3e6ea", "#ffffff"
 COLOURS = PALETTE

@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from agiqa.bench.pictures import FIT_DEGREE, fit_polynomial
 from agiqa.bench.report.figures import COLOURS, INK, MUTED, PAPER, SMALL, Picture, draw, safe, tidy
 from agiqa.bench.report.naming import plural, protocol_name, slug
+from agiqa.bench.report.pictures import FIT_DEGREE, fit_polynomial
 from agiqa.bench.report.predictions import Floats, Predictions
 from agiqa.bench.report.reading import Results
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.bench.predictions import Predictions as Table
-from agiqa.bench.predictions import read_predictions
+from agiqa.bench.recording.predictions import Predictions as Table
+from agiqa.bench.recording.predictions import read_predictions
+from agiqa.bench.recording.result_folders import RUNS
 from agiqa.bench.report.reading import Results, Row
-from agiqa.bench.result_folders import RUNS
 from agiqa.errors import DataError
-from agiqa.heads.runs import PREDICTIONS
+from agiqa.heads.evaluation.runs import PREDICTIONS
 
 Floats = NDArray[np.float64]
 

@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agiqa.bench.result_folders import ABOUT, RESULTS, ROWS
+from agiqa.bench.recording.result_folders import ABOUT, RESULTS, ROWS
 from agiqa.errors import DataError
-from agiqa.store.files import whole_lines
+from agiqa.store.disk.files import whole_lines
 
 METRICS = ("srcc", "plcc")
 CONFIDENT = 0.05
@@ -28,7 +28,7 @@ class _Record(BaseModel):
 
 
 class Scores(_Record):
-    """The metrics of a row, means over its seeds; see `agiqa.heads.comparing`."""
+    """The metrics of a row, means over its seeds; see `agiqa.heads.evaluation.comparing`."""
 
     n: int
     srcc: float | None = None

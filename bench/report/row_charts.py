@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from agiqa.bench.recording.result_folders import RUNS
 from agiqa.bench.report.figures import MUTED, PAPER, SMALL, Picture, draw, safe, shortened, styles, tidy
 from agiqa.bench.report.naming import kin_titles, on_store, plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import Results, Row
-from agiqa.bench.result_folders import RUNS
 
 _CURVES = 7
 """Lines that can be told apart in one picture."""

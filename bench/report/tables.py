@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from agiqa.bench.recording.tables import as_table
 from agiqa.bench.report.reading import CONFIDENT
-from agiqa.bench.tables import as_table
 
 Value = float | int | str | None
 NOTHING = "\N{EN DASH}"

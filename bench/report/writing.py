@@ -13,7 +13,7 @@ from agiqa.bench.report.reading import read_all
 from agiqa.bench.report.sections import compose
 from agiqa.bench.report.tables import Table
 from agiqa.errors import DataError
-from agiqa.store.files import telling_disk_errors, write_text_atomically
+from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
 
 PAGE, DOCUMENT, TABLES, PICTURES = "index.html", "report.md", "tables", "pictures"
 _KEPT = "the results are kept, and what was written of the report"

@@ -3,24 +3,39 @@
 import ast
 import re
 import tomllib
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("bench", "extract", "heads", "store")
-GROUND = {"agiqa", "agiqa.errors", "agiqa.interrupts", "agiqa.progress", "agiqa.registry", "agiqa.version"}
+ORDER = {
+    "store": ("disk", "format", "reading", "writing", "deriving", "sharing", "care", "hdf5"),
+    "heads": ("settings", "data", "model", "evaluation", "training", "sweeps"),
+    "extract": ("data", "models", "describing", "filling"),
+    "bench": ("recording", "baselines", "ablation", "transfer", "report", "demo", "measurements"),
+}
+"""By room its sub-rooms from the ground up: a module imports from its own sub-room and from those before it."""
+ROOMS = tuple(ORDER)
 MAY_IMPORT = {
     "store": {"store"},
-    "extract": {"store", "extract"},
     "heads": {"store", "heads"},
+    "extract": {"store", "extract"},
     "bench": {"store", "extract", "heads", "bench"},
 }
+GROUND = {"agiqa", *(f"agiqa.{name}" for name in ("errors", "progress", "registry", "version", "workers"))}
+
+
+MAP = (ROOT / "ARCHITECTURE.md").read_text()
 
 
 def modules(room):
     return sorted((ROOT / room).rglob("*.py"))
+
+
+def place(path):
+    """The sub-room of a module; None for the room's own `__init__.py`."""
+    parts = path.relative_to(ROOT).parts
+    return parts[1] if len(parts) > 2 else None
 
 
 def imports_of(path):
@@ -42,6 +57,32 @@ def test_a_room_imports_only_what_its_floor_allows(room):
         if name.split(".")[0] == "agiqa" and name not in GROUND and not name.startswith(allowed)
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_sub_room_imports_only_from_those_below_it(room):
+    level = {name: number for number, name in enumerate(ORDER[room])}
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in modules(room)
+        for name in imports_of(path)
+        if (here := place(path)) is not None
+        and name.split(".")[:2] == ["agiqa", room]
+        and level.get((*name.split("."), "")[2], len(level)) > level[here]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_module_of_a_room_is_in_a_sub_room(room):
+    assert {place(path) for path in modules(room)} == {None, *ORDER[room]}
+    assert [path.name for path in (ROOT / room).glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_tests_mirror_the_sub_rooms(room):
+    folders = {path.parent.relative_to(ROOT / "tests" / room) for path in (ROOT / "tests" / room).rglob("test_*.py")}
+    assert {folder.parts[0] if folder.parts else "." for folder in folders} <= set(ORDER[room])
 
 
 def test_heads_need_no_model_code():
@@ -117,13 +158,24 @@ def test_every_public_name_is_there():
         assert all(hasattr(module, public) for public in module.__all__)
 
 
-@pytest.mark.parametrize("room", ["agiqa", *ROOMS])
-def test_the_map_of_the_readme_names_every_module(room):
-    text = (ROOT / "README.md").read_text()
-    described = re.search(rf"^{room}/ (.|\n)*?(?=^\w+/ |```)", text, re.MULTILINE)
-    assert described is not None
-    named = set(re.findall(r"[\w*]+\.py\b", described.group()))
-    on_disk = {path.name for path in (ROOT / room).glob("*.py") if not path.name.startswith("__")}
-    unnamed = {name for name in on_disk if not any(fnmatch(name, pattern) for pattern in named)}
-    gone = {pattern for pattern in named if not any(fnmatch(name, pattern) for name in on_disk)}
-    assert (unnamed, gone) == (set(), set())
+@pytest.mark.parametrize("room", ROOMS)
+def test_architecture_draws_the_sub_rooms_in_their_order(room):
+    assert f"{room}/ " in MAP
+    assert " → ".join(ORDER[room]) in MAP
+
+
+def test_architecture_names_files_and_definitions_that_are_there():
+    named = set(re.findall(r"`([\w./]+/[\w./]*)`", MAP))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \| ([^|]+) \|$", MAP.split("## Where to add")[0], re.MULTILINE)
+    steps = [
+        ("".join((ROOT / path).read_text() for path in re.findall(r"`([^`]+\.py)`", paths)), name)
+        for paths, names in rows
+        for name in re.findall(r"`([^`]+)`", names)
+    ]
+    assert len(steps) > 20
+    assert [name for text, name in steps if not defines(text, name)] == []
+
+
+def defines(text, name):
+    return all(re.search(rf"^ *(def|class) {part}\b", text, re.MULTILINE) for part in name.split("."))

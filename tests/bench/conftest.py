@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from agiqa.bench.demo_images import draw_data_set
+from agiqa.bench.demo.images import draw_data_set
 from agiqa.store import Store
 from tests.store.conftest import make_content, make_store
 

@@ -119,7 +119,7 @@ def test_nan_features_that_another_program_has_stored(agiqa, tmp_path, monkeypat
     content = make_content([5] * 12)
     content.hidden[3][2, 1] = 0x7FC0
     content.items.labels["quality"][:] = range(12)
-    monkeypatch.setattr("agiqa.store.filling.finite_rows", lambda rows, _dtype: np.ones(len(rows), bool))
+    monkeypatch.setattr("agiqa.store.writing.filling.finite_rows", lambda rows, _dtype: np.ones(len(rows), bool))
     store = make_store(tmp_path / "s.agiqa", content)
     outcome = agiqa("train", store.path, tmp_path / "run", *SMALL_HEAD)
     refuse(outcome, "1 problem", "'image_3.png' holds NaN or inf features")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from agiqa.bench.result_folders import LOCK
+from agiqa.bench.recording.result_folders import LOCK
 from agiqa.commands.common import failures
 from agiqa.store import open_store
-from agiqa.store.files import exclusive_lock
+from agiqa.store.disk.files import exclusive_lock
 from tests.cli.refusals import refuse
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as write_store

@@ -5,10 +5,10 @@ import json
 import pytest
 from transformers import LlamaForCausalLM
 
-from agiqa.extract.backbones.loading import quiet_transformers
+from agiqa.extract.models.loading import quiet_transformers
 from tests.cli.refusals import extract, refuse
+from tests.extract.models.test_adapters import PLAIN, edit, random_adapter
 from tests.extract.small_sets import write_set, write_talks
-from tests.extract.test_adapters import PLAIN, edit, random_adapter
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from agiqa.extract import Message, open_backbone
-from agiqa.extract.templates import fill, template_of
+from agiqa.extract.data.templates import fill, template_of
 from agiqa.store import open_store
 from tests.extract.small_sets import read_table, write_table
 from tests.extract.tiny_minicpm import write_minicpm_checkpoint

@@ -9,12 +9,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from agiqa.extract.backbones.loading import quiet_transformers
-from agiqa.store.files import sha256_of_file
+from agiqa.extract.models.loading import quiet_transformers
+from agiqa.store.disk.files import sha256_of_file
 from tests.cli.conftest import SMALL_HEAD
 from tests.cli.refusals import misuse, refuse, truncate
+from tests.extract.models.test_adapters import PLAIN, random_adapter
 from tests.extract.small_sets import save_noise, write_set
-from tests.extract.test_adapters import PLAIN, random_adapter
 from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
 
 GENERATION = ("--max-new-tokens", 10, "--device", "cpu", "--json")

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from agiqa.errors import DataError, ModelError
-from agiqa.extract.backbones import Backbone, Prepared, open_backbone
-from agiqa.extract.backbones.loading import quiet_transformers
-from agiqa.extract.items import Message
-from agiqa.extract.plan import fit
+from agiqa.extract.data.items import Message
+from agiqa.extract.filling.plan import fit
+from agiqa.extract.models import Backbone, Prepared, open_backbone
+from agiqa.extract.models.loading import quiet_transformers
 from agiqa.store import TOKEN_ROLES
 
 CONVERSATION = (

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
 
-from agiqa.extract.backbones.loading import quiet_transformers
-from agiqa.extract.items import Item
+from agiqa.extract.data.items import Item
+from agiqa.extract.models.loading import quiet_transformers
 
 
 @dataclass(frozen=True, kw_only=True)

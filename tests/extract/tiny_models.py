@@ -26,7 +26,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from agiqa.extract.backbones.loading import quiet_transformers
+from agiqa.extract.models.loading import quiet_transformers
 
 TEXT_TEMPLATE = (
     "{{ bos_token }}<|system|>\nYou rate images.</s>\n{% for message in messages %}"

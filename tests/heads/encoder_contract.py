@@ -13,8 +13,8 @@ from collections import Counter
 import pytest
 import torch
 
-from agiqa.heads.config import HeadConfig
-from agiqa.heads.encoders import ENCODERS
+from agiqa.heads.model.encoders import ENCODERS
+from agiqa.heads.settings.config import HeadConfig
 
 LENGTHS = (9, 6, 4, 1)
 WIDTH = 16

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from agiqa.heads import HeadConfig, LineProgress, TrainConfig
-from agiqa.heads.features import FeatureSet
-from agiqa.heads.fitting import Fit, fit_head
-from agiqa.heads.projection import FeatureSpec
+from agiqa.heads.data.features import FeatureSet
+from agiqa.heads.model.projection import FeatureSpec
+from agiqa.heads.training.fitting import Fit, fit_head
 from tests.heads.conftest import MemoryStore
 
 

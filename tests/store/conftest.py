@@ -19,7 +19,7 @@ from agiqa.store import (
     seal,
     to_float32,
 )
-from agiqa.store.hdf5_export import export_hdf5
+from agiqa.store.hdf5.export import export_hdf5
 from tests.store.workers import Workers
 
 

@@ -25,7 +25,7 @@ from agiqa.store import (
     seal,
     sketch_store,
 )
-from agiqa.store.pulling import pull
+from agiqa.store.sharing.pulling import pull
 
 FOLDER = Path(__file__).resolve().parent / "golden"
 LENGTHS = (3, 9, 0, 5, 1)

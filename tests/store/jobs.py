@@ -10,9 +10,9 @@ import numpy as np
 
 from agiqa.errors import AgiqaError
 from agiqa.store import UnitWriter, create_store, join_labels, open_store, repair, seal, verify
-from agiqa.store.files import put_text_if_absent, waiting_lock
-from agiqa.store.garbage import collect_garbage
-from agiqa.store.hdf5_import import import_hdf5
+from agiqa.store.care.garbage import collect_garbage
+from agiqa.store.disk.files import put_text_if_absent, waiting_lock
+from agiqa.store.hdf5.importing import import_hdf5
 from tests.store.conftest import fill as fill_units
 from tests.store.conftest import make_content, plan_of, unit_features, write_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from agiqa.bench.report import Report, write_report
+from agiqa.bench.report.writing import Report, write_report
 from agiqa.store import Store, basis_from, sketch_store
 from tests.bench.report import made
 from tests.store.conftest import make_content, make_store

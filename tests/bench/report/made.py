@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from agiqa.heads import HeadConfig, TrainConfig, train_head
-from agiqa.heads.comparing import SeedScores, holm
-from agiqa.heads.splits import make_partition
-from agiqa.heads.uncertainty import METRICS
+from agiqa.heads.data.splits import make_partition
+from agiqa.heads.evaluation.comparing import SeedScores, holm
+from agiqa.heads.evaluation.uncertainty import METRICS
 
 FOLDS = 2
 Line = dict[str, Any]

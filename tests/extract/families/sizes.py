@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from agiqa.extract.backbones.loading import quiet_transformers
+from agiqa.extract.models.loading import quiet_transformers
 from tests.extract.tiny_models import widths
 
 TEXT: dict[str, Any] = {

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from agiqa.errors import AgiqaError
-from agiqa.extract.backbones import open_backbone
-from agiqa.extract.backbones.loading import quiet_transformers
-from agiqa.extract.items import Message
+from agiqa.extract.data.items import Message
+from agiqa.extract.models import open_backbone
+from agiqa.extract.models.loading import quiet_transformers
 from agiqa.store import TOKEN_ROLES
 from tests.extract.families.specs import FAMILIES
 from tests.extract.families.text_specs import TEXT_FAMILIES

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from agiqa.extract.backbones.loading import quiet_transformers
+from agiqa.extract.models.loading import quiet_transformers
 from tests.extract.families.sizes import tiny_config
 from tests.extract.families.specs import FAMILIES
 from tests.extract.tiny_models import PARTS_TEMPLATE, TEXT_TEMPLATE, Parts, make_tokenizer, save

@@ -5,8 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from agiqa.store import open_store, retries
-from agiqa.store import remotes as remotes_module
+from agiqa.store import open_store
+from agiqa.store.sharing import remotes as remotes_module
+from agiqa.store.sharing import retries
 from tests.store.conftest import make_content, make_store
 from tests.store.sharing_servers import web_server
 

@@ -3,7 +3,7 @@
 import json
 
 from agiqa.store import open_store, verify
-from agiqa.store.files import sha256_of_file
+from agiqa.store.disk.files import sha256_of_file
 
 
 def objects_of(path):

@@ -11,10 +11,10 @@ from tests.store.sharing_servers import REPOSITORY
 MOVER = """
     import sys, time
     from pathlib import Path
-    import agiqa.store.remotes as remotes
+    import agiqa.store.sharing.remotes as remotes
     from agiqa.store import open_store
-    from agiqa.store.pulling import pull
-    from agiqa.store.pushing import push
+    from agiqa.store.sharing.pulling import pull
+    from agiqa.store.sharing.pushing import push
     remotes.BLOCK = 1000
     def advance(count):
         print(count, flush=True)

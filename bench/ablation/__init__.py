@@ -1,0 +1,1 @@
+"""`agiqa ablate`: grids of heads, protocols, and the rows of a table."""

@@ -1,0 +1,391 @@
+"""A grid of heads from a YAML file: which settings vary, every combination of them, and a readable name for each.
+
+base: {projection: sketch, width: 128, preset: paper}    # what all runs have: settings of `agiqa train`, flat
+grid:                                                    # every combination, the last setting varying fastest
+  encoder: [xlstm, gru]
+  pooling: [mean, max]
+runs:                                                    # single runs beside the grid
+  - {encoder: none, pooling: max}
+  - {encoder: lstm, layers: 4, name: deep}
+seeds: [0, 1, 2]                                         # every one of these, with each seed
+protocols: [published, grouped]                          # what each is trained and tested on (protocols.py)
+
+`store` is a setting too: the name of one of several stores, which the command line says where to find.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, cast
+
+import torch
+
+from agiqa.bench.ablation.protocols import PARTS, SPLIT_SETTINGS, Protocol, Split, protocol_of, read_protocols
+from agiqa.bench.ablation.unread import unread_settings
+from agiqa.errors import AgiqaError, ConfigError, UnknownName, listed
+from agiqa.heads.model.head import check_sizes
+from agiqa.heads.model.losses import get_loss
+from agiqa.heads.settings.config import HeadConfig, TrainConfig, read_yaml
+from agiqa.heads.settings.presets import preset_values
+
+_SECTIONS = ("base", "grid", "runs", "seeds", "protocols")
+_BROUGHT = Path(__file__).parent / "shipped"
+_NOT_OF_A_HEAD = ("preset", "store")
+_MAIN = "main"
+_LONGEST_NAME = 120
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """One run of a grid."""
+
+    name: str
+    """Of its folder: what varies, as in `encoder=gru,seed=0`."""
+    spelled: str
+    """What the name says, in characters that a folder may not have."""
+    row: str
+    """The same without the seed and the split: its row of the table."""
+    settings: Mapping[str, Any]
+    """What `row` spells."""
+    head: HeadConfig
+    train: TrainConfig
+    preset: str | None
+    store: str
+    """The name of its store; empty for the only one."""
+    protocol: str
+    """See protocols.py."""
+    asked: bool
+    """Whether the section `protocols` asked for its split."""
+    answer: int
+    """Runs of a row with the same number test different items, and are put together."""
+
+    @property
+    def config(self) -> Settings:
+        """All settings, in plain values."""
+        settings = {**self.head.model_dump(mode="json"), **self.train.model_dump(mode="json")}
+        return settings if self.preset is None else {"preset": self.preset, **settings}
+
+
+def read_grid(
+    file: Path,
+    *,
+    stores: Sequence[str] = ("",),
+    projections: Mapping[str, str | None] = MappingProxyType({}),
+    generators: Callable[[], Sequence[str]] = lambda: (),
+) -> list[PlannedRun]:
+    """The runs that `file` asks for, in its order.
+
+    `stores` are the names that the setting `store` may have, each of which a run must use, and the first of them is
+    meant where it is not given; `projections` has, by store, the projection of runs that name none.
+    `generators` gives those of the data. On a CPU a run whose `threads` nobody sets has one, so that as many run at
+    once as there are cores. Raises ConfigError or UnknownName, naming the file, for what is no such grid, a setting
+    that is unknown, out of range or set in two places, no runs, and runs that are the same or differ only in settings
+    that they do not read.
+    """
+    try:
+        sections = _sections(file)
+        named = sections["protocols"]
+        protocols = None if named is None else read_protocols(named, generators)
+        if not any(stores):
+            _refuse_stores(sections)
+        runs = _told_apart(list(_planned(sections, protocols, stores, projections)))
+        _refuse_repeated(runs)
+        _refuse_unused(stores, runs)
+    except AgiqaError as error:
+        error.add_note(f"while reading the grid {file}")
+        raise
+    return runs
+
+
+def find_grid(name: str) -> Path:
+    """The grid file `name`, or the one that agiqa brings by that name. Raises UnknownName where there is neither."""
+    if Path(name).is_file():
+        return Path(name)
+    brought = {file.stem: file for file in sorted(_BROUGHT.glob("*.yaml"))}
+    if name not in brought:
+        kind = "file and no grid"
+        raise UnknownName.of(kind, name, brought)
+    return brought[name]
+
+
+def as_mapping(where: str, value: object) -> Settings:
+    """`value` with text keys; nothing is an empty one. Raises ConfigError, which says `where`, for anything else."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        message = f"Expected keys and values in {where}, found {value!r}."
+        raise ConfigError(message)
+    return {str(key): item for key, item in cast("dict[object, Any]", value).items()}
+
+
+def _sections(file: Path) -> Settings:
+    """The sections of the file, each of the kind that it must be."""
+    content = as_mapping("the file", read_yaml(file))
+    for name in content:
+        if name not in _SECTIONS:
+            kind = "section"
+            raise UnknownName.of(kind, name, _SECTIONS)
+    grid = {key: _different(key, value) for key, value in as_mapping("grid", content.get("grid")).items()}
+    runs = (
+        [as_mapping("an entry of runs", one) for one in _values("runs", content.get("runs", []))]
+        if "runs" in content
+        else []
+    )
+    base, protocols = as_mapping("base", content.get("base")), content.get("protocols")
+    if "protocols" in content and protocols is None:
+        protocols = []
+    seeds = _different("seeds", content["seeds"]) if "seeds" in content else None
+    return {"base": base, "grid": grid, "runs": runs, "seeds": seeds, "protocols": protocols}
+
+
+def _planned(
+    sections: Settings,
+    protocols: Sequence[Protocol] | None,
+    stores: Sequence[str],
+    projections: Mapping[str, str | None],
+) -> Iterator[PlannedRun]:
+    seeds = sections["seeds"]
+    _refuse_twice(sections, protocols)
+    for chosen, shown, name in _entries(sections):
+        for number, seed in enumerate(seeds or [None]):
+            given = {} if seed is None else {"seed": seed}
+            settings = {**sections["base"], **chosen, **given}
+            for protocol, split in _splits(protocols, number, len(seeds or [None])):
+                yield _plan(settings, shown, stores, projections, protocol, split, given=given, name=name)
+
+
+def _told_apart(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """The runs, with a hash in names that stand for different things, such as the generators `sd 1.5` and `sd_1.5`.
+
+    Names that differ only in case are one on some file systems.
+    """
+    meant: dict[str, set[str]] = {}
+    for run in runs:
+        meant.setdefault(run.name.casefold(), set()).add(run.spelled)
+    return [
+        replace(run, name=_with_hash(run.name, run.spelled)) if len(meant[run.name.casefold()]) > 1 else run
+        for run in runs
+    ]
+
+
+def _entries(sections: Settings) -> Iterator[tuple[Settings, Settings, Any]]:
+    """What each combination and each run sets, what of it is shown, and its name, None without one."""
+    grid = sections["grid"]
+    varied = [name for name, values in grid.items() if len(values) > 1] or list(grid)
+    for values in product(*grid.values()) if grid else ():
+        chosen = dict(zip(grid, values, strict=True))
+        yield chosen, {name: chosen[name] for name in varied}, None
+    for entry in sections["runs"]:
+        chosen = {name: value for name, value in entry.items() if name != "name"}
+        yield chosen, chosen, entry.get("name")
+
+
+def _refuse_twice(sections: Settings, protocols: Sequence[Protocol] | None) -> None:
+    """Raise ConfigError for nothing to run, and for what two places of the grid decide."""
+    base, grid, runs = sections["base"], sections["grid"], sections["runs"]
+    both = [name for name in grid if name in base]
+    if both:
+        message = f"`{both[0]}` is both in `base` and in `grid`: keep it in one of them."
+        raise ConfigError(message)
+    if not grid and not runs:
+        message = "There is nothing to run: give `grid` a setting with a list of values, or `runs` an entry."
+        raise ConfigError(message)
+    if sections["seeds"] is not None and any("seed" in section for section in (base, grid, *runs)):
+        message = "`seed` is set beside `seeds`: keep one of them."
+        raise ConfigError(message)
+    if protocols is None:
+        return
+    if sections["seeds"] is None and any(protocol.seed_per_fold for protocol in protocols):
+        message = "`seed_per_fold` deals the folds to `seeds`: give the grid that section."
+        raise ConfigError(message)
+    _refuse_idle_seeds(protocols, sections["seeds"] or [])
+    for name in SPLIT_SETTINGS:
+        if any(name in section for section in (base, grid, *runs)):
+            message = f"`{name}` is decided by `protocols`: leave it out, or leave out `protocols`."
+            raise ConfigError(message)
+
+
+def _refuse_idle_seeds(protocols: Sequence[Protocol], seeds: Sequence[Any]) -> None:
+    """Raise ConfigError for seeds that get no fold where these are dealt to them."""
+    for protocol in protocols:
+        idle = [seed for number, seed in enumerate(seeds) if not protocol.of_seed(number, len(seeds))]
+        if idle:
+            message = (
+                f"`seed_per_fold` deals the {len(protocol.splits)} folds of {protocol.name} to {len(seeds)} `seeds`, "
+                f"and none is left for {listed([str(seed) for seed in idle])}. Give as many `folds`, or fewer `seeds`."
+            )
+            raise ConfigError(message)
+
+
+def _refuse_stores(sections: Settings) -> None:
+    """Raise ConfigError for a grid that names stores where there is one only."""
+    places = [sections["base"], *({"store": one} for one in sections["grid"].get("store", ())), *sections["runs"]]
+    names = list(dict.fromkeys(str(place["store"]) for place in places if "store" in place))
+    if len(names) > 1 or (names and names != [_MAIN]):
+        main = "STORE is main, give" if _MAIN in names else f"call one of them {_MAIN}, which is STORE, and give"
+        message = f"This grid compares the stores {', '.join(names)}: {main} the others by --store NAME=STORE."
+        raise ConfigError(message)
+    if names:
+        message = f"This grid names the store {_MAIN}, and there is no other: leave out the setting `store`."
+        raise ConfigError(message)
+
+
+def _refuse_unused(stores: Sequence[str], runs: Sequence[PlannedRun]) -> None:
+    """Raise ConfigError for a store that no run is trained on."""
+    used = {run.store for run in runs}
+    idle = [name for name in stores if name not in used]
+    if idle:
+        what = "STORE, which is called main" if idle[0] == _MAIN else f"the store {idle[0]!r} given by --store"
+        message = (
+            f"No run of this grid uses {what}. Name it in the setting `store`, as in `grid: {{store: "
+            f"[{', '.join(stores)}]}}`, or leave it out."
+        )
+        raise ConfigError(message)
+
+
+def _splits(protocols: Sequence[Protocol] | None, seed: int, seeds: int) -> list[tuple[Protocol | None, Split]]:
+    """The trainings of one head with seed number `seed` of `seeds`."""
+    if protocols is None:
+        return [(None, Split(settings={}, shown={}))]
+    return [(protocol, split) for protocol in protocols for split in protocol.of_seed(seed, seeds)]
+
+
+def _plan(
+    settings: Settings,
+    shown: Mapping[str, Any],
+    stores: Sequence[str],
+    projections: Mapping[str, str | None],
+    protocol: Protocol | None,
+    split: Split,
+    *,
+    given: Mapping[str, Any],
+    name: Any,
+) -> PlannedRun:
+    """The run of these settings, named by those that are `shown` unless it has a name, and by seed and split."""
+    store = settings.get("store", stores[0])
+    if store not in stores:
+        kind, known = "store given by --store", [one for one in stores if one]
+        raise UnknownName.of(kind, str(store), known)
+    chosen = {**{key: value for key, value in settings.items() if key != "store"}, **split.settings}
+    head, train, preset = _configs(chosen, projections.get(store))
+    if name is not None and (not isinstance(name, str) or _file_name(name) != name or name.startswith(".")):
+        message = (
+            f"{name!r} is no name of a run: use letters, digits and any of . _ - = + @ , (not at the start a dot)."
+        )
+        raise ConfigError(message)
+    kept = {key: value for key, value in shown.items() if key not in ("seed", *PARTS)}
+    told = {**given, **({} if protocol is None else {"protocol": protocol.name}), **split.shown}
+    full = ",".join(part for part in (name or _spell(shown), _spell(told)) if part)
+    return PlannedRun(
+        name=_file_name(full) or "base",
+        spelled=full,
+        row=name or _spell(kept) or "base",
+        settings=kept,
+        head=head,
+        train=train,
+        preset=preset,
+        store=store,
+        protocol=protocol_of(train) if protocol is None else protocol.name,
+        asked=protocol is not None,
+        answer=0 if protocol is not None and protocol.seed_per_fold else train.seed,
+    )
+
+
+def _configs(settings: Settings, projection: str | None) -> tuple[HeadConfig, TrainConfig, str | None]:
+    """Both configs of flat settings, which beat those of the preset, which beat `projection`.
+
+    An explicit null is a value here. Raises UnknownName for a setting, a part of the head or a loss that is not known,
+    and ConfigError for sizes that a part cannot have.
+    """
+    chosen = {name: value for name, value in settings.items() if name != "preset"}
+    preset = settings.get("preset")
+    known = (*HeadConfig.model_fields, *TrainConfig.model_fields)
+    for name in chosen:
+        if name not in known:
+            kind = "setting"
+            raise UnknownName.of(kind, name, (*known, *_NOT_OF_A_HEAD))
+    values = {**({} if preset is None else preset_values(str(preset), chosen)), **chosen}
+    if values.get("device") == "cpu" or not torch.cuda.is_available():
+        values.setdefault("threads", 1)
+    if projection is not None:
+        values.setdefault("projection", projection)
+    head = HeadConfig(**{name: value for name, value in values.items() if name in HeadConfig.model_fields})
+    train = TrainConfig(**{name: value for name, value in values.items() if name in TrainConfig.model_fields})
+    check_sizes(head)
+    get_loss(train.loss)
+    return head, train, None if preset is None else str(preset)
+
+
+def _refuse_repeated(runs: list[PlannedRun]) -> None:
+    """Raise ConfigError for two runs that have the same name or settings, or the same but for what they do not read."""
+    by_config: dict[str, PlannedRun] = {}
+    by_name: dict[str, PlannedRun] = {}
+    for run in runs:
+        unread = unread_settings(run.head, run.train)
+        config = str((run.store, {name: value for name, value in run.config.items() if name not in unread}))
+        if config in by_config:
+            raise ConfigError(_alike(by_config[config], run, unread))
+        if run.name in by_name:
+            message = f"Two runs of different settings are called {run.name!r}: give one of them a `name`."
+            raise ConfigError(message)
+        by_config[config] = by_name[run.name] = run
+
+
+def _alike(first: PlannedRun, second: PlannedRun, unread: Mapping[str, str]) -> str:
+    """What to say of two runs that would have the same numbers."""
+    different = [name for name, value in second.config.items() if first.config.get(name) != value]
+    if different:
+        name = different[0]
+        return (
+            f"The runs {first.name!r} and {second.name!r} differ in `{name}`, which {unread[name]} does not read: they "
+            f"would be the same twice. Keep one of them; `runs` is for what goes with some encoders only."
+        )
+    if first.name == second.name:
+        return f"The run {first.name!r} is there twice: keep it once."
+    return f"The runs {first.name!r} and {second.name!r} have the same settings: keep one of them."
+
+
+def _spell(settings: Mapping[str, Any]) -> str:
+    """`key=value,key=value`."""
+    words = {True: "true", False: "false", None: "none"}
+    return ",".join(
+        f"{name}={words[value] if value is None or isinstance(value, bool) else value}"
+        for name, value in settings.items()
+    )
+
+
+def _file_name(text: str) -> str:
+    """`text` as a folder can be called, with a hash in the place of a long end."""
+    safe = re.sub(r"[^\w.,=+@-]+", "_", text)
+    if len(safe) <= _LONGEST_NAME:
+        return safe
+    return _with_hash(safe, text)
+
+
+def _with_hash(name: str, text: str) -> str:
+    """`name` with a hash of `text` at its end, and no longer than names may be."""
+    return f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _values(name: str, value: object) -> list[Any]:
+    """A list that is not empty."""
+    if not isinstance(value, list) or not value:
+        message = f"`{name}` needs a list with one value or more, found {value!r}."
+        raise ConfigError(message)
+    return value
+
+
+def _different(name: str, value: object) -> list[Any]:
+    """The same, of which none is given twice."""
+    values, seen = _values(name, value), set[str]()
+    for one in values:
+        if repr(one) in seen:
+            message = f"`{name}` has the value {_spell({'': one})[1:]} twice: keep it once."
+            raise ConfigError(message)
+        seen.add(repr(one))
+    return values

@@ -1,0 +1,1 @@
+"""What predicts MOS without a head: means, rating words, closed-form regressions."""

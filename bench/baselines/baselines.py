@@ -1,0 +1,227 @@
+"""Baselines beside every table of heads: the same parts of the same store, predicted without a head.
+
+Each becomes a line like that of a row of heads, and a csv of what it predicted. What cannot be had (no generators, no
+rating words) is a line with `left_out`, the reason. `settings["baseline"]` is a key of BASELINES, and the same wherever
+the baseline is asked; `row` tells in words what was fitted on what.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.bench.baselines.mean_features import Array, MeanFeatures
+from agiqa.bench.baselines.predictors import BASELINES, Evidence, Guess, features_title
+from agiqa.bench.baselines.words import RatingWords
+from agiqa.bench.recording.predictions import write_predictions
+from agiqa.errors import ConfigError, DataError, UnknownName
+from agiqa.heads.data.features import FeatureSource, read_labels
+from agiqa.heads.data.splits import Partition
+from agiqa.heads.evaluation.metrics import evaluate_scores
+from agiqa.heads.settings.config import TrainConfig
+from agiqa.heads.settings.labels import column_names
+from agiqa.heads.sweeps.sweeping import Partitions
+from agiqa.progress import say
+from agiqa.store.format.text_authors import teacher_warning
+
+Line = dict[str, Any]
+
+FOLDER = "baselines"
+CORRELATIONS = ("srcc", "plcc", "krcc")
+FEATURES = "features"
+"""The baseline that reads a store's features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    """One label under one protocol."""
+
+    label: str
+    parts: Sequence[Partition]
+    mos: Array
+    """By item of the store; NaN where no part has the item."""
+
+    @property
+    def tested(self) -> NDArray[np.int64]:
+        """The items of all test parts, in their order."""
+        return np.concatenate([part.test for part in self.parts])
+
+
+def run_baselines(
+    source: FeatureSource,
+    configs: Sequence[TrainConfig],
+    *,
+    protocol: str,
+    out: Path,
+    words: RatingWords | None = None,
+    store_name: str = "",
+    means: MeanFeatures | None = None,
+    shown: Mapping[str, Any] | None = None,
+) -> list[Line]:
+    """A line for every baseline and every label of `configs`, whose predictions are written below `out`.
+
+    `configs` are those of the heads of one protocol: each label is predicted once for each of their different splits,
+    from train and validation items, and all test parts are scored together. The csv of a baseline,
+    `baselines/[STORE_NAME/]PROTOCOL/NAME.csv` (of several labels `NAME_LABEL.csv`), has the columns name, prompt, mos
+    and predicted. `words` are the rating words, of none without them. `means` keeps mean features from one call to the
+    next, those of `source` or of another store of the same items. `shown` are settings that all `configs` share and
+    other calls for this protocol do not, which become part of the names: `text, training_items=10`.
+
+    A line has `test` as `evaluate_scores` gives it, correlations null with the reason in `undefined` where the
+    predictions are constant within every part, RMSE null where the predictions are on a scale of their own; or
+    `left_out` with a reason. `reads` is what is read of an item, `fits` tells of each test part which regression with
+    which settings was chosen, and `notes` are what a reader of the scores must know. That of `features` has
+    `features_store`, the id of the store that was read. `against` is null: rows.py compares baselines with heads.
+    Raises ConfigError for splits whose test parts overlap, and DataError where `means` lack an item of `source`.
+    """
+    told, kept, partitions = words or RatingWords(()), means or MeanFeatures(source), Partitions(source)
+    labels = list(dict.fromkeys(label for config in configs for label in config.labels))
+    settings = dict(shown or {})
+    folder, lines = out / FOLDER / store_name / protocol / _spell(settings), list[Line]()
+    for label, column in zip(labels, column_names(labels, ""), strict=True):
+        where = {"store_name": store_name, "protocol": protocol, "label": label, "store": source.id}
+        shared = {"settings": settings, **where}
+        try:
+            parts = _parts([config for config in configs if label in config.labels], partitions)
+            mos = _mos(source, label, parts)
+        except (ConfigError, DataError, UnknownName) as error:
+            lines += [_left_out(name, shared, error) for name in BASELINES]
+            continue
+        task = _Task(label=label, parts=parts, mos=mos)
+        _refuse_overlap(task)
+        evidence = Evidence(source, label, task.mos, words=told, means=kept)
+        for name in BASELINES:
+            path = folder / f"{name.replace(' + ', '+').replace(' ', '-')}{column}.csv"
+            lines.append(_line(name, evidence, source, task, shared, path, out, kept))
+    return lines
+
+
+def _parts(configs: Sequence[TrainConfig], partitions: Partitions) -> list[Partition]:
+    """The different splits of `configs`. Raises as `make_partition`."""
+    return list({found.test.tobytes(): found for found in (partitions.of(config) for config in configs)}.values())
+
+
+def _mos(source: FeatureSource, label: str, parts: Sequence[Partition]) -> Array:
+    """The MOS of the items of `parts`, by item of the store. Raises as `read_labels`."""
+    mos = np.full(len(source.items.names), np.nan)
+    used = np.unique(np.concatenate([items for part in parts for items in part.parts().values()]))
+    mos[used] = read_labels(source, used, label=label)[:, 0]
+    return mos
+
+
+def _refuse_overlap(task: _Task) -> None:
+    """Raise ConfigError for an item that two parts test."""
+    if len(np.unique(task.tested)) < len(task.tested):
+        message = (
+            "Test parts overlap: the splits of one protocol must test every item once, so give them one split_seed."
+        )
+        raise ConfigError(message)
+
+
+def _line(
+    name: str,
+    evidence: Evidence,
+    source: FeatureSource,
+    task: _Task,
+    shared: Mapping[str, Any],
+    path: Path,
+    out: Path,
+    means: MeanFeatures,
+) -> Line:
+    """Predict, write the csv, and score."""
+    started, predict = time.perf_counter(), BASELINES[name].predict
+    try:
+        guesses = [predict(evidence, np.concatenate([part.train, part.validation]), part.test) for part in task.parts]
+    except DataError as error:
+        return _left_out(name, shared, error)
+    predicted, tested = np.concatenate([guess.predicted for guess in guesses]), task.tested
+    prompts = [source.items.prompts[item] for item in tested]
+    test = evaluate_scores(predicted, task.mos[tested], prompts)
+    if all(np.ptp(guess.predicted) == 0 for guess in guesses):
+        test = _without_correlations(test)
+    if not all(guess.on_scale for guess in guesses):
+        test = {**test, "rmse": None, "ci": {**test["ci"], "rmse": None}}
+    seconds = (time.perf_counter() - started) / len(task.parts)
+    names = [source.items.names[item] for item in tested]
+    write_predictions(
+        path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None], items=tested.tolist()
+    )
+    line: Line = {
+        **_identity(name, shared),
+        **_told_of_fits(name, guesses, means, shared),
+        "runs": len(task.parts),
+        "seeds": 1,
+        "failed": 0,
+        "seconds": round(seconds, 3),
+        "validation": None,
+        "test": test,
+        "against": None,
+        "predictions": path.relative_to(out).as_posix(),
+    }
+    notes = "".join(f"; {note}" for note in line["notes"])
+    say(f"baseline {line['row']}, {shared['protocol']}, {task.label}: {_told(test)}{notes}")
+    return line
+
+
+def _told_of_fits(name: str, guesses: Sequence[Guess], means: MeanFeatures, shared: Mapping[str, Any]) -> Line:
+    """What was read and fitted; the row of `features` is called by it."""
+    fits, notes = [dict(guess.fit) for guess in guesses if guess.fit], _notes(guesses)
+    if teachers := sum(guess.teachers for guess in guesses):
+        tested = sum(len(guess.predicted) for guess in guesses)
+        notes.append(teacher_warning("test", teachers, tested, rating_words=False))
+    told = {"reads": BASELINES[name].reads, "fits": fits, "notes": notes}
+    if name != FEATURES:
+        return told
+    if means.source.encoding == "sketch":
+        notes.append(f"reads a {means.reads} only, which holds less than the hidden states that it was made from")
+    row = _named(features_title(means.reads, fits), shared)
+    return {**told, "row": row, "reads": means.reads, "features_store": means.source.id}
+
+
+def _notes(guesses: Sequence[Guess]) -> list[str]:
+    """The notes on all test parts; one that is not on each of them names its part."""
+    counts = Counter(note for guess in guesses for note in guess.notes)
+    return list(
+        dict.fromkeys(
+            note if counts[note] == len(guesses) else f"test part {number} of {len(guesses)}: {note}"
+            for number, guess in enumerate(guesses, 1)
+            for note in guess.notes
+        )
+    )
+
+
+def _without_correlations(test: Mapping[str, Any]) -> dict[str, Any]:
+    """`test` of predictions that differ between parts of a split alone, and correlate by how it was drawn."""
+    none = dict.fromkeys(CORRELATIONS)
+    reason = "all predictions of each test part are equal: nothing of its items that this baseline looks at is known"
+    return {**test, **none, "ci": {**test["ci"], **none}, "undefined": test.get("undefined", reason)}
+
+
+def _identity(name: str, shared: Mapping[str, Any]) -> Line:
+    settings = {"baseline": name, **shared["settings"]}
+    return {"kind": "baseline", "row": _named(BASELINES[name].title, shared), **shared, "settings": settings}
+
+
+def _named(title: str, shared: Mapping[str, Any]) -> str:
+    """The title with the settings that tell its row from others."""
+    return ", ".join(part for part in (title, _spell(shared["settings"])) if part)
+
+
+def _spell(settings: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={'all' if value is None else value}" for name, value in settings.items())
+
+
+def _left_out(name: str, shared: Mapping[str, Any], error: BaseException) -> Line:
+    reason = str(error)
+    say(f"baseline {name}, {shared['protocol']}, {shared['label']}: left out ({reason.splitlines()[0]})")
+    return {**_identity(name, shared), "left_out": reason}
+
+
+def _told(test: Mapping[str, Any]) -> str:
+    shown = ["undefined" if test[metric] is None else f"{test[metric]:.4f}" for metric in ("srcc", "plcc")]
+    return f"test SRCC {shown[0]}, PLCC {shown[1]}"

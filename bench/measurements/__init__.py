@@ -1,0 +1,1 @@
+"""Questions about agiqa itself: how fast and how large, and whether its intervals cover."""

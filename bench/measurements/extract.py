@@ -1,0 +1,327 @@
+"""Speed of filling a store: `python -m agiqa.bench.measurements.extract --help`.
+
+Made-up pictures and conversations of the real size go through `agiqa extract`, from files to a sealed store on disk.
+Then the bare forward (vision tower and language model) of the same batches, prepared and on the device before the clock
+starts, is timed in the same run. The model has random weights, which are made on the device.
+"""
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+from agiqa.bench.measurements.measuring import Command, Line, device_name, print_tables, result_options
+from agiqa.bench.measurements.random_models import SHAPES
+from agiqa.bench.recording.tables import as_table, digits, verdict
+from agiqa.extract import Backbone, DataSet, ExtractionResult, ExtractionSettings, Item, Message, run_extraction
+from agiqa.extract.data.templates import templates
+from agiqa.extract.filling.plan import PlannedItem, prepare_planned
+from agiqa.extract.filling.transfers import Transfers
+from agiqa.extract.models.batches import even_batches
+from agiqa.extract.models.preparing import Opener, Preparation, default_workers
+
+ENCODINGS = ("hidden", "sketch", "logits")
+RATIO, IMAGES_PER_SECOND, MEMORY_GB = 0.9, 38.0, 12.0
+"""Goals: of the bare rate, in images per second, and beside the weights."""
+_PICTURES = 64
+"""Different pictures; the others are copies of them."""
+_NOISE = 64 << 20
+"""Bytes of noise, again and again, that stand for a file."""
+_BATCHES_AT_ONCE = 8
+"""Prepared batches that lie on the device while their forward is timed."""
+_WORDS = ("sharp", "blurry", "a", "dog", "with", "good", "colours", "and", "noise", "in", "the", "background")
+_PHASES = ("plan", "load", "calibrate", "model", "fill", "seal")
+
+
+def write_pictures(folder: Path, count: int, pixels: int) -> list[Path]:
+    """`count` PNG files: smooth colours with noise on them, about as hard to decode as photographs."""
+    folder.mkdir(parents=True)
+    paths = [folder / f"{number:05d}.png" for number in range(count)]
+    random = np.random.default_rng(0)
+    for number, path in enumerate(paths):
+        if number >= _PICTURES:
+            shutil.copyfile(paths[number % _PICTURES], path)
+            continue
+        coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((pixels, pixels), Image.Resampling.BICUBIC), np.int16)
+        noisy = np.clip(smooth + random.integers(-12, 13, smooth.shape, dtype=np.int16), 0, 255)
+        Image.fromarray(noisy.astype(np.uint8)).save(path, compress_level=1)
+    return paths
+
+
+def made_up_data(folder: Path, backbone: Backbone, *, items: int, tokens: int, pixels: int) -> DataSet:
+    """Pictures with conversations of `tokens` tokens on the average, from nine to eleven tenths of it."""
+    paths = write_pictures(folder, items, pixels)
+    random = np.random.default_rng(1)
+    short, long = (len(backbone.prepare(_conversation(random, words), paths[0]).token_ids) for words in (0, 200))
+    words = max(0.0, (tokens - short) / (long - short) * 200)
+    found: list[Item] = []
+    for path in paths:
+        conversation = _conversation(random, round(words * random.uniform(0.9, 1.1)))
+        item = Item(
+            name=path.name,
+            prompt="made up",
+            conversation=conversation,
+            image=path,
+            labels={"quality": float(random.uniform(0, 5))},
+            split="train",
+            generator=None,
+            description=conversation[1].content,
+        )
+        found.append(item)
+    return DataSet(name="made up", items=tuple(found), skipped=())
+
+
+def made_up_options(*, items: int, each: str = "") -> Callable[[Command], Command]:
+    """Add the options that `made_up_work` reads; `items` is the default of `--items`, `each` says of what."""
+    where = "Where pictures and stores lie for the while."
+    options = (
+        click.option("--model-shape", type=click.Choice(list(SHAPES)), default=next(iter(SHAPES)), show_default=True),
+        click.option("--items", default=items, show_default=True, help=f"Pictures{each}."),
+        click.option("--tokens", default=477, show_default=True, help="Tokens of each on the average."),
+        click.option("--pixels", default=512, show_default=True, help="Sides of the pictures."),
+        click.option("--device", default="auto", show_default=True),
+        click.option("--folder", type=click.Path(path_type=Path), help=where),
+    )
+
+    def add(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@contextmanager
+def made_up_work(options: Mapping[str, Any]) -> Generator[tuple[Path, Opener, Backbone, DataSet]]:
+    """A folder that is removed afterwards, a model and how workers open it, and pictures with conversations for it."""
+    with tempfile.TemporaryDirectory(dir=options["folder"]) as made:
+        folder = Path(made)
+        opener = partial(SHAPES[options["model_shape"]], folder / options["model_shape"])
+        backbone = opener(device=options["device"])
+        sizes = {name: options[name] for name in ("items", "tokens", "pixels")}
+        yield folder, opener, backbone, made_up_data(folder / "images", backbone, **sizes)
+
+
+def _conversation(random: np.random.Generator, words: int) -> tuple[Message, ...]:
+    template = templates()["quality"]
+    description = " ".join(_WORDS[number] for number in random.integers(0, len(_WORDS), words)) or "-"
+    return (
+        Message(role="user", content=template.describe),
+        Message(role="assistant", content=description),
+        Message(role="user", content=template.rate),
+    )
+
+
+def measured_line(
+    encoding: str, data: DataSet, backbone: Backbone, opener: Opener, folder: Path, options: Mapping[str, Any]
+) -> Line:
+    """One extraction, and the bare forward of its batches."""
+    settings = ExtractionSettings(
+        encoding=encoding,
+        rank=options["rank"] if encoding == "sketch" else None,
+        batch_size=options["batch_size"],
+        workers=options["workers"],
+    )
+    weights = _start_counting(backbone.device)
+    result = run_extraction(data, backbone, folder / f"{encoding}.agiqa", settings, opener=opener)
+    peak = _peak(backbone.device)
+    report, seconds = result.fill, dict(result.seconds)
+    if report is None:
+        message = f"{folder} holds a finished store; give an empty --folder."
+        raise click.ClickException(message)
+    seconds["model"] = seconds["fill"] - report.seconds
+    seconds["fill"] = report.seconds
+    bare = bare_rate(data, backbone, opener, result, report.batch_size, options)
+    size = sum(file.stat().st_size for file in result.store.path.rglob("*") if file.is_file())
+    disk = {"disk_mb_per_second": disk_rate(folder, size)} if encoding == "logits" else {}
+    rows = result.store.array("features")
+    items = report.items
+    measured = {
+        "images_per_second": items / report.seconds,
+        "bare_images_per_second": bare,
+        "ratio": items / report.seconds / bare,
+        "whole_images_per_second": items / (sum(seconds.values()) - seconds["load"]),
+        "row_mb_per_second": report.tokens * rows.dtype.itemsize * result.store.width / report.seconds / 1e6,
+        "peak_gb": (peak - weights) / 1e9,
+        "store_gb": size / 1e9,
+        **disk,
+        **{f"{phase}_seconds": seconds.get(phase, 0.0) for phase in _PHASES},
+    }
+    config = {
+        "items": items,
+        "tokens": round(report.tokens / items, 1),
+        "batch_size": report.batch_size,
+        "weights_gb": round(weights / 1e9, 2),
+        "width": result.store.width,
+    }
+    return {"stage": "extract", "name": encoding, "config": config, "measured": measured}
+
+
+def disk_rate(folder: Path, size: int) -> float:
+    """MB/s at which one plain file of `size` bytes of noise reaches the disk of `folder`."""
+    noise, left = os.urandom(_NOISE), size
+    with tempfile.TemporaryFile(dir=folder) as file:
+        started = time.perf_counter()
+        while left > 0:
+            left -= file.write(noise[:left])
+        file.flush()
+        os.fsync(file.fileno())
+        return size / (time.perf_counter() - started) / 1e6
+
+
+def bare_rate(
+    data: DataSet,
+    backbone: Backbone,
+    opener: Opener,
+    result: ExtractionResult,
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> float:
+    """Images per second of the forward passes of the store's own batches, prepared and on the device before.
+
+    Those of the first units that hold `bare_items` images, a few batches at a time.
+    """
+    store, transfers, seconds, images = result.store, Transfers(backbone.device), 0.0, 0
+    lengths = store.n_tokens.tolist()
+    groups = [
+        [int(positions[place]) for place in places]
+        for positions in (store.items_of(unit) for unit in range(store.geometry.units))
+        for places in even_batches([lengths[position] for position in positions.tolist()], batch_size)
+    ]
+    groups = groups[: next((n for n, count in enumerate(_sums(groups), 1) if count >= options["bare_items"]), None)]
+    wanted = (
+        (None, [PlannedItem(item=data.items[position], length=lengths[position]) for position in group])
+        for group in groups
+    )
+    workers = options["workers"]
+    workers = default_workers(backbone.device, len(lengths)) if workers is None else workers
+    with Preparation(backbone, workers=workers, opener=opener) as preparation, transfers.on_device():
+        prepared = (transfers.upload(batch) for _, batch in preparation.groups(prepare_planned, wanted))
+        while batches := [batch for _, batch in zip(range(_BATCHES_AT_ONCE), prepared, strict=False)]:
+            _synchronize(backbone.device)
+            started = time.perf_counter()
+            for batch in batches:
+                backbone.hidden_states(batch)
+            _synchronize(backbone.device)
+            seconds += time.perf_counter() - started
+            images += sum(len(batch) for batch in batches)
+    return images / seconds
+
+
+def _sums(groups: Sequence[Sequence[int]]) -> Iterator[int]:
+    """How many items the groups up to each one hold."""
+    return accumulate(len(group) for group in groups)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _start_counting(device: torch.device) -> int:
+    """Forget the peak so far; bytes that are held now, which are the weights."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> int:
+    """Most bytes that torch took of a GPU, those that it kept in its cache included; 0 on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+def tables(lines: Sequence[Line]) -> str:
+    """Markdown tables of result lines: rates, phases, and the goals."""
+    rates = ("images_per_second", "bare_images_per_second", "ratio", "whole_images_per_second", "row_mb_per_second")
+    kept = ("items", "tokens", "batch_size")
+    rows = [[line["name"], *(str(line["config"][key]) for key in kept), *_cells(line, rates)] for line in lines]
+    parts = [as_table(["encoding", *_spelled(kept), *_spelled(rates)], rows)]
+    phases = (*(f"{phase}_seconds" for phase in _PHASES), "peak_gb", "store_gb")
+    rows = [[line["name"], *_cells(line, phases)] for line in lines]
+    parts.append(as_table(["encoding", *_spelled(phases)], rows))
+    raw = [line for line in lines if "disk_mb_per_second" in line["measured"]]
+    if raw:
+        rows = [[line["name"], digits(_stored_rate(line)), *_cells(line, ["disk_mb_per_second"])] for line in raw]
+        parts.append(as_table(["encoding", "stored MB per second", "plain file MB per second"], rows))
+    parts.append(as_table(["goal", "wanted", "measured", "met"], list(_goal_rows(lines))))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _stored_rate(line: Line) -> float:
+    """MB/s of compressed bytes, to be held against those of a plain file."""
+    return float(line["measured"]["store_gb"]) * 1e3 / float(line["measured"]["fill_seconds"])
+
+
+def _spelled(keys: Sequence[str]) -> list[str]:
+    return [key.replace("_", " ").replace("gb", "GB").replace("mb", "MB") for key in keys]
+
+
+def _cells(line: Line, keys: Sequence[str]) -> list[str]:
+    return [digits(line["measured"][key]) for key in keys]
+
+
+def _goal_rows(lines: Sequence[Line]) -> Iterator[list[str]]:
+    """Of a GPU; raw logits have no goal but their rate."""
+    for line in lines:
+        name, measured = line["name"], line["measured"]
+        if not measured["peak_gb"]:
+            continue
+        if name != "logits":
+            yield [f"{name}: share of the bare rate", *verdict(measured["ratio"], at_least=RATIO)]
+            rate = measured["images_per_second"]
+            yield [f"{name}: images per second", *verdict(rate, at_least=IMAGES_PER_SECOND)]
+        yield [f"{name}: GPU memory beside the weights, GB", *verdict(measured["peak_gb"], at_most=MEMORY_GB)]
+
+
+@click.command()
+@made_up_options(items=512)
+@click.option("--logit-items", default=16, show_default=True, help="Pictures of the run that stores raw logits.")
+@click.option("--bare-items", default=512, show_default=True, help="Pictures of the bare forward, at least.")
+@click.option("--encodings", default=",".join(ENCODINGS), show_default=True, help="Separated by commas.")
+@click.option("--rank", default=512, show_default=True, help="Of the sketch.")
+@click.option("--batch-size", type=int, help="Items per forward pass [default: what the memory allows].")
+@click.option("--workers", type=int, help="Processes that prepare items [default: by the cores].")
+@result_options
+def main(*, out: Path | None, table: Path | None, **options: Any) -> None:
+    """Time phase 1 from files to a sealed store, beside the bare forward of the same batches."""
+    print_tables(measured_lines(options), tables, _told, out=out, table=table)
+
+
+def _told(line: Mapping[str, Any]) -> str:
+    measured = line["measured"]
+    return f"{line['name']}: {measured['images_per_second']:.1f} images/s, {measured['ratio']:.3f} of the bare"
+
+
+def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
+    """A line per encoding that the command line asks for."""
+    with made_up_work(options) as (folder, opener, backbone, data):
+        started = time.perf_counter()
+        backbone.load()
+        load = time.perf_counter() - started
+        backbone.hidden_states([backbone.prepare(item.conversation, item.image) for item in data.items[:2]])  # warm up
+        device = device_name(backbone.device)
+        shape = {"model": options["model_shape"], "pixels": options["pixels"], "device": device}
+        for encoding in options["encodings"].split(","):
+            few = DataSet(name=data.name, items=data.items[: options["logit_items"]], skipped=())
+            line = measured_line(encoding, few if encoding == "logits" else data, backbone, opener, folder, options)
+            shutil.rmtree(folder / f"{encoding}.agiqa")
+            line["measured"]["load_seconds"] = load
+            yield {**line, "config": {**line["config"], **shape}}
+
+
+if __name__ == "__main__":
+    main()

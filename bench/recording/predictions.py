@@ -1,0 +1,92 @@
+"""Tables of what was predicted: name, prompt, number in the store, and true and predicted MOS of every item."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.bench.recording.result_folders import KEPT
+from agiqa.errors import DataError
+from agiqa.heads.settings.labels import column_names, side_by_side
+from agiqa.store.disk.files import telling_disk_errors
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The test items of one label."""
+
+    names: list[str]
+    prompts: list[str]
+    mos: Array
+    predicted: Array
+    items: list[int] | None = None
+    """The number of each in its store, which tells two of the same name and prompt apart; None in tables without."""
+
+
+def write_predictions(
+    path: Path,
+    labels: Sequence[str],
+    names: Iterable[str],
+    prompts: Iterable[str],
+    mos: Array,
+    predicted: Array,
+    *,
+    items: Iterable[int] | None = None,
+) -> None:
+    """Write a csv with the columns name, prompt, item, mos and predicted; of several labels mos_LABEL, predicted_LABEL.
+
+    `mos` and `predicted` are (items, labels). `items` are the numbers in the store; without them there is no such
+    column.
+    """
+    titles, values = side_by_side(labels, mos, predicted)
+    columns = {"name": names, "prompt": prompts} | ({} if items is None else {"item": items})
+    with telling_disk_errors(f"writing {path}", KEPT), _made(path).open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow((*columns, *titles))
+        table.writerows((*about, *row) for *about, row in zip(*columns.values(), values, strict=True))
+
+
+def _made(path: Path) -> Path:
+    """`path`, in a folder made for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictions:
+    """The test items of `label`, one of the `labels` of the head, as `write_predictions` or a training wrote them.
+
+    Raises DataError, naming the file, where it is gone, not such a table, or holds a number that is not finite; what
+    was wrong is its cause.
+    """
+    at = labels.index(label)
+    mos, predicted = (column_names(labels, what)[at] for what in ("mos", "predicted"))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("split", "test") == "test"]
+        found = Predictions(
+            names=[row["name"] for row in rows],
+            prompts=[row["prompt"] for row in rows],
+            mos=np.array([float(row[mos]) for row in rows]),
+            predicted=np.array([float(row[predicted]) for row in rows]),
+            items=[int(row["item"]) for row in rows] if rows and "item" in rows[0] else None,
+        )
+        _refuse_not_finite(found)
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        message = (
+            f"{path} cannot be read as predictions ({error!r}). Remove its run folder, and run the same command again."
+        )
+        raise DataError(message) from error
+    return found
+
+
+def _refuse_not_finite(found: Predictions) -> None:
+    """Raise ValueError for the first item whose MOS, true or predicted, is not finite."""
+    places = np.flatnonzero(~(np.isfinite(found.mos) & np.isfinite(found.predicted)))
+    if len(places):
+        message = f"{found.names[places[0]]} has a MOS that is not finite"
+        raise ValueError(message)

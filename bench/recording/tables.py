@@ -1,0 +1,84 @@
+"""Markdown tables from result lines: `python -m agiqa.bench.recording.tables bench/results/FILE.jsonl`.
+
+A result line is one run: stage, config, seed, and scores of validation, test or both. Rows are
+configs, numbers are means over seeds with the standard deviation, and the best comes first.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The result lines of a jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """One markdown table per stage, each configuration a row named by what sets it apart from the usual."""
+    stages: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        stages[result["stage"]].append(result)
+    return "\n\n".join(f"**{stage}**\n\n{_table(lines)}" for stage, lines in stages.items())
+
+
+def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, or nothing without rows."""
+    lines = (head, ["---"] * len(head), *rows) if rows else ()
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def digits(value: float) -> str:
+    """`value` with three digits after the point, or as a whole number from 10."""
+    return f"{value:.3f}" if value < 10 else f"{value:,.0f}"
+
+
+def verdict(value: float, *, at_most: float = math.inf, at_least: float = 0.0) -> list[str]:
+    """The cells `wanted`, `measured` and `met` of a goal, which is one bound or the other."""
+    wanted = f"at most {at_most:g}" if at_least == 0 else f"at least {at_least:g}"
+    return [wanted, digits(value), "yes" if at_least <= value <= at_most else "no"]
+
+
+def _table(lines: Sequence[dict[str, Any]]) -> str:
+    keys = sorted({key for line in lines for key in line["config"]})
+    usual = {key: statistics.mode(line["config"].get(key) for line in lines) for key in keys}
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        rows[_difference(line["config"], usual)].append(line)
+    ordered = sorted(rows.items(), key=lambda row: -_rank(row[1]))
+    parts = [part for part in ("validation", "test") if all(part in line for line in lines)]
+    head = ["head", "seeds", *(f"{part} {metric}" for part in parts for metric in ("SRCC", "PLCC"))]
+    body = [[name, str(len(runs)), *(cell for part in parts for cell in _cells(runs, part))] for name, runs in ordered]
+    shared = ", ".join(f"{key} {value}" for key, value in usual.items() if value is not None)
+    return ("" if len(usual) == 1 else f"Unless said otherwise: {shared}.\n\n") + as_table(head, body)
+
+
+def _difference(config: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    if len(usual) == 1:
+        return str(next(iter(config.values())))
+    other = {key: config.get(key) for key in usual if config.get(key) != usual[key]}
+    return ", ".join(f"no {key}" if value is None else f"{key} {value}" for key, value in other.items()) or "as said"
+
+
+def _rank(runs: Sequence[dict[str, Any]]) -> float:
+    """Validation decides the order where there is any; test scores only where nothing was chosen."""
+    part = "validation" if "validation" in runs[0] else "test"
+    return statistics.fmean(float(run[part]["srcc"]) + float(run[part]["plcc"]) for run in runs)
+
+
+def _cells(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
+    return [_spread([run[part][metric] for run in runs]) for metric in ("srcc", "plcc")]
+
+
+def _spread(values: Sequence[float]) -> str:
+    around = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{around}"
+
+
+if __name__ == "__main__":
+    print(tables(read_results(Path(sys.argv[1]))))

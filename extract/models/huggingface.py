@@ -1,0 +1,270 @@
+"""What text and vision backbones share: one transformers model, run up to its final norm."""
+
+import hashlib
+import importlib.metadata
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from agiqa.errors import ConfigError, ModelError, UnknownName
+from agiqa.extract.data.images import ImageSource
+from agiqa.extract.data.items import Message
+from agiqa.extract.models.adapters import Adapter, apply_adapter, check_adapter
+from agiqa.extract.models.batching import alike, collate
+from agiqa.extract.models.checkpoints import Checkpoint
+from agiqa.extract.models.contract import GenerationSettings, Prepared
+from agiqa.extract.models.generation import generate
+from agiqa.extract.models.independence import TOKENS_NEEDED, refuse_batch_dependence
+from agiqa.extract.models.linearity import LogitMap, final_states, find_logit_map
+from agiqa.extract.models.loading import check_vocabulary_rows, failures_of, load_model
+from agiqa.extract.models.memory import room_for_weights
+from agiqa.extract.models.rendering import TEMPLATE_DATE, Renderer
+from agiqa.extract.models.vocabulary import Vocabulary
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PROBE_TOKENS = 8
+"""Length of the input on which linearity is checked."""
+
+
+class HuggingFaceBackbone(ABC):
+    """A `Backbone` over any transformers model of one auto class."""
+
+    kind: str
+    reads_images: bool
+    auto_class: Any
+    """The transformers auto class that loads the model."""
+    classes: Any
+    """transformers' mapping from configuration to model class."""
+    packages: tuple[str, ...] = ("torch", "transformers", "tokenizers")
+    """Libraries whose version may change a number."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: Any, *, adapter: Adapter | None = None, dtype: str, device: str
+    ) -> None:
+        """`dtype` is auto or one of DTYPES, `device` auto or a torch device."""
+        if getattr(config, "is_encoder_decoder", False):
+            message = (
+                f"{checkpoint.name}: {config.model_type!r} is an encoder-decoder model, whose image or question has no "
+                "hidden states of its own before the logits; use a decoder-only model."
+            )
+            raise ModelError(message)
+        text_config = config.get_text_config()
+        self.checkpoint = checkpoint
+        self.adapter = adapter
+        self.config = config
+        self.device = _device(device)
+        self.logical_dtype = _dtype_name(checkpoint, config, dtype)
+        self.hidden_size: int = text_config.hidden_size
+        self.vocab_size: int = text_config.vocab_size
+        self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
+        self._rows: int | None = None
+        self.model_class: Any = self.classes[type(config)]
+        self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
+        self.renderer = self._make_renderer()
+        self.vocabulary = Vocabulary(
+            checkpoint.name,
+            self.renderer.tokenizer,
+            size=self.vocab_size,
+            rows=self._embedding_rows,
+            image_id=self._image_token_id,
+        )
+        self._model: Any = None
+        self._tensors_fit = False
+        self._after_head: LogitMap | None = None
+        self._hashes: dict[str, str] | None = None
+        self._adapter_hashed: dict[str, Any] | None = None
+
+    @abstractmethod
+    def _make_renderer(self) -> Renderer:
+        """Load tokenizer or processor, and the renderer over them."""
+
+    @abstractmethod
+    def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
+        """See `Backbone.prepare`."""
+
+    @property
+    def _image_token_id(self) -> int | None:
+        return None
+
+    def provenance(self) -> dict[str, Any]:
+        """See `Backbone.provenance`. The first call reads every file of the checkpoint to hash it."""
+        if self._hashes is None:
+            self._hashes = self.checkpoint.hashes()
+            self._adapter_hashed = None if self.adapter is None else self.adapter.provenance()
+        return {
+            "name": self.checkpoint.label if self.adapter is None else f"{self.checkpoint.label}+{self.adapter.label}",
+            "kind": self.kind,
+            "model_type": self.config.model_type,
+            "architecture": self.model_class.__name__,
+            "revision": self.checkpoint.revision,
+            "gguf": self.checkpoint.gguf,
+            "files": dict(self._hashes),
+            "chat_template": {
+                "source": "plain" if self.renderer.plain else "checkpoint",
+                "sha256": hashlib.sha256(self.renderer.template.encode()).hexdigest(),
+                "style": self.renderer.style,
+                "date": TEMPLATE_DATE.date().isoformat(),
+                **self.renderer.switches,
+            },
+            "dtype": self.logical_dtype,
+            "attention": self.attention,
+            "versions": _versions(self.packages),
+            **({} if self._adapter_hashed is None else {"adapter": self._adapter_hashed}),
+        }
+
+    def check_tensors(self) -> None:
+        """See `Backbone.check_tensors`. Heads of files are read once."""
+        if not self._tensors_fit:
+            model = self.hollow()
+            if self.adapter is not None:
+                check_adapter(model, self.adapter, name=self.checkpoint.name)
+            self._compare_weights(model)
+            self._tensors_fit = True
+
+    def _compare_weights(self, model: Any) -> None:
+        """Compare the files with `model`, which has no weights; transformers compares the rest as it loads it."""
+        check_vocabulary_rows(self.checkpoint, model)
+
+    def hollow(self) -> torch.nn.Module:
+        """The model without weights, on the device `meta`."""
+        with failures_of(self.checkpoint, "build the model"), torch.device("meta"):
+            model: torch.nn.Module = self.auto_class.from_config(
+                self.config, dtype=DTYPES[self.logical_dtype], attn_implementation=self.attention
+            )
+        return model
+
+    def _embedding_rows(self) -> int:
+        """Token ids that the model has an embedding for: its vocabulary, and of some models marks of images."""
+        if self._rows is None:
+            table: Any = self.hollow()
+            self._rows = max(self.vocab_size, len(table.get_input_embeddings().weight))
+        return self._rows
+
+    def load(self) -> None:
+        """See `Backbone.load`."""
+        if self._model is not None:
+            return
+        dtype = DTYPES[self.logical_dtype]
+        with room_for_weights(self.checkpoint.name, self.device):
+            merges = self.adapter is not None
+            model = load_model(self.checkpoint, self.auto_class, dtype, self.attention, to_merge=merges)
+            model = model.to(self.device)
+            if self.adapter is not None:
+                apply_adapter(model, self.adapter, name=self.checkpoint.name)
+        found = tuple(model.get_output_embeddings().weight.shape)
+        expected = (self.vocab_size, self.hidden_size)
+        if found != expected:
+            message = f"{self.checkpoint.name}: lm_head has shape {found}, expected {expected} by the configuration."
+            raise ModelError(message)
+        probe = self._ordinary_tokens(TOKENS_NEEDED)
+        refuse_batch_dependence(self.checkpoint.name, model, probe, pad_id=self._pad_id(), dtype=dtype)
+        self._model = model
+
+    def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
+        """See `Backbone.hidden_states`. Items with unlike image inputs run in forward passes of their own."""
+        model = self._loaded()
+        rows: dict[int, torch.Tensor] = {}
+        for group in alike(batch):
+            items = [batch[position] for position in group]
+            with torch.inference_mode():
+                states = final_states(model, self._collate(items))
+            for row, position in enumerate(group):
+                rows[position] = states[row, : len(batch[position].token_ids)].to(DTYPES[self.logical_dtype])
+        return [rows[position] for position in range(len(batch))]
+
+    def logits(self, item: Prepared) -> torch.Tensor:
+        """See `Backbone.logits`."""
+        model = self._loaded()
+        with torch.inference_mode():
+            logits: torch.Tensor = model(**self._collate([item]), use_cache=False).logits[0]
+        return logits
+
+    def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
+        """See `Backbone.generate`."""
+        model = self._loaded()
+        return generate(model, self.renderer, batch, settings, collate=self._collate, positions=self.max_positions)
+
+    def lm_head(self, *, bent: bool = False) -> torch.Tensor:
+        """See `Backbone.lm_head`."""
+        weight: torch.Tensor = self._language_model().get_output_embeddings().weight.detach()
+        return weight if bent else self._logit_map().fold(self.checkpoint.name, weight)
+
+    def project(self, states: torch.Tensor) -> torch.Tensor:
+        """See `Backbone.project`."""
+        head = self._language_model().get_output_embeddings()
+        after = self._logit_map()
+        with torch.inference_mode():
+            return after(head(states.to(device=head.weight.device, dtype=head.weight.dtype)))
+
+    def _logit_map(self) -> LogitMap:
+        """What the model does after its output embedding; tried once."""
+        if self._after_head is None:
+            self._after_head = find_logit_map(self.checkpoint.name, self._language_model(), self._probe())
+        return self._after_head
+
+    def _language_model(self) -> Any:
+        """The part, loaded, that makes logits of token ids."""
+        return self._loaded()
+
+    def _loaded(self) -> Any:
+        self.load()
+        return self._model
+
+    def _collate(self, items: Sequence[Prepared]) -> dict[str, torch.Tensor]:
+        return collate(items, pad_id=self._pad_id(), dtype=DTYPES[self.logical_dtype], device=self.device)
+
+    def _pad_id(self) -> int:
+        pad: int | None = self.renderer.tokenizer.pad_token_id
+        return next(p for p in (pad, 0, 1) if p is not None and p != self._image_token_id)
+
+    def _probe(self) -> torch.Tensor:
+        """A few ordinary token ids (1, n)."""
+        return torch.tensor([self._ordinary_tokens(PROBE_TOKENS)], device=self.device)
+
+    def _ordinary_tokens(self, count: int) -> list[int]:
+        """Token ids, spread over the vocabulary, none of them special or an image token."""
+        special = {*self.renderer.tokenizer.all_special_ids, self._image_token_id}
+        ordinary = [token for token in range(min(self.vocab_size, 4096)) if token not in special]
+        return [ordinary[position] for position in np.linspace(0, len(ordinary) - 1, count).astype(int)]
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        message = f"No device is called {device!r}; use auto, cpu, cuda or cuda:N."
+        raise ConfigError(message) from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        message = f"The device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices."
+        raise ConfigError(message)
+    return chosen
+
+
+def _dtype_name(checkpoint: Checkpoint, config: Any, dtype: str) -> str:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UnknownName.of(kind="dtype", name=dtype, known=["auto", *DTYPES])
+        return dtype
+    if checkpoint.gguf is not None:
+        return "bfloat16"
+    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    name = str(stated).removeprefix("torch.") if stated is not None else checkpoint.stored_dtype()
+    if name not in DTYPES:
+        message = f"{checkpoint.name}: the dtype {name!r} is none of {', '.join(DTYPES)}; choose one with --dtype."
+        raise ModelError(message)
+    return str(name)
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

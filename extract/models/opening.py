@@ -1,0 +1,84 @@
+"""From a model's name to its backbone: the kinds that there are, and the one that fits a checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from agiqa.errors import ConfigError, ModelError, UnknownName
+from agiqa.extract.models.adapters import resolve_adapter
+from agiqa.extract.models.checkpoints import Checkpoint, resolve_checkpoint
+from agiqa.extract.models.contract import Backbone
+from agiqa.extract.models.huggingface import HuggingFaceBackbone
+from agiqa.extract.models.loading import load_config
+from agiqa.extract.models.minicpm.backbone import MiniCPMBackbone
+from agiqa.extract.models.minicpm.config import MODEL_TYPE, read_config
+from agiqa.extract.models.text import TextBackbone
+from agiqa.extract.models.vision import VisionBackbone
+from agiqa.registry import Registry
+
+BACKBONES: Registry[Callable[..., HuggingFaceBackbone]] = Registry("backbone")
+BACKBONES.add("text", TextBackbone)
+BACKBONES.add("vision", VisionBackbone)
+BACKBONES.add("minicpm", MiniCPMBackbone)
+
+
+def open_backbone(
+    model: str,
+    *,
+    adapter: str | None = None,
+    kind: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    max_slices: int | None = None,
+) -> Backbone:
+    """The backbone over `model`, ready to prepare items; its weights are not read before `load`.
+
+    `model` is a folder, a .gguf file, `pkg:PACKAGE[/FILE]` or a hub id (see `agiqa.extract.models.checkpoints`).
+    `adapter` is the folder or hub id of a LoRA adapter (see `agiqa.extract.models.adapters`), merged on `load`.
+    `kind` is text, vision, minicpm, or auto: minicpm for MiniCPM-Llama3-V-2.5, vision for image-text-to-text models
+    that come with a processor, else text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own,
+    bfloat16 for GGUF. `device` is a torch device, or auto: CUDA where there is one. `max_slices` limits the slices
+    that MiniCPM-Llama3-V-2.5 cuts an image into, which are 9 otherwise. Raises UnknownName for a kind or dtype,
+    ConfigError for a device or for `max_slices` with another model, ModelError for a checkpoint or adapter that is
+    missing, broken, or of no such kind.
+    """
+    if kind != "auto" and kind not in BACKBONES.names():
+        unknown = UnknownName.of("backbone", kind, ["auto", *BACKBONES.names()])
+        raise unknown
+    checkpoint = resolve_checkpoint(model)
+    resolved = None if adapter is None else resolve_adapter(adapter)
+    config = _read_config(checkpoint, max_slices)
+    chosen = _fitting(checkpoint, config) if kind == "auto" else kind
+    make: Any = BACKBONES.get(chosen)
+    if type(config) not in make.classes:
+        message = f"{model}: the model type {config.model_type!r} cannot serve as the backbone {chosen!r}."
+        raise ModelError(message)
+    backbone: HuggingFaceBackbone = make(checkpoint, config, adapter=resolved, dtype=dtype, device=device)
+    return backbone
+
+
+def _read_config(checkpoint: Checkpoint, max_slices: int | None) -> Any:
+    """The configuration of a model of transformers, or of the one that it does not have."""
+    if checkpoint.raw_config.get("model_type") == MODEL_TYPE:
+        config = read_config(checkpoint)
+        return config if max_slices is None else replace(config, slices=max_slices)
+    if max_slices is not None:
+        message = (
+            f"{checkpoint.name}: --max-slices is for MiniCPM-Llama3-V-2.5, whose images are cut here; leave it out."
+        )
+        raise ConfigError(message)
+    return load_config(checkpoint)
+
+
+def _fitting(checkpoint: Checkpoint, config: Any) -> str:
+    if type(config) in MiniCPMBackbone.classes:
+        return MiniCPMBackbone.kind
+    if type(config) in VisionBackbone.classes and checkpoint.has_processor:
+        return "vision"
+    if type(config) in TextBackbone.classes:
+        return "text"
+    message = (
+        f"{checkpoint.name}: the model type {config.model_type!r} is neither a causal language model nor an "
+        "image-text-to-text model with its processor (processor_config.json or preprocessor_config.json)."
+    )
+    raise ModelError(message)

@@ -1,0 +1,147 @@
+"""The backbone `vision`: any transformers image-text-to-text model; it reads the image before the first question."""
+
+import inspect
+import re
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import transformers
+from PIL import Image
+from tokenizers import AddedToken
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from agiqa.errors import AgiqaError, DataError, ModelError, first_line
+from agiqa.extract.data.images import ImageSource, open_image
+from agiqa.extract.data.items import Message
+from agiqa.extract.models.alignment import expand_roles
+from agiqa.extract.models.batching import JOINED, PER_TOKEN, check_inputs
+from agiqa.extract.models.checkpoints import Checkpoint
+from agiqa.extract.models.contract import Prepared
+from agiqa.extract.models.huggingface import HuggingFaceBackbone
+from agiqa.extract.models.loading import load_processor, quiet_transformers
+from agiqa.extract.models.rendering import Rendered, Renderer, refuse_marks
+
+_NO_INPUTS = ("input_ids", "attention_mask", "labels")
+"""What a processor makes besides image inputs; PaliGemma's adds the labels of a training."""
+_MARK_NAME = re.compile(r"(image|img|boi).*(token|placeholder)$|^boi")
+
+
+class VisionBackbone(HuggingFaceBackbone):
+    """An image-text-to-text model with its processor, in the official layout."""
+
+    kind = "vision"
+    reads_images = True
+    auto_class = transformers.AutoModelForImageTextToText
+    classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    packages = (*HuggingFaceBackbone.packages, "pillow", "torchvision")
+
+    processor: Any
+    _marks: tuple[str, ...]
+    """What no text may contain: the mark of an image in the template, and the token that an image fills."""
+    _accepted: frozenset[str]
+    """Image inputs that the model's forward pass names, or may take by keyword."""
+    image_token_id: int
+    """The token that an image's embeddings take the place of."""
+
+    def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
+        """See `Backbone.prepare`; without an image the model reads the text alone."""
+        refuse_marks(conversation, self._marks)
+        rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
+        if image is None:
+            text_ids, text_roles = self.renderer.tokenize(rendered)
+            prepared = Prepared(token_ids=text_ids, roles=text_roles)
+        else:
+            prepared = self._processed(self.renderer, rendered, open_image(image), name=str(image))
+        self.vocabulary.refuse_strangers(prepared.token_ids)
+        return prepared
+
+    def _processed(self, renderer: Renderer, rendered: Rendered, picture: Image.Image, *, name: str) -> Prepared:
+        """The conversation with its image as the processor makes them. Raises DataError for a refused image."""
+        text_ids, text_roles = renderer.tokenize(rendered)
+        with _refusals_of(self.checkpoint, name):
+            encoded = self.processor(
+                text=[rendered.text],
+                images=[picture],
+                return_tensors="pt",
+                add_special_tokens=renderer.adds_special_tokens(rendered.text),
+            )
+        inputs = {key: value for key, value in encoded.items() if key not in _NO_INPUTS}
+        check_inputs(self.checkpoint.name, inputs, self._accepted)
+        token_ids = encoded["input_ids"][0].numpy().astype(np.int32)
+        decode = self.processor.tokenizer.decode
+        roles = expand_roles(self.checkpoint.name, text_ids, text_roles, token_ids, self.image_token_id, decode=decode)
+        return Prepared(token_ids=token_ids, roles=roles, inputs=inputs)
+
+    def provenance(self) -> dict[str, Any]:
+        """See `Backbone.provenance`; names the image processor too, which differs with and without torchvision."""
+        return {**super().provenance(), "image_processor": type(self.processor.image_processor).__name__}
+
+    @property
+    def _image_token_id(self) -> int | None:
+        return self.image_token_id
+
+    def _make_renderer(self) -> Renderer:
+        self.processor = load_processor(self.checkpoint, self.config)
+        self._accepted = frozenset(inspect.signature(self.model_class.forward).parameters) | JOINED | PER_TOKEN
+        self.image_token_id = _image_token_id(self.checkpoint.name, self.config, self.processor)
+        filled = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        reason: AgiqaError | None = None
+        for mark in _image_marks(self.processor, filled):
+            try:
+                renderer = self._try_mark(mark)
+            except (DataError, ModelError) as error:
+                if reason is None or isinstance(error, DataError):  # the template shows this mark: it says more
+                    reason = error
+                continue
+            self._marks = (mark, filled)
+            return renderer
+        raise ModelError(str(reason)) from reason
+
+    def _try_mark(self, mark: str) -> Renderer:
+        """The renderer over `mark`, if the template shows it and the processor puts an image in its place."""
+        tokenizer = self.processor.tokenizer
+        template = getattr(self.processor, "chat_template", None) or tokenizer.chat_template
+        renderer = Renderer(name=self.checkpoint.name, tokenizer=tokenizer, template=template, image_token=mark)
+        rendered = renderer.render([Message(role="user", content="?")], image=True)
+        self._processed(renderer, rendered, Image.new("RGB", (64, 64)), name="a black image of 64 x 64 pixels")
+        return renderer
+
+
+def _image_marks(processor: Any, filled: str) -> Iterator[str]:
+    """Words that may stand for an image in a text: those that `processor` states, its `image_token` first.
+
+    Last comes `filled`, the token that an image fills. Most families write that one; Gemma 3 writes another.
+    """
+    stated = (*vars(processor), *processor.tokenizer.special_tokens_map)
+    names = [name for name in stated if _MARK_NAME.search(name)]
+    seen: set[str] = set()
+    for name in ("image_token", "image_placeholder", "boi_token", *names, ""):
+        for holder in (processor, processor.tokenizer):
+            found = getattr(holder, name, None) if name else filled
+            mark = str(found) if isinstance(found, str | AddedToken) else ""
+            if mark and mark not in seen:
+                seen.add(mark)
+                yield mark
+
+
+@contextmanager
+def _refusals_of(checkpoint: Checkpoint, image: str) -> Generator[None]:
+    """Quiet, and whatever a processor raises inside is a DataError: some refuse images of extreme shapes, in words."""
+    try:
+        with quiet_transformers():
+            yield
+    except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        message = f"{image}: the image processor of {checkpoint.name} cannot prepare it ({first_line(error)})."
+        raise DataError(message) from error
+
+
+def _image_token_id(name: str, config: Any, processor: Any) -> int:
+    """The id of the image token, under the names that transformers' configurations and processors use."""
+    for holder, key in ((config, "image_token_id"), (config, "image_token_index"), (processor, "image_token_id")):
+        found = getattr(holder, key, None)
+        if isinstance(found, int):
+            return found
+    message = f"{name}: neither its configuration nor its processor says which token stands for the image."
+    raise ModelError(message)

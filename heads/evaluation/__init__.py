@@ -1,0 +1,1 @@
+"""What a trained head is worth: metrics, intervals, comparisons, run folders, prediction."""

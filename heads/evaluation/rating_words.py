@@ -1,0 +1,147 @@
+"""The rating word: the word of a MOS, the word in a model's answer, and how well the two agree.
+
+The fine-tuned model closes its conversation with one of five words, each for a fifth of the MOS range (Section III of
+the M3-AGIQA paper); Table V of the paper scores these words against those of the true MOS.
+"""
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.errors import ConfigError, DataError
+from agiqa.heads.data.prompts import prompt_groups
+from agiqa.heads.evaluation.uncertainty import FEWEST_PROMPTS, Side, few_prompts, group_count, prompt_blocks, spread
+
+WORDS = ("bad", "poor", "fair", "good", "excellent")
+"""From the lowest fifth of the MOS range to the highest."""
+
+WORD_METRICS = ("accuracy", "rough_accuracy", "precision", "f1", "precision_weighted", "f1_weighted")
+
+Array = NDArray[np.float64]
+
+_UNKNOWN = len(WORDS)
+_WORD = re.compile(rf"\b(?:{'|'.join(WORDS)})\b")
+_DENIED = re.compile(rf"(?:\b(?:not|never|hardly|neither|nor)|n['\u2019]t)\s+(?:\w+\s+){{0,2}}(?:{'|'.join(WORDS)})\b")
+
+
+def parse_word(answer: str) -> str | None:
+    """The rating word in a free answer, such as "The quality is **Good**."; None when it is not clear which.
+
+    Case and punctuation do not count. An answer with no rating word, with two different ones, or with a denied one
+    ("not good") is not clear.
+    """
+    text = unicodedata.normalize("NFKC", answer).casefold().replace("_", " ")
+    found = set(_WORD.findall(text))
+    return found.pop() if len(found) == 1 and not _DENIED.search(text) else None
+
+
+def score_words(
+    answers: Sequence[str],
+    mos: Sequence[float] | Array,
+    prompts: Sequence[str] | None = None,
+    *,
+    mos_range: tuple[float, float] = (0.0, 5.0),
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """How well free answers name the words of the true MOS, ready for JSON.
+
+    The word of a MOS is that of its bin, of five equal ones, each with its lower bound; the highest MOS is excellent.
+    On 0 to 5: [0, 1) bad, [1, 2) poor, [2, 3) fair, [3, 4) good, [4, 5] excellent.
+
+    `{"n", "unknown", "accuracy", "rough_accuracy", "precision", "f1", "precision_weighted", "f1_weighted",
+    "ci": {metric: [low, high]}, "confusion": {true word: {answered word or "unknown": items}}, "confidence"}`.
+
+    An answer that `parse_word` cannot read is wrong, and counted in `unknown`. Precision and F1 are means over the
+    words that occur among the truths or the answers: plain ("macro"), or weighted by how often each is true; a word
+    that is never answered has precision 0. The paper names neither the kind of mean nor what rough accuracy is: that
+    an answer counts when it is the true word or a neighbour of it is our reading.
+
+    Intervals leave out whole prompts (uncertainty.py), without `prompts` single items; null for fewer than 10 of them.
+    Below 50 `"caution"` says how many there are.
+    Raises DataError without items, for unequal numbers of them, and for MOS outside `mos_range`; ConfigError for an
+    empty range.
+    """
+    values = np.asarray(mos, dtype=np.float64)
+    if not len(answers) == len(values) == (len(values) if prompts is None else len(prompts)):
+        given = "none" if prompts is None else len(prompts)
+        message = f"There are {len(answers)} answers, {len(values)} MOS and {given} prompts."
+        raise DataError(message)
+    if not len(answers):
+        message = "There are no answers to score."
+        raise DataError(message)
+    truths = _classes(values, mos_range)
+    words = [parse_word(answer) for answer in answers]
+    answered = np.array([_UNKNOWN if word is None else WORDS.index(word) for word in words])
+    groups = np.arange(len(answers)) if prompts is None else prompt_groups(prompts)
+    blocks, caution = prompt_blocks(groups), few_prompts(groups, rmse=False)
+    by_block = np.zeros((group_count(blocks), len(WORDS), len(WORDS) + 1))
+    np.add.at(by_block, (blocks, truths, answered), 1.0)
+    table = by_block.sum(axis=0)
+    metrics = _score(table[None])[0]
+    columns = (*WORDS, "unknown")
+    return {
+        "n": len(answers),
+        "unknown": int((answered == _UNKNOWN).sum()),
+        **dict(zip(WORD_METRICS, metrics.tolist(), strict=True)),
+        "ci": _intervals(metrics, table - by_block, group_count(groups), confidence),
+        "confusion": {
+            word: dict(zip(columns, row, strict=True))
+            for word, row in zip(WORDS, table.astype(int).tolist(), strict=True)
+        },
+        "confidence": confidence,
+        **({} if caution is None else {"caution": caution}),
+    }
+
+
+def _intervals(metrics: Array, without: Array, prompts: int, confidence: float) -> dict[str, list[float] | None]:
+    """The interval of each metric (metric,) from the tables without each block; null where there are few prompts."""
+    if prompts < FEWEST_PROMPTS["srcc"]:
+        return dict.fromkeys(WORD_METRICS)
+    left_out = _score(without)
+    return {
+        name: spread(Side(values=metrics[k : k + 1], left_out=left_out[None, :, k])).share_interval(
+            float(metrics[k]), confidence
+        )
+        for k, name in enumerate(WORD_METRICS)
+    }
+
+
+def _score(tables: Array) -> Array:
+    """The metrics (tables, metric), in the order of WORD_METRICS, of tables (tables, true word, answered word)."""
+    readable = tables[:, :, :_UNKNOWN]
+    items, truths, answered = tables.sum((1, 2)), tables.sum(2), readable.sum(1)
+    hits = np.einsum("tkk->tk", readable)
+    places = np.arange(len(WORDS))
+    near = np.abs(places[:, None] - places) <= 1
+    precision = hits / np.maximum(answered, 1.0)
+    f1 = 2 * hits / np.maximum(truths + answered, 1.0)
+    present = truths + answered > 0
+    return np.stack(
+        [
+            hits.sum(1) / items,
+            (readable * near).sum((1, 2)) / items,
+            *((part * present).sum(1) / present.sum(1) for part in (precision, f1)),
+            *((part * truths).sum(1) / items for part in (precision, f1)),
+        ],
+        axis=1,
+    )
+
+
+def _classes(mos: Array, mos_range: tuple[float, float]) -> NDArray[np.int64]:
+    """The index in WORDS of each MOS (items,)."""
+    low, high = mos_range
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        message = f"The MOS range {low:g} to {high:g} is empty; give the lowest value first, then the highest."
+        raise ConfigError(message)
+    outside = mos[~((mos >= low) & (mos <= high))]
+    if len(outside):
+        message = f"{len(outside)} of {len(mos)} MOS are outside {low:g} to {high:g}, the first of them {outside[0]:g}."
+        raise DataError(message)
+    count = len(WORDS)
+    bounds = [(low * (count - k) + high * k) / count for k in range(1, count)]
+    return np.searchsorted(bounds, mos, side="right").astype(np.int64)

@@ -1,0 +1,137 @@
+"""Training steps of an encoder as CUDA graphs.
+
+A step of an encoder is hundreds of kernels of some microseconds each, and queueing them takes the CPU longer than
+computing them takes the GPU. A graph queues a whole pass at once. It has one shape, so batches are padded to one of
+few lengths, which does not change their results: padding is invisible to every encoder.
+"""
+
+import gc
+import math
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from agiqa.heads.model.encoders.base import Encoder
+from agiqa.heads.model.encoders.gpu_kernels import product_dtype
+from agiqa.heads.settings.config import TrainConfig
+
+_LENGTHS_PER_OCTAVE = 8
+_SHORTEST = 16
+
+
+def training_pass(encoder: Encoder, config: TrainConfig, device: torch.device) -> "GraphedEncoder | None":
+    """What to call for training steps of `encoder`, as `compile` and `cuda_graphs` of `config` say; None is itself.
+
+    On a GPU `compile` changes the encoder's blocks; a deep copy of it has blocks as they were.
+    """
+    if device.type != "cuda":
+        return None
+    if config.compile:
+        torch.compiler.reset()  # which gives up on a function after eight variants, and heads trained before had theirs
+        for block in encoder.repeated:
+            block.compile(dynamic=True)
+    return GraphedEncoder(encoder, config.batch_size) if config.cuda_graphs and encoder.graphable else None
+
+
+def training_kernels(encoder: Encoder, config: TrainConfig, device: torch.device) -> str:
+    """What computes the training steps of `encoder`, in words."""
+    parts = [encoder.kernels]
+    if device.type == "cuda":
+        parts += ["torch.compile"] * (config.compile and any(True for _ in encoder.repeated))
+        parts += ["CUDA graphs"] * (config.cuda_graphs and encoder.graphable)
+    return "; ".join(parts)
+
+
+class GraphedEncoder:
+    """Calls `encoder`; passes with gradients are replayed from a graph for each length and precision.
+
+    Smaller batches are filled up with items of one zero token. Whether a pass is replayed depends on its shape alone,
+    never on what came before: a training that goes on after a kill computes what it would have computed. Between a
+    pass and its backward pass there must be no other.
+    """
+
+    def __init__(self, encoder: Encoder, batch_size: int) -> None:
+        """`encoder` must be on a CUDA device, in training mode and `graphable`; larger batches run as usual."""
+        self._encoder = encoder
+        self._batch_size = batch_size
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[int, torch.dtype, torch.dtype], nn.Module] = {}
+
+    def __call__(
+        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch token out_width"]:
+        """As the encoder's."""
+        batch, length = mask.shape
+        if batch > self._batch_size or not (torch.is_grad_enabled() and tokens.requires_grad):
+            outputs: Tensor = self._encoder(tokens, mask)
+            return outputs
+        longer = graph_length(length)
+        more = (0, longer - length, 0, self._batch_size - batch)
+        tokens, mask = pad(tokens, (0, 0, *more)), pad(mask, more)
+        mask[batch:, 0] = True
+        key = (longer, tokens.dtype, product_dtype(tokens))
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(tokens, mask)
+        replayed: Tensor = self._graphs[key](tokens, mask)
+        return replayed[:batch, :length]
+
+    def _capture(self, tokens: Tensor, mask: Tensor) -> nn.Module:
+        """Graphs of this shape, in memory that all shapes share. The random state stays as it was."""
+        examples = tokens.detach().clone().requires_grad_(), mask.clone()
+        dtype, mixed = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+        random = torch.cuda.get_rng_state(tokens.device)
+        _expect_streams_to_differ()
+        with torch.autocast("cuda", dtype=dtype, enabled=mixed, cache_enabled=False), _garbage_waits():
+            graphed = torch.cuda.make_graphed_callables(_Pass(self._encoder), examples, pool=self._pool)
+        torch.cuda.set_rng_state(random, tokens.device)
+        return cast("nn.Module", graphed)
+
+
+@contextmanager
+def _garbage_waits() -> Generator[None]:
+    """Collect no garbage meanwhile: a graph of a head trained before may be among it, and its end breaks a capture.
+
+    https://github.com/pytorch/pytorch/pull/161037
+    """
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collected:
+            gc.enable()
+
+
+def _expect_streams_to_differ() -> None:
+    """Parameters remember the stream of the capture, for which newer torch warns in the backward passes after it.
+
+    The gradients are right: autograd waits for the one stream on the other.
+    """
+    warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if warn is not None:
+        warn(enabled=False)
+
+
+class _Pass(nn.Module):
+    """The encoder once more, since torch replaces the forward of what it makes a graph of."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        outputs: Tensor = self.encoder(tokens, mask)
+        return outputs
+
+
+def graph_length(length: int) -> int:
+    """`length` or a little more: one of eight lengths between a power of two and the next."""
+    if length <= _SHORTEST:
+        return _SHORTEST
+    step = (1 << math.ceil(math.log2(length))) // (2 * _LENGTHS_PER_OCTAVE)
+    return -(-length // step) * step

@@ -1,0 +1,243 @@
+"""Poolings: from the encoded tokens of an item to one vector, blind to padding.
+
+A pooling is named alone (`mean`), over all tokens, or with the role of the tokens to pool (`mean@answer`). The encoder
+sees every token all the same.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64, UInt8
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from agiqa.errors import DataError, HeadError, UnknownName
+from agiqa.heads.data.features import FeatureSet, FeatureSource, location_of
+from agiqa.heads.settings.config import HeadConfig
+from agiqa.registry import Registry
+from agiqa.store.format.layout import TOKEN_ROLES
+
+_ITEMS_PER_READ = 256
+
+
+class Pooling(nn.Module, ABC):
+    """Base: built from a HeadConfig and a width, called with tokens and mask."""
+
+    def __init__(self, config: HeadConfig, width: int) -> None:
+        """`width` is that of the encoder's outputs, which need not be that of `config`."""
+        del config, width
+        super().__init__()
+
+    @abstractmethod
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch width"]:
+        """Pool; `mask` is True on the tokens to pool, anywhere in the item, of which every item has at least one."""
+
+    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+        """Where the tokens stand that this pooling reads because of their place; token dropout hides none of them.
+
+        As many for every mask. None for a pooling to which all tokens are alike.
+        """
+        return mask.new_zeros((len(mask), 0), dtype=torch.int64)
+
+
+POOLINGS: Registry[Callable[[HeadConfig, int], Pooling]] = Registry("pooling")
+
+
+@POOLINGS.register("mean")
+class MeanPooling(Pooling):
+    """The mean of the tokens, as in the paper."""
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch width"]:
+        """Sum over tokens divided by their number."""
+        return tokens.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True)
+
+
+@POOLINGS.register("max")
+class MaxPooling(Pooling):
+    """The largest value of each channel; tokens that share it share the gradient.
+
+    It grows with the number of tokens and with what dropout adds to each: under either, training pools values of
+    another level and spread than evaluation does. The setting `calibrate` takes off what that does to predictions.
+    """
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch width"]:
+        """Maximum over tokens."""
+        return tokens.masked_fill(~mask[..., None], -math.inf).amax(1)
+
+
+@POOLINGS.register("first")
+class FirstPooling(Pooling):
+    """The first token, which has read no other where the encoder reads forwards only."""
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch width"]:
+        """The row of the first True of the mask."""
+        return _rows_at(tokens, _first(mask))
+
+    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+        """The first True of the mask."""
+        return _first(mask)[:, None]
+
+
+@POOLINGS.register("last")
+class LastPooling(Pooling):
+    """The last token."""
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch width"]:
+        """The row of the last True of the mask."""
+        return _rows_at(tokens, _last(mask))
+
+    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+        """The last True of the mask."""
+        return _last(mask)[:, None]
+
+
+@POOLINGS.register("first-last-mean")
+class FirstLastMeanPooling(Pooling):
+    """The mean of the first and the last token (Table IV of the paper)."""
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch width"]:
+        """Half the sum of two rows, which are the same one in an item of one token."""
+        return 0.5 * (_rows_at(tokens, _first(mask)) + _rows_at(tokens, _last(mask)))
+
+    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+        """The first and the last True of the mask."""
+        return torch.stack([_first(mask), _last(mask)], dim=1)
+
+
+@POOLINGS.register("attention")
+class AttentionPooling(Pooling):
+    """A mean weighted by softmax(tokens . query / sqrt(width)), with one learned query.
+
+    The query starts at 0, so that an untrained head pools the mean.
+    """
+
+    def __init__(self, config: HeadConfig, width: int) -> None:
+        """A query of `width` channels."""
+        super().__init__(config, width)
+        self.query = nn.Parameter(torch.zeros(width))
+
+    def forward(
+        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
+    ) -> Float[Tensor, "batch width"]:
+        """Products with the query, a softmax over the mask, and a weighted sum, in float32 at least."""
+        tokens = tokens.masked_fill(~mask[..., None], 0.0)
+        scores = (tokens * self.query).sum(-1, dtype=self.query.dtype) / math.sqrt(len(self.query))
+        weights = scores.masked_fill(~mask, -math.inf).softmax(1)
+        return (weights[..., None] * tokens).sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolingName:
+    """A pooling as settings name it."""
+
+    pooling: str
+    """A name of POOLINGS."""
+    role: str | None
+    """A name of TOKEN_ROLES; None pools all tokens."""
+
+    @classmethod
+    def parse(cls, text: str) -> "PoolingName":
+        """`POOLING` or `POOLING@ROLE`. Raises UnknownName for either name."""
+        pooling, at, role = text.partition("@")
+        POOLINGS.get(pooling)
+        if at and role not in TOKEN_ROLES:
+            kind = "token role"
+            error = UnknownName.of(kind, role, TOKEN_ROLES)
+            error.add_note(f"in the pooling {text!r}")
+            raise error
+        return cls(pooling=pooling, role=role if at else None)
+
+
+def select_role(
+    mask: Bool[Tensor, "batch token"], roles: UInt8[Tensor, "batch token"] | None, role: str
+) -> Bool[Tensor, "batch token"]:
+    """The part of `mask` whose tokens have this role.
+
+    Raises HeadError without `roles`, and DataError for an item without such a token: `check_roles` tells which.
+    """
+    if roles is None:
+        message = f"Pooling the {role} tokens needs the role of every token: call the head with `roles`."
+        raise HeadError(message)
+    chosen = mask & (roles == TOKEN_ROLES[role])
+    missing = int((~chosen.any(1)).sum())
+    if missing:
+        message = f"{missing} of {len(chosen)} items of a batch have no {role} token to pool. Call check_roles first."
+        raise DataError(message)
+    return chosen
+
+
+def check_roles(source: FeatureSource, features: FeatureSet, pooling: str) -> None:
+    """Raise DataError, naming the items, where `pooling` names a role that some items of `features` have no token of.
+
+    `source` is the store that `features` were read from. Raises UnknownName as `PoolingName.parse`.
+    """
+    role = PoolingName.parse(pooling).role
+    if role is None:
+        return
+    names = [source.items.names[item] for item in features.items]
+    missing = _without_role(features.roles.cpu().numpy(), features.offsets.numpy(), role)
+    _refuse(source, pooling, role, [names[k] for k in missing])
+
+
+def check_item_roles(source: FeatureSource, items: Sequence[int] | NDArray[Any], pooling: str) -> None:
+    """As `check_roles`, for items that are not in memory: reads them, 256 at a time, if `pooling` names a role."""
+    role = PoolingName.parse(pooling).role
+    if role is None:
+        return
+    chosen = np.asarray(items, dtype=np.int64)
+    missing: list[str] = []
+    for start in range(0, len(chosen), _ITEMS_PER_READ):
+        part = chosen[start : start + _ITEMS_PER_READ]
+        block = source.read(part)
+        missing += [source.items.names[part[k]] for k in _without_role(block.roles, block.offsets, role)]
+    _refuse(source, pooling, role, missing)
+
+
+def _without_role(roles: NDArray[np.uint8], offsets: NDArray[np.int64], role: str) -> list[int]:
+    """Which of the items between `offsets` have no token of the role."""
+    found = np.concatenate([[0], np.cumsum(roles == TOKEN_ROLES[role])])
+    missing: list[int] = np.flatnonzero(found[offsets[1:]] == found[offsets[:-1]]).tolist()
+    return missing
+
+
+def _refuse(source: FeatureSource, pooling: str, role: str, names: Sequence[str]) -> None:
+    """Raise DataError when there are names."""
+    if not names:
+        return
+    error = DataError.from_problems(location_of(source), [f"{name!r} has no {role} token to pool" for name in names])
+    error.add_note(f"The pooling is {pooling!r}. Choose one over all tokens, or leave these items out.")
+    raise error
+
+
+def _first(mask: Bool[Tensor, "batch token"]) -> Tensor:
+    """Where each row of the mask is True first."""
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, steps, mask.shape[1]).amin(1)
+
+
+def _last(mask: Bool[Tensor, "batch token"]) -> Tensor:
+    """Where each row of the mask is True last."""
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, steps, -1).amax(1)
+
+
+def _rows_at(tokens: Float[Tensor, "batch token width"], steps: Tensor) -> Float[Tensor, "batch width"]:
+    """One row of each item."""
+    return tokens[torch.arange(len(tokens), device=tokens.device), steps]

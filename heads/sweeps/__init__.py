@@ -1,0 +1,1 @@
+"""Many heads over one store, one after the other or side by side."""

@@ -1,0 +1,1 @@
+"""One training from a store to a run folder: learner, fit, resumption."""

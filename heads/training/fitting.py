@@ -1,0 +1,196 @@
+"""One fit of one head: device, precision, random state, and the Lightning trainer around the learner."""
+
+import copy
+import logging
+import signal
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from numpy.typing import NDArray
+
+from agiqa.errors import DataError
+from agiqa.heads.data.features import FeatureSet, location_of
+from agiqa.heads.data.scales import lines_between, scales_of
+from agiqa.heads.evaluation.runs import Run
+from agiqa.heads.model.encoders.graphed import training_kernels
+from agiqa.heads.model.head import Head, build_head
+from agiqa.heads.model.projection import FeatureSpec
+from agiqa.heads.settings.config import HeadConfig, TrainConfig
+from agiqa.heads.settings.device import LIGHTNING_PRECISIONS, cpu_threads, random_state, resolve_device
+from agiqa.heads.training.events import EventLog
+from agiqa.heads.training.learner import Learner, steps_per_epoch
+from agiqa.heads.training.outcome import Outcome
+from agiqa.heads.training.progress import TrainingProgress
+from agiqa.heads.training.resuming import StateFile, StateKeeper, TrainingState
+from agiqa.progress import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit(Outcome):
+    """A trained head, with the weights of the chosen epoch, on the device that trained it, in evaluation mode."""
+
+    head: Head
+
+
+def fit_head(
+    features: FeatureSet,
+    spec: FeatureSpec,
+    head_config: HeadConfig,
+    config: TrainConfig,
+    *,
+    train: NDArray[np.int64],
+    validation: NDArray[np.int64],
+    epochs: int,
+    stage: str,
+    progress: TrainingProgress,
+    state: TrainingState | None = None,
+    start: Run | None = None,
+    trace: Callable[[Head], Mapping[str, float]] | None = None,
+) -> Fit:
+    """Train a head on the positions `train` for `epochs`; the schedule is that of `config.epochs`.
+
+    The head is a fresh one, calibrated on these positions, or that of `start` (see starting.py). `trace` as of
+    `Learner`.
+
+    The features stay where they are kept; batches made elsewhere move to the device one by one. With `state` the
+    fit goes on from what is kept of this stage, and is kept itself.
+    The caller's random state is left as it was. Raises HeadError when training diverges, DataError when all
+    items have the same value of a label, and what `build_head` raises.
+    """
+    device = resolve_device(config.device)
+    labels = _training_labels(features, train, config)
+    with random_state(config.seed, device), cpu_threads(config.threads):
+        head = build_head(head_config, spec, labels=len(config.labels)).to(device)
+        if start is None:
+            head.calibrate(features.statistics(train, device=device), labels)
+        else:
+            start.give_weights(head)
+            head.regressor.rescale(lines_between(start.scales, scales_of(features.source, config.labels)))
+        kept = None if state is None else state.learner_of(stage)
+        per_epoch = steps_per_epoch(len(train), config)
+        done = 0 if kept is None else len(kept["curves"])
+        with _events(state, stage, config, after=None if kept is None else done * per_epoch) as events:
+            learner = Learner(
+                head,
+                features,
+                train,
+                config,
+                validation=validation,
+                stage=stage,
+                progress=progress,
+                events=events,
+                trace=trace,
+            )
+            if kept is not None and kept["finished"]:
+                learner.restore(kept)
+            else:
+                say(f"{head_config.encoder} on {device.type}: {training_kernels(head.encoder, config, device)}")
+                progress.begin(stage, (epochs - done) * per_epoch)
+                try:
+                    _run(learner, config, device, epochs=epochs, state=state, stage=stage)
+                finally:
+                    learner.drop_graphs()
+                    progress.end()
+    trained = copy.deepcopy(head) if config.compile else head  # a copy is as it was before torch.compile
+    trained.load_state_dict(learner.best_weights)
+    return Fit(head=trained.to(device).eval(), **vars(learner.outcome))
+
+
+def _run(
+    learner: Learner, config: TrainConfig, device: torch.device, *, epochs: int, state: TrainingState | None, stage: str
+) -> None:
+    """Train up to `epochs`, after what is kept of the stage. A signal is raised as Python would raise it."""
+    keeper = None if state is None else StateKeeper(state, stage)
+    checkpoint = None if state is None or state.learner_of(stage) is None else state.path
+    try:
+        with _quiet_lightning():
+            _trainer(learner, config, device, epochs=epochs, keeper=keeper).fit(learner, ckpt_path=checkpoint)
+    except SIGTERMException as stopped:
+        raise SystemExit(128 + signal.SIGTERM) from stopped
+    except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from stopped
+
+
+def _trainer(
+    learner: Learner, config: TrainConfig, device: torch.device, *, epochs: int, keeper: StateKeeper | None
+) -> pl.Trainer:
+    """A trainer that writes nothing but what `keeper` saves; one process, whatever scheduler it runs under."""
+    return pl.Trainer(
+        accelerator=device.type if device.type == "cpu" else "gpu",
+        devices=1,
+        plugins=[LightningEnvironment(), StateFile()],
+        callbacks=[] if keeper is None else [keeper],
+        precision=LIGHTNING_PRECISIONS[config.precision],
+        max_epochs=epochs,
+        gradient_clip_val=config.gradient_clip,
+        limit_val_batches=1.0 if learner.validates else 0,
+        num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
+        logger=False,
+        enable_checkpointing=keeper is not None,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@contextmanager
+def _events(
+    state: TrainingState | None, stage: str, config: TrainConfig, *, after: int | None
+) -> Generator[EventLog | None, None, None]:
+    """The event files of a stage, where they are wanted."""
+    if state is None or not config.tensorboard:
+        yield None
+        return
+    events = state.events(stage, after=after)
+    try:
+        yield events
+    finally:
+        events.close()
+
+
+def _training_labels(features: FeatureSet, train: NDArray[np.int64], config: TrainConfig) -> torch.Tensor:
+    """The labels of these positions, (items, labels). Raises DataError when nothing can be learned from them."""
+    names, where = config.labels, location_of(features.source)
+    if features.targets is None or features.targets.shape[1] != len(names):
+        message = f"Training on the label {config.label!r} needs features that were read with it."
+        raise DataError(message)
+    labels = features.targets[torch.from_numpy(train)]
+    if len(labels) == 1:
+        message = (
+            f"{where}: the training part is a single item: there is nothing to learn. Change the split, `validation` "
+            "or `training_items`."
+        )
+        raise DataError(message)
+    for name, column in zip(names, labels.unbind(1), strict=True):
+        if column.max() == column.min():
+            which = "label" if len(names) == 1 else f"{name} label"
+            message = (
+                f"{where}: all {len(train)} training items have the {which} {float(column[0])}: there is nothing to "
+                "learn. Change the split, train on more items, or another label."
+            )
+            raise DataError(message)
+    return labels
+
+
+@contextmanager
+def _quiet_lightning() -> Generator[None, None, None]:
+    """Hold back Lightning's notes on hardware, and its advice on settings that are meant as they are."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="GPU available but not used")
+            # gradient scaling skips the steps that overflow, also the first
+            warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+            yield
+    finally:
+        logger.setLevel(level)

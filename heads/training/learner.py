@@ -1,0 +1,346 @@
+"""The Lightning side of training: steps, schedule, and the choice of the epoch by validation SRCC.
+
+Of several labels loss and validation SRCC are means over them; a mean is undefined where one of its numbers is.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from agiqa.errors import HeadError
+from agiqa.heads.data.batches import Batch, BatchLoader, batches_per_epoch
+from agiqa.heads.data.features import FeatureSet
+from agiqa.heads.data.splits import FEWEST_TO_CHOOSE_BY
+from agiqa.heads.evaluation.metrics import score
+from agiqa.heads.model.encoders.graphed import training_pass
+from agiqa.heads.model.head import Head
+from agiqa.heads.model.losses import check_loss, get_loss
+from agiqa.heads.settings.config import TrainConfig
+from agiqa.heads.settings.labels import columns
+from agiqa.heads.training.events import EventLog
+from agiqa.heads.training.outcome import Epoch, Outcome
+from agiqa.heads.training.progress import TrainingProgress
+
+LEARNER = "agiqa"
+"""Where a checkpoint keeps what Lightning does not know of."""
+EMA_WINDOW = 0.1
+"""The longest window of an average of weights, 1 / (1 - decay) steps, as a share of all steps of a training."""
+
+
+class Learner(pl.LightningModule):
+    """Trains a head on some positions of a FeatureSet, and keeps the weights of the best epoch so far."""
+
+    def __init__(
+        self,
+        head: Head,
+        features: FeatureSet,
+        positions: NDArray[np.int64],
+        config: TrainConfig,
+        *,
+        validation: NDArray[np.int64],
+        stage: str,
+        progress: TrainingProgress,
+        events: EventLog | None = None,
+        trace: Callable[[Head], Mapping[str, float]] | None = None,
+    ) -> None:
+        """`validation` are positions too, possibly none: without FEWEST_TO_CHOOSE_BY the last epoch is the best.
+
+        `trace` gets the head after every epoch and tells scores that go into the curves and into no choice.
+
+        Raises UnknownName or ConfigError for the loss, as `check_loss`.
+        """
+        super().__init__()
+        check_loss(config)
+        self.head = head
+        self.curves: list[Epoch] = []
+        self.best_epoch = 0
+        self.best_weights: dict[str, Tensor] = {}
+        labels = len(config.labels)
+        self.best_predictions: NDArray[np.float64] = np.full((len(validation), labels), math.nan)
+        self.finished = False
+        self._best_srcc = math.nan
+        self._features = features
+        self._positions = positions
+        self._config = config
+        self._validation = validation
+        self._stage = stage
+        self._progress = progress
+        self._loss = get_loss(config.loss)
+        self._losses: list[Tensor] = []
+        self._predicted: NDArray[np.float64] = np.full((len(features), labels), math.nan)
+        self._average: AveragedModel | None = None
+        if config.ema is not None:
+            self._average = AveragedModel(head)
+            self._decay = ema_decay(config.ema, config.epochs * steps_per_epoch(len(positions), config))
+        self._encode: Callable[[Tensor, Tensor], Tensor] | None = None
+        self._events = events
+        self._trace = trace
+        self._random: Mapping[str, Tensor] = {}
+        self._lr = 0.0
+        self._started = 0.0
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation items."""
+        return len(self._validation) > 0
+
+    @property
+    def chooses(self) -> bool:
+        """Whether there are enough validation items to choose an epoch by."""
+        return len(self._validation) >= FEWEST_TO_CHOOSE_BY
+
+    def train_dataloader(self) -> BatchLoader:
+        """The batches of the present epoch, as large as the loss needs them; Lightning asks anew every epoch."""
+        return BatchLoader(
+            self._features,
+            self._positions,
+            batch_size=self._config.batch_size,
+            order=(self._config.seed, self.current_epoch),
+            smallest=self._loss.smallest_batch,
+        )
+
+    def val_dataloader(self) -> BatchLoader:
+        """The validation items, sorted by length."""
+        return BatchLoader(self._features, self._validation, batch_size=self._config.batch_size)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Lightning's hook for batches that it does not know."""
+        del dataloader_idx
+        return batch.to(device)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, with the projection's own step size, and the schedule by step."""
+        config, projection = self._config, self.head.projection
+        projected = {id(parameter) for parameter in projection.parameters()}
+        rest = [parameter for parameter in self.head.parameters() if id(parameter) not in projected]
+        own_lr = config.projection_lr or config.lr * projection.lr_scale
+        groups = [
+            {"params": rest, "lr": config.lr},
+            {"params": list(projection.parameters()), "lr": own_lr},
+        ]
+        # in fp16 the fused optimiser would unscale the gradients itself, too late to clip them
+        fused = self.device.type == "cuda" and config.precision != "fp16"
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
+        steps = config.epochs * steps_per_epoch(len(self._positions), config)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of all gradients; Lightning itself refuses to with a fused optimiser in any mixed precision."""
+        if self._config.precision == "fp16":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_(self.head.parameters(), gradient_clip_val)
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the last epoch's losses."""
+        self._losses = []
+        self._started = time.perf_counter()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        del batch_idx
+        if batch.targets is None:
+            message = "Training needs a FeatureSet that was read with a label."
+            raise HeadError(message)
+        scaled = self.head.regressor.scaled
+        predicted = scaled(self.head(*batch.inputs, encode=self._encode))
+        loss = self._loss.over_labels(predicted, scaled(batch.targets))
+        self._losses.append(loss.detach())
+        self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def on_train_start(self) -> None:
+        """Choose how the encoder's steps are computed, and go on with the random numbers of a restored training."""
+        self._encode = training_pass(self.head.encoder, self._config, self.device)
+        if self._average is not None:
+            self._average.n_averaged = self._average.n_averaged.cpu()  # every step asks for it: it must not wait
+        if self._random:
+            torch.set_rng_state(self._random["cpu"])
+            if self.device.type == "cuda" and "cuda" in self._random:
+                torch.cuda.set_rng_state(self._random["cuda"], self.device)
+            self._random = {}
+
+    def drop_graphs(self) -> None:
+        """Let go of the CUDA graphs and their memory; the trainer may keep this learner alive for long."""
+        self._encode = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the best epoch so far, the curves and the random state: see `restore`."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint[LEARNER] = {
+            **self.outcome.record(),
+            "best_srcc": self._best_srcc,
+            "best_weights": self.best_weights,
+            "random": random,
+            "finished": self.finished,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook, which restores weights, averages, optimiser and schedule itself."""
+        self.restore(checkpoint[LEARNER])
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Take what `on_save_checkpoint` added."""
+        outcome = Outcome.from_record(record)
+        self.curves = outcome.curves
+        self.best_epoch = outcome.epoch
+        self.best_predictions = outcome.validation_predictions
+        self._best_srcc = record["best_srcc"]
+        self.best_weights = {name: value.clone() for name, value in record["best_weights"].items()}
+        self.finished = record["finished"]
+        self._random = record["random"]
+
+    @property
+    def _kept(self) -> Head:
+        """The weights that are validated and kept: the moving average, or those of the last step."""
+        return self.head if self._average is None else cast("Head", self._average.module)
+
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+        """Move the average and the progress."""
+        del outputs, batch, batch_idx
+        if self._average is not None:
+            self._move(self._average)
+        if self._events is not None:
+            self._events.step(self.trainer.global_step, self._losses[-1], self._lr)
+        self._progress.step()
+
+    def _move(self, average: AveragedModel) -> None:
+        """Move the average towards the head. Its own `update_parameters` copies all constants too, W_lm among them."""
+        averaged, present = ([value.detach() for value in part.parameters()] for part in (average.module, self.head))
+        average.n_averaged += 1
+        share = newest_share(self._decay, int(average.n_averaged))
+        get_ema_multi_avg_fn(1.0 - share)(averaged, present, average.n_averaged)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Keep the predictions of one batch."""
+        del batch_idx
+        # to compile what trains once more, without gradients, never pays
+        with torch.compiler.set_stance("force_eager"):
+            predicted = self._kept(*batch.inputs).double().cpu().numpy()
+        self._predicted[batch.positions.cpu().numpy()] = predicted
+
+    def on_train_epoch_end(self) -> None:
+        """Close the epoch: one row of the curves, the best weights, and the word of patience.
+
+        Raises HeadError when the loss is not finite.
+        """
+        number = self.current_epoch + 1
+        loss = float(torch.stack(self._losses).mean())
+        if not math.isfinite(loss):
+            message = f"Training diverged: the loss of epoch {number} is {loss}. Lower lr (now {self._config.lr})."
+            raise HeadError(message)
+        metrics = self._validation_metrics()
+        srcc, seconds = metrics.get("srcc"), time.perf_counter() - self._started
+        epoch = Epoch(
+            stage=self._stage,
+            epoch=number,
+            lr=self._lr,
+            train_loss=loss,
+            validation_srcc=srcc,
+            validation_plcc=metrics.get("plcc"),
+            validation_rmse=metrics.get("rmse"),
+            seconds=seconds,
+            test={} if self._trace is None else self._trace(self._kept),
+        )
+        self.curves.append(epoch)
+        self._progress.epoch(epoch.line())
+        if self._events is not None:
+            self._events.epoch(self.trainer.global_step, epoch)
+        self._keep_best(number, srcc)
+        patience = self._config.patience
+        if patience is not None and self.chooses and number - self.best_epoch >= patience:
+            self.trainer.should_stop = True
+        self.finished = self.trainer.should_stop or number == self.trainer.max_epochs
+
+    @property
+    def outcome(self) -> Outcome:
+        """The epochs so far, and the best of them."""
+        return Outcome(
+            curves=self.curves,
+            epoch=self.best_epoch,
+            choice=self.choice,
+            validation_predictions=self.best_predictions,
+        )
+
+    @property
+    def choice(self) -> str:
+        """How the kept epoch was chosen, in words."""
+        if not self.validates:
+            return "last epoch, as there are no validation items"
+        if not self.chooses:
+            return f"last epoch, as {len(self._validation)} validation items are too few to choose by"
+        labels = self._config.labels
+        what = "validation SRCC" if len(labels) == 1 else f"mean validation SRCC of {', '.join(labels)}"
+        if math.isnan(self._best_srcc):
+            return f"last epoch, as the {what} was never defined"
+        return f"highest {what}"
+
+    def _validation_metrics(self) -> dict[str, float]:
+        """The metrics of this epoch's validation predictions, means over labels; none without validation items."""
+        if not self.validates or self._features.targets is None:
+            return {}
+        predicted, labels = (values[self._validation] for values in (self._predicted, self._features.targets.numpy()))
+        scores = [score(*pair) for pair in zip(columns(predicted), columns(labels), strict=True)]
+        return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
+
+    def _keep_best(self, number: int, srcc: float | None) -> None:
+        """Copy weights and predictions of an epoch that beats the kept one; an undefined SRCC is beaten by any.
+
+        Where there are too few validation items to choose by, the last epoch is kept.
+        """
+        if srcc is None or not self.chooses:
+            better = number == self.trainer.max_epochs
+        else:
+            better = math.isnan(self._best_srcc) or srcc > self._best_srcc
+        if not better:
+            return
+        self._best_srcc = math.nan if srcc is None or not self.chooses else srcc
+        self.best_epoch = number
+        self.best_predictions = self._predicted[self._validation].copy()
+        self.best_weights = {name: value.detach().cpu().clone() for name, value in self._kept.state_dict().items()}
+
+
+def steps_per_epoch(items: int, config: TrainConfig) -> int:
+    """Optimiser steps of one pass over so many training items."""
+    return batches_per_epoch(items, config.batch_size, smallest=get_loss(config.loss).smallest_batch)
+
+
+def ema_decay(decay: float, steps: int) -> float:
+    """The decay per step of a training of so many `steps`: `decay`, or less where its window is too long for them."""
+    return min(decay, 1.0 - 1.0 / max(1.0, EMA_WINDOW * steps))
+
+
+def newest_share(decay: float, step: int) -> float:
+    """How far the average moves to the weights after step number `step`, from 1.
+
+    It is then the mean of all weights so far, each weighted `decay` to the power of the steps since: the moving average
+    that starts at 0 with the bias correction of Adam (Kingma & Ba 2015, arXiv 1412.6980, section 3).
+    """
+    return (1.0 - decay) / (1.0 - decay**step)
+
+
+def lr_factor(step: int, steps: int, config: TrainConfig) -> float:
+    """The learning rate of a step as a share of its peak: linear warm-up, then cosine to 0 or constant."""
+    rise = math.ceil(config.warmup * steps)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))

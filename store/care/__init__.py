@@ -1,0 +1,1 @@
+"""What a finished store needs: verification, repair, garbage collection."""

@@ -1,0 +1,1 @@
+"""New from old: sketches and other encodings of a store, and labels joined to it."""

@@ -1,0 +1,284 @@
+"""Labels apart from features: join a table of MOS, splits and generators to a store without touching its arrays."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.errors import DataError
+from agiqa.store.disk.files import write_text_atomically
+from agiqa.store.format.items import LABEL_PREFIX, Items
+from agiqa.store.format.label_tables import ASPECT_COLUMNS, SPLITS, TableRow, open_table, read_mos
+from agiqa.store.format.recorded_items import read_recorded_items, replace_recorded_items, settle_labels
+from agiqa.store.format.scales import DEFAULT_RANGE, MosRange, check_range, converted, doubts, is_plausible, spelled
+from agiqa.store.reading.card import data_card
+from agiqa.store.reading.store import Store, open_store
+from agiqa.store.writing.upkeep import require_not_pulling, upkeep_lock
+
+_NAMES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelReport:
+    """What a table changed. Columns are called as in items.parquet: `mos_quality`, `split`, `generator`."""
+
+    rows: int
+    """Rows of the table."""
+    matched: int
+    """Items that the table names."""
+    kept: int
+    """Items that the table does not name; they keep what they have."""
+    unmatched_rows: tuple[str, ...]
+    """Names in the table that no item has."""
+    filled: Mapping[str, int]
+    """By column, the items that had no value and have one now."""
+    replaced: Mapping[str, int]
+    """By column, the items whose value is another now."""
+    ignored_columns: tuple[str, ...]
+    """Columns of the table that are no label."""
+    mos_ranges: Mapping[str, MosRange | None]
+    """By column of MOS that the table has, the scale of its values in the store now; None where it is not known."""
+    rescaled: tuple[str, ...]
+    """The columns whose scale is another now, or recorded for the first time."""
+    converted: Mapping[str, MosRange]
+    """By column, the scale of the table, where its values were converted to that of the store."""
+    notes: tuple[str, ...]
+    """What a user should know though nothing is wrong."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether the store's item table is another now."""
+        return bool(self.filled or self.replaced or self.rescaled)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"changed": self.changed, **asdict(self)}
+
+
+def join_labels(store: Store, table: Path, *, mos_range: MosRange | None = None) -> LabelReport:
+    """Set MOS, `split` and `generator` of the items that the csv `table` names, in a finished or unfinished store.
+
+    `table` has the column `name` and at least one label column: the MOS columns of ASPECT_COLUMNS, `split`,
+    `generator`. An empty cell leaves the value as it is. A `prompt` column is compared with the store's prompts.
+    `mos_range` is the scale of the table's MOS; None is that of the store's own, or 0 to 5 where it records none. Where
+    the table sets all MOS of an aspect that the store has, its scale is recorded; else they are converted to the
+    scale of the others.
+    Only items.parquet, MANIFEST.json and the data card are written; a kill leaves the old labels or the new ones.
+    Open the store again to read them. While a store is unfinished, `agiqa extract` sets the labels of its own
+    table again.
+
+    Raises DataError listing all rows that cannot be used (then nothing is changed), when no row names an item, and
+    where the MOS that stay are on no known scale and cannot be on that of the table; ConfigError for an empty
+    `mos_range`; IncompleteStore where a pull was cut off; DamagedStore when the item table is not the recorded one.
+    """
+    asked = None if mos_range is None else check_range(mos_range)
+    layout = store.layout
+    with upkeep_lock(layout):
+        require_not_pulling(layout)
+        finished = layout.manifest.exists()
+        settle_labels(layout)
+        items = read_recorded_items(layout)
+        joined, report = _joined(items, _Table(table, items, asked))
+        if report.changed:
+            replace_recorded_items(layout, joined)
+        if report.changed and finished:
+            write_text_atomically(layout.card, data_card(open_store(store.path)))
+    return report
+
+
+class _Table:
+    """A table of labels for the items of a store: by column of items.parquet, what it says of each item."""
+
+    def __init__(self, path: Path, items: Items, mos_range: MosRange | None) -> None:
+        """Read it. Raises DataError listing all rows that cannot be used, or when no row names an item."""
+        header, rows = open_table(path)
+        self._path, self._items, self._header = path, items, header
+        self._columns = _label_columns(path, header)
+        self.ignored = tuple(column for column in header if column not in {*self._columns, "name", "prompt"})
+        aspects = [name.removeprefix(LABEL_PREFIX) for name in self._columns.values() if name.startswith(LABEL_PREFIX)]
+        self.scales = {aspect: mos_range or items.mos_ranges.get(aspect, DEFAULT_RANGE) for aspect in aspects}
+        """By aspect, the scale of its MOS."""
+        self.mos = {aspect: np.full(len(items), np.nan) for aspect in aspects}
+        """By aspect, (items,), NaN where it says nothing."""
+        self.texts: dict[str, list[str | None]] = {
+            column: [None] * len(items) for column in ("split", "generator") if column in self._columns
+        }
+        """By column, None where it says nothing."""
+        self.unmatched: dict[str, int] = {}
+        """Names that no item has, and the lines that they are on."""
+        self.rows = 0
+        self._known = {name: position for position, name in enumerate(items.names)}
+        self._lines = np.zeros(len(items), np.int64)
+        problems = [problem for row in rows if (problem := self._take(row))]
+        if problems:
+            raise DataError.from_problems(str(path), problems)
+        if not self.matched:
+            raise self._of_other_items()
+
+    @property
+    def matched(self) -> int:
+        """Items that it names."""
+        return int(np.count_nonzero(self._lines))
+
+    def _take(self, row: TableRow) -> str | None:
+        """Keep the values of a row; returns what is wrong with it, in a line, or None."""
+        self.rows += 1
+        cells = dict(zip(self._header, row.cells, strict=False))
+        name, prompt = cells.get("name", ""), cells.get("prompt", "")
+        position = self._known.get(name)
+        problems: list[str] = []
+        if len(row.cells) != len(self._header):
+            problems.append(f"has {len(row.cells)} fields where the header has {len(self._header)}")
+        if not name.strip():
+            problems.append("the name is empty")
+        problems += self._set(cells, position)
+        before = self.unmatched.get(name) if position is None else int(self._lines[position])
+        if before and name.strip():
+            problems.append(f"duplicate of line {before}")
+        if position is None:
+            self.unmatched.setdefault(name, row.number)
+        else:
+            self._lines[position] = before or row.number
+            there = self._items.prompts[position]
+            if prompt.strip() and prompt != there:
+                problems.append(f"the prompt is {prompt!r}, in the store {there!r}")
+        where = f"line {row.number}, {name!r}" if name.strip() else f"line {row.number}"
+        return f"{where}: {'; '.join(problems)}" if problems else None
+
+    def _set(self, cells: Mapping[str, str], position: int | None) -> list[str]:
+        """Keep the labels in `cells`, of the item at `position` if there is one; returns what is wrong with them."""
+        problems: list[str] = []
+        for column, meaning in self._columns.items():
+            cell = cells.get(column, "").strip()
+            if not cell:
+                continue
+            try:
+                if meaning in self.texts:
+                    _check_text(meaning, cell)
+                    if position is not None:
+                        self.texts[meaning][position] = cell
+                else:
+                    aspect = meaning.removeprefix(LABEL_PREFIX)
+                    value = read_mos(column, cell, self.scales[aspect])
+                    if position is not None:
+                        self.mos[aspect][position] = value
+            except DataError as error:
+                problems.append(str(error))
+        return problems
+
+    def _of_other_items(self) -> DataError:
+        return DataError(
+            f"{self._path}: none of its {self.rows} rows names an item of the store. The table has "
+            f"{', '.join(list(self.unmatched)[:_NAMES])}; the store has {', '.join(self._items.names[:_NAMES])}. "
+            "Is it the table of another data set?"
+        )
+
+
+def _label_columns(path: Path, header: Sequence[str]) -> dict[str, str]:
+    found = f"found: {', '.join(header)}"
+    if "name" not in header:
+        message = f"{path}: no column 'name' ({found})."
+        raise DataError(message)
+    known = {**{name: LABEL_PREFIX + aspect for name, aspect in ASPECT_COLUMNS.items()}, "split": "split"}
+    known["generator"] = "generator"
+    labels = [column for column in header if column in known]
+    if not labels:
+        message = f"{path}: no label column ({found}); expected at least one of {', '.join(known)}."
+        raise DataError(message)
+    meanings = [known[column] for column in labels] + [name for name in header if name in ("name", "prompt")]
+    if len(set(meanings)) < len(meanings):
+        message = f"{path}: two columns mean the same ({found}); keep one of them."
+        raise DataError(message)
+    return {column: known[column] for column in labels}
+
+
+def _check_text(column: str, cell: str) -> None:
+    """Raise DataError, in words for a list of problems, for a split that there is not."""
+    if column == "split" and cell not in SPLITS:
+        message = f"split {cell!r} is none of {', '.join(SPLITS)}"
+        raise DataError(message)
+
+
+def _joined(items: Items, table: _Table) -> tuple[Items, LabelReport]:
+    """The items with the labels of `table`, and what that changes. Raises DataError where scales would be mixed."""
+    filled, replaced = Counter[str](), Counter[str]()
+    labels, texts = dict(items.labels), {"split": items.splits, "generator": items.generators}
+    scales: dict[str, MosRange | None] = {}
+    tables: dict[str, MosRange] = {}
+    notes: list[str] = []
+    for aspect, mos in table.mos.items():
+        if not np.isfinite(mos).any():
+            continue
+        column, scale = LABEL_PREFIX + aspect, table.scales[aspect]
+        old = np.asarray(labels.get(aspect, np.full(len(items), np.nan)), np.float64)
+        kept = _scale_with(aspect, old[np.isnan(mos)], items.mos_ranges.get(aspect), scale)
+        notes += [note for note in (doubts(aspect, mos, scale), _told_of(aspect, kept, scale)) if note]
+        if kept is not None and kept != scale:
+            mos, tables[column] = converted(mos, scale, kept), scale
+        scales[aspect], sets = kept, np.isfinite(mos)
+        filled[column] = int((sets & np.isnan(old)).sum())
+        replaced[column] = int((sets & ~np.isnan(old) & (mos != old)).sum())
+        labels[aspect] = np.where(sets, mos, old)
+    for column, new in table.texts.items():
+        pairs = list(zip(texts[column], new, strict=True))
+        filled[column] = sum(before is None and after is not None for before, after in pairs)
+        replaced[column] = sum(before is not None and after not in (None, before) for before, after in pairs)
+        texts[column] = [before if after is None else after for before, after in pairs]
+    recorded = {aspect: scale for aspect, scale in scales.items() if scale is not None}
+    joined = replace(
+        items,
+        labels=labels,
+        splits=texts["split"],
+        generators=texts["generator"],
+        mos_ranges={**items.mos_ranges, **recorded},
+    )
+    return joined, LabelReport(
+        rows=table.rows,
+        matched=table.matched,
+        kept=len(items) - table.matched,
+        unmatched_rows=tuple(table.unmatched),
+        filled={column: count for column, count in filled.items() if count},
+        replaced={column: count for column, count in replaced.items() if count},
+        ignored_columns=table.ignored,
+        mos_ranges={LABEL_PREFIX + aspect: scale for aspect, scale in scales.items()},
+        rescaled=tuple(LABEL_PREFIX + one for one, scale in recorded.items() if items.mos_ranges.get(one) != scale),
+        converted=tables,
+        notes=tuple(notes),
+    )
+
+
+def _scale_with(aspect: str, stays: NDArray[np.float64], own: MosRange | None, scale: MosRange) -> MosRange | None:
+    """The scale of an aspect with values of a table on `scale` beside those that stay, whose scale is `own`.
+
+    None is not known. Raises DataError where `own` is not known and `stays` cannot be on `scale`.
+    """
+    known = stays[np.isfinite(stays)]
+    if not len(known):
+        return scale
+    if own is None and not is_plausible(known, scale):
+        message = (
+            f"The table has only some of the {aspect} MOS, on {spelled(scale)}. The {len(known)} others go from "
+            f"{known.min():g} to {known.max():g}, and their scale is not recorded: both would be mixed. Give a table "
+            "with the MOS of all items that have one, or the --mos-range that all are on."
+        )
+        raise DataError(message)
+    return own
+
+
+def _told_of(aspect: str, kept: MosRange | None, scale: MosRange) -> str | None:
+    """A note where the table was on another scale than the values that stay, or may have been."""
+    if kept is None:
+        return (
+            f"note: the scale of the other {aspect} MOS is not recorded; they are taken to be on {spelled(scale)} too. "
+            "A table with the MOS of all items records it."
+        )
+    if kept == scale:
+        return None
+    return (
+        f"note: the {aspect} MOS of the table are converted from {spelled(scale)} to {spelled(kept)}, the scale of the "
+        "items that it does not name. A table with the MOS of all items would set their scale."
+    )

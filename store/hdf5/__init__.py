@@ -1,0 +1,1 @@
+"""A store as one HDF5 file, and back."""

@@ -1,0 +1,241 @@
+"""Several stores read as one, such as the data sets of a joint training; nothing is copied."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.errors import ConfigError, DataError, HeadError, SchemaError
+from agiqa.store.disk.files import canonical_json
+from agiqa.store.format.basis import Basis
+from agiqa.store.format.items import Items, item_positions
+from agiqa.store.format.provenance import differing
+from agiqa.store.format.scales import JoinedColumn, ScaledColumn, join_columns
+from agiqa.store.reading.store import Store, TokenRows
+
+_SAME_MAKING = ("model", "conversation")
+
+
+class StoreUnion:
+    """The items of several stores, one store after the other, with one meaning of a row; see `union`.
+
+    Offers what training and scoring ask of a store.
+    """
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        """Check that `stores` can be read as one; raises what `union` raises."""
+        if not stores:
+            message = "A union needs at least one store."
+            raise ConfigError(message)
+        self.stores = tuple(stores)
+        first = self.stores[0]
+        for other in self.stores[1:]:
+            _require_same_meaning(first, other)
+        _require_no_item_twice(self.stores)
+        self._scaled = _on_one_scale(self.stores)
+        self.id = hashlib.sha256(canonical_json([store.id for store in stores]).encode()).hexdigest()
+        """sha256 of the canonical JSON of the list of the stores' ids, in their order."""
+        self.encoding = first.encoding
+        self.logical_dtype = first.logical_dtype
+        self.width = first.width
+        self._first_items = np.cumsum([0, *(len(store.n_tokens) for store in self.stores)])
+
+    @property
+    def path(self) -> Path:
+        """A name for messages, beside the first store: the stores' names joined by `+`. There is no such file."""
+        return self.stores[0].path.with_name("+".join(store.path.name for store in self.stores))
+
+    @property
+    def location(self) -> str:
+        """Where the stores are: the path or URL of each, joined by ` + `."""
+        return " + ".join(store.location for store in self.stores)
+
+    @cached_property
+    def content(self) -> str:
+        """Which bytes the rows are: a sha256 of the stores' own, in their order."""
+        return hashlib.sha256(canonical_json([store.content for store in self.stores]).encode()).hexdigest()
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What all the stores have in common at the top level, and `union`, the list of their ids."""
+        first, *others = (store.provenance for store in self.stores)
+        shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+        return {**shared, "union": [store.id for store in self.stores]}
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know though nothing is wrong: stores made by another model or conversation."""
+        first, *others = self.stores
+        return tuple(
+            f"{first.path} and {other.path} differ in {', '.join(found)}"
+            for other in others
+            if (found := _differing(first.provenance, other.provenance))
+        )
+
+    @property
+    def scale_notes(self) -> tuple[str, ...]:
+        """Which MOS are converted to the scale of another store, and of which the scale is not known."""
+        return tuple(note for column in self._scaled.values() for note in column.notes)
+
+    @property
+    def parts(self) -> tuple[tuple[Store, NDArray[np.int64]], ...]:
+        """Each store, and where its items are in the union."""
+        bounds = zip(self._first_items[:-1].tolist(), self._first_items[1:].tolist(), strict=True)
+        return tuple((store, np.arange(*ends)) for store, ends in zip(self.stores, bounds, strict=True))
+
+    @property
+    def items(self) -> Items:
+        """The items of all stores. A name may occur in two stores.
+
+        MOS of an aspect are on the scale of the first store that records one; where a store lacks them they are NaN.
+        """
+        return self._items
+
+    @cached_property
+    def _items(self) -> Items:
+        tables = [store.items for store in self.stores]
+        return Items(
+            names=[name for table in tables for name in table.names],
+            prompts=[prompt for table in tables for prompt in table.prompts],
+            splits=[split for table in tables for split in table.splits],
+            generators=[generator for table in tables for generator in table.generators],
+            descriptions=[description for table in tables for description in table.descriptions],
+            text_authors=[author for table in tables for author in table.text_authors or [None] * len(table)],
+            labels={aspect: column.values for aspect, column in self._scaled.items()},
+            mos_ranges={aspect: column.scale for aspect, column in self._scaled.items() if column.scale is not None},
+        )
+
+    @property
+    def n_tokens(self) -> NDArray[np.int32]:
+        """Tokens per item, (items,)."""
+        return self._n_tokens
+
+    @cached_property
+    def _n_tokens(self) -> NDArray[np.int32]:
+        return np.concatenate([store.n_tokens for store in self.stores])
+
+    @property
+    def lm_head_sha256(self) -> str:
+        """Which language-model head the features belong to, the same in all stores."""
+        return self.stores[0].lm_head_sha256
+
+    def lm_head(self) -> NDArray[np.float32]:
+        """The language-model head W_lm, (V, D) float32. Raises ViewRefused where the stores have none."""
+        return self.stores[0].lm_head()
+
+    def basis(self) -> Basis:
+        """The basis of sketches, the same in all stores. Raises ViewRefused on other encodings."""
+        return self.stores[0].basis()
+
+    def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
+        """The rows of `items` (positions in the union), in that order; raises what `Store.read` raises.
+
+        Raises DataError for a position outside the union.
+        """
+        wanted = item_positions(items, count=int(self._first_items[-1]), where=self.location)
+        owners = np.searchsorted(self._first_items, wanted, side="right") - 1
+        asked = np.unique(owners).tolist()
+        if len(asked) <= 1:
+            owner = asked[0] if asked else 0
+            return self.stores[owner].read(wanted - self._first_items[owner])
+        offsets = np.concatenate([[0], np.cumsum(self.n_tokens[wanted], dtype=np.int64)])
+        rows: NDArray[Any] = np.empty(0)
+        roles = np.empty(int(offsets[-1]), np.uint8)
+        for turn, owner in enumerate(asked):
+            places = np.flatnonzero(owners == owner)
+            block = self.stores[owner].read(wanted[places] - self._first_items[owner])
+            if turn == 0:
+                rows = np.empty((int(offsets[-1]), self.width), block.rows.dtype)
+            for number, place in enumerate(places.tolist()):
+                source = slice(int(block.offsets[number]), int(block.offsets[number + 1]))
+                target = slice(int(offsets[place]), int(offsets[place + 1]))
+                rows[target], roles[target] = block.rows[source], block.roles[source]
+        return TokenRows(rows=rows, roles=roles, offsets=offsets, logical_dtype=self.logical_dtype)
+
+
+def union(stores: Sequence[Store]) -> StoreUnion:
+    """Read `stores` as one, their items one store after the other.
+
+    Raises SchemaError when encoding, dtype or width differ and HeadError when W_lm or the basis of sketches do,
+    naming both sides and the remedy; DataError naming the items that occur in two stores, or the stores whose MOS are
+    on scales that are not recorded and cannot be one; ConfigError without a store.
+    """
+    return StoreUnion(stores)
+
+
+def _require_same_meaning(first: Store, other: Store) -> None:
+    heads = (first.lm_head_sha256, other.lm_head_sha256)
+    if heads[0] != heads[1]:
+        message = (
+            f"{first.path} belongs to the language-model head {heads[0][:12]}, {other.path} to {heads[1][:12]}: their "
+            "rows live in different spaces. Extract both with one model."
+        )
+        raise HeadError(message)
+    _require_same("encoding", first, other, first.encoding, other.encoding)
+    if first.encoding == "sketch" and first.basis().id != other.basis().id:
+        message = (
+            f"{first.path} is a sketch in the basis {first.basis().id[:12]}, {other.path} in {other.basis().id[:12]}. "
+            f"Make the second anew, from the store of hidden states: "
+            f"`agiqa store sketch HIDDEN_STORE OUT --basis {first.path}`."
+        )
+        raise HeadError(message)
+    _require_same("logical dtype", first, other, first.logical_dtype, other.logical_dtype)
+    _require_same("width", first, other, first.width, other.width)
+
+
+def _require_same(what: str, first: Store, other: Store, here: object, there: object) -> None:
+    if here == there:
+        return
+    message = f"{first.path} has the {what} {here}, {other.path} has {there}. {_remedy(first, other)}"
+    raise SchemaError(message)
+
+
+def _remedy(first: Store, other: Store) -> str:
+    sketch, hidden = (first, other) if first.encoding == "sketch" else (other, first)
+    if (sketch.encoding, hidden.encoding) == ("sketch", "hidden"):
+        return f"Sketch the hidden states in that basis: `agiqa store sketch {hidden.path} OUT --basis {sketch.path}`."
+    return "Extract or convert one of them anew, with the settings of the other."
+
+
+def _require_no_item_twice(stores: Sequence[Store]) -> None:
+    seen: dict[bytes, tuple[Store, str]] = {}
+    problems: list[str] = []
+    for store in stores:
+        names = dict(zip((key.tobytes() for key in store.item_keys), store.items.names, strict=True))
+        for key, name in names.items():
+            if key in seen:
+                before, called = seen[key]
+                problems.append(f"{called!r} of {before.path} is {name!r} of {store.path}")
+        seen.update({key: (store, name) for key, name in names.items()})
+    if problems:
+        error = DataError.from_problems("The stores hold the same image and conversation", problems)
+        error.add_note("An item must not be read twice: leave out one of the stores, or extract without these items.")
+        raise error
+
+
+def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Dotted names of what the two provenances differ in among what makes the features."""
+    return [name for key in _SAME_MAKING for name, _, _ in differing(first.get(key), other.get(key), key)]
+
+
+def _on_one_scale(stores: Sequence[Store]) -> dict[str, JoinedColumn]:
+    """The MOS of each aspect of all stores. Raises as `join_columns`."""
+    aspects = sorted({aspect for store in stores for aspect in store.items.labels})
+    return {
+        aspect: join_columns(
+            aspect,
+            [
+                ScaledColumn(
+                    where=store.location,
+                    values=np.asarray(store.items.labels.get(aspect, np.full(len(store.items), np.nan)), np.float64),
+                    scale=store.items.mos_ranges.get(aspect),
+                )
+                for store in stores
+            ],
+        )
+        for aspect in aspects
+    }

@@ -1,0 +1,1 @@
+"""Stores at URLs: push, pull, and reading in place."""

@@ -1,0 +1,1 @@
+"""A store in three steps: plan it, fill its units, seal it."""

@@ -1,0 +1,237 @@
+"""Plan: everything of a store but the features, written in one step before the first unit is computed."""
+
+import asyncio
+import errno
+import shutil
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.core.sync import sync
+
+from agiqa.errors import ConfigError, DataError
+from agiqa.store.disk.files import (
+    canonical_json,
+    describe_object,
+    files_below,
+    new_lock,
+    read_json,
+    sync_file,
+    write_text_atomically,
+)
+from agiqa.store.format.arrays import (
+    Geometry,
+    WritableArrays,
+    choose_geometry,
+    create_features,
+    create_kept_logits,
+    create_token_array,
+    create_whole_array,
+)
+from agiqa.store.format.bits import rows_dtype
+from agiqa.store.format.items import Items, write_items
+from agiqa.store.format.layout import FORMAT, ITEM_STATUS, VERSION, StoreLayout
+from agiqa.store.format.listings import attributes_entry
+from agiqa.store.format.provenance import store_id
+from agiqa.store.writing.places import (
+    PLAN_LOCK,
+    give_rights_of,
+    plan_folder,
+)
+
+_SHAPE = ("encoding", "logical_dtype", "width", "kept_logits")
+"""What decides the shape of the features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorePlan:
+    """What a store will hold, known before any feature is computed."""
+
+    encoding: str
+    """One of ENCODINGS."""
+    logical_dtype: str
+    """Of the rows as they are read; `int8` rows are stored as int8."""
+    width: int
+    """Hidden size D (`hidden`, `int8`), rank r (`sketch`) or vocabulary V (`logits`)."""
+    provenance: Mapping[str, Any]
+    items: Items
+    token_ids: Sequence[NDArray[np.int32]]
+    """Per item, (tokens,)."""
+    roles: Sequence[NDArray[np.uint8]]
+    """Per item, (tokens,), values of TOKEN_ROLES."""
+    item_keys: Sequence[bytes]
+    """Per item, sha256 of the image bytes and the conversation."""
+    truncated: Sequence[bool]
+    kept_logits: int | None = None
+    """Size of the vocabulary, where the raw logits are kept beside hidden states."""
+    label_table: Path | None = None
+    """The table that the labels come from, for messages."""
+
+    def __post_init__(self) -> None:
+        """Raises DataError without items, ConfigError where raw logits are kept beside other than hidden states."""
+        if not len(self.items):
+            message = "There are no items, so there is nothing to store."
+            raise DataError(message)
+        if self.kept_logits is not None and self.encoding != "hidden":
+            message = f"Raw logits are kept beside hidden states only, not beside {self.encoding!r}."
+            raise ConfigError(message)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of the stored rows."""
+        return rows_dtype(self.encoding, self.logical_dtype)
+
+    def full_provenance(self) -> dict[str, Any]:
+        """The provenance with what decides the shape of the features; its hash is the store id."""
+        shape = {name: getattr(self, name) for name in _SHAPE}
+        return {**self.provenance, **{name: value for name, value in shape.items() if value is not None}}
+
+
+def without_shape(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance that a plan began with, of a store's `full_provenance`."""
+    return {name: value for name, value in provenance.items() if name not in _SHAPE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where each item's rows lie: unit and first row, both (items,)."""
+
+    geometry: Geometry
+    units: NDArray[np.int32]
+    row_starts: NDArray[np.int64]
+
+
+def place_items(n_tokens: NDArray[np.int32], geometry: Geometry) -> Placement:
+    """Bin items into units in their own order; no item crosses a unit."""
+    units = np.zeros(len(n_tokens), np.int32)
+    starts = np.zeros(len(n_tokens), np.int64)
+    unit, used = 0, 0
+    for position, length in enumerate(n_tokens.tolist()):
+        if used + length > geometry.unit_rows:
+            unit, used = unit + 1, 0
+        units[position] = unit
+        starts[position] = unit * geometry.unit_rows + used
+        used += length
+    placed = Geometry(
+        units=unit + 1, unit_rows=geometry.unit_rows, chunk_rows=geometry.chunk_rows, width=geometry.width
+    )
+    return Placement(geometry=placed, units=units, row_starts=starts)
+
+
+def place(n_tokens: NDArray[np.int32], *, width: int, itemsize: int) -> Placement:
+    """Choose the geometry for items of these lengths and bin them."""
+    geometry = choose_geometry(
+        total_rows=int(n_tokens.sum()), longest=int(n_tokens.max(initial=0)), width=width, itemsize=itemsize
+    )
+    return place_items(n_tokens, geometry)
+
+
+def write_beside(path: Path, plan: StorePlan) -> bool:
+    """Write the plan into a folder beside `path` and rename it; False where another run was first."""
+    try:
+        with plan_beside(path, plan) as layout:
+            layout.root.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    sync_file(path.parent)
+    return True
+
+
+@contextmanager
+def plan_beside(path: Path, plan: StorePlan) -> Generator[StoreLayout]:
+    """The plan, written into a folder beside `path` that is locked while inside; what is left of it then is removed."""
+    layout = StoreLayout(plan_folder(path))
+    try:
+        layout.root.mkdir()
+        if path.is_dir():
+            give_rights_of(path, layout.root)
+        with new_lock(layout.locks / PLAN_LOCK):
+            _write_plan(layout, plan)
+            yield layout
+    finally:
+        if layout.root.exists():
+            _remove_for_good(layout.root)
+
+
+def _remove_for_good(folder: Path) -> None:
+    """Remove `folder`, into which zarr may still write: where one of its writes fails, others run to their end."""
+    sync(_others_of_the_loop())
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _others_of_the_loop() -> None:
+    """Wait for everything that zarr's event loop is at work on, and leave it to others how it ends."""
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+
+
+def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
+    n_tokens = np.array([len(ids) for ids in plan.token_ids], np.int32)
+    placement = place(n_tokens, width=plan.width, itemsize=plan.dtype.itemsize)
+    geometry = placement.geometry
+    group = zarr.create_group(store=WritableArrays(layout.zarr), attributes=_attributes(plan, geometry))
+    create_features(group, geometry, dtype=plan.dtype, logical_dtype=plan.logical_dtype)
+    if plan.kept_logits is not None:
+        create_kept_logits(group, geometry, vocabulary=plan.kept_logits, logical_dtype=plan.logical_dtype)
+    if plan.encoding == "int8":
+        create_token_array(group, "tokens/scale", geometry, "float32")
+    _write_tokens(group, plan, placement)
+    index: dict[str, np.ndarray[Any, Any]] = {
+        "row_start": placement.row_starts,
+        "n_tokens": n_tokens,
+        "unit": placement.units,
+        "item_key": np.frombuffer(b"".join(plan.item_keys), np.uint8).reshape(len(n_tokens), -1),
+        "status": np.array([ITEM_STATUS["truncated" if cut else "whole"] for cut in plan.truncated], np.uint8),
+    }
+    for name, values in index.items():
+        create_whole_array(group, f"index/{name}", values)
+    write_items(layout.items, plan.items)
+    layout.commits.mkdir()
+    root_metadata = layout.zarr / "zarr.json"  # rewritten by the seal, so only its attributes are recorded
+    files = files_below(layout.zarr)
+    for path in files:
+        sync_file(path)
+    objects = [describe_object(layout.root, path) for path in files if path != root_metadata]
+    attributes = attributes_entry(read_json(root_metadata)["attributes"])
+    record = {"objects": objects, "labels": describe_object(layout.root, layout.items), "attributes": attributes}
+    write_text_atomically(layout.plan_commit, canonical_json(record))
+
+
+def _attributes(plan: StorePlan, geometry: Geometry) -> dict[str, Any]:
+    provenance = plan.full_provenance()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "id": store_id(provenance),
+        "encoding": plan.encoding,
+        "logical_dtype": plan.logical_dtype,
+        "units": geometry.units,
+        "unit_rows": geometry.unit_rows,
+        "chunk_rows": geometry.chunk_rows,
+        "width": geometry.width,
+        "provenance": provenance,
+    }
+
+
+def _write_tokens(group: zarr.Group, plan: StorePlan, placement: Placement) -> None:
+    geometry = placement.geometry
+    per_token: dict[str, tuple[Sequence[NDArray[Any]], str]] = {
+        "ids": (plan.token_ids, "int32"),
+        "roles": (plan.roles, "uint8"),
+    }
+    for name, (per_item, dtype) in per_token.items():
+        array = create_token_array(group, f"tokens/{name}", geometry, dtype)
+        for unit in range(geometry.units):
+            block = np.zeros(geometry.unit_rows, dtype)
+            for position in np.flatnonzero(placement.units == unit).tolist():
+                start = int(placement.row_starts[position]) - unit * geometry.unit_rows
+                values = per_item[position]
+                block[start : start + len(values)] = values
+            first = unit * geometry.unit_rows
+            array[first : first + geometry.unit_rows] = block

@@ -1,0 +1,121 @@
+"""Chat templates that trim, date, lack or spoil: the text, its tokens and their roles."""
+
+import numpy as np
+import pytest
+
+from agiqa.errors import ModelError
+from agiqa.extract.data.items import Message
+from agiqa.extract.models.alignment import expand_roles
+from agiqa.extract.models.rendering import Renderer
+from agiqa.store import TOKEN_ROLES
+from tests.extract.tiny_models import PARTS_TEMPLATE, TEXT_TEMPLATE, make_tokenizer
+
+SPECIAL, IMAGE, QUESTION, ANSWER = (TOKEN_ROLES[role] for role in ("special", "image", "question", "answer"))
+
+
+def turns(*contents):
+    roles = ("user", "assistant")
+    return [Message(role=roles[index % 2], content=content) for index, content in enumerate(contents)]
+
+
+def renderer(template, image_token=None, *extra):
+    return Renderer(name="m", tokenizer=make_tokenizer(*extra), template=template, image_token=image_token)
+
+
+def contents_of(rendered):
+    return [rendered.text[start:stop] for start, stop, _ in rendered.spans]
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        ("  padded \n", "fair", "rate"),
+        ("You rate images.", "user", "assistant"),
+        ("{{ bos_token }} {% raw %}", "{prompt}", "\ue000"),
+        ("same", "same", "same", "same"),
+    ],
+)
+def test_contents_are_found_even_where_the_template_uses_the_same_words(contents):
+    rendered = renderer(TEXT_TEMPLATE).render(turns(*contents))
+    assert contents_of(rendered) == [content.strip() for content in contents]
+    assert [role for _, _, role in rendered.spans] == [QUESTION, ANSWER, QUESTION, ANSWER][: len(contents)]
+
+
+def test_a_model_without_template_gets_the_plain_one():
+    plain = renderer(None)
+    assert plain.plain
+    rendered = plain.render(turns("rate", "fair"))
+    assert rendered.text == "User: rate\nAssistant: fair\n"
+    ids, roles = plain.tokenize(rendered)
+    assert (ids == plain.tokenizer.bos_token_id).sum() == 1
+    assert plain.tokenizer.decode(ids[roles == ANSWER].tolist()).strip() == "fair"
+
+
+def test_a_template_without_bos_stays_without_it():
+    quiet = renderer("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    ids, _ = quiet.tokenize(quiet.render(turns("rate")))
+    assert quiet.tokenizer.decode(ids.tolist()) == "[rate]"
+
+
+def test_templates_that_print_the_date_print_one_and_the_same():
+    dated = renderer(
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}{% for m in messages %}|{{ m.content }}{% endfor %}"
+    )
+    assert dated.render(turns("rate")).text == "26 Jul 2024|rate"
+
+
+def test_a_template_that_rewrites_contents_is_refused():
+    loud = renderer("{% for m in messages %}{{ m.content | replace('a', 'A') }}{% endfor %}")
+    assert loud.render(turns("no such letter"[:5])).text == "no su"
+    with pytest.raises(ModelError, match="rewrites the contents"):
+        loud.render(turns("a b"))
+
+
+def test_a_template_that_shows_nothing_is_refused():
+    with pytest.raises(ModelError, match="does not show the messages"):
+        renderer("hello")
+    with pytest.raises(ModelError, match="one image"):
+        renderer(PARTS_TEMPLATE.replace("IMAGE", ""), "<image>", "<image>")
+    with pytest.raises(ModelError, match="only one user"):
+        renderer("{{ raise_exception('only one user') }}")
+
+
+def test_the_image_stands_once_before_the_first_question():
+    for template in (PARTS_TEMPLATE.replace("IMAGE", "<image>"), TEXT_TEMPLATE, None):
+        rendered = renderer(template, "<image>", "<image>").render(turns("rate", "fair", "why"), image=True)
+        assert rendered.text.count("<image>") == 1
+        assert rendered.text.index("<image>") < rendered.text.index("rate</s>" if template else "rate\n")
+        assert contents_of(rendered)[1:] == ["fair", "why"]
+
+
+def test_a_processor_may_write_more_than_the_image():
+    """PaliGemma: BOS behind the image and an end of line; Idefics 2: a space before a word that touches the image."""
+
+    def ids(*values):
+        return np.asarray(values, dtype=np.int32)
+
+    def decode(tokens):
+        return "".join({5: "rate", 6: " it", 8: " rate"}.get(token, "?") for token in tokens)
+
+    roles = np.asarray([SPECIAL, SPECIAL, QUESTION, QUESTION, ANSWER], dtype=np.uint8)
+    more = expand_roles("m", ids(1, 9, 5, 6, 5), roles, ids(7, 9, 9, 1, 5, 6, 5, 4), 9, decode=decode)
+    assert more.tolist() == [SPECIAL, IMAGE, IMAGE, SPECIAL, QUESTION, QUESTION, ANSWER, SPECIAL]
+    spaced = expand_roles("m", ids(1, 9, 5, 6, 5), roles, ids(1, 7, 9, 9, 7, 8, 6, 5), 9, decode=decode)
+    assert spaced.tolist() == [SPECIAL, SPECIAL, IMAGE, IMAGE, SPECIAL, QUESTION, QUESTION, ANSWER]
+
+
+def test_expansion_keeps_roles_around_the_image():
+    def ids(*values):
+        return np.asarray(values, dtype=np.int32)
+
+    roles = np.asarray([SPECIAL, SPECIAL, QUESTION, QUESTION], dtype=np.uint8)
+    expanded = expand_roles("m", ids(1, 9, 5, 9), roles, ids(1, 7, 9, 9, 8, 9, 9, 7, 5, 9), 9)
+    assert expanded.tolist() == [SPECIAL, SPECIAL, IMAGE, IMAGE, SPECIAL, IMAGE, IMAGE, SPECIAL, QUESTION, IMAGE]
+    same = expand_roles("m", ids(1, 9, 5, 6), roles, ids(1, 9, 5, 6), 9)
+    assert same.tolist() == [SPECIAL, IMAGE, QUESTION, QUESTION]
+    with pytest.raises(ModelError, match="changes words"):
+        expand_roles("m", ids(1, 9, 5, 6), roles, ids(1, 9, 9, 4, 6), 9)
+    with pytest.raises(ModelError, match="changes words"):
+        expand_roles("m", ids(1, 9, 5, 6), roles, ids(1, 9, 9, 4, 6), 9, decode=str)
+    with pytest.raises(ModelError, match="no image token"):
+        expand_roles("m", ids(1, 8, 5, 6), roles, ids(1, 8, 5, 6), 9)
