@@ -1,4 +1,4 @@
-"""The command line: `agiqa COMMAND ...`. Commands are loaded when they are asked for, so `--help` is quick."""
+"""The command line: `agiqa COMMAND ...`. Commands are imported when they are used, so `--help` is quick."""
 
 import _thread
 import logging
@@ -11,33 +11,51 @@ from importlib import import_module
 
 import click
 
+from agiqa.commands.help import write_commands
 from agiqa.errors import AgiqaError
 from agiqa.version import agiqa_version
 
 _AGAIN_SECONDS = 0.02
 
-COMMANDS = (
-    "demo",
-    "describe",
-    "extract",
-    "store",
-    "train",
-    "ablate",
-    "transfer",
-    "report",
-    "evaluate",
-    "words",
-    "predict",
-    "score",
-)
+SECTIONS = {
+    "Prepare": {
+        "describe": "Let the model describe every image and rate it in one word.",
+    },
+    "Features": {
+        "extract": "Run the model once over a data set and store what heads need.",
+        "store": "Inspect, verify, repair, convert and share stores.",
+    },
+    "Heads": {
+        "train": "Train a head from a store.",
+        "evaluate": "SRCC, PLCC, KRCC and RMSE of a head on a store, with intervals.",
+        "predict": "Scores of a head for every item of a store, as a csv.",
+        "score": "Description, rating word and MOS of single images, without a store.",
+    },
+    "Questions": {
+        "ablate": "Which head is best? A grid of heads, with baselines and paired differences.",
+        "transfer": "What is a head worth on another data set, as it is, retrained, with few items?",
+        "words": "How well do the model's rating words agree with the MOS?",
+        "report": "Tables, pictures and one page from the results of ablate and transfer.",
+    },
+    "Start": {
+        "demo": "The whole way in miniature on a CPU: images, features, heads, a comparison.",
+        "completion": "Print the script that completes commands, options and names in a shell.",
+    },
+}
+"""The commands with their summaries, by section of `agiqa --help`."""
+COMMANDS = tuple(name for commands in SECTIONS.values() for name in commands)
 
 
 class LazyGroup(click.Group):
     """A group whose commands are the `command` objects of the modules in `agiqa.commands`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands in the order of the data's way."""
+        """The commands in the order of the help."""
         return list(COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands by section, without importing any."""
+        write_commands(formatter, SECTIONS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command called `cmd_name`, or None."""
@@ -60,16 +78,16 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(agiqa_version(), prog_name="agiqa")
 def cli() -> None:
-    """Quality assessment of AI-generated images from cached features of a multimodal language model.
+    """Quality assessment of AI-generated images from cached features of a multimodal LLM.
 
-    Phase 1 runs the model once (describe, extract); phase 2 trains heads from the store in minutes (train).
+    Describe and extract run the model, once. Train then needs minutes, and no model.
     """
 
 
 def keep_interrupts(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Interrupt again when Ctrl-C met a callback of the garbage collector, where Python drops every exception.
+    """Interrupt again where Ctrl-C came inside a callback of the garbage collector, where Python drops exceptions.
 
-    While h5py writes, most of them would be lost so.
+    While h5py writes, most Ctrl-C would be lost without it.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main).start()
@@ -81,7 +99,7 @@ class Termination:
     """Ends the command at SIGTERM, by which clusters and supervisors stop jobs, as Ctrl-C does."""
 
     def __init__(self) -> None:
-        """Listen from now on, in this process alone: a fork of it dies of SIGTERM as others do."""
+        """Listen from now on, in this process only: SIGTERM ends a fork of it at once."""
         self.came = False
         self._process = os.getpid()
         signal.signal(signal.SIGTERM, self._stop)
@@ -100,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     termination = Termination()
     sys.unraisablehook = keep_interrupts
     if not {"-v", "--verbose"} & set(arguments):
-        # zarr writes side by side: when one write fails, which is told below, asyncio would log how the others end
+        # zarr writes concurrently: when one write fails, the error is printed below, and asyncio would log the others
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         cli.main(args=arguments, prog_name="agiqa", standalone_mode=False)
@@ -109,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         how = signal.SIGTERM if termination.came else signal.SIGINT
-        print("interrupted; what is finished is kept: run the same command again", file=sys.stderr)
+        print("interrupted; finished work is kept: run the same command again to go on", file=sys.stderr)
         sys.exit(128 + how)
     except (AgiqaError, OSError) as error:
         if "-v" in arguments or "--verbose" in arguments:

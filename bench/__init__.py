@@ -3,21 +3,20 @@
 Public names are loaded when they are asked for: each question needs other libraries, and none needs all of them.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from agiqa.lazy import lazy_names
+
 if TYPE_CHECKING:
-    from agiqa.bench.demo.run import DemoResult, run_demo
-    from agiqa.bench.report.pictures import Panel, scatter
+    from agiqa.bench.demo.run import DemoResult as DemoResult
+    from agiqa.bench.demo.run import run_demo as run_demo
+    from agiqa.bench.report.pictures import Panel as Panel
+    from agiqa.bench.report.pictures import scatter as scatter
 
-__all__ = ["DemoResult", "Panel", "run_demo", "scatter"]
-
-_MODULES = {"DemoResult": "demo.run", "Panel": "report.pictures", "run_demo": "demo.run", "scatter": "report.pictures"}
-
-
-def __getattr__(name: str) -> object:
-    """A public name, from its module."""
-    if name not in _MODULES:
-        message = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(message)
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "demo.run": ["DemoResult", "run_demo"],
+        "report.pictures": ["Panel", "scatter"],
+    },
+)

@@ -1,29 +1,38 @@
 """Phase 1: data sets, conversations, backbones, and the job that fills a store with what they make of each other."""
 
-from agiqa.extract.data.datasets import load_data_set
-from agiqa.extract.data.items import DataSet, Item, Message
-from agiqa.extract.describing.asking import Described, Describer, DescriptionSettings
-from agiqa.extract.describing.describing import DescriptionResult, run_descriptions
-from agiqa.extract.filling.job import ExtractionResult, ExtractionSettings, run_extraction
-from agiqa.extract.filling.plan import LengthRule
-from agiqa.extract.models import Backbone, GenerationSettings, Prepared, open_backbone
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Backbone",
-    "DataSet",
-    "Described",
-    "Describer",
-    "DescriptionResult",
-    "DescriptionSettings",
-    "ExtractionResult",
-    "ExtractionSettings",
-    "GenerationSettings",
-    "Item",
-    "LengthRule",
-    "Message",
-    "Prepared",
-    "load_data_set",
-    "open_backbone",
-    "run_descriptions",
-    "run_extraction",
-]
+from agiqa.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from agiqa.extract.data.datasets import load_data_set as load_data_set
+    from agiqa.extract.data.items import DataSet as DataSet
+    from agiqa.extract.data.items import Item as Item
+    from agiqa.extract.data.items import Message as Message
+    from agiqa.extract.describing.asking import Described as Described
+    from agiqa.extract.describing.asking import Describer as Describer
+    from agiqa.extract.describing.asking import DescriptionSettings as DescriptionSettings
+    from agiqa.extract.describing.describing import DescriptionResult as DescriptionResult
+    from agiqa.extract.describing.describing import run_descriptions as run_descriptions
+    from agiqa.extract.filling.job import ExtractionResult as ExtractionResult
+    from agiqa.extract.filling.job import ExtractionSettings as ExtractionSettings
+    from agiqa.extract.filling.job import run_extraction as run_extraction
+    from agiqa.extract.filling.plan import LengthRule as LengthRule
+    from agiqa.extract.models.contract import Backbone as Backbone
+    from agiqa.extract.models.contract import GenerationSettings as GenerationSettings
+    from agiqa.extract.models.contract import Prepared as Prepared
+    from agiqa.extract.models.opening import open_backbone as open_backbone
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "data.datasets": ["load_data_set"],
+        "data.items": ["DataSet", "Item", "Message"],
+        "describing.asking": ["Described", "Describer", "DescriptionSettings"],
+        "describing.describing": ["DescriptionResult", "run_descriptions"],
+        "filling.job": ["ExtractionResult", "ExtractionSettings", "run_extraction"],
+        "filling.plan": ["LengthRule"],
+        "models.contract": ["Backbone", "GenerationSettings", "Prepared"],
+        "models.opening": ["open_backbone"],
+    },
+)

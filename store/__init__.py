@@ -3,70 +3,77 @@
 The format is specified in `FORMAT.md` beside this file.
 """
 
-from agiqa.store.care.garbage import GcReport, collect_garbage
-from agiqa.store.care.repairing import RepairReport, repair
-from agiqa.store.care.verification import Damage, Report, verify
-from agiqa.store.deriving.converting import convert_store
-from agiqa.store.deriving.labelling import LabelReport, join_labels
-from agiqa.store.deriving.sketching import SketchResult, basis_from, sketch_store
-from agiqa.store.format.arrays import create_whole_array
-from agiqa.store.format.basis import Basis, Moments, make_basis, moments_of, save_basis
-from agiqa.store.format.bits import from_float32, to_float32
-from agiqa.store.format.items import Items
-from agiqa.store.format.layout import ENCODINGS, ITEM_STATUS, TOKEN_ROLES
-from agiqa.store.format.scaling import LOGICAL_DTYPE as SCALED_DTYPE
-from agiqa.store.format.scaling import Scale, save_scale
-from agiqa.store.reading.store import Store, TokenRows, is_planned
-from agiqa.store.reading.summary import store_summary
-from agiqa.store.reading.union import StoreUnion, union
-from agiqa.store.reading.views import VIEWS, View, view
-from agiqa.store.sharing.opening import open_store
-from agiqa.store.writing.creating import create_store
-from agiqa.store.writing.filling import UnitWriter
-from agiqa.store.writing.planning import StorePlan
-from agiqa.store.writing.sealing import seal
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ENCODINGS",
-    "ITEM_STATUS",
-    "SCALED_DTYPE",
-    "TOKEN_ROLES",
-    "VIEWS",
-    "Basis",
-    "Damage",
-    "GcReport",
-    "Items",
-    "LabelReport",
-    "Moments",
-    "RepairReport",
-    "Report",
-    "Scale",
-    "SketchResult",
-    "Store",
-    "StorePlan",
-    "StoreUnion",
-    "TokenRows",
-    "UnitWriter",
-    "View",
-    "basis_from",
-    "collect_garbage",
-    "convert_store",
-    "create_store",
-    "create_whole_array",
-    "from_float32",
-    "is_planned",
-    "join_labels",
-    "make_basis",
-    "moments_of",
-    "open_store",
-    "repair",
-    "save_basis",
-    "save_scale",
-    "seal",
-    "sketch_store",
-    "store_summary",
-    "to_float32",
-    "union",
-    "verify",
-    "view",
-]
+from agiqa.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from agiqa.store.care.garbage import GcReport as GcReport
+    from agiqa.store.care.garbage import collect_garbage as collect_garbage
+    from agiqa.store.care.repairing import RepairReport as RepairReport
+    from agiqa.store.care.repairing import repair as repair
+    from agiqa.store.care.verification import Damage as Damage
+    from agiqa.store.care.verification import Report as Report
+    from agiqa.store.care.verification import verify as verify
+    from agiqa.store.deriving.converting import convert_store as convert_store
+    from agiqa.store.deriving.labelling import LabelReport as LabelReport
+    from agiqa.store.deriving.labelling import join_labels as join_labels
+    from agiqa.store.deriving.sketching import SketchResult as SketchResult
+    from agiqa.store.deriving.sketching import basis_from as basis_from
+    from agiqa.store.deriving.sketching import sketch_store as sketch_store
+    from agiqa.store.format.arrays import create_whole_array as create_whole_array
+    from agiqa.store.format.basis import Basis as Basis
+    from agiqa.store.format.basis import Moments as Moments
+    from agiqa.store.format.basis import make_basis as make_basis
+    from agiqa.store.format.basis import moments_of as moments_of
+    from agiqa.store.format.basis import save_basis as save_basis
+    from agiqa.store.format.bits import from_float32 as from_float32
+    from agiqa.store.format.bits import to_float32 as to_float32
+    from agiqa.store.format.items import Items as Items
+    from agiqa.store.format.layout import ENCODINGS as ENCODINGS
+    from agiqa.store.format.layout import ITEM_STATUS as ITEM_STATUS
+    from agiqa.store.format.layout import TOKEN_ROLES as TOKEN_ROLES
+    from agiqa.store.format.scaling import SCALED_DTYPE as SCALED_DTYPE
+    from agiqa.store.format.scaling import Scale as Scale
+    from agiqa.store.format.scaling import save_scale as save_scale
+    from agiqa.store.reading.store import Store as Store
+    from agiqa.store.reading.store import TokenRows as TokenRows
+    from agiqa.store.reading.store import is_planned as is_planned
+    from agiqa.store.reading.summary import store_summary as store_summary
+    from agiqa.store.reading.union import StoreUnion as StoreUnion
+    from agiqa.store.reading.union import union as union
+    from agiqa.store.reading.views import VIEWS as VIEWS
+    from agiqa.store.reading.views import View as View
+    from agiqa.store.reading.views import view as view
+    from agiqa.store.sharing.opening import open_store as open_store
+    from agiqa.store.writing.creating import create_store as create_store
+    from agiqa.store.writing.filling import UnitWriter as UnitWriter
+    from agiqa.store.writing.planning import StorePlan as StorePlan
+    from agiqa.store.writing.sealing import seal as seal
+
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "care.garbage": ["GcReport", "collect_garbage"],
+        "care.repairing": ["RepairReport", "repair"],
+        "care.verification": ["Damage", "Report", "verify"],
+        "deriving.converting": ["convert_store"],
+        "deriving.labelling": ["LabelReport", "join_labels"],
+        "deriving.sketching": ["SketchResult", "basis_from", "sketch_store"],
+        "format.arrays": ["create_whole_array"],
+        "format.basis": ["Basis", "Moments", "make_basis", "moments_of", "save_basis"],
+        "format.bits": ["from_float32", "to_float32"],
+        "format.items": ["Items"],
+        "format.layout": ["ENCODINGS", "ITEM_STATUS", "TOKEN_ROLES"],
+        "format.scaling": ["SCALED_DTYPE", "Scale", "save_scale"],
+        "reading.store": ["Store", "TokenRows", "is_planned"],
+        "reading.summary": ["store_summary"],
+        "reading.union": ["StoreUnion", "union"],
+        "reading.views": ["VIEWS", "View", "view"],
+        "sharing.opening": ["open_store"],
+        "writing.creating": ["create_store"],
+        "writing.filling": ["UnitWriter"],
+        "writing.planning": ["StorePlan"],
+        "writing.sealing": ["seal"],
+    },
+)

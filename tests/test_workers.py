@@ -288,7 +288,8 @@ def test_items_of_workers_killed_from_outside_are_named_and_never_skipped(tiny_t
     with (
         preparation_of(backbone, tiny_text_checkpoint, signal.SIGKILL) as preparation,
         pytest.raises(
-            WorkerError, match=r"item '000\.png': the process that prepared it was ended by SIGKILL.* fewer --workers"
+            WorkerError,
+            match=r"item '000\.png': the process that prepared it was ended by SIGKILL.* fewer --prepare-workers",
         ),
     ):
         tokenise(data_set, backbone, rule, preparation=preparation)

@@ -1,11 +1,30 @@
 """`agiqa ablate`: a grid of heads over one store."""
 
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from agiqa.commands.common import StoreLocation, fail_if_any, output_options, print_result
+from agiqa.commands.options import StoreLocation, output_options
+from agiqa.commands.output import fail_if_any, print_result
+
+SHIPPED = sorted(
+    file.name.removesuffix(".yaml") for file in (resources.files("agiqa.bench.ablation") / "shipped").iterdir()
+)
+"""The grids that agiqa brings, by name."""
+
+
+class Grid(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
+    """A grid by name, or a YAML file; `find_grid` resolves it."""
+
+    name = "NAME|FILE.yaml"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The shipped grids, or else files."""
+        names = [CompletionItem(name) for name in SHIPPED if name.startswith(incomplete)]
+        return names or click.Path().shell_complete(ctx, param, incomplete)
 
 
 class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
@@ -27,14 +46,10 @@ class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[
 @click.argument("store", type=StoreLocation())
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
-    "--config",
-    "grid",
+    "--grid",
     required=True,
-    metavar="FILE|NAME",
-    help="A grid that agiqa brings (quick, heads, table-iv, table-iii, losses, roles, ranks), or YAML with `base` "
-    "(settings of all runs, flat, and `preset`), `grid` (a setting and a list of values, every combination of which is "
-    "run), `runs` (a list of settings, added to the grid), `seeds` (of all of these) and `protocols` (published, "
-    "grouped, leave-one-generator-out). `paper_compatible: true` in `base` tells what choosing the epoch on test adds.",
+    type=Grid(),
+    help=f"Grid that agiqa brings ({', '.join(SHIPPED)}), or a file with the keys below.",
 )
 @click.option(
     "--store",
@@ -42,26 +57,26 @@ class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[
     type=NamedStore(),
     multiple=True,
     metavar="NAME=STORE",
-    help="A further store, which the grid calls NAME in its setting `store`; repeatable. STORE itself is `main` then.",
+    help="Further store, which the grid names in its setting `store`; repeatable. STORE itself is then `main`.",
 )
 @click.option(
     "--words",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     multiple=True,
-    help="Conversation file with rating words, for the baseline of that name; repeatable.",
+    help="Conversation file whose rating words are a baseline; repeatable.",
 )
 @click.option(
     "--baseline-store",
     type=StoreLocation(),
     metavar="STORE",
-    help="Store of the same items, known by name and prompt, whose features the closed-form baseline reads, such as "
-    "the hidden states that STORE is a sketch of.  [default: those of the store that the heads read]",
+    help="Store of the same items for the closed-form baselines, such as the hidden states behind a sketch.  "
+    "[default: the store of the heads]",
 )
 @click.option(
-    "--workers",
+    "--train-workers",
+    "workers",
     type=click.IntRange(min=1),
-    help="Processes that train one head each at a time.  [default: as many as cores (one thread each, unless `threads` "
-    "is set); up to 3 on a GPU]",
+    help="Heads to train at the same time.  [default: one per CPU core, up to 3 on a GPU]",
 )
 @output_options
 def command(
@@ -75,12 +90,19 @@ def command(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Train every head of a grid on STORE, and write OUT/results.jsonl (a line per run), OUT/rows.jsonl and OUT/runs.
+    """Train every head of a grid on STORE. Run it again to train what is missing or failed.
 
-    Features are decoded once for all runs. A run that fails is kept with its error, and the rest goes on. The same
-    command again trains what is missing or failed. At the end comes a table: means over seeds, intervals by prompt,
-    the paired difference to the best head by validation, and baselines without a head, compared alike. Nothing is
-    chosen by test results. `agiqa report OUT` makes pictures and a page of it.
+    It writes OUT/results.jsonl (a line per run), OUT/rows.jsonl (a line per row of the table) and OUT/runs. The table
+    has means over seeds, intervals over prompts and seeds, the paired difference to the head that validation prefers,
+    and baselines without a head. Test results choose nothing. `agiqa report OUT` makes a page with pictures.
+
+    \b
+    A grid file has the keys
+      base       settings of all runs (flat), and `preset`
+      grid       settings and lists of values; every combination is a run
+      runs       a list of settings, added to the grid
+      seeds      seeds of every run
+      protocols  published, grouped, leave-one-generator-out
     """
     from agiqa.bench.ablation.ablation import run_ablation
     from agiqa.bench.ablation.grids import find_grid, read_grid

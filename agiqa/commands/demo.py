@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from agiqa.commands.common import print_result, shared_options
+from agiqa.commands.options import shared_options
+from agiqa.commands.output import print_result, scores_line
 
 
 @click.command("demo")
@@ -13,18 +14,17 @@ from agiqa.commands.common import print_result, shared_options
     type=click.Path(path_type=Path, file_okay=False),
     default=Path("demo"),
     show_default=True,
-    help="Folder of everything that is made.",
+    help="Folder for everything that the demo makes.",
 )
-@click.option("--images", type=click.IntRange(min=60), default=400, show_default=True, help="Images to draw.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Draws images, MOS and heads.")
+@click.option("--images", type=click.IntRange(min=60), default=400, show_default=True, help="Number of images.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of images, MOS and heads.")
 @shared_options
 def command(out: Path, images: int, seed: int, *, as_json: bool) -> None:
     """Draw images with prompts and MOS, extract, train two heads, and compare them on images never seen.
 
-    Takes a few minutes on two cores. Everything lands in the folder --out; run it again to see the table again.
+    It takes a few minutes on two cores. Run it again to print the table again.
     """
     from agiqa.bench.demo.run import WHAT_IS_SHOWN, run_demo
-    from agiqa.commands.train import scores_line
 
     result = run_demo(out, images=images, seed=seed)
     width = max(len(row.name) for row in result.rows)

@@ -6,17 +6,31 @@ from typing import Any, Literal
 
 import click
 
-from agiqa.commands.common import Automatic, Name, Share, StoreLocation, print_result, shared_options, table
-from agiqa.commands.models import ASPECT, ASPECTS, model_options, opened, opener_of, workers_option
+from agiqa.commands.help import SectionedCommand
+from agiqa.commands.models import ASPECT, MODEL_OPTIONS, model_options, prepare_workers_option
+from agiqa.commands.options import Automatic, OneOf, Share, StoreLocation, shared_options
+from agiqa.commands.output import print_result, table
+from agiqa.extract.data.templates import VARIANTS, aspects_of
 
 
 def _look_up_variant(variant: str) -> None:
-    from agiqa.extract.data.templates import aspects_of
-
     aspects_of(variant, variant.removeprefix("id:").partition("+")[0] if variant.startswith("id:") else "quality")
 
 
-@click.command("extract")
+SECTIONS = {
+    "Most used": (
+        *("model", "adapter", "conversations", "variant", "aspect", "labels", "mos_range", "encoding", "rank"),
+        "devices",
+    ),
+    "Model": MODEL_OPTIONS[2:],
+    "What is stored": ("basis", "keep_logits"),
+    "Items": ("max_tokens", "truncate", "on_bad_item"),
+    "Speed": ("batch_size", "workers"),
+    "Parts and clusters": ("plan_only", "part", "ray"),
+}
+
+
+@click.command("extract", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.argument("store", type=click.Path(path_type=Path))
 @model_options
@@ -24,53 +38,70 @@ def _look_up_variant(variant: str) -> None:
     "--conversations",
     multiple=True,
     metavar="[ASPECT:][SPLIT=]FILE",
-    help="M3-AGIQA conversation file; repeatable. ASPECT and SPLIT (train, val or test) beat what the file's name "
-    "tells, as in test=quality_val.json.",
+    help="M3-AGIQA conversation file; repeatable. ASPECT and SPLIT (train, val, test) beat those in the file's name.",
 )
-@click.option("--labels", type=click.Path(path_type=Path, exists=True), help="Table of MOS for a conversation file.")
+@click.option(
+    "--labels", type=click.Path(path_type=Path, exists=True), help="Table (csv) with the MOS of a conversation file."
+)
 @click.option(
     "--variant",
-    type=Name("variant", _look_up_variant),
+    type=OneOf("variant", VARIANTS, look_up=_look_up_variant),
     default="id",
     show_default=True,
-    help="Rounds of the conversation: no_id (one question), id (with a description), full (and the rating word), or "
-    "id:ASPECT+ASPECT[+ASPECT] (with descriptions of these aspects; the first is rated).",
+    help="What the model reads: one question; a description too; the rating word too; or id:ASPECT+ASPECT, "
+    "descriptions of several aspects.",
 )
-@click.option("--aspect", type=ASPECT, default="quality", show_default=True, help=ASPECTS)
+@click.option("--aspect", type=ASPECT, default="quality", show_default=True, help="Wording of the questions.")
 @click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
 @click.option(
     "--encoding",
-    type=click.Choice(["hidden", "sketch", "int8", "logits"]),
+    type=OneOf("encoding", ["hidden", "sketch", "int8", "logits"]),
     default="hidden",
     show_default=True,
-    help="Final hidden states, coordinates in a basis of the logits, hidden states in 8 bits, or raw logits.",
+    help="What to store: hidden states, a sketch of rank R, hidden states in 8 bits, or raw logits.",
 )
-@click.option("--rank", type=click.IntRange(min=1), help="Rank of a sketch, calibrated on training items.")
-@click.option("--basis", type=StoreLocation(), help="Sketch store whose basis is used.")
-@click.option("--keep-logits", is_flag=True, help="Keep the raw logits beside hidden states (V/D times the bytes).")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest conversation; the model's own limit if absent.")
-@click.option("--truncate", is_flag=True, help="Cut longer conversations, and count them.")
+@click.option(
+    "--rank", type=click.IntRange(min=1), help="Rank of the sketch, whose basis is calibrated on training items."
+)
+@click.option("--basis", type=StoreLocation(), help="Sketch store whose basis to use instead.")
+@click.option(
+    "--keep-logits", is_flag=True, help="Keep the raw logits beside the hidden states (V/D times their bytes)."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), help="Longest conversation.  [default: the model's own limit]"
+)
+@click.option("--truncate", is_flag=True, help="Cut longer conversations, and count them, instead of refusing them.")
 @click.option(
     "--on-bad-item",
-    type=click.Choice(["fail", "skip"]),
+    type=OneOf("choice", ["fail", "skip"]),
     default="fail",
     show_default=True,
-    help="Stop with the list of unusable items, or leave them out and say so.",
+    help="Unusable items: stop and list them, or leave them out and name them.",
 )
 @click.option(
-    "--batch-size", type=Automatic(lowest=1), default="auto", show_default=True, help="Items per forward pass at most."
+    "--batch-size",
+    type=Automatic(lowest=1),
+    default="auto",
+    show_default=True,
+    help="Most items per forward pass; auto finds it by the free memory.",
 )
-@workers_option
-@click.option("--devices", type=click.IntRange(min=1), help="GPUs of this host, or processes on its CPU, to run on.")
+@prepare_workers_option
+@click.option("--devices", type=click.IntRange(min=1), help="GPUs of this host to use (processes, on a CPU).")
 @click.option(
     "--ray",
     is_flag=False,
     flag_value="auto",
     metavar="[ADDRESS]",
-    help="Run on actors of a Ray cluster, one per GPU (or --devices many).",
+    help="Run on a Ray cluster, one actor per GPU (or --devices many).",
 )
-@click.option("--part", type=Share(), default="1/1", show_default=True, help="Fill only this share of the units.")
-@click.option("--plan-only", is_flag=True, help="Check and tokenise everything, compute nothing.")
+@click.option(
+    "--part",
+    type=Share(),
+    default="1/1",
+    show_default=True,
+    help="Fill only this share of the store, as for one job of a SLURM array.",
+)
+@click.option("--plan-only", is_flag=True, help="Check and tokenise all items, and stop before the model runs.")
 @shared_options
 def command(
     data: Path,
@@ -90,15 +121,18 @@ def command(
     dtype: str,
     **settings: Any,
 ) -> None:
-    """Run the model once over DATA and keep what heads need in STORE. Run it again to resume.
+    """Run the model once over DATA and store what heads need in STORE. Run it again to resume.
 
     DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels.
     """
     from agiqa.extract import ExtractionSettings, LengthRule, load_data_set, run_extraction
+    from agiqa.extract.models.opening import opened, opener_of
     from agiqa.progress import say
 
     opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
-    backbone = opened(opener, settings["device"])  # before every image is looked at
+    backbone = opened(
+        opener, settings["device"]
+    )  # a model that cannot be opened is reported before the images are checked
     if not backbone.reads_images:
         alike = ", the same for all images of one prompt" if variant.startswith("no_id") else ""
         say(f"note: {model} reads no images; these features are of the text alone{alike}")
@@ -133,7 +167,7 @@ def command(
 
 
 def _rate(filled: Mapping[str, Any]) -> dict[str, str]:
-    """Images per second of this run, and what the device waited for; nothing where nothing was filled."""
+    """Images per second of this run, and what the device waited for. Empty where nothing was filled."""
     if not filled["items"]:
         return {}
     waits = {"items": filled["waited_for_items"], "the disk": filled["waited_for_writers"]}

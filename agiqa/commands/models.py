@@ -1,32 +1,18 @@
-"""The options that name a model, for the commands that ask one; and how it is opened."""
+"""Options of the commands that run a model."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from agiqa.commands.common import Automatic, Name, one_of
+from agiqa.commands.options import Automatic, OneOf
+from agiqa.extract.data.templates import templates
 
-if TYPE_CHECKING:
-    from agiqa.extract import Backbone
-    from agiqa.extract.models.preparing import Opener
-
-ASPECTS = (
-    "quality, correspondence, authenticity, or agiqa3k_quality_v0 (quality, as the adapter of AGIQA-3k was asked)."
-)
-"""Help of `--aspect`: the questions of templates.yaml."""
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _look_up_aspect(name: str) -> None:
-    from agiqa.extract.data.templates import template_of
-
-    template_of(name)
-
-
-ASPECT = Name("aspect", _look_up_aspect)
-"""The type of `--aspect`: a wording of templates.yaml."""
+ASPECT = OneOf("aspect", list(templates()))
+"""The type of `--aspect`: a wording of the questions in extract/data/templates.yaml."""
+MODEL_OPTIONS = ("model", "adapter", "max_slices", "dtype", "device")
+"""What `model_options` adds, for the sections of the help."""
 
 
 def model_options(command: Command) -> Command:
@@ -36,25 +22,28 @@ def model_options(command: Command) -> Command:
             click.option(
                 "--model",
                 required=True,
-                help="Hub id (owner/name[@revision]), checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
+                help="Hub id OWNER/NAME[@REVISION], checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
             ),
             click.option(
-                "--adapter", help="LoRA adapter that is merged into it: a PEFT folder, or owner/name[@revision]."
+                "--adapter", help="LoRA adapter to merge into the model: a PEFT folder, or OWNER/NAME[@REVISION]."
             ),
             click.option(
                 "--max-slices",
                 type=click.IntRange(min=1),
-                help="Most slices of an image, for MiniCPM-Llama3-V-2.5.  [default: the checkpoint's, 9]",
+                help="Most slices per image, for MiniCPM-Llama3-V-2.5.  [default: the checkpoint's, 9]",
             ),
             click.option(
                 "--dtype",
-                type=one_of("dtype", ["auto", "bfloat16", "float16", "float32"]),
+                type=OneOf("dtype", ["auto", "bfloat16", "float16", "float32"]),
                 default="auto",
                 show_default=True,
-                help="bfloat16, float16, float32, or the checkpoint's own.",
+                help="Dtype of the weights; auto is the checkpoint's own.",
             ),
             click.option(
-                "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, or the GPU if there is one."
+                "--device",
+                default="auto",
+                show_default=True,
+                help="cpu, cuda or cuda:1; auto is the GPU if there is one.",
             ),
         )
     ):
@@ -68,18 +57,20 @@ def generation_options(command: Command) -> Command:
         (
             click.option(
                 "--settings",
-                type=click.Choice(["greedy", "published"]),
+                type=OneOf("settings", ["greedy", "published"]),
                 default="greedy",
                 show_default=True,
-                help="The likeliest token each time, or the sampling of the published MiniCPM-Llama3-V-2.5.",
+                help="Greedy decoding, or the sampling published with MiniCPM-Llama3-V-2.5.",
             ),
-            click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling."),
+            click.option(
+                "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."
+            ),
             click.option(
                 "--max-new-tokens",
                 type=click.IntRange(min=1),
                 default=1024,
                 show_default=True,
-                help="Longest description; longer ones are cut, and counted.",
+                help="Tokens of the longest description; longer ones are cut, and counted.",
             ),
         )
     ):
@@ -87,36 +78,14 @@ def generation_options(command: Command) -> Command:
     return command
 
 
-def workers_option(command: Command) -> Command:
-    """Add `--workers` to a command."""
+def prepare_workers_option(command: Command) -> Command:
+    """Add `--prepare-workers` to a command; it receives `workers`."""
     option = click.option(
-        "--workers",
+        "--prepare-workers",
+        "workers",
         type=Automatic(lowest=0),
         default="auto",
         show_default=True,
-        help="Processes that decode and tokenise ahead of each device; 0 for none.",
+        help="Processes per device that decode images and tokenise ahead of the model; 0 for none.",
     )
     return option(command)
-
-
-def opener_of(model: str, *, adapter: str | None, dtype: str, max_slices: int | None) -> "Opener":
-    """Opens the model of the options: `opener(device=DEVICE)`, as `open_backbone`. Picklable."""
-    from agiqa.extract import open_backbone
-
-    return partial(open_backbone, model, adapter=adapter, dtype=dtype, max_slices=max_slices)
-
-
-def opened(opener: "Opener", device: str) -> "Backbone":
-    """The backbone on `device`, the heads of its files compared; says so where `auto` found no GPU."""
-    from agiqa.progress import say
-
-    backbone = opener(device=device)
-    if device == "auto" and backbone.device.type == "cpu":
-        say("no GPU found: the model runs on the CPU")
-    backbone.check_tensors()
-    return backbone
-
-
-def open_model(model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None) -> "Backbone":
-    """As `open_backbone`, checked as by `opened`."""
-    return opened(opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices), device)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from agiqa.commands.common import StoreLocation, print_result, shared_options
+from agiqa.commands.options import OneOf, StoreLocation, shared_options
+from agiqa.commands.output import print_result
 
 
 @click.command("predict")
@@ -14,18 +15,18 @@ from agiqa.commands.common import StoreLocation, print_result, shared_options
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    type=OneOf("device", ["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="auto is the GPU if there is one.",
+    help="Device; auto is the GPU if there is one.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items at a time.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items per batch.")
 @shared_options
 def command(run: Path, store: str | Path, out: Path, device: str, batch_size: int, *, as_json: bool) -> None:
     """Write the scores of the head RUN for every item of STORE to the csv OUT (name, prompt, predicted).
 
-    A head with several labels fills a column predicted_LABEL for each. Scores are on the scale of the MOS that the head
-    was trained on.
+    A head with several labels writes a column predicted_LABEL for each. Scores are on the MOS scale that the head was
+    trained on.
     """
     from agiqa.errors import DataError
     from agiqa.heads import load_run, predict
@@ -35,7 +36,7 @@ def command(run: Path, store: str | Path, out: Path, device: str, batch_size: in
     from agiqa.store.format.scales import spelled
 
     if not out.parent.is_dir():
-        message = f"{out.parent} is no folder; make it, or write to another path."
+        message = f"{out.parent} is not a folder. Create it, or write to another path."
         raise DataError(message)
     source = open_store(store)
     head = load_run(run)

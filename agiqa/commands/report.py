@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from agiqa.commands.common import print_result, shared_options
+from agiqa.commands.options import shared_options
+from agiqa.commands.output import print_result
 
 
 @click.command("report")
@@ -16,16 +17,16 @@ from agiqa.commands.common import print_result, shared_options
 @click.option(
     "--images",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder of the images by item name, for the best and worst items.",
+    help="Folder of the images, by item name, to show the best and worst items.",
 )
 @click.option(
     "--data",
     metavar="NAME",
-    help="Data set of stores whose names do not begin with it: agiqa-3k, aigciqa2023 or aigciqa-20k sets the paper's "
-    "numbers beside theirs. The stores of a transfer are those that its --names say.",
+    help="Data set of stores whose names do not begin with it, to compare with the paper: agiqa-3k, aigciqa2023 or "
+    "aigciqa-20k.",
 )
 @click.option("--title", help="Title of the page.  [default: the names of the folders]")
-@click.option("--note", "notes", multiple=True, help="What a reader must know of the data; may be given again.")
+@click.option("--note", "notes", multiple=True, help="Note on the data that readers need; repeatable.")
 @shared_options
 def command(
     out: Path,
@@ -38,11 +39,11 @@ def command(
     notes: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Write a report on OUT and MORE, folders made by `agiqa ablate` or `agiqa transfer`.
+    """Write a report on the folders OUT and MORE, which `agiqa ablate` or `agiqa transfer` made.
 
-    index.html is one file that holds everything it shows and needs no network; report.md says the same without
-    pictures; tables/ has each table as markdown and CSV, pictures/ each figure as PNG and SVG. What there are no data
-    for is left out, and the page says what makes it.
+    index.html is one file with all tables and pictures, and needs no network. report.md is the same without pictures.
+    tables/ has each table as markdown and CSV, pictures/ each figure as PNG and SVG. Parts without data are left out;
+    the page names the command that makes the data.
     """
     from agiqa.bench.report.writing import write_report
 

@@ -1,32 +1,61 @@
-"""`agiqa store ...`: look at, check, mend, convert and share feature stores."""
+"""`agiqa store ...`: look at a store, check it, mend it, and set its labels."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 
-from agiqa.commands.common import LocalStore, StoreLocation, one_of, print_result, shared_options, table
-from agiqa.commands.hdf5 import export_store, import_store
-from agiqa.commands.sharing import pull_store, push_store
-from agiqa.commands.upkeep import gc, labels, repair
+from agiqa.commands.help import write_commands
+from agiqa.commands.options import LocalStore, OneOf, StoreLocation, shared_options
+from agiqa.commands.output import print_result, table
+from agiqa.commands.store_copies import convert, export_store, import_store, pull_store, push_store, sketch
 from agiqa.errors import listed
 
 _ASKED = ("variant", "aspect")
 _STORE = click.argument("store", type=LocalStore())
-_ANYWHERE = click.argument("store", type=StoreLocation())
+SECTIONS = {
+    "Look and check": {
+        "info": "Encoding, items, tokens, bytes, labels and provenance.",
+        "verify": "Find damaged units and the items that they cost.",
+    },
+    "Mend and finish": {
+        "repair": "Drop what is damaged, so that the next run computes only that again.",
+        "gc": "Remove what killed runs left.",
+        "seal": "Finish a store by hand, once all its units are filled.",
+        "labels": "Set MOS, splits and generators from a table.",
+    },
+    "Other encodings and formats": {
+        "sketch": "A sketch of rank R, with the energy it keeps and its error.",
+        "convert": "The same features in 8 bits, or as raw logits.",
+        "export": "One HDF5 file.",
+        "import": "A store from such a file.",
+    },
+    "Share": {
+        "push": "Copy a store to a URL.",
+        "pull": "Copy a store, or some of its items, from a URL.",
+    },
+}
+"""The commands with their summaries, by section of `agiqa store --help`."""
 
 
-@click.group("store")
+class StoreGroup(click.Group):
+    """The group, whose help lists the commands by section."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's
+        """List the commands by section."""
+        write_commands(formatter, SECTIONS)
+
+
+@click.group("store", cls=StoreGroup)
 def command() -> None:
-    """Look at, check, mend, convert and share feature stores."""
+    """Inspect, verify, repair, convert and share feature stores."""
 
 
 @command.command("info")
-@_ANYWHERE
+@click.argument("store", type=StoreLocation())
 @shared_options
 def info(store: str | Path, *, as_json: bool) -> None:
-    """Encoding, items, tokens, bytes, provenance, state and labels of STORE; what is not known has no line."""
+    """Encoding, items, tokens, bytes, provenance, state and labels of STORE; unknown fields are omitted."""
     from agiqa.store import open_store, store_summary
     from agiqa.store.format.scales import spelled
 
@@ -49,14 +78,14 @@ def info(store: str | Path, *, as_json: bool) -> None:
 @_STORE
 @click.option(
     "--level",
-    type=one_of("verification level", ["quick", "full", "numeric"]),
+    type=OneOf("verification level", ["quick", "full", "numeric"]),
     default="quick",
     show_default=True,
-    help="quick (sizes), full (sha256) or numeric (logits too).",
+    help="What to check: sizes, also every sha256, or also the logits of some tokens.",
 )
 @shared_options
 def check(store: Path, level: str, *, as_json: bool) -> None:
-    """Check STORE and name every damaged unit and its items; exit 1 if there is any, or if it is unfinished."""
+    """Check STORE and name every damaged unit and its items. Exit 1 for damage and for an unfinished store."""
     from agiqa.store import open_store, verify
 
     opened = open_store(store, allow_partial=True)
@@ -76,7 +105,7 @@ def check(store: Path, level: str, *, as_json: bool) -> None:
 
 
 def _authors(split: str, counts: Mapping[str, int]) -> str:
-    """Who wrote the texts of a split."""
+    """One line: who wrote the texts of a split."""
     return f"{split}: " + ", ".join(f"{author} ({count})" for author, count in counts.items())
 
 
@@ -90,90 +119,100 @@ def _named(items: tuple[str, ...]) -> str:
 @_STORE
 @shared_options
 def seal_store(store: Path, *, as_json: bool) -> None:
-    """Finish STORE by hand once all its units are filled."""
+    """Finish STORE by hand, once all its units are filled."""
     from agiqa.store import open_store, seal
 
     sealed = seal(open_store(store, allow_partial=True))
     print_result({"store": str(store), "id": sealed.id, "state": "complete"}, f"{store} is complete", as_json=as_json)
 
 
-_ENERGY_OF = {
-    "second-moment": "of the tokens that the basis was calibrated on",
-    "lm_head": "as if hidden states were isotropic",
-}
-
-
-@command.command("convert")
-@_ANYWHERE
-@click.argument("out", type=click.Path(path_type=Path))
+@command.command("labels")
+@_STORE
+@click.argument("table", metavar="TABLE.csv", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option(
-    "--encoding", required=True, help="int8 (half the bytes, rounded) or logits (raw, for tools without W_lm)."
+    "--mos-range",
+    nargs=2,
+    type=float,
+    help="Lowest and highest MOS in TABLE.csv.  [default: those of the store, or 0 5]",
 )
 @shared_options
-def convert(store: str | Path, out: Path, encoding: str, *, as_json: bool) -> None:
-    """Write the hidden states of STORE to OUT in another encoding."""
-    from agiqa.progress import track
-    from agiqa.store import convert_store, open_store, store_summary
+def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, as_json: bool) -> None:
+    """Set MOS, splits and generators in STORE from TABLE.csv, by item name. Features stay as they are.
 
-    source = open_store(store)
-    with track("convert", int(source.n_tokens.sum()), "tokens") as advance:
-        made = store_summary(convert_store(source, out, encoding, advance=advance))
-    report = {name: made[name] for name in ("path", "id", "encoding", "items", "tokens", "bytes_on_disk")}
-    print_result(report, table(report), as_json=as_json)
-
-
-@command.command("sketch")
-@_ANYWHERE
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--rank", type=click.IntRange(min=1), help="Coordinates per token.")
-@click.option("--basis", type=StoreLocation(), help="Sketch store whose basis is used instead.")
-@click.option(
-    "--method",
-    type=one_of("basis method", ["second-moment", "lm_head"]),
-    help="second-moment of the training tokens, or lm_head: of W_lm alone, in float32.  [default: second-moment]",
-)
-@shared_options
-def sketch(
-    store: str | Path, out: Path, rank: int | None, basis: str | Path | None, method: str | None, *, as_json: bool
-) -> None:
-    """Write a rank-R sketch of STORE to OUT; prints the energy kept and the measured logit error.
-
-    The basis is calibrated on the training split (on all items if there are no splits). Stores sketched in one
-    basis are interchangeable for a head: give --basis the first sketch to make the second.
+    The table has the column `name` and any of mos_quality, mos_correspondence (or mos_align), mos_authenticity, split
+    and generator. An empty cell keeps the stored value. A `prompt` column must agree with the store. Where the table
+    replaces some MOS of an aspect, they are converted to the scale of those that stay.
     """
-    from agiqa.errors import ConfigError
-    from agiqa.progress import track
-    from agiqa.store import basis_from, open_store, sketch_store
-    from agiqa.store.writing.places import check_writable
+    from agiqa.progress import say
+    from agiqa.store import open_store
+    from agiqa.store.deriving.labelling import join_labels
+    from agiqa.store.format.scales import spelled
 
-    if (rank is None) == (basis is None):
-        message = "Give either --rank R, to make a basis, or --basis STORE, to use another sketch's."
-        raise ConfigError(message)
-    if basis is not None and method is not None:
-        message = "--method is how a basis is made; the one of --basis STORE is made already."
-        raise ConfigError(message)
-    source = open_store(store)
-    check_writable(out)
-    made = None if rank is None else basis_from(source, rank, method=method or "second-moment")
-    chosen = made or open_store(basis or store).basis()
-    with track("sketch", int(source.n_tokens.sum()), "tokens") as advance:
-        result = sketch_store(source, out, basis=chosen, advance=advance)
-    report: dict[str, Any] = {
-        "store": str(out),
-        "rank": chosen.rank,
-        "basis": chosen.id,
-        "energy_kept": result.energy_kept,
-        "logit_error": result.logit_error,
-        "projection_error": result.projection_error,
-    }
-    shown = {
-        **report,
-        "energy_kept": f"{result.energy_kept:.5f} ({_ENERGY_OF[chosen.method]})",
-        "logit_error": f"{result.logit_error:.5f} (of this store, measured over 256 tokens)",
-        "projection_error": f"{result.projection_error:.5f} (of a random W_proj on them)",
-    }
-    print_result(report, table(shown), as_json=as_json)
+    report = join_labels(open_store(store, allow_partial=True), table, mos_range=mos_range)
+    for note in report.notes:
+        say(note)
+    lines = [
+        f"{store}: {report.matched} items named in {table}, {report.kept} items not named (they keep their values)"
+    ]
+    if report.unmatched_rows:
+        lines.append(f"  {len(report.unmatched_rows)} rows match no item: {listed(report.unmatched_rows)}")
+    lines += [f"  {column}: {counts}" for column, counts in _changes(report.filled, report.replaced).items()]
+    lines += [f"  {column}: recorded as on {spelled(report.mos_ranges[column])}" for column in report.rescaled]
+    if report.ignored_columns:
+        lines.append(f"  columns that hold no labels: {', '.join(report.ignored_columns)}")
+    if not report.changed:
+        lines.append("  nothing changed: the store already has these labels")
+    print_result({"store": str(store), **report.as_dict()}, "\n".join(lines), as_json=as_json)
 
 
-for _further in (labels, repair, gc, export_store, import_store, push_store, pull_store):
+@command.command("repair")
+@_STORE
+@shared_options
+def repair(store: Path, *, as_json: bool) -> None:
+    """Read all of STORE and drop what is damaged, so that the next `extract` or `sketch` computes only that again.
+
+    Of the plan, only token ids and roles can be dropped. If other parts of it are damaged, nothing is changed and the
+    exit code is 1.
+    """
+    from agiqa.store import open_store
+    from agiqa.store.care.repairing import repair as repair_store
+
+    report = repair_store(open_store(store, allow_partial=True))
+    opened = open_store(store, allow_partial=True)
+    lines = [f"  {damage.problem}" for damage in report.damage]
+    if report.changed:
+        what = [f"{len(report.units)} units ({report.items} items)"] if report.units else []
+        what += ["the model's own arrays"] if report.model else []
+        what += [f"{len(report.tokens)} objects of token ids and roles"] if report.tokens else []
+        lines.append(f"{store}: dropped {' and '.join(what)}. {opened.remedy} A store that was pulled: pull it again.")
+    else:
+        lines.append(f"{store}: nothing to repair")
+    if report.strays:
+        lines.append(f"{len(report.strays)} files belong to no record: `agiqa store gc {store}` removes them")
+    print_result({"store": str(store), **report.as_dict()}, "\n".join(lines), as_json=as_json)
+
+
+@command.command("gc")
+@_STORE
+@click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
+@shared_options
+def gc(store: Path, *, dry_run: bool, as_json: bool) -> None:
+    """Remove from STORE what killed runs left. Files that no record lists go; files in use stay."""
+    from agiqa.store import open_store
+    from agiqa.store.care.garbage import collect_garbage
+
+    report = collect_garbage(open_store(store, allow_partial=True), dry_run=dry_run)
+    lines = [f"  {found.path}  {found.bytes} bytes, {found.why}" for found in report.garbage]
+    lines += [f"  {path}  kept: a run is using it" for path in report.in_use]
+    verb = "would be removed" if dry_run else "removed"
+    lines.append(f"{store}: {len(report.garbage)} files, {report.bytes} bytes {verb}")
+    print_result({"store": str(store), **report.as_dict()}, "\n".join(lines), as_json=as_json)
+
+
+def _changes(filled: Mapping[str, int], replaced: Mapping[str, int]) -> dict[str, str]:
+    columns = sorted({*filled, *replaced})
+    return {column: f"{filled.get(column, 0)} new, {replaced.get(column, 0)} replaced" for column in columns}
+
+
+for _further in (sketch, convert, export_store, import_store, push_store, pull_store):
     command.add_command(_further)

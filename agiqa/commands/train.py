@@ -1,173 +1,128 @@
 """`agiqa train`: phase 2, from a feature store to a trained and evaluated head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
+from pydantic.fields import FieldInfo
 
-from agiqa.commands.common import Name, StoreLocation, output_options, print_result
+from agiqa.commands.help import SectionedCommand
+from agiqa.commands.options import OneOf, StoreLocation, output_options
+from agiqa.commands.output import calibration_lines, label_titles, print_result, scores_line
+from agiqa.heads.settings.config import HeadConfig, TrainConfig
 
-Options = TypeVar("Options", bound=Callable[..., Any])
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SECTIONS = {
+    "Most used": ("preset", "encoder", "pooling", "projection", "label", "split", "loss", "epochs", "lr", "seed"),
+    "Settings from elsewhere": ("config", "start"),
+    "Head": (
+        *("width", "blocks", "num_heads", "layers", "residual", "state_size", "bidirectional", "standardise"),
+        *("dropout", "token_dropout", "regressor_hidden"),
+    ),
+    "Items and splits": (
+        *("also", "folds", "fold", "held_out", "test_share", "validation", "split_seed"),
+        *("training_items", "training_seed"),
+    ),
+    "Optimisation": (
+        *("batch_size", "projection_lr", "weight_decay", "schedule", "warmup", "gradient_clip", "ema"),
+        *("patience", "refit", "calibrate", "paper_compatible"),
+    ),
+    "Device and memory": ("device", "precision", "threads", "cuda_graphs", "compile", "keep", "memory"),
+    "Interruption and logs": ("save_seconds", "restart", "tensorboard"),
+}
 
 
-def _look_up_setting(setting: str) -> Callable[[str], None]:
-    """Raises where no part of a head, or no kind of training, has the name that is given for `setting`."""
+def preset_option(command: Command) -> Command:
+    """Add `--preset`, settings under one name."""
+
+    def look_up(name: str) -> None:
+        from agiqa.heads.settings.presets import preset_values
+
+        preset_values(name, {})
+
+    option = click.option(
+        "--preset",
+        type=OneOf("preset", ["paper", "published"], look_up=look_up),
+        help="Settings to start from: one setting for all encoders, or those of the code released with the paper.",
+    )
+    return option(command)
+
+
+def setting_options(command: Command) -> Command:
+    """Add an option for every setting of HeadConfig and TrainConfig. One that was not given is None."""
+    fields = {**HeadConfig.model_fields, **TrainConfig.model_fields}
+    for name, field in reversed(fields.items()):
+        command = _setting_option(name, field)(command)
+    return command
+
+
+def _setting_option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
+    flag = f"--{name.replace('_', '-')}"
+    kind = field.annotation
+    if kind is bool:
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
+    return click.option(flag, name, type=_option_type(name, field), default=None, help=_option_help(name, field))
+
+
+def _option_help(name: str, field: FieldInfo) -> str:
+    """The first sentence of the field's docstring, and the default where it is a value."""
+    said = " ".join((field.description or "").split()).split(". ")[0].rstrip(".") + "."
+    if name == "projection":
+        default = "the one that reads STORE, vocabulary for hidden states"
+    else:
+        default = {True: "yes", False: "no"}[field.default] if field.annotation is bool else field.default
+    return said if default is None else f"{said}  [default: {default}]"
+
+
+def _option_type(name: str, field: FieldInfo) -> Any:
+    """The type that click parses; pydantic checks ranges, so that files and options are held to the same."""
+    if field.annotation is bool:
+        return None
+    if get_origin(field.annotation) is Literal:
+        return OneOf(name, [str(value) for value in get_args(field.annotation)])
+    if field.examples:
+        return OneOf(name, field.examples, look_up=_looked_up(name))
+    kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if kind in (int, float)]
+    return kinds[0] if kinds else str
+
+
+def _looked_up(setting: str) -> Callable[[str], None]:
+    """A check of names that agiqa does not bring itself; it raises where no registered part has the name."""
 
     def look_up(name: str) -> None:
         from agiqa.heads.model.head import check_parts
         from agiqa.heads.model.losses import get_loss
-        from agiqa.heads.settings.config import HeadConfig, TrainConfig
 
-        given: dict[str, Any] = {setting: name}
         if setting == "loss":
             get_loss(name)
-        elif setting in HeadConfig.model_fields:
-            check_parts(HeadConfig(**given))
         else:
-            TrainConfig(**given)
+            given: dict[str, Any] = {setting: name}
+            check_parts(HeadConfig(**given))
 
     return look_up
 
 
-def _look_up_preset(name: str) -> None:
-    from agiqa.heads.settings.presets import preset_values
-
-    preset_values(name, {})
-
-
-PRESET = Name("preset", _look_up_preset)
-
-
-def named(setting: str, text: str) -> Callable[[Options], Options]:
-    """An option whose value is a name that the library knows: a part of a head, or a word of a training setting."""
-    flag = f"--{setting.replace('_', '-')}"
-    return click.option(flag, type=Name(setting, _look_up_setting(setting)), help=text)
-
-
-@click.command("train")
+@click.command("train", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("store", type=StoreLocation())
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--also", type=StoreLocation(), multiple=True, help="Train on this store's items too; repeatable.")
-@click.option("--config", type=click.Path(path_type=Path, exists=True), help="YAML with sections `head` and `train`.")
+@preset_option
+@setting_options
 @click.option(
-    "--preset",
-    type=PRESET,
-    help="Settings to start from, which the config file and the options beat: `paper` puts the same width, pooling, "
-    "depth and regressor around every encoder; `published` has the sizes and the training of the code released with "
-    "the paper, encoder by encoder, its bugs mended (listed in agiqa.heads.settings.presets); it trains on 90 % of the "
-    "training items, and the others choose the epoch.",
+    "--config",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="FILE.yaml",
+    help="Settings of the head, in sections `head` and `train`.",
 )
 @click.option(
     "--start",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="A run whose head is the beginning, with its settings, weights and scales; features must fit.",
+    metavar="RUN",
+    help="Trained run to start from: its head settings, weights and scales. The features must fit.",
 )
-@named(
-    "projection",
-    "vocabulary (W_proj on the logits, from hidden states), hidden, sketch or logits.  [default: the one that reads "
-    "the store, vocabulary where it has hidden states]",
-)
-@named("encoder", "xlstm, lstm, gru, mamba2, transformer or none.  [default: xlstm]")
-@named(
-    "pooling",
-    "mean, max, first, last, first-last-mean or attention; @special, @image, @question or @answer limits it to "
-    "those tokens, as in mean@answer.  [default: mean]",
-)
-@click.option("--width", type=int, help="Channels of projection and encoder, per direction.  [default: 512]")
-@click.option("--blocks", type=int, help="Blocks of the xLSTM.  [default: 4]")
-@click.option("--num-heads", type=int, help="Heads of xlstm and transformer.  [default: 4]")
-@click.option("--layers", type=int, help="Layers of lstm, gru, mamba2 and transformer.  [default: 1]")
-@click.option(
-    "--residual/--no-residual",
-    default=None,
-    help="Whether layers of lstm and gru have a norm before and a residual around them.  [default: yes]",
-)
-@click.option("--state-size", type=int, help="State rows of mamba2.  [default: 16]")
-@click.option("--bidirectional/--causal", default=None, help="Whether tokens feel later ones too.  [default: causal]")
-@click.option(
-    "--standardise/--no-standardise",
-    default=None,
-    help="Scale or whiten features once, by the training tokens.  [default: yes]",
-)
-@click.option("--dropout", type=float, help="Within the encoder.  [default: 0]")
-@click.option("--token-dropout", type=float, help="Share of tokens taken out in training.  [default: 0]")
-@click.option("--regressor-hidden", type=int, help="Channels between the regressor's layers.  [default: 128]")
-@click.option(
-    "--label",
-    help="Aspect whose MOS is learned, or several that one head learns, as in quality+correspondence.  "
-    "[default: quality]",
-)
-@named(
-    "split",
-    "published (of the data set), grouped (whole prompts), folds (one of several parts of whole prompts) or "
-    "generator (the images of one).  [default: published]",
-)
-@click.option("--folds", type=int, help="Parts that the split `folds` deals the prompts into.  [default: 5]")
-@click.option("--fold", type=int, help="The part that the split `folds` tests on, from 0.  [default: 0]")
-@click.option("--held-out", help="The generator that the split `generator` tests on.")
-@click.option(
-    "--split-seed", type=int, help="Draws the test part, the validation part and the training items.  [default: 0]"
-)
-@click.option("--test-share", type=float, help="Share that a grouped split holds out.  [default: 0.2]")
-@click.option(
-    "--validation", type=float, help="Share of training that chooses the epoch, by 30 items at least.  [default: 0.1]"
-)
-@click.option(
-    "--training-items",
-    type=int,
-    help="Use only so many items outside of the test part; 10 are among 30.  [default: all]",
-)
-@click.option("--training-seed", type=int, help="Draws the training items alone.  [default: that of --split-seed]")
-@named(
-    "loss",
-    "mse, mae, huber, plcc, fidelity, margin or ranknet, or a weighted sum such as mse+0.5*plcc.  [default: mse]",
-)
-@click.option("--epochs", type=int, help="Passes over the training items.  [default: 20]")
-@click.option("--batch-size", type=int, help="Items per step.  [default: 32]")
-@click.option("--lr", type=float, help="Peak learning rate.  [default: 1e-3]")
-@click.option("--projection-lr", type=float, help="Peak learning rate of the projection.")
-@click.option("--weight-decay", type=float, help="Of AdamW.  [default: 0.01]")
-@named("schedule", "cosine or constant.  [default: cosine]")
-@click.option("--warmup", type=float, help="Share of the steps that warm up.  [default: 0.05]")
-@click.option("--gradient-clip", type=float, help="Largest norm of the gradient.  [default: 1]")
-@click.option(
-    "--ema",
-    type=float,
-    help="Decay per step of an average of the weights, kept instead; over a tenth of the steps at most.",
-)
-@click.option("--patience", type=int, help="Stop after so many epochs without a better validation SRCC.")
-@click.option("--refit/--no-refit", default=None, help="Train again on training + validation for the chosen epochs.")
-@click.option(
-    "--calibrate/--no-calibrate",
-    default=None,
-    help="Fit a line from predictions to MOS on validation items, and put it into the head.  [default: no]",
-)
-@click.option(
-    "--paper-compatible/--no-paper-compatible",
-    default=None,
-    help="Also tell the best epoch by its test score, as the paper reports it, and its bias.  [default: no]",
-)
-@click.option("--seed", type=int, help="Of weights and batches.  [default: 0]")
-@named("device", "auto, cpu or cuda.  [default: auto]")
-@named("precision", "fp32, bf16 or, on a GPU, fp16; the last two are mixed.  [default: fp32]")
-@click.option("--threads", type=int, help="CPU threads.")
-@click.option("--cuda-graphs/--no-cuda-graphs", default=None, help="Replay steps on a GPU.  [default: yes]")
-@click.option("--compile/--no-compile", default=None, help="Fuse on a GPU: slow start, for long trainings.")
-@named(
-    "keep",
-    "Where decoded features are: device, ram, memmap (a decoded copy on disk) or stream (what fits in RAM, the "
-    "rest from STORE for every batch); auto is the first that holds them.  [default: auto]",
-)
-@click.option(
-    "--memory",
-    help="Bytes of features to hold at most, as in 8GB.  [default: 80 % of free device memory, 60 % of free RAM]",
-)
-@click.option("--save-seconds", type=float, help="Time between two saves; 0 saves every epoch.  [default: 30]")
-@click.option("--restart", is_flag=True, help="Throw away what a training that was broken off has kept for RUN.")
-@click.option(
-    "--tensorboard/--no-tensorboard", default=None, help="Write event files to RUN/tensorboard; needs tensorboard."
-)
+@click.option("--also", type=StoreLocation(), multiple=True, help="Further store to train on; repeatable.")
+@click.option("--restart", is_flag=True, help="Discard the saved state of an interrupted training of RUN.")
 @output_options
 def command(
     store: str | Path,
@@ -184,10 +139,10 @@ def command(
     """Train a head on STORE and write RUN: weights, config, metrics, predictions and curves.
 
     The epoch is chosen on the data set's own `val` part, or else on training items held out with prompts of their
-    own; the test part is read once, at the end.
+    own. The test part is read once, at the end.
 
-    A training that is killed and run again with the same settings goes on after the last epoch that was saved, and
-    ends with the same numbers. Until RUN is written its state is in .RUN.state beside it.
+    Run the same command again after a kill: training resumes from the last saved epoch, and ends with the same
+    numbers. The saved state is in .RUN.state beside RUN until RUN is written.
     """
     from rich.console import Console
 
@@ -226,31 +181,3 @@ def command(
             if one["test"]
         ]
     print_result({"run": str(run), **metrics}, "\n".join(lines), as_json=as_json)
-
-
-def calibration_lines(labels: Sequence[str], recorded: Any) -> list[str]:
-    """What is said of each label whose predictions were put on a line; `recorded` is `calibration` of metrics.json."""
-    from agiqa.heads.settings.labels import of_each_label
-
-    return [
-        f"calibrated: {label} = {one['slope']:.4g} x prediction {one['intercept']:+.4g}, fitted on {one['n']} "
-        f"validation items{' before the refit' if one['applied_to_refit'] else ''}; their own errors are of the fit"
-        for label, one in zip(labels, of_each_label(labels, recorded), strict=True)
-        if one["slope"] is not None
-    ]
-
-
-def label_titles(labels: Sequence[str]) -> list[list[str]]:
-    """The lines above the scores of each label: its name where there are several, else none."""
-    return [[] if len(labels) == 1 else [f"{label}:"] for label in labels]
-
-
-def scores_line(name: str, scores: dict[str, Any]) -> str:
-    """`name` with SRCC, PLCC, KRCC and RMSE and the intervals of the first two, on one line; last what to beware of."""
-    parts = [f"{name:<10} n {scores['n']}"]
-    for metric in ("srcc", "plcc", "krcc", "rmse"):
-        value, interval = scores[metric], scores["ci"].get(metric)
-        shown = "undefined" if value is None else f"{value:.4f}"
-        around = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval and metric in ("srcc", "plcc") else ""
-        parts.append(f"{metric.upper()} {shown}{around}")
-    return "  ".join([*parts, *([f"({scores['caution']})"] if "caution" in scores else [])])

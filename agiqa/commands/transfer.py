@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from agiqa.commands.common import StoreLocation, fail_if_any, one_of, output_options, print_result
-from agiqa.commands.train import PRESET
+from agiqa.commands.options import OneOf, StoreLocation, output_options
+from agiqa.commands.output import fail_if_any, print_result
+from agiqa.commands.train import preset_option
 
 
 class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
@@ -31,27 +32,30 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repo
 @click.option(
     "--config",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="YAML with the sections `head` and `train` of `agiqa train`, and `few_shot`: settings of `train` that "
-    "few-shot trainings have instead. Where neither it nor a preset sets the `projection`, heads read two sketches by "
-    "`sketch`.",
+    metavar="FILE.yaml",
+    help="Settings of the head, in sections `head` and `train`, and `few_shot` for those of few-shot trainings.",
 )
-@click.option("--preset", type=PRESET, help="Settings to start from, as of `agiqa train`: paper or published.")
+@preset_option
 @click.option("--label", help="Aspect whose MOS is predicted.  [default: quality]")
 @click.option(
     "--split",
-    type=one_of("split", ["published", "grouped"]),
-    help="published (of each data set) or grouped (by prompt).  [default: published]",
+    type=OneOf("split", ["published", "grouped"]),
+    help="Protocol: the stores' own splits, or whole prompts.  [default: published]",
 )
-@click.option("--names", help="What to call SOURCE and TARGET, as in 3k,2023.  [default: from their provenance]")
-@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Heads of each kind.")
+@click.option("--names", help="Names of SOURCE and TARGET, as in 3k,2023.  [default: from their provenance]")
+@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Heads of each kind, by seed.")
 @click.option(
     "--shots",
     type=Counts(),
-    help="Training items of the few-shot curve, which always ends with all of them.  [default: those of 10,30,100,300 "
-    "that each data set has]",
+    help="Numbers of training items of the few-shot curve.  [default: 10,30,100,300 as far as each data set goes]",
 )
 @click.option("--one-way", is_flag=True, help="From SOURCE to TARGET only.")
-@click.option("--workers", type=click.IntRange(min=1), help="As of `agiqa ablate`.")
+@click.option(
+    "--train-workers",
+    "workers",
+    type=click.IntRange(min=1),
+    help="Heads to train at the same time.  [default: one per CPU core, up to 3 on a GPU]",
+)
 @output_options
 def command(
     source: str | Path,
@@ -69,12 +73,13 @@ def command(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Carry heads from SOURCE to TARGET and back, and write OUT/results.jsonl (a line per head) and OUT/rows.jsonl.
+    """Carry heads from SOURCE to TARGET and back. Run it again to train what is missing or failed.
 
-    A head of one data set is applied to the other as it is, set beside one that is trained on the other (w/ TP), and
-    trained on with few items of it, beside fresh heads on the same items. Stores must share what their features mean:
-    one W_lm and, of sketches, one basis. Each data set is tested on its own test part, on which nothing is chosen.
-    The same command again trains what is missing or failed.
+    A head of one data set is applied to the other as it is. It is compared with a head trained there (w/ TP), and it is
+    trained further on few items there, beside fresh heads on the same items. Each data set is tested on its own test
+    part, which chooses nothing. Both stores need the same W_lm and, if they are sketches, the same basis.
+
+    It writes OUT/results.jsonl (a line per head) and OUT/rows.jsonl (a line per row of the tables).
     """
     from agiqa.bench.recording.result_folders import RESULTS
     from agiqa.bench.transfer.plan import read_transfer_settings

@@ -18,7 +18,7 @@ class Missing:
         return f"{self.what}: {self.command}{', ' if self.how else ''}{self.how}"
 
 
-_ABLATE = "agiqa ablate STORE OUT --config GRID.yaml"
+_ABLATE = "agiqa ablate STORE OUT --grid GRID.yaml"
 _WANTED = {
     "rows": Missing(what="Heads and baselines", command=_ABLATE),
     "baselines": Missing(what="Baselines", command=_ABLATE, how="which writes them beside the heads"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from agiqa.errors import ConfigError, ModelError, UnknownName
@@ -12,8 +13,10 @@ from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.loading import load_config
 from agiqa.extract.models.minicpm.backbone import MiniCPMBackbone
 from agiqa.extract.models.minicpm.config import MODEL_TYPE, read_config
+from agiqa.extract.models.preparing import Opener
 from agiqa.extract.models.text import TextBackbone
 from agiqa.extract.models.vision import VisionBackbone
+from agiqa.progress import say
 from agiqa.registry import Registry
 
 BACKBONES: Registry[Callable[..., HuggingFaceBackbone]] = Registry("backbone")
@@ -55,6 +58,25 @@ def open_backbone(
         raise ModelError(message)
     backbone: HuggingFaceBackbone = make(checkpoint, config, adapter=resolved, dtype=dtype, device=device)
     return backbone
+
+
+def opener_of(model: str, *, adapter: str | None, dtype: str, max_slices: int | None) -> Opener:
+    """A picklable function that opens the model: `opener(device=DEVICE)`, as `open_backbone`."""
+    return partial(open_backbone, model, adapter=adapter, dtype=dtype, max_slices=max_slices)
+
+
+def opened(opener: Opener, device: str) -> Backbone:
+    """The backbone on `device`, its tensor headers checked. Says so where `auto` found no GPU."""
+    backbone = opener(device=device)
+    if device == "auto" and backbone.device.type == "cpu":
+        say("no GPU found: the model runs on the CPU")
+    backbone.check_tensors()
+    return backbone
+
+
+def open_checked(model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None) -> Backbone:
+    """As `open_backbone`, with the checks of `opened`."""
+    return opened(opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices), device)
 
 
 def _read_config(checkpoint: Checkpoint, max_slices: int | None) -> Any:

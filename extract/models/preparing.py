@@ -149,7 +149,7 @@ def _answer(processes: Workers, function: Callable[[Backbone, Any], Any], argume
             return lost(argument, f"the process that prepared it {error}, twice; leave it out, or replace its image")
         message = (
             f"{argument}: the process that prepared it {error}, twice, from outside or for want of memory. What is "
-            "finished is kept: run the same command again, with fewer --workers if memory is short."
+            "finished is kept: run the same command again, with fewer --prepare-workers if memory is short."
         )
         raise WorkerError(message) from error
     return pickle.loads(answer.content) if isinstance(answer, _Packed) else answer

@@ -1,8 +1,9 @@
 """What a head is and how it is trained: two frozen configs, from YAML, options and defaults.
 
-The file has two sections, `head:` and `train:`, with the field names of the classes below. Options of the
-command line are flat, since no name occurs in both. An option beats the file, which beats the head that a training
-starts from (starting.py), which beats the preset (presets.py), which beats the default.
+The file has two sections, `head:` and `train:`, with the field names of the classes below. No name occurs in both, so
+the options of `agiqa train` are flat; they are made from these fields. The first sentence of a field's docstring is the
+help of its option, its `examples` are the names that agiqa brings. An option beats the file, which beats the head that
+a training starts from, which beats the preset, which beats the default.
 """
 
 from collections.abc import Mapping
@@ -13,14 +14,13 @@ import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from agiqa.errors import ConfigError, UnknownName
-from agiqa.heads.settings.labels import parse_labels
 from agiqa.heads.settings.presets import preset_values
 
 
 class _Settings(BaseModel):
     """A frozen, keyword-only config whose every fault is a ConfigError."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     if not TYPE_CHECKING:  # a checker keeps the signature that pydantic makes from the fields
 
@@ -37,147 +37,145 @@ class _Settings(BaseModel):
 class HeadConfig(_Settings):
     """The parts of a head, by registered name, and their sizes."""
 
-    projection: str = "vocabulary"
-    """How features become the encoder's input: `vocabulary` or `hidden` from hidden states, `sketch`, or `logits`."""
-    encoder: str = "xlstm"
-    """The sequence encoder: `xlstm`, `lstm`, `gru`, `mamba2`, `transformer` or `none`."""
-    pooling: str = "mean"
-    """How the tokens become one vector: `mean`, `max`, `first`, `last`, `first-last-mean` or `attention`, over all
-    tokens or, as in `mean@answer`, those of one role: `special`, `image`, `question` or `answer`."""
+    projection: str = Field(default="vocabulary", examples=["vocabulary", "hidden", "sketch", "logits"])
+    """How features enter the encoder. `vocabulary` is W_proj on the logits, computed from hidden states; `hidden`,
+    `sketch` and `logits` read the features of that encoding as they are."""
+    encoder: str = Field(default="xlstm", examples=["xlstm", "lstm", "gru", "mamba2", "transformer", "none"])
+    """Sequence encoder."""
+    pooling: str = Field(default="mean", examples=["mean", "max", "first", "last", "first-last-mean", "attention"])
+    """How the tokens become one vector; mean@answer pools the answer's tokens only. The roles after `@` are `special`,
+    `image`, `question` and `answer`."""
     width: int = Field(default=512, ge=1)
-    """Channels of the projected tokens and of the encoder, in each of its directions (d of the paper)."""
+    """Channels of the projected tokens and of each direction of the encoder (d in the paper)."""
     standardise: bool = True
-    """Centre and scale the features once, by statistics of the training tokens: `vocabulary` whitens hidden states, the
-    other projections scale each channel. The functions that a head can learn stay the same, the steps of AdamW do not:
-    only with False are those of `vocabulary` the steps on explicit logits, as in the paper."""
+    """Centre and scale the features once, by statistics of the training tokens. `vocabulary` whitens hidden states; the
+    other projections scale each channel. A head can learn the same functions either way, but AdamW takes other steps:
+    only without it are the steps of `vocabulary` those on explicit logits, as in the paper."""
     blocks: int = Field(default=4, ge=1)
-    """Blocks of `xlstm`; the one at index 1 is an sLSTM, the others are mLSTMs."""
+    """Blocks of xlstm. The second one is an sLSTM, the others are mLSTMs."""
     num_heads: int = Field(default=4, ge=1)
-    """Heads of every block of `xlstm` and every layer of `transformer`; must divide the width."""
+    """Heads of each xlstm block and transformer layer; must divide the width."""
     layers: int = Field(default=1, ge=1)
-    """Layers of `lstm`, `gru`, `mamba2` and `transformer`."""
+    """Layers of lstm, gru, mamba2 and transformer."""
     residual: bool = True
-    """Whether each layer of `lstm` and `gru` has a LayerNorm before it and a residual around it, with a norm at the
-    end. False is the plain stack of the published code."""
+    """LayerNorm before, and a residual around, each layer of lstm and gru. The published code has plain layers."""
     state_size: int = Field(default=16, ge=1)
-    """Rows of the state of `mamba2` (N of its paper), per channel; 16 is the published setting."""
+    """Rows of mamba2's state per channel (N in its paper)."""
     bidirectional: bool = False
-    """Whether tokens feel later tokens too, in every encoder but `none`. `transformer` then drops its causal mask; the
-    others read each item from both ends, with weights of their own and the full width in each direction."""
+    """Read each item in both directions. `transformer` drops its causal mask; `none` has no direction; the other
+    encoders get a second set of weights that reads backwards, and the full width in each direction."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of activations dropped in training, within the encoder; `none` has none to drop. Dropout before a norm lets
-    training pool values that spread less than those of evaluation, so that predictions spread too far: with a share of
-    .5 by a factor of 1.1 (`transformer`) to 1.3 (`xlstm`). `calibrate` takes that off."""
+    """Share of the encoder's activations dropped in training. With dropout, evaluation spreads predictions too far (by
+    1.1 for `transformer` to 1.3 for `xlstm` at a share of .5); `calibrate` corrects that."""
     token_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the tokens of each item that are taken out of its sequence in training, drawn anew at every step. Those
-    that the pooling reads by their place (`first`, `last`) stay, and one token at least. The maximum of fewer tokens is
-    lower: with `max` pooling set `calibrate` too."""
+    """Share of each item's tokens removed in training, drawn anew at every step. At least one token stays, and so do
+    those that `first` and `last` pool. The maximum over fewer tokens is lower: set `calibrate` with `max`."""
     regressor_hidden: int = Field(default=128, ge=0)
-    """Channels between the two linear layers of the regressor; 0 is one linear layer."""
+    """Channels between the regressor's two linear layers; 0 for one layer."""
 
 
 class TrainConfig(_Settings):
     """How a head is trained, on which labels, and which items are held out."""
 
     label: str = "quality"
-    """The aspect whose MOS is learned, or several joined by `+`, as in `quality+correspondence`: one head then predicts
-    them all, and every item of the split must have them all."""
+    """Aspect whose MOS is learned, or several, as in quality+correspondence. One head then predicts them all, and every
+    item of the split needs all of them."""
     split: Literal["published", "grouped", "folds", "generator"] = "published"
-    """Which items are only tested on. `published`: the split of the store; `grouped`: whole prompts, drawn by
-    `split_seed`; `folds`: one of several parts of whole prompts, which together are all items; `generator`: the images
-    of one generator, whose prompts may also occur in training."""
+    """Protocol: the store's own split, whole prompts, one fold of prompts, or one generator. `grouped` draws whole
+    prompts by `split_seed`. `folds` deals whole prompts into parts that together hold all items, and tests on one.
+    `generator` tests on the images of one generator, whose prompts may also occur in training."""
     folds: int = Field(default=5, ge=2)
-    """Parts of about the same number of items that `folds` deals the prompts into, by `split_seed`."""
+    """Parts into which the split `folds` deals the prompts. They hold about equally many items."""
     fold: int = Field(default=0, ge=0)
-    """The part that `folds` tests on, from 0."""
+    """Part that the split `folds` tests on, from 0."""
     held_out: str | None = None
-    """The generator that `generator` tests on, as the store's item table calls it."""
+    """Generator that the split `generator` tests on, as the store names it."""
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
-    """Share of the items that `grouped` holds out."""
+    """Share of the items that the split `grouped` tests on."""
     validation: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of the training part, whole prompts, that chooses the epoch; 0 keeps the last epoch, and so do fewer than
-    30 items, which are too few to choose by."""
+    """Share of training (whole prompts) that chooses the epoch. With 0, or fewer than 30 items, the last epoch is
+    kept: so few items are too few to choose by."""
     training_items: int | None = Field(default=None, ge=1)
-    """Use only so many of the items outside of the test part, training and validation together: the first of a random
-    order by `training_seed`, so that 10 are among 30. None uses all."""
+    """Number of training and validation items to use; all if absent. `training_seed` draws them, and smaller subsets
+    are nested in larger ones."""
     training_seed: int | None = Field(default=None, ge=0)
-    """Draws the `training_items` and nothing else, so that other items can be drawn beside the same test part; None is
-    `split_seed`."""
+    """Seed that draws `training_items` only; that of `split_seed` if absent. The test part does not depend on it."""
     split_seed: int = Field(default=0, ge=0)
-    """Draws the test part of `grouped`, the folds, the validation part and, without a `training_seed`, the
-    `training_items`; apart from `seed`, so that seeds compare."""
-    loss: str = "mse"
-    """The loss on labels scaled to mean 0 and variance 1: `mse`, `mae`, `huber`, `plcc`, `fidelity`, `margin` or
-    `ranknet`, or a weighted sum such as `mse+0.5*plcc`. The last four compare the items of a batch. Of several labels
-    it is the mean of the loss of each."""
+    """Seed that draws the test, validation and training parts. `seed` draws none of them, so runs with other seeds
+    compare."""
+    loss: str = Field(default="mse", examples=["mse", "mae", "huber", "plcc", "fidelity", "margin", "ranknet"])
+    """Loss on standardised labels, or a weighted sum such as mse+0.5*plcc. `plcc`, `fidelity`, `margin` and `ranknet`
+    compare the items of a batch. With several labels, the loss is the mean over them."""
     epochs: int = Field(default=20, ge=1)
-    """Passes over the training items, and the length of the schedule."""
+    """Passes over the training items. The schedule has this length."""
     batch_size: int = Field(default=32, ge=1)
     """Items per step."""
     lr: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate of AdamW."""
     projection_lr: float | None = Field(default=None, gt=0.0)
-    """The projection's own peak learning rate; None is `lr` times the projection's `lr_scale`."""
+    """Peak learning rate of the projection; `lr` times the projection's own factor if absent."""
     weight_decay: float = Field(default=1e-2, ge=0.0)
     """Decoupled weight decay of AdamW, on every parameter."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """What follows the warm-up: half a cosine down to 0, or the peak throughout."""
+    """Learning rate after the warm-up: half a cosine down to 0, or constant."""
     warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of all steps over which the learning rate rises linearly."""
     gradient_clip: float | None = Field(default=1.0, gt=0.0)
-    """Largest norm of the whole gradient; None clips nothing."""
+    """Largest norm of the whole gradient. None clips nothing."""
     ema: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Decay per step of a moving average of the weights, which is validated and kept; None keeps the weights. It is a
-    mean over the steps so far, those before weighing less, in which the first weights count no more than others. Its
-    window of 1 / (1 - `ema`) steps is at most a tenth of all steps: in short trainings the decay is less than `ema`."""
+    """Decay per step of a moving average of the weights, used instead of them. The average starts without a bias to
+    the first weights. Its window of 1 / (1 - `ema`) steps is at most a tenth of all steps, so short trainings decay
+    faster."""
     patience: int | None = Field(default=None, ge=1)
-    """Stop after so many epochs without a better validation SRCC (of several labels the mean), where there are enough
-    validation items to choose by; None runs all epochs."""
+    """Epochs without a better validation SRCC after which training stops; never if absent. With several labels the
+    mean SRCC counts. Needs enough validation items to choose by."""
     calibrate: bool = False
-    """Fit a line from predictions to MOS on the validation items (30 at least) once the epoch is chosen, for each
-    label, and put it into the head: for a loss that leaves the level open, or a pooling that differs between training
-    and evaluation. A refit head gets the line of the head that chose the epoch."""
+    """Fit a line from predictions to MOS on the validation items, and keep it in the head. It needs 30 validation items
+    and is fitted per label after the epoch is chosen. Use it for losses that leave the level open, and for poolings
+    that differ between training and evaluation. A refit head gets the line of the head that chose the epoch."""
     refit: bool = False
-    """Train again on training + validation items for the chosen number of epochs."""
+    """Train again on training and validation items for the chosen number of epochs."""
     paper_compatible: bool = False
-    """Also follow the test scores of every epoch, and tell the best epoch by them beside the honest number, with the
-    difference: what the published protocol reports. No choice hears of it."""
+    """Also report the best epoch by test score, as the paper does, and its optimism. It is never used for selection."""
     seed: int = Field(default=0, ge=0)
-    """Of the initial weights, the order of the batches, and dropout."""
+    """Seed of the initial weights, the order of the batches, and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` is cuda where there is one."""
+    """Device; auto is cuda where there is one."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """`bf16` and `fp16` compute in mixed precision; weights and optimiser stay in fp32. `fp16` scales the loss so that
-    small gradients do not vanish, skips a step whose gradients overflow, and needs CUDA."""
+    """Precision; bf16 and fp16 are mixed, and fp16 needs CUDA. Weights and optimiser stay in fp32. fp16 scales the
+    loss, and skips a step whose gradients overflow."""
     cuda_graphs: bool = True
-    """Whether a GPU replays the encoder's training steps from CUDA graphs, for which batches are padded a little."""
+    """Replay the encoder's training steps from CUDA graphs, which pads batches a little."""
     compile: bool = False
-    """Whether torch.compile fuses the operations within the blocks of `xlstm`, `mamba2` and `transformer` on a GPU.
-    That takes twenty seconds or more at the start, and saves a tenth to half of a step: for many items or epochs. Last
-    digits may follow from the first batch's length, so a training that goes on after a kill may differ in them."""
+    """Fuse operations by torch.compile on a GPU, for long trainings. It applies to xlstm, mamba2 and transformer, takes
+    20 s or more at the start, and saves a tenth to half of each step. Last digits can depend on the first batch's
+    length, so a resumed training can differ in them."""
     threads: int | None = Field(default=None, ge=1)
-    """CPU threads of torch while training; None leaves them as they are."""
+    """CPU threads of torch; unchanged if absent."""
     keep: Literal["auto", "device", "ram", "memmap", "stream"] = "auto"
-    """Where the decoded features are during training: the memory of `device`, RAM, a decoded copy on disk that is
-    mapped, or RAM for what fits there with the rest read from the store for every batch. `auto` is the first of these
-    that holds all of them, else `stream`. The numbers are the same."""
+    """Where decoded features are kept during training. `device` is the memory of the GPU, `memmap` a decoded copy on
+    disk, `stream` RAM for what fits and the store for the rest. `auto` is the first of these that holds all features,
+    else `stream`. Results are the same."""
     memory: ByteSize | None = Field(default=None, gt=0)
-    """Bytes of decoded features to hold at most, in RAM or in the memory of the device, as in `8GB`; None is 80 % of
-    what is free on the device and 60 % of what is free in RAM."""
+    """Memory for decoded features, as in 8GB; 80 % of the free GPU memory or 60 % of the free RAM if absent."""
     save_seconds: float = Field(default=30.0, ge=0.0)
-    """Seconds between two saves of the training under way, at the end of an epoch; 0 saves every epoch. A training
-    that is killed and run again goes on from the last."""
+    """Seconds between two saves of the training, at the end of an epoch; 0 for every epoch. A killed training resumes
+    from the last save."""
     tensorboard: bool = False
-    """Whether event files for TensorBoard are written, which needs `agiqa[tensorboard]`."""
+    """Write event files for TensorBoard to RUN/tensorboard; needs `agiqa[tensorboard]`."""
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The names that `label` joins. Raises as `parse_labels`."""
+        from agiqa.heads.settings.labels import parse_labels  # its numpy would slow `agiqa train --help` down
+
         return parse_labels(self.label)
 
     @field_validator("label")
     @classmethod
     def _spelled_one_way(cls, label: str) -> str:
+        from agiqa.heads.settings.labels import parse_labels
+
         return "+".join(parse_labels(label))
 
     @model_validator(mode="after")

@@ -50,8 +50,6 @@ none
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from agiqa.registry import Registry
 
 Settings = dict[str, Any]
@@ -128,6 +126,8 @@ def paper(chosen: Mapping[str, Any]) -> Settings:
 
 def published(chosen: Mapping[str, Any]) -> Settings:
     """The released code's settings for the encoder, with the one learning rate that it had for all parameters."""
+    import torch  # heavy, and only this preset asks for it
+
     cuda = chosen.get("device") != "cpu" and torch.cuda.is_available()
     return (
         _PUBLISHED

@@ -13,7 +13,7 @@ from agiqa.store.deriving.deriving import Derivation, derive_store, require_hidd
 from agiqa.store.deriving.sketching import calibration_moments
 from agiqa.store.format.arrays import create_whole_array
 from agiqa.store.format.bits import from_float32
-from agiqa.store.format.scaling import LOGICAL_DTYPE, Scale, save_scale
+from agiqa.store.format.scaling import SCALED_DTYPE, Scale, save_scale
 from agiqa.store.reading.store import Store
 from agiqa.store.writing.places import check_writable
 
@@ -47,7 +47,7 @@ def _to_int8(source: Store) -> Derivation:
 
     return Derivation(
         encoding="int8",
-        logical_dtype=LOGICAL_DTYPE,
+        logical_dtype=SCALED_DTYPE,
         width=source.width,
         provenance={"scale": scale.id},
         encode=scale.encode,

@@ -16,7 +16,7 @@ from agiqa.store.disk.files import canonical_json
 from agiqa.store.format.arrays import create_whole_array
 from agiqa.store.format.basis import Moments
 
-LOGICAL_DTYPE = "float16"
+SCALED_DTYPE = "float16"
 """What rounded rows are read as: its own rounding, 2^-11, is far below that of eight bits."""
 _LARGEST = 127.0
 _RANGE = 65504.0

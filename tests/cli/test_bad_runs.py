@@ -72,7 +72,7 @@ def test_a_head_reads_the_encoding_of_its_store_where_no_projection_is_named(agi
     assert json.loads((run / "config.json").read_text())["head"]["projection"] == encoding
     grid, out = tmp_path / "grid.yaml", tmp_path / "out"
     grid.write_text("base: {width: 4, epochs: 1, device: cpu}\ngrid: {encoder: [none, gru]}\n")
-    assert agiqa("ablate", store, out, "--config", grid, "--workers", 1).code == 0
+    assert agiqa("ablate", store, out, "--grid", grid, "--train-workers", 1).code == 0
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert {line["config"]["projection"] for line in lines} == {encoding}
 
@@ -112,7 +112,7 @@ def test_a_head_without_validation_items(agiqa, example, tmp_path):
     trained = agiqa("train", example.store, tmp_path / "run", *SMALL_HEAD, "--validation", 0, "--json")
     assert trained.json["validation"] is None
     assert trained.json["chosen_by"] == "last epoch, as there are no validation items"
-    refuse(agiqa("evaluate", tmp_path / "run", example.store, "--split", "validation"), "no item", "'validation'")
+    refuse(agiqa("evaluate", tmp_path / "run", example.store, "--on", "validation"), "no item", "'validation'")
 
 
 def test_a_split_that_leaks_prompts_is_warned_of_with_its_size(agiqa, example, tmp_path):

@@ -11,22 +11,27 @@ import time
 import click
 import pytest
 import yaml
+from click.shell_completion import ShellComplete
 
 from agiqa.cli import COMMANDS, cli, keep_interrupts
+from agiqa.cli import SECTIONS as cli_sections
+from agiqa.commands.help import SectionedCommand
+from agiqa.commands.store import SECTIONS as store_sections
+from agiqa.commands.store import command as store_group
 from tests.cli.conftest import ITEMS, SMALL_HEAD
 from tests.command_line import REPOSITORY
 from tests.extract.small_sets import read_table, write_talks
 
 COLD_HELP = """
 import sys, time
-started = time.perf_counter()
+started = time.process_time()
 from click.testing import CliRunner
 from agiqa.cli import cli
 outcome = CliRunner().invoke(cli, sys.argv[1:])
 assert outcome.exit_code == 0, outcome.output
 heavy = {"torch", "transformers", "lightning", "zarr", "numpy", "pyarrow", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
-print(time.perf_counter() - started)
+print(time.process_time() - started)
 """
 
 
@@ -53,6 +58,70 @@ def test_help_answers_at_once_and_imports_nothing_heavy(words):
     assert float(outcome.stdout) < 1.0
 
 
+def test_help_lists_every_command_with_its_whole_summary(agiqa):
+    for arguments, sections in (((), cli_sections), (("store",), store_sections)):
+        shown = " ".join(agiqa(*arguments, "--help").out.split())
+        assert "..." not in shown.split(" Options: ")[1]
+        for title, summaries in sections.items():
+            assert f" {title}: " in shown
+            assert all(f" {name} {' '.join(summary.split())}" in shown for name, summary in summaries.items())
+    context = click.Context(store_group)
+    assert sorted(name for summaries in store_sections.values() for name in summaries) == store_group.list_commands(
+        context
+    )
+
+
+@pytest.mark.parametrize(("words", "command"), ALL, ids=NAMES)
+def test_sections_of_the_help_name_options_once_and_leave_out_only_the_shared_ones(words, command):
+    if not isinstance(command, SectionedCommand):
+        return
+    named = [name for names in command.sections.values() for name in names]
+    options = {option.name for option in command.params if isinstance(option, click.Option)}
+    assert len(named) == len(set(named))
+    assert options - set(named) <= {"as_json", "verbose", "options_file"}
+    assert set(named) <= options
+
+
+@pytest.mark.parametrize(("words", "command"), ALL, ids=NAMES)
+def test_help_texts_are_short(words, command):
+    options = [option for option in command.params if isinstance(option, click.Option)]
+    long = [option.name for option in options if len((option.help or "").split("  [default")[0]) > 150]
+    assert long == []
+
+
+def test_completion_offers_commands_options_and_names():
+    def offered(*words, incomplete):
+        found = ShellComplete(cli, {}, "agiqa", "_AGIQA_COMPLETE").get_completions(list(words), incomplete)
+        return {item.value for item in found}
+
+    assert offered(incomplete="ex") == {"extract"}
+    assert "--prepare-workers" in offered("extract", incomplete="--prep")
+    assert offered("train", "--encoder", incomplete="") >= {"xlstm", "lstm", "gru", "mamba2", "transformer", "none"}
+    assert offered("extract", "--aspect", incomplete="q") == {"quality"}
+    assert "table-iv" in offered("ablate", "S", "O", "--grid", incomplete="table")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_completion_script_is_one_that_the_shell_reads(agiqa, shell):
+    script = agiqa("completion", shell).out
+    assert "_AGIQA_COMPLETE" in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_names_offered_for_settings_are_those_registered():
+    from agiqa.heads import ENCODERS, LOSSES, POOLINGS, PROJECTIONS, HeadConfig, TrainConfig
+
+    fields = {**HeadConfig.model_fields, **TrainConfig.model_fields}
+    for name, registry in (
+        ("encoder", ENCODERS),
+        ("pooling", POOLINGS),
+        ("projection", PROJECTIONS),
+        ("loss", LOSSES),
+    ):
+        assert sorted(fields[name].examples) == registry.names(), name
+
+
 def test_the_installed_program_lists_its_commands():
     outcome = subprocess.run(
         [sys.executable, "-m", "agiqa", "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=True
@@ -61,12 +130,15 @@ def test_the_installed_program_lists_its_commands():
 
 
 @pytest.mark.parametrize(("words", "command"), ALL, ids=NAMES)
-def test_every_command_has_help_json_verbose_and_config(agiqa, words, command):
+def test_every_command_has_help_json_verbose_and_a_file_of_options(agiqa, words, command):
     outcome = agiqa(*words, "--help")
     assert outcome.code == 0
     assert outcome.err == ""
-    for option in ("--help", "--json", "--verbose", "--config"):
+    for option in ("--help", "--json", "--verbose"):
         assert option in outcome.out
+    # train and transfer have files of head settings, ablate has grids, completion has nothing to set
+    settings = {"train": "--config", "transfer": "--config", "ablate": "--grid", "completion": "SHELL"}
+    assert settings.get(words[0], "--options") in outcome.out
     assert command.help
     assert [option.name for option in command.params if isinstance(option, click.Option) and not option.help] == []
 
@@ -99,7 +171,7 @@ def test_unknown_commands_and_options_answer_with_the_nearest(agiqa, arguments, 
         (("train", "STORE", "NEW", "--pooling", "maen"), "mean"),
         (("train", "STORE", "NEW", "--loss", "msee"), "mse"),
         (("train", "STORE", "NEW", "--label", "qualiti"), "quality"),
-        (("evaluate", "RUN", "STORE", "--split", "tset"), "test"),
+        (("evaluate", "RUN", "STORE", "--on", "tset"), "test"),
     ],
 )
 def test_unknown_names_answer_with_the_nearest(agiqa, example, tmp_path, arguments, nearest):
@@ -222,12 +294,12 @@ def test_a_config_file_gives_values_and_options_beat_it(agiqa, example, tmp_path
     }
     config.write_text(yaml.safe_dump(values))
     store = tmp_path / "s.agiqa"
-    arguments = ("extract", example.data, store, "--config", config)
+    arguments = ("extract", example.data, store, "--options", config)
     assert agiqa(*arguments, "--max-tokens", 400, "--json").json["state"] == "unfinished"
     provenance = agiqa("store", "info", store, "--json").json["provenance"]
     assert provenance["conversation"]["variant"] == "full"
     assert provenance["tokens"]["max_tokens"] == 400
-    before = agiqa("extract", "--config", config, example.data, tmp_path / "t.agiqa", "--variant", "id", "--json")
+    before = agiqa("extract", "--options", config, example.data, tmp_path / "t.agiqa", "--variant", "id", "--json")
     assert before.json["state"] == "unfinished"
     assert agiqa("store", "info", tmp_path / "t.agiqa", "--json").json["provenance"]["conversation"]["variant"] == "id"
 
@@ -243,7 +315,7 @@ def test_a_config_file_gives_values_and_options_beat_it(agiqa, example, tmp_path
 def test_config_files_that_say_nothing_known_are_refused(agiqa, example, tmp_path, text, message):
     config = tmp_path / "wrong.yaml"
     config.write_text(text)
-    outcome = agiqa(*example.extract(tmp_path / "s.agiqa", "--config", config))
+    outcome = agiqa(*example.extract(tmp_path / "s.agiqa", "--options", config))
     assert outcome.code == 1
     assert message in outcome.err
     assert str(config) in outcome.err
@@ -260,7 +332,7 @@ def test_train_options_cover_every_setting():
 
 def test_a_config_line_without_a_value_leaves_the_default(agiqa, texts, tiny_text_checkpoint, tmp_path):
     config, store = tmp_path / "empty.yaml", tmp_path / "s.agiqa"
-    config.write_text("variant:\npart:\nadapter:\nmos-range:\nworkers:\ndtype: null\n")
+    config.write_text("variant:\npart:\nadapter:\nmos-range:\nprepare-workers:\ndtype: null\n")
     options = (
         "--conversations",
         write_talks(texts),
@@ -269,7 +341,7 @@ def test_a_config_line_without_a_value_leaves_the_default(agiqa, texts, tiny_tex
         "--device",
         "cpu",
         "--plan-only",
-        "--config",
+        "--options",
         config,
     )
     assert agiqa("extract", texts, store, *options, "--json").json["state"] == "unfinished"
@@ -343,12 +415,12 @@ def test_ctrl_c_while_workers_start_is_told_in_one_line(agiqa, example, tmp_path
         first.append(time.monotonic())
         return first[-1] - first[0] >= delay
 
-    command = example.extract(tmp_path / "s.agiqa", "--workers", 2)
+    command = example.extract(tmp_path / "s.agiqa", "--prepare-workers", 2)
     outcome = agiqa.interrupted(*command, after="reads no images", when=a_moment_later)
     assert outcome.code == 130
     _, _, after = outcome.err.partition("Use the model's own answers")  # the last that is said before workers start
     told = after.partition("\n")[2].strip()
-    assert told == "interrupted; what is finished is kept: run the same command again", outcome.err
+    assert told == "interrupted; finished work is kept: run the same command again to go on", outcome.err
 
 
 def test_a_share_of_the_units_can_be_filled_from_the_command_line(agiqa, example, tmp_path):

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
+from agiqa.commands.common import failures
 
 from agiqa.bench.recording.result_folders import LOCK
-from agiqa.commands.common import failures
 from agiqa.store import open_store
 from agiqa.store.disk.files import exclusive_lock
 from tests.cli.refusals import refuse
@@ -48,7 +48,7 @@ def ablate(tmp_path, store):
     def arguments(*options, at=None, **sections):
         file = tmp_path / "grid.yaml"
         file.write_text(yaml.safe_dump({"base": BASE, "grid": GRID, **sections}, sort_keys=False))
-        return ("ablate", at or store, tmp_path / "out", "--config", file, *options)
+        return ("ablate", at or store, tmp_path / "out", "--grid", file, *options)
 
     return arguments
 
@@ -61,7 +61,7 @@ def lines_of(out):
 
 def test_a_grid_is_trained_and_summed_up(agiqa, ablate, store, tmp_path):
     runs = [{"encoder": "none", "label": "alignment", "name": "aligned"}]
-    done = agiqa(*ablate("--workers", 1, "--json", runs=runs))
+    done = agiqa(*ablate("--train-workers", 1, "--json", runs=runs))
     names = ["encoder=gru,seed=0", "encoder=gru,seed=1", "encoder=none,seed=0", "encoder=none,seed=1", "aligned"]
     assert (done.json["runs"], done.json["trained"], done.json["failed"]) == (5, 5, [])
     lines = lines_of(tmp_path / "out")
@@ -96,7 +96,7 @@ def test_a_grid_is_trained_and_summed_up(agiqa, ablate, store, tmp_path):
     for name in ("head.safetensors", "predictions.csv", "config.json"):
         assert (tmp_path / "single" / name).read_bytes() == (tmp_path / "out" / "runs" / names[1] / name).read_bytes()
 
-    again = agiqa(*ablate("--workers", 1, runs=runs))
+    again = agiqa(*ablate("--train-workers", 1, runs=runs))
     assert again.code == 0
     assert "5 of 5 runs are there already" in again.err
     assert again.out.startswith("| run | label | seeds |"), again.out
@@ -110,7 +110,7 @@ LONG = {"base": {**BASE, "save_seconds": 0, "epochs": 20, "encoder": "gru"}, "gr
 def undisturbed(agiqa, store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "grid.yaml").write_text(yaml.safe_dump(LONG))
-    assert agiqa("ablate", store, folder / "out", "--config", folder / "grid.yaml", "--workers", 1).code == 0
+    assert agiqa("ablate", store, folder / "out", "--grid", folder / "grid.yaml", "--train-workers", 1).code == 0
     return lines_of(folder / "out")
 
 
@@ -124,7 +124,7 @@ def test_a_sweep_that_is_broken_off_goes_on_at_once(agiqa, ablate, undisturbed, 
     out = tmp_path / "out"
     states = [out / "runs" / f".seed={seed}.state" / "state.ckpt" for seed in range(2)]
     broken = agiqa.interrupted(
-        *ablate("--workers", 2, **LONG), when=lambda: any(state.exists() for state in states), number=number
+        *ablate("--train-workers", 2, **LONG), when=lambda: any(state.exists() for state in states), number=number
     )
     assert broken.code == code
     if number != signal.SIGKILL:
@@ -133,7 +133,7 @@ def test_a_sweep_that_is_broken_off_goes_on_at_once(agiqa, ablate, undisturbed, 
     assert any(state.exists() for state in states)
     with (out / "results.jsonl").open("a") as file:
         file.write('{"name": "seed')
-    assert agiqa(*ablate("--workers", 1, **LONG)).code == 0
+    assert agiqa(*ablate("--train-workers", 1, **LONG)).code == 0
     assert lines_of(out) == undisturbed
     assert sorted(path.name for path in (out / "runs").iterdir()) == ["seed=0", "seed=1"]
 
@@ -143,7 +143,7 @@ def test_runs_that_fail_are_kept_with_their_error_and_tried_again(agiqa, ablate,
     taken.mkdir(parents=True)
     (taken / "letter.txt").write_text("mine")
     sections = {"runs": [{"encoder": "transformer", "lr": 1e30}]}
-    failed = agiqa(*ablate("--workers", 1, "--json", **sections))
+    failed = agiqa(*ablate("--train-workers", 1, "--json", **sections))
     assert failed.code == 1
     assert json.loads(failed.out)["trained"] == 3
     assert "error: 2 of 5 runs failed; the same command tries them again:" in failed.err
@@ -153,7 +153,7 @@ def test_runs_that_fail_are_kept_with_their_error_and_tried_again(agiqa, ablate,
     assert "letter" not in lines["encoder=none,seed=1"]["error"]
     assert "is no run folder" in lines["encoder=none,seed=1"]["error"]
     (taken / "letter.txt").unlink()
-    again = agiqa(*ablate("--workers", 1, **sections))
+    again = agiqa(*ablate("--train-workers", 1, **sections))
     assert again.code == 1
     assert "1 of 5 runs failed" in again.err
     assert "3 of 5 runs are there already" in again.err
@@ -183,7 +183,7 @@ def test_what_no_run_can_be_trained_on_is_one_message(agiqa, ablate, tmp_path):
 
 def test_results_of_something_else_are_refused(agiqa, ablate, store, tmp_path):
     small = {"grid": {"seed": [0, 1]}, "base": {**BASE, "encoder": "none"}}
-    assert agiqa(*ablate("--workers", 1, **small)).code == 0
+    assert agiqa(*ablate("--train-workers", 1, **small)).code == 0
     before = (tmp_path / "out" / "results.jsonl").read_bytes()
     other = tmp_path / "sketch.agiqa"
     assert agiqa("store", "sketch", store, other, "--rank", 4).code == 0
@@ -202,7 +202,7 @@ def test_results_of_something_else_are_refused(agiqa, ablate, store, tmp_path):
         refuse(agiqa(*ablate(**small)), "Another ablation is at work", tmp_path / "out")
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
     more = {**small, "grid": {"seed": [0, 1, 2]}}
-    assert agiqa(*ablate("--workers", 1, "--json", **more)).json["trained"] == 1
+    assert agiqa(*ablate("--train-workers", 1, "--json", **more)).json["trained"] == 1
 
 
 NAMES = [
@@ -217,16 +217,16 @@ NAMES = [
 
 @pytest.mark.parametrize(("wrong", "said"), NAMES, ids=[str(wrong) for wrong, _ in NAMES])
 def test_every_name_of_a_grid_is_checked_before_anything_is_trained(agiqa, ablate, tmp_path, wrong, said):
-    refuse(agiqa(*ablate("--workers", 1, runs=[{"encoder": "lstm"}, wrong])), said)
+    refuse(agiqa(*ablate("--train-workers", 1, runs=[{"encoder": "lstm"}, wrong])), said)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_grid_that_lost_runs_goes_on_without_them(agiqa, ablate, tmp_path):
     """Their lines stay in the file, and neither rows nor the report count them."""
     first = {"grid": {"seed": [0, 1]}, "base": {**BASE, "encoder": "none"}, "runs": [{"encoder": "gru", "seed": 7}]}
-    assert agiqa(*ablate("--workers", 1, **first)).code == 0
+    assert agiqa(*ablate("--train-workers", 1, **first)).code == 0
     del first["runs"]
-    again = agiqa(*ablate("--workers", 1, "--json", **{**first, "base": {**BASE, "encoder": "none"}}))
+    again = agiqa(*ablate("--train-workers", 1, "--json", **{**first, "base": {**BASE, "encoder": "none"}}))
     assert again.json["trained"] == 0
     assert "results.jsonl also has 1 results that are not asked for now; they are ignored" in again.err
     assert len(lines_of(tmp_path / "out")) == 3
@@ -239,7 +239,7 @@ def test_a_grid_that_lost_runs_goes_on_without_them(agiqa, ablate, tmp_path):
 def test_the_closed_form_reads_the_store_that_is_named_for_it(agiqa, ablate, store, tmp_path):
     sketch, grid = tmp_path / "sketch.agiqa", {"base": {**BASE, "projection": "sketch"}, "grid": {"encoder": ["none"]}}
     assert agiqa("store", "sketch", store, sketch, "--rank", 4).code == 0
-    done = agiqa(*ablate("--workers", 1, "--json", "--baseline-store", store, at=sketch, **grid))
+    done = agiqa(*ablate("--train-workers", 1, "--json", "--baseline-store", store, at=sketch, **grid))
     (row,) = [row for row in done.json["table"] if row["settings"].get("baseline") == "features"]
     assert "(hidden states, mean of " in row["row"]
     assert row["features_store"] == open_store(store).id != row["store"]
@@ -247,8 +247,8 @@ def test_the_closed_form_reads_the_store_that_is_named_for_it(agiqa, ablate, sto
 
 def test_stores_that_a_grid_compares_must_be_given(agiqa, store, tmp_path):
     said = "This grid compares the stores main, one, two, three: STORE is main, give the others by --store NAME=STORE."
-    refuse(agiqa("ablate", store, tmp_path / "out", "--config", "table-iii"), said)
-    idle = agiqa("ablate", store, tmp_path / "out", "--config", "heads", "--store", f"r16={store}")
+    refuse(agiqa("ablate", store, tmp_path / "out", "--grid", "table-iii"), said)
+    idle = agiqa("ablate", store, tmp_path / "out", "--grid", "heads", "--store", f"r16={store}")
     refuse(idle, "No run of this grid uses the store 'r16' given by --store")
     assert not (tmp_path / "out").exists()
 
@@ -258,5 +258,5 @@ def test_grids_that_cannot_be_run_are_refused_before_anything_is_written(agiqa, 
     refuse(agiqa(*ablate(grid={"sead": [1]})), "grid.yaml", "Did you mean 'seed'")
     refuse(agiqa(*ablate(grid={"keep": ["ram", "memmap"]})), "`keep` must be the same")
     assert agiqa("ablate", store, tmp_path / "out").code == 2
-    assert agiqa(*ablate("--workers", 0)).code == 2
+    assert agiqa(*ablate("--train-workers", 0)).code == 2
     assert not (tmp_path / "out" / "results.jsonl").exists()

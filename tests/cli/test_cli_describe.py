@@ -73,7 +73,7 @@ def test_the_text_for_people_and_the_settings_file(agiqa, data, model, described
     out, _ = described
     config = tmp_path / "describe.yaml"
     config.write_text(f"model: {model}\nmax-new-tokens: 12\ndevice: cpu\n")
-    shown = agiqa("describe", data, out, "--config", config)
+    shown = agiqa("describe", data, out, "--options", config)
     assert shown.code == 0, shown.err
     assert "described  0" in shown.out
     assert f"items      {ITEMS}" in shown.out
@@ -95,7 +95,7 @@ def test_a_table_without_mos_in_worker_processes(agiqa, data, model, described, 
     rows = [[row["name"], row["prompt"]] for row in read_table(data)]
     bare, out = write_table(tmp_path / "bare", rows, ["name", "prompt"]), tmp_path / "out.jsonl"
     (bare / "images").symlink_to(data / "images")
-    outcome = agiqa("describe", bare, out, "--model", model, *SHORT, "--workers", 2)
+    outcome = agiqa("describe", bare, out, "--model", model, *SHORT, "--prepare-workers", 2)
     assert outcome.json["items"] == ITEMS
     assert "MOS" not in outcome.err
     with_labels = {line["name"]: line["response_0"] for line in lines_of(described[0])}

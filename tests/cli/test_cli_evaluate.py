@@ -32,6 +32,6 @@ def test_a_mapping_of_the_validation_part_is_applied_to_the_test_part(agiqa, exa
     shown = agiqa("evaluate", run, example.store).out.splitlines()
     assert f"PLCC {scores['plcc_linear']:.4f} [" in shown[1]
     assert shown[2].startswith("logistic4  none: a curve needs 100 validation items")
-    inside = agiqa("evaluate", run, example.store, "--split", "validation").out.splitlines()
+    inside = agiqa("evaluate", run, example.store, "--on", "validation").out.splitlines()
     assert [line.split(maxsplit=1)[0] for line in inside] == ["validation", "logistic"]
     assert "which the mappings were fitted to" in inside[1]

@@ -50,7 +50,7 @@ def test_ctrl_c_stops_an_export(agiqa, tmp_path):
     export = ("store", "export", store.path, out, "--compression", "gzip")
     outcome = agiqa.interrupted(*export, when=begun.exists)
     assert outcome.code == 130
-    assert outcome.err.strip() == "interrupted; what is finished is kept: run the same command again"
+    assert outcome.err.strip() == "interrupted; finished work is kept: run the same command again to go on"
     assert not out.exists()
     assert agiqa(*export).code == 0
 
@@ -85,5 +85,5 @@ def test_mistakes_are_one_message_and_exit_code_1(agiqa, example, tmp_path):
 def test_options_can_stand_in_a_config_file(agiqa, example, tmp_path):
     config = tmp_path / "export.yaml"
     config.write_text("compression: none\n")
-    made = agiqa("store", "export", example.store, tmp_path / "s.h5", "--config", config, "--json")
+    made = agiqa("store", "export", example.store, tmp_path / "s.h5", "--options", config, "--json")
     assert json.loads(made.out)["compression"] == "none"

@@ -158,7 +158,7 @@ def test_a_run_that_does_not_say_what_made_its_store(agiqa, way, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     told = agiqa(*way.score("vocabulary", "--run", run))
     assert told.code == 0, told.err
-    assert f"warning: {run} does not say which model its store was made by" in told.err
+    assert f"warning: {run} does not record which model made its store" in told.err
     assert (told.json["aspect"], told.json["variant"]) == ("quality", "id")
 
 

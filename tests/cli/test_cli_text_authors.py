@@ -42,7 +42,7 @@ def write_talks(data, name, rows, **more):
 def extract(agiqa, data, store, model, *files, **options):
     given = [part for file in files for part in ("--conversations", file)]
     more = [part for name, value in options.items() for part in (f"--{name}", value)]
-    return agiqa("extract", data, store, "--model", model, "--device", "cpu", "--workers", 0, *given, *more)
+    return agiqa("extract", data, store, "--model", model, "--device", "cpu", "--prepare-workers", 0, *given, *more)
 
 
 def test_a_test_file_without_the_models_own_answers(agiqa, data, tiny_text_checkpoint, tmp_path):

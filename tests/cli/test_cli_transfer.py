@@ -21,7 +21,7 @@ SETTINGS = {
     "train": {"epochs": 2, "batch_size": 8, "lr": 0.01, "device": "cpu"},
     "few_shot": {"epochs": 3, "batch_size": 8},
 }
-FEW = ("--seeds", 2, "--shots", "4,8", "--workers", 1)
+FEW = ("--seeds", 2, "--shots", "4,8", "--train-workers", 1)
 COUNT = 60
 
 
@@ -209,7 +209,7 @@ def test_what_fails_is_kept_and_tried_again(agiqa, transfer, tmp_path):
     taken = out / "runs" / "here,own,seed=0"
     taken.mkdir(parents=True)
     (taken / "letter.txt").write_text("mine")
-    few = ("--seeds", 1, "--shots", "", "--workers", 1, "--one-way")
+    few = ("--seeds", 1, "--shots", "", "--train-workers", 1, "--one-way")
     failed = agiqa(*transfer(*few, "--json"))
     assert failed.code == 1
     assert "error: 3 of 5 results failed; the same command tries them again:" in failed.err
@@ -235,7 +235,9 @@ def test_what_fails_is_kept_and_tried_again(agiqa, transfer, tmp_path):
 
 
 def test_grouped_parts_are_the_same_for_every_seed_and_few_items_are_not(agiqa, transfer, tmp_path):
-    assert agiqa(*transfer("--split", "grouped", "--seeds", 2, "--shots", 4, "--workers", 1, "--one-way")).code == 0
+    assert (
+        agiqa(*transfer("--split", "grouped", "--seeds", 2, "--shots", 4, "--train-workers", 1, "--one-way")).code == 0
+    )
     lines = lines_of(tmp_path / "out")
     assert {line["protocol"] for line in lines.values()} == {"grouped"}
     tested = {
@@ -277,13 +279,13 @@ def test_sketches_are_read_as_such_where_nobody_sets_the_projection(agiqa, trans
     refuse(bare, "46 training items of two are asked for")  # the heads can read both, or this were not asked
     refuse(agiqa("transfer", *sketches, tmp_path / "out", *asked, "--preset", "paper"), "reads 'hidden' features")
     head = {"encoder": "none", "width": 8}
-    few = ("--seeds", 1, "--shots", "", "--one-way", "--workers", 1, "--names", "one,two")
+    few = ("--seeds", 1, "--shots", "", "--one-way", "--train-workers", 1, "--names", "one,two")
     assert agiqa(*transfer(*few, at=sketches, head=head)).code == 0
     assert {line["config"]["projection"] for line in lines_of(tmp_path / "out").values()} == {"sketch"}
 
 
 def test_a_small_data_set_has_the_part_of_the_curve_that_it_has_items_for(agiqa, transfer, tmp_path):
-    outcome = agiqa(*transfer("--seeds", 1, "--workers", 1, "--one-way", few_shot={"epochs": 1}))
+    outcome = agiqa(*transfer("--seeds", 1, "--train-workers", 1, "--one-way", few_shot={"epochs": 1}))
     assert outcome.code == 0, outcome.err
     assert "note: there has 45 training items: none are drawn of 100, 300" in outcome.err
     assert "7 heads to train on" in outcome.err

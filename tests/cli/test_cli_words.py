@@ -61,7 +61,7 @@ def test_a_conversation_file_with_a_label_table(agiqa, data, truths):
     check(outcome.json)
     assert outcome.err == ""
     shown = agiqa("words", talks, "--labels", data / "data.csv").out
-    assert "n 20, of which 4 hold no clear word" in shown
+    assert "n 20, of which 4 without a clear word" in shown
     assert "rough accuracy      0.8000 [" in shown
 
 
@@ -88,7 +88,7 @@ def test_words_of_the_teacher_are_warned_of(agiqa, data, truths):
     outcome = agiqa("words", talks, "--labels", data / "data.csv", "--json")
     assert outcome.code == 0
     assert "7 of 20 conversations" in outcome.err
-    assert "the teacher's, who was told the MOS" in outcome.err
+    assert "those of the teacher, which knew the MOS" in outcome.err
 
 
 def test_the_mos_range_moves_the_bins(agiqa, data, truths, tmp_path):
@@ -113,8 +113,8 @@ def test_too_few_prompts_have_no_intervals_and_say_so(agiqa, tmp_path):
 def test_bad_input_is_refused_by_name(agiqa, data, truths, tmp_path):
     talks = talks_with(data, answers_for(truths))
     refuse(agiqa("words", talks), "--labels data.csv")
-    misuse(agiqa("words", talks, "--labels", data / "data.csv", "--aspect", "qualty"), "Did you mean 'quality'?")
-    refuse(agiqa("words", talks, "--labels", data / "data.csv", "--aspect", "authenticity"), "no MOS of authenticity")
+    misuse(agiqa("words", talks, "--labels", data / "data.csv", "--label", "qualty"), "Did you mean 'quality'?")
+    refuse(agiqa("words", talks, "--labels", data / "data.csv", "--label", "authenticity"), "no MOS of authenticity")
     refuse(agiqa("words", data / "data.csv"), "no column 'answer'")
     bare = write_answers(tmp_path / "bare.csv", data, truths, ("name", "answer"))
     refuse(agiqa("words", bare), "no column with the MOS of quality", "--labels")

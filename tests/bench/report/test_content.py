@@ -201,7 +201,7 @@ def test_ranks_whose_energy_nobody_tells_have_their_scores_alone(results, copy):
 
 
 def test_a_grid_over_stores_of_several_ranks_has_its_heads_in_the_curve(results, copy):
-    """As of `--config ranks`, where the store is what tells one row from another."""
+    """As of `--grid ranks`, where the store is what tells one row from another."""
     folder = copy(results.ranks)
     rows = made.read_lines(folder / "rows.jsonl")
     for row in rows:

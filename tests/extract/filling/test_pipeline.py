@@ -93,7 +93,7 @@ def test_workers_prepare_what_this_process_would_and_name_what_is_bad(tiny_visio
             with pytest.raises(DataError, match=r"005\.png: the image file was replaced or changed") as caught:
                 list(preparation.each(prepare_planned, planned))
             assert caught.value.__notes__ == ["while reading item '005.png'"]
-            with pytest.raises(WorkerError, match="fewer --workers"):
+            with pytest.raises(WorkerError, match="fewer --prepare-workers"):
                 list(preparation.each(die, [1, 2, 3]))
 
 
@@ -195,7 +195,7 @@ def test_a_killed_device_process_costs_no_unit(tiny_vision_checkpoint, tmp_path)
 def test_a_killed_run_takes_its_processes_with_it(agiqa, tiny_vision_checkpoint, tmp_path):
     folder, path = fill_set(tmp_path / "set", 40), tmp_path / "s.agiqa"
     options = ("--model", tiny_vision_checkpoint, "--conversations", folder / "talks.json", "--device", "cpu")
-    command = ("extract", folder, path, *options, "--batch-size", 1, "--devices", 2, "--workers", 0)
+    command = ("extract", folder, path, *options, "--batch-size", 1, "--devices", 2, "--prepare-workers", 0)
     outcome = agiqa.killed(*command, when=lambda: any((path / "commits").glob("[0-9]*.json")))
     assert outcome.code in (-9, 0)
     record = next((path / "commits").glob("[0-9]*.json"))

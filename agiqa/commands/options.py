@@ -1,0 +1,155 @@
+"""Options and option types that commands share."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from agiqa.errors import ConfigError, UnknownName
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def output_options(command: Command) -> Command:
+    """Add `--json` and `-v/--verbose`; the command receives `as_json`."""
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, help="Show where an error was raised.")
+    return as_json(verbose(command))
+
+
+def shared_options(command: Command) -> Command:
+    """Add `--options`, a YAML file of option values, to what `output_options` adds."""
+    file = click.option(
+        "--options",
+        "options_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        is_eager=True,
+        expose_value=False,
+        callback=_load_options,
+        metavar="FILE.yaml",
+        help="Values for these options, one `option: value` per line; the command line beats them.",
+    )
+    return file(output_options(command))
+
+
+def _load_options(ctx: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        message = f"{path}: cannot be read as YAML ({error})."
+        raise ConfigError(message) from error
+    if not isinstance(values, dict):
+        message = f"{path}: expected `option: value` lines, found a {type(values).__name__}."
+        raise ConfigError(message)
+    options = {
+        max(option.opts, key=len).removeprefix("--"): option
+        for option in ctx.command.params
+        if isinstance(option, click.Option)
+    }
+    defaults: dict[str, Any] = {}
+    for key, value in values.items():
+        option = options.get(str(key).replace("_", "-"))
+        if option is None:
+            unknown = UnknownName.of(kind="option", name=str(key), known=options)
+            unknown.add_note(f"in {path}")
+            raise unknown
+        if value is not None and option.name is not None:
+            defaults[option.name] = [value] if option.multiple and not isinstance(value, list) else value
+    ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return path
+
+
+class Share(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
+    """A share `K/N` of the work, as the tuple (K, N)."""
+
+    name = "K/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parse `K/N` with 1 <= K <= N."""
+        if isinstance(value, tuple):
+            return value  # pyright: ignore[reportUnknownVariableType]
+        share, _, shares = str(value).partition("/")
+        if not (share.isdigit() and shares.isdigit() and 1 <= int(share) <= int(shares)):
+            self.fail(f"{value!r} is not a share such as 1/4.", param, ctx)
+        return int(share), int(shares)
+
+
+class Automatic(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
+    """A number, or `auto`, which becomes None."""
+
+    name = "auto|N"
+
+    def __init__(self, *, lowest: int) -> None:
+        """Numbers below `lowest` are refused."""
+        self._lowest = lowest
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """The number, or None."""
+        if value == "auto":
+            return None
+        if not str(value).isdigit() or int(value) < self._lowest:
+            self.fail(f"{value!r} is neither auto nor a number from {self._lowest}.", param, ctx)
+        return int(value)
+
+
+class OneOf(click.Choice):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
+    """One of some names. Help and shell completion list them; an unknown name is answered with the nearest one."""
+
+    def __init__(self, kind: str, names: Sequence[str], *, look_up: Callable[[str], object] | None = None) -> None:
+        """`kind` is what is named, such as `aspect`.
+
+        With `look_up` other names are valid too, such as those of a user's own parts; it raises UnknownName or
+        ConfigError for unknown ones, and may import what the help must not.
+        """
+        super().__init__(list(names))
+        self._kind = kind
+        self._look_up = look_up
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:  # noqa: ARG002 - click names them
+        """The names, and dots where others are valid too."""
+        return f"[{'|'.join([*self.choices, *(['...'] if self._look_up else [])])}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name as it was given. Unknown names are wrong usage."""
+        name = str(value)
+        if name in self.choices:
+            return name
+        try:
+            if self._look_up is None:
+                raise UnknownName.of(self._kind, name, self.choices)
+            self._look_up(name)
+        except (ConfigError, UnknownName) as error:
+            self.fail(str(error), param, ctx)
+        return name
+
+
+class LocalStore(click.Path):
+    """A store that the command works on: an existing folder, as a Path."""
+
+    def __init__(self) -> None:
+        """As `click.Path`, of what exists."""
+        super().__init__(exists=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The Path; a URL is refused with what to do instead."""
+        if "://" in str(value):
+            self.fail(f"{value} is a URL. `agiqa store pull` it first, and give the folder that it is pulled to.")
+        return super().convert(value, param, ctx)
+
+
+class StoreLocation(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]
+    """A store that the command reads: an existing folder, as a Path, or a URL, as text."""
+
+    name = "PATH|URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
+        """The Path or URL; a path where nothing is is refused."""
+        if "://" in str(value):
+            return str(value)
+        path: Path = click.Path(path_type=Path, exists=True).convert(value, param, ctx)
+        return path

@@ -1,0 +1,148 @@
+"""Rating words that a model answered, with the true MOS of their images: from conversation files or csv tables."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from agiqa.errors import DataError
+from agiqa.extract.data.conversations import read_conversations
+from agiqa.extract.data.joining import join, row_name
+from agiqa.extract.data.labels import Row, read_rows
+from agiqa.extract.data.sources import CONVERSATION_SUFFIXES, find_sources
+from agiqa.extract.describing.descriptions import unspoken
+from agiqa.heads.data.prompts import normalise_prompt
+from agiqa.progress import say
+from agiqa.store.format.label_tables import ASPECT_COLUMNS, read_mos, read_table
+from agiqa.store.format.scales import MosRange
+from agiqa.store.format.text_authors import TEACHER
+
+
+class RatedItem(NamedTuple):
+    """One item: the model's answer to the rating question, and the truth."""
+
+    answer: str
+    mos: float
+    prompt: str | None
+    """None where the table has no prompts."""
+
+
+def read_rated_items(file: Path, labels: Path | None, *, label: str, mos_range: MosRange) -> list[RatedItem]:
+    """The items of `file` with the MOS of `label`, which is on the scale `mos_range`.
+
+    `file` is an M3-AGIQA conversation file, whose MOS are in the table `labels`, or a csv with the columns name and
+    answer, whose MOS are in a column of its own or in `labels`. Raises DataError that lists every unusable item.
+    """
+    talks = file.suffix.lower() in CONVERSATION_SUFFIXES
+    return (_read_conversations if talks else _read_answers)(file, labels, label, mos_range)
+
+
+def _read_conversations(file: Path, labels: Path | None, label: str, mos_range: MosRange) -> list[RatedItem]:
+    """The rating words of a conversation file, joined with the MOS of the table."""
+
+    sources = find_sources(file, (), labels)
+    talks = [talk for file in sources.conversations for talk in read_conversations(file.path, file.split)]
+    joined = join(sources, _labelled_rows(sources.table, mos_range), talks)
+    problems, rated, of_teacher, silent = list(joined.problems), list[RatedItem](), 0, unspoken(file)
+    for row, talk in joined.pairs:
+        where = f"{row.name} ({sources.table.name}, line {row.number})"
+        if row.problems or label not in row.labels:
+            problems.append(f"{where}: {'; '.join(row.problems) or f'no MOS of {label}'}")
+        elif talk is not None and talk.rating is None and talk.image in silent:
+            rated.append(RatedItem("", row.labels[label], row.prompt))
+        elif talk is None or talk.rating is None:
+            problems.append(f"{where}: its conversation has no rating word")
+        else:
+            of_teacher += talk.rating_author == TEACHER
+            rated.append(RatedItem(talk.rating, row.labels[label], row.prompt))
+    if problems:
+        raise DataError.from_problems(str(file), problems)
+    if of_teacher:
+        say(
+            f"warning: {of_teacher} of {len(rated)} conversations in {file} have no `response_1`; their rating words "
+            "are those of the teacher, which knew the MOS"
+        )
+    for note in joined.notes:
+        say(f"note: {note}")
+    return rated
+
+
+def _read_answers(file: Path, labels: Path | None, label: str, mos_range: MosRange) -> list[RatedItem]:
+    """The answers of a csv file, with the MOS and prompts of its own columns or of the table."""
+
+    header, rows = read_table(file)
+    for column in ("name", "answer"):
+        if column not in header:
+            message = f"{file}: no column {column!r} (found: {', '.join(header)})."
+            raise DataError(message)
+    truth = _own_truth(file, header, label, mos_range) if labels is None else _table_truth(labels, label, mos_range)
+    problems, rated, lines = list[str](), list[RatedItem](), dict[str, int]()
+    for row in rows:
+        cells = dict(zip(header, row.cells, strict=False))
+        name = cells.get("name", "")
+        where = f"{name} ({file.name}, line {row.number})"
+        if len(row.cells) != len(header):
+            problems.append(f"{where}: has {len(row.cells)} fields where the header has {len(header)}")
+        elif lines.setdefault(name, row.number) != row.number:
+            problems.append(f"{where}: duplicate of line {lines[name]}")
+        else:
+            try:
+                mos, prompt = truth(cells)
+                rated.append(RatedItem(cells["answer"], mos, prompt))
+            except DataError as error:
+                problems.append(f"{where}: {error}")
+    if problems:
+        raise DataError.from_problems(str(file), problems)
+    return rated
+
+
+Truth = Callable[[Mapping[str, str]], tuple[float, str | None]]
+"""From the cells of an answer to the MOS and the prompt of its item."""
+
+
+def _own_truth(file: Path, header: list[str], label: str, mos_range: MosRange) -> Truth:
+    """The truth that stands beside the answers."""
+
+    columns = [column for column in header if ASPECT_COLUMNS.get(column) == label]
+    if len(columns) != 1:
+        what = f"two columns with the MOS of {label}" if columns else f"no column with the MOS of {label}"
+        message = f"{file}: {what} (found: {', '.join(header)}); name it mos_{label}, or give --labels data.csv."
+        raise DataError(message)
+
+    def truth(cells: Mapping[str, str]) -> tuple[float, str | None]:
+        return read_mos(columns[0], cells[columns[0]], mos_range), cells.get("prompt")
+
+    return truth
+
+
+def _table_truth(table: Path, label: str, mos_range: MosRange) -> Truth:
+    """The truth in a label table, by item name."""
+
+    rows = _labelled_rows(table, mos_range)
+    by_name = {row.name: row for row in reversed(rows)}
+
+    def truth(cells: Mapping[str, str]) -> tuple[float, str | None]:
+        row = by_name.get(row_name(cells["name"], by_name) or "")
+        if row is None:
+            message = f"no row of {table.name} has this name"
+        elif row.problems or label not in row.labels:
+            message = f"{table.name}, line {row.number}: {'; '.join(row.problems) or f'no MOS of {label}'}"
+        elif normalise_prompt(cells.get("prompt") or row.prompt) != normalise_prompt(row.prompt):
+            message = f"its prompt is {cells['prompt']!r}, in {table.name}, line {row.number}, it is {row.prompt!r}"
+        else:
+            return row.labels[label], row.prompt
+        raise DataError(message)
+
+    return truth
+
+
+def _labelled_rows(table: Path, mos_range: MosRange) -> Sequence[Row]:
+    """The rows of a table. Raises DataError for one without any MOS column."""
+
+    read = read_rows(table, mos_range)
+    if not read.labelled:
+        message = (
+            f"{table}: no MOS column (found: {', '.join(read.header)}); expected at least one of "
+            f"{', '.join(ASPECT_COLUMNS)}."
+        )
+        raise DataError(message)
+    return read.rows

@@ -1,0 +1,218 @@
+"""From an image and its prompt to description, rating word and MOS, by a model and a trained head, without a store."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agiqa.errors import ConfigError, DataError, HeadError, ModelError, WorkerError
+from agiqa.extract import Backbone, Described, Describer, DescriptionSettings, Item
+from agiqa.extract.data.templates import VARIANTS, template_of
+from agiqa.extract.describing.asking import preset
+from agiqa.extract.filling.live import LiveFeatures
+from agiqa.extract.filling.targets import Target
+from agiqa.extract.models.opening import open_checked
+from agiqa.extract.models.origins import check_model
+from agiqa.heads import Run
+from agiqa.heads.evaluation.rating_words import parse_word
+from agiqa.heads.evaluation.scoring import predict_items
+from agiqa.heads.model.head import Head
+from agiqa.heads.settings.device import resolve_device
+from agiqa.heads.settings.labels import by_label
+from agiqa.progress import say
+from agiqa.store import open_store
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageScore:
+    """What the model and the head say of one image. What was not asked for is None."""
+
+    image: str
+    prompt: str
+    description: str | None
+    cut: bool | None
+    """Whether the description reached the limit of tokens."""
+    rating_word: str | None
+    """The model's answer to the rating question, to the letter."""
+    rating: str | None
+    """The word of the scale in that answer, if there is a clear one."""
+    mos: Any
+    """A number, or for a head with several labels numbers by label."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+
+Outcome = ImageScore | str
+"""The scores of an item, or the line that says why it has none."""
+
+
+def recorded_wording(run: Run, aspect: str | None, variant: str | None) -> tuple[str, str]:
+    """The aspect and variant of the conversations behind the head; those given, or the usual ones, if it has no record.
+
+    Raises UnknownName for an unknown aspect, and HeadError where what is given differs from the record.
+    """
+    if aspect is not None:
+        template_of(aspect)
+    recorded = run.origin.get("conversation", {})
+    for option, given in (("aspect", aspect), ("variant", variant)):
+        stated = recorded.get(option, given)
+        if given is not None and given != stated:
+            message = (
+                f"The head {run.path} was trained on conversations of the {option} {stated}, and --{option} is "
+                f"{given}. Leave --{option} out, or give a head that was trained on {given}."
+            )
+            raise HeadError(message)
+    used = aspect or recorded.get("aspect", "quality"), variant or recorded.get("variant", "id")
+    if used[1] not in VARIANTS:
+        message = (
+            f"The head {run.path} reads descriptions of several aspects ({used[1]}), and score makes those of one. Use "
+            "`agiqa describe` for each aspect, then `agiqa extract` and `agiqa predict`."
+        )
+        raise HeadError(message)
+    return used
+
+
+def open_model_of(
+    run: Run, model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None
+) -> Backbone:
+    """Open `model` if it is the model behind the head. An open `dtype` or `max_slices` takes the recorded value.
+
+    Raises HeadError where the models differ (see `check_model`), and what `open_backbone` raises.
+    """
+    recorded = run.origin.get("model", {})
+    if not recorded:
+        say(
+            f"warning: {run.path} does not record which model made its store, so only the language-model head is "
+            "compared. Make sure that model, adapter, aspect and variant are those of that store"
+        )
+        return open_checked(model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
+    dtype = recorded.get("dtype", dtype) if dtype == "auto" else dtype
+    opened = partial(open_checked, model, adapter=adapter, dtype=dtype, device=device)
+    backbone = opened(max_slices=max_slices)
+    found, slices = backbone.provenance(), recorded.get("image", {}).get("slices")
+    if max_slices is None and slices is not None and found.get("image", {}).get("slices", slices) != slices:
+        backbone = opened(max_slices=slices)
+        found = {**found, "image": {**found["image"], "slices": slices}}
+    for line in check_model(recorded, found, head=f"The head {run.path}"):
+        say(f"warning: {line}")
+    return backbone
+
+
+def target_of(run: Run, basis: str | Path | None) -> Target:
+    """What the head reads of the hidden states; `basis` is a sketch store for a head on a sketch.
+
+    Raises HeadError or ConfigError where the basis does not fit the head.
+    """
+    if run.spec.basis_id is None:
+        if basis is not None:
+            message = f"--basis belongs to a head on a sketch; {run.path} reads {run.spec.encoding!r} features."
+            raise ConfigError(message)
+        return Target(encoding=run.spec.encoding)
+    if basis is None:
+        message = (
+            f"The head {run.path} reads a sketch in the basis {run.spec.basis_id}. Name a sketch store that has it, "
+            "such as the one that it was trained on: --basis STORE."
+        )
+        raise HeadError(message)
+    return Target(encoding="sketch", basis=open_store(basis).basis())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageScorer:
+    """Scores images, a batch at a time."""
+
+    describer: Describer
+    features: LiveFeatures
+    run: Run
+    head: Head
+    variant: str
+    """What the head reads of a conversation."""
+    describes: bool
+    """Whether descriptions and rating words are made where the head does not read them."""
+
+    @classmethod
+    def make(
+        cls,
+        run: Run,
+        backbone: Backbone,
+        *,
+        model: str,
+        target: Target,
+        wording: tuple[str, str],
+        describe: bool | None,
+        settings: str = "greedy",
+        max_new_tokens: int = 1024,
+        seed: int = 0,
+        batch_size: int = 8,
+    ) -> "ImageScorer":
+        """A scorer of the head `run` over `backbone`, whose weights it loads.
+
+        `wording` is from `recorded_wording`, `target` from `target_of`. `describe` of None describes unless the head
+        reads the one question of `no_id`. Raises HeadError where the head cannot read the model's features.
+        """
+        aspect, variant = wording
+        describes = variant != "no_id" if describe is None else describe
+        first, second = preset(settings, max_new_tokens=max_new_tokens, seed=seed)
+        rate = second if describes or variant == "full" else None
+        asked = DescriptionSettings(aspect=aspect, describe=first, rate=rate, batch_size=batch_size)
+        features = LiveFeatures(backbone, target, name=f"of {model}")
+        run.check(features)
+        device = resolve_device("cpu" if backbone.device.type == "cpu" else "auto")
+        return cls(
+            describer=Describer(backbone, asked),
+            features=features,
+            run=run,
+            head=run.load_head(features, device=device),
+            variant=variant,
+            describes=describes,
+        )
+
+    def scores(self, items: Sequence[Item]) -> Iterator[tuple[Item, Outcome]]:
+        """Each item with its outcome, as soon as its batch is done."""
+        size = self.describer.settings.batch_size
+        for start in range(0, len(items), size):
+            batch = items[start : start + size]
+            yield from zip(batch, self._outcomes(batch), strict=True)
+
+    def _outcomes(self, items: Sequence[Item]) -> list[Outcome]:
+        """The outcomes of a batch. Where an item ends the batch, each item is tried alone."""
+        try:
+            return self._batch(items)
+        except (DataError, ModelError, WorkerError) as error:
+            if len(items) == 1:
+                return [str(error)]
+        return [outcome for item in items for outcome in self._outcomes([item])]
+
+    def _batch(self, items: Sequence[Item]) -> list[Outcome]:
+        """Raises DataError, ModelError or WorkerError where the model cannot read an item."""
+        described: Sequence[Described | str | None] = [None] * len(items)
+        if self.describes or self.variant != "no_id":
+            described = self.describer.describe(items)
+        able = [(item, one) for item, one in zip(items, described, strict=True) if not isinstance(one, str)]
+        if not able:
+            return [one for one in described if isinstance(one, str)]
+        self.features.replace([self._read(item, one) for item, one in able])
+        predicted = predict_items(self.head, self.features, np.arange(len(able)), batch_size=len(able)).tolist()
+        scored = iter([self._score(item, one, mos) for (item, one), mos in zip(able, predicted, strict=True)])
+        return [one if isinstance(one, str) else next(scored) for one in described]
+
+    def _read(self, item: Item, described: Described | None) -> Item:
+        """The item as the head reads it."""
+        return self.describer.undescribed(item) if described is None else self.describer.item(described, self.variant)
+
+    def _score(self, item: Item, described: Described | None, mos: list[float]) -> ImageScore:
+        word = described.rating_word if described is not None else ""
+        return ImageScore(
+            image=item.name,
+            prompt=item.prompt,
+            description=None if described is None else described.description,
+            cut=None if described is None else described.cut,
+            rating_word=word or None,
+            rating=parse_word(word),
+            mos=by_label(self.run.train.labels, mos),
+        )
