@@ -9,13 +9,19 @@ from agiqa.store.care.verification import Damage, Report, verify
 from agiqa.store.deriving.converting import convert_store
 from agiqa.store.deriving.labelling import LabelReport, join_labels
 from agiqa.store.deriving.sketching import SketchResult, basis_from, sketch_store
-from agiqa.store.format.arrays import create_whole_array
-from agiqa.store.format.basis import Basis, Moments, make_basis, moments_of, save_basis
-from agiqa.store.format.bits import from_float32, to_float32
+from agiqa.store.format.arrays import create_whole_array, from_float32, to_float32
+from agiqa.store.format.artefacts import (
+    SCALED_DTYPE,
+    Basis,
+    Moments,
+    Scale,
+    make_basis,
+    moments_of,
+    save_basis,
+    save_scale,
+)
 from agiqa.store.format.items import Items
 from agiqa.store.format.layout import ENCODINGS, ITEM_STATUS, TOKEN_ROLES
-from agiqa.store.format.scaling import LOGICAL_DTYPE as SCALED_DTYPE
-from agiqa.store.format.scaling import Scale, save_scale
 from agiqa.store.reading.store import Store, TokenRows, is_planned
 from agiqa.store.reading.summary import store_summary
 from agiqa.store.reading.union import StoreUnion, union

@@ -28,13 +28,13 @@ def command() -> None:
 def info(store: str | Path, *, as_json: bool) -> None:
     """Encoding, items, tokens, bytes, provenance, state and labels of STORE; what is not known has no line."""
     from agiqa.store import open_store, store_summary
-    from agiqa.store.format.scales import spelled
+    from agiqa.store.format.labels import range_text
 
     summary = store_summary(open_store(store, allow_partial=True))
     shown = {name: value for name, value in summary.items() if name != "provenance"}
     scales = shown.pop("mos_ranges")
     shown["labels"] = ", ".join(f"{aspect} ({count})" for aspect, count in summary["labels"].items()) or "none"
-    shown["MOS from"] = ", ".join(f"{spelled(scale)} ({aspect})" for aspect, scale in scales.items()) or None
+    shown["MOS from"] = ", ".join(f"{range_text(scale)} ({aspect})" for aspect, scale in scales.items()) or None
     shown["splits"] = ", ".join(f"{split} ({count})" for split, count in summary["splits"].items())
     if summary["text_authors"] is not None:
         shown["text authors"] = "; ".join(_authors(*one) for one in shown.pop("text_authors").items())
@@ -144,7 +144,7 @@ def sketch(
     from agiqa.errors import ConfigError
     from agiqa.progress import track
     from agiqa.store import basis_from, open_store, sketch_store
-    from agiqa.store.writing.places import check_writable
+    from agiqa.store.writing.creating import check_writable
 
     if (rank is None) == (basis is None):
         message = "Give either --rank R, to make a basis, or --basis STORE, to use another sketch's."

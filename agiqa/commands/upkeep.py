@@ -31,7 +31,7 @@ def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, a
     from agiqa.progress import say
     from agiqa.store import open_store
     from agiqa.store.deriving.labelling import join_labels
-    from agiqa.store.format.scales import spelled
+    from agiqa.store.format.labels import range_text
 
     report = join_labels(open_store(store, allow_partial=True), table, mos_range=mos_range)
     for note in report.notes:
@@ -40,7 +40,7 @@ def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, a
     if report.unmatched_rows:
         lines.append(f"  {len(report.unmatched_rows)} rows name no item: {listed(report.unmatched_rows)}")
     lines += [f"  {column}: {counts}" for column, counts in _changes(report.filled, report.replaced).items()]
-    lines += [f"  {column}: recorded as on {spelled(report.mos_ranges[column])}" for column in report.rescaled]
+    lines += [f"  {column}: recorded as on {range_text(report.mos_ranges[column])}" for column in report.rescaled]
     if report.ignored_columns:
         lines.append(f"  columns that are no label: {', '.join(report.ignored_columns)}")
     if not report.changed:

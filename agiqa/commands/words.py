@@ -66,7 +66,7 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     from agiqa.extract.data.sources import find_sources
     from agiqa.extract.describing.descriptions import unspoken
     from agiqa.progress import say
-    from agiqa.store.format.text_authors import TEACHER
+    from agiqa.store.format.items import TEACHER
 
     sources = find_sources(file, (), labels)
     talks = [talk for file in sources.conversations for talk in read_conversations(file.path, file.split)]
@@ -98,7 +98,7 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
 def _read_answers(file: Path, labels: Path | None, aspect: str, mos_range: tuple[float, float]) -> list[Rated]:
     """The answers of a csv file, with the MOS and prompts of its own columns or of the table."""
     from agiqa.errors import DataError
-    from agiqa.store.format.label_tables import read_table
+    from agiqa.store.format.labels import read_table
 
     header, rows = read_table(file)
     for column in ("name", "answer"):
@@ -133,7 +133,7 @@ Truth = Callable[[Mapping[str, str]], tuple[float, str | None]]
 def _own_truth(file: Path, header: list[str], aspect: str, mos_range: tuple[float, float]) -> Truth:
     """The truth that stands beside the answers."""
     from agiqa.errors import DataError
-    from agiqa.store.format.label_tables import ASPECT_COLUMNS, read_mos
+    from agiqa.store.format.labels import ASPECT_COLUMNS, read_mos
 
     columns = [column for column in header if ASPECT_COLUMNS.get(column) == aspect]
     if len(columns) != 1:
@@ -175,7 +175,7 @@ def _labelled_rows(table: Path, mos_range: tuple[float, float]) -> "Sequence[Row
     """The rows of a table. Raises DataError for one without any MOS column."""
     from agiqa.errors import DataError
     from agiqa.extract.data.labels import read_rows
-    from agiqa.store.format.label_tables import ASPECT_COLUMNS
+    from agiqa.store.format.labels import ASPECT_COLUMNS
 
     read = read_rows(table, mos_range)
     if not read.labelled:

@@ -7,7 +7,7 @@ import pytest
 
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, RemoteError, SchemaError, SettingsConflict
 from agiqa.store import UnitWriter, create_store, open_store, repair
-from agiqa.store.disk.files import exclusive_lock
+from agiqa.store.disk.locks import exclusive_lock
 from agiqa.store.sharing.cached import open_remote
 from agiqa.store.sharing.pulling import plan_pull, pull, run_pull
 from agiqa.store.sharing.pushing import push, push_bytes
