@@ -12,9 +12,8 @@ from agiqa.extract.data.sources import CONVERSATION_SUFFIXES, find_sources
 from agiqa.extract.describing.descriptions import unspoken
 from agiqa.heads.data.prompts import normalise_prompt
 from agiqa.progress import say
-from agiqa.store.format.label_tables import ASPECT_COLUMNS, read_mos, read_table
-from agiqa.store.format.scales import MosRange
-from agiqa.store.format.text_authors import TEACHER
+from agiqa.store.format.items import TEACHER
+from agiqa.store.format.labels import ASPECT_COLUMNS, MosRange, read_mos, read_table
 
 
 class RatedItem(NamedTuple):

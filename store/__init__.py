@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from agiqa.store.deriving.sketching import basis_from as basis_from
     from agiqa.store.deriving.sketching import sketch_store as sketch_store
     from agiqa.store.format.arrays import create_whole_array as create_whole_array
-    from agiqa.store.format.basis import Basis as Basis
-    from agiqa.store.format.basis import Moments as Moments
-    from agiqa.store.format.basis import make_basis as make_basis
-    from agiqa.store.format.basis import moments_of as moments_of
-    from agiqa.store.format.basis import save_basis as save_basis
-    from agiqa.store.format.bits import from_float32 as from_float32
-    from agiqa.store.format.bits import to_float32 as to_float32
+    from agiqa.store.format.arrays import from_float32 as from_float32
+    from agiqa.store.format.arrays import to_float32 as to_float32
+    from agiqa.store.format.artefacts import SCALED_DTYPE as SCALED_DTYPE
+    from agiqa.store.format.artefacts import Basis as Basis
+    from agiqa.store.format.artefacts import Moments as Moments
+    from agiqa.store.format.artefacts import Scale as Scale
+    from agiqa.store.format.artefacts import make_basis as make_basis
+    from agiqa.store.format.artefacts import moments_of as moments_of
+    from agiqa.store.format.artefacts import save_basis as save_basis
+    from agiqa.store.format.artefacts import save_scale as save_scale
     from agiqa.store.format.items import Items as Items
     from agiqa.store.format.layout import ENCODINGS as ENCODINGS
     from agiqa.store.format.layout import ITEM_STATUS as ITEM_STATUS
     from agiqa.store.format.layout import TOKEN_ROLES as TOKEN_ROLES
-    from agiqa.store.format.scaling import SCALED_DTYPE as SCALED_DTYPE
-    from agiqa.store.format.scaling import Scale as Scale
-    from agiqa.store.format.scaling import save_scale as save_scale
     from agiqa.store.reading.store import Store as Store
     from agiqa.store.reading.store import TokenRows as TokenRows
     from agiqa.store.reading.store import is_planned as is_planned
@@ -60,12 +60,19 @@ __getattr__, __dir__, __all__ = lazy_names(
         "deriving.converting": ["convert_store"],
         "deriving.labelling": ["LabelReport", "join_labels"],
         "deriving.sketching": ["SketchResult", "basis_from", "sketch_store"],
-        "format.arrays": ["create_whole_array"],
-        "format.basis": ["Basis", "Moments", "make_basis", "moments_of", "save_basis"],
-        "format.bits": ["from_float32", "to_float32"],
+        "format.arrays": ["create_whole_array", "from_float32", "to_float32"],
+        "format.artefacts": [
+            "Basis",
+            "Moments",
+            "SCALED_DTYPE",
+            "Scale",
+            "make_basis",
+            "moments_of",
+            "save_basis",
+            "save_scale",
+        ],
         "format.items": ["Items"],
         "format.layout": ["ENCODINGS", "ITEM_STATUS", "TOKEN_ROLES"],
-        "format.scaling": ["SCALED_DTYPE", "Scale", "save_scale"],
         "reading.store": ["Store", "TokenRows", "is_planned"],
         "reading.summary": ["store_summary"],
         "reading.union": ["StoreUnion", "union"],

@@ -33,7 +33,7 @@ def command(run: Path, store: str | Path, out: Path, device: str, batch_size: in
     from agiqa.heads.data.scales import scales_record
     from agiqa.heads.settings.labels import column_names
     from agiqa.store import open_store
-    from agiqa.store.format.scales import spelled
+    from agiqa.store.format.labels import range_text
 
     if not out.parent.is_dir():
         message = f"{out.parent} is not a folder. Create it, or write to another path."
@@ -52,5 +52,5 @@ def command(run: Path, store: str | Path, out: Path, device: str, batch_size: in
         )
     temporary.replace(out)
     result = {"out": str(out), "items": len(scores), "mos_ranges": scales_record(head.train.labels, head.scales)}
-    scales = dict.fromkeys(spelled(scale) for scale in head.scales)
+    scales = dict.fromkeys(range_text(scale) for scale in head.scales)
     print_result(result, f"{out}: {len(scores)} scores, on {' and '.join(scales)}", as_json=as_json)

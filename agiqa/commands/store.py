@@ -57,13 +57,13 @@ def command() -> None:
 def info(store: str | Path, *, as_json: bool) -> None:
     """Encoding, items, tokens, bytes, provenance, state and labels of STORE; unknown fields are omitted."""
     from agiqa.store import open_store, store_summary
-    from agiqa.store.format.scales import spelled
+    from agiqa.store.format.labels import range_text
 
     summary = store_summary(open_store(store, allow_partial=True))
     shown = {name: value for name, value in summary.items() if name != "provenance"}
     scales = shown.pop("mos_ranges")
     shown["labels"] = ", ".join(f"{aspect} ({count})" for aspect, count in summary["labels"].items()) or "none"
-    shown["MOS from"] = ", ".join(f"{spelled(scale)} ({aspect})" for aspect, scale in scales.items()) or None
+    shown["MOS from"] = ", ".join(f"{range_text(scale)} ({aspect})" for aspect, scale in scales.items()) or None
     shown["splits"] = ", ".join(f"{split} ({count})" for split, count in summary["splits"].items())
     if summary["text_authors"] is not None:
         shown["text authors"] = "; ".join(_authors(*one) for one in shown.pop("text_authors").items())
@@ -146,7 +146,7 @@ def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, a
     from agiqa.progress import say
     from agiqa.store import open_store
     from agiqa.store.deriving.labelling import join_labels
-    from agiqa.store.format.scales import spelled
+    from agiqa.store.format.labels import range_text
 
     report = join_labels(open_store(store, allow_partial=True), table, mos_range=mos_range)
     for note in report.notes:
@@ -157,7 +157,7 @@ def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, a
     if report.unmatched_rows:
         lines.append(f"  {len(report.unmatched_rows)} rows match no item: {listed(report.unmatched_rows)}")
     lines += [f"  {column}: {counts}" for column, counts in _changes(report.filled, report.replaced).items()]
-    lines += [f"  {column}: recorded as on {spelled(report.mos_ranges[column])}" for column in report.rescaled]
+    lines += [f"  {column}: recorded as on {range_text(report.mos_ranges[column])}" for column in report.rescaled]
     if report.ignored_columns:
         lines.append(f"  columns that hold no labels: {', '.join(report.ignored_columns)}")
     if not report.changed:

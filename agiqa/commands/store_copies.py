@@ -62,7 +62,7 @@ def sketch(
     from agiqa.errors import ConfigError
     from agiqa.progress import track
     from agiqa.store import basis_from, open_store, sketch_store
-    from agiqa.store.writing.places import check_writable
+    from agiqa.store.writing.creating import check_writable
 
     if (rank is None) == (basis is None):
         message = "Give either --rank R, to make a basis, or --basis STORE, to use another sketch's."

@@ -27,7 +27,7 @@ from agiqa.heads.settings.config import TrainConfig
 from agiqa.heads.settings.labels import column_names
 from agiqa.heads.sweeps.sweeping import Partitions
 from agiqa.progress import say
-from agiqa.store.format.text_authors import teacher_warning
+from agiqa.store.format.items import teacher_warning
 
 Line = dict[str, Any]
 

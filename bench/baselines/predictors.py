@@ -21,8 +21,8 @@ from agiqa.errors import DataError
 from agiqa.heads.data.features import FeatureSource
 from agiqa.heads.data.prompts import normalise_prompt, prompt_groups
 from agiqa.heads.evaluation.rating_words import WORDS
-from agiqa.store.format.scales import MosRange
-from agiqa.store.format.text_authors import TEACHER
+from agiqa.store.format.items import TEACHER
+from agiqa.store.format.labels import MosRange
 
 
 @dataclass(frozen=True, kw_only=True)

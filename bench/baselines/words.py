@@ -9,7 +9,7 @@ from agiqa.extract.data.conversations import Talk, aspects_in_name, read_convers
 from agiqa.extract.data.joining import row_name
 from agiqa.extract.describing.descriptions import unspoken
 from agiqa.heads.evaluation.rating_words import WORDS, parse_word
-from agiqa.store.format.text_authors import MODEL
+from agiqa.store.format.items import MODEL
 
 MIDDLE = len(WORDS) // 2
 """The class of the middle word."""

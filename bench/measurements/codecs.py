@@ -41,7 +41,7 @@ def codec_lines(store: Store) -> Iterator[dict[str, Any]]:
     chunk = store.geometry.chunk_rows
     starts = np.linspace(0, store.rows_used(0) - chunk, _CHUNKS).astype(int)
     pieces = [
-        np.ascontiguousarray(store.unit_rows(unit)[start : start + chunk]) for unit, start in _spread(store, starts)
+        np.ascontiguousarray(store.read_unit(unit)[start : start + chunk]) for unit, start in _spread(store, starts)
     ]
     size = sum(piece.nbytes for piece in pieces)
     for name, (codec, level, shuffle, block) in SETTINGS.items():

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from agiqa.store import Items, StorePlan, UnitWriter, create_store, create_whole_array, open_store, seal
 from agiqa.store.disk.files import files_below, sync_file
-from agiqa.store.format.arrays import FEWEST_UNITS, SHARD_BYTES, chunk_rows_for
-from agiqa.store.format.bits import storage_dtype
+from agiqa.store.format.arrays import FEWEST_UNITS, SHARD_BYTES, chunk_rows_for, storage_dtype
 
 TYPICAL_LENGTH = 477
 """Tokens of a conversation about one image, image tokens included."""

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import BusyStore
-from agiqa.store.disk.files import exclusive_lock, telling_disk_errors, write_text_atomically
+from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
+from agiqa.store.disk.locks import exclusive_lock
 
 ABOUT = "about.json"
 """The stores, and what was asked for."""

@@ -6,7 +6,7 @@ from agiqa.bench.report.naming import group_title, listed, on_store, plural, pro
 from agiqa.bench.report.reading import CONFIDENT, Results, Row, RunLine
 from agiqa.bench.report.row_tables import leak
 from agiqa.bench.report.transfers import Direction, directions
-from agiqa.store.format.text_authors import TEACHER
+from agiqa.store.format.items import TEACHER
 
 METHOD = (
     "A row is one head, trained once for every seed and, where the protocol has them, every fold or held-out "

@@ -19,7 +19,7 @@ from agiqa.errors import DataError
 from agiqa.heads.evaluation.comparing import SeedScores
 from agiqa.heads.settings.labels import parse_labels
 from agiqa.store.disk.files import read_json
-from agiqa.store.format.provenance import differences
+from agiqa.store.format.metadata import differences
 
 _COMPARED = {"tp": "apply", "warm": "fresh"}
 """Which way another one is compared with, on the same test items and training items."""

@@ -17,7 +17,7 @@ from agiqa.heads.model.head import check_sizes
 from agiqa.heads.model.losses import check_loss
 from agiqa.heads.model.projection import FeatureSpec, check_encoding
 from agiqa.store import Store
-from agiqa.store.format.provenance import differing
+from agiqa.store.format.metadata import differing
 
 _MAKING = ("model", "conversation")
 

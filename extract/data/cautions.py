@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from agiqa.extract.data.items import Item
 from agiqa.extract.data.sources import Sources
-from agiqa.store.format.text_authors import TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, teacher_warning
+from agiqa.store.format.items import TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, teacher_warning
 
 _SCORED = ("val", "test")
 """The parts whose scores choose or measure a head."""

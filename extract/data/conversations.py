@@ -17,8 +17,9 @@ from typing import Any, cast
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract.data.items import Message
 from agiqa.extract.data.templates import template_of
-from agiqa.store.format.label_tables import ASPECT_NAMES, SPLITS, read_text
-from agiqa.store.format.text_authors import MODEL, TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, author_of
+from agiqa.store.disk.files import read_text
+from agiqa.store.format.items import MODEL, TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, author_of
+from agiqa.store.format.labels import ASPECT_NAMES, SPLITS
 
 IMAGE_MARK = re.compile(r"\A<image>\n?")
 """Where the published training files say that the image goes: always before the first question."""

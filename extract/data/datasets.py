@@ -19,8 +19,7 @@ from agiqa.extract.data.labels import Rows, read_rows
 from agiqa.extract.data.sources import Sources, find_sources
 from agiqa.extract.data.templates import aspects_of
 from agiqa.progress import track
-from agiqa.store.format.label_tables import ASPECT_COLUMNS
-from agiqa.store.format.scales import DEFAULT_RANGE, MosRange, check_range, doubts
+from agiqa.store.format.labels import ASPECT_COLUMNS, DEFAULT_RANGE, MosRange, check_range, scale_warning
 
 
 def load_data_set(
@@ -90,7 +89,7 @@ def _doubts(items: Sequence[Item], scale: MosRange) -> tuple[str, ...]:
     """A note for each aspect whose MOS look like those of a smaller scale."""
     aspects = sorted({aspect for item in items for aspect in item.labels})
     values = {aspect: np.array([item.labels.get(aspect, np.nan) for item in items]) for aspect in aspects}
-    return tuple(note for aspect in aspects if (note := doubts(aspect, values[aspect], scale)))
+    return tuple(note for aspect in aspects if (note := scale_warning(aspect, values[aspect], scale)))
 
 
 def _unlabelled(sources: Sources, table: Rows) -> str:

@@ -7,7 +7,7 @@ from agiqa.errors import ConfigError, DataError
 from agiqa.extract.data.image_checks import image_checks
 from agiqa.extract.data.items import Item
 from agiqa.extract.data.joining import row_name
-from agiqa.store.format.label_tables import read_table
+from agiqa.store.format.labels import read_table
 
 
 def items_of_images(

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from agiqa.errors import DataError, first_line
-from agiqa.store.format.lfs import refuse_lfs_pointers
+from agiqa.store.disk.files import refuse_lfs_pointers
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own limit for suspected decompression bombs."""

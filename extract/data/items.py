@@ -9,7 +9,7 @@ from typing import Literal
 
 from agiqa.errors import DataError
 from agiqa.extract.data.images import ImageFile, read_image_file
-from agiqa.store.format.scales import MosRange
+from agiqa.store.format.labels import MosRange
 
 Role = Literal["user", "assistant"]
 OnBadItem = Literal["fail", "skip"]

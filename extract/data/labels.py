@@ -6,8 +6,8 @@ from pathlib import Path, PurePosixPath
 
 from agiqa.errors import DataError
 from agiqa.extract.data.templates import templates
-from agiqa.store.format.label_tables import ASPECT_COLUMNS, SPLITS, read_mos, read_table
-from agiqa.store.format.text_authors import TEXT_AUTHOR, TEXT_AUTHORS
+from agiqa.store.format.items import TEXT_AUTHOR, TEXT_AUTHORS
+from agiqa.store.format.labels import ASPECT_COLUMNS, SPLITS, read_mos, read_table
 
 _TEXT_COLUMNS = ("name", "prompt", "split", "generator", "description", "rating", TEXT_AUTHOR)
 _DESCRIPTION = "description"

@@ -15,12 +15,12 @@ from agiqa.errors import BusyStore, DataError, SettingsConflict
 from agiqa.store.disk.files import (
     append_durably,
     canonical_json,
-    exclusive_lock,
     read_json,
     telling_disk_errors,
     whole_lines,
     write_text_atomically,
 )
+from agiqa.store.disk.locks import exclusive_lock
 
 FORMAT, FORMAT_VERSION = "agiqa.descriptions", 1
 

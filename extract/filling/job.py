@@ -20,7 +20,7 @@ from agiqa.extract.models import Backbone
 from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers, require_opener
 from agiqa.progress import say, track
 from agiqa.store import ENCODINGS, Store, UnitWriter, is_planned, open_store, seal
-from agiqa.store.writing.places import check_writable
+from agiqa.store.writing.creating import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class ExtractionResult:
         return {
             "store": str(self.store.path),
             "id": self.store.id,
-            "state": "complete" if self.store.is_complete else "unfinished",
+            "state": "complete" if self.store.is_sealed else "unfinished",
             "items": len(self.store.items),
             "tokens": int(self.store.n_tokens.sum()),
             "units": self.store.geometry.units,
@@ -113,7 +113,7 @@ def run_extraction(
                 path, data_set, backbone, tokenised, rule=settings.length, conversation=conversation, target=target
             )
         report = None
-        if not store.is_complete and not settings.plan_only:
+        if not store.is_sealed and not settings.plan_only:
             store, report = _fill_and_seal(store, engine, tokenised, target, settings, phases)
     return ExtractionResult(
         store=store,

@@ -17,7 +17,7 @@ from agiqa.extract.filling.transfers import Transfers
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.batches import BatchRunner
 from agiqa.store import Basis, Items, TokenRows, to_float32
-from agiqa.store.format.bits import storage_dtype
+from agiqa.store.format.arrays import storage_dtype
 
 _SHORTEN = "That is all that the model has positions for: give it a shorter prompt, or leave it out."
 _MAKE_ROOM = "Leave it out, or use a device with more memory."

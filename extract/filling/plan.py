@@ -16,7 +16,7 @@ from agiqa.extract.filling.targets import Target
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.preparing import Preparation
 from agiqa.store import TOKEN_ROLES, Items, Store, StorePlan, create_store
-from agiqa.store.format.scales import MosRange
+from agiqa.store.format.labels import MosRange
 from agiqa.version import agiqa_version
 
 _NO_LIMIT = 1 << 30

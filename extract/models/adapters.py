@@ -27,8 +27,7 @@ from agiqa.errors import ModelError, first_line
 from agiqa.extract.models.checkpoints import HUB_ID, PACKAGE, download, package_path, tensor_shapes
 from agiqa.extract.models.merging import Merge
 from agiqa.progress import say
-from agiqa.store.disk.files import sha256_of_file
-from agiqa.store.format.lfs import refuse_lfs_pointers
+from agiqa.store.disk.files import refuse_lfs_pointers, sha256_of_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

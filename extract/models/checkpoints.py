@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import ModelError, first_line
-from agiqa.store.disk.files import sha256_of_file
-from agiqa.store.format.lfs import refuse_lfs_pointers
+from agiqa.store.disk.files import refuse_lfs_pointers, sha256_of_file
 
 SETTINGS_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 """Everything but weights that changes a number; json covers configuration, tokenizer and processor."""

@@ -37,7 +37,8 @@ from agiqa.heads.data.features import (
     row_dtype,
 )
 from agiqa.progress import say, track
-from agiqa.store.disk.files import sha256_of_file, sync_file, waiting_lock
+from agiqa.store.disk.files import sha256_of_file, sync_file
+from agiqa.store.disk.locks import waiting_lock
 from agiqa.store.format.layout import cache_root
 
 FORMAT = "agiqa.decoded"

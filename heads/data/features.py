@@ -18,7 +18,7 @@ from torch import Tensor
 from agiqa.errors import DataError, UnknownName
 from agiqa.heads.settings.labels import parse_labels
 from agiqa.store.disk.files import canonical_json
-from agiqa.store.format.bits import finite_rows
+from agiqa.store.format.arrays import finite_rows
 
 _BYTES_PER_READ = 64 << 20
 _ROWS_PER_CHUNK = 65_536

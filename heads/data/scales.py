@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.heads.data.features import FeatureSource, location_of
-from agiqa.store.format.scales import MosRange, check_range, converted, is_plausible, spelled
+from agiqa.store.format.labels import MosRange, check_range, convert_mos, is_plausible, range_text
 
 Scales = tuple[MosRange | None, ...]
 """Of each label of a head, in its order; None where it is not known."""
@@ -72,7 +72,7 @@ def lines_between(sources: Scales, targets: Scales) -> list[Line]:
 def convert_columns(values: NDArray[np.float64], sources: Scales, targets: Scales) -> NDArray[np.float64]:
     """Each column of `values` (items, labels) on its scale of `targets`; as it is where a scale is not known."""
     columns = [
-        column if source is None or target is None or source == target else converted(column, source, target)
+        column if source is None or target is None or source == target else convert_mos(column, source, target)
         for column, source, target in zip(values.T, sources, targets, strict=True)
     ]
     return np.stack(columns, axis=1)
@@ -81,7 +81,7 @@ def convert_columns(values: NDArray[np.float64], sources: Scales, targets: Scale
 def conversions(labels: Sequence[str], sources: Scales, targets: Scales) -> list[str]:
     """`quality from 0 to 100 to 0 to 5` of each label that `convert_columns` converts."""
     return [
-        f"{label} from {spelled(source)} to {spelled(target)}"
+        f"{label} from {range_text(source)} to {range_text(target)}"
         for label, source, target in zip(labels, sources, targets, strict=True)
         if source is not None and target is not None and source != target
     ]
@@ -105,10 +105,10 @@ def unknown_scales(
         if known is None:
             told += f", nor is that of {where}; errors such as RMSE hold if both are the same"
         elif ours is None or is_plausible(mos, known):
-            told += f"; it is taken to be {spelled(known)}"
+            told += f"; it is taken to be {range_text(known)}"
         else:
             told += (
-                f", and they go from {np.nanmin(mos):g} to {np.nanmax(mos):g}, while {head} is on {spelled(known)}: "
+                f", and they go from {np.nanmin(mos):g} to {np.nanmax(mos):g}, while {head} is on {range_text(known)}: "
                 "errors such as RMSE mean nothing"
             )
         found.append(f"{told}. `agiqa store labels STORE TABLE.csv --mos-range LOW HIGH` records it in a store.")

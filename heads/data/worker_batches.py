@@ -76,7 +76,7 @@ def _opener(source: FeatureSource) -> Callable[[], FeatureSource]:
         return partial(_open_union, [_opener(store) for store in source.stores])
     if isinstance(source, Store):
         place = source.location if is_url(source.location) else source.path.absolute()
-        return partial(open_store, place, allow_partial=not source.is_complete)
+        return partial(open_store, place, allow_partial=not source.is_sealed)
     return partial(_as_it_is, source)
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from agiqa.heads.data.features import FeatureSource
 from agiqa.heads.data.scales import Joined
 from agiqa.heads.evaluation.runs import origin_of
-from agiqa.store.format.text_authors import TEACHER, count_authors, teacher_warning
+from agiqa.store.format.items import TEACHER, count_authors, teacher_warning
 
 
 @runtime_checkable

@@ -40,7 +40,8 @@ from agiqa.heads.training.events import EventLog
 from agiqa.heads.training.learner import LEARNER
 from agiqa.heads.training.outcome import Outcome
 from agiqa.progress import say
-from agiqa.store.disk.files import canonical_json, exclusive_lock, sync_file, telling_disk_errors, write_text_atomically
+from agiqa.store.disk.files import canonical_json, sync_file, telling_disk_errors, write_text_atomically
+from agiqa.store.disk.locks import exclusive_lock
 from agiqa.version import agiqa_version
 
 KEY, CHECKPOINT, LOCK = "key.json", "state.ckpt", "lock"

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import BusyStore, DamagedStore
-from agiqa.store.disk.files import exclusive_lock, files_below, left_lock
-from agiqa.store.format.checks import check_inside
-from agiqa.store.format.layout import PULL_LOCK, PULL_RECORD, ROOT_METADATA, StoreLayout
-from agiqa.store.format.listings import read_record
+from agiqa.store.disk.files import files_below
+from agiqa.store.disk.locks import abandoned_lock, exclusive_lock, is_held
+from agiqa.store.format.layout import PLAN_LOCK, PULL_LOCK, PULL_RECORD, ROOT_METADATA, SEAL_LOCK, StoreLayout
+from agiqa.store.format.manifest import check_inside, read_record
 from agiqa.store.reading.store import Store
-from agiqa.store.writing.places import PLAN_LOCK, plans_beside
-from agiqa.store.writing.records import Owner, owner_of, owners, recorded_objects_of
-from agiqa.store.writing.upkeep import UPKEEP_LOCK, is_held, killed_records, lock_files, upkeep_lock
+from agiqa.store.writing.creating import plans_beside
+from agiqa.store.writing.records import Owner, killed_records, owner_of, owners, recorded_objects_of
+from agiqa.store.writing.sealing import seal_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def collect_garbage(store: Store, *, dry_run: bool = False) -> GcReport:
     if (store.path / PULL_RECORD).exists() or is_held(store.layout.locks / PULL_LOCK):
         message = f"{store.path} is being pulled, or a pull was cut off: finish it with the same `agiqa store pull`."
         raise BusyStore(message)
-    with contextlib.nullcontext() if dry_run else upkeep_lock(store.layout):
+    with contextlib.nullcontext() if dry_run else seal_lock(store.layout):
         collector = _Collector(store, dry_run=dry_run)
         collector.collect()
     return GcReport(garbage=tuple(collector.garbage), in_use=tuple(collector.in_use), dry_run=dry_run)
@@ -177,7 +177,7 @@ class _Collector:
 
     def _lock_files(self) -> list[Path]:
         """All but the one that this collection holds."""
-        return [lock for lock in lock_files(self.layout) if lock.name != UPKEEP_LOCK]
+        return [lock for lock in self.layout.lock_files() if lock.name != SEAL_LOCK]
 
     def _killed_plans(self) -> None:
         """As `create_store` would remove them when it is called for this path again."""
@@ -185,7 +185,7 @@ class _Collector:
             lock = StoreLayout(plan).locks / PLAN_LOCK
             if not lock.is_file():
                 continue
-            with contextlib.nullcontext(not is_held(lock)) if self.dry_run else left_lock(lock) as ended:
+            with contextlib.nullcontext(not is_held(lock)) if self.dry_run else abandoned_lock(lock) as ended:
                 if not ended:
                     self.in_use.append(str(plan))
                     continue

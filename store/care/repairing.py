@@ -14,12 +14,14 @@ from typing import Any
 
 from agiqa.errors import DamagedStore, IncompleteStore
 from agiqa.store.care.verification import Damage
-from agiqa.store.disk.files import read_json, sync_file, waiting_lock
+from agiqa.store.disk.files import read_json, sync_file
+from agiqa.store.disk.locks import waiting_lock
 from agiqa.store.format.layout import ROOT_METADATA, StoreLayout
-from agiqa.store.format.recorded_items import settle_labels, table_problem
-from agiqa.store.reading.store import Store, open_store
+from agiqa.store.format.manifest import settle_labels, table_problem
+from agiqa.store.reading.store import Store, open_local_store
 from agiqa.store.writing.records import (
     Owner,
+    content_problem,
     objects_by_owner,
     owners,
     record_path,
@@ -29,8 +31,7 @@ from agiqa.store.writing.records import (
     unlisted_files,
     unreadable_records,
 )
-from agiqa.store.writing.sealing import content_problem
-from agiqa.store.writing.upkeep import require_not_pulling, upkeep_lock
+from agiqa.store.writing.sealing import require_no_cut_off_pull, seal_lock
 
 _LINES = 20
 
@@ -73,12 +74,12 @@ def repair(store: Store) -> RepairReport:
     Raises DamagedStore, and changes nothing, when other objects of the plan than tokens (index, metadata, item table)
     are damaged; IncompleteStore for a store of which only a part was pulled, or whose pull was cut off.
     """
-    with upkeep_lock(store.layout):
-        require_not_pulling(store.layout)
+    with seal_lock(store.layout):
+        require_no_cut_off_pull(store.layout)
         settle_labels(store.layout)
-        store = open_store(store.path, allow_partial=True)
+        store = open_local_store(store.path, allow_partial=True)
         _refuse_partial(store)
-        lost = set[Owner]() if store.is_complete else set(unreadable_records(store))
+        lost = set[Owner]() if store.is_sealed else set(unreadable_records(store))
         objects = _objects(store, lost)
         planned = _damage(store, "plan", _plan_objects(store, objects))
         tokens = [found for found in planned if found.unit is not None]
@@ -117,7 +118,7 @@ def _refuse_partial(store: Store) -> None:
 
 def _objects(store: Store, lost: set[Owner]) -> Objects:
     """What is recorded, by who wrote it."""
-    if store.is_complete:
+    if store.is_sealed:
         return objects_by_owner(store, store.manifest)
     found: dict[Owner, list[dict[str, Any]]] = {}
     for owner in owners(store):
@@ -130,7 +131,7 @@ def _objects(store: Store, lost: set[Owner]) -> Objects:
 def _plan_objects(store: Store, objects: Objects) -> list[Mapping[str, Any]]:
     """What no unit can bring back; a finished store lists its root metadata too."""
     planned = list(objects.get("plan", []))
-    if store.is_complete:
+    if store.is_sealed:
         planned += [entry for entry in store.manifest["objects"] if entry["path"] == ROOT_METADATA]
     return planned
 
@@ -165,19 +166,19 @@ def _rows_need_their_model(store: Store) -> bool:
 
 
 def _strays(store: Store) -> list[str]:
-    if not store.is_complete:
+    if not store.is_sealed:
         return []
     return unlisted_files(store, {entry["path"] for entry in store.manifest["objects"]})
 
 
 def _drop(store: Store, objects: Objects, dropped: set[Owner], *, tokens: Sequence[str]) -> None:
     layout = store.layout
-    if store.is_complete:  # records serve resumption only, and a copy may have left them out
+    if store.is_sealed:  # records serve resumption only, and a copy may have left them out
         restore_records(store, {owner: entries for owner, entries in objects.items() if owner not in dropped})
     for owner in dropped:
         record_path(store, owner).unlink(missing_ok=True)
     sync_file(layout.commits)
-    if store.is_complete:
+    if store.is_sealed:
         layout.manifest.unlink()
         sync_file(store.path)
     _forget_consolidated(layout)

@@ -8,21 +8,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, StoreError, UnknownName
-from agiqa.store.format.bits import to_float32
-from agiqa.store.format.recorded_items import table_problem
+from agiqa.store.format.arrays import to_float32
+from agiqa.store.format.manifest import table_problem
 from agiqa.store.reading.store import Store
 from agiqa.store.writing.records import (
     Owner,
+    content_problem,
     is_readable,
     objects_by_owner,
     owners,
     record_path,
     record_problems,
     recorded_objects_of,
+    size_problem,
     unit_of,
     unlisted_files,
 )
-from agiqa.store.writing.sealing import content_problem, size_problem
 
 Level = Literal["quick", "full", "numeric"]
 
@@ -70,7 +71,7 @@ def verify(store: Store, level: str = "quick") -> Report:
     """
     if level not in get_args(Level):
         raise UnknownName.of(kind="verification level", name=level, known=get_args(Level))
-    manifest = store.manifest if store.is_complete else None
+    manifest = store.manifest if store.is_sealed else None
     entries = list(_entries(store, manifest))
     damage = [found for entry, unit in entries if (found := _check_object(store, entry, unit, level))]
     if changed := table_problem(store.layout):
@@ -80,7 +81,7 @@ def verify(store: Store, level: str = "quick") -> Report:
         strays = unlisted_files(store, {entry["path"] for entry in manifest["objects"]})
         damage += [Damage(where=path, problem=f"{path} is not in the manifest") for path in strays]
     probe_error = None
-    if level == "numeric" and not damage and store.is_complete:
+    if level == "numeric" and not damage and store.is_sealed:
         probe_error, problem = _check_probe(store)
         damage += problem
     done = set(store.committed_units())

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from agiqa.errors import UnknownName
 from agiqa.store.deriving.deriving import Derivation, derive_store, require_hidden
 from agiqa.store.deriving.sketching import calibration_moments
-from agiqa.store.format.arrays import create_whole_array
-from agiqa.store.format.bits import from_float32
-from agiqa.store.format.scaling import SCALED_DTYPE, Scale, save_scale
+from agiqa.store.format.arrays import create_whole_array, from_float32
+from agiqa.store.format.artefacts import SCALED_DTYPE, Scale, save_scale
 from agiqa.store.reading.store import Store
-from agiqa.store.writing.places import check_writable
+from agiqa.store.writing.creating import check_writable
 
 
 def convert_store(

@@ -76,7 +76,7 @@ def write_store(
     another process is at work on a unit that is left.
     """
     made = create_store(out, plan)
-    if made.is_complete:
+    if made.is_sealed:
         return made
     writer = UnitWriter(made)
     writer.write_model_arrays(lambda group: write_model(group, made))
@@ -103,7 +103,7 @@ def _plan(source: Store, derivation: Derivation) -> StorePlan:
     token_ids: list[NDArray[np.int32]] = [np.zeros(0, np.int32)] * len(source.items)
     roles: list[NDArray[np.uint8]] = [np.zeros(0, np.uint8)] * len(source.items)
     for unit in range(source.geometry.units):
-        unit_ids, unit_roles = source.unit_rows(unit, "tokens/ids"), source.unit_rows(unit, "tokens/roles")
+        unit_ids, unit_roles = source.read_unit(unit, "tokens/ids"), source.read_unit(unit, "tokens/roles")
         for item in source.items_of(unit).tolist():
             start = int(source.row_starts[item]) - unit * source.geometry.unit_rows
             rows = slice(start, start + int(source.n_tokens[item]))

@@ -12,12 +12,24 @@ from numpy.typing import NDArray
 from agiqa.errors import DataError
 from agiqa.store.disk.files import write_text_atomically
 from agiqa.store.format.items import LABEL_PREFIX, Items
-from agiqa.store.format.label_tables import ASPECT_COLUMNS, SPLITS, TableRow, open_table, read_mos
-from agiqa.store.format.recorded_items import read_recorded_items, replace_recorded_items, settle_labels
-from agiqa.store.format.scales import DEFAULT_RANGE, MosRange, check_range, converted, doubts, is_plausible, spelled
-from agiqa.store.reading.card import data_card
-from agiqa.store.reading.store import Store, open_store
-from agiqa.store.writing.upkeep import require_not_pulling, upkeep_lock
+from agiqa.store.format.labels import (
+    ASPECT_COLUMNS,
+    DEFAULT_RANGE,
+    SPLITS,
+    MosRange,
+    TableRow,
+    check_range,
+    convert_mos,
+    is_plausible,
+    open_table,
+    range_text,
+    read_mos,
+    scale_warning,
+)
+from agiqa.store.format.manifest import read_recorded_items, replace_recorded_items, settle_labels
+from agiqa.store.reading.store import Store, open_local_store
+from agiqa.store.reading.summary import data_card
+from agiqa.store.writing.sealing import require_no_cut_off_pull, seal_lock
 
 _NAMES = 5
 
@@ -77,8 +89,8 @@ def join_labels(store: Store, table: Path, *, mos_range: MosRange | None = None)
     """
     asked = None if mos_range is None else check_range(mos_range)
     layout = store.layout
-    with upkeep_lock(layout):
-        require_not_pulling(layout)
+    with seal_lock(layout):
+        require_no_cut_off_pull(layout)
         finished = layout.manifest.exists()
         settle_labels(layout)
         items = read_recorded_items(layout)
@@ -86,7 +98,7 @@ def join_labels(store: Store, table: Path, *, mos_range: MosRange | None = None)
         if report.changed:
             replace_recorded_items(layout, joined)
         if report.changed and finished:
-            write_text_atomically(layout.card, data_card(open_store(store.path)))
+            write_text_atomically(layout.card, data_card(open_local_store(store.path)))
     return report
 
 
@@ -216,9 +228,9 @@ def _joined(items: Items, table: _Table) -> tuple[Items, LabelReport]:
         column, scale = LABEL_PREFIX + aspect, table.scales[aspect]
         old = np.asarray(labels.get(aspect, np.full(len(items), np.nan)), np.float64)
         kept = _scale_with(aspect, old[np.isnan(mos)], items.mos_ranges.get(aspect), scale)
-        notes += [note for note in (doubts(aspect, mos, scale), _told_of(aspect, kept, scale)) if note]
+        notes += [note for note in (scale_warning(aspect, mos, scale), _told_of(aspect, kept, scale)) if note]
         if kept is not None and kept != scale:
-            mos, tables[column] = converted(mos, scale, kept), scale
+            mos, tables[column] = convert_mos(mos, scale, kept), scale
         scales[aspect], sets = kept, np.isfinite(mos)
         filled[column] = int((sets & np.isnan(old)).sum())
         replaced[column] = int((sets & ~np.isnan(old) & (mos != old)).sum())
@@ -261,7 +273,7 @@ def _scale_with(aspect: str, stays: NDArray[np.float64], own: MosRange | None, s
         return scale
     if own is None and not is_plausible(known, scale):
         message = (
-            f"The table has only some of the {aspect} MOS, on {spelled(scale)}. The {len(known)} others go from "
+            f"The table has only some of the {aspect} MOS, on {range_text(scale)}. The {len(known)} others go from "
             f"{known.min():g} to {known.max():g}, and their scale is not recorded: both would be mixed. Give a table "
             "with the MOS of all items that have one, or the --mos-range that all are on."
         )
@@ -273,12 +285,12 @@ def _told_of(aspect: str, kept: MosRange | None, scale: MosRange) -> str | None:
     """A note where the table was on another scale than the values that stay, or may have been."""
     if kept is None:
         return (
-            f"note: the scale of the other {aspect} MOS is not recorded; they are taken to be on {spelled(scale)} too. "
-            "A table with the MOS of all items records it."
+            f"note: the scale of the other {aspect} MOS is not recorded; they are taken to be on {range_text(scale)} "
+            "too. A table with the MOS of all items records it."
         )
     if kept == scale:
         return None
     return (
-        f"note: the {aspect} MOS of the table are converted from {spelled(scale)} to {spelled(kept)}, the scale of the "
-        "items that it does not name. A table with the MOS of all items would set their scale."
+        f"note: the {aspect} MOS of the table are converted from {range_text(scale)} to {range_text(kept)}, the scale "
+        "of the items that it does not name. A table with the MOS of all items would set their scale."
     )

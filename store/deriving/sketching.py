@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, HeadError, UnknownName
 from agiqa.store.deriving.deriving import Derivation, derive_store, require_hidden
-from agiqa.store.format.basis import METHODS, Basis, Moments, isotropic_moments, make_basis, moments_of, save_basis
-from agiqa.store.format.bits import from_float32, to_float32
+from agiqa.store.format.arrays import from_float32, to_float32
+from agiqa.store.format.artefacts import METHODS, Basis, Moments, isotropic_moments, make_basis, moments_of, save_basis
 from agiqa.store.reading.store import Store
 
 _MEASURED_TOKENS = 256

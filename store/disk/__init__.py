@@ -1,1 +1,1 @@
-"""Files that are whole or absent, durable names, hashes and locks: what every write to a store goes through."""
+"""Files that are whole or absent, and lock files."""

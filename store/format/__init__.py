@@ -1,1 +1,1 @@
-"""What a store is on disk, as FORMAT.md says it: layout, arrays, items, listings, and the checks of each."""
+"""The files of a store, as FORMAT.md specifies them: arrays, item table, manifest, metadata, and their checks."""

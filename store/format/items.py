@@ -1,35 +1,46 @@
-"""The items of a store, one row each: names, prompts, labels, splits. Labels are no part of the features."""
+"""The items of a store, one row each: names, prompts, labels, splits, and the authors of their texts.
+
+Labels are no part of the features. A teacher that knew the MOS wrote it into its text in other words, so scores of test
+items with such texts are too high.
+"""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from agiqa.errors import DamagedStore, DataError
+from agiqa.errors import DamagedStore
 from agiqa.store.disk.files import sync_file
+from agiqa.store.format.labels import MosRange, range_record, read_range
 from agiqa.store.format.parquet_pages import bytes_of_pages
-from agiqa.store.format.scales import MosRange, range_record, read_range
-from agiqa.store.format.text_authors import TEXT_AUTHOR
 
 LABEL_PREFIX = "mos_"
 MOS_RANGE = "mos_range"
-"""Metadata of a column of MOS: their scale, as `range_record`."""
+"""Metadata key of a MOS column: its scale, as `range_record`."""
 _NAMES_PER_BYTE = 16
-"""Rows of an item table per byte of its file, at most: the names differ, and a million counted ones take 0.7 bytes."""
+"""Most rows of an item table per byte of its file. Names are unique: a million numbered ones take 0.7 bytes each."""
 _ROOM, _EXPANSION = 64 << 20, 4096
-"""Bytes that the values of a table may take: so many, and so many more for each byte of its file. The counted names of
-a million items alone take 0.7 MB, so each item may share texts of 2,900 bytes with all the others."""
+"""Most bytes of the values of a table: `_ROOM`, and `_EXPANSION` per byte of its file. The numbered names of a million
+items alone take 0.7 MB, so every item may have texts of 2,900 bytes in common with all others."""
+
+TEACHER, TEACHER_BLIND, MODEL = "teacher", "teacher-blind", "model"
+TEXT_AUTHORS = (TEACHER, TEACHER_BLIND, MODEL)
+"""Authors of texts: an online model that knew the MOS, one that did not, and the model that made the features."""
+TEXT_AUTHOR = "text_author"
+"""The name of the column in item tables, and of the field in conversations."""
+
+_BY_WEIGHT = (TEACHER, None, TEACHER_BLIND, MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Items:
-    """The columns of items.parquet; entry i of every column belongs to item i of the store."""
+    """The columns of items.parquet; entry i of each belongs to item i of the store."""
 
     names: list[str]
     prompts: list[str]
@@ -37,11 +48,11 @@ class Items:
     generators: list[str | None]
     descriptions: list[str | None]
     labels: Mapping[str, NDArray[np.float64]] = field(default_factory=dict[str, NDArray[np.float64]])
-    """Aspect (quality, correspondence, authenticity) to MOS per item, (items,), NaN where there is none."""
+    """Aspect (quality, correspondence, authenticity) to MOS per item, (items,), NaN for missing ones."""
     text_authors: list[str | None] = field(default_factory=list[str | None])
-    """Who wrote the text that each item reads (see text_authors.py); empty where that is known of no item."""
+    """Author of each item's text, one of TEXT_AUTHORS or None; empty if all are unknown."""
     mos_ranges: Mapping[str, MosRange] = field(default_factory=dict[str, MosRange])
-    """Aspect to the scale of its MOS, lowest and highest; an aspect that is not here has an unknown scale."""
+    """Aspect to the scale of its MOS, lowest and highest; missing if unknown."""
 
     def __len__(self) -> int:
         """Number of items."""
@@ -52,13 +63,13 @@ class Items:
         return [position for position, name in enumerate(self.splits) if name == split]
 
     def same_as(self, other: "Items") -> bool:
-        """Whether every column holds the same values, missing labels included, and no scale of MOS is another."""
+        """Whether every column has the same values, missing ones included, and no two known scales of MOS differ."""
         scales, others = self.mos_ranges, other.mos_ranges
         agree = all(scales[aspect] == others[aspect] for aspect in scales.keys() & others.keys())
         return agree and bool(self.table().equals(other.table()))
 
     def table(self) -> pa.Table:
-        """The rows as an Arrow table; a missing label is null, and the scale of MOS is metadata of their column."""
+        """The rows as an Arrow table: null for a missing label, the scale of MOS as metadata of their column."""
         text = pa.string()
         columns = {
             "name": pa.array(self.names, text),
@@ -76,26 +87,10 @@ class Items:
         return pa.table(columns, schema=pa.schema(fields))
 
 
-def item_positions(items: Sequence[int] | NDArray[Any], *, count: int, where: str) -> NDArray[np.int64]:
-    """`items` as positions in a table of `count` rows, (items,). Raises DataError, naming `where`, if they are none."""
-    wanted = np.asarray(items)
-    if wanted.size == 0:
-        return np.zeros(0, np.int64)
-    if wanted.ndim != 1 or wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= count:
-        message = (
-            f"{where} has {count} items, read by their positions, whole numbers from 0 to {count - 1}; got "
-            f"{np.array2string(wanted, threshold=5)}. `items.names` of the store has their names, in that order."
-        )
-        raise DataError(message)
-    return wanted.astype(np.int64)
-
-
 def write_items(path: Path, items: Items) -> None:
-    """Write `items` to the parquet file `path`, replacing it in one step."""
-    temporary = path.with_name(f".{path.name}.new")
-    pq.write_table(items.table(), temporary, compression="zstd")
-    sync_file(temporary)
-    temporary.replace(path)
+    """Write `items` to the parquet file `path`, not in one step, and flush it to the disk."""
+    pq.write_table(items.table(), path, compression="zstd")
+    sync_file(path)
 
 
 def count_items(path: Path) -> int:
@@ -112,14 +107,14 @@ def count_items(path: Path) -> int:
 def read_items(path: Path) -> Items:
     """The items in `path`.
 
-    Raises DamagedStore, naming the file, when it is missing or unreadable, has values of another kind, or would take
-    more memory than a table of its size may: see `_ROOM`.
+    Raises DamagedStore if the file is missing or unreadable, its names are not unique, an item has no prompt, values
+    are of the wrong kind, or take more memory than `_ROOM` and `_EXPANSION` allow.
     """
     count_items(path)
     try:
         table = _bounded_table(path)
         columns = {name: table.column(name) for name in table.column_names}
-        return Items(
+        items = Items(
             names=columns["name"].to_pylist(),
             prompts=columns["prompt"].to_pylist(),
             splits=columns["split"].to_pylist(),
@@ -137,6 +132,8 @@ def read_items(path: Path) -> Items:
                 if column.name.startswith(LABEL_PREFIX) and MOS_RANGE.encode() in (column.metadata or {})
             },
         )
+        _check_texts(path, items)
+        return items
     except DamagedStore:
         raise
     except (OSError, KeyError, pa.ArrowException) as error:
@@ -145,13 +142,22 @@ def read_items(path: Path) -> Items:
         raise _damaged(path, f"has values of another kind ({error})") from error
 
 
-def _bounded_table(path: Path) -> pa.Table:
-    """The table in `path`, its texts as dictionaries: a text that many rows share is there once.
+def _check_texts(path: Path, items: Items) -> None:
+    columns: dict[str, list[object]] = {"name": [*items.names], "prompt": [*items.prompts]}
+    for column, values in columns.items():
+        if not all(isinstance(value, str) for value in values):
+            raise _damaged(path, f"has rows without a {column}, or one that is no text")
+    if len(set(items.names)) < len(items):
+        raise _damaged(path, "has two rows of one name")
 
-    Raises DamagedStore where its values, one by one, would take more than `_ROOM` and `_EXPANSION` allow.
+
+def _bounded_table(path: Path) -> pa.Table:
+    """The table in `path`, its texts as dictionaries, which hold a text of many rows once.
+
+    Raises DamagedStore if its values, one by one, would take more than `_ROOM` and `_EXPANSION` allow.
     """
-    with path.open("rb") as opened:  # once: another process may be replacing the file
-        file = pq.ParquetFile(opened)  # pq.read_table would import pandas where it is installed
+    with path.open("rb") as opened:  # opened once: another process may be replacing the file
+        file = pq.ParquetFile(opened)  # pq.read_table would import pandas if that is installed
         room = _ROOM + _EXPANSION * os.fstat(opened.fileno()).st_size
         try:
             stored = bytes_of_pages(opened, file.metadata)
@@ -161,7 +167,7 @@ def _bounded_table(path: Path) -> pa.Table:
         if max(stored, 8 * file.metadata.num_rows * len(names)) > room:
             raise _damaged(path, f"holds {stored} bytes in {len(names)} columns")
         table = pq.ParquetFile(opened, read_dictionary=names).read()
-    table.validate(full=True)  # damaged pages can give references beyond a dictionary, which nothing else checks
+    table.validate(full=True)  # finds indices beyond a dictionary, as damaged pages have; nothing else does
     texts = sum(_bytes_of_texts(chunk) for column in table.columns for chunk in column.chunks)
     if texts > room:
         raise _damaged(path, f"holds texts of {texts} bytes, where a table of its size may hold {room}")
@@ -181,3 +187,29 @@ def _damaged(path: Path, what: str) -> DamagedStore:
 
 def _unreadable(path: Path, error: Exception) -> DamagedStore:
     return DamagedStore(f"{path}: the item table cannot be read ({error}). Copy the store again, or extract it again.")
+
+
+def author_of(writers: Iterable[str | None]) -> str | None:
+    """The author to record for texts of several `writers`: the one that may reveal most of the MOS.
+
+    The order is the teacher that knew the MOS, None for an unknown writer, the blind teacher, the model. Without
+    writers the author is None.
+    """
+    return min(writers, key=_BY_WEIGHT.index, default=None)
+
+
+def count_authors(authors: Iterable[str | None]) -> dict[str, int]:
+    """Number of items by author, `unknown` for None, sorted by name."""
+    return dict(sorted(Counter(author or "unknown" for author in authors).items()))
+
+
+def teacher_warning(part: str, count: int, total: int, *, rating_words: bool) -> str:
+    """The warning that `count` of the `total` items of `part` have a teacher's text.
+
+    `rating_words` says whether the conversations contain the rating word, too.
+    """
+    told = f"{count} of {total} {part} items read the text of a teacher that was told their MOS"
+    remedy = "Use the model's own answers: `agiqa describe` makes them, `response_0` and `response_1` hold them."
+    if rating_words:
+        return f"{told}, its rating word included: the features hold the answer, and scores are too high. {remedy}"
+    return f"{told}, without its rating word; a model that does not know the MOS may describe otherwise. {remedy}"

@@ -1,9 +1,8 @@
-"""Where everything lies inside a store folder, and what the format is called.
-
-The prose specification is `FORMAT.md` beside this file; names here are the only place where code spells them.
-"""
+"""Names of the format, and paths in a store folder. `../FORMAT.md` specifies them; no other module spells them out."""
 
 import os
+import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +13,11 @@ VERSION = 1
 ENCODINGS = ("hidden", "sketch", "int8", "logits")
 
 MODEL_GROUPS = ("lm_head", "basis", "scale", "probe")
-"""Groups of the store whose arrays come from the model."""
+"""Groups whose arrays come from the model."""
 
 MANIFEST, CARD, ITEM_TABLE = "MANIFEST.json", "README.md", "items.parquet"
 ROOT_METADATA = "store.zarr/zarr.json"
-"""Written last by the seal, so no record lists it."""
+"""Written last, by the seal, so no commit record lists it."""
 
 LM_HEAD_NAMED_IN = {
     "hidden": "lm_head/weight",
@@ -26,39 +25,64 @@ LM_HEAD_NAMED_IN = {
     "sketch": "basis/q",
     "logits": "probe/logits",
 }
-"""By encoding, the array whose attribute `lm_head_sha256` says which language-model head the features belong to."""
+"""By encoding, the array whose attribute `lm_head_sha256` names the language-model head of the features."""
 
 PULL_RECORD = "PULLING.json"
-"""In a folder that a pull is at work in: the manifest of what is being pulled."""
+"""The manifest of the store that a pull is copying to this folder."""
 
-PULL_LOCK = "pull"
-"""The lock that a pull at work holds."""
+SEAL_LOCK, PLAN_LOCK, PULL_LOCK, MODEL_LOCK, RECORDS_LOCK = "seal", "plan", "pull", "model", "records"
+"""Names of lock files; the lock of a unit is its number, see `StoreLayout.unit_lock`."""
+_LOCK = re.compile(r"[0-9]{8,}|model|plan|pull|records|seal")
 
 ROW_ARRAYS = ("features", "logits", "tokens/ids", "tokens/roles", "tokens/scale")
-"""Arrays with a row, or an entry, per token; all have the same row addresses."""
+"""Arrays with one row per token, all with the same row addresses."""
 PLANNED_ROW_ARRAYS = ("tokens/ids", "tokens/roles")
-"""Those of them that the plan writes, before any unit is filled."""
+"""The row arrays that the plan writes, before any unit is filled."""
+
+_OBJECT_PATH = re.compile(r"store\.zarr(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})+")
+_LONGEST_PATH = 1000
+_ROW_OBJECT = re.compile(rf"store\.zarr/({'|'.join(ROW_ARRAYS)})/c/([0-9]{{1,12}})(?:[./].*)?")
 
 TOKEN_ROLES = {"special": 0, "image": 1, "question": 2, "answer": 3}
 ITEM_STATUS = {"whole": 0, "truncated": 1}
 
 
 def cache_root() -> Path:
-    """Where agiqa keeps what it can fetch or compute again: `~/.cache/agiqa`, or what AGIQA_CACHE names.
+    """The folder for what agiqa can fetch or compute again: AGIQA_CACHE, or `~/.cache/agiqa`.
 
-    The path is absolute, so that what is open stays where it is when the process goes to another folder.
-    Raises ConfigError where that is in a home that nobody knows.
+    The path is absolute, so it stays valid when the process changes its working folder. Raises ConfigError if the home
+    folder is unknown.
     """
     named = os.environ.get("AGIQA_CACHE") or "~/.cache/agiqa"
     try:
         return Path(named).expanduser().absolute()
     except RuntimeError as error:
-        message = f"There is no cache folder {named} ({error}). Set AGIQA_CACHE to a folder that can be written."
+        message = f"The cache folder {named} is unknown ({error}). Set AGIQA_CACHE to a folder that can be written."
         raise ConfigError(message) from error
 
 
+def is_object_path(text: str) -> bool:
+    """Whether `text` is the path of an object by FORMAT.md, so that it leads nowhere else unless through a link."""
+    return len(text) <= _LONGEST_PATH and _OBJECT_PATH.fullmatch(text) is not None
+
+
+def row_object(path: str) -> tuple[str, int] | None:
+    """The array with a row per token, and the number of the object in it, of the object at `path`; None for others.
+
+    A temporary file of a write counts as its object.
+    """
+    found = _ROW_OBJECT.fullmatch(path)
+    return (found[1], int(found[2])) if found else None
+
+
+def array_of(path: str) -> str | None:
+    """The array with a row per token that the object at `path` belongs to; None for other objects."""
+    found = row_object(path)
+    return found[0] if found else None
+
+
 def object_path(array: Path, position: int, *, dimensions: int) -> Path:
-    """Object number `position` in the folder of an array that is cut along its first axis only."""
+    """The file of object number `position` in the folder of an array, which is cut along its first axis only."""
     return array.joinpath("c", str(position), *["0"] * (dimensions - 1))
 
 
@@ -75,27 +99,35 @@ class StoreLayout:
 
     @property
     def items(self) -> Path:
-        """One row per item: name, prompt, labels, split, generator."""
+        """The item table: one row per item."""
         return self.root / ITEM_TABLE
 
     @property
     def commits(self) -> Path:
-        """One JSON record per finished unit, and one each for the plan and the model's own arrays."""
+        """The folder of commit records: one per finished unit, one of the plan, one of the model's arrays."""
         return self.root / "commits"
 
     @property
     def locks(self) -> Path:
-        """Empty files that the runs at work hold locked; no part of a finished store."""
+        """The folder of lock files; no part of a finished store."""
         return self.root / "locks"
+
+    def unit_lock(self, unit: int) -> Path:
+        """The lock file of a unit."""
+        return self.locks / f"{unit:08d}"
+
+    def lock_files(self) -> list[Path]:
+        """The lock files that exist, sorted. `locks` may be a link to a folder with other files, which are left out."""
+        return sorted(path for path in self.locks.glob("*") if _LOCK.fullmatch(path.name) and _is_empty_file(path))
 
     @property
     def pulled(self) -> Path:
-        """Objects that a pull has fetched and that wait until all are here; no part of the store."""
+        """Objects that a pull has fetched and not yet moved to their places; no part of the store."""
         return self.root / ".pulled"
 
     @property
     def manifest(self) -> Path:
-        """Every object with its bytes and sha256; written last, so its presence means a complete store."""
+        """The list of all objects; written last, so it exists only in a sealed store."""
         return self.root / MANIFEST
 
     @property
@@ -109,18 +141,23 @@ class StoreLayout:
 
     @property
     def plan_commit(self) -> Path:
-        """The record of what the plan wrote."""
+        """The commit record of the plan."""
         return self.commits / "plan.json"
 
     @property
     def model_commit(self) -> Path:
-        """The record of the arrays that come from the model: `lm_head`, `basis` and `probe`."""
+        """The commit record of the model's arrays."""
         return self.commits / "model.json"
 
     def features_object(self, unit: int) -> Path:
-        """The one object (shard) that holds the features of a unit."""
+        """The object (shard) with the features of a unit."""
         return self.object_of("features", unit, dimensions=2)
 
     def object_of(self, array: str, position: int, *, dimensions: int) -> Path:
-        """`object_path` of the array of that name."""
+        """The file of object number `position` of the named array."""
         return object_path(self.zarr / array, position, dimensions=dimensions)
+
+
+def _is_empty_file(path: Path) -> bool:
+    found = path.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_size == 0

@@ -1,17 +1,18 @@
-"""Objects of arrays with a row per token, encoded and decoded on all cores.
+"""Objects (files) of arrays, encoded and decoded on all cores.
 
-The bytes are those of the Zarr v3 codecs `bytes`, `blosc`, `crc32c` and `sharding_indexed` (index at the end), so
-zarr-python reads what is written here and the other way round. It is done here since zarr-python works through the
-chunks of a shard one after the other, decodes a whole shard's chunks with an extra copy, and its event loop does not
-survive a fork: here one item costs the chunks that it lies in, and a reader works in worker processes.
+The bytes are those of the Zarr v3 codecs `bytes`, `blosc`, `crc32c` and `sharding_indexed` (index at the end):
+zarr-python reads what is written here, and the other way round. zarr-python itself decodes the chunks of a shard one
+after the other, with an extra copy, and its event loop does not survive a fork. Here reading an item decodes only the
+chunks that hold it, and forked worker processes can read.
 """
 
 import math
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,22 +24,22 @@ from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]  # ha
 from numpy.typing import NDArray
 
 _ABSENT = 2**64 - 1
-"""What a shard's index holds for a chunk that is all fill value."""
+"""Offset and length, in a shard's index, of a chunk of zeros."""
 _CRC_BYTES = 4
 _BLOSC_HEADER = 16
 _SLACK = 64
-"""Bytes that a chunk of noise may take more than its values; zstd falls back to a copy."""
+"""Most bytes of a compressed chunk beyond those of its values: zstd copies what it cannot compress."""
 _Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectCodec:
-    """How one object of an array lies in its file; all values of one array have the same codec."""
+    """How the objects of an array are written to their files; the same for all objects of an array."""
 
     rows: int
     """Rows of the object."""
     chunk_rows: int
-    """Rows of one compressed chunk; as many as `rows` in an array without shards."""
+    """Rows of one compressed chunk; equal to `rows` in an array without shards."""
     row_shape: tuple[int, ...]
     """(width,), or () for an array with one value per token."""
     dtype: np.dtype[Any]
@@ -46,7 +47,7 @@ class ObjectCodec:
 
     @classmethod
     def of(cls, array: zarr.Array[Any]) -> "ObjectCodec":
-        """The codec of an array that `store.arrays` created."""
+        """The codec of an array that `arrays.py` created."""
         return cls(
             rows=int((array.shards or array.chunks)[0]),
             chunk_rows=int(array.chunks[0]),
@@ -56,9 +57,9 @@ class ObjectCodec:
         )
 
     def encode(self, values: NDArray[Any]) -> Iterator[bytes]:
-        """The file of `values` (up to `rows` rows, the rest is 0) in pieces, each as soon as it is compressed.
+        """The file of `values` (at most `rows` rows, the rest is 0) in pieces, each as soon as it is compressed.
 
-        An object whose values are all 0 is to be left out: it would be an index, or a chunk, of nothing.
+        Do not write an object of zeros: FORMAT.md leaves it out.
         """
         index = np.full((self._chunks, 2), _ABSENT, "<u8")
         position = 0
@@ -71,14 +72,12 @@ class ObjectCodec:
             yield _with_crc(index.tobytes())
 
     def read(self, path: Path, start: int, stop: int, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Rows `start` to `stop` of the object in the file `path`, (stop - start, *row_shape), in `out` where given.
+        """Rows `start` to `stop` of the object in the file `path`, (stop - start, *row_shape); in `out` if given.
 
-        Without it no memory is taken that the file's own index does not account for. Raises FileNotFoundError where
-        there is no file, and ValueError or RuntimeError where its bytes are damaged.
+        Without `out`, takes only memory that the file's index accounts for. Raises FileNotFoundError without a file,
+        and ValueError or RuntimeError for damaged bytes.
         """
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in its place would be waited for
-        try:
-            index = self._index(descriptor)
+        with self._opened(path) as (descriptor, index):
             fresh = out is None
             rows = np.zeros((stop - start, *self.row_shape), self.dtype) if out is None else out
             wanted = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
@@ -86,18 +85,14 @@ class ObjectCodec:
                 lambda chunk: self._read_chunk(descriptor, index, chunk, start, rows, fresh=fresh), wanted
             ):
                 pass
-        finally:
-            os.close(descriptor)
         return rows
 
     def holds(self, path: Path, values: NDArray[Any]) -> bool:
-        """Whether the object in the file `path` gives back `values`, its first rows; a chunk at a time on each core.
+        """Whether the first rows of the object in the file `path` are `values`; one chunk at a time per core.
 
         Raises as `read`.
         """
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            index = self._index(descriptor)
+        with self._opened(path) as (descriptor, index):
 
             def same(chunk: int) -> bool:
                 expected = values[chunk * self.chunk_rows : (chunk + 1) * self.chunk_rows]
@@ -106,6 +101,13 @@ class ObjectCodec:
                 return np.array_equal(found, expected)
 
             return all(self._each(same, range(-(-len(values) // self.chunk_rows))))
+
+    @contextmanager
+    def _opened(self, path: Path) -> Generator[tuple[int, NDArray[np.uint64]]]:
+        """The descriptor of the file `path`, and the index of the object in it."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without O_NONBLOCK, opening a pipe would wait
+        try:
+            yield descriptor, self._index(descriptor)
         finally:
             os.close(descriptor)
 
@@ -114,7 +116,7 @@ class ObjectCodec:
         return self.rows // self.chunk_rows
 
     def _each(self, work: Callable[[int], _Answer], chunks: range) -> Iterator[_Answer]:
-        """`work` on every chunk, on all cores where there are several; threads of one call, so none outlives a fork."""
+        """`work` on every chunk, on all cores. The threads end with the call, so no fork loses them."""
         threads = min(len(chunks), len(os.sched_getaffinity(0)))
         if threads <= 1:
             yield from map(work, chunks)
@@ -136,7 +138,7 @@ class ObjectCodec:
         """Offset and length of every chunk, (chunks, 2)."""
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            message = "it is no file"
+            message = "it is not a regular file"
             raise ValueError(message)
         size = status.st_size
         if not self.sharded:
@@ -164,7 +166,7 @@ class ObjectCodec:
         *,
         fresh: bool,
     ) -> None:
-        """Put the rows of `chunk` where they belong in `out`, which is zero if it is `fresh`."""
+        """Write the rows of `chunk` to their place in `out`, whose first row is `start`; a `fresh` one is zero."""
         first = chunk * self.chunk_rows
         low, high = max(start, first), min(start + len(out), first + self.chunk_rows)
         target = out[low - start : high - start]
@@ -194,7 +196,7 @@ def _with_crc(data: bytes) -> bytes:
 
 
 def _checked(data: bytes, length: int) -> bytes:
-    """`data` without the crc32c at its end. Raises ValueError where it does not fit, or bytes are missing."""
+    """`data` without the crc32c at its end. Raises ValueError if it does not match, or bytes are missing."""
     if len(data) != length or length < _CRC_BYTES:
         message = f"{length} bytes expected, {len(data)} found"
         raise ValueError(message)

@@ -1,7 +1,7 @@
-"""What the pages of a Parquet file state of themselves, before a library unpacks them.
+"""The memory that a Parquet file would take, by the headers of its pages, before a library unpacks them.
 
-The footer of a file gives totals per column, and nothing holds the pages to them: the reader takes the memory that the
-header of each page states. Headers are Thrift structures in the compact protocol.
+The footer of a file has totals per column, but a reader allocates what the header of each page states, and nothing
+requires the two to agree. Headers are Thrift structures in the compact protocol.
 """
 
 import mmap
@@ -12,18 +12,18 @@ from typing import Any, BinaryIO
 import pyarrow.parquet as pq
 
 _ENCODINGS = (0, 2, 3, 4, 8)
-"""PLAIN, PLAIN_DICTIONARY, RLE, BIT_PACKED, RLE_DICTIONARY: in these no text is longer than its bytes in the page."""
+"""PLAIN, PLAIN_DICTIONARY, RLE, BIT_PACKED, RLE_DICTIONARY: no text is longer than its bytes in the unpacked page."""
 _UNPACKED, _PACKED, _DATA, _DICTIONARY, _DATA_V2 = 2, 3, 5, 7, 8
-"""Fields of the header of a page: its bytes unpacked and as they lie in the file, and the header of its kind."""
+"""Fields of the header of a page: its size unpacked and in the file, and the headers of the kinds of pages."""
 _ENCODING = {_DATA: 2, _DICTIONARY: 2, _DATA_V2: 4}
-"""Where the header of each kind has the encoding of its values."""
+"""By kind, the field of its header with the encoding of the values."""
 _DEEPEST, _MOST_FIELDS = 8, 64
 
 
 def bytes_of_pages(file: BinaryIO, metadata: pq.FileMetaData) -> int:
-    """Bytes of all pages of the open `file` once they are unpacked, as their headers state.
+    """Bytes of all unpacked pages of the open `file`, as their headers state.
 
-    Raises ValueError where a header is none, or its page ends beyond its column or has values in another encoding.
+    Raises ValueError for an invalid header, and for a page that ends beyond its column or has another encoding.
     """
     total = 0
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -35,7 +35,7 @@ def bytes_of_pages(file: BinaryIO, metadata: pq.FileMetaData) -> int:
 
 
 def _pages(content: mmap.mmap, column: pq.ColumnChunkMetaData) -> Iterator[int]:
-    """Bytes, unpacked, of each page of `column`."""
+    """Unpacked bytes of each page of `column`."""
     starts = [column.data_page_offset]
     if column.has_dictionary_page and column.dictionary_page_offset:
         starts.append(column.dictionary_page_offset)
@@ -65,14 +65,14 @@ def _size(found: dict[int, Any], field: int) -> int:
 
 @dataclass
 class _Thrift:
-    """A reader of Thrift's compact protocol; raises ValueError where the bytes are none."""
+    """A reader of Thrift's compact protocol; raises ValueError for invalid bytes."""
 
     content: mmap.mmap
     position: int
     end: int
 
     def struct(self, depth: int = 0) -> dict[int, Any]:
-        """The fields of a structure by number; texts and lists are passed over."""
+        """The fields of a structure by number; skips texts."""
         found: dict[int, Any] = {}
         number = 0
         while (head := self._byte()) & 15:
@@ -84,7 +84,7 @@ class _Thrift:
         return found
 
     def skip(self, count: int) -> None:
-        """Pass over `count` bytes."""
+        """Skip `count` bytes."""
         self.position += count
         if self.position > self.end:
             message = "a page ends beyond its column"

@@ -11,11 +11,10 @@ from h5py import h5l  # pyright: ignore[reportAttributeAccessIssue]  # a compile
 from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore, SchemaError
-from agiqa.store.format.arrays import Geometry
-from agiqa.store.format.bits import STORAGE_DTYPES, storage_dtype
-from agiqa.store.format.checks import array_forms, check_attributes, damaged, form_problem
+from agiqa.store.format.arrays import STORAGE_DTYPES, Geometry, storage_dtype
 from agiqa.store.format.items import Items
 from agiqa.store.format.layout import ITEM_STATUS, LM_HEAD_NAMED_IN, TOKEN_ROLES
+from agiqa.store.format.metadata import array_forms, check_attributes, damaged, form_problem
 from agiqa.store.hdf5.common import (
     METADATA_SHA256,
     metadata_sha256,

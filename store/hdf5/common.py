@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, SchemaError, UnknownName
 from agiqa.store.disk.files import canonical_json
-from agiqa.store.format.items import LABEL_PREFIX, MOS_RANGE, Items
-from agiqa.store.format.scales import range_record, read_range
-from agiqa.store.format.text_authors import TEXT_AUTHOR
+from agiqa.store.format.items import LABEL_PREFIX, MOS_RANGE, TEXT_AUTHOR, Items
+from agiqa.store.format.labels import range_record, read_range
 from agiqa.store.hdf5.limits import check_column, read_texts
 
 COMPRESSIONS = ("auto", "zstd", "gzip", "none")

@@ -24,13 +24,13 @@ from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, SettingsConfl
 from agiqa.store.care.verification import verify
 from agiqa.store.disk.files import (
     canonical_json,
-    exclusive_lock,
     read_json,
     removed_on_failure,
     sync_file,
     telling_disk_errors,
     write_text_atomically,
 )
+from agiqa.store.disk.locks import exclusive_lock
 from agiqa.store.format.arrays import object_rows
 from agiqa.store.format.layout import ROW_ARRAYS
 from agiqa.store.hdf5.common import (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import h5py
 
 from agiqa.errors import AgiqaError, BusyStore, DamagedStore, SchemaError
-from agiqa.store.disk.files import NO_LOCKS
+from agiqa.store.disk.locks import NO_LOCKS
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import h5py
 
-from agiqa.store.format.checks import damaged
 from agiqa.store.format.layout import MODEL_GROUPS
+from agiqa.store.format.metadata import damaged
 
 REMEDY = "Copy or export it again."
 _ROOM, _OF_ROWS, _OF_OTHERS = 64 << 20, 256, 4096

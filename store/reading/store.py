@@ -1,4 +1,4 @@
-"""Reading a store: its items, its rows, and the model's arrays that give the rows a meaning."""
+"""Reading a store: its items, its rows, and the arrays of the model that give the rows their meaning."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,25 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.errors import DamagedStore, IncompleteStore, ViewRefused
-from agiqa.store.format.basis import Basis
-from agiqa.store.format.bits import rows_dtype, storage_dtype, to_float32
-from agiqa.store.format.checks import check_index, check_items, damaged, empty_array, require_no_pull
-from agiqa.store.format.items import Items, count_items, item_positions
+from agiqa.errors import DamagedStore, DataError, IncompleteStore, ViewRefused
+from agiqa.store.format.arrays import Geometry, rows_dtype, storage_dtype, to_float32
+from agiqa.store.format.artefacts import Basis, Scale
+from agiqa.store.format.items import Items, count_items
 from agiqa.store.format.layout import LM_HEAD_NAMED_IN, StoreLayout
-from agiqa.store.format.listings import are_attributes_of, is_root_metadata_of
-from agiqa.store.format.provenance import content_hash
-from agiqa.store.format.recorded_items import read_recorded_items
-from agiqa.store.format.scaling import Scale
-from agiqa.store.reading.stored_arrays import StoredArrays
+from agiqa.store.format.manifest import content_hash, has_listed_metadata, has_planned_attributes, read_recorded_items
+from agiqa.store.format.metadata import damaged, require_no_pull
+from agiqa.store.reading.stored_arrays import StoredArrays, empty_array
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """The rows of some items, one after the other, in the bits of the store."""
+    """The rows of several items, one item after the other, in the bits of the store."""
 
     rows: NDArray[Any]
-    """(tokens, width); uint16 where `logical_dtype` is bfloat16."""
+    """(tokens, width); uint16 for the logical dtype bfloat16."""
     roles: NDArray[np.uint8]
     """(tokens,), values of TOKEN_ROLES."""
     offsets: NDArray[np.int64]
@@ -41,7 +38,7 @@ class TokenRows:
 
 
 class Store(StoredArrays):
-    """A feature store on a local disk; open one with `open_store`."""
+    """A feature store in a local folder; `agiqa.store.open_store` opens it."""
 
     def __init__(
         self, path: Path, *, layout: StoreLayout | None = None, manifest: dict[str, Any] | None = None
@@ -51,26 +48,23 @@ class Store(StoredArrays):
         self.encoding: str = str(self.attributes["encoding"])
         self.logical_dtype: str = str(self.attributes["logical_dtype"])
         self.dtype = rows_dtype(self.encoding, self.logical_dtype)
+        self._value_dtype = storage_dtype(self.logical_dtype)
         self.array("features")
 
     @property
     def width(self) -> int:
-        """Values per token: hidden size D, sketch rank r, or vocabulary V of raw logits."""
+        """Values per token, see `Geometry.width`."""
         return self.geometry.width
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether the raw logits lie beside the hidden states."""
+        """Whether raw logits are stored beside the hidden states."""
         return "kept_logits" in self.provenance
 
-    @property
+    @cached_property
     def items(self) -> Items:
         """Names, prompts, splits and labels of the items."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> Items:
-        return check_items(self.path, self._read_items())
+        return self._read_items()
 
     def _read_items(self) -> Items:
         return read_recorded_items(self.layout)
@@ -114,18 +108,18 @@ class Store(StoredArrays):
 
     @cached_property
     def _checked_index(self) -> dict[str, NDArray[Any]]:
-        """The three arrays that addresses come from, none of them read unless all have a row per item."""
+        """The three arrays with the addresses of items; read only if all arrays of the index have a row per item."""
         count = self._count_items()
         for name in ("n_tokens", "row_start", "unit", "item_key", "status"):
             if self.array(f"index/{name}").shape[:1] != (count,):
                 raise damaged(self.path, f"index/{name} does not have one entry for each of {count} items")
         arrays = {name: self.whole(f"index/{name}") for name in ("n_tokens", "row_start", "unit")}
-        check_index(self.path, self.geometry, **arrays)
+        _check_index(self.path, self.geometry, **arrays)
         return arrays
 
     def committed_units(self) -> list[int]:
-        """Units whose features are on disk with a commit record, ascending; all of them once the store is sealed."""
-        if self.is_complete:
+        """Units whose features are finished, ascending: those with a commit record, or all that a sealed store has."""
+        if self.is_sealed:
             pulled = self.pulled_units
             return list(range(self.geometry.units)) if pulled is None else pulled
         return [unit for unit in range(self.geometry.units) if self.layout.commit(unit).exists()]
@@ -135,25 +129,24 @@ class Store(StoredArrays):
         return np.flatnonzero(self.units == unit)
 
     def rows_used(self, unit: int) -> int:
-        """Rows of `unit` that belong to items; the rest is empty."""
+        """Number of rows of `unit` that belong to items."""
         return int(self.n_tokens[self.units == unit].sum())
 
-    def unit_rows(self, unit: int, array: str = "features") -> NDArray[Any]:
-        """The used rows of `unit` of `features`, `tokens/ids` or `tokens/roles`, in the bits of the store."""
+    def read_unit(self, unit: int, array: str = "features") -> NDArray[Any]:
+        """The rows of the items of `unit` in `features`, `tokens/ids` or `tokens/roles`, in the bits of the store."""
         first = unit * self.geometry.unit_rows
         return self.stored_rows(array, first, first + self.rows_used(unit))
 
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
-        """The rows of `items` (positions), in that order; only the chunks that they lie in are decoded, each once.
+        """The rows of `items` (positions), in that order. Decodes only the chunks that hold them, each once.
 
-        Raises DataError for positions that the store does not have, IncompleteStore when an item's unit was never
-        committed, naming the item, and DamagedStore when a checksum does not match.
+        Raises DataError for invalid positions, IncompleteStore if the unit of an item is not finished, and DamagedStore
+        if a checksum does not match.
         """
         wanted = item_positions(items, count=len(self.n_tokens), where=self.location)
         self._require_committed(wanted)
         offsets = np.concatenate([[0], np.cumsum(self.n_tokens[wanted], dtype=np.int64)])
-        dtype, shape = storage_dtype(self.logical_dtype), (int(offsets[-1]), self.width)
-        rows = empty_array(self.path, f"{len(wanted)} items", shape, dtype)
+        rows = empty_array(self.path, f"{len(wanted)} items", (int(offsets[-1]), self.width), self._value_dtype)
         roles = np.empty(int(offsets[-1]), np.uint8)
         ends = self.row_ends
         for places in self._runs(wanted):
@@ -161,7 +154,7 @@ class Store(StoredArrays):
             first, last = int(self.row_starts[items_of_run[0]]), int(ends[items_of_run].max())
             run_roles = self.stored_rows("tokens/roles", first, last)
             block = slice(int(offsets[places[0]]), int(offsets[places[-1] + 1]))
-            if self.encoding != "int8" and self._lie_as_asked(places, items_of_run):
+            if self.encoding != "int8" and self._are_contiguous(places, items_of_run):
                 self.stored_rows("features", first, last, out=rows[block])
                 roles[block] = run_roles
                 continue
@@ -173,13 +166,13 @@ class Store(StoredArrays):
                 roles[target] = run_roles[source]
         return TokenRows(rows=rows, roles=roles, offsets=offsets, logical_dtype=self.logical_dtype)
 
-    def _lie_as_asked(self, places: NDArray[np.int64], items: NDArray[np.int64]) -> bool:
-        """Whether the rows of `items`, asked for at `places`, follow each other in the store just so."""
+    def _are_contiguous(self, places: NDArray[np.int64], items: NDArray[np.int64]) -> bool:
+        """Whether the rows of `items` follow each other in the store, and in the result, where they have `places`."""
         together = (self.row_ends[items][:-1] == self.row_starts[items][1:]).all()
         return bool(together and (np.diff(places) == 1).all())
 
     def _runs(self, items: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Places in `items` whose rows lie in one unit and less than a chunk apart, each run by address."""
+        """Places in `items` of the items to be read at once: of one unit, less than a chunk apart, by address."""
         order = np.lexsort((items, self.row_starts[items]))
         starts, ends = self.row_starts[items][order], self.row_ends[items][order]
         apart = starts[1:] - np.maximum.accumulate(ends)[:-1] >= self.geometry.chunk_rows
@@ -187,7 +180,7 @@ class Store(StoredArrays):
         return np.split(order, cuts) if len(order) else []
 
     def rows_of(self, item: int, start: int, stop: int, *, array: str = "features") -> NDArray[Any]:
-        """Tokens `start` to `stop` of `item` of `features` or `logits`, in the bits of `logical_dtype`.
+        """Tokens `start` to `stop` of `item`, of `features` or `logits`, in the bits of `logical_dtype`.
 
         Raises as `read`.
         """
@@ -196,9 +189,9 @@ class Store(StoredArrays):
         return self.rows_at(first + start, first + stop, array=array)
 
     def rows_at(self, start: int, stop: int, *, array: str = "features") -> NDArray[Any]:
-        """Rows by address, all of one unit, in the bits of `logical_dtype`; those of `int8` are rescaled.
+        """Rows by address, all of one unit, in the bits of `logical_dtype`; rescales those of `int8`.
 
-        Whether the unit was committed is not asked. Raises DamagedStore when a checksum does not match.
+        Raises DamagedStore if a checksum does not match.
         """
         rows = self.stored_rows(array, start, stop)
         if self.encoding != "int8":
@@ -207,12 +200,12 @@ class Store(StoredArrays):
 
     @cached_property
     def scale(self) -> Scale:
-        """Mean and RMS deviation of the channels, of an `int8` store."""
+        """The scale of an `int8` store."""
         mean, rms = self.whole("scale/mean"), self.whole("scale/rms")
         return Scale(mean=mean, rms=rms, calibration=str(self._attribute("scale/mean", "calibration")))
 
     def _require_committed(self, wanted: NDArray[np.int64]) -> None:
-        if self.is_complete and self.pulled_units is None:
+        if self.is_sealed and self.pulled_units is None:
             return
         missing = set(self.units[wanted].tolist()) - set(self.committed_units())
         for position in wanted.tolist():
@@ -225,28 +218,30 @@ class Store(StoredArrays):
 
     @cached_property
     def content(self) -> str:
-        """Which bytes the rows are, see `content_hash`; of an unfinished store, whose rows may still come, its id."""
-        if not self.is_complete:
+        """The `content_hash` of a sealed store; the id of an unfinished one."""
+        if not self.is_sealed:
             return self.id
         return content_hash((entry["path"], entry["sha256"]) for entry in self.manifest["objects"])
 
     @property
     def lm_head_sha256(self) -> str:
-        """Which language-model head the features belong to: sha256 of its bits in row-major order."""
+        """The language-model head of the features: sha256 of its bits in row-major order."""
         return str(self._attribute(LM_HEAD_NAMED_IN[self.encoding], "lm_head_sha256"))
 
     def lm_head(self) -> NDArray[np.float32]:
-        """The language-model head W_lm, (V, D) float32. Raises ViewRefused where the store has none."""
+        """The language-model head W_lm, (V, D) float32. Raises ViewRefused if the store has none."""
         return to_float32(*self.lm_head_bits())
 
     def lm_head_bits(self) -> tuple[NDArray[Any], str]:
-        """W_lm (V, D) in the bits of the model, and their logical dtype. Raises ViewRefused where there is none."""
+        """W_lm (V, D) in the bits of the model, and their logical dtype. Raises ViewRefused if the store has none."""
         if self.encoding not in ("hidden", "int8"):
             message = f"{self.path} holds {self.encoding} features without W_lm; read it from the store it came from."
             raise ViewRefused(message)
         bits = np.ascontiguousarray(self.whole("lm_head/weight"))
         if hashlib.sha256(bits.data).hexdigest() != self.lm_head_sha256:
-            message = f"{self.path}: lm_head/weight is not the head that its hash names. Copy the store again."
+            message = (
+                f"{self.path}: lm_head/weight does not have the sha256 that the store states. Copy the store again."
+            )
             raise DamagedStore(message)
         logical_dtype = str(self._attribute("lm_head/weight", "logical_dtype"))
         if storage_dtype(logical_dtype) != bits.dtype:
@@ -254,7 +249,7 @@ class Store(StoredArrays):
         return bits, logical_dtype
 
     def basis(self) -> Basis:
-        """The basis of a sketch. Raises ViewRefused on other encodings."""
+        """The basis of a sketch. Raises ViewRefused for other encodings."""
         if self.encoding != "sketch":
             message = (
                 f"{self.path} holds {self.encoding}, which has no basis. "
@@ -269,20 +264,64 @@ class Store(StoredArrays):
         return Basis(rank=self.width, **parts)
 
 
+def _check_index(
+    path: Path,
+    geometry: Geometry,
+    *,
+    n_tokens: NDArray[np.int32],
+    row_start: NDArray[np.int64],
+    unit: NDArray[np.int32],
+) -> None:
+    """Raise DamagedStore unless items follow each other in units without gap or overlap; names the first wrong item.
+
+    The three arrays are (items,).
+    """
+    lengths = n_tokens.astype(np.int64)
+    begin = np.clip(unit, 0, geometry.units).astype(np.int64) * geometry.unit_rows
+    inside = (lengths >= 0) & (unit >= 0) & (unit < geometry.units)
+    inside &= (row_start >= begin) & (row_start <= begin + geometry.unit_rows)
+    inside &= lengths <= geometry.unit_rows - (row_start - begin) * inside
+    if not inside.all():
+        item = int(np.argmin(inside))
+        what = f"{lengths[item]} rows from {row_start[item]} in unit {unit[item]}"
+        raise damaged(path, f"its index says that item {item} has {what}, which is outside of that unit")
+    same = np.diff(unit, prepend=-1) == 0
+    expected = np.where(same, np.concatenate([[0], (row_start + lengths)[:-1]]), begin) if len(unit) else begin
+    placed = (expected == row_start) & (np.diff(unit, prepend=0) >= 0)
+    if not placed.all():
+        item = int(np.argmin(placed))
+        what = f"item {item} begins at row {row_start[item]} of unit {unit[item]}, where {expected[item]} was next"
+        raise damaged(path, f"its index says that {what}")
+
+
+def item_positions(items: Sequence[int] | NDArray[Any], *, count: int, where: str) -> NDArray[np.int64]:
+    """`items` as positions in a store at `where` with `count` items, (items,). Raises DataError for invalid ones."""
+    wanted = np.asarray(items)
+    if wanted.size == 0:
+        return np.zeros(0, np.int64)
+    if wanted.ndim != 1 or wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= count:
+        message = (
+            f"{where} has {count} items, read by their positions, whole numbers from 0 to {count - 1}; got "
+            f"{np.array2string(wanted, threshold=5)}. `items.names` of the store has their names, in that order."
+        )
+        raise DataError(message)
+    return wanted.astype(np.int64)
+
+
 def is_planned(path: Path) -> bool:
-    """Whether `path` holds a store, finished or not."""
+    """Whether `path` holds a store, sealed or not."""
     layout = StoreLayout(path)
     return layout.plan_commit.exists() or layout.manifest.exists()
 
 
-def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
-    """Open the feature store at `path`.
+def open_local_store(path: str | Path, *, allow_partial: bool = False) -> Store:
+    """Open the feature store in the local folder `path`.
 
-    Raises SchemaError where `path` is no store or of an unknown version, and IncompleteStore for a store that
-    was never sealed unless `allow_partial` is set.
+    Raises SchemaError if `path` is no store of a version read here, and IncompleteStore for an unsealed store unless
+    `allow_partial` is set.
     """
     store = _open_as_listed(Path(path))
-    if not allow_partial and not store.is_complete:
+    if not allow_partial and not store.is_sealed:
         done = len(store.committed_units())
         message = (
             f"{path} is incomplete: {done} of {store.geometry.units} units are finished and it is not sealed. "
@@ -293,19 +332,19 @@ def open_store(path: str | Path, *, allow_partial: bool = False) -> Store:
 
 
 def _open_as_listed(path: Path) -> Store:
-    """The store at `path`, its root metadata those that its manifest, or the record of its plan, lists.
+    """The store at `path`, with the root metadata that its manifest, or the record of its plan, lists.
 
-    Raises as Store, IncompleteStore while a pull replaces its objects, and DamagedStore where metadata and listing do
-    not belong together. A repair and a seal beside this may have replaced one of them between two looks, so only what
-    is found twice counts.
+    Raises as Store, IncompleteStore while a pull replaces its objects, and DamagedStore if metadata and listing do not
+    belong together. A repair or seal in another process may replace one of them between the two reads, so a mismatch
+    counts only if it is found twice.
     """
     seen = None
     while True:
         store = Store(path)
-        if not store.is_complete:
+        if not store.is_sealed:
             require_no_pull(store.layout)
             return _with_planned_attributes(store)
-        if is_root_metadata_of(store.layout, store.manifest):
+        if has_listed_metadata(store.layout, store.manifest):
             return store
         if store.manifest == seen:
             raise damaged(store.layout.zarr / "zarr.json", f"it is not what {store.layout.manifest.name} lists")
@@ -313,7 +352,7 @@ def _open_as_listed(path: Path) -> Store:
 
 
 def _with_planned_attributes(store: Store) -> Store:
-    if not are_attributes_of(store.layout, store.attributes):
+    if not has_planned_attributes(store.layout, store.attributes):
         what = f"its attributes are not those that {store.layout.plan_commit.name} records"
         raise damaged(store.layout.zarr / "zarr.json", what)
     return store

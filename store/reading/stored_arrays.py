@@ -1,7 +1,7 @@
-"""The arrays of a store as they lie on disk: their metadata checked, their bytes decoded or found damaged.
+"""The arrays of a store: checks their metadata, and decodes their bytes or reports them as damaged.
 
-An opened store keeps the listing that it was opened with. Absence of an object means zeros only where that listing
-says that there is no such object; what it lists and is gone, or has another size, is an error.
+A store keeps the listing that it was opened with. A missing object means zeros only if that listing does not name it. A
+listed object that is missing, or has another size, is an error.
 """
 
 from collections.abc import Generator, Iterable, Mapping
@@ -14,32 +14,31 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import DamagedStore, IncompleteStore
+from agiqa.errors import DamagedStore, IncompleteStore, StoreError
 from agiqa.store.format.arrays import object_rows
-from agiqa.store.format.checks import (
+from agiqa.store.format.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, PULL_RECORD, ROW_ARRAYS, StoreLayout
+from agiqa.store.format.manifest import read_manifest, read_record
+from agiqa.store.format.metadata import (
     UNREADABLE,
     check_array,
     check_attributes,
     check_expansion,
     damaged,
-    empty_array,
     open_group,
 )
-from agiqa.store.format.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, PULL_RECORD, ROW_ARRAYS, StoreLayout
-from agiqa.store.format.listings import read_manifest, read_record
 from agiqa.store.format.objects import ObjectCodec
 
 
 class StoredArrays:
-    """What every reader of a store needs: any of its arrays, in whole or by rows, in the bits of the store."""
+    """Any array of a store, whole or by rows, in the bits of the store."""
 
     def __init__(
         self, path: Path, *, layout: StoreLayout | None = None, manifest: dict[str, Any] | None = None
     ) -> None:
-        """Read the store's manifest, unless one is given, and its attributes; `layout` says where its parts lie.
+        """Read the manifest, unless `manifest` is given, and the root attributes of the store at `path`.
 
-        Raises SchemaError where `path` is no store of a version read here, and DamagedStore where its manifest is none,
-        or that of another store.
+        Raises SchemaError if `path` is no store of a version read here, and DamagedStore if its manifest is invalid or
+        that of another store.
         """
         self.path = path
         self.layout = StoreLayout(path) if layout is None else layout
@@ -58,19 +57,19 @@ class StoredArrays:
 
     @property
     def location(self) -> str:
-        """Where the store is: its path, or the URL at which it is read in place."""
+        """The path of the store, or the URL where it is read in place."""
         return str(self.path)
 
     @property
-    def is_complete(self) -> bool:
-        """Whether the store was sealed when it was opened; so is a part that was pulled of a sealed store."""
+    def is_sealed(self) -> bool:
+        """Whether the store had a manifest when it was opened, be it a whole store or the pulled part of one."""
         return self._manifest is not None
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """MANIFEST.json as it was when the store was opened: the labels that it lists may have been replaced since.
+        """MANIFEST.json as it was when the store was opened; its labels may have been replaced since.
 
-        Raises IncompleteStore for a store that was not sealed then.
+        Raises IncompleteStore for a store that was not sealed.
         """
         if self._manifest is None:
             message = f"{self.path} is not sealed. {self.remedy}"
@@ -79,21 +78,21 @@ class StoredArrays:
 
     @cached_property
     def pulled_units(self) -> list[int] | None:
-        """The units that are here of a store that was pulled in part; None for any other store."""
-        if not self.is_complete or self.manifest["state"] != "partial":
+        """The units of a store that was pulled in part; None for any other store."""
+        if not self.is_sealed or self.manifest["state"] != "partial":
             return None
         return [int(unit) for unit in self.manifest["units"]]
 
     @property
     def state(self) -> str:
-        """`unfinished`, `complete`, or `partial` for a store of which some units were pulled."""
-        if not self.is_complete:
+        """`unfinished`, `complete`, or `partial` for a store that was pulled in part."""
+        if not self.is_sealed:
             return "unfinished"
         return "complete" if self.pulled_units is None else "partial"
 
     @property
     def remedy(self) -> str:
-        """How a store without all its units gets the rest."""
+        """What to do to get the missing units."""
         if (self.path / PULL_RECORD).exists():
             return "A pull into it was cut off: run the same `agiqa store pull` again to finish it."
         if self.pulled_units is not None:
@@ -104,13 +103,13 @@ class StoredArrays:
         return f"Run the same `agiqa {maker}` again to finish it."
 
     def whole(self, name: str) -> NDArray[Any]:
-        """All values of an array of the index or of the model, not by Zarr, which takes what is missing for zeros.
+        """All values of an array of the index or of the model. Zarr itself would read missing objects as zeros.
 
-        Raises as `array`, DamagedStore where bytes are damaged, and StoreError where memory does not suffice.
+        Raises as `array`, DamagedStore for damaged bytes, and StoreError if memory does not suffice.
         """
         array = self.array(name)
         if name.partition("/")[0] in MODEL_GROUPS:
-            check_expansion(self.path, name, array, listed=self._listed_in_all(name, array))
+            check_expansion(self.path, name, array, listed=self._listed_bytes_of_all(name, array))
         values = empty_array(self.path, repr(name), array.shape, array.dtype)
         for start in range(0, len(values), object_rows(array)):
             stop = min(start + object_rows(array), len(values))
@@ -128,18 +127,21 @@ class StoredArrays:
             )
             raise DamagedStore(message) from error
 
-    def _have(self, path: Path) -> None:
-        """Called before the object at `path` is read: where a remote store gets it, if it is not here yet."""
+    def _ensure_here(self, path: Path) -> None:
+        """Called before the object at `path` is read; a remote store fetches it here."""
 
     def array(self, name: str) -> zarr.Array[Any]:
-        """The Zarr array `name`. Raises IncompleteStore when it is not there (yet)."""
+        """The Zarr array `name`, for its shape and attributes.
+
+        Raises IncompleteStore if an unfinished store does not have it yet, and DamagedStore for invalid metadata.
+        """
         if name in self._arrays:
             return self._arrays[name]
         try:
             found = self.group[name]
         except UNREADABLE as error:
             there = (self.layout.zarr / name / "zarr.json").exists()
-            if there or self.is_complete:
+            if there or self.is_sealed:
                 what = f"the metadata of {name} cannot be read ({error})" if there else f"it has no array {name}"
                 raise damaged(self.path, what) from error
             message = f"{self.path} has no array {name!r} yet. {self.remedy}"
@@ -156,22 +158,22 @@ class StoredArrays:
         return self.array(name).attrs[key]
 
     def stored_rows(self, name: str, start: int, stop: int, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Rows `start` to `stop` of the array `name` as they are stored; Zarr is asked for the array's shape only.
+        """Rows `start` to `stop` of the array `name` as they are stored.
 
-        Rows of one object can be decoded into `out`: memory that was never used costs as much time as decoding.
-        Raises as `array`, and DamagedStore where bytes are damaged.
+        Decodes the rows of one object into `out` if given: touching new memory takes as long as decoding. Raises as
+        `array`, and DamagedStore for damaged bytes.
         """
         if name not in self._codecs:
             self._codecs[name] = ObjectCodec.of(self.array(name))
         codec, parts = self._codecs[name], list[NDArray[Any]]()
-        if start >= stop:  # of an item without tokens, whose address may be past the last unit
+        if start >= stop:  # an item without tokens, whose address may be past the last unit
             return np.zeros((0, *codec.row_shape), codec.dtype) if out is None else out
         while start < stop:
             position = start // codec.rows
             first, end = position * codec.rows, min(stop, (position + 1) * codec.rows)
             path = self.layout.object_of(name, position, dimensions=1 + len(codec.row_shape))
             unit = start // self.geometry.unit_rows if name in ROW_ARRAYS else None
-            listed = self._listed_bytes(path, self._record_of(name, unit), unit)
+            listed = self._listed_bytes(name, path, unit)
             with self._decoding(repr(name) if unit is None else f"unit {unit} of {name!r}"):
                 parts.append(self._read_object(codec, path, listed, start - first, end - first, out))
             start = end
@@ -180,13 +182,13 @@ class StoredArrays:
     def _read_object(
         self, codec: ObjectCodec, path: Path, listed: int | None, start: int, stop: int, out: NDArray[Any] | None
     ) -> NDArray[Any]:
-        """Rows of the object at `path`, which has `listed` bytes, or is all zero and absent where that is None."""
-        self._have(path)
+        """Rows of the object at `path`, which has `listed` bytes, or is absent and all zero if that is None."""
+        self._ensure_here(path)
         size = path.stat().st_size if path.exists() else None
-        if size != listed:  # that of another unit or store is sound in itself
+        if size != listed:  # as the object of another unit or store, which is sound in itself
             here = "is missing" if size is None else f"has {size} bytes"
             there = "does not list it" if listed is None else f"lists {listed}"
-            message = f"it {here}, {self.layout.manifest.name if self.is_complete else 'its commit record'} {there}"
+            message = f"it {here}, {self.layout.manifest.name if self.is_sealed else 'its commit record'} {there}"
             raise ValueError(message)
         if size is not None:
             return codec.read(path, start, stop, out=out)
@@ -195,29 +197,30 @@ class StoredArrays:
         out[...] = 0
         return out
 
-    def _listed_in_all(self, name: str, array: zarr.Array[Any]) -> int:
+    def _listed_bytes_of_all(self, name: str, array: zarr.Array[Any]) -> int:
         """Bytes of all objects of an array of the model."""
         positions = range(-(-array.shape[0] // object_rows(array)))
         paths = [self.layout.object_of(name, position, dimensions=array.ndim) for position in positions]
-        return sum(self._listed_bytes(path, self._record_of(name, None), None) or 0 for path in paths)
+        return sum(self._listed_bytes(name, path, None) or 0 for path in paths)
 
     def _record_of(self, name: str, unit: int | None) -> Path:
-        """The record that lists an object of the array `name`, of this unit, while the store is unfinished."""
+        """The record of an unfinished store that lists the objects of the array `name`, of this unit if any."""
         if unit is not None and name not in PLANNED_ROW_ARRAYS:
             return self.layout.commit(unit)
         return self.layout.model_commit if name.partition("/")[0] in MODEL_GROUPS else self.layout.plan_commit
 
-    def _listed_bytes(self, path: Path, record: Path, unit: int | None) -> int | None:
-        """Bytes of the object at `path` by the store's listing; None where it is absent since its values are all zero.
+    def _listed_bytes(self, array: str, path: Path, unit: int | None) -> int | None:
+        """Bytes of the object of `array` at `path` by the store's listing; None for an unlisted object of zeros.
 
-        Raises IncompleteStore where nothing tells yet: the unit was not pulled, or `record` is not written.
+        Raises IncompleteStore if the unit was not pulled, or its record does not exist yet.
         """
         name = path.relative_to(self.path).as_posix()
-        if self.is_complete:
+        if self.is_sealed:
             if unit is not None and self._pulled is not None and unit not in self._pulled:
                 message = f"{self.path}: unit {unit} was not pulled. {self.remedy}"
                 raise IncompleteStore(message)
             return self._recorded_bytes.get(name)
+        record = self._record_of(array, unit)
         if record not in self._records:
             if not record.exists():
                 message = f"{self.path}: {name} does not count before commits/{record.name} is there. {self.remedy}"
@@ -232,6 +235,18 @@ class StoredArrays:
     @cached_property
     def _recorded_bytes(self) -> Mapping[str, int]:
         return _sizes(self.manifest["objects"])
+
+
+def empty_array(path: Path, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An uninitialised array for `what` of the store at `path`. Raises StoreError if memory does not suffice."""
+    try:
+        return np.empty(shape, dtype)
+    except (MemoryError, ValueError) as error:
+        message = (
+            f"{path}: {what} takes more memory than there is ({error}). Read less at a time; if the store should "
+            f"not hold that much, `agiqa store verify --level full {path}` says what is damaged."
+        )
+        raise StoreError(message) from error
 
 
 def _sizes(objects: Iterable[Mapping[str, Any]]) -> Mapping[str, int]:

@@ -1,5 +1,6 @@
-"""What a store holds, in numbers that a person asks for first."""
+"""What a store holds: the data card that a sealed store carries, and a summary in numbers."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,19 +8,66 @@ from typing import Any
 import numpy as np
 
 from agiqa.store.disk.files import files_below, read_json
-from agiqa.store.format.items import Items
-from agiqa.store.format.text_authors import count_authors
+from agiqa.store.format.items import Items, count_authors
+from agiqa.store.format.labels import range_text
+from agiqa.store.format.layout import FORMAT, VERSION
 from agiqa.store.reading.store import Store
+
+_TRAINING = {
+    "hidden": "`agiqa train {name} RUN` trains a head.",
+    "int8": "`agiqa train {name} RUN` trains a head, on hidden states rounded to eight bits.",
+    "sketch": "`agiqa train {name} RUN --projection sketch` trains a head.",
+    "logits": '`agiqa.store.view(store, "logits")` gives an item\'s logits; heads are trained from hidden states.',
+}
+
+
+def data_card(store: Store) -> str:
+    """The README.md of `store` as markdown."""
+    items = store.items
+    aspects = ", ".join(sorted(items.labels)) or "none"
+    authors = ", ".join(f"{author} ({count})" for author, count in count_authors(items.text_authors).items())
+    scales = [f"{aspect} {range_text(items.mos_ranges.get(aspect))}" for aspect in sorted(items.labels)]
+    return f"""# {store.path.name}
+
+Features of {len(items)} AI-generated images and their conversations, {int(store.n_tokens.sum())} tokens, made once by a
+multimodal language model so that quality-assessment heads can be trained without it.
+
+| | |
+|---|---|
+| format | {FORMAT} v{VERSION} (Zarr v3) |
+| store id | `{store.id}` |
+| encoding | {store.encoding}, {store.logical_dtype}, {store.width} values per token |
+| MOS | {aspects} |
+| authors of the texts | {authors or "unknown"} |
+| scale of the MOS | {", ".join(scales) or "none"} |
+
+## Load
+
+```python
+from agiqa.store import open_store
+store = open_store("{store.path.name}")
+rows = store.read([0, 1])  # rows.float32() (tokens, {store.width}), rows.offsets, rows.roles
+```
+
+{_TRAINING[store.encoding].format(name=store.path.name)}
+`agiqa store verify {store.path.name} --level full` checks every byte.
+
+## How it was made
+
+```json
+{json.dumps(store.provenance, indent=2, ensure_ascii=False, sort_keys=True)}
+```
+"""
 
 
 def store_summary(store: Store) -> dict[str, Any]:
     """State, encoding, items, tokens, bytes, labels, splits, authors of texts and provenance of `store`, JSON-able.
 
-    `mos_ranges` has the scale of each label, None where it is not recorded.
-    `bytes_raw_features` is what the finished units take decoded; `bytes_raw_logits` what their logits would take
-    as float16 (present where the size of the vocabulary is known). `seconds_of_work` is the sum of what the records of
-    the finished units say; None where some of them are not here, as in a store that was pulled or is read at a URL.
-    `text_authors` counts who wrote the texts, by split; None where that is known of no item.
+    - `mos_ranges`: the scale of each label, None if unknown.
+    - `bytes_raw_features`: the decoded features of the finished units; `bytes_raw_logits`: their logits as float16,
+      omitted while the size of the vocabulary is unknown.
+    - `seconds_of_work`: the sum over the records of the finished units; None if some are missing, as in a pulled store.
+    - `text_authors`: number of items by split and author; None if all authors are unknown.
     """
     items, done = store.items, store.committed_units()
     records = [read_json(path) for unit in done if (path := store.layout.commit(unit)).exists()]
@@ -46,7 +94,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "text_authors": _text_authors(items) or None,
         "provenance": store.provenance,
     }
-    if store.is_complete or store.layout.model_commit.exists():
+    if store.is_sealed or store.layout.model_commit.exists():
         vocabulary = int(store.array("probe/logits").shape[1])
         summary["bytes_raw_logits"] = rows * vocabulary * 2
     return summary
@@ -65,7 +113,7 @@ def _seconds(records: Sequence[Mapping[str, Any]]) -> float:
 
 def _bytes_of_features(store: Store, done: Sequence[int]) -> int:
     shards = [store.layout.features_object(unit) for unit in done]
-    if store.is_complete:  # of one at a URL they may not be here
+    if store.is_sealed:  # a store at a URL has only some of them on this disk
         listed = {entry["path"]: int(entry["bytes"]) for entry in store.manifest["objects"]}
         return sum(listed.get(path.relative_to(store.path).as_posix(), 0) for path in shards)
     return sum(path.stat().st_size for path in shards if path.exists())

@@ -1,4 +1,4 @@
-"""Several stores read as one, such as the data sets of a joint training; nothing is copied."""
+"""Several stores read as one, such as the data sets of a joint training. Nothing is copied."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -11,23 +11,23 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError, HeadError, SchemaError
 from agiqa.store.disk.files import canonical_json
-from agiqa.store.format.basis import Basis
-from agiqa.store.format.items import Items, item_positions
-from agiqa.store.format.provenance import differing
-from agiqa.store.format.scales import JoinedColumn, ScaledColumn, join_columns
-from agiqa.store.reading.store import Store, TokenRows
+from agiqa.store.format.artefacts import Basis
+from agiqa.store.format.items import Items
+from agiqa.store.format.labels import JoinedColumn, ScaledColumn, join_columns
+from agiqa.store.format.metadata import differing
+from agiqa.store.reading.store import Store, TokenRows, item_positions
 
 _SAME_MAKING = ("model", "conversation")
 
 
 class StoreUnion:
-    """The items of several stores, one store after the other, with one meaning of a row; see `union`.
+    """The items of several stores, one store after the other; see `union`.
 
-    Offers what training and scoring ask of a store.
+    Has the members of a store that training and scoring use.
     """
 
     def __init__(self, stores: Sequence[Store]) -> None:
-        """Check that `stores` can be read as one; raises what `union` raises."""
+        """Check that `stores` can be read as one. Raises as `union`."""
         if not stores:
             message = "A union needs at least one store."
             raise ConfigError(message)
@@ -46,29 +46,29 @@ class StoreUnion:
 
     @property
     def path(self) -> Path:
-        """A name for messages, beside the first store: the stores' names joined by `+`. There is no such file."""
+        """A path for messages, which does not exist: the stores' names joined by `+`, beside the first store."""
         return self.stores[0].path.with_name("+".join(store.path.name for store in self.stores))
 
     @property
     def location(self) -> str:
-        """Where the stores are: the path or URL of each, joined by ` + `."""
+        """The path or URL of each store, joined by ` + `."""
         return " + ".join(store.location for store in self.stores)
 
     @cached_property
     def content(self) -> str:
-        """Which bytes the rows are: a sha256 of the stores' own, in their order."""
+        """Hex sha256 of the `content` of all stores, in their order."""
         return hashlib.sha256(canonical_json([store.content for store in self.stores]).encode()).hexdigest()
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What all the stores have in common at the top level, and `union`, the list of their ids."""
+        """The top-level entries that all stores share, and `union`, the list of their ids."""
         first, *others = (store.provenance for store in self.stores)
         shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
         return {**shared, "union": [store.id for store in self.stores]}
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know though nothing is wrong: stores made by another model or conversation."""
+        """Notes on stores that were made with another model or conversation than the first."""
         first, *others = self.stores
         return tuple(
             f"{first.path} and {other.path} differ in {', '.join(found)}"
@@ -78,25 +78,21 @@ class StoreUnion:
 
     @property
     def scale_notes(self) -> tuple[str, ...]:
-        """Which MOS are converted to the scale of another store, and of which the scale is not known."""
+        """Notes on MOS that are converted to another scale, and on unknown scales."""
         return tuple(note for column in self._scaled.values() for note in column.notes)
 
     @property
     def parts(self) -> tuple[tuple[Store, NDArray[np.int64]], ...]:
-        """Each store, and where its items are in the union."""
+        """Each store, and the positions of its items in the union."""
         bounds = zip(self._first_items[:-1].tolist(), self._first_items[1:].tolist(), strict=True)
         return tuple((store, np.arange(*ends)) for store, ends in zip(self.stores, bounds, strict=True))
 
-    @property
-    def items(self) -> Items:
-        """The items of all stores. A name may occur in two stores.
-
-        MOS of an aspect are on the scale of the first store that records one; where a store lacks them they are NaN.
-        """
-        return self._items
-
     @cached_property
-    def _items(self) -> Items:
+    def items(self) -> Items:
+        """The items of all stores. Two stores may have the same name.
+
+        The MOS of an aspect are on the scale of the first store that records one, and NaN in a store without them.
+        """
         tables = [store.items for store in self.stores]
         return Items(
             names=[name for table in tables for name in table.names],
@@ -109,33 +105,26 @@ class StoreUnion:
             mos_ranges={aspect: column.scale for aspect, column in self._scaled.items() if column.scale is not None},
         )
 
-    @property
+    @cached_property
     def n_tokens(self) -> NDArray[np.int32]:
         """Tokens per item, (items,)."""
-        return self._n_tokens
-
-    @cached_property
-    def _n_tokens(self) -> NDArray[np.int32]:
         return np.concatenate([store.n_tokens for store in self.stores])
 
     @property
     def lm_head_sha256(self) -> str:
-        """Which language-model head the features belong to, the same in all stores."""
+        """The language-model head of the features, the same in all stores."""
         return self.stores[0].lm_head_sha256
 
     def lm_head(self) -> NDArray[np.float32]:
-        """The language-model head W_lm, (V, D) float32. Raises ViewRefused where the stores have none."""
+        """The language-model head W_lm, (V, D) float32. Raises ViewRefused if the stores have none."""
         return self.stores[0].lm_head()
 
     def basis(self) -> Basis:
-        """The basis of sketches, the same in all stores. Raises ViewRefused on other encodings."""
+        """The basis of sketches, the same in all stores. Raises ViewRefused for other encodings."""
         return self.stores[0].basis()
 
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
-        """The rows of `items` (positions in the union), in that order; raises what `Store.read` raises.
-
-        Raises DataError for a position outside the union.
-        """
+        """The rows of `items` (positions in the union), in that order. Raises as `Store.read`."""
         wanted = item_positions(items, count=int(self._first_items[-1]), where=self.location)
         owners = np.searchsorted(self._first_items, wanted, side="right") - 1
         asked = np.unique(owners).tolist()
@@ -160,9 +149,9 @@ class StoreUnion:
 def union(stores: Sequence[Store]) -> StoreUnion:
     """Read `stores` as one, their items one store after the other.
 
-    Raises SchemaError when encoding, dtype or width differ and HeadError when W_lm or the basis of sketches do,
-    naming both sides and the remedy; DataError naming the items that occur in two stores, or the stores whose MOS are
-    on scales that are not recorded and cannot be one; ConfigError without a store.
+    Raises SchemaError if encoding, dtype or width differ; HeadError if W_lm or the basis of sketches differ; DataError
+    for items that occur in two stores, and for MOS on unknown scales that cannot be the same; ConfigError without a
+    store.
     """
     return StoreUnion(stores)
 
@@ -218,7 +207,7 @@ def _require_no_item_twice(stores: Sequence[Store]) -> None:
 
 
 def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Dotted names of what the two provenances differ in among what makes the features."""
+    """Dotted names of the differences between two provenances in model and conversation."""
     return [name for key in _SAME_MAKING for name, _, _ in differing(first.get(key), other.get(key), key)]
 
 

@@ -33,11 +33,12 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, WrapperStore
 
 from agiqa.errors import AgiqaError, ConfigError, DamagedStore
-from agiqa.store.disk.files import sha256_of_file, waiting_lock
-from agiqa.store.format.items import Items, item_positions, read_items
-from agiqa.store.format.layout import ITEM_TABLE, StoreLayout, cache_root
-from agiqa.store.format.manifests import Manifest, array_of, units_of_objects
-from agiqa.store.reading.store import Store, TokenRows, open_store
+from agiqa.store.disk.files import sha256_of_file
+from agiqa.store.disk.locks import waiting_lock
+from agiqa.store.format.items import Items, read_items
+from agiqa.store.format.layout import ITEM_TABLE, StoreLayout, array_of, cache_root
+from agiqa.store.format.manifest import Manifest, units_of_objects
+from agiqa.store.reading.store import Store, TokenRows, item_positions, open_local_store
 from agiqa.store.sharing.fetching import fetch_manifest, fetch_object
 from agiqa.store.sharing.remotes import LocalFolder, Remote, remote_at
 from agiqa.store.sharing.transfers import JOBS, Tally, in_parallel
@@ -283,7 +284,7 @@ class RemoteStore(Store):
         self._cache.fetch(ITEM_TABLE)
         return super()._count_items()
 
-    def _have(self, path: Path) -> None:
+    def _ensure_here(self, path: Path) -> None:
         name = path.relative_to(self.path).as_posix()
         self._ahead.reads(name)
         self._cache.fetch(name)
@@ -308,7 +309,7 @@ def open_remote(url: str) -> Store:
     """
     remote = remote_at(url)
     if isinstance(remote, LocalFolder):
-        return open_store(Path(remote.root))
+        return open_local_store(Path(remote.root))
     cache = ObjectCache(remote, fetch_manifest(remote))
     in_parallel(cache.fetch, [entry.path for entry in cache.manifest.metadata], threads=JOBS)
     return RemoteStore(cache)

@@ -7,7 +7,7 @@ from typing import Any
 from agiqa.errors import DamagedStore, RemoteError, SchemaError
 from agiqa.store.disk.files import naming, sync_file
 from agiqa.store.format.layout import MANIFEST
-from agiqa.store.format.manifests import MANIFEST_BYTES, Entry, Manifest, parse_manifest
+from agiqa.store.format.manifest import MANIFEST_BYTES, Entry, Manifest, parse_manifest
 from agiqa.store.sharing.remotes import BLOCK, Remote
 from agiqa.store.sharing.retries import wait_after
 from agiqa.store.sharing.transfers import Tally

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from agiqa.store.reading import store as reading
-from agiqa.store.reading.store import Store
+from agiqa.store.reading.store import Store, open_local_store
 from agiqa.store.sharing.remotes import is_url
 
 
@@ -18,4 +17,4 @@ def open_store(location: str | Path, *, allow_partial: bool = False) -> Store:
         from agiqa.store.sharing.cached import open_remote  # fsspec and its drivers are wanted for URLs only
 
         return open_remote(location)
-    return reading.open_store(location, allow_partial=allow_partial)
+    return open_local_store(location, allow_partial=allow_partial)

@@ -20,24 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import BusyStore, ConfigError, DamagedStore, DataError, SettingsConflict
-from agiqa.store.disk.files import (
-    exclusive_lock,
-    read_json,
-    sha256_of_file,
-    sync_file,
-    telling_disk_errors,
-    write_text_atomically,
-)
-from agiqa.store.format.checks import check_attributes, check_inside
+from agiqa.store.disk.files import read_json, sha256_of_file, sync_file, telling_disk_errors, write_text_atomically
+from agiqa.store.disk.locks import exclusive_lock, is_held
 from agiqa.store.format.items import read_items
-from agiqa.store.format.layout import ITEM_TABLE, PULL_LOCK, PULL_RECORD, ROOT_METADATA, StoreLayout
-from agiqa.store.format.listings import read_manifest
-from agiqa.store.format.manifests import CARD_BYTES, Entry, Manifest, units_of_objects
+from agiqa.store.format.layout import ITEM_TABLE, PULL_LOCK, PULL_RECORD, ROOT_METADATA, SEAL_LOCK, StoreLayout
+from agiqa.store.format.manifest import CARD_BYTES, Entry, Manifest, check_inside, read_manifest, units_of_objects
+from agiqa.store.format.metadata import check_attributes
 from agiqa.store.reading.store import Store
 from agiqa.store.sharing.fetching import fetch_manifest, fetch_object
 from agiqa.store.sharing.remotes import Remote, remote_at
 from agiqa.store.sharing.transfers import JOBS, Tally, Transfer, in_parallel
-from agiqa.store.writing.upkeep import UPKEEP_LOCK, is_held, lock_files, remove_locks, remove_records, upkeep_lock
+from agiqa.store.writing.records import remove_records
+from agiqa.store.writing.sealing import remove_locks, seal_lock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +182,7 @@ def _install(manifest: Manifest, local: _Local, card: bytes | None) -> None:
     """
     layout, path = local.layout, local.layout.root
     waiting = [entry for entry in manifest.entries if _waiting(path, entry).exists()]
-    with upkeep_lock(layout):
+    with seal_lock(layout):
         if _listed(layout) != local.listed:
             message = f"{path} was sealed, or its labels were changed, while it was pulled. Run the same command again."
             raise BusyStore(message)
@@ -289,7 +283,7 @@ def _claim(path: Path, manifest: Manifest, *, some: bool) -> list[int] | None:
 
 def _require_idle(layout: StoreLayout) -> None:
     """Raise BusyStore where a run is at work; other pulls and upkeep keep out by their own locks."""
-    if any(is_held(lock) for lock in lock_files(layout) if lock.name not in (PULL_LOCK, UPKEEP_LOCK)):
+    if any(is_held(lock) for lock in layout.lock_files() if lock.name not in (PULL_LOCK, SEAL_LOCK)):
         message = f"Another run is at work on the unfinished store {layout.root}. Wait for it, or pull to another path."
         raise BusyStore(message)
 

@@ -7,7 +7,7 @@ from typing import Any
 from agiqa.errors import ConfigError, DamagedStore, IncompleteStore, SettingsConflict
 from agiqa.store.disk.files import sha256_of_file
 from agiqa.store.format.layout import CARD, ITEM_TABLE, MANIFEST, ROOT_METADATA
-from agiqa.store.format.manifests import CARD_BYTES, MANIFEST_BYTES, Entry, Manifest, parse_manifest
+from agiqa.store.format.manifest import CARD_BYTES, MANIFEST_BYTES, Entry, Manifest, parse_manifest
 from agiqa.store.reading.store import Store
 from agiqa.store.sharing.remotes import Found, Remote, Upload, remote_at
 from agiqa.store.sharing.transfers import JOBS, Tally, Transfer, in_parallel

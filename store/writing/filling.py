@@ -1,4 +1,4 @@
-"""Fill: one writer per unit, a unit exists when its commit record does, and any run can take up the rest."""
+"""Fill: write the units of a store, each by one writer. A unit exists if its commit record does; any run can resume."""
 
 import os
 import shutil
@@ -15,19 +15,17 @@ from agiqa.errors import BusyStore, DamagedStore, DataError
 from agiqa.store.disk.files import (
     canonical_json,
     describe_object,
-    exclusive_lock,
     files_below,
     put_text_if_absent,
     sync_file,
     telling_disk_errors,
-    waiting_lock,
     write_bytes_atomically,
     write_text_atomically,
 )
-from agiqa.store.format.arrays import WritableArrays, object_rows
-from agiqa.store.format.bits import finite_rows
-from agiqa.store.format.checks import check_inside
-from agiqa.store.format.layout import MODEL_GROUPS, PULL_RECORD
+from agiqa.store.disk.locks import exclusive_lock, waiting_lock
+from agiqa.store.format.arrays import WritableArrays, finite_rows, object_rows
+from agiqa.store.format.layout import MODEL_GROUPS, MODEL_LOCK, PULL_RECORD, RECORDS_LOCK
+from agiqa.store.format.manifest import check_inside
 from agiqa.store.format.objects import ObjectCodec
 from agiqa.store.reading.store import Store
 
@@ -35,7 +33,7 @@ _KEPT = "finished units are kept"
 
 
 class UnitWriter:
-    """Writes the units of a planned store, each once, safely against kills and other writers."""
+    """Writes the units of a planned store, each once, despite kills and other writers."""
 
     def __init__(self, store: Store) -> None:
         """A writer for `store`, which must be planned and not sealed."""
@@ -44,7 +42,7 @@ class UnitWriter:
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
 
     def pending(self, *, part: tuple[int, int] = (1, 1)) -> list[int]:
-        """Units without a commit record in share `part` = (K, N), K from 1 to N."""
+        """Units without a commit record, of share K of N; `part` is (K, N), K from 1 to N."""
         share, shares = part
         done = set(self.store.committed_units())
         units = range(share - 1, self.store.geometry.units, shares)
@@ -52,11 +50,11 @@ class UnitWriter:
 
     @contextmanager
     def claim(self, unit: int) -> Generator[bool]:
-        """Hold `unit` for this process; False when another process holds it or has finished it.
+        """Hold `unit` for this process while inside; yields False if another process holds it or has finished it.
 
-        Raises BusyStore where a pull has replaced the store since it was opened.
+        Raises BusyStore if a pull has replaced the store since it was opened.
         """
-        lock = self.store.layout.locks / f"{unit:08d}"
+        lock = self.store.layout.unit_lock(unit)
         with telling_disk_errors(f"computing unit {unit} of {self.store.path}", _KEPT), exclusive_lock(lock) as held:
             mine = held and not self.store.layout.commit(unit).exists()
             if mine:
@@ -74,11 +72,10 @@ class UnitWriter:
     ) -> None:
         """Write the features of `unit` and its commit record.
 
-        `rows` is (rows used, width) in the dtype of `features`, the items of the unit one after the other;
-        `seconds` is what computing them took. `scale` (rows used,) belongs to `int8`; `logits(start, stop)` gives the
-        raw logits (stop - start, V) of these rows of the unit where the store keeps them. Raises DataError naming the
-        first item with a NaN or infinite value, and DamagedStore when the disk gives back other bytes than were
-        written.
+        `rows` is (rows used, width) in the dtype of `features`, the items of the unit one after the other; `seconds` is
+        the time of computing them. `scale` (rows used,) belongs to `int8`. `logits(start, stop)` gives the raw logits
+        (stop - start, V) of these rows of the unit, in a store that keeps them. Raises DataError with the first item
+        that has a NaN or infinite value, and DamagedStore if the disk returns other bytes than were written.
         """
         self._check(unit, rows)
         with telling_disk_errors(f"writing unit {unit} of {self.store.path}", _KEPT):
@@ -96,21 +93,21 @@ class UnitWriter:
                 "seconds": round(seconds, 3),
             }
             layout = self.store.layout
-            put_text_if_absent(layout.commit(unit), canonical_json(record), lock=layout.locks / "records")
+            put_text_if_absent(layout.commit(unit), canonical_json(record), lock=layout.locks / RECORDS_LOCK)
 
     def write_model_arrays(self, write: Callable[[zarr.Group], None]) -> None:
-        """Let `write` create the arrays that come from the model (`lm_head`, `basis`, `probe`), once per store.
+        """Let `write` create the arrays of the model (MODEL_GROUPS), once per store.
 
-        Other processes wait here until the first one is done. A part written by a killed run is replaced. Raises
-        BusyStore where a pull has replaced the store since it was opened.
+        Other processes wait until the first one has finished. Replaces what a killed run left. Raises BusyStore if a
+        pull has replaced the store since it was opened.
         """
         layout = self.store.layout
         doing = f"writing what {self.store.path} keeps of the model"
-        with telling_disk_errors(doing, _KEPT), waiting_lock(layout.locks / "model"):
+        with telling_disk_errors(doing, _KEPT), waiting_lock(layout.locks / MODEL_LOCK):
             if layout.model_commit.exists():
                 return
             self._require_not_pulled()
-            for name in MODEL_GROUPS:  # what a killed run left there would be recorded as if it belonged to them
+            for name in MODEL_GROUPS:  # else the record would list the files of a killed run
                 check_inside(self.store.path, layout.zarr / name)
                 if (layout.zarr / name).exists():
                     shutil.rmtree(layout.zarr / name)
@@ -123,16 +120,16 @@ class UnitWriter:
             write_text_atomically(layout.model_commit, canonical_json({"objects": objects}))
 
     def _require_not_pulled(self) -> None:
-        """Raise BusyStore where a pull has installed its store here, or is installing it.
+        """Raise BusyStore if a pull has installed its store here, or is installing it.
 
-        The caller holds the lock of what it is going to write. A pull writes PULLING.json before it looks at the locks,
-        so at least one of the two sees the other.
+        The caller holds the lock of the objects that it is going to write. A pull writes PULLING.json before it checks
+        the locks, so at least one of the two notices the other.
         """
         layout = self.store.layout
         if layout.manifest.exists() or (layout.root / PULL_RECORD).exists():
             message = (
-                f"{layout.root} was replaced by a pull while this run was at work on it. Nothing of the pull was "
-                "changed; run the same command again to go on with what is there."
+                f"A pull replaced {layout.root} while this run was at work on it. The pulled store was not changed; "
+                "run the same command again to resume from it."
             )
             raise BusyStore(message)
 
@@ -150,13 +147,13 @@ class UnitWriter:
         return objects
 
     def _put(self, name: str, position: int, values: NDArray[Any]) -> list[dict[str, Any]]:
-        """Write object number `position` of the array `name`, whole, and read it back; its record."""
+        """Write object number `position` of the array `name`, and read it back; returns its entries, none for zeros."""
         array = self.store.array(name)
         codec = ObjectCodec.of(array)
         path = self.store.layout.object_of(name, position, dimensions=array.ndim)
         check_inside(self.store.path, path)
-        path.unlink(missing_ok=True)  # what a killed run left of a unit that has no record
-        if not values.any():  # zeros only are not stored at all
+        path.unlink(missing_ok=True)  # left by a killed run, of a unit without a record
+        if not values.any():  # an object of zeros is not stored
             return []
         written = write_bytes_atomically(path, codec.encode(values))
         try:
@@ -164,13 +161,15 @@ class UnitWriter:
         except (ValueError, RuntimeError):
             same = False
         if not same:
-            message = f"{path}: the disk gave back other bytes than were written. Check the disk, then run again."
+            message = f"{path}: the disk returned other bytes than were written. Check the disk, then run again."
             raise DamagedStore(message)
         return [{"path": path.relative_to(self.store.path).as_posix(), **written}]
 
     def _remedy(self) -> str:
         if self.store.encoding == "sketch":
-            return "If the hidden states are finite there, it left the range of the sketch's dtype: store them instead."
+            return (
+                "If the hidden states are finite there, it exceeds the range of the sketch's dtype: store them instead."
+            )
         return "Try --dtype float32, or leave the item out."
 
     def _check(self, unit: int, rows: NDArray[Any]) -> None:

@@ -1,25 +1,19 @@
-"""Plan: everything of a store but the features, written in one step before the first unit is computed."""
+"""Plan: everything of a store but what the model computes, written before the first unit is computed."""
 
-import asyncio
-import errno
-import shutil
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.sync import sync
 
 from agiqa.errors import ConfigError, DataError
 from agiqa.store.disk.files import (
     canonical_json,
     describe_object,
     files_below,
-    new_lock,
     read_json,
     sync_file,
     write_text_atomically,
@@ -32,32 +26,27 @@ from agiqa.store.format.arrays import (
     create_kept_logits,
     create_token_array,
     create_whole_array,
+    rows_dtype,
 )
-from agiqa.store.format.bits import rows_dtype
 from agiqa.store.format.items import Items, write_items
 from agiqa.store.format.layout import FORMAT, ITEM_STATUS, VERSION, StoreLayout
-from agiqa.store.format.listings import attributes_entry
-from agiqa.store.format.provenance import store_id
-from agiqa.store.writing.places import (
-    PLAN_LOCK,
-    give_rights_of,
-    plan_folder,
-)
+from agiqa.store.format.manifest import attributes_sha256
+from agiqa.store.format.metadata import store_id
 
 _SHAPE = ("encoding", "logical_dtype", "width", "kept_logits")
-"""What decides the shape of the features."""
+"""The settings of a plan that decide the shape of the features."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StorePlan:
-    """What a store will hold, known before any feature is computed."""
+    """The content of a store that is known before any feature is computed."""
 
     encoding: str
     """One of ENCODINGS."""
     logical_dtype: str
-    """Of the rows as they are read; `int8` rows are stored as int8."""
+    """The dtype of rows as they are read; `int8` rows are stored as int8."""
     width: int
-    """Hidden size D (`hidden`, `int8`), rank r (`sketch`) or vocabulary V (`logits`)."""
+    """Values per token, see `Geometry.width`."""
     provenance: Mapping[str, Any]
     items: Items
     token_ids: Sequence[NDArray[np.int32]]
@@ -65,15 +54,15 @@ class StorePlan:
     roles: Sequence[NDArray[np.uint8]]
     """Per item, (tokens,), values of TOKEN_ROLES."""
     item_keys: Sequence[bytes]
-    """Per item, sha256 of the image bytes and the conversation."""
+    """Per item, the 32 bytes of FORMAT.md, section 6."""
     truncated: Sequence[bool]
     kept_logits: int | None = None
-    """Size of the vocabulary, where the raw logits are kept beside hidden states."""
+    """Vocabulary V, if the raw logits are kept beside hidden states."""
     label_table: Path | None = None
-    """The table that the labels come from, for messages."""
+    """The file of the labels, for messages."""
 
     def __post_init__(self) -> None:
-        """Raises DataError without items, ConfigError where raw logits are kept beside other than hidden states."""
+        """Raises DataError without items, and ConfigError for raw logits beside another encoding than `hidden`."""
         if not len(self.items):
             message = "There are no items, so there is nothing to store."
             raise DataError(message)
@@ -87,19 +76,19 @@ class StorePlan:
         return rows_dtype(self.encoding, self.logical_dtype)
 
     def full_provenance(self) -> dict[str, Any]:
-        """The provenance with what decides the shape of the features; its hash is the store id."""
+        """The provenance of the store, with the shape of the features; its hash is the store id."""
         shape = {name: getattr(self, name) for name in _SHAPE}
         return {**self.provenance, **{name: value for name, value in shape.items() if value is not None}}
 
 
 def without_shape(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The provenance that a plan began with, of a store's `full_provenance`."""
+    """The `provenance` of a plan whose `full_provenance` this is."""
     return {name: value for name, value in provenance.items() if name not in _SHAPE}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where each item's rows lie: unit and first row, both (items,)."""
+    """Unit and first row of each item, both (items,)."""
 
     geometry: Geometry
     units: NDArray[np.int32]
@@ -107,7 +96,7 @@ class Placement:
 
 
 def place_items(n_tokens: NDArray[np.int32], geometry: Geometry) -> Placement:
-    """Bin items into units in their own order; no item crosses a unit."""
+    """Place items into units in their own order; no item crosses a unit. Sets the number of units."""
     units = np.zeros(len(n_tokens), np.int32)
     starts = np.zeros(len(n_tokens), np.int64)
     unit, used = 0, 0
@@ -117,63 +106,15 @@ def place_items(n_tokens: NDArray[np.int32], geometry: Geometry) -> Placement:
         units[position] = unit
         starts[position] = unit * geometry.unit_rows + used
         used += length
-    placed = Geometry(
-        units=unit + 1, unit_rows=geometry.unit_rows, chunk_rows=geometry.chunk_rows, width=geometry.width
-    )
-    return Placement(geometry=placed, units=units, row_starts=starts)
+    return Placement(geometry=replace(geometry, units=unit + 1), units=units, row_starts=starts)
 
 
-def place(n_tokens: NDArray[np.int32], *, width: int, itemsize: int) -> Placement:
-    """Choose the geometry for items of these lengths and bin them."""
-    geometry = choose_geometry(
-        total_rows=int(n_tokens.sum()), longest=int(n_tokens.max(initial=0)), width=width, itemsize=itemsize
-    )
-    return place_items(n_tokens, geometry)
-
-
-def write_beside(path: Path, plan: StorePlan) -> bool:
-    """Write the plan into a folder beside `path` and rename it; False where another run was first."""
-    try:
-        with plan_beside(path, plan) as layout:
-            layout.root.replace(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return False
-    sync_file(path.parent)
-    return True
-
-
-@contextmanager
-def plan_beside(path: Path, plan: StorePlan) -> Generator[StoreLayout]:
-    """The plan, written into a folder beside `path` that is locked while inside; what is left of it then is removed."""
-    layout = StoreLayout(plan_folder(path))
-    try:
-        layout.root.mkdir()
-        if path.is_dir():
-            give_rights_of(path, layout.root)
-        with new_lock(layout.locks / PLAN_LOCK):
-            _write_plan(layout, plan)
-            yield layout
-    finally:
-        if layout.root.exists():
-            _remove_for_good(layout.root)
-
-
-def _remove_for_good(folder: Path) -> None:
-    """Remove `folder`, into which zarr may still write: where one of its writes fails, others run to their end."""
-    sync(_others_of_the_loop())
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-async def _others_of_the_loop() -> None:
-    """Wait for everything that zarr's event loop is at work on, and leave it to others how it ends."""
-    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
-
-
-def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
+def write_plan(layout: StoreLayout, plan: StorePlan) -> None:
+    """Write the store of `plan` to the new folder of `layout`, and its commit record last."""
     n_tokens = np.array([len(ids) for ids in plan.token_ids], np.int32)
-    placement = place(n_tokens, width=plan.width, itemsize=plan.dtype.itemsize)
+    total, longest = int(n_tokens.sum()), int(n_tokens.max(initial=0))
+    unit = choose_geometry(total_rows=total, longest=longest, width=plan.width, itemsize=plan.dtype.itemsize)
+    placement = place_items(n_tokens, unit)
     geometry = placement.geometry
     group = zarr.create_group(store=WritableArrays(layout.zarr), attributes=_attributes(plan, geometry))
     create_features(group, geometry, dtype=plan.dtype, logical_dtype=plan.logical_dtype)
@@ -193,12 +134,12 @@ def _write_plan(layout: StoreLayout, plan: StorePlan) -> None:
         create_whole_array(group, f"index/{name}", values)
     write_items(layout.items, plan.items)
     layout.commits.mkdir()
-    root_metadata = layout.zarr / "zarr.json"  # rewritten by the seal, so only its attributes are recorded
+    root_metadata = layout.zarr / "zarr.json"  # the seal rewrites it, so the record has only its attributes
     files = files_below(layout.zarr)
     for path in files:
         sync_file(path)
     objects = [describe_object(layout.root, path) for path in files if path != root_metadata]
-    attributes = attributes_entry(read_json(root_metadata)["attributes"])
+    attributes = attributes_sha256(read_json(root_metadata)["attributes"])
     record = {"objects": objects, "labels": describe_object(layout.root, layout.items), "attributes": attributes}
     write_text_atomically(layout.plan_commit, canonical_json(record))
 

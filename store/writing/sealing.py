@@ -1,6 +1,12 @@
-"""Seal: when every unit is there, list every object with its hash; the list is the proof of completeness."""
+"""Seal: when every unit is finished, list all objects with their hashes; MANIFEST.json proves that a store is complete.
 
+Sealing, relabelling, repair and garbage collection hold the seal lock, so that one of them works at a time.
+"""
+
+import contextlib
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import zarr
@@ -9,31 +15,73 @@ from agiqa.errors import DamagedStore, IncompleteStore, listed
 from agiqa.store.disk.files import (
     canonical_json,
     describe_object,
-    sha256_of_file,
     sync_file,
+    telling_disk_errors,
     write_text_atomically,
 )
-from agiqa.store.format.layout import FORMAT, VERSION
-from agiqa.store.format.listings import check_object_path, read_record
-from agiqa.store.format.recorded_items import table_problem
-from agiqa.store.reading.card import data_card
-from agiqa.store.reading.store import Store, open_store
-from agiqa.store.writing.upkeep import UPKEEP_LOCK, killed_records, remove_locks, require_not_pulling, upkeep_lock
+from agiqa.store.disk.locks import is_held, waiting_lock
+from agiqa.store.format.layout import FORMAT, SEAL_LOCK, VERSION, StoreLayout
+from agiqa.store.format.manifest import read_record, table_problem
+from agiqa.store.format.metadata import require_no_pull
+from agiqa.store.reading.store import Store, open_local_store
+from agiqa.store.reading.summary import data_card
+from agiqa.store.writing.records import content_problem, killed_records, size_problem
+
+
+@contextmanager
+def seal_lock(
+    layout: StoreLayout, *, doing: str = "working on", kept: str = "nothing of it is lost"
+) -> Generator[None]:
+    """Hold the lock `seal` of the store at `layout` while inside, after waiting for its holder.
+
+    Adds a note with `doing` and `kept` to an OSError from inside. A finished store has no `locks` folder, so the holder
+    removes the lock file and the folder.
+    """
+    lock = layout.locks / SEAL_LOCK
+    try:
+        with telling_disk_errors(f"{doing} {layout.root}", kept), waiting_lock(lock):
+            try:
+                yield
+            finally:
+                if layout.manifest.exists():
+                    lock.unlink(missing_ok=True)
+    finally:  # after the lock file is closed: FUSE file systems keep the names of open files
+        if layout.manifest.exists():
+            _remove_empty_locks(layout)
+
+
+def remove_locks(layout: StoreLayout, *, mine: str) -> None:
+    """Remove the lock files that nobody holds, and `mine`, which the caller holds; then their folder if it is empty."""
+    for lock in layout.lock_files():
+        if lock.name == mine or not is_held(lock):
+            lock.unlink(missing_ok=True)
+    _remove_empty_locks(layout)
+
+
+def _remove_empty_locks(layout: StoreLayout) -> None:
+    with contextlib.suppress(OSError):  # it holds other files, or is a link
+        layout.locks.rmdir()
+
+
+def require_no_cut_off_pull(layout: StoreLayout) -> None:
+    """Raise IncompleteStore if a pull was cut off while it installed its store; the caller holds the seal lock."""
+    if not layout.manifest.exists():
+        require_no_pull(layout)
 
 
 def seal(store: Store) -> Store:
-    """Check that all parts are there as they were recorded, then write MANIFEST.json; idempotent.
+    """Check that all parts are as they were recorded, then write MANIFEST.json. Does nothing for a sealed store.
 
-    Units were read back when they were written, so of their objects only the sizes are looked at. Returns the store,
-    opened as complete. Raises IncompleteStore naming the missing units, or a pull that was cut off, and DamagedStore
-    naming the objects that are missing, of another size or of other bytes.
+    Checks only the sizes of a unit's objects, since writing read them back. Returns the sealed store, opened again.
+    Raises IncompleteStore for missing units or a pull that was cut off, and DamagedStore for objects that are missing,
+    or have another size or other bytes.
     """
-    with upkeep_lock(store.layout, doing="sealing", kept="all its units are kept"):
-        require_not_pulling(store.layout)
+    with seal_lock(store.layout, doing="sealing", kept="all its units are kept"):
+        require_no_cut_off_pull(store.layout)
         if not store.layout.manifest.exists():
-            _seal(open_store(store.path, allow_partial=True))
-        remove_locks(store.layout, mine=UPKEEP_LOCK)
-    return open_store(store.path)
+            _seal(open_local_store(store.path, allow_partial=True))
+        remove_locks(store.layout, mine=SEAL_LOCK)
+    return open_local_store(store.path)
 
 
 def _seal(store: Store) -> None:
@@ -47,10 +95,10 @@ def _seal(store: Store) -> None:
         lines = "\n".join(f"  {line}" for line in damaged)
         message = (
             f"{store.path} cannot be sealed:\n{lines}\n"
-            f"`agiqa store repair {store.path}` drops what can be made anew. {store.remedy}"
+            f"`agiqa store repair {store.path}` removes what can be computed again. {store.remedy}"
         )
         raise DamagedStore(message)
-    # writes of killed runs that were never renamed
+    # writes of killed runs
     names = (layout.manifest.name, layout.card.name, layout.items.name)
     left_over = [path for name in names for path in layout.root.glob(f".{name}.*")]
     for path in (*left_over, *layout.zarr.rglob("*.partial"), *killed_records(layout)):
@@ -73,14 +121,14 @@ def _seal(store: Store) -> None:
 
 
 def _recorded_objects(store: Store) -> list[dict[str, Any]]:
-    """Every object that the commit records name, in the order plan, model, units.
+    """The entries of all commit records, in the order plan, model, units.
 
-    Raises IncompleteStore when the record of a unit or of the model's arrays is missing, DamagedStore when that of the
-    plan is.
+    Raises IncompleteStore if the record of a unit or of the model's arrays is missing, DamagedStore if that of the plan
+    is.
     """
     layout = store.layout
     if not layout.plan_commit.exists():
-        message = f"{layout.plan_commit} is missing, so nothing tells what the store should hold. Copy the store again."
+        message = f"{layout.plan_commit} is missing, so the content of the store is unknown. Copy the store again."
         raise DamagedStore(message)
     missing = sorted(set(range(store.geometry.units)) - set(store.committed_units()))
     if missing or not layout.model_commit.exists():
@@ -89,25 +137,3 @@ def _recorded_objects(store: Store) -> list[dict[str, Any]]:
         raise IncompleteStore(message)
     records = [layout.plan_commit, layout.model_commit, *map(layout.commit, range(store.geometry.units))]
     return [entry for record in records for entry in read_record(record)]
-
-
-def size_problem(store: Store, entry: dict[str, Any]) -> str | None:
-    """What is wrong with the presence and size of a recorded object, or None."""
-    path = store.path / check_object_path(store.path, entry["path"], listed_in=_listed_in(store))
-    if not path.is_file():
-        return f"{entry['path']} is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{entry['path']} has {path.stat().st_size} bytes, recorded {entry['bytes']}"
-    return None
-
-
-def content_problem(store: Store, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a recorded object, every byte of it, or None."""
-    problem = size_problem(store, entry)
-    if problem is None and sha256_of_file(store.path / entry["path"]) != entry["sha256"]:
-        problem = f"{entry['path']} does not have the sha256 that {_listed_in(store)} lists"
-    return problem
-
-
-def _listed_in(store: Store) -> str:
-    return store.layout.manifest.name if store.is_complete else "its commit record"

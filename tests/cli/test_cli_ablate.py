@@ -12,7 +12,7 @@ from agiqa.commands.common import failures
 
 from agiqa.bench.recording.result_folders import LOCK
 from agiqa.store import open_store
-from agiqa.store.disk.files import exclusive_lock
+from agiqa.store.disk.locks import exclusive_lock
 from tests.cli.refusals import refuse
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as write_store

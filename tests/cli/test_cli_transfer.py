@@ -11,7 +11,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from agiqa.store.disk.files import exclusive_lock
+from agiqa.store.disk.locks import exclusive_lock
 from tests.cli.refusals import refuse
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as write_store

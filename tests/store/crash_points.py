@@ -1,7 +1,6 @@
-"""Real kills at every step: a job is run again and again, and killed before its first, second, ... change on disk.
+"""Real kills at every step: runs a job again and again, and kills it before its first, second, ... change on disk.
 
-A change is a file or folder that gets or loses its name; what is written to a file without a name of its own is seen
-by nobody before that.
+A change is a file or folder that gets or loses its name. Nobody sees the bytes of a file before it has its name.
 """
 
 import subprocess

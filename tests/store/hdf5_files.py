@@ -1,4 +1,4 @@
-"""What is in a store and in an HDF5 file, to compare them by."""
+"""The contents of a store and of an HDF5 file, for comparison."""
 
 import h5py
 import numpy as np

@@ -1,4 +1,4 @@
-"""What processes of their own do to a store; each job starts with its `Progress`."""
+"""Jobs on a store for separate processes; the first argument of each is its `Progress`."""
 
 import os
 import random
@@ -11,7 +11,8 @@ import numpy as np
 from agiqa.errors import AgiqaError
 from agiqa.store import UnitWriter, create_store, join_labels, open_store, repair, seal, verify
 from agiqa.store.care.garbage import collect_garbage
-from agiqa.store.disk.files import put_text_if_absent, waiting_lock
+from agiqa.store.disk.files import put_text_if_absent
+from agiqa.store.disk.locks import waiting_lock
 from agiqa.store.hdf5.importing import import_hdf5
 from tests.store.conftest import fill as fill_units
 from tests.store.conftest import make_content, plan_of, unit_features, write_model
@@ -21,7 +22,7 @@ CHANGES = ("open", "os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir")
 
 
 def dawdle(seed: int, longest: float) -> None:
-    """From here on wait up to `longest` seconds before each step on disk, so that others get in between."""
+    """From now on wait up to `longest` seconds before each step on disk, so that other processes get in between."""
     moments = random.Random(seed)
 
     def wait(event: str, _arguments: tuple[object, ...]) -> None:
@@ -32,7 +33,7 @@ def dawdle(seed: int, longest: float) -> None:
 
 
 def make(progress, path, lengths, seed, longest, revision="a", dawdling_from="fill"):
-    """Plan, fill and, if nothing is left to others, seal the store at `path`; whether it was sealed here."""
+    """Plan, fill and, unless other processes hold units, seal the store at `path`; returns whether this process did."""
     content = make_content(lengths)
     progress.at("plan")
     if dawdling_from == "plan":
@@ -50,7 +51,7 @@ def make(progress, path, lengths, seed, longest, revision="a", dawdling_from="fi
     progress.at("seal")
     if writer.pending():
         return False
-    return seal(store).is_complete
+    return seal(store).is_sealed
 
 
 def seal_and_pause(progress, path):
@@ -91,7 +92,7 @@ def read_everything(_progress, path):
     step("index", lambda: [part.tolist() for part in (store.n_tokens, store.item_keys, store.status)])
     step("units", lambda: len(store.committed_units()))
     step("rows", lambda: float(np.abs(store.read(np.arange(len(store.n_tokens))).float32()).sum()))
-    step("tokens", lambda: store.unit_rows(0, "tokens/ids").tolist())
+    step("tokens", lambda: store.read_unit(0, "tokens/ids").tolist())
     step("head", lambda: store.lm_head_sha256)
     step("model", lambda: (store.basis().q if store.encoding == "sketch" else store.lm_head()).sum())
     if store.keeps_logits:
@@ -102,12 +103,12 @@ def read_everything(_progress, path):
 def read_chunks(_progress, path, chunks):
     """Read the roles of all items with each of `chunks` (hex) as the object of unit 0: the error, or that it is right."""
     place = Path(path) / "store.zarr" / "tokens" / "roles" / "c" / "0"
-    right = open_store(path).unit_rows(0, "tokens/roles")
+    right = open_store(path).read_unit(0, "tokens/roles")
     found = []
     for chunk in chunks:
         place.write_bytes(bytes.fromhex(chunk))
         try:
-            found.append(["", open_store(path).unit_rows(0, "tokens/roles").shape == right.shape])
+            found.append(["", open_store(path).read_unit(0, "tokens/roles").shape == right.shape])
         except AgiqaError as error:
             found.append([type(error).__name__, str(error)])
     return found
@@ -126,7 +127,7 @@ def fill(_progress, path, lengths):
 
 
 def be_nobody(_progress, folder, lengths):
-    """As another user: read the store `finished`, fill `unfinished`, plan `new`; what each came to.
+    """As another user: read the store `finished`, fill `unfinished`, plan `new`; returns the result of each.
 
     All of it is done once before, since a process that has become another user may not import what is still missing.
     """
@@ -191,7 +192,7 @@ def on_odd_disk(progress, oddities, job, *arguments):
 
 
 def upkeep(_progress, path, what):
-    """Seal, label, repair or tidy up the store at `path`."""
+    """Seal, label, repair or collect the garbage of the store at `path`."""
     store = open_store(path, allow_partial=True)
     if what == "label":
         table = Path(path).with_name("labels.csv")

@@ -1,4 +1,4 @@
-"""Real processes at the price of a fork: one process imports the store, each job is a child of it.
+"""Real processes that start fast: one process imports the store, and forks a child for each job.
 
 A job is a function of `tests.store.jobs`. It runs in a process with an id to kill and limits of its own; what it returns,
 or the error that it raised, comes back as JSON.
@@ -39,7 +39,7 @@ class Outcome:
 
 
 class Progress:
-    """What a job is at, for whoever wants to kill it in the middle of that."""
+    """The current phase of a job, so that a test can kill it in the middle of one."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

@@ -6,7 +6,7 @@ import pytest
 
 from agiqa.errors import DataError
 from agiqa.extract.data.datasets import load_data_set
-from agiqa.store.format.text_authors import MODEL, TEACHER, TEACHER_BLIND, author_of
+from agiqa.store.format.items import MODEL, TEACHER, TEACHER_BLIND, author_of
 from tests.extract.small_sets import write_table
 
 OWN = {"response_0": "Sharp.", "response_1": "good"}

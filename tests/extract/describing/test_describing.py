@@ -22,7 +22,7 @@ from agiqa.extract import (
 )
 from agiqa.extract.data.templates import fill, template_of
 from agiqa.heads.evaluation.rating_words import parse_word
-from agiqa.store.disk.files import exclusive_lock
+from agiqa.store.disk.locks import exclusive_lock
 from tests.extract.small_sets import read_table, write_set, write_table
 from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
 

@@ -188,7 +188,7 @@ def test_a_resumed_fill_leaves_finished_units_alone(hidden_store, texts, tiny_te
     torn.parent.mkdir(parents=True)
     torn.write_bytes(b"torn")
     second = extract(texts, tiny_text_checkpoint, path)
-    assert second.store.is_complete
+    assert second.store.is_sealed
     assert second.fill is not None
     assert second.fill.units == store.geometry.units - len(done)
     assert states_of(objects) == before
@@ -204,7 +204,7 @@ def test_parts_fill_everything_and_the_last_one_seals(order, texts, tiny_text_ch
     states = []
     for share in order:
         result = extract(texts, tiny_text_checkpoint, path, part=(share, 3))
-        states.append(result.store.is_complete)
+        states.append(result.store.is_sealed)
         again = extract(texts, tiny_text_checkpoint, path, part=(share, 3))
         assert again.fill is None or again.fill.units == 0
     assert states == [False, False, True]
@@ -266,4 +266,4 @@ def test_an_image_that_vanishes_midway_is_named_and_the_rest_is_kept(tiny_vision
     assert caught.value.__notes__ == ["while reading item '003.png'"]
     assert 0 < len(store.committed_units()) < store.geometry.units
     missing.write_bytes(content)
-    assert extract(folder, tiny_vision_checkpoint, path).store.is_complete
+    assert extract(folder, tiny_vision_checkpoint, path).store.is_sealed

@@ -32,7 +32,7 @@ def test_raw_logits_are_the_models_own(texts, tiny_text_checkpoint, tmp_path):
 def test_logits_kept_beside_hidden_states_are_the_models_own(texts, tiny_text_checkpoint, tmp_path):
     path = tmp_path / "s.agiqa"
     store = extract(texts, tiny_text_checkpoint, path, keep_logits=True, part=(1, 2)).store
-    assert not store.is_complete
+    assert not store.is_sealed
     store = extract(texts, tiny_text_checkpoint, path, keep_logits=True).store
     data_set, _ = inputs(texts, tiny_text_checkpoint)
     for position, item in enumerate(data_set.items):

@@ -40,7 +40,7 @@ def test_a_sketch_is_not_planned_without_its_basis(texts, tiny_text_checkpoint, 
 def test_plan_only_stores_all_tokens_and_no_features(texts, tiny_text_checkpoint, tmp_path):
     result = extract(texts, tiny_text_checkpoint, tmp_path / "s.agiqa", plan_only=True)
     store = result.store
-    assert not store.is_complete
+    assert not store.is_sealed
     assert result.fill is None
     assert store.committed_units() == []
     assert not (store.layout.zarr / "lm_head").exists()
@@ -52,7 +52,7 @@ def test_plan_only_stores_all_tokens_and_no_features(texts, tiny_text_checkpoint
         np.testing.assert_array_equal(ids, expected(tiny_text_checkpoint, item).token_ids)
         answer = backbone.renderer.tokenizer.decode(ids[roles == TOKEN_ROLES["answer"]].tolist())
         assert answer.strip() == item.description
-    assert extract(texts, tiny_text_checkpoint, tmp_path / "s.agiqa").store.is_complete
+    assert extract(texts, tiny_text_checkpoint, tmp_path / "s.agiqa").store.is_sealed
 
 
 def test_too_long_items_are_all_named_with_the_limit_and_nothing_is_written(texts, tiny_text_checkpoint, tmp_path):
@@ -85,7 +85,7 @@ def test_skipped_items_are_told_and_left_out(texts, tiny_text_checkpoint, tmp_pa
     result = extract(texts, tiny_text_checkpoint, tmp_path / "s.agiqa", length=rule)
     kept = [row["name"] for row, length in zip(read_table(texts), lengths, strict=True) if length <= limit]
     assert result.store.items.names == kept
-    assert result.store.is_complete
+    assert result.store.is_sealed
     assert len(result.skipped) == len(lengths) - len(kept)
     assert result.store.provenance["data_set"]["skipped"] == len(result.skipped)
     assert all("tokens, the limit is" in line for line in result.skipped)
@@ -177,7 +177,7 @@ def test_other_settings_are_refused_and_named(texts, tiny_text_checkpoint, tmp_p
 def test_a_checkpoint_that_moved_is_the_same_model(texts, tiny_text_checkpoint, tmp_path):
     extract(texts, tiny_text_checkpoint, tmp_path / "s.agiqa", plan_only=True)
     moved = shutil.copytree(tiny_text_checkpoint, tmp_path / "elsewhere" / tiny_text_checkpoint.name)
-    assert extract(texts, moved, tmp_path / "s.agiqa").store.is_complete
+    assert extract(texts, moved, tmp_path / "s.agiqa").store.is_sealed
 
 
 def test_corrected_labels_reach_an_unfinished_store(texts, tiny_text_checkpoint, tmp_path):
@@ -201,7 +201,7 @@ def test_corrected_labels_of_a_finished_store_are_answered_with_what_stores_them
     assert f"`agiqa store labels {path} {table}` stores what {table} has of them" in str(caught.value)
     join_labels(open_store(path), table)
     found = extract(texts, tiny_text_checkpoint, path).store
-    assert found.is_complete
+    assert found.is_sealed
     assert (found.items.labels["quality"][0], found.items.splits[1]) == (1.25, "val")
     rows[1][3] = ""  # which a table cannot say: empty cells leave what is there
     write_table(texts, rows)

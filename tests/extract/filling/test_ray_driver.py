@@ -63,7 +63,7 @@ def test_units_that_a_dead_actor_seems_to_hold_are_told(tiny_text_checkpoint, tm
     assert run.returncode == 1, err
     assert "1 Ray actors died (actor" in err
     assert "1 units are left" in err
-    assert extract(folder, tiny_text_checkpoint, path, batch_size=1).store.is_complete
+    assert extract(folder, tiny_text_checkpoint, path, batch_size=1).store.is_sealed
 
 
 def start(folder, path, checkpoint):

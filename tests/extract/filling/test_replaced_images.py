@@ -91,7 +91,7 @@ def test_replaced_during_the_fill_and_before_the_next_run(folder, tiny_vision_ch
     with pytest.raises(SettingsConflict, match=r"changed items: 003\.png"):
         extract(folder, tiny_vision_checkpoint, path)
     picture.write_bytes(content)
-    assert extract(folder, tiny_vision_checkpoint, path).store.is_complete
+    assert extract(folder, tiny_vision_checkpoint, path).store.is_sealed
 
 
 def test_replaced_between_the_check_and_the_plan(folder, tiny_vision_checkpoint):

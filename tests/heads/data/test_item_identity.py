@@ -12,7 +12,7 @@ from agiqa.heads import HeadConfig, TrainConfig, evaluate, load_run, train_head
 from agiqa.heads.data.holding_out import split_items
 from agiqa.heads.evaluation.scoring import count_known, part_items
 from agiqa.store.deriving.labelling import join_labels
-from agiqa.store.reading.store import open_store
+from agiqa.store.reading.store import open_local_store
 from agiqa.store.reading.union import union
 from tests.heads.conftest import MemoryStore
 from tests.store.conftest import Content, make_content
@@ -125,7 +125,7 @@ def test_other_labels_and_splits_leave_the_items_of_a_run_what_they_are(opposite
     rows = [f"{name},{'test' if k < 30 else 'train'}" for k, name in enumerate(store.items.names)]
     (tmp_path / "labels.csv").write_text("\n".join(["name,split", *rows]) + "\n")
     join_labels(store, tmp_path / "labels.csv")
-    again = open_store(store.path)
+    again = open_local_store(store.path)
     assert len(again.items.in_split("test")) == 30
     assert part_items(run, again, "test").tolist() == list(range(1, 40, 2))
 

@@ -169,7 +169,7 @@ def test_a_finished_store_that_lacks_an_object_is_not_called_complete(stored, co
     repair(open_store(stored.path))
     fill(create_store(stored.path, plan_of(content)), content)
     assert seal(open_store(stored.path, allow_partial=True)).state == "complete"
-    assert create_store(stored.path, plan_of(content)).is_complete
+    assert create_store(stored.path, plan_of(content)).is_sealed
 
 
 def test_a_plan_with_other_tokens_is_not_taken_up(tmp_path, content):

@@ -15,11 +15,11 @@ from agiqa.errors import DamagedStore
 from agiqa.store import open_store, seal, verify
 from agiqa.store.care.garbage import collect_garbage
 from agiqa.store.care.repairing import repair
-from agiqa.store.disk.files import exclusive_lock
+from agiqa.store.disk.locks import exclusive_lock
 from agiqa.store.sharing.pulling import pull
 from tests.store.conftest import make_content, make_store
 from tests.store.crash_points import REPOSITORY
-from tests.store.upkeep import contents, everything, refill
+from tests.store.damage import contents, everything, refill
 
 KILLED_FILL = """
     import os, signal, sys

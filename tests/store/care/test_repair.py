@@ -28,7 +28,7 @@ from agiqa.store.deriving.labelling import join_labels
 from agiqa.store.writing.records import owner_of
 from tests.store.conftest import fill, make_content, make_store, plan_of
 from tests.store.crash_points import states_after_kills
-from tests.store.upkeep import contents, everything, harm, object_of, refill
+from tests.store.damage import contents, everything, harm, object_of, refill
 
 
 @pytest.mark.parametrize("records", ["kept", "left out", "unreadable"])
@@ -144,7 +144,7 @@ def test_other_tokens_are_not_written_in_the_place_of_removed_ones(stored, conte
     repair(stored)
     before = everything(stored.path)
     other = replace(plan_of(content), token_ids=[ids + 1 for ids in content.token_ids])
-    with pytest.raises(DamagedStore, match=r"tokens/ids/c/1 is missing, and is written otherwise now"):
+    with pytest.raises(DamagedStore, match=r"tokens/ids/c/1 is missing, and would now be written with other bytes"):
         create_store(stored.path, other)
     assert everything(stored.path) == before
 
@@ -283,8 +283,8 @@ def test_killed_before_any_change_on_disk_a_repair_can_be_repeated(tmp_path):
             continue
         previous = now
         store = open_store(state, allow_partial=True)
-        finished.append(store.is_complete)
-        if store.is_complete:
+        finished.append(store.is_sealed)
+        if store.is_sealed:
             assert [damage.unit for damage in verify(store, "full").damage if damage.unit is not None] == [1]
         else:
             assert not verify(store, "full").damage

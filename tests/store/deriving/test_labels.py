@@ -13,7 +13,7 @@ import pytest
 from agiqa.errors import DamagedStore, DataError
 from agiqa.store import create_store, open_store, seal, verify
 from agiqa.store.deriving.labelling import join_labels
-from agiqa.store.writing.upkeep import upkeep_lock
+from agiqa.store.writing.sealing import seal_lock
 from tests.store.conftest import fill, plan_of
 from tests.store.crash_points import REPOSITORY, states_after_kills
 
@@ -296,7 +296,7 @@ def test_tables_joined_at_once_are_all_joined(stored, tmp_path):
     columns = ["mos_quality", "mos_correspondence", "mos_authenticity"]
     tables = [full_table(tmp_path / f"{column}.csv", column, 2) for column in columns]
     code = [sys.executable, "-c", textwrap.dedent(JOINERS), str(stored.path), *map(str, tables)]
-    with upkeep_lock(stored.layout):
+    with seal_lock(stored.layout):
         joiners = subprocess.Popen(code, cwd=REPOSITORY, stdout=subprocess.PIPE)
         assert joiners.stdout is not None
         joiners.stdout.readline()

@@ -1,5 +1,5 @@
-"""A full disk, a failing one, one that cannot be written: one clear message, nothing half-written counts, and the same
-command finishes once there is room."""
+"""Full, failing and read-only disks: one clear message, nothing half-written counts, and the same command finishes
+once there is room."""
 
 import errno
 import json
@@ -76,7 +76,7 @@ def disk(tmp_path):
 
 
 def told(error, doing):
-    """What the command line prints of `error`, after checking that it says what was being done and what to do."""
+    """The text that the command line prints for `error`. Checks that it says what was being done, and what to do."""
     text = "\n".join([str(error), *getattr(error, "__notes__", ())])
     assert f"while {doing}" in text
     assert text.count("while ") == 1
@@ -85,7 +85,7 @@ def told(error, doing):
 
 
 def same(store, undisturbed):
-    """The store has the bytes of one that was never disturbed; records and the card say who and where."""
+    """Check that the store has the bytes of an undisturbed one, but for records and card, which name run and path."""
     files = {path.relative_to(store.path).as_posix() for path in store.path.rglob("*") if path.is_file()}
     assert files == {
         path.relative_to(undisturbed.path).as_posix() for path in undisturbed.path.rglob("*") if path.is_file()
@@ -99,7 +99,7 @@ def same(store, undisturbed):
 
 
 def full_at_every_size(disk, run, *, doing, named, step=PAGE):
-    """Run on the full disk with more and more room, until it succeeds; how often it failed, each time clearly."""
+    """Run with more and more room on the full disk until it succeeds; returns how often it failed, each time clearly."""
     failures = 0
     while True:
         disk.leave(failures * step)
@@ -169,7 +169,7 @@ def test_full_while_sealing(disk, content, undisturbed):
         named=str(store.path),
         step=PAGE,
     ):
-        assert not open_store(store.path, allow_partial=True).is_complete
+        assert not open_store(store.path, allow_partial=True).is_sealed
         assert not verify(open_store(store.path, allow_partial=True), "full").damage
     disk.make_room()
     same(seal(store), undisturbed)
@@ -220,7 +220,7 @@ def test_the_command_line_says_it_in_one_message(disk, undisturbed):
 
 
 def test_an_export_to_a_full_disk_ends_in_one_message(disk, undisturbed):
-    """With no room at all, for some units, for half of the whole file; each time in a process that comes to its end."""
+    """With room for nothing, for some units, and for half of the file; each time in a process that ends normally."""
     out = disk.path / "s.h5"
     whole = export_hdf5(undisturbed, disk.path.with_name("whole.h5"), compression="none")
     pages = -(-whole.bytes // PAGE)
@@ -271,12 +271,12 @@ def test_a_write_protected_disk_is_told_and_a_store_on_it_is_read(disk, content,
     store = open_store(disk.path / "s.agiqa")
     np.testing.assert_array_equal(store.read(np.arange(60)).rows, undisturbed.read(np.arange(60)).rows)
     assert verify(store, "numeric").sound
-    assert create_store(store.path, plan_of(content)).is_complete
+    assert create_store(store.path, plan_of(content)).is_sealed
 
 
 @pytest.fixture
 def shared():
-    """A folder that other users can get to, unlike those of pytest."""
+    """A folder that other users can enter, unlike those of pytest."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     yield folder
@@ -308,7 +308,7 @@ def test_the_files_of_a_store_are_readable_to_whom_the_umask_allows(undisturbed)
 
 
 def test_a_limit_on_file_sizes_is_told(tmp_path, content, workers):
-    """As a quota: the system refuses to write on, without root and on any disk."""
+    """Like a quota: the system refuses further writes, without root and on any disk."""
     store = create_store(tmp_path / "s.agiqa", plan_of(make_content(LENGTHS)))
     assert workers.run("fill", store.path, LENGTHS, file_size=3000).code == 1
     outcome = workers.run("fill", store.path, LENGTHS, file_size=3000)
@@ -321,7 +321,7 @@ def test_a_limit_on_file_sizes_is_told(tmp_path, content, workers):
 
 
 def test_a_disk_that_has_less_room_than_it_says_is_told(tmp_path):
-    """A file system in a file that cannot grow: writing succeeds, and what has no place fails at the flush."""
+    """A file system in a file that cannot grow: writing succeeds, and only the flush fails."""
     if shutil.which("mkfs.ext4") is None:
         pytest.skip("mkfs.ext4 is not installed")
     backing, path, content = tmp_path / "backing", tmp_path / "disk", make_content([2000] * 60, width=64)

@@ -1,4 +1,4 @@
-"""File systems without hard links, without locks, or with locks that keep nobody out: what works is used, else refused."""
+"""File systems without hard links, without locks, or with locks that exclude nobody: usable, or refused."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from agiqa.store import create_store, open_store, seal, verify
 from agiqa.store.disk.files import canonical_json, put_text_if_absent
 from tests.store.conftest import fill, make_content, make_store, plan_of
 from tests.store.crash_points import states_after_kills
-from tests.store.upkeep import contents
+from tests.store.damage import contents
 from tests.store.workers import Workers
 
 LENGTHS = [37] * 60
@@ -49,7 +49,7 @@ NO_LINKS = [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK]
 
 
 def test_without_hard_links_runs_that_race_make_the_same_store(tmp_path, workers, undisturbed):
-    """exFAT, SMB and some FUSE file systems; folders cannot be forced to the disk there either."""
+    """exFAT, SMB and some FUSE file systems, which cannot flush folders to the disk either."""
     path = tmp_path / "s.agiqa"
     odd = {"ODD_LINK": str(errno.EPERM), "ODD_FSYNC": str(errno.EINVAL)}
     team = [workers.start("on_odd_disk", odd, "make", str(path), LENGTHS, seed, 0.001) for seed in range(3)]
@@ -117,7 +117,7 @@ def test_without_working_locks_planning_is_refused_in_one_sentence(tmp_path, wor
 
 @pytest.mark.parametrize("how", WITHOUT_LOCKS)
 def test_without_working_locks_a_store_is_read_and_not_written(tmp_path, workers, how):
-    """One that was copied there, finished or not."""
+    """A store that was copied there, finished or not."""
     content = make_content([9, 30, 22])
     unfinished, finished = tmp_path / "unfinished.agiqa", make_store(tmp_path / "finished.agiqa", content).path
     fill(create_store(unfinished, plan_of(content)), content, units=[0])

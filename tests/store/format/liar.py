@@ -1,4 +1,4 @@
-"""Stores that are changed, with records that agree, and what readers with little memory and time say of them."""
+"""Stores with false metadata and matching records, and the errors of readers with little memory and time."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ MEMORY, SECONDS = 2 << 30, 20
 
 
 class Liar:
-    """A sound store, to be changed, and its records to be made to agree with the changes."""
+    """A sound store, and methods that falsify it and make its records match."""
 
     def __init__(self, path):
         self.path = path
@@ -24,11 +24,11 @@ class Liar:
         self.manifest = path / "MANIFEST.json"
 
     def root(self, change):
-        """Change the metadata of all arrays and groups, and the root attributes, in the one file that has them."""
+        """Change the root metadata, which contain the attributes and the metadata of all arrays and groups."""
         self._rewrite(self.zarr / "zarr.json", change)
 
     def attributes(self, **changed):
-        """Change root attributes; those that the provenance has too in both places, with the id that belongs to it."""
+        """Change root attributes, their copies in the provenance, and the id, which is its hash."""
 
         def change(metadata):
             attributes = metadata["attributes"]
@@ -40,7 +40,7 @@ class Liar:
         self.root(change)
 
     def array(self, name, change):
-        """Change the metadata of the array `name`, in both places that have them."""
+        """Change the metadata of the array `name`, in its own file and in the root metadata."""
         self.root(lambda metadata: change(metadata["consolidated_metadata"]["metadata"][name]))
         self._rewrite(self.zarr / name / "zarr.json", change)
 
@@ -53,7 +53,7 @@ class Liar:
         self.array(name, change)
 
     def values(self, name, values):
-        """Put another array in the place of `name`."""
+        """Replace the array `name` by another."""
         group = zarr.open_group(self.zarr, mode="r+", use_consolidated=False)
         create_whole_array(group, name, values)
         with warnings.catch_warnings(action="ignore"):  # of Zarr, that consolidated metadata are young
@@ -71,12 +71,12 @@ class Liar:
         pq.write_table(change(table), self.path / "items.parquet")
 
     def listed(self, change):
-        """Change MANIFEST.json, which is made to agree with the files first."""
+        """Make MANIFEST.json match the files, then change it."""
         self.agree()
         self._rewrite(self.manifest, change)
 
     def agree(self):
-        """Make MANIFEST.json agree with the files that are there, commit records left out."""
+        """Make MANIFEST.json match the files, except commit records."""
         manifest, root = json.loads(self.manifest.read_text()), self._metadata()
         files = sorted(file for file in self.zarr.rglob("*") if file.is_file())
         manifest["objects"] = [self._entry(file) for file in files]
@@ -103,7 +103,7 @@ class Liar:
 
 
 def judged(workers, liar, *, agree=True):
-    """What each step of reading came to, in a process with little memory and little time."""
+    """The result of each step of reading, in a process with little memory and little time."""
     if agree:
         liar.agree()
     outcome = workers.run("read_everything", liar.path, memory=MEMORY, seconds=SECONDS)
@@ -113,7 +113,7 @@ def judged(workers, liar, *, agree=True):
 
 
 def refused(workers, liar, error, says, *, agree=True):
-    """A step failed with `error` and a message that has `says` in it, and all that failed, failed on purpose."""
+    """Check that a step raised `error` with `says` in its message, and that every error is one of agiqa."""
     found = judged(workers, liar, agree=agree)
     failures = [step for step in found.values() if step[0]]
     assert any(name == error and says in text for name, text in failures), found

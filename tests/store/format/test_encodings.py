@@ -1,4 +1,4 @@
-"""One contract for every encoding: what went in comes out, or its rounding is known, or it is refused by name."""
+"""One contract for every encoding: values come out as they went in, or with a known rounding, or are refused by name."""
 
 import shutil
 import tracemalloc
@@ -25,7 +25,7 @@ from agiqa.store import (
     verify,
     view,
 )
-from agiqa.store.format.scaling import Scale
+from agiqa.store.format.artefacts import Scale
 from tests.store.conftest import Content, make_content, make_store, plan_of, unit_features, write_model
 
 
@@ -38,7 +38,7 @@ def explicit_logits(content: Content, item: int) -> np.ndarray:
 
 
 class EncodingContract:
-    """Inherited by one class per encoding, which makes the store and says what it answers."""
+    """Inherited by one class per encoding, which makes the store and says which views it has."""
 
     encoding: str
     answers: tuple[str, ...]
@@ -67,7 +67,7 @@ class EncodingContract:
     def test_every_view_is_answered_as_computed_or_refused_by_name(self, made, content):
         for name in ("hidden", "logits", "sketch"):
             if name not in self.answers:
-                with pytest.raises(ViewRefused, match=f"{self.encoding!r}, which cannot answer {name!r}"):
+                with pytest.raises(ViewRefused, match=f"{self.encoding!r}, which has no view {name!r}"):
                     view(made, name)
                 continue
             found = view(made, name)

@@ -1,4 +1,4 @@
-"""Stores of every version that was released are read for ever, by agiqa and by a reader made from FORMAT.md alone."""
+"""agiqa, and a reader written from FORMAT.md alone, read the stores of every released version."""
 
 import hashlib
 import json
@@ -70,7 +70,7 @@ def test_agiqa_reads_it(unpacked):
 
 
 def assert_read_alike(other, store):
-    """Everything that both read is the same to the bit: rows, tokens, and whole arrays."""
+    """Both read the same bits: rows, tokens, and whole arrays."""
     here = [item for item, unit in enumerate(store.units.tolist()) if unit in other.units]
     arrays = {node for node in [*OTHER_ARRAYS, *ROW_ARRAYS] if (other.folder / f"store.zarr/{node}/zarr.json").exists()}
     for item in here:
@@ -144,7 +144,7 @@ def test_that_reader_agrees_on_objects_of_many_chunks(tmp_path, dtype):
 
 
 def test_eight_bits_are_rounded_in_the_order_that_is_specified():
-    """Against exact products and sums in float64, each rounded once; every other order gives other bits somewhere."""
+    """Compared with exact products and sums in float64, each rounded once; any other order gives other bits somewhere."""
     rng = np.random.default_rng(0)
     q = rng.integers(-127, 128, (2000, 256)).astype(np.int8)
     scale, rms = rng.uniform(0.01, 0.1, 2000).astype(np.float32), rng.uniform(0.1, 9, 256).astype(np.float32)

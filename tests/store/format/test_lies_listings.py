@@ -1,4 +1,4 @@
-"""Indices, item tables, manifests and records that lie: each is named, and no file of others is lost."""
+"""False indices, item tables, manifests and records: an error names each, and no file outside the store is lost."""
 
 import json
 from contextlib import nullcontext, suppress

@@ -1,4 +1,4 @@
-"""Metadata that lie about kinds and sizes: an error that says what is wrong, little memory, little time."""
+"""False metadata of types and sizes cause an error that says what is wrong, with little memory and time."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Objects that lie, links, pipes and bytes under right checksums: never a crash, an endless wait or a write elsewhere."""
+"""False objects with right checksums, links and pipes: no crash, no endless wait, no write outside the store."""
 
 import os
 import random
@@ -102,7 +102,7 @@ def test_the_index_of_a_shard_that_lies(liar, workers, entries):
 
 
 def test_headers_of_compressed_chunks_that_lie(liar, workers, tmp_path):
-    """Every field of Blosc's header, with checksums that agree: never a crash, never other values."""
+    """Every field of Blosc's header, with matching checksums: no crash and no other values."""
     file = liar.zarr / "tokens" / "roles" / "c" / "0"
     sound, moments = file.read_bytes()[:-4], random.Random(0)
     right = judged(workers, liar)["rows"]

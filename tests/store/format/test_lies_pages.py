@@ -1,4 +1,4 @@
-"""Item tables whose footer says little and whose pages unpack to much: refused before any page is unpacked."""
+"""Item tables with small sizes in the footer and pages that unpack to far more: refused before any page is unpacked."""
 
 import struct
 
@@ -25,7 +25,7 @@ def varint(value, length=0):
 
 
 def tell(path, old, new):
-    """Write in the footer of the file at `path`, wherever it has the number `old`, `new` in as many bytes."""
+    """Replace the number `old` by `new`, in as many bytes, everywhere in the footer of the file at `path`."""
     raw = path.read_bytes()
     start = len(raw) - 8 - struct.unpack("<I", raw[-8:-4])[0]
     footer = raw[start:-8].replace(varint(old), varint(new, len(varint(old))))
@@ -68,7 +68,7 @@ def test_a_page_that_is_larger_than_the_footer_says(tmp_path, dictionary):
 
 
 def test_texts_that_are_told_by_the_one_before(tmp_path):
-    """The encoding DELTA_BYTE_ARRAY has only what is new in each text, so that its page tells nothing of their size."""
+    """DELTA_BYTE_ARRAY stores only the new part of each text, so the size of the page says nothing about the texts."""
     path = tmp_path / "items.parquet"
     encodings = {"prompt": "DELTA_BYTE_ARRAY"}
     pq.write_table(table_of(["x" * 200_000] * 2_000), path, use_dictionary=False, column_encoding=encodings)

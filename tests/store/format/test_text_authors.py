@@ -1,4 +1,4 @@
-"""Who wrote each text is kept wherever items go: sketches, conversions, unions, labels, HDF5, copies."""
+"""Sketches, conversions, unions, labels, HDF5 files and copies keep the authors of texts."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import pytest
 from agiqa.store import basis_from, convert_store, join_labels, open_store, sketch_store, store_summary, union, verify
 from agiqa.store.hdf5.export import export_hdf5
 from agiqa.store.hdf5.importing import import_hdf5
-from agiqa.store.reading.card import data_card
+from agiqa.store.reading.summary import data_card
 from agiqa.store.sharing.pulling import pull
 from agiqa.store.sharing.pushing import push
 from agiqa.store.writing.creating import create_store

@@ -14,7 +14,7 @@ import pytest
 
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, SchemaError, SettingsConflict, UnknownName
 from agiqa.store import UnitWriter, create_store, open_store
-from agiqa.store.disk.files import exclusive_lock
+from agiqa.store.disk.locks import exclusive_lock
 from agiqa.store.hdf5.export import export_hdf5
 from agiqa.store.hdf5.files import writing_hdf5
 from agiqa.store.hdf5.importing import import_hdf5

@@ -1,4 +1,4 @@
-"""An opened store keeps the listing that it was opened with: what it lists is read or an error, never zeros."""
+"""An opened store keeps the listing that it was opened with: a listed object is read or causes an error, never zeros."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from agiqa.store import (
 )
 from agiqa.store.care.repairing import repair
 from tests.store.conftest import fill, make_content, make_store, plan_of
-from tests.store.upkeep import harm, object_of, refill
+from tests.store.damage import harm, object_of, refill
 
 LENGTHS = [37] * 30
 RACES = 4
@@ -47,12 +47,12 @@ def test_a_store_opened_before_its_repair_gives_no_zeros_for_what_was_dropped(st
 def test_a_unit_without_a_record_is_no_unit_of_zeros(tmp_path, content):
     store = create_store(tmp_path / "s.agiqa", plan_of(content))
     with pytest.raises(IncompleteStore, match=r"features/c/1/0 does not count before commits/00000001\.json"):
-        store.unit_rows(1)
+        store.read_unit(1)
     fill(store, content, units=[0])
     store.layout.features_object(0).unlink()
     with pytest.raises(DamagedStore, match="it is missing"):
-        store.unit_rows(0)
-    assert store.unit_rows(1, "tokens/ids").tolist() == [
+        store.read_unit(0)
+    assert store.read_unit(1, "tokens/ids").tolist() == [
         token for item in store.items_of(1) for token in content.token_ids[item]
     ]
 
@@ -63,7 +63,7 @@ def test_an_item_without_tokens_at_the_end_of_a_unit_is_read_while_the_next_has_
     fill(store, content, units=[0])
     assert (store.units[1], store.row_starts[1]) == (0, store.geometry.unit_rows)  # the first row of unit 1
     assert store.read([1]).rows.shape == (0, store.width)
-    assert store.unit_rows(0).shape == (8, store.width)
+    assert store.read_unit(0).shape == (8, store.width)
 
 
 @pytest.mark.parametrize("name", ["features", "tokens/ids", "lm_head/weight"])
@@ -72,7 +72,7 @@ def test_an_object_of_another_size_is_refused_before_the_seal_too(tmp_path, cont
     fill(store, content)
     harm(object_of(store, name), "truncate")
     with pytest.raises(DamagedStore, match=rf"{name}.*bytes, its commit record lists \d"):
-        store.whole(name) if name == "lm_head/weight" else store.unit_rows(0, name)
+        store.whole(name) if name == "lm_head/weight" else store.read_unit(0, name)
 
 
 @pytest.mark.parametrize(

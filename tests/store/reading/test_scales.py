@@ -1,4 +1,4 @@
-"""The scale of MOS: recorded with the values, kept wherever they go, and converted or refused where two scales meet."""
+"""The scale of MOS is recorded with the values and kept in copies; two scales are converted or refused."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from agiqa.errors import ConfigError, DamagedStore, DataError
 from agiqa.store import basis_from, convert_store, open_store, sketch_store, store_summary
 from agiqa.store.deriving.labelling import join_labels
 from agiqa.store.format.items import Items, read_items, write_items
-from agiqa.store.format.scales import check_range, converted, doubts, is_plausible, range_record, read_range
+from agiqa.store.format.labels import check_range, convert_mos, is_plausible, range_record, read_range, scale_warning
 from agiqa.store.hdf5.export import export_hdf5
 from agiqa.store.hdf5.importing import import_hdf5
 from agiqa.store.reading.union import union
@@ -91,8 +91,8 @@ def test_a_range_needs_two_ends(scale):
 
 def test_values_go_from_scale_to_scale_by_the_line_through_the_ends():
     values = np.array([0.0, 1.25, np.nan, 5.0])
-    np.testing.assert_array_equal(converted(values, FIVE, HUNDRED), [0, 25, np.nan, 100])
-    np.testing.assert_allclose(converted(np.array([1.0, 3.0, 5.0]), (1.0, 5.0), (-1.0, 1.0)), [-1, 0, 1], rtol=0)
+    np.testing.assert_array_equal(convert_mos(values, FIVE, HUNDRED), [0, 25, np.nan, 100])
+    np.testing.assert_allclose(convert_mos(np.array([1.0, 3.0, 5.0]), (1.0, 5.0), (-1.0, 1.0)), [-1, 0, 1], rtol=0)
     assert read_range(range_record((-1.5, 1e-3))) == (-1.5, 1e-3)
 
 
@@ -102,9 +102,9 @@ def test_values_tell_which_scales_they_are_not_on():
     assert not is_plausible(spread, HUNDRED)
     assert not is_plausible(spread, (0.0, 1.0))
     assert is_plausible(np.array([0.1, np.nan]), HUNDRED)  # too few to tell
-    assert doubts("quality", spread, FIVE) is None
+    assert scale_warning("quality", spread, FIVE) is None
     assert "the highest of 20 MOS of quality is 4.8, in the lowest quarter of 0 to 100" in str(
-        doubts("quality", spread, HUNDRED)
+        scale_warning("quality", spread, HUNDRED)
     )
 
 
@@ -211,7 +211,7 @@ def test_stores_of_one_scale_are_joined_as_they_are(tmp_path):
 
 
 def test_a_store_whose_values_are_not_on_its_recorded_scale_is_told(tmp_path):
-    """Of MOS on 0 to 1, extracted with the usual range of 0 to 5: beside others they only tell the stores apart."""
+    """MOS on 0 to 1, extracted with the default range of 0 to 5: in a union they only identify their store."""
     first, second = two(tmp_path, FIVE, (0.0, 1.0))
     rows = [f"{name},{mos}" for name, mos in zip(second.items.names, second.items.labels["quality"], strict=True)]
     join_labels(second, write_table(tmp_path / "t.csv", "name,mos", *rows), mos_range=FIVE)

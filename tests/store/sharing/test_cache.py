@@ -86,7 +86,7 @@ def test_an_object_that_changes_while_the_store_is_open_is_fetched_again(stored,
         (stored.path / largest_of_others(stored, name)).read_bytes(),
     ):
         (remote.path / name).write_bytes(other)
-        np.testing.assert_array_equal(remote.unit_rows(unit), stored.unit_rows(unit))
+        np.testing.assert_array_equal(remote.read_unit(unit), stored.read_unit(unit))
         np.testing.assert_array_equal(np.asarray(remote.array("features")[:]), np.asarray(stored.array("features")[:]))
 
 
@@ -100,7 +100,7 @@ def test_a_change_that_keeps_the_time_of_the_file_is_seen(stored, served):
         file.write(raw)
     os.utime(kept, ns=(before.st_atime_ns, before.st_mtime_ns))
     unit = int(name.split("/")[3])
-    np.testing.assert_array_equal(remote.unit_rows(unit), stored.unit_rows(unit))
+    np.testing.assert_array_equal(remote.read_unit(unit), stored.read_unit(unit))
 
 
 def test_a_cache_that_is_deleted_while_a_store_is_open_is_fetched_again(stored, served, cache):

@@ -64,7 +64,7 @@ def test_units_in_order_are_fetched_ahead(stored, served):
     remote = open_remote(served.url)
     served.behaviour.pause = 0.02
     for unit in range(stored.geometry.units):
-        np.testing.assert_array_equal(remote.unit_rows(unit), stored.unit_rows(unit))
+        np.testing.assert_array_equal(remote.read_unit(unit), stored.read_unit(unit))
     names = [name for name, _ in served.behaviour.asked if "/features/c/" in name]
     assert sorted(names) == sorted({f"store.zarr/features/c/{unit}/0" for unit in range(stored.geometry.units)})
 

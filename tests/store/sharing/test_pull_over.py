@@ -8,7 +8,7 @@ import pytest
 
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, RemoteError, SettingsConflict
 from agiqa.store import UnitWriter, collect_garbage, create_store, join_labels, open_store, repair, seal, verify
-from agiqa.store.disk.files import exclusive_lock
+from agiqa.store.disk.locks import exclusive_lock
 from agiqa.store.sharing.pulling import plan_pull, pull, run_pull
 from tests.store.conftest import fill, make_content, make_store, plan_of, write_model
 from tests.store.crash_points import states_after_kills
@@ -48,7 +48,7 @@ def assert_still_filled(path, content):
     assert verify(seal(store), "full").sound
     for unit in range(store.geometry.units):
         expected = [row for item in store.items_of(unit).tolist() for row in mine.hidden[item].tolist()]
-        assert open_store(path).unit_rows(unit).tolist() == expected
+        assert open_store(path).read_unit(unit).tolist() == expected
     collect_garbage(open_store(path))
     assert not (path / ".pulled").exists()
 
@@ -130,7 +130,7 @@ def test_a_store_sealed_while_it_is_pulled_is_left_alone(served, unfinished, con
     with pytest.raises(BusyStore, match="while it was pulled"):
         run_pull(plan, advance=meanwhile, jobs=1)
     assert verify(open_store(unfinished.path), "full").sound
-    assert open_store(unfinished.path).unit_rows(0).tolist() != []
+    assert open_store(unfinished.path).read_unit(0).tolist() != []
 
 
 def test_a_copy_stays_readable_until_the_new_store_is_here(stored, tmp_path, content, served, impatient):

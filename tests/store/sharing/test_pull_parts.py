@@ -47,8 +47,8 @@ def test_rows_of_a_part_are_those_of_the_store(stored, served, tmp_path):
     pull(served.url, copy, items=names_in(stored, [1, 4]))
     part = open_store(copy, allow_partial=True)
     for unit in (1, 4):
-        np.testing.assert_array_equal(part.unit_rows(unit), stored.unit_rows(unit))
-        np.testing.assert_array_equal(part.unit_rows(unit, "tokens/roles"), stored.unit_rows(unit, "tokens/roles"))
+        np.testing.assert_array_equal(part.read_unit(unit), stored.read_unit(unit))
+        np.testing.assert_array_equal(part.read_unit(unit, "tokens/roles"), stored.read_unit(unit, "tokens/roles"))
     np.testing.assert_array_equal(part.lm_head(), stored.lm_head())
     assert part.items.same_as(stored.items)
 
@@ -85,7 +85,7 @@ def test_the_run_that_made_a_store_does_not_call_a_part_of_it_complete(stored, s
     content = make_content(stored.n_tokens.tolist())
     with pytest.raises(IncompleteStore, match=rf"holds 1 of {stored.geometry.units} units.*agiqa store pull"):
         create_store(copy, plan_of(content))
-    assert create_store(stored.path, plan_of(content)).is_complete
+    assert create_store(stored.path, plan_of(content)).is_sealed
 
 
 def test_a_sketch_of_a_part_is_refused_before_it_is_planned(stored, served, tmp_path):
@@ -96,7 +96,7 @@ def test_a_sketch_of_a_part_is_refused_before_it_is_planned(stored, served, tmp_
     part = open_store(copy)
     for array in ("features", "tokens/ids", "tokens/roles"):
         with pytest.raises(IncompleteStore, match="unit 3 was not pulled"):
-            part.unit_rows(3, array)
+            part.read_unit(3, array)
     with pytest.raises(IncompleteStore, match=r"was not pulled.*`agiqa store pull` it again"):
         sketch_store(part, out, basis=basis)
     assert not out.exists()

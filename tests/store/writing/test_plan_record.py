@@ -1,4 +1,4 @@
-"""What the plan wrote and a seal cannot compute anew: the item table and the root attributes of an unfinished store."""
+"""Damage to the item table and the root attributes of an unfinished store, which a seal cannot compute again."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from agiqa.store import create_store, open_store, seal, verify
 from agiqa.store.care.repairing import repair
 from agiqa.store.deriving.labelling import join_labels
 from tests.store.conftest import fill, make_content, plan_of
-from tests.store.upkeep import contents, harm, refill
+from tests.store.damage import contents, harm, refill
 
 EVERY = 31
 """Of the bytes of a file every so many are flipped here; all of them were, by hand."""

@@ -1,4 +1,4 @@
-"""What goes into a store comes out of it, bit for bit, whatever the lengths and the dtype."""
+"""Rows come out of a store as they went in, bit for bit, for all lengths and dtypes."""
 
 import shutil
 

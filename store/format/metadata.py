@@ -1,46 +1,44 @@
-"""Whether a store's metadata can be believed: what it says of itself must agree before any of it is used."""
+"""What a store says of itself: root attributes, provenance, and the form of every array; checked before any use."""
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from numpy.typing import NDArray
 
-from agiqa.errors import DamagedStore, IncompleteStore, SchemaError, StoreError
-from agiqa.store.format.arrays import Geometry, object_rows
-from agiqa.store.format.bits import STORAGE_DTYPES, rows_dtype, storage_dtype
-from agiqa.store.format.items import Items
+from agiqa.errors import DamagedStore, IncompleteStore, SchemaError
+from agiqa.store.disk.files import canonical_json
+from agiqa.store.format.arrays import STORAGE_DTYPES, Geometry, object_rows, rows_dtype, storage_dtype
 from agiqa.store.format.layout import ENCODINGS, FORMAT, PULL_RECORD, ROW_ARRAYS, VERSION, StoreLayout
-from agiqa.store.format.provenance import store_id
 
-_LARGEST = 64 << 30
-"""Bytes of a unit, or of an array that is read whole, above which metadata counts as damaged: no item or W_lm is that
-large, and no machine could read it."""
+LARGEST = 64 << 30
+"""Most bytes of an object, of a unit, and of an array that is read whole. More counts as damaged: no item and no W_lm
+is that large."""
 _MOST_UNITS = 1 << 22
-"""Units above which metadata counts as damaged: 256 TiB in the usual units."""
+"""Most units of a store: 256 TiB in the usual units."""
 _ROOM, _EXPANSION = 64 << 20, 256
-"""Bytes that an array of the model may take: so many, and so many more for each byte of its objects. Values of a model
-are noise to a compressor; one that takes more holds something else."""
+"""Most bytes of an array of the model: `_ROOM`, and `_EXPANSION` per byte of its objects. A model's values hardly
+compress, so an array above this limit holds something else."""
 _LEAST_OBJECT = 1 << 20
-"""Bytes of values that an array read whole has per object, if it has several: files are opened one by one."""
+"""Fewest bytes of values per object, on average, in an array that is read whole and has several objects."""
 _GEOMETRY = ("units", "unit_rows", "chunk_rows", "width")
 REMEDY = "Copy the store again, or extract it to another path."
 
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-"""What Zarr raises for metadata that make no sense."""
+"""Errors of Zarr for invalid metadata."""
 
 Form = tuple[tuple[int | None, ...], np.dtype[Any] | None]
-"""Shape and dtype of an array; None for what is not decided."""
+"""Shape and dtype of an array; None for any length or dtype."""
 
 
 def open_group(layout: StoreLayout) -> zarr.Group:
-    """The group of all arrays.
+    """The Zarr group with all arrays.
 
-    Raises SchemaError where there is none, IncompleteStore where a pull has yet to bring it, and DamagedStore where it
-    cannot be read.
+    Raises SchemaError without a group, IncompleteStore if a pull has yet to fetch it, and DamagedStore if it cannot be
+    read.
     """
     if not (layout.zarr / "zarr.json").is_file():
         require_no_pull(layout)
@@ -54,19 +52,19 @@ def open_group(layout: StoreLayout) -> zarr.Group:
 
 
 def require_no_pull(layout: StoreLayout) -> None:
-    """Raise IncompleteStore where a pull has begun to replace what is at `layout`, which is no store before it ends."""
+    """Raise IncompleteStore if a pull is replacing the store at `layout`, or was cut off while it did."""
     if (layout.root / PULL_RECORD).exists():
         message = (
-            f"A pull into {layout.root} is at work or was cut off: run the same `agiqa store pull` again to finish it."
+            f"A pull into {layout.root} is running or was cut off: run the same `agiqa store pull` again to finish it."
         )
         raise IncompleteStore(message)
 
 
 def check_attributes(path: Path, attributes: dict[str, Any], *, remedy: str = REMEDY) -> Geometry:
-    """The geometry that a store's root attributes state.
+    """The geometry in a store's root attributes.
 
-    Raises SchemaError for a foreign format, version, encoding or dtype, and DamagedStore, with `remedy`, for attributes
-    that are missing or contradict each other.
+    Raises SchemaError for an unknown format, version, encoding or dtype, and DamagedStore, with `remedy`, if attributes
+    are missing or contradict each other.
     """
     check_version(path, attributes)
     for name, known in (("encoding", ENCODINGS), ("logical_dtype", tuple(STORAGE_DTYPES))):
@@ -79,7 +77,7 @@ def check_attributes(path: Path, attributes: dict[str, Any], *, remedy: str = RE
 
 
 def check_version(where: Path | str, found: dict[str, Any]) -> None:
-    """Raise SchemaError unless `found`, attributes or a manifest, states the format and version read here."""
+    """Raise SchemaError unless `found`, root attributes or a manifest, has the format and version read here."""
     if found.get("format") != FORMAT:
         message = f"{where} is no feature store: its format is {found.get('format')!r}, expected {FORMAT!r}."
         raise SchemaError(message)
@@ -89,11 +87,11 @@ def check_version(where: Path | str, found: dict[str, Any]) -> None:
 
 
 def _contradiction(attributes: dict[str, Any]) -> str | None:
-    """What is missing among a store's root attributes, or not what its provenance says; None for sound ones."""
+    """What is missing among the root attributes, or contradicts the provenance; None if they are sound."""
     provenance = attributes.get("provenance")
     try:
         same = isinstance(provenance, dict) and store_id(provenance) == attributes.get("id")
-    except (ValueError, RecursionError) as error:  # NaN, half a character, or nested without end
+    except (ValueError, RecursionError) as error:  # NaN, a lone surrogate, or endless nesting
         return f"its provenance has no canonical JSON ({error})"
     if not same:
         return "its id is not the hash of its provenance"
@@ -110,7 +108,7 @@ def _contradiction(attributes: dict[str, Any]) -> str | None:
 
 
 def array_forms(geometry: Geometry, attributes: dict[str, Any], *, items: int | None = None) -> dict[str, Form]:
-    """The form of every array that a store with these attributes, and so many `items`, may have."""
+    """The forms of all arrays that a store with these attributes may have; `items` is the number of its items."""
     (rows, width), encoding = geometry.shape, attributes["encoding"]
     bits, float32 = storage_dtype(attributes["logical_dtype"]), np.dtype(np.float32)
     return {
@@ -137,9 +135,9 @@ def array_forms(geometry: Geometry, attributes: dict[str, Any], *, items: int | 
 
 
 def check_array(path: Path, name: str, array: zarr.Array[Any], geometry: Geometry, attributes: dict[str, Any]) -> None:
-    """Raise DamagedStore unless the array has the shape, dtype and objects that the store's root attributes ask for.
+    """Raise DamagedStore unless the shape, dtype and objects of the array follow from the root attributes.
 
-    Arrays that FORMAT.md does not know are not looked at.
+    Accepts any array that FORMAT.md does not name.
     """
     form = array_forms(geometry, attributes).get(name)
     if form is None:
@@ -149,19 +147,19 @@ def check_array(path: Path, name: str, array: zarr.Array[Any], geometry: Geometr
     size = math.prod(array.shape) * array.dtype.itemsize
     if not _is_cut_well(name, array, geometry, size):
         raise damaged(path, f"{name} is cut into objects of {object_rows(array)} rows and chunks of {array.chunks}")
-    if size // (geometry.units if name in ROW_ARRAYS else 1) > _LARGEST:
+    if size // (geometry.units if name in ROW_ARRAYS else 1) > LARGEST:
         raise damaged(path, f"{name} has the shape {array.shape}, which is no plausible size")
 
 
 def check_expansion(path: Path, name: str, array: zarr.Array[Any], *, listed: int) -> None:
-    """Raise DamagedStore where a whole array of the model is too large for its objects, which have `listed` bytes."""
+    """Raise DamagedStore if an array of the model is too large for its objects, which have `listed` bytes in all."""
     size = math.prod(array.shape) * array.dtype.itemsize
     if size > _ROOM + _EXPANSION * listed:
         raise damaged(path, f"{name} has the shape {array.shape}, {size} bytes, in objects of {listed} bytes")
 
 
 def form_problem(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], form: Form) -> str | None:
-    """How the array `name`, of this `shape` and `dtype`, differs from the `form` that it must have; None if not."""
+    """How the array `name`, of this `shape` and `dtype`, differs from the required `form`; None if it does not."""
     lengths, kind = form
     fits = len(shape) == len(lengths) and all(
         wanted in (None, found) for wanted, found in zip(lengths, shape, strict=True)
@@ -173,7 +171,7 @@ def form_problem(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], form: 
 
 
 def _is_cut_well(name: str, array: zarr.Array[Any], geometry: Geometry, size: int) -> bool:
-    """Whether the array of `size` bytes is cut along its first axis only, into objects and chunks as a store's are."""
+    """Whether the array of `size` bytes is cut into objects and chunks as FORMAT.md says, along its first axis only."""
     rows = object_rows(array)
     if min(rows, array.chunks[0]) < 1 or array.chunks[1:] != array.shape[1:]:
         return False
@@ -186,73 +184,29 @@ def _is_cut_well(name: str, array: zarr.Array[Any], geometry: Geometry, size: in
     return -(-array.shape[0] // rows) <= 1 + size // _LEAST_OBJECT
 
 
-def check_items(path: Path, items: Items) -> Items:
-    """The items themselves. Raises DamagedStore unless each has a name of its own and a prompt."""
-    columns: dict[str, Sequence[object]] = {"name": items.names, "prompt": items.prompts}
-    for column, values in columns.items():
-        if not all(isinstance(value, str) for value in values):
-            raise damaged(path, f"items.parquet has rows without a {column}, or one that is no text")
-    if len(set(items.names)) < len(items):
-        raise damaged(path, "items.parquet has two rows of one name")
-    return items
-
-
-def check_index(
-    path: Path,
-    geometry: Geometry,
-    *,
-    n_tokens: NDArray[np.int32],
-    row_start: NDArray[np.int64],
-    unit: NDArray[np.int32],
-) -> None:
-    """Raise DamagedStore, naming the first such item, unless items follow each other in units without gap or overlap.
-
-    The three arrays are (items,).
-    """
-    lengths = n_tokens.astype(np.int64)
-    begin = np.clip(unit, 0, geometry.units).astype(np.int64) * geometry.unit_rows
-    inside = (lengths >= 0) & (unit >= 0) & (unit < geometry.units)
-    inside &= (row_start >= begin) & (row_start <= begin + geometry.unit_rows)
-    inside &= lengths <= geometry.unit_rows - (row_start - begin) * inside
-    if not inside.all():
-        item = int(np.argmin(inside))
-        what = f"{lengths[item]} rows from {row_start[item]} in unit {unit[item]}"
-        raise damaged(path, f"its index says that item {item} has {what}, which is outside of that unit")
-    same = np.diff(unit, prepend=-1) == 0
-    expected = np.where(same, np.concatenate([[0], (row_start + lengths)[:-1]]), begin) if len(unit) else begin
-    placed = (expected == row_start) & (np.diff(unit, prepend=0) >= 0)
-    if not placed.all():
-        item = int(np.argmin(placed))
-        what = f"item {item} begins at row {row_start[item]} of unit {unit[item]}, where {expected[item]} was next"
-        raise damaged(path, f"its index says that {what}")
-
-
-def check_inside(path: Path, place: Path) -> None:
-    """Raise DamagedStore where `place`, in the store at `path`, is outside of it once links are followed."""
-    try:
-        real = place.resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
-        raise damaged(path, f"{place.relative_to(path)} is a link that leads nowhere ({error})") from error
-    if not real.is_relative_to(path.resolve()):
-        message = (
-            f"{path}: {place.relative_to(path)} is a link out of the store, to {real}. Nothing is written or removed "
-            "there. Copy the store with its links followed (`cp -RL`)."
-        )
-        raise DamagedStore(message)
-
-
-def empty_array(path: Path, what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Room for `what` of the store at `path`. Raises StoreError where there is not as much memory."""
-    try:
-        return np.empty(shape, dtype)
-    except (MemoryError, ValueError) as error:
-        message = (
-            f"{path}: {what} takes more memory than there is ({error}). Read less at a time; where the store should "
-            f"not hold that much, `agiqa store verify --level full {path}` says what is damaged."
-        )
-        raise StoreError(message) from error
-
-
 def damaged(path: Path | str, what: str, *, remedy: str = REMEDY) -> DamagedStore:
-    """The error for a store that contradicts itself."""
+    """The error for damage or a contradiction `what` in the store or file at `path`."""
     return DamagedStore(f"{path} is damaged: {what}. {remedy}")
+
+
+def store_id(provenance: Mapping[str, Any]) -> str:
+    """Hex sha256 of the canonical JSON of `provenance`. Stores of one id hold interchangeable features."""
+    return hashlib.sha256(canonical_json(provenance).encode()).hexdigest()
+
+
+def differing(there: Any, here: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every leaf in which two JSON values differ: its dotted name, below `where`, and both values.
+
+    A missing key counts as None.
+    """
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in sorted({*there, *here}):
+            yield from differing(there.get(key), here.get(key), f"{where}.{key}" if where else str(key))
+    elif there != here:
+        yield where, there, here
+
+
+def differences(there: Any, here: Any, where: str = "") -> Iterator[str]:
+    """One line `dotted.name: stored X, asked Y` per leaf of `differing`."""
+    for name, stored, asked in differing(there, here, where):
+        yield f"{name}: stored {stored!r}, asked {asked!r}"

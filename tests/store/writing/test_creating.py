@@ -1,4 +1,4 @@
-"""Where stores are made: folders of a team, links, mount points, long and odd names; and no store without items."""
+"""Paths of new stores: folders of a team, links, mount points, long and odd names. And no store without items."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ import pytest
 
 from agiqa.errors import ConfigError, DataError, SettingsConflict
 from agiqa.store import Items, create_store, open_store, seal, verify
-from agiqa.store.writing.places import check_writable
+from agiqa.store.writing.creating import check_writable
 from tests.store.conftest import fill, make_content, make_store, plan_of
 
 LENGTHS = [37] * 8
@@ -109,9 +109,9 @@ def test_the_folder_that_the_command_runs_in_is_refused(tmp_path, monkeypatch):
             with pytest.raises(ConfigError, match="is the folder that this command runs in"):
                 run(path)
     assert list(tmp_path.iterdir()) == []
-    assert make_store(Path("features.agiqa"), make_content([3])).is_complete
+    assert make_store(Path("features.agiqa"), make_content([3])).is_sealed
     monkeypatch.chdir("features.agiqa")
-    assert create_store(Path(), plan_of(make_content([3]))).is_complete
+    assert create_store(Path(), plan_of(make_content([3]))).is_sealed
 
 
 def test_names_are_refused_before_any_work_or_work_to_the_end(tmp_path):
@@ -125,7 +125,7 @@ def test_names_are_refused_before_any_work_or_work_to_the_end(tmp_path):
             with pytest.raises(ConfigError, match=message):
                 run(tmp_path / name)
     (tmp_path / ("x" * 240)).rename(tmp_path / ("x" * 255))  # one that is there is read and gone on with
-    assert create_store(tmp_path / ("x" * 255), plan_of(make_content([3]))).is_complete
+    assert create_store(tmp_path / ("x" * 255), plan_of(make_content([3]))).is_sealed
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(ConfigError, match="a link that leads to itself"):
         check_writable(tmp_path / "loop")

@@ -1,4 +1,4 @@
-"""Harm to a store, and what is left of it: files, bytes, and the store filled again."""
+"""Damage to the files of a store, the bytes of its files, and the store filled again."""
 
 from agiqa.store import open_store, seal
 from tests.store.conftest import fill
