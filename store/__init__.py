@@ -20,7 +20,7 @@ from agiqa.store.reading.store import Store, TokenRows, is_planned
 from agiqa.store.reading.summary import store_summary
 from agiqa.store.reading.union import StoreUnion, union
 from agiqa.store.reading.views import VIEWS, View, view
-from agiqa.store.sharing.opening import open_store
+from agiqa.store.sharing.in_place import open_store
 from agiqa.store.writing.creating import create_store
 from agiqa.store.writing.filling import UnitWriter
 from agiqa.store.writing.planning import StorePlan

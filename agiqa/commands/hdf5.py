@@ -20,8 +20,8 @@ from agiqa.commands.common import LocalStore, print_result, shared_options, tabl
 def export_store(store: Path, out: Path, compression: str, *, as_json: bool) -> None:
     """Write the finished STORE to OUT, one HDF5 file with the same array names and attributes.
 
-    The item table is in `items/`; an item's rows are at the same addresses as in the store. A killed export goes on
-    when it is run again. At the end the disk holds the compressed features twice.
+    The item table is in `items/`; an item's rows are at the same addresses as in the store. OUT appears when it is
+    whole; an interrupted export begins anew.
     """
     from agiqa.progress import say, track
     from agiqa.store import open_store
@@ -45,9 +45,8 @@ def import_store(source: Path, out: Path, *, as_json: bool) -> None:
     A killed import goes on when it is run again.
     """
     from agiqa.progress import track
-    from agiqa.store.hdf5.checks import check_store_file
     from agiqa.store.hdf5.files import open_hdf5
-    from agiqa.store.hdf5.importing import import_checked
+    from agiqa.store.hdf5.importing import check_store_file, import_checked
 
     with open_hdf5(source) as file:
         checked = check_store_file(source, file)

@@ -23,8 +23,7 @@ from typing import Any, ClassVar, TypeGuard
 
 from agiqa.errors import ConfigError, DamagedStore, RemoteError, StoreError, UnknownName
 from agiqa.store.disk.files import naming, sha256_of_file, sync_file, telling_disk_errors
-from agiqa.store.sharing.retries import describe_failure, patiently, status_of
-from agiqa.store.sharing.transfers import in_parallel
+from agiqa.store.sharing.transfers import describe_failure, in_parallel, retrying, status_of
 
 BLOCK = 4 << 20
 """Bytes asked for at once: what a cut connection loses."""
@@ -98,7 +97,7 @@ class Remote:
                 return b"".join(_blocks_of(file, limit + 1))
 
         try:
-            content = patiently(whole)
+            content = retrying(whole)
         except FileNotFoundError:
             return None
         if len(content) > limit:
@@ -115,7 +114,7 @@ class Remote:
             return infos
 
         try:
-            infos = patiently(found)
+            infos = retrying(found)
         except FileNotFoundError:
             return {}
         names = {path: path[len(self.root) + 1 :] for path in infos}
@@ -137,7 +136,7 @@ class Remote:
                     self._put(upload)
 
             try:
-                patiently(once, halt=halt)
+                retrying(once, halt=halt)
             except FileNotFoundError as error:
                 message = f"{self.url_of(upload.name)} cannot be written: its bucket does not exist ({error})."
                 raise RemoteError(message) from error
@@ -274,7 +273,7 @@ class HubFolder(Remote):
                         num_threads=threads,
                     )
 
-            patiently(commit)
+            retrying(commit)
             for upload in batch:
                 sent(upload)
 

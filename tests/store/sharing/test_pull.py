@@ -8,7 +8,7 @@ import pytest
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, RemoteError, SchemaError, SettingsConflict
 from agiqa.store import UnitWriter, create_store, open_store, repair
 from agiqa.store.disk.files import exclusive_lock
-from agiqa.store.sharing.cached import open_remote
+from agiqa.store.sharing.in_place import open_remote
 from agiqa.store.sharing.pulling import plan_pull, pull, run_pull
 from agiqa.store.sharing.pushing import push, push_bytes
 from tests.store.conftest import fill, make_store, plan_of
@@ -194,11 +194,40 @@ def test_a_pull_keeps_out_of_a_run_at_work(stored, served, tmp_path, content):
 
 def test_two_pulls_into_one_folder_do_not_meet(served, tmp_path):
     copy = tmp_path / "copy.agiqa"
-    plan_pull(served.url, copy)
+    pull(served.url, copy)
     with exclusive_lock(copy / "locks" / "pull") as held:
         assert held
         with pytest.raises(BusyStore, match="Another pull"):
             pull(served.url, copy)
+
+
+@pytest.mark.parametrize("items", [None, ["image_0.png"]])
+@pytest.mark.parametrize("there", ["nothing", "part", "unfinished", "store"])
+def test_a_plan_changes_nothing(stored, served, tmp_path, content, cache, items, there):
+    copy = tmp_path / "copy.agiqa"
+    if there == "unfinished":
+        fill(create_store(copy, plan_of(content)), content, units=[0])
+    elif there != "nothing":
+        pull(served.url, copy, items=stored.items.names[-1:] if there == "part" else None)
+    before = {name: (copy / name).read_bytes() for name in files_below(copy)}
+    if items and there == "unfinished":
+        with pytest.raises(SettingsConflict):
+            plan_pull(served.url, copy, items=items)
+    else:
+        plan = plan_pull(served.url, copy, items=items)
+        assert plan.state == ("partial" if items and there != "store" else "complete")
+        assert 0 < plan.bytes <= push_bytes(stored)
+    assert {name: (copy / name).read_bytes() for name in files_below(copy)} == before
+    assert copy.exists() == (there != "nothing")
+    assert not cache.exists()
+
+
+def test_a_pull_killed_while_it_wrote_its_first_file_is_taken_up(stored, served, tmp_path):
+    copy = tmp_path / "copy.agiqa"
+    copy.mkdir()
+    (copy / ".PULLING.json.0123abcd").write_text("{")
+    pull(served.url, copy)
+    assert_equal_stores(copy, stored.path)
 
 
 def test_new_labels_at_the_remote_reach_the_copy(stored, tmp_path, content):
