@@ -6,9 +6,8 @@ The format is specified in `FORMAT.md` beside this file.
 from agiqa.store.care.garbage import GcReport, collect_garbage
 from agiqa.store.care.repairing import RepairReport, repair
 from agiqa.store.care.verification import Damage, Report, verify
-from agiqa.store.deriving.converting import convert_store
+from agiqa.store.deriving.deriving import SketchResult, basis_from, convert_store, sketch_store
 from agiqa.store.deriving.labelling import LabelReport, join_labels
-from agiqa.store.deriving.sketching import SketchResult, basis_from, sketch_store
 from agiqa.store.format.arrays import create_whole_array
 from agiqa.store.format.basis import Basis, Moments, make_basis, moments_of, save_basis
 from agiqa.store.format.bits import from_float32, to_float32

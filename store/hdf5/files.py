@@ -1,4 +1,4 @@
-"""HDF5 files that hold a store: opened with clear errors, written so that a full disk is an error, and their attributes.
+"""HDF5 files that hold a store: opened with clear errors, written safely on full disks, compressed and described.
 
 One file holds every array of the Zarr group under its name, with its attributes, and the item table as the columns
 `items/name`, `items/prompt`, ... Where a text column has gaps, `items/missing/COLUMN` (uint8) has a 1 for each item

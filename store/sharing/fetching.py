@@ -43,11 +43,11 @@ def fetch_object(remote: Remote, entry: Entry, place: Path, tally: Tally) -> Non
             sync_file(temporary)
             temporary.replace(place)
             sync_file(place.parent)
-            tally.finished()
+            tally.count(objects=1)
             return
         size = temporary.stat().st_size
         temporary.unlink()
-        tally.found(-size)
+        tally.count(progress=-size)
     came = f"more than {entry.bytes} bytes" if size > entry.bytes else f"{size} bytes"
     message = (
         f"{remote.url_of(entry.path)} is damaged: {came} came, twice, that do not have the sha256 recorded for "
@@ -69,7 +69,7 @@ def _download(remote: Remote, entry: Entry, temporary: Path, tally: Tally) -> st
                     digest.update(block)
                     done += len(block)
                     failures = 0
-                    tally.moved(len(block))
+                    tally.count(size=len(block), progress=len(block))
                 break
             except FileNotFoundError as error:
                 message = f"{remote.url_of(entry.path)} is missing, though the manifest lists it. Push the store again."
@@ -91,5 +91,5 @@ def _resume(temporary: Path, entry: Entry, digest: Any, tally: Tally) -> int:
         while block := file.read(BLOCK):
             digest.update(block)
     size = temporary.stat().st_size
-    tally.found(size)
+    tally.count(progress=size)
     return size

@@ -9,8 +9,8 @@ them there. CONTENT is a hash of all paths and hashes that the manifest lists, s
 folder; item tables, which may differ between such URLs, lie there by their own hashes. A process hashes a kept object
 before it reads it for the first time, and again when the file was touched; one with other bytes is fetched again.
 
-Several processes may share the folder, and a folder that cannot be written is still read. agiqa never empties it: delete
-it to free its space.
+Several processes may share the folder, and a folder that cannot be written is still read. agiqa never empties it:
+delete it to free its space.
 """
 
 import asyncio
@@ -129,7 +129,7 @@ class ObjectCache:
 
 
 _Stamp = tuple[int, int, int, int]
-"""Inode, times of the last write (mtime) and of the last change of the inode (ctime) in nanoseconds, and size of a file.
+"""Inode, times of the last write (mtime) and the last change of the inode (ctime) in nanoseconds, size of a file.
 
 A copy may set mtime back, as rsync does; ctime shows that.
 """

@@ -266,7 +266,7 @@ def _fetch_missing(plan: PullPlan, local: _Local, tally: Tally, jobs: int) -> No
             check_inside(path, place)
         found = sha256_of_file(target) if target.is_file() else None
         if entry.sha256 in (found, sha256_of_file(waiting) if waiting.is_file() else None):
-            tally.skipped(entry.bytes)
+            tally.count(skipped=1, progress=entry.bytes)
         else:
             place = local.place_for(entry, found)
             if plan.fetched is not None and (plan.fetched / entry.path).is_file():  # checked and finished like any rest

@@ -58,43 +58,26 @@ class Tally:
     """Counts what many threads move, and passes it on to `advance`, one thread at a time."""
 
     def __init__(self, advance: Callable[[int], None] = lambda _bytes: None) -> None:
-        """`advance` is called with bytes that are done: moved, or found to be there already."""
+        """`advance` is called with bytes that are done: moved, or there already."""
         self.halt = threading.Event()
         self._advance = advance
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self._objects = self._bytes = self._skipped = 0
 
-    def moved(self, count: int) -> None:
-        """Count `count` bytes that came or went. Raises Halted once the work as a whole has failed."""
+    def count(self, *, objects: int = 0, size: int = 0, skipped: int = 0, progress: int = 0) -> None:
+        """Add `objects`, `size` bytes and `skipped` objects, and call `advance` with `progress` bytes.
+
+        Negative `progress` is work to be redone. Raises Halted once the work as a whole has failed.
+        """
         if self.halt.is_set():
             raise Halted
         with self._lock:
-            self._bytes += count
-            self._advance(count)
-
-    def found(self, count: int) -> None:
-        """Count `count` bytes of an object that an earlier run fetched; negative where they must be fetched again."""
-        with self._lock:
-            self._advance(count)
-
-    def finished(self) -> None:
-        """Count one object, whose bytes `moved` has counted."""
-        with self._lock:
-            self._objects += 1
-
-    def sent(self, count: int, *, progress: int) -> None:
-        """Count one object of `count` bytes that was sent in one go; `advance` gets `progress`."""
-        with self._lock:
-            self._objects += 1
-            self._bytes += count
-            self._advance(progress)
-
-    def skipped(self, count: int) -> None:
-        """Count one object of `count` bytes that was there already."""
-        with self._lock:
-            self._skipped += 1
-            self._advance(count)
+            self._objects += objects
+            self._bytes += size
+            self._skipped += skipped
+            if progress:
+                self._advance(progress)
 
     def result(self) -> Transfer:
         """The count so far."""
