@@ -115,7 +115,7 @@ def _find(store: Store) -> Iterator[_Group]:
     """All that may be garbage; nothing is changed, no lock is held."""
     layout, finished = store.layout, store.layout.manifest.exists()
     yield from _unlisted_objects(store, finished=finished)
-    names = [layout.manifest.name, layout.card.name, *([layout.items.name] if finished else [])]
+    names = [layout.manifest.name, layout.card.name, PULL_RECORD, *([layout.items.name] if finished else [])]
     yield _Group(why=_KILLED_WRITE, paths=sorted(path for name in names for path in layout.root.glob(f".{name}.*")))
     if layout.pulled.is_dir() and not layout.pulled.is_symlink():
         fetched = files_below(layout.pulled)

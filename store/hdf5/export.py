@@ -160,33 +160,33 @@ def _write(
 ) -> None:
     """Write all of `store` to `file`, and `about` beside its root attributes. `check` raises what the disk refused."""
     compression = about[_COMPRESSION]
+    datasets: dict[str, h5py.Dataset] = {}
 
     def copy(name: str, first: int, last: int) -> None:
         step = object_rows(store.array(name))
         for start in range(first, last, step):
             stop = min(start + step, last)
-            file[name][start:stop] = store.stored_rows(name, start, stop)
+            datasets[name][start:stop] = store.stored_rows(name, start, stop)
             check()
 
-    nodes = dict(store.group.members(max_depth=None))
-    for name, node in sorted(nodes.items()):
+    for name, node in sorted(store.group.members(max_depth=None)):
         if isinstance(node, zarr.Group):
             write_attributes(file.require_group(name), dict(node.attrs))
             continue
         array = store.array(name)
-        dataset = create_dataset(
+        datasets[name] = create_dataset(
             file, name, shape=array.shape, dtype=array.dtype, chunks=array.chunks, compression=compression
         )
-        write_attributes(dataset, dict(array.attrs))
+        write_attributes(datasets[name], dict(array.attrs))
         if name not in ROW_ARRAYS:
-            copy(name, 0, len(dataset))
+            copy(name, 0, len(datasets[name]))
     _write_items(file.create_group("items"), store.items, compression)
     write_attributes(file, {**store.group.attrs, **about})
     file.attrs[METADATA_SHA256] = metadata_sha256(file)
     for unit in range(store.geometry.units):
         first, used = unit * store.geometry.unit_rows, store.rows_used(unit)
         for name in ROW_ARRAYS:
-            if name in nodes:
+            if name in datasets:
                 copy(name, first, first + used)
         advance(used)
 

@@ -300,8 +300,8 @@ def _read_items(path: Path, file: h5py.File, *, rows: int) -> Items:
             what = f"{dataset.name} of its item table is {dataset.dtype} {dataset.shape}, its index has {rows} items"
             raise _damaged(path, what)
         _check_chunks(path, dataset)
-        chunked_texts = kind == "S" and dataset.chunks is not None  # bounded while they are read
-        _check_bytes(path, dataset, (dataset.chunks[0] if chunked_texts else rows) * dataset.dtype.itemsize)
+        at_once = dataset.chunks[0] if kind == "S" and dataset.chunks is not None else rows  # see _read_texts
+        _check_bytes(path, dataset, at_once * dataset.dtype.itemsize)
         return dataset
 
     def texts(name: str) -> list[str | None]:

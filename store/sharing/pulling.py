@@ -138,7 +138,7 @@ def run_pull(plan: PullPlan, *, jobs: int = JOBS, advance: Callable[[int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class _Local:
-    """What the folder of a pull holds of the store when the pull begins."""
+    """What the target folder of a pull holds when the pull begins."""
 
     layout: StoreLayout
     manifest: dict[str, Any] | None
