@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from agiqa.store.care.verification import Damage as Damage
     from agiqa.store.care.verification import Report as Report
     from agiqa.store.care.verification import verify as verify
-    from agiqa.store.deriving.converting import convert_store as convert_store
+    from agiqa.store.deriving.deriving import SketchResult as SketchResult
+    from agiqa.store.deriving.deriving import basis_from as basis_from
+    from agiqa.store.deriving.deriving import convert_store as convert_store
+    from agiqa.store.deriving.deriving import sketch_store as sketch_store
     from agiqa.store.deriving.labelling import LabelReport as LabelReport
     from agiqa.store.deriving.labelling import join_labels as join_labels
-    from agiqa.store.deriving.sketching import SketchResult as SketchResult
-    from agiqa.store.deriving.sketching import basis_from as basis_from
-    from agiqa.store.deriving.sketching import sketch_store as sketch_store
     from agiqa.store.format.arrays import create_whole_array as create_whole_array
     from agiqa.store.format.arrays import from_float32 as from_float32
     from agiqa.store.format.arrays import to_float32 as to_float32
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from agiqa.store.reading.views import VIEWS as VIEWS
     from agiqa.store.reading.views import View as View
     from agiqa.store.reading.views import view as view
-    from agiqa.store.sharing.opening import open_store as open_store
+    from agiqa.store.sharing.in_place import open_store as open_store
     from agiqa.store.writing.creating import create_store as create_store
     from agiqa.store.writing.filling import UnitWriter as UnitWriter
     from agiqa.store.writing.planning import StorePlan as StorePlan
@@ -57,9 +57,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "care.garbage": ["GcReport", "collect_garbage"],
         "care.repairing": ["RepairReport", "repair"],
         "care.verification": ["Damage", "Report", "verify"],
-        "deriving.converting": ["convert_store"],
+        "deriving.deriving": ["SketchResult", "basis_from", "convert_store", "sketch_store"],
         "deriving.labelling": ["LabelReport", "join_labels"],
-        "deriving.sketching": ["SketchResult", "basis_from", "sketch_store"],
         "format.arrays": ["create_whole_array", "from_float32", "to_float32"],
         "format.artefacts": [
             "Basis",
@@ -77,7 +76,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "reading.summary": ["store_summary"],
         "reading.union": ["StoreUnion", "union"],
         "reading.views": ["VIEWS", "View", "view"],
-        "sharing.opening": ["open_store"],
+        "sharing.in_place": ["open_store"],
         "writing.creating": ["create_store"],
         "writing.filling": ["UnitWriter"],
         "writing.planning": ["StorePlan"],

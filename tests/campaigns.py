@@ -27,7 +27,7 @@ from agiqa import workers
 from agiqa.errors import AgiqaError
 from agiqa.store import create_store, open_store, seal, verify
 from agiqa.store.care.repairing import repair
-from agiqa.store.sharing.cached import open_remote
+from agiqa.store.sharing.in_place import open_remote
 from agiqa.store.sharing.pulling import pull
 from tests.store.conftest import fill, make_content, make_store, plan_of
 from tests.store.crash_points import states_after_kills

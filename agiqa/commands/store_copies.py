@@ -132,9 +132,8 @@ def import_store(source: Path, out: Path, *, as_json: bool) -> None:
     Run a killed import again to go on.
     """
     from agiqa.progress import track
-    from agiqa.store.hdf5.checks import check_store_file
     from agiqa.store.hdf5.files import open_hdf5
-    from agiqa.store.hdf5.importing import import_checked
+    from agiqa.store.hdf5.importing import check_store_file, import_checked
 
     with open_hdf5(source) as file:
         checked = check_store_file(source, file)

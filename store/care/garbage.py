@@ -1,9 +1,13 @@
-"""Garbage collection: what killed runs and strangers left in a store that no record and no manifest lists."""
+"""Garbage collection: what killed runs and strangers left in a store that no record and no manifest lists.
 
-import contextlib
+`_find` lists what would be removed and why, without changing anything. `collect_garbage` removes that list, under the
+locks of the runs that write such files.
+"""
+
+import os
 import shutil
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,9 @@ from agiqa.store.format.manifest import check_inside, read_record
 from agiqa.store.reading.store import Store
 from agiqa.store.writing.creating import plans_beside
 from agiqa.store.writing.records import Owner, killed_records, owner_of, owners, recorded_objects_of
-from agiqa.store.writing.sealing import seal_lock
+from agiqa.store.writing.sealing import remove_locks, seal_lock
+
+_KILLED_WRITE = "a write that was killed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,164 +53,143 @@ class GcReport:
         return {"files": len(self.garbage), "bytes": self.bytes, **asdict(self)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Unlisted files with one reason and one lock."""
+
+    why: str
+    paths: Sequence[Path]
+    in_use: bool = False
+    """Whether a run was at work on them. Locks are looked at after the files are listed, so files of a run that began
+    in between are not among `paths`."""
+    lock: Path | None = None
+    """Held by the run that writes such files; None where the upkeep lock keeps all such runs out."""
+    hold: Callable[[Path], AbstractContextManager[bool]] = exclusive_lock
+    owner: Owner | None = None
+    """Whose record may list the files by the time they are removed."""
+    folder: Path | None = None
+    """Removed with all that is left in it, after the files."""
+
+    @contextmanager
+    def held(self, *, dry_run: bool) -> Generator[bool]:
+        """Hold the lock while inside, or with `dry_run` only look at it; False when a run is at work."""
+        if dry_run or self.in_use or self.lock is None:
+            yield not self.in_use
+            return
+        with self.hold(self.lock) as free:
+            yield free
+
+
 def collect_garbage(store: Store, *, dry_run: bool = False) -> GcReport:
     """Remove from `store` what nothing lists; with `dry_run` only say what.
 
-    That is: files below store.zarr, temporary files of killed writes, lock files that no run will want, and killed
-    plans beside the store. What a run is at work on stays, told by its locks; what is listed is never removed. `locks`
-    and `commits` may be links to other folders; there, too, only files with the names of ours are removed.
+    That is: files below store.zarr, temporary files of killed writes, lock files that no run needs, and killed plans
+    beside the store. Files that a run is writing stay, as its locks show; listed files are never removed. `locks` and
+    `commits` may be links to other folders; there, too, only files with the names of ours are removed.
 
     Raises DamagedStore where a record or the manifest cannot be read, or store.zarr is a link out of the store, and
     BusyStore where a pull is not finished.
     """
-    if (store.path / PULL_RECORD).exists() or is_held(store.layout.locks / PULL_LOCK):
+    layout = store.layout
+    if (store.path / PULL_RECORD).exists() or is_held(layout.locks / PULL_LOCK):
         message = f"{store.path} is being pulled, or a pull was cut off: finish it with the same `agiqa store pull`."
         raise BusyStore(message)
-    with contextlib.nullcontext() if dry_run else seal_lock(store.layout):
-        collector = _Collector(store, dry_run=dry_run)
-        collector.collect()
-    return GcReport(garbage=tuple(collector.garbage), in_use=tuple(collector.in_use), dry_run=dry_run)
-
-
-class _Collector:
-    """One run of the collection; files are listed before locks are looked at, so a new run's files are not seen."""
-
-    def __init__(self, store: Store, *, dry_run: bool) -> None:
-        self.store = store
-        self.layout = store.layout
-        self.finished = store.layout.manifest.exists()
-        self.dry_run = dry_run
-        self.garbage: list[Garbage] = []
-        self.in_use: list[str] = []
-
-    def collect(self) -> None:
-        """Find and remove, kind by kind."""
-        self._unlisted_objects()
-        self._temporary_files()
-        self._locks()
-        self._killed_plans()
-
-    def _unlisted_objects(self) -> None:
-        check_inside(self.store.path, self.layout.zarr)
-        files = files_below(self.layout.zarr)
-        listed = self._listed()
-        by_owner: dict[Owner, list[Path]] = {}
-        for path in files:
-            name = path.relative_to(self.store.path).as_posix()
-            if name not in listed:
-                by_owner.setdefault(owner_of(self.store, name), []).append(path)
-        for owner, paths in by_owner.items():
-            with self._nobody_writes(owner) as free:
-                unlisted = [path for path in paths if path.exists() and not self._listed_now(owner, path)]
-                if free:
-                    self._remove(unlisted, "no record lists it")
-                else:
-                    self.in_use += [str(path) for path in unlisted]
-        if not self.dry_run:
-            _remove_empty_folders(self.layout.zarr, by_owner.values())
-
-    def _listed(self) -> set[str]:
-        if self.finished:
-            return {entry["path"] for entry in read_record(self.layout.manifest)}
-        if not self.layout.plan_commit.exists():
-            message = f"{self.layout.plan_commit} is missing, so nothing tells garbage from data. Copy the store again."
-            raise DamagedStore(message)
-        records = (recorded_objects_of(self.store, owner) or [] for owner in owners(self.store))
-        return {ROOT_METADATA, *(entry["path"] for entries in records for entry in entries)}
-
-    def _listed_now(self, owner: Owner, path: Path) -> bool:
-        """Whether a run has recorded the file since the records were read."""
-        if self.finished:
-            return False
-        name = path.relative_to(self.store.path).as_posix()
-        return any(entry["path"] == name for entry in recorded_objects_of(self.store, owner) or [])
-
-    @contextmanager
-    def _nobody_writes(self, owner: Owner) -> Generator[bool]:
-        """Hold what `owner` writes under while inside (with a dry run only look); False when a run is at work."""
-        if self.finished:
-            yield True
-            return
-        with self._held(f"{owner:08d}" if isinstance(owner, int) else "model") as held:
-            yield held
-
-    @contextmanager
-    def _held(self, name: str) -> Generator[bool]:
-        """Hold the lock of this name while inside (with a dry run only look); False when another process does."""
-        lock = self.layout.locks / name
-        if self.dry_run:
-            yield not is_held(lock)
-        else:
-            with exclusive_lock(lock) as held:
-                yield held
-
-    def _temporary_files(self) -> None:
-        """Of writes to commits/, which any run may be at, and to the files that only upkeep and the seal write."""
-        root, why = self.store.path, "a write that was killed"
-        commits = killed_records(self.layout)
-        mine = [*root.glob(f".{self.layout.manifest.name}.*"), *root.glob(f".{self.layout.card.name}.*")]
-        if self.finished:
-            mine += root.glob(f".{self.layout.items.name}.*")
-        self._remove(sorted(mine), why)
-        if self.layout.pulled.is_dir() and not self.layout.pulled.is_symlink():
-            self._fetched_objects()
-        if any(is_held(lock) for lock in self._lock_files()):
-            self.in_use += map(str, commits)
-        else:
-            self._remove(commits, why)
-
-    def _fetched_objects(self) -> None:
-        """Those that wait for the rest of a pull, unless one has begun meanwhile."""
-        with self._held(PULL_LOCK) as free:
-            if not free:
-                self.in_use.append(str(self.layout.pulled))
-                return
-            self._remove(files_below(self.layout.pulled), "fetched by a pull that was cut off")
-            if not self.dry_run:
-                shutil.rmtree(self.layout.pulled, ignore_errors=True)
-
-    def _locks(self) -> None:
-        """All locks of a finished store; of an unfinished one, those whose work is done for good.
-
-        The lock file of a pending unit stays: a run may just have opened it.
-        """
-        done = {PLAN_LOCK}
-        if not self.finished:
-            done |= {f"{unit:08d}" for unit in self.store.committed_units()}
-            done |= {"model"} if self.layout.model_commit.exists() else set()
-        removable = [lock for lock in self._lock_files() if self.finished or lock.name in done]
-        self._remove([lock for lock in removable if not is_held(lock)], "the lock of a run that has ended")
-
-    def _lock_files(self) -> list[Path]:
-        """All but the one that this collection holds."""
-        return [lock for lock in self.layout.lock_files() if lock.name != SEAL_LOCK]
-
-    def _killed_plans(self) -> None:
-        """As `create_store` would remove them when it is called for this path again."""
-        for plan in plans_beside(self.store.path.resolve()):
-            lock = StoreLayout(plan).locks / PLAN_LOCK
-            if not lock.is_file():
-                continue
-            with contextlib.nullcontext(not is_held(lock)) if self.dry_run else abandoned_lock(lock) as ended:
-                if not ended:
-                    self.in_use.append(str(plan))
+    garbage: list[Garbage] = []
+    in_use: list[str] = []
+    with nullcontext() if dry_run else seal_lock(layout):
+        for group in list(_find(store)):
+            with group.held(dry_run=dry_run) as free:
+                paths = [path for path in group.paths if os.path.lexists(path) and not _is_listed(store, group, path)]
+                if not free:
+                    in_use += map(str, paths)
                     continue
-                size = sum(file.lstat().st_size for file in files_below(plan))
-                self.garbage.append(Garbage(path=str(plan), bytes=size, why="a plan that was killed"))
-                if not self.dry_run:
-                    shutil.rmtree(plan)
-
-    def _remove(self, paths: Sequence[Path], why: str) -> None:
-        for path in paths:
-            self.garbage.append(Garbage(path=str(path), bytes=path.lstat().st_size, why=why))
-            if not self.dry_run:
-                path.unlink()
+                garbage += [Garbage(path=str(path), bytes=_size(path), why=group.why) for path in paths]
+                if not dry_run:
+                    _remove(layout, paths, group.folder)
+        if not dry_run and layout.manifest.exists():
+            remove_locks(layout, mine=SEAL_LOCK)  # those that this collection made
+    return GcReport(garbage=tuple(garbage), in_use=tuple(in_use), dry_run=dry_run)
 
 
-def _remove_empty_folders(root: Path, files: Iterable[Sequence[Path]]) -> None:
-    """The folders that removed `files` leave empty, up to `root`."""
-    for path in (path for group in files for path in group):
-        folder = path.parent
-        while folder != root and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-            folder = folder.parent
+def _find(store: Store) -> Iterator[_Group]:
+    """All that may be garbage; nothing is changed, no lock is held."""
+    layout, finished = store.layout, store.layout.manifest.exists()
+    yield from _unlisted_objects(store, finished=finished)
+    names = [layout.manifest.name, layout.card.name, PULL_RECORD, *([layout.items.name] if finished else [])]
+    yield _Group(why=_KILLED_WRITE, paths=sorted(path for name in names for path in layout.root.glob(f".{name}.*")))
+    if layout.pulled.is_dir() and not layout.pulled.is_symlink():
+        fetched = files_below(layout.pulled)
+        yield _group("fetched by a pull that was cut off", fetched, layout.locks / PULL_LOCK, folder=layout.pulled)
+    records = killed_records(layout)  # any run may be writing them
+    locks = [lock for lock in layout.lock_files() if lock.name != SEAL_LOCK]
+    yield _Group(why=_KILLED_WRITE, paths=records, in_use=any(map(is_held, locks)))
+    done = {PLAN_LOCK} | {f"{unit:08d}" for unit in store.committed_units()}
+    done |= {"model"} if layout.model_commit.exists() else set()
+    # the lock file of a pending unit stays: a run may just have opened it
+    ended = [lock for lock in locks if (finished or lock.name in done) and not is_held(lock)]
+    yield _Group(why="the lock of a run that has ended", paths=ended)
+    for plan in plans_beside(store.path.resolve()):  # as `create_store` removes them
+        lock = StoreLayout(plan).locks / PLAN_LOCK
+        if lock.is_file():
+            yield _group("a plan that was killed", [plan], lock, hold=abandoned_lock)
+
+
+def _group(why: str, paths: Sequence[Path], lock: Path, **rest: Any) -> _Group:
+    return _Group(why=why, paths=paths, lock=lock, in_use=is_held(lock), **rest)
+
+
+def _unlisted_objects(store: Store, *, finished: bool) -> Iterator[_Group]:
+    check_inside(store.path, store.layout.zarr)
+    files = files_below(store.layout.zarr)
+    listed = _listed(store, finished=finished)
+    by_owner: dict[Owner, list[Path]] = {}
+    for path in files:
+        name = path.relative_to(store.path).as_posix()
+        if name not in listed:
+            by_owner.setdefault(owner_of(store, name), []).append(path)
+    for owner, paths in by_owner.items():
+        why = "no record lists it"
+        if finished:
+            yield _Group(why=why, paths=paths)
+        else:
+            lock = store.layout.locks / (f"{owner:08d}" if isinstance(owner, int) else "model")
+            yield _group(why, paths, lock, owner=owner)
+
+
+def _listed(store: Store, *, finished: bool) -> set[str]:
+    if finished:
+        return {entry["path"] for entry in read_record(store.layout.manifest)}
+    if not store.layout.plan_commit.exists():
+        message = f"{store.layout.plan_commit} is missing, so garbage cannot be told from data. Copy the store again."
+        raise DamagedStore(message)
+    records = (recorded_objects_of(store, owner) or [] for owner in owners(store))
+    return {ROOT_METADATA, *(entry["path"] for entries in records for entry in entries)}
+
+
+def _is_listed(store: Store, group: _Group, path: Path) -> bool:
+    """Whether a run has recorded the file since it was found."""
+    if group.owner is None:
+        return False
+    name = path.relative_to(store.path).as_posix()
+    return any(entry["path"] == name for entry in recorded_objects_of(store, group.owner) or [])
+
+
+def _size(path: Path) -> int:
+    if path.is_symlink() or not path.is_dir():
+        return path.lstat().st_size
+    return sum(file.lstat().st_size for file in files_below(path))
+
+
+def _remove(layout: StoreLayout, paths: Sequence[Path], folder: Path | None) -> None:
+    """Remove files, folders of plans, `folder`, and the folders of arrays that are empty then."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+            continue
+        path.unlink()
+        above = path.parent
+        while above != layout.zarr and above.is_relative_to(layout.zarr) and not any(above.iterdir()):
+            above.rmdir()
+            above = above.parent
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)

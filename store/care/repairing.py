@@ -1,10 +1,10 @@
-"""Repair: a damaged unit loses its record and its objects, so that the next run computes it anew, and only it.
+"""Repair: a damaged unit loses its record and its objects, so that the next run computes that unit anew, and no other.
 
-Damaged token ids and roles are removed. The record of the plan goes on listing them, so they are missing, and the next
-run, which knows them all, writes these very bytes again (see `create_store`).
+Damaged token ids and roles are removed, while the record of the plan still lists them. The next run knows all tokens
+and writes the same bytes again (see `create_store`).
 
-No step leaves a store that claims more than it holds, so a kill at any moment is followed by another repair: the
-records of what is damaged go first, then MANIFEST.json, and only then the objects.
+The records of damaged objects go first, then MANIFEST.json, and only then the objects. So the store never claims more
+than it holds, and a repair that was killed at any moment can be repeated.
 """
 
 import json
@@ -13,21 +13,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from agiqa.errors import DamagedStore, IncompleteStore
-from agiqa.store.care.verification import Damage
+from agiqa.store.care.verification import Damage, object_damage, record_damage
 from agiqa.store.disk.files import read_json, sync_file
 from agiqa.store.disk.locks import waiting_lock
 from agiqa.store.format.layout import ROOT_METADATA, StoreLayout
 from agiqa.store.format.manifest import settle_labels, table_problem
-from agiqa.store.reading.store import Store, open_local_store
+from agiqa.store.reading.store import Store
+from agiqa.store.sharing.in_place import open_store
 from agiqa.store.writing.records import (
     Owner,
-    content_problem,
     objects_by_owner,
     owners,
     record_path,
     recorded_objects_of,
     restore_records,
-    unit_of,
     unlisted_files,
     unreadable_records,
 )
@@ -77,26 +76,32 @@ def repair(store: Store) -> RepairReport:
     with seal_lock(store.layout):
         require_no_cut_off_pull(store.layout)
         settle_labels(store.layout)
-        store = open_local_store(store.path, allow_partial=True)
-        _refuse_partial(store)
+        store = open_store(store.path, allow_partial=True)
+        if store.pulled_units is not None:
+            message = (
+                f"{store.path} holds a part of a store. Pull it again: `agiqa store pull` fetches what is damaged."
+            )
+            raise IncompleteStore(message)
         lost = set[Owner]() if store.is_sealed else set(unreadable_records(store))
         objects = _objects(store, lost)
-        planned = _damage(store, "plan", _plan_objects(store, objects))
+        planned = _damage(store, _plan_objects(store, objects))
         tokens = [found for found in planned if found.unit is not None]
         broken = [found for found in planned if found.unit is None]
         if problem := table_problem(store.layout):
             broken.append(Damage(where=store.layout.items.name, problem=problem))
         if broken or "plan" in lost:
-            raise DamagedStore(_not_repairable(store, [*broken, *(_unreadable(store, owner) for owner in lost)]))
-        damage = [*tokens, *(_unreadable(store, owner) for owner in sorted(lost, key=str))]
+            raise DamagedStore(_not_repairable(store, [*broken, *(record_damage(store, owner) for owner in lost)]))
+        damage = [*tokens, *(record_damage(store, owner) for owner in sorted(lost, key=str))]
         dropped = set(lost)
         for owner, entries in objects.items():
-            if owner != "plan" and (found := _damage(store, owner, entries)):
+            if owner != "plan" and (found := _damage(store, entries)):
                 dropped.add(owner)
                 damage += found
         if "model" in dropped and _rows_need_their_model(store):
             dropped |= {owner for owner in objects if isinstance(owner, int)}
-        strays = _strays(store)
+        strays: list[str] = []
+        if store.is_sealed:
+            strays = unlisted_files(store, {entry["path"] for entry in store.manifest["objects"]})
         if dropped or tokens:
             _drop(store, objects, dropped, tokens=[found.where for found in tokens])
     units = tuple(sorted(owner for owner in dropped if isinstance(owner, int)))
@@ -108,12 +113,6 @@ def repair(store: Store) -> RepairReport:
         tokens=tuple(found.where for found in tokens),
         strays=tuple(strays),
     )
-
-
-def _refuse_partial(store: Store) -> None:
-    if store.pulled_units is not None:
-        message = f"{store.path} holds a part of a store. Pull it again: `agiqa store pull` fetches what is damaged."
-        raise IncompleteStore(message)
 
 
 def _objects(store: Store, lost: set[Owner]) -> Objects:
@@ -136,39 +135,16 @@ def _plan_objects(store: Store, objects: Objects) -> list[Mapping[str, Any]]:
     return planned
 
 
-def _damage(store: Store, owner: Owner, entries: Sequence[Mapping[str, Any]]) -> list[Damage]:
-    found: list[Damage] = []
-    for entry in entries:
-        problem = content_problem(store, dict(entry))
-        if problem is not None:
-            unit = unit_of(store, entry["path"])  # of tokens too, which the plan wrote
-            found.append(Damage(where=entry["path"], problem=problem, **_whose(store, owner if unit is None else unit)))
-    return found
-
-
-def _unreadable(store: Store, owner: Owner) -> Damage:
-    where = record_path(store, owner).relative_to(store.path).as_posix()
-    return Damage(where=where, problem=f"{where} is no record", **_whose(store, owner))
-
-
-def _whose(store: Store, owner: Owner) -> dict[str, Any]:
-    if not isinstance(owner, int):
-        return {}
-    return {"unit": owner, "items": tuple(store.items.names[item] for item in store.items_of(owner))}
+def _damage(store: Store, entries: Sequence[Mapping[str, Any]]) -> list[Damage]:
+    return [found for entry in entries if (found := object_damage(store, entry, level="full"))]
 
 
 def _rows_need_their_model(store: Store) -> bool:
-    """Whether rows are coordinates in a basis (or scale) that might come out otherwise when it is computed anew.
+    """Whether rows are coordinates in a basis (or scale) that might differ when it is computed anew.
 
-    Where the provenance names it, another one is another store and is refused.
+    Where the provenance names it, a different one makes another store and is refused.
     """
     return store.encoding in ("sketch", "int8") and not {"basis", "scale"} & store.provenance.keys()
-
-
-def _strays(store: Store) -> list[str]:
-    if not store.is_sealed:
-        return []
-    return unlisted_files(store, {entry["path"] for entry in store.manifest["objects"]})
 
 
 def _drop(store: Store, objects: Objects, dropped: set[Owner], *, tokens: Sequence[str]) -> None:
@@ -193,7 +169,7 @@ def _drop(store: Store, objects: Objects, dropped: set[Owner], *, tokens: Sequen
 
 
 def _forget_consolidated(layout: StoreLayout) -> None:
-    """Take back what the seal wrote into the root metadata: a copy of those of arrays that may be dropped."""
+    """Remove the consolidated metadata that the seal wrote: it copies those of arrays that may be dropped."""
     path = layout.zarr / "zarr.json"
     metadata = read_json(path)
     if metadata.pop("consolidated_metadata", None) is None:

@@ -1,6 +1,6 @@
 """Verify: find every damaged or missing object and say which units and items it costs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -37,6 +37,7 @@ class Damage:
     """One thing that is wrong with a store."""
 
     where: str
+    """Path of the damaged file in the store, or `probe`."""
     problem: str
     unit: int | None = None
     items: tuple[str, ...] = ()
@@ -73,11 +74,11 @@ def verify(store: Store, level: str = "quick") -> Report:
         raise UnknownName.of(kind="verification level", name=level, known=get_args(Level))
     manifest = store.manifest if store.is_sealed else None
     entries = list(_entries(store, manifest))
-    damage = [found for entry, unit in entries if (found := _check_object(store, entry, unit, level))]
+    damage = [found for entry in entries if (found := object_damage(store, entry, level=level))]
     if changed := table_problem(store.layout):
         damage.append(Damage(where=store.layout.items.name, problem=changed))
-    damage += [_damaged_record(store, owner, problem) for owner, problem in record_problems(store, manifest)]
-    if manifest is not None:  # what it does not list would be read without any proof
+    damage += [record_damage(store, owner, problem) for owner, problem in record_problems(store, manifest)]
+    if manifest is not None:  # readers would take unlisted files without any proof
         strays = unlisted_files(store, {entry["path"] for entry in manifest["objects"]})
         damage += [Damage(where=path, problem=f"{path} is not in the manifest") for path in strays]
     probe_error = None
@@ -95,39 +96,42 @@ def verify(store: Store, level: str = "quick") -> Report:
     )
 
 
-def _entries(store: Store, manifest: dict[str, Any] | None) -> Iterable[tuple[dict[str, Any], int | None]]:
-    if manifest is not None:
-        objects_by_owner(store, manifest)  # refuses what is no object of a store
-        yield from ((entry, unit_of(store, entry["path"])) for entry in manifest["objects"])
-        return
-    for owner in owners(store):
-        if is_readable(store, owner):
-            yield from ((entry, unit_of(store, entry["path"])) for entry in recorded_objects_of(store, owner) or [])
-
-
-def _check_object(store: Store, entry: dict[str, Any], unit: int | None, level: str) -> Damage | None:
-    problem = size_problem(store, entry) if level == "quick" else content_problem(store, entry)
+def object_damage(store: Store, entry: Mapping[str, Any], *, level: str) -> Damage | None:
+    """What is wrong with a recorded object: its size at the level quick, all its bytes at the others."""
+    problem = (size_problem if level == "quick" else content_problem)(store, dict(entry))
     if problem is None:
         return None
+    unit = unit_of(store, entry["path"])
     return Damage(where=entry["path"], problem=problem, unit=unit, items=_names(store, unit))
 
 
-def _damaged_record(store: Store, owner: Owner, problem: str) -> Damage:
+def record_damage(store: Store, owner: Owner, problem: str | None = None) -> Damage:
+    """The damage that the record of `owner` has a `problem`, or cannot be read."""
     where = record_path(store, owner).relative_to(store.path).as_posix()
     unit = owner if isinstance(owner, int) else None
-    return Damage(where=where, problem=problem, unit=unit, items=_names(store, unit))
+    return Damage(where=where, problem=problem or f"{where} is no record", unit=unit, items=_names(store, unit))
 
 
 def _names(store: Store, unit: int | None) -> tuple[str, ...]:
     try:
         return () if unit is None else tuple(store.items.names[item] for item in store.items_of(unit))
-    except DamagedStore:  # of the index or the item table, which is told apart
+    except DamagedStore:  # of the index or the item table, which has its own line
         return ()
+
+
+def _entries(store: Store, manifest: dict[str, Any] | None) -> Iterable[dict[str, Any]]:
+    if manifest is not None:
+        objects_by_owner(store, manifest)  # refuses what is no object of a store
+        yield from manifest["objects"]
+        return
+    for owner in owners(store):
+        if is_readable(store, owner):
+            yield from recorded_objects_of(store, owner) or []
 
 
 def _check_probe(store: Store) -> tuple[float | None, list[Damage]]:
     attributes, rows, logits = store.array("probe/logits").attrs, store.whole("probe/rows"), store.whole("probe/logits")
-    here = np.isin(rows // store.geometry.unit_rows, store.committed_units())  # not all, where only a part was pulled
+    here = np.isin(rows // store.geometry.unit_rows, store.committed_units())  # some are missing in a pulled part
     rows = rows[here]
     expected = to_float32(logits[here], str(attributes["logical_dtype"]))
     if not len(rows):
@@ -146,7 +150,7 @@ def _check_probe(store: Store) -> tuple[float | None, list[Damage]]:
 
 
 def _rounded_again(store: Store) -> list[str]:
-    """The dtypes in which the store holds what the probe is compared with, where that is not what the model made."""
+    """The dtypes, other than the model's own, in which the store holds what the probe is compared with."""
     if store.encoding == "int8":
         return ["int8"]
     return [store.logical_dtype] if store.encoding == "logits" or store.keeps_logits else []
@@ -155,7 +159,7 @@ def _rounded_again(store: Store) -> list[str]:
 def _rebuilt(
     store: Store, rows: NDArray[np.int64], logits: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What the store makes of the probe rows, and what the model's own `logits` (rows, V) say it should be."""
+    """What the store gives for the probe rows, and the values that the model's own `logits` (rows, V) ask for."""
     features = to_float32(np.concatenate([store.rows_at(row, row + 1) for row in rows.tolist()]), store.logical_dtype)
     if store.encoding == "logits":
         return features, logits

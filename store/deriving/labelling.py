@@ -47,23 +47,23 @@ class LabelReport:
     unmatched_rows: tuple[str, ...]
     """Names in the table that no item has."""
     filled: Mapping[str, int]
-    """By column, the items that had no value and have one now."""
+    """By column, how many items had no value and have one now."""
     replaced: Mapping[str, int]
-    """By column, the items whose value is another now."""
+    """By column, how many items have a different value now."""
     ignored_columns: tuple[str, ...]
     """Columns of the table that are no label."""
     mos_ranges: Mapping[str, MosRange | None]
-    """By column of MOS that the table has, the scale of its values in the store now; None where it is not known."""
+    """By MOS column of the table, the scale of its values in the store now; None where it is unknown."""
     rescaled: tuple[str, ...]
-    """The columns whose scale is another now, or recorded for the first time."""
+    """Columns whose scale changed or was recorded for the first time."""
     converted: Mapping[str, MosRange]
     """By column, the scale of the table, where its values were converted to that of the store."""
     notes: tuple[str, ...]
-    """What a user should know though nothing is wrong."""
+    """Remarks for the user; nothing is wrong."""
 
     @property
     def changed(self) -> bool:
-        """Whether the store's item table is another now."""
+        """Whether the store's item table was replaced."""
         return bool(self.filled or self.replaced or self.rescaled)
 
     def as_dict(self) -> dict[str, Any]:
@@ -75,13 +75,11 @@ def join_labels(store: Store, table: Path, *, mos_range: MosRange | None = None)
     """Set MOS, `split` and `generator` of the items that the csv `table` names, in a finished or unfinished store.
 
     `table` has the column `name` and at least one label column: the MOS columns of ASPECT_COLUMNS, `split`,
-    `generator`. An empty cell leaves the value as it is. A `prompt` column is compared with the store's prompts.
-    `mos_range` is the scale of the table's MOS; None is that of the store's own, or 0 to 5 where it records none. Where
-    the table sets all MOS of an aspect that the store has, its scale is recorded; else they are converted to the
-    scale of the others.
+    `generator`. An empty cell keeps the store's value. A `prompt` column is compared with the store's prompts.
+    `mos_range` is the scale of the table's MOS, by default that of the store, or 0 to 5 where it records none. Where
+    the table has all MOS of an aspect, its scale is recorded; else its MOS are converted to the scale of the others.
     Only items.parquet, MANIFEST.json and the data card are written; a kill leaves the old labels or the new ones.
-    Open the store again to read them. While a store is unfinished, `agiqa extract` sets the labels of its own
-    table again.
+    Open the store again to read them. While a store is unfinished, `agiqa extract` replaces them by its own table's.
 
     Raises DataError listing all rows that cannot be used (then nothing is changed), when no row names an item, and
     where the MOS that stay are on no known scale and cannot be on that of the table; ConfigError for an empty
@@ -103,7 +101,7 @@ def join_labels(store: Store, table: Path, *, mos_range: MosRange | None = None)
 
 
 class _Table:
-    """A table of labels for the items of a store: by column of items.parquet, what it says of each item."""
+    """The values that a table of labels has for the items of a store, by column of items.parquet."""
 
     def __init__(self, path: Path, items: Items, mos_range: MosRange | None) -> None:
         """Read it. Raises DataError listing all rows that cannot be used, or when no row names an item."""
@@ -115,13 +113,13 @@ class _Table:
         self.scales = {aspect: mos_range or items.mos_ranges.get(aspect, DEFAULT_RANGE) for aspect in aspects}
         """By aspect, the scale of its MOS."""
         self.mos = {aspect: np.full(len(items), np.nan) for aspect in aspects}
-        """By aspect, (items,), NaN where it says nothing."""
+        """By aspect, (items,), NaN where the table has no value."""
         self.texts: dict[str, list[str | None]] = {
             column: [None] * len(items) for column in ("split", "generator") if column in self._columns
         }
-        """By column, None where it says nothing."""
+        """By column, one per item, None where the table has no value."""
         self.unmatched: dict[str, int] = {}
-        """Names that no item has, and the lines that they are on."""
+        """Lines of the names that no item has."""
         self.rows = 0
         self._known = {name: position for position, name in enumerate(items.names)}
         self._lines = np.zeros(len(items), np.int64)
@@ -133,11 +131,11 @@ class _Table:
 
     @property
     def matched(self) -> int:
-        """Items that it names."""
+        """How many items the table names."""
         return int(np.count_nonzero(self._lines))
 
     def _take(self, row: TableRow) -> str | None:
-        """Keep the values of a row; returns what is wrong with it, in a line, or None."""
+        """Keep the values of a row; returns its problems in one line, or None."""
         self.rows += 1
         cells = dict(zip(self._header, row.cells, strict=False))
         name, prompt = cells.get("name", ""), cells.get("prompt", "")
@@ -162,7 +160,7 @@ class _Table:
         return f"{where}: {'; '.join(problems)}" if problems else None
 
     def _set(self, cells: Mapping[str, str], position: int | None) -> list[str]:
-        """Keep the labels in `cells`, of the item at `position` if there is one; returns what is wrong with them."""
+        """Keep the labels in `cells` for the item at `position`, if there is one; returns their problems."""
         problems: list[str] = []
         for column, meaning in self._columns.items():
             cell = cells.get(column, "").strip()
@@ -209,14 +207,14 @@ def _label_columns(path: Path, header: Sequence[str]) -> dict[str, str]:
 
 
 def _check_text(column: str, cell: str) -> None:
-    """Raise DataError, in words for a list of problems, for a split that there is not."""
+    """Raise DataError, worded for a list of problems, for an unknown split."""
     if column == "split" and cell not in SPLITS:
         message = f"split {cell!r} is none of {', '.join(SPLITS)}"
         raise DataError(message)
 
 
 def _joined(items: Items, table: _Table) -> tuple[Items, LabelReport]:
-    """The items with the labels of `table`, and what that changes. Raises DataError where scales would be mixed."""
+    """The items with the labels of `table`, and the changes. Raises DataError where scales would be mixed."""
     filled, replaced = Counter[str](), Counter[str]()
     labels, texts = dict(items.labels), {"split": items.splits, "generator": items.generators}
     scales: dict[str, MosRange | None] = {}
@@ -228,7 +226,7 @@ def _joined(items: Items, table: _Table) -> tuple[Items, LabelReport]:
         column, scale = LABEL_PREFIX + aspect, table.scales[aspect]
         old = np.asarray(labels.get(aspect, np.full(len(items), np.nan)), np.float64)
         kept = _scale_with(aspect, old[np.isnan(mos)], items.mos_ranges.get(aspect), scale)
-        notes += [note for note in (scale_warning(aspect, mos, scale), _told_of(aspect, kept, scale)) if note]
+        notes += [note for note in (scale_warning(aspect, mos, scale), _scale_note(aspect, kept, scale)) if note]
         if kept is not None and kept != scale:
             mos, tables[column] = convert_mos(mos, scale, kept), scale
         scales[aspect], sets = kept, np.isfinite(mos)
@@ -264,9 +262,9 @@ def _joined(items: Items, table: _Table) -> tuple[Items, LabelReport]:
 
 
 def _scale_with(aspect: str, stays: NDArray[np.float64], own: MosRange | None, scale: MosRange) -> MosRange | None:
-    """The scale of an aspect with values of a table on `scale` beside those that stay, whose scale is `own`.
+    """The scale of an aspect whose table values are on `scale`, and whose other values, `stays`, are on `own`.
 
-    None is not known. Raises DataError where `own` is not known and `stays` cannot be on `scale`.
+    None is unknown. Raises DataError where `own` is unknown and `stays` cannot be on `scale`.
     """
     known = stays[np.isfinite(stays)]
     if not len(known):
@@ -281,8 +279,8 @@ def _scale_with(aspect: str, stays: NDArray[np.float64], own: MosRange | None, s
     return own
 
 
-def _told_of(aspect: str, kept: MosRange | None, scale: MosRange) -> str | None:
-    """A note where the table was on another scale than the values that stay, or may have been."""
+def _scale_note(aspect: str, kept: MosRange | None, scale: MosRange) -> str | None:
+    """A note where the table was, or may have been, on another scale than the values that stay."""
     if kept is None:
         return (
             f"note: the scale of the other {aspect} MOS is not recorded; they are taken to be on {range_text(scale)} "

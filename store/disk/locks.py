@@ -32,6 +32,22 @@ def exclusive_lock(path: Path) -> Generator[bool]:
 
 
 @contextmanager
+def file_lock(path: Path) -> Generator[bool]:
+    """Hold a lock on the data file `path`, made if it is not there. Yields False while another process holds it.
+
+    Also yields False if the last holder has renamed or removed the file meanwhile.
+    """
+    with _open_lock(path) as file:
+        if not (_try_lock(file) and _has_name(file, path)):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            _unlock(file)
+
+
+@contextmanager
 def waiting_lock(path: Path) -> Generator[None]:
     """Hold the lock file `path` while inside, after waiting for any other process that holds it."""
     while True:

@@ -1,32 +1,52 @@
-"""HDF5 files on disk: read with an error that says what is wrong, and written so that a full disk is an error too."""
+"""HDF5 files that hold a store: opened with clear errors, written safely on full disks, compressed and described.
 
+One file holds every array of the Zarr group under its name, with its attributes, and the item table as the columns
+`items/name`, `items/prompt`, ... Where a text column has gaps, `items/missing/COLUMN` (uint8) has a 1 for each item
+without a value, since HDF5 has no null; an unknown MOS is NaN. Texts are fixed-length UTF-8. An attribute that HDF5
+cannot hold natively is JSON text, and `json_attributes` beside it names it.
+
+Checksums cover the whole file: chunks have Fletcher-32 (gzip has none), the HDF5 1.10 format protects all metadata but
+the texts of attributes, and `metadata_sha256` of the root group covers those.
+"""
+
+import hashlib
 import io
+import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import h5py
+import numpy as np
 
-from agiqa.errors import AgiqaError, BusyStore, DamagedStore, SchemaError
+from agiqa.errors import AgiqaError, BusyStore, ConfigError, DamagedStore, SchemaError, UnknownName
+from agiqa.store.disk.files import canonical_json
 from agiqa.store.disk.locks import NO_LOCKS
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-LIBVER = ("v110", "v110")
+COMPRESSIONS = ("auto", "zstd", "gzip", "none")
+METADATA_SHA256 = "metadata_sha256"
+INSTALL = "pip install 'agiqa[hdf5]'"
+_JSON_ATTRIBUTES = "json_attributes"
+_LIBVER = ("v110", "v110")
 """Any HDF5 from 1.10 (2016) on; the formats before it have no checksums on their metadata."""
+_ZSTD_FILTER = 32015
+"""The number that the HDF Group registered for zstd."""
 
 
 @contextmanager
 def reading(path: Path, what: str) -> Generator[None]:
     """Turn what HDF5 raises at damaged bytes of the file `path` into DamagedStore, naming `what` was read.
 
-    An OSError with a number is the system's (no right to read, a failing disk) and travels on unchanged.
+    An OSError with a number comes from the system (no right to read, a failing disk) and stays as it is.
     """
     try:
         yield
@@ -41,15 +61,15 @@ def reading(path: Path, what: str) -> Generator[None]:
 
 @contextmanager
 def open_hdf5(path: Path) -> Generator[h5py.File]:
-    """The HDF5 file `path`, to read.
+    """The HDF5 file `path`, open for reading.
 
-    Raises SchemaError where it is none, DamagedStore where it is cut off, BusyStore while another program has it open
-    for writing, and OSError where this user may not read it.
+    Raises SchemaError where it is no HDF5 file, DamagedStore where it is cut off, BusyStore while another program has
+    it open for writing, and OSError where this user may not read it.
     """
     if not path.is_file():
         message = f"{path} is not there, or no file."
         raise SchemaError(message)
-    path.open("rb").close()  # h5py says of a file that it may not read that it is no HDF5 file
+    path.open("rb").close()  # h5py calls a file that it may not read no HDF5 file
     if not h5py.is_hdf5(path):
         message = f"{path} is no HDF5 file, or its first bytes are damaged."
         raise SchemaError(message)
@@ -74,22 +94,21 @@ def _open(path: Path) -> h5py.File:
 
 
 @contextmanager
-def writing_hdf5(path: Path, mode: Literal["w", "r+"] = "w") -> Generator[tuple[h5py.File, Callable[[], None]]]:
-    """The HDF5 file `path`, to write (`w`) or to add to (`r+`), and a function that raises what the disk refused.
+def writing_hdf5(path: Path) -> Generator[tuple[h5py.File, Callable[[], None]]]:
+    """A new HDF5 file at `path`, and a function `check` that raises what the disk refused.
 
-    That function is to be called now and then: what the disk does not take stays in memory until the file is closed,
-    and so long Ctrl-C and SIGTERM wait. The OSError is raised at the end at the latest, without a file name; what the
-    disk holds of the file is worthless then.
+    Call `check` often: until then refused bytes stay in memory, and Ctrl-C and SIGTERM wait. Without a call the OSError
+    comes when the file is closed. It names no file; what the disk holds is worthless then.
     """
     with _held_back_signals() as let_through:
-        disk = _Disk(path, "w+b" if mode == "w" else "r+b")
+        disk = _Disk(path)
 
         def check() -> None:
             disk.check()
             let_through()
 
         try:
-            with h5py.File(disk, mode, libver=LIBVER) as file:
+            with h5py.File(disk, "w", libver=_LIBVER) as file:
                 yield file, check
         finally:
             disk.close()
@@ -110,7 +129,7 @@ def _held_back_signals() -> Generator[Callable[[], None]]:
             number = waiting.pop()
             handlers[number](number, None)
 
-    if threading.current_thread() is threading.main_thread():  # no other one runs handlers, or may set them
+    if threading.current_thread() is threading.main_thread():  # only the main thread runs and sets handlers
         found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         handlers = {number: handler for number, handler in found.items() if callable(handler)}
     for number in handlers:
@@ -123,17 +142,16 @@ def _held_back_signals() -> Generator[Callable[[], None]]:
         let_through()
 
 
-class _Disk(io.RawIOBase):
-    """A file in which no write ever fails, for HDF5 to write to: what the disk does not take is kept in memory.
+class _Disk(io.FileIO):
+    """A file for HDF5 to write to in which no write fails: it keeps in memory what the disk does not take.
 
     The HDF5 library cannot close a file once a write to it has failed, and crashes the process at its end.
     """
 
-    def __init__(self, path: Path, mode: Literal["w+b", "r+b"]) -> None:
-        self._file = path.open(mode, buffering=0)
-        self._position = 0
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "w+")
         self._refused: list[tuple[int, bytes]] = []
-        """Where what the disk did not take belongs in the file, oldest first."""
+        """Position and content of what the disk did not take, oldest first."""
         self._error: OSError | None = None
 
     def check(self) -> None:
@@ -141,57 +159,122 @@ class _Disk(io.RawIOBase):
         if self._error is not None:
             raise self._error
 
-    def close(self) -> None:
-        """Close the file on disk; nothing is written any more."""
-        self._file.close()
-        super().close()
-
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """Set the position, as of any file."""
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size()}[whence]
-        self._position = start + offset
-        return self._position
-
-    def tell(self) -> int:
-        """The position."""
-        return self._position
+        """As of any file; its end is that of the refused bytes too."""
+        position = super().seek(offset, whence)
+        if whence != os.SEEK_END:
+            return position
+        return super().seek(max(position, *(at + len(content) + offset for at, content in self._refused), 0))
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """Fill `buffer` from the position on, with zeros beyond the end; its bytes."""
-        view = memoryview(buffer).cast("B")
+        """Fill all of `buffer`, with zeros beyond the end; its length in bytes."""
+        view, start = memoryview(buffer).cast("B"), self.tell()
+        stop = start + len(view)
         view[:] = bytes(len(view))
-        os.preadv(self._file.fileno(), [view], self._position)
+        super().readinto(view)
         for at, content in self._refused:
-            first, last = max(at, self._position), min(at + len(content), self._position + len(view))
+            first, last = max(at, start), min(at + len(content), stop)
             if first < last:
-                view[first - self._position : last - self._position] = content[first - at : last - at]
-        self._position += len(view)
+                view[first - start : last - start] = content[first - at : last - at]
+        self.seek(stop)
         return len(view)
 
     def write(self, content: "ReadableBuffer", /) -> int:
-        """Write `content` at the position, on the disk as far as it takes it; its bytes."""
-        view = memoryview(content).cast("B")
-        done = 0
+        """Write all of `content`, to the disk as far as it takes it; its length in bytes."""
+        view, start, done = memoryview(content).cast("B"), self.tell(), 0
         try:
             while self._error is None and done < len(view):
-                done += os.pwrite(self._file.fileno(), view[done:], self._position + done)
+                done += super().write(view[done:])
         except OSError as error:
             self._error = error
         if done < len(view):
-            self._refused.append((self._position + done, bytes(view[done:])))
-        self._position += len(view)
+            self._refused.append((start + done, bytes(view[done:])))
+            self.seek(start + len(view))
         return len(view)
 
     def truncate(self, size: int | None = None, /) -> int:
         """Set the length of the file."""
-        length = self._position if size is None else size
+        length = self.tell() if size is None else size
         try:
             if self._error is None:
-                os.ftruncate(self._file.fileno(), length)
+                super().truncate(length)
         except OSError as error:
             self._error = error
         return length
 
-    def _size(self) -> int:
-        ends = (at + len(content) for at, content in self._refused)
-        return max(os.fstat(self._file.fileno()).st_size, *ends, 0)
+
+def chosen_compression(name: str) -> str:
+    """`name`, with `auto` settled: zstd if its plugin is installed, else gzip.
+
+    Raises UnknownName for another name, ConfigError for zstd without the plugin.
+    """
+    if name not in COMPRESSIONS:
+        raise UnknownName.of(kind="HDF5 compression", name=name, known=COMPRESSIONS)
+    if name == "auto":
+        return "zstd" if _has_zstd() else "gzip"
+    if name == "zstd" and not _has_zstd():
+        message = f"HDF5 writes zstd through the plugin hdf5plugin: {INSTALL}, or choose gzip."
+        raise ConfigError(message)
+    return name
+
+
+def _has_zstd() -> bool:
+    with suppress(ImportError):
+        import_module("hdf5plugin")  # registers its filters with the HDF5 library
+    return bool(h5py.h5z.filter_avail(_ZSTD_FILTER))
+
+
+def require_filters(path: Path, dataset: h5py.Dataset) -> None:
+    """Raise SchemaError, with the remedy, where `dataset` cannot be decompressed here."""
+    creation = dataset.id.get_create_plist()
+    for position in range(creation.get_nfilters()):
+        code, _, _, description = creation.get_filter(position)
+        if not (_has_zstd() if code == _ZSTD_FILTER else h5py.h5z.filter_avail(code)):
+            name = description.decode(errors="replace") or f"number {code}"
+            message = f"{path}: {dataset.name} needs the HDF5 filter {name!r}, which is not installed. {INSTALL}"
+            raise SchemaError(message)
+
+
+def create_dataset(
+    group: h5py.Group, name: str, *, shape: tuple[int, ...], dtype: Any, chunks: tuple[int, ...], compression: str
+) -> h5py.Dataset:
+    """Create the dataset `name`, zeros until written: byte shuffle, `compression` and Fletcher-32 per chunk."""
+    if 0 in shape or not shape:  # HDF5 cannot cut these into chunks
+        return group.create_dataset(name, shape=shape, dtype=dtype)
+    filters: dict[str, dict[str, Any]] = {
+        "zstd": {"compression": _ZSTD_FILTER, "compression_opts": (1,), "shuffle": True},
+        "gzip": {"compression": "gzip", "compression_opts": 1, "shuffle": True},
+        "none": {},
+    }
+    fitting = tuple(min(chunk, length) for chunk, length in zip(chunks, shape, strict=True))
+    return group.create_dataset(name, shape=shape, dtype=dtype, chunks=fitting, fletcher32=True, **filters[compression])
+
+
+def write_attributes(node: h5py.Group | h5py.Dataset, attributes: Mapping[str, Any]) -> None:
+    """Write `attributes` (JSON values) to `node`: texts, numbers and truth values natively, the rest as JSON text."""
+    as_json = sorted(name for name, value in attributes.items() if not _is_native(value))
+    for name, value in attributes.items():
+        node.attrs[name] = canonical_json(value) if name in as_json else value
+    if as_json:
+        node.attrs[_JSON_ATTRIBUTES] = canonical_json(as_json)
+
+
+def _is_native(value: Any) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return -(1 << 63) <= value < 1 << 63
+    return isinstance(value, str | bool | float)
+
+
+def read_attributes(node: h5py.Group | h5py.Dataset) -> dict[str, Any]:
+    """The attributes that `write_attributes` wrote to `node`."""
+    found = {name: value.item() if isinstance(value, np.generic) else value for name, value in node.attrs.items()}
+    for name in json.loads(found.pop(_JSON_ATTRIBUTES, "[]")):
+        found[name] = json.loads(found[name])
+    return found
+
+
+def metadata_sha256(file: h5py.File) -> str:
+    """Hex sha256 of the attributes of all groups and datasets, but the one that holds this hash."""
+    found = {"": {name: value for name, value in read_attributes(file).items() if name != METADATA_SHA256}}
+    file.visititems(lambda name, node: found.update({name: read_attributes(node)}))
+    return hashlib.sha256(canonical_json(found).encode()).hexdigest()

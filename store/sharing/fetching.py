@@ -1,4 +1,4 @@
-"""Fetch single objects from a remote, each checked by its sha256 and whole or absent under its name."""
+"""Fetch single objects from a remote: each is checked by its sha256, and whole or absent under its name."""
 
 import hashlib
 from pathlib import Path
@@ -9,8 +9,7 @@ from agiqa.store.disk.files import naming, sync_file
 from agiqa.store.format.layout import MANIFEST
 from agiqa.store.format.manifest import MANIFEST_BYTES, Entry, Manifest, parse_manifest
 from agiqa.store.sharing.remotes import BLOCK, Remote
-from agiqa.store.sharing.retries import wait_after
-from agiqa.store.sharing.transfers import Tally
+from agiqa.store.sharing.transfers import Tally, wait_after
 
 
 def fetch_manifest(remote: Remote) -> Manifest:
@@ -25,25 +24,30 @@ def fetch_manifest(remote: Remote) -> Manifest:
     return parse_manifest(text.decode("utf-8", errors="replace"), remote.url_of(MANIFEST))
 
 
+def partial_of(place: Path) -> Path:
+    """Where the beginning of the object that goes to the file `place` lies until the rest has come."""
+    return place.with_name(f".{place.name}.partial")
+
+
 def fetch_object(remote: Remote, entry: Entry, place: Path, tally: Tally) -> None:
     """Fetch one object to the file `place`, checked by its sha256, whole or not at all.
 
-    What an earlier run had fetched of it is kept. At most one byte more than the manifest lists is taken. Raises
+    The beginning that an earlier run fetched is kept. At most one byte more than the manifest lists is read. Raises
     DamagedStore when its bytes are wrong twice, and RemoteError when the remote cannot be reached.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.partial")
+    temporary = partial_of(place)
     size = 0
     for _ in range(2):
         if _download(remote, entry, temporary, tally) == entry.sha256:
             sync_file(temporary)
             temporary.replace(place)
             sync_file(place.parent)
-            tally.finished()
+            tally.count(objects=1)
             return
         size = temporary.stat().st_size
         temporary.unlink()
-        tally.found(-size)
+        tally.count(progress=-size)
     came = f"more than {entry.bytes} bytes" if size > entry.bytes else f"{size} bytes"
     message = (
         f"{remote.url_of(entry.path)} is damaged: {came} came, twice, that do not have the sha256 recorded for "
@@ -65,19 +69,19 @@ def _download(remote: Remote, entry: Entry, temporary: Path, tally: Tally) -> st
                     digest.update(block)
                     done += len(block)
                     failures = 0
-                    tally.moved(len(block))
+                    tally.count(size=len(block), progress=len(block))
                 break
             except FileNotFoundError as error:
                 message = f"{remote.url_of(entry.path)} is missing, though the manifest lists it. Push the store again."
                 raise DamagedStore(message) from error
             except RemoteError as error:
-                failures += 1  # without a byte between them
+                failures += 1  # in a row: no byte came between them
                 wait_after(failures, error, halt=tally.halt)
     return digest.hexdigest()
 
 
 def _resume(temporary: Path, entry: Entry, digest: Any, tally: Tally) -> int:
-    """Take what is there of the object into `digest`; returns its bytes."""
+    """Add the beginning of the object that is in `temporary` to `digest`; returns its length in bytes."""
     if not temporary.exists():
         return 0
     if temporary.stat().st_size > entry.bytes:
@@ -87,5 +91,5 @@ def _resume(temporary: Path, entry: Entry, digest: Any, tally: Tally) -> int:
         while block := file.read(BLOCK):
             digest.update(block)
     size = temporary.stat().st_size
-    tally.found(size)
+    tally.count(progress=size)
     return size

@@ -1,25 +1,28 @@
 """Pull: copy a store, or the units that hold some of its items, from a URL; every byte is checked on its way.
 
-An object goes to its place as soon as it is here, unless that would change a store which the folder holds: an
-unfinished one, or one whose manifest lists another object there. Then it waits in the folder `.pulled`. When everything
-is here, `_install` moves all that waits to its place and writes MANIFEST.json. Before that a failure or a kill leaves
-the store that was there as it was.
+`plan_pull` only looks, `run_pull` acts. An object goes to its place as soon as it is fetched, unless that would change
+a store that the folder holds: an unfinished one, or one whose manifest lists another object there. Then it waits in the
+folder `.pulled`. When all objects are here, `_install` moves the waiting ones to their places and writes MANIFEST.json.
+Before that a failure or a kill leaves the old store as it was.
 
 `PULLING.json`, the manifest of what is being pulled, marks a folder that is no store yet; a part of a store has
-`"state": "partial"` in its manifest, and lists the `units` that are there.
+`"state": "partial"` in its manifest, and lists the `units` that it has.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from itertools import count
 from pathlib import Path
-from typing import Any
+from tempfile import mkdtemp
+from typing import Any, Literal
+from weakref import finalize
 
-from agiqa.errors import BusyStore, ConfigError, DamagedStore, DataError, SettingsConflict
+from agiqa.errors import AgiqaError, BusyStore, ConfigError, DamagedStore, DataError, SettingsConflict
 from agiqa.store.disk.files import read_json, sha256_of_file, sync_file, telling_disk_errors, write_text_atomically
 from agiqa.store.disk.locks import exclusive_lock, is_held
 from agiqa.store.format.items import read_items
@@ -27,7 +30,7 @@ from agiqa.store.format.layout import ITEM_TABLE, PULL_LOCK, PULL_RECORD, ROOT_M
 from agiqa.store.format.manifest import CARD_BYTES, Entry, Manifest, check_inside, read_manifest, units_of_objects
 from agiqa.store.format.metadata import check_attributes
 from agiqa.store.reading.store import Store
-from agiqa.store.sharing.fetching import fetch_manifest, fetch_object
+from agiqa.store.sharing.fetching import fetch_manifest, fetch_object, partial_of
 from agiqa.store.sharing.remotes import Remote, remote_at
 from agiqa.store.sharing.transfers import JOBS, Tally, Transfer, in_parallel
 from agiqa.store.writing.records import remove_records
@@ -36,12 +39,14 @@ from agiqa.store.writing.sealing import remove_locks, seal_lock
 
 @dataclass(frozen=True, kw_only=True)
 class PullPlan:
-    """What a pull is going to bring to `path`."""
+    """What a pull would bring to `path`."""
 
     remote: Remote
     path: Path
     manifest: Manifest
     """What the local MANIFEST.json will say."""
+    fetched: Path | None = None
+    """A temporary folder with the objects that the plan had to read; it goes with the plan."""
 
     @property
     def bytes(self) -> int:
@@ -73,83 +78,172 @@ def pull(
 
 
 def plan_pull(url: str, path: Path, *, items: Sequence[str] | None = None, jobs: int = JOBS) -> PullPlan:
-    """Find out what must be fetched; with `items` this fetches the index and the item table.
+    """Find out what a pull would fetch; nothing at `path` is changed.
+
+    With `items` the index and the item table are fetched to a temporary folder, in `jobs` threads.
 
     Raises SchemaError where there is no finished store at `url`, SettingsConflict where `path` holds anything else
     than this store (an unfinished one is completed, unless `items` are given), DamagedStore where its manifest cannot
-    be read, DataError naming the items that the store does not have, and BusyStore where another pull or run is at work
-    on `path`.
+    be read, DataError naming the items that the store does not have, and BusyStore where a run is at work on `path`.
     """
     if items is not None and not items:
         message = f"No items are named, so there is nothing to pull from {url}. Name some, or pull the whole store."
         raise ConfigError(message)
     remote = remote_at(url)
     manifest = fetch_manifest(remote)
-    had = _claim(path, manifest, some=items is not None)
-    if items is None or had is None:
-        return PullPlan(remote=remote, path=path, manifest=manifest)
-    with _only_pull(path, url):
-        _fetch_missing(remote, manifest.metadata, _Local.at(path), Tally(), jobs)
-    if any(_waiting(path, entry).exists() for entry in manifest.metadata if entry.path != ITEM_TABLE):
-        message = f"The store at {url} was made anew since {path} was pulled. Pull it without --items, or elsewhere."
+    local = _look(path, manifest)
+    if items is not None and local.holds == "unfinished":
+        message = (
+            f"{path} is an unfinished store; some items of the store at the URL would take the place of all its units. "
+            "Pull to another path, or without --items."
+        )
         raise SettingsConflict(message)
-    store = Store(path, manifest=json.loads(manifest.text))
-    units = {*had, *_units_of_items(store, _names(path, manifest), items)}
-    part = manifest
-    if len(units) < store.geometry.units:
-        part = manifest.part(units, units_of_objects(path, manifest))
-    return PullPlan(remote=remote, path=path, manifest=part)
+    if items is not None and (local.manifest is None or local.manifest["state"] != "complete"):
+        return _plan_part(remote, manifest, local, items, jobs)
+    return PullPlan(remote=remote, path=path, manifest=manifest)
 
 
 def run_pull(plan: PullPlan, *, jobs: int = JOBS, advance: Callable[[int], None] = lambda _bytes: None) -> Transfer:
-    """Fetch what `plan` names in `jobs` threads; MANIFEST.json is written when all of it is there.
+    """Fetch what `plan` names in `jobs` threads, and write MANIFEST.json when all of it is there.
 
     Raises DamagedStore naming the object and its URL where the remote twice gave other bytes than its manifest
-    records, RemoteError where it cannot be reached, ConfigError where the disk has too little room, and BusyStore where
-    another pull is at work or the store was changed meanwhile. An OSError is told of as `telling_disk_errors` does.
+    records, RemoteError where it cannot be reached, ConfigError where the disk has too little room, BusyStore where
+    another pull or a run is at work or the store was changed meanwhile, and SettingsConflict as `plan_pull`. An OSError
+    gets a note that says what is kept.
     """
-    with _only_pull(plan.path, plan.remote.url):
-        tally, local = Tally(advance), _Local.at(plan.path)
-        _require_room(plan)
-        _fetch_missing(plan.remote, plan.manifest.entries, local, tally, jobs)
-        _check_identity(plan.remote, plan.manifest, plan.path)
-        card = plan.remote.read(local.layout.card.name, limit=CARD_BYTES)
-        _install(plan.manifest, local, card)
-        remove_locks(local.layout, mine=PULL_LOCK)
+    path, manifest = plan.path, plan.manifest
+    with telling_disk_errors(f"pulling {plan.remote.url} to {path}", "what was fetched is kept"):
+        if _look(path, manifest).holds == "nothing":
+            path.mkdir(parents=True, exist_ok=True)
+            write_text_atomically(path / PULL_RECORD, manifest.text)
+        with exclusive_lock(StoreLayout(path).locks / PULL_LOCK) as held:
+            if not held:
+                message = f"Another pull is at work on {path}. Wait for it, or pull to another path."
+                raise BusyStore(message)
+            tally, local = Tally(advance), _Local.at(path)
+            _require_room(plan)
+            _fetch_missing(plan, local, tally, jobs)
+            _check_identity(plan)
+            card = plan.remote.read(local.layout.card.name, limit=CARD_BYTES)
+            _install(manifest, local, card)
+            remove_locks(local.layout, mine=PULL_LOCK)
     return tally.result()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Local:
-    """What the folder of a pull holds of the store when the pull begins."""
+    """What the target folder of a pull holds when the pull begins."""
 
     layout: StoreLayout
-    listed: dict[str, str] | None
-    """The sha256 of every object of its manifest, by path; None where there is no manifest."""
+    manifest: dict[str, Any] | None
+    """That of a complete store or a part; None where there is none."""
 
     @classmethod
     def at(cls, path: Path) -> "_Local":
         layout = StoreLayout(path)
-        return cls(layout=layout, listed=_listed(layout))
+        return cls(layout=layout, manifest=read_manifest(layout.manifest) if layout.manifest.exists() else None)
 
     @property
-    def is_unfinished(self) -> bool:
+    def holds(self) -> Literal["store", "unfinished", "nothing"]:
+        """`store` with a manifest, `unfinished` where runs planned one, `nothing` before the first pull has ended."""
+        if self.manifest is not None:
+            return "store"
+        return "unfinished" if self.is_planned and not (self.layout.root / PULL_RECORD).exists() else "nothing"
+
+    @property
+    def is_planned(self) -> bool:
         """Whether runs of this machine have planned the store and perhaps filled some of it."""
-        return self.listed is None and self.layout.plan_commit.exists()
+        return self.manifest is None and self.layout.plan_commit.exists()
+
+    @cached_property
+    def listed(self) -> dict[str, str]:
+        """The sha256 of every object of its manifest, by path."""
+        entries = [] if self.manifest is None else [*self.manifest["objects"], self.manifest["labels"]]
+        return {entry["path"]: entry["sha256"] for entry in entries}
 
     def place_for(self, entry: Entry, found: str | None) -> Path:
-        """Where the object of `entry` is fetched to; `found` is the sha256 of what has its place now."""
-        counts = self.listed is not None and self.listed.get(entry.path) == found
-        if self.is_unfinished or (found is not None and (counts or entry.path == ITEM_TABLE)):
+        """Where the object of `entry` is fetched to; `found` is the sha256 of the file that has its place now."""
+        counts = self.manifest is not None and self.listed.get(entry.path) == found
+        if self.is_planned or (found is not None and (counts or entry.path == ITEM_TABLE)):
             return _waiting(self.layout.root, entry)
         return self.layout.root / entry.path
 
 
-def _listed(layout: StoreLayout) -> dict[str, str] | None:
-    if not layout.manifest.exists():
-        return None
-    manifest = read_manifest(layout.manifest)
-    return {entry["path"]: entry["sha256"] for entry in [*manifest["objects"], manifest["labels"]]}
+def _look(path: Path, manifest: Manifest) -> _Local:
+    """What is at `path`. Raises SettingsConflict where it is not this store, and BusyStore where a run is at work."""
+    local, record = _Local.at(path), path / PULL_RECORD
+    started = read_manifest(record) if record.exists() else local.manifest
+    found = None if started is None else started.get("id")
+    if local.holds == "unfinished":
+        found = Store(path).id
+    elif found is None and path.exists() and (not path.is_dir() or any(map(_is_foreign, path.iterdir()))):
+        message = f"{path} holds something else; nothing in it was changed. Pull to another path."
+        raise SettingsConflict(message)
+    if found not in (None, manifest.id):
+        message = (
+            f"{path} holds the store {str(found)[:12]}, the URL {manifest.id[:12]}; nothing was changed. "
+            "Pull to another path."
+        )
+        raise SettingsConflict(message)
+    if local.holds == "unfinished":
+        _require_idle(local.layout)
+    return local
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether `path` is anything but what a pull leaves that was killed while it wrote PULLING.json."""
+    return not path.name.startswith(f".{PULL_RECORD}.")
+
+
+def _plan_part(remote: Remote, manifest: Manifest, local: _Local, items: Sequence[str], jobs: int) -> PullPlan:
+    """The plan of a pull of the units that hold `items`, beside those that are in the folder already."""
+    path, listed = local.layout.root, local.listed
+    if any(
+        listed.get(entry.path, entry.sha256) != entry.sha256 for entry in manifest.metadata if entry.path != ITEM_TABLE
+    ):
+        message = (
+            f"The store at {remote.url} was made anew since {path} was pulled. Pull without --items, or elsewhere."
+        )
+        raise SettingsConflict(message)
+    folder, tally = Path(mkdtemp(prefix="agiqa-pull-")), Tally()
+
+    def fetch(entry: Entry) -> None:
+        here, there = path / entry.path, folder / entry.path
+        if here.is_file() and sha256_of_file(here) == entry.sha256:
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(here, there)
+        else:
+            fetch_object(remote, entry, there, tally)
+
+    with telling_disk_errors(f"looking at {remote.url}", "nothing was changed"), ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        in_parallel(fetch, manifest.metadata, threads=jobs, halt=tally.halt)
+        try:
+            store, names = Store(folder, manifest=json.loads(manifest.text)), read_items(folder / ITEM_TABLE).names
+            unit_of_item = store.units
+        except AgiqaError as error:
+            error.add_note(f"while reading the index and the item table of {remote.url}: push it again")
+            raise
+        units = set(unit_of_item[_positions(remote.url, names, items)].tolist())
+        units |= set() if local.manifest is None else set(local.manifest["units"])
+        if len(units) < store.geometry.units:
+            manifest = manifest.part(units, units_of_objects(folder, manifest))
+        plan = PullPlan(remote=remote, path=path, manifest=manifest, fetched=folder)
+        finalize(plan, undo.pop_all().close)
+    return plan
+
+
+def _positions(where: str, names: Sequence[str], items: Sequence[str]) -> list[int]:
+    """The positions of `items` among the `names` of all items. Raises DataError naming those that are not there."""
+    position = {name: number for number, name in enumerate(names)}
+    problems: list[str] = []
+    for item in items:
+        if item not in position:
+            near = get_close_matches(item, names, n=1, cutoff=0.6)
+            problems.append(f"no item is called {item!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if problems:
+        raise DataError.from_problems(where, problems)
+    return [position[item] for item in items]
 
 
 def _waiting(path: Path, entry: Entry) -> Path:
@@ -157,8 +251,8 @@ def _waiting(path: Path, entry: Entry) -> Path:
     return StoreLayout(path).pulled / entry.path
 
 
-def _fetch_missing(remote: Remote, entries: Iterable[Entry], local: _Local, tally: Tally, jobs: int) -> None:
-    path = local.layout.root
+def _fetch_missing(plan: PullPlan, local: _Local, tally: Tally, jobs: int) -> None:
+    path = plan.path
 
     def fetch(entry: Entry) -> None:
         target, waiting = path / entry.path, _waiting(path, entry)
@@ -166,34 +260,37 @@ def _fetch_missing(remote: Remote, entries: Iterable[Entry], local: _Local, tall
             check_inside(path, place)
         found = sha256_of_file(target) if target.is_file() else None
         if entry.sha256 in (found, sha256_of_file(waiting) if waiting.is_file() else None):
-            tally.skipped(entry.bytes)
+            tally.count(skipped=1, progress=entry.bytes)
         else:
-            fetch_object(remote, entry, local.place_for(entry, found), tally)
+            place = local.place_for(entry, found)
+            if plan.fetched is not None and (plan.fetched / entry.path).is_file():  # checked and finished like any rest
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(plan.fetched / entry.path, partial_of(place))
+            fetch_object(plan.remote, entry, place, tally)
         if found == entry.sha256:
             waiting.unlink(missing_ok=True)  # of a pull of another version that was cut off
 
-    in_parallel(fetch, entries, threads=jobs, halt=tally.halt)
+    in_parallel(fetch, plan.manifest.entries, threads=jobs, halt=tally.halt)
 
 
 def _install(manifest: Manifest, local: _Local, card: bytes | None) -> None:
-    """Move what waits to its place and write MANIFEST.json; all that `manifest` lists is in the folder already.
+    """Move the waiting objects to their places and write MANIFEST.json; all that `manifest` lists is in the folder.
 
     From the first move on a kill leaves PULLING.json and no MANIFEST.json, and the next pull only moves the rest.
     """
     layout, path = local.layout, local.layout.root
     waiting = [entry for entry in manifest.entries if _waiting(path, entry).exists()]
     with seal_lock(layout):
-        if _listed(layout) != local.listed:
+        if _Local.at(path).manifest != local.manifest:
             message = f"{path} was sealed, or its labels were changed, while it was pulled. Run the same command again."
             raise BusyStore(message)
-        if local.is_unfinished:
+        if local.is_planned:
             _stop_runs(layout, manifest)
         if waiting:
             write_text_atomically(path / PULL_RECORD, manifest.text)
             layout.manifest.unlink(missing_ok=True)
             sync_file(path)
-        listed = local.listed or {}
-        if any(listed.get(entry.path) != entry.sha256 for entry in manifest.objects):
+        if any(local.listed.get(entry.path) != entry.sha256 for entry in manifest.objects):
             remove_records(layout)  # they list objects that are replaced
         for entry in waiting:
             target = path / entry.path
@@ -247,40 +344,6 @@ def _require_room(plan: PullPlan) -> None:
         raise ConfigError(message)
 
 
-def _claim(path: Path, manifest: Manifest, *, some: bool) -> list[int] | None:
-    """Make `path` the place of this store; returns the units that are there already, None for a complete store."""
-    layout, record = StoreLayout(path), path / PULL_RECORD
-    local = read_manifest(layout.manifest) if layout.manifest.exists() else None
-    started = read_manifest(record) if record.exists() else local
-    found = None if started is None else started.get("id")
-    unfinished = found is None and layout.plan_commit.exists()
-    if unfinished:
-        found = Store(path).id
-    elif found is None and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        message = f"{path} holds something else; nothing in it was changed. Pull to another path."
-        raise SettingsConflict(message)
-    if found not in (None, manifest.id):
-        message = (
-            f"{path} holds the store {str(found)[:12]}, the URL {manifest.id[:12]}; nothing was changed. "
-            "Pull to another path."
-        )
-        raise SettingsConflict(message)
-    if unfinished and some:
-        message = (
-            f"{path} is an unfinished store; some items of the store at the URL would take the place of all its units. "
-            "Pull to another path, or without --items."
-        )
-        raise SettingsConflict(message)
-    path.mkdir(parents=True, exist_ok=True)
-    if unfinished:  # stays one until all is here, so that its runs can go on where the pull fails
-        _require_idle(layout)
-        return []
-    if local is None:
-        write_text_atomically(record, manifest.text)
-        return []
-    return None if local["state"] == "complete" else [int(unit) for unit in local["units"]]
-
-
 def _require_idle(layout: StoreLayout) -> None:
     """Raise BusyStore where a run is at work; other pulls and upkeep keep out by their own locks."""
     if any(is_held(lock) for lock in layout.lock_files() if lock.name not in (PULL_LOCK, SEAL_LOCK)):
@@ -288,48 +351,16 @@ def _require_idle(layout: StoreLayout) -> None:
         raise BusyStore(message)
 
 
-def _check_identity(remote: Remote, manifest: Manifest, path: Path) -> None:
+def _check_identity(plan: PullPlan) -> None:
     """Raise DamagedStore unless the metadata that was fetched are those of the store that the manifest names."""
+    path, manifest = plan.path, plan.manifest
     root = next(entry for entry in manifest.objects if entry.path == ROOT_METADATA)
     waiting = _waiting(path, root)
     found = read_json(waiting if waiting.exists() else path / root.path)
     attributes: Any = found.get("attributes") if isinstance(found, dict) else None
     if not isinstance(attributes, dict) or attributes.get("id") != manifest.id:
-        message = f"{remote.url}: its manifest is of the store {manifest.id[:12]}, its metadata is not. Push it again."
+        message = (
+            f"{plan.remote.url}: its manifest is of the store {manifest.id[:12]}, its metadata is not. Push it again."
+        )
         raise DamagedStore(message)
     check_attributes(path, attributes)
-
-
-def _names(path: Path, manifest: Manifest) -> list[str]:
-    """The names of all items, as the item table says that `manifest` lists."""
-    waiting = _waiting(path, manifest.labels)
-    table = waiting if waiting.exists() else path / ITEM_TABLE
-    try:
-        return list(read_items(table).names)
-    except OSError as error:
-        message = f"{table} cannot be read ({error}), though it has the sha256 that the manifest lists. Push it again."
-        raise DamagedStore(message) from error
-
-
-def _units_of_items(store: Store, names: Sequence[str], items: Sequence[str]) -> list[int]:
-    """The units of the items of these names, where `names` are all that the store has."""
-    position = {name: number for number, name in enumerate(names)}
-    problems: list[str] = []
-    for item in items:
-        if item not in position:
-            near = get_close_matches(item, names, n=1, cutoff=0.6)
-            problems.append(f"no item is called {item!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    if problems:
-        raise DataError.from_problems(str(store.path), problems)
-    return [int(store.units[position[item]]) for item in items]
-
-
-@contextmanager
-def _only_pull(path: Path, url: str) -> Generator[None]:
-    """Hold the folder against other pulls. An OSError of the disk gets a note with what is kept."""
-    doing = telling_disk_errors(f"pulling {url} to {path}", "what was fetched is kept")
-    with doing, exclusive_lock(StoreLayout(path).locks / PULL_LOCK) as held:
-        if not held:
-            message = f"Another pull is at work on {path}. Wait for it, or pull to another path."
-            raise BusyStore(message)
-        yield

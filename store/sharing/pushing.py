@@ -1,4 +1,4 @@
-"""Push: copy a finished store to a URL. Its manifest goes last, so whoever finds one finds a whole store."""
+"""Push: copy a finished store to a URL. Its manifest goes last, so a folder with a manifest holds a whole store."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -20,11 +20,11 @@ def push(
     jobs: int = JOBS,
     advance: Callable[[int], None] = lambda _bytes: None,
 ) -> Transfer:
-    """Copy the finished `store` to the folder `url`, in `jobs` threads; what is there already is not sent again.
+    """Copy the finished `store` to the folder `url`, in `jobs` threads; objects that are there are not sent again.
 
-    An object counts as there when its size is the recorded one, and its hash too where the listing of the remote has
-    one. `advance` is called with the bytes of every object that is done; they add up to `push_bytes(store)`. Nothing
-    is sent from a store whose objects are not what its manifest records.
+    An object is there when the listing of the remote has its size, and its hash if it lists hashes. `advance` is called
+    with the bytes of every object that is done; they add up to `push_bytes(store)`. Nothing is sent from a store whose
+    objects are not what its manifest records.
 
     Raises IncompleteStore for an unfinished or partial store, DamagedStore naming the object that is damaged here,
     ConfigError for a URL that cannot be written to, SettingsConflict where it holds another store, and RemoteError.
@@ -44,7 +44,7 @@ def push(
     _check_local(store, manifest.entries, {upload.name for upload in missing}, jobs)
     if held is not None and held != manifest.text:
         remote.remove(MANIFEST)
-    first = [upload for upload in missing if upload.name == ROOT_METADATA]  # says whose place this is from now on
+    first = [upload for upload in missing if upload.name == ROOT_METADATA]  # marks the folder as that of this store
     rest = [upload for upload in missing if upload.name != ROOT_METADATA]
     last = [] if held == manifest.text else [Upload(local=store.layout.manifest, name=MANIFEST)]
     for stage in (first, rest, last):
@@ -53,7 +53,7 @@ def push(
 
 
 def push_bytes(store: Store) -> int:
-    """Bytes of the objects of the finished `store`, those that a remote has already included."""
+    """Bytes of all objects of the finished `store`."""
     return sum(entry.bytes for entry in _manifest_of(store).entries)
 
 
@@ -66,7 +66,7 @@ def _manifest_of(store: Store) -> Manifest:
 
 
 def _require_same_store(remote: Remote, there: dict[str, Found], store: Store) -> str | None:
-    """Refuse a folder that holds another store, whole or begun; returns the manifest that is there."""
+    """The manifest that is there. Raises SettingsConflict where the folder holds another store, whole or begun."""
     held = remote.read(MANIFEST, limit=MANIFEST_BYTES) if MANIFEST in there else None
     root = remote.read(ROOT_METADATA, limit=MANIFEST_BYTES) if ROOT_METADATA in there else None
     for name, text in ((MANIFEST, held), (ROOT_METADATA, root)):
@@ -98,13 +98,13 @@ def _uploads(store: Store, manifest: Manifest) -> list[Upload]:
 def _missing(
     remote: Remote, there: dict[str, Found], uploads: Iterable[Upload], tally: Tally, jobs: int
 ) -> list[Upload]:
-    """What must be sent: what is not there, or is there with other bytes."""
+    """The files that are not there, or are there with other bytes."""
     absent: list[Upload] = []
 
     def look(upload: Upload) -> None:
         found = there.get(upload.name)
         if found is not None and upload.local.is_file() and remote.holds(found, upload.local):
-            tally.skipped(_counted(upload))
+            tally.count(skipped=1, progress=_counted(upload))
         else:
             absent.append(upload)
 
@@ -128,7 +128,7 @@ def _check_local(store: Store, entries: Iterable[Entry], names: set[str], jobs: 
 
 def _send(remote: Remote, uploads: list[Upload], tally: Tally, jobs: int) -> None:
     def sent(upload: Upload) -> None:
-        tally.sent(upload.local.stat().st_size, progress=_counted(upload))
+        tally.count(objects=1, size=upload.local.stat().st_size, progress=_counted(upload))
 
     remote.put_all(uploads, threads=jobs, sent=sent)
 

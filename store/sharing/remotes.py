@@ -1,4 +1,4 @@
-"""Folders at URLs, through fsspec: which file system a URL means, and the few things that a store asks of it.
+"""Folders at URLs, through fsspec: the file system of each URL scheme, and the few operations that a store needs.
 
 | URL | file system | push |
 |---|---|---|
@@ -23,11 +23,10 @@ from typing import Any, ClassVar, TypeGuard
 
 from agiqa.errors import ConfigError, DamagedStore, RemoteError, StoreError, UnknownName
 from agiqa.store.disk.files import naming, sha256_of_file, sync_file, telling_disk_errors
-from agiqa.store.sharing.retries import describe_failure, patiently, status_of
-from agiqa.store.sharing.transfers import in_parallel
+from agiqa.store.sharing.transfers import describe_failure, in_parallel, retrying, status_of
 
 BLOCK = 4 << 20
-"""Bytes asked for at once: what a cut connection loses."""
+"""Bytes of one request: a cut connection loses no more."""
 _HUB_COMMIT_FILES = 64
 _PLAIN = {"Accept-Encoding": "identity"}
 
@@ -42,23 +41,23 @@ class Upload:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """A file in a remote folder, and what the listing tells of its content."""
+    """A file in a remote folder, with the size and hash that the listing has."""
 
     name: str
     size: int
     digest: tuple[str, str] | None = None
-    """Kind (`sha256`, `md5`, or `git` for a git blob) and hex digest, where the listing has one."""
+    """Kind (`sha256`, `md5`, or `git` for a git blob) and hex digest; None where the listing has none."""
 
 
 class Remote:
-    """A folder in an fsspec file system; this class as it is serves the object stores, whose writes are atomic."""
+    """A folder in an fsspec file system; this class itself serves object stores, whose writes are atomic."""
 
     read_only: ClassVar[bool] = False
     waits: ClassVar[bool] = True
-    """Whether its failures may pass by themselves."""
+    """Whether its failures may pass, so that another try is worth while."""
 
     def __init__(self, url: str, connect: Callable[[], tuple[Any, str]], failures: tuple[type[Exception], ...]) -> None:
-        """`connect` gives the file system and how it spells the folder; `failures` are what its driver raises."""
+        """`connect` gives the file system and its name for the folder; its driver raises `failures`."""
         self.url = url.rstrip("/")
         self._connect = connect
         self._file_system, root = connect()
@@ -68,7 +67,7 @@ class Remote:
 
     @property
     def file_system(self) -> Any:
-        """The fsspec file system; a forked child has its own, since the parent's threads are not there."""
+        """The fsspec file system; a forked child opens its own, since the threads stay in the parent."""
         if self._process != os.getpid():
             self._file_system, _ = self._connect()
             self._process = os.getpid()
@@ -81,10 +80,10 @@ class Remote:
     def blocks(self, name: str, *, size: int, start: int = 0) -> Iterator[bytes]:
         """The bytes of the file `name` from `start` on, in blocks of at most BLOCK.
 
-        A file of more than `size` bytes ends after one of those that are too many. Raises FileNotFoundError where
-        there is no such file, and RemoteError where it cannot be read.
+        At most one byte more than `size` is read. Raises FileNotFoundError where there is no such file, and RemoteError
+        where it cannot be read.
         """
-        with self.talking_of(name), self._opened(name, size=size, start=start) as file:
+        with self.translating_errors(name), self._opened(name, size=size, start=start) as file:
             yield from _blocks_of(file, size - start + 1)
 
     def read(self, name: str, *, limit: int) -> bytes | None:
@@ -94,11 +93,11 @@ class Remote:
         """
 
         def whole() -> bytes:
-            with self.talking_of(name), self._opened(name) as file:
+            with self.translating_errors(name), self._opened(name) as file:
                 return b"".join(_blocks_of(file, limit + 1))
 
         try:
-            content = patiently(whole)
+            content = retrying(whole)
         except FileNotFoundError:
             return None
         if len(content) > limit:
@@ -110,19 +109,19 @@ class Remote:
         """Every file below the folder, by name; empty where there is no folder. Raises RemoteError."""
 
         def found() -> dict[str, Any]:
-            with self.talking_of(""):
+            with self.translating_errors(""):
                 infos: dict[str, Any] = self.file_system.find(self.root, detail=True)
             return infos
 
         try:
-            infos = patiently(found)
+            infos = retrying(found)
         except FileNotFoundError:
             return {}
         names = {path: path[len(self.root) + 1 :] for path in infos}
         return {name: self._found(name, infos[path]) for path, name in names.items()}
 
     def holds(self, found: Found, local: Path) -> bool:
-        """Whether the file listed as `found` is the file `local`, as far as the listing can tell."""
+        """Whether the file listed as `found` has the size of the file `local`, and its hash if the listing has one."""
         if found.size != local.stat().st_size:
             return False
         return found.digest is None or _digest(local, found.digest[0]) == found.digest[1]
@@ -133,11 +132,11 @@ class Remote:
 
         def put(upload: Upload) -> None:
             def once() -> None:
-                with self.talking_of(upload.name):
+                with self.translating_errors(upload.name):
                     self._put(upload)
 
             try:
-                patiently(once, halt=halt)
+                retrying(once, halt=halt)
             except FileNotFoundError as error:
                 message = f"{self.url_of(upload.name)} cannot be written: its bucket does not exist ({error})."
                 raise RemoteError(message) from error
@@ -147,11 +146,11 @@ class Remote:
 
     def remove(self, name: str) -> None:
         """Remove the file `name`. Raises RemoteError."""
-        with self.talking_of(name):
+        with self.translating_errors(name):
             self.file_system.rm(self._path(name))
 
     @contextmanager
-    def talking_of(self, name: str) -> Generator[None]:
+    def translating_errors(self, name: str) -> Generator[None]:
         """Turn what the driver raises into RemoteError, or FileNotFoundError for a file that is not there."""
         try:
             yield
@@ -197,12 +196,12 @@ class Remote:
 
 
 class LocalFolder(Remote):
-    """A folder on this machine, perhaps a mounted share: whole files only, and compared byte by byte."""
+    """A folder on this machine, perhaps a mounted share: each file appears whole, and files are compared by sha256."""
 
     waits = False
 
     def holds(self, found: Found, local: Path) -> bool:
-        """Whether both files have one sha256: reading is as quick here as copying."""
+        """Whether both files have the same sha256: here reading costs no more than copying."""
         return super().holds(found, local) and sha256_of_file(Path(self._path(found.name))) == sha256_of_file(local)
 
     def _put(self, upload: Upload) -> None:
@@ -219,13 +218,13 @@ class LocalFolder(Remote):
 
 
 class WebFolder(Remote):
-    """A folder of a web server; what one that knows no ranges sends from the beginning is dropped up to the start."""
+    """A folder of a web server. From one without ranges, the bytes before the start are read and dropped."""
 
     read_only = True
 
     @contextmanager
     def _opened(self, name: str, *, size: int | None = None, start: int = 0) -> Generator[Any]:
-        """As in Remote, as one answer that is read as it comes: of one without end, no more than is asked for."""
+        """As in Remote, as a stream: of an answer without end, no more is read than asked for."""
         headers = {**_PLAIN, "Range": f"bytes={start}-"} if start else _PLAIN
         with self.file_system.open(self._path(name), "rb", block_size=0, size=size or 1, headers=headers) as file:
             coding = file.r.headers.get("Content-Encoding", "identity").strip().lower()
@@ -241,12 +240,12 @@ class WebFolder(Remote):
 
 
 class HubFolder(Remote):
-    """A folder in a repository of the Hugging Face Hub, written in few commits, since each file alone costs one."""
+    """A folder in a repository of the Hugging Face Hub, written in few commits of many files each."""
 
     def listing(self) -> dict[str, Found]:
         """As in Remote; the Hub's listing has a hash of every file. Raises RemoteError where there is no repository."""
         try:
-            with self.talking_of(""):
+            with self.translating_errors(""):
                 self.root = self._resolved.unresolve().rstrip("/")
         except FileNotFoundError as error:
             message = f"{self.url}: there is no such repository or revision, or your token may not see it."
@@ -264,7 +263,7 @@ class HubFolder(Remote):
             batch = uploads[first : first + _HUB_COMMIT_FILES]
 
             def commit(batch: Sequence[Upload] = batch) -> None:
-                with self.talking_of(batch[0].name):
+                with self.translating_errors(batch[0].name):
                     api.create_commit(
                         place.repo_id,
                         [CommitOperationAdd(folder + upload.name, upload.local) for upload in batch],
@@ -274,7 +273,7 @@ class HubFolder(Remote):
                         num_threads=threads,
                     )
 
-            patiently(commit)
+            retrying(commit)
             for upload in batch:
                 sent(upload)
 
@@ -322,7 +321,7 @@ def is_url(place: str | os.PathLike[str]) -> TypeGuard[str]:
 
 
 def remote_at(url: str) -> Remote:
-    """The remote folder at `url`; nothing is asked of it yet.
+    """The remote folder at `url`, without any request yet.
 
     Raises UnknownName for a scheme that is not read here, and ConfigError where its driver is not installed.
     """

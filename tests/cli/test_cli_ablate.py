@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import yaml
-from agiqa.commands.common import failures
 
 from agiqa.bench.recording.result_folders import LOCK
+from agiqa.commands.output import failures
 from agiqa.store import open_store
 from agiqa.store.disk.locks import exclusive_lock
 from tests.cli.refusals import refuse

@@ -104,6 +104,7 @@ def test_strays_and_left_overs_of_a_finished_store_are_removed_and_nothing_else(
         "store.zarr/features/c/1/0.0123.partial": b"half",
         "commits/.00000001.json.x1y2": b"half",
         ".MANIFEST.json.x1y2": b"half",
+        ".PULLING.json.x1y2": b"half",
         ".items.parquet.next": b"half",
         "locks/00000007": b"",
     }

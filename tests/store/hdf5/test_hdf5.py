@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from agiqa.store import Items, UnitWriter, basis_from, convert_store, create_store, seal, sketch_store, to_float32
-from agiqa.store.hdf5.common import read_attributes, write_attributes
 from agiqa.store.hdf5.export import export_hdf5
+from agiqa.store.hdf5.files import read_attributes, write_attributes
 from agiqa.store.hdf5.importing import import_hdf5
 from tests.store.conftest import make_content, make_store, plan_of, unit_features, write_model
 from tests.store.crash_points import REPOSITORY

@@ -8,8 +8,8 @@ import pytest
 
 from agiqa.errors import AgiqaError, DamagedStore, SchemaError
 from agiqa.store.format.arrays import Geometry
-from agiqa.store.hdf5.common import METADATA_SHA256, metadata_sha256
 from agiqa.store.hdf5.export import export_hdf5
+from agiqa.store.hdf5.files import METADATA_SHA256, metadata_sha256
 from agiqa.store.hdf5.importing import import_hdf5
 from agiqa.store.writing.planning import place_items
 from tests.store.conftest import make_content, make_store

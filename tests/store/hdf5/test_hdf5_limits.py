@@ -8,8 +8,8 @@ import pytest
 
 from agiqa.errors import DamagedStore
 from agiqa.store import UnitWriter, create_store, seal
-from agiqa.store.hdf5.common import METADATA_SHA256, metadata_sha256
 from agiqa.store.hdf5.export import export_hdf5
+from agiqa.store.hdf5.files import METADATA_SHA256, metadata_sha256
 from agiqa.store.hdf5.importing import import_hdf5
 from tests.store.conftest import make_content, plan_of, write_model
 from tests.store.hdf5_files import assert_same_store

@@ -11,7 +11,7 @@ import h5py
 import pytest
 
 from agiqa.errors import BusyStore, SchemaError
-from agiqa.store.hdf5.common import METADATA_SHA256, metadata_sha256
+from agiqa.store.hdf5.files import METADATA_SHA256, metadata_sha256
 from agiqa.store.hdf5.importing import import_hdf5
 from tests.store.workers import Workers
 

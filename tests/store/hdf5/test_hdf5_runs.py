@@ -38,28 +38,21 @@ def stop_after(units):
     return advance
 
 
-def test_finished_units_of_a_stopped_export_are_kept(stored, tmp_path):
+def test_a_stopped_export_leaves_nothing_and_the_next_one_is_whole(stored, tmp_path):
     expected = export_hdf5(stored, tmp_path / "whole.h5", compression="gzip").path
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(Stop):
         export_hdf5(stored, tmp_path / "s.h5", compression="gzip", advance=stop_after(3))
-    parts = sorted((tmp_path / ".s.h5.parts").glob("*.h5"))
-    assert len(parts) == 4  # three units and what belongs to none
-    for part in parts[:3]:
-        part.chmod(0o400)  # the mark by which they are known again
-    kept = []
-
-    def advance(_tokens):
-        kept.append(sum(part.stat().st_mode & 0o777 == 0o400 for part in parts[:3]))
-
-    export_hdf5(stored, tmp_path / "s.h5", compression="gzip", advance=advance)
-    assert set(kept) == {3}
+    assert sorted(tmp_path.iterdir()) == before
+    done = []
+    export_hdf5(stored, tmp_path / "s.h5", compression="gzip", advance=done.append)
+    assert len(done) == stored.geometry.units
     assert content_of(tmp_path / "s.h5") == content_of(expected)
 
 
 @pytest.mark.parametrize("other", ["compression", "store"])
-def test_parts_of_another_export_are_not_used(stored, tmp_path, other):
-    with pytest.raises(Stop):
-        export_hdf5(stored, tmp_path / "s.h5", compression="gzip", advance=stop_after(3))
+def test_what_another_export_left_is_not_used(stored, tmp_path, other):
+    export_hdf5(stored, tmp_path / "s.h5", compression="gzip").path.rename(tmp_path / ".s.h5.partial")
     lengths = stored.n_tokens.tolist()
     changed = stored if other == "compression" else make_store(tmp_path / "o.agiqa", make_content(lengths, seed=5))
     compression = "none" if other == "compression" else "gzip"
@@ -95,7 +88,7 @@ def test_anything_else_at_the_path_is_not_touched(stored, content, tmp_path, the
     with pytest.raises(SettingsConflict, match="other labels" if there == "relabelled" else "not an export"):
         export_hdf5(stored, out)
     assert before is None or out.read_bytes() == before
-    assert not (tmp_path / ".s.h5.parts").exists()
+    assert not (tmp_path / ".s.h5.partial").exists()
 
 
 def test_an_unfinished_store_a_busy_path_and_an_unknown_compression_are_refused(stored, content, tmp_path):
@@ -107,7 +100,7 @@ def test_an_unfinished_store_a_busy_path_and_an_unknown_compression_are_refused(
         export_hdf5(stored, tmp_path / "s.h5", compression="zst")
     with pytest.raises(SettingsConflict, match="inside the store"):
         export_hdf5(stored, stored.path / "s.h5")
-    with exclusive_lock(tmp_path / ".s.h5.parts" / "lock"), pytest.raises(BusyStore, match="Another process"):
+    with exclusive_lock(tmp_path / ".s.h5.partial"), pytest.raises(BusyStore, match="Another process"):
         export_hdf5(stored, tmp_path / "s.h5")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from agiqa.store import open_store
 from agiqa.store.sharing import remotes as remotes_module
-from agiqa.store.sharing import retries
+from agiqa.store.sharing import transfers
 from tests.store.conftest import make_content, make_store
 from tests.store.sharing_servers import web_server
 
@@ -45,4 +45,4 @@ def small_blocks(monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """Tries again at once, so that failures cost the tests no time."""
-    monkeypatch.setattr(retries, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(transfers, "FIRST_WAIT", 0.01)

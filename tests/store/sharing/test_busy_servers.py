@@ -12,8 +12,8 @@ import pytest
 
 from agiqa.errors import RemoteError, SchemaError
 from agiqa.progress import said_to
-from agiqa.store.sharing import retries
-from agiqa.store.sharing.cached import open_remote
+from agiqa.store.sharing import transfers
+from agiqa.store.sharing.in_place import open_remote
 from agiqa.store.sharing.pulling import plan_pull, pull, run_pull
 from tests.store.sharing.copies import assert_equal_stores
 from tests.store.sharing_servers import REPOSITORY
@@ -45,7 +45,7 @@ def test_a_server_that_stays_busy_is_given_up(served, tmp_path, impatient):
     served.behaviour.refusals = [(429, {})] * 50
     with pytest.raises(RemoteError, match="429"):
         pull(served.url, tmp_path / "copy.agiqa")
-    assert len(served.behaviour.refusals) == 50 - retries.TRIES
+    assert len(served.behaviour.refusals) == 50 - transfers.TRIES
 
 
 def date_in(seconds):
@@ -117,5 +117,5 @@ def test_the_status_is_read_from_what_each_driver_raises():
     about = {"HTTPStatusCode": 429, "HTTPHeaders": {"retry-after": "7"}}
     answer = {"Error": {"Code": "TooManyRequests", "Message": "slow down"}, "ResponseMetadata": about}
     failure = RemoteError("x")
-    retries.describe_failure(failure, s3.translate_boto_error(ClientError(answer, "GetObject")))
+    transfers.describe_failure(failure, s3.translate_boto_error(ClientError(answer, "GetObject")))
     assert (failure.refused, failure.retry_after) == (False, 7.0)

@@ -13,8 +13,8 @@ from agiqa.errors import ConfigError
 from agiqa.store import join_labels, open_store
 from agiqa.store.disk.files import sha256_of_file
 from agiqa.store.format.layout import cache_root
-from agiqa.store.sharing import cached
-from agiqa.store.sharing.cached import open_remote
+from agiqa.store.sharing import in_place
+from agiqa.store.sharing.in_place import open_remote
 from tests.store.conftest import make_store
 from tests.store.sharing.copies import largest_object
 from tests.store.sharing_servers import REPOSITORY, web_server
@@ -135,7 +135,7 @@ def test_what_is_kept_is_hashed_once_by_each_process(stored, served, monkeypatch
         hashed.append(path)
         return sha256_of_file(path)
 
-    monkeypatch.setattr(cached, "sha256_of_file", counted)
+    monkeypatch.setattr(in_place, "sha256_of_file", counted)
     remote = open_remote(served.url)
     for _ in range(4):
         assert_same_rows(remote, stored)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from agiqa.errors import RemoteError, SchemaError
-from agiqa.store.sharing.cached import open_remote
+from agiqa.store.sharing.in_place import open_remote
 from agiqa.store.sharing.pulling import pull
 from agiqa.store.sharing.pushing import push
 from tests.store.sharing.copies import assert_equal_stores, largest_object
@@ -75,7 +75,7 @@ HUB = """
     import json, sys
     from pathlib import Path
     from agiqa.store import open_store
-    from agiqa.store.sharing.cached import open_remote
+    from agiqa.store.sharing.in_place import open_remote
     from agiqa.store.sharing.pulling import pull
     from agiqa.store.sharing.pushing import push
     source, repository, folder, copy = sys.argv[1:]

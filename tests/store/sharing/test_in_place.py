@@ -13,7 +13,7 @@ import pytest
 from agiqa.errors import DamagedStore, IncompleteStore, RemoteError, SettingsConflict
 from agiqa.store import basis_from, open_store, sketch_store, store_summary
 from agiqa.store.disk.files import sha256_of_file
-from agiqa.store.sharing.cached import RemoteStore, open_remote
+from agiqa.store.sharing.in_place import RemoteStore, open_remote
 from agiqa.store.sharing.pulling import pull
 from tests.store.conftest import make_store
 from tests.store.sharing.copies import largest_object
@@ -156,7 +156,7 @@ def test_labels_replaced_at_the_remote_are_seen_when_it_is_opened_again(stored, 
 FORKED = """
     import os, sys, warnings
     from agiqa.store import open_store
-    from agiqa.store.sharing.cached import open_remote
+    from agiqa.store.sharing.in_place import open_remote
     warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads, which is what is tested
     remote = open_remote(sys.argv[2])
     remote.read([0])

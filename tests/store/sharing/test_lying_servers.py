@@ -9,7 +9,7 @@ import pytest
 from agiqa.errors import ConfigError, DamagedStore, RemoteError
 from agiqa.store import open_store
 from agiqa.store.sharing import fetching, pulling
-from agiqa.store.sharing.cached import open_remote
+from agiqa.store.sharing.in_place import open_remote
 from agiqa.store.sharing.pulling import pull
 from tests.store.sharing.copies import assert_equal_stores, largest_object
 from tests.store.sharing_servers import ENDLESS

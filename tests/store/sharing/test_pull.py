@@ -8,7 +8,7 @@ import pytest
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, RemoteError, SchemaError, SettingsConflict
 from agiqa.store import UnitWriter, create_store, open_store, repair
 from agiqa.store.disk.locks import exclusive_lock
-from agiqa.store.sharing.cached import open_remote
+from agiqa.store.sharing.in_place import open_remote
 from agiqa.store.sharing.pulling import plan_pull, pull, run_pull
 from agiqa.store.sharing.pushing import push, push_bytes
 from tests.store.conftest import fill, make_store, plan_of
@@ -99,19 +99,17 @@ def test_a_remote_that_is_not_there_says_so(served, tmp_path, impatient):
     assert plan.bytes > 0
 
 
-@pytest.mark.parametrize(
-    ("where", "says"), [("objects", "no object of a store"), ("labels", "does not list items.parquet")]
-)
-def test_a_manifest_that_leads_out_is_refused_before_anything_is_written(stored, served, tmp_path, where, says):
+@pytest.mark.parametrize("where", ["objects", "labels"])
+def test_a_manifest_that_leads_out_of_the_store_is_refused_before_anything_is_written(stored, served, tmp_path, where):
     manifest = json.loads(stored.layout.manifest.read_text())
     entry = manifest["labels"] if where == "labels" else manifest["objects"][0]
     before = files_below(tmp_path)
     for path in HOSTILE_PATHS:
         entry["path"] = path
         stored.layout.manifest.write_text(json.dumps(manifest))
-        with pytest.raises(DamagedStore, match=says):
+        with pytest.raises(DamagedStore, match="no place for an object"):
             pull(served.url, tmp_path / "copy.agiqa")
-        with pytest.raises(DamagedStore, match=says):
+        with pytest.raises(DamagedStore, match="no place for an object"):
             open_remote(served.url)
     assert files_below(tmp_path) == before
     assert not (tmp_path / "copy.agiqa").exists()
@@ -137,7 +135,7 @@ HOSTILE_PATHS = (
         ({"version": 7}, SchemaError, "v7; this agiqa reads"),
         ({"state": "partial"}, IncompleteStore, "'partial'"),
         ({"id": "../../x"}, DamagedStore, "its id is"),
-        ({"objects": None}, DamagedStore, "does not list objects"),
+        ({"objects": None}, DamagedStore, "no manifest"),
         ({"labels_next": {}}, IncompleteStore, "labels"),
     ],
 )
@@ -196,11 +194,40 @@ def test_a_pull_keeps_out_of_a_run_at_work(stored, served, tmp_path, content):
 
 def test_two_pulls_into_one_folder_do_not_meet(served, tmp_path):
     copy = tmp_path / "copy.agiqa"
-    plan_pull(served.url, copy)
+    pull(served.url, copy)
     with exclusive_lock(copy / "locks" / "pull") as held:
         assert held
         with pytest.raises(BusyStore, match="Another pull"):
             pull(served.url, copy)
+
+
+@pytest.mark.parametrize("items", [None, ["image_0.png"]])
+@pytest.mark.parametrize("there", ["nothing", "part", "unfinished", "store"])
+def test_a_plan_changes_nothing(stored, served, tmp_path, content, cache, items, there):
+    copy = tmp_path / "copy.agiqa"
+    if there == "unfinished":
+        fill(create_store(copy, plan_of(content)), content, units=[0])
+    elif there != "nothing":
+        pull(served.url, copy, items=stored.items.names[-1:] if there == "part" else None)
+    before = {name: (copy / name).read_bytes() for name in files_below(copy)}
+    if items and there == "unfinished":
+        with pytest.raises(SettingsConflict):
+            plan_pull(served.url, copy, items=items)
+    else:
+        plan = plan_pull(served.url, copy, items=items)
+        assert plan.state == ("partial" if items and there != "store" else "complete")
+        assert 0 < plan.bytes <= push_bytes(stored)
+    assert {name: (copy / name).read_bytes() for name in files_below(copy)} == before
+    assert copy.exists() == (there != "nothing")
+    assert not cache.exists()
+
+
+def test_a_pull_killed_while_it_wrote_its_first_file_is_taken_up(stored, served, tmp_path):
+    copy = tmp_path / "copy.agiqa"
+    copy.mkdir()
+    (copy / ".PULLING.json.0123abcd").write_text("{")
+    pull(served.url, copy)
+    assert_equal_stores(copy, stored.path)
 
 
 def test_new_labels_at_the_remote_reach_the_copy(stored, tmp_path, content):

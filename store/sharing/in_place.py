@@ -1,16 +1,16 @@
-"""Reading a remote store in place: its objects are fetched when they are first read, and kept.
+"""Open a store wherever it is: a folder on this machine, or a URL where it is read in place.
 
-`open_remote(url)` fetches the manifest, the metadata, the index and the item table; the rest comes when an array is
-read, whole objects at a time, each checked by the sha256 that the manifest records. For features that is one unit.
+Opening a URL fetches the manifest, the metadata, the index and the item table. The rest comes when an array is read,
+whole objects at a time, each checked by the sha256 that the manifest records. For features that is one unit. While
+items are read in order the next units are fetched ahead.
 
-They are kept in `~/.cache/agiqa/stores/CONTENT`, or below the folder that AGIQA_CACHE names, and Zarr reads them there.
-CONTENT is a hash of all paths and hashes that the manifest lists, so only URLs with the same bytes share a folder; item
-tables, which may differ between such URLs, lie there by their own hashes. A process hashes what is kept
-before it reads it for the first time, and again when the file was touched; what has other bytes is fetched again.
+Fetched objects are kept in `~/.cache/agiqa/stores/CONTENT`, or below the folder that AGIQA_CACHE names, and Zarr reads
+them there. CONTENT is a hash of all paths and hashes that the manifest lists, so only URLs with the same bytes share a
+folder; item tables, which may differ between such URLs, lie there by their own hashes. A process hashes a kept object
+before it reads it for the first time, and again when the file was touched; one with other bytes is fetched again.
 
-Several processes may share the folder; one that cannot be written is read as far as it goes. agiqa never empties it:
-delete it to free its space. What earlier versions kept, in `stores/STORE_ID`, is not looked at. While items are read in
-order the next units are fetched ahead.
+Several processes may share the folder, and a folder that cannot be written is still read. agiqa never empties it:
+delete it to free its space.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from agiqa.store.format.layout import ITEM_TABLE, StoreLayout, array_of, cache_r
 from agiqa.store.format.manifest import Manifest, units_of_objects
 from agiqa.store.reading.store import Store, TokenRows, item_positions, open_local_store
 from agiqa.store.sharing.fetching import fetch_manifest, fetch_object
-from agiqa.store.sharing.remotes import LocalFolder, Remote, remote_at
+from agiqa.store.sharing.remotes import LocalFolder, Remote, is_url, remote_at
 from agiqa.store.sharing.transfers import JOBS, Tally, in_parallel
 
 _AHEAD = 4
@@ -50,7 +50,7 @@ _AHEAD_THREADS = 4
 
 @dataclass(frozen=True)
 class _CacheLayout(StoreLayout):
-    """A cache is no store, since what was not fetched would read as zeros: it has no MANIFEST.json."""
+    """A cache has no MANIFEST.json, so that it does not pass for a store: what was not fetched would read as zeros."""
 
     table: str
     """sha256 of the item table."""
@@ -67,8 +67,8 @@ class ObjectCache:
         """Nothing is fetched yet."""
         self.remote = remote
         self.manifest = manifest
-        self.layout = _CacheLayout(root=cache_folder(manifest), table=manifest.labels.sha256)
-        self.folder = self.layout.root
+        self.folder = cache_root() / "stores" / manifest.content
+        self.layout = _CacheLayout(root=self.folder, table=manifest.labels.sha256)
         self._entries = {entry.path: entry for entry in manifest.entries}
         self._sound: dict[str, _Stamp] = {}
 
@@ -77,25 +77,28 @@ class ObjectCache:
         return path in self._entries
 
     def is_here(self, path: str) -> bool:
-        """Whether `path` needs no look: this process has found its bytes right, or the store has no such object."""
+        """Whether `path` needs no fetch: this process has checked its bytes, or the store has no such object."""
         if path not in self._entries:
             return True
         known = self._sound.get(path)
         return known is not None and known == _stamp(self._place(path))
 
     def fetch(self, path: str) -> None:
-        """Have the object `path` in the folder, its bytes those that the manifest lists.
+        """Bring the object `path` into the folder, with the bytes that the manifest lists.
 
         Raises as `fetch_object`, with the folder's name in a note, and ConfigError where it cannot be kept.
         """
         if self.is_here(path):
             return
-        with self._keeping():
-            if not self._is_sound(path):
-                with self._locked(self._entries[path].sha256):
-                    if not self._is_sound(path):
-                        fetch_object(self.remote, self._entries[path], self._place(path), Tally())
-                        self._is_sound(path)
+        entry, locks = self._entries[path], self.layout.locks
+        with self._explaining():
+            if self._is_sound(path):
+                return
+            locks.mkdir(parents=True, exist_ok=True)
+            with waiting_lock(locks / entry.sha256):
+                if not self._is_sound(path):
+                    fetch_object(self.remote, entry, self._place(path), Tally())
+                    self._is_sound(path)
 
     def _place(self, path: str) -> Path:
         return self.layout.items if path == ITEM_TABLE else self.folder / path
@@ -109,13 +112,8 @@ class ObjectCache:
         return True
 
     @contextmanager
-    def _locked(self, name: str) -> Generator[None]:
-        self.layout.locks.mkdir(parents=True, exist_ok=True)
-        with waiting_lock(self.layout.locks / name):
-            yield
-
-    @contextmanager
-    def _keeping(self) -> Generator[None]:
+    def _explaining(self) -> Generator[None]:
+        """Name the cache folder in what is raised inside, and how to do without it where it cannot be written."""
         try:
             yield
         except AgiqaError as error:
@@ -131,9 +129,9 @@ class ObjectCache:
 
 
 _Stamp = tuple[int, int, int, int]
-"""Inode, times of the last write and of the last change of its entry in nanoseconds, and size of a file.
+"""Inode, times of the last write (mtime) and the last change of the inode (ctime) in nanoseconds, size of a file.
 
-Whoever copies a file may set the first time back, as rsync does; the second one shows that.
+A copy may set mtime back, as rsync does; ctime shows that.
 """
 
 
@@ -147,7 +145,7 @@ def _stamp(path: Path) -> _Stamp | None:
 
 
 class ReadAhead:
-    """Fetches the units that come next in a few background threads, which end when nothing is left to do."""
+    """Fetches the next units in a few background threads, which end when nothing is left to do."""
 
     def __init__(self, cache: ObjectCache, unit_of: dict[str, int]) -> None:
         """`unit_of` gives the unit of every object that holds rows."""
@@ -168,13 +166,13 @@ class ReadAhead:
         self._last: dict[str | None, int] = {}
 
     def announce(self, units: Iterable[int]) -> None:
-        """Say which units are going to be read, ascending."""
-        if self._process != os.getpid():  # forked: the threads, and whoever held the lock, stayed in the parent
+        """Take note of the units that are going to be read, ascending."""
+        if self._process != os.getpid():  # forked: the threads and the holder of the lock stayed in the parent
             self._start()
         self._announced = list(units)
 
     def reads(self, path: str) -> None:
-        """Say that the object `path` is read now, so that what follows it is fetched."""
+        """Fetch what follows the object `path`, which is read now."""
         if path not in self._unit_of:
             return
         if self._process != os.getpid():
@@ -216,7 +214,7 @@ class ReadAhead:
 
 
 class _FetchingStore(WrapperStore[LocalStore]):
-    """Zarr's view of the cache folder: whatever it asks for is fetched before it looks."""
+    """Zarr's view of the cache folder: each object is fetched before Zarr looks for it."""
 
     def __init__(self, store: LocalStore, cache: ObjectCache, ahead: ReadAhead) -> None:
         super().__init__(store)
@@ -227,7 +225,7 @@ class _FetchingStore(WrapperStore[LocalStore]):
         return type(self)(store, self._cache, self._ahead)
 
     async def _fetch(self, key: str) -> bool:
-        """Have the object `key` here; False where the store has none, whatever lies in its place in the folder."""
+        """Bring the object `key` here; False where the store has none, even if a file lies in its place."""
         path = f"store.zarr/{key}"
         self._ahead.reads(path)
         if not self._cache.is_here(path):
@@ -284,7 +282,7 @@ class RemoteStore(Store):
         self._cache.fetch(ITEM_TABLE)
         return super()._count_items()
 
-    def _ensure_here(self, path: Path) -> None:
+    def _have(self, path: Path) -> None:
         name = path.relative_to(self.path).as_posix()
         self._ahead.reads(name)
         self._cache.fetch(name)
@@ -295,14 +293,25 @@ class RemoteStore(Store):
             with super()._decoding(what):
                 yield
         except DamagedStore as error:
-            if isinstance(error.__cause__, (AgiqaError, OSError)):  # it could not be fetched, or not kept
+            if isinstance(error.__cause__, (AgiqaError, OSError)):  # it could not be fetched or kept
                 raise error.__cause__ from None
             message = f"{self.url}: {what} was damaged before it was pushed ({error.__cause__}). Push a sound store."
             raise DamagedStore(message) from error
 
 
+def open_store(location: str | Path, *, allow_partial: bool = False) -> Store:
+    """Open the feature store at `location`, a path or a URL (`s3://`, `gs://`, `hf://`, `https://`, `file://`).
+
+    Raises SchemaError where there is no store or one of an unknown version, IncompleteStore for a store that was never
+    sealed unless `allow_partial` is set, and for a URL as `open_remote` does.
+    """
+    if is_url(location):
+        return open_remote(location)
+    return open_local_store(location, allow_partial=allow_partial)
+
+
 def open_remote(url: str) -> Store:
-    """The store at `url`, to be read in place. A `file://` URL is opened where it is.
+    """The store at `url`, to be read in place; that at a `file://` URL is opened where it is.
 
     Raises SchemaError where there is no finished store, RemoteError where it cannot be reached, ConfigError for a
     missing driver or a cache that cannot be written, and UnknownName for a scheme that is not read here.
@@ -313,8 +322,3 @@ def open_remote(url: str) -> Store:
     cache = ObjectCache(remote, fetch_manifest(remote))
     in_parallel(cache.fetch, [entry.path for entry in cache.manifest.metadata], threads=JOBS)
     return RemoteStore(cache)
-
-
-def cache_folder(manifest: Manifest) -> Path:
-    """Where the objects of the remote store with this manifest are kept: `stores/CONTENT` below the cache root."""
-    return cache_root() / "stores" / manifest.content
