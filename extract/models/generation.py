@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from agiqa.errors import DataError
-from agiqa.extract.models.batching import PER_TOKEN, alike
+from agiqa.extract.models.batches import PER_TOKEN, alike
 from agiqa.extract.models.contract import Answer, GenerationSettings, Prepared
 from agiqa.extract.models.loading import quiet_transformers
 from agiqa.extract.models.rendering import Renderer

@@ -13,14 +13,13 @@ from agiqa.errors import ConfigError, ModelError, UnknownName
 from agiqa.extract.data.images import ImageSource
 from agiqa.extract.data.items import Message
 from agiqa.extract.models.adapters import Adapter, apply_adapter, check_adapter
-from agiqa.extract.models.batching import alike, collate
+from agiqa.extract.models.batches import alike, collate, room_for_weights
 from agiqa.extract.models.checkpoints import Checkpoint
 from agiqa.extract.models.contract import GenerationSettings, Prepared
 from agiqa.extract.models.generation import generate
 from agiqa.extract.models.independence import TOKENS_NEEDED, refuse_batch_dependence
 from agiqa.extract.models.linearity import LogitMap, final_states, find_logit_map
 from agiqa.extract.models.loading import check_vocabulary_rows, failures_of, load_model
-from agiqa.extract.models.memory import room_for_weights
 from agiqa.extract.models.rendering import TEMPLATE_DATE, Renderer
 from agiqa.extract.models.vocabulary import Vocabulary
 

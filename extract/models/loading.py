@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_torchvision_available
 
 from agiqa.errors import ModelError, first_line, listed
+from agiqa.extract.models.batches import is_out_of_memory
 from agiqa.extract.models.checkpoints import Checkpoint, tensor_shapes
-from agiqa.extract.models.memory import is_out_of_memory
 from agiqa.extract.models.merging import finder
 
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)

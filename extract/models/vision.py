@@ -16,7 +16,7 @@ from agiqa.errors import AgiqaError, DataError, ModelError, first_line
 from agiqa.extract.data.images import ImageSource, open_image
 from agiqa.extract.data.items import Message
 from agiqa.extract.models.alignment import expand_roles
-from agiqa.extract.models.batching import JOINED, PER_TOKEN, check_inputs
+from agiqa.extract.models.batches import JOINED, PER_TOKEN, check_inputs
 from agiqa.extract.models.checkpoints import Checkpoint
 from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.huggingface import HuggingFaceBackbone

@@ -11,17 +11,16 @@ from numpy.typing import NDArray
 from agiqa.extract.data.images import ImageSource, open_image
 from agiqa.extract.data.items import Message
 from agiqa.extract.models.adapters import apply_adapter
+from agiqa.extract.models.batches import room_for_weights, uploaded
 from agiqa.extract.models.contract import GenerationSettings, Prepared
 from agiqa.extract.models.generation import generate
 from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
 from agiqa.extract.models.loading import load_tokenizer
-from agiqa.extract.models.memory import room_for_weights
 from agiqa.extract.models.minicpm.config import MiniCPMConfig
 from agiqa.extract.models.minicpm.model import MiniCPMV
 from agiqa.extract.models.minicpm.slicing import cut, patches_of, slicing_of
 from agiqa.extract.models.minicpm.weights import check_weights, load_weights
 from agiqa.extract.models.rendering import Renderer, refuse_marks
-from agiqa.extract.models.uploading import uploaded
 from agiqa.store import TOKEN_ROLES
 
 _ANSWER = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"

@@ -13,9 +13,9 @@ from torch.nn.functional import linear
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from agiqa.extract.models.batches import uploaded
 from agiqa.extract.models.minicpm.config import MiniCPMConfig
 from agiqa.extract.models.minicpm.resampler import Resampler
-from agiqa.extract.models.uploading import uploaded
 
 _PATCHES_AT_ONCE = 1 << 16
 """Bounds the memory of one pass of the vision tower: about 64 slices."""

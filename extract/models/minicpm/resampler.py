@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from agiqa.extract.models.uploading import uploaded
+from agiqa.extract.models.batches import uploaded
 
 _HEAD_WIDTH = 128
 _EPSILON = 1e-6

@@ -11,8 +11,7 @@ from agiqa.extract.filling.live import LiveFeatures
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.filling.transfers import Transfers
 from agiqa.extract.models import huggingface
-from agiqa.extract.models.batches import BatchRunner
-from agiqa.extract.models.memory import is_out_of_memory
+from agiqa.extract.models.batches import BatchRunner, is_out_of_memory
 from tests.extract.filling.test_pipeline import small_device
 from tests.extract.jobs import inputs
 from tests.extract.small_sets import write_set, write_talks

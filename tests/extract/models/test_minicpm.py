@@ -218,6 +218,25 @@ def test_answers_are_those_of_a_loop_over_the_likeliest_token(tiny, tmp_path):
     assert [str(text) for text in backbone.generate(batch, GenerationSettings(max_new_tokens=12))] == expected
 
 
+def test_images_of_a_batch_are_answered_in_one_pass(tiny, tmp_path, monkeypatch):
+    backbone = open_backbone(str(tiny), device="cpu")
+    batch = [
+        backbone.prepare(CONVERSATION[:1], picture(tmp_path / f"{n}.png", *size, n), answer=True)
+        for n, size in enumerate([(64, 50), (300, 20), (30, 30)])
+    ]
+    alone = [backbone.generate([item], GenerationSettings(max_new_tokens=4))[0] for item in batch]
+    llm, sizes = backbone._language_model(), []
+    answer = llm.generate
+
+    def counted(**inputs):
+        sizes.append(len(inputs["attention_mask"]))
+        return answer(**inputs)
+
+    monkeypatch.setattr(llm, "generate", counted)
+    assert backbone.generate(batch, GenerationSettings(max_new_tokens=4)) == alone
+    assert sizes == [3]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bits_are_near_thirty_two(tiny, tmp_path, dtype):
     path = picture(tmp_path / "a.png", 90, 60)
