@@ -14,8 +14,7 @@ from agiqa.extract.models.checkpoints import Checkpoint
 from agiqa.extract.models.huggingface import DTYPES
 from agiqa.extract.models.loading import quiet_transformers
 from agiqa.extract.models.minicpm.backbone import MiniCPMBackbone
-from agiqa.extract.models.minicpm.config import read_config
-from agiqa.extract.models.minicpm.model import MiniCPMV
+from agiqa.extract.models.minicpm.model import MiniCPMV, read_config
 
 _MARKS = {
     "im_start": "<image>",

@@ -12,8 +12,7 @@ from agiqa.errors import DataError
 from agiqa.extract.models.batches import PER_TOKEN, alike
 from agiqa.extract.models.contract import Answer, GenerationSettings, Prepared
 from agiqa.extract.models.loading import quiet_transformers
-from agiqa.extract.models.rendering import Renderer
-from agiqa.extract.models.thoughts import begins_in_thought, split_thoughts
+from agiqa.extract.models.rendering import Renderer, begins_in_thought, split_thoughts
 
 TURN_ENDS = ("<|eot_id|>",)
 """End a turn wherever a tokenizer has them, whatever its checkpoint says: Llama 3's were published without."""

@@ -1,4 +1,4 @@
-"""What text and vision backbones share: one transformers model, run up to its final norm."""
+"""What the backbones share, a transformers model run up to its final norm; and the backbone `text`."""
 
 import hashlib
 import importlib.metadata
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from agiqa.errors import ConfigError, ModelError, UnknownName
 from agiqa.extract.data.images import ImageSource
@@ -15,21 +17,26 @@ from agiqa.extract.data.items import Message
 from agiqa.extract.models.adapters import Adapter, apply_adapter, check_adapter
 from agiqa.extract.models.batches import alike, collate, room_for_weights
 from agiqa.extract.models.checkpoints import Checkpoint
+from agiqa.extract.models.checks import (
+    TOKENS_NEEDED,
+    LogitMap,
+    Vocabulary,
+    final_states,
+    find_logit_map,
+    refuse_batch_dependence,
+)
 from agiqa.extract.models.contract import GenerationSettings, Prepared
 from agiqa.extract.models.generation import generate
-from agiqa.extract.models.independence import TOKENS_NEEDED, refuse_batch_dependence
-from agiqa.extract.models.linearity import LogitMap, final_states, find_logit_map
-from agiqa.extract.models.loading import check_vocabulary_rows, failures_of, load_model
+from agiqa.extract.models.loading import check_vocabulary_rows, failures_of, load_model, load_tokenizer
 from agiqa.extract.models.rendering import TEMPLATE_DATE, Renderer
-from agiqa.extract.models.vocabulary import Vocabulary
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROBE_TOKENS = 8
-"""Length of the input on which linearity is checked."""
+"""Length of the input on which logits are checked."""
 
 
 class HuggingFaceBackbone(ABC):
-    """A `Backbone` over any transformers model of one auto class."""
+    """A `Backbone` over a transformers model."""
 
     kind: str
     reads_images: bool
@@ -38,7 +45,7 @@ class HuggingFaceBackbone(ABC):
     classes: Any
     """transformers' mapping from configuration to model class."""
     packages: tuple[str, ...] = ("torch", "transformers", "tokenizers")
-    """Libraries whose version may change a number."""
+    """Libraries whose version may change a result."""
 
     def __init__(
         self, checkpoint: Checkpoint, config: Any, *, adapter: Adapter | None = None, dtype: str, device: str
@@ -78,7 +85,7 @@ class HuggingFaceBackbone(ABC):
 
     @abstractmethod
     def _make_renderer(self) -> Renderer:
-        """Load tokenizer or processor, and the renderer over them."""
+        """Load the tokenizer or processor, and make its renderer."""
 
     @abstractmethod
     def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
@@ -115,19 +122,19 @@ class HuggingFaceBackbone(ABC):
         }
 
     def check_tensors(self) -> None:
-        """See `Backbone.check_tensors`. Heads of files are read once."""
+        """See `Backbone.check_tensors`. Only the first call reads the headers."""
         if not self._tensors_fit:
-            model = self.hollow()
+            model = self.empty_model()
             if self.adapter is not None:
                 check_adapter(model, self.adapter, name=self.checkpoint.name)
             self._compare_weights(model)
             self._tensors_fit = True
 
     def _compare_weights(self, model: Any) -> None:
-        """Compare the files with `model`, which has no weights; transformers compares the rest as it loads it."""
+        """Compare the headers of the files with `model`, which has no weights; loading compares the rest."""
         check_vocabulary_rows(self.checkpoint, model)
 
-    def hollow(self) -> torch.nn.Module:
+    def empty_model(self) -> torch.nn.Module:
         """The model without weights, on the device `meta`."""
         with failures_of(self.checkpoint, "build the model"), torch.device("meta"):
             model: torch.nn.Module = self.auto_class.from_config(
@@ -136,34 +143,38 @@ class HuggingFaceBackbone(ABC):
         return model
 
     def _embedding_rows(self) -> int:
-        """Token ids that the model has an embedding for: its vocabulary, and of some models marks of images."""
+        """The number of token ids with an embedding: the vocabulary and, in some models, marks of images."""
         if self._rows is None:
-            table: Any = self.hollow()
-            self._rows = max(self.vocab_size, len(table.get_input_embeddings().weight))
+            embeddings = self._language_model_of(self.empty_model()).get_input_embeddings()
+            self._rows = max(self.vocab_size, len(embeddings.weight))
         return self._rows
 
     def load(self) -> None:
         """See `Backbone.load`."""
         if self._model is not None:
             return
-        dtype = DTYPES[self.logical_dtype]
         with room_for_weights(self.checkpoint.name, self.device):
-            merges = self.adapter is not None
-            model = load_model(self.checkpoint, self.auto_class, dtype, self.attention, to_merge=merges)
-            model = model.to(self.device)
+            model = self._load_model()
             if self.adapter is not None:
                 apply_adapter(model, self.adapter, name=self.checkpoint.name)
-        found = tuple(model.get_output_embeddings().weight.shape)
+        language_model = self._language_model_of(model)
+        found = tuple(language_model.get_output_embeddings().weight.shape)
         expected = (self.vocab_size, self.hidden_size)
         if found != expected:
             message = f"{self.checkpoint.name}: lm_head has shape {found}, expected {expected} by the configuration."
             raise ModelError(message)
-        probe = self._ordinary_tokens(TOKENS_NEEDED)
-        refuse_batch_dependence(self.checkpoint.name, model, probe, pad_id=self._pad_id(), dtype=dtype)
+        tokens, dtype = self._ordinary_tokens(TOKENS_NEEDED), DTYPES[self.logical_dtype]
+        refuse_batch_dependence(self.checkpoint.name, language_model, tokens, pad_id=self._pad_id(), dtype=dtype)
         self._model = model
 
+    def _load_model(self) -> Any:
+        """The model with its weights, without the adapter, on the device."""
+        merges = self.adapter is not None
+        dtype = DTYPES[self.logical_dtype]
+        return load_model(self.checkpoint, self.auto_class, dtype, self.attention, to_merge=merges).to(self.device)
+
     def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
-        """See `Backbone.hidden_states`. Items with unlike image inputs run in forward passes of their own."""
+        """See `Backbone.hidden_states`. Items that are not `alike` run in separate forward passes."""
         model = self._loaded()
         rows: dict[int, torch.Tensor] = {}
         for group in alike(batch):
@@ -176,14 +187,14 @@ class HuggingFaceBackbone(ABC):
 
     def logits(self, item: Prepared) -> torch.Tensor:
         """See `Backbone.logits`."""
-        model = self._loaded()
+        model = self._language_model()
         with torch.inference_mode():
             logits: torch.Tensor = model(**self._collate([item]), use_cache=False).logits[0]
         return logits
 
     def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
         """See `Backbone.generate`."""
-        model = self._loaded()
+        model = self._language_model()
         return generate(model, self.renderer, batch, settings, collate=self._collate, positions=self.max_positions)
 
     def lm_head(self, *, bent: bool = False) -> torch.Tensor:
@@ -199,14 +210,18 @@ class HuggingFaceBackbone(ABC):
             return after(head(states.to(device=head.weight.device, dtype=head.weight.dtype)))
 
     def _logit_map(self) -> LogitMap:
-        """What the model does after its output embedding; tried once."""
+        """What the model does after its output embedding; found once."""
         if self._after_head is None:
-            self._after_head = find_logit_map(self.checkpoint.name, self._language_model(), self._probe())
+            probe = torch.tensor([self._ordinary_tokens(PROBE_TOKENS)], device=self.device)
+            self._after_head = find_logit_map(self.checkpoint.name, self._language_model(), probe)
         return self._after_head
 
     def _language_model(self) -> Any:
-        """The part, loaded, that makes logits of token ids."""
-        return self._loaded()
+        return self._language_model_of(self._loaded())
+
+    def _language_model_of(self, model: Any) -> Any:
+        """The part of `model` that makes logits."""
+        return model
 
     def _loaded(self) -> Any:
         self.load()
@@ -219,15 +234,31 @@ class HuggingFaceBackbone(ABC):
         pad: int | None = self.renderer.tokenizer.pad_token_id
         return next(p for p in (pad, 0, 1) if p is not None and p != self._image_token_id)
 
-    def _probe(self) -> torch.Tensor:
-        """A few ordinary token ids (1, n)."""
-        return torch.tensor([self._ordinary_tokens(PROBE_TOKENS)], device=self.device)
-
     def _ordinary_tokens(self, count: int) -> list[int]:
         """Token ids, spread over the vocabulary, none of them special or an image token."""
         special = {*self.renderer.tokenizer.all_special_ids, self._image_token_id}
         ordinary = [token for token in range(min(self.vocab_size, 4096)) if token not in special]
         return [ordinary[position] for position in np.linspace(0, len(ordinary) - 1, count).astype(int)]
+
+
+class TextBackbone(HuggingFaceBackbone):
+    """The backbone `text`: a causal language model that reads no image, in the official layout or as GGUF."""
+
+    kind = "text"
+    reads_images = False
+    auto_class = transformers.AutoModelForCausalLM
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
+        """See `Backbone.prepare`; `image` is ignored."""
+        del image
+        token_ids, roles = self.renderer.tokenize(self.renderer.render(conversation, answer=answer))
+        self.vocabulary.refuse_unknown(token_ids)
+        return Prepared(token_ids=token_ids, roles=roles)
+
+    def _make_renderer(self) -> Renderer:
+        tokenizer = load_tokenizer(self.checkpoint)
+        return Renderer(name=self.checkpoint.name, tokenizer=tokenizer, template=tokenizer.chat_template)
 
 
 def _device(device: str) -> torch.device:

@@ -8,11 +8,10 @@ from agiqa.errors import ConfigError, ModelError, UnknownName
 from agiqa.extract.models.adapters import resolve_adapter
 from agiqa.extract.models.checkpoints import Checkpoint, resolve_checkpoint
 from agiqa.extract.models.contract import Backbone
-from agiqa.extract.models.huggingface import HuggingFaceBackbone
+from agiqa.extract.models.huggingface import HuggingFaceBackbone, TextBackbone
 from agiqa.extract.models.loading import load_config
 from agiqa.extract.models.minicpm.backbone import MiniCPMBackbone
-from agiqa.extract.models.minicpm.config import MODEL_TYPE, read_config
-from agiqa.extract.models.text import TextBackbone
+from agiqa.extract.models.minicpm.model import MODEL_TYPE, read_config
 from agiqa.extract.models.vision import VisionBackbone
 from agiqa.registry import Registry
 

@@ -15,13 +15,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from agiqa.errors import AgiqaError, DataError, ModelError, first_line
 from agiqa.extract.data.images import ImageSource, open_image
 from agiqa.extract.data.items import Message
-from agiqa.extract.models.alignment import expand_roles
 from agiqa.extract.models.batches import JOINED, PER_TOKEN, check_inputs
 from agiqa.extract.models.checkpoints import Checkpoint
 from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.loading import load_processor, quiet_transformers
-from agiqa.extract.models.rendering import Rendered, Renderer, refuse_marks
+from agiqa.extract.models.rendering import Rendered, Renderer, expand_roles, refuse_marks
 
 _NO_INPUTS = ("input_ids", "attention_mask", "labels")
 """What a processor makes besides image inputs; PaliGemma's adds the labels of a training."""
@@ -54,7 +53,7 @@ class VisionBackbone(HuggingFaceBackbone):
             prepared = Prepared(token_ids=text_ids, roles=text_roles)
         else:
             prepared = self._processed(self.renderer, rendered, open_image(image), name=str(image))
-        self.vocabulary.refuse_strangers(prepared.token_ids)
+        self.vocabulary.refuse_unknown(prepared.token_ids)
         return prepared
 
     def _processed(self, renderer: Renderer, rendered: Rendered, picture: Image.Image, *, name: str) -> Prepared:

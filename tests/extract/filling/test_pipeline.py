@@ -26,9 +26,9 @@ from agiqa.extract.filling.targets import Target
 from agiqa.extract.models import preparing
 from agiqa.extract.models.batches import BatchRunner, even_batches
 from agiqa.extract.models.checkpoints import resolve_checkpoint
+from agiqa.extract.models.huggingface import TextBackbone
 from agiqa.extract.models.loading import load_config
 from agiqa.extract.models.preparing import Preparation
-from agiqa.extract.models.text import TextBackbone
 from agiqa.store import UnitWriter, make_basis, moments_of, open_store, verify
 from tests.extract.jobs import extract, inputs
 from tests.extract.small_sets import write_set, write_talks

@@ -17,7 +17,7 @@ from transformers import (
 
 from agiqa.errors import ModelError
 from agiqa.extract.models import open_backbone
-from agiqa.extract.models.independence import TOKENS_NEEDED, refuse_batch_dependence
+from agiqa.extract.models.checks import TOKENS_NEEDED, refuse_batch_dependence
 from tests.extract import tiny_models
 from tests.extract.models.test_adapters import llama
 from tests.extract.models.test_linearity import write_scaled

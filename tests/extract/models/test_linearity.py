@@ -18,7 +18,7 @@ from transformers import (
 from agiqa.errors import ModelError
 from agiqa.extract.data.items import Message
 from agiqa.extract.models import open_backbone
-from agiqa.extract.models.linearity import LogitMap, find_logit_map
+from agiqa.extract.models.checks import LogitMap, find_logit_map
 from agiqa.extract.models.loading import quiet_transformers
 from tests.extract import tiny_models
 from tests.extract.jobs import extract

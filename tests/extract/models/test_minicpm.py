@@ -19,8 +19,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransfo
 from agiqa.errors import DataError, ModelError
 from agiqa.extract import Message, open_backbone
 from agiqa.extract.models.contract import GenerationSettings
-from agiqa.extract.models.minicpm.config import MiniCPMConfig
-from agiqa.extract.models.minicpm.model import MiniCPMV, line_positions
+from agiqa.extract.models.minicpm.model import MiniCPMConfig, MiniCPMV, line_positions
 from agiqa.extract.models.minicpm.slicing import cut, slicing_of
 from agiqa.store import TOKEN_ROLES
 from tests.extract.backbone_contract import CONVERSATION, LocalContract
