@@ -1,4 +1,4 @@
-"""From a model's name to its backbone: the kinds that there are, and the one that fits a checkpoint."""
+"""Opens the backbone of a model by name: the kinds of backbones, and the choice among them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,16 +30,15 @@ def open_backbone(
     device: str = "auto",
     max_slices: int | None = None,
 ) -> Backbone:
-    """The backbone over `model`, ready to prepare items; its weights are not read before `load`.
+    """The backbone of `model`, ready to prepare items; `load` reads its weights.
 
     `model` is a folder, a .gguf file, `pkg:PACKAGE[/FILE]` or a hub id (see `agiqa.extract.models.checkpoints`).
     `adapter` is the folder or hub id of a LoRA adapter (see `agiqa.extract.models.adapters`), merged on `load`.
     `kind` is text, vision, minicpm, or auto: minicpm for MiniCPM-Llama3-V-2.5, vision for image-text-to-text models
-    that come with a processor, else text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own,
-    bfloat16 for GGUF. `device` is a torch device, or auto: CUDA where there is one. `max_slices` limits the slices
-    that MiniCPM-Llama3-V-2.5 cuts an image into, which are 9 otherwise. Raises UnknownName for a kind or dtype,
-    ConfigError for a device or for `max_slices` with another model, ModelError for a checkpoint or adapter that is
-    missing, broken, or of no such kind.
+    with a processor, else text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own, bfloat16 for
+    GGUF. `device` is a torch device, or auto: CUDA if there is one. `max_slices` limits the slices of an image in
+    MiniCPM-Llama3-V-2.5, by default 9. Raises UnknownName for a kind or dtype, ConfigError for a device or for
+    `max_slices` with another model, ModelError for a checkpoint or adapter that is missing, damaged, or of another kind.
     """
     if kind != "auto" and kind not in BACKBONES.names():
         unknown = UnknownName.of("backbone", kind, ["auto", *BACKBONES.names()])
@@ -57,7 +56,7 @@ def open_backbone(
 
 
 def _read_config(checkpoint: Checkpoint, max_slices: int | None) -> Any:
-    """The configuration of a model of transformers, or of the one that it does not have."""
+    """The configuration of a model of transformers, or of MiniCPM-Llama3-V-2.5."""
     if checkpoint.raw_config.get("model_type") == MODEL_TYPE:
         config = read_config(checkpoint)
         return config if max_slices is None else replace(config, slices=max_slices)
