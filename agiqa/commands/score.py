@@ -153,7 +153,7 @@ def _open_as(
 
     Raises HeadError, see `check_model`, and as `open_backbone`.
     """
-    from agiqa.extract.models.origins import check_model
+    from agiqa.extract.models.provenance import check_model
 
     recorded = run.origin.get("model", {})
     if not recorded:

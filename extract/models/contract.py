@@ -32,7 +32,7 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How the model chooses the tokens of an answer; by default greedily. Raises ConfigError for values out of range."""
+    """How the model chooses the tokens of an answer, by default greedily. Raises ConfigError for a bad value."""
 
     max_new_tokens: int = 1024
     sample: bool = False

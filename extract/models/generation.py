@@ -117,7 +117,7 @@ def _config(settings: GenerationSettings, stops: Sequence[int], limit: int) -> G
 
 @contextmanager
 def _own_settings(model: Any, config: GenerationConfig) -> Generator[None]:
-    """Replace the checkpoint's generation settings, which would fill in what `config` leaves open; and print nothing."""
+    """Use `config` alone: the checkpoint's settings would fill in what it leaves open. Silences transformers."""
     stated = model.generation_config
     model.generation_config = config
     try:

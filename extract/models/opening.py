@@ -38,7 +38,7 @@ def open_backbone(
     with a processor, else text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own, bfloat16 for
     GGUF. `device` is a torch device, or auto: CUDA if there is one. `max_slices` limits the slices of an image in
     MiniCPM-Llama3-V-2.5, by default 9. Raises UnknownName for a kind or dtype, ConfigError for a device or for
-    `max_slices` with another model, ModelError for a checkpoint or adapter that is missing, damaged, or of another kind.
+    `max_slices` with another model, ModelError for a checkpoint or adapter that is missing, damaged, or unsuitable.
     """
     if kind != "auto" and kind not in BACKBONES.names():
         unknown = UnknownName.of("backbone", kind, ["auto", *BACKBONES.names()])
