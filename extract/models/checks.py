@@ -1,4 +1,4 @@
-"""What a model must satisfy: embeddings for its tokens, states that ignore the batch, and logits from hidden states.
+"""What a loaded model must satisfy: logits follow from hidden states, and hidden states do not depend on the batch.
 
 **Logits.** Stores keep `H` and `W_lm` instead of logits, which is right only if the logits are `H W_lm^T`. Some models
 scale their logits or cap them softly. The configuration says what a model may do, and a forward pass decides. A soft
@@ -13,16 +13,14 @@ beside a longer one, with other tokens in the padding and another companion.
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from agiqa.errors import DataError, ModelError, listed
+from agiqa.errors import ModelError
 
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """Largest relative error of logits, in the Frobenius norm, that rounding to this dtype explains."""
@@ -54,44 +52,6 @@ _SCALES = (
 """Settings by which known models change their logits. Of two that share the name `logits_scaling` one divides."""
 
 
-class Vocabulary:
-    """The token ids that a model has embeddings for."""
-
-    def __init__(self, name: str, tokenizer: Any, *, size: int, rows: Callable[[], int], image_id: int | None) -> None:
-        """`size` is the stated vocabulary; some models have more `rows` of embeddings, for marks of images.
-
-        Raises ModelError if the tokenizer makes ordinary tokens without a row: it may belong to other weights. Special
-        tokens may lack a row until a text contains them: published text models keep image marks of their siblings.
-        """
-        self.name = name
-        self._tokenizer = tokenizer
-        self._size = size
-        self._rows = rows
-        self._image_id = image_id
-        beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= size}
-        special = {*tokenizer.all_special_ids, image_id}
-        special |= {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
-        unknown = sorted(token for token, place in beyond.items() if place not in special)
-        if unknown and max(beyond.values()) >= rows():
-            message = (
-                f"{name}: the tokenizer has ids up to {max(beyond.values())}, and the model's vocabulary is {rows()} "
-                f"({listed(unknown)} have no embedding). Give the tokenizer that belongs to the weights, or resize the "
-                "model's embeddings and save it."
-            )
-            raise ModelError(message)
-
-    def refuse_unknown(self, token_ids: NDArray[np.int32]) -> None:
-        """Raise DataError if one of `token_ids` (n,) has no embedding; the image token needs none."""
-        beyond = {int(place) for place in token_ids[token_ids >= self._size]} - {self._image_id}
-        if beyond and max(beyond) >= self._rows():
-            token = self._tokenizer.convert_ids_to_tokens(max(beyond))
-            message = (
-                f"its text holds the token {token!r} (id {max(beyond)}), and the vocabulary of {self.name} is "
-                f"{self._rows()}; take it out of the text, or use a model with an embedding for it."
-            )
-            raise DataError(message)
-
-
 class _HeadReached(Exception):
     """Ends a forward pass before the output embedding makes logits."""
 
@@ -107,12 +67,8 @@ def final_states(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor
         seen.append(given[0])
         raise _HeadReached
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(stop)
-    try:
-        with suppress(_HeadReached):
-            model(**inputs, use_cache=False)
-    finally:
-        handle.remove()
+    with model.get_output_embeddings().register_forward_pre_hook(stop), suppress(_HeadReached):
+        model(**inputs, use_cache=False)
     if not seen:
         message = f"{type(model).__name__} makes its logits without its output embedding (lm_head)."
         raise ModelError(message)
@@ -253,11 +209,8 @@ def _large_logits(
         seen.append((inputs[0], scaled))
         return (scaled, *inputs[1:])
 
-    handle = head.register_forward_pre_hook(enlarge)
-    try:
+    with head.register_forward_pre_hook(enlarge):
         logits = model(input_ids=token_ids, use_cache=False).logits
-    finally:
-        handle.remove()
     if not seen:
         raise _unexplained(name, "it makes its logits without its lm_head")
     return seen[0], logits

@@ -4,14 +4,16 @@ import hashlib
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from agiqa.errors import ConfigError, ModelError, UnknownName
+from agiqa.errors import ConfigError, DataError, ModelError, UnknownName, listed
 from agiqa.extract.data.images import ImageSource
 from agiqa.extract.data.items import Message
 from agiqa.extract.models.adapters import Adapter, apply_adapter, check_adapter
@@ -20,7 +22,6 @@ from agiqa.extract.models.checkpoints import Checkpoint
 from agiqa.extract.models.checks import (
     TOKENS_NEEDED,
     LogitMap,
-    Vocabulary,
     final_states,
     find_logit_map,
     refuse_batch_dependence,
@@ -66,17 +67,10 @@ class HuggingFaceBackbone(ABC):
         self.hidden_size: int = text_config.hidden_size
         self.vocab_size: int = text_config.vocab_size
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
-        self._rows: int | None = None
         self.model_class: Any = self.classes[type(config)]
         self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
         self.renderer = self._make_renderer()
-        self.vocabulary = Vocabulary(
-            checkpoint.name,
-            self.renderer.tokenizer,
-            size=self.vocab_size,
-            rows=self._embedding_rows,
-            image_id=self._image_token_id,
-        )
+        self._check_tokenizer()
         self._model: Any = None
         self._tensors_fit = False
         self._after_head: LogitMap | None = None
@@ -142,12 +136,40 @@ class HuggingFaceBackbone(ABC):
             )
         return model
 
+    @cached_property
     def _embedding_rows(self) -> int:
         """The number of token ids with an embedding: the vocabulary and, in some models, marks of images."""
-        if self._rows is None:
-            embeddings = self._language_model_of(self.empty_model()).get_input_embeddings()
-            self._rows = max(self.vocab_size, len(embeddings.weight))
-        return self._rows
+        embeddings = self._language_model_of(self.empty_model()).get_input_embeddings()
+        return max(self.vocab_size, len(embeddings.weight))
+
+    def _check_tokenizer(self) -> None:
+        """Raise ModelError if the tokenizer makes ordinary tokens without an embedding: it may be of another model.
+
+        Special tokens may lack one until a text contains them: published text models keep image marks of siblings.
+        """
+        tokenizer = self.renderer.tokenizer
+        beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= self.vocab_size}
+        special = {*tokenizer.all_special_ids, self._image_token_id}
+        special |= {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+        unknown = sorted(token for token, place in beyond.items() if place not in special)
+        if unknown and max(beyond.values()) >= self._embedding_rows:
+            message = (
+                f"{self.checkpoint.name}: the tokenizer has ids up to {max(beyond.values())}, and the model's "
+                f"vocabulary is {self._embedding_rows} ({listed(unknown)} have no embedding). Give the tokenizer that "
+                "belongs to the weights, or resize the model's embeddings and save it."
+            )
+            raise ModelError(message)
+
+    def _refuse_unknown_tokens(self, token_ids: NDArray[np.int32]) -> None:
+        """Raise DataError if one of `token_ids` (n,) has no embedding; the image token needs none."""
+        beyond = {int(place) for place in token_ids[token_ids >= self.vocab_size]} - {self._image_token_id}
+        if beyond and max(beyond) >= self._embedding_rows:
+            token = self.renderer.tokenizer.convert_ids_to_tokens(max(beyond))
+            message = (
+                f"its text holds the token {token!r} (id {max(beyond)}), and the vocabulary of {self.checkpoint.name} "
+                f"is {self._embedding_rows}; take it out of the text, or use a model with an embedding for it."
+            )
+            raise DataError(message)
 
     def load(self) -> None:
         """See `Backbone.load`."""
@@ -253,7 +275,7 @@ class TextBackbone(HuggingFaceBackbone):
         """See `Backbone.prepare`; `image` is ignored."""
         del image
         token_ids, roles = self.renderer.tokenize(self.renderer.render(conversation, answer=answer))
-        self.vocabulary.refuse_unknown(token_ids)
+        self._refuse_unknown_tokens(token_ids)
         return Prepared(token_ids=token_ids, roles=roles)
 
     def _make_renderer(self) -> Renderer:

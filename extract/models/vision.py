@@ -53,7 +53,7 @@ class VisionBackbone(HuggingFaceBackbone):
             prepared = Prepared(token_ids=text_ids, roles=text_roles)
         else:
             prepared = self._processed(self.renderer, rendered, open_image(image), name=str(image))
-        self.vocabulary.refuse_unknown(prepared.token_ids)
+        self._refuse_unknown_tokens(prepared.token_ids)
         return prepared
 
     def _processed(self, renderer: Renderer, rendered: Rendered, picture: Image.Image, *, name: str) -> Prepared:

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from safetensors import safe_open
-from torch import nn
+from safetensors.torch import load_file
 
 from agiqa.errors import ModelError, listed
 from agiqa.extract.data.images import ImageSource, open_image
@@ -45,7 +44,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         refuse_marks(conversation, self.config.marks.values())
         rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
         ids, roles = self.renderer.tokenize(rendered)
-        self.vocabulary.refuse_unknown(ids)
+        self._refuse_unknown_tokens(ids)
         if image is None:
             return Prepared(token_ids=ids, roles=roles)
         settings, picture = self.config, open_image(image)
@@ -171,11 +170,8 @@ def load_weights(checkpoint: Checkpoint, model: MiniCPMV, *, dtype: torch.dtype,
     """
     with failures_of(checkpoint, "load the weights"):
         for path in _files(checkpoint):
-            with safe_open(path, framework="pt", device=str(device)) as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is no mapping
-                    holder, _, last = name.rpartition(".")
-                    value = nn.Parameter(tensors.get_tensor(name).to(dtype), requires_grad=False)
-                    setattr(model.get_submodule(holder), last, value)
+            tensors = load_file(path, device=str(device))
+            model.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, strict=False, assign=True)
     model.restore_frequencies(device)
     return model.eval().requires_grad_(requires_grad=False)
 
