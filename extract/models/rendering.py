@@ -182,17 +182,11 @@ class Renderer:
         self, conversation: Sequence[Message], *, image: bool, style: Style, ask: bool = False
     ) -> list[str] | None:
         """What the template itself writes before, between and after the contents; None if it leaves one out."""
-        marks = [f"\ue000{index}\ue001" for index in range(len(conversation))]
+        count = range(len(conversation))
+        marks = [f"\ue000{index}\ue001" for index in count]
         text = self._apply(conversation, marks, image=image, style=style, ask=ask)
-        if [text.count(mark) for mark in marks] != [1] * len(marks):
-            return None
-        words: list[str] = []
-        for mark in marks:
-            before, found, text = text.partition(mark)
-            if not found:
-                return None
-            words.append(before)
-        return [*words, text]
+        parts = re.split("\ue000(\\d+)\ue001", text)
+        return parts[::2] if parts[1::2] == [str(index) for index in count] else None
 
     def _apply(
         self, conversation: Sequence[Message], contents: list[str], *, image: bool, style: Style, ask: bool

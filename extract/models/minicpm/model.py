@@ -47,8 +47,6 @@ _PATCHES_AT_ONCE = 1 << 16
 """Bounds the memory of one pass of the vision tower: about 64 slices."""
 _HEAD_WIDTH = 128
 _EPSILON = 1e-6
-_TABLES_KEPT = 64
-"""Tables of positions, one for each size of a slice: at most about 9 MB each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +195,6 @@ class Resampler(nn.Module):
         self.ln_kv = nn.LayerNorm(width, eps=_EPSILON)
         self.ln_post = nn.LayerNorm(width, eps=_EPSILON)
         self.proj = nn.Parameter(torch.zeros(width, width))
-        self._tables: dict[tuple[int, int, torch.device], Tensor] = {}
 
     def forward(self, patches: Tensor, sizes: NDArray[np.int64]) -> Tensor:
         """(slices, queries, width) of `patches` (slices, longest, vision width); `sizes` is (slices, [rows, columns]).
@@ -220,16 +217,17 @@ class Resampler(nn.Module):
     def _positions(self, sizes: NDArray[np.int64], longest: int, like: Tensor) -> Tensor:
         """(slices, longest, width) in the dtype and on the device of `like`; zeros behind the patches of a slice."""
         found, width = like.new_zeros(len(sizes), longest, like.shape[-1]), like.shape[-1]
-        for size in {tuple(size) for size in sizes.tolist()}:
-            table = self._tables.get((*size, like.device))
-            if table is None or table.dtype != like.dtype:
-                table = sine_positions(width, *size).to(like.device, like.dtype)
-                if len(self._tables) == _TABLES_KEPT:
-                    self._tables.clear()
-                self._tables[(*size, like.device)] = table
-            places = uploaded(np.flatnonzero((sizes == size).all(axis=1)), like.device)
+        for rows, columns in {tuple(size) for size in sizes.tolist()}:
+            table = _position_table(width, rows, columns, like.device, like.dtype)
+            places = uploaded(np.flatnonzero((sizes == (rows, columns)).all(axis=1)), like.device)
             found[places, : len(table)] = table
         return found
+
+
+@lru_cache(maxsize=64)
+def _position_table(width: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`sine_positions` on a device; at most about 9 MB each."""
+    return sine_positions(width, rows, columns).to(device, dtype)
 
 
 def sine_positions(width: int, rows: int, columns: int) -> Tensor:
