@@ -73,9 +73,6 @@ class HuggingFaceBackbone(ABC):
         self._check_tokenizer()
         self._model: Any = None
         self._tensors_fit = False
-        self._after_head: LogitMap | None = None
-        self._hashes: dict[str, str] | None = None
-        self._adapter_hashed: dict[str, Any] | None = None
 
     @abstractmethod
     def _make_renderer(self) -> Renderer:
@@ -91,9 +88,7 @@ class HuggingFaceBackbone(ABC):
 
     def provenance(self) -> dict[str, Any]:
         """See `Backbone.provenance`. The first call reads every file of the checkpoint to hash it."""
-        if self._hashes is None:
-            self._hashes = self.checkpoint.hashes()
-            self._adapter_hashed = None if self.adapter is None else self.adapter.provenance()
+        adapter = self._adapter_provenance
         return {
             "name": self.checkpoint.label if self.adapter is None else f"{self.checkpoint.label}+{self.adapter.label}",
             "kind": self.kind,
@@ -101,7 +96,7 @@ class HuggingFaceBackbone(ABC):
             "architecture": self.model_class.__name__,
             "revision": self.checkpoint.revision,
             "gguf": self.checkpoint.gguf,
-            "files": dict(self._hashes),
+            "files": dict(self.file_hashes),
             "chat_template": {
                 "source": "plain" if self.renderer.plain else "checkpoint",
                 "sha256": hashlib.sha256(self.renderer.template.encode()).hexdigest(),
@@ -112,8 +107,17 @@ class HuggingFaceBackbone(ABC):
             "dtype": self.logical_dtype,
             "attention": self.attention,
             "versions": _versions(self.packages),
-            **({} if self._adapter_hashed is None else {"adapter": self._adapter_hashed}),
+            **({} if adapter is None else {"adapter": adapter}),
         }
+
+    @cached_property
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of the checkpoint's files, by name."""
+        return self.checkpoint.hashes()
+
+    @cached_property
+    def _adapter_provenance(self) -> dict[str, Any] | None:
+        return None if self.adapter is None else self.adapter.provenance()
 
     def check_tensors(self) -> None:
         """See `Backbone.check_tensors`. Only the first call reads the headers."""
@@ -222,21 +226,19 @@ class HuggingFaceBackbone(ABC):
     def lm_head(self, *, bent: bool = False) -> torch.Tensor:
         """See `Backbone.lm_head`."""
         weight: torch.Tensor = self._language_model().get_output_embeddings().weight.detach()
-        return weight if bent else self._logit_map().fold(self.checkpoint.name, weight)
+        return weight if bent else self._logit_map.fold(self.checkpoint.name, weight)
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
         """See `Backbone.project`."""
         head = self._language_model().get_output_embeddings()
-        after = self._logit_map()
         with torch.inference_mode():
-            return after(head(states.to(device=head.weight.device, dtype=head.weight.dtype)))
+            return self._logit_map(head(states.to(device=head.weight.device, dtype=head.weight.dtype)))
 
+    @cached_property
     def _logit_map(self) -> LogitMap:
-        """What the model does after its output embedding; found once."""
-        if self._after_head is None:
-            probe = torch.tensor([self._ordinary_tokens(PROBE_TOKENS)], device=self.device)
-            self._after_head = find_logit_map(self.checkpoint.name, self._language_model(), probe)
-        return self._after_head
+        """What the model does after its output embedding."""
+        probe = torch.tensor([self._ordinary_tokens(PROBE_TOKENS)], device=self.device)
+        return find_logit_map(self.checkpoint.name, self._language_model(), probe)
 
     def _language_model(self) -> Any:
         return self._language_model_of(self._loaded())
