@@ -1,6 +1,5 @@
 """Opens the backbone of a model by name: the kinds of backbones, and the choice among them."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +12,10 @@ from agiqa.extract.models.loading import load_config
 from agiqa.extract.models.minicpm.backbone import MiniCPMBackbone
 from agiqa.extract.models.minicpm.model import MODEL_TYPE, read_config
 from agiqa.extract.models.vision import VisionBackbone
-from agiqa.registry import Registry
 
-BACKBONES: Registry[Callable[..., HuggingFaceBackbone]] = Registry("backbone")
-BACKBONES.add("text", TextBackbone)
-BACKBONES.add("vision", VisionBackbone)
-BACKBONES.add("minicpm", MiniCPMBackbone)
+BACKBONES: dict[str, type[HuggingFaceBackbone]] = {
+    backbone.kind: backbone for backbone in (TextBackbone, VisionBackbone, MiniCPMBackbone)
+}
 
 
 def open_backbone(
@@ -40,19 +37,16 @@ def open_backbone(
     MiniCPM-Llama3-V-2.5, by default 9. Raises UnknownName for a kind or dtype, ConfigError for a device or for
     `max_slices` with another model, ModelError for a checkpoint or adapter that is missing, damaged, or unsuitable.
     """
-    if kind != "auto" and kind not in BACKBONES.names():
-        unknown = UnknownName.of("backbone", kind, ["auto", *BACKBONES.names()])
-        raise unknown
+    if kind not in ("auto", *BACKBONES):
+        raise UnknownName.of(kind="backbone", name=kind, known=["auto", *BACKBONES])
     checkpoint = resolve_checkpoint(model)
     resolved = None if adapter is None else resolve_adapter(adapter)
     config = _read_config(checkpoint, max_slices)
     chosen = _fitting(checkpoint, config) if kind == "auto" else kind
-    make: Any = BACKBONES.get(chosen)
-    if type(config) not in make.classes:
+    if type(config) not in BACKBONES[chosen].classes:
         message = f"{model}: the model type {config.model_type!r} cannot serve as the backbone {chosen!r}."
         raise ModelError(message)
-    backbone: HuggingFaceBackbone = make(checkpoint, config, adapter=resolved, dtype=dtype, device=device)
-    return backbone
+    return BACKBONES[chosen](checkpoint, config, adapter=resolved, dtype=dtype, device=device)
 
 
 def _read_config(checkpoint: Checkpoint, max_slices: int | None) -> Any:

@@ -43,7 +43,7 @@ class Outcome:
 
     @property
     def row(self) -> str:
-        """Its line of the table."""
+        """Its row of the table."""
         message = self.message.replace("|", r"\|")
         return f"| {self.family} | {'works' if self.works else 'refused'} | {message} |"
 
@@ -53,7 +53,7 @@ class Wrong(AssertionError):
 
 
 def save_pictures(folder: Path) -> list[Path]:
-    """Two images of noise, of unlike shapes."""
+    """Two images of noise, of different shapes."""
     noise = np.random.default_rng(0)
     paths = [folder / f"{index}.png" for index in range(2)]
     for path, shape in zip(paths, [(50, 64, 3), (30, 20, 3)], strict=True):
@@ -121,7 +121,7 @@ def own_inputs(backbone: Any, talk: Sequence[Message], picture: Path | None) -> 
 
 
 def _check_image(backbone: Any, talk: Sequence[Message], picture: Path, item: Any, states: torch.Tensor) -> None:
-    """The image is seen, and its tokens are known."""
+    """Raise Wrong if the image does not change the states, or no token has the role image."""
     negative = picture.with_name(f"negative-{picture.name}")
     with Image.open(picture) as image:
         image.point(lambda value: 255 - value).save(negative)

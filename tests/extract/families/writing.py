@@ -84,7 +84,7 @@ def write_text_family(folder: Path, model_type: str) -> Path:
 
 
 def image_processor(name: str) -> Any:
-    """The image processor that runs on Pillow, by module.class; where there is none, the one that needs torchvision."""
+    """The image processor module.class: the one that runs on Pillow or, without one, the one that needs torchvision."""
     module, name = name.split(".")
     stem = f"transformers.models.{module}.image_processing_"
     try:

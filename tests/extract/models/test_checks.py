@@ -165,7 +165,7 @@ def test_biases_and_strangers(tiny_text_checkpoint):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_that_reads_its_padding_is_refused_with_what_was_measured(tmp_path, dtype):
-    """CPM-Ant attends to all that follows, and takes its padding for text."""
+    """CPM-Ant attends to all later tokens, and reads its padding as text."""
     tokenizer = tiny_models.make_tokenizer()
     tokenizer.chat_template = tiny_models.TEXT_TEMPLATE
     config = CpmAntConfig(

@@ -1,4 +1,4 @@
-"""The native MiniCPM-Llama3-V-2.5: the laws of backbones, the published route written out, and the published oracle."""
+"""The native MiniCPM-Llama3-V-2.5: the laws of backbones, a second implementation, and the published oracle."""
 
 import json
 import re
@@ -131,7 +131,7 @@ def test_hidden_states_are_those_of_the_published_route(tiny, tmp_path, size):
 
 @pytest.mark.parametrize("size", [(1024, 768), (800, 600), (512, 768)])
 def test_hidden_states_of_images_in_the_published_resolution(tiny, tmp_path, size):
-    """Whose slices are rows of 1,000 patches and more, where the rounding of positions tells."""
+    """Their slices are rows of 1,000 patches and more, for which the rounding of positions matters."""
     folder = tmp_path / "fine"
     shutil.copytree(tiny, folder)
     settings = json.loads((folder / "preprocessor_config.json").read_text())
@@ -150,7 +150,7 @@ def test_every_number_of_patches_has_the_positions_that_torch_gives_it():
 
 
 def test_a_store_says_whose_positions_it_has(tiny):
-    """Stores of releases that rounded otherwise have another id, so that none is resumed with other numbers."""
+    """Stores of releases that rounded differently have another id, so that none is resumed with other numbers."""
     assert open_backbone(str(tiny), device="cpu").provenance()["image"]["positions"] == "torch"
 
 

@@ -1,4 +1,4 @@
-"""Models that think: their thoughts are kept, and neither the next round nor an extraction reads them."""
+"""Thinking models: their thoughts are saved, but neither the next question nor an extraction includes them."""
 
 import json
 from dataclasses import replace
