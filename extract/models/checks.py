@@ -230,8 +230,8 @@ def _scale_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def _not_linear(name: str, why: str) -> ModelError:
     return ModelError(
-        f"{name}: its logits are not a linear image of the hidden states: {why}. Hidden states and sketches "
-        "of them would not hold it. Use --encoding logits, or another checkpoint of the family, without that setting."
+        f"{name}: its logits are not linear in the hidden states: {why}. Stores of hidden states or sketches would "
+        "lose this. Use --encoding logits, or another checkpoint of the family, without that setting."
     )
 
 

@@ -82,7 +82,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
         message = f"{checkpoint.name}: transformers {transformers.__version__} knows no model of type {kind!r}."
         if "auto_map" in raw:
             message = (
-                f"{checkpoint.name}: this checkpoint (model type {kind!r}) wants to run Python code of its own, "
+                f"{checkpoint.name}: this checkpoint (model type {kind!r}) needs its own Python code, "
                 "trust_remote_code, which agiqa never does; use a model that transformers itself implements."
             )
         raise ModelError(message)

@@ -173,7 +173,7 @@ def _nothing(_backbone: Backbone, _argument: str) -> None:
 def require_opener(opener: Opener | None, what: str, *, needed: bool) -> None:
     """Raise ConfigError if `what` is `needed` and there is no `opener`."""
     if needed and opener is None:
-        message = f"{what} open the backbone anew: give an `opener`."
+        message = f"{what} need an `opener` that opens the backbone again."
         raise ConfigError(message)
 
 

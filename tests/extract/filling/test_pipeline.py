@@ -210,7 +210,7 @@ def test_a_killed_run_takes_its_processes_with_it(agiqa, tiny_vision_checkpoint,
 
 def test_workers_without_an_opener_are_refused(pictures, tiny_vision_checkpoint):
     _, backbone = inputs(pictures, tiny_vision_checkpoint)
-    with pytest.raises(ConfigError, match="Worker processes open the backbone anew: give an `opener`"):
+    with pytest.raises(ConfigError, match="Worker processes need an `opener` that opens the backbone again"):
         Preparation(backbone, workers=2)
 
 
