@@ -128,7 +128,7 @@ class Renderer:
             if thought is not None:
                 reason = f"a message contains {thought!r}, and the chat template leaves out thoughts; remove that text."
                 raise DataError(reason)
-            message = f"{self.name}: its chat template rewrites the contents of the messages, so tokens have no clear roles."
+            message = f"{self.name}: its chat template rewrites the contents of the messages, so their roles are unknown."
             raise ModelError(message)
         return Rendered(text=text, spans=spans)
 
@@ -285,7 +285,7 @@ def expand_roles(
             continue
         respelt = _respelt(text_ids[old][kept].tolist(), expanded_ids[new].tolist(), decode)
         if respelt is None or len(set(text_roles[old][kept].tolist())) > 1:
-            message = f"{name}: its processor changes words and not just the image's place, so tokens have no clear roles."
+            message = f"{name}: its processor changes words and not just the image's place, so roles are unknown."
             raise ModelError(message)
         roles[new.stop - respelt : new.stop] = text_roles[old][kept[0]]
     seen = expanded_ids == image_token_id
