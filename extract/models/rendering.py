@@ -128,7 +128,7 @@ class Renderer:
             if thought is not None:
                 reason = f"a message contains {thought!r}, and the chat template leaves out thoughts; remove that text."
                 raise DataError(reason)
-            message = f"{self.name}: its chat template rewrites the contents of the messages, so their roles are unknown."
+            message = f"{self.name}: its chat template rewrites the contents of the messages, so roles are unknown."
             raise ModelError(message)
         return Rendered(text=text, spans=spans)
 
