@@ -268,7 +268,7 @@ class _Merge:
                 place in self.weights and isinstance(_owner(self.model, place), Conv1D)
             )
             self.pairs[module] = _Pair(module=module, place=place, transposed=transposed)
-        setattr(self.pairs[module], (match["layer"] or embedding).lower(), tensor)
+        setattr(self.pairs[module], (match["layer"] or match["embedding"]).lower(), tensor)
 
     def problems(self) -> Iterator[str]:
         """What keeps the adapter from fitting the model, in words."""
