@@ -15,7 +15,7 @@ from agiqa.extract.describing.asking import preset
 from agiqa.extract.filling.live import LiveFeatures
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models.opening import open_checked
-from agiqa.extract.models.origins import check_model
+from agiqa.extract.models.provenance import check_model
 from agiqa.heads import Run
 from agiqa.heads.evaluation.rating_words import parse_word
 from agiqa.heads.evaluation.scoring import predict_items

@@ -1,6 +1,7 @@
-"""Worker processes that answer one question at a time; one that crashes or hangs costs no other question its answer.
+"""Worker processes that answer one question at a time. One that crashes or hangs loses only its own answer.
 
-Each has a pipe of its own, so it is known what a process was at when it died. A thread kills those that take too long.
+Each process has its own pipe, so that the question at which it died is known. A thread kills processes that take too
+long.
 """
 
 import ctypes
@@ -22,40 +23,40 @@ from agiqa.errors import AgiqaError, WorkerError
 from agiqa.progress import say
 
 SECONDS_TO_ANSWER = 300.0
-"""A process that takes longer for one question is killed. Images take a second or two."""
+"""A process that takes longer for one question is killed. An image takes a second or two."""
 _LOOKS = 60
-"""Looks at a process within its seconds. The clock would also count the time for which Ctrl-Z stopped this process."""
+"""Checks within that time. Checks are counted, not seconds: a pause of this process by Ctrl-Z must not count."""
 _TIMES_TO_BEGIN = 4
-"""So many times its seconds a process may take to begin: a dozen that import and open a model at once are slow."""
+"""Factor on that time for the start of a process: a dozen that import and open a model at once are slow."""
 _SECONDS_TO_END = 5.0
-"""What a process that has been killed, or has closed its pipe, may take to be gone."""
+"""The longest wait for the end of a process that was killed or closed its pipe."""
 _ATTEMPTS = 2
-"""Processes that try a question: the first may have been stopped or killed for no fault of the question."""
+"""Processes that try a question: the first may have been stopped or killed for another reason."""
 _SET_PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of Linux."""
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-"""Signals that say nothing of the question: people send them, and the system does where memory runs out."""
+"""Signals that people send, or the system when memory runs out: the question is not to blame."""
 
 Work = Callable[[Callable[..., Any], Any], Any]
-"""What a process does with a function and its argument."""
+"""Called in the process with a function and its argument; returns the answer."""
 
 
 class LostAnswer(Exception):
-    """No process lived to answer a question. Its text says of the last one "was ended by SIGSEGV", for a message."""
+    """No process survived a question. The text continues a sentence about the last one: "was ended by SIGSEGV"."""
 
     def __init__(self, how: str, *, blameless: bool) -> None:
-        """`blameless`: nothing speaks against the question itself."""
+        """`blameless`: the question is not to blame."""
         super().__init__(how)
         self.blameless = blameless
 
 
 class Workers:
-    """Processes that are started as they are needed, one for each thread that asks at the same time."""
+    """Processes that start on demand, one for each thread that asks at the same time."""
 
     def __init__(self, context: BaseContext, begin: Callable[[], Work], *, limited: bool = True) -> None:
-        """Each process calls `begin` first, which must be picklable unless `context` forks this process.
+        """Each process first calls `begin`, which must be picklable unless `context` forks this process.
 
-        With `limited` a process may take SECONDS_TO_ANSWER, and longer to begin, and it starts no processes itself.
+        A `limited` process may take SECONDS_TO_ANSWER, and longer to begin, and cannot start processes itself.
         """
         self._context = context
         self._begin = begin
@@ -68,16 +69,16 @@ class Workers:
             threading.Thread(target=self._watch, args=(SECONDS_TO_ANSWER,), daemon=True).start()
 
     def ask(self, function: Callable[..., Any], argument: Any) -> Any:
-        """The answer of a process to `function` and `argument`; what it raises is raised here.
+        """The answer of a process to `function` and `argument`; raises what they raise.
 
-        A fresh process tries where the first one died or took longer than it may. Raises LostAnswer when
-        that one does not answer either, and WorkerError where it cannot even start.
+        If the first process dies or takes too long, a new one tries. Raises LostAnswer if that one fails too, and
+        WorkerError if it cannot even start.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             worker = self._take(fresh=attempt > 1)
             try:
                 sound, answer = worker.ask(function, argument)
-            except (EOFError, OSError) as error:  # it is gone, perhaps within a message
+            except (EOFError, OSError) as error:  # it died, perhaps within a message
                 lost = self._lost(worker)
                 if attempt == _ATTEMPTS or self._closed.is_set():
                     raise lost from error
@@ -94,19 +95,19 @@ class Workers:
         raise AssertionError  # the last attempt returns or raises
 
     def close(self) -> None:
-        """Kill the processes, stopped ones too; whoever waits for an answer gets LostAnswer."""
-        _wake_fork_server()  # a thread that waits for it holds the lock
+        """Kill the processes, stopped ones too. Threads that wait for an answer get LostAnswer."""
+        _wake_fork_server()  # a thread that waits for the fork server holds the lock
         with self._lock:
             self._closed.set()
-            there = [*self._idle, *self._busy]
-            for worker in there:
+            workers = [*self._idle, *self._busy]
+            for worker in workers:
                 worker.kill()
-            for worker in there:
+            for worker in workers:
                 worker.process.join(_SECONDS_TO_END)
             self._idle.clear()
 
     def _take(self, *, fresh: bool) -> "_Worker":
-        """A process that has nothing to do; a `fresh` one cannot have been stopped or killed before."""
+        """An idle process; a `fresh` one cannot have been stopped or killed before."""
         with self._lock:
             if self._closed.is_set():
                 message = "was not needed any more"
@@ -153,7 +154,7 @@ class _Worker:
         self.process: BaseProcess = start.Process(target=_serve, args=(theirs, begin), daemon=daemon)
         with ctrl_c_kept_away():
             self.process.start()
-        theirs.close()  # so that this end tells when the process is gone
+        theirs.close()  # so that reading fails once the process is gone
         self.ready = False
         self.looks = 0
         self.late: str | None = None
@@ -170,12 +171,12 @@ class _Worker:
         return answer
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         if self.process.is_alive():
             self.process.kill()
 
     def obituary(self) -> LostAnswer | WorkerError:
-        """How it ended; it is gone afterwards."""
+        """How the process ended; afterwards it is gone."""
         self.process.join(_SECONDS_TO_END)
         self.kill()
         self.process.join(_SECONDS_TO_END)
@@ -188,11 +189,11 @@ class _Worker:
 
 @contextmanager
 def ctrl_c_kept_away() -> Generator[None]:
-    """Start processes inside that Ctrl-C does not reach, from their first instruction on.
+    """Processes started within the block never receive Ctrl-C, from their first instruction on.
 
-    One that comes meanwhile is raised in this process afterwards.
+    A Ctrl-C within the block is raised in this process afterwards.
     """
-    resource_tracker.ensure_running()  # which would let it through again if it were started inside
+    resource_tracker.ensure_running()  # if it started inside, it would unblock the signal again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -201,15 +202,15 @@ def ctrl_c_kept_away() -> Generator[None]:
 
 
 def end_with_parent() -> None:
-    """End this process as soon as the one that started it has ended, however it did; Ctrl-C is the parent's to take.
+    """End this process as soon as the one that started it ends, in any way. Only the parent handles Ctrl-C.
 
-    On Linux the children of a fork server end even while they are stopped.
+    On Linux the children of a fork server end even if they are stopped.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    if os.getppid() != parent.pid:  # a fork server has forked it
+    if os.getppid() != parent.pid:  # a fork server forked it
         killed_with_forker()
 
     def wait() -> None:
@@ -220,10 +221,10 @@ def end_with_parent() -> None:
 
 
 def killed_with_forker() -> None:
-    """Have Linux kill this process, stopped or not, when the fork server ends, and let that end with the whole run.
+    """Have Linux kill this process, stopped or not, when the fork server ends, and let the server end with the run.
 
-    The fork server lives until nobody holds the pipe that it watches, and hands that pipe to every process that it
-    forks: one that was stopped would keep it alive for ever.
+    The fork server lives as long as any process holds the pipe that it watches, and every process that it forks
+    inherits that pipe: a stopped one would keep the server alive for ever.
     """
     server: Any = getattr(forkserver, "_forkserver", None)
     if (watched := getattr(server, "_forkserver_alive_fd", None)) is not None:
@@ -234,7 +235,7 @@ def killed_with_forker() -> None:
 
 
 def _wake_fork_server() -> None:
-    """Let the fork server go on if somebody stopped it: nobody can start a process, or see one end, without it."""
+    """Continue a stopped fork server: without it no process starts, and the end of none is seen."""
     server: int | None = getattr(getattr(forkserver, "_forkserver", None), "_forkserver_pid", None)
     if server is not None:
         with suppress(ProcessLookupError):
@@ -242,7 +243,7 @@ def _wake_fork_server() -> None:
 
 
 def picklable(error: Exception) -> Exception:
-    """`error`, or what can be told of it to another process; of one that nobody raised on purpose, with its place."""
+    """`error`, or a WorkerError with its text if it cannot be pickled; with the traceback if it is no AgiqaError."""
     if not isinstance(error, AgiqaError):
         error.add_note(f"in a worker process:\n{traceback.format_exc()}")
     try:
@@ -253,25 +254,25 @@ def picklable(error: Exception) -> Exception:
 
 
 def _ending(code: int | None) -> str:
-    """How a process with this exit code ended."""
+    """The end of a process with this exit code, in words."""
     if code is None or code >= 0:
         return f"ended with exit code {code}"
     return f"was ended by {next((known.name for known in signal.Signals if known == -code), f'signal {-code}')}"
 
 
 def _serve(pipe: "Connection[Any, Any]", begin: Callable[[], Work]) -> None:
-    """The life of a process: answer what is asked until the pipe closes."""
+    """The main function of a process: answer questions until the pipe closes."""
     end_with_parent()
     try:
         work = begin()
-    except Exception as error:  # noqa: BLE001  # it is raised by whoever asks
+    except Exception as error:  # noqa: BLE001  # the asking thread raises it
         pipe.send((False, picklable(error)))
         return
     pipe.send((True, None))
-    with suppress(EOFError, ConnectionError):  # nobody asks any more
+    with suppress(EOFError, ConnectionError):  # the parent closed the pipe
         while True:
             question = pipe.recv_bytes()
             try:
                 pipe.send((True, work(*pickle.loads(question))))
-            except Exception as error:  # noqa: BLE001  # it is raised by whoever asks
+            except Exception as error:  # noqa: BLE001  # the asking thread raises it
                 pipe.send((False, picklable(error)))

@@ -1,4 +1,4 @@
-"""Worker processes that really crash, hang, stop and are killed: the question is named, and nobody waits for ever."""
+"""Worker processes that really crash, hang, stop or are killed: errors name the question, and no thread waits for ever."""
 
 import faulthandler
 import multiprocessing
@@ -30,7 +30,7 @@ from tests.extract.small_sets import write_set, write_talks
 
 
 def gone(process: int) -> bool:
-    """Whether the process has ended; one that nobody has waited for yet has ended too."""
+    """Whether the process has ended, even if its parent has not waited for it yet."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -230,7 +230,7 @@ def test_an_image_that_crashes_its_decoder_is_a_bad_item(tmp_path, crashing_form
 
 
 class OpensCrashing:
-    """Opens a backbone whose `prepare` crashes at conversations with a certain word."""
+    """Opens a backbone whose `prepare` crashes on conversations with a certain word."""
 
     def __init__(self, checkpoint, word, number):
         self._checkpoint, self._word, self._number = checkpoint, word, number
@@ -296,7 +296,7 @@ def test_items_of_workers_killed_from_outside_are_named_and_never_skipped(tiny_t
 
 
 def stop_at_once(connection, *_):
-    """The life of a process that is stopped before it has said anything."""
+    """The main function of a process that stops before it sends anything."""
     os.kill(os.getpid(), signal.SIGSTOP)
     connection.close()
 

@@ -12,7 +12,7 @@ from agiqa.errors import DataError, ModelError, UnknownName
 from agiqa.extract.data.items import Item, Message, OnBadItem, read_image
 from agiqa.extract.data.templates import VARIANTS, fill, template_of
 from agiqa.extract.models import Answer, Backbone, GenerationSettings, Prepared
-from agiqa.extract.models.memory import is_out_of_memory
+from agiqa.extract.models.batches import is_out_of_memory
 from agiqa.extract.models.preparing import Preparation
 from agiqa.progress import say
 

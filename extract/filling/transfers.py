@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from agiqa.extract.models import Prepared
-from agiqa.extract.models.memory import is_out_of_memory
-from agiqa.extract.models.uploading import uploaded
+from agiqa.extract.models.batches import is_out_of_memory, uploaded
 
 _Tag = TypeVar("_Tag")
 _SENT_AHEAD = 1

@@ -1,7 +1,6 @@
 """Backbones: frozen models that turn a conversation (and an image) into final hidden states.
 
-`open_backbone` finds the part that fits a checkpoint; importing this package loads no model code before it
-is called.
+`open_backbone` chooses the backbone for a checkpoint. Model code is imported only when it is used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ __all__ = ["Answer", "Backbone", "GenerationSettings", "Prepared", "open_backbon
 
 
 def __getattr__(name: str) -> Any:
-    """Import `open_backbone`, and transformers with it, when it is first asked for."""
+    """Import `open_backbone`, and transformers with it, on first use."""
     if name == "open_backbone":
         from agiqa.extract.models.opening import open_backbone
 

@@ -1,6 +1,6 @@
 """Checkpoints by name: a folder, a GGUF file, a file inside a Python package, or a Hugging Face hub id.
 
-| what to write | what it means |
+| name | meaning |
 |---|---|
 | `path/to/folder` | the official layout: config.json, tokenizer, safetensors; or exactly one .gguf file |
 | `path/to/model.gguf` | one GGUF file; the configuration and the tokenizer are inside it |
@@ -11,6 +11,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ from agiqa.errors import ModelError, first_line
 from agiqa.store.disk.files import refuse_lfs_pointers, sha256_of_file
 
 SETTINGS_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-"""Everything but weights that changes a number; json covers configuration, tokenizer and processor."""
+"""All files but weights that change a result; json covers configuration, tokenizer and processor."""
 WEIGHT_LAYOUTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -35,43 +36,29 @@ _WEIGHT_KINDS = ("*.safetensors", "*.bin")
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 """A repository of the hub, and the branch, tag or commit."""
 PACKAGE = "pkg:"
-"""What stands before the name of an installed Python package."""
+"""The beginning of a name that means an installed Python package."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """The files of one model. Weights are looked at only when they are asked for."""
+class Source:
+    """A folder of files, by name."""
 
     name: str
     """As the user gave it."""
     folder: Path
-    gguf: str | None = None
-    """The GGUF file's name within `folder`; None for the official layout."""
     repository: str | None = None
-    """The hub repository that `folder` is a snapshot of."""
+    """The hub repository of which `folder` is a snapshot."""
     revision: str | None = None
     """Its commit."""
 
     @property
     def label(self) -> str:
-        """The model's name without the folders of this machine, so that a moved checkpoint is the same model."""
+        """The name without the folders of this machine, so that it stays the same when the files move."""
         kept = self.repository or (self.name if self.name.startswith(PACKAGE) else None)
-        return kept or self.gguf or self.folder.resolve().name
-
-    @property
-    def source(self) -> dict[str, Any]:
-        """The keyword arguments with which every `from_pretrained` finds this checkpoint, offline and as data only."""
-        place = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
-        gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
-        return {**place, **gguf, "trust_remote_code": False}
-
-    @cached_property
-    def raw_config(self) -> dict[str, Any]:
-        """config.json as it is written; empty for GGUF. Raises ModelError when it is missing or no JSON object."""
-        return {} if self.gguf is not None else self.read_settings("config.json", "a model's configuration")
+        return kept or self.folder.resolve().name
 
     def read_settings(self, name: str, what: str) -> dict[str, Any]:
-        """The JSON object in the file `name` of the folder, which is `what`. Raises ModelError where there is none."""
+        """The JSON object in the file `name` of the folder, which is `what`. Raises ModelError if there is none."""
         path = self.folder / name
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -82,6 +69,31 @@ class Checkpoint:
             message = f"{self.name}: {path} is not {what} (a JSON object was expected)."
             raise ModelError(message)
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Source):
+    """The files of one model. Weights are read, or downloaded, only on demand."""
+
+    gguf: str | None = None
+    """The GGUF file's name within `folder`; None for the official layout."""
+
+    @property
+    def label(self) -> str:
+        """See `Source.label`; a GGUF file has its own name."""
+        return self.gguf if self.gguf and not (self.repository or self.name.startswith(PACKAGE)) else super().label
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Keyword arguments of `from_pretrained` for this checkpoint: offline, and without remote code."""
+        folder = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
+        gguf = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {**folder, **gguf, "trust_remote_code": False}
+
+    @cached_property
+    def raw_config(self) -> dict[str, Any]:
+        """The content of config.json; empty for GGUF. Raises ModelError if it is missing or no JSON object."""
+        return {} if self.gguf is not None else self.read_settings("config.json", "a model's configuration")
 
     @property
     def has_processor(self) -> bool:
@@ -96,7 +108,7 @@ class Checkpoint:
         return sorted(found)
 
     def weight_files(self) -> list[Path]:
-        """The weight files; those of a hub repository are downloaded first. Raises ModelError naming missing ones."""
+        """The weight files; those of a hub repository are downloaded first. Raises ModelError naming missing files."""
         if self.repository is not None:
             download(self.repository, self.revision, ["*.safetensors", "*.safetensors.index.json"])
             if not any((self.folder / name).exists() for name in WEIGHT_LAYOUTS[:2]):
@@ -137,10 +149,10 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def resolve_checkpoint(model: str) -> Checkpoint:
-    """The checkpoint that `model` names (see the table above); weights of hub models are not downloaded yet.
+    """The checkpoint of this name (see the table above); weights of hub models are not downloaded yet.
 
-    Raises ModelError when there is no such file, folder, package or repository, it holds no model, or one of its files
-    is a Git LFS pointer.
+    Raises ModelError if there is no such file, folder, package or repository, if it contains no model, or if one of its
+    files is a Git LFS pointer.
     """
     found = _find(model)
     if found.gguf is None:
@@ -150,25 +162,40 @@ def resolve_checkpoint(model: str) -> Checkpoint:
 
 
 def _find(model: str) -> Checkpoint:
-    path = package_path(model) if model.startswith(PACKAGE) else Path(model).expanduser()
+    path = _local_path(model)
     if path.is_file():
         return _gguf(model, path)
-    if path.is_dir():
+    source = find_source(model, SETTINGS_PATTERNS, "no such file or folder; expected a model's folder, a .gguf file")
+    if source.repository is None:
         return _folder(model, path)
-    match = HUB_ID.fullmatch(model)
-    if match is None or path.suffix == ".gguf":
-        message = f"{model}: no such file or folder; expected a model's folder, a .gguf file, or a hub id owner/name."
-        raise ModelError(message)
-    repository, revision = match["repo"], match["revision"]
-    folder = download(repository, revision, list(SETTINGS_PATTERNS))
-    if not (folder / "config.json").is_file():
+    if not (source.folder / "config.json").is_file():
         message = f"{model}: the hub repository has no config.json; GGUF repositories must be downloaded by hand."
         raise ModelError(message)
-    return Checkpoint(name=model, folder=folder, repository=repository, revision=folder.name)
+    return Checkpoint(**vars(source))
 
 
-def package_path(model: str) -> Path:
-    """The file or folder that `pkg:PACKAGE[/FILE]` names. Raises ModelError when there is none."""
+def find_source(name: str, patterns: Sequence[str], wrong: str) -> Source:
+    """The folder `name`, inside a package or not, or the files of a hub repository that match `patterns`.
+
+    Raises ModelError, with `wrong` as the reason, if there is none.
+    """
+    path = _local_path(name)
+    if path.is_dir():
+        return Source(name=name, folder=path)
+    match = HUB_ID.fullmatch(name)
+    if match is None or path.exists() or path.suffix == ".gguf":
+        message = f"{name}: {wrong}, or a hub id owner/name."
+        raise ModelError(message)
+    folder = download(match["repo"], match["revision"], patterns)
+    return Source(name=name, folder=folder, repository=match["repo"], revision=folder.name)
+
+
+def _local_path(name: str) -> Path:
+    return _package_path(name) if name.startswith(PACKAGE) else Path(name).expanduser()
+
+
+def _package_path(model: str) -> Path:
+    """The file or folder of `pkg:PACKAGE[/FILE]`. Raises ModelError if there is none."""
     package, _, inside = model.removeprefix(PACKAGE).partition("/")
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -220,15 +247,15 @@ def _shards(model: str, index: Path) -> list[Path]:
     return [index, *(index.parent / name for name in names)]
 
 
-def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
+def download(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The snapshot folder, named after its commit, of the files of a hub repository that match `patterns`.
 
-    What the cache holds is not fetched again. Raises ModelError when the hub does not provide it.
+    Cached files are not fetched again. Raises ModelError if the hub does not provide them.
     """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         message = (
             f"{repository}: no folder of that name here, and the Hugging Face hub did not provide it "

@@ -1,4 +1,4 @@
-"""What every backbone offers: items prepared without weights, hidden states and `W_lm` with them."""
+"""The contract of backbones: prepare items without weights; compute hidden states, logits and answers with them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,35 +17,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """One item as the model reads it: a batch of one, on the CPU."""
+    """One item as input of the model: a batch of one, on the CPU."""
 
     token_ids: NDArray[np.int32]
     """(n,)"""
     roles: NDArray[np.uint8]
     """(n,) values of `agiqa.store.TOKEN_ROLES`."""
     inputs: "Mapping[str, torch.Tensor]" = field(default_factory=dict)
-    """Further model inputs, such as pixel_values; axis 0 counts what the item adds to a batch."""
+    """Further model inputs, such as pixel_values; axis 0 is joined in a batch."""
     layout: "NDArray[np.int64] | None" = None
-    """(slices, [rows, columns of patches]) where the backbone cuts images itself. It stays on the host, where it is
-    needed before the device has done anything."""
+    """(slices, [rows, columns of patches]) if the backbone cuts images itself. It stays on the host, which needs it to
+    queue the work of the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationSettings:
-    """How the model chooses the tokens of an answer; the default is greedy. Raises ConfigError out of range."""
+    """How the model chooses the tokens of an answer, by default greedily. Raises ConfigError for a bad value."""
 
     max_new_tokens: int = 1024
     sample: bool = False
-    """Draw each token; otherwise the likeliest is taken, and `temperature`, `top_p` and `top_k` do not count."""
+    """Draw each token; otherwise take the likeliest and ignore `temperature`, `top_p` and `top_k`."""
     temperature: float = 1.0
     top_p: float = 1.0
-    """Draw from the fewest tokens that have this share of the probability."""
+    """Draw from the fewest tokens whose probabilities sum to this."""
     top_k: int = 0
-    """Draw from this many likeliest tokens; 0 is from all."""
+    """Draw from this many of the likeliest tokens; 0 means all."""
     repetition_penalty: float = 1.0
-    """Divides the positive logits, and multiplies the negative, of tokens that the answer has already."""
+    """Divides positive logits, and multiplies negative ones, of tokens that are already in the answer."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -62,7 +62,7 @@ class GenerationSettings:
 
     @classmethod
     def published(cls, *, max_new_tokens: int = 1024, seed: int = 0) -> "GenerationSettings":
-        """The sampling of the published MiniCPM-Llama3-V-2.5 `chat`, with which M3-AGIQA generated its answers."""
+        """The sampling settings of the published MiniCPM-Llama3-V-2.5 `chat`, which M3-AGIQA used for its answers."""
         return cls(
             max_new_tokens=max_new_tokens,
             sample=True,
@@ -75,19 +75,19 @@ class GenerationSettings:
 
 
 class Answer(str):
-    """The text of an answer, and how it came to its end."""
+    """The text of an answer, and how the generation ended."""
 
     __slots__ = ("complete", "generated", "tokens")
 
     tokens: int
-    """How many the model generated, the one that ended it not counted."""
+    """Number of generated tokens, without the one that ends the answer."""
     complete: bool
-    """Whether the model ended it; False where the limit of new tokens or of the model's positions did."""
+    """Whether the model ended the answer; False if the limit of new tokens or of positions cut it off."""
     generated: str | None
-    """All that the model generated, where that includes thoughts, which the text does not; else None."""
+    """The whole generated text if it includes thoughts, which the answer leaves out; else None."""
 
     def __new__(cls, text: str, *, tokens: int, complete: bool, generated: str | None = None) -> "Answer":
-        """The text, and what is told of it."""
+        """`text`, with the attributes above."""
         answer = super().__new__(cls, text)
         answer.tokens = tokens
         answer.complete = complete
@@ -96,44 +96,44 @@ class Answer(str):
 
 
 class Backbone(Protocol):
-    """A frozen multimodal or text model; of most, the logits are `H W_lm^T`."""
+    """A frozen multimodal or text model; the logits of most are `H W_lm^T`."""
 
     hidden_size: int
     """D"""
     vocab_size: int
-    """V, the rows of `W_lm`."""
+    """V, the number of rows of `W_lm`."""
     max_positions: int | None
-    """The longest item that the model was made for, in tokens; None when it states no limit."""
+    """The longest supported item, in tokens; None if the model states no limit."""
     logical_dtype: str
-    """Of the hidden states: bfloat16, float16 or float32."""
+    """The dtype of hidden states: bfloat16, float16 or float32."""
     reads_images: bool
     device: "torch.device"
-    """Where `load` brings the weights."""
+    """The device to which `load` brings the weights."""
 
     def provenance(self) -> dict[str, Any]:
-        """Everything about model, tokenizer and processor that changes a number, JSON-able. Hashes the files."""
+        """Everything about model, tokenizer and processor that changes a result, JSON-able. Hashes the files."""
         ...
 
     def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
         """Tokenise one conversation, its image before the first question. Needs no weights.
 
         `answer` appends the chat template's prompt for the next answer of the assistant.
-        Raises DataError for an image or text that cannot be read, ModelError when roles cannot be told.
+        Raises DataError for an unreadable image or text, ModelError if the roles of tokens cannot be determined.
         """
         ...
 
     def check_tensors(self) -> None:
-        """Raise ModelError, as `load` would, for what the heads of files tell of it; no tensor is read.
+        """Raise the ModelErrors of `load` that the headers of the weight files are enough for. Reads no tensor.
 
-        That is an adapter that does not fit the model, embeddings or an lm_head of another shape, and of a native
-        backbone any tensor. Weights of a hub repository are downloaded first.
+        These are an adapter that does not fit, embeddings or an lm_head of another shape and, in a native backbone, any
+        tensor that does not fit. Weights of a hub repository are downloaded first.
         """
         ...
 
     def load(self) -> None:
         """Bring the weights onto the device, merged with the adapter if there is one. Idempotent.
 
-        Raises ModelError when weights or the adapter are missing, incomplete, broken, or too many.
+        Raises ModelError if weights or adapter are missing, incomplete, damaged, or too large for the device.
         """
         ...
 
@@ -146,10 +146,10 @@ class Backbone(Protocol):
         ...
 
     def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
-        """The answer to each item, which was prepared with `answer`: no special tokens, thoughts or outer white space.
+        """The answers to items prepared with `answer=True`, without special tokens, thoughts and outer white space.
 
-        An item's greedy answer does not depend on its batch but for rounding. Each is an `Answer` where the backbone
-        can tell how it ended. Raises DataError for an item that leaves no position for an answer.
+        But for rounding, a greedy answer does not depend on the item's batch. Answers are `Answer`s if the backbone
+        knows how they ended. Raises DataError for an item that leaves no position for an answer.
         """
         ...
 
@@ -157,13 +157,13 @@ class Backbone(Protocol):
         """`W_lm` (V, D) with logits `H W_lm^T`, in the dtype that the model computes with.
 
         Raises ModelError for a model that does more to its logits (soft caps, biases, scales that `W_lm` cannot take
-        up exactly); with `bent` the weight of its output embedding is given all the same, to identify it.
+        up exactly). With `bent`, returns the weight of its output embedding even then, to identify the model.
         """
         ...
 
     def project(self, states: "torch.Tensor") -> "torch.Tensor":
-        """The model's own logits (n, V) of final hidden states (n, D), with whatever it does after `W_lm`.
+        """The model's own logits (n, V) of final hidden states (n, D), with its soft caps, biases and scales.
 
-        Raises ModelError for a model whose logits are made in a way that agiqa does not know.
+        Raises ModelError for a model that makes its logits in a way that agiqa does not know.
         """
         ...

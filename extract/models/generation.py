@@ -1,4 +1,4 @@
-"""Answers by a transformers model: batches padded on the left, greedy or sampled, cut at the end of the turn."""
+"""Answers of a transformers model: batches padded on the left, greedy or sampled, cut at the end of the turn."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -9,14 +9,13 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from agiqa.errors import DataError
-from agiqa.extract.models.batching import PER_TOKEN, alike
+from agiqa.extract.models.batches import PER_TOKEN, alike
 from agiqa.extract.models.contract import Answer, GenerationSettings, Prepared
 from agiqa.extract.models.loading import quiet_transformers
-from agiqa.extract.models.rendering import Renderer
-from agiqa.extract.models.thoughts import begins_in_thought, split_thoughts
+from agiqa.extract.models.rendering import Renderer, begins_in_thought, split_thoughts
 
 TURN_ENDS = ("<|eot_id|>",)
-"""End a turn wherever a tokenizer has them, whatever its checkpoint says: Llama 3's were published without."""
+"""Tokens that end a turn if the tokenizer has them: the published settings of Llama 3 leave this one out."""
 
 _PER_TOKEN = PER_TOKEN | {"input_ids", "attention_mask", "inputs_embeds"}
 
@@ -32,9 +31,9 @@ def generate(
     collate: Callable[[Sequence[Prepared]], Inputs],
     positions: int | None,
 ) -> list[str]:
-    """See `Backbone.generate`. Items with unlike image inputs are answered in batches of their own.
+    """See `Backbone.generate`. Items that are not `alike` run in separate batches.
 
-    `collate` makes model inputs padded on the right; `positions` is the longest that the model was made for.
+    `collate` makes model inputs padded on the right; `positions` is the model's longest sequence.
     """
     answers: dict[int, str] = {}
     stops = stop_tokens(model, renderer)
@@ -50,7 +49,7 @@ def generate(
 
 
 def new_tokens(length: int, settings: GenerationSettings, positions: int | None) -> int:
-    """How many tokens an answer to `length` tokens may have. Raises DataError where the model has no position left."""
+    """The most tokens of an answer to `length` tokens. Raises DataError if the model has no position left."""
     left = settings.max_new_tokens if positions is None else positions - length
     if left < 1:
         message = f"{length} tokens, and the model has {positions} positions: none is left for an answer."
@@ -59,7 +58,7 @@ def new_tokens(length: int, settings: GenerationSettings, positions: int | None)
 
 
 def stop_tokens(model: Any, renderer: Renderer) -> list[int]:
-    """The ids that end an answer: by the checkpoint, by the tokenizer, and by the chat template."""
+    """The ids that end an answer according to checkpoint, tokenizer or chat template."""
     tokenizer = renderer.tokenizer
     stated = getattr(model.generation_config, "eos_token_id", None)
     found = {*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id, renderer.turn_end}
@@ -69,7 +68,7 @@ def stop_tokens(model: Any, renderer: Renderer) -> list[int]:
 
 
 def left_padded(inputs: Inputs, lengths: Sequence[int]) -> Inputs:
-    """`inputs` whose padding on the right, of everything that has a value per token, is moved to the left."""
+    """`inputs`, with the padding of all values per token moved from the right to the left."""
     width = inputs["attention_mask"].shape[1]
 
     def moved(value: torch.Tensor) -> torch.Tensor:
@@ -82,15 +81,15 @@ def left_padded(inputs: Inputs, lengths: Sequence[int]) -> Inputs:
 def generated_ids(
     model: Any, inputs: Inputs, settings: GenerationSettings, *, stops: Sequence[int], limit: int
 ) -> list[list[int]]:
-    """Up to `limit` new ids of each row of `inputs`, which are padded on the left: input_ids, or inputs_embeds.
+    """Up to `limit` new ids for each row of `inputs` (input_ids or inputs_embeds), which are padded on the left.
 
-    What follows one of `stops` in a row is padding. Draws leave torch's random state as it was.
+    Ids after one of `stops` are padding. Draws leave torch's random state unchanged.
     """
     width = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     config = _config(settings, stops, limit)
     processors = LogitsProcessorList()
     if settings.repetition_penalty != 1.0:
-        # On the answer alone, as published; on the prompt too, padding would change the answers of a batch.
+        # for the answer alone, as published: with the prompt, padding would change the answers of a batch
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty, prompt_ignore_length=width))
     with _drawing(inputs["attention_mask"].device, settings), _own_settings(model, config), torch.inference_mode():
         tokens: torch.Tensor = model.generate(**inputs, generation_config=config, logits_processor=processors)
@@ -99,7 +98,7 @@ def generated_ids(
 
 
 def read_answer(tokenizer: Any, ids: Sequence[int], stops: Sequence[int], *, begun: bool = False) -> Answer:
-    """The text of new `ids` up to the first of `stops`, without thoughts; `begun` as in `split_thoughts`."""
+    """The text of `ids` up to the first of `stops`, without thoughts; `begun` as in `split_thoughts`."""
     length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
     text, generated = split_thoughts(tokenizer, ids[:length], begun=begun)
     return Answer(text, tokens=length, complete=length < len(ids), generated=generated)
@@ -118,7 +117,7 @@ def _config(settings: GenerationSettings, stops: Sequence[int], limit: int) -> G
 
 @contextmanager
 def _own_settings(model: Any, config: GenerationConfig) -> Generator[None]:
-    """Keep the generation settings that the checkpoint brings from filling in what `config` leaves open; quietly."""
+    """Use `config` alone: the checkpoint's settings would fill in what it leaves open. Silences transformers."""
     stated = model.generation_config
     model.generation_config = config
     try:
@@ -130,7 +129,7 @@ def _own_settings(model: Any, config: GenerationConfig) -> Generator[None]:
 
 @contextmanager
 def _drawing(device: torch.device, settings: GenerationSettings) -> Generator[None]:
-    """Random draws by the seed of `settings`, within the block."""
+    """Seed random draws within the block."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if settings.sample:
             torch.manual_seed(settings.seed)

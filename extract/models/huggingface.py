@@ -1,36 +1,43 @@
-"""What text and vision backbones share: one transformers model, run up to its final norm."""
+"""What the backbones share, a transformers model run up to its final norm; and the backbone `text`."""
 
 import hashlib
 import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from numpy.typing import NDArray
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from agiqa.errors import ConfigError, ModelError, UnknownName
+from agiqa.errors import ConfigError, DataError, ModelError, UnknownName, listed
 from agiqa.extract.data.images import ImageSource
 from agiqa.extract.data.items import Message
 from agiqa.extract.models.adapters import Adapter, apply_adapter, check_adapter
-from agiqa.extract.models.batching import alike, collate
+from agiqa.extract.models.batches import alike, collate, room_for_weights
 from agiqa.extract.models.checkpoints import Checkpoint
+from agiqa.extract.models.checks import (
+    TOKENS_NEEDED,
+    LogitMap,
+    final_states,
+    find_logit_map,
+    refuse_batch_dependence,
+)
 from agiqa.extract.models.contract import GenerationSettings, Prepared
 from agiqa.extract.models.generation import generate
-from agiqa.extract.models.independence import TOKENS_NEEDED, refuse_batch_dependence
-from agiqa.extract.models.linearity import LogitMap, final_states, find_logit_map
-from agiqa.extract.models.loading import check_vocabulary_rows, failures_of, load_model
-from agiqa.extract.models.memory import room_for_weights
+from agiqa.extract.models.loading import check_vocabulary_rows, failures_of, load_model, load_tokenizer
 from agiqa.extract.models.rendering import TEMPLATE_DATE, Renderer
-from agiqa.extract.models.vocabulary import Vocabulary
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROBE_TOKENS = 8
-"""Length of the input on which linearity is checked."""
+"""Length of the input on which logits are checked."""
 
 
 class HuggingFaceBackbone(ABC):
-    """A `Backbone` over any transformers model of one auto class."""
+    """A `Backbone` over a transformers model."""
 
     kind: str
     reads_images: bool
@@ -39,7 +46,7 @@ class HuggingFaceBackbone(ABC):
     classes: Any
     """transformers' mapping from configuration to model class."""
     packages: tuple[str, ...] = ("torch", "transformers", "tokenizers")
-    """Libraries whose version may change a number."""
+    """Libraries whose version may change a result."""
 
     def __init__(
         self, checkpoint: Checkpoint, config: Any, *, adapter: Adapter | None = None, dtype: str, device: str
@@ -60,26 +67,16 @@ class HuggingFaceBackbone(ABC):
         self.hidden_size: int = text_config.hidden_size
         self.vocab_size: int = text_config.vocab_size
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
-        self._rows: int | None = None
         self.model_class: Any = self.classes[type(config)]
         self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
         self.renderer = self._make_renderer()
-        self.vocabulary = Vocabulary(
-            checkpoint.name,
-            self.renderer.tokenizer,
-            size=self.vocab_size,
-            rows=self._embedding_rows,
-            image_id=self._image_token_id,
-        )
+        self._check_tokenizer()
         self._model: Any = None
         self._tensors_fit = False
-        self._after_head: LogitMap | None = None
-        self._hashes: dict[str, str] | None = None
-        self._adapter_hashed: dict[str, Any] | None = None
 
     @abstractmethod
     def _make_renderer(self) -> Renderer:
-        """Load tokenizer or processor, and the renderer over them."""
+        """Load the tokenizer or processor, and make its renderer."""
 
     @abstractmethod
     def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
@@ -91,9 +88,7 @@ class HuggingFaceBackbone(ABC):
 
     def provenance(self) -> dict[str, Any]:
         """See `Backbone.provenance`. The first call reads every file of the checkpoint to hash it."""
-        if self._hashes is None:
-            self._hashes = self.checkpoint.hashes()
-            self._adapter_hashed = None if self.adapter is None else self.adapter.provenance()
+        adapter = self._adapter_provenance
         return {
             "name": self.checkpoint.label if self.adapter is None else f"{self.checkpoint.label}+{self.adapter.label}",
             "kind": self.kind,
@@ -101,7 +96,7 @@ class HuggingFaceBackbone(ABC):
             "architecture": self.model_class.__name__,
             "revision": self.checkpoint.revision,
             "gguf": self.checkpoint.gguf,
-            "files": dict(self._hashes),
+            "files": dict(self.file_hashes),
             "chat_template": {
                 "source": "plain" if self.renderer.plain else "checkpoint",
                 "sha256": hashlib.sha256(self.renderer.template.encode()).hexdigest(),
@@ -112,23 +107,32 @@ class HuggingFaceBackbone(ABC):
             "dtype": self.logical_dtype,
             "attention": self.attention,
             "versions": _versions(self.packages),
-            **({} if self._adapter_hashed is None else {"adapter": self._adapter_hashed}),
+            **({} if adapter is None else {"adapter": adapter}),
         }
 
+    @cached_property
+    def file_hashes(self) -> dict[str, str]:
+        """SHA-256 of the checkpoint's files, by name."""
+        return self.checkpoint.hashes()
+
+    @cached_property
+    def _adapter_provenance(self) -> dict[str, Any] | None:
+        return None if self.adapter is None else self.adapter.provenance()
+
     def check_tensors(self) -> None:
-        """See `Backbone.check_tensors`. Heads of files are read once."""
+        """See `Backbone.check_tensors`. Only the first call reads the headers."""
         if not self._tensors_fit:
-            model = self.hollow()
+            model = self.empty_model()
             if self.adapter is not None:
                 check_adapter(model, self.adapter, name=self.checkpoint.name)
             self._compare_weights(model)
             self._tensors_fit = True
 
     def _compare_weights(self, model: Any) -> None:
-        """Compare the files with `model`, which has no weights; transformers compares the rest as it loads it."""
+        """Compare the headers of the files with `model`, which has no weights; loading compares the rest."""
         check_vocabulary_rows(self.checkpoint, model)
 
-    def hollow(self) -> torch.nn.Module:
+    def empty_model(self) -> torch.nn.Module:
         """The model without weights, on the device `meta`."""
         with failures_of(self.checkpoint, "build the model"), torch.device("meta"):
             model: torch.nn.Module = self.auto_class.from_config(
@@ -136,35 +140,67 @@ class HuggingFaceBackbone(ABC):
             )
         return model
 
+    @cached_property
     def _embedding_rows(self) -> int:
-        """Token ids that the model has an embedding for: its vocabulary, and of some models marks of images."""
-        if self._rows is None:
-            table: Any = self.hollow()
-            self._rows = max(self.vocab_size, len(table.get_input_embeddings().weight))
-        return self._rows
+        """The number of token ids with an embedding: the vocabulary and, in some models, marks of images."""
+        embeddings = self._language_model_of(self.empty_model()).get_input_embeddings()
+        return max(self.vocab_size, len(embeddings.weight))
+
+    def _check_tokenizer(self) -> None:
+        """Raise ModelError if the tokenizer makes ordinary tokens without an embedding: it may be of another model.
+
+        Special tokens may lack one until a text contains them: published text models keep image marks of siblings.
+        """
+        tokenizer = self.renderer.tokenizer
+        beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= self.vocab_size}
+        special = {*tokenizer.all_special_ids, self._image_token_id}
+        special |= {place for place, token in tokenizer.added_tokens_decoder.items() if token.special}
+        unknown = sorted(token for token, place in beyond.items() if place not in special)
+        if unknown and max(beyond.values()) >= self._embedding_rows:
+            message = (
+                f"{self.checkpoint.name}: the tokenizer has ids up to {max(beyond.values())}, and the model's "
+                f"vocabulary is {self._embedding_rows} ({listed(unknown)} have no embedding). Give the tokenizer that "
+                "belongs to the weights, or resize the model's embeddings and save it."
+            )
+            raise ModelError(message)
+
+    def _refuse_unknown_tokens(self, token_ids: NDArray[np.int32]) -> None:
+        """Raise DataError if one of `token_ids` (n,) has no embedding; the image token needs none."""
+        beyond = {int(place) for place in token_ids[token_ids >= self.vocab_size]} - {self._image_token_id}
+        if beyond and max(beyond) >= self._embedding_rows:
+            token = self.renderer.tokenizer.convert_ids_to_tokens(max(beyond))
+            message = (
+                f"its text holds the token {token!r} (id {max(beyond)}), and the vocabulary of {self.checkpoint.name} "
+                f"is {self._embedding_rows}; take it out of the text, or use a model with an embedding for it."
+            )
+            raise DataError(message)
 
     def load(self) -> None:
         """See `Backbone.load`."""
         if self._model is not None:
             return
-        dtype = DTYPES[self.logical_dtype]
         with room_for_weights(self.checkpoint.name, self.device):
-            merges = self.adapter is not None
-            model = load_model(self.checkpoint, self.auto_class, dtype, self.attention, to_merge=merges)
-            model = model.to(self.device)
+            model = self._load_model()
             if self.adapter is not None:
                 apply_adapter(model, self.adapter, name=self.checkpoint.name)
-        found = tuple(model.get_output_embeddings().weight.shape)
+        language_model = self._language_model_of(model)
+        found = tuple(language_model.get_output_embeddings().weight.shape)
         expected = (self.vocab_size, self.hidden_size)
         if found != expected:
             message = f"{self.checkpoint.name}: lm_head has shape {found}, expected {expected} by the configuration."
             raise ModelError(message)
-        probe = self._ordinary_tokens(TOKENS_NEEDED)
-        refuse_batch_dependence(self.checkpoint.name, model, probe, pad_id=self._pad_id(), dtype=dtype)
+        tokens, dtype = self._ordinary_tokens(TOKENS_NEEDED), DTYPES[self.logical_dtype]
+        refuse_batch_dependence(self.checkpoint.name, language_model, tokens, pad_id=self._pad_id(), dtype=dtype)
         self._model = model
 
+    def _load_model(self) -> Any:
+        """The model with its weights, without the adapter, on the device."""
+        merges = self.adapter is not None
+        dtype = DTYPES[self.logical_dtype]
+        return load_model(self.checkpoint, self.auto_class, dtype, self.attention, to_merge=merges).to(self.device)
+
     def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
-        """See `Backbone.hidden_states`. Items with unlike image inputs run in forward passes of their own."""
+        """See `Backbone.hidden_states`. Items that are not `alike` run in separate forward passes."""
         model = self._loaded()
         rows: dict[int, torch.Tensor] = {}
         for group in alike(batch):
@@ -177,37 +213,39 @@ class HuggingFaceBackbone(ABC):
 
     def logits(self, item: Prepared) -> torch.Tensor:
         """See `Backbone.logits`."""
-        model = self._loaded()
+        model = self._language_model()
         with torch.inference_mode():
             logits: torch.Tensor = model(**self._collate([item]), use_cache=False).logits[0]
         return logits
 
     def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
         """See `Backbone.generate`."""
-        model = self._loaded()
+        model = self._language_model()
         return generate(model, self.renderer, batch, settings, collate=self._collate, positions=self.max_positions)
 
     def lm_head(self, *, bent: bool = False) -> torch.Tensor:
         """See `Backbone.lm_head`."""
         weight: torch.Tensor = self._language_model().get_output_embeddings().weight.detach()
-        return weight if bent else self._logit_map().fold(self.checkpoint.name, weight)
+        return weight if bent else self._logit_map.fold(self.checkpoint.name, weight)
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
         """See `Backbone.project`."""
         head = self._language_model().get_output_embeddings()
-        after = self._logit_map()
         with torch.inference_mode():
-            return after(head(states.to(device=head.weight.device, dtype=head.weight.dtype)))
+            return self._logit_map(head(states.to(device=head.weight.device, dtype=head.weight.dtype)))
 
+    @cached_property
     def _logit_map(self) -> LogitMap:
-        """What the model does after its output embedding; tried once."""
-        if self._after_head is None:
-            self._after_head = find_logit_map(self.checkpoint.name, self._language_model(), self._probe())
-        return self._after_head
+        """What the model does after its output embedding."""
+        probe = torch.tensor([self._ordinary_tokens(PROBE_TOKENS)], device=self.device)
+        return find_logit_map(self.checkpoint.name, self._language_model(), probe)
 
     def _language_model(self) -> Any:
-        """The part, loaded, that makes logits of token ids."""
-        return self._loaded()
+        return self._language_model_of(self._loaded())
+
+    def _language_model_of(self, model: Any) -> Any:
+        """The part of `model` that makes logits."""
+        return model
 
     def _loaded(self) -> Any:
         self.load()
@@ -220,15 +258,31 @@ class HuggingFaceBackbone(ABC):
         pad: int | None = self.renderer.tokenizer.pad_token_id
         return next(p for p in (pad, 0, 1) if p is not None and p != self._image_token_id)
 
-    def _probe(self) -> torch.Tensor:
-        """A few ordinary token ids (1, n)."""
-        return torch.tensor([self._ordinary_tokens(PROBE_TOKENS)], device=self.device)
-
     def _ordinary_tokens(self, count: int) -> list[int]:
         """Token ids, spread over the vocabulary, none of them special or an image token."""
         special = {*self.renderer.tokenizer.all_special_ids, self._image_token_id}
         ordinary = [token for token in range(min(self.vocab_size, 4096)) if token not in special]
         return [ordinary[position] for position in np.linspace(0, len(ordinary) - 1, count).astype(int)]
+
+
+class TextBackbone(HuggingFaceBackbone):
+    """The backbone `text`: a causal language model that reads no image, in the official layout or as GGUF."""
+
+    kind = "text"
+    reads_images = False
+    auto_class = transformers.AutoModelForCausalLM
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
+        """See `Backbone.prepare`; `image` is ignored."""
+        del image
+        token_ids, roles = self.renderer.tokenize(self.renderer.render(conversation, answer=answer))
+        self._refuse_unknown_tokens(token_ids)
+        return Prepared(token_ids=token_ids, roles=roles)
+
+    def _make_renderer(self) -> Renderer:
+        tokenizer = load_tokenizer(self.checkpoint)
+        return Renderer(name=self.checkpoint.name, tokenizer=tokenizer, template=tokenizer.chat_template)
 
 
 def _device(device: str) -> torch.device:

@@ -1,8 +1,11 @@
-"""transformers' objects from a checkpoint: quietly, as data only, complete, and with failures that name it."""
+"""Configuration, tokenizer, processor and model from a checkpoint, by transformers without remote code.
+
+Nothing is printed, weights must be complete, and failures name the checkpoint.
+"""
 
 import io
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from importlib.util import find_spec
 from typing import Any
@@ -15,20 +18,19 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import is_torchvision_available
 
 from agiqa.errors import ModelError, first_line, listed
+from agiqa.extract.models.batches import is_out_of_memory
 from agiqa.extract.models.checkpoints import Checkpoint, tensor_shapes
-from agiqa.extract.models.memory import is_out_of_memory
-from agiqa.extract.models.merging import finder
 
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 _TO_INSTALL = re.compile(r"pip install (?:-\S+ )*(?P<package>[\w-]+)")
 _REQUIRED = re.compile(r"requires the (?P<package>[\w-]+) library")
 _DERIVED = ("rotary_emb.inv_freq", "position_ids")
-"""Ends of tensors that older checkpoints hold and every model computes by itself."""
+"""Endings of tensors in older checkpoints that models compute by themselves."""
 
 
 @contextmanager
 def quiet_transformers() -> Generator[None]:
-    """Silence transformers' warnings and progress bars within the block, and restore them after it."""
+    """Silence transformers' warnings and progress bars within the block."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -43,7 +45,7 @@ def quiet_transformers() -> Generator[None]:
 
 @contextmanager
 def failures_of(checkpoint: Checkpoint, task: str) -> Generator[None]:
-    """Quiet, and whatever fails within the block is a ModelError that names the checkpoint and the task."""
+    """Silence transformers, and turn failures within the block into a ModelError that names checkpoint and task."""
     try:
         with quiet_transformers():
             yield
@@ -64,7 +66,7 @@ def failures_of(checkpoint: Checkpoint, task: str) -> Generator[None]:
 
 
 def _missing_package(error: Exception) -> str | None:
-    """The package that is not installed and that `error`, of transformers or of an import, is about."""
+    """The package that is not installed, if `error`, of transformers or of an import, is about one."""
     text = " ".join(str(error).split())
     imports = isinstance(error, ImportError)
     words = _TO_INSTALL.search(text) or (_REQUIRED.search(text) if imports else None)
@@ -80,7 +82,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
         message = f"{checkpoint.name}: transformers {transformers.__version__} knows no model of type {kind!r}."
         if "auto_map" in raw:
             message = (
-                f"{checkpoint.name}: this checkpoint (model type {kind!r}) wants to run Python code of its own, "
+                f"{checkpoint.name}: this checkpoint (model type {kind!r}) needs its own Python code, "
                 "trust_remote_code, which agiqa never does; use a model that transformers itself implements."
             )
         raise ModelError(message)
@@ -89,10 +91,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 
 def load_tokenizer(checkpoint: Checkpoint, loader: Any = transformers.AutoTokenizer) -> Any:
-    """The fast tokenizer, by `loader`, a class of transformers.
-
-    Raises ModelError when there is none, or only a slow one: roles need character offsets.
-    """
+    """The fast tokenizer, by `loader`, a class of transformers. Raises ModelError if there is none."""
     try:
         with failures_of(checkpoint, "load the tokenizer"):
             tokenizer = loader.from_pretrained(**checkpoint.source)
@@ -105,7 +104,7 @@ def load_tokenizer(checkpoint: Checkpoint, loader: Any = transformers.AutoTokeni
 
 
 def require_fast(checkpoint: Checkpoint, tokenizer: Any) -> Any:
-    """`tokenizer`, if it is a fast one. Raises ModelError otherwise."""
+    """`tokenizer`. Raises ModelError unless it is a fast one, which gives the character offsets that roles need."""
     if not getattr(tokenizer, "is_fast", False):
         message = (
             f"{checkpoint.name}: {type(tokenizer).__name__} gives no character offsets, which token roles need; "
@@ -118,8 +117,8 @@ def require_fast(checkpoint: Checkpoint, tokenizer: Any) -> Any:
 def load_processor(checkpoint: Checkpoint, config: Any) -> Any:
     """The processor (tokenizer and image processor in one).
 
-    Where torchvision is missing, transformers takes image processors that run on Pillow by itself, but has no
-    video processors at all; a processor that wants one is then built without it.
+    Without torchvision, transformers chooses image processors that run on Pillow but has no video processors; a
+    processor that wants one is then built without it.
     """
     with failures_of(checkpoint, "load the processor"):
         images_only = None if is_torchvision_available() else _without_video(config)
@@ -132,9 +131,9 @@ def load_processor(checkpoint: Checkpoint, config: Any) -> Any:
 
 
 def _without_video(config: Any) -> Any:
-    """The processor class of `config` with its image processor in the video processor's place; None without one.
+    """The processor class of `config` with its image processor in place of the video processor; None if it has none.
 
-    Only images are ever prepared, and what constructors read of a video processor the image processor has too.
+    Only images are prepared, and the image processor has all that constructors read from a video processor.
     """
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -161,16 +160,15 @@ def _without_video(config: Any) -> Any:
 def load_model(
     checkpoint: Checkpoint, auto_class: Any, dtype: torch.dtype, attention: str, *, to_merge: bool = False
 ) -> Any:
-    """The model on the CPU, in `dtype`, for inference only; `to_merge` says that its weights will be changed.
+    """The model on the CPU, in `dtype`, for inference only; `to_merge`: an adapter will be merged into its weights.
 
-    GGUF weights are unpacked on the way: where transformers has a GgufConfig it is asked to (newer releases
-    would keep the blocks packed), and releases without one unpack by themselves. FP8 weights, which a GPU computes with
-    as they are, are unpacked for a merge. Raises ModelError when a
-    tensor is missing, has another shape, has no place in the model, or is not floating-point after all.
+    GGUF weights are unpacked: transformers releases with a GgufConfig keep the blocks packed unless asked, older ones
+    unpack them. FP8 weights are unpacked only for a merge, since GPUs compute with them. Raises ModelError if a tensor
+    is missing, has another shape, has no place in the model, or is still not floating-point.
     """
     checkpoint.weight_files()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # so that they are reported, by name, and refused here
+    options["ignore_mismatched_sizes"] = True  # so that they are reported by name, and refused below
     packing = getattr(transformers, "GgufConfig", None)
     if checkpoint.gguf is not None and packing is not None:
         options["quantization_config"] = packing(dequantize=True)
@@ -189,17 +187,17 @@ def load_model(
 
 
 def check_vocabulary_rows(checkpoint: Checkpoint, model: Any) -> None:
-    """Compare embeddings and lm_head in the headers of the weight files with `model`, which may be without weights.
+    """Compare the shapes of embeddings and lm_head in the headers of the weight files with those of `model`.
 
-    No tensor is read. Raises ModelError where weights are missing or a shape is another. Quantised weights, GGUF and
-    torch's own format are compared as they are loaded.
+    `model` may be without weights. Raises ModelError if weights are missing or a shape differs. Quantised weights, GGUF
+    and torch's own format are only compared on loading.
     """
     if checkpoint.raw_config.get("quantization_config"):
         return
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     wanted = {id(layer.weight) for layer in layers if getattr(layer, "weight", None) is not None}
     expected = {name: tuple(weight.shape) for name, weight in model.named_parameters() if id(weight) in wanted}
-    place = finder(model, model.state_dict())
+    place = name_in_model(model, model.state_dict())
     mismatched = []
     with failures_of(checkpoint, "read the weights"):
         for path in checkpoint.weight_files():
@@ -212,7 +210,7 @@ def check_vocabulary_rows(checkpoint: Checkpoint, model: Any) -> None:
 
 
 def _refuse_misfits(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
-    """Raise ModelError, naming them, for tensors that transformers did not find, fit or use."""
+    """Raise ModelError naming the tensors that transformers did not find, fit or use."""
     extra = {key for key in map(str, report.get("unexpected_keys") or ()) if not key.endswith(_DERIVED)}
     mismatched = [_both_shapes(entry) for entry in report.get("mismatched_keys") or ()]
     found = {
@@ -229,8 +227,34 @@ def _refuse_misfits(checkpoint: Checkpoint, report: Mapping[str, Any]) -> None:
 
 
 def _both_shapes(entry: Any) -> str:
-    """A mismatched tensor's name, with the shapes in file and model where the report has them."""
+    """The name of a mismatched tensor, with its shapes in file and model if the report has them."""
     if isinstance(entry, tuple) and len(entry) == 3:
         name, stored, expected = entry
         return f"{name} is {tuple(stored)} in the file and {tuple(expected)} in the model"
     return str(entry)
+
+
+def name_in_model(model: torch.nn.Module, weights: Collection[str]) -> Callable[[str], str]:
+    """A function from a tensor's name in a checkpoint or adapter to its name in `model`, one of `weights`.
+
+    transformers has moved modules between releases. It renames the tensors of older checkpoints on loading, but not
+    those of older adapters.
+    """
+    from transformers import PreTrainedModel
+
+    renamings: list[Any] = []
+    if isinstance(model, PreTrainedModel):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+
+    def find(name: str) -> str:
+        if name in weights or not renamings:
+            return name
+        from transformers.core_model_loading import rename_source_key
+
+        renamed: str = rename_source_key(name, renamings, [])[0]
+        return renamed if renamed in weights else name
+
+    return find

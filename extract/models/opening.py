@@ -1,6 +1,5 @@
-"""From a model's name to its backbone: the kinds that there are, and the one that fits a checkpoint."""
+"""Opens the backbone of a model by name: the kinds of backbones, and the choice among them."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,20 +8,18 @@ from agiqa.errors import ConfigError, ModelError, UnknownName
 from agiqa.extract.models.adapters import resolve_adapter
 from agiqa.extract.models.checkpoints import Checkpoint, resolve_checkpoint
 from agiqa.extract.models.contract import Backbone
-from agiqa.extract.models.huggingface import HuggingFaceBackbone
+from agiqa.extract.models.huggingface import HuggingFaceBackbone, TextBackbone
 from agiqa.extract.models.loading import load_config
 from agiqa.extract.models.minicpm.backbone import MiniCPMBackbone
-from agiqa.extract.models.minicpm.config import MODEL_TYPE, read_config
+from agiqa.extract.models.minicpm.model import MODEL_TYPE, read_config
 from agiqa.extract.models.preparing import Opener
-from agiqa.extract.models.text import TextBackbone
 from agiqa.extract.models.vision import VisionBackbone
 from agiqa.progress import say
 from agiqa.registry import Registry
 
-BACKBONES: Registry[Callable[..., HuggingFaceBackbone]] = Registry("backbone")
-BACKBONES.add("text", TextBackbone)
-BACKBONES.add("vision", VisionBackbone)
-BACKBONES.add("minicpm", MiniCPMBackbone)
+BACKBONES: Registry[type[HuggingFaceBackbone]] = Registry("backbone")
+for _backbone in (TextBackbone, VisionBackbone, MiniCPMBackbone):
+    BACKBONES.add(_backbone.kind, _backbone)
 
 
 def open_backbone(
@@ -34,30 +31,26 @@ def open_backbone(
     device: str = "auto",
     max_slices: int | None = None,
 ) -> Backbone:
-    """The backbone over `model`, ready to prepare items; its weights are not read before `load`.
+    """The backbone of `model`, ready to prepare items; `load` reads its weights.
 
     `model` is a folder, a .gguf file, `pkg:PACKAGE[/FILE]` or a hub id (see `agiqa.extract.models.checkpoints`).
     `adapter` is the folder or hub id of a LoRA adapter (see `agiqa.extract.models.adapters`), merged on `load`.
     `kind` is text, vision, minicpm, or auto: minicpm for MiniCPM-Llama3-V-2.5, vision for image-text-to-text models
-    that come with a processor, else text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own,
-    bfloat16 for GGUF. `device` is a torch device, or auto: CUDA where there is one. `max_slices` limits the slices
-    that MiniCPM-Llama3-V-2.5 cuts an image into, which are 9 otherwise. Raises UnknownName for a kind or dtype,
-    ConfigError for a device or for `max_slices` with another model, ModelError for a checkpoint or adapter that is
-    missing, broken, or of no such kind.
+    with a processor, else text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own, bfloat16 for
+    GGUF. `device` is a torch device, or auto: CUDA if there is one. `max_slices` limits the slices of an image in
+    MiniCPM-Llama3-V-2.5, by default 9. Raises UnknownName for a kind or dtype, ConfigError for a device or for
+    `max_slices` with another model, ModelError for a checkpoint or adapter that is missing, damaged, or unsuitable.
     """
-    if kind != "auto" and kind not in BACKBONES.names():
-        unknown = UnknownName.of("backbone", kind, ["auto", *BACKBONES.names()])
-        raise unknown
+    if kind not in ("auto", *BACKBONES):
+        raise UnknownName.of(kind="backbone", name=kind, known=["auto", *BACKBONES])
     checkpoint = resolve_checkpoint(model)
     resolved = None if adapter is None else resolve_adapter(adapter)
     config = _read_config(checkpoint, max_slices)
     chosen = _fitting(checkpoint, config) if kind == "auto" else kind
-    make: Any = BACKBONES.get(chosen)
-    if type(config) not in make.classes:
+    if type(config) not in BACKBONES.get(chosen).classes:
         message = f"{model}: the model type {config.model_type!r} cannot serve as the backbone {chosen!r}."
         raise ModelError(message)
-    backbone: HuggingFaceBackbone = make(checkpoint, config, adapter=resolved, dtype=dtype, device=device)
-    return backbone
+    return BACKBONES.get(chosen)(checkpoint, config, adapter=resolved, dtype=dtype, device=device)
 
 
 def opener_of(model: str, *, adapter: str | None, dtype: str, max_slices: int | None) -> Opener:
@@ -80,7 +73,7 @@ def open_checked(model: str, *, adapter: str | None, dtype: str, device: str, ma
 
 
 def _read_config(checkpoint: Checkpoint, max_slices: int | None) -> Any:
-    """The configuration of a model of transformers, or of the one that it does not have."""
+    """The configuration of a model of transformers, or of MiniCPM-Llama3-V-2.5."""
     if checkpoint.raw_config.get("model_type") == MODEL_TYPE:
         config = read_config(checkpoint)
         return config if max_slices is None else replace(config, slices=max_slices)

@@ -1,6 +1,6 @@
-"""Items prepared ahead of the model: in this process, or in worker processes that each have a backbone without weights.
+"""Prepares items ahead of the model, in this process or in workers that each have a backbone without weights.
 
-What a worker prepares reaches this process through shared memory, as long as there is enough of it.
+Workers return tensors through shared memory, if there is enough of it.
 """
 
 import multiprocessing
@@ -25,18 +25,18 @@ from agiqa.extract.models import Backbone
 from agiqa.workers import LostAnswer, Work, Workers, ctrl_c_kept_away
 
 Opener = Callable[..., Backbone]
-"""Opens the backbone of a run anew: `opener(device="cpu")`. It travels to other processes, so it must be picklable."""
+"""Opens another backbone of the same model: `opener(device="cpu")`. Must be picklable."""
 
 FEWEST_ITEMS = 64
-"""Fewer are prepared sooner than a worker process starts."""
+"""Below this count, starting workers costs more than it saves."""
 MOST_WORKERS = 12
 _AHEAD = 2
-"""Items that wait per worker."""
+"""Prepared or waiting items per worker."""
 _IMPORTED_ONCE = ["agiqa.extract.models.opening"]
-"""What a worker imports before it can prepare anything, to which a model adds little."""
+"""Modules that the fork server imports once for all workers."""
 _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_BYTES = 1 << 30
-"""With less shared memory than this (containers often have 64 MiB), tensors are copied through pipes."""
+"""With less shared memory (containers often have 64 MiB), workers copy tensors through pipes."""
 
 _Tag = TypeVar("_Tag")
 _Argument = TypeVar("_Argument")
@@ -44,16 +44,16 @@ _Answer = TypeVar("_Answer")
 
 
 def _fail(argument: object, reason: str) -> Any:
-    """Raise WorkerError for an argument that cannot be prepared."""
+    """Raise WorkerError for an argument that no worker could prepare."""
     message = f"{argument}: {reason}. What is finished is kept."
     raise WorkerError(message)
 
 
 class Preparation:
-    """Runs functions of a backbone without weights and one argument, in order and ahead of who reads the answers."""
+    """Calls functions of a backbone and an argument, in order and ahead of the reader of the answers."""
 
     def __init__(self, backbone: Backbone, *, workers: int = 0, opener: Opener | None = None) -> None:
-        """`workers` = 0 runs in this process, on `backbone`. Raises ConfigError for workers without an `opener`."""
+        """With `workers` = 0 calls run in this process, on `backbone`. Raises ConfigError for lack of an `opener`."""
         require_opener(opener, "Worker processes", needed=workers > 0)
         self.backbone = backbone
         self.workers = workers
@@ -61,7 +61,7 @@ class Preparation:
         self._pool: tuple[ThreadPoolExecutor, Workers] | None = None
 
     def __enter__(self) -> "Preparation":
-        """Workers start when they are first needed."""
+        """Workers start at the first call, or by `start`."""
         return self
 
     def __exit__(
@@ -71,12 +71,12 @@ class Preparation:
         self.close()
 
     def start(self) -> None:
-        """Have the workers start while this process goes on: they take as long as it takes to load a model."""
+        """Start the workers in the background; that takes about as long as loading a model."""
         for _ in range(self.workers):
             self._submit(_nothing, "its start", _fail)
 
     def close(self) -> None:
-        """End the workers, whatever they are at; they would start again when they are needed."""
+        """Kill the workers; a later call would start new ones."""
         if self._pool is not None:
             threads, processes = self._pool
             self._pool = None
@@ -90,7 +90,7 @@ class Preparation:
         *,
         lost: Callable[[_Argument, str], _Answer] = _fail,
     ) -> Iterator[_Answer]:
-        """`function(backbone, argument)` of every argument, in order. What it raises is raised here, in its turn.
+        """Yield `function(backbone, argument)` of every argument, in order; raise what it raises, in its turn.
 
         `lost` is as in `groups`.
         """
@@ -104,18 +104,18 @@ class Preparation:
         *,
         lost: Callable[[_Argument, str], _Answer] = _fail,
     ) -> Iterator[tuple[_Tag, list[_Answer]]]:
-        """As `each`, of arguments that come in groups, and the tag of each group.
+        """As `each`, for arguments in groups: yield the tag and the answers of each group.
 
-        `groups` is read as far ahead as workers are kept busy by it. `lost` answers for an argument that crashes two
-        workers in turn or that neither is done with in time, given the reason; by default that is a WorkerError.
-        Raises WorkerError, naming the argument, when both were killed from outside or for want of memory.
+        `groups` is read only as far ahead as keeps the workers busy. `lost(argument, reason)` is the answer for an
+        argument at which two workers crash or take too long; by default it raises WorkerError. Raises WorkerError,
+        naming the argument, if both were killed from outside or for lack of memory.
         """
         if self.workers == 0:
             for tag, arguments in groups:
                 yield tag, [function(self.backbone, argument) for argument in arguments]
             return
         waiting: deque[tuple[_Tag, list[Future[Any]]]] = deque()
-        behind = 0  # items that wait behind the first group
+        behind = 0  # items behind the first group
         try:
             for tag, arguments in groups:
                 waiting.append((tag, [self._submit(function, argument, lost) for argument in arguments]))
@@ -156,10 +156,7 @@ def _answer(processes: Workers, function: Callable[[Backbone, Any], Any], argume
 
 
 def _context_of_workers() -> BaseContext:
-    """Workers are forks of a process that has imported what they need and has done nothing else.
-
-    Each would import it anew otherwise, and a dozen that do so at once are far slower than one.
-    """
+    """Workers are forks of a server that has imported their modules: a dozen imports at once would be far slower."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -170,25 +167,25 @@ def _context_of_workers() -> BaseContext:
 
 
 def _nothing(_backbone: Backbone, _argument: str) -> None:
-    """What a worker does to get ready."""
+    """The call that starts a worker."""
 
 
 def require_opener(opener: Opener | None, what: str, *, needed: bool) -> None:
-    """Raise ConfigError where `what` needs to open the backbone anew and cannot."""
+    """Raise ConfigError if `what` is `needed` and there is no `opener`."""
     if needed and opener is None:
-        message = f"{what} open the backbone anew: give an `opener`."
+        message = f"{what} need an `opener` that opens the backbone again."
         raise ConfigError(message)
 
 
 def default_workers(device: torch.device, items: int, *, processes: int = 1) -> int:
-    """Workers for one of `processes` processes that share this machine, each with a device that `items` are fed to."""
+    """The number of workers of one of `processes` processes on this machine, which computes `items` on `device`."""
     if device.type == "cpu" or items < FEWEST_ITEMS:
         return 0
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // processes - 2))
 
 
 def chosen_workers(workers: int | None, backbone: Backbone, items: int, *, opener: Opener | None) -> int:
-    """`workers` as asked for; where that is None, `default_workers`, or none if no `opener` could start them."""
+    """`workers` if given, else `default_workers`; 0 without an `opener`."""
     if workers is not None:
         return workers
     return 0 if opener is None else default_workers(backbone.device, items)
@@ -206,15 +203,15 @@ def _shared_memory_suffices() -> bool:
 
 
 class _Packed:
-    """An answer by value: its tensors as bytes."""
+    """A pickled answer, with its tensors as bytes."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
 
 
 def _begin(opener: Opener, *, shares_memory: bool) -> Work:
-    """What a worker does first: open its own backbone."""
-    torch.set_num_threads(1)  # the others have the other cores
+    """The beginning of a worker: open its own backbone."""
+    torch.set_num_threads(1)  # the other workers use the other cores
     tensors_between_processes.set_sharing_strategy("file_descriptor")
     backbone = opener(device="cpu")
 

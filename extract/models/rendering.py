@@ -1,13 +1,19 @@
 """Conversations as token ids with a role per token, through the model's own chat template.
 
-A template is rendered twice: once with marks in place of the contents, which leaves its own words (system
-prompt, headers, turn ends), and once with the contents. Between the template's words the contents lie at
-known characters, and the tokenizer's offsets say which token covers them.
+The template is rendered twice: once with marks in place of the contents, which leaves its own words (system prompt,
+headers, turn ends), and once with the contents. So the characters of the contents between those words are known, and
+the tokenizer's offsets say which tokens cover them. A processor then replaces the image's mark by the image's tokens;
+`expand_roles` carries the roles over.
+
+Thinking models write thoughts before an answer. Chat templates are asked to leave them out; the others are cut off.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any, Literal
 
@@ -16,11 +22,13 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError, ModelError
 from agiqa.extract.data.items import Message
-from agiqa.extract.models.thoughts import mark_in, switches_of
 from agiqa.store import TOKEN_ROLES
 
+_Decode = Callable[[Sequence[int]], str]
+"""From token ids to their text."""
+
 Style = Literal["text", "parts"]
-"""Whether the template wants message contents as one string or as a list of typed parts."""
+"""How the template takes a message's contents: one string, or a list of typed parts."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -30,14 +38,33 @@ PLAIN_TEMPLATE = (
 """Stands in for the chat template of a model that has none."""
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
-"""Today, for templates that print the date: the same item gives the same tokens on any day."""
+"""The date that templates print as today, so that an item gives the same tokens on any day."""
+
+THOUGHT_MARKS = (
+    ("<think>", "</think>"),  # Qwen3, DeepSeek, GLM, SmolLM3, MiniMax, Nemotron and most others
+    ("<thought>", "</thought>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),  # Mistral
+    ("<|channel>thought", "<channel|>"),  # Gemma 4
+    ("<|channel|>analysis", "<|channel|>final<|message|>"),  # gpt-oss
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Cohere
+    ("\u25c1think\u25b7", "\u25c1/think\u25b7"),  # Kimi
+)
+"""(beginning, end) of a thought in the published families."""
+
+THOUGHT_SWITCHES = ("enable_thinking", "thinking")
+"""Template variables that turn thoughts off."""
+
+_TAGS = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_TAIL = 16
+"""Tokens at the end of a prompt that contain the beginning of a thought, if the template writes one."""
 
 _ROLE_OF = {"user": TOKEN_ROLES["question"], "assistant": TOKEN_ROLES["answer"]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """The text of a conversation, and which characters are contents."""
+    """The text of a conversation, and where the contents are in it."""
 
     text: str
     spans: tuple[tuple[int, int, int], ...]
@@ -48,9 +75,9 @@ class Renderer:
     """Renders and tokenises conversations for one model."""
 
     def __init__(self, *, name: str, tokenizer: Any, template: str | None, image_token: str | None = None) -> None:
-        """`template` is the model's chat template or None; `image_token` marks the image for models that see.
+        """`template` is the model's chat template or None; `image_token` marks the image, if the model reads images.
 
-        Raises ModelError when the template leaves no place for contents or for the image.
+        Raises ModelError if the template leaves out the contents or the image.
         """
         self.name = name
         self.tokenizer = tokenizer
@@ -58,14 +85,14 @@ class Renderer:
         self.plain = template is None
         self.template = PLAIN_TEMPLATE if template is None else template
         self.switches = switches_of(self.template)
-        """What the template is told to leave out: the thoughts of models that can do without."""
+        """Template variables, set so that the template leaves out thoughts."""
         self._source = _fixed_date(self.template)
         self.style: Style = self._find_style()
 
     def render(self, conversation: Sequence[Message], *, image: bool = False, answer: bool = False) -> Rendered:
-        """The conversation's text; `answer` adds what the template writes for the model to answer after.
+        """The conversation's text; `answer` appends the template's prompt for the next answer.
 
-        Raises ModelError when contents are lost, DataError for contents that the template takes for a thought.
+        Raises ModelError if contents are lost, DataError for contents that the template takes for a thought.
         """
         rendered = self._render(conversation, image=image, ask=False)
         if not answer:
@@ -73,7 +100,7 @@ class Renderer:
         asked = self._render(conversation, image=image, ask=True)
         if asked.text != rendered.text:
             return asked
-        # Some templates have no switch for it: there an answer begins after what they write in front of one.
+        # Templates without a generation prompt: append what they write in front of an answer.
         words = self._own_words([*conversation, Message(role="assistant", content="")], image=image, style=self.style)
         if words is None:
             message = f"{self.name}: its chat template leaves no place for an answer of the model."
@@ -83,7 +110,7 @@ class Renderer:
 
     @cached_property
     def turn_end(self) -> int | None:
-        """The special token that the template closes an answer with; None where it closes it with none."""
+        """The special token with which the template closes an answer; None if it writes none."""
         probe = [Message(role="user", content="?"), Message(role="assistant", content="!")]
         words = self._own_words(probe, image=self.image_token is not None, style=self.style)
         closing = "" if words is None else words[-1].lstrip()
@@ -97,19 +124,19 @@ class Renderer:
         text = self._apply(conversation, contents, image=image, style=self.style, ask=ask)
         spans = None if words is None else _locate(text, words, conversation)
         if spans is None:
-            thought = next(filter(None, map(mark_in, contents)), None)
+            thought = next(filter(None, map(_thought_mark_in, contents)), None)
             if thought is not None:
                 reason = f"a message contains {thought!r}, and the chat template leaves out thoughts; remove that text."
                 raise DataError(reason)
-            message = f"{self.name}: its chat template rewrites the contents of the messages, so roles cannot be told."
+            message = f"{self.name}: its chat template rewrites the contents of the messages, so roles are unknown."
             raise ModelError(message)
         return Rendered(text=text, spans=spans)
 
     def adds_special_tokens(self, text: str) -> bool:
-        """Whether the tokenizer must still add its own special tokens (such as BOS) to the rendered `text`.
+        """Whether the tokenizer must add its own special tokens (such as BOS) to the rendered `text`.
 
-        A text model's chat template brings all of them. Templates of processors often leave BOS to the
-        tokenizer, so there, and for the plain template, they are added unless the text begins with BOS.
+        A text model's chat template writes all of them. Processors' templates often leave BOS to the tokenizer: there,
+        and for the plain template, they are added unless the text begins with BOS.
         """
         if not self.plain and self.image_token is None:
             return False
@@ -117,7 +144,7 @@ class Renderer:
         return beginning is None or not text.startswith(beginning)
 
     def tokenize(self, rendered: Rendered) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Token ids (n,) and roles (n,); a token that covers any character of a content belongs to it."""
+        """Token ids (n,) and roles (n,); a token that covers any character of a content gets the content's role."""
         encoded = self.tokenizer(
             rendered.text,
             add_special_tokens=self.adds_special_tokens(rendered.text),
@@ -135,7 +162,7 @@ class Renderer:
         return np.asarray(encoded["input_ids"], dtype=np.int32), np.asarray(roles, dtype=np.uint8)
 
     def _find_style(self) -> Style:
-        """The contents' style that the template renders: it shows the marks, and the image exactly once."""
+        """The style in which the template shows the contents, and the image exactly once."""
         probe = [Message(role="user", content="?")]
         styles: tuple[Style, ...] = ("text", "parts") if self.plain or self.image_token is None else ("parts", "text")
         reason = ""
@@ -154,18 +181,12 @@ class Renderer:
     def _own_words(
         self, conversation: Sequence[Message], *, image: bool, style: Style, ask: bool = False
     ) -> list[str] | None:
-        """What the template itself writes before, between and after the contents; None if it drops one."""
-        marks = [f"\ue000{index}\ue001" for index in range(len(conversation))]
+        """What the template itself writes before, between and after the contents; None if it leaves one out."""
+        count = range(len(conversation))
+        marks = [f"\ue000{index}\ue001" for index in count]
         text = self._apply(conversation, marks, image=image, style=style, ask=ask)
-        if [text.count(mark) for mark in marks] != [1] * len(marks):
-            return None
-        words: list[str] = []
-        for mark in marks:
-            before, found, text = text.partition(mark)
-            if not found:
-                return None
-            words.append(before)
-        return [*words, text]
+        parts = re.split("\ue000(\\d+)\ue001", text)
+        return parts[::2] if parts[1::2] == [str(index) for index in count] else None
 
     def _apply(
         self, conversation: Sequence[Message], contents: list[str], *, image: bool, style: Style, ask: bool
@@ -197,7 +218,7 @@ class Renderer:
 
 
 def refuse_marks(conversation: Sequence[Message], marks: Iterable[str | None]) -> None:
-    """Raise DataError for a message that contains one of the `marks` of an image: the model would take it for one."""
+    """Raise DataError for a message that contains one of `marks`, which the model would take for an image."""
     for message in conversation:
         for mark in marks:
             if mark is not None and mark in message.content:
@@ -206,7 +227,7 @@ def refuse_marks(conversation: Sequence[Message], marks: Iterable[str | None]) -
 
 
 def _locate(text: str, words: list[str], conversation: Sequence[Message]) -> tuple[tuple[int, int, int], ...] | None:
-    """Where the contents lie between the template's own `words`; None if the two do not make up `text`."""
+    """The spans of the contents between the template's own `words`; None if the two do not make up `text`."""
     if not text.startswith(words[0]):
         return None
     cursor = len(words[0])
@@ -221,9 +242,9 @@ def _locate(text: str, words: list[str], conversation: Sequence[Message]) -> tup
 
 
 def _fixed_date(template: str) -> str:
-    """`template` with its `strftime_now` answering TEMPLATE_DATE.
+    """`template`, in which `strftime_now` returns TEMPLATE_DATE.
 
-    transformers hands templates data only, so the function is redefined as a macro, directive by directive.
+    transformers passes only data to templates, so a macro redefines the function, directive by directive.
     """
     if "strftime_now" not in template:
         return template
@@ -235,5 +256,128 @@ def _fixed_date(template: str) -> str:
 
 
 def _trims(content: str) -> tuple[str, str, str, str]:
-    """A content as templates may write it: as it is, or without white space around it."""
+    """A content as templates may write it: unchanged, or without white space around it."""
     return content, content.strip(), content.rstrip(), content.lstrip()
+
+
+def expand_roles(
+    name: str,
+    text_ids: NDArray[np.int32],
+    text_roles: NDArray[np.uint8],
+    expanded_ids: NDArray[np.int32],
+    image_token_id: int,
+    *,
+    decode: _Decode | None = None,
+) -> NDArray[np.uint8]:
+    """Roles (m,) of `expanded_ids` (m,), the processor's version of `text_ids` (n,) with roles `text_roles` (n,).
+
+    Tokens found in both keep their role. Of the others, image tokens get the role image, and what the processor adds,
+    such as row and column marks, the role special. With `decode`, a content that differs by white space alone keeps its
+    role. Raises ModelError if words differ, or there is no image token.
+    """
+    roles = np.full(len(expanded_ids), TOKEN_ROLES["special"], dtype=np.uint8)
+    for old, new, same in _blocks(text_ids, expanded_ids):
+        if same:
+            roles[new] = text_roles[old]
+            continue
+        kept = np.flatnonzero(text_roles[old] != TOKEN_ROLES["special"])
+        if not len(kept):
+            continue
+        respelt = _respelt(text_ids[old][kept].tolist(), expanded_ids[new].tolist(), decode)
+        if respelt is None or len(set(text_roles[old][kept].tolist())) > 1:
+            message = f"{name}: its processor changes words and not just the image's place, so roles are unknown."
+            raise ModelError(message)
+        roles[new.stop - respelt : new.stop] = text_roles[old][kept[0]]
+    seen = expanded_ids == image_token_id
+    if not seen.any():
+        message = f"{name}: its processor made no image token (id {image_token_id}) of the image."
+        raise ModelError(message)
+    roles[seen] = TOKEN_ROLES["image"]
+    return roles
+
+
+def _blocks(old: NDArray[np.int32], new: NDArray[np.int32]) -> list[tuple[slice, slice, bool]]:
+    """(tokens of `old`, tokens of `new`, whether they are equal), in order.
+
+    Most processors only replace the image's mark, so the beginning and the end agree and the matcher has little to do.
+    """
+    shortest = min(len(old), len(new))
+    before = _common(old[:shortest], new[:shortest])
+    rest = shortest - before
+    after = _common(old[len(old) - rest :][::-1], new[len(new) - rest :][::-1])
+    middle = slice(before, len(old) - after), slice(before, len(new) - after)
+    blocks = [(slice(0, before), slice(0, before), True)]
+    matcher = SequenceMatcher(None, old[middle[0]].tolist(), new[middle[1]].tolist(), autojunk=False)
+    for tag, *edges in matcher.get_opcodes():
+        first, last, start, stop = (edge + before for edge in edges)
+        blocks.append((slice(first, last), slice(start, stop), tag == "equal"))
+    blocks.append((slice(len(old) - after, len(old)), slice(len(new) - after, len(new)), True))
+    return blocks
+
+
+def _respelt(content: list[int], block: list[int], decode: _Decode | None) -> int | None:
+    """How many tokens at the end of `block` have the text of `content`, but for white space; None if none have."""
+    if decode is None:
+        return None
+    text = decode(content).strip()
+    for count in range(1, len(block) + 1):
+        found = decode(block[-count:]).strip()
+        if found == text:
+            return count
+        if len(found) > len(text):
+            break
+    return None
+
+
+def _common(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
+    """The length of the common beginning of two arrays of one length."""
+    differing = np.flatnonzero(left != right)
+    return int(differing[0]) if len(differing) else len(left)
+
+
+def switches_of(template: str) -> dict[str, bool]:
+    """The THOUGHT_SWITCHES that `template` reads, all off."""
+    code = " ".join(_TAGS.findall(template))
+    return {name: False for name in THOUGHT_SWITCHES if re.search(rf"(?<![\w.'\"]){name}(?![\w'\"])", code)}
+
+
+def _thought_mark_in(text: str) -> str | None:
+    return next((mark for pair in THOUGHT_MARKS for mark in pair if mark in text), None)
+
+
+def begins_in_thought(tokenizer: Any, prompt: Sequence[int]) -> bool:
+    """Whether the token ids of a `prompt` end with the beginning of a thought, which the answer then continues."""
+    text: str = tokenizer.decode(list(prompt[-_TAIL:]), skip_special_tokens=False)
+    return text.rstrip().endswith(tuple(begin for begin, _ in THOUGHT_MARKS))
+
+
+def split_thoughts(tokenizer: Any, ids: Sequence[int], *, begun: bool) -> tuple[str, str | None]:
+    """(the answer without special tokens and thoughts; the whole generated text, None if it has no thoughts).
+
+    A thought ends at the last end mark; without one, all of `ids` are thought. `begun` says that the prompt began the
+    thought. Marks are looked for in the text, because a mark may be one token, special or not, or several.
+    """
+    whole: str = tokenizer.decode(list(ids), skip_special_tokens=False)
+    for begin, end in THOUGHT_MARKS:
+        if end in whole:
+            said = _after_last(tokenizer, ids, end, whole.count(end))
+            return said.strip(), whole
+        if whole.lstrip().startswith(begin):
+            return "", whole
+    if begun:
+        return "", whole
+    said = tokenizer.decode(list(ids), skip_special_tokens=True)
+    return said.strip(), None
+
+
+def _after_last(tokenizer: Any, ids: Sequence[int], end: str, count: int) -> str:
+    """The text after the last of the `count` marks `end`; their last token may contain letters of that text."""
+
+    def ends_within(length: int) -> int:
+        text: str = tokenizer.decode(list(ids[:length]), skip_special_tokens=False)
+        return text.count(end)
+
+    length = bisect_left(range(len(ids) + 1), count, key=ends_within)
+    before: str = tokenizer.decode(list(ids[:length]), skip_special_tokens=False)
+    rest: str = tokenizer.decode(list(ids[length:]), skip_special_tokens=True)
+    return before.rpartition(end)[2] + rest

@@ -1,4 +1,4 @@
-"""The backbone `vision`: any transformers image-text-to-text model; it reads the image before the first question."""
+"""The backbone `vision`: any image-text-to-text model of transformers; the image comes before the first question."""
 
 import inspect
 import re
@@ -15,16 +15,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from agiqa.errors import AgiqaError, DataError, ModelError, first_line
 from agiqa.extract.data.images import ImageSource, open_image
 from agiqa.extract.data.items import Message
-from agiqa.extract.models.alignment import expand_roles
-from agiqa.extract.models.batching import JOINED, PER_TOKEN, check_inputs
+from agiqa.extract.models.batches import JOINED, PER_TOKEN, check_inputs
 from agiqa.extract.models.checkpoints import Checkpoint
 from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.loading import load_processor, quiet_transformers
-from agiqa.extract.models.rendering import Rendered, Renderer, refuse_marks
+from agiqa.extract.models.rendering import Rendered, Renderer, expand_roles, refuse_marks
 
 _NO_INPUTS = ("input_ids", "attention_mask", "labels")
-"""What a processor makes besides image inputs; PaliGemma's adds the labels of a training."""
+"""Outputs of a processor that are no image inputs; PaliGemma's adds labels for training."""
 _MARK_NAME = re.compile(r"(image|img|boi).*(token|placeholder)$|^boi")
 
 
@@ -39,11 +38,11 @@ class VisionBackbone(HuggingFaceBackbone):
 
     processor: Any
     _marks: tuple[str, ...]
-    """What no text may contain: the mark of an image in the template, and the token that an image fills."""
+    """Words that no message may contain: the template's mark of an image, and the image token."""
     _accepted: frozenset[str]
-    """Image inputs that the model's forward pass names, or may take by keyword."""
+    """Image inputs that the model's forward pass takes."""
     image_token_id: int
-    """The token that an image's embeddings take the place of."""
+    """The token that the image's embeddings replace."""
 
     def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; without an image the model reads the text alone."""
@@ -54,11 +53,11 @@ class VisionBackbone(HuggingFaceBackbone):
             prepared = Prepared(token_ids=text_ids, roles=text_roles)
         else:
             prepared = self._processed(self.renderer, rendered, open_image(image), name=str(image))
-        self.vocabulary.refuse_strangers(prepared.token_ids)
+        self._refuse_unknown_tokens(prepared.token_ids)
         return prepared
 
     def _processed(self, renderer: Renderer, rendered: Rendered, picture: Image.Image, *, name: str) -> Prepared:
-        """The conversation with its image as the processor makes them. Raises DataError for a refused image."""
+        """The processor's output for a conversation with its image. Raises DataError if it refuses the image."""
         text_ids, text_roles = renderer.tokenize(rendered)
         with _refusals_of(self.checkpoint, name):
             encoded = self.processor(
@@ -75,7 +74,7 @@ class VisionBackbone(HuggingFaceBackbone):
         return Prepared(token_ids=token_ids, roles=roles, inputs=inputs)
 
     def provenance(self) -> dict[str, Any]:
-        """See `Backbone.provenance`; names the image processor too, which differs with and without torchvision."""
+        """See `Backbone.provenance`; includes the image processor, which differs with and without torchvision."""
         return {**super().provenance(), "image_processor": type(self.processor.image_processor).__name__}
 
     @property
@@ -100,7 +99,7 @@ class VisionBackbone(HuggingFaceBackbone):
         raise ModelError(str(reason)) from reason
 
     def _try_mark(self, mark: str) -> Renderer:
-        """The renderer over `mark`, if the template shows it and the processor puts an image in its place."""
+        """The renderer with `mark`. Raises DataError or ModelError if template or processor do not know the mark."""
         tokenizer = self.processor.tokenizer
         template = getattr(self.processor, "chat_template", None) or tokenizer.chat_template
         renderer = Renderer(name=self.checkpoint.name, tokenizer=tokenizer, template=template, image_token=mark)
@@ -110,9 +109,9 @@ class VisionBackbone(HuggingFaceBackbone):
 
 
 def _image_marks(processor: Any, filled: str) -> Iterator[str]:
-    """Words that may stand for an image in a text: those that `processor` states, its `image_token` first.
+    """Words that may mark an image in a text: those that `processor` states, its `image_token` first.
 
-    Last comes `filled`, the token that an image fills. Most families write that one; Gemma 3 writes another.
+    The last is `filled`, the image token, which most families write; Gemma 3 writes another.
     """
     stated = (*vars(processor), *processor.tokenizer.special_tokens_map)
     names = [name for name in stated if _MARK_NAME.search(name)]
@@ -128,7 +127,7 @@ def _image_marks(processor: Any, filled: str) -> Iterator[str]:
 
 @contextmanager
 def _refusals_of(checkpoint: Checkpoint, image: str) -> Generator[None]:
-    """Quiet, and whatever a processor raises inside is a DataError: some refuse images of extreme shapes, in words."""
+    """Turn what a processor raises within the block into a DataError: some refuse images of extreme shapes."""
     try:
         with quiet_transformers():
             yield

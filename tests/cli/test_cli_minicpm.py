@@ -109,7 +109,7 @@ def test_from_describe_to_a_score_with_fewer_slices(agiqa, data, checkpoint, tmp
     assert left_open == scored
     refused = agiqa("score", image, *asked, *model[:4], "--max-slices", 5)
     assert refused.code == 1
-    assert "slicing of images into at most 2 slices" in refused.err
+    assert "trained with at most 2 slices" in refused.err
     table = tmp_path / "scores.csv"
     agiqa("predict", run, store, table)
     scores = {row["name"]: float(row["predicted"]) for row in csv.DictReader(table.read_text().splitlines())}

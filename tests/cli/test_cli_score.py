@@ -130,7 +130,7 @@ def test_another_model_adapter_or_wording_is_refused_naming_both(agiqa, way, tmp
         model = LlavaForConditionalGeneration.from_pretrained(way.model)
     random_adapter(model, tmp_path / "adapter", **{**PLAIN, "target_modules": r".*language_model.*(q|v)_proj"})
     outcome = agiqa(*way.score("vocabulary", "--adapter", tmp_path / "adapter"))
-    refuse(outcome, way.runs["vocabulary"], "features of the adapter none; asked now is the adapter adapter (")
+    refuse(outcome, way.runs["vocabulary"], "trained with no adapter; you gave the adapter adapter (")
     refuse(agiqa(*way.score("vocabulary", "--variant", "no_id")), "variant id, and --variant is no_id")
     refuse(agiqa(*way.score("vocabulary", "--aspect", "authenticity")), "aspect quality, and --aspect is authenticity")
 
@@ -145,9 +145,9 @@ def test_a_moved_model_is_the_same_and_lesser_differences_are_told(agiqa, way, t
     told = agiqa(*way.score("vocabulary", "--model", moved))
     assert told.code == 0, told.err
     head = f"The head {way.runs['vocabulary']}"
-    assert f"warning: {head} was trained on features of another generation_config.json of {way.model.name}" in told.err
+    assert f"warning: {head} was trained with another generation_config.json of {way.model.name}" in told.err
     outcome = agiqa(*way.score("vocabulary", "--dtype", "bfloat16"))
-    refuse(outcome, f"{head} was trained on features of the dtype float32 (--dtype); asked now is the dtype bfloat16")
+    refuse(outcome, f"{head} was trained with the dtype float32 (--dtype); you gave the dtype bfloat16")
 
 
 def test_a_run_that_does_not_say_what_made_its_store(agiqa, way, tmp_path):

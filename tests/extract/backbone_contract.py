@@ -121,9 +121,9 @@ class BackboneContract:
 
     def test_it_is_known_without_weights_where_each_belongs(self, backbone):
         """What adapters are checked against, before anything is loaded."""
-        hollow, whole = backbone.hollow().state_dict(), backbone._loaded().state_dict()
-        assert all(value.is_meta for value in hollow.values())
-        assert {name: value.shape for name, value in hollow.items()} == {
+        empty, whole = backbone.empty_model().state_dict(), backbone._loaded().state_dict()
+        assert all(value.is_meta for value in empty.values())
+        assert {name: value.shape for name, value in empty.items()} == {
             name: value.shape for name, value in whole.items()
         }
 

@@ -1,33 +1,32 @@
-"""The backbone `minicpm`: MiniCPM-Llama3-V-2.5 in its published layout."""
+"""The backbone `minicpm`: MiniCPM-Llama3-V-2.5 in its published layout, and its weights from safetensors."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 
+from agiqa.errors import ModelError, listed
 from agiqa.extract.data.images import ImageSource, open_image
 from agiqa.extract.data.items import Message
-from agiqa.extract.models.adapters import apply_adapter
-from agiqa.extract.models.contract import GenerationSettings, Prepared
-from agiqa.extract.models.generation import generate
+from agiqa.extract.models.batches import uploaded
+from agiqa.extract.models.checkpoints import Checkpoint, tensor_shapes
+from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
-from agiqa.extract.models.loading import load_tokenizer
-from agiqa.extract.models.memory import room_for_weights
-from agiqa.extract.models.minicpm.config import MiniCPMConfig
-from agiqa.extract.models.minicpm.model import MiniCPMV
+from agiqa.extract.models.loading import failures_of, load_tokenizer
+from agiqa.extract.models.minicpm.model import MiniCPMConfig, MiniCPMV
 from agiqa.extract.models.minicpm.slicing import cut, patches_of, slicing_of
-from agiqa.extract.models.minicpm.weights import check_weights, load_weights
 from agiqa.extract.models.rendering import Renderer, refuse_marks
-from agiqa.extract.models.uploading import uploaded
 from agiqa.store import TOKEN_ROLES
 
 _ANSWER = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-"""The end of the published chat template, which asks for an answer whether one is wanted or not."""
+"""The end of the published chat template: an unconditional generation prompt."""
 _POSITIONS = "torch"
-"""Who rounds the positions of patches (`line_positions`). Stores without this entry have some rounded otherwise."""
+"""How positions of patches are rounded (`line_positions`); stores without this entry have some other ones."""
 
 
 class MiniCPMBackbone(HuggingFaceBackbone):
@@ -45,7 +44,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         refuse_marks(conversation, self.config.marks.values())
         rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
         ids, roles = self.renderer.tokenize(rendered)
-        self.vocabulary.refuse_strangers(ids)
+        self._refuse_unknown_tokens(ids)
         if image is None:
             return Prepared(token_ids=ids, roles=roles)
         settings, picture = self.config, open_image(image)
@@ -66,61 +65,37 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         seen = {"slices": self.config.slices, "resolution": self.config.resolution, "positions": _POSITIONS}
         return {**super().provenance(), "image": seen}
 
-    def hollow(self) -> MiniCPMV:
-        """See `HuggingFaceBackbone.hollow`."""
+    def empty_model(self) -> MiniCPMV:
+        """See `HuggingFaceBackbone.empty_model`."""
         with torch.device("meta"):
             return MiniCPMV(self.config)
-
-    def _embedding_rows(self) -> int:
-        return self.vocab_size
 
     def _compare_weights(self, model: MiniCPMV) -> None:
         check_weights(self.checkpoint, model)
 
-    def load(self) -> None:
-        """See `Backbone.load`."""
-        if self._model is not None:
-            return
+    def _load_model(self) -> MiniCPMV:
         self.check_tensors()
-        dtype = DTYPES[self.logical_dtype]
-        with room_for_weights(self.checkpoint.name, self.device):
-            model = load_weights(self.checkpoint, self.hollow(), dtype=dtype, device=self.device)
-            if self.adapter is not None:
-                apply_adapter(model, self.adapter, name=self.checkpoint.name)
-        self._model = model
+        return load_weights(self.checkpoint, self.empty_model(), dtype=DTYPES[self.logical_dtype], device=self.device)
+
+    def _language_model_of(self, model: MiniCPMV) -> Any:
+        return model.llm
 
     def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
         """See `Backbone.hidden_states`. Padding is on the right, where no token of a causal model sees it."""
-        model: MiniCPMV = self._loaded()
+        llm = self._language_model()
         with torch.inference_mode():
-            states = model.llm.model(inputs_embeds=self._embedded(batch), use_cache=False).last_hidden_state
+            states = llm.model(inputs_embeds=self._embedded(batch), use_cache=False).last_hidden_state
         return [states[row, : len(item.token_ids)] for row, item in enumerate(batch)]
 
-    def logits(self, item: Prepared) -> torch.Tensor:
-        """See `Backbone.logits`."""
-        model: MiniCPMV = self._loaded()
+    def _collate(self, items: Sequence[Prepared]) -> dict[str, torch.Tensor]:
         with torch.inference_mode():
-            logits: torch.Tensor = model.llm(inputs_embeds=self._embedded([item]), use_cache=False).logits[0]
-        return logits
-
-    def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
-        """See `Backbone.generate`."""
-        llm = self._language_model()
-
-        def collate(items: Sequence[Prepared]) -> dict[str, torch.Tensor]:
-            with torch.inference_mode():
-                embedded = self._embedded(items)
-            lengths = torch.tensor([len(item.token_ids) for item in items], device=self.device)
-            mask = torch.arange(embedded.shape[1], device=self.device) < lengths[:, None]
-            return {"inputs_embeds": embedded, "attention_mask": mask.long()}
-
-        return generate(llm, self.renderer, batch, settings, collate=collate, positions=self.max_positions)
-
-    def _language_model(self) -> Any:
-        return self._loaded().llm
+            embedded = self._embedded(items)
+        lengths = torch.tensor([len(item.token_ids) for item in items], device=self.device)
+        mask = torch.arange(embedded.shape[1], device=self.device) < lengths[:, None]
+        return {"inputs_embeds": embedded, "attention_mask": mask.long()}
 
     def _embedded(self, batch: Sequence[Prepared]) -> torch.Tensor:
-        """(batch, longest, D); slices of all items pass the vision tower together."""
+        """(batch, longest, D). The slices of all items pass through the vision tower together."""
         model: MiniCPMV = self._loaded()
         longest = max(len(item.token_ids) for item in batch)
         ids, seen = np.zeros((len(batch), longest), np.int64), np.zeros((len(batch), longest), bool)
@@ -138,7 +113,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         return model.embed(ids, seen, images)
 
     def _stand_in(self, grid: tuple[int, int] | None) -> NDArray[np.int32]:
-        """The tokens in place of an image: the overview, and a line for each row of slices."""
+        """The tokens that replace the image's mark: the overview, and a line for each row of slices."""
         ids = self._ids
         one = [ids["im_start"], *[ids["unk"]] * self.config.queries, ids["im_end"]]
         tokens = list(one)
@@ -161,3 +136,52 @@ class MiniCPMBackbone(HuggingFaceBackbone):
             template = f"{kept}{{% if add_generation_prompt %}}{_ANSWER}{{% endif %}}"
         name = self.checkpoint.name
         return Renderer(name=name, tokenizer=tokenizer, template=template, image_token=marks["im_start"])
+
+
+def check_weights(checkpoint: Checkpoint, model: MiniCPMV) -> None:
+    """Compare the headers of the weight files with `model`, which has no weights.
+
+    Raises ModelError naming tensors that are unknown to the model, missing, of another shape, or in two files.
+    """
+    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    found: dict[str, tuple[int, ...]] = {}
+    twice: list[str] = []
+    with failures_of(checkpoint, "read the weights"):
+        for path in _files(checkpoint):
+            shapes = tensor_shapes(path)
+            twice += [name for name in shapes if name in found]
+            found |= shapes
+    _refuse(checkpoint, "unknown", [name for name in found if name not in expected])
+    _refuse(checkpoint, "missing", [name for name in expected if name not in found])
+    _refuse(checkpoint, "repeated", twice)
+    for name, shape in expected.items():
+        if found[name] != shape:
+            message = (
+                f"{checkpoint.name}: the tensor {name} has shape {found[name]} in {checkpoint.folder}, and {shape} by "
+                "its configuration."
+            )
+            raise ModelError(message)
+
+
+def load_weights(checkpoint: Checkpoint, model: MiniCPMV, *, dtype: torch.dtype, device: torch.device) -> MiniCPMV:
+    """`model`, built without weights, with those of `checkpoint` as `dtype` on `device`, for inference.
+
+    `check_weights` must have passed. Raises ModelError for files that cannot be read.
+    """
+    with failures_of(checkpoint, "load the weights"):
+        for path in _files(checkpoint):
+            tensors = load_file(path, device=str(device))
+            model.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, strict=False, assign=True)
+    model.restore_frequencies(device)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    """The weight files without their index."""
+    return [path for path in checkpoint.weight_files() if path.suffix != ".json"]
+
+
+def _refuse(checkpoint: Checkpoint, kind: str, names: list[str]) -> None:
+    if names:
+        message = f"{checkpoint.name}: {len(names)} {kind} tensors in {checkpoint.folder}: {listed(sorted(names))}."
+        raise ModelError(message)

@@ -1,4 +1,4 @@
-"""Adaptive slicing: an image as an overview and, where it is large, slices of nearly the model's own resolution.
+"""Adaptive slicing: an image becomes an overview and, if it is large, slices of about the model's own resolution.
 
 Source of the rule: LLaVA-UHD (arXiv 2403.11703) as MiniCPM-V 2.5 applies it, with its rounding.
 """
@@ -28,7 +28,7 @@ class Slicing:
 
 
 def slicing_of(size: Size, *, most: int, resolution: int, patch: int) -> Slicing:
-    """How an image of `size` is cut into at most `most` slices of about `resolution` squared pixels."""
+    """The slicing of an image of `size` into at most `most` slices of about `resolution` squared pixels."""
     width, height = size
     wanted = min(math.ceil(width * height / resolution**2), most)
     if wanted <= 1:
@@ -64,7 +64,7 @@ def patches_of(image: Image.Image, patch: int) -> tuple[NDArray[np.uint8], Size]
 
 
 def _grid(size: Size, wanted: int, most: int) -> Size:
-    """Columns and rows whose ratio is nearest to that of the image, among one slice less, as many, and one more."""
+    """Columns and rows, of `wanted` slices or one more or less, whose ratio is nearest to that of the image."""
     counts = [count for count in (wanted - 1, wanted, wanted + 1) if 1 < count <= most]
     grids = [(columns, count // columns) for count in counts for columns in range(1, count + 1) if count % columns == 0]
     ratio = math.log(size[0] / size[1])
@@ -72,7 +72,7 @@ def _grid(size: Size, wanted: int, most: int) -> Size:
 
 
 def _scaled(size: tuple[float, float], resolution: int, patch: int, *, enlarge: bool) -> Size:
-    """`size` brought to about `resolution` squared pixels where it has more (or in any case), in whole patches."""
+    """`size` in whole patches; scaled to about `resolution` squared pixels if it has more, or with `enlarge` always."""
     width, height = size
     if enlarge or width * height > resolution**2:
         ratio = width / height

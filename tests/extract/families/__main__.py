@@ -17,9 +17,9 @@ from tests.extract.families.sweep import KINDS, try_family
 HEAD = f"""# Model families
 
 Tried with transformers {transformers.__version__}: a tiny random model of each family, in its official layout, is opened as `agiqa extract` does. A family works
-if token ids, final hidden states and logits are those of transformers' own processor and model (relative error below 1e-5), in a batch
-of two as alone, and, for models that read images, if the image is seen. Families that are not listed were not tried. This file is
-printed by `python -m tests.extract.families` (with torchvision installed), and a test compares a sample of it with what happens.
+if token ids, final hidden states and logits are those of transformers' own processor and model (relative error below 1e-5), alone and in a
+batch of two, and, for models that read images, if the image changes the hidden states. Families that are not listed were not tried.
+`python -m tests.extract.families` prints this file (with torchvision installed), and a test compares a sample of it with the code.
 """
 TITLES = {"vision": "Models that read images", "text": "Models of text"}
 

@@ -1,4 +1,4 @@
-"""How a family of image-text-to-text models is written down, and what many of them share."""
+"""The description of a family of image-text-to-text models, and settings that many families share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,22 +14,22 @@ class Family:
     tokens: tuple[str, ...] = ("<image>",)
     """Special tokens of its tokenizer."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """Those of them that the tokenizer has a name for."""
+    """The tokens that have names in the tokenizer, by name."""
     filled: str = "<image>"
-    """The token that an image fills."""
+    """The image token."""
     id_key: str = "image_token_id"
-    """The configuration's setting that says which token that is."""
+    """The configuration's setting that holds its id."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the configuration; a string that is a token stands for its id."""
+    """Settings of the configuration; a token stands for its id."""
     images: str = ""
-    """The image processor: module.class below transformers.models, without Pil at its end."""
+    """The image processor: module.class below transformers.models, without the ending Pil."""
     image_settings: Mapping[str, Any] = field(default_factory=dict)
     processor: str = ""
     """The processor class, as processor_config.json states it."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Those of the processor."""
+    """Settings of the processor."""
     torchvision: bool = False
-    """Whether transformers has no image processor of the family that runs without torchvision."""
+    """Whether all image processors of the family need torchvision."""
 
 
 SQUARE = {"height": 32, "width": 32}

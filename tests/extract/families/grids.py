@@ -1,4 +1,4 @@
-"""Families that cut an image into tiles or into as many patches as it has room for."""
+"""Families that cut an image into tiles, or into a number of patches that depends on its size."""
 
 from typing import Any
 

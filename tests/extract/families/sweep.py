@@ -14,9 +14,8 @@ from agiqa.extract.data.items import Message
 from agiqa.extract.models import open_backbone
 from agiqa.extract.models.loading import quiet_transformers
 from agiqa.store import TOKEN_ROLES
-from tests.extract.families.specs import FAMILIES
 from tests.extract.families.text_specs import TEXT_FAMILIES
-from tests.extract.families.writing import write_text_family, write_vision_family
+from tests.extract.families.writing import FAMILIES, write_text_family, write_vision_family
 
 TOLERANCE = 1e-5
 TALK = (
@@ -30,12 +29,12 @@ KINDS: dict[str, tuple[list[str], Callable[..., Path]]] = {
     "vision": (list(FAMILIES), write_vision_family),
     "text": (list(TEXT_FAMILIES), write_text_family),
 }
-"""kind -> (its families, what writes a tiny checkpoint of one)."""
+"""kind -> (its families, the function that writes a tiny checkpoint of one)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one family."""
+    """The result of one family."""
 
     family: str
     works: bool
@@ -44,17 +43,17 @@ class Outcome:
 
     @property
     def row(self) -> str:
-        """Its line of the table."""
+        """Its row of the table."""
         message = self.message.replace("|", r"\|")
         return f"| {self.family} | {'works' if self.works else 'refused'} | {message} |"
 
 
 class Wrong(AssertionError):
-    """A family that opens and gives other numbers than the model itself."""
+    """A family that opens but gives other numbers than transformers."""
 
 
 def save_pictures(folder: Path) -> list[Path]:
-    """Two images of noise, of unlike shapes."""
+    """Two images of noise, of different shapes."""
     noise = np.random.default_rng(0)
     paths = [folder / f"{index}.png" for index in range(2)]
     for path, shape in zip(paths, [(50, 64, 3), (30, 20, 3)], strict=True):
@@ -63,7 +62,7 @@ def save_pictures(folder: Path) -> list[Path]:
 
 
 def try_family(kind: str, family: str, folder: Path) -> Outcome:
-    """Write a tiny checkpoint into `folder`, open it and compare. Raises Wrong where numbers differ."""
+    """Write a tiny checkpoint into `folder`, open it and compare. Raises Wrong if numbers differ."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = save_pictures(folder.parent) if kind == "vision" else []
     KINDS[kind][1](folder, family)
@@ -90,7 +89,7 @@ def try_family(kind: str, family: str, folder: Path) -> Outcome:
 def own_numbers(
     backbone: Any, folder: Path, talk: Sequence[Message], picture: Path | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(token ids, what the output embedding reads, logits) by transformers alone, of one conversation."""
+    """(token ids, input of the output embedding, logits) of one conversation, by transformers alone."""
     with quiet_transformers():
         model = backbone.model_class.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=backbone.attention
@@ -122,7 +121,7 @@ def own_inputs(backbone: Any, talk: Sequence[Message], picture: Path | None) -> 
 
 
 def _check_image(backbone: Any, talk: Sequence[Message], picture: Path, item: Any, states: torch.Tensor) -> None:
-    """The image is seen, and its tokens are known."""
+    """Raise Wrong if the image does not change the states, or no token has the role image."""
     negative = picture.with_name(f"negative-{picture.name}")
     with Image.open(picture) as image:
         image.point(lambda value: 255 - value).save(negative)

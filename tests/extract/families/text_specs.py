@@ -1,4 +1,4 @@
-"""Families of causal language models that tiny sizes under the usual names are enough for."""
+"""Families of causal language models, whose tiny checkpoints need only tiny sizes under the usual names."""
 
 TEXT_FAMILIES: tuple[str, ...] = (
     "afmoe",

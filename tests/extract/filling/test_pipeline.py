@@ -26,9 +26,9 @@ from agiqa.extract.filling.targets import Target
 from agiqa.extract.models import preparing
 from agiqa.extract.models.batches import BatchRunner, even_batches
 from agiqa.extract.models.checkpoints import resolve_checkpoint
+from agiqa.extract.models.huggingface import TextBackbone
 from agiqa.extract.models.loading import load_config
 from agiqa.extract.models.preparing import Preparation
-from agiqa.extract.models.text import TextBackbone
 from agiqa.store import UnitWriter, make_basis, moments_of, open_store, verify
 from tests.extract.jobs import extract, inputs
 from tests.extract.small_sets import write_set, write_talks
@@ -210,7 +210,7 @@ def test_a_killed_run_takes_its_processes_with_it(agiqa, tiny_vision_checkpoint,
 
 def test_workers_without_an_opener_are_refused(pictures, tiny_vision_checkpoint):
     _, backbone = inputs(pictures, tiny_vision_checkpoint)
-    with pytest.raises(ConfigError, match="Worker processes open the backbone anew: give an `opener`"):
+    with pytest.raises(ConfigError, match="Worker processes need an `opener` that opens the backbone again"):
         Preparation(backbone, workers=2)
 
 

@@ -32,7 +32,7 @@ USED = {
     "use_qalora": True,
     "velora_config": {"num_groups": 64},
 }
-"""Settings that are off unless someone asks for them, asked for."""
+"""Settings that are off by default, turned on."""
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def make(tiny_text_checkpoint):
 
 
 def settle(model, options):
-    """What some starts want to see of the model before peft changes it."""
+    """The configuration, after the passes over the model that some starts need before peft changes it."""
     start = options["init_lora_weights"]
     config = peft.LoraConfig(**options)
 
@@ -83,7 +83,7 @@ def trained(make, folder, start=True, *, convert=False, **more):  # noqa: FBT002
 
 
 def error_of(make, oracle, folder):
-    """Relative difference of logits between what peft trained and what we merge."""
+    """Relative difference of logits between peft's model and ours, merged."""
     merged = apply_adapter(make(), resolve_adapter(str(folder)), name="tiny")
     with torch.inference_mode():
         expected = oracle(IDS).logits
@@ -108,7 +108,7 @@ def test_starts_that_change_the_base_are_refused_by_name(make, tmp_path, start):
 
 
 def test_loftq_is_refused_by_name(make, tmp_path):
-    """peft quantises the base for it, on a GPU; here only its configuration is made."""
+    """peft would quantise the base, on a GPU; here only the configuration is written."""
     random_adapter(make(), tmp_path / "a", **PLAIN)
     rewrite(tmp_path / "a", init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})
     with pytest.raises(ModelError, match="uses init_lora_weights = 'loftq', which agiqa cannot merge"):

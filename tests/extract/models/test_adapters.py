@@ -1,4 +1,4 @@
-"""Adapters: merged as peft itself applies them, complete or refused by name, and part of what a store is."""
+"""Adapters: merged exactly as peft applies them or refused by name, and part of the provenance of a store."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def rewrite(folder: Path, **settings) -> None:
 
 
 def edit(folder: Path, change) -> None:
-    """Save the tensors again as `change` leaves them."""
+    """Save the tensors as changed by `change`."""
     tensors = load_file(folder / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -63,7 +63,7 @@ def adapter(tiny_text_checkpoint, tmp_path):
 
 
 def refused(checkpoint, adapter) -> str:
-    """What loading says, and a check without any weights before it."""
+    """The error of loading, which must be that of the check of headers too."""
     with pytest.raises(ModelError) as caught:
         open_backbone(str(checkpoint), adapter=str(adapter), device="cpu").load()
     hollow = adapter.parent / "hollow"

@@ -159,7 +159,7 @@ def test_remote_code_is_never_run(tmp_path):
 
 
 def test_inputs_that_the_model_does_not_take_are_refused_by_name():
-    from agiqa.extract.models.batching import check_inputs
+    from agiqa.extract.models.batches import check_inputs
 
     takes = ["pixel_values", "grids"]
     check_inputs("m", {"grids": torch.zeros(1, 5)}, takes)
@@ -170,7 +170,7 @@ def test_inputs_that_the_model_does_not_take_are_refused_by_name():
 
 
 def test_items_with_inputs_of_unknown_batching_run_alone():
-    from agiqa.extract.models.batching import alike
+    from agiqa.extract.models.batches import alike
     from agiqa.extract.models.contract import Prepared
 
     def item(**inputs):

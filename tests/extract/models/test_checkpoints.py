@@ -81,7 +81,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     ],
 )
 def test_a_package_that_is_missing_is_named(tiny_text_checkpoint, error, package):
-    """In whatever words the library has for it, of which the first line may end within a sentence."""
+    """Libraries word it differently, and the first line may end within a sentence."""
     checkpoint = resolve_checkpoint(str(tiny_text_checkpoint))
     with pytest.raises(ModelError) as caught, failures_of(checkpoint, "load the processor"):
         raise error

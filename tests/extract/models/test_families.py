@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.extract.families.specs import FAMILIES
 from tests.extract.families.sweep import KINDS, try_family
+from tests.extract.families.writing import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")  # PaliGemma's own way with text
 PAGE = Path(__file__).parents[3] / "extract" / "FAMILIES.md"

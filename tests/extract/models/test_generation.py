@@ -58,7 +58,7 @@ def backbone(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(backbone, pictures):
-    """Prompts of unlike length, with unlike images where the backbone reads them."""
+    """Prompts of different lengths, with different images if the backbone reads images."""
     pairs = zip(CONVERSATIONS, pictures, strict=True)
     return [backbone.prepare(turns, picture, answer=True) for turns, picture in pairs]
 
@@ -75,7 +75,7 @@ def longer(backbone, item, token):
 
 
 def greedy(backbone, item, count, stops=(2,)):
-    """The ids that taking the likeliest token gives, one forward pass over everything per token; and if it ended."""
+    """The greedy ids, by one full forward pass per token, and whether the answer ended."""
     ids = []
     while len(ids) < count:
         token = int(backbone.logits(item)[-1].argmax())
@@ -111,7 +111,7 @@ def test_draws_follow_the_seed_and_leave_the_random_state(backbone, batch):
 
 
 def test_repetition_is_penalised_in_the_answer_alone(backbone, batch):
-    """By hand: the logits of tokens that the answer has are divided or multiplied; the prompt's and padding's not."""
+    """By hand: logits of tokens of the answer are divided or multiplied; those of the prompt and padding are not."""
     answers = backbone.generate(batch, GenerationSettings(max_new_tokens=NEW, repetition_penalty=5.0))
     for item, answer in zip(batch, answers, strict=True):
         ids, current = [], item
@@ -159,7 +159,7 @@ def test_settings_of_the_checkpoint_do_not_make_greedy_anything_else(tiny_text_c
 
 
 def test_the_prompt_for_an_answer(tmp_path):
-    """By the template's own switch; where it has none, what it writes in front of an answer; and without a template."""
+    """By the template's generation prompt or, without one, what it writes before an answer; and without a template."""
     turns = CONVERSATIONS[2]
     prompted = open_backbone(
         str(tiny_models.write_text_checkpoint(tmp_path / "a", template=PROMPTED_TEMPLATE)), device="cpu"

@@ -1,4 +1,4 @@
-"""Git LFS pointers in place of weights, tokenizer, adapter, table, conversations or images: each is told by its name."""
+"""Git LFS pointers instead of weights, tokenizer, adapter, table, conversations or images are refused by name."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The native MiniCPM-Llama3-V-2.5: the laws of backbones, the published route written out, and the published oracle."""
+"""The native MiniCPM-Llama3-V-2.5: the laws of backbones, a second implementation, and the published oracle."""
 
 import json
 import re
@@ -19,8 +19,7 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransfo
 from agiqa.errors import DataError, ModelError
 from agiqa.extract import Message, open_backbone
 from agiqa.extract.models.contract import GenerationSettings
-from agiqa.extract.models.minicpm.config import MiniCPMConfig
-from agiqa.extract.models.minicpm.model import MiniCPMV, line_positions
+from agiqa.extract.models.minicpm.model import MiniCPMConfig, MiniCPMV, line_positions
 from agiqa.extract.models.minicpm.slicing import cut, slicing_of
 from agiqa.store import TOKEN_ROLES
 from tests.extract.backbone_contract import CONVERSATION, LocalContract
@@ -132,7 +131,7 @@ def test_hidden_states_are_those_of_the_published_route(tiny, tmp_path, size):
 
 @pytest.mark.parametrize("size", [(1024, 768), (800, 600), (512, 768)])
 def test_hidden_states_of_images_in_the_published_resolution(tiny, tmp_path, size):
-    """Whose slices are rows of 1,000 patches and more, where the rounding of positions tells."""
+    """Their slices are rows of 1,000 patches and more, for which the rounding of positions matters."""
     folder = tmp_path / "fine"
     shutil.copytree(tiny, folder)
     settings = json.loads((folder / "preprocessor_config.json").read_text())
@@ -151,7 +150,7 @@ def test_every_number_of_patches_has_the_positions_that_torch_gives_it():
 
 
 def test_a_store_says_whose_positions_it_has(tiny):
-    """Stores of releases that rounded otherwise have another id, so that none is resumed with other numbers."""
+    """Stores of releases that rounded differently have another id, so that none is resumed with other numbers."""
     assert open_backbone(str(tiny), device="cpu").provenance()["image"]["positions"] == "torch"
 
 
@@ -216,6 +215,25 @@ def test_answers_are_those_of_a_loop_over_the_likeliest_token(tiny, tmp_path):
             grown = replace(grown, token_ids=ids, roles=np.append(grown.roles, np.uint8(TOKEN_ROLES["answer"])))
         expected.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
     assert [str(text) for text in backbone.generate(batch, GenerationSettings(max_new_tokens=12))] == expected
+
+
+def test_images_of_a_batch_are_answered_in_one_pass(tiny, tmp_path, monkeypatch):
+    backbone = open_backbone(str(tiny), device="cpu")
+    batch = [
+        backbone.prepare(CONVERSATION[:1], picture(tmp_path / f"{n}.png", *size, n), answer=True)
+        for n, size in enumerate([(64, 50), (300, 20), (30, 30)])
+    ]
+    alone = [backbone.generate([item], GenerationSettings(max_new_tokens=4))[0] for item in batch]
+    llm, sizes = backbone._language_model(), []
+    answer = llm.generate
+
+    def counted(**inputs):
+        sizes.append(len(inputs["attention_mask"]))
+        return answer(**inputs)
+
+    monkeypatch.setattr(llm, "generate", counted)
+    assert backbone.generate(batch, GenerationSettings(max_new_tokens=4)) == alone
+    assert sizes == [3]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,4 +1,4 @@
-"""Slicing: the whole image in parts of nearly one size, by the published rule, written out once more here."""
+"""Slicing of images, against a second implementation of the published rule."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: FP8 unpacked where an adapter is merged into it, others refused in words."""
+"""Quantised checkpoints: FP8 is unpacked if an adapter is merged into it, others are refused."""
 
 import json
 

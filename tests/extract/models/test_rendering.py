@@ -5,8 +5,7 @@ import pytest
 
 from agiqa.errors import ModelError
 from agiqa.extract.data.items import Message
-from agiqa.extract.models.alignment import expand_roles
-from agiqa.extract.models.rendering import Renderer
+from agiqa.extract.models.rendering import Renderer, expand_roles
 from agiqa.store import TOKEN_ROLES
 from tests.extract.tiny_models import PARTS_TEMPLATE, TEXT_TEMPLATE, make_tokenizer
 

@@ -1,4 +1,4 @@
-"""Models that think: their thoughts are kept, and neither the next round nor an extraction reads them."""
+"""Thinking models: their thoughts are saved, but neither the next question nor an extraction includes them."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from agiqa.extract import (
 )
 from agiqa.extract.data.templates import fill, template_of
 from agiqa.extract.models.generation import read_answer
-from agiqa.extract.models.thoughts import begins_in_thought, switches_of
+from agiqa.extract.models.rendering import begins_in_thought, switches_of
 from agiqa.heads.evaluation.rating_words import parse_word
 from tests.extract.small_sets import write_table
 from tests.extract.tiny_models import TEXT_TEMPLATE, make_tokenizer

@@ -26,7 +26,7 @@ class TestIdefics3(VisionContract):
 
 
 class TestQwen2VL(VisionContract):
-    """Its processor wants a video processor, which needs torchvision; images alone must not."""
+    """Its processor wants a video processor, which needs torchvision; images must work without it."""
 
     image_tokens = 4
     image_word = "<|image_pad|>"
@@ -58,7 +58,7 @@ class TestInternVL(VisionContract):
 
 
 class TestMllama(VisionContract):
-    """No image tokens but the mark: text attends to tiles across, through masks that are padded like tokens."""
+    """One image token: text attends to tiles by cross-attention, with masks that are padded like tokens."""
 
     image_tokens = 1
     image_word = "<|image|>"

@@ -1,4 +1,4 @@
-"""A tokenizer of other weights: told before any work; marks that no text holds are no fault."""
+"""A tokenizer of other weights is refused before any work; unused special tokens without embedding are allowed."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from tests.extract.tiny_minicpm import write_minicpm_checkpoint
 
 
 def grown(checkpoint, folder, *words, special=False):
-    """The checkpoint with `words` added to its tokenizer, its embeddings left as they are; and the first new id."""
+    """A copy of the checkpoint with `words` added to its tokenizer only; and the first new id."""
     shutil.copytree(checkpoint, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     size = len(tokenizer)

@@ -1,4 +1,4 @@
-"""Memory that runs out in the words of torch and of the libraries below it; and what does not fit at all."""
+"""Lack of memory, in the errors of torch and of the libraries below it: smaller batches, or a refusal."""
 
 from dataclasses import replace
 
@@ -11,14 +11,13 @@ from agiqa.extract.filling.live import LiveFeatures
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.filling.transfers import Transfers
 from agiqa.extract.models import huggingface
-from agiqa.extract.models.batches import BatchRunner
-from agiqa.extract.models.memory import is_out_of_memory
+from agiqa.extract.models.batches import BatchRunner, is_out_of_memory
 from tests.extract.filling.test_pipeline import small_device
 from tests.extract.jobs import inputs
 from tests.extract.small_sets import write_set, write_talks
 
 TOO_MUCH = 1 << 50
-"""Bytes that no machine has."""
+"""More bytes than any machine has."""
 
 
 def allocate():
@@ -40,7 +39,7 @@ def test_the_allocator_of_the_cpu_is_understood():
     ],
 )
 def test_a_batch_is_halved_whoever_says_that_it_is_too_large(words, capsys):
-    """Libraries on a GPU ask past torch's allocator, and fail in words of their own."""
+    """Libraries on a GPU allocate without torch's allocator, and word their errors differently."""
     seen = []
 
     def compute(batch):
@@ -93,7 +92,7 @@ def test_live_features_of_a_batch_that_does_not_fit(tiny_text_checkpoint, tmp_pa
 
 
 class CrowdedTransfers(Transfers):
-    """To a device that has no room, in the words of `said`."""
+    """To a device without memory left, whose error has the text `said`."""
 
     def __init__(self, said):
         super().__init__(torch.device("cpu"))

@@ -1,9 +1,9 @@
-"""Two accounts of a model compared: what must be the same for a head, what is told, and what nobody minds."""
+"""Provenance of two models compared: what must be the same for a head, what is a warning, and what does not count."""
 
 import pytest
 
 from agiqa.errors import HeadError
-from agiqa.extract.models.origins import check_model
+from agiqa.extract.models.provenance import check_model
 
 RECORDED = {
     "name": "base+tuned",
@@ -27,11 +27,11 @@ def changed(**parts):
     [
         (changed(files={**RECORDED["files"], "model.safetensors": "0" * 64}), ("model base (weights aaaa", "00000")),
         (changed(files={**RECORDED["files"], "tokenizer.json": "0" * 64}), ("tokenizer of base+tuned (bbbb", "00000")),
-        (changed(adapter=None), ("the adapter tuned (", "is the adapter none")),
+        (changed(adapter=None), ("the adapter tuned (", "you gave no adapter")),
         (changed(adapter={**RECORDED["adapter"], "files": {"adapter_config.json": "0"}}), ("adapter tuned (",)),
         (changed(chat_template={"sha256": "0" * 64}), ("chat template of base+tuned (ffff", "00000")),
         (changed(image={"slices": 4, "resolution": 448}), ("at most 9 slices", "at most 4 slices")),
-        (changed(image=None), ("at most 9 slices", "is the slicing of images none")),
+        (changed(image=None), ("at most 9 slices", "you gave no image slices")),
         (changed(dtype="float32"), ("bfloat16 (--dtype)", "float32 (--dtype)")),
     ],
     ids=["weights", "tokenizer", "adapter", "config", "template", "slices", "uncut", "dtype"],
@@ -39,14 +39,14 @@ def changed(**parts):
 def test_another_model_is_refused_by_both_names(found, words):
     with pytest.raises(HeadError) as caught:
         check_model(RECORDED, found, head="The head h")
-    assert str(caught.value).startswith("The head h was trained on features of the ")
+    assert str(caught.value).startswith("The head h was trained with ")
     for word in words:
         assert word in str(caught.value)
 
 
 def test_an_adapter_on_what_had_none_is_refused():
     plain = changed(adapter=None)
-    with pytest.raises(HeadError, match=r"features of the adapter none; asked now is the adapter tuned \("):
+    with pytest.raises(HeadError, match=r"trained with no adapter; you gave the adapter tuned \("):
         check_model(plain, RECORDED, head="The head h")
 
 
@@ -64,8 +64,8 @@ def test_names_places_and_versions_do_not_matter():
 def test_settings_and_attention_are_told():
     other = changed(files={**RECORDED["files"], "config.json": "0" * 64}, attention="eager")
     assert check_model(RECORDED, other, head="The head h") == [
-        "The head h was trained on features of another config.json of base+tuned",
-        "The head h was trained on features of sdpa attention, and this is eager",
+        "The head h was trained with another config.json of base+tuned",
+        "The head h was trained with sdpa attention, and this is eager",
     ]
 
 
