@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 from agiqa import workers
 from agiqa.errors import DataError, ModelError, WorkerError
 from agiqa.extract import LengthRule, load_data_set, open_backbone
-from agiqa.extract.data.given_images import items_of_images
+from agiqa.extract.data.datasets import items_of_images
 from agiqa.extract.filling import devices
 from agiqa.extract.filling.engines import Here
 from agiqa.extract.filling.plan import plan_store, tokenise

@@ -74,7 +74,7 @@ def command(
     """
     from agiqa.errors import DataError
     from agiqa.extract import Describer, DescriptionSettings
-    from agiqa.extract.data.given_images import items_of_images
+    from agiqa.extract.data.datasets import items_of_images
     from agiqa.extract.describing.asking import preset
     from agiqa.extract.filling.live import LiveFeatures
     from agiqa.heads import load_run

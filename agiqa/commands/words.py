@@ -40,7 +40,7 @@ def command(file: Path, labels: Path | None, aspect: str, mos_range: tuple[float
     with the columns name and answer, and either prompt and mos_ASPECT or --labels. An answer that holds no clear word
     of bad, poor, fair, good and excellent is wrong; rough accuracy lets a neighbouring word count.
     """
-    from agiqa.extract.data.sources import CONVERSATION_SUFFIXES
+    from agiqa.extract.data.datasets import CONVERSATION_SUFFIXES
     from agiqa.heads.evaluation.rating_words import score_words
     from agiqa.progress import say
 
@@ -62,15 +62,15 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     """The rating words of a conversation file, joined with the MOS of the table."""
     from agiqa.errors import DataError
     from agiqa.extract.data.conversations import read_conversations
-    from agiqa.extract.data.joining import join
-    from agiqa.extract.data.sources import find_sources
+    from agiqa.extract.data.matching import join
+    from agiqa.extract.data.datasets import find_sources
     from agiqa.extract.describing.descriptions import unspoken
     from agiqa.progress import say
     from agiqa.store.format.text_authors import TEACHER
 
     sources = find_sources(file, (), labels)
     talks = [talk for file in sources.conversations for talk in read_conversations(file.path, file.split)]
-    joined = join(sources, _labelled_rows(sources.table, mos_range), talks)
+    joined = join(sources.table, _labelled_rows(sources.table, mos_range), talks)
     problems, rated, of_teacher, silent = list(joined.problems), list[Rated](), 0, unspoken(file)
     for row, talk in joined.pairs:
         where = f"{row.name} ({sources.table.name}, line {row.number})"
@@ -150,7 +150,7 @@ def _own_truth(file: Path, header: list[str], aspect: str, mos_range: tuple[floa
 def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Truth:
     """The truth in a label table, by item name."""
     from agiqa.errors import DataError
-    from agiqa.extract.data.joining import row_name
+    from agiqa.extract.data.matching import row_name
     from agiqa.heads.data.prompts import normalise_prompt
 
     rows = _labelled_rows(table, mos_range)

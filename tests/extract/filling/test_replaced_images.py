@@ -10,7 +10,7 @@ from PIL import Image
 
 from agiqa.errors import DataError, SettingsConflict
 from agiqa.extract import DescriptionSettings, GenerationSettings, LengthRule, Message, open_backbone, run_descriptions
-from agiqa.extract.data.given_images import items_of_images
+from agiqa.extract.data.datasets import items_of_images
 from agiqa.extract.filling.devices import OnDevices
 from agiqa.extract.filling.engines import Helper, Here
 from agiqa.extract.filling.live import LiveFeatures

@@ -1,4 +1,4 @@
-"""Conversations about other prompts than those of their rows: file names alone match too much."""
+"""Conversations matched with rows: file names alone match too much, so prompts are compared too."""
 
 import json
 from pathlib import Path
