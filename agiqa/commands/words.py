@@ -62,8 +62,8 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     """The rating words of a conversation file, joined with the MOS of the table."""
     from agiqa.errors import DataError
     from agiqa.extract.data.conversations import read_conversations
-    from agiqa.extract.data.matching import join
     from agiqa.extract.data.datasets import find_sources
+    from agiqa.extract.data.matching import join
     from agiqa.extract.describing.descriptions import unspoken
     from agiqa.progress import say
     from agiqa.store.format.text_authors import TEACHER
