@@ -64,14 +64,14 @@ def _read_conversations(file: Path, labels: Path | None, aspect: str, mos_range:
     from agiqa.extract.data.conversations import read_conversations
     from agiqa.extract.data.datasets import find_sources
     from agiqa.extract.data.matching import join
-    from agiqa.extract.describing.descriptions import unspoken
+    from agiqa.extract.describing.describing import images_without_answer
     from agiqa.progress import say
     from agiqa.store.format.text_authors import TEACHER
 
     sources = find_sources(file, (), labels)
     talks = [talk for file in sources.conversations for talk in read_conversations(file.path, file.split)]
     joined = join(sources.table, _labelled_rows(sources.table, mos_range), talks)
-    problems, rated, of_teacher, silent = list(joined.problems), list[Rated](), 0, unspoken(file)
+    problems, rated, of_teacher, silent = list(joined.problems), list[Rated](), 0, images_without_answer(file)
     for row, talk in joined.pairs:
         where = f"{row.name} ({sources.table.name}, line {row.number})"
         if row.problems or aspect not in row.labels:

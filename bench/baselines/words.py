@@ -6,7 +6,7 @@ from pathlib import Path
 from agiqa.errors import DataError
 from agiqa.extract.data.conversations import Conversation, aspects_in_name, read_conversations
 from agiqa.extract.data.matching import Match, prompt_faults, row_name
-from agiqa.extract.describing.descriptions import unspoken
+from agiqa.extract.describing.describing import images_without_answer
 from agiqa.heads.evaluation.rating_words import WORDS, parse_word
 from agiqa.store.format.text_authors import MODEL
 
@@ -23,7 +23,9 @@ class RatingWords:
         A file whose name holds one aspect (`quality_test_res.json`) is on that aspect, another one on any.
         Raises DataError for a file that cannot be read, or a conversation in it that cannot be used.
         """
-        self._files = [(_aspect_of(path), unspoken(path), read_conversations(path, None)) for path in files]
+        self._files = [
+            (_aspect_of(path), images_without_answer(path), read_conversations(path, None)) for path in files
+        ]
         problems = [
             f"{talk.where}: {'; '.join(talk.problems)}"
             for _, _, talks in self._files

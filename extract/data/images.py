@@ -3,6 +3,7 @@
 import hashlib
 import io
 import multiprocessing
+import operator
 import os
 import stat
 import struct
@@ -11,7 +12,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -111,11 +111,7 @@ def image_checks() -> Generator[Callable[[Path], str]]:
 
 
 def _begin_checks() -> Work:
-    return _check
-
-
-def _check(function: Callable[[Any], Any], argument: Any) -> Any:
-    return function(argument)
+    return operator.call
 
 
 def open_image(source: ImageSource) -> Image.Image:

@@ -1,8 +1,8 @@
 """Rows and conversations matched by image name and by prompt; what matches nothing becomes a problem of its entry.
 
-Names alone match too much: images of two data sets may have the same names. A question names its prompt where its
-wording has it: the wording of a template, or one that several questions of the file share. A file in which every
-question is the same names no prompts, and nothing is compared.
+Names alone match too much: images of two data sets may have the same names. The prompt in a question is found by the
+wording around it: that of a template, or one that several questions of the file share. If every question of a file is
+the same, none names a prompt, and no prompts are compared.
 """
 
 import re

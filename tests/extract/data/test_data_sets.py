@@ -302,7 +302,7 @@ def test_bad_conversations_are_named_by_id(folder):
 
 
 def test_half_a_character_in_a_conversation_is_named(folder):
-    """As a description that was cut within an emoji: no tokenizer and no table takes it."""
+    """Such as a description that was cut within an emoji: neither tokenizers nor tables accept it."""
     cut = talk("a.png", id="cut", contents=("Look?", "a cat \ud83d", "Rate?", "fair"))
     own = talk("b.png", id="own", response_0="\ude00 a dog")
     path = write_json(folder / "train.json", [cut, own])

@@ -1,4 +1,4 @@
-"""Who wrote each text: read from conversations and tables, and told before a model runs."""
+"""Who wrote each text: read from conversations and tables, and warned about before a model runs."""
 
 import json
 
@@ -37,7 +37,7 @@ def authors(data):
     return [item.text_author for item in data.items]
 
 
-def test_the_text_that_tells_most_of_the_mos_counts():
+def test_the_author_who_knew_most_of_the_mos_counts():
     assert author_of([MODEL, TEACHER]) == TEACHER
     assert author_of([None, TEACHER]) == TEACHER
     assert author_of([MODEL, None, TEACHER_BLIND]) is None
