@@ -4,10 +4,11 @@ The store, the images and the checkpoint lie on a file system that all nodes see
 place.
 """
 
+import math
 import os
 import socket
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,10 +83,11 @@ class OnRay:
     def run(self, task: Task, *, items: int, advance: Advance) -> Any:
         """See `Engine`."""
         del advance
-        with self._cluster() as ray:
-            actor, process = self.start(ray, "actor")
+        with self._connected() as ray:
+            crew = _Crew(self, ray)
+            actor = crew.start("actor")
             try:
-                return ray.get(actor.run.remote(process, task, items))
+                return ray.get(actor.run.remote(crew.process, task, items))
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error
             except ray.exceptions.RayActorError as error:
@@ -101,41 +103,11 @@ class OnRay:
         self, store: Store, items: Sequence[Item], target: Target, *, part: tuple[int, int], advance: Advance
     ) -> FillReport:
         """See `Engine`. Raises the error of any actor, and WorkerError when actors keep dying."""
-        with self._cluster() as ray:
-            return _Fill(self, ray, store, part).run(items, target, advance)
-
-    def uses_gpus(self, ray: Any) -> bool:
-        """Whether each actor gets a GPU: if the cluster has any and the run does not ask for the CPU."""
-        return self.process.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
-
-    def number_of_actors(self, ray: Any) -> int:
-        """How many actors run at the same time. Raises ConfigError when the cluster cannot run so many."""
-        kind = "GPU" if self.uses_gpus(ray) else "CPU"
-        there = int(ray.cluster_resources().get(kind, 0))
-        wanted = self.actors or (there if kind == "GPU" else 1)
-        if wanted > there:
-            message = (
-                f"--devices {wanted} was asked for, but the Ray cluster has {there} {kind}s. Give fewer, or add "
-                "machines to the cluster."
-            )
-            raise ConfigError(message)
-        return wanted
-
-    def start(self, ray: Any, name: str) -> tuple[Any, ModelProcess]:
-        """A new actor, and how it runs the model on its device."""
-        gpu = self.uses_gpus(ray)
-        actor = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(Worker).remote(name, str(Path.cwd()))
-        device = "cuda" if gpu else "cpu"
-        return actor, replace(self.process, device=device, processes=self._actors_of_a_node(ray))
-
-    def _actors_of_a_node(self, ray: Any) -> int:
-        """Most actors that share a machine and its cores, if they are evenly spread."""
-        kind = "GPU" if self.uses_gpus(ray) else "CPU"
-        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= 1]
-        return -(-self.number_of_actors(ray) // max(1, len(nodes)))
+        with self._connected() as ray:
+            return _Fill(_Crew(self, ray), store, part).run(items, target, advance)
 
     @contextmanager
-    def _cluster(self) -> Generator[Any]:
+    def _connected(self) -> Generator[Any]:
         """Ray, connected while inside. Raises ConfigError when Ray or the cluster is missing."""
         try:
             import ray  # pyright: ignore[reportMissingImports]
@@ -143,12 +115,16 @@ class OnRay:
             message = "--ray needs the package ray: pip install 'agiqa[ray]'."
             raise ConfigError(message) from error
         with redirect_stdout(sys.stderr):  # threads of Ray print events; the output stream is for the result
-            yield from self._connected(ray)
+            if ray.is_initialized():
+                yield ray
+                return
+            self._connect(ray)
+            try:
+                yield ray
+            finally:
+                ray.shutdown()
 
-    def _connected(self, ray: Any) -> Iterator[Any]:
-        if ray.is_initialized():
-            yield ray
-            return
+    def _connect(self, ray: Any) -> None:
         address = None if self.address == "auto" else self.address
         try:
             if address:
@@ -161,10 +137,6 @@ class OnRay:
                 "first machine, or give --ray without an address for one of this machine."
             )
             raise ConfigError(message) from error
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
@@ -174,12 +146,37 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS_TO_ANSWER).close()
 
 
+class _Crew:
+    """How many actors the cluster runs, and on what: a GPU each, if it has any and the run does not ask for the CPU."""
+
+    def __init__(self, engine: OnRay, ray: Any) -> None:
+        """Raises ConfigError when the cluster cannot run so many actors at the same time."""
+        self.ray = ray
+        self._gpu = engine.process.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
+        kind = "GPU" if self._gpu else "CPU"
+        there = int(ray.cluster_resources().get(kind, 0))
+        self.size = engine.actors or (there if self._gpu else 1)
+        if self.size > there:
+            message = (
+                f"--devices {self.size} was asked for, but the Ray cluster has {there} {kind}s. Give fewer, or add "
+                "machines to the cluster."
+            )
+            raise ConfigError(message)
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= 1]
+        of_a_node = math.ceil(self.size / max(1, len(nodes)))  # if they are evenly spread
+        self.process = replace(engine.process, device="cuda" if self._gpu else "cpu", processes=of_a_node)
+
+    def start(self, name: str) -> Any:
+        """A new actor."""
+        return self.ray.remote(num_cpus=1, num_gpus=int(self._gpu))(Worker).remote(name, str(Path.cwd()))
+
+
 class _Fill:
     """One fill by actors."""
 
-    def __init__(self, engine: OnRay, ray: Any, store: Store, part: tuple[int, int]) -> None:
-        self._engine = engine
-        self._ray = ray
+    def __init__(self, crew: _Crew, store: Store, part: tuple[int, int]) -> None:
+        self._crew = crew
+        self._ray = crew.ray
         self._store = store
         self._writer = UnitWriter(store)
         self._part = part
@@ -188,7 +185,6 @@ class _Fill:
         self._deaths = 0
         self._died: list[str] = []
         self._left = len(self._pending())
-        self._most = engine.number_of_actors(ray)
 
     def run(self, items: Sequence[Item], target: Target, advance: Advance) -> FillReport:
         """Run actors until the pending units are done."""
@@ -197,7 +193,7 @@ class _Fill:
         news = ray.remote(num_cpus=0)(News).remote()
         work = (self._store.path.resolve(), ray.put(list(items)), ray.put(target), news)
         try:
-            for _ in range(self._most):
+            for _ in range(self._crew.size):
                 self._start(work)
             while self._actors:
                 ready, _ = ray.wait(list(self._actors), timeout=_SECONDS_BETWEEN_LOOKS)
@@ -229,10 +225,11 @@ class _Fill:
         return merged(reports, busy_units=len(left))
 
     def _start(self, work: tuple[Any, ...]) -> None:
-        name, units = f"actor {self._started}", striped(self._pending(), self._started % self._most, self._most)
+        name, crew = f"actor {self._started}", self._crew
+        units = striped(self._pending(), self._started % crew.size, crew.size)
         self._started += 1
-        actor, process = self._engine.start(self._ray, name)
-        self._actors[actor.fill.remote(process, *work, units)] = (name, actor)
+        actor = crew.start(name)
+        self._actors[actor.fill.remote(crew.process, *work, units)] = (name, actor)
 
     def _answer(self, answer: Any, name: str) -> FillReport | None:
         """The report of an actor that has ended; None if it died."""
