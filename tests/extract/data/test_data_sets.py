@@ -212,7 +212,7 @@ def test_the_range_is_the_data_sets_own(tmp_path):
         load_data_set(table, variant="no_id", images=False, mos_range=(5, 0))
 
 
-def test_a_table_without_mos_is_told_and_one_with_gaps_is_refused(tmp_path):
+def test_a_table_without_mos_is_noted_and_one_with_gaps_is_refused(tmp_path):
     table = write_csv(tmp_path / "d.csv", [("a", "x"), ("b", "y")], ("name", "prompt"))
     data = load_data_set(table, variant="no_id", images=False)
     assert [item.labels for item in data.items] == [{}, {}]

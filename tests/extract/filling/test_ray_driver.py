@@ -54,7 +54,7 @@ def test_a_killed_actor_costs_no_unit(tiny_text_checkpoint, tmp_path):
     assert hashes_of(whole.path) == hashes_of(alone.path)
 
 
-def test_units_that_a_dead_actor_seems_to_hold_are_told(tiny_text_checkpoint, tmp_path):
+def test_units_that_a_dead_actor_seems_to_hold_are_reported(tiny_text_checkpoint, tmp_path):
     """Such as on a file system that frees the locks of a dead machine late: here the test holds one."""
     pytest.importorskip("ray", reason="needs the extra ray")
     folder, path = write_set(tmp_path / "set", 60), tmp_path / "s.agiqa"
@@ -100,7 +100,7 @@ def hashes_of(path):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
-def test_a_cluster_that_is_not_there_is_told_at_once(tiny_text_checkpoint, tmp_path, address):
+def test_a_missing_cluster_is_reported_at_once(tiny_text_checkpoint, tmp_path, address):
     pytest.importorskip("ray", reason="needs the extra ray")
     folder = write_set(tmp_path / "set", 6)
     write_talks(folder)

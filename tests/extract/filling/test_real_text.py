@@ -113,7 +113,7 @@ def test_the_store_is_smaller_than_its_bits_and_the_sketch_keeps_the_energy(made
 
 
 @pytest.mark.parametrize("run", ["xlstm", "gru"])
-def test_heads_are_measured_with_intervals_and_told_of_leaks(made, run):
+def test_heads_are_measured_with_intervals_and_warned_of_leaks(made, run):
     folder, printed = made
     metrics = json.loads((folder / run / "metrics.json").read_text(encoding="utf-8"))
     assert metrics == {name: value for name, value in printed[run].items() if name != "run"}
