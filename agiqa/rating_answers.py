@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from agiqa.errors import DataError
 from agiqa.extract.data.conversations import read_conversations
-from agiqa.extract.data.joining import join, row_name
+from agiqa.extract.data.datasets import CONVERSATION_SUFFIXES, find_sources
 from agiqa.extract.data.labels import Row, read_rows
-from agiqa.extract.data.sources import CONVERSATION_SUFFIXES, find_sources
-from agiqa.extract.describing.descriptions import unspoken
+from agiqa.extract.data.matching import join, row_name
+from agiqa.extract.describing.describing import images_without_answer
 from agiqa.heads.data.prompts import normalise_prompt
 from agiqa.progress import say
 from agiqa.store.format.items import TEACHER
@@ -40,8 +40,8 @@ def _read_conversations(file: Path, labels: Path | None, label: str, mos_range: 
 
     sources = find_sources(file, (), labels)
     talks = [talk for file in sources.conversations for talk in read_conversations(file.path, file.split)]
-    joined = join(sources, _labelled_rows(sources.table, mos_range), talks)
-    problems, rated, of_teacher, silent = list(joined.problems), list[RatedItem](), 0, unspoken(file)
+    joined = join(sources.table, _labelled_rows(sources.table, mos_range), talks)
+    problems, rated, of_teacher, silent = list(joined.problems), list[RatedItem](), 0, images_without_answer(file)
     for row, talk in joined.pairs:
         where = f"{row.name} ({sources.table.name}, line {row.number})"
         if row.problems or label not in row.labels:

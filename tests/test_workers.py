@@ -17,8 +17,8 @@ from PIL import Image, ImageFile
 from agiqa import workers
 from agiqa.errors import DataError, ModelError, WorkerError
 from agiqa.extract import LengthRule, load_data_set, open_backbone
-from agiqa.extract.data.given_images import items_of_images
-from agiqa.extract.filling import devices
+from agiqa.extract.data.datasets import items_of_images
+from agiqa.extract.filling import engines
 from agiqa.extract.filling.engines import Here
 from agiqa.extract.filling.plan import plan_store, tokenise
 from agiqa.extract.filling.targets import Target
@@ -304,8 +304,8 @@ def stop_at_once(connection, *_):
 def test_a_stopped_device_process_is_killed_and_told(tiny_text_checkpoint, tmp_path, monkeypatch, capsys):
     folder = write_set(tmp_path / "set", 3)
     write_talks(folder)
-    monkeypatch.setattr(devices, "_work", stop_at_once)
-    monkeypatch.setattr(devices, "_SECONDS_BETWEEN_SIGNS", 0.01)
+    monkeypatch.setattr(engines, "_work", stop_at_once)
+    monkeypatch.setattr(engines, "_SECONDS_BETWEEN_SIGNS", 0.01)
     with pytest.raises(WorkerError, match=r"process 0 on cpu was killed by signal 9.* units are left"):
         extract(folder, tiny_text_checkpoint, tmp_path / "s.agiqa", devices=2)
     assert "process 1 on cpu gave no sign of life for 0.6 s: it is killed" in capsys.readouterr().err

@@ -76,7 +76,7 @@ def command(
     printed as soon as it is scored. Images that cannot be scored are listed at the end, and the exit code is 1.
     """
     from agiqa.errors import DataError
-    from agiqa.extract.data.given_images import items_of_images
+    from agiqa.extract.data.datasets import items_of_images
     from agiqa.heads import load_run
     from agiqa.heads.data.scales import scales_record
     from agiqa.progress import say, track

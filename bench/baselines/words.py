@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from agiqa.errors import DataError
-from agiqa.extract.data.asked_prompts import Asked, prompt_faults
-from agiqa.extract.data.conversations import Talk, aspects_in_name, read_conversations
-from agiqa.extract.data.joining import row_name
-from agiqa.extract.describing.descriptions import unspoken
+from agiqa.extract.data.conversations import Conversation, aspects_in_name, read_conversations
+from agiqa.extract.data.matching import Match, prompt_faults, row_name
+from agiqa.extract.describing.describing import images_without_answer
 from agiqa.heads.evaluation.rating_words import WORDS, parse_word
 from agiqa.store.format.items import MODEL
 
@@ -24,7 +23,9 @@ class RatingWords:
         A file whose name holds one aspect (`quality_test_res.json`) is on that aspect, another one on any.
         Raises DataError for a file that cannot be read, or a conversation in it that cannot be used.
         """
-        self._files = [(_aspect_of(path), unspoken(path), read_conversations(path, None)) for path in files]
+        self._files = [
+            (_aspect_of(path), images_without_answer(path), read_conversations(path, None)) for path in files
+        ]
         problems = [
             f"{talk.where}: {'; '.join(talk.problems)}"
             for _, _, talks in self._files
@@ -52,16 +53,16 @@ class RatingWords:
                 f"of the model's own on {label}; the teacher's words were written with the MOS in view"
             )
             raise DataError(message)
-        asked = {name: Asked(prompts[name], "the store", talk) for name, talk in found.items()}
-        faults = prompt_faults(asked, prompts.values())
+        matches = {name: Match(prompts[name], "the store", talk) for name, talk in found.items()}
+        faults = prompt_faults(matches, prompts.values())
         if faults:
             where = "the conversations with rating words"
             raise DataError.from_problems(where, list(faults.values()))
         return {name: _class_of(talk) for name, talk in found.items()}
 
-    def _own(self, names: Mapping[str, object], label: str) -> dict[str, Talk]:
+    def _own(self, names: Mapping[str, object], label: str) -> dict[str, Conversation]:
         """The conversation of every item that has a word of the model's own."""
-        found: dict[str, Talk] = {}
+        found: dict[str, Conversation] = {}
         for aspect, silent, talks in self._files:
             for talk in talks if aspect in (None, label) else ():
                 name = row_name(talk.image, names)
@@ -74,7 +75,7 @@ class RatingWords:
         return found
 
 
-def _class_of(talk: Talk) -> int | None:
+def _class_of(talk: Conversation) -> int | None:
     word = parse_word(talk.rating) if talk.rating_author == MODEL and talk.rating else None
     return None if word is None else WORDS.index(word)
 

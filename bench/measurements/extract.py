@@ -27,7 +27,7 @@ from agiqa.bench.recording.tables import as_table, digits, verdict
 from agiqa.extract import Backbone, DataSet, ExtractionResult, ExtractionSettings, Item, Message, run_extraction
 from agiqa.extract.data.templates import templates
 from agiqa.extract.filling.plan import PlannedItem, prepare_planned
-from agiqa.extract.filling.transfers import Transfers
+from agiqa.extract.filling.staging import Transfers
 from agiqa.extract.models.batches import even_batches
 from agiqa.extract.models.preparing import Opener, Preparation, default_workers
 

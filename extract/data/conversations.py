@@ -2,8 +2,8 @@
 
 A file holds one JSON list, or one JSON object per line, of
 `{id, image, conversations: [{role, content} x 4], response_0?, response_1?, text_author?, prompt?}`. `response_0`
-and `response_1` are the fine-tuned local model's own description and rating word; where they are given they stand in
-for those of `conversations`. Those are a teacher's that was told the MOS, unless `text_author` names another writer.
+and `response_1` are the fine-tuned local model's own description and rating word. Where they are given, they replace
+those of `conversations`, which a teacher that knew the MOS wrote, unless `text_author` names another writer.
 `prompt` is the prompt that the conversation is about, for questions that do not name it.
 """
 
@@ -32,18 +32,19 @@ _PREFIX = re.compile(r"(?:(?P<aspect>\w{2,}):(?!//))?(?:(?P<split>[A-Za-z]+)=)?(
 
 @dataclass(frozen=True, kw_only=True)
 class ConversationFile:
-    """One file of conversations, and what the user or its name says of them."""
+    """One file of conversations, with the split and aspect that the user or its name gives."""
 
     path: Path
     split: str | None = None
-    """train, val, test, or None where neither tells."""
+    """train, val, test, or None if neither gives one."""
     aspect: str | None = None
-    """The aspect that the user wrote before it."""
+    """The aspect that the user wrote before the file."""
 
     def aspect_among(self, aspects: Sequence[str]) -> str:
-        """Which of the `aspects` of a conversation these descriptions are of: the one written, the only, the named.
+        """Which of the `aspects` of a conversation the file describes.
 
-        Raises ConfigError when another one is written before the file, or nothing tells between several.
+        The aspect written before the file decides, else the only aspect, else the file's name. Raises ConfigError
+        when the written one is not among them, or the name holds none or several of them.
         """
         if self.aspect is not None and self.aspect not in aspects:
             message = f"{self.path} has descriptions of {self.aspect}; the conversation holds {' and '.join(aspects)}."
@@ -60,16 +61,16 @@ class ConversationFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Talk:
-    """One conversation of a file; where `problems` is not empty its texts mean nothing."""
+class Conversation:
+    """One entry of a conversation file; only `image` and `where` count if `problems` is not empty."""
 
     file: Path
     where: str
-    """The file's name and the conversation's id, for messages."""
+    """The file's name and the entry's id, for messages."""
     image: str
     split: str | None
     prompt: str | None = None
-    """The prompt that the entry states; None where only its question may name it."""
+    """The prompt that the entry states; None if only its question may name it."""
     describe: str = ""
     description: str = ""
     description_author: str | None = None
@@ -79,20 +80,20 @@ class Talk:
     rating_author: str | None = None
     """Who wrote `rating`."""
     problems: tuple[str, ...] = ()
-    more: tuple["Talk", ...] = ()
+    more: tuple["Conversation", ...] = ()
     """Conversations on further aspects of the same image, whose descriptions follow this one's."""
 
     def text_author(self, variant: str) -> str | None:
-        """Who wrote the texts that the model reads under `variant`, as `author_of` of them."""
-        writers = [talk.description_author for talk in (self, *self.more)]
+        """Who wrote the texts that the model reads under `variant`, see `author_of`."""
+        writers = [one.description_author for one in (self, *self.more)]
         return author_of([*writers, self.rating_author] if variant == "full" else writers)
 
     def messages(self, variant: str) -> tuple[Message, ...]:
-        """What the model reads under `variant`: id ends with the rating question, full with the rating word."""
+        """What the model reads under `variant`: `id` ends with the rating question, `full` with the rating word."""
         turns: list[Message] = []
-        for talk in (self, *self.more):
-            turns.append(Message(role="user", content=talk.describe))
-            turns.append(Message(role="assistant", content=talk.description))
+        for one in (self, *self.more):
+            turns.append(Message(role="user", content=one.describe))
+            turns.append(Message(role="assistant", content=one.description))
         turns.append(Message(role="user", content=self.rate))
         if variant == "full" and self.rating is not None:
             turns.append(Message(role="assistant", content=self.rating))
@@ -100,13 +101,13 @@ class Talk:
 
 
 def parse_source(source: str) -> ConversationFile:
-    """`[ASPECT:][SPLIT=]FILE`; without SPLIT the file's name tells, if it can.
+    """`[ASPECT:][SPLIT=]FILE`; without SPLIT, the split that the file's name holds.
 
-    Raises UnknownName when what stands before `:` is no aspect or before `=` no split, and no file has that name.
+    A file that exists under the whole of `source` has no prefixes. Raises UnknownName for another ASPECT or SPLIT.
     """
     match = _PREFIX.fullmatch(source)
     if match is None or Path(source).exists():
-        return ConversationFile(path=Path(source), split=_split_of(Path(source)))
+        return ConversationFile(path=Path(source), split=_split_in_name(Path(source)))
     aspect, split, path = match["aspect"], match["split"], Path(match["file"])
     if aspect is not None:
         aspect = ASPECT_NAMES.get(aspect, aspect)
@@ -114,7 +115,7 @@ def parse_source(source: str) -> ConversationFile:
     if split is not None and split not in SPLITS:
         unknown = UnknownName.of("split", split, SPLITS)
         raise unknown
-    return ConversationFile(path=path, split=split or _split_of(path), aspect=aspect)
+    return ConversationFile(path=path, split=split or _split_in_name(path), aspect=aspect)
 
 
 def aspects_in_name(path: Path) -> set[str]:
@@ -123,18 +124,18 @@ def aspects_in_name(path: Path) -> set[str]:
     return {ASPECT_NAMES[word] for word in words if word in ASPECT_NAMES}
 
 
-def _split_of(path: Path) -> str | None:
+def _split_in_name(path: Path) -> str | None:
     words = set(_SPLIT_WORD.findall(path.stem.lower()))
     return words.pop() if len(words) == 1 else None
 
 
-def read_conversations(path: Path, split: str | None) -> list[Talk]:
+def read_conversations(path: Path, split: str | None) -> list[Conversation]:
     """Every conversation of `path`. Raises DataError when the file is not JSON, not a list, or empty."""
     records = _records(path, read_text(path))
     if not records:
         message = f"{path}: no conversations in the file."
         raise DataError(message)
-    return [_talk(path, number, record, split) for number, record in enumerate(records, start=1)]
+    return [_conversation(path, number, record, split) for number, record in enumerate(records, start=1)]
 
 
 def _records(path: Path, text: str) -> list[Any]:
@@ -155,37 +156,33 @@ def _parse(where: str, text: str) -> Any:
         raise DataError(message) from error
 
 
-def _talk(path: Path, number: int, record: Any, split: str | None) -> Talk:
-    if not isinstance(record, dict):
-        fault = "is not a JSON object"
-        return Talk(file=path, where=f"{path.name}, entry {number}", image="", split=split, problems=(fault,))
-    entry = cast(Mapping[str, Any], record)
+def _conversation(path: Path, number: int, record: Any, split: str | None) -> Conversation:
+    entry = cast("dict[str, Any]", record) if isinstance(record, dict) else {}
     where = f"{path.name}, id {entry['id']!r}" if "id" in entry else f"{path.name}, entry {number}"
     image = entry.get("image")
     texts, faults = _texts(entry.get("conversations"))
-    problems = tuple(_problems(entry, texts, faults))
+    problems = tuple(_problems(entry, texts, faults)) if isinstance(record, dict) else ("is not a JSON object",)
     if problems:
         name = image if isinstance(image, str) else ""
-        return Talk(file=path, where=where, image=name, split=split, problems=problems)
-    written_by = entry.get(TEXT_AUTHOR) or TEACHER
-    described, rated = entry.get("response_0"), entry.get("response_1")
-    return Talk(
+        return Conversation(file=path, where=where, image=name, split=split, problems=problems)
+    writer, described, rated = entry.get(TEXT_AUTHOR) or TEACHER, entry.get("response_0"), entry.get("response_1")
+    return Conversation(
         file=path,
         where=where,
-        image=cast(str, image),
+        image=cast("str", image),
         split=split,
         prompt=entry.get("prompt"),
         describe=IMAGE_MARK.sub("", texts[0]),
         description=described or texts[1],
-        description_author=MODEL if described else written_by,
+        description_author=MODEL if described else writer,
         rate=texts[2],
         rating=rated or (texts[3] if len(texts) > 3 else None),
-        rating_author=MODEL if rated else written_by,
+        rating_author=MODEL if rated else writer,
     )
 
 
 def _problems(entry: Mapping[str, Any], texts: Sequence[str], faults: Sequence[str]) -> Iterator[str]:
-    """Why the entry cannot be used; `faults` are those of its messages, whose contents are `texts`."""
+    """Why the entry cannot be used: the `faults` of its messages, whose contents are `texts`, and its own."""
     if not _is_text(entry.get("image")):
         yield "has no `image`"
     yield from faults
@@ -216,7 +213,7 @@ def _texts(messages: Any) -> tuple[list[str], list[str]]:
 
 
 def _is_halved(value: Any) -> bool:
-    """Whether a text was cut within a character that JSON writes as two, such as an emoji."""
+    """Whether a text was cut within a character that JSON writes as two code units, such as an emoji."""
     return isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value)
 
 

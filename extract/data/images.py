@@ -2,17 +2,23 @@
 
 import hashlib
 import io
+import multiprocessing
+import operator
+import os
 import stat
 import struct
 import zlib
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from agiqa.errors import DataError, first_line
+from agiqa.errors import DataError, WorkerError, first_line
 from agiqa.store.disk.files import refuse_lfs_pointers
+from agiqa.workers import LostAnswer, Work, Workers
 
 MAX_PIXELS = 89_478_485
 """Largest image that is decoded, in pixels: Pillow's own limit for suspected decompression bombs."""
@@ -20,27 +26,20 @@ MAX_PIXELS = 89_478_485
 MAX_BYTES = 1 << 30
 """Largest file that is read as an image; MAX_PIXELS with four channels of 16 bits take less."""
 
+CHECKERS = os.cpu_count() or 1
+"""Threads that may check images at the same time, each with a process."""
+
 _UNREADABLE = (
-    *(
-        ArithmeticError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ),
-    *(struct.error, zlib.error),
+    *(ArithmeticError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
+    *(ValueError, struct.error, zlib.error),
 )
-"""What Pillow's decoders, and its reader of EXIF, raise for files that are damaged."""
+"""What Pillow's decoders, and its reader of EXIF, raise for damaged files."""
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFile:
-    """The content of an image file, read once: what is hashed is what is decoded."""
+    """The content of an image file, read once, so that the hash and the pixels are of the same bytes."""
 
     path: Path
     content: bytes
@@ -56,11 +55,11 @@ class ImageFile:
 
 
 ImageSource = Path | ImageFile
-"""An image file by its path, or as it was read."""
+"""The path of an image file, or the file as read before."""
 
 
 def read_image_file(path: Path) -> ImageFile:
-    """The file at `path`. Raises DataError, naming it, when it is missing, no regular file, or over MAX_BYTES."""
+    """The file at `path`. Raises DataError when it is missing, not a regular file, or over MAX_BYTES."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -79,18 +78,48 @@ def read_image_file(path: Path) -> ImageFile:
 
 
 def checked_image(path: Path) -> str:
-    """The SHA-256, in hex, of the image file at `path`, which is decoded once. Raises DataError as `open_image`."""
+    """Decode the image file at `path`; its SHA-256 in hex. Raises DataError as `open_image`."""
     file = read_image_file(path)
     open_image(file)
     return file.sha256
 
 
+@contextmanager
+def image_checks() -> Generator[Callable[[Path], str]]:
+    """`checked_image`, run in other processes; up to CHECKERS threads may call it at the same time.
+
+    It raises DataError also for an image that crashes or hangs its decoder, and WorkerError when somebody kills the
+    processes. They are forks of this process, which start at once, and only read and decode files.
+    """
+    workers = Workers(multiprocessing.get_context("fork"), _begin_checks)
+
+    def check(path: Path) -> str:
+        try:
+            found: str = workers.ask(checked_image, path)
+        except LostAnswer as error:
+            if error.blameless:
+                message = f"{path}: the process that decoded it {error}, twice, from outside or for want of memory."
+                raise WorkerError(message) from error
+            message = f"{path}: the process that decoded it {error}, twice; replace the file or leave it out."
+            raise DataError(message) from error
+        return found
+
+    try:
+        yield check
+    finally:
+        workers.close()
+
+
+def _begin_checks() -> Work:
+    return operator.call
+
+
 def open_image(source: ImageSource) -> Image.Image:
     """The whole image in `source` as RGB: turned upright by its EXIF tag, alpha laid over white.
 
-    Palette, greyscale, 16-bit and 32-bit greyscale and CMYK images are converted; of an animation the first frame is
-    read. Raises DataError, naming the file, when it is truncated, no image, a Git LFS pointer, or over MAX_PIXELS, and
-    as `read_image_file`.
+    Converts palette, greyscale (8, 16 and 32 bits) and CMYK images; reads the first frame of an animation. Raises
+    DataError when the file is truncated, not an image, a Git LFS pointer, or over MAX_PIXELS, and as
+    `read_image_file`.
     """
     file = source if isinstance(source, ImageFile) else read_image_file(source)
     path = file.path
@@ -139,7 +168,7 @@ def _to_rgb(path: Path, image: Image.Image, *, tiff: bool) -> Image.Image:
 
 
 def _from_32_bit(path: Path, image: Image.Image) -> Image.Image:
-    """TIFFs of 32-bit integers hold 8-bit or 16-bit values in practice: which of the two, their largest value tells."""
+    """TIFFs of 32-bit integers hold 8-bit or 16-bit values in practice; their largest value tells which."""
     values = np.asarray(image)
     least, largest = int(values.min()), int(values.max())
     if least < 0 or largest > 65535:

@@ -1,9 +1,9 @@
-"""What phase 1 works on: one image with its conversation and labels, and a set of them."""
+"""Items of phase 1: an image with its conversation and labels; and data sets of them."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ OnBadItem = Literal["fail", "skip"]
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn of a conversation; the image, where there is one, precedes the first."""
+    """One turn of a conversation; an image comes before the first."""
 
     role: Role
     content: str
@@ -25,7 +25,7 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One image, the words that the model reads with it, and what people said of it."""
+    """One image, the words that the model reads with it, and its MOS."""
 
     name: str
     """Unique in its data set: the image's path below the images folder, with forward slashes."""
@@ -34,16 +34,16 @@ class Item:
     conversation: tuple[Message, ...]
     image: Path | None
     """The image file, or None when the backbone reads no images."""
-    labels: Mapping[str, float]
+    labels: Mapping[str, float] = field(default_factory=dict[str, float])
     """MOS by aspect (quality, correspondence, authenticity); an absent aspect has no label."""
-    split: str | None
+    split: str | None = None
     """train, val, test or None."""
-    generator: str | None
-    """The text-to-image model, where the data set names it."""
-    description: str | None
-    """The description that the conversation contains, if any."""
+    generator: str | None = None
+    """The text-to-image model; None if the data set does not name it."""
+    description: str | None = None
+    """The first description in the conversation, if any."""
     image_sha256: str | None = None
-    """Of the image file when this item was made, in hex; `read_image` compares it. None compares nothing."""
+    """Hash of the image file when this item was made, in hex, which `read_image` compares; None compares nothing."""
     text_author: str | None = None
     """Who wrote the descriptions and the rating word in the conversation, one of TEXT_AUTHORS; None if unknown."""
 
@@ -54,26 +54,26 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """Items in the order of their table, and what was left out."""
+    """Items in the order of their table, and the problems of those left out."""
 
     name: str
     items: tuple[Item, ...]
     skipped: tuple[str, ...]
     """One line, with the reason, per item left out under `on_bad_item="skip"`."""
     notes: tuple[str, ...] = ()
-    """What a user should know though nothing is wrong, such as rows that no conversation names."""
+    """Lines for the user though nothing is wrong, such as the number of rows that no conversation names."""
     warnings: tuple[str, ...] = ()
-    """What makes scores of heads too high, or training impossible, and how to mend it before the model runs."""
+    """What would make scores of heads too high, or training impossible, and how to mend it before the model runs."""
     table: Path | None = None
-    """The file that the labels come from, where there is one."""
+    """The file of the labels, if there is one."""
     mos_range: MosRange | None = None
-    """The scale of the labels, lowest and highest; None where nobody said."""
+    """The scale of the labels, lowest and highest; None if unknown."""
 
 
 def read_image(item: Item) -> ImageFile | None:
-    """The image file of `item`, None where it has none.
+    """The image file of `item`, None if it has none.
 
-    Raises DataError when the file cannot be read, or is not the one that the item was made with.
+    Raises DataError when the file cannot be read, or has changed since the item was made.
     """
     if item.image is None:
         return None
@@ -88,11 +88,11 @@ def read_image(item: Item) -> ImageFile | None:
 
 
 def item_key(item: Item, image: ImageFile | None = None) -> bytes:
-    """The 32 bytes that say what the model reads of `item`: SHA-256 over conversation and image file.
+    """SHA-256 (32 bytes) of what the model reads of `item`: its conversation and image file.
 
-    Two items with equal keys give the same features. The conversation enters as canonical JSON, its
-    length first, so that no text can pass for image bytes. `image` is the file as it was decoded; where none is
-    given, the item's file is read as it is now. Raises DataError when that is gone.
+    Items with equal keys have the same features. The conversation is hashed as canonical JSON after its length, so
+    that no text can pass for image bytes. `image` is the file as it was decoded; by default the item's file is read
+    now. Raises DataError when that file cannot be read.
     """
     turns = [[message.role, message.content] for message in item.conversation]
     text = json.dumps(turns, separators=(",", ":"), ensure_ascii=True).encode("ascii")

@@ -11,12 +11,12 @@ from agiqa.store.format.labels import ASPECT_COLUMNS, SPLITS, read_mos, read_tab
 
 _TEXT_COLUMNS = ("name", "prompt", "split", "generator", "description", "rating", TEXT_AUTHOR)
 _DESCRIPTION = "description"
-"""A column of this name has descriptions of the aspect that is asked for, `description_ASPECT` those of any aspect."""
+"""Column of descriptions of the aspect asked for; `description_ASPECT` has those of any aspect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row as it is written; `problems` says what keeps it from being an item."""
+    """One row as written; one with `problems` cannot become an item."""
 
     number: int
     """The line of the file that the row ends on, counted from 1."""
@@ -26,10 +26,11 @@ class Row:
     split: str | None
     generator: str | None
     descriptions: Mapping[str, str]
-    """By the aspect that they are on; an absent aspect has none."""
+    """By aspect; an absent aspect has none."""
     rating: str | None
+    """The rating word."""
     text_author: str | None
-    """Who wrote the descriptions and the rating word of the row."""
+    """Who wrote the descriptions and the rating word."""
     problems: tuple[str, ...]
 
 
@@ -40,15 +41,16 @@ class Rows:
     rows: tuple[Row, ...]
     header: tuple[str, ...]
     labelled: bool
-    """Whether it has a column of MOS, and they were read."""
+    """Whether it has a column of MOS that was read."""
 
 
 def read_rows(path: Path, mos_range: tuple[float, float] | None, *, aspect: str | None = None) -> Rows:
-    """Every row of the csv file `path`; MOS outside `mos_range` (lowest, highest) become problems of their row.
+    """Every row of the csv file `path`.
 
-    So does a lack of any MOS in a table that has a column for them. With `mos_range` None nobody looks at MOS. A
-    column `description` is on `aspect`, of None on none. Raises DataError when the file is no UTF-8 csv, lacks `name`
-    or `prompt`, has two columns of one meaning, or no rows.
+    MOS outside `mos_range` (lowest, highest) are problems of their row, as is a row without any MOS in a table that
+    has columns for them; without `mos_range` no MOS is read. The column `description` belongs to `aspect`, and is
+    ignored without one. Raises DataError when the file is not a UTF-8 csv, lacks `name` or `prompt`, has two columns
+    of one meaning, or no rows.
     """
     header, rows = read_table(path)
     _check_header(path, header, aspect)
@@ -74,7 +76,7 @@ def _check_header(path: Path, header: list[str], aspect: str | None) -> None:
 
 
 def _description_columns(aspect: str | None) -> dict[str, str]:
-    """The aspect that a column of descriptions is on, by the column's name."""
+    """The aspect of each column of descriptions, by the column's name."""
     named = {f"{_DESCRIPTION}_{name}": name for name in templates()}
     return named if aspect is None else {_DESCRIPTION: aspect, **named}
 

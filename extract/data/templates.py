@@ -1,4 +1,4 @@
-"""The questions put to the model, by aspect and conversation variant (`templates.yaml` beside this module)."""
+"""The questions to the model, by aspect and conversation variant (`templates.yaml` beside this module)."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,16 +11,16 @@ from agiqa.errors import ConfigError, UnknownName
 VARIANTS = ("no_id", "id", "full")
 """What the forward pass reads: one question; question, description, question; the same and the rating word.
 
-`aspects_of` knows the variants with descriptions of several aspects.
+For variants with descriptions of several aspects see `aspects_of`.
 """
 
 PROMPT = "{prompt}"
-"""Stands in a wording for the text that the image was generated from."""
+"""Placeholder in a wording for the text that the image was generated from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """The wording of one aspect; `{prompt}` stands for the text that the image was generated from."""
+    """The wording of one aspect, with PROMPT as a placeholder."""
 
     describe: str
     rate: str
@@ -44,9 +44,9 @@ def template_of(aspect: str) -> Template:
 
 
 def aspects_of(variant: str, aspect: str) -> tuple[str, ...]:
-    """The aspects whose descriptions the conversation of `variant` holds, first the one that is rated, `aspect`.
+    """The aspects whose descriptions a conversation of `variant` holds; the first, `aspect`, is rated.
 
-    `variant` is one of VARIANTS, or `id:ASPECT+ASPECT[+ASPECT]`: the questions and descriptions of these aspects, in
+    `variant` is one of VARIANTS, or `id:ASPECT+ASPECT[+ASPECT]`: questions and descriptions of these aspects, in
     this order, then the rating question of the first. Raises UnknownName for a variant or aspect, ConfigError for a
     list that repeats an aspect, has only one, or does not begin with `aspect`.
     """
@@ -73,5 +73,5 @@ def aspects_of(variant: str, aspect: str) -> tuple[str, ...]:
 
 
 def fill(question: str, prompt: str) -> str:
-    """`question` with `{prompt}` replaced to the letter: braces within the prompt stay what they are."""
+    """`question` with PROMPT replaced by `prompt`, in which braces have no meaning."""
     return question.replace(PROMPT, prompt)

@@ -1,4 +1,4 @@
-"""Asks a model about images, in batches: a description each, then a rating in one word."""
+"""Asks a model about images, in batches: for a description of each, then for a rating in one word."""
 
 import hashlib
 import time
@@ -19,7 +19,7 @@ from agiqa.progress import say
 PRESETS = ("greedy", "published")
 
 RATING_TOKENS = 16
-"""New tokens of a rating at most."""
+"""Most new tokens of a rating."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class DescriptionSettings:
     aspect: str = "quality"
     describe: GenerationSettings = field(default_factory=GenerationSettings)
     rate: GenerationSettings | None = field(default_factory=lambda: GenerationSettings(max_new_tokens=RATING_TOKENS))
-    """None asks for no rating word."""
+    """None for no rating word."""
     batch_size: int = 8
-    """Items whose answers are generated at a time; halved where memory runs out."""
+    """Items whose answers are generated at the same time; halved when memory runs out."""
     on_bad_item: OnBadItem = "fail"
 
     def generation(self) -> dict[str, Any]:
@@ -41,21 +41,21 @@ class DescriptionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """What a model said of one image."""
+    """The model's answers about one image."""
 
     item: Item
     conversation: tuple[Message, Message, Message]
     """Question, description, question for the rating."""
-    answer: str
-    """To the second question, without white space around it; empty where it was not asked."""
+    answer: str = ""
+    """The answer to the second question, without outer white space; empty if it was not asked."""
     tokens: Mapping[str, int | None]
-    """Of both prompts, images included, and both answers; None where the backbone does not count or was not asked."""
+    """Tokens of both prompts, images included, and of both answers; None if unknown, or if there was no question."""
     cut: bool | None
-    """Whether the description was cut off by a limit; None where the backbone cannot tell."""
+    """Whether a limit cut the description off; None if the backbone cannot tell."""
     generated: Mapping[str, str | None]
-    """Of both rounds: all that the model generated, where that includes thoughts; None where the answer is all."""
+    """By round, everything that the model generated if that includes thoughts; None if the answer is everything."""
     seconds: Mapping[str, float]
-    """Of both rounds: the item's share of what the model took for its batch."""
+    """By round, the item's share of the model's time for its batch."""
 
     @property
     def description(self) -> str:
@@ -69,26 +69,23 @@ class Described:
 
 
 def preset(name: str, *, max_new_tokens: int = 1024, seed: int = 0) -> tuple[GenerationSettings, GenerationSettings]:
-    """The settings of both rounds by the name of PRESETS; the rating has RATING_TOKENS at most.
+    """The settings of both rounds for a name of PRESETS; a rating has RATING_TOKENS at most.
 
-    `seed` is that of draws; greedy answers have none. Raises UnknownName.
+    `seed` is that of sampling, and greedy answers ignore it. Raises UnknownName.
     """
     if name not in PRESETS:
         raise UnknownName.of(kind="generation preset", name=name, known=PRESETS)
+    limits = max_new_tokens, min(RATING_TOKENS, max_new_tokens)
     if name == "published":
-        make = GenerationSettings.published
-        return make(max_new_tokens=max_new_tokens, seed=seed), make(
-            max_new_tokens=min(RATING_TOKENS, max_new_tokens), seed=seed
-        )
-    return (
-        GenerationSettings(max_new_tokens=max_new_tokens),
-        GenerationSettings(max_new_tokens=min(RATING_TOKENS, max_new_tokens)),
-    )
+        first, second = (GenerationSettings.published(max_new_tokens=limit, seed=seed) for limit in limits)
+    else:
+        first, second = (GenerationSettings(max_new_tokens=limit) for limit in limits)
+    return first, second
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """An item, and the conversation about it that the model answers next."""
+class Question:
+    """An item, and the conversation about it up to the question that the model answers next."""
 
     item: Item
     conversation: tuple[Message, ...]
@@ -98,11 +95,11 @@ class Asked:
         return str(self.item)
 
 
-def prepare_asked(backbone: Backbone, asked: Asked) -> Prepared | str:
-    """`asked` as the model reads it, or the line that says why it cannot be answered. Needs no weights."""
-    name = asked.item.name
+def prepare_question(backbone: Backbone, question: Question) -> Prepared | str:
+    """The tokens and pixels of `question`, or the line that says why the model cannot answer. Needs no weights."""
+    name = question.item.name
     try:
-        prepared = backbone.prepare(asked.conversation, read_image(asked.item), answer=True)
+        prepared = backbone.prepare(question.conversation, read_image(question.item), answer=True)
     except DataError as error:
         return f"{name}: {error}"
     length, positions = len(prepared.token_ids), backbone.max_positions
@@ -111,45 +108,59 @@ def prepare_asked(backbone: Backbone, asked: Asked) -> Prepared | str:
     return prepared
 
 
-def unprepared(asked: Asked, reason: str) -> str:
-    """The line that says why `asked` cannot be answered: what `Preparation` tells where no worker could prepare it."""
-    return f"{asked.item.name}: {reason}"
+def unprepared(question: Question, reason: str) -> str:
+    """The line about a `question` that no worker process could prepare, for `Preparation`."""
+    return f"{question.item.name}: {reason}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reply:
+    """The model's answer to one question about one item."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int | None
+    """Tokens of the answer; None, as the next two, if the backbone cannot tell."""
+    cut: bool | None
+    generated: str | None
+    seconds: float
+    """The item's share of the model's time for the batch."""
 
 
 class Describer:
     """Asks one model about images, in batches.
 
-    The second round reads the whole conversation anew. It does not go on from the keys and values of the first: what
-    the heads will read is the text of the description, and its tokens need not be those that were generated (white
-    space around it is dropped, a cut one may end within a letter, templates trim and close the turn); rows of a batch
-    end at different places; and recurrent or windowed models cannot return to an earlier one. It would save
-    milliseconds of the seconds that a description takes.
+    The second round reads the whole conversation again instead of continuing from the keys and values of the first:
+    heads read the text of the description, whose tokens may differ from those generated (outer white space is
+    dropped, a cut one may end within a letter, templates trim and close the turn); the rows of a batch end at
+    different places; and recurrent or windowed models cannot return to an earlier state. It would save milliseconds
+    of the seconds that a description takes.
     """
 
     def __init__(
         self, backbone: Backbone, settings: DescriptionSettings, *, preparation: Preparation | None = None
     ) -> None:
-        """Items are prepared in the workers of `preparation`. Raises UnknownName for the aspect."""
+        """The workers of `preparation` prepare the items. Raises UnknownName for the aspect."""
         self.backbone = backbone
         self.settings = settings
-        self.questions = template_of(settings.aspect)
+        self.wording = template_of(settings.aspect)
         self.batch_size = settings.batch_size
         self.preparation = preparation or Preparation(backbone)
 
-    def first(self, item: Item) -> Asked:
+    def first(self, item: Item) -> Question:
         """The first question about `item`."""
-        question = Message(role="user", content=fill(self.questions.describe, item.prompt))
-        return Asked(item=item, conversation=(question,))
+        message = Message(role="user", content=fill(self.wording.describe, item.prompt))
+        return Question(item=item, conversation=(message,))
 
     def undescribed(self, item: Item) -> Item:
-        """The item as heads of the variant no_id read it, which needs no answer of the model."""
-        asked = Message(role="user", content=fill(self.questions.one_round, item.prompt))
-        return replace(item, conversation=(asked,))
+        """The item as heads of the variant no_id read it, without any answer of the model."""
+        message = Message(role="user", content=fill(self.wording.one_round, item.prompt))
+        return replace(item, conversation=(message,))
 
     def item(self, described: Described, variant: str) -> Item:
-        """The item as the heads read it: with the conversation of `variant`, as `agiqa extract` words it.
+        """The item with the conversation of `variant`, worded as by `agiqa extract`.
 
-        Raises UnknownName for the variant, and DataError where `full` has no rating to end with.
+        Raises UnknownName for the variant, and DataError for `full` without a rating.
         """
         if variant not in VARIANTS:
             raise UnknownName.of(kind="conversation variant", name=variant, known=VARIANTS)
@@ -163,21 +174,21 @@ class Describer:
         return replace(item, conversation=(*turns, *ending), description=described.description)
 
     def batches(self, batches: Sequence[Sequence[Item]]) -> Iterator[list[Described | str]]:
-        """`describe` of each batch in turn; the images of those that follow are prepared meanwhile."""
-        asked = ((batch, [self.first(item) for item in batch]) for batch in batches)
-        for batch, prepared in self.preparation.groups(prepare_asked, asked, lost=unprepared):
+        """`describe` each batch in turn, while workers prepare the images of the next ones."""
+        groups = ((batch, [self.first(item) for item in batch]) for batch in batches)
+        for batch, prepared in self.preparation.groups(prepare_question, groups, lost=unprepared):
             yield self.describe(batch, prepared)
 
     def describe(
         self, items: Sequence[Item], prepared: Sequence[Prepared | str] | None = None
     ) -> list[Described | str]:
-        """What the model says of each item, or the line that says why it says nothing.
+        """The model's answers about each item, or the line that says why there are none.
 
-        `prepared` are the first questions about the items, if that is done. Raises ModelError when not even a batch
-        of one fits into the memory.
+        `prepared` are the first questions about the items, if prepared before. Raises ModelError when memory does not
+        suffice for a batch of one.
         """
         if prepared is None:
-            prepared = list(self.preparation.each(prepare_asked, map(self.first, items), lost=unprepared))
+            prepared = self._prepare([self.first(item) for item in items])
         outcomes: list[Described | str] = []
         while len(outcomes) < len(items):
             part = slice(len(outcomes), len(outcomes) + self.batch_size)
@@ -193,126 +204,98 @@ class Describer:
             self._shrink(len(items[part]))  # outside of `except`, where the error would keep the batch in memory
         return outcomes
 
+    def _prepare(self, questions: Sequence[Question]) -> list[Prepared | str]:
+        return list(self.preparation.each(prepare_question, questions, lost=unprepared))
+
     def _shrink(self, size: int) -> None:
         self.batch_size = size // 2
         torch.cuda.empty_cache()
         say(f"warning: out of memory with {size} items at a time; going on with {self.batch_size}")
 
     def _both_rounds(self, items: Sequence[Item], prepared: Sequence[Prepared | str]) -> list[Described | str]:
-        first = self._ask(items, prepared, self.settings.describe, "describe")
-        rate = Message(role="user", content=self.questions.rate)
-        talks: dict[str, tuple[Message, Message, Message]] = {}
-        for item in items:
-            description = str(first.answers.get(item.name, ""))
-            if description:
-                (question,) = self.first(item).conversation
-                talks[item.name] = (question, Message(role="assistant", content=description), rate)
-            elif item.name in first.answers:
-                first.failures[item.name] = f"{item.name}: the model's description is empty{_why(first, item.name)}"
-        second = self._rate([item for item in items if item.name in talks], talks, first)
-        failures = first.failures | ({} if second is None else second.failures)
-        return [
-            failures[item.name] if item.name in failures else _described(item, talks[item.name], first, second)
-            for item in items
-        ]
+        replies = self._ask(items, prepared, self.settings.describe, "describe")
+        outcomes = [self._described(item, reply) for item, reply in zip(items, replies, strict=True)]
+        if self.settings.rate is not None:
+            # a model that thought before it described may think as long before it rates
+            longer = max(self.settings.rate.max_new_tokens, self.settings.describe.max_new_tokens)
+            self._rate(outcomes, self.settings.rate, thinking=False)
+            self._rate(outcomes, replace(self.settings.rate, max_new_tokens=longer), thinking=True)
+        return outcomes
 
-    def _rate(self, told: Sequence[Item], talks: Mapping[str, tuple[Message, ...]], first: "_Round") -> "_Round | None":
-        """The second question, where it is asked. Who thought before describing may think as long before rating."""
-        settings, rounds = self.settings.rate, list[_Round]()
-        if settings is None:
-            return None
-        longer = max(settings.max_new_tokens, self.settings.describe.max_new_tokens)
-        for thinking in (False, True):
-            items = [item for item in told if (_generated(first.answers[item.name]) is not None) == thinking]
-            asked = [Asked(item=item, conversation=talks[item.name]) for item in items]
-            chosen = replace(settings, max_new_tokens=longer) if thinking else settings
-            prepared = list(self.preparation.each(prepare_asked, asked, lost=unprepared))
-            rounds.append(self._ask(items, prepared, chosen, "rate"))
-        return rounds[0] | rounds[1]
+    def _described(self, item: Item, reply: _Reply | str) -> Described | str:
+        """The item with its description and without a rating, or why it has no description."""
+        if isinstance(reply, str):
+            return reply
+        if not reply.text:
+            return f"{item.name}: the model's description is empty{_why_empty(reply)}"
+        (question,) = self.first(item).conversation
+        description = Message(role="assistant", content=reply.text)
+        return Described(
+            item=item,
+            conversation=(question, description, Message(role="user", content=self.wording.rate)),
+            tokens={"prompt": reply.prompt_tokens, "description": reply.tokens, "second_prompt": None, "answer": None},
+            cut=reply.cut,
+            generated={"describe": reply.generated, "rate": None},
+            seconds={"describe": reply.seconds, "rate": 0.0},
+        )
+
+    def _rate(self, outcomes: list[Described | str], settings: GenerationSettings, *, thinking: bool) -> None:
+        """Add ratings to those of `outcomes` whose description came after thoughts, or after none."""
+        chosen = {
+            position: one
+            for position, one in enumerate(outcomes)
+            if isinstance(one, Described) and (one.generated["describe"] is not None) == thinking
+        }
+        prepared = self._prepare([Question(item=one.item, conversation=one.conversation) for one in chosen.values()])
+        replies = self._ask([one.item for one in chosen.values()], prepared, settings, "rate")
+        for (position, one), reply in zip(chosen.items(), replies, strict=True):
+            outcomes[position] = reply if isinstance(reply, str) else _rated(one, reply)
 
     def _ask(
         self, items: Sequence[Item], prepared: Sequence[Prepared | str], settings: GenerationSettings, label: str
-    ) -> "_Round":
-        """One question to every item of a batch."""
+    ) -> list[_Reply | str]:
+        """The reply to one question about each item, or the line that says why it could not be `prepared`."""
         ready = {item.name: one for item, one in zip(items, prepared, strict=True) if not isinstance(one, str)}
-        failures = {item.name: one for item, one in zip(items, prepared, strict=True) if isinstance(one, str)}
         if not ready:
-            return _Round(answers={}, failures=failures, lengths={}, seconds={})
+            return [one for one in prepared if isinstance(one, str)]
         started = time.perf_counter()
         answers = self.backbone.generate(list(ready.values()), replace(settings, seed=_seed(settings, label, [*ready])))
-        return _Round(
-            answers=dict(zip(ready, answers, strict=True)),
-            failures=failures,
-            lengths={name: len(one.token_ids) for name, one in ready.items()},
-            seconds=dict.fromkeys(ready, (time.perf_counter() - started) / len(ready)),
-        )
+        share = (time.perf_counter() - started) / len(ready)
+        replies = (_reply(one, answer, share) for one, answer in zip(ready.values(), answers, strict=True))
+        return [one if isinstance(one, str) else next(replies) for one in prepared]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Round:
-    """What became of one question to every item of a batch; all by the items' names."""
-
-    answers: Mapping[str, str]
-    failures: dict[str, str]
-    lengths: Mapping[str, int]
-    """Tokens of the prompt of every item that was answered."""
-    seconds: Mapping[str, float]
-    """Each item's share of what the model took for the batch."""
-
-    def __or__(self, other: "_Round") -> "_Round":
-        """Both, of unlike items."""
-        return _Round(
-            answers={**self.answers, **other.answers},
-            failures=self.failures | other.failures,
-            lengths={**self.lengths, **other.lengths},
-            seconds={**self.seconds, **other.seconds},
-        )
+def _reply(prepared: Prepared, answer: str, seconds: float) -> _Reply:
+    return _Reply(
+        text=str(answer),
+        prompt_tokens=len(prepared.token_ids),
+        tokens=answer.tokens if isinstance(answer, Answer) else None,
+        cut=not answer.complete if isinstance(answer, Answer) else None,
+        generated=answer.generated if isinstance(answer, Answer) else None,
+        seconds=seconds,
+    )
 
 
-def _described(item: Item, talk: tuple[Message, Message, Message], first: _Round, second: _Round | None) -> Described:
-    name = item.name
-    return Described(
-        item=item,
-        conversation=talk,
-        answer="" if second is None else str(second.answers[name]),
-        tokens={
-            "prompt": first.lengths[name],
-            "description": _tokens(first.answers[name]),
-            "second_prompt": None if second is None else second.lengths[name],
-            "answer": None if second is None else _tokens(second.answers[name]),
-        },
-        cut=_cut(first.answers[name]),
-        generated={
-            "describe": _generated(first.answers[name]),
-            "rate": None if second is None else _generated(second.answers[name]),
-        },
-        seconds={"describe": first.seconds[name], "rate": 0.0 if second is None else second.seconds[name]},
+def _rated(described: Described, reply: _Reply) -> Described:
+    return replace(
+        described,
+        answer=reply.text,
+        tokens={**described.tokens, "second_prompt": reply.prompt_tokens, "answer": reply.tokens},
+        generated={**described.generated, "rate": reply.generated},
+        seconds={**described.seconds, "rate": reply.seconds},
     )
 
 
 def _seed(settings: GenerationSettings, label: str, names: Sequence[str]) -> int:
-    """A seed of its own for every batch, the same whenever the batch is asked."""
+    """Another seed for every batch and round, the same in every run."""
     text = "\0".join([str(settings.seed), label, *names])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _cut(answer: str) -> bool | None:
-    return not answer.complete if isinstance(answer, Answer) else None
-
-
-def _generated(answer: str) -> str | None:
-    return answer.generated if isinstance(answer, Answer) else None
-
-
-def _why(asked: _Round, name: str) -> str:
-    """What to do about an empty answer of a thinking model."""
-    answer = asked.answers[name]
-    if _generated(answer) is None:
+def _why_empty(reply: _Reply) -> str:
+    """What a thinking model did instead of answering, and what to do about it."""
+    if reply.generated is None:
         return ""
-    if _cut(answer):
-        return f": it was still thinking after {_tokens(answer)} tokens; allow more with --max-new-tokens"
+    if reply.cut:
+        return f": it was still thinking after {reply.tokens} tokens; allow more with --max-new-tokens"
     return ": it thought and then said nothing"
-
-
-def _tokens(answer: str) -> int | None:
-    return answer.tokens if isinstance(answer, Answer) else None

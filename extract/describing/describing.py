@@ -1,34 +1,63 @@
-"""Stage 2: the model describes each image and then rates it in one word, as the heads will read it."""
+"""Stage 2: the model describes each image and rates it in one word, into a file of one line per item.
 
+Each line is an M3-AGIQA conversation too, so that `agiqa extract --conversations` and `agiqa words` read the file.
+`NAME.provenance.json` beside `NAME.jsonl` records model, questions and settings. Lines are appended batch by batch, and
+read again after a kill.
+"""
+
+import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from agiqa.errors import DataError
+from agiqa.errors import BusyStore, DataError, SettingsConflict
 from agiqa.extract.data.items import DataSet, Item, item_key, read_image
-from agiqa.extract.describing.asking import Asked, Described, Describer, DescriptionSettings, prepare_asked, unprepared
-from agiqa.extract.describing.descriptions import DescriptionFile, Line
+from agiqa.extract.describing.asking import (
+    Described,
+    Describer,
+    DescriptionSettings,
+    Question,
+    prepare_question,
+    unprepared,
+)
 from agiqa.extract.models import Backbone
 from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers
 from agiqa.progress import say, track
+from agiqa.store.disk.files import (
+    append_durably,
+    canonical_json,
+    read_json,
+    telling_disk_errors,
+    whole_lines,
+    write_text_atomically,
+)
+from agiqa.store.disk.locks import exclusive_lock
 from agiqa.version import agiqa_version
 
+FORMAT, FORMAT_VERSION = "agiqa.descriptions", 1
+
+Line = dict[str, Any]
 RatingOf = Callable[[str], str | None]
-"""From a free answer to the rating word in it, None where there is no clear one."""
+"""From a free answer to the rating word in it; None if there is no clear one."""
+
+_FREE = ("agiqa",)
+"""Provenance that may differ between two runs on one file."""
+_ITEM = "item_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DescriptionResult:
-    """The file, and what this run did for it."""
+    """The file, and what this run added to it."""
 
     out: Path
     lines: tuple[Line, ...]
-    """All of the file, of earlier runs too."""
+    """All lines of the file, those of earlier runs too."""
     described: int
-    """Items of this run."""
+    """Items that this run described."""
     skipped: tuple[str, ...]
     seconds: float
 
@@ -58,10 +87,10 @@ def run_descriptions(
     workers: int | None = 0,
     opener: Opener | None = None,
 ) -> DescriptionResult:
-    """Describe the items of `data_set` into `out`, see `descriptions`; what an earlier run finished is kept.
+    """Describe the items of `data_set` into the file `out`, keeping the lines of earlier runs.
 
-    Every item is prepared once before the first answer, to batch like lengths and to find bad ones early, and once
-    per round. Batches are the same in every run, so a run that was killed ends with the answers of one that was not.
+    Every item is prepared once before the first answer, to batch like lengths and to find bad items early, and once
+    per round. Batches are the same in every run, so a run that was killed and resumed gives the same answers.
     `workers` processes, each with a backbone by `opener`, prepare items ahead of the model; None chooses how many.
     Raises DataError that lists the items without an answer (`on_bad_item="skip"` leaves them out), and as
     DescriptionFile.
@@ -72,12 +101,12 @@ def run_descriptions(
     with Preparation(backbone, workers=count, opener=opener) as preparation:
         describer = Describer(backbone, settings, preparation=preparation)
         file = DescriptionFile(out, _provenance(backbone, describer))
-        planned = _plan(data_set, describer)
-        file.check_items({name: one.key for name, one in planned.items() if one.key is not None})
-        problems = [one.problem for one in planned.values() if one.problem is not None]
-        if problems and (settings.on_bad_item == "fail" or len(problems) == len(planned)):
+        plan = _plan(data_set, describer)
+        file.check_items({name: one.key for name, one in plan.items() if one.key is not None})
+        problems = [one.problem for one in plan.values() if one.problem is not None]
+        if problems and (settings.on_bad_item == "fail" or len(problems) == len(plan)):
             raise DataError.from_problems(data_set.name, problems)
-        described, failed = _describe(data_set, describer, file, planned, rating_of)
+        described, failed = _describe(data_set, describer, file, plan, rating_of)
     return DescriptionResult(
         out=out,
         lines=tuple(file.lines.values()),
@@ -91,52 +120,51 @@ def run_descriptions(
 class _Planned:
     """What is known of an item before the first answer."""
 
-    length: int
+    length: int = 0
     """Tokens of the first question, the image included."""
-    key: str | None
-    """Hash of what the model is first asked about the item, and of its image; None where that cannot be read."""
-    problem: str | None
-    """Why the model cannot be asked about it."""
+    key: str | None = None
+    """Hash of the first question and the image; None if the image cannot be read."""
+    problem: str | None = None
+    """Why the model cannot answer."""
 
 
 def _plan(data_set: DataSet, describer: Describer) -> dict[str, _Planned]:
     """Every item of `data_set` by its name."""
-    asked = [describer.first(item) for item in data_set.items]
-    with track("plan", len(asked), "items") as advance:
-        planned: dict[str, _Planned] = {}
-        answers = describer.preparation.each(_planned, asked, lost=_unplanned)
-        for item, one in zip(data_set.items, answers, strict=True):
-            planned[item.name] = one
+    questions = [describer.first(item) for item in data_set.items]
+    plan: dict[str, _Planned] = {}
+    with track("plan", len(questions), "items") as advance:
+        answers = describer.preparation.each(_planned, questions, lost=_unplanned)
+        for question, one in zip(questions, answers, strict=True):
+            plan[question.item.name] = one
             advance(1)
-    return planned
+    return plan
 
 
-def _unplanned(asked: Asked, reason: str) -> _Planned:
-    return _Planned(length=0, key=None, problem=unprepared(asked, reason))
+def _unplanned(question: Question, reason: str) -> _Planned:
+    return _Planned(problem=unprepared(question, reason))
 
 
-def _planned(backbone: Backbone, asked: Asked) -> _Planned:
+def _planned(backbone: Backbone, question: Question) -> _Planned:
     try:
-        image = read_image(asked.item)
+        image = read_image(question.item)
     except DataError as error:
-        return _Planned(length=0, key=None, problem=f"{asked.item.name}: {error}")
-    key = item_key(replace(asked.item, conversation=asked.conversation), image).hex()
-    prepared = prepare_asked(backbone, asked)
+        return _Planned(problem=f"{question.item.name}: {error}")
+    key = item_key(replace(question.item, conversation=question.conversation), image).hex()
+    prepared = prepare_question(backbone, question)
     if isinstance(prepared, str):
-        return _Planned(length=0, key=key, problem=prepared)
-    return _Planned(length=len(prepared.token_ids), key=key, problem=None)
+        return _Planned(key=key, problem=prepared)
+    return _Planned(length=len(prepared.token_ids), key=key)
 
 
 def _describe(
     data_set: DataSet,
     describer: Describer,
-    file: DescriptionFile,
-    planned: Mapping[str, _Planned],
+    file: "DescriptionFile",
+    plan: Mapping[str, _Planned],
     rating_of: RatingOf,
 ) -> tuple[int, list[str]]:
-    """Write the lines that `file` lacks: how many, and the lines of items that got no answer."""
-    batches, described, skipped = _batches(data_set, planned, describer.settings.batch_size), 0, list[str]()
-    line_of = partial(_line, provenance=file.provenance, rating_of=rating_of)
+    """Write the lines that `file` lacks; how many, and the problems of items without an answer."""
+    batches, described, skipped = _batches(data_set, plan, describer.settings.batch_size), 0, list[str]()
     with file.writing():
         pending = [batch for batch in batches if any(item.name not in file.lines for item in batch)]
         if file.lines:
@@ -145,7 +173,7 @@ def _describe(
             for outcomes in describer.batches(pending):
                 failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
                 new = [one for one in outcomes if isinstance(one, Described) and one.item.name not in file.lines]
-                file.append([line_of(one, str(planned[one.item.name].key)) for one in new])
+                file.append([_line(one, str(plan[one.item.name].key), file.provenance, rating_of) for one in new])
                 if failed and describer.settings.on_bad_item == "fail":
                     raise DataError.from_problems(data_set.name, failed)
                 skipped.extend(failed)
@@ -154,10 +182,10 @@ def _describe(
     return described, skipped
 
 
-def _batches(data_set: DataSet, planned: Mapping[str, _Planned], size: int) -> list[list[Item]]:
-    """The items that can be asked about in batches of like length, the longest first."""
-    able = [item for item in data_set.items if planned[item.name].problem is None]
-    able.sort(key=lambda item: -planned[item.name].length)
+def _batches(data_set: DataSet, plan: Mapping[str, _Planned], size: int) -> list[list[Item]]:
+    """The items without a problem in batches of like length, the longest first."""
+    able = [item for item in data_set.items if plan[item.name].problem is None]
+    able.sort(key=lambda item: -plan[item.name].length)
     return [able[start : start + size] for start in range(0, len(able), size)]
 
 
@@ -166,13 +194,13 @@ def _provenance(backbone: Backbone, describer: Describer) -> dict[str, Any]:
     return {
         "aspect": settings.aspect,
         "settings": settings.generation(),
-        "questions": {"describe": describer.questions.describe, "rate": describer.questions.rate},
+        "questions": {"describe": describer.wording.describe, "rate": describer.wording.rate},
         "model": backbone.provenance(),
         "agiqa": agiqa_version(),
     }
 
 
-def _line(one: Described, key: str, *, provenance: Mapping[str, Any], rating_of: RatingOf) -> Line:
+def _line(one: Described, key: str, provenance: Mapping[str, Any], rating_of: RatingOf) -> Line:
     model = provenance["model"]
     return {
         "name": one.item.name,
@@ -196,3 +224,129 @@ def _line(one: Described, key: str, *, provenance: Mapping[str, Any], rating_of:
         "response_0": one.description,
         "response_1": one.answer or None,
     }
+
+
+class DescriptionFile:
+    """The file of `agiqa describe`: its lines by item name, and how to append more."""
+
+    def __init__(self, path: Path, provenance: Mapping[str, Any]) -> None:
+        """Read the file at `path`, if there is one, and change nothing.
+
+        Raises DataError for another kind of file, and SettingsConflict, naming the first difference, for one with
+        another `provenance`.
+        """
+        self.path = path
+        self.provenance = {"format": FORMAT, "version": FORMAT_VERSION, **provenance}
+        if not path.parent.is_dir():
+            message = f"{path.parent} is no folder; make it, or write to another path."
+            raise DataError(message)
+        self.lines = _whole_lines(path)[0]
+        if self.lines:
+            self._check_provenance()
+
+    @property
+    def provenance_path(self) -> Path:
+        """The file that records how the lines were made."""
+        return self.path.with_name(f"{self.path.stem}.provenance.json")
+
+    def check_items(self, keys: Mapping[str, str]) -> None:
+        """Raise SettingsConflict unless every line's item is in `keys`, item name -> hash, with the same hash."""
+        for name, line in self.lines.items():
+            if keys.get(name) != line[_ITEM]:
+                what = "has another image or prompt now" if name in keys else "is not in this data set"
+                message = f"{self.path} describes {name!r}, which {what}. Choose another OUT, or remove that file."
+                raise SettingsConflict(message)
+
+    @contextmanager
+    def writing(self) -> Generator[None]:
+        """Allow `append` inside: lock the file, cut off a torn last line, and write the provenance.
+
+        Raises BusyStore while another run writes to the file, and as the constructor.
+        """
+        doing = f"writing {self.path}"
+        with telling_disk_errors(doing, "the items before are kept"), exclusive_lock(self.path) as mine:
+            if not mine:
+                message = f"Another run is writing to {self.path}. Wait for its end, or choose another OUT."
+                raise BusyStore(message)
+            self.lines, size = _whole_lines(self.path)
+            if self.lines:
+                self._check_provenance()
+            else:
+                text = json.dumps(self.provenance, indent=2, ensure_ascii=False)
+                write_text_atomically(self.provenance_path, text + "\n")
+            if size < self.path.stat().st_size:
+                os.truncate(self.path, size)
+            yield
+
+    def append(self, lines: Sequence[Line]) -> None:
+        """Add the lines of a batch, and flush them to the disk."""
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)  # ASCII: no line ends within
+        with telling_disk_errors(f"writing {self.path}", "the items before are kept"):
+            append_durably(self.path, text.encode())
+        self.lines.update({line["name"]: line for line in lines})
+
+    def _check_provenance(self) -> None:
+        if not self.provenance_path.exists():
+            message = (
+                f"{self.path} exists, but {self.provenance_path.name} beside it, which records how it was made, does "
+                "not. Choose another OUT."
+            )
+            raise SettingsConflict(message)
+        remedy = f"Choose another OUT, or remove it and {self.path.name}."
+        recorded, now = read_json(self.provenance_path, remedy=remedy), json.loads(canonical_json(self.provenance))
+        different = _difference(recorded, {**now, **{key: recorded.get(key) for key in _FREE if key in now}})
+        if different is not None:
+            name, was, is_now = different
+            message = (
+                f"{self.path} was made with other settings: {name} was {was!r}, and is {is_now!r} now. "
+                "Choose another OUT, or go on with the settings that it was made with."
+            )
+            raise SettingsConflict(message)
+
+
+def images_without_answer(path: Path) -> frozenset[str]:
+    """The images of the file at `path` for which the model answered nothing at all to the rating question.
+
+    Empty for a conversation file that `agiqa describe` did not write.
+    """
+    found: set[str] = set()
+    for text in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            line: Any = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and _ITEM in line and cast("Line", line).get("answer") == "":
+            found.add(str(cast("Line", line).get("image")))
+    return frozenset(found)
+
+
+def _whole_lines(path: Path) -> tuple[dict[str, Line], int]:
+    """The lines of the file by their item's name, and the bytes that they take; a torn last line is left out."""
+    content, lines = whole_lines(path), dict[str, Line]()
+    for number, text in enumerate(content.split(b"\n")[:-1], start=1):
+        line = _parse(path, number, text)
+        lines[line["name"]] = line
+    return lines, len(content)
+
+
+def _parse(path: Path, number: int, text: bytes) -> Line:
+    message = f"{path}, line {number} is no line of `agiqa describe`. Choose another OUT, or remove a damaged line."
+    try:
+        line: Any = json.loads(text.decode())
+    except ValueError as error:
+        raise DataError(message) from error
+    if not isinstance(line, dict) or not isinstance(line.get("name"), str) or not isinstance(line.get(_ITEM), str):
+        raise DataError(message)
+    return cast("Line", line)
+
+
+def _difference(was: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first place, dotted, where two JSON values differ, with both values."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return None if was == now else (name, was, now)
+    old, new = cast("Line", was), cast("Line", now)
+    for key in {**old, **new}:  # in the order of the file
+        found = _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        if found is not None:
+            return found
+    return None

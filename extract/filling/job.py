@@ -1,17 +1,25 @@
-"""The whole of phase 1: plan a store, fill it, seal it. Run it again to resume."""
+"""All of phase 1: plan a store, fill it, seal it. Run it again to resume."""
 
 import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.extract.data.items import DataSet
-from agiqa.extract.filling.calibration import calibration_positions, check_rank, stored_constants
-from agiqa.extract.filling.devices import OnDevices, devices_of_host
-from agiqa.extract.filling.engines import Engine, Helper, Here
+from agiqa.extract.filling.calibration import calibration_positions, check_rank, stored_target
+from agiqa.extract.filling.engines import (
+    Engine,
+    Here,
+    ModelProcess,
+    OnDevices,
+    calibrate_target,
+    compare_basis,
+    devices_of_host,
+)
 from agiqa.extract.filling.fill import FillReport
 from agiqa.extract.filling.plan import LengthRule, TokenisedItems, plan_store, tokenise
 from agiqa.extract.filling.ray_driver import OnRay
@@ -25,7 +33,7 @@ from agiqa.store.writing.creating import check_writable
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionSettings:
-    """How to extract; the defaults are those of the command line, but for `workers`, where that is None."""
+    """How to extract; the defaults are those of the command line, except `workers`, whose default there is None."""
 
     variant: str = "id"
     aspect: str = "quality"
@@ -33,20 +41,20 @@ class ExtractionSettings:
     rank: int | None = None
     """Sketch rank; needed for `sketch` without `basis`."""
     basis: str | Path | None = None
-    """A sketch store whose basis is to be used."""
+    """A sketch store whose basis is used."""
     keep_logits: bool = False
     """Keep the raw logits beside hidden states."""
     length: LengthRule = field(default_factory=LengthRule)
     batch_size: int | None = None
-    """Items per forward pass at most; None lets the device's memory decide."""
+    """Most items per forward pass; None lets the device's memory decide."""
     workers: int | None = 0
     """Processes that prepare items for one device: 0 prepares them in the process itself, None chooses."""
     devices: int | None = None
-    """Processes, each with a device of this host, None for this process alone; with `ray` actors, None for all GPUs."""
+    """Processes with a device of this host each, None for this process alone; with `ray`, actors, None for all GPUs."""
     device: str = "auto"
-    """What Ray actors run on: the GPU that they are given if the cluster has any, or cpu."""
+    """What Ray actors run on: a GPU each if the cluster has any, or cpu."""
     ray: str | None = None
-    """Address of a Ray cluster; "auto" for the one of this machine, which is started where there is none."""
+    """Address of a Ray cluster; "auto" for that of this machine, which is started if there is none."""
     part: tuple[int, int] = (1, 1)
     """Share (K, N) of the units that this run fills."""
     plan_only: bool = False
@@ -54,14 +62,14 @@ class ExtractionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractionResult:
-    """The store and what this run did for it."""
+    """The store, and what this run added to it."""
 
     store: Store
     skipped: tuple[str, ...]
     truncated: int
     fill: FillReport | None
     seconds: Mapping[str, float]
-    """What each phase took: plan, calibrate, load, fill, seal; those that there were."""
+    """By phase: plan, calibrate, load, fill, seal; phases that did not run are omitted."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -84,15 +92,15 @@ def run_extraction(
 ) -> ExtractionResult:
     """Plan, fill and seal the store at `path`; what an earlier run finished is kept.
 
-    With `plan_only` nothing is computed; with a `part` the store is sealed by whichever run completes it. `opener`
-    opens `backbone` anew in other processes, which `workers`, `devices` and `ray` need.
+    With `plan_only` nothing is computed; with a `part` the run that completes the store seals it. `opener` opens
+    `backbone` anew in other processes, which `workers`, `devices` and `ray` need.
 
-    Raises before anything is read UnknownName for the encoding, ConfigError for settings that contradict each other or
-    that need an `opener`, what `check_writable` raises of `path`, and ModelError for a checkpoint without the tensors;
-    then DataError for items that cannot be used (see `LengthRule`), ConfigError for splits without an item to calibrate
-    on, HeadError for a basis of another model, SettingsConflict for a store made otherwise, ModelError where the
-    weights do not fit the device, and WorkerError for an item that does not, or where processes die. What is finished
-    by then is kept.
+    Raises, before anything is read: UnknownName for the encoding, ConfigError for settings that contradict each other
+    or need an `opener`, the errors of `check_writable` for `path`, and ModelError for a checkpoint without its tensors.
+    Later: DataError for items that cannot be used (see `LengthRule`), ConfigError for splits without training items to
+    calibrate on, HeadError for a basis of another model, SettingsConflict for a store with other settings, ModelError
+    when the weights do not fit the device, and WorkerError when an item does not, or processes die. Finished units are
+    kept.
     """
     _check_encoding(settings)
     check_writable(path)
@@ -118,7 +126,7 @@ def run_extraction(
     return ExtractionResult(
         store=store,
         skipped=(*data_set.skipped, *tokenised.skipped),
-        truncated=sum(tokenised.truncated),
+        truncated=tokenised.truncated,
         fill=report,
         seconds=phases.seconds,
     )
@@ -132,7 +140,7 @@ class _Phases:
 
     @contextmanager
     def timed(self, phase: str) -> Generator[None]:
-        """Add what is done inside to `phase`."""
+        """Add the time spent inside to `phase`."""
         started = time.perf_counter()
         try:
             yield
@@ -150,8 +158,8 @@ def _engine(
 ) -> Engine:
     if opener is None or not _elsewhere(settings):
         return Here(backbone=backbone, preparation=preparation, batch_size=settings.batch_size)
-    preparation.close()  # the plan is made, and the other processes have workers of their own
-    helper = Helper(
+    preparation.close()  # the plan is made, and the other processes start their own workers
+    process = ModelProcess(
         opener=opener,
         device=settings.device,
         workers=settings.workers,
@@ -159,13 +167,13 @@ def _engine(
         batch_size=settings.batch_size,
     )
     if settings.ray is not None:
-        return OnRay(helper=helper, address=settings.ray, actors=settings.devices)
+        return OnRay(process=process, address=settings.ray, actors=settings.devices)
     devices = devices_of_host(backbone.device, settings.devices or 1)
-    return OnDevices(helper=replace(helper, device=devices[0]), devices=devices)
+    return OnDevices(process=replace(process, device=devices[0]), devices=devices)
 
 
 def _check_encoding(settings: ExtractionSettings) -> None:
-    """Raise UnknownName for the encoding, and ConfigError when it and its options do not go together."""
+    """Raise UnknownName for the encoding, and ConfigError for options that do not belong to it."""
     if settings.encoding not in ENCODINGS:
         raise UnknownName.of(kind="encoding", name=settings.encoding, known=ENCODINGS)
     given = [option for option in (settings.rank, settings.basis) if option is not None]
@@ -189,23 +197,25 @@ def _check_encoding(settings: ExtractionSettings) -> None:
 def _choose_target(
     engine: Engine, tokenised: TokenisedItems, path: Path, settings: ExtractionSettings, phases: _Phases
 ) -> Target:
-    """What to store, with its constants: of another sketch, of the store that is being resumed, or calibrated now."""
+    """What to store, with constants from another sketch, from the store that is being resumed, or calibrated now."""
     if settings.basis is not None:
         basis = open_store(settings.basis).basis()
-        if not is_planned(path):  # refused before there is a store; a store that is there names its model itself
+        if not is_planned(path):  # before there is a store; an existing store names its own model
             with phases.timed("load"):
-                engine.check_basis(basis)
+                engine.run(partial(compare_basis, basis=basis), items=0, advance=lambda _items: None)
         return Target(encoding="sketch", basis=basis)
     if settings.encoding in ("hidden", "logits"):
         return Target(encoding=settings.encoding, keep_logits=settings.keep_logits)
-    used = stored_constants(path, tokenised, rank=settings.rank)
-    if used is not None:
-        return used
+    stored = stored_target(path, tokenised, rank=settings.rank)
+    if stored is not None:
+        return stored
     chosen = calibration_positions([item.split for item in tokenised.items])
     with phases.timed("load"):
         engine.load()
     with phases.timed("calibrate"), track("calibrate", len(chosen), "items") as advance:
-        return engine.calibrate(tokenised, rank=settings.rank, advance=advance)
+        task = partial(calibrate_target, tokenised=tokenised, rank=settings.rank)
+        target: Target = engine.run(task, items=len(tokenised.tokenised), advance=advance)
+    return target
 
 
 def _fill_and_seal(

@@ -1,4 +1,4 @@
-"""Features of a few items, computed now and kept in memory; heads read them as they read a store."""
+"""Features of a few items, computed now and kept in memory, with the reading methods of a store."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,22 +9,20 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError
 from agiqa.extract.data.items import Item
-from agiqa.extract.filling.model_arrays import check_basis, lm_head_of
 from agiqa.extract.filling.plan import item_table, position_limit, prepare_item
-from agiqa.extract.filling.staging import staging_of
-from agiqa.extract.filling.targets import Target, tensor_bits
-from agiqa.extract.filling.transfers import Transfers
+from agiqa.extract.filling.staging import Transfers, staging_of
+from agiqa.extract.filling.targets import Target, check_basis, lm_head_of, tensor_bits
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.batches import BatchRunner
 from agiqa.store import Basis, Items, TokenRows, to_float32
 from agiqa.store.format.arrays import storage_dtype
 
-_SHORTEN = "That is all that the model has positions for: give it a shorter prompt, or leave it out."
+_SHORTEN = "The model has no more positions: give a shorter prompt, or leave the item out."
 _MAKE_ROOM = "Leave it out, or use a device with more memory."
 
 
 class LiveFeatures:
-    """What `agiqa extract` would have stored of `items`, without a store."""
+    """The features that `agiqa extract` would store of `items`, without a store."""
 
     def __init__(self, backbone: Backbone, target: Target, *, name: str) -> None:
         """No items yet; loads the model. `name` stands for the store in messages.
@@ -50,10 +48,10 @@ class LiveFeatures:
         self._roles: list[NDArray[np.uint8]] = []
 
     def replace(self, items: Sequence[Item]) -> None:
-        """Run the model over `items`, as one batch if memory allows, and keep their features instead of those before.
+        """Run the model over `items`, as one batch if memory allows; their features replace the earlier ones.
 
-        Raises DataError, naming the item, for one that cannot be prepared or is longer than the model's positions, and
-        WorkerError for one that does not fit into the memory alone.
+        Raises DataError for an item that cannot be prepared or is longer than the model's positions, and WorkerError
+        for one that does not fit into the memory alone; both name the item.
         """
         limit = position_limit(self._backbone)
         prepared = [prepare_item(self._backbone, item, limit, truncate=False, remedy=_SHORTEN) for item in items]
@@ -75,9 +73,8 @@ class LiveFeatures:
         offsets = np.concatenate([[0], np.cumsum([len(self._rows[k]) for k in chosen], dtype=np.int64)])
         rows = np.empty((int(offsets[-1]), self.width), storage_dtype(self.logical_dtype))
         roles = np.empty(int(offsets[-1]), np.uint8)
-        for place, item in enumerate(chosen):
-            where = slice(int(offsets[place]), int(offsets[place + 1]))
-            rows[where], roles[where] = self._rows[item], self._roles[item]
+        for start, stop, item in zip(offsets[:-1].tolist(), offsets[1:].tolist(), chosen, strict=True):
+            rows[start:stop], roles[start:stop] = self._rows[item], self._roles[item]
         return TokenRows(rows=rows, roles=roles, offsets=offsets, logical_dtype=self.logical_dtype)
 
     def lm_head(self) -> NDArray[np.float32]:
@@ -85,14 +82,14 @@ class LiveFeatures:
         return to_float32(self._head.bits, self._head.dtype)
 
     def basis(self) -> Basis:
-        """The basis of a sketch. Raises DataError where there is none."""
+        """The basis of a sketch. Raises DataError for another encoding."""
         if self._target.basis is None:
             message = f"{self.id}: {self.encoding!r} features have no basis."
             raise DataError(message)
         return self._target.basis
 
     def _encoded(self, states: torch.Tensor) -> NDArray[Any]:
-        """The rows of one item, as a store would hold them."""
+        """The rows of one item, in the store's encoding."""
         with self._transfers.on_device():
             buffer = self._transfers.buffer(len(states), self._staging.width, self._staging.dtype)
             self._staging.put(states, buffer)

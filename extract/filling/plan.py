@@ -29,37 +29,47 @@ class LengthRule:
     """What happens to a conversation that is longer than the limit."""
 
     max_tokens: int | None = None
-    """Tokens; None stands for the model's own number of positions."""
+    """Tokens; None for the model's own number of positions."""
     truncate: bool = False
-    """Cut what is too long, and count it; otherwise it is a bad item."""
+    """Cut longer conversations, and count them; otherwise they are bad items."""
     on_bad_item: OnBadItem = "fail"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenisedItems:
-    """The items that will be stored, with their tokens; entry i of every list belongs to item i."""
+class TokenisedItem:
+    """One item with its tokens."""
 
-    items: list[Item]
-    token_ids: list[NDArray[np.int32]]
-    roles: list[NDArray[np.uint8]]
-    keys: list[bytes]
-    truncated: list[bool]
-    skipped: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Tokens:
-    """What the plan keeps of one item."""
-
+    item: Item
     token_ids: NDArray[np.int32]
+    """(n,)"""
     roles: NDArray[np.uint8]
+    """(n,)"""
     key: bytes
+    """See `item_key`."""
     truncated: bool
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenisedItems:
+    """The items that will be stored, in order, and a line about each of those that will not."""
+
+    tokenised: list[TokenisedItem]
+    skipped: list[str]
+
+    @property
+    def items(self) -> list[Item]:
+        """The items alone."""
+        return [one.item for one in self.tokenised]
+
+    @property
+    def truncated(self) -> int:
+        """How many items were cut."""
+        return sum(one.truncated for one in self.tokenised)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlannedItem:
-    """One item as it is in the plan of a store."""
+    """One item of a planned store."""
 
     item: Item
     length: int
@@ -83,21 +93,17 @@ def tokenise(
     Raises DataError with all items that are too long or cannot be prepared, unless `rule` skips or truncates.
     """
     limit = min(position_limit(backbone), rule.max_tokens or _NO_LIMIT)
-    found = TokenisedItems(items=[], token_ids=[], roles=[], keys=[], truncated=[], skipped=[])
+    found = TokenisedItems(tokenised=[], skipped=[])
     preparation = preparation or Preparation(backbone)
-    tokens_of = partial(_tokens_of, limit=limit, truncate=rule.truncate)
-    answers = preparation.each(tokens_of, data_set.items, lost=lambda _item, reason: reason)
-    for item, tokens in zip(data_set.items, answers, strict=True):
-        if isinstance(tokens, str):
-            found.skipped.append(f"{item.name}: {tokens}")
+    tokenise_one = partial(_tokenise_one, limit=limit, truncate=rule.truncate)
+    answers = preparation.each(tokenise_one, data_set.items, lost=lambda _item, reason: reason)
+    for item, one in zip(data_set.items, answers, strict=True):
+        if isinstance(one, str):
+            found.skipped.append(f"{item.name}: {one}")
         else:
-            found.items.append(item)
-            found.token_ids.append(tokens.token_ids)
-            found.roles.append(tokens.roles)
-            found.keys.append(tokens.key)
-            found.truncated.append(tokens.truncated)
+            found.tokenised.append(replace(one, item=item))  # a worker's answer holds a copy
         advance(1)
-    if found.skipped and (rule.on_bad_item == "fail" or not found.items):
+    if found.skipped and (rule.on_bad_item == "fail" or not found.tokenised):
         raise DataError.from_problems(data_set.name, found.skipped)
     return found
 
@@ -107,13 +113,14 @@ def position_limit(backbone: Backbone) -> int:
     return _NO_LIMIT if backbone.max_positions is None else backbone.max_positions
 
 
-def _tokens_of(backbone: Backbone, item: Item, *, limit: int, truncate: bool) -> _Tokens | str:
+def _tokenise_one(backbone: Backbone, item: Item, *, limit: int, truncate: bool) -> TokenisedItem | str:
     """The tokens of `item`, or why it cannot be used."""
     try:
         image = read_image(item)
         prepared = backbone.prepare(item.conversation, image)
         cut = fit(prepared, limit, truncate=truncate)
-        return _Tokens(
+        return TokenisedItem(
+            item=item,
             token_ids=cut.token_ids,
             roles=cut.roles,
             key=item_key(item, image),
@@ -124,7 +131,7 @@ def _tokens_of(backbone: Backbone, item: Item, *, limit: int, truncate: bool) ->
 
 
 def prepare_planned(backbone: Backbone, planned: PlannedItem) -> Prepared:
-    """The item as the plan has it: cut to its length. Raises DataError when it cannot be read any more, or changed."""
+    """The item cut to its planned length. Raises DataError when it cannot be read, or is shorter than planned."""
     prepared = prepare_item(backbone, planned.item, planned.length, truncate=True)
     if len(prepared.token_ids) != planned.length:
         message = f"item {planned.item.name!r} has changed since the store was planned. Extract to another path."
@@ -142,9 +149,9 @@ def prepare_item(backbone: Backbone, item: Item, limit: int, *, truncate: bool, 
 
 
 def fit(prepared: Prepared, limit: int, *, truncate: bool, remedy: str = _SHORTEN) -> Prepared:
-    """`prepared`, cut to `limit` tokens if it is longer and `truncate` is set.
+    """`prepared`, with `truncate` cut to `limit` tokens.
 
-    Raises DataError when it is longer and may not be cut, which ends with `remedy`, or when the cut would go through
+    Raises DataError when it is longer and may not be cut, with `remedy` at the end, or when the cut would go through
     the image.
     """
     length = len(prepared.token_ids)
@@ -169,21 +176,21 @@ def plan_store(
     conversation: dict[str, str],
     target: Target,
 ) -> Store:
-    """Create the store at `path`, or take up the one that was planned alike.
+    """Create the store at `path`, or open the one there if it has the same plan.
 
-    `conversation` says how the items were worded (variant and aspect) and goes into the provenance; `target` says
-    what is stored of the hidden states. Raises SettingsConflict, see `create_store`.
+    `conversation` goes into the provenance: the variant and aspect of the wording. Raises SettingsConflict, see
+    `create_store`.
     """
     provenance: dict[str, Any] = {
         "agiqa": agiqa_version(),
         "model": backbone.provenance(),
         "conversation": conversation,
         "data_set": {
-            "items": len(tokenised.items),
+            "items": len(tokenised.tokenised),
             "skipped": len(tokenised.skipped) + len(data_set.skipped),
             "plan_sha256": _plan_hash(tokenised),
         },
-        "tokens": {"max_tokens": rule.max_tokens, "truncated": sum(tokenised.truncated)},
+        "tokens": {"max_tokens": rule.max_tokens, "truncated": tokenised.truncated},
         **target.provenance(),
     }
     plan = StorePlan(
@@ -193,17 +200,17 @@ def plan_store(
         kept_logits=backbone.vocab_size if target.keep_logits else None,
         provenance=provenance,
         items=item_table(tokenised.items, mos_range=data_set.mos_range),
-        token_ids=tokenised.token_ids,
-        roles=tokenised.roles,
-        item_keys=tokenised.keys,
-        truncated=tokenised.truncated,
+        token_ids=[one.token_ids for one in tokenised.tokenised],
+        roles=[one.roles for one in tokenised.tokenised],
+        item_keys=[one.key for one in tokenised.tokenised],
+        truncated=[one.truncated for one in tokenised.tokenised],
         label_table=data_set.table,
     )
     return create_store(path, plan)
 
 
 def item_table(items: Sequence[Item], *, mos_range: MosRange | None = None) -> Items:
-    """The store's item table, its MOS on the scale `mos_range`; an aspect that no item has a MOS for gets no column."""
+    """The store's item table, its MOS on the scale `mos_range`; an aspect without any MOS gets no column."""
     aspects = sorted({aspect for item in items for aspect in item.labels})
     return Items(
         names=[item.name for item in items],
@@ -219,10 +226,7 @@ def item_table(items: Sequence[Item], *, mos_range: MosRange | None = None) -> I
 
 def _plan_hash(tokenised: TokenisedItems) -> str:
     digest = hashlib.sha256()
-    for item, key, ids, roles in zip(
-        tokenised.items, tokenised.keys, tokenised.token_ids, tokenised.roles, strict=True
-    ):
-        name = item.name.encode()
-        for part in (name, key, ids.astype("<i4").tobytes(), roles.tobytes()):
+    for one in tokenised.tokenised:
+        for part in (one.item.name.encode(), one.key, one.token_ids.astype("<i4").tobytes(), one.roles.tobytes()):
             digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()

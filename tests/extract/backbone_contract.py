@@ -48,7 +48,7 @@ class BackboneContract:
     @pytest.fixture(scope="class")
     @classmethod
     def pictures(cls, tmp_path_factory):
-        """Three images of unlike shapes: 50 x 64, 30 x 20 and 64 x 64 pixels."""
+        """Three images of different shapes: 50 x 64, 30 x 20 and 64 x 64 pixels."""
         folder = tmp_path_factory.mktemp("pictures")
         noise = np.random.default_rng(0)
         paths = []
@@ -65,7 +65,7 @@ class BackboneContract:
     @pytest.fixture(scope="class")
     @classmethod
     def batch(cls, backbone, pictures):
-        """Items of unlike length, with unlike images where the backbone reads them."""
+        """Items of different lengths, with different images if the backbone reads them."""
         conversations = (CONVERSATION, SHORT, CONVERSATION[:2])
         return [backbone.prepare(turns, picture) for turns, picture in zip(conversations, pictures, strict=True)]
 

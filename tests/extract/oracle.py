@@ -1,4 +1,4 @@
-"""What transformers itself makes of a conversation: tokens, hidden states and logits of one item, by its own classes."""
+"""The oracle: tokens, hidden states and logits of one item by the classes of transformers themselves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Small data sets on disk, drawn by seed: words or noise that tell the MOS, and conversations over them."""
+"""Small seeded data sets on disk, whose words or pixels determine the MOS, and conversations about them."""
 
 import csv
 import json

@@ -16,7 +16,7 @@ TEMPLATE = (
     "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
 )
-"""As published: it asks for an answer whether one is wanted or not."""
+"""As published: it always ends with the prompt for an answer."""
 QUERIES, RESOLUTION, SLICES = 6, 56, 9
 WIDTH, VISION_WIDTH, INNER, VOCABULARY = 128, 48, 64, 340 + len(MARKS) + len(SPECIAL)
 

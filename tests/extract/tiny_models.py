@@ -109,7 +109,7 @@ def write_text_checkpoint(
 
 
 def roomy(folder: Path) -> Path:
-    """The checkpoint with positions enough for whole conversations in tokens of a letter or two."""
+    """The checkpoint with enough positions for whole conversations in tokens of one or two letters."""
     config = json.loads((folder / "config.json").read_text())
     (config.get("text_config") or config)["max_position_embeddings"] = 2048
     (folder / "config.json").write_text(json.dumps(config))

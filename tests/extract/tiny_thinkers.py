@@ -1,4 +1,4 @@
-"""A tiny model that says what it is told to, with templates of thinking models."""
+"""A tiny model with scripted answers, and templates of thinking models."""
 
 from collections.abc import Mapping
 from pathlib import Path

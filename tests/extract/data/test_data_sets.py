@@ -212,7 +212,7 @@ def test_the_range_is_the_data_sets_own(tmp_path):
         load_data_set(table, variant="no_id", images=False, mos_range=(5, 0))
 
 
-def test_a_table_without_mos_is_told_and_one_with_gaps_is_refused(tmp_path):
+def test_a_table_without_mos_is_noted_and_one_with_gaps_is_refused(tmp_path):
     table = write_csv(tmp_path / "d.csv", [("a", "x"), ("b", "y")], ("name", "prompt"))
     data = load_data_set(table, variant="no_id", images=False)
     assert [item.labels for item in data.items] == [{}, {}]
@@ -302,7 +302,7 @@ def test_bad_conversations_are_named_by_id(folder):
 
 
 def test_half_a_character_in_a_conversation_is_named(folder):
-    """As a description that was cut within an emoji: no tokenizer and no table takes it."""
+    """Such as a description that was cut within an emoji: neither tokenizers nor tables accept it."""
     cut = talk("a.png", id="cut", contents=("Look?", "a cat \ud83d", "Rate?", "fair"))
     own = talk("b.png", id="own", response_0="\ude00 a dog")
     path = write_json(folder / "train.json", [cut, own])

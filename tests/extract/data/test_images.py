@@ -57,7 +57,7 @@ def test_tiffs_of_32_bit_integers_of_another_range_are_refused(tmp_path, values)
 
 
 def test_sixteen_bits_of_other_formats_stay_dark(tmp_path):
-    """A PGM says its range; Pillow opens it as 32-bit integers too."""
+    """A PGM states its range; Pillow opens it as 32-bit integers too."""
     (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + bytes([0, 200, 0, 100]))
     assert np.asarray(open_image(tmp_path / "a.pgm")).max() == 0
 
@@ -93,7 +93,7 @@ def test_truncated_files_are_not_half_read(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of broken EXIF that it passes over
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "webp", "bmp", "avif"])
 def test_bytes_gone_wrong_are_one_clear_error_or_none(tmp_path, kind):
-    """Each decoder fails in its own words; none of them may end a run."""
+    """Each decoder raises its own errors; none of them may end a run."""
     if kind == "avif" and not features.check("avif"):
         pytest.skip("this Pillow reads no AVIF")
     exif = Image.Exif()

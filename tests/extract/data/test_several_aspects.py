@@ -1,4 +1,4 @@
-"""Descriptions of several aspects in one conversation: their order, their files, and everything that may lack."""
+"""Descriptions of several aspects in one conversation: their order, their files, and everything that may be missing."""
 
 import json
 
@@ -143,7 +143,7 @@ COLUMNS = ["name", "prompt", "mos_quality", "description_correspondence", "descr
 
 
 def test_descriptions_of_a_table_in_the_words_of_the_templates(tmp_path):
-    """`description` is on the aspect that is asked for; columns of other aspects are not looked at."""
+    """`description` belongs to the aspect asked for; columns of other aspects are ignored."""
     data = table_of(tmp_path, [*COLUMNS, "description_authenticity"], ["fits", "sharp", ""], ["off", "blurry", "odd"])
     quality, correspondence = template_of("quality"), template_of("correspondence")
     first = load_data_set(data, variant=BOTH, images=False).items[0]

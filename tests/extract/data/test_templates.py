@@ -1,4 +1,4 @@
-"""The questions are protocol constants: to the letter those of the paper and of the released data."""
+"""The questions are constants of the protocol: exactly those of the paper and of the released data."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who wrote each text: read from conversations and tables, and told before a model runs."""
+"""Who wrote each text: read from conversations and tables, and warned about before a model runs."""
 
 import json
 
@@ -37,7 +37,7 @@ def authors(data):
     return [item.text_author for item in data.items]
 
 
-def test_the_text_that_tells_most_of_the_mos_counts():
+def test_the_author_who_knew_most_of_the_mos_counts():
     assert author_of([MODEL, TEACHER]) == TEACHER
     assert author_of([None, TEACHER]) == TEACHER
     assert author_of([MODEL, None, TEACHER_BLIND]) is None
@@ -82,8 +82,8 @@ def test_a_table_says_it_in_a_column_and_without_one_nobody_knows(tmp_path):
     columns = ["name", "prompt", "mos", "description", "rating"]
     rows = [["a", "x", 1.0, "dull", "poor"], ["b", "y", 2.0, "sharp", "fair"]]
     assert authors(load(write_table(tmp_path, rows, columns), variant="full")) == [None, None]
-    told = [[*rows[0], "teacher"], [*rows[1], ""]]
-    assert authors(load(write_table(tmp_path, told, [*columns, "text_author"]))) == [TEACHER, None]
+    signed = [[*rows[0], "teacher"], [*rows[1], ""]]
+    assert authors(load(write_table(tmp_path, signed, [*columns, "text_author"]))) == [TEACHER, None]
     write_table(tmp_path, [[*rows[0], "her"]], [*columns, "text_author"])
     with pytest.raises(DataError, match="text_author 'her' is none of teacher, teacher-blind, model"):
         load(tmp_path)
@@ -118,7 +118,7 @@ def test_test_and_val_items_that_read_a_teacher_are_warned_of(folder, variant, w
 
 
 @pytest.mark.parametrize("name", ["answers_val_quality_lora.json", "answers-quality_lora_res.jsonl"])
-def test_a_missing_test_part_is_told_with_the_option_that_mends_it(folder, name):
+def test_a_missing_test_part_is_warned_of_with_the_option_that_mends_it(folder, name):
     train, held = write(folder, "quality_train.json", NAMES[:5]), write(folder, name, NAMES[5:], **OWN)
     (found,) = load(folder, train, held).warnings
     assert "no item is in the split test, which `agiqa train` tests on by default; the splits are: train (5)" in found
@@ -128,7 +128,7 @@ def test_a_missing_test_part_is_told_with_the_option_that_mends_it(folder, name)
     assert [item.split for item in mended.items] == ["train"] * 5 + ["test"] * 3
 
 
-def test_a_table_without_a_test_part_is_told_its_column(folder):
+def test_the_warning_of_a_missing_test_part_names_the_column_of_a_table(folder):
     (found,) = load(folder, variant="no_id").warnings
     assert "the splits are: none (8)" in found
     assert f"Give {folder / 'data.csv'} a column `split`, or train with `--split grouped`" in found

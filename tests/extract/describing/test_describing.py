@@ -1,4 +1,4 @@
-"""Descriptions of small data sets: what is asked and written, kills, full disks, full memory, and what is refused."""
+"""Descriptions of small data sets: questions and lines, kills, full disks, full memory, and refusals."""
 
 import json
 import resource
@@ -63,7 +63,7 @@ def lines_of(path):
 
 
 class Scripted:
-    """A real backbone that answers what it is told to."""
+    """A real backbone with scripted answers."""
 
     def __init__(self, backbone, answers):
         self._backbone = backbone
@@ -77,7 +77,7 @@ class Scripted:
 
 
 class Cramped(Scripted):
-    """A real backbone whose memory holds so many items."""
+    """A real backbone whose memory holds a given number of items."""
 
     def generate(self, batch, settings):
         if len(batch) > self._answers:
@@ -202,7 +202,7 @@ def test_workers_prepare_what_this_process_would(folder, vision_model, tmp_path)
 
 
 def test_images_are_read_once_for_the_plan_and_once_a_round(folder, vision_model, tmp_path):
-    """Also where memory runs out in the first round: its inputs are there already."""
+    """Also when memory runs out in the first round, whose inputs are prepared already."""
     counting = Counting(open_backbone(str(vision_model), device="cpu"), 2)
     run(folder, vision_model, tmp_path / "d.jsonl", backbone=counting)
     assert counting.prepared == {(f"{k:03d}.png", turns): count for k in range(10) for turns, count in ((1, 2), (3, 1))}
@@ -239,7 +239,7 @@ def test_conversations_longer_than_the_model(folder, tmp_path):
 
 
 def test_killed_and_resumed_equals_uninterrupted(agiqa, folder, text_model, tmp_path):
-    """With drawn answers, in batches that a kill may leave half written, and a last line torn off."""
+    """With sampled answers, in batches that a kill may leave half written, and a torn last line."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
 
     def command(path):
@@ -273,7 +273,7 @@ def test_killed_and_resumed_equals_uninterrupted(agiqa, folder, text_model, tmp_
 
 
 def test_a_disk_that_is_full_while_appending(folder, text_model, tmp_path):
-    """A limit on the size of files stands for the disk: a write stops in the middle of a line."""
+    """A limit on file sizes simulates a full disk: a write stops in the middle of a line."""
     run(folder, text_model, tmp_path / "whole.jsonl")
     five = sum(len(line) for line in (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)[:5])
     out, before = tmp_path / "d.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of a fill: batches that really do not fit into its memory."""
+"""Fills that need a GPU: batches that really do not fit into its memory."""
 
 from dataclasses import replace
 
@@ -13,11 +13,11 @@ from agiqa.extract import ExtractionSettings, run_extraction
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 ITEMS = 1700
-"""So many that a unit holds a hundred."""
+"""Enough for units of about a hundred."""
 
 
 def test_a_batch_that_the_device_has_no_memory_for_runs_in_halves(tmp_path, capsys):
-    """The same rows come out, though the first passes fail."""
+    """The rows are the same although the first passes fail."""
     backbone = SHAPES["tiny"](tmp_path / "model", device="cuda")
     data = made_up_data(tmp_path / "images", backbone, items=ITEMS, tokens=200, pixels=112)
     settings = ExtractionSettings(encoding="hidden", batch_size=4096, workers=0)

@@ -222,7 +222,7 @@ def test_parts_with_other_batch_sizes_give_the_same_numbers(hidden_store, texts,
 
 
 def test_runs_that_calibrate_side_by_side_store_in_one_basis(texts, tiny_text_checkpoint, tmp_path):
-    """Eigenvectors have no sign: another machine may give the same basis the other way round."""
+    """The sign of an eigenvector is arbitrary: another machine may compute the same basis with other signs."""
     data_set, backbone = inputs(texts, tiny_text_checkpoint)
     tokenised = tokenise(data_set, backbone, LengthRule())
     target = calibrated(backbone, tokenised, rank=4, batch_size=8)

@@ -41,7 +41,7 @@ def files_of(path):
 
 
 class Moments:
-    """Conditions that tell, from outside, in which phase a run is; True once it has begun."""
+    """Conditions, checked from outside, that are True once a phase of the run has begun."""
 
     def __init__(self, path, units):
         self.path = path
@@ -132,7 +132,7 @@ def descendants(process):
 
 
 def is_there(process):
-    """Whether the process has not ended; one that nobody has waited for yet has."""
+    """Whether the process is running; a zombie is not."""
     try:
         return (Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -140,7 +140,7 @@ def is_there(process):
 
 
 class StopsOne:
-    """True once a process below the command line, of the kind that its command line tells, was found and stopped."""
+    """True once it has found and stopped a descendant of the command whose own command line holds `kind`."""
 
     def __init__(self, agiqa, kind, when):
         self._server, self._kind, self._when = agiqa.server_id, kind, when

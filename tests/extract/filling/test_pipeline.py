@@ -17,9 +17,8 @@ import torch
 
 from agiqa.errors import ConfigError, DataError, WorkerError
 from agiqa.extract import ExtractionSettings, LengthRule, open_backbone, run_extraction
-from agiqa.extract.filling import devices
-from agiqa.extract.filling.devices import OnDevices, devices_of_host, striped
-from agiqa.extract.filling.engines import Helper
+from agiqa.extract.filling import engines
+from agiqa.extract.filling.engines import ModelProcess, OnDevices, devices_of_host, striped
 from agiqa.extract.filling.plan import PlannedItem, prepare_planned, tokenise
 from agiqa.extract.filling.staging import coordinates_on_device
 from agiqa.extract.filling.targets import Target
@@ -70,9 +69,7 @@ def test_devices_and_workers_change_no_byte(pictures, tiny_vision_checkpoint, tm
 def planned_items(folder, checkpoint):
     data_set, backbone = inputs(folder, checkpoint)
     tokenised = tokenise(data_set, backbone, LengthRule())
-    return backbone, [
-        PlannedItem(item=item, length=len(ids)) for item, ids in zip(tokenised.items, tokenised.token_ids, strict=True)
-    ]
+    return backbone, [PlannedItem(item=one.item, length=len(one.token_ids)) for one in tokenised.tokenised]
 
 
 def opener_of(checkpoint):
@@ -108,8 +105,8 @@ def test_devices_name_an_item_that_fails_and_keep_what_is_finished(tiny_vision_c
     picture = folder / "images" / "005.png"
     content = picture.read_bytes()
     picture.unlink()
-    helper = Helper(opener=opener_of(tiny_vision_checkpoint), device="cpu", workers=0, processes=2, batch_size=1)
-    engine = OnDevices(helper=helper, devices=["cpu", "cpu"])
+    process = ModelProcess(opener=opener_of(tiny_vision_checkpoint), device="cpu", workers=0, processes=2, batch_size=1)
+    engine = OnDevices(process=process, devices=["cpu", "cpu"])
     items = [wanted.item for wanted in planned]
     with pytest.raises(DataError, match=r"005\.png: no such image") as caught:
         engine.fill(store, items, Target(encoding="hidden"), part=(1, 1), advance=lambda _items: None)
@@ -121,7 +118,7 @@ def test_devices_name_an_item_that_fails_and_keep_what_is_finished(tiny_vision_c
 
 
 class OpenerThatMeets:
-    """Cannot be read from a pipe before two processes have begun to."""
+    """Unpickling it waits until two processes have begun to unpickle theirs."""
 
     def __init__(self, folder, checkpoint):
         self.arguments = folder, checkpoint
@@ -147,21 +144,21 @@ def test_a_process_that_is_slow_to_start_keeps_no_other_from_starting(tiny_visio
     larger_than_a_pipe = "x" * (1 << 20)
     items = [replace(wanted.item, description=larger_than_a_pipe) for wanted in planned]
     opener = OpenerThatMeets(meeting, tiny_vision_checkpoint)
-    helper = Helper(opener=opener, device="cpu", workers=0, processes=2, batch_size=1)
-    engine = OnDevices(helper=helper, devices=["cpu", "cpu"])
+    process = ModelProcess(opener=opener, device="cpu", workers=0, processes=2, batch_size=1)
+    engine = OnDevices(process=process, devices=["cpu", "cpu"])
     store = open_store(path, allow_partial=True)
     report = engine.fill(store, items, Target(encoding="hidden"), part=(1, 1), advance=lambda _items: None)
     assert report.items == len(items)
 
 
 def half_a_message(connection, *_):
-    """The life of a process that is killed while it sends."""
+    """The main function of a process that is killed while it sends."""
     os.write(connection.fileno(), (1000).to_bytes(4, "big") + b"the beginning")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_process_killed_within_a_message_is_one_that_died(tiny_vision_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(devices, "_work", half_a_message)
+    monkeypatch.setattr(engines, "_work", half_a_message)
     folder, path = fill_set(tmp_path / "set"), tmp_path / "s.agiqa"
     extract(folder, tiny_vision_checkpoint, path, plan_only=True)
     with pytest.raises(WorkerError, match=r"process 0 on cpu was killed by signal 9.* units are left"):
@@ -233,7 +230,7 @@ def test_a_write_that_fails_stops_the_run_and_costs_no_other_unit(pictures, plai
 
 
 class SmallDevice(TextBackbone):
-    """A text model on a device that holds `most` items at once."""
+    """A text model on a device whose memory holds `most` items."""
 
     most = 2
     seen: list[int]

@@ -78,7 +78,7 @@ def test_the_models_own_positions_are_a_limit(tmp_path, tiny_text_checkpoint):
     assert cut.store.n_tokens.tolist() == [512]
 
 
-def test_skipped_items_are_told_and_left_out(texts, tiny_text_checkpoint, tmp_path):
+def test_skipped_items_are_listed_and_left_out(texts, tiny_text_checkpoint, tmp_path):
     lengths = extract(texts, tiny_text_checkpoint, tmp_path / "all.agiqa", plan_only=True).store.n_tokens
     limit = int(np.median(lengths))
     rule = LengthRule(max_tokens=limit, on_bad_item="skip")
@@ -129,9 +129,9 @@ def test_a_cut_through_the_image_is_refused_even_with_truncate(pictures, tiny_vi
 
 def test_progress_counts_every_item(texts, tiny_text_checkpoint):
     data_set, backbone = inputs(texts, tiny_text_checkpoint)
-    told: list[int] = []
-    tokenise(data_set, backbone, LengthRule(max_tokens=85, on_bad_item="skip"), advance=told.append)
-    assert sum(told) == len(data_set.items)
+    counted: list[int] = []
+    tokenise(data_set, backbone, LengthRule(max_tokens=85, on_bad_item="skip"), advance=counted.append)
+    assert sum(counted) == len(data_set.items)
 
 
 def change_conversation(folder):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from agiqa.errors import ConfigError
-from agiqa.extract.filling.ray_driver import UnitQueue
+from agiqa.extract.filling.engines import striped
+from agiqa.extract.filling.ray_driver import News
 from agiqa.store import UnitWriter, open_store, verify
 from tests.extract.jobs import extract
 from tests.extract.small_sets import write_set, write_talks
@@ -20,16 +21,19 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_units_of_a_dead_worker_are_handed_out_again():
-    queue = UnitQueue([0, 1, 2])
-    assert [queue.take("a"), queue.take("b"), queue.take("a")] == [0, 1, 2]
-    assert queue.take("b") is None
-    queue.give_back("a")
-    assert [queue.take("b"), queue.take("c"), queue.take("c")] == [0, 2, None]
-    queue.add(3)
-    queue.add(4)
-    queue.say("hello")
-    assert queue.news() == (7, ["hello"])
-    assert queue.news() == (7, [])
+    assert [striped([0, 1, 2], actor, 2) for actor in range(2)] == [[0, 2, 1], [1, 2, 0]]
+    left = [0, 2]  # when the first actor died
+    assert striped(left, 2 % 2, 2) == [0, 2]
+    assert striped([], 0, 2) == []
+
+
+def test_the_driver_collects_what_actors_report():
+    news = News()
+    news.add(3)
+    news.add(4)
+    news.say("hello")
+    assert news.collect() == (7, ["hello"])
+    assert news.collect() == (7, [])
 
 
 def test_a_killed_actor_costs_no_unit(tiny_text_checkpoint, tmp_path):
@@ -50,8 +54,8 @@ def test_a_killed_actor_costs_no_unit(tiny_text_checkpoint, tmp_path):
     assert hashes_of(whole.path) == hashes_of(alone.path)
 
 
-def test_units_that_a_dead_actor_seems_to_hold_are_told(tiny_text_checkpoint, tmp_path):
-    """As on a file system that frees the locks of a dead machine late: here the test holds one."""
+def test_units_that_a_dead_actor_seems_to_hold_are_reported(tiny_text_checkpoint, tmp_path):
+    """Such as on a file system that frees the locks of a dead machine late: here the test holds one."""
     pytest.importorskip("ray", reason="needs the extra ray")
     folder, path = write_set(tmp_path / "set", 60), tmp_path / "s.agiqa"
     write_talks(folder)
@@ -67,7 +71,7 @@ def test_units_that_a_dead_actor_seems_to_hold_are_told(tiny_text_checkpoint, tm
 
 
 def start(folder, path, checkpoint):
-    """`agiqa extract` on two actors, in a process of its own."""
+    """Start `agiqa extract` on two actors in another process."""
     arguments = [
         *(sys.executable, "-m", "agiqa", "extract", str(folder), str(path), "--model", str(checkpoint)),
         *("--conversations", str(folder / "talks.json"), "--device", "cpu", "--batch-size", "1"),
@@ -80,7 +84,7 @@ def start(folder, path, checkpoint):
 
 
 def kill_a_worker(run, path):
-    """Kill the process that wrote the first unit, as soon as there is one; its number."""
+    """Kill the process that wrote the first unit, as soon as there is one; its process id."""
     while run.poll() is None:
         for record in (path / "commits").glob("[0-9]*.json"):
             killed = int(json.loads(record.read_text())["worker"].split(":")[1])
@@ -96,7 +100,7 @@ def hashes_of(path):
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
-def test_a_cluster_that_is_not_there_is_told_at_once(tiny_text_checkpoint, tmp_path, address):
+def test_a_missing_cluster_is_reported_at_once(tiny_text_checkpoint, tmp_path, address):
     pytest.importorskip("ray", reason="needs the extra ray")
     folder = write_set(tmp_path / "set", 6)
     write_talks(folder)

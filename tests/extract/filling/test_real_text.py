@@ -1,4 +1,4 @@
-"""The whole way on real data with a real language model: 90 published conversations, SmolLM2-135M from a wheel."""
+"""From data to heads on real data with a real language model: 90 published conversations, SmolLM2-135M from a wheel."""
 
 import csv
 import importlib.util
@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def subset(tmp_path_factory):
-    """(train file, test file): seeded picks of the published files, under names that tell their split."""
+    """(train file, test file): seeded samples of the published files, with the split in their names."""
     folder, seeded, paths = tmp_path_factory.mktemp("agiqa-3k"), random.Random(0), []
     for name, count in (("quality_train.json", TRAIN), ("quality_test_res.json", TEST)):
         talks = json.loads((DATA / name).read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def made(agiqa, subset, tmp_path_factory):
 
 
 def published(subset):
-    """Every conversation as it is to be read: the local model's own description where there is one."""
+    """Every conversation as the model reads it: with the local model's own description if there is one."""
     talks = [talk for path in subset for talk in json.loads(path.read_text(encoding="utf-8"))]
     for talk in talks:
         ask, answer, rate = (turn["content"] for turn in talk["conversations"][:3])
@@ -113,7 +113,7 @@ def test_the_store_is_smaller_than_its_bits_and_the_sketch_keeps_the_energy(made
 
 
 @pytest.mark.parametrize("run", ["xlstm", "gru"])
-def test_heads_are_measured_with_intervals_and_told_of_leaks(made, run):
+def test_heads_are_measured_with_intervals_and_warned_of_leaks(made, run):
     folder, printed = made
     metrics = json.loads((folder / run / "metrics.json").read_text(encoding="utf-8"))
     assert metrics == {name: value for name, value in printed[run].items() if name != "run"}

@@ -1,4 +1,4 @@
-"""Images replaced while a run is at work: they are named, and nothing of them is stored under the old item key."""
+"""Images replaced during a run: errors name them, and no features are stored under the old item key."""
 
 import re
 from dataclasses import replace
@@ -10,9 +10,8 @@ from PIL import Image
 
 from agiqa.errors import DataError, SettingsConflict
 from agiqa.extract import DescriptionSettings, GenerationSettings, LengthRule, Message, open_backbone, run_descriptions
-from agiqa.extract.data.given_images import items_of_images
-from agiqa.extract.filling.devices import OnDevices
-from agiqa.extract.filling.engines import Helper, Here
+from agiqa.extract.data.datasets import items_of_images
+from agiqa.extract.filling.engines import Here, ModelProcess, OnDevices
 from agiqa.extract.filling.live import LiveFeatures
 from agiqa.extract.filling.plan import plan_store, tokenise
 from agiqa.extract.filling.targets import Target
@@ -50,8 +49,8 @@ def planned(folder, checkpoint, path):
 def engine_of(name, backbone, checkpoint):
     opener = partial(open_backbone, str(checkpoint))
     if name == "devices":
-        helper = Helper(opener=opener, device="cpu", workers=0, processes=2, batch_size=1)
-        return OnDevices(helper=helper, devices=["cpu", "cpu"])
+        process = ModelProcess(opener=opener, device="cpu", workers=0, processes=2, batch_size=1)
+        return OnDevices(process=process, devices=["cpu", "cpu"])
     workers = 1 if name == "worker" else 0
     return Here(backbone=backbone, preparation=Preparation(backbone, workers=workers, opener=opener), batch_size=1)
 
@@ -105,7 +104,7 @@ def test_replaced_between_the_check_and_the_plan(folder, tiny_vision_checkpoint)
 
 
 class ReplacesAfter:
-    """A real backbone that replaces a file after so many calls of `generate`."""
+    """A real backbone that replaces a file after a given number of calls of `generate`."""
 
     def __init__(self, backbone, path, calls):
         self._backbone, self._path, self._left = backbone, path, calls

@@ -8,8 +8,8 @@ import torch
 from agiqa.errors import DataError, ModelError, WorkerError
 from agiqa.extract.data.items import Message
 from agiqa.extract.filling.live import LiveFeatures
+from agiqa.extract.filling.staging import Transfers
 from agiqa.extract.filling.targets import Target
-from agiqa.extract.filling.transfers import Transfers
 from agiqa.extract.models import huggingface
 from agiqa.extract.models.batches import BatchRunner, is_out_of_memory
 from tests.extract.filling.test_pipeline import small_device

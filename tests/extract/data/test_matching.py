@@ -1,4 +1,4 @@
-"""Conversations about other prompts than those of their rows: file names alone match too much."""
+"""Conversations matched with rows: file names alone match too much, so prompts are compared too."""
 
 import json
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_each_aspect_is_compared(folder):
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the published data sets are not in {SHARED}")
 @pytest.mark.parametrize(("table", "file"), [("agiqa-3k", "aigciqa2023"), ("aigciqa2023", "agiqa-3k")])
 def test_published_conversations_of_one_data_set_are_refused_with_the_images_of_another(tmp_path, table, file):
-    """As `0.png` occurs in many data sets: the other's conversations under the names of this one."""
+    """`0.png` occurs in many data sets: here, one set's conversations have the image names of another."""
     names = [line.split(",")[0] for line in (SHARED / table / "data.csv").read_text("utf-8").splitlines()[1:101]]
     entries = json.loads((SHARED / file / "quality_train.json").read_text("utf-8"))[:100]
     for entry, name in zip(entries, names, strict=True):
