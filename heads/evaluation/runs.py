@@ -35,7 +35,7 @@ from agiqa.errors import ConfigError, HeadError, UnknownName
 from agiqa.heads.data.features import FeatureSource, location_of
 from agiqa.heads.data.scales import Scales, read_scales
 from agiqa.heads.evaluation.recorded_parts import RecordedParts
-from agiqa.heads.model.encoders import settings_read
+from agiqa.heads.model.encoders.base import encoder_settings
 from agiqa.heads.model.head import Head, build_head, check_parts
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
@@ -175,7 +175,7 @@ def as_recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
     Its `lstm` and `gru` were plain. Raises TypeError where `settings` are no mapping.
     """
     completed = {"residual": False, **settings}
-    read = settings_read(str(completed.get("encoder")))
+    read = encoder_settings(str(completed.get("encoder")))
     return {**settings} if read is not None and "residual" not in read else completed
 
 

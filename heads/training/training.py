@@ -25,7 +25,7 @@ from agiqa.heads.evaluation.logistic import Mappings, fit_mappings
 from agiqa.heads.evaluation.recorded_parts import record_parts
 from agiqa.heads.evaluation.runs import EVENTS, Run, load_run, origin_of, refuse_taken, write_run
 from agiqa.heads.evaluation.scoring import predict_items, scores_of_labels
-from agiqa.heads.model.encoders.graphed import training_kernels
+from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.head import check_sizes
 from agiqa.heads.model.losses import check_loss
 from agiqa.heads.model.pooling import check_item_roles, check_roles
