@@ -69,7 +69,7 @@ def fit_head(
     with random_state(config.seed, device), cpu_threads(config.threads):
         head = build_head(head_config, spec, labels=len(config.labels)).to(device)
         if start is None:
-            head.calibrate(features.statistics(train, device=device), labels)
+            head.standardise(features.statistics(train, device=device), labels)
         else:
             start.give_weights(head)
             head.regressor.rescale(lines_between(start.scales, scales_of(features.source, config.labels)))

@@ -32,7 +32,7 @@ def build(store, **settings) -> nn.Module:
     torch.manual_seed(0)
     config = HeadConfig(width=6, **settings)
     projection = PROJECTIONS.get(config.projection)(config, FeatureSpec.of(store))
-    projection.calibrate(FeatureSet.from_store(store, range(40), label=None).statistics(np.arange(40)))
+    projection.standardise(FeatureSet.from_store(store, range(40), label=None).statistics(np.arange(40)))
     return projection.double()
 
 
@@ -96,7 +96,7 @@ def test_vocabulary_steps_shrink_with_the_vocabulary(make_store):
 
 
 @pytest.mark.parametrize(("name", "encoding"), [("vocabulary", "hidden"), ("sketch", "sketch")])
-def test_calibrated_outputs_have_unit_scale(make_store, name, encoding):
+def test_standardised_outputs_have_unit_scale(make_store, name, encoding):
     store = make_store(40, encoding=encoding)
     for rows in store.features:
         rows[:] = rows * np.array([1e3, 1.0, 1e-2, 30.0]) + 500.0
@@ -223,9 +223,9 @@ def in_mixed_precision(projection):
         projection(torch.randn(1, 3, 4))
 
 
-def recalibrated(projection):
+def standardised_anew(projection):
     tokens = np.random.default_rng(3).normal(size=(200, 4)).astype(np.float32) @ np.triu(np.ones((4, 4), np.float32))
-    projection.calibrate(
+    projection.standardise(
         TokenStatistics(
             mean=torch.from_numpy(tokens.mean(0)).double(),
             std=torch.from_numpy(tokens.std(0)).double(),
@@ -252,7 +252,7 @@ def stepped(projection):
 CHANGES = {
     "a fused step": stepped,
     "autocast": in_mixed_precision,
-    "calibrate": recalibrated,
+    "standardise": standardised_anew,
     "load_state_dict": loaded,
     "shift": lambda projection: projection.shift.add_(1.0),
     "whitening": lambda projection: projection.whitening.mul_(2.0),
