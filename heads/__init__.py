@@ -2,10 +2,11 @@
 
 from agiqa.heads.data.features import FeatureSource
 from agiqa.heads.data.worker_batches import FeatureBatches
-from agiqa.heads.evaluation.comparing import holm, paired, seeds_score
+from agiqa.heads.evaluation.metrics import paired, seeds_score
 from agiqa.heads.evaluation.rating_words import score_words
 from agiqa.heads.evaluation.runs import Run, load_run
 from agiqa.heads.evaluation.scoring import evaluate, predict
+from agiqa.heads.evaluation.significance import holm
 from agiqa.heads.model.encoders import ENCODERS
 from agiqa.heads.model.losses import LOSSES
 from agiqa.heads.model.pooling import POOLINGS

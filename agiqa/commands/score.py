@@ -253,7 +253,7 @@ class _Scorer:
 
 def _told(item: "Item", described: "Described | None", mos: list[float], labels: Sequence[str]) -> dict[str, Any]:
     """The line of one image; without a description or a rating word these are null."""
-    from agiqa.heads.evaluation.rating_words import parse_word
+    from agiqa.heads.evaluation.rating_words import parse_rating_word
     from agiqa.heads.settings.labels import by_label
 
     word = described.rating_word if described is not None else ""
@@ -263,7 +263,7 @@ def _told(item: "Item", described: "Described | None", mos: list[float], labels:
         "description": None if described is None else described.description,
         "cut": None if described is None else described.cut,
         "rating_word": word or None,
-        "rating": parse_word(word),
+        "rating": parse_rating_word(word),
         "mos": by_label(labels, mos),
     }
 

@@ -189,10 +189,10 @@ def _labelled_rows(table: Path, mos_range: tuple[float, float]) -> "Sequence[Row
 
 def _lines(scores: Mapping[str, Any]) -> str:
     """The metrics with their intervals, for people."""
-    from agiqa.heads.evaluation.rating_words import WORD_METRICS
+    from agiqa.heads.evaluation.rating_words import RATING_WORD_METRICS
 
     lines = [f"{'answers':<20}n {scores['n']}, of which {scores['unknown']} hold no clear word"]
-    for metric in WORD_METRICS:
+    for metric in RATING_WORD_METRICS:
         interval = scores["ci"][metric]
         around = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         lines.append(f"{metric.replace('_', ' '):<20}{scores[metric]:.4f}{around}")

@@ -8,10 +8,10 @@ from agiqa.extract.data.asked_prompts import Asked, prompt_faults
 from agiqa.extract.data.conversations import Talk, aspects_in_name, read_conversations
 from agiqa.extract.data.joining import row_name
 from agiqa.extract.describing.descriptions import unspoken
-from agiqa.heads.evaluation.rating_words import WORDS, parse_word
+from agiqa.heads.evaluation.rating_words import RATING_WORDS, parse_rating_word
 from agiqa.store.format.text_authors import MODEL
 
-MIDDLE = len(WORDS) // 2
+MIDDLE = len(RATING_WORDS) // 2
 """The class of the middle word."""
 
 
@@ -75,8 +75,8 @@ class RatingWords:
 
 
 def _class_of(talk: Talk) -> int | None:
-    word = parse_word(talk.rating) if talk.rating_author == MODEL and talk.rating else None
-    return None if word is None else WORDS.index(word)
+    word = parse_rating_word(talk.rating) if talk.rating_author == MODEL and talk.rating else None
+    return None if word is None else RATING_WORDS.index(word)
 
 
 def _aspect_of(path: Path) -> str | None:
