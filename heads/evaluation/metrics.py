@@ -223,8 +223,8 @@ def seeds_score(
     "covers": "prompts and seeds" or "prompts", "confidence"}`. Each metric is the mean over seeds, `sd` the standard
     deviation over seeds (n - 1 in the denominator, null for one seed). `ci` is null for fewer than 10 prompts (RMSE:
     20, or two seeds). Below 50 prompts `"caution"` gives their number. What is undefined for some seed is null, with
-    the reason under `"undefined"`. One seed gives the numbers of `evaluate_scores`. Set `seedless` for predictions that no
-    seed influenced, such as those of a closed form. Raises DataError as `SeedScores.of`.
+    the reason under `"undefined"`. One seed gives the numbers of `evaluate_scores`. Set `seedless` for predictions that
+    no seed influenced, such as those of a closed form. Raises DataError as `SeedScores.of`.
     """
     return SeedScores.of(predicted, labels, prompts, seedless=seedless).score(confidence=confidence)
 

@@ -201,7 +201,7 @@ def test_a_run_fits_on_validation_and_applies_to_test(trained):
 
 def test_the_test_labels_have_no_say_in_a_mapping(trained, tmp_path: Path):
     store, run = trained
-    names = {name for name, _ in run.parts()["test"]}
+    names = {name for name, _ in run.parts().pairs["test"]}
     labels = store.items.labels["quality"].copy()
     labels[[k for k, name in enumerate(store.items.names) if name in names]] = 1.0
     other = replace(store, items=replace(store.items, labels={"quality": labels}))
