@@ -20,7 +20,7 @@ from agiqa.heads.evaluation.runs import METRICS, Run
 from agiqa.heads.model.head import Head
 from agiqa.heads.model.pooling import check_roles
 from agiqa.heads.settings.device import resolve_device
-from agiqa.heads.settings.labels import by_label, columns, of_each_label, plain
+from agiqa.heads.settings.labels import by_label, columns, of_each_label, without_label_axis
 
 _ITEMS_AT_ONCE = 512
 PARTS = ("test", "validation", "train", "all")
@@ -43,7 +43,7 @@ def predict(
     Raises HeadError where the head cannot read the store's features, ConfigError for an absent device.
     """
     chosen = np.arange(len(source.items.names)) if items is None else np.asarray(items, dtype=np.int64)
-    return plain(_predict(run, source, chosen, device=device, batch_size=batch_size))
+    return without_label_axis(_predict(run, source, chosen, device=device, batch_size=batch_size))
 
 
 def evaluate(
