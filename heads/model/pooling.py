@@ -28,6 +28,7 @@ Tokens = Float[Tensor, "batch token width"]
 Mask = Bool[Tensor, "batch token"]
 """True on the tokens to pool, anywhere in the item; every item has at least one."""
 Pooled = Float[Tensor, "batch width"]
+Positions = Int64[Tensor, "batch position"]
 
 
 class Pooling(nn.Module, ABC):
@@ -42,7 +43,7 @@ class Pooling(nn.Module, ABC):
     def forward(self, tokens: Tokens, mask: Mask) -> Pooled:
         """Pool the tokens where `mask` is True."""
 
-    def fixed_positions(self, mask: Mask) -> Int64[Tensor, "batch position"]:
+    def fixed_positions(self, mask: Mask) -> Positions:
         """Positions of the tokens that this pooling reads for their position, which token dropout therefore keeps.
 
         Their number is the same for every mask: 0 for a pooling that treats all tokens alike.
@@ -75,41 +76,38 @@ class MaxPooling(Pooling):
         return tokens.masked_fill(~mask[..., None], -math.inf).amax(1)
 
 
-@POOLINGS.register("first")
-class FirstPooling(Pooling):
-    """The first token. A causal encoder has read no other token there."""
+class PositionPooling(Pooling):
+    """Base of poolings that take the mean of the tokens at `fixed_positions`."""
 
     def forward(self, tokens: Tokens, mask: Mask) -> Pooled:
-        """The row of the first True of the mask."""
-        return _rows_at(tokens, _first(mask))
+        """The mean of the tokens at one or two positions."""
+        items = torch.arange(len(tokens), device=tokens.device)
+        return tokens[items[:, None], self.fixed_positions(mask)].mean(1)
 
-    def fixed_positions(self, mask: Mask) -> Int64[Tensor, "batch position"]:
+
+@POOLINGS.register("first")
+class FirstPooling(PositionPooling):
+    """The first token. A causal encoder has read no other token there."""
+
+    def fixed_positions(self, mask: Mask) -> Positions:
         """The first True of the mask."""
         return _first(mask)[:, None]
 
 
 @POOLINGS.register("last")
-class LastPooling(Pooling):
+class LastPooling(PositionPooling):
     """The last token."""
 
-    def forward(self, tokens: Tokens, mask: Mask) -> Pooled:
-        """The row of the last True of the mask."""
-        return _rows_at(tokens, _last(mask))
-
-    def fixed_positions(self, mask: Mask) -> Int64[Tensor, "batch position"]:
+    def fixed_positions(self, mask: Mask) -> Positions:
         """The last True of the mask."""
         return _last(mask)[:, None]
 
 
 @POOLINGS.register("first-last-mean")
-class FirstLastMeanPooling(Pooling):
-    """The mean of the first and the last token (Table IV of the paper)."""
+class FirstLastMeanPooling(PositionPooling):
+    """The mean of the first and the last token (Table IV of the paper), which may be the same token."""
 
-    def forward(self, tokens: Tokens, mask: Mask) -> Pooled:
-        """Half the sum of two rows; in an item of one token they are the same row."""
-        return 0.5 * (_rows_at(tokens, _first(mask)) + _rows_at(tokens, _last(mask)))
-
-    def fixed_positions(self, mask: Mask) -> Int64[Tensor, "batch position"]:
+    def fixed_positions(self, mask: Mask) -> Positions:
         """The first and the last True of the mask."""
         return torch.stack([_first(mask), _last(mask)], dim=1)
 
@@ -224,8 +222,3 @@ def _last(mask: Mask) -> Tensor:
     """The position of the last True of each row."""
     steps = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, steps, -1).amax(1)
-
-
-def _rows_at(tokens: Tokens, steps: Tensor) -> Pooled:
-    """The token of each item at its step."""
-    return tokens[torch.arange(len(tokens), device=tokens.device), steps]

@@ -252,18 +252,6 @@ class SketchProjection(ChannelProjection):
     reads = "sketch"
     remedy = "Make a sketch of hidden states with `agiqa store sketch STORE OUT --rank R`, or take 'vocabulary'."
 
-    @torch.no_grad()
-    def fold(
-        self,
-        weight: Float[Tensor, "width vocabulary"],
-        bias: Float[Tensor, " width"],
-        q: Float[Tensor, "vocabulary channel"],
-    ) -> None:
-        """Take over W_proj `weight` and `bias` on logits, as far as the sketch holds them; `q` is `basis().q`."""
-        folded = weight @ q
-        self.linear.weight.copy_(folded * self.std)
-        self.linear.bias.copy_(bias + folded @ self.mean)
-
 
 @PROJECTIONS.register("hidden")
 class HiddenProjection(ChannelProjection):

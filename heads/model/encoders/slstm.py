@@ -160,7 +160,7 @@ def raw_gradients(
 ) -> Float[Tensor, "time heads 4 dim batch"]:
     """Gradient of the pre-activations, in slots; `grad` is that of the hidden states.
 
-    With G. the gradient of a value, per step:  Gr += Gh sigmoid(o);  Go = Gh h (1 - sigmoid(o));
+    With Gx the gradient of x, per step:  Gr += Gh sigmoid(o);  Go = Gh h (1 - sigmoid(o));
     Gz = Gr w (1 - tanh(z)^2);  Gi = Gr (tanh(z) - r') w (1 - w) + GL w;  GL' = GL - Gi;  Gf = GL' sigmoid(-f);
     Gr' = Gr (1 - w);  Gh' = weights^T (Gf, Go, Gi, Gz).
     """
