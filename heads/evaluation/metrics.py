@@ -5,7 +5,7 @@ prompts. They are about other prompts and other seeds; `sd` is the deviation bet
 does not show how much seeds matter: then an interval is about prompts alone, `covers` says so, and there is no p-value.
 
 An undefined correlation is null, with the reason beside it, never a number. PLCC and RMSE can also be computed after a
-mapping (logistic.py), which does not change rank correlations.
+mapping (mos_mappings.py), which does not change rank correlations.
 """
 
 import math
@@ -20,7 +20,7 @@ from scipy import stats
 
 from agiqa.errors import DataError
 from agiqa.heads.data.prompts import prompt_groups
-from agiqa.heads.evaluation.logistic import LogisticMap
+from agiqa.heads.evaluation.mos_mappings import MosMapping
 from agiqa.heads.evaluation.significance import (
     FEWEST_PROMPTS,
     METRICS,
@@ -180,7 +180,7 @@ def evaluate_scores(
     labels: Array,
     prompts: Sequence[str],
     *,
-    mappings: Mapping[str, LogisticMap] | None = None,
+    mappings: Mapping[str, MosMapping] | None = None,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
     """The metrics of one head on items (items,), ready for JSON.

@@ -14,8 +14,8 @@ from agiqa.heads.data.holding_out import split_items
 from agiqa.heads.data.scales import conversions, convert_columns, scales_of, scales_record, unknown_scales
 from agiqa.heads.evaluation.calibration import calibration_fields
 from agiqa.heads.evaluation.leaks import author_warnings, leak_warnings
-from agiqa.heads.evaluation.logistic import Mappings
 from agiqa.heads.evaluation.metrics import evaluate_scores
+from agiqa.heads.evaluation.mos_mappings import Mappings
 from agiqa.heads.evaluation.runs import METRICS, Run
 from agiqa.heads.model.head import Head
 from agiqa.heads.model.pooling import check_roles

@@ -10,7 +10,7 @@ import torch
 from agiqa.errors import HeadError
 from agiqa.heads import HeadConfig, TrainConfig, evaluate, load_run, predict, train_head
 from agiqa.heads.data.scales import lines_between
-from agiqa.heads.evaluation.logistic import fit_mappings
+from agiqa.heads.evaluation.mos_mappings import fit_mappings
 from agiqa.heads.model.head import Regressor
 from agiqa.store.reading.union import union
 from tests.heads.conftest import MemoryItems, MemoryStore

@@ -1,8 +1,8 @@
 """The mapping from predicted to true MOS after which papers often report PLCC and RMSE.
 
 `logistic4` is the curve of VQEG (2000; also ITU-T J.149), b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|)). With fewer than
-ITEMS validation items it is `linear`, b1 x + b2. Both are least-squares fits on validation items, applied to other
-items: fitted on the items that it measures, a mapping flatters every predictor.
+CURVE_ITEMS validation items it is `linear`, b1 x + b2. Both are least-squares fits on validation items, for use on
+others: fitted on the items that it measures, a mapping flatters every predictor.
 
 A mapping always rises (b1 > b2; b1 > 0 for the line), so it never reverses the order of predictions. Predictions and
 MOS are standardised first, so that their units do not matter.
@@ -22,9 +22,9 @@ from agiqa.errors import DataError
 
 Array = NDArray[np.float64]
 
-ITEMS = 100
+CURVE_ITEMS = 100
 """Validation items that a logistic curve needs; with fewer it costs more PLCC than it gains."""
-_ITEMS_OF_A_LINE = 10
+_LINE_ITEMS = 10
 _PARAMETERS = {"logistic4": 4, "linear": 2}
 _OLD = "logistic5"
 _OLD_REASON = "five parameters give a curve that may fall where MOS rise; the fit that the run recorded is not applied"
@@ -42,7 +42,7 @@ _SMALLEST_RISE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogisticMap:
+class MosMapping:
     """A fitted mapping, in the units of the predictions and MOS that it was fitted to."""
 
     kind: str
@@ -60,7 +60,7 @@ class LogisticMap:
         high, low, centre, width = self.parameters
         return np.asarray(low + (high - low) * expit((predicted - centre) / abs(width)))
 
-    def rescaled(self, slope: float, offset: float) -> "LogisticMap":
+    def rescaled(self, slope: float, offset: float) -> "MosMapping":
         """The mapping on another scale, `slope` (above 0) times this scale plus `offset`, of predictions and MOS."""
         if self.kind == "linear":
             own, constant = self.parameters
@@ -77,7 +77,7 @@ class LogisticMap:
 class Mappings:
     """Fitted mappings by kind, and why a kind is absent."""
 
-    fitted: Mapping[str, LogisticMap]
+    fitted: Mapping[str, MosMapping]
     absent: Mapping[str, str]
 
     def record(self) -> dict[str, Any]:
@@ -86,7 +86,7 @@ class Mappings:
         return {**{kind: mapping.record() for kind, mapping in self.fitted.items()}, **reasons}
 
     def rescaled(self, slope: float, offset: float) -> "Mappings":
-        """Each rescaled as by `LogisticMap.rescaled`."""
+        """Each rescaled as by `MosMapping.rescaled`."""
         return replace(self, fitted={kind: one.rescaled(slope, offset) for kind, one in self.fitted.items()})
 
     @classmethod
@@ -107,34 +107,34 @@ class Mappings:
         return cls(fitted=fitted, absent={**absent, **old})
 
 
-def _from_record(kind: str, entry: Mapping[str, Any]) -> LogisticMap:
+def _from_record(kind: str, entry: Mapping[str, Any]) -> MosMapping:
     parameters = _finite(entry["parameters"])
     if len(parameters) != _PARAMETERS[kind]:
         message = f"{kind} has {len(parameters)} parameters, expected {_PARAMETERS[kind]}"
         raise ValueError(message)
-    return LogisticMap(kind=kind, parameters=parameters, n=int(entry["n"]))
+    return MosMapping(kind=kind, parameters=parameters, n=int(entry["n"]))
 
 
 def fit_mappings(predicted: Array, labels: Array) -> Mappings:
     """Fit the curve, or a line, to predictions and MOS (items,) of the validation part; a failed fit becomes absent."""
     try:
-        if len(labels) >= ITEMS:
+        if len(labels) >= CURVE_ITEMS:
             return Mappings(fitted={"logistic4": fit_logistic(predicted, labels)}, absent={})
         line = fit_line(predicted, labels)
     except DataError as error:
         return Mappings.none(str(error))
-    why = f"a curve needs {ITEMS} validation items, and there are {len(labels)}: a line is fitted instead"
+    why = f"a curve needs {CURVE_ITEMS} validation items, and there are {len(labels)}: a line is fitted instead"
     return Mappings(fitted={"linear": line}, absent={"logistic4": why})
 
 
-def fit_line(predicted: Array, labels: Array) -> LogisticMap:
+def fit_line(predicted: Array, labels: Array) -> MosMapping:
     """The least-squares line. Raises DataError for items that determine no line, or a line that does not rise."""
     pairs = _Pairs.of(predicted, labels)
     slope = pairs.slope * pairs.height / pairs.spread
-    return LogisticMap(kind="linear", parameters=_finite((slope, pairs.level - slope * pairs.middle)), n=len(labels))
+    return MosMapping(kind="linear", parameters=_finite((slope, pairs.level - slope * pairs.middle)), n=len(labels))
 
 
-def fit_logistic(predicted: Array, labels: Array) -> LogisticMap:
+def fit_logistic(predicted: Array, labels: Array) -> MosMapping:
     """The least-squares `logistic4`, on any scale of predictions and labels (items,).
 
     Raises DataError as `fit_line`, and where the fit does not converge.
@@ -163,7 +163,7 @@ def fit_logistic(predicted: Array, labels: Array) -> LogisticMap:
     bottom, top = (pairs.level + pairs.height * value for value in (low, low + rise))
     width = pairs.spread * math.exp(log_width)
     parameters = _finite((top, bottom, pairs.middle + pairs.spread * centre, width))
-    return LogisticMap(kind="logistic4", parameters=parameters, n=len(labels))
+    return MosMapping(kind="logistic4", parameters=parameters, n=len(labels))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +220,8 @@ class _Pairs:
 
 def _check(predicted: Array, labels: Array) -> None:
     """Raise DataError for items that determine no line."""
-    if len(labels) < _ITEMS_OF_A_LINE:
-        message = f"a line needs {_ITEMS_OF_A_LINE} validation items, and there are {len(labels)}"
+    if len(labels) < _LINE_ITEMS:
+        message = f"a line needs {_LINE_ITEMS} validation items, and there are {len(labels)}"
     elif not (np.isfinite(predicted).all() and np.isfinite(labels).all()):
         message = "a validation prediction or label is not finite"
     elif np.ptp(predicted) == 0:
