@@ -17,7 +17,7 @@ from agiqa.extract.filling.targets import Target
 from agiqa.extract.models.opening import open_checked
 from agiqa.extract.models.provenance import check_model
 from agiqa.heads import Run
-from agiqa.heads.evaluation.rating_words import parse_word
+from agiqa.heads.evaluation.rating_words import parse_rating_word
 from agiqa.heads.evaluation.scoring import predict_items
 from agiqa.heads.model.head import Head
 from agiqa.heads.settings.device import resolve_device
@@ -213,6 +213,6 @@ class ImageScorer:
             description=None if described is None else described.description,
             cut=None if described is None else described.cut,
             rating_word=word or None,
-            rating=parse_word(word),
+            rating=parse_rating_word(word),
             mos=by_label(self.run.train.labels, mos),
         )

@@ -7,14 +7,14 @@ from agiqa.lazy import lazy_names
 if TYPE_CHECKING:
     from agiqa.heads.data.features import FeatureSource as FeatureSource
     from agiqa.heads.data.worker_batches import FeatureBatches as FeatureBatches
-    from agiqa.heads.evaluation.comparing import holm as holm
-    from agiqa.heads.evaluation.comparing import paired as paired
-    from agiqa.heads.evaluation.comparing import seeds_score as seeds_score
+    from agiqa.heads.evaluation.metrics import paired as paired
+    from agiqa.heads.evaluation.metrics import seeds_score as seeds_score
     from agiqa.heads.evaluation.rating_words import score_words as score_words
     from agiqa.heads.evaluation.runs import Run as Run
     from agiqa.heads.evaluation.runs import load_run as load_run
     from agiqa.heads.evaluation.scoring import evaluate as evaluate
     from agiqa.heads.evaluation.scoring import predict as predict
+    from agiqa.heads.evaluation.significance import holm as holm
     from agiqa.heads.model.encoders import ENCODERS as ENCODERS
     from agiqa.heads.model.losses import LOSSES as LOSSES
     from agiqa.heads.model.pooling import POOLINGS as POOLINGS
@@ -35,10 +35,11 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "data.features": ["FeatureSource"],
         "data.worker_batches": ["FeatureBatches"],
-        "evaluation.comparing": ["holm", "paired", "seeds_score"],
+        "evaluation.metrics": ["paired", "seeds_score"],
         "evaluation.rating_words": ["score_words"],
         "evaluation.runs": ["Run", "load_run"],
         "evaluation.scoring": ["evaluate", "predict"],
+        "evaluation.significance": ["holm"],
         "model.encoders": ["ENCODERS"],
         "model.losses": ["LOSSES"],
         "model.pooling": ["POOLINGS"],

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from agiqa.store.format.arrays import create_whole_array as create_whole_array
     from agiqa.store.format.arrays import from_float32 as from_float32
     from agiqa.store.format.arrays import to_float32 as to_float32
+    from agiqa.store.format.artefacts import SCALED_DTYPE as SCALED_DTYPE
     from agiqa.store.format.artefacts import Basis as Basis
     from agiqa.store.format.artefacts import Moments as Moments
-    from agiqa.store.format.artefacts import SCALED_DTYPE as SCALED_DTYPE
     from agiqa.store.format.artefacts import Scale as Scale
     from agiqa.store.format.artefacts import make_basis as make_basis
     from agiqa.store.format.artefacts import moments_of as moments_of

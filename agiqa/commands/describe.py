@@ -72,7 +72,7 @@ def command(
     from agiqa.extract import DescriptionSettings, load_data_set, run_descriptions
     from agiqa.extract.describing.asking import preset
     from agiqa.extract.models.opening import opened, opener_of
-    from agiqa.heads.evaluation.rating_words import parse_word
+    from agiqa.heads.evaluation.rating_words import parse_rating_word
     from agiqa.progress import say
 
     if out.suffix.lower() != ".jsonl":
@@ -96,7 +96,7 @@ def command(
     for note in data_set.notes:
         say(note)
     result = run_descriptions(
-        data_set, backbone, out, chosen, rating_of=parse_word, workers=workers, opener=opener
+        data_set, backbone, out, chosen, rating_of=parse_rating_word, workers=workers, opener=opener
     ).as_dict()
     for line in result["skipped"]:
         say(f"skipped {line}")

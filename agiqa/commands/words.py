@@ -50,10 +50,10 @@ def command(file: Path, labels: Path | None, label: str, mos_range: tuple[float,
 
 def _lines(scores: Mapping[str, Any]) -> str:
     """A line per metric, with its interval."""
-    from agiqa.heads.evaluation.rating_words import WORD_METRICS
+    from agiqa.heads.evaluation.rating_words import RATING_WORD_METRICS
 
     lines = [f"{'answers':<20}n {scores['n']}, of which {scores['unknown']} without a clear word"]
-    for metric in WORD_METRICS:
+    for metric in RATING_WORD_METRICS:
         interval = scores["ci"][metric]
         around = "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
         lines.append(f"{metric.replace('_', ' '):<20}{scores[metric]:.4f}{around}")

@@ -30,7 +30,7 @@ from agiqa.bench.recording.this_run import this_commit
 from agiqa.errors import AgiqaError, UnknownName
 from agiqa.heads.data.features import read_labels
 from agiqa.heads.data.splits import PARTITION_SETTINGS
-from agiqa.heads.evaluation.authors import author_warnings
+from agiqa.heads.evaluation.leaks import author_warnings
 from agiqa.heads.settings.config import TrainConfig, read_yaml
 from agiqa.heads.sweeps.head_jobs import HeadJob, JobOutcome, is_there
 from agiqa.heads.sweeps.sweeping import Partitions, train_heads

@@ -9,7 +9,7 @@ from agiqa.bench.recording.result_folders import ABOUT
 from agiqa.bench.recording.result_lines import Line, LineFile, error_facts, outcome_facts, training_facts
 from agiqa.bench.recording.store_facts import place_of, spelled
 from agiqa.errors import DataError
-from agiqa.heads.evaluation.runs import Run, as_recorded
+from agiqa.heads.evaluation.runs import Run, complete_settings
 from agiqa.heads.settings.config import default_settings
 from agiqa.heads.training.resuming import OF_THE_MACHINE
 
@@ -63,7 +63,7 @@ def _check(line: Line, where: str, run: PlannedRun, stores: Mapping[str, Mapping
         here = spelled(store["id"], store["path"])
         message = f"{where}: a run on the store {there}, and this is {here}. Choose another OUT."
         raise DataError(message)
-    config, now = {**default_settings(), **as_recorded(line["config"])}, run.config
+    config, now = {**default_settings(), **complete_settings(line["config"])}, run.config
     names = [name for name in {**line["config"], **now} if name not in OF_THE_MACHINE]
     different = [name for name in names if config.get(name) != now.get(name)]
     if different:

@@ -21,9 +21,9 @@ from agiqa.bench.recording.predictions import Predictions, read_predictions
 from agiqa.bench.recording.result_folders import RUNS, write_whole
 from agiqa.bench.recording.result_lines import Line, scores_by_label
 from agiqa.errors import DataError
-from agiqa.heads.evaluation.comparing import SeedScores, holm
+from agiqa.heads.evaluation.metrics import SeedScores
 from agiqa.heads.evaluation.runs import PREDICTIONS
-from agiqa.heads.evaluation.uncertainty import METRICS
+from agiqa.heads.evaluation.significance import METRICS, holm
 from agiqa.heads.settings.labels import parse_labels
 from agiqa.progress import track
 

@@ -20,7 +20,7 @@ from agiqa.bench.baselines.words import MIDDLE, RatingWords
 from agiqa.errors import DataError
 from agiqa.heads.data.features import FeatureSource
 from agiqa.heads.data.prompts import normalise_prompt, prompt_groups
-from agiqa.heads.evaluation.rating_words import WORDS
+from agiqa.heads.evaluation.rating_words import RATING_WORDS
 from agiqa.store.format.items import TEACHER
 from agiqa.store.format.labels import MosRange
 
@@ -150,10 +150,10 @@ def by_rating_word(evidence: Evidence, train: Positions, test: Positions) -> Gue
     said = evidence.words(test)
     unclear = said.count(None)
     classes = np.array([MIDDLE if word is None else word for word in said], dtype=np.float64)
-    notes = [f"{unclear} of {len(said)} test items have no clear rating word and count as {WORDS[MIDDLE]}"]
+    notes = [f"{unclear} of {len(said)} test items have no clear rating word and count as {RATING_WORDS[MIDDLE]}"]
     if evidence.scale is not None:
         low, high = evidence.scale
-        middles = low + (classes + 0.5) * (high - low) / len(WORDS)
+        middles = low + (classes + 0.5) * (high - low) / len(RATING_WORDS)
         return Guess(predicted=middles, notes=tuple(notes if unclear else ()))
     unknown = "the scale of the MOS is not recorded, so that rating words have no place on it and no RMSE"
     return Guess(predicted=classes, notes=(*(notes if unclear else ()), unknown), on_scale=False)

@@ -7,10 +7,10 @@ from agiqa.errors import DataError
 from agiqa.extract.data.conversations import Conversation, aspects_in_name, read_conversations
 from agiqa.extract.data.matching import Match, prompt_faults, row_name
 from agiqa.extract.describing.describing import images_without_answer
-from agiqa.heads.evaluation.rating_words import WORDS, parse_word
+from agiqa.heads.evaluation.rating_words import RATING_WORDS, parse_rating_word
 from agiqa.store.format.items import MODEL
 
-MIDDLE = len(WORDS) // 2
+MIDDLE = len(RATING_WORDS) // 2
 """The class of the middle word."""
 
 
@@ -76,8 +76,8 @@ class RatingWords:
 
 
 def _class_of(talk: Conversation) -> int | None:
-    word = parse_word(talk.rating) if talk.rating_author == MODEL and talk.rating else None
-    return None if word is None else WORDS.index(word)
+    word = parse_rating_word(talk.rating) if talk.rating_author == MODEL and talk.rating else None
+    return None if word is None else RATING_WORDS.index(word)
 
 
 def _aspect_of(path: Path) -> str | None:

@@ -24,7 +24,7 @@ from agiqa.bench.measurements.measuring import Line, device_name, print_tables, 
 from agiqa.bench.recording.tables import as_table, digits, verdict
 from agiqa.heads.data.batches import collate
 from agiqa.heads.data.features import FeatureSet, RowBlock
-from agiqa.heads.model.encoders.graphed import training_kernels
+from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.head import build_head
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig

@@ -27,10 +27,9 @@ from agiqa.bench.ablation.protocols import PUBLISHED
 from agiqa.bench.recording.predictions import Predictions, read_predictions
 from agiqa.bench.recording.result_folders import RESULTS, RUNS
 from agiqa.bench.recording.tables import as_table, read_results
-from agiqa.heads.evaluation.comparing import PROMPTS, SeedScores, seeds_score
-from agiqa.heads.evaluation.metrics import score
+from agiqa.heads.evaluation.metrics import PROMPTS, SeedScores, score, seeds_score
 from agiqa.heads.evaluation.runs import PREDICTIONS
-from agiqa.heads.evaluation.uncertainty import METRICS
+from agiqa.heads.evaluation.significance import METRICS
 from agiqa.progress import track
 
 Array = NDArray[np.float64]

@@ -11,7 +11,7 @@ from agiqa.bench.recording.result_folders import RESULTS, ROWS, RUNS
 from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_name, row_titles, slug
 from agiqa.bench.report.reading import METRICS, Results, Row, RunLine
 from agiqa.bench.report.tables import Cell, Column, Table, key_values
-from agiqa.heads.evaluation.runs import as_recorded
+from agiqa.heads.evaluation.runs import complete_settings
 from agiqa.heads.settings.config import default_settings
 from agiqa.heads.training.resuming import OF_THE_MACHINE
 
@@ -223,7 +223,7 @@ def _settings(lines: Sequence[RunLine]) -> dict[str, list[object]]:
     usual = default_settings()
     found: dict[str, list[object]] = {}
     for config in (line.config for line in lines if line.config):
-        for name, value in {**usual, **as_recorded(config)}.items():
+        for name, value in {**usual, **complete_settings(config)}.items():
             if name not in _ELSEWHERE and value not in found.setdefault(name, []):
                 found[name].append(value)
     return found

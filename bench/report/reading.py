@@ -28,7 +28,7 @@ class _Record(BaseModel):
 
 
 class Scores(_Record):
-    """The metrics of a row, means over its seeds; see `agiqa.heads.evaluation.comparing`."""
+    """The metrics of a row, means over its seeds; see `agiqa.heads.evaluation.metrics`."""
 
     n: int
     srcc: float | None = None

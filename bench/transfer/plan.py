@@ -22,7 +22,7 @@ import torch
 from agiqa.bench.ablation.grids import as_mapping
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.data.splits import PARTITION_SETTINGS
-from agiqa.heads.evaluation.runs import as_recorded
+from agiqa.heads.evaluation.runs import complete_settings
 from agiqa.heads.settings.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.settings.presets import preset_values
 from agiqa.heads.training.resuming import OF_THE_MACHINE
@@ -52,9 +52,9 @@ class TransferSettings:
 
 
 def completed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A `record` of settings with those that it lacks, as an older agiqa trained: `as_recorded`, else the defaults."""
+    """A `record` of settings, completed as an older agiqa trained: by `complete_settings`, else by the defaults."""
     kinds = {"head": HeadConfig, "train": TrainConfig, "few_shot": TrainConfig}
-    recorded = {**record, "head": as_recorded(record.get("head", {}))}
+    recorded = {**record, "head": complete_settings(record.get("head", {}))}
     known = {
         name: {
             setting: value

@@ -16,7 +16,7 @@ from agiqa.bench.recording.result_lines import Line, LineFile
 from agiqa.bench.recording.store_facts import spelled
 from agiqa.bench.transfer.plan import PlannedLine, TransferPlan, completed
 from agiqa.errors import DataError
-from agiqa.heads.evaluation.comparing import SeedScores
+from agiqa.heads.evaluation.metrics import SeedScores
 from agiqa.heads.settings.labels import parse_labels
 from agiqa.store.disk.files import read_json
 from agiqa.store.format.metadata import differences

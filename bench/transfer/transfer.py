@@ -38,8 +38,8 @@ from agiqa.heads.data.scales import (
     scales_record,
     unknown_scales,
 )
-from agiqa.heads.evaluation.authors import author_warnings, authors_by_part
-from agiqa.heads.evaluation.logistic import Mappings
+from agiqa.heads.evaluation.leaks import author_warnings, authors_by_part
+from agiqa.heads.evaluation.mos_mappings import Mappings
 from agiqa.heads.evaluation.runs import PREDICTIONS, Run, load_run
 from agiqa.heads.evaluation.scoring import predict, scores_of_labels
 from agiqa.heads.settings.device import cpu_threads

@@ -1,1 +1,1 @@
-"""What a trained head is worth: metrics, intervals, comparisons, run folders, prediction."""
+"""Evaluation of trained heads: metrics with intervals and p-values, prediction, leaks, run folders."""

@@ -1,7 +1,7 @@
-"""The rating word: the word of a MOS, the word in a model's answer, and how well the two agree.
+"""Rating words: the word of a MOS, the word in a model's answer, and how well the two agree.
 
-The fine-tuned model closes its conversation with one of five words, each for a fifth of the MOS range (Section III of
-the M3-AGIQA paper); Table V of the paper scores these words against those of the true MOS.
+The fine-tuned model ends its conversation with one of five words, each for a fifth of the MOS range (Section III of the
+M3-AGIQA paper). Table V of the paper scores these words against those of the true MOS.
 """
 
 import math
@@ -15,25 +15,34 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads.data.prompts import prompt_groups
-from agiqa.heads.evaluation.uncertainty import FEWEST_PROMPTS, Side, few_prompts, group_count, prompt_blocks, spread
+from agiqa.heads.evaluation.significance import (
+    FEWEST_PROMPTS,
+    MetricBySeed,
+    few_prompts,
+    group_count,
+    prompt_blocks,
+    sampling_error,
+)
 
-WORDS = ("bad", "poor", "fair", "good", "excellent")
-"""From the lowest fifth of the MOS range to the highest."""
+RATING_WORDS = ("bad", "poor", "fair", "good", "excellent")
+"""From the lowest to the highest fifth of the MOS range."""
 
-WORD_METRICS = ("accuracy", "rough_accuracy", "precision", "f1", "precision_weighted", "f1_weighted")
+RATING_WORD_METRICS = ("accuracy", "rough_accuracy", "precision", "f1", "precision_weighted", "f1_weighted")
 
 Array = NDArray[np.float64]
 
-_UNKNOWN = len(WORDS)
-_WORD = re.compile(rf"\b(?:{'|'.join(WORDS)})\b")
-_DENIED = re.compile(rf"(?:\b(?:not|never|hardly|neither|nor)|n['\u2019]t)\s+(?:\w+\s+){{0,2}}(?:{'|'.join(WORDS)})\b")
+_UNKNOWN = len(RATING_WORDS)
+_WORD = re.compile(rf"\b(?:{'|'.join(RATING_WORDS)})\b")
+_DENIED = re.compile(
+    rf"(?:\b(?:not|never|hardly|neither|nor)|n['\u2019]t)\s+(?:\w+\s+){{0,2}}(?:{'|'.join(RATING_WORDS)})\b"
+)
 
 
-def parse_word(answer: str) -> str | None:
-    """The rating word in a free answer, such as "The quality is **Good**."; None when it is not clear which.
+def parse_rating_word(answer: str) -> str | None:
+    """The rating word in a free answer, such as "The quality is **Good**."; None for an unclear answer.
 
-    Case and punctuation do not count. An answer with no rating word, with two different ones, or with a denied one
-    ("not good") is not clear.
+    Case and punctuation do not matter. An answer is unclear with no rating word, with two different ones, or with a
+    negated one ("not good").
     """
     text = unicodedata.normalize("NFKC", answer).casefold().replace("_", " ")
     found = set(_WORD.findall(text))
@@ -50,19 +59,18 @@ def score_words(
 ) -> dict[str, Any]:
     """How well free answers name the words of the true MOS, ready for JSON.
 
-    The word of a MOS is that of its bin, of five equal ones, each with its lower bound; the highest MOS is excellent.
-    On 0 to 5: [0, 1) bad, [1, 2) poor, [2, 3) fair, [3, 4) good, [4, 5] excellent.
+    The MOS range has five equal bins, one for each word. On 0 to 5: [0, 1) bad, [1, 2) poor, [2, 3) fair, [3, 4) good,
+    [4, 5] excellent.
 
     `{"n", "unknown", "accuracy", "rough_accuracy", "precision", "f1", "precision_weighted", "f1_weighted",
     "ci": {metric: [low, high]}, "confusion": {true word: {answered word or "unknown": items}}, "confidence"}`.
 
-    An answer that `parse_word` cannot read is wrong, and counted in `unknown`. Precision and F1 are means over the
-    words that occur among the truths or the answers: plain ("macro"), or weighted by how often each is true; a word
-    that is never answered has precision 0. The paper names neither the kind of mean nor what rough accuracy is: that
-    an answer counts when it is the true word or a neighbour of it is our reading.
+    An unclear answer is wrong, and counted in `unknown`. Precision and F1 are means over the words that occur among
+    truths or answers: plain ("macro"), or weighted by the frequency of the true word. A word that is never answered has
+    precision 0. The paper defines neither the mean nor rough accuracy; we count the true word and its neighbours.
 
-    Intervals leave out whole prompts (uncertainty.py), without `prompts` single items; null for fewer than 10 of them.
-    Below 50 `"caution"` says how many there are.
+    Intervals leave out whole prompts, or single items without `prompts`, and are null for fewer than 10 of them. Below
+    50, `"caution"` gives their number.
     Raises DataError without items, for unequal numbers of them, and for MOS outside `mos_range`; ConfigError for an
     empty range.
     """
@@ -75,23 +83,23 @@ def score_words(
         message = "There are no answers to score."
         raise DataError(message)
     truths = _classes(values, mos_range)
-    words = [parse_word(answer) for answer in answers]
-    answered = np.array([_UNKNOWN if word is None else WORDS.index(word) for word in words])
+    words = [parse_rating_word(answer) for answer in answers]
+    answered = np.array([_UNKNOWN if word is None else RATING_WORDS.index(word) for word in words])
     groups = np.arange(len(answers)) if prompts is None else prompt_groups(prompts)
     blocks, caution = prompt_blocks(groups), few_prompts(groups, rmse=False)
-    by_block = np.zeros((group_count(blocks), len(WORDS), len(WORDS) + 1))
+    by_block = np.zeros((group_count(blocks), len(RATING_WORDS), len(RATING_WORDS) + 1))
     np.add.at(by_block, (blocks, truths, answered), 1.0)
     table = by_block.sum(axis=0)
     metrics = _score(table[None])[0]
-    columns = (*WORDS, "unknown")
+    columns = (*RATING_WORDS, "unknown")
     return {
         "n": len(answers),
         "unknown": int((answered == _UNKNOWN).sum()),
-        **dict(zip(WORD_METRICS, metrics.tolist(), strict=True)),
+        **dict(zip(RATING_WORD_METRICS, metrics.tolist(), strict=True)),
         "ci": _intervals(metrics, table - by_block, group_count(groups), confidence),
         "confusion": {
             word: dict(zip(columns, row, strict=True))
-            for word, row in zip(WORDS, table.astype(int).tolist(), strict=True)
+            for word, row in zip(RATING_WORDS, table.astype(int).tolist(), strict=True)
         },
         "confidence": confidence,
         **({} if caution is None else {"caution": caution}),
@@ -99,24 +107,24 @@ def score_words(
 
 
 def _intervals(metrics: Array, without: Array, prompts: int, confidence: float) -> dict[str, list[float] | None]:
-    """The interval of each metric (metric,) from the tables without each block; null where there are few prompts."""
+    """The interval of each metric (metric,), from the tables without each block; None for too few prompts."""
     if prompts < FEWEST_PROMPTS["srcc"]:
-        return dict.fromkeys(WORD_METRICS)
+        return dict.fromkeys(RATING_WORD_METRICS)
     left_out = _score(without)
     return {
-        name: spread(Side(values=metrics[k : k + 1], left_out=left_out[None, :, k])).share_interval(
+        name: sampling_error(MetricBySeed(values=metrics[k : k + 1], left_out=left_out[None, :, k])).share_interval(
             float(metrics[k]), confidence
         )
-        for k, name in enumerate(WORD_METRICS)
+        for k, name in enumerate(RATING_WORD_METRICS)
     }
 
 
 def _score(tables: Array) -> Array:
-    """The metrics (tables, metric), in the order of WORD_METRICS, of tables (tables, true word, answered word)."""
+    """The metrics (tables, metric), in their order, from counts (tables, true word, answered word)."""
     readable = tables[:, :, :_UNKNOWN]
     items, truths, answered = tables.sum((1, 2)), tables.sum(2), readable.sum(1)
     hits = np.einsum("tkk->tk", readable)
-    places = np.arange(len(WORDS))
+    places = np.arange(len(RATING_WORDS))
     near = np.abs(places[:, None] - places) <= 1
     precision = hits / np.maximum(answered, 1.0)
     f1 = 2 * hits / np.maximum(truths + answered, 1.0)
@@ -133,7 +141,7 @@ def _score(tables: Array) -> Array:
 
 
 def _classes(mos: Array, mos_range: tuple[float, float]) -> NDArray[np.int64]:
-    """The index in WORDS of each MOS (items,)."""
+    """The index in RATING_WORDS of each MOS (items,)."""
     low, high = mos_range
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         message = f"The MOS range {low:g} to {high:g} is empty; give the lowest value first, then the highest."
@@ -142,6 +150,6 @@ def _classes(mos: Array, mos_range: tuple[float, float]) -> NDArray[np.int64]:
     if len(outside):
         message = f"{len(outside)} of {len(mos)} MOS are outside {low:g} to {high:g}, the first of them {outside[0]:g}."
         raise DataError(message)
-    count = len(WORDS)
+    count = len(RATING_WORDS)
     bounds = [(low * (count - k) + high * k) / count for k in range(1, count)]
     return np.searchsorted(bounds, mos, side="right").astype(np.int64)

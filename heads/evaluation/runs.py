@@ -1,20 +1,20 @@
-"""The run folder: what it holds, how it is written at one go, and which stores its head can read.
+"""The run folder of a trained head: its files, how they are written atomically, and which stores the head can read.
 
 head.safetensors  weights and constants of the head, without W_lm
-config.json       head and training settings, the store, what its features mean and what made them (model, adapter,
+config.json       head and training settings, the store, its kind of features and what made them (model, adapter,
                   conversation), the identity of items and labels, the scale of the labels, versions, kernels
-metrics.json      validation and test metrics with intervals, the chosen epoch, the split, who wrote the texts of its
-                  parts (`text_authors`), warnings and notes; of several stores read as one also the metrics of each,
-                  and what was converted
-predictions.csv   name, prompt, split, item, mos, predicted for the validation and test items; `item` is its number in
-                  the store, or where several are read as one in all of them, one after the other
+metrics.json      validation and test metrics with intervals, the chosen epoch, the split, the authors of the texts of
+                  its parts (`text_authors`), warnings and notes; for several stores read as one also the metrics of
+                  each, and what was converted
+predictions.csv   name, prompt, split, item, mos, predicted of the validation and test items; `item` is its number in
+                  the store, or in the concatenation of several stores
 curves.csv        a row per epoch; with `paper_compatible` also its test scores
-parts.json        name and prompt of every item that trained the head, chose its epoch, and was tested on, and under
-                  `items` their numbers in each store, beside its id
-tensorboard       event files of the stages `train` and `refit`, where they were asked for
+parts.json        name and prompt of every training, validation and test item, and under `items` the id of each store
+                  with their numbers in it
+tensorboard       event files of the stages `train` and `refit`, if the setting `tensorboard` is on
 
-For a head with several labels `validation`, `test` and `logistic` of metrics.json hold an entry per label under its
-name, predictions.csv has the columns mos_LABEL and predicted_LABEL of each, and curves.csv means over the labels.
+For a head with several labels, `validation`, `test` and `logistic` of metrics.json hold an entry per label,
+predictions.csv has the columns mos_LABEL and predicted_LABEL of each, and curves.csv has means over the labels.
 """
 
 import csv
@@ -27,15 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agiqa.errors import ConfigError, HeadError, UnknownName
 from agiqa.heads.data.features import FeatureSource, location_of
-from agiqa.heads.data.scales import Scales, read_scales
-from agiqa.heads.evaluation.recorded_parts import RecordedParts
-from agiqa.heads.model.encoders import settings_read
+from agiqa.heads.data.scales import Joined, Scales, read_scales
+from agiqa.heads.model.encoders.base import encoder_settings
 from agiqa.heads.model.head import Head, build_head, check_parts
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
@@ -47,6 +48,60 @@ FORMAT_VERSION = 1
 WEIGHTS, CONFIG, METRICS = "head.safetensors", "config.json", "metrics.json"
 PREDICTIONS, CURVES, PARTS = "predictions.csv", "curves.csv", "parts.json"
 EVENTS = "tensorboard"
+PART_NAMES = ("train", "validation", "test")
+_NUMBERS, _STORE = "items", "store"
+
+_Numbers = Mapping[str, frozenset[int]]
+"""The numbers of the items of each part in one store."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedParts:
+    """The items of each part of a run, by the name of the part: train, validation, test.
+
+    An item of a store that the run read is identified by the store's id and its number there, since several stores, or
+    one, may hold a name with the same prompt twice. Labels and splits do not change id or order of a store. An item of
+    any other store is the same where name and prompt are equal.
+    """
+
+    pairs: Mapping[str, frozenset[tuple[str, str]]]
+    """Name and prompt."""
+    stores: tuple[tuple[str, _Numbers], ...]
+    """The id of each store, and the numbers of its items; empty in old runs, which recorded only `pairs`."""
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "RecordedParts":
+        """Parse parts.json. Raises KeyError, TypeError or ValueError for other content than `record_parts` makes."""
+        return cls(
+            pairs={part: frozenset((name, prompt) for name, prompt in record[part]) for part in PART_NAMES},
+            stores=tuple(
+                (entry[_STORE], {part: frozenset(map(_whole, entry[part])) for part in PART_NAMES})
+                for entry in record.get(_NUMBERS, [])
+            ),
+        )
+
+    def contain(self, source: FeatureSource, items: NDArray[np.int64], *parts: str) -> NDArray[np.bool_]:
+        """Whether each of `items` of `source` is in any of `parts`, (items,)."""
+        names, prompts = source.items.names, source.items.prompts
+        pairs = frozenset[tuple[str, str]]().union(*(self.pairs[part] for part in parts))
+        found = np.zeros(len(items), dtype=bool)
+        stores = _stores_of(source)
+        for (_, positions), numbers in zip(stores, self._numbers_in([store for store, _ in stores]), strict=True):
+            here = np.flatnonzero(np.isin(items, positions))
+            if numbers is None:
+                found[here] = [(names[item], prompts[item]) in pairs for item in items[here]]
+            else:
+                wanted = frozenset[int]().union(*(numbers[part] for part in parts))
+                found[here] = np.isin(items[here] - positions[:1], sorted(wanted))
+        return found
+
+    def _numbers_in(self, stores: Sequence[str]) -> list[_Numbers | None]:
+        """The recorded numbers for each of these stores; None for one that the run did not read, or an ambiguous id."""
+        ids = [store for store, _ in self.stores]
+        if ids == list(stores):
+            return [numbers for _, numbers in self.stores]
+        once = {store: numbers for store, numbers in self.stores if ids.count(store) == 1}
+        return [once.get(store) for store in stores]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +114,7 @@ class Run:
     store_id: str
     """The store that it was trained on."""
     spec: FeatureSpec
-    """What the features meant that it was trained on."""
+    """The features that it was trained on."""
     config: Mapping[str, Any]
     """config.json."""
     metrics: Mapping[str, Any]
@@ -67,15 +122,15 @@ class Run:
 
     @property
     def origin(self) -> Mapping[str, Any]:
-        """As `origin_of` the store; empty in runs of an agiqa that did not record it."""
+        """`origin_of` the store; empty in old runs, which did not record it."""
         origin: Mapping[str, Any] = self.config.get("origin", {})
         return origin
 
     @property
     def scales(self) -> Scales:
-        """The scale of each label, and so of what the head predicts, in the order of `train.labels`. Raises HeadError.
+        """The scale of each label and of its predictions, in the order of `train.labels`. Raises HeadError.
 
-        None where the store had none, and in runs of an agiqa that did not record it.
+        None where the store had none, and in old runs, which did not record it.
         """
         try:
             return read_scales(self.config.get("mos_ranges", {}), self.train.labels)
@@ -83,12 +138,8 @@ class Run:
             message = f"{self.path / CONFIG}: `mos_ranges` is not what a training writes ({error})."
             raise HeadError(message) from error
 
-    def parts(self) -> Mapping[str, frozenset[tuple[str, str]]]:
-        """Name and prompt of the items that trained the head, chose its epoch, and were tested on. Raises HeadError."""
-        return self.recorded_parts().pairs
-
-    def recorded_parts(self) -> RecordedParts:
-        """The items that trained the head, chose its epoch, and were tested on. Raises HeadError."""
+    def parts(self) -> RecordedParts:
+        """The training, validation and test items. Raises HeadError."""
         recorded = _read_json(self.path, PARTS)
         try:
             return RecordedParts.from_record(recorded)
@@ -98,25 +149,25 @@ class Run:
             raise HeadError(message) from error
 
     def check(self, source: FeatureSource) -> FeatureSpec:
-        """The spec of `source`. Raises HeadError, naming both sides, when its features mean nothing to this head."""
-        found, expected = FeatureSpec.of(source), self.spec
-        problem = _mismatch(expected, found)
+        """The spec of `source`. Raises HeadError where this head cannot read its features."""
+        found = FeatureSpec.of(source)
+        problem = _mismatch(self.spec, found)
         if problem is not None:
             message = f"The head {self.path} cannot read the store {location_of(source)}: {problem}"
             raise HeadError(message)
         return found
 
     def load_head(self, source: FeatureSource, *, device: torch.device) -> Head:
-        """The head in evaluation mode, W_lm taken from `source` where needed. Raises HeadError."""
+        """The head in evaluation mode; W_lm comes from `source`. Raises HeadError."""
         spec = self.check(source)
-        with torch.inference_mode(mode=False):  # else a caller's mode makes weights that cannot be trained or cached
+        with torch.inference_mode(mode=False):  # weights made in inference mode cannot be trained or cached
             with torch.random.fork_rng(devices=[]):
                 head = build_head(self.head, spec, labels=len(self.train.labels))
             self.give_weights(head)
             return head.to(device).eval()
 
     def give_weights(self, head: Head) -> None:
-        """Overwrite weights and constants of `head`. Raises HeadError when those of this run are not of its shapes."""
+        """Load the weights and constants of this run into `head`. Raises HeadError for other shapes or a bad file."""
         path = self.path / WEIGHTS
         try:
             head.load_state_dict(load_file(path))
@@ -128,8 +179,8 @@ class Run:
 def load_run(path: Path) -> Run:
     """Open a run folder.
 
-    Raises HeadError when it is none, of a version that this agiqa does not read, of settings or parts that this agiqa
-    does not know, or its files do not say what a training writes.
+    Raises HeadError for anything else, another version of the format, unknown settings or parts of the head, and files
+    with other content than a training writes.
     """
     config = _read_json(path, CONFIG)
     found = (config.get("format"), config.get("version"))
@@ -138,7 +189,7 @@ def load_run(path: Path) -> Run:
         raise HeadError(message)
     try:
         features = config["features"]
-        head = HeadConfig(**as_recorded(config["head"]))
+        head = HeadConfig(**complete_settings(config["head"]))
         check_parts(head)
         return Run(
             path=path,
@@ -169,24 +220,53 @@ def load_run(path: Path) -> Run:
         raise HeadError(message) from error
 
 
-def as_recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` as an agiqa recorded them, and `residual` where it had no such setting.
+def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings of a head, with `residual` added for old runs, whose `lstm` and `gru` had plain layers.
 
-    Its `lstm` and `gru` were plain. Raises TypeError where `settings` are no mapping.
+    Raises TypeError where `settings` is no mapping.
     """
     completed = {"residual": False, **settings}
-    read = settings_read(str(completed.get("encoder")))
+    read = encoder_settings(str(completed.get("encoder")))
     return {**settings} if read is not None and "residual" not in read else completed
 
 
 def origin_of(source: FeatureSource) -> dict[str, Any]:
-    """What the provenance of a store says of the `model` and the `conversation` behind its features, if it has one."""
+    """The entries `model` and `conversation` of a store's provenance, if it has them."""
     provenance: Mapping[str, Any] = getattr(source, "provenance", {})
     return {key: provenance[key] for key in ("model", "conversation") if key in provenance}
 
 
+def record_parts(source: FeatureSource, parts: Mapping[str, NDArray[np.int64]]) -> dict[str, Any]:
+    """The content of parts.json for the items of each part."""
+    names, prompts = source.items.names, source.items.prompts
+    pairs = {part: [(names[item], prompts[item]) for item in items] for part, items in parts.items()}
+    numbers = [
+        {
+            _STORE: store,
+            **{part: (items[np.isin(items, positions)] - positions[:1]).tolist() for part, items in parts.items()},
+        }
+        for store, positions in _stores_of(source)
+    ]
+    return {**pairs, _NUMBERS: numbers}
+
+
+def _stores_of(source: FeatureSource) -> list[tuple[str, NDArray[np.int64]]]:
+    """The id of each store in `source`, and the positions of its items there, which are consecutive."""
+    if isinstance(source, Joined):
+        return [(store.id, positions) for store, positions in source.parts]
+    return [(source.id, np.arange(len(source.items.names)))]
+
+
+def _whole(number: Any) -> int:
+    """An item's number from JSON. Raises TypeError for anything but an int."""
+    if type(number) is not int:
+        message = f"{number!r} is no number of an item"
+        raise TypeError(message)
+    return number
+
+
 def refuse_taken(path: Path) -> None:
-    """Raise HeadError when something is at `path` that is not an empty folder."""
+    """Raise HeadError unless `path` is absent or an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         message = f"{path} is there already and not empty. Choose another run folder, or remove it first."
         raise HeadError(message)
@@ -204,11 +284,10 @@ def write_run(
     partial: Path,
     events: Path | None = None,
 ) -> None:
-    """Write the folder at `partial`, then move it to its place: a run that was killed is never taken for a run.
+    """Write the folder at `partial`, then rename it to `path`, so that a killed process leaves no incomplete run.
 
-    `parts` is what `record_parts` made. `partial` is on the same file system, and what a killed process left there is
-    replaced. `events` is a folder of TensorBoard event files to copy. An OSError is told of as `telling_disk_errors`
-    does.
+    `parts` comes from `record_parts`. `partial` is on the same file system; leftovers of a killed process there are
+    replaced. `events` is a folder of TensorBoard event files to copy. Raises OSError as `telling_disk_errors`.
     """
     with telling_disk_errors(f"writing {path}", "the epochs that were saved are kept"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -232,7 +311,7 @@ def write_run(
 
 
 def _mismatch(expected: FeatureSpec, found: FeatureSpec) -> str | None:
-    """Why features of spec `found` mean nothing to a head for `expected`; None when they are the same."""
+    """Why a head for features `expected` cannot read features `found`; None where it can."""
     if found.encoding != expected.encoding:
         return (
             f"it reads {expected.encoding!r} features, and the store holds {found.encoding!r}. "
@@ -254,7 +333,7 @@ def _mismatch(expected: FeatureSpec, found: FeatureSpec) -> str | None:
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
-    """One JSON file of a run folder, an object. Raises HeadError."""
+    """A JSON object from a run folder. Raises HeadError."""
     try:
         content: Any = json.loads((path / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -267,7 +346,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _write_weights(path: Path, head: Head) -> None:
-    """The weights as safetensors; an error of the disk is an OSError as of any other file."""
+    """The weights as safetensors. Raises OSError for errors of the disk, which safetensors reports as its own."""
     try:
         save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, path)
     except SafetensorError as error:
@@ -278,12 +357,12 @@ def _write_weights(path: Path, head: Head) -> None:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON; NaN is refused."""
+    """Indented JSON. Raises ValueError for NaN."""
     path.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows under the keys of the first; None and nothing look the same."""
+    """Rows with the columns of the first; None becomes an empty cell."""
     write_table: Callable[..., Any] = csv.DictWriter
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = write_table(file, fieldnames=list(rows[0]) if rows else [])

@@ -1,4 +1,4 @@
-"""Prediction and evaluation: of a head in memory while it is trained, and of a run folder on any fitting store."""
+"""Prediction and evaluation: of a head in memory during training, and of a run folder on any store that it can read."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,17 +11,16 @@ from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads.data.batches import BatchLoader
 from agiqa.heads.data.features import FeatureSet, FeatureSource, location_of, read_labels
 from agiqa.heads.data.holding_out import split_items
-from agiqa.heads.data.prompts import KnownPrompts, Shared
 from agiqa.heads.data.scales import conversions, convert_columns, scales_of, scales_record, unknown_scales
-from agiqa.heads.evaluation.authors import author_warnings
 from agiqa.heads.evaluation.calibration import calibration_fields
-from agiqa.heads.evaluation.logistic import Mappings
+from agiqa.heads.evaluation.leaks import author_warnings, leak_warnings
 from agiqa.heads.evaluation.metrics import evaluate_scores
+from agiqa.heads.evaluation.mos_mappings import Mappings
 from agiqa.heads.evaluation.runs import METRICS, Run
 from agiqa.heads.model.head import Head
 from agiqa.heads.model.pooling import check_roles
 from agiqa.heads.settings.device import resolve_device
-from agiqa.heads.settings.labels import by_label, columns, of_each_label, plain
+from agiqa.heads.settings.labels import by_label, columns, of_each_label, without_label_axis
 
 _ITEMS_AT_ONCE = 512
 PARTS = ("test", "validation", "train", "all")
@@ -37,14 +36,14 @@ def predict(
     device: str = "auto",
     batch_size: int = 32,
 ) -> NDArray[np.float64]:
-    """The predicted MOS of each item, in the order asked for; None is every item of the store.
+    """The predicted MOS of `items`, in their order; None is every item of the store.
 
-    (items,) for a head with one label; (items, labels) for one with several, in the order of `run.train.labels`.
+    (items,) for a head with one label; (items, labels) for several labels, in the order of `run.train.labels`.
 
-    Raises HeadError when the store's features mean nothing to the head, ConfigError for an absent device.
+    Raises HeadError where the head cannot read the store's features, ConfigError for an absent device.
     """
     chosen = np.arange(len(source.items.names)) if items is None else np.asarray(items, dtype=np.int64)
-    return plain(_predict(run, source, chosen, device=device, batch_size=batch_size))
+    return without_label_axis(_predict(run, source, chosen, device=device, batch_size=batch_size))
 
 
 def evaluate(
@@ -52,34 +51,33 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics with intervals on one part of a store: `test`, `validation`, `train` or `all`.
 
-    On the store of the run the parts are those of its training; on another store they are its split column's.
-    `warnings` in the result count the items and prompts that the head was trained on and the items that read a
-    teacher's rating words, and name scales of MOS that are converted or not known; `logistic` is the recorded mapping
-    behind each `plcc_logistic4` and the like, or why there is none; `mos_range` is the scale of the head, which errors
-    such as RMSE are on, where it is known. For a head with several labels all but `warnings` stands once per label,
-    under its name.
-    Raises as `predict`, UnknownName for the part or a label that the store has not, DataError for an empty part or
+    On the store of the run the parts are those of its training; on another store the split column gives them.
+    `warnings` in the result count items and prompts that the head was trained on, count items with a teacher's rating
+    words, and name MOS scales that are converted or unknown. `logistic` is the recorded mapping behind
+    `plcc_logistic4` and the like, or why there is none. `mos_range` is the scale of the head and of errors such as
+    RMSE, if known. For a head with several labels all but `warnings` is given for each label, under its name.
+    Raises as `predict`, UnknownName for the part or a label that the store lacks, DataError for an empty part or
     missing labels.
     """
     items = part_items(run, source, part)
     names, learned = run.train.labels, run.scales
-    there, labels = scales_of(source, names), read_labels(source, items, label=run.train.label)
+    of_store, labels = scales_of(source, names), read_labels(source, items, label=run.train.label)
     predicted = _predict(run, source, items, device=device, batch_size=batch_size)
     mappings = _mappings(run, source, items)
-    truth = convert_columns(labels, there, learned)
+    truth = convert_columns(labels, of_store, learned)
     scores = scores_of_labels(source, items, truth, predicted, mappings=mappings)
-    told = [{**score, "logistic": fitted.record()} for score, fitted in zip(scores, mappings, strict=True)]
-    for score, scale in zip(told, scales_record(names, learned).values(), strict=True):
-        score |= {} if scale is None else {"mos_range": scale}
+    results = [{**score, "logistic": fitted.record()} for score, fitted in zip(scores, mappings, strict=True)]
+    for result, scale in zip(results, scales_record(names, learned).values(), strict=True):
+        result |= {} if scale is None else {"mos_range": scale}
     warnings = [
         f"The MOS of {location_of(source)} are converted to the scale of this head: {line}."
-        for line in conversions(names, there, learned)
+        for line in conversions(names, of_store, learned)
     ]
-    if source.id != run.store_id or learned != there:
+    if source.id != run.store_id or learned != of_store:
         warnings += unknown_scales(f"the head {run.path}", learned, source, names, labels)
-    warnings += [] if part in _TRAINING_PARTS else _leaks(run, source, items)
+    warnings += [] if part in _TRAINING_PARTS else leak_warnings(run, source, items)
     warnings += author_warnings(source, {part: items})
-    return {**by_label(run.train.labels, told), "warnings": warnings}
+    return {**by_label(run.train.labels, results), "warnings": warnings}
 
 
 def scores_of_labels(
@@ -90,9 +88,9 @@ def scores_of_labels(
     *,
     mappings: Sequence[Mappings] | None,
 ) -> list[dict[str, Any]]:
-    """`evaluate_scores` of each label: of its column of `labels` and `predicted` (items, labels), and its mappings.
+    """`evaluate_scores` and `calibration_fields` of each label, from the columns of `labels` and `predicted`.
 
-    With the `slope` and `intercept` of its MOS on its predictions, as of `calibration_fields`.
+    Both are (items, labels). `mappings` has an entry for each label.
     """
     prompts = [source.items.prompts[k] for k in items]
     pairs = list(zip(columns(predicted), columns(labels), strict=True))
@@ -107,7 +105,7 @@ def scores_of_labels(
 
 
 def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
-    """The items of a part, never empty, ascending; see `evaluate`."""
+    """The items of a part as in `evaluate`, ascending, one at least."""
     part = _ALIASES.get(part, part)
     if part not in PARTS:
         kind = "part"
@@ -115,7 +113,7 @@ def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
     if part == "all" or source.id != run.store_id:
         return split_items(source, {"validation": "val"}.get(part, part))
     everything = np.arange(len(source.items.names))
-    items = everything[run.recorded_parts().hold(source, everything, part)]
+    items = everything[run.parts().contain(source, everything, part)]
     if not len(items):
         message = f"{location_of(source)}: no item is in the part {part!r} of the run {run.path}."
         raise DataError(message)
@@ -130,11 +128,11 @@ def _predict(
 
 
 def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[Mappings]:
-    """The mappings that the run recorded for each label; none for items that they were fitted to. Raises HeadError."""
+    """The recorded mappings of each label; none for items that they were fitted to. Raises HeadError."""
     recorded, labels = run.metrics.get("logistic"), run.train.labels
     if recorded is None:
         return [Mappings.none("the run recorded no fit; it was made before agiqa fitted them")] * len(labels)
-    seen = int(run.recorded_parts().hold(source, items, "validation").sum())
+    seen = int(run.parts().contain(source, items, "validation").sum())
     if seen:
         why = f"{seen} of {len(items)} items are validation items, which the mappings were fitted to"
         return [Mappings.none(why)] * len(labels)
@@ -145,28 +143,6 @@ def _mappings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list
         raise HeadError(message) from error
 
 
-def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[str]:
-    """Warnings about items and prompts that the head was trained on, or that chose its epoch."""
-    seen, prompts = count_known(run, source, items)
-    counts = {
-        "were in the training of this head": seen,
-        f"have a prompt that occurs in its training{prompts.told()}": prompts.same,
-    }
-    return [f"{count} of {len(items)} items {what}." for what, count in counts.items() if count]
-
-
-def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, Shared]:
-    """How many of `items` are among those that the head of `run` was trained on, or have a prompt that is.
-
-    Those that chose its epoch count too. An item of a store that the run did not read is the same as one that it did
-    read where both have the same name and prompt. Raises HeadError.
-    """
-    parts, trained = run.recorded_parts(), ("train", "validation")
-    known = KnownPrompts(prompt for part in trained for _, prompt in parts.pairs[part])
-    seen = int(parts.hold(source, items, *trained).sum())
-    return seen, known.count(source.items.prompts[item] for item in items)
-
-
 def predict_items(
     head: Head,
     source: FeatureSource,
@@ -175,10 +151,10 @@ def predict_items(
     batch_size: int,
     kept: tuple[FeatureSet, NDArray[np.int64]] | None = None,
 ) -> NDArray[np.float64]:
-    """Predict (items, labels) with a head in evaluation mode, holding the features of 512 items at a time.
+    """Predict (items, labels) with a head in evaluation mode, with the features of 512 items in memory at a time.
 
-    `kept` is a FeatureSet that holds all `items` already, and the position of each in it; the numbers are the same.
-    Raises DataError, naming the items, when the head pools a role of which they have no token.
+    `kept` is a FeatureSet with all `items` and the position of each in it, which saves reading and gives the same
+    numbers. Raises DataError, naming the items, where the head pools a role of which they have no token.
     """
     device = next(head.parameters()).device
     predicted = np.empty((len(items), head.label_count))

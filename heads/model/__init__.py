@@ -1,1 +1,1 @@
-"""The head itself: projection, encoder, pooling, regressor, and the losses it is trained by."""
+"""The head: projection, encoder, pooling and regressor, and the losses that train it."""

@@ -1,20 +1,23 @@
-"""A head: projection, encoder, pooling and regressor in a row."""
+"""A head: projection, token dropout in training, encoder, pooling and regressor in a row."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor, nn
 
 from agiqa.errors import AgiqaError, ConfigError
 from agiqa.heads.data.features import TokenStatistics
+from agiqa.heads.data.scales import Line
 from agiqa.heads.model.encoders import ENCODERS, Encoder
 from agiqa.heads.model.pooling import POOLINGS, Pooling, PoolingName, select_role
 from agiqa.heads.model.projection import PROJECTIONS, FeatureSpec, Projection
-from agiqa.heads.model.regressor import Regressor
-from agiqa.heads.model.token_dropout import hide_tokens
 from agiqa.heads.settings.config import HeadConfig
+
+_Encoders = Callable[[HeadConfig], Encoder]
+_Poolings = Callable[[HeadConfig, int], Pooling]
 
 
 class Head(nn.Module):
@@ -24,7 +27,7 @@ class Head(nn.Module):
         """Use `build_head`, which checks all names first."""
         super().__init__()
         self.projection = PROJECTIONS.get(config.projection)(config, spec)
-        _refuse_stranger("projection", config.projection, self.projection, Projection)
+        _check_class("projection", config.projection, self.projection, Projection)
         self.encoder = ENCODERS.get(config.encoder)(config)
         name = PoolingName.parse(config.pooling)
         self.pooling = POOLINGS.get(name.pooling)(config, self.encoder.out_width)
@@ -34,10 +37,10 @@ class Head(nn.Module):
         self._pooled_role = name.role
         self._token_dropout = config.token_dropout
 
-    def calibrate(self, statistics: TokenStatistics, labels: Float[Tensor, "items label"]) -> None:
-        """Fix the constants that come from the training items, before training."""
-        self.projection.calibrate(statistics)
-        self.regressor.calibrate(labels)
+    def standardise(self, statistics: TokenStatistics, labels: Float[Tensor, "items label"]) -> None:
+        """Set the constants that come from the tokens and labels of the training items, before training."""
+        self.projection.standardise(statistics)
+        self.regressor.standardise(labels)
 
     def forward(
         self,
@@ -49,77 +52,163 @@ class Head(nn.Module):
     ) -> Float[Tensor, "batch label"]:
         """The predicted MOS of each item, a column per label.
 
-        `mask` is True on real tokens, `roles` are values of TOKEN_ROLES. `encode` is called instead of the encoder, to
-        compute the same in another way.
+        `mask` is True on real tokens, `roles` are values of TOKEN_ROLES. `encode` replaces the encoder by something
+        that computes the same, such as CUDA graphs.
         A pooling over a role raises HeadError without `roles`, and DataError for an item without such a token.
         """
         pooled = mask if self._pooled_role is None else select_role(mask, roles, self._pooled_role)
         if self.training and self._token_dropout:
-            places = self.pooling.places(pooled)
-            features, mask, pooled = hide_tokens(features, mask, pooled, places, share=self._token_dropout)
+            keep = self.pooling.fixed_positions(pooled)
+            features, mask, pooled = drop_tokens(features, mask, pooled, keep, share=self._token_dropout)
         projected: Tensor = self.projection(features.masked_fill(~mask[..., None], 0.0))
         tokens = (encode or self.encoder)(projected, mask)
         predicted: Tensor = self.regressor(self.pooling(tokens, pooled))
         return predicted
 
 
+class Regressor(nn.Module):
+    """From the pooled vector to MOS: linear, ReLU, linear (d, hidden, labels), or one linear layer (d, labels).
+
+    The layers predict labels scaled to mean 0 and variance 1 over the training items, each label on its own. Means and
+    standard deviations stay in the checkpoint (scalars for one label). So one learning rate fits a MOS of 0-1, 0-5 and
+    0-100 alike, and an untrained head predicts about the mean.
+    """
+
+    def __init__(self, config: HeadConfig, width: int, *, labels: int = 1) -> None:
+        """`width` is that of the encoder's outputs; `labels` is their number."""
+        super().__init__()
+        hidden = config.regressor_hidden
+        if hidden:
+            self.layers = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, labels))
+        else:
+            self.layers = nn.Sequential(nn.Linear(width, labels))
+        shape = () if labels == 1 else (labels,)
+        self.label_mean: Tensor
+        self.register_buffer("label_mean", torch.zeros(shape))
+        self.label_std: Tensor
+        self.register_buffer("label_std", torch.ones(shape))
+
+    @torch.no_grad()
+    def standardise(self, labels: Float[Tensor, "items label"]) -> None:
+        """Take mean and standard deviation of each training label, which must not be the same for all items."""
+        columns = labels.double().T.contiguous()
+        for constant, values in (
+            (self.label_mean, [column.mean() for column in columns]),
+            (self.label_std, [column.std(correction=0) for column in columns]),
+        ):
+            constant.copy_(torch.stack(values).view(constant.shape))
+
+    @torch.no_grad()
+    def rescale(self, lines: Sequence[Line]) -> None:
+        """Map all later predictions of each label by its line."""
+        slopes, offsets = torch.tensor(lines, dtype=torch.float64, device=self.label_mean.device).unbind(1)
+        shape = self.label_mean.shape
+        self.label_mean.copy_((self.label_mean.double().view(-1) * slopes + offsets).view(shape))
+        self.label_std.copy_((self.label_std.double().view(-1) * slopes).view(shape))
+
+    def scaled(self, labels: Float[Tensor, "batch label"]) -> Float[Tensor, "batch label"]:
+        """Labels or predictions on the scale of the loss."""
+        return (labels - self.label_mean) / self.label_std
+
+    def forward(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch label"]:
+        """The predicted MOS of each item."""
+        outputs: Tensor = self.layers(pooled)
+        return outputs.to(self.label_std.dtype) * self.label_std + self.label_mean
+
+
+def drop_tokens(
+    features: Float[Tensor, "batch token channel"],
+    mask: Bool[Tensor, "batch token"],
+    pooled: Bool[Tensor, "batch token"],
+    keep: Int64[Tensor, "batch kept"],
+    *,
+    share: float,
+) -> tuple[Float[Tensor, "batch left channel"], Bool[Tensor, "batch left"], Bool[Tensor, "batch left"]]:
+    """Token dropout: features, mask and `pooled` (a part of the mask) without `share` of the tokens of each item.
+
+    An item of n tokens loses floor(share n) of them, drawn uniformly without replacement from torch's random state. The
+    tokens at the positions `keep` stay, and so does one token of `pooled` at least. The rest moves to the left, in its
+    order: tokens that were only set to zero would still count in a mean and be read by an encoder, and training would
+    pool values of another distribution than evaluation. The new length follows from the old one alone, so that nothing
+    is read back from a GPU.
+    """
+    batch, length = mask.shape
+    fewest = max(1, keep.shape[1])
+    left = min(length, max(length - math.floor(share * length), fewest))
+    lengths = mask.sum(1)
+    kept = lengths - (share * lengths.double()).floor().long()
+    kept = torch.minimum(kept.clamp_min(fewest), lengths)
+    stays = _random_ranks(mask, pooled, keep) < kept[:, None]
+    steps = torch.arange(length, device=mask.device)
+    # padding is sorted before dropped tokens, so that padding remains padding
+    index = torch.where(stays, steps, torch.where(mask, steps + 2 * length, steps + length)).argsort(1)[:, :left]
+    rows = index + length * torch.arange(batch, device=mask.device)[:, None]
+    shorter = features.flatten(0, 1).index_select(0, rows.flatten()).view(batch, left, -1)
+    remains = steps[:left] < kept[:, None]
+    return shorter, remains, pooled.gather(1, index) & remains
+
+
+def _random_ranks(mask: Bool[Tensor, "batch token"], pooled: Bool[Tensor, "batch token"], keep: Tensor) -> Tensor:
+    """The rank of each token, from 0, in a random order of its item that starts with the tokens that must stay."""
+    draws = torch.rand(mask.shape, device=mask.device)
+    one_of_pooled = draws.masked_fill(~pooled, -1.0).argmax(1, keepdim=True)
+    draws = draws.masked_fill(~mask, -1.0)
+    first = keep if keep.shape[1] else one_of_pooled
+    return draws.scatter(1, first, 2.0).argsort(1, descending=True).argsort(1)
+
+
+def build_head(config: HeadConfig, spec: FeatureSpec, *, labels: int = 1) -> Head:
+    """A new head for features of this spec and so many labels; weights are drawn from torch's random state.
+
+    Raises UnknownName for a part, ConfigError for sizes, HeadError for features that the projection cannot read.
+    """
+    check_parts(config)
+    return Head(config, spec, labels=labels)
+
+
 def check_parts(config: HeadConfig) -> None:
-    """Raise UnknownName for a part that no registry holds, or a token role that does not exist."""
+    """Raise UnknownName for a part that is not registered, or a token role that does not exist."""
     PROJECTIONS.get(config.projection)
     ENCODERS.get(config.encoder)
     PoolingName.parse(config.pooling)
 
 
 def check_sizes(config: HeadConfig) -> None:
-    """Raise what the encoder or the pooling of `config` raises for sizes that it cannot have, before a feature is read.
+    """Raise what encoder or pooling raise for sizes that they cannot have, before any feature is read.
 
-    They are built without memory for it. Raises ConfigError for a part that is no Encoder or Pooling, and as
-    `check_parts`.
+    They are built on torch's device `meta`, which takes no memory. Raises as `check_parts`, and ConfigError for a part
+    that is no Encoder or Pooling.
     """
     check_parts(config)
     encoder, pooling = ENCODERS.get(config.encoder), POOLINGS.get(PoolingName.parse(config.pooling).pooling)
-    _try_sizes(config, encoder, pooling)  # pyright: ignore[reportArgumentType]  # pydantic hashes what is frozen
+    _check_sizes(config, encoder, pooling)  # pyright: ignore[reportArgumentType]  # pydantic hashes frozen models
 
 
 @lru_cache(maxsize=1024)
-def _try_sizes(
-    config: HeadConfig, encoder: Callable[[HeadConfig], Encoder], pooling: Callable[[HeadConfig, int], Pooling]
-) -> None:
-    """`check_sizes` of these parts, which may be registered anew; a grid asks for the same many times."""
+def _check_sizes(config: HeadConfig, encoder: _Encoders, pooling: _Poolings) -> None:
+    """`check_sizes` for these parts. They are keys of the cache, as a name may be registered anew."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
-                _build_sizes(config, encoder, pooling)
+                _build_encoder_and_pooling(config, encoder, pooling)
         except AgiqaError:
             raise
         except (AssertionError, RuntimeError, TypeError, ValueError):
-            # perhaps only since a part reads a value while it is built, and on `meta` there is none
-            _build_sizes(config, encoder, pooling)
+            # the part may read a value while it is built, and `meta` has none
+            _build_encoder_and_pooling(config, encoder, pooling)
 
 
-def _build_sizes(
-    config: HeadConfig, encoder: Callable[[HeadConfig], Encoder], pooling: Callable[[HeadConfig, int], Pooling]
-) -> None:
-    """Build both. Raises ConfigError for a part of another class, and what the parts raise themselves."""
+def _build_encoder_and_pooling(config: HeadConfig, encoder: _Encoders, pooling: _Poolings) -> None:
     built = encoder(config)
-    _refuse_stranger("encoder", config.encoder, built, Encoder)
-    _refuse_stranger("pooling", config.pooling, pooling(config, built.out_width), Pooling)
+    _check_class("encoder", config.encoder, built, Encoder)
+    _check_class("pooling", config.pooling, pooling(config, built.out_width), Pooling)
 
 
-def _refuse_stranger(kind: str, name: str, part: object, base: type[nn.Module]) -> None:
-    """Raise ConfigError unless `part` is one of the base class that a training asks more of than to be called."""
+def _check_class(kind: str, name: str, part: object, base: type[nn.Module]) -> None:
+    """Raise ConfigError unless `part` is a `base`, of which training needs more than `forward`."""
     if not isinstance(part, base):
         message = (
             f"The {kind} {name!r} builds an object of the class {type(part).__name__}, which is no {base.__name__}: "
             f"derive that class from {base.__module__}.{base.__name__}."
         )
         raise ConfigError(message)
-
-
-def build_head(config: HeadConfig, spec: FeatureSpec, *, labels: int = 1) -> Head:
-    """A fresh head for features of this spec that predicts so many labels; its weights come from torch's random state.
-
-    Raises UnknownName for a part, ConfigError for sizes, HeadError for features that the projection cannot read.
-    """
-    check_parts(config)
-    return Head(config, spec, labels=labels)

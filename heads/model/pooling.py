@@ -1,7 +1,7 @@
-"""Poolings: from the encoded tokens of an item to one vector, blind to padding.
+"""Poolings: from the encoded tokens of an item to one vector. Padding is masked.
 
-A pooling is named alone (`mean`), over all tokens, or with the role of the tokens to pool (`mean@answer`). The encoder
-sees every token all the same.
+A setting names a pooling alone (`mean`), over all tokens, or with the role of the tokens to pool (`mean@answer`). The
+encoder reads all tokens in either case.
 """
 
 import math
@@ -24,25 +24,29 @@ from agiqa.store.format.layout import TOKEN_ROLES
 
 _ITEMS_PER_READ = 256
 
+Tokens = Float[Tensor, "batch token width"]
+Mask = Bool[Tensor, "batch token"]
+"""True on the tokens to pool, anywhere in the item; every item has at least one."""
+Pooled = Float[Tensor, "batch width"]
+Positions = Int64[Tensor, "batch position"]
+
 
 class Pooling(nn.Module, ABC):
     """Base: built from a HeadConfig and a width, called with tokens and mask."""
 
     def __init__(self, config: HeadConfig, width: int) -> None:
-        """`width` is that of the encoder's outputs, which need not be that of `config`."""
+        """`width` is that of the encoder's outputs, which may differ from that of `config`."""
         del config, width
         super().__init__()
 
     @abstractmethod
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch width"]:
-        """Pool; `mask` is True on the tokens to pool, anywhere in the item, of which every item has at least one."""
+    def forward(self, tokens: Tokens, mask: Mask) -> Pooled:
+        """Pool the tokens where `mask` is True."""
 
-    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
-        """Where the tokens stand that this pooling reads because of their place; token dropout hides none of them.
+    def fixed_positions(self, mask: Mask) -> Positions:
+        """Positions of the tokens that this pooling reads for their position, which token dropout therefore keeps.
 
-        As many for every mask. None for a pooling to which all tokens are alike.
+        Their number is the same for every mask: 0 for a pooling that treats all tokens alike.
         """
         return mask.new_zeros((len(mask), 0), dtype=torch.int64)
 
@@ -54,9 +58,7 @@ POOLINGS: Registry[Callable[[HeadConfig, int], Pooling]] = Registry("pooling")
 class MeanPooling(Pooling):
     """The mean of the tokens, as in the paper."""
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch width"]:
+    def forward(self, tokens: Tokens, mask: Mask) -> Pooled:
         """Sum over tokens divided by their number."""
         return tokens.masked_fill(~mask[..., None], 0.0).sum(1) / mask.sum(1, keepdim=True)
 
@@ -65,58 +67,47 @@ class MeanPooling(Pooling):
 class MaxPooling(Pooling):
     """The largest value of each channel; tokens that share it share the gradient.
 
-    It grows with the number of tokens and with what dropout adds to each: under either, training pools values of
-    another level and spread than evaluation does. The setting `calibrate` takes off what that does to predictions.
+    It grows with the number of tokens and with the noise of dropout. Under token dropout or dropout, training therefore
+    pools values of another level and variance than evaluation; the setting `calibrate` corrects the predictions.
     """
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch width"]:
+    def forward(self, tokens: Tokens, mask: Mask) -> Pooled:
         """Maximum over tokens."""
         return tokens.masked_fill(~mask[..., None], -math.inf).amax(1)
 
 
+class PositionPooling(Pooling):
+    """Base of poolings that take the mean of the tokens at `fixed_positions`."""
+
+    def forward(self, tokens: Tokens, mask: Mask) -> Pooled:
+        """The mean of the tokens at one or two positions."""
+        items = torch.arange(len(tokens), device=tokens.device)
+        return tokens[items[:, None], self.fixed_positions(mask)].mean(1)
+
+
 @POOLINGS.register("first")
-class FirstPooling(Pooling):
-    """The first token, which has read no other where the encoder reads forwards only."""
+class FirstPooling(PositionPooling):
+    """The first token. A causal encoder has read no other token there."""
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch width"]:
-        """The row of the first True of the mask."""
-        return _rows_at(tokens, _first(mask))
-
-    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+    def fixed_positions(self, mask: Mask) -> Positions:
         """The first True of the mask."""
         return _first(mask)[:, None]
 
 
 @POOLINGS.register("last")
-class LastPooling(Pooling):
+class LastPooling(PositionPooling):
     """The last token."""
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch width"]:
-        """The row of the last True of the mask."""
-        return _rows_at(tokens, _last(mask))
-
-    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+    def fixed_positions(self, mask: Mask) -> Positions:
         """The last True of the mask."""
         return _last(mask)[:, None]
 
 
 @POOLINGS.register("first-last-mean")
-class FirstLastMeanPooling(Pooling):
-    """The mean of the first and the last token (Table IV of the paper)."""
+class FirstLastMeanPooling(PositionPooling):
+    """The mean of the first and the last token (Table IV of the paper), which may be the same token."""
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch width"]:
-        """Half the sum of two rows, which are the same one in an item of one token."""
-        return 0.5 * (_rows_at(tokens, _first(mask)) + _rows_at(tokens, _last(mask)))
-
-    def places(self, mask: Bool[Tensor, "batch token"]) -> Int64[Tensor, "batch place"]:
+    def fixed_positions(self, mask: Mask) -> Positions:
         """The first and the last True of the mask."""
         return torch.stack([_first(mask), _last(mask)], dim=1)
 
@@ -125,7 +116,7 @@ class FirstLastMeanPooling(Pooling):
 class AttentionPooling(Pooling):
     """A mean weighted by softmax(tokens . query / sqrt(width)), with one learned query.
 
-    The query starts at 0, so that an untrained head pools the mean.
+    The query starts at 0: an untrained head pools the mean.
     """
 
     def __init__(self, config: HeadConfig, width: int) -> None:
@@ -133,9 +124,7 @@ class AttentionPooling(Pooling):
         super().__init__(config, width)
         self.query = nn.Parameter(torch.zeros(width))
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch width"]:
+    def forward(self, tokens: Tokens, mask: Mask) -> Pooled:
         """Products with the query, a softmax over the mask, and a weighted sum, in float32 at least."""
         tokens = tokens.masked_fill(~mask[..., None], 0.0)
         scores = (tokens * self.query).sum(-1, dtype=self.query.dtype) / math.sqrt(len(self.query))
@@ -145,7 +134,7 @@ class AttentionPooling(Pooling):
 
 @dataclass(frozen=True, kw_only=True)
 class PoolingName:
-    """A pooling as settings name it."""
+    """The setting `pooling`, parsed."""
 
     pooling: str
     """A name of POOLINGS."""
@@ -158,19 +147,16 @@ class PoolingName:
         pooling, at, role = text.partition("@")
         POOLINGS.get(pooling)
         if at and role not in TOKEN_ROLES:
-            kind = "token role"
-            error = UnknownName.of(kind, role, TOKEN_ROLES)
+            error = UnknownName.of("token role", role, TOKEN_ROLES)
             error.add_note(f"in the pooling {text!r}")
             raise error
         return cls(pooling=pooling, role=role if at else None)
 
 
-def select_role(
-    mask: Bool[Tensor, "batch token"], roles: UInt8[Tensor, "batch token"] | None, role: str
-) -> Bool[Tensor, "batch token"]:
+def select_role(mask: Mask, roles: UInt8[Tensor, "batch token"] | None, role: str) -> Mask:
     """The part of `mask` whose tokens have this role.
 
-    Raises HeadError without `roles`, and DataError for an item without such a token: `check_roles` tells which.
+    Raises HeadError without `roles`, and DataError for an item without such a token; `check_roles` names the items.
     """
     if roles is None:
         message = f"Pooling the {role} tokens needs the role of every token: call the head with `roles`."
@@ -184,9 +170,9 @@ def select_role(
 
 
 def check_roles(source: FeatureSource, features: FeatureSet, pooling: str) -> None:
-    """Raise DataError, naming the items, where `pooling` names a role that some items of `features` have no token of.
+    """Raise DataError, naming the items of `features` that have no token of the role that `pooling` names.
 
-    `source` is the store that `features` were read from. Raises UnknownName as `PoolingName.parse`.
+    `source` is the store that `features` come from. Raises UnknownName as `PoolingName.parse`.
     """
     role = PoolingName.parse(pooling).role
     if role is None:
@@ -197,7 +183,7 @@ def check_roles(source: FeatureSource, features: FeatureSet, pooling: str) -> No
 
 
 def check_item_roles(source: FeatureSource, items: Sequence[int] | NDArray[Any], pooling: str) -> None:
-    """As `check_roles`, for items that are not in memory: reads them, 256 at a time, if `pooling` names a role."""
+    """`check_roles` for items of a store: reads them, 256 at a time, if `pooling` names a role."""
     role = PoolingName.parse(pooling).role
     if role is None:
         return
@@ -211,14 +197,14 @@ def check_item_roles(source: FeatureSource, items: Sequence[int] | NDArray[Any],
 
 
 def _without_role(roles: NDArray[np.uint8], offsets: NDArray[np.int64], role: str) -> list[int]:
-    """Which of the items between `offsets` have no token of the role."""
+    """Numbers of the items, delimited by `offsets`, that have no token of the role."""
     found = np.concatenate([[0], np.cumsum(roles == TOKEN_ROLES[role])])
     missing: list[int] = np.flatnonzero(found[offsets[1:]] == found[offsets[:-1]]).tolist()
     return missing
 
 
 def _refuse(source: FeatureSource, pooling: str, role: str, names: Sequence[str]) -> None:
-    """Raise DataError when there are names."""
+    """Raise DataError where `names` is not empty."""
     if not names:
         return
     error = DataError.from_problems(location_of(source), [f"{name!r} has no {role} token to pool" for name in names])
@@ -226,18 +212,13 @@ def _refuse(source: FeatureSource, pooling: str, role: str, names: Sequence[str]
     raise error
 
 
-def _first(mask: Bool[Tensor, "batch token"]) -> Tensor:
-    """Where each row of the mask is True first."""
+def _first(mask: Mask) -> Tensor:
+    """The position of the first True of each row."""
     steps = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, steps, mask.shape[1]).amin(1)
 
 
-def _last(mask: Bool[Tensor, "batch token"]) -> Tensor:
-    """Where each row of the mask is True last."""
+def _last(mask: Mask) -> Tensor:
+    """The position of the last True of each row."""
     steps = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, steps, -1).amax(1)
-
-
-def _rows_at(tokens: Float[Tensor, "batch token width"], steps: Tensor) -> Float[Tensor, "batch width"]:
-    """One row of each item."""
-    return tokens[torch.arange(len(tokens), device=tokens.device), steps]

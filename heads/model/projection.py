@@ -1,9 +1,8 @@
 """Projections: from the features of a token to the width of the head.
 
-Each reads one encoding and refuses the others. `calibrate` fixes an affine change of coordinates from the
-training tokens once, before training; it never changes which functions the head can express, only how well
-conditioned they are for AdamW. Its constants are buffers of the checkpoint, so encoders without a norm of
-their own (`gru`, `none`) get inputs of unit scale too.
+Each reads one encoding and refuses the others. Before training, `standardise` derives an affine change of coordinates
+from the training tokens. It does not change which functions a head can express, only how well AdamW learns them. Its
+constants are buffers of the checkpoint. So encoders without a norm of their own get inputs of unit scale too.
 """
 
 from abc import ABC, abstractmethod
@@ -25,14 +24,13 @@ from agiqa.registry import Registry
 _STD_FLOOR = 1e-4
 _USUAL_HIDDEN_SIZE = 4096
 _WHITENING_FLOOR = 1e-3
-"""Directions of hidden states with a smaller share of the largest deviation are near the rounding of bfloat16."""
-
+"""As a share of the largest deviation. Directions of hidden states below it are near the rounding of bfloat16."""
 _USUAL_PROJECTION = {"hidden": "vocabulary", "sketch": "sketch", "logits": "logits"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSpec:
-    """What the features of a store mean: enough to build a head for them and to compare two stores."""
+    """What the features of a store are: enough to build a head for them, and to compare two stores."""
 
     encoding: str
     width: int
@@ -41,11 +39,11 @@ class FeatureSpec:
     basis_id: str | None
     """Of a sketch only."""
     lm_head: Callable[[], NDArray[np.float32]] | None = None
-    """Reads W_lm (V, D), float32; None where the projection has no need of it."""
+    """Reads W_lm (V, D), float32; None where no projection needs it."""
 
     @classmethod
     def of(cls, source: FeatureSource) -> "FeatureSpec":
-        """The spec of a store. W_lm is read when a projection asks for it; `int8` rows are read as hidden states."""
+        """The spec of a store; `int8` rows count as hidden states. W_lm is read when a projection needs it."""
         sketch = source.encoding == "sketch"
         return cls(
             encoding="hidden" if source.encoding == "int8" else source.encoding,
@@ -62,23 +60,23 @@ class Projection(nn.Module, ABC):
     reads: ClassVar[str]
     remedy: ClassVar[str]
     lr_scale: float = 1.0
-    """How much smaller than the rest of the head this projection's AdamW steps must be."""
+    """The projection's learning rate as a factor of that of the rest of the head."""
 
     def __init__(self, spec: FeatureSpec) -> None:
-        """Raises HeadError when the encoding of `spec` is not the one that this projection reads."""
+        """Raises HeadError where the encoding of `spec` is not the one that this projection reads."""
         super().__init__()
-        self.refuse_other(spec.encoding)
+        self.check_encoding(spec.encoding)
 
     @classmethod
-    def refuse_other(cls, encoding: str) -> None:
+    def check_encoding(cls, encoding: str) -> None:
         """Raise HeadError, with the remedy, unless this projection reads `encoding`."""
         if encoding != cls.reads:
             message = f"This projection reads {cls.reads!r} features, but the store holds {encoding!r}. {cls.remedy}"
             raise HeadError(message)
 
     @abstractmethod
-    def calibrate(self, statistics: TokenStatistics) -> None:
-        """Fix the affine change of coordinates from the training tokens."""
+    def standardise(self, statistics: TokenStatistics) -> None:
+        """Set the affine change of coordinates from the training tokens, if the setting `standardise` is on."""
 
     @abstractmethod
     def forward(self, features: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token width"]:
@@ -89,17 +87,16 @@ PROJECTIONS: Registry[Callable[[HeadConfig, FeatureSpec], Projection]] = Registr
 
 
 def check_encoding(source: FeatureSource, projection: str) -> None:
-    """Raise HeadError when the projection of this name cannot read `source`, before any feature is decoded."""
+    """Raise HeadError where the projection of this name cannot read `source`, before any feature is decoded."""
     part = PROJECTIONS.get(projection)
     if isinstance(part, type) and issubclass(part, Projection):
-        part.refuse_other(FeatureSpec.of(source).encoding)
+        part.check_encoding(FeatureSpec.of(source).encoding)
 
 
 def usual_projection(*sources: FeatureSource) -> str | None:
-    """The projection of heads that read all of `sources` where nobody names one; None where no projection reads all.
+    """The default projection for heads that read all of `sources`; None where no projection reads all.
 
-    Hidden states (also in eight bits) are read by `vocabulary`, as in the paper; a sketch by `sketch`, logits by
-    `logits`.
+    It is `vocabulary`, as in the paper, for hidden states (also int8), `sketch` for sketches, and `logits` for logits.
     """
     encodings = {"hidden" if source.encoding == "int8" else source.encoding for source in sources}
     return _USUAL_PROJECTION.get(encodings.pop()) if len(encodings) == 1 else None
@@ -107,14 +104,14 @@ def usual_projection(*sources: FeatureSource) -> str | None:
 
 @PROJECTIONS.register("vocabulary")
 class VocabularyProjection(Projection):
-    """The paper's W_proj (d, V) on logits that are never made.
+    """The paper's W_proj (d, V) on logits that are never computed: `E W_proj^T = H (W_proj W_lm)^T`.
 
-    `E W_proj^T = H (W_proj W_lm)^T`: the parameter and its gradient live in vocabulary coordinates. Without
-    `standardise` AdamW walks exactly as it would on explicit logits, with it as on those of whitened hidden states:
-    the functions are the same, the steps are not. Xavier initialisation and a bias, as published. A few directions
-    hold nearly all energy of the logits, and AdamW on them as they are learns from little else: `calibrate` centres
-    and whitens the hidden states first, which leaves the set of functions as it is (W_lm has full rank). An AdamW step
-    moves all V entries of a row by about the learning rate, and the logits span D directions only, hence
+    Parameter and gradient have vocabulary coordinates, with Xavier initialisation and a bias as in the released code. A
+    few directions hold nearly all energy of the logits, and AdamW on raw logits learns from little else. So
+    `standardise` centres and whitens the hidden states first. The set of functions stays the same (W_lm has full rank);
+    the steps of AdamW do not. Without `standardise` they are exactly those on explicit logits.
+
+    A step of AdamW moves all V entries of a row by about the learning rate, and logits span D directions only; hence
     `lr_scale` = D / V. W_lm is frozen and not in the checkpoint.
     """
 
@@ -122,7 +119,7 @@ class VocabularyProjection(Projection):
     remedy = "Give the store of hidden states that it came from, or the projection 'sketch' for a sketch."
 
     def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
-        """Reads W_lm. Raises HeadError when its width is not that of the features."""
+        """Reads W_lm. Raises HeadError where its width is not that of the features."""
         super().__init__(spec)
         if spec.lm_head is None:
             message = "A vocabulary projection needs the language-model head, and this spec holds none."
@@ -143,13 +140,13 @@ class VocabularyProjection(Projection):
         self.scale: Tensor
         self.register_buffer("scale", torch.ones(()))
         self.lr_scale = min(1.0, lm_head.shape[1] / len(lm_head))
-        self._standardise = config.standardise
+        self._is_standardised = config.standardise
         self._cached: tuple[tuple[object, ...], Tensor] | None = None
 
     @torch.no_grad()
-    def calibrate(self, statistics: TokenStatistics) -> None:
+    def standardise(self, statistics: TokenStatistics) -> None:
         """Take mean and whitening of the hidden states, and the scale of the outputs, from a sample of the tokens."""
-        if not self._standardise:
+        if not self._is_standardised:
             return
         sample = statistics.sample.to(self.weight.device)
         mean = statistics.mean.to(sample.device)
@@ -172,7 +169,7 @@ class VocabularyProjection(Projection):
         return self.weight @ lm_head @ self.whitening
 
     def train(self, mode: bool = True) -> "VocabularyProjection":  # noqa: FBT001, FBT002 - torch's own signature
-        """As torch's; also forgets the product kept for evaluation."""
+        """As torch's; also drops the cached product."""
         self._cached = None
         super().train(mode)
         return self
@@ -182,35 +179,26 @@ class VocabularyProjection(Projection):
         return nn.functional.linear(_minus(features, self.shift), self._current_weight(), self.bias) / self.scale
 
     def _current_weight(self) -> Tensor:
-        """W_eff, computed at every step of training and once per evaluation.
+        """W_eff, computed at every step of training and cached in evaluation.
 
-        A step may follow whatever has a gradient, and a fused optimiser does not count its changes. Tensors that were
-        made in inference mode count none at all.
+        Not cached while gradients are on, as an optimiser may step next and a fused one does not count its changes, nor
+        for tensors made in inference mode, which have no version counter. The key is the address and version of each
+        factor, and the dtype of the products. It misses changes through `.data`; `train` and `eval` drop the cache.
         """
-        counted = not any(each.is_inference() for each in self._factors())
-        if self.training or torch.is_grad_enabled() or not counted:
+        factors = self.weight, self.lm_head, self.whitening
+        if self.training or torch.is_grad_enabled() or any(factor.is_inference() for factor in factors):
             self._cached = None
             return self.effective_weight()
-        made_of = self._made_of()
-        if self._cached is None or self._cached[0] != made_of:
-            self._cached = (made_of, self.effective_weight())
-        return self._cached[1]
-
-    def _made_of(self) -> tuple[object, ...]:
-        """What W_eff depends on: where its factors are, how often each was changed, and the dtype of its products.
-
-        A change by way of `.data` is not seen; `train` and `eval` forget the product.
-        """
         kind = self.weight.device.type
         mixed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return (mixed, *((each.device, each.dtype, each.data_ptr(), each._version) for each in self._factors()))
-
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.weight, self.lm_head, self.whitening
+        key = (mixed, *((factor.device, factor.dtype, factor.data_ptr(), factor._version) for factor in factors))
+        if self._cached is None or self._cached[0] != key:
+            self._cached = (key, self.effective_weight())
+        return self._cached[1]
 
 
 def _minus(features: Tensor, shift: Float[Tensor, " channel"]) -> Tensor:
-    """The difference; in mixed precision already rounded as the product would round it, which saves writing it wide."""
+    """The difference; in mixed precision in the dtype of the product behind it, which saves writing float32."""
     kind = features.device.type
     if features.requires_grad or not torch.is_autocast_enabled(kind):
         return features - shift
@@ -218,16 +206,16 @@ def _minus(features: Tensor, shift: Float[Tensor, " channel"]) -> Tensor:
 
 
 def _narrowest(lm_head: Tensor) -> Tensor:
-    """W_lm in bfloat16 where that changes no value: half the memory, and nothing to convert in mixed precision."""
+    """W_lm in bfloat16 where that changes no value: half the memory, and no conversion in mixed precision."""
     narrow = lm_head.bfloat16()
     return narrow if torch.equal(narrow.float(), lm_head) else lm_head
 
 
 class ChannelProjection(Projection):
-    """Linear(channels, d) with bias on channels that are each standardised over the training tokens.
+    """Linear(channels, d) with bias, on channels that are each standardised over the training tokens.
 
-    The standard deviations differ by orders of magnitude, so AdamW on raw channels would learn from the largest few
-    only. Those under 1e-4 of the largest are taken for rounding and held there.
+    Standard deviations differ by orders of magnitude, so AdamW on raw channels would learn from the largest few only.
+    Those below 1e-4 of the largest are rounding noise and set to that.
     """
 
     def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
@@ -240,12 +228,12 @@ class ChannelProjection(Projection):
         self.register_buffer("mean", torch.zeros(spec.width))
         self.std: Tensor
         self.register_buffer("std", torch.ones(spec.width))
-        self._standardise = config.standardise
+        self._is_standardised = config.standardise
 
     @torch.no_grad()
-    def calibrate(self, statistics: TokenStatistics) -> None:
+    def standardise(self, statistics: TokenStatistics) -> None:
         """Take mean and standard deviation of every coordinate."""
-        if not self._standardise:
+        if not self._is_standardised:
             return
         largest = statistics.std.max()
         self.mean.copy_(statistics.mean)
@@ -259,22 +247,10 @@ class ChannelProjection(Projection):
 
 @PROJECTIONS.register("sketch")
 class SketchProjection(ChannelProjection):
-    """On sketch coordinates c, of which Q makes the logits `E = Q c`: `W_proj E = (W_proj Q) c`."""
+    """On sketch coordinates c, where the logits are `E = Q c`: `W_proj E = (W_proj Q) c`."""
 
     reads = "sketch"
     remedy = "Make a sketch of hidden states with `agiqa store sketch STORE OUT --rank R`, or take 'vocabulary'."
-
-    @torch.no_grad()
-    def fold(
-        self,
-        weight: Float[Tensor, "width vocabulary"],
-        bias: Float[Tensor, " width"],
-        q: Float[Tensor, "vocabulary channel"],
-    ) -> None:
-        """Become W_proj `weight` and `bias` on logits, as far as the sketch has them; `q` is `basis().q`."""
-        folded = weight @ q
-        self.linear.weight.copy_(folded * self.std)
-        self.linear.bias.copy_(bias + folded @ self.mean)
 
 
 @PROJECTIONS.register("hidden")
@@ -287,10 +263,10 @@ class HiddenProjection(ChannelProjection):
 
 @PROJECTIONS.register("logits")
 class LogitsProjection(ChannelProjection):
-    """On raw logits: the paper's W_proj as published, for stores of the encoding `logits`.
+    """On raw logits: the paper's W_proj as in the released code, for stores of the encoding `logits`.
 
-    `vocabulary` computes the same from hidden states in a fraction of the time. The logits span D directions at most,
-    so steps are smaller by the width of usual hidden states over V, as in `vocabulary`.
+    `vocabulary` computes the same from hidden states in a fraction of the time. As there, `lr_scale` is D / V, with the
+    usual D of hidden states.
     """
 
     reads = "logits"

@@ -1,1 +1,1 @@
-"""What a head is and how it is trained: configs, presets, label names, device and precision."""
+"""Settings of a head and its training: configs, presets, label names, device and precision."""

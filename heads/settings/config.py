@@ -277,6 +277,7 @@ def _faults(error: ValidationError) -> str:
 def default_settings() -> dict[str, Any]:
     """The settings of a HeadConfig and a TrainConfig by default, ready for JSON.
 
-    Those that the record of an older agiqa lacks were these, but for what `as_recorded` of evaluation/runs.py says.
+    Those that the record of an older agiqa lacks were these, but for what `complete_settings` of evaluation/runs.py
+    says.
     """
     return {**HeadConfig().model_dump(mode="json"), **TrainConfig().model_dump(mode="json")}

@@ -1,4 +1,4 @@
-"""Where and in which precision a head computes, with how many threads, and from which random state."""
+"""Device, precision, CPU threads and random state of a training or prediction."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ LIGHTNING_PRECISIONS: dict[str, Literal["32-true", "bf16-mixed", "16-mixed"]] = 
     "bf16": "bf16-mixed",
     "fp16": "16-mixed",
 }
-"""The name of each precision in Lightning."""
+"""Lightning's names for the precisions."""
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device of a setting. Raises ConfigError for cuda where there is none."""
+    """The device for `auto`, `cpu` or `cuda`. Raises ConfigError for `cuda` without a CUDA device."""
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         message = "The device is set to 'cuda', and torch finds no CUDA device here. Use 'cpu' or 'auto'."
@@ -27,7 +27,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def check_precision(config: TrainConfig) -> None:
-    """Raise ConfigError for a precision that the device of `config` has not, or as `resolve_device`."""
+    """Raise ConfigError for a precision that the device of `config` lacks, or as `resolve_device`."""
     if config.precision == "fp16" and resolve_device(config.device).type != "cuda":
         message = "The precision 'fp16' needs a CUDA device, and this training runs on the CPU. Use 'bf16' or 'fp32'."
         raise ConfigError(message)
@@ -35,7 +35,7 @@ def check_precision(config: TrainConfig) -> None:
 
 @contextmanager
 def random_state(seed: int, device: torch.device) -> Generator[None, None, None]:
-    """Seed torch within, and give the caller's state back."""
+    """Seed torch within the context, and restore the caller's state after it."""
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -43,7 +43,7 @@ def random_state(seed: int, device: torch.device) -> Generator[None, None, None]
 
 @contextmanager
 def cpu_threads(threads: int | None) -> Generator[None, None, None]:
-    """Set torch's CPU threads within; None leaves them as they are."""
+    """Set torch's CPU threads within the context; None leaves them."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -1,33 +1,32 @@
-"""Settings under one name: `paper` compares encoders fairly, `published` follows the code released with the paper.
+"""Named settings: `paper` compares encoders fairly, `published` follows the code released with the paper.
 
-A preset stands between the defaults and what a file or an option says.
+A preset overrides the defaults; a settings file and options override the preset.
 
-`paper` is Section III of the paper (arXiv 2502.15167), controlled: around every encoder the same vocabulary
-projection, width 512, mean pooling, regressor 512-128-1, MSE and AdamW, so that a row of Table IV differs from the
-next by its encoder alone. Each has four layers, as many as the xLSTM has blocks, and reads forwards. Those of `lstm`
-and `gru` have a LayerNorm before them and a residual around them, as the layers of the other encoders have: four
-plain ones of LSTM, as the paper's code stacks them, begin with nearly the same pooled vector for every item. The
-training is that of this project (`TrainConfig`), with the features standardised: at the paper's own learning rate of
-1e-5 the head needs one step per image.
+`paper` is Section III of the paper (arXiv 2502.15167), controlled: every encoder has the same vocabulary projection,
+width 512, mean pooling, regressor 512-128-1, MSE and AdamW, so that rows of Table IV differ by the encoder alone. Every
+encoder has four layers, like the four blocks of xLSTM, and is causal. Layers of `lstm` and `gru` have a LayerNorm and a
+residual, as the other encoders have: four plain LSTM layers, as in the released code, start with nearly the same pooled
+vector for every item. Training has the defaults of `TrainConfig` and standardised features, since the paper's learning
+rate of 1e-5 needs one step per image.
 
-`published` has the sizes and the training of the released code, encoder by encoder: one image per step, a constant
-learning rate of 1e-5 (which the code uses for AGIQA-3k; give `--lr 2e-5` elsewhere, and `--epochs 30` for
-AIGCIQA-20k, 60 for AIGCIQA2023), no warm-up, no clipping, seed 42, fp16. What differs from the released code, and why:
+`published` has the sizes and the training of the released code for each encoder: one image per step, a constant
+learning rate of 1e-5 (which the code uses for AGIQA-3k; give `--lr 2e-5` elsewhere, and `--epochs 30` for AIGCIQA-20k,
+60 for AIGCIQA2023), no warm-up, no clipping, seed 42, fp16. Differences from the released code:
 
 everywhere
-- The epoch is chosen on a tenth of the training items (`validation`), so the head learns from the other nine. The code
-  trained on all of them, and chose the epoch on the test set. `--refit` trains again on all, for the chosen epochs.
-- The precision is fp32 where there is no CUDA, since mixed fp16 needs it.
-- Labels have mean 0 and variance 1 within the loss, where the code took MOS as it is: the steps of AdamW hardly
-  feel the scale, and a fresh head begins near the mean.
+- A tenth of the training items (`validation`) chooses the epoch, and the head learns from the rest. The code trained on
+  all of them and chose the epoch on the test set. `--refit` trains again on all, for the chosen number of epochs.
+- The precision is fp32 without CUDA, which mixed fp16 needs.
+- Labels have mean 0 and variance 1 within the loss; the code used raw MOS. Steps of AdamW hardly depend on the scale,
+  and a new head predicts about the mean.
 - Padding is masked in encoder and pooling. At one image per step there is none; in larger batches the code averaged it.
-- Weights of the regressor are drawn as torch does, where the code used Xavier.
-- No text is cut off unless the store was made so, and an item that fails is an error. The code cut at 512 tokens (768
-  for AIGCIQA-20k) and gave an image that failed the score 0.
-- An unknown pooling or loss is an error. The code took the mean and MSE.
+- Regressor weights have torch's initialisation; the code used Xavier.
+- No text is truncated unless the store was made so, and a failing item is an error. The code truncated at 512 tokens
+  (768 for AIGCIQA-20k) and gave a failing image the score 0.
+- An unknown pooling or loss is an error. The code used the mean and MSE.
 
 xlstm
-- The feed-forward's and the stack's own settings are the same; the kernels may be others.
+- Settings of feed-forward and stack are the same; the kernels may differ.
 
 lstm, gru
 - The layers are plain, as in the code (`residual` is False).
@@ -35,13 +34,13 @@ lstm, gru
 
 transformer
 - Attention is over the tokens of an item. Without `batch_first` the code attended over the batch, so that at one image
-  per step a token saw itself alone.
-- Layers are pre-norm with GELU, and positions are added. The code's were post-norm with ReLU, with no positions.
-- A ReLU stands between the two layers of the regressor. The code had none there, which makes them one.
+  per step a token attended to itself alone.
+- Layers are pre-norm with GELU, and positions are added. The code's were post-norm with ReLU, without positions.
+- The regressor has a ReLU between its two layers. The code had none, which makes them one linear layer.
 
 mamba2
 - Four layers with weights of their own. The code's list held one layer four times.
-- A ReLU stands between the two layers of the regressor, as above.
+- The regressor has a ReLU between its two layers, as above.
 
 none
 - Linear(V, 1024) comes before the mean over the tokens, not after it; both are linear, so the function is the same.
@@ -55,7 +54,7 @@ from agiqa.registry import Registry
 Settings = dict[str, Any]
 PRESETS: Registry[Callable[[Mapping[str, Any]], Settings]] = Registry("preset")
 
-_FIRST_ENCODER = "xlstm"
+_DEFAULT_ENCODER = "xlstm"
 
 _PAPER: Settings = {
     "projection": "vocabulary",
@@ -74,7 +73,7 @@ _PAPER_ENCODERS: dict[str, Settings] = {
     "transformer": {"layers": 4, "num_heads": 4},
 }
 
-_PUBLISHED: Settings = {
+_RELEASED: Settings = {
     "projection": "vocabulary",
     "pooling": "mean",
     "width": 512,
@@ -95,16 +94,16 @@ _PUBLISHED: Settings = {
     "refit": False,
     "seed": 42,
 }
-_PUBLISHED_RECURRENT: Settings = {
+_RELEASED_RECURRENT: Settings = {
     "residual": False,
     "bidirectional": True,
     "pooling": "first-last-mean",
     "regressor_hidden": 256,
 }
-_PUBLISHED_ENCODERS: dict[str, Settings] = {
+_RELEASED_ENCODERS: dict[str, Settings] = {
     "xlstm": {"blocks": 4, "num_heads": 4, "regressor_hidden": 128},
-    "lstm": _PUBLISHED_RECURRENT | {"layers": 4},
-    "gru": _PUBLISHED_RECURRENT | {"layers": 2},
+    "lstm": _RELEASED_RECURRENT | {"layers": 4},
+    "gru": _RELEASED_RECURRENT | {"layers": 2},
     "mamba2": {"layers": 4, "state_size": 16, "regressor_hidden": 256},
     "transformer": {"layers": 6, "num_heads": 2, "dropout": 0.2, "bidirectional": True, "regressor_hidden": 256},
     "none": {"width": 1024, "regressor_hidden": 0},
@@ -112,29 +111,29 @@ _PUBLISHED_ENCODERS: dict[str, Settings] = {
 
 
 def preset_values(name: str, chosen: Mapping[str, Any]) -> Settings:
-    """The settings of a preset, flat, for the encoder, learning rate and device among those already `chosen`.
+    """The settings of a preset, flat. They depend on encoder, learning rate and device in `chosen`.
 
     Raises UnknownName, with the nearest preset.
     """
     return PRESETS.get(name)(chosen)
 
 
-def paper(chosen: Mapping[str, Any]) -> Settings:
-    """The same head around every encoder; one of a user's own takes its sizes from the defaults."""
-    return _PAPER | _PAPER_ENCODERS.get(chosen.get("encoder", _FIRST_ENCODER), {})
+def controlled(chosen: Mapping[str, Any]) -> Settings:
+    """`paper`: the same head around every encoder; a user's own encoder has the default sizes."""
+    return _PAPER | _PAPER_ENCODERS.get(chosen.get("encoder", _DEFAULT_ENCODER), {})
 
 
-def published(chosen: Mapping[str, Any]) -> Settings:
-    """The released code's settings for the encoder, with the one learning rate that it had for all parameters."""
-    import torch  # heavy, and only this preset asks for it
+def as_released(chosen: Mapping[str, Any]) -> Settings:
+    """`published`: the released code's settings for the encoder, with one learning rate for all parameters."""
+    import torch  # heavy, and only this preset needs it
 
     cuda = chosen.get("device") != "cpu" and torch.cuda.is_available()
     return (
-        _PUBLISHED
-        | {"precision": "fp16" if cuda else "fp32", "projection_lr": chosen.get("lr", _PUBLISHED["lr"])}
-        | _PUBLISHED_ENCODERS.get(chosen.get("encoder", _FIRST_ENCODER), {})
+        _RELEASED
+        | {"precision": "fp16" if cuda else "fp32", "projection_lr": chosen.get("lr", _RELEASED["lr"])}
+        | _RELEASED_ENCODERS.get(chosen.get("encoder", _DEFAULT_ENCODER), {})
     )
 
 
-for _preset in (paper, published):
-    PRESETS.add(_preset.__name__, _preset)
+PRESETS.add("paper", controlled)
+PRESETS.add("published", as_released)

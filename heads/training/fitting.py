@@ -19,7 +19,7 @@ from agiqa.errors import DataError
 from agiqa.heads.data.features import FeatureSet, location_of
 from agiqa.heads.data.scales import lines_between, scales_of
 from agiqa.heads.evaluation.runs import Run
-from agiqa.heads.model.encoders.graphed import training_kernels
+from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.head import Head, build_head
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
@@ -69,7 +69,7 @@ def fit_head(
     with random_state(config.seed, device), cpu_threads(config.threads):
         head = build_head(head_config, spec, labels=len(config.labels)).to(device)
         if start is None:
-            head.calibrate(features.statistics(train, device=device), labels)
+            head.standardise(features.statistics(train, device=device), labels)
         else:
             start.give_weights(head)
             head.regressor.rescale(lines_between(start.scales, scales_of(features.source, config.labels)))

@@ -21,7 +21,7 @@ from agiqa.heads.data.batches import Batch, BatchLoader, batches_per_epoch
 from agiqa.heads.data.features import FeatureSet
 from agiqa.heads.data.splits import FEWEST_TO_CHOOSE_BY
 from agiqa.heads.evaluation.metrics import score
-from agiqa.heads.model.encoders.graphed import training_pass
+from agiqa.heads.model.encoders.kernels.cuda_graphs import training_pass
 from agiqa.heads.model.head import Head
 from agiqa.heads.model.losses import check_loss, get_loss
 from agiqa.heads.settings.config import TrainConfig

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from agiqa.heads.data.splits import FEWEST_TO_CHOOSE_BY
 from agiqa.heads.settings.config import TrainConfig
-from agiqa.heads.settings.labels import plain
+from agiqa.heads.settings.labels import without_label_axis
 
 STILL_RISING = 0.02
 """What the validation SRCC must have gained over the last quarter of a training for more epochs to be advised."""
@@ -71,7 +71,7 @@ class Outcome:
             "curves": [asdict(epoch) for epoch in self.curves],
             "epoch": self.epoch,
             "choice": self.choice,
-            "validation_predictions": torch.from_numpy(plain(self.validation_predictions)),
+            "validation_predictions": torch.from_numpy(without_label_axis(self.validation_predictions)),
         }
 
     @classmethod

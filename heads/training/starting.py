@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from agiqa.errors import HeadError
 from agiqa.heads.data.features import FeatureSource, read_labels
 from agiqa.heads.data.scales import conversions, scales_of, unknown_scales
+from agiqa.heads.evaluation.leaks import count_known
 from agiqa.heads.evaluation.runs import WEIGHTS, Run
-from agiqa.heads.evaluation.scoring import count_known
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 
 

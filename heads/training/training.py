@@ -19,13 +19,12 @@ from agiqa.heads.data.features import FeatureSet, FeatureSource, location_of, re
 from agiqa.heads.data.feeding import Feeding, feed
 from agiqa.heads.data.scales import Joined, scales_of, scales_record
 from agiqa.heads.data.splits import Partition, make_partition
-from agiqa.heads.evaluation.authors import author_notes, author_warnings, authors_by_part
 from agiqa.heads.evaluation.calibration import Calibration, calibration_warnings
-from agiqa.heads.evaluation.logistic import Mappings, fit_mappings
-from agiqa.heads.evaluation.recorded_parts import record_parts
-from agiqa.heads.evaluation.runs import EVENTS, Run, load_run, origin_of, refuse_taken, write_run
+from agiqa.heads.evaluation.leaks import author_notes, author_warnings, authors_by_part
+from agiqa.heads.evaluation.mos_mappings import Mappings, fit_mappings
+from agiqa.heads.evaluation.runs import EVENTS, Run, load_run, origin_of, record_parts, refuse_taken, write_run
 from agiqa.heads.evaluation.scoring import predict_items, scores_of_labels
-from agiqa.heads.model.encoders.graphed import training_kernels
+from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.head import check_sizes
 from agiqa.heads.model.losses import check_loss
 from agiqa.heads.model.pooling import check_item_roles, check_roles

@@ -1,35 +1,41 @@
-"""What a sequence encoder is, and the registry that names them."""
+"""What a sequence encoder is, the registry of encoders, `none`, and how a causal encoder becomes bidirectional."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import ClassVar
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from agiqa.errors import ConfigError
 from agiqa.heads.settings.config import HeadConfig
 from agiqa.registry import Registry
+
+Tokens = Float[Tensor, "batch token width"]
+Encoded = Float[Tensor, "batch token out_width"]
+Mask = Bool[Tensor, "batch token"]
+"""True on real tokens. Padding comes last, and every item has at least one token."""
 
 
 class Encoder(nn.Module, ABC):
     """Base of encoders over right-padded sequences, built from a HeadConfig.
 
-    The laws that the tests hold every registered encoder to: padding is invisible, an item does not feel its
-    batch, padded outputs are zero, every parameter learns, no layer is used twice, and where `mixes_tokens`
-    is true the last token feels the first. With `bidirectional` the first token feels the last too; without it
-    no token feels a later one.
+    Tests hold every registered encoder to these laws: padding changes nothing, an item's output does not depend on its
+    batch, outputs at padding are zero, every parameter gets a gradient, no layer is used twice, and the last token
+    depends on the first where `mixes_tokens`. The first token depends on the last exactly where `bidirectional` is set.
     """
 
     mixes_tokens: ClassVar[bool] = True
     """Whether an output depends on other tokens at all."""
 
-    reads: ClassVar[frozenset[str] | None] = None
-    """The settings of a HeadConfig that have a say in it, beside `width` and `bidirectional`; None is any of them. A
-    grid over a setting that no encoder of it reads is refused."""
+    settings: ClassVar[frozenset[str] | None] = None
+    """The fields of HeadConfig that change this encoder, besides `width` and `bidirectional`; None is any of them. A
+    grid over a field that changes none of its encoders is refused."""
 
     graphable: bool = False
-    """Whether a pass on a GPU only queues work there, of a shape that follows from the batch's: nothing is read back,
-    so that training can replay it from a CUDA graph."""
+    """Whether training can replay a pass from a CUDA graph: it only queues work on the GPU, of a shape that follows
+    from the shape of the batch, and reads nothing back."""
 
     def __init__(self, out_width: int) -> None:
         """`out_width` is the number of channels of the outputs."""
@@ -38,24 +44,107 @@ class Encoder(nn.Module, ABC):
 
     @property
     def kernels(self) -> str:
-        """What computes where the weights are; a run records it, since kernels differ in the last digits."""
+        """What computes on the device of the weights. Runs record it, since kernels differ in the last digits."""
         return "torch"
 
     @property
-    def repeated(self) -> Iterable[nn.Module]:
-        """Blocks for torch.compile to compile one by one, of few kinds, so that a compilation serves all of a kind."""
+    def compiled_blocks(self) -> Iterable[nn.Module]:
+        """Blocks that torch.compile compiles one by one. Blocks of one kind share a compilation."""
         return ()
 
     @abstractmethod
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token out_width"]:
-        """Encode; `mask` is True on real tokens, of which every item has at least one."""
-
-
-def settings_read(encoder: str) -> frozenset[str] | None:
-    """`Encoder.reads` of the encoder called `encoder`; None for one that is not registered."""
-    return getattr(ENCODERS.get(encoder), "reads", None) if encoder in ENCODERS else None
+    def forward(self, tokens: Tokens, mask: Mask) -> Encoded:
+        """Encode; the outputs at padding are zero."""
 
 
 ENCODERS: Registry[Callable[[HeadConfig], Encoder]] = Registry("encoder")
+
+
+def encoder_settings(name: str) -> frozenset[str] | None:
+    """`Encoder.settings` of the encoder called `name`; None for one that is not registered."""
+    return getattr(ENCODERS.get(name), "settings", None) if name in ENCODERS else None
+
+
+@ENCODERS.register("none")
+class IdentityEncoder(Encoder):
+    """Passes every token on as it is: the paper's ablation without xLSTM."""
+
+    mixes_tokens = False
+    settings = frozenset()
+
+    def __init__(self, config: HeadConfig) -> None:
+        """Only the width matters. Raises ConfigError for `bidirectional`."""
+        if config.bidirectional:
+            message = "The encoder 'none' has no bidirectional form: set bidirectional to false, or choose another."
+            raise ConfigError(message)
+        super().__init__(config.width)
+
+    @property
+    def kernels(self) -> str:
+        """Nothing is computed."""
+        return "none"
+
+    def forward(self, tokens: Tokens, mask: Mask) -> Encoded:
+        """The tokens, with zeros in the padding."""
+        return tokens.masked_fill(~mask[..., None], 0.0)
+
+
+class BidirectionalEncoder(Encoder):
+    """Two causal encoders with weights of their own, each of the full width, and their outputs side by side."""
+
+    def __init__(self, forwards: Encoder, backwards: Encoder) -> None:
+        """`backwards` reads each item from its last token to its first."""
+        super().__init__(forwards.out_width + backwards.out_width)
+        self.forwards = forwards
+        self.backwards = backwards
+        self.graphable = forwards.graphable and backwards.graphable
+
+    @property
+    def compiled_blocks(self) -> Iterable[nn.Module]:
+        """Those of both directions."""
+        return [*self.forwards.compiled_blocks, *self.backwards.compiled_blocks]
+
+    @property
+    def kernels(self) -> str:
+        """Those of either direction."""
+        return self.forwards.kernels
+
+    def forward(self, tokens: Tokens, mask: Mask) -> Encoded:
+        """The outputs of both directions at each token."""
+        order = reversal(mask)
+        ahead: Tensor = self.forwards(tokens, mask)
+        back: Tensor = self.backwards(torch.take_along_dim(tokens, order, 1), mask)
+        return torch.cat([ahead, torch.take_along_dim(back, order, 1)], dim=-1)
+
+
+def reversal(mask: Mask) -> Int64[Tensor, "batch token 1"]:
+    """Indices that reverse every item within its own length and leave its padding; they are their own inverse."""
+    steps = torch.arange(mask.shape[1], device=mask.device)
+    lengths = mask.sum(1, keepdim=True)
+    return torch.where(steps < lengths, lengths - 1 - steps, steps)[..., None]
+
+
+class EitherWay:
+    """What the registry holds of a causal encoder: builds one, or with `bidirectional` a BidirectionalEncoder."""
+
+    def __init__(self, causal: Callable[[HeadConfig], Encoder]) -> None:
+        """`causal` only ever gets configs without `bidirectional`."""
+        self.settings: frozenset[str] | None = getattr(causal, "settings", None)
+        self._causal = causal
+
+    def __call__(self, config: HeadConfig) -> Encoder:
+        """The encoder."""
+        if not config.bidirectional:
+            return self._causal(config)
+        causal = config.model_copy(update={"bidirectional": False})
+        return BidirectionalEncoder(self._causal(causal), self._causal(causal))
+
+
+def refuse_bidirectional(config: HeadConfig, encoder: type[Encoder], *, entry: str) -> None:
+    """Raise ConfigError where `bidirectional` is set for a causal class; `entry` is its name in the registry."""
+    if config.bidirectional:
+        message = (
+            f"{encoder.__name__} reads forwards only; `ENCODERS.get({entry!r})` builds a bidirectional encoder of two "
+            "of them. Build it by that name, or set bidirectional to false."
+        )
+        raise ConfigError(message)

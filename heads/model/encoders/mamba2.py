@@ -1,20 +1,27 @@
 """The encoder `mamba2`: selective state spaces (Dao & Gu 2024, arXiv 2405.21060), causal.
 
-Parameters have the names and shapes of transformers' Mamba2Model with one group, so that weights can go either way.
+Parameters have the names and shapes of transformers' Mamba2Model with one group, so that weights fit both. Per head,
+with a state h of (state, dim), a scalar decay and a step size dt, the recurrence is
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T        y_t = C_t^T h_t
+
+Unrolled, y_t = sum over s <= t of (C_t . B_s) exp(A (dt_{s+1} + ... + dt_t)) dt_s x_s. `ssd` computes it in chunks
+(section 6 of the paper): within a chunk the sum is a masked matrix product; earlier chunks enter through the state at
+the start of the chunk.
 """
 
 import math
 from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import pad, silu, softplus
 
-from agiqa.heads.model.encoders.base import ENCODERS, Encoder
-from agiqa.heads.model.encoders.bidirectional import EitherWay, check_one_way
-from agiqa.heads.model.encoders.causal_conv import causal_conv_silu
-from agiqa.heads.model.encoders.ssd import fused_ssd, has_fused_ssd, ssd
+from agiqa.heads.model.encoders.base import ENCODERS, EitherWay, Encoded, Encoder, Mask, Tokens, refuse_bidirectional
+from agiqa.heads.model.encoders.kernels.dispatch import causal_conv_silu
 from agiqa.heads.settings.config import HeadConfig
 
 _EXPAND = 2
@@ -23,40 +30,42 @@ _HEAD_DIM = 64
 _EPSILON = 1e-5
 _RATES = (1.0, 16.0)
 _STEP_SIZES = (1e-3, 1e-1)
-"""What -A and dt start from, as in the paper's own code: uniform, and uniform in the logarithm."""
+"""Initial -A (uniform) and dt (uniform in the logarithm), as in the authors' code."""
+CHUNK = 64
+"""Tokens per chunk: time and memory within chunks grow with it, those of the states shrink with it."""
+_FUSED_MODULE = "mamba_ssm.ops.triton.ssd_combined"
+_FUSED_CHUNK = 256
 
 
 class Mamba2Encoder(Encoder):
     """`layers` pre-norm residual blocks, and a norm at the end. Every part is causal.
 
-    Padding is zeroed on the way in: matrix products multiply it by zero, which NaN survives. What the blocks add is
+    Padding is set to zero first: matrix products multiply it by zero, which would keep a NaN. What the blocks add is
     summed in the dtype of the weights, under autocast too.
     """
 
     graphable = True
-    reads = frozenset({"layers", "state_size", "dropout"})
+    settings = frozenset({"layers", "state_size", "dropout"})
 
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError for `bidirectional`, for which `ENCODERS.get("mamba2")` builds two of these."""
-        check_one_way(config, Mamba2Encoder, entry="mamba2")
+        refuse_bidirectional(config, Mamba2Encoder, entry="mamba2")
         super().__init__(config.width)
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.layers))
         self.norm_f = nn.RMSNorm(config.width, eps=_EPSILON)
 
     @property
-    def repeated(self) -> Iterable[nn.Module]:
+    def compiled_blocks(self) -> Iterable[nn.Module]:
         """The layers."""
         return self.layers
 
     @property
     def kernels(self) -> str:
-        """Which scan runs where the weights are."""
+        """Which scan runs on the device of the weights."""
         fused = self.norm_f.weight.is_cuda and has_fused_ssd()
         return "mamba_ssm scan" if fused else "torch, chunked scan"
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token width"]:
+    def forward(self, tokens: Tokens, mask: Mask) -> Encoded:
         """The normed output of the last block, with zeros in the padding."""
         padding = ~mask[..., None]
         states = tokens.masked_fill(padding, 0.0).to(self.norm_f.weight.dtype)
@@ -79,7 +88,7 @@ class Mamba2Block(nn.Module):
         self.mixer = Mamba2Mixer(config.width, config.state_size, head_dim_for(_EXPAND * config.width))
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
+    def forward(self, tokens: Tokens) -> Tokens:
         """The tokens, and what the mixer adds."""
         added: Tensor = self.dropout(self.mixer(self.norm(tokens)))
         return tokens + added
@@ -104,8 +113,8 @@ class Mamba2Mixer(nn.Module):
         self._mixed_parts = (inner, state_size, state_size)
         self._has_fused = has_fused_ssd()
 
-    def forward(self, tokens: Float[Tensor, "batch token width"]) -> Float[Tensor, "batch token width"]:
-        """Mix the tokens forwards. Step sizes and decays are in the dtype of the weights, under autocast too."""
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Step sizes and decays are in the dtype of the weights, under autocast too."""
         gate, mixed, raw_steps = self.in_proj(tokens).split(self._parts, dim=-1)
         convolved = causal_conv_silu(mixed, self.conv1d.weight, self.conv1d.bias)
         values, writes, reads = convolved.split(self._mixed_parts, dim=-1)
@@ -125,11 +134,88 @@ def head_dim_for(inner: int) -> int:
 
 
 def _log_uniform(heads: int) -> Float[Tensor, " head"]:
-    """Step sizes spread evenly in the logarithm."""
+    """Random step sizes, uniform in the logarithm."""
     low, high = _STEP_SIZES
     return torch.empty(heads).uniform_(math.log(low), math.log(high)).exp()
 
 
 def _inverse_softplus(values: Float[Tensor, " head"]) -> Float[Tensor, " head"]:
-    """What softplus makes `values` of: log(exp(v) - 1), without cancellation."""
+    """log(exp(v) - 1), computed without cancellation."""
     return values + torch.log(-torch.expm1(-values))
+
+
+def ssd(
+    inputs: Float[Tensor, "batch time head dim"],
+    step_sizes: Float[Tensor, "batch time head"],
+    rates: Float[Tensor, " head"],
+    writes: Float[Tensor, "batch time state"],
+    reads: Float[Tensor, "batch time state"],
+    *,
+    chunk: int = CHUNK,
+) -> Float[Tensor, "batch time head dim"]:
+    """y of every step, from the zero state: `inputs` are x, `step_sizes` dt, `rates` A < 0, `writes` B, `reads` C.
+
+    B and C are shared by the heads. The sums of dt A are taken in the dtype of `step_sizes`, which should be float32
+    at least; matrix products follow autocast.
+    """
+    length = inputs.shape[1]
+    chunk = min(chunk, length)
+    short = -length % chunk
+    written = _in_chunks(inputs * step_sizes[..., None], short, chunk).transpose(2, 3)
+    decay_sums = _in_chunks(step_sizes * rates, short, chunk).transpose(2, 3).cumsum(-1)
+    writes, reads = (_in_chunks(part, short, chunk)[:, :, None] for part in (writes, reads))
+
+    within = _decays(decay_sums) * (reads @ writes.transpose(-1, -2))
+    to_end = torch.exp(decay_sums[..., -1:] - decay_sums)
+    added = (writes * to_end[..., None]).transpose(-1, -2) @ written
+    at_start = _states_at_start(added, decay_sums[..., -1])
+    outputs = within @ written + (reads * decay_sums.exp()[..., None]) @ at_start
+    return outputs.transpose(2, 3).flatten(1, 2)[:, :length]
+
+
+def _in_chunks(part: Float[Tensor, "batch time *rest"], short: int, chunk: int) -> Float[Tensor, "batch c step *rest"]:
+    """Append `short` zero steps, which write nothing and do not decay, and cut the time into chunks."""
+    padded = pad(part, (0, 0) * (part.ndim - 2) + (0, short)) if short else part
+    chunks: Tensor = padded.unflatten(1, (-1, chunk))
+    return chunks
+
+
+def _decays(sums: Float[Tensor, "*rest time"]) -> Float[Tensor, "*rest time time"]:
+    """exp(sums[t] - sums[s]) where s <= t, else 0; masked before the exp, whose gradient could be infinite there."""
+    later = torch.ones(sums.shape[-1], sums.shape[-1], dtype=torch.bool, device=sums.device).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).masked_fill(later, -torch.inf).exp()
+
+
+def _states_at_start(
+    added: Float[Tensor, "batch c head state dim"], totals: Float[Tensor, "batch c head"]
+) -> Float[Tensor, "batch c head state dim"]:
+    """The state before each chunk: what earlier chunks `added`, decayed by the `totals` of the chunks between.
+
+    Decays are sums over a whole item, which lose too many digits in float32 when subtracted.
+    """
+    decays = _decays(totals.double().cumsum(1).transpose(1, 2)).to(totals.dtype)
+    at_end = torch.einsum("bhji,bihnp->bjhnp", decays, added)
+    return torch.cat([torch.zeros_like(at_end[:, :1]), at_end[:, :-1]], dim=1)
+
+
+def fused_ssd(
+    inputs: Float[Tensor, "batch time head dim"],
+    step_sizes: Float[Tensor, "batch time head"],
+    rates: Float[Tensor, " head"],
+    writes: Float[Tensor, "batch time state"],
+    reads: Float[Tensor, "batch time state"],
+) -> Float[Tensor, "batch time head dim"]:
+    """`ssd` by the Triton kernels of the package mamba_ssm, on CUDA and below float64; see `has_fused_ssd`."""
+    kernel = import_module(_FUSED_MODULE).mamba_chunk_scan_combined
+    outputs: Tensor = kernel(inputs, step_sizes, rates, writes[:, :, None], reads[:, :, None], _FUSED_CHUNK)
+    return outputs
+
+
+@cache
+def has_fused_ssd() -> bool:
+    """Whether mamba_ssm can be imported."""
+    try:
+        import_module(_FUSED_MODULE)
+    except ImportError:
+        return False
+    return True

@@ -3,29 +3,27 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from agiqa.heads.model.encoders.base import ENCODERS, Encoder
-from agiqa.heads.model.encoders.bidirectional import reversal
+from agiqa.heads.model.encoders.base import ENCODERS, Encoded, Encoder, Mask, Tokens, reversal
 from agiqa.heads.settings.config import HeadConfig
 
 
 class RecurrentEncoder(Encoder):
     """`layers` recurrent layers, causal, or bidirectional with the full width in each direction.
 
-    With `residual` each layer reads a LayerNorm of the states and its outputs are added to them, and a norm comes at
-    the end: `x + dropout(rnn(norm(x)))`. In a bidirectional first layer either direction is added to the tokens. The
-    sum is taken in the dtype of the weights, under autocast too.
+    With `residual` a layer is `x + dropout(rnn(norm(x)))`, with a LayerNorm, and another norm follows the last layer. A
+    bidirectional first layer adds the output of each direction to the tokens. Sums are in the dtype of the weights,
+    under autocast too.
 
-    Without `residual` each layer reads the outputs of the one before, as published. An untrained layer makes its
-    inputs smaller and adds biases that are the same for every item, so that four layers of LSTM begin with nearly the
-    same vector for all. The scale of the first inputs comes from the projection's calibration alone.
+    Without `residual` each layer reads the outputs of the layer before, as in the released code. An untrained layer
+    shrinks its inputs and adds biases that are the same for every item, so that four layers of LSTM start with nearly
+    the same vector for all items.
     """
 
     graphable = True
-    reads = frozenset({"layers", "dropout", "residual"})
+    settings = frozenset({"layers", "dropout", "residual"})
 
     def __init__(self, config: HeadConfig, kind: type[nn.LSTM] | type[nn.GRU]) -> None:
         """`kind` is the torch module to build."""
@@ -44,21 +42,14 @@ class RecurrentEncoder(Encoder):
             widths = [config.width, *[self.out_width] * config.layers]
             self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token out_width"]:
+    def forward(self, tokens: Tokens, mask: Mask) -> Encoded:
         """The states behind the last layer, with zeros in the padding."""
         if self.norms is None:
             return dropout(run_layers(self.rnn, tokens, mask), self._dropout, self.training)
         return self._add_layers(self.norms, tokens, mask)
 
-    def _add_layers(
-        self,
-        norms: nn.ModuleList,
-        tokens: Float[Tensor, "batch token width"],
-        mask: Bool[Tensor, "batch token"],
-    ) -> Float[Tensor, "batch token out_width"]:
-        """`forward` with `residual`. Either direction reads the padding last, so it reaches no real token."""
+    def _add_layers(self, norms: nn.ModuleList, tokens: Tokens, mask: Mask) -> Encoded:
+        """`forward` with `residual`. Both directions read the padding last, so it reaches no real token."""
         padding = ~mask[..., None]
         order = reversal(mask) if self.rnn.bidirectional else None
         states = tokens.masked_fill(padding, 0.0).to(next(self.rnn.parameters()).dtype)
@@ -73,7 +64,7 @@ class RecurrentEncoder(Encoder):
 
 @ENCODERS.register("lstm")
 class LSTMEncoder(RecurrentEncoder):
-    """Long short-term memory (Hochreiter & Schmidhuber 1997); published with 4 layers in both directions."""
+    """Long short-term memory (Hochreiter & Schmidhuber 1997); 4 bidirectional layers in the released code."""
 
     def __init__(self, config: HeadConfig) -> None:
         """`config` gives width, layers, directions and dropout."""
@@ -82,20 +73,18 @@ class LSTMEncoder(RecurrentEncoder):
 
 @ENCODERS.register("gru")
 class GRUEncoder(RecurrentEncoder):
-    """Gated recurrent units (Cho et al. 2014); published with 2 layers in both directions."""
+    """Gated recurrent units (Cho et al. 2014); 2 bidirectional layers in the released code."""
 
     def __init__(self, config: HeadConfig) -> None:
         """`config` gives width, layers, directions and dropout."""
         super().__init__(config, nn.GRU)
 
 
-def run_layers(
-    rnn: nn.LSTM | nn.GRU, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-) -> Float[Tensor, "batch token out_width"]:
+def run_layers(rnn: nn.LSTM | nn.GRU, tokens: Tokens, mask: Mask) -> Encoded:
     """The states of the last layer of `rnn`, with zeros in the padding: layer by layer, backwards on reversed items.
 
-    Packing the items would be the usual way. That needs their lengths on the CPU, for which a GPU must finish all work
-    before it, and torch's gradient of them on a CPU takes 20 times as long as that of padded ones.
+    Items are not packed, as is usual: packing needs their lengths on the CPU, for which a GPU has to finish all queued
+    work, and on a CPU torch takes 20 times as long for gradients of packed items.
     """
     padding = ~mask[..., None]
     order = reversal(mask) if rnn.bidirectional else None
@@ -107,10 +96,8 @@ def run_layers(
     return states
 
 
-def _one_layer(
-    rnn: nn.LSTM | nn.GRU, tokens: Float[Tensor, "batch token width"], order: Tensor | None, layer: int
-) -> Float[Tensor, "batch token out_width"]:
-    """The states of one layer; `order` reverses the items for the other direction, where there is one."""
+def _one_layer(rnn: nn.LSTM | nn.GRU, tokens: Tokens, order: Tensor | None, layer: int) -> Encoded:
+    """The states of one layer; `order` reverses the items for a backward direction, None is forwards only."""
     ahead = _one_way(rnn, tokens, f"l{layer}")
     if order is None:
         return ahead
@@ -118,7 +105,7 @@ def _one_layer(
     return torch.cat([ahead, _reordered(back, order)], dim=-1)
 
 
-def _reordered(states: Float[Tensor, "batch token width"], order: Tensor) -> Float[Tensor, "batch token width"]:
+def _reordered(states: Tokens, order: Tensor) -> Tokens:
     return states.gather(1, order.expand_as(states))
 
 
@@ -134,14 +121,14 @@ def _one_way(rnn: nn.LSTM | nn.GRU, tokens: Tensor, part: str) -> Tensor:
         states, *_ = run(tokens, state, weights, True, 1, 0.0, rnn.training, False, True)  # noqa: FBT003
         return states
     batch, length, _width = tokens.shape
-    sizes = torch.full((length,), batch)  # called packed, or cuDNN takes kernels with half the speed in float16
+    sizes = torch.full((length,), batch)  # the packed call: for padded float16, cuDNN takes kernels of half the speed
     rows = tokens.transpose(0, 1).flatten(0, 1)
     states, *_ = run(rows, sizes, state, _in_one_piece(weights), True, 1, 0.0, rnn.training, False)  # noqa: FBT003
     return torch.unflatten(states, 0, (length, batch)).transpose(0, 1)
 
 
 def _in_one_piece(weights: list[Tensor]) -> list[Tensor]:
-    """The same in one block of memory: cuDNN copies weights that are not, and torch warns of it at every call."""
+    """The weights in one block of memory; otherwise cuDNN copies them, and torch warns, at every call."""
     flat = torch.cat([weight.flatten() for weight in weights])
     parts = flat.split([weight.numel() for weight in weights])
     return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]

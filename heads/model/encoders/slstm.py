@@ -1,15 +1,15 @@
 """The sLSTM recurrence (Beck et al. 2024, arXiv 2405.04517), with its gradient written out.
 
-The paper's states c and n only ever meet as r = c/n, and the stabiliser m only as L = m + log n, so two states
-are enough and nothing can overflow. With the gate pre-activations i, f, z, o and a = L' + log sigmoid(f):
+The paper's states c and n occur only as r = c/n, and the stabiliser m only as L = m + log n. So two states are enough,
+and nothing can overflow. With the gate pre-activations i, f, z, o and a = L' + log sigmoid(f):
 
     w = sigmoid(i - a)              share of this step in the memory, 1 at the first step, where L' = -inf
     L = log(exp(a) + exp(i))        log of the unstabilised normaliser
     r = r' + w (tanh(z) - r')       the memory, a weighted mean of what was written
     h = sigmoid(o) r
 
-Buffers are time-major and end in (dim, batch), which makes the gates of a head contiguous slabs: neighbouring
-slots share an operation, nothing is allocated inside the loops, and the recurrent weights are used as stored.
+Buffers are time-major and end in (dim, batch). The gates of a head are then contiguous: neighbouring slots share an
+operation, the loops allocate nothing, and the recurrent weights are used as stored.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
-from agiqa.heads.model.encoders.gpu_kernels import is_power_of_two, unavailable_because, uncompiled
+from agiqa.heads.model.encoders.kernels.dispatch import is_power_of_two, kernels_missing, uncompiled
 
 _SLOTS = (1, 3, 0, 2)
 """Which of the package's gates (i, f, z, o) each slot holds: f, o, i, z."""
@@ -39,12 +39,12 @@ def slstm(
     """Hidden states of every step from the zero state, and the last state (h, c, n, m), which carries no gradient.
 
     The gates are in the order i, f, z, o; `recurrent[k, g]` maps the hidden state of head k to its gate g. Weights are
-    float32 or float64, in which everything is computed, under autocast too, except that the kernels then multiply in
-    bfloat16; without it they multiply on tensor cores in three passes, which is float32. Of the many equal states (c
-    and n scaled together) the last one is that with n = 1.
+    float32 or float64. Everything is computed in their dtype, except that under autocast the kernels multiply in
+    bfloat16; without autocast they multiply on tensor cores in three passes, which gives float32. Scaling c and n
+    together gives an equal state; the last state has n = 1.
     """
-    if loops_because(recurrent) is None:
-        from agiqa.heads.model.encoders.slstm_triton import KernelSLSTM  # imports triton, which a CPU has not
+    if slstm_loop_reason(recurrent) is None:
+        from agiqa.heads.model.encoders.kernels.slstm_triton import KernelSLSTM  # triton is absent without a GPU
 
         precision = "bf16" if torch.is_autocast_enabled(inputs.device.type) else "tf32x3"
         hidden, last = KernelSLSTM.apply(inputs, recurrent, bias, precision)
@@ -82,9 +82,9 @@ class _SLSTM(torch.autograd.Function):
             )
 
 
-def loops_because(weights: Float[Tensor, "*sizes dim"]) -> str | None:
-    """Why an sLSTM with weights like these goes through the loops of this module; None where slstm_triton runs it."""
-    unavailable = unavailable_because(weights.device, ("triton",))
+def slstm_loop_reason(weights: Float[Tensor, "*sizes dim"]) -> str | None:
+    """Why the loops of this module compute an sLSTM with such weights; None where the Triton kernels do."""
+    unavailable = kernels_missing(weights.device, ("triton",))
     if unavailable is not None:
         return unavailable
     dim, dtype = weights.shape[-1], weights.dtype
@@ -94,12 +94,12 @@ def loops_because(weights: Float[Tensor, "*sizes dim"]) -> str | None:
 
 
 def _ordered(values: Float[Tensor, "heads 4 *rest"], order: Sequence[int]) -> Float[Tensor, "heads 4 *rest"]:
-    """The gates in another order. Indexing with it would copy it to a GPU, which no CUDA graph can do."""
+    """The gates in another order. Indexing by `order` would copy it to the GPU, which a CUDA graph cannot do."""
     return torch.stack([values[:, gate] for gate in order], dim=1)
 
 
 def _gates_of_slots() -> list[int]:
-    """In which slot each of the gates i, f, z, o is."""
+    """The slot of each of the gates i, f, z, o."""
     return [_SLOTS.index(gate) for gate in range(4)]
 
 
@@ -160,7 +160,7 @@ def raw_gradients(
 ) -> Float[Tensor, "time heads 4 dim batch"]:
     """Gradient of the pre-activations, in slots; `grad` is that of the hidden states.
 
-    With G the gradient of what follows it, per step:  Gr += Gh sigmoid(o);  Go = Gh h (1 - sigmoid(o));
+    With Gx the gradient of x, per step:  Gr += Gh sigmoid(o);  Go = Gh h (1 - sigmoid(o));
     Gz = Gr w (1 - tanh(z)^2);  Gi = Gr (tanh(z) - r') w (1 - w) + GL w;  GL' = GL - Gi;  Gf = GL' sigmoid(-f);
     Gr' = Gr (1 - w);  Gh' = weights^T (Gf, Go, Gi, Gz).
     """
@@ -187,7 +187,7 @@ def raw_gradients(
 
 
 def _factors(gates: Tensor, hidden: Tensor, memory: Tensor) -> Float[Tensor, "time heads 5 dim batch"]:
-    """What the gradients of L, h, r, r, r are multiplied by to become those of f, o, i, z, r'."""
+    """Factors that turn the gradients of L, h, r, r, r into those of f, o, i, z, r'."""
     forget, output, share, candidate = gates.unbind(2)
     time, heads, _, dim, batch = gates.shape
     factors = gates.new_empty(time, heads, 5, dim, batch)

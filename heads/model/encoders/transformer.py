@@ -1,19 +1,19 @@
 """The encoder `transformer`: self-attention (Vaswani et al. 2017, arXiv 1706.03762) in pre-norm layers.
 
-Not torch's nn.TransformerEncoderLayer: that one computes predictions with other kernels than training, and its key
-bias never gets a gradient.
+Torch's nn.TransformerEncoderLayer is not used: it predicts with other kernels than it trains with, and its key bias
+never gets a gradient.
 """
 
 import math
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from agiqa.errors import ConfigError
-from agiqa.heads.model.encoders.base import ENCODERS, Encoder
+from agiqa.heads.model.encoders.base import ENCODERS, Encoded, Encoder, Mask, Tokens
 from agiqa.heads.settings.config import HeadConfig
 
 _FEED_FORWARD_FACTOR = 4
@@ -24,16 +24,16 @@ _LONGEST_WAVE = 10_000.0
 class TransformerEncoder(Encoder):
     """`layers` pre-norm layers over tokens plus sinusoidal positions, and a norm at the end.
 
-    Causal, or with `bidirectional` one stack in which every token sees the whole item. What the layers add is summed
-    in the dtype of the weights, under autocast too.
+    Causal, or with `bidirectional` one stack in which every token attends to the whole item. What the layers add is
+    summed in the dtype of the weights, under autocast too.
 
-    Dropout acts within the layers and never on the tokens themselves. At a share p it multiplies their mean square by
-    1 / (1 - p) in training alone; the norm at the end takes that out, so that with p = .5 evaluation would pool values
-    that spread 1.5 times as far as those of training.
+    Dropout acts within the layers only. On the tokens themselves, a share p would multiply their mean square by
+    1 / (1 - p) in training alone, which the last norm divides out: at p = .5 pooled values would vary 1.5 times as much
+    between items in evaluation as in training.
     """
 
     graphable = True
-    reads = frozenset({"num_heads", "layers", "dropout"})
+    settings = frozenset({"num_heads", "layers", "dropout"})
 
     def __init__(self, config: HeadConfig) -> None:
         """Raises ConfigError when the heads do not divide the width."""
@@ -48,7 +48,7 @@ class TransformerEncoder(Encoder):
         self.norm = nn.LayerNorm(config.width)
 
     @property
-    def repeated(self) -> Iterable[nn.Module]:
+    def compiled_blocks(self) -> Iterable[nn.Module]:
         """The layers."""
         return self.layers
 
@@ -57,9 +57,7 @@ class TransformerEncoder(Encoder):
         """Torch's choice among its attention kernels."""
         return "torch, scaled_dot_product_attention"
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token width"]:
+    def forward(self, tokens: Tokens, mask: Mask) -> Encoded:
         """The normed output of the last layer, with zeros in the padding."""
         padding = ~mask[..., None]
         states = tokens.masked_fill(padding, 0.0).to(self.norm.weight.dtype)
@@ -88,19 +86,15 @@ class TransformerLayer(nn.Module):
         self._bidirectional = config.bidirectional
         self._dropout = config.dropout
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token width"]:
-        """`mask` hides padded keys; the outputs at padded tokens mean nothing."""
+    def forward(self, tokens: Tokens, mask: Mask) -> Tokens:
+        """`mask` hides padded keys; outputs at padding are arbitrary."""
         attended = self.merge(self._attend(self.attention_norm(tokens), mask))
         tokens = tokens + self.attention_dropout(attended)
         inner = self.inner_dropout(gelu(self.expand(self.feed_forward_norm(tokens))))
         outputs: Tensor = tokens + self.outer_dropout(self.contract(inner))
         return outputs
 
-    def _attend(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token width"]:
+    def _attend(self, tokens: Tokens, mask: Mask) -> Tokens:
         """Softmax(Q K^T / sqrt(d)) V per head. Padding comes last: the causal mask hides it from every real token."""
         split = self.query_key_value(tokens).unflatten(-1, (3, self._num_heads, -1))
         query, key, value = split.permute(2, 0, 3, 1, 4)
@@ -115,7 +109,7 @@ class TransformerLayer(nn.Module):
         return heads.transpose(1, 2).flatten(2)
 
 
-def sinusoids(tokens: Float[Tensor, "batch token width"]) -> Float[Tensor, "token width"]:
+def sinusoids(tokens: Tokens) -> Float[Tensor, "token width"]:
     """The paper's positions: sine in even channels, cosine in odd ones, waves from 2 pi to 10,000 x 2 pi tokens."""
     length, width = tokens.shape[1:]
     dtype = torch.promote_types(tokens.dtype, torch.float32)

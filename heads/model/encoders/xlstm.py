@@ -1,11 +1,17 @@
-"""The encoder `xlstm`: the published stack from the xlstm package (Beck et al. 2024, NX-AI)."""
+"""The encoder `xlstm`: the stack of the xlstm package (Beck et al. 2024, NX-AI) in the settings of the released code.
+
+The package's layers and cells are replaced by classes that compute the same functions of the same weights with fewer
+operations. Tests hold values and gradients of the whole stack to those of the package.
+"""
 
 import math
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
-from jaxtyping import Bool, Float
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, linear, pad, silu
 from xlstm import (
     FeedForwardConfig,
     mLSTMBlockConfig,
@@ -15,41 +21,59 @@ from xlstm import (
     xLSTMBlockStack,
     xLSTMBlockStackConfig,
 )
+from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
+from xlstm.blocks.mlstm.cell import mLSTMCell
+from xlstm.blocks.mlstm.layer import mLSTMLayer
+from xlstm.blocks.slstm.cell import sLSTMCell_vanilla
+from xlstm.blocks.slstm.layer import sLSTMLayer
+from xlstm.components.conv import CausalConv1d
+from xlstm.components.linear_headwise import LinearHeadwiseExpand
+from xlstm.components.ln import MultiHeadLayerNorm
 
 from agiqa.errors import ConfigError
-from agiqa.heads.model.encoders.base import ENCODERS, Encoder
-from agiqa.heads.model.encoders.bidirectional import EitherWay, check_one_way
-from agiqa.heads.model.encoders.mlstm import torch_form_because
-from agiqa.heads.model.encoders.slstm import loops_because
-from agiqa.heads.model.encoders.xlstm_parts import install_parts
+from agiqa.heads.model.encoders.base import ENCODERS, EitherWay, Encoded, Encoder, Mask, Tokens, refuse_bidirectional
+from agiqa.heads.model.encoders.kernels.dispatch import (
+    causal_conv_silu,
+    is_power_of_two,
+    kernels_missing,
+    product_dtype,
+    uncompiled,
+)
+from agiqa.heads.model.encoders.slstm import slstm, slstm_loop_reason
 from agiqa.heads.settings.config import HeadConfig
 
 _SLSTM_INDEX = 1
 _CONTEXT = 512
-"""As published. It sizes masks of the package that are not used here, and bounds no item."""
+"""As in the released code. It sizes masks of the package that are not used here, and limits no item."""
 _MLSTM_FACTOR = 2
-"""How much wider an mLSTM works than its block, as the package has it."""
+"""How much wider an mLSTM works than its block, as in the package."""
 _MLSTM_STEP = 64
 """The package rounds the channels of an mLSTM up to a multiple of this."""
+_MLSTM_CHUNK = 128
+"""Tokens per chunk of the mLSTM kernels."""
+_MLSTM_LEAST_DIM = 16
+_MLSTM_EPS = 1e-6
+"""As in the package's torch form."""
+_SMALL_BLOCK = 16
 
 
 class XLSTMEncoder(Encoder):
     """Pre-norm residual blocks: an sLSTM at index 1, mLSTMs elsewhere, a norm at the end.
 
-    Published settings: convolution kernel 4, qkv block size 4, sLSTM bias `powerlaw_blockdependent`, gated
-    feed-forward of factor 1.3 with GELU. Every part is causal, so right padding cannot reach a real token;
-    it is zeroed on the way in all the same, since the parallel form multiplies it by zero, which NaN survives.
+    Every part is causal, so right padding cannot reach a real token. It is set to zero first all the same: the parallel
+    form multiplies it by zero, which would keep a NaN.
     """
 
     graphable = True
-    reads = frozenset({"blocks", "num_heads", "dropout"})
+    settings = frozenset({"blocks", "num_heads", "dropout"})
 
     def __init__(self, config: HeadConfig) -> None:
-        """Raises ConfigError when the heads do not divide the width into two channels or more each, or not an mLSTM's.
+        """Raises ConfigError for `bidirectional`, for which `ENCODERS.get("xlstm")` builds two of these.
 
-        Raises ConfigError for `bidirectional` too, for which `ENCODERS.get("xlstm")` builds two of these.
+        Raises ConfigError where the heads do not divide the width into two channels or more each, or the channels of an
+        mLSTM.
         """
-        check_one_way(config, XLSTMEncoder, entry="xlstm")
+        refuse_bidirectional(config, XLSTMEncoder, entry="xlstm")
         super().__init__(config.width)
         if config.width % config.num_heads or config.width < 2 * config.num_heads:
             message = (
@@ -69,22 +93,20 @@ class XLSTMEncoder(Encoder):
         install_parts(self.stack)
 
     @property
-    def repeated(self) -> Iterable[nn.Module]:
+    def compiled_blocks(self) -> Iterable[nn.Module]:
         """The blocks."""
         return cast("Iterable[nn.Module]", self.stack.blocks)
 
     @property
     def kernels(self) -> str:
-        """What computes the two recurrences on the device that the encoder is on, and why."""
+        """What computes the two recurrences on the device of the weights, and why."""
         weight = next(self.stack.parameters())
-        torch_form = torch_form_because(weight.device, self._mlstm_dim)
-        loops = loops_because(weight.new_empty(0, self._dim))
+        torch_form = mlstm_torch_reason(weight.device, self._mlstm_dim)
+        loops = slstm_loop_reason(weight.new_empty(0, self._dim))
         parallel = "mlstm: Triton kernels" if torch_form is None else f"mlstm: torch's parallel form ({torch_form})"
         return f"{parallel}; slstm: " + ("Triton kernels" if loops is None else f"loops over the steps ({loops})")
 
-    def forward(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token width"]:
+    def forward(self, tokens: Tokens, mask: Mask) -> Encoded:
         """The normed output of the last block, with zeros in the padding."""
         padding = ~mask[..., None]
         outputs: Tensor = self.stack(tokens.masked_fill(padding, 0.0))
@@ -95,7 +117,7 @@ ENCODERS.add("xlstm", EitherWay(XLSTMEncoder))
 
 
 def stack_config(config: HeadConfig) -> xLSTMBlockStackConfig:
-    """The package's config of the published stack at the sizes of `config`; a stack of one block is an mLSTM."""
+    """The stack of the released code at the sizes of `config`; a stack of one block is an mLSTM."""
     return xLSTMBlockStackConfig(
         mlstm_block=mLSTMBlockConfig(
             mlstm=mLSTMLayerConfig(conv1d_kernel_size=4, qkv_proj_blocksize=4, num_heads=config.num_heads)
@@ -115,3 +137,170 @@ def stack_config(config: HeadConfig) -> xLSTMBlockStackConfig:
         slstm_at=[_SLSTM_INDEX] if config.blocks > _SLSTM_INDEX else [],
         dropout=config.dropout,
     )
+
+
+def install_parts(stack: xLSTMBlockStack) -> None:
+    """Replace the package's layers and cells in `stack` by those below, with the same weights."""
+    successors: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+        mLSTMLayer: lambda part: MLSTMLayer(part.config),
+        mLSTMCell: lambda part: MLSTMCell(part.config),
+        sLSTMLayer: lambda part: SLSTMLayer(part.config),
+        sLSTMCell_vanilla: lambda part: SLSTMCell(part.config),
+        LinearHeadwiseExpand: lambda part: BlockDiagonal(part.config),
+        MultiHeadLayerNorm: lambda part: HeadNorm(part.ndim, part.weight is not None, part.bias is not None, part.eps),
+    }
+    for parent in stack.modules():
+        for name, part in parent.named_children():
+            if type(part) in successors:
+                successor = successors[type(part)](part)
+                successor.load_state_dict(part.state_dict())
+                setattr(parent, name, successor)
+
+
+class MLSTMLayer(mLSTMLayer):
+    """The package's layer; in mixed precision the products after the cell are in the narrow dtype too."""
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        """As the package's."""
+        mixed, gate = self.proj_up(x).chunk(2, dim=-1)
+        convolved = _convolved(self.conv1d, mixed)
+        queries, keys, values = self.q_proj(convolved), self.k_proj(convolved), self.v_proj(mixed)
+        hidden: Tensor = self.mlstm_cell(q=queries, k=keys, v=values).to(values.dtype)
+        skipped = torch.addcmul(hidden, convolved, self.learnable_skip.to(values.dtype))
+        outputs: Tensor = self.dropout(self.proj_down(skipped * silu(gate)))
+        return outputs
+
+
+class MLSTMCell(mLSTMCell):
+    """The package's cell, with both gates from one product."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        """As the package's."""
+        heads = self.config.num_heads
+        weight = torch.cat([self.igate.weight, self.fgate.weight])
+        gates = linear(torch.cat([q, k, v], dim=-1), weight, torch.cat([self.igate.bias, self.fgate.bias]))
+        entry, forget = gates.transpose(1, 2)[..., None].chunk(2, dim=1)
+        queries, keys, values = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
+        hidden = mlstm(queries, keys, values, entry, forget)
+        outputs: Tensor = self.outnorm(hidden)
+        return outputs.transpose(1, 2).flatten(2)
+
+
+class SLSTMLayer(sLSTMLayer):
+    """The package's layer, for whole sequences."""
+
+    def forward(self, x: Tensor, **_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As the package's, which computes gates i and f from the weights that it calls f and i."""
+        convolved = _convolved(self.conv1d, x)
+        gates = [self.fgate(convolved), self.igate(convolved), self.zgate(x), self.ogate(x)]
+        hidden, _state = self.slstm_cell(torch.cat(gates, dim=-1))
+        outputs: Tensor = self.group_norm(self.dropout(hidden))
+        return outputs.transpose(1, 2).flatten(2)
+
+
+def _convolved(part: CausalConv1d, tokens: Tensor) -> Tensor:
+    convolution: Any = part.conv
+    return causal_conv_silu(tokens, convolution.weight, convolution.bias)
+
+
+class SLSTMCell(sLSTMCell_vanilla):
+    """The package's torch cell, parameters and all, with `slstm` for whole sequences from the zero state."""
+
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002  (the package's name)
+        state: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As the package's, in float32 at least; with a `state` the package's own loop runs.
+
+        The result has the wider dtype of input and weights.
+        """
+        if state is not None:
+            output, last = super().forward(input, state, lengths)
+            return output, last
+        self._check_input(input)
+        heads, dim = self.config.num_heads, self.config.head_dim
+        result_dtype = torch.promote_types(input.dtype, self._recurrent_kernel.dtype)
+        dtype = torch.promote_types(result_dtype, torch.float32)
+        hidden, last = slstm(
+            self._permute_input(input).unflatten(-1, (4, heads, dim)),
+            self._recurrent_kernel.view(heads, 4, dim, dim).to(dtype),
+            self._bias.view(4, heads, dim).to(dtype),
+        )
+        return self._permute_output(hidden.flatten(2).to(result_dtype)), last.flatten(2).to(result_dtype)
+
+
+class BlockDiagonal(LinearHeadwiseExpand):
+    """The package's projection by blocks of a few channels, as one dense product on a GPU.
+
+    The dense product has hundreds of times the arithmetic, and tensor cores do it in a third of the time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the package's."""
+        blocks, rows, columns = self.weight.shape
+        if not x.is_cuda or columns > _SMALL_BLOCK:
+            outputs: Tensor = super().forward(x)
+            return outputs
+        spread = torch.diag_embed(self.weight.permute(1, 2, 0)).permute(2, 0, 3, 1)
+        return linear(x, spread.reshape(blocks * rows, blocks * columns), self.bias)
+
+
+class HeadNorm(MultiHeadLayerNorm):
+    """The package's norm of each head as a layer norm, whose gradient is several times faster than a group norm's."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the package's name)
+        """As the package's: (batch, heads, token, dim) in and out."""
+        heads, dim = input.shape[1], input.shape[-1]
+        normed = layer_norm(input.transpose(1, 2), (dim,), eps=self.eps)
+        scaled: Tensor = normed * self.weight_proxy.view(heads, dim)
+        return scaled.transpose(1, 2)
+
+
+@uncompiled
+def mlstm(
+    queries: Float[Tensor, "batch heads token dim"],
+    keys: Float[Tensor, "batch heads token dim"],
+    values: Float[Tensor, "batch heads token dim"],
+    igate_preact: Float[Tensor, "batch heads token 1"],
+    fgate_preact: Float[Tensor, "batch heads token 1"],
+) -> Float[Tensor, "batch heads token dim"]:
+    """The mLSTM of whole sequences from the zero state, by kernels of mlstm_kernels or in the package's torch form.
+
+    The torch form makes several matrices of (batch, heads, tokens, tokens); the kernels go over chunks of tokens and
+    make none (Beck et al. 2025, arXiv 2503.14376). The kernels' gradient leaves out the part through the normaliser,
+    which is zero before a norm of each head, as in `MLSTMCell`.
+    """
+    if mlstm_torch_reason(queries.device, queries.shape[-1]) is not None:
+        outputs: Tensor = parallel_stabilized_simple(queries, keys, values, igate_preact, fgate_preact, eps=_MLSTM_EPS)
+        return outputs
+    tokens = queries.shape[2]
+    missing = -tokens % _MLSTM_CHUNK  # causal, so the padding reaches no token
+
+    def padded(values: Tensor) -> Tensor:
+        return pad(values, (0, 0, 0, missing))
+
+    dtype = product_dtype(queries)
+    rows = [padded(values).to(dtype) for values in (queries, keys, values)]
+    gates = [padded(gate).squeeze(-1).float() for gate in (igate_preact, fgate_preact)]
+    with torch.autocast("cuda", enabled=False):  # it would round the gates, whose sums run over all tokens
+        hidden: Tensor = _mlstm_kernel()(
+            *rows, *gates, eps=_MLSTM_EPS, chunk_size=_MLSTM_CHUNK, autocast_kernel_dtype=dtype
+        )
+    return hidden[:, :, :tokens]
+
+
+def mlstm_torch_reason(device: torch.device, dim: int) -> str | None:
+    """Why the torch form computes heads of `dim` channels on `device`; None where the kernels do."""
+    unavailable = kernels_missing(device, ("triton", "mlstm_kernels"))
+    if unavailable is None and not (dim >= _MLSTM_LEAST_DIM and is_power_of_two(dim)):
+        return f"the kernels need heads of 2^k channels, {_MLSTM_LEAST_DIM} or more, not {dim}"
+    return unavailable
+
+
+def _mlstm_kernel() -> Callable[..., Any]:
+    from mlstm_kernels.torch.chunkwise import triton_xl_chunk  # imports triton, which is absent without a GPU
+
+    kernel: Callable[..., Any] = triton_xl_chunk.mlstm_chunkwise__xl_chunk
+    return kernel

@@ -12,7 +12,8 @@ from agiqa.bench.ablation.row_text import rows_text
 from agiqa.bench.ablation.rows import table_rows, validation_summary
 from agiqa.bench.recording.predictions import write_predictions
 from agiqa.errors import DataError
-from agiqa.heads.evaluation.comparing import holm, paired
+from agiqa.heads.evaluation.metrics import paired
+from agiqa.heads.evaluation.significance import holm
 
 ITEMS, FOLDS = 60, 3
 PROMPTS = [f"prompt {k // 4}" for k in range(ITEMS)]

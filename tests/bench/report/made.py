@@ -11,8 +11,8 @@ import numpy as np
 
 from agiqa.heads import HeadConfig, TrainConfig, train_head
 from agiqa.heads.data.splits import make_partition
-from agiqa.heads.evaluation.comparing import SeedScores, holm
-from agiqa.heads.evaluation.uncertainty import METRICS
+from agiqa.heads.evaluation.metrics import SeedScores
+from agiqa.heads.evaluation.significance import METRICS, holm
 
 FOLDS = 2
 Line = dict[str, Any]

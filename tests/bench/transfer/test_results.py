@@ -11,7 +11,8 @@ from agiqa.bench.recording.result_folders import ABOUT, RESULTS
 from agiqa.bench.transfer.plan import plan_transfer, read_transfer_settings
 from agiqa.bench.transfer.results import TransferResults, rows_of
 from agiqa.errors import DataError
-from agiqa.heads.evaluation.comparing import holm, paired, seeds_score
+from agiqa.heads.evaluation.metrics import paired, seeds_score
+from agiqa.heads.evaluation.significance import holm
 
 ITEMS = 40
 PROMPTS = [f"prompt {k // 4}" for k in range(ITEMS)]

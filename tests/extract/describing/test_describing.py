@@ -21,7 +21,7 @@ from agiqa.extract import (
     run_descriptions,
 )
 from agiqa.extract.data.templates import fill, template_of
-from agiqa.heads.evaluation.rating_words import parse_word
+from agiqa.heads.evaluation.rating_words import parse_rating_word
 from agiqa.store.disk.locks import exclusive_lock
 from tests.extract.small_sets import read_table, write_set, write_table
 from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
@@ -53,7 +53,7 @@ def items_of(folder, backbone):
 
 def run(folder, model, out, settings=SETTINGS, backbone=None, **options):
     backbone = backbone or open_backbone(str(model), device="cpu")
-    return run_descriptions(items_of(folder, backbone), backbone, out, settings, rating_of=parse_word, **options)
+    return run_descriptions(items_of(folder, backbone), backbone, out, settings, rating_of=parse_rating_word, **options)
 
 
 def lines_of(path):
@@ -104,7 +104,7 @@ def test_both_rounds_by_hand(model, folder, tmp_path, request):
         answer = backbone.generate([second], SETTINGS.rate)[0]
         assert (line["description"], line["answer"]) == (description, answer)
         assert line["rating_word"] == answer.lower()
-        assert line["rating"] == parse_word(answer)
+        assert line["rating"] == parse_rating_word(answer)
         assert line["tokens"] == {
             "prompt": len(first.token_ids),
             "description": description.tokens,
@@ -220,7 +220,7 @@ def test_an_image_that_is_gone_after_the_plan_is_a_bad_item(vision_model, tmp_pa
                 backbone,
                 tmp_path / "d.jsonl",
                 SETTINGS,
-                rating_of=parse_word,
+                rating_of=parse_rating_word,
                 workers=workers,
                 opener=partial(open_backbone, str(vision_model)),
             )

@@ -16,7 +16,7 @@ from agiqa.extract.filling.live import LiveFeatures
 from agiqa.extract.filling.plan import plan_store, tokenise
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models.preparing import Preparation
-from agiqa.heads.evaluation.rating_words import parse_word
+from agiqa.heads.evaluation.rating_words import parse_rating_word
 from agiqa.store import verify
 from tests.extract.jobs import extract, inputs
 from tests.extract.small_sets import save_noise, write_set, write_talks
@@ -132,9 +132,9 @@ def test_descriptions_are_of_the_image_that_their_key_is_of(tmp_path, calls):
     content = picture.read_bytes()
     hostile = ReplacesAfter(backbone, picture, calls)
     with pytest.raises(DataError, match="the image file was replaced or changed during this run"):
-        run_descriptions(data_set, hostile, out, settings, rating_of=parse_word)
+        run_descriptions(data_set, hostile, out, settings, rating_of=parse_rating_word)
     picture.write_bytes(content)
-    result = run_descriptions(data_set, backbone, out, settings, rating_of=parse_word)
+    result = run_descriptions(data_set, backbone, out, settings, rating_of=parse_rating_word)
     assert len(result.lines) == 4
 
 

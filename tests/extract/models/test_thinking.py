@@ -17,7 +17,7 @@ from agiqa.extract import (
 from agiqa.extract.data.templates import fill, template_of
 from agiqa.extract.models.generation import read_answer
 from agiqa.extract.models.rendering import begins_in_thought, switches_of
-from agiqa.heads.evaluation.rating_words import parse_word
+from agiqa.heads.evaluation.rating_words import parse_rating_word
 from tests.extract.small_sets import write_table
 from tests.extract.tiny_models import TEXT_TEMPLATE, make_tokenizer
 from tests.extract.tiny_thinkers import FORCED_TEMPLATE, HYBRID_TEMPLATE, write_reciter
@@ -45,7 +45,7 @@ def thinker(folder, template, first, second, *, special=False):
 
 def describe(data, backbone, out, settings=SETTINGS):
     items = load_data_set(data, variant="no_id", images=False)
-    run_descriptions(items, backbone, out, settings, rating_of=parse_word)
+    run_descriptions(items, backbone, out, settings, rating_of=parse_rating_word)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 

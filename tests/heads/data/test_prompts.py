@@ -131,7 +131,7 @@ def test_evaluate_tells_how_many_prompts_are_known_nearly(make_store, tmp_path):
 
 def _numbers(run, store, part):
     """The items of a part, whose names are their own in `store`."""
-    names = {name for name, _ in run.parts()[part]}
+    names = {name for name, _ in run.parts().pairs[part]}
     return [k for k, name in enumerate(store.items.names) if name in names]
 
 

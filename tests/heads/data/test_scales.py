@@ -10,8 +10,8 @@ import torch
 from agiqa.errors import HeadError
 from agiqa.heads import HeadConfig, TrainConfig, evaluate, load_run, predict, train_head
 from agiqa.heads.data.scales import lines_between
-from agiqa.heads.evaluation.logistic import fit_mappings
-from agiqa.heads.model.regressor import Regressor
+from agiqa.heads.evaluation.mos_mappings import fit_mappings
+from agiqa.heads.model.head import Regressor
 from agiqa.store.reading.union import union
 from tests.heads.conftest import MemoryItems, MemoryStore
 from tests.heads.label_stores import BOTH, GRU, QUICK, with_correspondence
@@ -117,7 +117,7 @@ def test_a_scale_that_is_not_known_is_warned_of_once(make_store, trained):
 @pytest.mark.parametrize("labels", [1, 2])
 def test_a_head_predicts_on_another_scale_by_its_mean_and_deviation(labels):
     regressor = Regressor(HeadConfig(), 6, labels=labels)
-    regressor.calibrate(torch.rand(20, labels, dtype=torch.float64) * 5)
+    regressor.standardise(torch.rand(20, labels, dtype=torch.float64) * 5)
     pooled = torch.randn(10, 6)
     before = regressor(pooled).double()
     scales = [FIVE, (2.0, 3.0)][:labels]

@@ -8,17 +8,17 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, precision_score
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.heads.evaluation.rating_words import WORD_METRICS, WORDS, parse_word, score_words
+from agiqa.heads.evaluation.rating_words import RATING_WORD_METRICS, RATING_WORDS, parse_rating_word, score_words
 
 RANGES = st.sampled_from([(0.0, 5.0), (1.0, 5.0), (0.0, 100.0), (0.0, 1.0), (-3.0, 7.0)])
 
 
 def opinion(truth, answered):
-    """The metrics as scikit-learn has them, in the order of WORD_METRICS."""
-    present = [word for word in WORDS if word in truth or word in answered]
+    """The metrics as scikit-learn has them, in the order of RATING_WORD_METRICS."""
+    present = [word for word in RATING_WORDS if word in truth or word in answered]
     options = {"labels": present, "zero_division": 0}
     near = [
-        word in WORDS and abs(WORDS.index(word) - WORDS.index(true)) <= 1
+        word in RATING_WORDS and abs(RATING_WORDS.index(word) - RATING_WORDS.index(true)) <= 1
         for true, word in zip(truth, answered, strict=True)
     ]
     return [
@@ -50,17 +50,17 @@ def test_the_bins_are_those_of_the_paper():
     assert [word_of(mos, (1.0, 5.0)) for mos in (1.0, 1.79, 1.8, 2.6, 3.4, 4.2, 5.0)] == [
         "bad",
         "bad",
-        *WORDS[1:],
+        *RATING_WORDS[1:],
         "excellent",
     ]
-    assert [word_of(float(mos), (0.0, 100.0)) for mos in (19.9, 20, 40, 60, 80)] == list(WORDS)
+    assert [word_of(float(mos), (0.0, 100.0)) for mos in (19.9, 20, 40, 60, 80)] == list(RATING_WORDS)
 
 
 @given(mos_range=RANGES, shares=st.lists(st.floats(0, 1), min_size=2, max_size=2))
 def test_words_rise_with_the_mos(mos_range, shares):
     low, high = mos_range
     first, second = (min(high, low + share * (high - low)) for share in sorted(shares))
-    assert WORDS.index(word_of(first, mos_range)) <= WORDS.index(word_of(second, mos_range))
+    assert RATING_WORDS.index(word_of(first, mos_range)) <= RATING_WORDS.index(word_of(second, mos_range))
 
 
 @pytest.mark.parametrize(
@@ -87,21 +87,21 @@ def test_words_rise_with_the_mos(mos_range, shares):
     ],
 )
 def test_answers_are_read_as_people_read_them(answer, word):
-    assert parse_word(answer) == word
+    assert parse_rating_word(answer) == word
 
 
 @given(
-    word=st.sampled_from(WORDS),
+    word=st.sampled_from(RATING_WORDS),
     form=st.sampled_from(["{}", "{}.", "The quality is {}.", '"{}"', "Rating: {}\n", "({})"]),
     change=st.sampled_from([str.upper, str.lower, str.title]),
 )
 def test_a_word_is_read_in_any_case_and_punctuation(word, form, change):
-    assert parse_word(change(form.format(word))) == word
+    assert parse_rating_word(change(form.format(word))) == word
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    pairs=st.lists(st.tuples(st.floats(0, 1), st.sampled_from([*WORDS, "no idea"])), min_size=1, max_size=25),
+    pairs=st.lists(st.tuples(st.floats(0, 1), st.sampled_from([*RATING_WORDS, "no idea"])), min_size=1, max_size=25),
     mos_range=RANGES,
 )
 def test_metrics_are_scikit_learns(pairs, mos_range):
@@ -110,7 +110,7 @@ def test_metrics_are_scikit_learns(pairs, mos_range):
     answers = [answer for _, answer in pairs]
     result = score_words(answers, mos, mos_range=mos_range)
     truth = [word_of(value, mos_range) for value in mos]
-    assert [result[name] for name in WORD_METRICS] == pytest.approx(opinion(truth, answers), abs=1e-12)
+    assert [result[name] for name in RATING_WORD_METRICS] == pytest.approx(opinion(truth, answers), abs=1e-12)
     assert result["n"] == len(pairs)
     assert result["unknown"] == answers.count("no idea")
     assert sum(sum(row.values()) for row in result["confusion"].values()) == len(pairs)
@@ -119,7 +119,7 @@ def test_metrics_are_scikit_learns(pairs, mos_range):
 def test_intervals_are_wilsons_for_so_many_independent_answers_as_prompts_are_worth():
     random = np.random.default_rng(0)
     mos = random.uniform(0, 5, 60)
-    answers = [str(random.choice([*WORDS, "?"])) if random.uniform() < 0.4 else word_of(value) for value in mos]
+    answers = [str(random.choice([*RATING_WORDS, "?"])) if random.uniform() < 0.4 else word_of(value) for value in mos]
     prompts = [f"prompt {k % 12}" for k in range(60)]
     result = score_words(answers, mos, prompts)
     without = []
@@ -128,7 +128,7 @@ def test_intervals_are_wilsons_for_so_many_independent_answers_as_prompts_are_wo
         without.append(opinion([word_of(mos[k]) for k in kept], [answers[k] for k in kept]))
     variances = 11 / 12 * np.square(without - np.mean(without, axis=0)).sum(axis=0)
     quantile = stats.t.ppf(0.975, 11)
-    for name, variance in zip(WORD_METRICS, variances, strict=True):
+    for name, variance in zip(RATING_WORD_METRICS, variances, strict=True):
         share = result[name]
         worth = share * (1 - share) / variance
         for end in result["ci"][name]:
@@ -136,7 +136,7 @@ def test_intervals_are_wilsons_for_so_many_independent_answers_as_prompts_are_wo
     assert "12 prompts only" in result["caution"]
     alone = score_words(answers, mos)
     assert alone["ci"] == score_words(answers, mos, [f"{k:02d}" for k in range(60)])["ci"]
-    assert score_words(answers, mos, ["one prompt"] * 60)["ci"] == dict.fromkeys(WORD_METRICS)
+    assert score_words(answers, mos, ["one prompt"] * 60)["ci"] == dict.fromkeys(RATING_WORD_METRICS)
 
 
 def test_words_that_are_all_right_are_not_certain_to_stay_so():

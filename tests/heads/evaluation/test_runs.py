@@ -79,7 +79,7 @@ def test_the_parts_of_a_run_do_not_move_when_the_split_column_does(make_store, t
     items = replace(store.items, splits=store.items.splits[::-1])
     assert evaluate(run, replace(store, items=items), "test")["srcc"] == run.metrics["test"]["srcc"]
     assert evaluate(run, store, "val")["srcc"] == run.metrics["validation"]["srcc"]
-    trained = {name for name, _ in run.parts()["train"] | run.parts()["validation"]}
+    trained = {name for name, _ in run.parts().pairs["train"] | run.parts().pairs["validation"]}
     assert trained == {
         name for name, split in zip(store.items.names, store.items.splits, strict=True) if split != "test"
     }

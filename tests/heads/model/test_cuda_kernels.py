@@ -8,10 +8,10 @@ from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 
 from agiqa.heads.model.encoders import ENCODERS, XLSTMEncoder
 from agiqa.heads.model.encoders.base import Encoder
-from agiqa.heads.model.encoders.causal_conv import causal_conv_silu
-from agiqa.heads.model.encoders.graphed import GraphedEncoder
-from agiqa.heads.model.encoders.mlstm import mlstm
+from agiqa.heads.model.encoders.kernels.cuda_graphs import GraphedEncoder
+from agiqa.heads.model.encoders.kernels.dispatch import causal_conv_silu
 from agiqa.heads.model.encoders.slstm import slstm
+from agiqa.heads.model.encoders.xlstm import mlstm
 from agiqa.heads.settings.config import HeadConfig
 
 pytestmark = [

@@ -227,5 +227,5 @@ def test_sizes_of_ones_own_encoder_are_tried_with_values_where_it_needs_them(mon
 def test_a_part_of_another_class_is_refused_with_what_to_derive_it_from(monkeypatch, registry, field):
     monkeypatch.setattr(registry, "_parts", {**registry._parts, "mine": lambda *_: nn.Identity()})
     base = field.capitalize().replace("Pooling", "pooling.Pooling").replace("Encoder", "encoders.base.Encoder")
-    with pytest.raises(ConfigError, match=f"The {field} 'mine' builds .* Identity, .* from agiqa.heads.{base}"):
+    with pytest.raises(ConfigError, match=f"The {field} 'mine' builds .* Identity, .* from agiqa.heads.model.{base}"):
         check_sizes(HeadConfig(**{field: "mine"}))

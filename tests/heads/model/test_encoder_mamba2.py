@@ -7,8 +7,7 @@ from transformers import Mamba2Config, Mamba2Model
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer as TheirMixer
 
 from agiqa.heads.model.encoders import Mamba2Encoder
-from agiqa.heads.model.encoders.mamba2 import Mamba2Mixer, head_dim_for
-from agiqa.heads.model.encoders.ssd import CHUNK, ssd
+from agiqa.heads.model.encoders.mamba2 import CHUNK, Mamba2Mixer, head_dim_for, ssd
 from agiqa.heads.settings.config import HeadConfig
 
 WIDTH, STATE, HEAD_DIM, LAYERS = 12, 5, 6, 2

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from agiqa.heads import HeadConfig, TrainConfig, load_run, load_settings, predict, train_head
-from agiqa.heads.evaluation.runs import as_recorded
+from agiqa.heads.evaluation.runs import complete_settings
 from agiqa.heads.model.encoders import ENCODERS
 
 LENGTHS = (7, 3, 5, 1)
@@ -155,6 +155,6 @@ def test_a_run_of_an_agiqa_without_the_setting_is_read_as_plain(make_store, tmp_
 
 
 def test_other_encoders_keep_the_default_where_a_run_lacks_the_setting():
-    assert as_recorded({"encoder": "xlstm", "width": 8}) == {"encoder": "xlstm", "width": 8}
-    assert as_recorded({"encoder": "lstm", "residual": True})["residual"] is True
-    assert as_recorded({"encoder": "gru"})["residual"] is False
+    assert complete_settings({"encoder": "xlstm", "width": 8}) == {"encoder": "xlstm", "width": 8}
+    assert complete_settings({"encoder": "lstm", "residual": True})["residual"] is True
+    assert complete_settings({"encoder": "gru"})["residual"] is False

@@ -32,7 +32,7 @@ def build(store, **settings) -> nn.Module:
     torch.manual_seed(0)
     config = HeadConfig(width=6, **settings)
     projection = PROJECTIONS.get(config.projection)(config, FeatureSpec.of(store))
-    projection.calibrate(FeatureSet.from_store(store, range(40), label=None).statistics(np.arange(40)))
+    projection.standardise(FeatureSet.from_store(store, range(40), label=None).statistics(np.arange(40)))
     return projection.double()
 
 
@@ -96,7 +96,7 @@ def test_vocabulary_steps_shrink_with_the_vocabulary(make_store):
 
 
 @pytest.mark.parametrize(("name", "encoding"), [("vocabulary", "hidden"), ("sketch", "sketch")])
-def test_calibrated_outputs_have_unit_scale(make_store, name, encoding):
+def test_standardised_outputs_have_unit_scale(make_store, name, encoding):
     store = make_store(40, encoding=encoding)
     for rows in store.features:
         rows[:] = rows * np.array([1e3, 1.0, 1e-2, 30.0]) + 500.0
@@ -138,12 +138,20 @@ def full_rank(store):
     return dataclasses.replace(store, features=coordinates, encoding="sketch"), torch.from_numpy(q)
 
 
+@torch.no_grad()
+def fold(projection, weight, bias, q):
+    """Give a sketch projection W_proj and bias on logits `E = Q c`: `W_proj E = (W_proj Q) c`."""
+    folded = weight @ q
+    projection.linear.weight.copy_(folded * projection.std)
+    projection.linear.bias.copy_(bias + folded @ projection.mean)
+
+
 def test_a_sketch_of_full_rank_is_the_vocabulary_projection(make_store):
     hidden = make_store(40, encoding="hidden")
     sketched, q = full_rank(hidden)
     paper = build(hidden, projection="vocabulary", standardise=False)
     ours = build(sketched, projection="sketch")
-    ours.fold(paper.weight, paper.bias, q)
+    fold(ours, paper.weight, paper.bias, q)
     for rows, coordinates in zip(hidden.features, sketched.features, strict=True):
         expected = paper(torch.from_numpy(rows).double()[None])
         torch.testing.assert_close(ours(torch.from_numpy(coordinates).double()[None]), expected, rtol=1e-5, atol=1e-5)
@@ -164,7 +172,7 @@ def test_lifting_and_folding_are_inverse_and_true_to_the_logits(make_store):
     torch.testing.assert_close(ours(coordinates), explicit, rtol=1e-9, atol=1e-9)
     again = build(sketched, projection="sketch")
     nn.init.zeros_(again.linear.weight)
-    again.fold(weight, bias, q)
+    fold(again, weight, bias, q)
     torch.testing.assert_close(again(coordinates), explicit, rtol=1e-9, atol=1e-9)
 
 
@@ -223,9 +231,9 @@ def in_mixed_precision(projection):
         projection(torch.randn(1, 3, 4))
 
 
-def recalibrated(projection):
+def standardised_anew(projection):
     tokens = np.random.default_rng(3).normal(size=(200, 4)).astype(np.float32) @ np.triu(np.ones((4, 4), np.float32))
-    projection.calibrate(
+    projection.standardise(
         TokenStatistics(
             mean=torch.from_numpy(tokens.mean(0)).double(),
             std=torch.from_numpy(tokens.std(0)).double(),
@@ -252,7 +260,7 @@ def stepped(projection):
 CHANGES = {
     "a fused step": stepped,
     "autocast": in_mixed_precision,
-    "calibrate": recalibrated,
+    "standardise": standardised_anew,
     "load_state_dict": loaded,
     "shift": lambda projection: projection.shift.add_(1.0),
     "whitening": lambda projection: projection.whitening.mul_(2.0),

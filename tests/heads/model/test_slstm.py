@@ -7,8 +7,7 @@ from xlstm.blocks.slstm.cell import sLSTMCell_vanilla, sLSTMCellConfig
 
 from agiqa.heads.model.encoders import XLSTMEncoder
 from agiqa.heads.model.encoders.slstm import slstm
-from agiqa.heads.model.encoders.xlstm import stack_config
-from agiqa.heads.model.encoders.xlstm_parts import SLSTMCell
+from agiqa.heads.model.encoders.xlstm import SLSTMCell, stack_config
 from agiqa.heads.settings.config import HeadConfig
 
 HEADS, DIM, BATCH = 2, 3, 4

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from agiqa.heads import HeadConfig, TrainConfig, train_head
-from agiqa.heads.model.head import build_head
+from agiqa.heads.model.head import build_head, drop_tokens
 from agiqa.heads.model.pooling import POOLINGS, select_role
 from agiqa.heads.model.projection import FeatureSpec
-from agiqa.heads.model.token_dropout import hide_tokens
 from agiqa.store.format.layout import TOKEN_ROLES
 
 WIDTH = 4
@@ -32,7 +31,7 @@ def test_what_is_left_keeps_its_order_and_the_padding_is_zero(share):
     lengths = [1, 2, 3, 7, 20, 20]
     features, mask = numbered(lengths)
     none = torch.zeros((len(lengths), 0), dtype=torch.int64)
-    shorter, remains, pooled = hide_tokens(features, mask, mask, none, share=share)
+    shorter, remains, pooled = drop_tokens(features, mask, mask, none, share=share)
     left = [max(1, n - int(share * n)) for n in lengths]
     assert remains.sum(1).tolist() == left
     assert shorter.shape == (len(lengths), max(left), WIDTH)
@@ -50,7 +49,7 @@ def test_the_length_follows_from_the_shape_alone():
     none = torch.zeros((2, 0), dtype=torch.int64)
     for lengths in ([9, 8], [3, 1]):
         features, mask = numbered(lengths, longest=9)
-        shorter, remains, _ = hide_tokens(features, mask, mask, none, share=0.5)
+        shorter, remains, _ = drop_tokens(features, mask, mask, none, share=0.5)
         assert shorter.shape[1] == remains.shape[1] == 5
         assert not shorter[~remains].any()
 
@@ -60,7 +59,7 @@ def test_every_token_of_an_item_is_as_likely_to_stay():
     draws, length = 20_000, 5
     features, mask = numbered([length] * draws, longest=8)
     none = torch.zeros((draws, 0), dtype=torch.int64)
-    shorter, _, _ = hide_tokens(features, mask, mask, none, share=0.5)
+    shorter, _, _ = drop_tokens(features, mask, mask, none, share=0.5)
     counts = torch.bincount(shorter[..., 0].long().flatten(), minlength=length + 1)[1:]
     deviation = (draws * 0.6 * 0.4) ** 0.5
     assert (counts - 0.6 * draws).abs().max() < 5 * deviation
@@ -77,7 +76,7 @@ def test_a_pooled_token_and_those_read_by_their_place_stay(name, share):
     roles = torch.zeros(mask.shape, dtype=torch.uint8)
     roles[0::4, 3] = roles[1::4, 2] = roles[1::4, 5] = roles[2::4, 1] = roles[3::4, 0] = ANSWER
     pooled = select_role(mask, roles, "answer")
-    shorter, remains, still = hide_tokens(features, mask, pooled, pooling.places(pooled), share=share)
+    shorter, remains, still = drop_tokens(features, mask, pooled, pooling.fixed_positions(pooled), share=share)
     assert bool(still.any(1).all())
     assert bool((still <= remains).all())
     if name in ("first", "last", "first-last-mean"):

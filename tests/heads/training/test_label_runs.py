@@ -11,8 +11,8 @@ import pytest
 from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads import FeatureBatches, evaluate, load_run, predict, train_head
 from agiqa.heads.data.splits import make_partition
-from agiqa.heads.evaluation.logistic import Mappings
 from agiqa.heads.evaluation.metrics import evaluate_scores
+from agiqa.heads.evaluation.mos_mappings import Mappings
 from tests.heads.label_stores import BOTH, GRU, LABELS, QUICK, with_correspondence
 from tests.heads.training.test_events import curves
 from tests.heads.training.test_resuming import BreakingProgress, Broken, numbers

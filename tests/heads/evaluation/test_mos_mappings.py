@@ -10,8 +10,8 @@ from scipy import optimize, stats
 
 from agiqa.errors import DataError, HeadError
 from agiqa.heads import HeadConfig, TrainConfig, evaluate, load_run, predict, train_head
-from agiqa.heads.evaluation.logistic import ITEMS, LogisticMap, Mappings, fit_line, fit_logistic, fit_mappings
 from agiqa.heads.evaluation.metrics import evaluate_scores
+from agiqa.heads.evaluation.mos_mappings import CURVE_ITEMS, Mappings, MosMapping, fit_line, fit_logistic, fit_mappings
 
 SMALL = HeadConfig(projection="sketch", encoder="none", width=8)
 QUICK = TrainConfig(split="grouped", epochs=2, lr=1e-2, validation=0.5)
@@ -54,9 +54,9 @@ def test_an_exact_curve_is_found_to_the_last_digits(scale):
 
 def test_a_mapping_is_its_formula():
     x = np.linspace(-40, 40, 101)
-    mapping = LogisticMap(kind="logistic4", parameters=(4.0, 1.0, 2.0, 0.7), n=1)
+    mapping = MosMapping(kind="logistic4", parameters=(4.0, 1.0, 2.0, 0.7), n=1)
     assert mapping(x) == pytest.approx(vqeg(x, 4.0, 1.0, 2.0, 0.7), abs=1e-12)
-    assert LogisticMap(kind="linear", parameters=(2.0, -1.0), n=1)(x) == pytest.approx(2 * x - 1)
+    assert MosMapping(kind="linear", parameters=(2.0, -1.0), n=1)(x) == pytest.approx(2 * x - 1)
 
 
 def test_a_line_is_that_of_least_squares():
@@ -117,7 +117,7 @@ def test_many_items_whose_mos_fall_leave_the_curve_out_too():
 
 
 def test_few_items_give_a_line_under_a_name_of_its_own():
-    few, enough = fit_mappings(*noisy(ITEMS - 1)), fit_mappings(*noisy(ITEMS))
+    few, enough = fit_mappings(*noisy(CURVE_ITEMS - 1)), fit_mappings(*noisy(CURVE_ITEMS))
     assert (set(few.fitted), set(enough.fitted), enough.absent) == ({"linear"}, {"logistic4"}, {})
     assert (
         few.record()["logistic4"]["absent"]
@@ -169,7 +169,7 @@ def test_metrics_after_a_mapping_are_those_of_the_mapped_predictions():
 
 
 def test_a_mapping_that_makes_all_predictions_equal_leaves_no_plcc():
-    flat = LogisticMap(kind="logistic4", parameters=(2.5, 2.5, 0.0, 1.0), n=30)
+    flat = MosMapping(kind="logistic4", parameters=(2.5, 2.5, 0.0, 1.0), n=30)
     predicted, labels = noisy(30)
     result = evaluate_scores(predicted, labels, ["p"] * 30, mappings={"logistic4": flat})
     assert result["plcc_logistic4"] is result["ci"]["plcc_logistic4"] is None
@@ -191,7 +191,7 @@ def test_a_run_fits_on_validation_and_applies_to_test(trained):
     recorded = run.metrics["logistic"]["logistic4"]
     expected = fit_logistic(validation[:, 1], validation[:, 0])
     assert recorded["parameters"] == pytest.approx(expected.parameters, rel=1e-3)
-    assert recorded["n"] == len(validation) >= ITEMS
+    assert recorded["n"] == len(validation) >= CURVE_ITEMS
     mapped = vqeg(test[:, 1], *recorded["parameters"])
     assert run.metrics["test"]["plcc_logistic4"] == pytest.approx(
         stats.pearsonr(mapped, test[:, 0]).statistic, abs=1e-6
@@ -201,7 +201,7 @@ def test_a_run_fits_on_validation_and_applies_to_test(trained):
 
 def test_the_test_labels_have_no_say_in_a_mapping(trained, tmp_path: Path):
     store, run = trained
-    names = {name for name, _ in run.parts()["test"]}
+    names = {name for name, _ in run.parts().pairs["test"]}
     labels = store.items.labels["quality"].copy()
     labels[[k for k, name in enumerate(store.items.names) if name in names]] = 1.0
     other = replace(store, items=replace(store.items, labels={"quality": labels}))

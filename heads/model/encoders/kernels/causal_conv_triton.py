@@ -1,6 +1,6 @@
-"""The convolution of causal_conv.py as two Triton kernels, one each way, in float32 within.
+"""`causal_conv_silu` as two Triton kernels, one each way, which compute in float32.
 
-Equal inputs give equal gradients to the bit: those of the weights are summed up from parts, not by atomic additions.
+Equal inputs give bitwise equal gradients: those of the weights are summed from parts, without atomic additions.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, no-any-unimported"
@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _STEPS, _CHANNELS = 32, 128
-"""What one program computes."""
+"""Steps and channels of one program."""
 
 
 @triton.jit
 @no_type_check
 def _convolved(item, weight, bias, step, channel, time, width, pitch, there, TAPS: tl.constexpr):
-    """The sums at `step` before the SiLU, of an item whose rows are `pitch` apart; `step` may lie behind its end."""
+    """The sums at `step` before the SiLU, of an item whose rows are `pitch` apart; `step` may be past its end."""
     total = tl.zeros_like(step[:, None] + channel[None, :]).to(tl.float32)
     total += tl.load(bias + channel, channel < width, 0.0)[None, :]
     for tap in tl.static_range(TAPS):
@@ -55,7 +55,7 @@ def _forward_kernel(
 @triton.jit
 @no_type_check
 def _felt(grad, item, weight, bias, base, step, channel, time, width, pitch, there, TAPS: tl.constexpr):
-    """What the sums at `step` feel, zero behind the end."""
+    """The gradient of the sums at `step`, zero past the end."""
     total = _convolved(item, weight, bias, step, channel, time, width, pitch, there, TAPS)
     place = base + step[:, None] * width + channel[None, :]
     of_output = tl.load(grad + place, there & (step < time)[:, None], 0.0).to(tl.float32)
@@ -101,7 +101,7 @@ class KernelConv(torch.autograd.Function):
         weight: Float[Tensor, "channel 1 taps"],
         bias: Float[Tensor, " channel"],
     ) -> Float[Tensor, "batch token channel"]:
-        """As of causal_conv.py."""
+        """See `causal_conv_silu`."""
         tokens, weight, bias = _in_rows(tokens), weight.contiguous(), bias.contiguous()
         outputs = tokens.new_empty(tokens.shape)
         _forward_kernel[_grid(tokens)](tokens, weight, bias, outputs, *_rows_of(tokens), **_sizes(weight))
@@ -125,13 +125,13 @@ class KernelConv(torch.autograd.Function):
 
 
 def _in_rows(tokens: Tensor) -> Tensor:
-    """The same, copied unless all rows are as far apart as the next: some channels of wider rows are left in place."""
+    """The tokens, copied unless their rows are evenly spaced; a slice of the channels of wider rows is not copied."""
     of_item, of_row, of_channel = tokens.stride()
     return tokens if of_channel == 1 and of_item == len(tokens[0]) * of_row else tokens.contiguous()
 
 
 def _rows_of(tokens: Tensor) -> tuple[int, int, int]:
-    """Steps, channels, and how far apart rows are."""
+    """Steps, channels, and the distance between rows."""
     _, time, width = tokens.shape
     return time, width, tokens.stride(1)
 

@@ -9,8 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from agiqa.heads import paired, seeds_score
-from agiqa.heads.evaluation.uncertainty import METRICS, Side, Spread, leave_one_out, prompt_blocks, spread
+from agiqa.errors import ConfigError
+from agiqa.heads import holm, paired, seeds_score
+from agiqa.heads.evaluation.significance import (
+    METRICS,
+    MetricBySeed,
+    SamplingError,
+    leave_one_out,
+    prompt_blocks,
+    sampling_error,
+)
 
 
 def explicit(predicted, labels):
@@ -75,7 +83,9 @@ def cells(seeds, prompts, *, of_seeds, of_prompts, of_both, random):
 def side_of(values):
     """The means of the rows of `values` (seeds, prompts), whole and without each prompt."""
     prompts = values.shape[1]
-    return Side(values=values.mean(axis=1), left_out=(values.sum(axis=1, keepdims=True) - values) / (prompts - 1))
+    return MetricBySeed(
+        values=values.mean(axis=1), left_out=(values.sum(axis=1, keepdims=True) - values) / (prompts - 1)
+    )
 
 
 @pytest.mark.parametrize(("seeds", "prompts"), [(3, 12), (5, 40)])
@@ -90,7 +100,7 @@ def test_the_parts_are_those_of_an_analysis_of_variance(seeds, prompts):
         np.square(rest).sum() / ((seeds - 1) * (prompts - 1)),
     ]
     expected = (squares[0] + squares[1] - squares[2]) / (seeds * prompts)
-    found = spread(side_of(values))
+    found = sampling_error(side_of(values))
     assert found.variance == pytest.approx(expected, rel=1e-12)
     parts = [(squares[1] / (seeds * prompts), prompts - 1), (squares[0] / (seeds * prompts), seeds - 1)]
     for part, told in zip(found.parts, parts, strict=True):
@@ -106,7 +116,7 @@ def test_the_parts_are_those_of_an_analysis_of_variance(seeds, prompts):
 
 def test_one_seed_and_no_prompts_between_it_is_the_classical_t_test():
     a, b = np.random.default_rng(0).normal(size=(2, 1, 30))
-    found = spread(side_of(a), side_of(b))
+    found = sampling_error(side_of(a), side_of(b))
     told = stats.ttest_rel(a[0], b[0])
     difference = a.mean() - b.mean()
     assert found.p_value(difference) == pytest.approx(told.pvalue, rel=1e-9)
@@ -123,7 +133,7 @@ def only_seeds(counts):
 def test_where_only_five_seeds_and_more_differ_it_is_welchs_test():
     (a, b), sides = only_seeds((6, 5))
     told = stats.ttest_ind(a, b, equal_var=False)
-    assert spread(*sides).p_value(a.mean() - b.mean()) == pytest.approx(told.pvalue, rel=1e-9)
+    assert sampling_error(*sides).p_value(a.mean() - b.mean()) == pytest.approx(told.pvalue, rel=1e-9)
 
 
 def test_where_only_fewer_seeds_differ_it_is_the_test_of_cochran_and_cox():
@@ -131,9 +141,9 @@ def test_where_only_fewer_seeds_differ_it_is_the_test_of_cochran_and_cox():
     (a, b), sides = only_seeds((4, 4))
     error = math.sqrt(a.var(ddof=1) / 4 + b.var(ddof=1) / 4)
     expected = 2 * stats.t.sf(abs(a.mean() - b.mean()) / error, 3)
-    assert spread(*sides).p_value(a.mean() - b.mean()) == pytest.approx(expected, rel=1e-9)
+    assert sampling_error(*sides).p_value(a.mean() - b.mean()) == pytest.approx(expected, rel=1e-9)
     (a, b), sides = only_seeds((3, 5))
-    shares, found = np.array([a.var(ddof=1) / 3, b.var(ddof=1) / 5]), spread(*sides)
+    shares, found = np.array([a.var(ddof=1) / 3, b.var(ddof=1) / 5]), sampling_error(*sides)
     error, quantile = math.sqrt(shares.sum()), shares @ stats.t.ppf(0.95, [2, 4]) / shares.sum()
     assert found.interval(0.0, 0.9) == pytest.approx([-quantile * error, quantile * error], rel=1e-9)
     assert found.p_value(quantile * error) == pytest.approx(0.1, rel=1e-9)
@@ -147,13 +157,13 @@ def test_an_interval_at_one_minus_p_ends_at_no_difference(seeds):
     random = np.random.default_rng(seeds)
     for scale in (0.0, 0.1, 1.0, 30.0):
         a, b = (cells(seeds, 25, of_seeds=scale, of_prompts=0.5, of_both=0.5, random=random) for _ in range(2))
-        found = spread(side_of(a), side_of(b))
+        found = sampling_error(side_of(a), side_of(b))
         for errors in (0.5, 2.0, 5.0):
             difference = errors * math.sqrt(found.variance)
             low, high = found.interval(difference, 1 - found.p_value(difference))
             assert low / high == pytest.approx(0.0, abs=1e-6)
     assert 0 < found.p_value(1e6) < 1e-3
-    assert spread(side_of(a[:1]), side_of(b[:1])).p_value(1e9) < 1e-100
+    assert sampling_error(side_of(a[:1]), side_of(b[:1])).p_value(1e9) < 1e-100
 
 
 def test_p_values_hold_for_parts_of_any_size():
@@ -161,7 +171,7 @@ def test_p_values_hold_for_parts_of_any_size():
     for _ in range(300):
         sizes = 10.0 ** random.uniform(-12, 2, size=3)
         parts = tuple(zip(sizes.tolist(), (float(random.integers(9, 400)), 2.0, 3.0), strict=True))
-        found = Spread(variance=float(sizes.sum()), parts=parts)
+        found = SamplingError(variance=float(sizes.sum()), parts=parts)
         error = math.sqrt(found.variance)
         told = [found.p_value(error * errors) for errors in (0.0, 1e-6, 0.1, 1.0, 2.0, 4.0, 300.0, 1e5)]
         assert told == sorted(told, reverse=True)
@@ -171,20 +181,20 @@ def test_p_values_hold_for_parts_of_any_size():
 
 
 def test_intervals_of_correlations_stay_within_one_and_that_of_rmse_above_zero():
-    wide = Spread(variance=0.04, parts=((0.04, 9.0),))
+    wide = SamplingError(variance=0.04, parts=((0.04, 9.0),))
     low, high = wide.metric_interval(0.9, "srcc", 0.95)
     assert -1 < low < 0.9 < high < 1
     assert np.arctanh([low, high]).mean() == pytest.approx(math.atanh(0.9))
     low, high = wide.metric_interval(1.0, "rmse", 0.95)
     assert 0 < low < 1 < high
     assert (1 / low + 1 / high) / 2 == pytest.approx(1.0)
-    assert Spread(variance=1.0, parts=((1.0, 9.0),)).metric_interval(1.0, "rmse", 0.95) is None
-    assert Spread(variance=0.0, parts=((0.0, 9.0),)).metric_interval(1.0, "srcc", 0.95) == [1.0, 1.0]
-    for unknown in (Spread(variance=math.nan, parts=((math.nan, 9.0), (0.1, 2.0))), wide):
+    assert SamplingError(variance=1.0, parts=((1.0, 9.0),)).metric_interval(1.0, "rmse", 0.95) is None
+    assert SamplingError(variance=0.0, parts=((0.0, 9.0),)).metric_interval(1.0, "srcc", 0.95) == [1.0, 1.0]
+    for unknown in (SamplingError(variance=math.nan, parts=((math.nan, 9.0), (0.1, 2.0))), wide):
         estimate = 0.5 if unknown is not wide else math.nan
         assert unknown.metric_interval(estimate, "plcc", 0.95) is unknown.interval(estimate, 0.95) is None
         assert unknown.share_interval(estimate, 0.95) is unknown.p_value(estimate) is None
-    assert [Spread(variance=0.0, parts=((0.0, 9.0),)).p_value(one) for one in (0.0, 0.1)] == [1.0, 0.0]
+    assert [SamplingError(variance=0.0, parts=((0.0, 9.0),)).p_value(one) for one in (0.0, 0.1)] == [1.0, 0.0]
 
 
 def world(seeds, seed, *, prompts=30, images=1):
@@ -237,3 +247,23 @@ def test_intervals_of_twenty_prompts_cover():
             told["ci"][name][0] <= value <= told["ci"][name][1] for name, value in zip(METRICS, truth, strict=True)
         ]
     assert (held / trials > 0.89).all()
+
+
+def test_holm_is_the_step_down_of_the_paper():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    with pytest.raises(ConfigError, match="from 0 to 1"):
+        holm([0.1, float("nan")])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.sampled_from([0.01, 0.05, 0.2]))
+def test_holm_rejects_what_its_procedure_rejects(p, alpha):
+    """One after the other from the smallest, p-value k (from 0) of m is rejected up to alpha / (m - k), until one is not."""
+    rejected = set()
+    for k, number in enumerate(sorted(range(len(p)), key=lambda number: p[number])):
+        if p[number] * (len(p) - k) > alpha:
+            break
+        rejected.add(number)
+    adjusted = holm(p)
+    assert {number for number, value in enumerate(adjusted) if value <= alpha} == rejected
+    assert all(before <= after <= 1 for before, after in zip(p, adjusted, strict=True))

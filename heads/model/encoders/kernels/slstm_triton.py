@@ -1,9 +1,9 @@
 """The sLSTM as two Triton kernels, one each way: one program runs all steps of one head for 16 items.
 
-The recurrence is a chain of small products that no library call can batch over the steps: launched one by one, the
-steps of a conversation take longer than everything else of a head. Here the state stays on the chip, and tensors are
-read and written as the layers around have them, (batch, time, gate, head, dim) with the gates i, f, z, o: copies to
-another layout would take as long as the kernels. Equations are those of slstm.py; the tests compare both.
+The recurrence is a chain of small products that no library call can batch over the steps. Launched one by one, the
+steps of a conversation take longer than everything else of a head. Here the state stays on the chip, and tensors keep
+the layout of the layers around, (batch, time, gate, head, dim) with the gates i, f, z, o: copies to another layout
+would take as long as the kernels. The equations are those of slstm.py; tests compare both.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc, no-any-unimported"
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _ITEMS = 16
-"""Items per program, the least that a product on tensor cores has."""
+"""Items per program, the fewest that tensor cores can multiply."""
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def _tanh(x):
 @triton.jit
 @no_type_check
 def _product(weights, at, kept, states, PRECISION: tl.constexpr):
-    """`kept` (bfloat16) times the states; in another precision the weights do not fit on the chip and are read `at`."""
+    """Weights times states: from `kept` in bfloat16; wider weights do not fit on the chip and are loaded from `at`."""
     if PRECISION == "bf16":
         product = tl.dot(kept, states.to(tl.bfloat16))
     else:
@@ -51,7 +51,7 @@ def _product(weights, at, kept, states, PRECISION: tl.constexpr):
 @triton.jit
 @no_type_check
 def _four(values, distance):
-    """What stands at four places, each `distance` behind the one before: one for each of the gates i, f, z, o."""
+    """The values at four addresses, `distance` apart: one for each of the gates i, f, z, o."""
     return tl.load(values), tl.load(values + distance), tl.load(values + 2 * distance), tl.load(values + 3 * distance)
 
 
@@ -152,7 +152,7 @@ def _back_kernel(
 class KernelSLSTM(torch.autograd.Function):
     """`slstm` of slstm.py by the kernels; `precision` of the products is bf16, tf32, tf32x3 or ieee.
 
-    With bf16 the gradient of the recurrent weights is a product in bfloat16 too, as autocast has it for any layer.
+    With bf16 the gradient of the recurrent weights is a product in bfloat16 too, as of any layer under autocast.
     """
 
     @staticmethod
@@ -195,7 +195,7 @@ class KernelSLSTM(torch.autograd.Function):
 
 
 def _of_recurrent(raw: Tensor, hidden: Tensor, dtype: torch.dtype) -> Float[Tensor, "heads 4 dim dim"]:
-    """Sums over items and steps of what a gate felt times the state before it."""
+    """Sums over items and steps of the gradient of a gate times the state before it."""
     felt, states = raw[:, 1:].to(dtype), hidden[:, :-1].to(dtype)
     with torch.autocast(raw.device.type, enabled=False):
         return torch.einsum("btgko,btki->kgoi", felt, states).float()

@@ -1,8 +1,8 @@
 """Training steps of an encoder as CUDA graphs.
 
-A step of an encoder is hundreds of kernels of some microseconds each, and queueing them takes the CPU longer than
-computing them takes the GPU. A graph queues a whole pass at once. It has one shape, so batches are padded to one of
-few lengths, which does not change their results: padding is invisible to every encoder.
+A step of an encoder is hundreds of kernels of some microseconds each, and the CPU takes longer to queue them than the
+GPU to compute them. A graph queues a whole pass at once. It has one shape, so batches are padded to one of few lengths,
+which does not change results: padding is invisible to every encoder.
 """
 
 import gc
@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from agiqa.heads.model.encoders.base import Encoder
-from agiqa.heads.model.encoders.gpu_kernels import product_dtype
+from agiqa.heads.model.encoders.base import Encoded, Encoder, Mask, Tokens
+from agiqa.heads.model.encoders.kernels.dispatch import product_dtype
 from agiqa.heads.settings.config import TrainConfig
 
 _LENGTHS_PER_OCTAVE = 8
@@ -25,15 +24,15 @@ _SHORTEST = 16
 
 
 def training_pass(encoder: Encoder, config: TrainConfig, device: torch.device) -> "GraphedEncoder | None":
-    """What to call for training steps of `encoder`, as `compile` and `cuda_graphs` of `config` say; None is itself.
+    """What to call instead of `encoder` in training steps; None is the encoder itself.
 
-    On a GPU `compile` changes the encoder's blocks; a deep copy of it has blocks as they were.
+    On a GPU the setting `compile` compiles the encoder's blocks in place; a deep copy of the encoder has plain blocks.
     """
     if device.type != "cuda":
         return None
     if config.compile:
-        torch.compiler.reset()  # which gives up on a function after eight variants, and heads trained before had theirs
-        for block in encoder.repeated:
+        torch.compiler.reset()  # it compiles eight variants of a function at most, and earlier heads count
+        for block in encoder.compiled_blocks:
             block.compile(dynamic=True)
     return GraphedEncoder(encoder, config.batch_size) if config.cuda_graphs and encoder.graphable else None
 
@@ -42,17 +41,17 @@ def training_kernels(encoder: Encoder, config: TrainConfig, device: torch.device
     """What computes the training steps of `encoder`, in words."""
     parts = [encoder.kernels]
     if device.type == "cuda":
-        parts += ["torch.compile"] * (config.compile and any(True for _ in encoder.repeated))
+        parts += ["torch.compile"] * (config.compile and any(True for _ in encoder.compiled_blocks))
         parts += ["CUDA graphs"] * (config.cuda_graphs and encoder.graphable)
     return "; ".join(parts)
 
 
 class GraphedEncoder:
-    """Calls `encoder`; passes with gradients are replayed from a graph for each length and precision.
+    """Calls `encoder`, and replays passes with gradients from a graph for each length and precision.
 
     Smaller batches are filled up with items of one zero token. Whether a pass is replayed depends on its shape alone,
-    never on what came before: a training that goes on after a kill computes what it would have computed. Between a
-    pass and its backward pass there must be no other.
+    not on earlier passes, so that a training resumed after a kill computes the same. Each pass must be followed by its
+    backward pass before the next.
     """
 
     def __init__(self, encoder: Encoder, batch_size: int) -> None:
@@ -62,9 +61,7 @@ class GraphedEncoder:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, torch.dtype, torch.dtype], nn.Module] = {}
 
-    def __call__(
-        self, tokens: Float[Tensor, "batch token width"], mask: Bool[Tensor, "batch token"]
-    ) -> Float[Tensor, "batch token out_width"]:
+    def __call__(self, tokens: Tokens, mask: Mask) -> Encoded:
         """As the encoder's."""
         batch, length = mask.shape
         if batch > self._batch_size or not (torch.is_grad_enabled() and tokens.requires_grad):
@@ -94,7 +91,7 @@ class GraphedEncoder:
 
 @contextmanager
 def _garbage_waits() -> Generator[None]:
-    """Collect no garbage meanwhile: a graph of a head trained before may be among it, and its end breaks a capture.
+    """Pause garbage collection: it may free a graph of a head trained before, which breaks a capture.
 
     https://github.com/pytorch/pytorch/pull/161037
     """
@@ -108,9 +105,9 @@ def _garbage_waits() -> Generator[None]:
 
 
 def _expect_streams_to_differ() -> None:
-    """Parameters remember the stream of the capture, for which newer torch warns in the backward passes after it.
+    """Silence a warning of newer torch: parameters remember the stream of the capture in later backward passes.
 
-    The gradients are right: autograd waits for the one stream on the other.
+    The gradients are right, as autograd makes one stream wait for the other.
     """
     warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
     if warn is not None:
@@ -118,7 +115,7 @@ def _expect_streams_to_differ() -> None:
 
 
 class _Pass(nn.Module):
-    """The encoder once more, since torch replaces the forward of what it makes a graph of."""
+    """Wraps the encoder, since torch replaces the `forward` of the module that it captures."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
@@ -130,7 +127,7 @@ class _Pass(nn.Module):
 
 
 def graph_length(length: int) -> int:
-    """`length` or a little more: one of eight lengths between a power of two and the next."""
+    """`length` rounded up to one of eight lengths between a power of two and the next."""
     if length <= _SHORTEST:
         return _SHORTEST
     step = (1 << math.ceil(math.log2(length))) // (2 * _LENGTHS_PER_OCTAVE)

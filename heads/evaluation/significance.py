@@ -1,23 +1,24 @@
-"""How far a metric may be off: standard errors over prompts and training seeds, intervals, and p-values.
+"""Standard errors of metrics over prompts and training seeds, confidence intervals, and p-values.
 
-Images of one prompt are not independent, so the error over items is that of a jackknife which leaves out whole prompts
-(Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11). Heads of other seeds differ too, so the
-error of a head that was trained with several seeds has three parts, as prompts and seeds are crossed (Cameron, Gelbach
-and Miller, J. of Business & Economic Statistics 29, 2011):
+Images of one prompt are not independent, so the error over items is that of a jackknife over prompts (Efron and
+Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11). Heads of different seeds differ too. Prompts and seeds
+are crossed, so the variance of a head with several seeds has three parts (Cameron, Gelbach and Miller, J. of Business &
+Economic Statistics 29, 2011):
 
     prompts: jackknife of the mean over seeds
-    + seeds: variance over seeds of the metric of all items, by the number of seeds
-    - both: jackknife of what sets a seed apart from the mean, which the two above count twice
+    + seeds: variance over seeds of the metric of all items, divided by the number of seeds
+    - both: jackknife of each seed's deviation from the mean, which the two above count twice
 
-Quantiles are those of Student's t, whose degrees of freedom come from the parts (Satterthwaite, Biometrics Bulletin 2,
-1946). That covers too little for heads of few seeds which differ much, as the variance over them comes out small by
-chance too often. So with fewer than 5 seeds the quantile is the mean of those of the parts, each with degrees of
-freedom of its own and its share of the variance (Cochran, Biometrics 20, 1964), which errs on the safe side.
+Quantiles are those of Student's t, with degrees of freedom from the parts (Satterthwaite, Biometrics Bulletin 2, 1946).
+Such intervals are too narrow for few seeds that differ much, as the variance over few seeds is often small by chance.
+So with fewer than 5 seeds the quantile is the mean of the quantiles of the parts, each with its own degrees of freedom,
+weighted by its share of the variance (Cochran, Biometrics 20, 1964). This errs on the safe side.
 
-`python -m agiqa.bench.measurements.inference` measures what intervals cover and how often p-values err; bench/LOG.md
-has the figures, also those of the percentile bootstrap, which is wrong in both for few prompts or seeds. The interval
-of RMSE covers .86 to .92 where a few items or one prompt hold much of the squared error, as with errors of Student's t
-with 3 degrees of freedom, or a prompt with a fifth of all items; those of correlations cover .93 and more there too.
+`python -m agiqa.bench.measurements.inference` measures the coverage of intervals and the errors of p-values.
+bench/LOG.md has the figures, also for the percentile bootstrap, which is wrong in both for few prompts or seeds.
+Intervals of RMSE cover .86 to .92 where a few items or one prompt hold much of the squared error, as with errors of
+Student's t with 3 degrees of freedom, or a prompt with a fifth of all items; intervals of correlations cover .93 and
+more there too.
 """
 
 import math
@@ -30,38 +31,38 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.optimize import brentq
 
+from agiqa.errors import ConfigError
+
 METRICS = ("srcc", "plcc", "krcc", "rmse")
 FEWEST_PROMPTS = {"srcc": 10, "plcc": 10, "krcc": 10, "rmse": 20}
-"""With fewer prompts an interval at 95 % covers less than 93 % also where errors are normal, so there is none."""
+"""With fewer prompts an interval at 95 % covers less than 93 % even for normal errors, so none is given."""
 FEW_PROMPTS = 50
-"""With fewer prompts a reader is told how many there are."""
+"""With fewer prompts results carry a caution."""
 ROUNDING = 1e-12
-"""How far apart, as a share of them, two metrics are at least that differ by more than the rounding of sums."""
-_TOO_OPEN = "rmse", 2
-"""A metric and the number of seeds of which no interval at 95 % covers 93 % where seeds differ much."""
+"""Relative difference of two metrics below which they differ by rounding only."""
+_NO_INTERVAL = "rmse", 2
+"""Metric and number of seeds without an interval: none at 95 % covers 93 % where seeds differ much."""
 _FEWEST_DOF = 4
-"""Of the variance over seeds, for the t of Satterthwaite: 5 seeds."""
+"""Degrees of freedom of the variance over seeds that Satterthwaite's t needs: 5 seeds."""
 _LEAST_TAIL = 1e-200
 """Below it scipy's quantiles of t overflow."""
-_BEYOND = 1e-6
-"""How far beyond the tails of its parts, as a share of them, a p-value is looked for."""
+_MARGIN = 1e-6
+"""Relative margin around the tails of the parts, between which a p-value is searched."""
 _MOST_BLOCKS = 1000
-_CELLS_AT_ONCE = 100_000
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spread:
-    """The variance of an estimate, NaN where it is not known, and what it is made of."""
+class SamplingError:
+    """The sampling variance of an estimate, NaN where it is unknown, and its parts."""
 
     variance: float
     parts: tuple[tuple[float, float], ...]
-    """Variance and degrees of freedom of prompts, then of the seeds of each side; what prompts and seeds both count is
-    not taken off."""
+    """Variance and degrees of freedom: of prompts, then of the seeds of each head. What both count is included."""
 
     def interval(self, estimate: float, confidence: float) -> list[float] | None:
-        """The symmetric interval around `estimate`; None where one of the two is not known."""
+        """The symmetric interval around `estimate`; None where estimate or variance is unknown."""
         if not math.isfinite(estimate + self.variance):
             return None
         reach = self._quantile(confidence) * math.sqrt(self.variance)
@@ -70,7 +71,7 @@ class Spread:
     def metric_interval(self, estimate: float, metric: str, confidence: float) -> list[float] | None:
         """The interval of a metric: of a correlation on Fisher's z scale, of RMSE on the scale of 1 / RMSE.
 
-        There the estimates are nearer to a normal distribution; the standard error is carried over by the slope.
+        On these scales estimates are closer to normal; the slope converts the standard error.
         """
         if not math.isfinite(estimate + self.variance):
             return None
@@ -84,10 +85,10 @@ class Spread:
         return [math.tanh(centre - reach), math.tanh(centre + reach)]
 
     def share_interval(self, estimate: float, confidence: float) -> list[float] | None:
-        """The interval of a share from 0 to 1, Wilson's (J. of the American Statistical Association 22, 1927).
+        """Wilson's interval of a share from 0 to 1 (J. of the American Statistical Association 22, 1927).
 
-        Its number of items is that of independent ones with this variance (Korn and Graubard, Survey Methodology 24,
-        1998); where all or none count, that of the blocks.
+        Its number of items is the number of independent items with this variance (Korn and Graubard, Survey Methodology
+        24, 1998), or the number of blocks for a share of 0 or 1.
         """
         if not math.isfinite(estimate + self.variance):
             return None
@@ -98,7 +99,7 @@ class Spread:
         return [max(0.0, centre - reach), min(1.0, centre + reach)]
 
     def p_value(self, difference: float) -> float | None:
-        """Two-sided p of no difference; None where one of the two is not known."""
+        """Two-sided p-value of no difference; None where difference or variance is unknown."""
         if not math.isfinite(difference + self.variance):
             return None
         if self.variance == 0.0:
@@ -107,8 +108,8 @@ class Spread:
         tails = [float(stats.t.sf(distance, dof)) for share, dof in self._quantiles() if share > 0.0]
         if len(tails) == 1:
             return 2.0 * tails[0]
-        # Between the parts' own tails, and a little further out than rounding, as two may be next to each other.
-        most, least = math.log(max(*tails, _LEAST_TAIL)) + _BEYOND, math.log(max(min(tails), _LEAST_TAIL)) - _BEYOND
+        # It lies between the tails of the parts. The margin allows for rounding, as two tails may be equal.
+        most, least = math.log(max(*tails, _LEAST_TAIL)) + _MARGIN, math.log(max(min(tails), _LEAST_TAIL)) - _MARGIN
         if self._exceeded(math.exp(least)) <= distance:
             return 2.0 * math.exp(least)
         where = brentq(lambda tail: self._exceeded(math.exp(tail)) - distance, least, most)
@@ -118,11 +119,11 @@ class Spread:
         return self._exceeded(0.5 - confidence / 2.0)
 
     def _exceeded(self, tail: float) -> float:
-        """What the estimate exceeds by chance in a share of `tail`, in standard errors."""
+        """The distance, in standard errors, that the estimate exceeds by chance with probability `tail`."""
         return sum(share * float(stats.t.isf(tail, dof)) for share, dof in self._quantiles())
 
     def _quantiles(self) -> list[tuple[float, float]]:
-        """The degrees of freedom of the t whose quantiles are averaged, and the weight of each."""
+        """Weight and degrees of freedom of each t whose quantiles are averaged."""
         (_, blocks), *of_seeds = self.parts
         if not self.variance > 0.0:
             return [(1.0, blocks)]
@@ -134,34 +135,30 @@ class Spread:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
-    """One metric of one head: its seeds, and each of them without each block of prompts."""
+class MetricBySeed:
+    """One metric of one head, for each seed: of all items, and without each block of prompts."""
 
     values: Float[np.ndarray, " seed"]
     left_out: Float[np.ndarray, "seed block"]
 
-    @property
-    def seeds(self) -> int:
-        return len(self.values)
 
+def sampling_error(*heads: MetricBySeed) -> SamplingError:
+    """Of the mean over seeds of one head, or of the difference of two heads on the same prompts.
 
-def spread(*sides: Side) -> Spread:
-    """Of the mean over seeds of one side, or of the difference of two sides on the same prompts.
-
-    A side of one seed adds nothing for seeds: either it has none, or nobody knows. NaN where a metric is not defined
-    without some block.
+    A head of one seed adds no variance for seeds. The variance is NaN where a metric is undefined without some block.
     """
-    means = sides[0].left_out.mean(axis=0) - (sides[1].left_out.mean(axis=0) if len(sides) > 1 else 0.0)
+    means = heads[0].left_out.mean(axis=0) - (heads[1].left_out.mean(axis=0) if len(heads) > 1 else 0.0)
     of_seeds: list[tuple[float, float]] = []
     both = 0.0
-    for side in sides:
-        if side.seeds > 1:
-            of_seeds.append((float(side.values.var(ddof=1)) / side.seeds, side.seeds - 1.0))
-            apart = side.left_out - side.left_out.mean(axis=0)
-            both += sum(_jackknife(row) for row in apart) / (side.seeds - 1) / side.seeds
-    prompts, seeds = _jackknife(means), sum(variance for variance, _ in of_seeds)
-    total = max(prompts + seeds - both, prompts, seeds)
-    return Spread(variance=total, parts=((prompts, len(means) - 1.0), *of_seeds))
+    for head in heads:
+        seeds = len(head.values)
+        if seeds > 1:
+            of_seeds.append((float(head.values.var(ddof=1)) / seeds, seeds - 1.0))
+            deviations = head.left_out - head.left_out.mean(axis=0)
+            both += sum(_jackknife(row) for row in deviations) / (seeds - 1) / seeds
+    of_prompts, of_all_seeds = _jackknife(means), sum(variance for variance, _ in of_seeds)
+    total = max(of_prompts + of_all_seeds - both, of_prompts, of_all_seeds)
+    return SamplingError(variance=total, parts=((of_prompts, len(means) - 1.0), *of_seeds))
 
 
 def metric_intervals(
@@ -170,28 +167,27 @@ def metric_intervals(
     groups: NDArray[np.int64],
     confidence: float,
 ) -> dict[str, list[float] | None]:
-    """The interval of the mean over seeds of each of METRICS.
+    """The interval of the mean over seeds of each of METRICS; `groups` numbers the prompt of each item.
 
-    Null for fewer prompts than `FEWEST_PROMPTS`, and of RMSE for two seeds. `left_out` as of `leave_one_out`; `groups`
-    numbers the prompt of each item.
+    None for fewer prompts than `FEWEST_PROMPTS`, and of RMSE for two seeds. `left_out` is from `leave_one_out`.
     """
     count = group_count(groups)
     found: dict[str, list[float] | None] = dict.fromkeys(METRICS)
     for k, name in enumerate(METRICS):
-        if count >= FEWEST_PROMPTS[name] and (name, len(values)) != _TOO_OPEN:
-            side = Side(values=values[:, k], left_out=left_out[:, :, k])
-            found[name] = spread(side).metric_interval(float(values[:, k].mean()), name, confidence)
+        if count >= FEWEST_PROMPTS[name] and (name, len(values)) != _NO_INTERVAL:
+            one = MetricBySeed(values=values[:, k], left_out=left_out[:, :, k])
+            found[name] = sampling_error(one).metric_interval(float(values[:, k].mean()), name, confidence)
     return found
 
 
 def _jackknife(left_out: Array) -> float:
-    """The jackknife's variance of an estimate from its values without each block (blocks,)."""
+    """The jackknife variance of an estimate, from its values without each block (blocks,)."""
     blocks = len(left_out)
     return float((blocks - 1) / blocks * np.square(left_out - left_out.mean()).sum())
 
 
 def prompt_blocks(groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The block of each item (items,) that is left out together: its prompt, or of many prompts one of 1,000 parts.
+    """The block of each item (items,), left out as a whole: its prompt, or above 1,000 prompts one of 1,000 parts.
 
     `groups` numbers the prompt of each item from 0, without gaps.
     """
@@ -199,28 +195,27 @@ def prompt_blocks(groups: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def group_count(groups: NDArray[np.int64]) -> int:
-    """How many groups there are; `groups` numbers the group of each of one or more items from 0, without gaps."""
+    """The number of groups; `groups` numbers the group of each item from 0, without gaps, for one item at least."""
     return int(groups.max()) + 1
 
 
 def few_prompts(groups: NDArray[np.int64], *, rmse: bool = True) -> str | None:
-    """What a reader must know where there are fewer than `FEW_PROMPTS` prompts, else None; `rmse`: it is a metric."""
+    """A caution for fewer than `FEW_PROMPTS` prompts, else None; `rmse` says whether RMSE is among the metrics."""
     count, least = group_count(groups), FEWEST_PROMPTS["srcc"]
     if count >= FEW_PROMPTS:
         return None
     if count < least:
         return f"{count} prompts only: an interval needs {least}"
-    of_rmse = rmse and count < FEWEST_PROMPTS["rmse"]
-    told = f", and that of RMSE needs {FEWEST_PROMPTS['rmse']}" if of_rmse else ""
-    return f"{count} prompts only: intervals are wide and rough{told}"
+    of_rmse = f", and that of RMSE needs {FEWEST_PROMPTS['rmse']}" if rmse and count < FEWEST_PROMPTS["rmse"] else ""
+    return f"{count} prompts only: intervals are wide and rough{of_rmse}"
 
 
 def leave_one_out(
     predicted: Float[np.ndarray, "seed item"], labels: Float[np.ndarray, " item"], blocks: NDArray[np.int64]
 ) -> Float[np.ndarray, "seed block metric"]:
-    """The four METRICS of the items outside of each block; NaN where a correlation is not defined there.
+    """METRICS of the items outside each block; NaN where a correlation is undefined, and all NaN for a single block.
 
-    Of a single block, outside of which there is nothing, all are NaN. Takes the time of items times blocks.
+    The time grows with items times blocks.
     """
     count = group_count(blocks)
     if count == 1:
@@ -238,7 +233,7 @@ def leave_one_out(
 
 
 def _rank_correlations(a: Array, b: Array, block: NDArray[np.int64], starts: NDArray[np.intp]) -> tuple[Array, Array]:
-    """Spearman's and Kendall's (tau-b) correlation without each block, of items sorted by block."""
+    """Spearman's and Kendall's (tau-b) correlation without each block; items are sorted by block."""
     rank_a, rank_b = (np.unique(values, return_inverse=True)[1].astype(np.int64) for values in (a, b))
     spans = len(a) + 1
     touching = _pairs(rank_a, rank_b)
@@ -249,43 +244,19 @@ def _rank_correlations(a: Array, b: Array, block: NDArray[np.int64], starts: NDA
 
 
 def _spearman(a: NDArray[np.int64], b: NDArray[np.int64], block: NDArray[np.int64], blocks: int) -> Array:
-    """Spearman's correlation without each block, of dense ranks.
-
-    The items below an item less those above it are twice its centred rank, of all items or of those outside a block.
-    """
-    ranked = [_Ranked.of(values) for values in (a, b)]
-    found, at_once = np.empty(blocks), max(1, _CELLS_AT_ONCE // len(a))
-    for first in range(0, blocks, at_once):
-        part = np.arange(first, min(blocks, first + at_once))
-        inside = block == part[:, None]
-        outside = 1.0 - inside
-        rank_a, rank_b = (outside * one.without(inside) for one in ranked)
-        products = ((rank_a, rank_b), (rank_a, rank_a), (rank_b, rank_b))
-        found[part] = _ratio(*(np.einsum("ki,ki->k", one, other) for one, other in products))
-    return found
+    """Spearman's correlation without each block, from dense ranks."""
+    products = np.empty((3, blocks))
+    for number in range(blocks):
+        outside = block != number
+        x, y = _centred(a[outside]), _centred(b[outside])
+        products[:, number] = x @ y, x @ x, y @ y
+    return _ratio(*products)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ranked:
-    """Items in the order of a value."""
-
-    order: NDArray[np.intp]
-    below: NDArray[np.intp]
-    """How many items are below each (items,)."""
-    up_to: NDArray[np.intp]
-    """The same with the item and its equals."""
-
-    @classmethod
-    def of(cls, values: NDArray[np.int64]) -> "_Ranked":
-        order = np.argsort(values, kind="stable")
-        below, up_to = (np.searchsorted(values[order], values, side=side) for side in ("left", "right"))
-        return cls(order=order, below=below, up_to=up_to)
-
-    def without(self, inside: NDArray[np.bool_]) -> Array:
-        """Of each item, how many are below it less how many are above it, those inside not counted (set, items)."""
-        counted = np.zeros((len(inside), len(self.order) + 1))
-        np.cumsum(~inside[:, self.order], axis=1, out=counted[:, 1:])
-        return np.take(counted, self.below, axis=1) + np.take(counted, self.up_to, axis=1) - counted[:, -1:]
+def _centred(ranks: NDArray[np.int64]) -> Array:
+    """Twice the centred mid-ranks of values given by dense ranks: the number below each item minus the number above."""
+    counts = np.bincount(ranks)
+    return (2 * np.cumsum(counts) - counts - len(ranks))[ranks].astype(np.float64)
 
 
 def _pairs(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -295,16 +266,16 @@ def _pairs(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _equal(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of each item, how many have its value."""
+    """For each item, the number of items with its value."""
     _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
     return counts[places]
 
 
 def _both_below(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of each item, how many others have a smaller a and a smaller b.
+    """For each item, the number of others with a smaller a and a smaller b.
 
-    In the order of a, of equals with the largest b first, these are the ones before it with a smaller b. They are
-    counted as a merge sort counts inversions: among 2, 4, 8 ... items at a time, the early half for the late half.
+    Sorted by a, ties with the largest b first, these are the earlier items with a smaller b. They are counted as a
+    merge sort counts inversions: in runs of 2, 4, 8 ... items, those of the first half for each item of the second.
     """
     order = np.lexsort((-b, a))
     by_b = np.lexsort((-np.arange(len(b)), b[order]))
@@ -321,7 +292,7 @@ def _both_below(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]
 
 
 def _linear(a: Array, b: Array, starts: NDArray[np.intp]) -> tuple[Array, Array]:
-    """Pearson's correlation and RMSE without each block, of items sorted by block; no correlation of constants."""
+    """Pearson's correlation (NaN for constants) and RMSE without each block; items are sorted by block."""
     error = np.square(a - b)
     a, b = ((values - values.mean()) / (np.ptp(values) or 1.0) for values in (a, b))
     columns = np.stack([np.ones_like(a), a, b, a * b, a * a, b * b, error])
@@ -339,6 +310,18 @@ def _ratio(ab: Array, aa: Array, bb: Array) -> Array:
     return found
 
 
-def numbers(values: Sequence[float] | Array) -> dict[str, float | None]:
-    """The values by metric, None for NaN, which JSON has no word for."""
-    return {name: None if math.isnan(value) else float(value) for name, value in zip(METRICS, values, strict=True)}
+def holm(p: Sequence[float]) -> list[float]:
+    """The p-values, in their order, adjusted by Holm's step-down (Scandinavian J. of Statistics 6, 1979).
+
+    Rejecting adjusted values up to alpha gives a chance of alpha at most for any false rejection. Raises ConfigError
+    for a value outside 0 to 1.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        message = f"p-values go from 0 to 1, and there are {list(p)}."
+        raise ConfigError(message)
+    order = np.argsort(values, kind="stable")
+    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return [float(value) for value in adjusted]
