@@ -31,8 +31,8 @@ from agiqa.store.sharing.cached import open_remote
 from agiqa.store.sharing.pulling import pull
 from tests.store.conftest import fill, make_content, make_store, plan_of
 from tests.store.crash_points import states_after_kills
-from tests.store.sharing_servers import web_server
 from tests.store.damage import contents, harm, refill
+from tests.store.sharing_servers import web_server
 
 
 def flips(folder, random_bits, _times):

@@ -39,6 +39,10 @@ ROW_ARRAYS = ("features", "logits", "tokens/ids", "tokens/roles", "tokens/scale"
 PLANNED_ROW_ARRAYS = ("tokens/ids", "tokens/roles")
 """The row arrays that the plan writes, before any unit is filled."""
 
+_OBJECT_PATH = re.compile(r"store\.zarr(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})+")
+_LONGEST_PATH = 1000
+_ROW_OBJECT = re.compile(rf"store\.zarr/({'|'.join(ROW_ARRAYS)})/c/([0-9]{{1,12}})(?:[./].*)?")
+
 TOKEN_ROLES = {"special": 0, "image": 1, "question": 2, "answer": 3}
 ITEM_STATUS = {"whole": 0, "truncated": 1}
 
@@ -55,6 +59,26 @@ def cache_root() -> Path:
     except RuntimeError as error:
         message = f"The cache folder {named} is unknown ({error}). Set AGIQA_CACHE to a folder that can be written."
         raise ConfigError(message) from error
+
+
+def is_object_path(text: str) -> bool:
+    """Whether `text` is the path of an object by FORMAT.md, so that it leads nowhere else unless through a link."""
+    return len(text) <= _LONGEST_PATH and _OBJECT_PATH.fullmatch(text) is not None
+
+
+def row_object(path: str) -> tuple[str, int] | None:
+    """The array with a row per token, and the number of the object in it, of the object at `path`; None for others.
+
+    A temporary file of a write counts as its object.
+    """
+    found = _ROW_OBJECT.fullmatch(path)
+    return (found[1], int(found[2])) if found else None
+
+
+def array_of(path: str) -> str | None:
+    """The array with a row per token that the object at `path` belongs to; None for other objects."""
+    found = row_object(path)
+    return found[0] if found else None
 
 
 def object_path(array: Path, position: int, *, dimensions: int) -> Path:

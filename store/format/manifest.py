@@ -30,7 +30,7 @@ from agiqa.store.disk.files import (
     write_text_atomically,
 )
 from agiqa.store.format.items import Items, read_items, write_items
-from agiqa.store.format.layout import ITEM_TABLE, ROOT_METADATA, ROW_ARRAYS, StoreLayout
+from agiqa.store.format.layout import ITEM_TABLE, ROOT_METADATA, StoreLayout, is_object_path, row_object
 from agiqa.store.format.metadata import LARGEST, REMEDY, check_version, damaged
 
 MANIFEST_BYTES = 128 << 20
@@ -39,15 +39,7 @@ CARD_BYTES = 16 << 20
 LABEL_KEYS = ("labels", "labels_next")
 """Keys of a listing: the entry of items.parquet, and that of its announced successor."""
 _NOW, _NEXT = LABEL_KEYS
-_OBJECT_PATH = re.compile(r"store\.zarr(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})+")
-_LONGEST_PATH = 1000
-_ROW_OBJECT = re.compile(rf"store\.zarr/({'|'.join(ROW_ARRAYS)})/c/([0-9]{{1,12}})(?:[./].*)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-def is_object_path(text: str) -> bool:
-    """Whether `text` is the path of an object by FORMAT.md, so that it leads nowhere else unless through a link."""
-    return len(text) <= _LONGEST_PATH and _OBJECT_PATH.fullmatch(text) is not None
 
 
 def require_object_path(where: Path | str, listed: str) -> None:
@@ -78,21 +70,6 @@ def check_inside(root: Path, path: Path) -> None:
             "there. Copy the store with its links followed (`cp -RL`)."
         )
         raise DamagedStore(message)
-
-
-def row_object(path: str) -> tuple[str, int] | None:
-    """The array with a row per token, and the number of the object in it, of the object at `path`; None for others.
-
-    A temporary file of a write counts as its object.
-    """
-    found = _ROW_OBJECT.fullmatch(path)
-    return (found[1], int(found[2])) if found else None
-
-
-def array_of(path: str) -> str | None:
-    """The array with a row per token that the object at `path` belongs to; None for other objects."""
-    found = row_object(path)
-    return found[0] if found else None
 
 
 def read_record(path: Path) -> list[dict[str, Any]]:
@@ -246,8 +223,8 @@ def _require_settled(found: dict[str, Any], where: str) -> None:
 
 def _sharing_problem(manifest: Manifest) -> str | None:
     paths = [entry.path for entry in manifest.objects]
-    if stray := next((path for path in paths if not is_object_path(path)), None):
-        return f"it lists {stray!r}, which is no object of a store"
+    if strays := [path for path in paths if not is_object_path(path)]:
+        return f"it lists {strays[0][:200]!r}, which is no object of a store"
     if len(set(paths)) != len(paths) or ROOT_METADATA not in paths:
         return f"it lists an object twice, or not {ROOT_METADATA}"
     for entry in manifest.entries:

@@ -15,12 +15,7 @@ from agiqa.store.format.arrays import Geometry, rows_dtype, storage_dtype, to_fl
 from agiqa.store.format.artefacts import Basis, Scale
 from agiqa.store.format.items import Items, count_items
 from agiqa.store.format.layout import LM_HEAD_NAMED_IN, StoreLayout
-from agiqa.store.format.manifest import (
-    content_hash,
-    has_listed_metadata,
-    has_planned_attributes,
-    read_recorded_items,
-)
+from agiqa.store.format.manifest import content_hash, has_listed_metadata, has_planned_attributes, read_recorded_items
 from agiqa.store.format.metadata import damaged, require_no_pull
 from agiqa.store.reading.stored_arrays import StoredArrays, empty_array
 
@@ -66,13 +61,9 @@ class Store(StoredArrays):
         """Whether raw logits are stored beside the hidden states."""
         return "kept_logits" in self.provenance
 
-    @property
+    @cached_property
     def items(self) -> Items:
         """Names, prompts, splits and labels of the items."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> Items:
         return self._read_items()
 
     def _read_items(self) -> Items:

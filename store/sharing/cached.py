@@ -36,8 +36,8 @@ from agiqa.errors import AgiqaError, ConfigError, DamagedStore
 from agiqa.store.disk.files import sha256_of_file
 from agiqa.store.disk.locks import waiting_lock
 from agiqa.store.format.items import Items, read_items
-from agiqa.store.format.layout import ITEM_TABLE, StoreLayout, cache_root
-from agiqa.store.format.manifest import Manifest, array_of, units_of_objects
+from agiqa.store.format.layout import ITEM_TABLE, StoreLayout, array_of, cache_root
+from agiqa.store.format.manifest import Manifest, units_of_objects
 from agiqa.store.reading.store import Store, TokenRows, item_positions, open_local_store
 from agiqa.store.sharing.fetching import fetch_manifest, fetch_object
 from agiqa.store.sharing.remotes import LocalFolder, Remote, remote_at

@@ -9,16 +9,14 @@ from typing import Any, Literal
 from agiqa.errors import DamagedStore
 from agiqa.store.disk.files import canonical_json, files_below, read_json, sha256_of_file, write_text_atomically
 from agiqa.store.format.arrays import object_rows
-from agiqa.store.format.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, ROOT_METADATA, StoreLayout
+from agiqa.store.format.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, ROOT_METADATA, StoreLayout, array_of, row_object
 from agiqa.store.format.manifest import (
     LABEL_KEYS,
-    array_of,
     attributes_sha256,
     check_object,
     read_record,
     recorded_labels,
     require_object_path,
-    row_object,
 )
 from agiqa.store.reading.store import Store
 
