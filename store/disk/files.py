@@ -234,7 +234,7 @@ def refuse_lfs_pointers(paths: Iterable[Path], error: type[Exception]) -> None:
     for path in paths:
         if _is_lfs_pointer(path):
             message = (
-                f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository, or download "
+                f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its repository, or download "
                 "the file."
             )
             raise error(message)

@@ -99,17 +99,19 @@ def test_a_remote_that_is_not_there_says_so(served, tmp_path, impatient):
     assert plan.bytes > 0
 
 
-@pytest.mark.parametrize("where", ["objects", "labels"])
-def test_a_manifest_that_leads_out_of_the_store_is_refused_before_anything_is_written(stored, served, tmp_path, where):
+@pytest.mark.parametrize(
+    ("where", "says"), [("objects", "no object of a store"), ("labels", "does not list items.parquet")]
+)
+def test_a_manifest_that_leads_out_is_refused_before_anything_is_written(stored, served, tmp_path, where, says):
     manifest = json.loads(stored.layout.manifest.read_text())
     entry = manifest["labels"] if where == "labels" else manifest["objects"][0]
     before = files_below(tmp_path)
     for path in HOSTILE_PATHS:
         entry["path"] = path
         stored.layout.manifest.write_text(json.dumps(manifest))
-        with pytest.raises(DamagedStore, match="no place for an object"):
+        with pytest.raises(DamagedStore, match=says):
             pull(served.url, tmp_path / "copy.agiqa")
-        with pytest.raises(DamagedStore, match="no place for an object"):
+        with pytest.raises(DamagedStore, match=says):
             open_remote(served.url)
     assert files_below(tmp_path) == before
     assert not (tmp_path / "copy.agiqa").exists()
@@ -135,7 +137,7 @@ HOSTILE_PATHS = (
         ({"version": 7}, SchemaError, "v7; this agiqa reads"),
         ({"state": "partial"}, IncompleteStore, "'partial'"),
         ({"id": "../../x"}, DamagedStore, "its id is"),
-        ({"objects": None}, DamagedStore, "no manifest"),
+        ({"objects": None}, DamagedStore, "does not list objects"),
         ({"labels_next": {}}, IncompleteStore, "labels"),
     ],
 )

@@ -235,7 +235,7 @@ def test_a_run_that_began_before_a_pull_writes_nothing_over_it(served, stored, u
     model = UnitWriter(unfinished)
     pull(served.url, unfinished.path)
     for write in (lambda: write_model(model, other_bits(content)), lambda: writer.claim(last).__enter__()):
-        with pytest.raises(BusyStore, match="replaced by a pull"):
+        with pytest.raises(BusyStore, match="A pull replaced"):
             write()
     assert verify(open_store(unfinished.path), "full").sound
     assert open_store(unfinished.path).content == stored.content
@@ -245,7 +245,7 @@ def test_nothing_is_written_while_a_pull_moves_its_objects(unfinished):
     """PULLING.json stands for that time, and for what is left of it after a kill."""
     writer = UnitWriter(unfinished)
     (unfinished.path / "PULLING.json").write_text("{}")
-    with pytest.raises(BusyStore, match="replaced by a pull"):
+    with pytest.raises(BusyStore, match="A pull replaced"):
         writer.claim(unfinished.geometry.units - 1).__enter__()
 
 
