@@ -166,18 +166,20 @@ class _Table:
             cell = cells.get(column, "").strip()
             if not cell:
                 continue
+            if meaning in self.texts:
+                if meaning == "split" and cell not in SPLITS:
+                    problems.append(f"split {cell!r} is none of {', '.join(SPLITS)}")
+                elif position is not None:
+                    self.texts[meaning][position] = cell
+                continue
+            aspect = meaning.removeprefix(LABEL_PREFIX)
             try:
-                if meaning in self.texts:
-                    _check_text(meaning, cell)
-                    if position is not None:
-                        self.texts[meaning][position] = cell
-                else:
-                    aspect = meaning.removeprefix(LABEL_PREFIX)
-                    value = read_mos(column, cell, self.scales[aspect])
-                    if position is not None:
-                        self.mos[aspect][position] = value
+                value = read_mos(column, cell, self.scales[aspect])
             except DataError as error:
                 problems.append(str(error))
+                continue
+            if position is not None:
+                self.mos[aspect][position] = value
         return problems
 
     def _of_other_items(self) -> DataError:
@@ -204,13 +206,6 @@ def _label_columns(path: Path, header: Sequence[str]) -> dict[str, str]:
         message = f"{path}: two columns mean the same ({found}); keep one of them."
         raise DataError(message)
     return {column: known[column] for column in labels}
-
-
-def _check_text(column: str, cell: str) -> None:
-    """Raise DataError, worded for a list of problems, for an unknown split."""
-    if column == "split" and cell not in SPLITS:
-        message = f"split {cell!r} is none of {', '.join(SPLITS)}"
-        raise DataError(message)
 
 
 def _joined(items: Items, table: _Table) -> tuple[Items, LabelReport]:

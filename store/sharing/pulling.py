@@ -23,7 +23,14 @@ from typing import Any, Literal
 from weakref import finalize
 
 from agiqa.errors import AgiqaError, BusyStore, ConfigError, DamagedStore, DataError, SettingsConflict
-from agiqa.store.disk.files import read_json, sha256_of_file, sync_file, telling_disk_errors, write_text_atomically
+from agiqa.store.disk.files import (
+    naming,
+    read_json,
+    sha256_of_file,
+    sync_file,
+    telling_disk_errors,
+    write_text_atomically,
+)
 from agiqa.store.disk.locks import exclusive_lock, is_held
 from agiqa.store.format.items import read_items
 from agiqa.store.format.layout import ITEM_TABLE, PULL_LOCK, PULL_RECORD, ROOT_METADATA, SEAL_LOCK, StoreLayout
@@ -265,7 +272,8 @@ def _fetch_missing(plan: PullPlan, local: _Local, tally: Tally, jobs: int) -> No
             place = local.place_for(entry, found)
             if plan.fetched is not None and (plan.fetched / entry.path).is_file():  # checked and finished like any rest
                 place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(plan.fetched / entry.path, partial_of(place))
+                with naming(place):
+                    shutil.copyfile(plan.fetched / entry.path, partial_of(place))
             fetch_object(plan.remote, entry, place, tally)
         if found == entry.sha256:
             waiting.unlink(missing_ok=True)  # of a pull of another version that was cut off
