@@ -3,7 +3,6 @@
 import hashlib
 import io
 import multiprocessing
-import operator
 import os
 import stat
 import struct
@@ -111,7 +110,7 @@ def image_checks() -> Generator[Callable[[Path], str]]:
 
 
 def _begin_checks() -> Work:
-    return operator.call
+    return lambda function, argument: function(argument)
 
 
 def open_image(source: ImageSource) -> Image.Image:

@@ -6,7 +6,6 @@ process ends.
 """
 
 import multiprocessing
-import operator
 import signal
 import sys
 import threading
@@ -379,4 +378,4 @@ def _use(device: str) -> None:
 
 def _begin_task(device: str) -> Work:
     _use(device)
-    return operator.call
+    return lambda function, argument: function(argument)
