@@ -107,8 +107,8 @@ def sketch(
 def export_store(store: Path, out: Path, compression: str, *, as_json: bool) -> None:
     """Write the finished STORE to OUT, one HDF5 file with the same array names and attributes.
 
-    The item table is in `items/`. An item's rows have the same positions as in the store. Run a killed export again to
-    go on. The disk needs room for the compressed features twice.
+    The item table is in `items/`. An item's rows have the same positions as in the store. OUT appears when it is whole;
+    an interrupted export starts again.
     """
     from agiqa.progress import say, track
     from agiqa.store import open_store
