@@ -1,7 +1,7 @@
 """Heads: small networks that learn MOS from a feature store, without the model that made it."""
 
+from agiqa.heads.data.batches import FeatureBatches
 from agiqa.heads.data.features import FeatureSource
-from agiqa.heads.data.worker_batches import FeatureBatches
 from agiqa.heads.evaluation.comparing import holm, paired, seeds_score
 from agiqa.heads.evaluation.rating_words import score_words
 from agiqa.heads.evaluation.runs import Run, load_run

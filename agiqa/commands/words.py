@@ -151,7 +151,7 @@ def _table_truth(table: Path, aspect: str, mos_range: tuple[float, float]) -> Tr
     """The truth in a label table, by item name."""
     from agiqa.errors import DataError
     from agiqa.extract.data.joining import row_name
-    from agiqa.heads.data.prompts import normalise_prompt
+    from agiqa.heads.data.prompt_groups import normalise_prompt
 
     rows = _labelled_rows(table, mos_range)
     by_name = {row.name: row for row in reversed(rows)}

@@ -6,8 +6,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.heads.data.features import FeatureSource
-from agiqa.heads.data.scales import Joined
+from agiqa.heads.data.features import FeatureSource, Joined
 from agiqa.heads.evaluation.runs import origin_of
 from agiqa.store.format.text_authors import TEACHER, count_authors, teacher_warning
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.heads.data.prompts import prompt_groups
+from agiqa.heads.data.prompt_groups import prompt_groups
 from agiqa.heads.evaluation.metrics import score, undefined_reason
 from agiqa.heads.evaluation.uncertainty import (
     FEWEST_PROMPTS,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from agiqa.errors import DataError
-from agiqa.heads.data.prompts import prompt_groups
+from agiqa.heads.data.prompt_groups import prompt_groups
 from agiqa.heads.evaluation.logistic import LogisticMap
 from agiqa.heads.evaluation.uncertainty import (
     METRICS,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.heads.data.prompts import prompt_groups
+from agiqa.heads.data.prompt_groups import prompt_groups
 from agiqa.heads.evaluation.uncertainty import FEWEST_PROMPTS, Side, few_prompts, group_count, prompt_blocks, spread
 
 WORDS = ("bad", "poor", "fair", "good", "excellent")

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.heads.data.features import FeatureSource
-from agiqa.heads.data.scales import Joined
+from agiqa.heads.data.features import FeatureSource, Joined
 
 PART_NAMES = ("train", "validation", "test")
 _NUMBERS, _STORE = "items", "store"

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from agiqa.errors import AgiqaError, HeadError
 from agiqa.heads.data.features import FeatureSource
+from agiqa.heads.data.keeping import SharedFeatures
 from agiqa.heads.data.splits import Partition
 from agiqa.heads.evaluation.runs import Run, load_run
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import resolve_device
 from agiqa.heads.training.progress import LineProgress
 from agiqa.heads.training.resuming import OF_THE_MACHINE, data_of, training_key
-from agiqa.heads.training.sharing import SharedFeatures
 from agiqa.heads.training.starting import start_record
 from agiqa.heads.training.training import train_head
 from agiqa.progress import said_to

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from agiqa.errors import AgiqaError, HeadError
+from agiqa.heads.data.batches import SourceAddress
 from agiqa.heads.data.features import FeatureSource
-from agiqa.heads.data.worker_batches import SourceAddress
+from agiqa.heads.data.keeping import PackedFeatures, SharedFeatures
 from agiqa.heads.sweeps.head_jobs import Attempt, HeadJob, attempt, with_notes
-from agiqa.heads.training.sharing import PackedFeatures, SharedFeatures
 from agiqa.workers import ctrl_c_kept_away
 
 _SECONDS_TO_END = 15.0

@@ -9,14 +9,12 @@ import torch
 
 from agiqa.errors import AgiqaError, ConfigError
 from agiqa.heads.data.features import FeatureSource, item_bytes, location_of
-from agiqa.heads.data.feeding import allowed_memory
-from agiqa.heads.data.memory import available_memory
+from agiqa.heads.data.keeping import SharedFeatures, all_items, allowed_memory, available_memory, share_features
 from agiqa.heads.data.splits import PARTITION_SETTINGS, Partition, make_partition
 from agiqa.heads.settings.config import TrainConfig
 from agiqa.heads.settings.device import resolve_device
 from agiqa.heads.sweeps.head_jobs import Attempt, HeadJob, JobOutcome, attempt, is_there, with_notes
 from agiqa.heads.sweeps.job_workers import run_jobs
-from agiqa.heads.training.sharing import SharedFeatures, all_items, share_features
 from agiqa.progress import say
 
 _ALIKE = ("device", "keep", "memory")
@@ -36,8 +34,8 @@ def train_heads(
 
     Each run folder has the weights, predictions and metrics that `train_head` alone gives on this device, for any
     number of `workers`; `features` and `seconds` in metrics.json tell of the sweep. Jobs may differ in everything but
-    `device`, `keep` and `memory`. Their features are decoded once (see sharing.py), and `memory` is for all of them
-    together. A job whose folder holds its head already is not trained again, and one that was broken off goes on.
+    `device`, `keep` and `memory`. Their features are decoded once (see data/keeping.py), and `memory` is for all of
+    them together. A job whose folder holds its head already is not trained again, and one that was broken off goes on.
 
     `workers` are processes that train one head each at a time; 1 trains in this process. None is, on a CPU, the number
     of cores divided by the largest `threads` of the jobs; on a GPU one for every two cores and every 16 GiB that the
@@ -109,7 +107,7 @@ def _train_heads(
     parts, config = [partitions.of(job.train) for job in todo], todo[0].train
     count = min(workers or default_workers(todo, features=int(item_bytes(source, all_items(parts)).sum())), len(todo))
     say(f"{len(todo)} head{'s' * (len(todo) > 1)} to train on {location_of(source)}, {count} at a time")
-    shared = share_features(source, parts, config, device=resolve_device(config.device), workers=count)
+    shared = share_features(source, parts, config, device=resolve_device(config.device), processes=count)
     for job, ended in _attempts(source, todo, shared, count, tell):
         failed = ended.error is not None
         yield JobOutcome(job=job, status="failed" if failed else "trained", error=ended.error)

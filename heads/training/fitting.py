@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from numpy.typing import NDArray
 
 from agiqa.errors import DataError
+from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.features import FeatureSet, location_of
 from agiqa.heads.data.scales import lines_between, scales_of
 from agiqa.heads.evaluation.runs import Run
@@ -45,8 +44,8 @@ def fit_head(
     head_config: HeadConfig,
     config: TrainConfig,
     *,
-    train: NDArray[np.int64],
-    validation: NDArray[np.int64],
+    train: LabelledItems,
+    validation: LabelledItems,
     epochs: int,
     stage: str,
     progress: TrainingProgress,
@@ -54,9 +53,9 @@ def fit_head(
     start: Run | None = None,
     trace: Callable[[Head], Mapping[str, float]] | None = None,
 ) -> Fit:
-    """Train a head on the positions `train` for `epochs`; the schedule is that of `config.epochs`.
+    """Train a head on the items `train` for `epochs`; the schedule is that of `config.epochs`.
 
-    The head is a fresh one, calibrated on these positions, or that of `start` (see starting.py). `trace` as of
+    The head is a fresh one, calibrated on these items, or that of `start` (see starting.py). `trace` as of
     `Learner`.
 
     The features stay where they are kept; batches made elsewhere move to the device one by one. With `state` the
@@ -65,11 +64,11 @@ def fit_head(
     items have the same value of a label, and what `build_head` raises.
     """
     device = resolve_device(config.device)
-    labels = _training_labels(features, train, config)
+    check_labels(features, train, config)
     with random_state(config.seed, device), cpu_threads(config.threads):
         head = build_head(head_config, spec, labels=len(config.labels)).to(device)
         if start is None:
-            head.calibrate(features.statistics(train, device=device), labels)
+            head.calibrate(features.statistics(train.positions, device=device), train.labels)
         else:
             start.give_weights(head)
             head.regressor.rescale(lines_between(start.scales, scales_of(features.source, config.labels)))
@@ -155,20 +154,21 @@ def _events(
         events.close()
 
 
-def _training_labels(features: FeatureSet, train: NDArray[np.int64], config: TrainConfig) -> torch.Tensor:
-    """The labels of these positions, (items, labels). Raises DataError when nothing can be learned from them."""
+def check_labels(features: FeatureSet, train: LabelledItems, config: TrainConfig) -> None:
+    """Raise DataError when nothing can be learned from the labels of these items."""
     names, where = config.labels, location_of(features.source)
-    if features.targets is None or features.targets.shape[1] != len(names):
-        message = f"Training on the label {config.label!r} needs features that were read with it."
+    if train.labels.shape[1] != len(names):
+        message = (
+            f"Training on the label {config.label!r} needs {len(names)} per item, and has {train.labels.shape[1]}."
+        )
         raise DataError(message)
-    labels = features.targets[torch.from_numpy(train)]
-    if len(labels) == 1:
+    if len(train) == 1:
         message = (
             f"{where}: the training part is a single item: there is nothing to learn. Change the split, `validation` "
             "or `training_items`."
         )
         raise DataError(message)
-    for name, column in zip(names, labels.unbind(1), strict=True):
+    for name, column in zip(names, train.labels.unbind(1), strict=True):
         if column.max() == column.min():
             which = "label" if len(names) == 1 else f"{name} label"
             message = (
@@ -176,7 +176,6 @@ def _training_labels(features: FeatureSet, train: NDArray[np.int64], config: Tra
                 "learn. Change the split, train on more items, or another label."
             )
             raise DataError(message)
-    return labels
 
 
 @contextmanager

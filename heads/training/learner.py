@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from agiqa.errors import HeadError
-from agiqa.heads.data.batches import Batch, BatchLoader, batches_per_epoch
+from agiqa.heads.data.batches import Batch, BatchLoader, LabelledItems, batches_per_epoch
 from agiqa.heads.data.features import FeatureSet
 from agiqa.heads.data.splits import FEWEST_TO_CHOOSE_BY
 from agiqa.heads.evaluation.metrics import score
@@ -37,22 +37,22 @@ EMA_WINDOW = 0.1
 
 
 class Learner(pl.LightningModule):
-    """Trains a head on some positions of a FeatureSet, and keeps the weights of the best epoch so far."""
+    """Trains a head on some items of a FeatureSet, and keeps the weights of the best epoch so far."""
 
     def __init__(
         self,
         head: Head,
         features: FeatureSet,
-        positions: NDArray[np.int64],
+        items: LabelledItems,
         config: TrainConfig,
         *,
-        validation: NDArray[np.int64],
+        validation: LabelledItems,
         stage: str,
         progress: TrainingProgress,
         events: EventLog | None = None,
         trace: Callable[[Head], Mapping[str, float]] | None = None,
     ) -> None:
-        """`validation` are positions too, possibly none: without FEWEST_TO_CHOOSE_BY the last epoch is the best.
+        """`validation` may be empty: without FEWEST_TO_CHOOSE_BY validation items the last epoch is the best.
 
         `trace` gets the head after every epoch and tells scores that go into the curves and into no choice.
 
@@ -69,7 +69,7 @@ class Learner(pl.LightningModule):
         self.finished = False
         self._best_srcc = math.nan
         self._features = features
-        self._positions = positions
+        self._items = items
         self._config = config
         self._validation = validation
         self._stage = stage
@@ -80,7 +80,7 @@ class Learner(pl.LightningModule):
         self._average: AveragedModel | None = None
         if config.ema is not None:
             self._average = AveragedModel(head)
-            self._decay = ema_decay(config.ema, config.epochs * steps_per_epoch(len(positions), config))
+            self._decay = ema_decay(config.ema, config.epochs * steps_per_epoch(len(items), config))
         self._encode: Callable[[Tensor, Tensor], Tensor] | None = None
         self._events = events
         self._trace = trace
@@ -102,7 +102,7 @@ class Learner(pl.LightningModule):
         """The batches of the present epoch, as large as the loss needs them; Lightning asks anew every epoch."""
         return BatchLoader(
             self._features,
-            self._positions,
+            self._items,
             batch_size=self._config.batch_size,
             order=(self._config.seed, self.current_epoch),
             smallest=self._loss.smallest_batch,
@@ -130,7 +130,7 @@ class Learner(pl.LightningModule):
         # in fp16 the fused optimiser would unscale the gradients itself, too late to clip them
         fused = self.device.type == "cuda" and config.precision != "fp16"
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
-        steps = config.epochs * steps_per_epoch(len(self._positions), config)
+        steps = config.epochs * steps_per_epoch(len(self._items), config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -155,7 +155,7 @@ class Learner(pl.LightningModule):
         """The loss of one batch."""
         del batch_idx
         if batch.targets is None:
-            message = "Training needs a FeatureSet that was read with a label."
+            message = "Training needs batches with labels."
             raise HeadError(message)
         scaled = self.head.regressor.scaled
         predicted = scaled(self.head(*batch.inputs, encode=self._encode))
@@ -294,9 +294,9 @@ class Learner(pl.LightningModule):
 
     def _validation_metrics(self) -> dict[str, float]:
         """The metrics of this epoch's validation predictions, means over labels; none without validation items."""
-        if not self.validates or self._features.targets is None:
+        if not self.validates:
             return {}
-        predicted, labels = (values[self._validation] for values in (self._predicted, self._features.targets.numpy()))
+        predicted, labels = self._predicted[self._validation.positions], self._validation.labels.numpy()
         scores = [score(*pair) for pair in zip(columns(predicted), columns(labels), strict=True)]
         return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
 
@@ -313,7 +313,7 @@ class Learner(pl.LightningModule):
             return
         self._best_srcc = math.nan if srcc is None or not self.chooses else srcc
         self.best_epoch = number
-        self.best_predictions = self._predicted[self._validation].copy()
+        self.best_predictions = self._predicted[self._validation.positions].copy()
         self.best_weights = {name: value.detach().cpu().clone() for name, value in self._kept.state_dict().items()}
 
 

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agiqa.heads.data.features import FeatureSet, FeatureSource, location_of, read_labels
-from agiqa.heads.data.feeding import Feeding, feed
-from agiqa.heads.data.scales import Joined, scales_of, scales_record
+from agiqa.heads.data.batches import LabelledItems
+from agiqa.heads.data.features import FeatureSet, FeatureSource, Joined, location_of, read_labels
+from agiqa.heads.data.keeping import KeptFeatures, SharedFeatures, keep_features
+from agiqa.heads.data.scales import scales_of, scales_record
 from agiqa.heads.data.splits import Partition, make_partition
 from agiqa.heads.evaluation.authors import author_notes, author_warnings, authors_by_part
 from agiqa.heads.evaluation.calibration import Calibration, calibration_warnings
@@ -39,7 +40,6 @@ from agiqa.heads.training.outcome import Outcome, epoch_warnings
 from agiqa.heads.training.paper_compatible import PaperTrace, best_on_test, bias_warnings
 from agiqa.heads.training.progress import LineProgress, TrainingProgress
 from agiqa.heads.training.resuming import TrainingState, data_of, training_key, training_state
-from agiqa.heads.training.sharing import Places, SharedFeatures
 from agiqa.heads.training.starting import check_start, start_record, start_warnings
 from agiqa.progress import say
 from agiqa.version import agiqa_version
@@ -61,7 +61,7 @@ def train_head(
 
     A training that was broken off goes on from the last epoch that was kept beside `run` (see resuming.py), and
     `restart` throws that away. `preset` is the name that config.json says the settings came from. `shared` are
-    features that were decoded before, for several trainings (see sharing.py); the numbers are the same.
+    features that were decoded before, for several trainings (see data/keeping.py); the numbers are the same.
     Without `head` and `start` it is the default head, with the projection that reads the encoding of `source`.
     `start` is a run whose head is the beginning, with its weights, constants of the features and scale of the labels;
     without `head` this one has its settings. A refit begins there too.
@@ -81,7 +81,7 @@ def train_head(
     )
     _check(task)
     partition = make_partition(source, task.train)
-    if shared is None or not shared.has(partition.test):
+    if shared is None or shared.kept is None or not shared.kept.has(partition.test):
         check_item_roles(source, partition.test, task.head.pooling)
     device, start_from = resolve_device(task.train.device), start_record(start)
     for note in (*source.notes, *source.scale_notes) if isinstance(source, Joined) else ():
@@ -120,11 +120,11 @@ def _train(
     started = time.perf_counter() - state.seconds
     source, config = task.source, task.train
     test_labels = read_labels(source, partition.test, label=config.label)
-    feeding, places = _feed(task, partition)
-    kept = (feeding.features, places["test"]) if "test" in places else None
+    rows = _rows_of(task, partition)
+    kept = (rows.features, rows.features.positions_of(partition.test)) if rows.has(partition.test) else None
     follow = partial(PaperTrace, source, partition.test, label=config.label, batch_size=config.batch_size, kept=kept)
     trace = follow() if config.paper_compatible else None
-    selection, final = _fit(task, feeding.features, places, progress, state, trace)
+    selection, final = _fit(task, partition, rows.features, progress, state, trace)
     fits = [selection] if final is selection else [selection, final]
     validation_labels = read_labels(source, partition.validation, label=config.label)
     calibration, guesses, of_scale = _calibrate(config, selection, final, validation_labels)
@@ -143,7 +143,7 @@ def _train(
         "refit": config.refit,
         "split": {"name": config.split, **partition.record()},
         **_remarks(task, partition, [*epoch_warnings(selection, config), *of_scale]),
-        "features": feeding.record(),
+        "features": rows.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
     }
     metrics |= {"stores": _of_stores(source, source, config, parts)} if isinstance(source, Joined) else {}
@@ -200,36 +200,40 @@ def _check(task: _Task) -> None:
         check_start(task.start, task.source, str(task.run), task.head, task.train)
 
 
-def _feed(task: _Task, partition: Partition) -> tuple[Feeding, Places]:
-    """The features, kept as the settings say or as they are shared, checked, and the positions of each part in them.
+def _rows_of(task: _Task, partition: Partition) -> KeptFeatures:
+    """The features, kept as the settings say or shared with other trainings, with the roles that the pooling needs.
 
-    The test part is among them where the shared ones have it, and where it is asked for after every epoch.
+    The test part is among them where the shared ones have it, and where every epoch needs it.
     """
-    source, shared, config = task.source, task.shared, task.train
-    if shared is not None and shared.features is not None:
-        return shared.feeding(partition, config.label, task.head.pooling)
-    if shared is not None and shared.memory is not None:
-        config = config.model_copy(update={"memory": shared.memory})
-    parts = {name: part for name, part in partition.parts().items() if name != "test" or config.paper_compatible}
-    items = np.concatenate(list(parts.values()))
-    feeding = feed(source, items, config, device=resolve_device(config.device))
-    check_roles(source, feeding.features, task.head.pooling)
-    say(feeding.line())
-    ends = np.cumsum([len(part) for part in parts.values()])[:-1]
-    return feeding, dict(zip(parts, np.split(np.arange(len(items)), ends), strict=True))
+    source, config = task.source, task.train
+    shared = task.shared or SharedFeatures()
+    parts = [items for name, items in partition.parts().items() if name != "test" or config.paper_compatible]
+    if shared.kept is not None:
+        kept, parts = shared.kept, [items for items in partition.parts().values() if shared.kept.has(items)]
+    else:
+        if shared.memory is not None:
+            config = config.model_copy(update={"memory": shared.memory})
+        kept = keep_features(source, np.sort(np.concatenate(parts)), config, device=resolve_device(config.device))
+        say(kept.line())
+    used = kept.features.positions_of(np.concatenate(parts))
+    check_roles(source, kept.features.subset(used), task.head.pooling)
+    return kept
 
 
 def _fit(
     task: _Task,
+    partition: Partition,
     features: FeatureSet,
-    places: Places,
     progress: TrainingProgress,
     state: TrainingState,
     trace: PaperTrace | None,
 ) -> tuple[Outcome, Fit]:
     """The fit that chose the epoch, and the fit to keep: the same one, or the refit on train + validation."""
     spec, config = FeatureSpec.of(task.source), task.train
-    train, validation = places["train"], places["validation"]
+    train, validation, nothing = (
+        LabelledItems.at(features, features.positions_of(part), config.label)
+        for part in (partition.train, partition.validation, partition.train[:0])
+    )
     if state.selection is None:
         selection = fit_head(
             features,
@@ -253,8 +257,8 @@ def _fit(
         spec,
         task.head,
         config,
-        train=np.concatenate([train, validation]),
-        validation=validation[:0],
+        train=train + validation,
+        validation=nothing,
         epochs=state.selection.epoch,
         stage="refit",
         progress=progress,

@@ -11,7 +11,7 @@ from sklearn.model_selection import GroupKFold
 
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.heads import HeadConfig, HeadJob, TrainConfig, train_head, train_heads
-from agiqa.heads.data.prompts import normalise_prompt
+from agiqa.heads.data.prompt_groups import normalise_prompt
 from agiqa.heads.data.splits import PARTITION_SETTINGS, make_partition
 from agiqa.heads.settings.config import load_settings
 from agiqa.heads.sweeps.sweeping import Partitions

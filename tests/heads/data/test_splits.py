@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agiqa.errors import DataError
-from agiqa.heads.data.holding_out import split_items
-from agiqa.heads.data.prompts import normalise_prompt, prompt_groups
-from agiqa.heads.data.splits import make_partition
+from agiqa.heads.data.prompt_groups import normalise_prompt, prompt_groups
+from agiqa.heads.data.splits import make_partition, split_items
 from agiqa.heads.settings.config import TrainConfig
 
 

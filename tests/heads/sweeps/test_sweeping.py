@@ -15,10 +15,10 @@ import torch
 
 from agiqa.errors import ConfigError, DataError, HeadError
 from agiqa.heads import HeadConfig, HeadJob, TrainConfig, load_run, train_head, train_heads
+from agiqa.heads.data.batches import LabelledItems, SourceAddress
+from agiqa.heads.data.keeping import PackedFeatures, share_features
 from agiqa.heads.data.splits import make_partition
-from agiqa.heads.data.worker_batches import SourceAddress
 from agiqa.heads.sweeps.sweeping import default_workers
-from agiqa.heads.training.sharing import PackedFeatures, share_features
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as write_store
 
@@ -239,27 +239,49 @@ def test_as_many_workers_as_the_threads_of_a_head_leave_room_for(tmp_path: Path)
     assert default_workers([job(tmp_path / "a", threads=cores), *jobs]) == 1
 
 
-def test_shared_features_hold_no_targets_of_others_and_no_rows_twice(stored):
+def test_shared_features_hold_no_row_twice_and_each_training_has_its_own_labels(stored):
     config = QUICK.model_copy(update={"label": "rare", "validation": 0.0})
     rare = replace(make_partition(stored, config), train=np.arange(1, 30), test=np.arange(30, 40))
     other = replace(rare, train=np.arange(20, 60), test=np.arange(5))
-    for workers in (1, 2):
-        shared = share_features(stored, [rare, other], config, device=CPU, workers=workers)
-        fed, places = shared.feeding(rare, "rare", "mean")
-        assert fed.features.rows.data_ptr() == shared.features.rows.data_ptr()
-        assert np.isnan(fed.features.targets[30:].numpy()).all()
-        assert fed.features.items[places["test"]].tolist() == list(range(30, 40))
+    for processes, keep in ((1, "ram"), (2, "memmap")):
+        shared = share_features(stored, [rare, other], config, device=CPU, processes=processes).kept
+        features = shared.features
+        learned = LabelledItems.at(features, features.positions_of(rare.train), "rare")
+        assert learned.labels.numpy().tolist() == stored.items.labels["rare"][1:30, None].tolist()
+        assert features.subset(learned.positions).rows.data_ptr() == features.rows.data_ptr()
+        assert features.items[features.positions_of(rare.test)].tolist() == list(range(30, 40))
         with pytest.raises(DataError, match="has no rare MOS"):
-            shared.feeding(other, "rare", "mean")
-        assert PackedFeatures.of(shared).rows is None
+            LabelledItems.at(features, features.positions_of(other.train), "rare")
+        assert (shared.keep, shared.copy is not None) == (keep, keep == "memmap")
 
 
-def test_a_mapped_copy_travels_by_its_path(stored):
-    config = QUICK.model_copy(update={"keep": "memmap"})
-    shared = share_features(stored, [make_partition(stored, config)], config, device=CPU, workers=2)
+def test_rows_in_the_ram_of_one_process_are_not_handed_to_another(stored):
+    shared = share_features(stored, [make_partition(stored, QUICK)], QUICK, device=CPU, processes=1)
+    with pytest.raises(ConfigError, match="RAM of one process"):
+        PackedFeatures.of(shared)
+
+
+@pytest.mark.parametrize("keep", ["auto", "ram", "device", "memmap"])
+def test_processes_share_rows_by_the_items_of_the_mapped_copy(stored, keep):
+    config = QUICK.model_copy(update={"keep": keep})
+    shared = share_features(stored, [make_partition(stored, config)], config, device=CPU, processes=2)
+    assert PackedFeatures.of(shared).rows is None
     packed = pickle.dumps(PackedFeatures.of(shared))
     assert len(packed) < 5000
-    assert torch.equal(pickle.loads(packed).open(stored).features.rows, shared.features.rows)
+    opened = pickle.loads(packed).open(stored)
+    assert torch.equal(opened.kept.features.rows, shared.kept.features.rows)
+    assert opened.kept.record() == shared.kept.record()
+
+
+def test_workers_read_for_themselves_where_no_copy_can_be_written(stored, alone, tmp_path: Path, capsys):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    jobs = [one for one in jobs_in(tmp_path) if one.run.name in ("plain", "other label")]
+    for outcome in train_heads(stored, jobs, workers=2):
+        assert numbers(outcome.load().path) == alone[outcome.job.run.name]
+        assert outcome.load().metrics["features"]["keep"] == "ram"
+    said = capsys.readouterr().err
+    assert "cannot be written" in said
+    assert "Every training reads for itself" in said
 
 
 def test_runs_made_before_the_data_was_recorded_are_taken_by_their_settings(stored, tmp_path: Path):

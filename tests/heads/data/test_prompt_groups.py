@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agiqa.bench.transfer.sides import Side, shared
 from agiqa.heads import HeadConfig, TrainConfig, evaluate, train_head
-from agiqa.heads.data.prompts import KnownPrompts, Shared, normalise_prompt, prompt_groups
+from agiqa.heads.data.prompt_groups import KnownPrompts, Shared, normalise_prompt, prompt_groups
 from agiqa.heads.data.splits import make_partition
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as make_real_store
