@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError, UnknownName, listed
 from agiqa.heads.data.features import FeatureSource, location_of
-from agiqa.heads.data.prompt_groups import KnownPrompts, Shared, prompt_groups
+from agiqa.heads.data.prompt_groups import KnownPrompts, PromptOverlap, prompt_groups
 from agiqa.heads.settings.config import TrainConfig
 
 Items = NDArray[np.int64]
@@ -23,10 +23,10 @@ PARTITION_SETTINGS = (
     *("split", "folds", "fold", "held_out", "test_share"),
     *("validation", "training_items", "training_seed", "split_seed"),
 )
-"""The training settings that `make_partition` asks for."""
+"""The training settings that `make_partition` reads."""
 FEWEST_TO_CHOOSE_BY = 30
-"""Validation items. By fewer no epoch is chosen, and nothing is fitted to them: a rank correlation of 10 items without
-any relation is above 0.55 once in ten times."""
+"""With fewer validation items, none chooses the epoch and nothing is fitted to them: the rank correlation of 10 items
+without any relation exceeds 0.55 once in ten times."""
 _TEST_STREAM, _VALIDATION_STREAM, _TRAINING_STREAM = 0, 1, 2
 
 
@@ -38,16 +38,11 @@ class Partition:
     validation: NDArray[np.int64]
     test: NDArray[np.int64]
     left_out: int
-    """Items of the store in no part."""
-    leak: Shared
+    """Number of items of the store that are in no part."""
+    leak: PromptOverlap
     """Test items whose prompt also occurs in train or validation."""
-    validation_leak: Shared
+    validation_leak: PromptOverlap
     """Validation items whose prompt also occurs in train; none unless the data set brings its own."""
-
-    @property
-    def leaked(self) -> int:
-        """Test items whose prompt also occurs in train or validation, letter by letter or nearly."""
-        return self.leak.same
 
     def parts(self) -> dict[str, NDArray[np.int64]]:
         """The items of each part by its name."""
@@ -73,13 +68,13 @@ class Partition:
         if self.leak.same:
             found.append(
                 f"{self.leak.same} of {len(self.test)} test items have a prompt that also occurs in training"
-                f"{self.leak.told()}; the metrics tell of new images for known prompts. Use the split 'grouped' for "
+                f"{self.leak.note()}; the metrics are of new images for known prompts. Use the split 'grouped' for "
                 "new prompts."
             )
         if self.validation_leak.same:
             found.append(
                 f"{self.validation_leak.same} of {len(self.validation)} validation items, which choose the epoch, have "
-                f"a prompt that also occurs in training{self.validation_leak.told()}: the data set's own 'val' part "
+                f"a prompt that also occurs in training{self.validation_leak.note()}: the data set's own 'val' part "
                 "was used."
             )
         if self.left_out:
@@ -88,10 +83,10 @@ class Partition:
 
 
 def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
-    """The parts that `config` asks for; the same store and config give the same parts.
+    """The parts that `config` describes; the same store and config give the same parts.
 
-    Raises DataError when the store has no such split, too few prompts or too few items, or `training_items` draws none
-    that trains, and what `generator_items` raises.
+    Raises DataError when the store has no such split, too few prompts or items, or `training_items` leaves none to
+    train on, and as `generator_items`.
     """
     prompts = source.items.prompts
     train, validation, test = _drawn(source, config)
@@ -147,8 +142,8 @@ def _first(count: int, train: Items, validation: Items, seed: Sequence[int]) -> 
     pool = np.union1d(train, validation)
     if count > len(pool):
         message = (
-            f"{count} training items are asked for, and {len(pool)} are not in the test part. Lower `training_items`, "
-            f"or leave it out to use them all."
+            f"`training_items` is {count}, and only {len(pool)} items are not in the test part. Lower it, or "
+            "leave it out to use them all."
         )
         raise DataError(message)
     chosen = pool[np.random.default_rng(seed).permutation(len(pool))[:count]]
@@ -209,8 +204,8 @@ def hold_out(prompts: list[str], pool: Items, share: float, seed: Sequence[int],
 def fold_items(source: FeatureSource, folds: int, fold: int, seed: Sequence[int]) -> Items:
     """The items of one of `folds` parts, which together are all items and have no normalised prompt in common.
 
-    Prompts are dealt from the one with the most items to that with the fewest, in random order among equals, each to
-    the part that is smallest by then: the parts differ by no more items than the largest prompt has. Raises DataError
+    Prompts are dealt in order of their number of items, the largest first and equal ones in random order, each to the
+    smallest part so far: the sizes of the parts differ by at most the items of the largest prompt. Raises DataError
     for fewer prompts than folds.
     """
     groups = prompt_groups(source.items.prompts)
@@ -239,7 +234,9 @@ def generator_items(source: FeatureSource, generator: str | None) -> Items:
     missing = [name for name, made_by in zip(source.items.names, generators, strict=True) if not made_by]
     if missing:
         error = DataError.from_problems(where, [f"{name!r} has no generator" for name in missing])
-        error.add_note("The split 'generator' needs that of every item: join the column with `agiqa store labels`.")
+        error.add_note(
+            "The split 'generator' needs the generator of every item: join the column with `agiqa store labels`."
+        )
         raise error
     known = sorted({made_by for made_by in generators if made_by})
     if generator is None:

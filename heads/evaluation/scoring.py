@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads.data.batches import BatchLoader
 from agiqa.heads.data.features import FeatureSet, FeatureSource, location_of, read_labels
-from agiqa.heads.data.prompt_groups import KnownPrompts, Shared
+from agiqa.heads.data.prompt_groups import KnownPrompts, PromptOverlap
 from agiqa.heads.data.scales import conversions, convert_columns, scales_of, scales_record, unknown_scales
 from agiqa.heads.data.splits import split_items
 from agiqa.heads.evaluation.authors import author_warnings
@@ -150,12 +150,12 @@ def _leaks(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> list[st
     seen, prompts = count_known(run, source, items)
     counts = {
         "were in the training of this head": seen,
-        f"have a prompt that occurs in its training{prompts.told()}": prompts.same,
+        f"have a prompt that occurs in its training{prompts.note()}": prompts.same,
     }
     return [f"{count} of {len(items)} items {what}." for what, count in counts.items() if count]
 
 
-def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, Shared]:
+def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, PromptOverlap]:
     """How many of `items` are among those that the head of `run` was trained on, or have a prompt that is.
 
     Those that chose its epoch count too. An item of a store that the run did not read is the same as one that it did

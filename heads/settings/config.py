@@ -2,7 +2,7 @@
 
 The file has two sections, `head:` and `train:`, with the field names of the classes below. Options of the
 command line are flat, since no name occurs in both. An option beats the file, which beats the head that a training
-starts from (starting.py), which beats the preset (presets.py), which beats the default.
+starts from (experiment.py), which beats the preset (presets.py), which beats the default.
 """
 
 from collections.abc import Mapping
