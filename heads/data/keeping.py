@@ -1,7 +1,7 @@
 """Where the decoded rows of one training, or of several, are kept. The batches and the numbers are the same.
 
 device  a tensor in the memory of the GPU, which worker processes open by a CUDA handle
-ram     a tensor of this process
+ram     a tensor of this process; worker processes get copies of small ones, and map larger ones
 memmap  the decoded copy on disk (decoded.py), mapped; the system's page cache holds it once for all processes
 stream  RAM for the rows of the first items, as many as fit; the rest is read from the store for every batch
 """
@@ -21,13 +21,15 @@ from torch import Tensor
 from agiqa.errors import ConfigError, DataError, StoreError
 from agiqa.heads.data.batches import BATCHES_AHEAD
 from agiqa.heads.data.decoded import mapped_features
-from agiqa.heads.data.features import FeatureSet, FeatureSource, item_bytes, row_bytes
+from agiqa.heads.data.features import FeatureSet, FeatureSource, item_bytes, row_bytes, row_dtype
 from agiqa.heads.data.splits import Partition
 from agiqa.heads.settings.config import TrainConfig
 from agiqa.progress import say
 
 _SHARE_OF_DEVICE = 0.8
 _SHARE_OF_RAM = 0.6
+_COPIED_BYTES = 64 << 20
+"""Rows of at most this size are copied to every worker process; larger ones are mapped."""
 _CPU = torch.device("cpu")
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -89,10 +91,9 @@ def keep_features(
     then prints why and streams.
     """
     keeper = _Keeper(source, items, config, device)
-    ways = _ways(config.keep, device)
     if config.keep != "auto":
-        return keeper.keep(ways[0])
-    way = next(way for way in ways if keeper.has_room(way))
+        return keeper.keep(keeper.ways()[0])
+    way = next(way for way in keeper.ways() if keeper.has_room(way))
     try:
         return keeper.keep(way)
     except ConfigError as error:
@@ -102,33 +103,39 @@ def keep_features(
     return keeper.keep("stream")
 
 
-def _ways(keep: str, device: torch.device, processes: int = 1) -> list[str]:
-    """The ways that a setting of `keep` stands for, in the order in which they are tried.
-
-    Without a GPU, `device` is `ram`. Several processes share rows of the CPU through the page cache: `ram` is `memmap`.
-    """
-    cpu = "ram" if processes == 1 else "memmap"
-    instead = {"ram": cpu, "device": "device" if device.type == "cuda" else cpu}
-    wanted = ("device", "ram", "memmap") if keep == "auto" else (keep,)
-    return list(dict.fromkeys(instead.get(way, way) for way in wanted))
-
-
 class _Keeper:
     """The ways to keep the rows of some items."""
 
     def __init__(
-        self, source: FeatureSource, items: NDArray[np.int64], config: TrainConfig, device: torch.device
+        self,
+        source: FeatureSource,
+        items: NDArray[np.int64],
+        config: TrainConfig,
+        device: torch.device,
+        processes: int = 1,
     ) -> None:
         self._source = source
         self._items = items
         self._config = config
         self._device = device
+        self._processes = processes
         self._sizes = item_bytes(source, items)
         self._total = int(self._sizes.sum())
 
+    def ways(self) -> list[str]:
+        """The ways that the setting `keep` stands for, in the order in which they are tried.
+
+        Without a GPU, `device` is `ram`; with several processes, `ram` is `memmap` for rows that are not small.
+        """
+        cpu = "ram" if self._processes == 1 or self._total <= _COPIED_BYTES else "memmap"
+        instead = {"ram": cpu, "device": "device" if self._device.type == "cuda" else cpu}
+        wanted = ("device", "ram", "memmap") if self._config.keep == "auto" else (self._config.keep,)
+        return list(dict.fromkeys(instead.get(way, way) for way in wanted))
+
     def has_room(self, way: str) -> bool:
-        """Whether all rows fit. The disk is checked when the copy is written."""
-        return way == "memmap" or self._total <= self._budget(way)
+        """Whether all rows fit, in RAM with the copies for workers. The disk is checked when the copy is written."""
+        copies = self._processes + 1 if way == "ram" and self._processes > 1 else 1
+        return way == "memmap" or copies * self._total <= self._budget(way)
 
     def keep(self, way: str) -> KeptFeatures:
         """Raises ConfigError where the rows do not fit, or the copy cannot be written."""
@@ -194,11 +201,10 @@ def share_features(
     item that cannot be read) the reason is printed, and each process gets its part of the memory.
     """
     learned = _union([items for one in partitions for items in (one.train, one.validation)])
-    ways = [] if config.keep == "stream" else _ways(config.keep, device, processes)
+    keepers = [_Keeper(source, items, config, device, processes) for items in (all_items(partitions), learned)]
     try:
-        for way in ways:
-            for items in (all_items(partitions), learned):
-                keeper = _Keeper(source, items, config, device)
+        for way in [] if config.keep == "stream" else keepers[0].ways():
+            for keeper in keepers:
                 if keeper.has_room(way):
                     kept = keeper.keep(way)
                     say(kept.line())
@@ -222,7 +228,7 @@ def _union(groups: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedFeatures:
-    """SharedFeatures on the way to another process: the items and, of rows on a GPU, the CUDA handles."""
+    """SharedFeatures on the way to another process: items, and CUDA handles or copies of rows that are not mapped."""
 
     keep: str | None
     """None where every training reads for itself."""
@@ -230,32 +236,28 @@ class PackedFeatures:
     memory: int | None
     items: NDArray[np.int64] | None = None
     offsets: NDArray[np.int64] | None = None
-    rows: Tensor | None = None
-    roles: Tensor | None = None
+    rows: Tensor | NDArray[np.uint8] | None = None
+    """A tensor on a GPU, or the bytes of rows in RAM; tensors in RAM would go through /dev/shm, which may be small."""
+    roles: Tensor | NDArray[np.uint8] | None = None
 
     @classmethod
     def of(cls, shared: SharedFeatures) -> "PackedFeatures":
-        """What another process needs to see the same rows; `shared` must live as long as it does.
-
-        Raises ConfigError for rows in the RAM of this process.
-        """
+        """What another process needs to see the same rows; `shared` must live as long as it does."""
         kept = shared.kept
         if kept is None:
             return cls(keep=None, budget=None, memory=shared.memory)
         features = kept.features
         if kept.keep == "memmap":
             return cls(keep=kept.keep, budget=None, memory=None, items=features.items)
-        if features.rows.device.type != "cuda":
-            message = "These features are in the RAM of one process, and cannot be shared with others."
-            raise ConfigError(message)
+        on_gpu = features.rows.device.type == "cuda"
         return cls(
             keep=kept.keep,
             budget=kept.budget,
             memory=None,
             items=features.items,
             offsets=features.offsets.numpy(),
-            rows=features.rows,
-            roles=features.roles,
+            rows=features.rows if on_gpu else features.rows.view(torch.uint8).numpy(),
+            roles=features.roles if on_gpu else features.roles.numpy(),
         )
 
     def open(self, source: FeatureSource) -> SharedFeatures:
@@ -265,10 +267,11 @@ class PackedFeatures:
         if self.offsets is None or self.rows is None or self.roles is None:
             features, folder = mapped_features(source, self.items, checked=True)
             return SharedFeatures(kept=KeptFeatures(features=features, keep=self.keep, copy=folder))
+        rows, roles = (torch.from_numpy(one) if isinstance(one, np.ndarray) else one for one in (self.rows, self.roles))
         features = FeatureSet(
-            rows=self.rows,
+            rows=rows.view(row_dtype(source)),
             starts=self.offsets[:-1],
-            roles=self.roles,
+            roles=roles,
             offsets=torch.from_numpy(self.offsets),
             items=self.items,
             source=source,

@@ -17,8 +17,6 @@ from agiqa.heads.training.progress import LineProgress
 from agiqa.heads.training.training import train_head
 from agiqa.progress import said_to
 
-Tell = Callable[[str], None]
-
 
 @dataclass(frozen=True, kw_only=True)
 class HeadJob:
@@ -67,28 +65,28 @@ class Attempt:
     """Whether the process can be trusted with another job: not after an error that torch or CUDA raised."""
 
 
-def attempt(source: FeatureSource, job: HeadJob, shared: SharedFeatures, tell: Tell) -> Attempt:
-    """Train the head of `job`; `tell` gets every line that it prints.
+def attempt(source: FeatureSource, job: HeadJob, shared: SharedFeatures, on_line: Callable[[str], None]) -> Attempt:
+    """Train the head of `job`; `on_line` gets every line that it prints.
 
     An error of agiqa or of the system is returned with its notes. One of torch, CUDA or memory is returned too, and
-    `tell` gets its traceback. All others are faults of the program, and are raised.
+    `on_line` gets its traceback. All others are faults of the program, and are raised.
     """
     try:
-        with said_to(tell):
+        with said_to(on_line):
             train_head(
                 source,
                 job.run,
                 head=job.head,
                 train=job.train,
                 preset=job.preset,
-                progress=LineProgress(tell),
+                progress=LineProgress(on_line),
                 shared=shared,
                 start=None if job.start is None else load_run(job.start),
             )
     except (AgiqaError, OSError) as error:
         return Attempt(error=with_notes(error))
     except (RuntimeError, MemoryError) as error:
-        tell(traceback.format_exc())
+        on_line(traceback.format_exc())
         return Attempt(error=f"{type(error).__name__}: {error}", sound=False)
     return Attempt()
 

@@ -69,7 +69,7 @@ def train_heads(
     """
     _check(jobs)
     if workers is not None and workers < 1:
-        message = f"A sweep needs 1 worker or more, and {workers} are asked for."
+        message = f"A sweep needs 1 worker or more, and `workers` is {workers}."
         raise ConfigError(message)
     return _train_heads(source, list(jobs), workers, progress or (lambda _job, _line: None))
 
@@ -104,7 +104,7 @@ def default_workers(jobs: Sequence[HeadJob], *, features: int = 0) -> int:
 
 
 def _train_heads(
-    source: FeatureSource, jobs: list[HeadJob], workers: int | None, tell: Callable[[HeadJob, str], None]
+    source: FeatureSource, jobs: list[HeadJob], workers: int | None, on_line: Callable[[HeadJob, str], None]
 ) -> Generator[JobOutcome]:
     partitions = Partitions(source)
     todo: list[HeadJob] = []
@@ -124,7 +124,7 @@ def _train_heads(
     count = min(workers or default_workers(todo, features=int(item_bytes(source, all_items(parts)).sum())), len(todo))
     say(f"{len(todo)} head{'s' * (len(todo) > 1)} to train on {location_of(source)}, {count} at a time")
     shared = share_features(source, parts, config, device=resolve_device(config.device), processes=count)
-    for job, ended in _attempts(source, todo, shared, count, tell):
+    for job, ended in _attempts(source, todo, shared, count, on_line):
         failed = ended.error is not None
         yield JobOutcome(job=job, status="failed" if failed else "trained", error=ended.error)
 
@@ -134,14 +134,14 @@ def _attempts(
     jobs: Sequence[HeadJob],
     shared: SharedFeatures,
     workers: int,
-    tell: Callable[[HeadJob, str], None],
+    on_line: Callable[[HeadJob, str], None],
 ) -> Generator[tuple[HeadJob, Attempt]]:
     """Every job with how it ended: in this process, or in `workers` others."""
     if workers > 1:
-        yield from run_jobs(source, jobs, shared, workers=workers, tell=tell)
+        yield from run_jobs(source, jobs, shared, workers=workers, on_line=on_line)
         return
     for job in jobs:
-        yield job, attempt(source, job, shared, partial(tell, job))
+        yield job, attempt(source, job, shared, partial(on_line, job))
 
 
 def _check(jobs: Sequence[HeadJob]) -> None:
@@ -192,7 +192,7 @@ class _Worker:
         self.process = context.Process(target=_work, args=(theirs, setup), daemon=True, name="agiqa-heads")
         with ctrl_c_kept_away():
             self.process.start()
-        theirs.close()  # so that this end tells when the worker is gone
+        theirs.close()  # so that reading from this end fails once the worker is gone
         self.started = False
         self.job: HeadJob | None = None
 
@@ -239,7 +239,7 @@ def run_jobs(
     shared: SharedFeatures,
     *,
     workers: int,
-    tell: Callable[[HeadJob, str], None],
+    on_line: Callable[[HeadJob, str], None],
 ) -> Generator[tuple[HeadJob, Attempt]]:
     """Train all jobs in `workers` processes; yields each with how it ended, in the order of their ends.
 
@@ -258,7 +258,7 @@ def run_jobs(
             for worker in _with_messages(staff):
                 message = worker.receive()
                 if isinstance(message, str) and worker.job is not None:
-                    tell(worker.job, message)
+                    on_line(worker.job, message)
                 elif isinstance(message, Attempt) and worker.job is not None:
                     job, worker.job = worker.job, None
                     if not message.sound:  # it leaves now

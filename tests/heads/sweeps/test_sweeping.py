@@ -15,6 +15,7 @@ import torch
 
 from agiqa.errors import ConfigError, DataError, HeadError
 from agiqa.heads import HeadConfig, HeadJob, TrainConfig, load_run, train_head, train_heads
+from agiqa.heads.data import keeping
 from agiqa.heads.data.batches import LabelledItems, SourceAddress
 from agiqa.heads.data.keeping import PackedFeatures, share_features
 from agiqa.heads.data.splits import make_partition
@@ -99,8 +100,8 @@ class Counted:
 
 @pytest.mark.parametrize(
     ("workers", "changes"),
-    [(1, {}), (1, {"keep": "memmap"}), (1, {"keep": "stream", "memory": 60_000}), (2, {})],
-    ids=["1 worker", "1 worker, mapped", "1 worker, streamed", "2 workers"],
+    [(1, {}), (1, {"keep": "memmap"}), (1, {"keep": "stream", "memory": 60_000}), (2, {}), (2, {"keep": "memmap"})],
+    ids=["1 worker", "1 worker, mapped", "1 worker, streamed", "2 workers", "2 workers, mapped"],
 )
 def test_a_sweep_gives_the_numbers_of_single_trainings(stored, alone, tmp_path: Path, workers, changes):
     outcomes = list(train_heads(stored, jobs_in(tmp_path, **changes), workers=workers))
@@ -226,7 +227,7 @@ def test_what_cannot_be_swept_is_refused_at_once(stored, tmp_path: Path):
         train_heads(stored, [job(tmp_path / "a"), job(tmp_path / "a", seed=1)])
     with pytest.raises(ConfigError, match=r"`keep` must be the same: .*'auto', .*'ram'"):
         train_heads(stored, [job(tmp_path / "a"), job(tmp_path / "b", keep="ram")])
-    with pytest.raises(ConfigError, match="1 worker or more, and 0"):
+    with pytest.raises(ConfigError, match="1 worker or more, and `workers` is 0"):
         train_heads(stored, [job(tmp_path / "a")], workers=0)
     assert list(tmp_path.iterdir()) == []
 
@@ -239,11 +240,12 @@ def test_as_many_workers_as_the_threads_of_a_head_leave_room_for(tmp_path: Path)
     assert default_workers([job(tmp_path / "a", threads=cores), *jobs]) == 1
 
 
-def test_shared_features_hold_no_row_twice_and_each_training_has_its_own_labels(stored):
+def test_shared_features_hold_no_row_twice_and_each_training_has_its_own_labels(stored, monkeypatch):
     config = QUICK.model_copy(update={"label": "rare", "validation": 0.0})
     rare = replace(make_partition(stored, config), train=np.arange(1, 30), test=np.arange(30, 40))
     other = replace(rare, train=np.arange(20, 60), test=np.arange(5))
-    for processes, keep in ((1, "ram"), (2, "memmap")):
+    for processes, copied, keep in ((1, 0, "ram"), (2, 1 << 20, "ram"), (2, 0, "memmap")):
+        monkeypatch.setattr(keeping, "_COPIED_BYTES", copied)
         shared = share_features(stored, [rare, other], config, device=CPU, processes=processes).kept
         features = shared.features
         learned = LabelledItems.at(features, features.positions_of(rare.train), "rare")
@@ -255,25 +257,34 @@ def test_shared_features_hold_no_row_twice_and_each_training_has_its_own_labels(
         assert (shared.keep, shared.copy is not None) == (keep, keep == "memmap")
 
 
-def test_rows_in_the_ram_of_one_process_are_not_handed_to_another(stored):
-    shared = share_features(stored, [make_partition(stored, QUICK)], QUICK, device=CPU, processes=1)
-    with pytest.raises(ConfigError, match="RAM of one process"):
-        PackedFeatures.of(shared)
-
-
 @pytest.mark.parametrize("keep", ["auto", "ram", "device", "memmap"])
-def test_processes_share_rows_by_the_items_of_the_mapped_copy(stored, keep):
+@pytest.mark.parametrize("copied", [0, 1 << 20])
+def test_small_rows_are_copied_to_other_processes_and_larger_ones_mapped(stored, monkeypatch, keep, copied):
+    monkeypatch.setattr(keeping, "_COPIED_BYTES", copied)
     config = QUICK.model_copy(update={"keep": keep})
     shared = share_features(stored, [make_partition(stored, config)], config, device=CPU, processes=2)
-    assert PackedFeatures.of(shared).rows is None
+    mapped = not copied or keep == "memmap"
+    assert shared.kept.keep == ("memmap" if mapped else "ram")
+    assert (PackedFeatures.of(shared).rows is None) == mapped
     packed = pickle.dumps(PackedFeatures.of(shared))
-    assert len(packed) < 5000
-    opened = pickle.loads(packed).open(stored)
-    assert torch.equal(opened.kept.features.rows, shared.kept.features.rows)
-    assert opened.kept.record() == shared.kept.record()
+    assert len(packed) < (5000 if mapped else 5000 + 2 * shared.kept.features.row_bytes)
+    opened = pickle.loads(packed).open(stored).kept
+    for name in ("rows", "roles", "offsets"):
+        assert torch.equal(getattr(opened.features, name), getattr(shared.kept.features, name))
+    assert np.array_equal(opened.features.starts, shared.kept.features.starts)
+    assert opened.record() == shared.kept.record()
 
 
-def test_workers_read_for_themselves_where_no_copy_can_be_written(stored, alone, tmp_path: Path, capsys):
+def test_copies_for_all_processes_count_against_the_memory(stored):
+    total = int(stored.n_tokens.sum()) * stored.width * 2
+    for memory, keep in ((3 * total, "ram"), (3 * total - 1, "memmap")):
+        config = QUICK.model_copy(update={"memory": memory})
+        parts = [make_partition(stored, config)]
+        assert share_features(stored, parts, config, device=CPU, processes=2).kept.keep == keep
+
+
+def test_workers_read_for_themselves_where_no_copy_can_be_written(stored, alone, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(keeping, "_COPIED_BYTES", 0)
     (tmp_path / "cache").write_text("a file where the folder should be")
     jobs = [one for one in jobs_in(tmp_path) if one.run.name in ("plain", "other label")]
     for outcome in train_heads(stored, jobs, workers=2):
