@@ -167,9 +167,8 @@ class Learner(pl.LightningModule):
         """Choose the kernels of the encoder's steps, and restore the random state of a resumed training."""
         self._encode = training_pass(self.head.encoder, self._config, self.device)
         if self._average is not None:
-            self._average.n_averaged = (
-                self._average.n_averaged.cpu()
-            )  # read at every step, which must not wait for the GPU
+            # read at every step, which must not wait for the GPU
+            self._average.n_averaged = self._average.n_averaged.cpu()
         if self._random:
             torch.set_rng_state(self._random["cpu"])
             if self.device.type == "cuda" and "cuda" in self._random:

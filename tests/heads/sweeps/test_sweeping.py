@@ -276,11 +276,17 @@ def test_small_rows_are_copied_to_other_processes_and_larger_ones_mapped(stored,
 
 
 def test_copies_for_all_processes_count_against_the_memory(stored):
-    total = int(stored.n_tokens.sum()) * stored.width * 2
-    for memory, keep in ((3 * total, "ram"), (3 * total - 1, "memmap")):
+    partition, row = make_partition(stored, QUICK), stored.width * 2
+    learned = np.concatenate([partition.train, partition.validation])
+    everything, without_test = (int(stored.n_tokens[items].sum()) * row for items in (np.arange(60), learned))
+    for memory, expected in (
+        (3 * everything, ("ram", everything)),
+        (3 * everything - 1, ("ram", without_test)),
+        (3 * without_test - 1, ("memmap", everything)),
+    ):
         config = QUICK.model_copy(update={"memory": memory})
-        parts = [make_partition(stored, config)]
-        assert share_features(stored, parts, config, device=CPU, processes=2).kept.keep == keep
+        kept = share_features(stored, [partition], config, device=CPU, processes=2).kept
+        assert (kept.keep, kept.kept_bytes) == expected
 
 
 def test_workers_read_for_themselves_where_no_copy_can_be_written(stored, alone, tmp_path: Path, capsys, monkeypatch):
