@@ -10,7 +10,7 @@ from agiqa.extract.data.datasets import CONVERSATION_SUFFIXES, find_sources
 from agiqa.extract.data.labels import Row, read_rows
 from agiqa.extract.data.matching import join, row_name
 from agiqa.extract.describing.describing import images_without_answer
-from agiqa.heads.data.prompts import normalise_prompt
+from agiqa.heads.data.prompt_groups import normalise_prompt
 from agiqa.progress import say
 from agiqa.store.format.items import TEACHER
 from agiqa.store.format.labels import ASPECT_COLUMNS, MosRange, read_mos, read_table

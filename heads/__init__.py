@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from agiqa.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from agiqa.heads.data.batches import FeatureBatches as FeatureBatches
     from agiqa.heads.data.features import FeatureSource as FeatureSource
-    from agiqa.heads.data.worker_batches import FeatureBatches as FeatureBatches
     from agiqa.heads.evaluation.metrics import paired as paired
     from agiqa.heads.evaluation.metrics import seeds_score as seeds_score
     from agiqa.heads.evaluation.rating_words import score_words as score_words
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
+        "data.batches": ["FeatureBatches"],
         "data.features": ["FeatureSource"],
-        "data.worker_batches": ["FeatureBatches"],
         "evaluation.metrics": ["paired", "seeds_score"],
         "evaluation.rating_words": ["score_words"],
         "evaluation.runs": ["Run", "load_run"],

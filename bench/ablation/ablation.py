@@ -34,7 +34,7 @@ from agiqa.heads.evaluation.leaks import author_warnings
 from agiqa.heads.settings.config import TrainConfig, read_yaml
 from agiqa.heads.sweeps.head_jobs import HeadJob, JobOutcome, is_there
 from agiqa.heads.sweeps.sweeping import Partitions, train_heads
-from agiqa.heads.training.training import check_settings
+from agiqa.heads.training.experiment import check_settings
 from agiqa.progress import say
 from agiqa.store import Store
 from agiqa.version import agiqa_version

@@ -11,7 +11,7 @@ from agiqa.bench.recording.store_facts import place_of, spelled
 from agiqa.errors import DataError
 from agiqa.heads.evaluation.runs import Run, complete_settings
 from agiqa.heads.settings.config import default_settings
-from agiqa.heads.training.resuming import OF_THE_MACHINE
+from agiqa.heads.training.experiment import OF_THE_MACHINE
 
 
 class ResultLines(LineFile):

@@ -19,7 +19,7 @@ from agiqa.bench.baselines.mean_features import Array, MeanFeatures, Positions
 from agiqa.bench.baselines.words import MIDDLE, RatingWords
 from agiqa.errors import DataError
 from agiqa.heads.data.features import FeatureSource
-from agiqa.heads.data.prompts import normalise_prompt, prompt_groups
+from agiqa.heads.data.prompt_groups import normalise_prompt, prompt_groups
 from agiqa.heads.evaluation.rating_words import RATING_WORDS
 from agiqa.store.format.items import TEACHER
 from agiqa.store.format.labels import MosRange

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from agiqa.bench.measurements.measuring import Line, device_name, print_tables, result_options
 from agiqa.bench.recording.tables import as_table, digits, verdict
-from agiqa.heads.data.batches import collate
+from agiqa.heads.data.batches import LabelledItems, collate
 from agiqa.heads.data.features import FeatureSet, RowBlock
 from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.head import build_head
@@ -131,7 +131,6 @@ def made_up_features(source: MadeUpSource, device: torch.device) -> FeatureSet:
         starts=offsets[:-1],
         roles=torch.full((len(rows),), 3, dtype=torch.uint8, device=device),
         offsets=torch.from_numpy(offsets),
-        targets=torch.from_numpy(source.items.labels["quality"])[:, None],
         items=np.arange(source.count),
         source=source,
     )
@@ -145,7 +144,8 @@ def timed_head(
     merged: dict[str, Any] = {**base, **settings, "standardise": standardise}
     config = HeadConfig(**merged)
     train = train.model_copy(update={"batch_size": batch_size, "epochs": 2})
-    device, positions = resolve_device(train.device), np.arange(len(features))
+    device = resolve_device(train.device)
+    everything, nothing = (LabelledItems.at(features, np.arange(count), "quality") for count in (len(features), 0))
     if device.type == "cuda":
         gc.collect()  # graphs of the head before are held by cycles
         torch.cuda.empty_cache()
@@ -156,8 +156,8 @@ def timed_head(
         FeatureSpec.of(features.source),
         config,
         train,
-        train=positions,
-        validation=positions[:0],
+        train=everything,
+        validation=nothing,
         epochs=2,
         stage="train",
         progress=LineProgress(lambda _: None),
@@ -225,7 +225,8 @@ def uncached_lines(features: FeatureSet, tokens: int, base: Mapping[str, Any], t
     head = build_head(HeadConfig(**merged), FeatureSpec.of(features.source)).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-5)
     for batch_size, steps in ((1, 10), (32, 3)):
-        batch = collate(features, np.arange(batch_size))
+        chosen = LabelledItems.at(features, np.arange(batch_size), "quality")
+        batch = collate(features, chosen.positions, chosen.labels)
 
         def step(batch: Any = batch, size: int = batch_size) -> None:
             states = model.hidden_states(size, tokens).float()
@@ -339,7 +340,7 @@ def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
     if options["store"]:
         source = open_store(options["store"])
         base["projection"] = "sketch"
-        features = FeatureSet.from_store(source, source.items.in_split("train"), label="quality")
+        features = FeatureSet.from_store(source, source.items.in_split("train"))
         names = [name for name in names if "projection" not in HEADS[name][1] and "pooling" not in HEADS[name][1]]
     else:
         shapes = {name: options[name] for name in ("tokens", "vocabulary")}

@@ -211,7 +211,7 @@ def epoch(folders: Mapping[str, Path]) -> dict[str, float]:
     """
     store = open_store(folders["agiqa"] / "rows.agiqa")
     torch.set_num_threads(1)  # on a busy machine, threads that wait for each other measure the machine
-    decoded = FeatureSet.from_store(store, np.flatnonzero(store.n_tokens), label=None)
+    decoded = FeatureSet.from_store(store, np.flatnonzero(store.n_tokens))
     loader = BatchLoader(decoded, np.arange(len(decoded)), batch_size=BATCH, order=(0, 0))
     mapped = np.load(folders["memmap"] / "rows.npy", mmap_mode="c")  # torch warns of read-only memory
     offsets = decoded.offsets.tolist()

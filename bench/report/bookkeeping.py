@@ -13,7 +13,7 @@ from agiqa.bench.report.reading import METRICS, Results, Row, RunLine
 from agiqa.bench.report.tables import Cell, Column, Table, key_values
 from agiqa.heads.evaluation.runs import complete_settings
 from agiqa.heads.settings.config import default_settings
-from agiqa.heads.training.resuming import OF_THE_MACHINE
+from agiqa.heads.training.experiment import OF_THE_MACHINE
 
 _ID_LETTERS = 16
 _LINES = 4

@@ -25,7 +25,7 @@ from agiqa.heads.data.splits import PARTITION_SETTINGS
 from agiqa.heads.evaluation.runs import complete_settings
 from agiqa.heads.settings.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.settings.presets import preset_values
-from agiqa.heads.training.resuming import OF_THE_MACHINE
+from agiqa.heads.training.experiment import OF_THE_MACHINE
 
 Way = Literal["within", "apply", "tp", "fresh", "warm"]
 

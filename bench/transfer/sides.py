@@ -10,7 +10,7 @@ from agiqa.bench.recording.store_facts import facts_of
 from agiqa.bench.transfer.plan import SHOTS, TransferSettings
 from agiqa.errors import AgiqaError, ConfigError, HeadError
 from agiqa.heads.data.features import read_labels
-from agiqa.heads.data.prompts import KnownPrompts
+from agiqa.heads.data.prompt_groups import KnownPrompts
 from agiqa.heads.data.scales import conversions, scales_of, unknown_scales
 from agiqa.heads.data.splits import Partition, make_partition
 from agiqa.heads.model.head import check_sizes

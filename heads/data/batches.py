@@ -1,9 +1,21 @@
-"""Padded batches of a FeatureSet: bucketed by length, shuffled by seed and epoch, the same wherever rows are kept."""
+"""Padded batches: bucketed by length, shuffled by seed and epoch, the same wherever the rows are kept.
+
+`BatchLoader` makes the batches of a FeatureSet. `FeatureBatches` is a data set of the same batches for training loops
+of your own with `torch.utils.data.DataLoader`:
+
+    batches = FeatureBatches(open_store(path), items, batch_size=32, seed=0, epoch=epoch, label="quality")
+    for batch in DataLoader(batches, batch_size=None, num_workers=2):
+        ...
+
+Its batches and their order are the same for any number of workers, forked or spawned.
+"""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +23,21 @@ from jaxtyping import Bool, Float, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 
-from agiqa.errors import ConfigError
-from agiqa.heads.data.features import FeatureSet, ItemRows
+from agiqa.errors import ConfigError, HeadError
+from agiqa.heads.data.features import (
+    FeatureSet,
+    FeatureSource,
+    ItemRows,
+    items_identity,
+    location_of,
+    read_checked,
+    read_labels,
+    token_offsets,
+)
+from agiqa.store import Store, StoreUnion, open_store, union
+from agiqa.store.sharing.remotes import is_url
 
 BATCHES_AHEAD = 2
 """Batches whose rows are read from the store while an earlier one is in use."""
@@ -34,7 +58,7 @@ class Batch:
     targets: Float[Tensor, "batch label"] | None
     """Labels, float32."""
     positions: Int64[Tensor, " batch"]
-    """Where each item stands in the FeatureSet."""
+    """The position of each item in the FeatureSet."""
 
     @property
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,28 +77,62 @@ class Batch:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class LabelledItems:
+    """Some items of a FeatureSet and their labels."""
+
+    positions: NDArray[np.int64]
+    """In the FeatureSet, (items,)."""
+    labels: Float[Tensor, "item label"]
+    """float64, on the CPU."""
+
+    @classmethod
+    def at(cls, features: FeatureSet, positions: NDArray[np.int64], label: str) -> "LabelledItems":
+        """The items at `positions` with their labels from the store. Raises as `read_labels`."""
+        labels = read_labels(features.source, features.items[positions], label=label)
+        return cls(positions=positions, labels=torch.from_numpy(labels))
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.positions)
+
+    def __add__(self, other: "LabelledItems") -> "LabelledItems":
+        """These items, then those of `other`."""
+        return LabelledItems(
+            positions=np.concatenate([self.positions, other.positions]), labels=torch.cat([self.labels, other.labels])
+        )
+
+
+_Chosen = tuple[NDArray[np.int64], Tensor | None]
+"""Positions and labels of the items of a batch."""
+
+
 class BatchLoader:
-    """An iterable of batches over `positions` of a FeatureSet; the same every time it is iterated."""
+    """An iterable of batches over some items of a FeatureSet; the same every time it is iterated."""
 
     def __init__(
         self,
         features: FeatureSet,
-        positions: NDArray[np.int64],
+        items: LabelledItems | NDArray[np.int64],
         *,
         batch_size: int,
         order: tuple[int, int] | None = None,
         smallest: int = 1,
         skip: int = 0,
     ) -> None:
-        """`order` is (seed, epoch) of a shuffled pass; None goes from the longest item to the shortest.
+        """`items` are positions, or positions with labels, which become the batches' `targets`.
 
+        `order` is (seed, epoch) of a shuffled pass; None goes from the longest item to the shortest.
         A shuffled pass has no batch under `smallest` items where there are as many; see `shuffled_plan`. The first
         `skip` batches are left out, which resumes a pass that was broken off after so many. Raises ConfigError when
         there are fewer.
         """
         self._features = features
+        positions, labels = (items.positions, items.labels) if isinstance(items, LabelledItems) else (items, None)
         plan = plan_batches(features.lengths[positions], batch_size, order=order, smallest=smallest, skip=skip)
-        self._batches = [positions[chosen] for chosen in plan]
+        self._batches: list[_Chosen] = [
+            (positions[chosen], None if labels is None else labels[torch.from_numpy(chosen)]) for chosen in plan
+        ]
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -85,16 +143,16 @@ class BatchLoader:
         if self._features.is_streamed:
             yield from self._read_ahead()
             return
-        for positions in self._batches:
-            yield collate(self._features, positions)
+        for positions, targets in self._batches:
+            yield collate(self._features, positions, targets)
 
     def _read_ahead(self) -> Iterator[Batch]:
         """The batches, whose rows a thread reads while earlier ones are in use; its errors are raised here."""
         reader = ThreadPoolExecutor(1, thread_name_prefix="agiqa-batches")
-        coming: deque[tuple[NDArray[np.int64], Future[list[ItemRows]]]] = deque()
+        coming: deque[tuple[_Chosen, Future[list[ItemRows]]]] = deque()
         try:
-            for positions in self._batches:
-                coming.append((positions, reader.submit(self._features.take, positions)))
+            for chosen in self._batches:
+                coming.append((chosen, reader.submit(self._features.take, chosen[0])))
                 if len(coming) > BATCHES_AHEAD:
                     yield self._next(coming)
             while coming:
@@ -102,9 +160,9 @@ class BatchLoader:
         finally:
             reader.shutdown(cancel_futures=True)
 
-    def _next(self, coming: deque[tuple[NDArray[np.int64], Future[list[ItemRows]]]]) -> Batch:
-        positions, read = coming.popleft()
-        return pad(read.result(), positions=positions, targets=self._features.targets)
+    def _next(self, coming: deque[tuple[_Chosen, Future[list[ItemRows]]]]) -> Batch:
+        (positions, targets), read = coming.popleft()
+        return pad(read.result(), positions=positions, targets=targets)
 
 
 def plan_batches(
@@ -130,7 +188,7 @@ def plan_batches(
 
 
 def sorted_plan(lengths: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
-    """Batches from the longest items to the shortest, so that memory that does not suffice shows at once."""
+    """Batches from the longest items to the shortest, so that too little memory shows in the first batch."""
     return _cut(np.argsort(-lengths, kind="stable"), batch_size)
 
 
@@ -139,8 +197,8 @@ def shuffled_plan(
 ) -> list[NDArray[np.int64]]:
     """Batches of items of like length, in random order: shuffle, sort within buckets of 16 batches, cut, shuffle.
 
-    Items left over that are fewer than `smallest` join the batch before them, which is then larger than
-    `batch_size`: a loss that compares items needs two.
+    A last batch of fewer than `smallest` items joins the batch before it, which is then larger than `batch_size`: a
+    loss that compares items needs two.
     """
     random = np.random.default_rng([seed, epoch])
     shuffled = random.permutation(len(lengths))
@@ -158,15 +216,15 @@ def batches_per_epoch(items: int, batch_size: int, *, smallest: int = 1) -> int:
     return whole + (left >= smallest or (left > 0 and whole == 0))
 
 
-def collate(features: FeatureSet, positions: NDArray[np.int64]) -> Batch:
-    """The batch of these items, made on the device of their rows."""
+def collate(features: FeatureSet, positions: NDArray[np.int64], targets: Tensor | None = None) -> Batch:
+    """The batch of these items, made on the device of their rows; `targets` are their labels (items, labels)."""
     if features.rows.device.type == "cpu":
-        return pad(features.take(positions), positions=positions, targets=features.targets)
-    return gather(features, positions)
+        return pad(features.take(positions), positions=positions, targets=targets)
+    return gather(features, positions, targets)
 
 
 def pad(items: Sequence[ItemRows], *, positions: NDArray[np.int64], targets: Tensor | None) -> Batch:
-    """The batch of these items on the CPU; `targets` are those of all positions.
+    """The batch of these items on the CPU.
 
     Each item is copied whole, which takes a third of the time of one gather of all tokens and a masked fill.
     """
@@ -177,26 +235,25 @@ def pad(items: Sequence[ItemRows], *, positions: NDArray[np.int64], targets: Ten
         length = len(item.rows)
         padded[row, :length] = item.rows
         padded[row, length:] = 0.0
-    chosen = torch.from_numpy(positions)
     return Batch(
         features=padded,
         mask=torch.arange(longest) < lengths[:, None],
         roles=pad_sequence([item.roles for item in items], batch_first=True),
         lengths=lengths,
-        targets=None if targets is None else targets[chosen].float(),
-        positions=chosen,
+        targets=None if targets is None else targets.float(),
+        positions=torch.from_numpy(positions),
     )
 
 
-def gather(features: FeatureSet, positions: NDArray[np.int64]) -> Batch:
-    """The batch of items that all are kept on a device: one gather there, without a loop of small copies.
+def gather(features: FeatureSet, positions: NDArray[np.int64], targets: Tensor | None) -> Batch:
+    """The batch of items whose rows all are on a device: one gather there, without a loop of small copies.
 
-    The CPU does not wait for the device, which has work left from the batches before.
+    The CPU does not wait for the device, which still works on earlier batches.
     """
     device = features.rows.device
     chosen = torch.from_numpy(positions)
     of_items = torch.stack([chosen, features.offsets[chosen], features.offsets[chosen + 1]])
-    places, starts, ends = _upload(of_items, device)
+    on_device, starts, ends = _upload(of_items, device)
     lengths = ends - starts
     steps = torch.arange(int(features.lengths[positions].max()), device=device)
     mask = steps < lengths[:, None]
@@ -208,16 +265,108 @@ def gather(features: FeatureSet, positions: NDArray[np.int64]) -> Batch:
         mask=mask,
         roles=roles.masked_fill_(~mask, 0),
         lengths=lengths,
-        targets=None if features.targets is None else _upload(features.targets[chosen].float(), device),
-        positions=places,
+        targets=None if targets is None else _upload(targets.float(), device),
+        positions=on_device,
     )
 
 
 def _upload(values: Tensor, device: torch.device) -> Tensor:
-    """A small tensor on `device`: the copy from pinned memory is queued there, where another would be waited for."""
+    """A small tensor on `device`, copied from pinned memory: the CPU would wait for any other copy."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _cut(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     """Consecutive pieces of at most `size`."""
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+class FeatureBatches(Dataset[Batch]):
+    """The batches of one epoch over some items. A batch is read from the store when its number is asked for."""
+
+    def __init__(
+        self,
+        source: FeatureSource,
+        items: Sequence[int] | NDArray[Any],
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        label: str | None = None,
+        smallest: int = 1,
+        skip: int = 0,
+    ) -> None:
+        """The batches of a shuffled `BatchLoader` over a FeatureSet of `items`; `positions` are positions in `items`.
+
+        `label` is one name, or several as in `quality+correspondence`. `skip` leaves out the first batches, to go on in
+        the middle of an epoch. Raises DataError for missing labels and items without tokens (for NaN and inf when
+        the batch is read), and ConfigError when `skip` is too large.
+        """
+        self._source = source
+        self._items = np.asarray(items, dtype=np.int64)
+        self._labels = None if label is None else torch.from_numpy(read_labels(source, self._items, label=label))
+        lengths = np.diff(token_offsets(source, self._items))
+        self._plan = plan_batches(lengths, batch_size, order=(seed, epoch), smallest=smallest, skip=skip)
+        source.read(self._items[:1])  # the store reads its index now, since Zarr may not run in a forked worker
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return len(self._plan)
+
+    def __getitem__(self, number: int) -> Batch:
+        """One batch, on the CPU."""
+        positions = self._plan[number]
+        read = dict(read_checked(self._source, self._items[positions]))
+        targets = None if self._labels is None else self._labels[torch.from_numpy(positions)]
+        return pad([read[k] for k in range(len(positions))], positions=positions, targets=targets)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a spawned worker: the address of the store in place of the open store."""
+        state = self.__dict__.copy()
+        return {**state, "_source": SourceAddress.of(self._source, self._items)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open the store again. Raises HeadError when another store has taken its place."""
+        self.__dict__.update(state | {"_source": state["_source"].open()})
+
+
+def _opener(source: FeatureSource) -> Callable[[], FeatureSource]:
+    """A function that opens `source` again in another process; a source that is no store is pickled itself."""
+    if isinstance(source, StoreUnion):
+        return partial(_open_union, [_opener(store) for store in source.stores])
+    if isinstance(source, Store):
+        place = source.location if is_url(source.location) else source.path.absolute()
+        return partial(open_store, place, allow_partial=not source.is_sealed)
+    return partial(_as_it_is, source)
+
+
+def _open_union(openers: Sequence[Callable[[], Any]]) -> Any:
+    return union([reopen() for reopen in openers])
+
+
+def _as_it_is(source: FeatureSource) -> FeatureSource:
+    return source
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceAddress:
+    """How another process opens a source again; it can be pickled."""
+
+    items: NDArray[np.int64]
+    """The items that the other process needs."""
+    identity: str
+    """Their `items_identity`."""
+    reopen: Callable[[], FeatureSource]
+
+    @classmethod
+    def of(cls, source: FeatureSource, items: NDArray[np.int64] | None = None) -> "SourceAddress":
+        """The address of `source`, for some items or all."""
+        wanted = np.arange(len(source.n_tokens)) if items is None else items
+        return cls(items=wanted, identity=items_identity(source, wanted), reopen=_opener(source))
+
+    def open(self) -> FeatureSource:
+        """The source. Raises HeadError when another store has taken its place, and what opening a store raises."""
+        source = self.reopen()
+        if len(source.n_tokens) <= self.items.max() or items_identity(source, self.items) != self.identity:
+            message = f"The store {location_of(source)} has other items than before: it was replaced meanwhile."
+            raise HeadError(message)
+        return source

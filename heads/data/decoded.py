@@ -1,15 +1,14 @@
-"""The decoded copy: rows of a store on disk as they are in memory, to be mapped where they do not fit there.
+"""The decoded copy: rows of a store on disk in the bits that they have in memory, to be mapped by any process.
 
-It lies in `~/.cache/agiqa/decoded`, or below the folder that AGIQA_CACHE names: a folder for each set of
-items of a store with these bytes, written once, whole or absent, and used by every later run on those items, whatever
-their order. agiqa never
-empties it: delete it to free its space.
+Copies lie in `~/.cache/agiqa/decoded`, or below the folder that AGIQA_CACHE names: one folder for each set of items of
+a store with these bytes. A copy is written once, is whole or absent, and serves every later run on the same items in
+any order. agiqa never deletes copies: delete a folder to free its space.
 
 rows.bin      the rows of the items in the order of the store, one after the other, in the bits of the store
 roles.bin     a byte per row
 decoded.json  format, version, store, hash of its bytes, identity of the items, dtype and shape; sha256 of both files
 
-A training hashes both files before it reads them: one more pass over what every epoch reads.
+A training hashes both files before it reads them, which costs one more pass over the bytes that every epoch reads.
 """
 
 import hashlib
@@ -29,12 +28,12 @@ from agiqa.heads.data.features import (
     FeatureSet,
     FeatureSource,
     content_of,
-    describe_items,
     items_identity,
     location_of,
     read_checked,
     row_bytes,
     row_dtype,
+    token_offsets,
 )
 from agiqa.progress import say, track
 from agiqa.store.disk.files import sha256_of_file, sync_file
@@ -50,13 +49,13 @@ _ITEMS_COMPARED = 3
 
 @dataclass(frozen=True, kw_only=True)
 class _Copy:
-    """What a decoded copy of some items is, and where; it need not be there yet."""
+    """Identity and place of the decoded copy of some items, whether it exists or not."""
 
     source: FeatureSource
     items: NDArray[np.int64]
     """Ascending, each once."""
     about: dict[str, Any]
-    """What decoded.json says beside the hashes."""
+    """decoded.json without the hashes."""
 
     @classmethod
     def of(cls, source: FeatureSource, items: NDArray[np.int64]) -> "_Copy":
@@ -87,14 +86,14 @@ def decoded_folder() -> Path:
 
 
 def mapped_features(
-    source: FeatureSource, items: NDArray[np.int64], *, label: str | None, checked: bool = False
+    source: FeatureSource, items: NDArray[np.int64], *, checked: bool = False
 ) -> tuple[FeatureSet, Path]:
-    """The features of `items` from their decoded copy, which is written first if it is not there, and its folder.
+    """The features of `items` from their decoded copy, which is written first where it is absent, and its folder.
 
-    `checked` says that another process has just compared its hashes. Raises ConfigError where it cannot be written,
-    DataError where it is damaged or something else has its place, and as `FeatureSet.from_store`.
+    `checked` skips the hashes, which another process has just compared. Raises ConfigError where the copy cannot be
+    written, DataError where it is damaged or something else has its place, and as `FeatureSet.from_store`.
     """
-    targets, offsets = describe_items(source, items, label=label)
+    offsets = token_offsets(source, items)
     copy = _Copy.of(source, items)
     _write_once(copy)
     rows, copied_roles = _open(copy, checked=checked)
@@ -107,7 +106,6 @@ def mapped_features(
         starts=starts,
         roles=roles,
         offsets=torch.from_numpy(offsets),
-        targets=targets,
         items=items,
         source=source,
     )
@@ -116,7 +114,7 @@ def mapped_features(
 
 
 def _write_once(copy: _Copy) -> None:
-    """Write the copy, unless it is there, perhaps written by another process by the time that it is this one's turn."""
+    """Write the copy unless it is there. Of several processes that want it, one writes and the others wait."""
     folder = copy.folder
     try:
         if folder.exists():
@@ -128,7 +126,7 @@ def _write_once(copy: _Copy) -> None:
                 _require_room(copy)
                 _write(copy)
     except OSError as error:
-        if isinstance(error, AgiqaError):  # of the store that is read
+        if isinstance(error, AgiqaError):  # an error of the store, not of the copy
             raise
         message = (
             f"The decoded copy {folder} cannot be written ({error}). Set AGIQA_CACHE to a folder that can take "
@@ -149,7 +147,7 @@ def _require_room(copy: _Copy) -> None:
 
 
 def _write(copy: _Copy) -> None:
-    """Write the folder beside its place, then move it there; what a killed run left there is dropped first."""
+    """Write the folder beside its place, then move it there. The rest of a killed run is removed first."""
     partial = copy.folder.with_name(f"{copy.folder.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -179,7 +177,7 @@ def _write(copy: _Copy) -> None:
 
 
 def _open(copy: _Copy, *, checked: bool) -> tuple[Tensor, Tensor]:
-    """The rows, mapped, and the roles, in RAM. Raises DataError where the files are not what they should be."""
+    """The mapped rows, and the roles in RAM. Raises DataError where the files are not those of `copy`."""
     folder, (tokens, width) = copy.folder, copy.about["shape"]
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
@@ -199,14 +197,14 @@ def _open(copy: _Copy, *, checked: bool) -> tuple[Tensor, Tensor]:
     if not checked and {name: sha256_of_file(folder / name) for name in (ROWS, ROLES)} != about.get(HASHES):
         message = f"{folder} is damaged: its bytes are not those that were written. Delete it."
         raise DataError(message)
-    # copy on write, since torch warns of memory that it must not write to; nothing is written
+    # copy on write, since torch warns of read-only memory; nothing is written
     mapped = np.memmap(folder / ROWS, dtype=np.uint8, mode="c")
     rows = torch.from_numpy(mapped).view(row_dtype(copy.source)).view(tokens, width)
     return rows, torch.from_numpy(np.fromfile(folder / ROLES, dtype=np.uint8))
 
 
 def _compare(copy: _Copy, features: FeatureSet) -> None:
-    """Raise DataError unless some items have the bits that the store has: it may have been filled a second time."""
+    """Raise DataError unless some items have the store's bits, which differ if the store was filled a second time."""
     some = np.unique(np.linspace(0, len(features) - 1, _ITEMS_COMPARED).astype(np.int64))
     for position, item in read_checked(copy.source, features.items[some]):
         kept = features.take(some[[position]])[0]

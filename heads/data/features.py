@@ -1,11 +1,11 @@
-"""The features of some items, decoded once: where their rows are kept, and how the rows of an item are had.
+"""What heads are trained from: a source of items with labels and rows of features, and the rows of some items, decoded.
 
 `FeatureSource` is what this room needs of a store; `agiqa.store.Store` satisfies it.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -90,15 +90,27 @@ class FeatureSource(Protocol):
 
 @runtime_checkable
 class Located(Protocol):
-    """A FeatureSource that is at a place with a name, as stores are."""
+    """A FeatureSource that has a path or a URL, as stores have."""
 
     @property
     def location(self) -> str: ...
 
 
 def location_of(source: FeatureSource) -> str:
-    """What messages call `source`: the path or URL of a store, of several read as one each, or the id of any other."""
+    """The name of `source` in messages: path or URL of a store, of each of several read as one; else the id."""
     return source.location if isinstance(source, Located) else source.id
+
+
+@runtime_checkable
+class Joined(Protocol):
+    """Several stores read as one, as by `agiqa.store.reading.union`."""
+
+    @property
+    def notes(self) -> Sequence[str]: ...
+    @property
+    def scale_notes(self) -> Sequence[str]: ...
+    @property
+    def parts(self) -> Sequence[tuple[FeatureSource, NDArray[np.int64]]]: ...
 
 
 @runtime_checkable
@@ -110,7 +122,7 @@ class Hashed(Protocol):
 
 
 def content_of(source: FeatureSource) -> str:
-    """A hash of the bytes of `source` where it knows one, else its id, which other bytes may have too."""
+    """The hash of the bytes of `source`; its id, which does not depend on every byte, where it knows no hash."""
     return source.content if isinstance(source, Hashed) else source.id
 
 
@@ -136,20 +148,18 @@ class ItemRows(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
-    """The tokens of some items: their roles in memory, their rows there too or, of some items, in the store."""
+    """The tokens of some items. Roles are in memory; the rows of an item are in memory or stay in the store."""
 
     rows: Float[Tensor, "kept_tokens channel"]
-    """The rows that are kept, in the store's own dtype: on a device, in RAM, or in a file that is mapped there."""
+    """The kept rows in the store's own dtype: on a device, in RAM, or in a file that is mapped there."""
     starts: NDArray[np.int64]
-    """Where each item's rows begin in `rows`; -1 for an item whose rows are read from `source` when asked for."""
+    """Where each item's rows begin in `rows`; -1 for an item whose rows are read from `source` at every use."""
     roles: UInt8[Tensor, " all_tokens"]
     """On the device of `rows`: item k owns those from `offsets[k]` to `offsets[k + 1]`."""
     offsets: Int64[Tensor, " items_and_end"]
-    """On the CPU always."""
-    targets: Float[Tensor, "items label"] | None
-    """The labels of each item, float64 on the CPU; None when read without a label."""
+    """Always on the CPU."""
     items: NDArray[np.int64]
-    """Where each item stands in the store."""
+    """The number of each item in the store."""
     source: FeatureSource
 
     @classmethod
@@ -158,24 +168,17 @@ class FeatureSet:
         source: FeatureSource,
         items: Sequence[int] | NDArray[Any],
         *,
-        label: str | None,
         kept: int | None = None,
         device: torch.device = _CPU,
-        memory: UInt8[Tensor, " byte"] | None = None,
     ) -> "FeatureSet":
         """Read and check `items`, and keep the rows of the first `kept` of them (None: of all) on `device`.
 
-        `memory` is what the rows are kept in, as many bytes as they take; None is new memory.
-        `label` is one name, or several as in `quality+correspondence`. The rows of items that all are kept
-        lie in their order, item k from `offsets[k]` on. Raises DataError for missing labels, items without tokens,
-        NaN and inf.
+        The kept rows lie in the order of `items`. Raises DataError for items without tokens, NaN and inf.
         """
         chosen = np.asarray(items, dtype=np.int64)
-        targets, offsets = describe_items(source, chosen, label=label)
+        offsets = token_offsets(source, chosen)
         count = len(chosen) if kept is None else kept
-        if memory is None:
-            memory = torch.empty(int(offsets[count]) * row_bytes(source), dtype=torch.uint8, device=device)
-        rows = as_rows(memory, source)
+        rows = torch.empty((int(offsets[count]), source.width), dtype=row_dtype(source), device=device)
         roles = torch.empty(int(offsets[-1]), dtype=torch.uint8, device=device)
         for position, item in read_checked(source, chosen):
             where = slice(int(offsets[position]), int(offsets[position + 1]))
@@ -187,7 +190,6 @@ class FeatureSet:
             starts=np.where(np.arange(len(chosen)) < count, offsets[:-1], -1),
             roles=roles,
             offsets=torch.from_numpy(offsets),
-            targets=targets,
             items=chosen,
             source=source,
         )
@@ -208,11 +210,27 @@ class FeatureSet:
 
     @property
     def is_streamed(self) -> bool:
-        """Whether the rows of some items are read from the store when asked for."""
+        """Whether the rows of some items are read from the store at every use."""
         return bool((self.starts < 0).any())
 
+    def positions_of(self, items: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where each of `items` is in this set, whose own `items` must ascend."""
+        return np.searchsorted(self.items, items)
+
+    def subset(self, positions: NDArray[np.int64]) -> "FeatureSet":
+        """The items at `positions`, with a copy of their roles on the CPU and the rows of this set."""
+        bounds, lengths, roles = self.offsets.tolist(), self.lengths[positions], self.roles.cpu()
+        pieces = [roles[bounds[k] : bounds[k + 1]] for k in positions.tolist()]
+        return replace(
+            self,
+            starts=self.starts[positions],
+            roles=torch.cat([*pieces, roles[:0]]),
+            offsets=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])),
+            items=self.items[positions],
+        )
+
     def take(self, positions: NDArray[np.int64]) -> list[ItemRows]:
-        """The tokens of each of these items; one call of the source reads all that are not kept."""
+        """The tokens of each of these items; one call of the source reads all rows that are not kept."""
         starts, offsets = self.starts[positions], self.offsets.numpy()
         firsts, lasts = offsets[positions], offsets[positions + 1]
         away = starts < 0
@@ -227,7 +245,7 @@ class FeatureSet:
     ) -> TokenStatistics:
         """Mean and standard deviation (two passes in float64) and a sample of the tokens of these positions.
 
-        Computed on `device`, and all given on the CPU.
+        They are computed on `device` and returned on the CPU.
         """
         tokens, width = int(self.lengths[positions].sum()), self.rows.shape[1]
         count = min(sample, max(1, _SAMPLED_VALUES // width), tokens)
@@ -277,11 +295,6 @@ def row_dtype(source: FeatureSource) -> torch.dtype:
     return _DTYPES[source.logical_dtype]
 
 
-def as_rows(memory: UInt8[Tensor, " byte"], source: FeatureSource) -> Float[Tensor, "token channel"]:
-    """The bytes as rows of `source`."""
-    return memory.view(row_dtype(source)).view(-1, source.width)
-
-
 def row_bytes(source: FeatureSource) -> int:
     """Bytes of one decoded row."""
     return source.width * row_dtype(source).itemsize
@@ -292,23 +305,20 @@ def item_bytes(source: FeatureSource, items: NDArray[np.int64]) -> NDArray[np.in
     return np.asarray(source.n_tokens, dtype=np.int64)[items] * row_bytes(source)
 
 
-def describe_items(
-    source: FeatureSource, items: NDArray[np.int64], *, label: str | None
-) -> tuple[Tensor | None, NDArray[np.int64]]:
-    """Labels of the items, (items, labels) or None without `label`, and the offsets of their tokens, (items + 1,).
+def token_offsets(source: FeatureSource, items: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the tokens of each item begin if the items lie one after the other, and the end of the last; (items + 1,).
 
-    Raises as `read_labels`, and DataError for items without tokens.
+    Raises DataError for items without tokens.
     """
-    targets = None if label is None else torch.from_numpy(read_labels(source, items, label=label))
     lengths = np.asarray(source.n_tokens, dtype=np.int64)[items]
     empty = [source.items.names[item] for item in items[lengths == 0]]
     if empty:
         raise DataError.from_problems(location_of(source), [f"{name!r} has no tokens to pool" for name in empty])
-    return targets, np.concatenate([[0], np.cumsum(lengths)])
+    return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def items_identity(source: FeatureSource, items: NDArray[np.int64]) -> str:
-    """Which items of which store these are, in this order: a sha256, which labels do not enter."""
+    """A sha256 of the store's id and of the numbers, names, prompts and token counts of these items, in this order."""
     names, prompts = source.items.names, source.items.prompts
     n_tokens = np.asarray(source.n_tokens)[items].tolist()
     entries = [[item, names[item], prompts[item], n] for item, n in zip(items.tolist(), n_tokens, strict=True)]
@@ -316,9 +326,9 @@ def items_identity(source: FeatureSource, items: NDArray[np.int64]) -> str:
 
 
 def read_checked(source: FeatureSource, items: NDArray[np.int64]) -> Iterator[tuple[int, ItemRows]]:
-    """Every item with its position in `items`, in the order of the store, so that it decodes nothing twice.
+    """Every item with its position in `items`, in the order of the store, so that the store decodes no chunk twice.
 
-    Reads about 64 MiB at a time. After the last item, raises DataError that names those that hold NaN or inf.
+    Reads about 64 MiB at a time. After the last item, raises DataError with the names of items that hold NaN or inf.
     """
     if not len(items):
         return
@@ -337,7 +347,7 @@ def read_checked(source: FeatureSource, items: NDArray[np.int64]) -> Iterator[tu
 
 
 def _is_finite(rows: Tensor) -> bool:
-    """Whether there is no NaN and no inf. By NumPy, which takes a twentieth of torch's time on bfloat16."""
+    """Whether there is no NaN and no inf. NumPy takes a twentieth of torch's time on bfloat16."""
     if rows.dtype == torch.bfloat16:
         return bool(finite_rows(rows.view(torch.uint16).numpy(), "bfloat16").all())
     return bool(np.isfinite(rows.numpy()).all())
@@ -355,7 +365,7 @@ def _read(source: FeatureSource, items: NDArray[np.int64]) -> list[ItemRows]:
 def read_labels(source: FeatureSource, items: NDArray[np.int64], *, label: str) -> NDArray[np.float64]:
     """The labels of each item, (items, labels); `label` is one name, or several as in `quality+correspondence`.
 
-    Raises UnknownName or DataError, with the labels that the store has, and ConfigError as `parse_labels`.
+    Raises UnknownName or DataError with the labels that the store has, and ConfigError as `parse_labels`.
     """
     labels, wanted = source.items.labels, parse_labels(label)
     for name in wanted:

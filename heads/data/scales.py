@@ -1,7 +1,7 @@
-"""The scale of the labels that a head learned, beside that of the labels that it meets.
+"""The scale of the labels that a head learned, and the conversion to that of another store.
 
-A store records the lowest and the highest possible MOS of each label, and a run what its store recorded. An item table
-that is not of a store may say nothing of scales: then nobody is told of them.
+A store records the lowest and the highest possible MOS of each label; a run records those of its store. Sources that
+are no stores may have no scales; no warning mentions scales for them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,9 +14,9 @@ from agiqa.heads.data.features import FeatureSource, location_of
 from agiqa.store.format.labels import MosRange, check_range, convert_mos, is_plausible, range_text
 
 Scales = tuple[MosRange | None, ...]
-"""Of each label of a head, in its order; None where it is not known."""
+"""The scale of each label of a head, in the order of the labels; None where it is unknown."""
 Line = tuple[float, float]
-"""Slope and offset of what takes a value from one scale to another."""
+"""Slope and offset that convert a value from one scale to another."""
 
 
 @runtime_checkable
@@ -27,18 +27,6 @@ class Scaled(Protocol):
     def mos_ranges(self) -> Mapping[str, MosRange]: ...
 
 
-@runtime_checkable
-class Joined(Protocol):
-    """Several stores read as one, as by `agiqa.store.reading.union`."""
-
-    @property
-    def notes(self) -> Sequence[str]: ...
-    @property
-    def scale_notes(self) -> Sequence[str]: ...
-    @property
-    def parts(self) -> Sequence[tuple[FeatureSource, NDArray[np.int64]]]: ...
-
-
 def scales_of(source: FeatureSource, labels: Sequence[str]) -> Scales:
     """The scale of each of `labels` in `source`."""
     ranges = source.items.mos_ranges if isinstance(source.items, Scaled) else {}
@@ -46,7 +34,7 @@ def scales_of(source: FeatureSource, labels: Sequence[str]) -> Scales:
 
 
 def scales_record(labels: Sequence[str], scales: Scales) -> dict[str, list[float] | None]:
-    """What a file says of `scales`, by label; null is not known."""
+    """`scales` by label, for a file; None (JSON null) is unknown."""
     pairs = zip(labels, scales, strict=True)
     return {label: None if scale is None else [float(end) for end in scale] for label, scale in pairs}
 
@@ -58,7 +46,7 @@ def read_scales(record: Mapping[str, Any], labels: Sequence[str]) -> Scales:
 
 
 def lines_between(sources: Scales, targets: Scales) -> list[Line]:
-    """The line of each label from its scale of `sources` to that of `targets`; (1, 0) where one is not known."""
+    """The line of each label from its scale of `sources` to that of `targets`; (1, 0) where one is unknown."""
     found: list[Line] = []
     for source, target in zip(sources, targets, strict=True):
         if source is None or target is None or source == target:
@@ -70,7 +58,7 @@ def lines_between(sources: Scales, targets: Scales) -> list[Line]:
 
 
 def convert_columns(values: NDArray[np.float64], sources: Scales, targets: Scales) -> NDArray[np.float64]:
-    """Each column of `values` (items, labels) on its scale of `targets`; as it is where a scale is not known."""
+    """Each column of `values` (items, labels) on its scale of `targets`; unchanged where a scale is unknown."""
     columns = [
         column if source is None or target is None or source == target else convert_mos(column, source, target)
         for column, source, target in zip(values.T, sources, targets, strict=True)
@@ -90,9 +78,10 @@ def conversions(labels: Sequence[str], sources: Scales, targets: Scales) -> list
 def unknown_scales(
     head: str, learned: Scales, source: FeatureSource, labels: Sequence[str], values: NDArray[np.float64]
 ) -> list[str]:
-    """A warning for each label whose scale the head or `source` does not record; `values` are its MOS (items, labels).
+    """A warning for each label whose scale the head or `source` does not record; none where `source` is no store.
 
-    None where `source` is no store. `head` is what the messages call the head, and `learned` are its scales.
+    `head` is the name of the head in messages, `learned` are its scales, and `values` the MOS of `source`
+    (items, labels).
     """
     if not isinstance(source.items, Scaled):
         return []
@@ -101,15 +90,15 @@ def unknown_scales(
         known = ours or theirs
         if ours is not None and theirs is not None:
             continue
-        told = f"The scale of the {label} MOS of {head if ours is None else where} is not recorded"
+        warning = f"The scale of the {label} MOS of {head if ours is None else where} is not recorded"
         if known is None:
-            told += f", nor is that of {where}; errors such as RMSE hold if both are the same"
+            warning += f", nor is that of {where}; errors such as RMSE hold if both are the same"
         elif ours is None or is_plausible(mos, known):
-            told += f"; it is taken to be {range_text(known)}"
+            warning += f"; it is taken to be {range_text(known)}"
         else:
-            told += (
+            warning += (
                 f", and they go from {np.nanmin(mos):g} to {np.nanmax(mos):g}, while {head} is on {range_text(known)}: "
                 "errors such as RMSE mean nothing"
             )
-        found.append(f"{told}. `agiqa store labels STORE TABLE.csv --mos-range LOW HIGH` records it in a store.")
+        found.append(f"{warning}. `agiqa store labels STORE TABLE.csv --mos-range LOW HIGH` records it in a store.")
     return found

@@ -6,9 +6,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.heads.data.features import FeatureSource
-from agiqa.heads.data.prompts import KnownPrompts, Shared
-from agiqa.heads.data.scales import Joined
+from agiqa.heads.data.features import FeatureSource, Joined
+from agiqa.heads.data.prompt_groups import KnownPrompts, PromptOverlap
 from agiqa.heads.evaluation.runs import Run, origin_of
 from agiqa.store.format.items import TEACHER, count_authors, teacher_warning
 
@@ -24,7 +23,7 @@ class Authored(Protocol):
     def text_authors(self) -> list[str | None]: ...
 
 
-def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, Shared]:
+def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, PromptOverlap]:
     """How many of `items` trained the head of `run` or chose its epoch, and how many share a prompt with such items.
 
     Items are compared as by `RecordedParts`. Raises HeadError.
@@ -40,7 +39,7 @@ def leak_warnings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> 
     seen, prompts = count_known(run, source, items)
     counts = {
         "were in the training of this head": seen,
-        f"have a prompt that occurs in its training{prompts.told()}": prompts.same,
+        f"have a prompt that occurs in its training{prompts.note()}": prompts.same,
     }
     return [f"{count} of {len(items)} items {what}." for what, count in counts.items() if count]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from agiqa.errors import DataError
-from agiqa.heads.data.prompts import prompt_groups
+from agiqa.heads.data.prompt_groups import prompt_groups
 from agiqa.heads.evaluation.mos_mappings import MosMapping
 from agiqa.heads.evaluation.significance import (
     FEWEST_PROMPTS,

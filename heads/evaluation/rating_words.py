@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.heads.data.prompts import prompt_groups
+from agiqa.heads.data.prompt_groups import prompt_groups
 from agiqa.heads.evaluation.significance import (
     FEWEST_PROMPTS,
     MetricBySeed,

@@ -34,8 +34,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agiqa.errors import ConfigError, HeadError, UnknownName
-from agiqa.heads.data.features import FeatureSource, location_of
-from agiqa.heads.data.scales import Joined, Scales, read_scales
+from agiqa.heads.data.features import FeatureSource, Joined, location_of
+from agiqa.heads.data.scales import Scales, read_scales
 from agiqa.heads.model.encoders.base import encoder_settings
 from agiqa.heads.model.head import Head, build_head, check_parts
 from agiqa.heads.model.projection import FeatureSpec

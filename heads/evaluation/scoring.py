@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads.data.batches import BatchLoader
 from agiqa.heads.data.features import FeatureSet, FeatureSource, location_of, read_labels
-from agiqa.heads.data.holding_out import split_items
 from agiqa.heads.data.scales import conversions, convert_columns, scales_of, scales_record, unknown_scales
+from agiqa.heads.data.splits import split_items
 from agiqa.heads.evaluation.calibration import calibration_fields
 from agiqa.heads.evaluation.leaks import author_warnings, leak_warnings
 from agiqa.heads.evaluation.metrics import evaluate_scores
@@ -162,7 +162,7 @@ def predict_items(
         for start in range(0, len(items), _ITEMS_AT_ONCE):
             piece = slice(start, start + _ITEMS_AT_ONCE)
             if kept is None:
-                features = FeatureSet.from_store(source, items[piece], label=None)
+                features = FeatureSet.from_store(source, items[piece])
                 check_roles(source, features, head.pooling_name)
                 positions = np.arange(len(features))
             else:

@@ -1,21 +1,20 @@
-"""One fit of one head: device, precision, random state, and the Lightning trainer around the learner."""
+"""One fit of one head: device, precision, random state, and the Lightning trainer that runs the learner."""
 
 import copy
 import logging
 import signal
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from numpy.typing import NDArray
 
 from agiqa.errors import DataError
+from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.features import FeatureSet, location_of
 from agiqa.heads.data.scales import lines_between, scales_of
 from agiqa.heads.evaluation.runs import Run
@@ -24,11 +23,10 @@ from agiqa.heads.model.head import Head, build_head
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import LIGHTNING_PRECISIONS, cpu_threads, random_state, resolve_device
-from agiqa.heads.training.events import EventLog
+from agiqa.heads.training.epochs import Outcome
 from agiqa.heads.training.learner import Learner, steps_per_epoch
-from agiqa.heads.training.outcome import Outcome
 from agiqa.heads.training.progress import TrainingProgress
-from agiqa.heads.training.resuming import StateFile, StateKeeper, TrainingState
+from agiqa.heads.training.resuming import StateFile, TrainingState
 from agiqa.progress import say
 
 
@@ -45,38 +43,40 @@ def fit_head(
     head_config: HeadConfig,
     config: TrainConfig,
     *,
-    train: NDArray[np.int64],
-    validation: NDArray[np.int64],
+    train: LabelledItems,
+    validation: LabelledItems,
     epochs: int,
     stage: str,
     progress: TrainingProgress,
     state: TrainingState | None = None,
     start: Run | None = None,
-    trace: Callable[[Head], Mapping[str, float]] | None = None,
+    test_scorer: Callable[[Head], Mapping[str, float]] | None = None,
 ) -> Fit:
-    """Train a head on the positions `train` for `epochs`; the schedule is that of `config.epochs`.
+    """Train a head on the items `train` for `epochs`; the schedule is that of `config.epochs`.
 
-    The head is a fresh one, calibrated on these positions, or that of `start` (see starting.py). `trace` as of
-    `Learner`.
-
-    The features stay where they are kept; batches made elsewhere move to the device one by one. With `state` the
-    fit goes on from what is kept of this stage, and is kept itself.
-    The caller's random state is left as it was. Raises HeadError when training diverges, DataError when all
-    items have the same value of a label, and what `build_head` raises.
+    The head is a fresh one, calibrated on these items, or that of `start` (see experiment.py). `test_scorer` as of
+    `Learner`. The features stay where they are kept; batches made elsewhere move to the device one by one. With
+    `state` the fit continues from the saved epochs of this stage, and saves its own. The caller's random state is left
+    as it was. Raises HeadError when training diverges, DataError when all items have the same value of a label, and as
+    `build_head`.
     """
     device = resolve_device(config.device)
-    labels = _training_labels(features, train, config)
+    check_labels(features, train, config)
     with random_state(config.seed, device), cpu_threads(config.threads):
         head = build_head(head_config, spec, labels=len(config.labels)).to(device)
         if start is None:
-            head.standardise(features.statistics(train, device=device), labels)
+            head.standardise(features.statistics(train.positions, device=device), train.labels)
         else:
             start.give_weights(head)
             head.regressor.rescale(lines_between(start.scales, scales_of(features.source, config.labels)))
-        kept = None if state is None else state.learner_of(stage)
+        kept = None if state is None else state.begin(stage)
         per_epoch = steps_per_epoch(len(train), config)
         done = 0 if kept is None else len(kept["curves"])
-        with _events(state, stage, config, after=None if kept is None else done * per_epoch) as events:
+        with ExitStack() as stack:
+            events = None
+            if state is not None and config.tensorboard:
+                after = None if kept is None else done * per_epoch
+                events = stack.enter_context(closing(state.events(stage, after=after)))
             learner = Learner(
                 head,
                 features,
@@ -86,7 +86,7 @@ def fit_head(
                 stage=stage,
                 progress=progress,
                 events=events,
-                trace=trace,
+                test_scorer=test_scorer,
             )
             if kept is not None and kept["finished"]:
                 learner.restore(kept)
@@ -94,7 +94,7 @@ def fit_head(
                 say(f"{head_config.encoder} on {device.type}: {training_kernels(head.encoder, config, device)}")
                 progress.begin(stage, (epochs - done) * per_epoch)
                 try:
-                    _run(learner, config, device, epochs=epochs, state=state, stage=stage)
+                    _run(learner, config, device, epochs=epochs, state=state, resumed=kept is not None)
                 finally:
                     learner.drop_graphs()
                     progress.end()
@@ -104,14 +104,19 @@ def fit_head(
 
 
 def _run(
-    learner: Learner, config: TrainConfig, device: torch.device, *, epochs: int, state: TrainingState | None, stage: str
+    learner: Learner,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    epochs: int,
+    state: TrainingState | None,
+    resumed: bool,
 ) -> None:
-    """Train up to `epochs`, after what is kept of the stage. A signal is raised as Python would raise it."""
-    keeper = None if state is None else StateKeeper(state, stage)
-    checkpoint = None if state is None or state.learner_of(stage) is None else state.path
+    """Train up to `epochs`, from the checkpoint of `state` if `resumed`. Signals raise what Python raises."""
     try:
         with _quiet_lightning():
-            _trainer(learner, config, device, epochs=epochs, keeper=keeper).fit(learner, ckpt_path=checkpoint)
+            trainer = _trainer(learner, config, device, epochs=epochs, state=state)
+            trainer.fit(learner, ckpt_path=state.path if state is not None and resumed else None)
     except SIGTERMException as stopped:
         raise SystemExit(128 + signal.SIGTERM) from stopped
     except SystemExit as stopped:  # what Lightning makes of Ctrl-C
@@ -119,14 +124,14 @@ def _run(
 
 
 def _trainer(
-    learner: Learner, config: TrainConfig, device: torch.device, *, epochs: int, keeper: StateKeeper | None
+    learner: Learner, config: TrainConfig, device: torch.device, *, epochs: int, state: TrainingState | None
 ) -> pl.Trainer:
-    """A trainer that writes nothing but what `keeper` saves; one process, whatever scheduler it runs under."""
+    """A trainer of one process under any scheduler, which writes nothing but the checkpoints of `state`."""
     return pl.Trainer(
         accelerator=device.type if device.type == "cpu" else "gpu",
         devices=1,
         plugins=[LightningEnvironment(), StateFile()],
-        callbacks=[] if keeper is None else [keeper],
+        callbacks=[] if state is None else [state],
         precision=LIGHTNING_PRECISIONS[config.precision],
         max_epochs=epochs,
         gradient_clip_val=config.gradient_clip,
@@ -134,41 +139,27 @@ def _trainer(
         num_sanity_val_steps=0,
         reload_dataloaders_every_n_epochs=1,
         logger=False,
-        enable_checkpointing=keeper is not None,
+        enable_checkpointing=state is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
 
 
-@contextmanager
-def _events(
-    state: TrainingState | None, stage: str, config: TrainConfig, *, after: int | None
-) -> Generator[EventLog | None, None, None]:
-    """The event files of a stage, where they are wanted."""
-    if state is None or not config.tensorboard:
-        yield None
-        return
-    events = state.events(stage, after=after)
-    try:
-        yield events
-    finally:
-        events.close()
-
-
-def _training_labels(features: FeatureSet, train: NDArray[np.int64], config: TrainConfig) -> torch.Tensor:
-    """The labels of these positions, (items, labels). Raises DataError when nothing can be learned from them."""
+def check_labels(features: FeatureSet, train: LabelledItems, config: TrainConfig) -> None:
+    """Raise DataError when nothing can be learned from the labels of these items."""
     names, where = config.labels, location_of(features.source)
-    if features.targets is None or features.targets.shape[1] != len(names):
-        message = f"Training on the label {config.label!r} needs features that were read with it."
+    if train.labels.shape[1] != len(names):
+        message = (
+            f"Training on the label {config.label!r} needs {len(names)} per item, and has {train.labels.shape[1]}."
+        )
         raise DataError(message)
-    labels = features.targets[torch.from_numpy(train)]
-    if len(labels) == 1:
+    if len(train) == 1:
         message = (
             f"{where}: the training part is a single item: there is nothing to learn. Change the split, `validation` "
             "or `training_items`."
         )
         raise DataError(message)
-    for name, column in zip(names, labels.unbind(1), strict=True):
+    for name, column in zip(names, train.labels.unbind(1), strict=True):
         if column.max() == column.min():
             which = "label" if len(names) == 1 else f"{name} label"
             message = (
@@ -176,12 +167,11 @@ def _training_labels(features: FeatureSet, train: NDArray[np.int64], config: Tra
                 "learn. Change the split, train on more items, or another label."
             )
             raise DataError(message)
-    return labels
 
 
 @contextmanager
 def _quiet_lightning() -> Generator[None, None, None]:
-    """Hold back Lightning's notes on hardware, and its advice on settings that are meant as they are."""
+    """Silence Lightning's notes on hardware, and its advice on settings that are intended."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)

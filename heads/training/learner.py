@@ -1,6 +1,6 @@
-"""The Lightning side of training: steps, schedule, and the choice of the epoch by validation SRCC.
+"""The Lightning module of a training: steps, schedule, and the choice of the epoch by validation SRCC.
 
-Of several labels loss and validation SRCC are means over them; a mean is undefined where one of its numbers is.
+With several labels, loss and validation SRCC are means over them; a mean is undefined where one of its numbers is.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from agiqa.errors import HeadError
-from agiqa.heads.data.batches import Batch, BatchLoader, batches_per_epoch
+from agiqa.heads.data.batches import Batch, BatchLoader, LabelledItems, batches_per_epoch
 from agiqa.heads.data.features import FeatureSet
 from agiqa.heads.data.splits import FEWEST_TO_CHOOSE_BY
 from agiqa.heads.evaluation.metrics import score
@@ -26,35 +26,34 @@ from agiqa.heads.model.head import Head
 from agiqa.heads.model.losses import check_loss, get_loss
 from agiqa.heads.settings.config import TrainConfig
 from agiqa.heads.settings.labels import columns
-from agiqa.heads.training.events import EventLog
-from agiqa.heads.training.outcome import Epoch, Outcome
-from agiqa.heads.training.progress import TrainingProgress
+from agiqa.heads.training.epochs import Epoch, Outcome
+from agiqa.heads.training.progress import EventLog, TrainingProgress
 
 LEARNER = "agiqa"
-"""Where a checkpoint keeps what Lightning does not know of."""
+"""The key of the learner's own record in a checkpoint of Lightning."""
 EMA_WINDOW = 0.1
 """The longest window of an average of weights, 1 / (1 - decay) steps, as a share of all steps of a training."""
 
 
 class Learner(pl.LightningModule):
-    """Trains a head on some positions of a FeatureSet, and keeps the weights of the best epoch so far."""
+    """Trains a head on some items of a FeatureSet, and keeps the weights of the best epoch so far."""
 
     def __init__(
         self,
         head: Head,
         features: FeatureSet,
-        positions: NDArray[np.int64],
+        items: LabelledItems,
         config: TrainConfig,
         *,
-        validation: NDArray[np.int64],
+        validation: LabelledItems,
         stage: str,
         progress: TrainingProgress,
         events: EventLog | None = None,
-        trace: Callable[[Head], Mapping[str, float]] | None = None,
+        test_scorer: Callable[[Head], Mapping[str, float]] | None = None,
     ) -> None:
-        """`validation` are positions too, possibly none: without FEWEST_TO_CHOOSE_BY the last epoch is the best.
+        """`validation` may be empty: without FEWEST_TO_CHOOSE_BY validation items the last epoch is the best.
 
-        `trace` gets the head after every epoch and tells scores that go into the curves and into no choice.
+        `test_scorer` scores the head after every epoch; its scores go into the curves and are not used for selection.
 
         Raises UnknownName or ConfigError for the loss, as `check_loss`.
         """
@@ -69,7 +68,7 @@ class Learner(pl.LightningModule):
         self.finished = False
         self._best_srcc = math.nan
         self._features = features
-        self._positions = positions
+        self._items = items
         self._config = config
         self._validation = validation
         self._stage = stage
@@ -80,10 +79,10 @@ class Learner(pl.LightningModule):
         self._average: AveragedModel | None = None
         if config.ema is not None:
             self._average = AveragedModel(head)
-            self._decay = ema_decay(config.ema, config.epochs * steps_per_epoch(len(positions), config))
+            self._decay = ema_decay(config.ema, config.epochs * steps_per_epoch(len(items), config))
         self._encode: Callable[[Tensor, Tensor], Tensor] | None = None
         self._events = events
-        self._trace = trace
+        self._test_scorer = test_scorer
         self._random: Mapping[str, Tensor] = {}
         self._lr = 0.0
         self._started = 0.0
@@ -102,7 +101,7 @@ class Learner(pl.LightningModule):
         """The batches of the present epoch, as large as the loss needs them; Lightning asks anew every epoch."""
         return BatchLoader(
             self._features,
-            self._positions,
+            self._items,
             batch_size=self._config.batch_size,
             order=(self._config.seed, self.current_epoch),
             smallest=self._loss.smallest_batch,
@@ -113,7 +112,7 @@ class Learner(pl.LightningModule):
         return BatchLoader(self._features, self._validation, batch_size=self._config.batch_size)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Lightning's hook for batches that it does not know."""
+        """Lightning's hook for batches of a class of ours."""
         del dataloader_idx
         return batch.to(device)
 
@@ -130,7 +129,7 @@ class Learner(pl.LightningModule):
         # in fp16 the fused optimiser would unscale the gradients itself, too late to clip them
         fused = self.device.type == "cuda" and config.precision != "fp16"
         optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=fused)
-        steps = config.epochs * steps_per_epoch(len(self._positions), config)
+        steps = config.epochs * steps_per_epoch(len(self._items), config)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, steps, config))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -155,7 +154,7 @@ class Learner(pl.LightningModule):
         """The loss of one batch."""
         del batch_idx
         if batch.targets is None:
-            message = "Training needs a FeatureSet that was read with a label."
+            message = "Training needs batches with labels."
             raise HeadError(message)
         scaled = self.head.regressor.scaled
         predicted = scaled(self.head(*batch.inputs, encode=self._encode))
@@ -165,10 +164,11 @@ class Learner(pl.LightningModule):
         return loss
 
     def on_train_start(self) -> None:
-        """Choose how the encoder's steps are computed, and go on with the random numbers of a restored training."""
+        """Choose the kernels of the encoder's steps, and restore the random state of a resumed training."""
         self._encode = training_pass(self.head.encoder, self._config, self.device)
         if self._average is not None:
-            self._average.n_averaged = self._average.n_averaged.cpu()  # every step asks for it: it must not wait
+            # read at every step, which must not wait for the GPU
+            self._average.n_averaged = self._average.n_averaged.cpu()
         if self._random:
             torch.set_rng_state(self._random["cpu"])
             if self.device.type == "cuda" and "cuda" in self._random:
@@ -176,7 +176,7 @@ class Learner(pl.LightningModule):
             self._random = {}
 
     def drop_graphs(self) -> None:
-        """Let go of the CUDA graphs and their memory; the trainer may keep this learner alive for long."""
+        """Free the CUDA graphs and their memory, since the trainer may keep this learner alive for long."""
         self._encode = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -193,11 +193,11 @@ class Learner(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook, which restores weights, averages, optimiser and schedule itself."""
+        """Lightning's hook; Lightning itself restores weights, averages, optimiser and schedule."""
         self.restore(checkpoint[LEARNER])
 
     def restore(self, record: Mapping[str, Any]) -> None:
-        """Take what `on_save_checkpoint` added."""
+        """Continue from the record that `on_save_checkpoint` added."""
         outcome = Outcome.from_record(record)
         self.curves = outcome.curves
         self.best_epoch = outcome.epoch
@@ -213,7 +213,7 @@ class Learner(pl.LightningModule):
         return self.head if self._average is None else cast("Head", self._average.module)
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        """Move the average and the progress."""
+        """Update the average and the progress."""
         del outputs, batch, batch_idx
         if self._average is not None:
             self._move(self._average)
@@ -231,13 +231,13 @@ class Learner(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Keep the predictions of one batch."""
         del batch_idx
-        # to compile what trains once more, without gradients, never pays
+        # compiling the head once more, without gradients, never pays
         with torch.compiler.set_stance("force_eager"):
             predicted = self._kept(*batch.inputs).double().cpu().numpy()
         self._predicted[batch.positions.cpu().numpy()] = predicted
 
     def on_train_epoch_end(self) -> None:
-        """Close the epoch: one row of the curves, the best weights, and the word of patience.
+        """Close the epoch: add a row to the curves, keep the best weights, and stop where `patience` says so.
 
         Raises HeadError when the loss is not finite.
         """
@@ -257,7 +257,7 @@ class Learner(pl.LightningModule):
             validation_plcc=metrics.get("plcc"),
             validation_rmse=metrics.get("rmse"),
             seconds=seconds,
-            test={} if self._trace is None else self._trace(self._kept),
+            test={} if self._test_scorer is None else self._test_scorer(self._kept),
         )
         self.curves.append(epoch)
         self._progress.epoch(epoch.line())
@@ -281,7 +281,7 @@ class Learner(pl.LightningModule):
 
     @property
     def choice(self) -> str:
-        """How the kept epoch was chosen, in words."""
+        """How the kept epoch was chosen, for people."""
         if not self.validates:
             return "last epoch, as there are no validation items"
         if not self.chooses:
@@ -294,14 +294,14 @@ class Learner(pl.LightningModule):
 
     def _validation_metrics(self) -> dict[str, float]:
         """The metrics of this epoch's validation predictions, means over labels; none without validation items."""
-        if not self.validates or self._features.targets is None:
+        if not self.validates:
             return {}
-        predicted, labels = (values[self._validation] for values in (self._predicted, self._features.targets.numpy()))
+        predicted, labels = self._predicted[self._validation.positions], self._validation.labels.numpy()
         scores = [score(*pair) for pair in zip(columns(predicted), columns(labels), strict=True)]
         return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
 
     def _keep_best(self, number: int, srcc: float | None) -> None:
-        """Copy weights and predictions of an epoch that beats the kept one; an undefined SRCC is beaten by any.
+        """Copy weights and predictions of an epoch better than the kept one; any epoch beats an undefined SRCC.
 
         Where there are too few validation items to choose by, the last epoch is kept.
         """
@@ -313,7 +313,7 @@ class Learner(pl.LightningModule):
             return
         self._best_srcc = math.nan if srcc is None or not self.chooses else srcc
         self.best_epoch = number
-        self.best_predictions = self._predicted[self._validation].copy()
+        self.best_predictions = self._predicted[self._validation.positions].copy()
         self.best_weights = {name: value.detach().cpu().clone() for name, value in self._kept.state_dict().items()}
 
 
@@ -323,15 +323,15 @@ def steps_per_epoch(items: int, config: TrainConfig) -> int:
 
 
 def ema_decay(decay: float, steps: int) -> float:
-    """The decay per step of a training of so many `steps`: `decay`, or less where its window is too long for them."""
+    """The decay per step of a training of `steps` steps: `decay`, or less where its window would be too long."""
     return min(decay, 1.0 - 1.0 / max(1.0, EMA_WINDOW * steps))
 
 
 def newest_share(decay: float, step: int) -> float:
     """How far the average moves to the weights after step number `step`, from 1.
 
-    It is then the mean of all weights so far, each weighted `decay` to the power of the steps since: the moving average
-    that starts at 0 with the bias correction of Adam (Kingma & Ba 2015, arXiv 1412.6980, section 3).
+    The average is then the mean of all weights so far, each weighted by `decay` to the power of its age in steps: the
+    moving average that starts at 0 with the bias correction of Adam (Kingma & Ba 2015, arXiv 1412.6980, section 3).
     """
     return (1.0 - decay) / (1.0 - decay**step)
 

@@ -86,7 +86,7 @@ def test_other_few_items_are_drawn_beside_the_same_test_part(agiqa, example, tmp
         (("--split", "folds", "--fold", 5), ("`fold` is 5", "of 5 `folds`")),
         (("--fold", 1), ("`fold` is 1", "split 'folds'")),
         (("--split", "folds", "--folds", 21), ("21 folds need as many different prompts", "have 20")),
-        (("--training-items", 1000), ("1000 training items", "`training_items`")),
+        (("--training-items", 1000), ("`training_items` is 1000", "Lower it")),
         (("--training-items", 1), ("two different prompts or more", "Set `validation` to 0")),
     ],
     ids=lambda value: " ".join(map(str, value)) if str(value[0]).startswith("--") else "",

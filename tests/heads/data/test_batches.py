@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agiqa.errors import ConfigError
-from agiqa.heads.data.batches import BatchLoader, batches_per_epoch, collate, gather, shuffled_plan, sorted_plan
+from agiqa.heads.data.batches import (
+    BatchLoader,
+    LabelledItems,
+    batches_per_epoch,
+    collate,
+    gather,
+    shuffled_plan,
+    sorted_plan,
+)
 from agiqa.heads.data.features import FeatureSet
 
 
@@ -59,8 +67,9 @@ def test_a_plan_follows_seed_and_epoch_and_spares_padding():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_collate_pads_as_a_loop_would(make_store, dtype):
     store = make_store(20, logical_dtype=dtype)
-    features = FeatureSet.from_store(store, range(20), label="quality")
-    batch = collate(features, np.array([4, 19, 0]))
+    features = FeatureSet.from_store(store, range(20))
+    chosen = LabelledItems.at(features, np.array([4, 19, 0]), "quality")
+    batch = collate(features, chosen.positions, chosen.labels)
     assert batch.features.dtype == torch.float32
     for row, item in enumerate([4, 19, 0]):
         rows = torch.from_numpy(store.features[item]).to(features.rows.dtype).float()
@@ -78,7 +87,7 @@ def test_collate_keeps_each_tokens_role_beside_its_row(make_store):
     store = make_store(6)
     random = np.random.default_rng(0)
     store = replace(store, roles=[random.integers(0, 4, len(rows)).astype(np.uint8) for rows in store.features])
-    features = FeatureSet.from_store(store, [5, 1, 3], label=None)
+    features = FeatureSet.from_store(store, [5, 1, 3])
     batch = collate(features, np.array([2, 0])).to(torch.device("cpu"))
     for row, item in enumerate([3, 5]):
         assert batch.roles[row][batch.mask[row]].tolist() == store.roles[item].tolist()
@@ -90,9 +99,9 @@ def test_collate_keeps_each_tokens_role_beside_its_row(make_store):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_gather_of_devices_makes_the_batch_that_copies_make(make_store, dtype):
-    features = FeatureSet.from_store(make_store(20, logical_dtype=dtype), range(20), label="quality")
-    positions = np.array([4, 19, 0, 4])
-    gathered, copied = gather(features, positions), collate(features, positions)
+    features = FeatureSet.from_store(make_store(20, logical_dtype=dtype), range(20))
+    chosen = LabelledItems.at(features, np.array([4, 19, 0, 4]), "quality")
+    gathered, copied = (make(features, chosen.positions, chosen.labels) for make in (gather, collate))
     for name in vars(copied):
         assert torch.equal(getattr(gathered, name), getattr(copied, name)), name
 
@@ -101,10 +110,9 @@ def test_the_gather_of_devices_makes_the_batch_that_copies_make(make_store, dtyp
 def test_a_batch_made_on_a_device_is_that_of_the_cpu(make_store):
     store = make_store(20, logical_dtype="bfloat16")
     cuda = torch.device("cuda")
-    there, here = (
-        FeatureSet.from_store(store, range(20), label="quality", device=d) for d in (cuda, torch.device("cpu"))
-    )
-    found, wanted = (collate(features, np.array([4, 19, 0])) for features in (there, here))
+    there, here = (FeatureSet.from_store(store, range(20), device=d) for d in (cuda, torch.device("cpu")))
+    chosen = LabelledItems.at(here, np.array([4, 19, 0]), "quality")
+    found, wanted = (collate(features, chosen.positions, chosen.labels) for features in (there, here))
     assert found.features.device.type == "cuda"
     for name in vars(wanted):
         assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name)), name
@@ -113,7 +121,7 @@ def test_a_batch_made_on_a_device_is_that_of_the_cpu(make_store):
 
 @pytest.mark.parametrize("order", [None, (3, 1)])
 def test_a_loader_resumes_in_the_middle_of_a_pass(make_store, order):
-    features = FeatureSet.from_store(make_store(30), range(30), label=None)
+    features = FeatureSet.from_store(make_store(30), range(30))
     whole = [batch.positions.tolist() for batch in BatchLoader(features, np.arange(30), batch_size=4, order=order)]
     for skip in (0, 3, 8):
         rest = BatchLoader(features, np.arange(30), batch_size=4, order=order, skip=skip)
@@ -125,7 +133,7 @@ def test_a_loader_resumes_in_the_middle_of_a_pass(make_store, order):
 
 
 def test_a_loader_is_the_same_each_time_and_keeps_to_its_positions(make_store):
-    features = FeatureSet.from_store(make_store(30), range(30), label=None)
+    features = FeatureSet.from_store(make_store(30), range(30))
     loader = BatchLoader(features, np.arange(10, 25), batch_size=4, order=(3, 1))
     first, second = ([batch.positions.tolist() for batch in loader] for _ in range(2))
     assert first == second

@@ -9,7 +9,7 @@ import pytest
 
 from agiqa.errors import HeadError
 from agiqa.heads import HeadConfig, TrainConfig, evaluate, load_run, train_head
-from agiqa.heads.data.holding_out import split_items
+from agiqa.heads.data.splits import split_items
 from agiqa.heads.evaluation.leaks import count_known
 from agiqa.heads.evaluation.scoring import part_items
 from agiqa.store.deriving.labelling import join_labels

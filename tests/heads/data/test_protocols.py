@@ -11,7 +11,7 @@ from sklearn.model_selection import GroupKFold
 
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.heads import HeadConfig, HeadJob, TrainConfig, train_head, train_heads
-from agiqa.heads.data.prompts import normalise_prompt
+from agiqa.heads.data.prompt_groups import normalise_prompt
 from agiqa.heads.data.splits import PARTITION_SETTINGS, make_partition
 from agiqa.heads.settings.config import load_settings
 from agiqa.heads.sweeps.sweeping import Partitions
@@ -59,7 +59,7 @@ def test_folds_are_disjoint_cover_all_items_and_share_no_prompt(sizes, folds, se
     for one in partitions:
         assert sorted([*one.train, *one.test]) == list(range(sum(sizes)))
         assert not normal(store, one.train) & normal(store, one.test)
-        assert (one.leaked, one.left_out, one.warnings()) == (0, 0, [])
+        assert (one.leak.same, one.left_out, one.warnings()) == (0, 0, [])
 
 
 @settings(deadline=None)
@@ -214,7 +214,7 @@ def test_few_items_of_a_published_val_part_stay_in_it():
 
 def test_more_training_items_than_there_are_and_too_few_to_choose_an_epoch_are_told():
     store = store_of([f"p {k % 2}" for k in range(40)], splits=["test" if k < 10 else "train" for k in range(40)])
-    with pytest.raises(DataError, match="31 training items are asked for, and 30 are not in the test part"):
+    with pytest.raises(DataError, match="`training_items` is 31, and only 30 items are not in the test part"):
         make_partition(store, TrainConfig(training_items=31))
     with pytest.raises(DataError, match=r"and 1 items have 1\. Set `validation` to 0"):
         make_partition(store, TrainConfig(training_items=1))

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agiqa.errors import DataError
-from agiqa.heads.data.holding_out import split_items
-from agiqa.heads.data.prompts import normalise_prompt, prompt_groups
-from agiqa.heads.data.splits import make_partition
+from agiqa.heads.data.prompt_groups import normalise_prompt, prompt_groups
+from agiqa.heads.data.splits import make_partition, split_items
 from agiqa.heads.settings.config import TrainConfig
 
 
@@ -42,7 +41,7 @@ def test_grouped_parts_share_no_prompt_and_have_the_asked_sizes(make_store, vali
     assert not (groups[0] | groups[1]) & groups[2]
     assert len(partition.test) == pytest.approx(40, abs=4)
     assert len(partition.validation) == pytest.approx(160 * validation, abs=4)
-    assert partition.leaked == 0
+    assert partition.leak.same == 0
     assert partition.warnings() == []
 
 
@@ -63,7 +62,7 @@ def test_published_takes_the_column_and_counts_the_leak(make_store):
     assert not prompts_of(store, partition.train) & prompts_of(store, partition.validation)
     known = prompts_of(store, [*partition.train, *partition.validation])
     expected = sum(normalise_prompt(store.items.prompts[k]) in known for k in partition.test)
-    assert partition.leaked == expected > 0
+    assert partition.leak.same == expected > 0
     assert partition.record()["leak"]["share"] == expected / 20
     assert f"{expected} of 20 test items have a prompt that also occurs" in partition.warnings()[0]
 

@@ -11,9 +11,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from agiqa.errors import ConfigError, DataError, HeadError
-from agiqa.heads.data.batches import BatchLoader
+from agiqa.heads.data.batches import BatchLoader, FeatureBatches, LabelledItems
 from agiqa.heads.data.features import FeatureSet
-from agiqa.heads.data.worker_batches import FeatureBatches
 from agiqa.store import open_store, union
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as write_store
@@ -37,8 +36,9 @@ def stores(tmp_path_factory):
 
 
 def expected_batches(source, items):
-    features = FeatureSet.from_store(source, items, label="quality")
-    return list(BatchLoader(features, np.arange(len(items)), batch_size=4, order=(2, 5)))
+    features = FeatureSet.from_store(source, items)
+    labelled = LabelledItems.at(features, np.arange(len(items)), "quality")
+    return list(BatchLoader(features, labelled, batch_size=4, order=(2, 5)))
 
 
 def assert_same(found, wanted):

@@ -13,6 +13,7 @@ from scipy.special import huber as scipy_huber
 
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads import HeadConfig, LineProgress, TrainConfig, train_head
+from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.features import FeatureSet
 from agiqa.heads.model.losses import LOSSES, check_loss, get_loss
 from agiqa.heads.model.projection import FeatureSpec
@@ -244,15 +245,15 @@ def test_pairs_need_batches_of_two(name):
 
 def fitted(store, loss, **settings):
     """A fit of one epoch on every item of `store`; 41 items leave one over at batch sizes of 8 and 2."""
-    features = FeatureSet.from_store(store, range(len(store.features)), label="quality")
-    everything = np.arange(len(features))
+    features = FeatureSet.from_store(store, range(len(store.features)))
+    everything, ten = (LabelledItems.at(features, np.arange(count), "quality") for count in (len(features), 10))
     return fit_head(
         features,
         FeatureSpec.of(store),
         NONE_HEAD,
         TrainConfig(**{"loss": loss, "epochs": 1, "batch_size": 8, "lr": 1e-2, **settings}),
         train=everything,
-        validation=everything[:10],
+        validation=ten,
         epochs=1,
         stage="train",
         progress=LineProgress(lambda _: None),

@@ -8,6 +8,7 @@ import torch
 
 from agiqa.errors import DataError, HeadError, UnknownName
 from agiqa.heads import HeadConfig, LineProgress, TrainConfig
+from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.features import FeatureSet
 from agiqa.heads.evaluation.scoring import predict_items
 from agiqa.heads.model.head import build_head, check_parts
@@ -177,7 +178,7 @@ def without_answer(store, *items):
 def test_a_missing_role_names_items_and_role(make_store):
     store = without_answer(mixed_store(make_store), 3, 17)
     items = np.array([17, 5, 3, 8])
-    features = FeatureSet.from_store(store, items, label=None)
+    features = FeatureSet.from_store(store, items)
     for call in (
         lambda pooling: check_roles(store, features, pooling),
         lambda pooling: check_item_roles(store, items, pooling),
@@ -240,14 +241,14 @@ def test_predictions_pool_the_role_of_each_item(make_store):
 @pytest.mark.parametrize("pooling", ["mean@answer", "last@question", "attention@image", "first-last-mean", "max"])
 def test_poolings_train(make_store, pooling):
     store = mixed_store(make_store)
-    features = FeatureSet.from_store(store, range(40), label="quality")
+    features = FeatureSet.from_store(store, range(40))
     fit = fit_head(
         features,
         FeatureSpec.of(store),
         HeadConfig(projection="sketch", encoder="gru", width=8, pooling=pooling),
         TrainConfig(epochs=1, batch_size=8, lr=1e-2),
-        train=np.arange(30),
-        validation=np.arange(30, 40),
+        train=LabelledItems.at(features, np.arange(30), "quality"),
+        validation=LabelledItems.at(features, np.arange(30, 40), "quality"),
         epochs=1,
         stage="train",
         progress=LineProgress(lambda _: None),

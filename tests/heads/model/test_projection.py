@@ -32,7 +32,7 @@ def build(store, **settings) -> nn.Module:
     torch.manual_seed(0)
     config = HeadConfig(width=6, **settings)
     projection = PROJECTIONS.get(config.projection)(config, FeatureSpec.of(store))
-    projection.standardise(FeatureSet.from_store(store, range(40), label=None).statistics(np.arange(40)))
+    projection.standardise(FeatureSet.from_store(store, range(40)).statistics(np.arange(40)))
     return projection.double()
 
 

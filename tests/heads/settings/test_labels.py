@@ -9,7 +9,7 @@ import torch
 
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.heads import HeadConfig, LineProgress, TrainConfig, train_head
-from agiqa.heads.data.batches import BatchLoader, collate
+from agiqa.heads.data.batches import BatchLoader, LabelledItems, collate
 from agiqa.heads.data.features import FeatureSet, read_labels
 from agiqa.heads.model.head import build_head
 from agiqa.heads.model.losses import LOSSES, get_loss
@@ -49,7 +49,7 @@ def test_labels_that_name_nothing_or_one_twice_are_refused(make_store, tmp_path:
     calls = [
         lambda: TrainConfig(label=label),
         lambda: load_settings(file),
-        lambda: FeatureSet.from_store(with_correspondence(make_store(4)), range(4), label=label),
+        lambda: read_labels(with_correspondence(make_store(4)), np.arange(4), label=label),
     ]
     for call in calls:
         with pytest.raises(ConfigError) as caught:
@@ -87,17 +87,17 @@ def test_a_label_that_is_the_same_everywhere_is_refused_by_its_name(make_store, 
         train_head(store, tmp_path / "run", head=NONE, train=QUICK)
 
 
-def test_features_read_with_another_label_are_refused(make_store):
+def test_items_with_other_labels_than_the_settings_are_refused(make_store):
     store = with_correspondence(make_store(10))
-    features = FeatureSet.from_store(store, range(10), label="quality")
-    with pytest.raises(DataError, match=r"'quality\+correspondence' needs features that were read with it"):
+    features = FeatureSet.from_store(store, range(10))
+    with pytest.raises(DataError, match=r"'quality\+correspondence' needs 2 per item, and has 1"):
         fit_head(
             features,
             FeatureSpec.of(store),
             NONE,
             QUICK,
-            train=np.arange(10),
-            validation=np.arange(0),
+            train=LabelledItems.at(features, np.arange(10), "quality"),
+            validation=LabelledItems.at(features, np.arange(0), "quality"),
             epochs=1,
             stage="train",
             progress=LineProgress(lambda _: None),
@@ -127,7 +127,13 @@ def test_one_label_trains_to_the_bit_as_a_plain_loop_over_vectors(make_store):
     truth = torch.from_numpy(store.items.labels["quality"])
     mean, std = truth.mean().float(), truth.std(correction=0).float()
     learner = Learner(
-        head, features, everything, config, validation=everything[:0], stage="", progress=LineProgress(print)
+        head,
+        features,
+        LabelledItems.at(features, everything, "quality"),
+        config,
+        validation=LabelledItems.at(features, everything[:0], "quality"),
+        stage="",
+        progress=LineProgress(print),
     )
     steps = learner.configure_optimizers()
     optimizer, schedule = steps["optimizer"], steps["lr_scheduler"]["scheduler"]
@@ -151,16 +157,17 @@ def test_one_label_trains_to_the_bit_as_a_plain_loop_over_vectors(make_store):
 @pytest.mark.parametrize("name", [*LOSSES.names(), "mse+0.5*plcc"])
 def test_loss_and_gradients_are_the_mean_of_those_of_explicit_columns(make_store, name):
     store = with_correspondence(make_store(12))
-    features = FeatureSet.from_store(store, range(12), label=BOTH)
+    features = FeatureSet.from_store(store, range(12))
+    labels = LabelledItems.at(features, np.arange(12), BOTH).labels
     torch.manual_seed(0)
     head = build_head(GRU, FeatureSpec.of(store), labels=2).double()
-    head.regressor.standardise(features.targets)
+    head.regressor.standardise(labels)
     truth = np.stack([store.items.labels[label] for label in LABELS])
     batch, loss = collate(features, np.arange(12)), get_loss(name)
     inputs = (batch.features.double(), batch.mask, batch.roles)
     parameters = list(head.parameters())
     scaled = head.regressor.scaled
-    found = loss.over_labels(scaled(head(*inputs)), scaled(features.targets))
+    found = loss.over_labels(scaled(head(*inputs)), scaled(labels))
     predicted = head(*inputs)
     parts = [
         loss((predicted[:, k] - truth[k].mean()) / truth[k].std(), torch.from_numpy(each - each.mean()) / each.std())
@@ -180,7 +187,8 @@ def test_training_takes_the_mean_over_the_labels(make_store):
     features, fit = fit_everything(store, config, NONE)
     torch.manual_seed(config.seed)
     head = build_head(NONE, FeatureSpec.of(store), labels=2)
-    head.standardise(features.statistics(np.arange(30)), features.targets)
+    labels = LabelledItems.at(features, np.arange(30), BOTH).labels
+    head.standardise(features.statistics(np.arange(30)), labels)
     batch = collate(features, np.arange(30))
-    errors = (head(*batch.inputs).detach().numpy() - features.targets.numpy()) / features.targets.numpy().std(axis=0)
+    errors = (head(*batch.inputs).detach().numpy() - labels.numpy()) / labels.numpy().std(axis=0)
     assert fit.curves[0].train_loss == pytest.approx(np.abs(errors).mean(axis=0).mean(), rel=1e-5)

@@ -15,10 +15,11 @@ import torch
 
 from agiqa.errors import ConfigError, DataError, HeadError
 from agiqa.heads import HeadConfig, HeadJob, TrainConfig, load_run, train_head, train_heads
+from agiqa.heads.data import keeping
+from agiqa.heads.data.batches import LabelledItems, SourceAddress
+from agiqa.heads.data.keeping import PackedFeatures, share_features
 from agiqa.heads.data.splits import make_partition
-from agiqa.heads.data.worker_batches import SourceAddress
 from agiqa.heads.sweeps.sweeping import default_workers
-from agiqa.heads.training.sharing import PackedFeatures, share_features
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as write_store
 
@@ -99,8 +100,8 @@ class Counted:
 
 @pytest.mark.parametrize(
     ("workers", "changes"),
-    [(1, {}), (1, {"keep": "memmap"}), (1, {"keep": "stream", "memory": 60_000}), (2, {})],
-    ids=["1 worker", "1 worker, mapped", "1 worker, streamed", "2 workers"],
+    [(1, {}), (1, {"keep": "memmap"}), (1, {"keep": "stream", "memory": 60_000}), (2, {}), (2, {"keep": "memmap"})],
+    ids=["1 worker", "1 worker, mapped", "1 worker, streamed", "2 workers", "2 workers, mapped"],
 )
 def test_a_sweep_gives_the_numbers_of_single_trainings(stored, alone, tmp_path: Path, workers, changes):
     outcomes = list(train_heads(stored, jobs_in(tmp_path, **changes), workers=workers))
@@ -226,7 +227,7 @@ def test_what_cannot_be_swept_is_refused_at_once(stored, tmp_path: Path):
         train_heads(stored, [job(tmp_path / "a"), job(tmp_path / "a", seed=1)])
     with pytest.raises(ConfigError, match=r"`keep` must be the same: .*'auto', .*'ram'"):
         train_heads(stored, [job(tmp_path / "a"), job(tmp_path / "b", keep="ram")])
-    with pytest.raises(ConfigError, match="1 worker or more, and 0"):
+    with pytest.raises(ConfigError, match="1 worker or more, and `workers` is 0"):
         train_heads(stored, [job(tmp_path / "a")], workers=0)
     assert list(tmp_path.iterdir()) == []
 
@@ -239,27 +240,65 @@ def test_as_many_workers_as_the_threads_of_a_head_leave_room_for(tmp_path: Path)
     assert default_workers([job(tmp_path / "a", threads=cores), *jobs]) == 1
 
 
-def test_shared_features_hold_no_targets_of_others_and_no_rows_twice(stored):
+def test_shared_features_hold_no_row_twice_and_each_training_has_its_own_labels(stored, monkeypatch):
     config = QUICK.model_copy(update={"label": "rare", "validation": 0.0})
     rare = replace(make_partition(stored, config), train=np.arange(1, 30), test=np.arange(30, 40))
     other = replace(rare, train=np.arange(20, 60), test=np.arange(5))
-    for workers in (1, 2):
-        shared = share_features(stored, [rare, other], config, device=CPU, workers=workers)
-        fed, places = shared.feeding(rare, "rare", "mean")
-        assert fed.features.rows.data_ptr() == shared.features.rows.data_ptr()
-        assert np.isnan(fed.features.targets[30:].numpy()).all()
-        assert fed.features.items[places["test"]].tolist() == list(range(30, 40))
+    for processes, copied, keep in ((1, 0, "ram"), (2, 1 << 20, "ram"), (2, 0, "memmap")):
+        monkeypatch.setattr(keeping, "_COPIED_BYTES", copied)
+        shared = share_features(stored, [rare, other], config, device=CPU, processes=processes).kept
+        features = shared.features
+        learned = LabelledItems.at(features, features.positions_of(rare.train), "rare")
+        assert learned.labels.numpy().tolist() == stored.items.labels["rare"][1:30, None].tolist()
+        assert features.subset(learned.positions).rows.data_ptr() == features.rows.data_ptr()
+        assert features.items[features.positions_of(rare.test)].tolist() == list(range(30, 40))
         with pytest.raises(DataError, match="has no rare MOS"):
-            shared.feeding(other, "rare", "mean")
-        assert PackedFeatures.of(shared).rows is None
+            LabelledItems.at(features, features.positions_of(other.train), "rare")
+        assert (shared.keep, shared.copy is not None) == (keep, keep == "memmap")
 
 
-def test_a_mapped_copy_travels_by_its_path(stored):
-    config = QUICK.model_copy(update={"keep": "memmap"})
-    shared = share_features(stored, [make_partition(stored, config)], config, device=CPU, workers=2)
+@pytest.mark.parametrize("keep", ["auto", "ram", "device", "memmap"])
+@pytest.mark.parametrize("copied", [0, 1 << 20])
+def test_small_rows_are_copied_to_other_processes_and_larger_ones_mapped(stored, monkeypatch, keep, copied):
+    monkeypatch.setattr(keeping, "_COPIED_BYTES", copied)
+    config = QUICK.model_copy(update={"keep": keep})
+    shared = share_features(stored, [make_partition(stored, config)], config, device=CPU, processes=2)
+    mapped = not copied or keep == "memmap"
+    assert shared.kept.keep == ("memmap" if mapped else "ram")
+    assert (PackedFeatures.of(shared).rows is None) == mapped
     packed = pickle.dumps(PackedFeatures.of(shared))
-    assert len(packed) < 5000
-    assert torch.equal(pickle.loads(packed).open(stored).features.rows, shared.features.rows)
+    assert len(packed) < (5000 if mapped else 5000 + 2 * shared.kept.features.row_bytes)
+    opened = pickle.loads(packed).open(stored).kept
+    for name in ("rows", "roles", "offsets"):
+        assert torch.equal(getattr(opened.features, name), getattr(shared.kept.features, name))
+    assert np.array_equal(opened.features.starts, shared.kept.features.starts)
+    assert opened.record() == shared.kept.record()
+
+
+def test_copies_for_all_processes_count_against_the_memory(stored):
+    partition, row = make_partition(stored, QUICK), stored.width * 2
+    learned = np.concatenate([partition.train, partition.validation])
+    everything, without_test = (int(stored.n_tokens[items].sum()) * row for items in (np.arange(60), learned))
+    for memory, expected in (
+        (3 * everything, ("ram", everything)),
+        (3 * everything - 1, ("ram", without_test)),
+        (3 * without_test - 1, ("memmap", everything)),
+    ):
+        config = QUICK.model_copy(update={"memory": memory})
+        kept = share_features(stored, [partition], config, device=CPU, processes=2).kept
+        assert (kept.keep, kept.kept_bytes) == expected
+
+
+def test_workers_read_for_themselves_where_no_copy_can_be_written(stored, alone, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(keeping, "_COPIED_BYTES", 0)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    jobs = [one for one in jobs_in(tmp_path) if one.run.name in ("plain", "other label")]
+    for outcome in train_heads(stored, jobs, workers=2):
+        assert numbers(outcome.load().path) == alone[outcome.job.run.name]
+        assert outcome.load().metrics["features"]["keep"] == "ram"
+    said = capsys.readouterr().err
+    assert "cannot be written" in said
+    assert "Every training reads for itself" in said
 
 
 def test_runs_made_before_the_data_was_recorded_are_taken_by_their_settings(stored, tmp_path: Path):

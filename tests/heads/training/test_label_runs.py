@@ -182,7 +182,7 @@ def test_a_training_broken_off_goes_on_with_all_labels(make_store, tmp_path: Pat
             train_head(store, run, head=GRU, train=other)
         shifted = {**store.items.labels, "correspondence": store.items.labels["correspondence"] + 1.0}
         relabelled = replace(store, items=replace(store.items, labels=shifted))
-        with pytest.raises(HeadError, match="labels of train are not those kept"):
+        with pytest.raises(HeadError, match="labels of train are not those that it was trained with"):
             train_head(relabelled, run, head=GRU, train=config)
         assert numbers(train_head(store, run, head=GRU, train=config).path) == expected
 

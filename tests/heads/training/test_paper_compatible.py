@@ -12,8 +12,8 @@ from scipy import stats
 
 from agiqa.heads import HeadConfig, HeadJob, TrainConfig, evaluate, train_head, train_heads
 from agiqa.heads.data.features import FeatureSet
+from agiqa.heads.data.keeping import KeptFeatures, SharedFeatures
 from agiqa.heads.data.splits import make_partition
-from agiqa.heads.training.sharing import SharedFeatures
 from tests.heads.label_stores import BOTH, LABELS, with_correspondence
 from tests.heads.training.test_resuming import BreakingProgress, Broken, numbers
 
@@ -165,7 +165,7 @@ def test_a_sweep_follows_the_same_scores_wherever_the_test_rows_are(make_store, 
     assert [one.status for one in train_heads(store, [job], workers=1)] == ["trained"]
     assert numbers(job.run) == expected
     learned = {name: items for name, items in make_partition(store, PAPER).parts().items() if name != "test"}
-    features = FeatureSet.from_store(store, np.sort(np.concatenate(list(learned.values()))), label=None)
-    shared = SharedFeatures(features=features, keep="ram")
+    features = FeatureSet.from_store(store, np.sort(np.concatenate(list(learned.values()))))
+    shared = SharedFeatures(kept=KeptFeatures(features=features, keep="ram"))
     without = train_head(store, tmp_path / "without", head=GRU, train=PAPER, shared=shared)
     assert numbers(without.path) == expected

@@ -180,7 +180,7 @@ def test_averages_are_weighted_means_of_the_weights_after_every_step(make_store,
         store,
         plain,
         GRU,
-        trace=lambda now: steps.append({k: v.double().clone() for k, v in now.state_dict().items()}) or {},
+        test_scorer=lambda now: steps.append({k: v.double().clone() for k, v in now.state_dict().items()}) or {},
     )
     averages: list[dict[str, torch.Tensor]] = []
     averaged = plain.model_copy(update={"ema": ema})
@@ -188,7 +188,7 @@ def test_averages_are_weighted_means_of_the_weights_after_every_step(make_store,
         store,
         averaged,
         GRU,
-        trace=lambda now: averages.append({k: v.clone() for k, v in now.state_dict().items()}) or {},
+        test_scorer=lambda now: averages.append({k: v.clone() for k, v in now.state_dict().items()}) or {},
     )
     for number in (1, 2, 7, 20):
         weights = decay ** np.arange(number)[::-1]

@@ -9,7 +9,7 @@ import torch
 
 from agiqa.errors import ConfigError, DataError, HeadError, SchemaError
 from agiqa.heads.data.features import FeatureSet, FeatureSource, location_of
-from agiqa.heads.data.holding_out import split_items
+from agiqa.heads.data.splits import split_items
 from agiqa.store import basis_from, sketch_store
 from agiqa.store.reading.union import union
 from tests.store.conftest import Content, make_content, make_store
@@ -92,7 +92,7 @@ def test_it_is_a_source_to_train_from(stores, content, second):
     both = union(stores)
     assert isinstance(both, FeatureSource)
     np.testing.assert_array_equal(both.lm_head(), content.lm_head)
-    features = FeatureSet.from_store(both, [45, 0, 41, 3], label=None)
+    features = FeatureSet.from_store(both, [45, 0, 41, 3])
     expected = [*content.hidden, *second.hidden]
     bits = features.rows.view(torch.uint16).numpy()
     np.testing.assert_array_equal(bits, np.concatenate([expected[item] for item in (45, 0, 41, 3)]))

@@ -1,8 +1,8 @@
-"""When two prompts count as the same: the one rule that splits, leak counts, intervals and baselines share.
+"""Groups of prompts that count as the same: one rule for splits, leak counts, intervals and baselines.
 
 A model reads "a cat." and "A  cat" as nearly the same question, so a split that puts one of them in training and the
-other in the test part is no test on new prompts. Only what says nothing of the picture is left out of the comparison:
-letters, digits, emoji and signs such as `+` or `$` stay.
+other in the test part does not test on new prompts. The comparison ignores only what does not describe the picture;
+letters, digits, emoji and signs such as `+` or `$` count.
 """
 
 import re
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 _APOSTROPHES = "'`\u00b4\u2018\u2019\u201b\u2032\uff07\u02bc\u02b9\u02bb"
 _IN_A_WORD = re.compile(rf"(?<=[^\W\d_])[{_APOSTROPHES}](?=[^\W_])|(?<=\d)[{_APOSTROPHES}](?=[^\W\d_])")
-"""Not between two digits, as in 6'2, which is another number than 62."""
+"""Apostrophes within words, but not between digits: 6'2 is not 62."""
 _PUNCTUATION_BY_USE = frozenset(f"{_APOSTROPHES}^~|<>\u00a8\u00af\u00b8\u02cb\u2212\u2044")
 """Characters that stand for quotes, dashes, brackets and separators, and that Unicode calls symbols or letters."""
 _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
@@ -24,11 +24,11 @@ _INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe0
 
 
 def normalise_prompt(prompt: str) -> str:
-    """The prompt without differences of case, punctuation, white space, and of how Unicode writes the same text.
+    """The prompt without differences of case, punctuation, white space, and Unicode spelling of the same text.
 
     Compatible characters are one (NFKC), as are upper and lower case. Characters without a shape are dropped.
-    Punctuation counts as white space, an apostrophe within a word as nothing. White space is one space, and none
-    beside a wide character such as a Chinese one or an emoji. A prompt of nothing but punctuation keeps it.
+    Punctuation becomes white space; an apostrophe within a word is dropped. White space becomes one space, and is
+    dropped beside a wide character such as a Chinese one or an emoji. A prompt of punctuation alone keeps it.
     Normalising twice changes nothing.
     """
     seen = unicodedata.normalize("NFC", prompt.translate(_SEEN))
@@ -44,35 +44,35 @@ def prompt_groups(prompts: Sequence[str]) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shared:
-    """How many prompts of some items are among those that are known."""
+class PromptOverlap:
+    """How many prompts of some items are also prompts of a training."""
 
     same: int
-    """Equal to a known one after `normalise_prompt`."""
+    """Equal to one of the training after `normalise_prompt`."""
     verbatim: int
-    """Those of `same` that are equal to a known one letter by letter."""
+    """Those of `same` that are equal letter by letter."""
 
-    def told(self) -> str:
-        """For a sentence on `same`: how many of them are only nearly equal; empty where none is."""
+    def note(self) -> str:
+        """An addition to a sentence about `same`: how many are only nearly equal; empty where none is."""
         return f" ({self.verbatim} verbatim, {self.same - self.verbatim} nearly)" if self.verbatim < self.same else ""
 
 
 class KnownPrompts:
-    """The prompts of a training, to look others up in."""
+    """The prompts of a training, in which others can be looked up."""
 
     def __init__(self, prompts: Iterable[str]) -> None:
         """Remember `prompts`."""
         self._verbatim = frozenset(prompts)
         self._normal = frozenset(normalise_prompt(prompt) for prompt in self._verbatim)
 
-    def count(self, prompts: Iterable[str]) -> Shared:
-        """How many of `prompts`, counted once for each time that they are given, are known."""
+    def count(self, prompts: Iterable[str]) -> PromptOverlap:
+        """How many of `prompts` are known; one that is given twice counts twice."""
         same = [prompt for prompt in prompts if normalise_prompt(prompt) in self._normal]
-        return Shared(same=len(same), verbatim=sum(prompt in self._verbatim for prompt in same))
+        return PromptOverlap(same=len(same), verbatim=sum(prompt in self._verbatim for prompt in same))
 
 
 def _folded(text: str) -> str:
-    """The text composed, compatible and without case: equal for texts that Unicode calls caseless equal."""
+    """The text composed, compatible and without case: equal for what Unicode calls a compatibility caseless match."""
     decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     return unicodedata.normalize("NFKC", decomposed)
 
@@ -83,7 +83,7 @@ def _without_punctuation(text: str) -> str:
 
 
 def _spaced(text: str) -> str:
-    """The words of the text, a space between two of them that both are of narrow characters."""
+    """The words of the text, with a space where the characters on both sides are narrow."""
     words = text.split()
     spaces = ["" if _is_wide(one[-1]) or _is_wide(other[0]) else " " for one, other in pairwise(words)]
     return "".join(word + space for word, space in zip(words, [*spaces, ""], strict=True)) if words else ""
@@ -106,15 +106,15 @@ def _space(character: str) -> str:
 
 
 class _Replacements(dict[int, str]):
-    """A table for `str.translate`, filled as characters occur."""
+    """A table for `str.translate` that computes each entry at its first use."""
 
     def __init__(self, replace: Callable[[str], str]) -> None:
-        """Of what `replace` makes of each character."""
+        """`replace` gives the replacement of a character."""
         super().__init__()
         self._replace = replace
 
     def __missing__(self, code: int) -> str:
-        """What stands for the character of this code point."""
+        """The replacement of the character with this code point."""
         self[code] = self._replace(chr(code))
         return self[code]
 

@@ -18,11 +18,10 @@ import torch
 from agiqa.errors import ConfigError, DamagedStore, DataError
 from agiqa.heads import HeadConfig, TrainConfig, train_head
 from agiqa.heads.data import decoded, features
-from agiqa.heads.data.batches import BatchLoader
+from agiqa.heads.data.batches import BatchLoader, LabelledItems
 from agiqa.heads.data.decoded import mapped_features
 from agiqa.heads.data.features import FeatureSet
-from agiqa.heads.data.feeding import feed
-from agiqa.heads.data.memory import available_memory, cgroup_rooms
+from agiqa.heads.data.keeping import available_memory, cgroup_rooms, keep_features
 from agiqa.store import open_store
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as write_store
@@ -79,7 +78,7 @@ def row_size(source):
 def set_of(source, keep, *, items=None, memory=None, batch_size=4):
     chosen = np.arange(len(source.items.names)) if items is None else items
     config = TrainConfig(keep=keep, memory=memory, batch_size=batch_size)
-    return feed(source, chosen, config, device=CPU)
+    return keep_features(source, chosen, config, device=CPU)
 
 
 def half_of(source):
@@ -108,11 +107,14 @@ def test_training_gives_the_same_numbers_wherever_rows_are_kept(stored, make_sto
 def test_batches_and_statistics_are_those_of_ram(stored, monkeypatch, keep):
     monkeypatch.setattr(features, "_ROWS_PER_CHUNK", 90)
     items = np.random.default_rng(0).permutation(60)[:50]
-    expected = FeatureSet.from_store(stored, items, label="quality")
+    expected = FeatureSet.from_store(stored, items)
     fed = set_of(stored, keep, items=items, memory=half_of(stored))
     positions = np.random.default_rng(1).permutation(50)[:40]
     order = {"batch_size": 4, "order": (3, 2), "smallest": 2}
-    pairs = zip(BatchLoader(fed.features, positions, **order), BatchLoader(expected, positions, **order), strict=True)
+    labelled = [LabelledItems.at(each, positions, "quality") for each in (fed.features, expected)]
+    pairs = zip(
+        BatchLoader(fed.features, labelled[0], **order), BatchLoader(expected, labelled[1], **order), strict=True
+    )
     for found, wanted in pairs:
         for name in vars(wanted):
             assert torch.equal(getattr(found, name), getattr(wanted, name)), name
@@ -330,20 +332,20 @@ def test_a_run_that_is_killed_in_mid_copy_leaves_no_copy_and_no_lock(make_store,
     monkeypatch.setattr(features, "_BYTES_PER_READ", 300)
     source = make_store(40)
     dying = Told(of=source, fail_at=3, failure=lambda: os.kill(os.getpid(), signal.SIGKILL))
-    assert in_processes(lambda: mapped_features(dying, np.arange(40), label=None), 1) == [-signal.SIGKILL]
+    assert in_processes(lambda: mapped_features(dying, np.arange(40)), 1) == [-signal.SIGKILL]
     assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".partial"]
-    found, folder = mapped_features(source, np.arange(40), label=None)
+    found, folder = mapped_features(source, np.arange(40))
     assert sorted(path.name for path in cache.iterdir()) == [folder.name, f"{folder.name}.lock"]
-    assert torch.equal(found.rows, FeatureSet.from_store(source, np.arange(40), label=None).rows)
+    assert torch.equal(found.rows, FeatureSet.from_store(source, np.arange(40)).rows)
 
 
 @pytest.mark.filterwarnings("ignore:.*may lead to deadlocks in the child:DeprecationWarning")
 def test_runs_that_want_the_same_copy_at_once_write_it_once(make_store, cache):
     source = make_store(40)
-    wanted = FeatureSet.from_store(source, np.arange(40), label=None).rows
+    wanted = FeatureSet.from_store(source, np.arange(40)).rows
 
     def work():
-        assert torch.equal(mapped_features(source, np.arange(40), label=None)[0].rows, wanted)
+        assert torch.equal(mapped_features(source, np.arange(40))[0].rows, wanted)
 
     assert in_processes(work, 3) == [0, 0, 0]
     assert sorted(path.suffix for path in cache.iterdir()) == ["", ".lock"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agiqa.bench.transfer.sides import Side, shared
 from agiqa.heads import HeadConfig, TrainConfig, evaluate, train_head
-from agiqa.heads.data.prompts import KnownPrompts, Shared, normalise_prompt, prompt_groups
+from agiqa.heads.data.prompt_groups import KnownPrompts, PromptOverlap, normalise_prompt, prompt_groups
 from agiqa.heads.data.splits import make_partition
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as make_real_store
@@ -78,9 +78,9 @@ def test_how_unicode_writes_a_prompt_does_not_matter(prompt):
 def test_known_prompts_are_counted_as_verbatim_and_as_nearly_the_same():
     known = KnownPrompts(["a cat.", "a dog"])
     found = known.count(["a cat", "a cat.", "A dog!", "a dog", "a bird"])
-    assert found == Shared(same=4, verbatim=2)
-    assert found.told() == " (2 verbatim, 2 nearly)"
-    assert Shared(same=3, verbatim=3).told() == ""
+    assert found == PromptOverlap(same=4, verbatim=2)
+    assert found.note() == " (2 verbatim, 2 nearly)"
+    assert PromptOverlap(same=3, verbatim=3).note() == ""
 
 
 def nearly(store):
@@ -95,7 +95,7 @@ def test_grouped_and_folds_do_not_tear_near_identical_prompts(make_store):
         partition = make_partition(store, TrainConfig(**settings))
         for items in (partition.validation, partition.test):
             assert sorted({int(k) ^ 1 for k in items}) == sorted(items.tolist())
-        assert partition.leak == Shared(same=0, verbatim=0)
+        assert partition.leak == PromptOverlap(same=0, verbatim=0)
 
 
 def test_the_record_of_a_published_split_counts_both_kinds_of_leak(make_store):
