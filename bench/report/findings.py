@@ -93,7 +93,7 @@ def _verdict(row: Row) -> str:
     p = row.p("srcc")
     if p is None:
         return ""
-    return f", which {'differs' if p < CONFIDENT else 'does not differ'} significantly from it"
+    return f", {'' if p < CONFIDENT else 'not '}significantly different"
 
 
 def transfer_findings(results: Results) -> list[str]:
