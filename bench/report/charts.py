@@ -184,20 +184,25 @@ def _epochs(results: Results, run: str) -> list[float]:
     return values if np.isfinite(values).all() else []
 
 
+Point = tuple[str, int, Row]
+"""The title of a head or baseline, a rank, and the row there."""
+
+
 def rank_table(results: Results, label: str, protocol: str) -> Table | None:
     """The scores of each head by rank, and the energy that the rank keeps if a store records its spectrum."""
     ranked, spectra = _by_rank(results, label, protocol), _spectra(results)
     if not ranked:
         return None
     titles = _rank_titles(ranked)
-    points = [(titles[name], rank, row) for name, rows in ranked.items() for rank, row in rows]
-    columns: list[Column[tuple[str, int, Row]]] = [
-        Column("row", "Row", lambda point: Cell(point[0], tag=None if point[2].kind == "head" else "baseline"), "text"),
-        Column("rank", "Rank", lambda point: point[1], "count"),
+    points: list[Point] = [(titles[name], rank, row) for name, rows in ranked.items() for rank, row in rows]
+    energy: list[Column[Point]] = [Column("energy", "Energy kept", lambda one: energy_share(results, one[1]), "paper")]
+    columns: list[Column[Point]] = [
+        Column("row", "Row", lambda one: Cell(one[0], tag="baseline" if one[2].kind == "baseline" else None), "text"),
+        Column("rank", "Rank", lambda one: one[1], "count"),
+        *(energy if spectra else []),
+        score_column("srcc", lambda one: one[2]),
+        score_column("plcc", lambda one: one[2]),
     ]
-    if spectra:
-        columns += [Column("energy", "Energy kept", lambda point: energy_share(results, point[1]), "paper")]
-    columns += [score_column("srcc", lambda point: point[2]), score_column("plcc", lambda point: point[2])]
     note = "Energy kept: the share of the second moment of the logits that the leading directions of the sketch hold."
     title = f"by rank, {label}, {protocol_name(protocol)}"
     return make_table(results, ["rank", label, protocol], title, columns, points, [note] if spectra else [])

@@ -174,8 +174,8 @@ def _our_scores(protocol: str) -> list[Column[Match]]:
     def row_of(match: Match) -> Row | None:
         return match[1].get(protocol)
 
-    names = {"key": f"{{metric}}_{protocol}", "title": f"{{metric}} {protocol}"}
-    return [score_column(metric, row_of, **names) for metric in METRICS]
+    key, title = f"{{metric}}_{protocol}", f"{{metric}} {protocol}"
+    return [score_column(metric, row_of, key=key, title=title) for metric in METRICS]
 
 
 def _best(rows: Sequence[Row]) -> Mapping[str, Row]:

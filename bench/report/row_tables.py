@@ -110,18 +110,22 @@ def _main_table(results: Results, label: str, protocol: str) -> Table:
     rows = results.of(label, protocol)
     references = results.references(label, protocol)
     titles = row_titles(rows)
-    any_bold = False
+    bold = {
+        metric: {id(row) for reference, others in references for row in bold_rows(reference, others, metric)}
+        for metric in METRICS
+    }
 
     def name(row: Row) -> Cell:
         is_reference = any(row is reference for reference, _ in references)
         return Cell(titles[row.row], tag=BASELINE if row.kind == "baseline" else REFERENCE if is_reference else None)
 
-    columns: list[Column[Row]] = [Column("row", "Row", name, "text"), *_store_column(rows, _itself)]
-    for metric in METRICS:
-        bold = {id(row) for reference, others in references for row in bold_rows(reference, others, metric)}
-        any_bold = any_bold or bool(bold)
-        columns += [score_column(metric, _itself, bold=bold), sd_column(metric, _itself)]
-    columns += [
+    columns: list[Column[Row]] = [
+        Column("row", "Row", name, "text"),
+        *_store_column(rows, _itself),
+        score_column("srcc", _itself, bold=bold["srcc"]),
+        sd_column("srcc", _itself),
+        score_column("plcc", _itself, bold=bold["plcc"]),
+        sd_column("plcc", _itself),
         Column("rmse", METRIC_NAMES["rmse"], lambda row: row.value("rmse")),
         Column("validation_slope", "Slope", lambda row: row.validated("slope")),
         *(column for metric in METRICS for column in difference_columns(metric, _itself)),
@@ -129,7 +133,7 @@ def _main_table(results: Results, label: str, protocol: str) -> Table:
         Column("runs", "Runs", lambda row: row.runs if row.kind == "head" else None, "count"),
         Column("seconds", "Seconds a run", lambda row: row.seconds, "seconds"),
     ]
-    notes = [*_notes(results, label, protocol), *([_BOLD_NOTE] if any_bold else [])]
+    notes = [*_notes(results, label, protocol), *([_BOLD_NOTE] if any(bold.values()) else [])]
     title = f"{label}, {protocol_name(protocol)}"
     return make_table(results, [label, protocol], title, columns, rows, notes)
 
@@ -249,9 +253,11 @@ def _optimism_table(results: Results, label: str) -> Table:
     def name(pair: Pair) -> Cell:
         return Cell(titles[pair[0].identity], tag=BASELINE if pair[0].kind == "baseline" else None)
 
-    columns: list[Column[Pair]] = [Column("row", "Row", name, "text")]
-    columns += _store_column([grouped for grouped, _ in pairs], lambda pair: pair[0])
-    columns += [column for metric in METRICS for column in _optimism_columns(metric)]
+    columns: list[Column[Pair]] = [
+        Column("row", "Row", name, "text"),
+        *_store_column([grouped for grouped, _ in pairs], _grouped),
+        *(column for metric in METRICS for column in _optimism_columns(metric)),
+    ]
     leaked = leak(results, "published")
     notes = [
         "The two protocols test on different images, which is one reason why their numbers differ. Δ compares them on "
@@ -263,6 +269,10 @@ def _optimism_table(results: Results, label: str) -> Table:
     return make_table(results, [label, "optimism"], f"{label}, published beside grouped", columns, pairs, notes)
 
 
+def _grouped(pair: Pair) -> Row:
+    return pair[0]
+
+
 def _optimism_columns(metric: str) -> list[Column[Pair]]:
     def gap(pair: Pair) -> Cell:
         same = pair[1].beside_grouped
@@ -270,7 +280,7 @@ def _optimism_columns(metric: str) -> list[Column[Pair]]:
 
     return [
         score_column(metric, lambda pair: pair[1], key="{metric}_published", title="{metric} published"),
-        score_column(metric, lambda pair: pair[0], key="{metric}_grouped", title="{metric} grouped"),
+        score_column(metric, _grouped, key="{metric}_grouped", title="{metric} grouped"),
         Column(f"{metric}_optimism", "Δ on the same images", gap, "difference", interval=True),
     ]
 
@@ -296,9 +306,9 @@ def bias_table(results: Results) -> Table | None:
         Column("row", "Row", lambda one: on_store(titles[one.row.row], one.row.store_name), "text"),
         Column("protocol", "Protocol", lambda one: protocol_name(one.row.protocol), "text"),
         Column("label", "Label", lambda one: one.row.label, "text"),
+        *(column for metric in METRICS for column in _bias_columns(metric)),
+        Column("runs", "Runs", lambda one: len(one.runs), "count"),
     ]
-    columns += [column for metric in METRICS for column in _bias_columns(metric)]
-    columns += [Column("runs", "Runs", lambda one: len(one.runs), "count")]
     title = "best epoch on test beside the honest number"
     return make_table(results, ["bias"], title, columns, found, [_BIAS_NOTE])
 

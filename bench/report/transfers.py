@@ -147,13 +147,18 @@ def shots_table(results: Results, label: str, protocol: str) -> Table | None:
         Column("to", "To", lambda shot: shot[0].target, "text"),
         Column("way", "Start", lambda shot: shot[1], "text"),
         Column("training_items", "Items of To", lambda shot: shot[2], "count"),
+        score_column("srcc", _row_of),
+        sd_column("srcc", _row_of),
+        score_column("plcc", _row_of),
+        sd_column("plcc", _row_of),
+        *(difference_columns("srcc", _row_of, "fresh") if any(row.against is not None for *_, row in found) else []),
     ]
-    for metric in METRICS:
-        columns += [score_column(metric, lambda shot: shot[3]), sd_column(metric, lambda shot: shot[3])]
-    if any(row.against is not None for *_, row in found):
-        columns += difference_columns("srcc", lambda shot: shot[3], "fresh")
     title = f"few-shot, {label}, {protocol_name(protocol)}"
     return make_table(results, ["few-shot", label, protocol], title, columns, found, [_SHOTS_NOTE])
+
+
+def _row_of(shot: Shot) -> Row:
+    return shot[3]
 
 
 def shots_chart(results: Results, one: Direction, label: str, protocol: str) -> Picture | None:
