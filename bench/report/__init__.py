@@ -1,4 +1,4 @@
-"""`agiqa report`: one page that holds everything, tables as markdown and CSV, and pictures.
+"""`agiqa report`: results of ablations and transfers as one page, tables in markdown and CSV, and pictures.
 
-It reads the folders of ablations and transfers only, and computes no metric of its own.
+A report reads result folders only. It computes no metric of its own.
 """

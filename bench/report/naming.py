@@ -1,11 +1,10 @@
-"""What rows, protocols and metrics are called on the page."""
+"""The names of rows, protocols and metrics in a report, and counts in words."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from agiqa.bench.report.reading import Results, Row
+from agiqa.bench.report.reading import Row
 
 METRIC_NAMES = {"srcc": "SRCC", "plcc": "PLCC", "rmse": "RMSE"}
 GENERATORS = "leave-one-generator-out"
@@ -15,62 +14,37 @@ PROTOCOLS = {
     "one group held out": "one group of prompts held out",
     GENERATORS: "leave one generator out",
 }
-PROTOCOL_NOTES = {
-    GENERATORS: "Each image is scored by a head that saw no image of its generator; the images of all generators are "
-    "then ranked together, so that differences between generators count. Intervals draw prompts, not generators: they "
-    "do not say what a further generator would change."
-}
-"""What a reader of its tables must know of a protocol."""
 _BETWEEN = "\N{NO-BREAK SPACE}· "
-_TELLING = ("encoder", "pooling", "projection", "loss")
-"""Settings whose values need no name beside them, though `none` does."""
+_SELF_EXPLANATORY = ("encoder", "pooling", "projection", "loss")
+"""Settings whose values are shown without the setting's name; only `none` needs it."""
 
 
 def protocol_name(protocol: str) -> str:
-    """A protocol in words; one that is not known as it is."""
+    """A protocol in words; an unknown protocol as it is."""
     return PROTOCOLS.get(protocol, protocol)
 
 
 def row_titles(rows: Iterable[Row]) -> dict[str, str]:
-    """A short title for each row by its name: `gru · mean` for `encoder=gru,pooling=mean`.
-
-    Titles that would be the same are the names themselves.
-    """
+    """A short title by row name: `gru · mean` for `encoder=gru,pooling=mean`. Rows of equal titles keep their names."""
     titles = {row.row: _title(row) for row in rows}
     seen = Counter(titles.values())
     return {name: title if seen[title] == 1 else name for name, title in titles.items()}
 
 
-def kin_titles(rows: Iterable[Row]) -> dict[str, str]:
-    """A title for each `Row.kin`: that of its rows, or of a baseline of several names its key, `features`."""
+def identity_titles(rows: Iterable[Row]) -> dict[str, str]:
+    """A title by `Row.identity`: the title of its rows, or the baseline's key where these have several names."""
     kept = list(rows)
     titles, names = row_titles(kept), dict[str, set[str]]()
     for row in kept:
-        names.setdefault(row.kin, set()).add(row.row)
-    return {row.kin: titles[row.row] if len(names[row.kin]) == 1 else _key(row.settings) for row in kept}
-
-
-def _key(settings: Mapping[str, Any]) -> str:
-    """The name of a baseline in its settings, with the others."""
-    others = (f"{name}={value}" for name, value in settings.items() if name != "baseline")
-    return ", ".join((str(settings["baseline"]), *others))
+        names.setdefault(row.identity, set()).add(row.row)
+    return {
+        row.identity: titles[row.row] if len(names[row.identity]) == 1 else _baseline_key(row.settings) for row in kept
+    }
 
 
 def on_store(title: str, store: str) -> str:
-    """`title @ store`; the title alone where the store has no name, or the title tells it."""
-    told = f"store {store}" in title.split(_BETWEEN)
-    return title if told or not store else f"{title} @ {store}"
-
-
-def group_title(results: Results, label: str, protocol: str) -> str:
-    """What a table of rows of one label and protocol is called."""
-    return results.titled(f"{label}, {protocol_name(protocol)}")
-
-
-def slug(*parts: str) -> str:
-    """A name for files and anchors."""
-    words = [re.sub(r"[^a-z0-9]+", "-", part.casefold()).strip("-") for part in parts]
-    return "-".join(word for word in words if word) or "table"
+    """`title @ store`, or the title alone where the store has no name or the title contains it."""
+    return title if not store or f"store {store}" in title.split(_BETWEEN) else f"{title} @ {store}"
 
 
 def plural(count: int, noun: str) -> str:
@@ -78,9 +52,20 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def counts(numbers: Iterable[int], noun: str) -> str:
+    """`1 seed`, `5 seeds`, or `3 to 5 seeds` for several distinct numbers."""
+    found = sorted(set(numbers))
+    return plural(found[0], noun) if len(found) == 1 else f"{found[0]:,} to {plural(found[-1], noun)}"
+
+
 def listed(words: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+
+
+def capitalized(text: str) -> str:
+    """The text with a capital first letter; the rest stays as it is."""
+    return text[:1].upper() + text[1:]
 
 
 def _title(row: Row) -> str:
@@ -90,8 +75,14 @@ def _title(row: Row) -> str:
 
 
 def _setting(name: str, value: Any) -> str:
-    if name in _TELLING and isinstance(value, str):
+    if name in _SELF_EXPLANATORY and isinstance(value, str):
         return f"no {name}" if value == "none" else value
     words = {True: "on", False: "off", None: "none"}
-    told = words[value] if value is None or isinstance(value, bool) else value
-    return f"{name.replace('_', ' ')} {told}"
+    text = words[value] if value is None or isinstance(value, bool) else value
+    return f"{name.replace('_', ' ')} {text}"
+
+
+def _baseline_key(settings: Mapping[str, Any]) -> str:
+    """`features, words=2` for the settings `baseline=features` and `words=2`."""
+    others = (f"{name}={value}" for name, value in settings.items() if name != "baseline")
+    return ", ".join((str(settings["baseline"]), *others))

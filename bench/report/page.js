@@ -1,6 +1,6 @@
 "use strict";
-// Tables sort by a click or the keyboard: headers become buttons, and aria-sort says the order.
-// A third press brings back the order that the table came in.
+// A click or a key press on a header sorts its table: headers become buttons, and aria-sort holds the order.
+// A third press restores the first order.
 for (const table of document.querySelectorAll("table[data-sortable]")) {
   const body = table.tBodies[0];
   const original = [...body.rows];
@@ -24,7 +24,7 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
   });
 }
 
-// Cells without a value stay last in both directions.
+// Cells without a value stay last in both orders.
 function sorted(rows, column, sign) {
   const key = (row) => {
     const cell = row.cells[column];
@@ -42,7 +42,7 @@ function sorted(rows, column, sign) {
     .map(([, row]) => row);
 }
 
-// The entry of the contents whose section is being read.
+// Marks the entry of the contents whose section is on the screen.
 const links = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));
 const watcher = new IntersectionObserver(
   (entries) => {

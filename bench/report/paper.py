@@ -1,25 +1,32 @@
-"""The paper's numbers (paper.yaml) beside ours, where a row of ours means the same thing."""
+"""The paper's numbers (paper.yaml) beside ours: tables of matching rows, and the radar of its Fig. 1."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import yaml
+from matplotlib.figure import Figure
+from matplotlib.projections.polar import PolarAxes
 from pydantic import BaseModel, ConfigDict, Field
 
-from agiqa.bench.report.naming import METRIC_NAMES, on_store, row_titles, slug
+from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_name, row_titles
+from agiqa.bench.report.pictures import GRID, MUTED, SMALL, Floats, Picture, draw, draw_line, safe, styled
 from agiqa.bench.report.reading import METRICS, AboutStore, Results, Row
-from agiqa.bench.report.row_tables import score_cell
-from agiqa.bench.report.tables import Cell, Column, Table
+from agiqa.bench.report.tables import Column, Table, make_table, score_column
 
 NUMBERS = Path(__file__).with_name("paper.yaml")
 PROTOCOLS = ("published", "grouped")
+_FEWEST_AXES = 3
+_RADAR_HEADS = 4
+Spokes = list[tuple[str, str]]
+"""Label and metric of each axis of a radar."""
 
 
 class _Fact(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
 
 class PaperRow(_Fact):
@@ -49,9 +56,7 @@ class PaperWords(_Fact):
 
 
 class PaperTransfer(_Fact):
-    """A row of Table VI: SRCC and PLCC of the head as it is, and of the predictor retrained."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    """A row of Table VI: SRCC and PLCC of the unchanged head, and of the retrained predictor."""
 
     table: str
     label: str
@@ -62,7 +67,7 @@ class PaperTransfer(_Fact):
 
 
 class Paper(_Fact):
-    """The numbers, and the names that data sets, labels and models go by elsewhere."""
+    """The paper's numbers, and other names of its data sets, labels and models."""
 
     data_sets: dict[str, list[str]]
     labels: dict[str, list[str]]
@@ -73,28 +78,47 @@ class Paper(_Fact):
     transfers: list[PaperTransfer]
 
     def data_set(self, name: str) -> str | None:
-        """The paper's name of the data set that `name` names or begins with, as `AGIQA-3k_r128` does; or None."""
+        """The paper's name of a data set, or None. `name` may continue after it, as `AGIQA-3k_r128` does."""
         begins = _letters(name)
         found = (known for known, others in self.data_sets.items() if begins.startswith((_letters(known), *others)))
         return next(found, None)
 
     def label(self, name: str) -> str | None:
         """The paper's name of an aspect, or None."""
-        return _known(name, self.labels)
+        wanted = _letters(name)
+        return next((known for known, others in self.labels.items() if wanted in (_letters(known), *others)), None)
 
     def is_its_model(self, store: AboutStore) -> bool:
         """Whether the features are of the model that the paper used."""
-        return any(name in _letters(store.model_name) for name in self.models)
+        return any(name in _letters(store.model) for name in self.models)
 
 
 @cache
 def paper() -> Paper:
-    """What paper.yaml says."""
+    """The content of paper.yaml."""
     return Paper.model_validate(yaml.safe_load(NUMBERS.read_text(encoding="utf-8")))
 
 
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.casefold())
+
+
+def comparable(stores: Sequence[AboutStore]) -> str:
+    """A sentence that says whether numbers on these stores are comparable with the paper's."""
+    others = sorted({store.model or "an unknown model" for store in stores if not paper().is_its_model(store)})
+    if not others:
+        return (
+            "The features are of the model that the paper used. Its splits, its seeds and its choice of the epoch "
+            "differ from ours."
+        )
+    return (
+        f"Not comparable: our features are of {' and '.join(others)}. Those of the paper are of MiniCPM-Llama3-V-2.5, "
+        "which was fine-tuned on the data set and saw the images. The paper's numbers are for orientation only."
+    )
+
+
 def paper_tables(results: Results) -> list[Table]:
-    """A table for each data set and label that the paper has, where a row of ours means the same as one of its."""
+    """A table for each data set and label of the paper that has a row which matches one of ours."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
         data, label = paper().data_set(results.store(row.store_name).hint), paper().label(row.label)
@@ -104,112 +128,143 @@ def paper_tables(results: Results) -> list[Table]:
     return [table for table in tables if table is not None]
 
 
-def paper_scores(data: str | None, label: str | None) -> PaperRow | None:
-    """The paper's own head on a data set and label (Table II)."""
-    return next((one for one in paper().rows if (one.table, one.data, one.label) == ("II", data, label)), None)
-
-
-def comparable(stores: Sequence[AboutStore]) -> str:
-    """Whether numbers on these stores may be held against the paper's, in words."""
-    others = sorted(
-        {store.model_name or "a model that is not recorded" for store in stores if not paper().is_its_model(store)}
-    )
-    if not others:
-        return (
-            "The features are of the model that the paper used; its splits, seeds and choice of the epoch still "
-            "differ from ours."
-        )
-    return (
-        f"Not comparable: our features are of {' and '.join(others)}, the paper's of MiniCPM-Llama3-V-2.5 "
-        "fine-tuned on the "
-        "data set, which saw the images. The paper's numbers stand here for orientation only."
-    )
+Match = tuple[PaperRow, Mapping[str, Row]]
+"""A row of the paper and our row under each protocol."""
 
 
 def _table(results: Results, data: str, label: str, rows: Sequence[Row]) -> Table | None:
-    facts = [one for one in paper().rows if (one.data, one.label) == (data, label)]
-    matches = {k: [row for row in rows if _means_the_same(results, row, fact)] for k, fact in enumerate(facts)}
-    if not any(matches.values()):
+    matched: list[Match] = []
+    unmatched: list[str] = []
+    for fact in (one for one in paper().rows if (one.data, one.label) == (data, label)):
+        ours = _best([row for row in rows if _matches(results, row, fact)])
+        matched += [(fact, ours)] if ours else []
+        unmatched += [] if ours else [f"{fact.name} ({fact.table})"]
+    if not matched:
         return None
     titles = row_titles(rows)
-    protocols = [protocol for protocol in PROTOCOLS if any(row.protocol == protocol for row in rows)]
-    columns = [
-        Column(key="paper_row", title="In the paper", kind="text"),
-        Column(key="table", title="Table", kind="text"),
+
+    def title_of_ours(match: Match) -> str:
+        row = next(iter(match[1].values()))
+        return on_store(titles[row.row], row.store_name)
+
+    columns: list[Column[Match]] = [
+        Column("paper_row", "In the paper", lambda match: match[0].name, "text"),
+        Column("table", "Table", lambda match: match[0].table, "text"),
+        Column("paper_srcc", "Paper SRCC", lambda match: match[0].srcc, "paper"),
+        Column("paper_plcc", "Paper PLCC", lambda match: match[0].plcc, "paper"),
+        Column("row", "Here", title_of_ours, "text"),
     ]
-    columns += [
-        Column(key=f"paper_{metric}", title=f"Paper {METRIC_NAMES[metric]}", kind="paper") for metric in METRICS
-    ]
-    columns += [Column(key="row", title="Here", kind="text")]
-    for protocol in protocols:
-        for metric in METRICS:
-            columns += [Column(key=f"{metric}_{protocol}", title=f"{METRIC_NAMES[metric]} {protocol}", interval=True)]
-    body = [_line(fact, matches[k], protocols, titles) for k, fact in enumerate(facts) if matches[k]]
-    others = [f"{fact.name} ({fact.table})" for k, fact in enumerate(facts) if not matches[k]]
-    stores = [results.store(row.store_name) for row in rows]
+    for protocol in PROTOCOLS:
+        if any(row.protocol == protocol for row in rows):
+            columns += _our_scores(protocol)
     notes = [
-        comparable(stores),
-        "Rows are matched by encoder, pooling and what the projection reads, not by depth, direction or "
-        "training. The published "
-        "code pools the first and last token in its bidirectional LSTM (4 layers) and GRU (2), which the paper "
-        "does not say.",
-        "The paper picks the epoch by its test score, on splits whose prompts all occur in training, and gives "
+        comparable([results.store(row.store_name) for row in rows]),
+        "Rows match by encoder, pooling and input of the projection, not by depth, direction or training. The "
+        "published code pools the first and last token of its bidirectional LSTM (4 layers) and GRU (2 layers), which "
+        "the paper does not mention.",
+        "The paper chooses the epoch by the test score, on splits whose test prompts all occur in training, and gives "
         "one seed.",
-        *([f"Without a counterpart here: {', '.join(others)}."] if others else []),
+        *([f"Without a counterpart here: {', '.join(unmatched)}."] if unmatched else []),
     ]
-    title = results.titled(f"the paper's numbers, {data}, {label}")
-    return Table(
-        name=slug(results.prefix, "paper", data, label),
-        title=title,
-        columns=columns,
-        rows=body,
-        notes=notes,
-    )
+    title = f"the paper's numbers, {data}, {label}"
+    return make_table(results, ["paper", data, label], title, columns, matched, notes)
 
 
-def _line(fact: PaperRow, matches: Sequence[Row], protocols: Sequence[str], titles: dict[str, str]) -> list[Cell]:
-    """A row of the paper, and the row of ours with the best validation SRCC among those that mean the same."""
-    best = max(matches, key=Row.chosen_by)
-    same = [row for row in matches if (row.row, row.store_name) == (best.row, best.store_name)]
-    by_protocol = {row.protocol: row for row in same}
-    ours = [
-        score_cell(by_protocol[protocol], metric) if protocol in by_protocol else Cell(value=None)
-        for protocol in protocols
-        for metric in METRICS
-    ]
-    return [
-        Cell(value=fact.name),
-        Cell(value=fact.table),
-        Cell(value=fact.srcc),
-        Cell(value=fact.plcc),
-        Cell(value=on_store(titles[best.row], best.store_name)),
-        *ours,
-    ]
+def _our_scores(protocol: str) -> list[Column[Match]]:
+    def row_of(match: Match) -> Row | None:
+        return match[1].get(protocol)
+
+    key, title = f"{{metric}}_{protocol}", f"{{metric}} {protocol}"
+    return [score_column(metric, row_of, key=key, title=title) for metric in METRICS]
 
 
-def _means_the_same(results: Results, row: Row, fact: PaperRow) -> bool:
+def _best(rows: Sequence[Row]) -> Mapping[str, Row]:
+    """By protocol, the head with the best validation SRCC; empty without rows."""
+    best = max(rows, key=lambda row: row.rank_by, default=None)
+    same = [row for row in rows if best and (row.row, row.store_name) == (best.row, best.store_name)]
+    return {row.protocol: row for row in same}
+
+
+def _matches(results: Results, row: Row, fact: PaperRow) -> bool:
+    """Whether a row of ours has the settings of a row of the paper."""
     if fact.settings is None:
         return False
     if fact.variant is not None and results.store(row.store_name).variant not in fact.variant:
         return False
-    settings = settings_of(results, row)
-    projection = fact.settings.get("projection")
-    reads = settings.get("projection", "vocabulary")
-    if reads != projection if projection else reads not in paper().reads_logits:
+    line = next(iter(results.runs_of(row)), None)
+    settings: dict[str, Any] = {**(line.config if line else {}), **row.settings}
+    projection, wanted = settings.get("projection", "vocabulary"), fact.settings.get("projection")
+    if projection != wanted if wanted else projection not in paper().reads_logits:
         return False
     return all(settings.get(name) == value for name, value in fact.settings.items())
 
 
-def settings_of(results: Results, row: Row) -> dict[str, Any]:
-    """All settings of the runs of a row, as far as they are recorded."""
-    line = next(iter(results.runs_of(row)), None)
-    return {**(line.config if line else {}), **row.settings}
+def radar_chart(results: Results, protocol: str, store: str) -> Picture | None:
+    """The SRCC and PLCC of every aspect under one protocol on one store; None for fewer than three axes."""
+    rows = [row for row in results.rows if (row.protocol, row.store_name, row.kind) == (protocol, store, "head")]
+    spokes: Spokes = [(label, metric) for metric in METRICS for label in dict.fromkeys(row.label for row in rows)]
+    heads = _complete(rows, spokes)
+    if len(spokes) < _FEWEST_AXES or not heads:
+        return None
+    about, titles = results.store(store), row_titles(rows)
+    papers = [value for spoke in spokes if (value := _paper_score(about, *spoke)) is not None]
+    papers = papers if len(papers) == len(spokes) else []
+
+    def paint(figure: Figure) -> None:
+        axes = cast("PolarAxes", figure.add_subplot(projection="polar"))
+        angles = np.linspace(0.0, 2.0 * np.pi, len(spokes), endpoint=False)
+        lines = [(titles[name], values, style) for name, values, style in styled(heads)]
+        lines += [("the paper", papers, {"color": MUTED, "linestyle": (0, (3, 2))})] if papers else []
+        for name, values, style in lines:
+            points = [(angle, value, None) for angle, value in zip([*angles, 0.0], [*values, values[0]], strict=True)]
+            draw_line(axes, points, name, markersize=4, linewidth=1.5, **style)
+        _draw_spokes(axes, angles, spokes, [values for _, values, _ in lines])
+        figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL)
+
+    name, values = next(iter(heads.items()))
+    scores = ", ".join(
+        f"{label} {METRIC_NAMES[metric]} {value:.3f}" for (label, metric), value in zip(spokes, values, strict=True)
+    )
+    beside = f" {comparable([about])}" if papers else ""
+    return draw(
+        results.anchor("radar", protocol, store),
+        results.heading(f"aspects, {protocol_name(protocol)}"),
+        alt=f"Radar over {len(spokes)} axes of {plural(len(heads), 'head')}. {titles[name]}: {scores}.",
+        caption=f"Test SRCC and PLCC of the {plural(len(heads), 'head')} with the best mean validation SRCC.{beside}",
+        height=4.3,
+        paint=paint,
+    )
 
 
-def _known(name: str, names: dict[str, list[str]]) -> str | None:
-    wanted = _letters(name)
-    return next((known for known, others in names.items() if wanted in (_letters(known), *others)), None)
+def _paper_score(about: AboutStore, label: str, metric: str) -> float | None:
+    """The score of the paper's own head (Table II) on the data set of a store."""
+    wanted = ("II", paper().data_set(about.hint), paper().label(label))
+    found = (getattr(one, metric) for one in paper().rows if (one.table, one.data, one.label) == wanted)
+    return next(found, None)
 
 
-def _letters(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.casefold())
+def _complete(rows: Sequence[Row], spokes: Spokes) -> dict[str, list[float]]:
+    """The values of the heads that have one on every axis, the best mean validation SRCC first."""
+    by_name: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_name.setdefault(row.row, {})[row.label] = row
+    found: dict[str, list[float]] = {}
+    for name in sorted(by_name, key=lambda name: -float(np.mean([row.rank_by for row in by_name[name].values()]))):
+        values = [by_name[name][label].value(metric) for label, metric in spokes if label in by_name[name]]
+        known = [value for value in values if value is not None]
+        if len(known) == len(spokes) and len(found) < _RADAR_HEADS:
+            found[name] = known
+    return found
+
+
+def _draw_spokes(axes: PolarAxes, angles: Floats, spokes: Spokes, lines: Sequence[Sequence[float]]) -> None:
+    low = min(value for line in lines for value in line)
+    axes.set_ylim(max(0.0, np.floor(low * 10 - 1) / 10) if low > 0 else low - 0.1, 1.0)
+    axes.set_theta_offset(np.pi / 2)
+    axes.set_theta_direction(-1)
+    axes.set_xticks(angles, [safe(f"{label}\n{METRIC_NAMES[metric]}") for label, metric in spokes])
+    axes.tick_params(axis="x", pad=12)
+    axes.tick_params(axis="y", labelsize=SMALL - 0.5, labelcolor=MUTED)
+    axes.set_rlabel_position(180.0 / len(spokes))
+    axes.grid(visible=True, color=GRID, linewidth=0.8)
+    axes.spines["polar"].set_color(GRID)

@@ -1,10 +1,14 @@
-"""Pictures for reports, drawn by matplotlib into files, without its global state and without a display."""
+"""Figures drawn by matplotlib without its global state: charts of a report, and scatter plots of predictions."""
 
-from collections.abc import Mapping, Sequence
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -20,24 +24,172 @@ from scipy import stats
 from agiqa.errors import DataError
 
 Floats = NDArray[np.float64]
-
+Shown = TypeVar("Shown")
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 """Colours that colour-blind readers can tell apart (Okabe and Ito, 2008)."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-"""A marker per group beside its colour, so that pictures also work in grey."""
+"""Each colour has a marker of its own, so that pictures also work in grey."""
+INK, MUTED, GRID, PAPER = "#24292f", "#6b7280", "#e3e6ea", "#ffffff"
+SMALL, NORMAL = 8.0, 9.0
+"""Font sizes in points."""
+DASHED: Any = {"linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
+"""The line of perfect predictions."""
 FIT_DEGREE = 4
 """Degree of the fitted polynomial, as in Fig. 5 of the paper."""
+_WIDTH = 4.6
+"""Inches: narrow enough to be read on a phone without being made much smaller."""
+_DPI = 200
 _COLUMNS = 3
 _ENTRY_WIDTH = 1.2
-"""Inches that an entry of the legend takes."""
-_INK = "#333333"
+"""Inches per entry of a scatter plot's legend."""
 _UNGROUPED = "items"
 _FEWEST = 3
+_VARIABLES = {
+    INK: "--ink",
+    MUTED: "--muted",
+    GRID: "--line",
+    PAPER: "--card",
+    **{colour.lower(): f"--s{k}" for k, colour in enumerate(PALETTE)},
+}
+"""The variable of the page's style sheet for each colour."""
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": ["DejaVu Sans"],
+    "font.size": NORMAL,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.facecolor": "none",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": PAPER,
+    "legend.labelcolor": INK,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure of a report."""
+
+    name: str
+    """The name of its files and its anchor."""
+    title: str
+    alt: str
+    """A description for readers who cannot see it."""
+    caption: str
+    svg: str
+    png: bytes
+    is_wide: bool = False
+    """Whether it takes a whole line of the page."""
+
+    @property
+    def inline(self) -> str:
+        """The SVG element alone, with the page's colours, and with ids that are unique on the page."""
+        start = self.svg.index("<svg")
+        text = re.sub(r"<metadata>.*?</metadata>", "", self.svg[start:], flags=re.DOTALL)
+        text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", text)
+        text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _variable(found.group()), text)
+        text = re.sub(r"font: ([0-9.]+)px[^;\"]*", r"font-size: \1px", text)
+        return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write NAME.png and NAME.svg into `folder`."""
+        paths = [folder / f"{self.name}.{end}" for end in ("png", "svg")]
+        paths[0].write_bytes(self.png)
+        paths[1].write_text(self.svg, encoding="utf-8")
+        return paths
+
+
+def draw(
+    name: str,
+    title: str,
+    *,
+    alt: str,
+    caption: str,
+    height: float,
+    paint: Callable[[Figure], None],
+    is_wide: bool = False,
+) -> Picture:
+    """The picture that `paint` makes of an empty figure of 4.6 x `height` inches."""
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = _figure(_WIDTH, height, _DPI, h_pad=0.06, w_pad=0.06)
+        paint(figure)
+        figure.draw_without_rendering()  # one layout serves both files
+        figure.set_layout_engine("none")
+        png, svg = io.BytesIO(), io.StringIO()
+        figure.savefig(png, format="png")
+        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Title": safe(title)})
+    return Picture(
+        name=name,
+        title=title,
+        alt=f"{title}. {alt}",
+        caption=caption,
+        svg=svg.getvalue(),
+        png=png.getvalue(),
+        is_wide=is_wide,
+    )
+
+
+def _figure(width: float, height: float, dpi: int, *, h_pad: float, w_pad: float) -> Figure:
+    """An empty figure of `width` x `height` inches that keeps its parts apart."""
+    figure = Figure(figsize=(width, height), dpi=dpi, layout=ConstrainedLayoutEngine(h_pad=h_pad, w_pad=w_pad))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def styled(shown: Mapping[str, Shown]) -> Iterable[tuple[str, Shown, dict[str, Any]]]:
+    """Each name and value with a colour and a marker, as keyword arguments of `Axes.plot`."""
+    for k, (name, value) in enumerate(shown.items()):
+        yield name, value, {"color": PALETTE[k % len(PALETTE)], "marker": MARKERS[k % len(MARKERS)]}
+
+
+def draw_line(
+    axes: Axes, points: Iterable[tuple[float, float | None, tuple[float, float] | None]], label: str, **style: Any
+) -> None:
+    """A line of marked points, each (place, value, interval), with a thin bar over each interval.
+
+    Points without a value are left out; `style` is as of `Axes.plot`.
+    """
+    known = [(at, value, interval) for at, value, interval in points if value is not None]
+    axes.plot([at for at, _, _ in known], [value for _, value, _ in known], label=safe(shortened(label)), **style)
+    for at, _, interval in known:
+        if interval is not None:
+            axes.plot([at, at], interval, color=style["color"], linewidth=1.0, alpha=0.6)
+
+
+def tidy(axes: Axes, *, x: str | None = None, y: str | None = None, grid: Literal["x", "both"] = "both") -> None:
+    """A light grid, no box, and labels of the axes."""
+    axes.grid(visible=True, axis=grid, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(length=2.5, labelsize=SMALL)
+    axes.set(**{name: text for name, text in (("xlabel", x), ("ylabel", y)) if text is not None})
+
+
+def safe(text: str) -> str:
+    """The text as matplotlib shows it unchanged, dollar signs included."""
+    return text.replace("$", r"\$")
+
+
+def shortened(text: str, length: int = 30) -> str:
+    """The text, without its middle if it is too long for an axis."""
+    if len(text) <= length:
+        return text
+    half = (length - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
+def _variable(colour: str) -> str:
+    name = _VARIABLES.get(colour)
+    return colour if name is None else f"var({name})"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One scatter: true and predicted MOS of the same items, and optionally the group of each item."""
+    """One scatter plot: true and predicted MOS of the same items, and optionally the group of each item."""
 
     title: str
     true: Floats
@@ -45,16 +197,16 @@ class Panel:
     predicted: Floats
     """(items,)"""
     groups: Sequence[str] | None = None
-    """(items,): the generator of each item, say."""
+    """(items,): for example the generator of each item."""
 
 
 def scatter(path: Path, panels: Sequence[Panel], *, title: str, dpi: int = 200) -> None:
     """Write scatter plots of predicted against true MOS; the suffix of `path` chooses the format (.png, .svg, .pdf).
 
     The panels stand side by side, three in a row, on the same equal axes. Each shows the identity line, a
-    polynomial fit of degree 4 over the range of its points (Fig. 5 of the paper), n, SRCC and PLCC. Groups are
-    told apart by colour and marker, the same in all panels.
-    Raises DataError for no panels, lengths that differ, values that are not finite, or under three items.
+    polynomial fit of degree 4 over the range of its points (Fig. 5 of the paper), n, SRCC and PLCC. Each group has
+    the same colour and marker in all panels.
+    Raises DataError for no panels, lengths that differ, values that are not finite, or fewer than three items.
     """
     if not panels:
         message = "There is nothing to draw: no predictions were given."
@@ -64,22 +216,18 @@ def scatter(path: Path, panels: Sequence[Panel], *, title: str, dpi: int = 200) 
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     groups = sorted({group for panel in panels for group in panel.groups or ()})
-    height = 3.75 * rows + 0.6 + (0.5 if groups else 0.0)
-    layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.08)
-    figure = Figure(figsize=(3.5 * columns + 0.3, height), dpi=dpi, layout=layout)
-    FigureCanvasAgg(figure)
-    limits = _limits(panels)
-    styles = dict(zip(groups, cycle(zip(PALETTE, MARKERS, strict=True)), strict=False))
-    drawn: list[Axes] = []
-    for index, panel in enumerate(panels):
-        axes = figure.add_subplot(rows, columns, index + 1)
-        _draw(axes, panel, limits, styles)
-        axes.set_ylabel("predicted MOS" if index % columns == 0 else "", fontsize=9, color=_INK)
-        drawn.append(axes)
-    figure.suptitle(title, fontsize=11, fontweight="bold", color=_INK, wrap=True)
-    _add_legend(figure, drawn)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    limits = limits_of(*(values for panel in panels for values in (panel.true, panel.predicted)), margin=0.06)
+    with mpl.rc_context({**_STYLE, "svg.fonttype": "path"}):
+        height = 3.75 * rows + 0.6 + (0.5 if groups else 0.0)
+        figure = _figure(3.5 * columns + 0.3, height, dpi, h_pad=0.1, w_pad=0.08)
+        for index, panel in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            _draw_panel(axes, panel, groups)
+            axes.set(xlim=limits, ylim=limits, aspect="equal", ylabel="" if index % columns else "predicted MOS")
+        figure.suptitle(title, fontsize=11, fontweight="bold", wrap=True)
+        _add_legend(figure)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
 
 
 def _check(panel: Panel) -> None:
@@ -101,83 +249,52 @@ def _check(panel: Panel) -> None:
         raise DataError(message)
 
 
-def _limits(panels: Sequence[Panel]) -> tuple[float, float]:
-    """The same range for all axes, a little wider than the points."""
-    values = np.concatenate([numbers for panel in panels for numbers in (panel.true, panel.predicted)])
-    low, high = float(values.min()), float(values.max())
-    margin = 0.06 * (high - low) or 0.5
-    return low - margin, high + margin
-
-
-def _draw(axes: Axes, panel: Panel, limits: tuple[float, float], styles: Mapping[str, tuple[str, str]]) -> None:
-    axes.plot(limits, limits, color="#999999", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1, label="identity")
-    if panel.groups is None:
-        _points(axes, panel.true, panel.predicted, PALETTE[0], MARKERS[0], _UNGROUPED)
-    else:
-        names = np.asarray(panel.groups)
-        for name, (colour, marker) in styles.items():
-            chosen = names == name
-            _points(axes, panel.true[chosen], panel.predicted[chosen], colour, marker, name)
-    _fit(axes, panel)
-    axes.set(xlim=limits, ylim=limits, aspect="equal")
+def _draw_panel(axes: Axes, panel: Panel, groups: Sequence[str]) -> None:
+    axes.axline((0.0, 0.0), slope=1.0, color=MUTED, label="identity", **DASHED)
+    names = np.full(len(panel.true), _UNGROUPED) if panel.groups is None else np.asarray(panel.groups)
+    size = float(np.clip(2400 / len(names), 5, 22))
+    shown = [_UNGROUPED] if panel.groups is None else groups
+    for name, colour, marker in zip(shown, cycle(PALETTE), cycle(MARKERS), strict=False):
+        here = names == name
+        look: Any = {"alpha": 0.7, "linewidths": 0.3, "edgecolors": "white", "zorder": 2}
+        axes.scatter(panel.true[here], panel.predicted[here], s=size, c=colour, marker=marker, label=name, **look)
+    curve = fit_polynomial(panel.true, panel.predicted)
+    if curve is not None:
+        across = np.linspace(panel.true.min(), panel.true.max(), 200)
+        draw_fit(axes, across, curve(across), PALETTE[-1], f"fit, degree {curve.degree()}")
+    tidy(axes, x="true MOS")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel("true MOS", fontsize=9, color=_INK)
-    axes.set_title(panel.title, fontsize=10, color=_INK)
-    axes.text(
-        0.04,
-        0.96,
-        _summary(panel),
-        transform=axes.transAxes,
-        va="top",
-        fontsize=8,
-        color=_INK,
-        linespacing=1.4,
-        bbox={"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
-        zorder=5,
-    )
-    axes.tick_params(labelsize=8, colors=_INK, length=3)
-    axes.grid(color="#E6E6E6", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(panel.title, fontsize=10)
+    box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+    corner: Any = {"transform": axes.transAxes, "va": "top", "linespacing": 1.4, "bbox": box, "zorder": 5}
+    axes.text(0.04, 0.96, _summary(panel), fontsize=SMALL, **corner)
 
 
-def _points(axes: Axes, across: Floats, up: Floats, colour: str, marker: str, label: str) -> None:
-    size = float(np.clip(2400 / max(1, len(across)), 5, 22))
-    axes.scatter(
-        across,
-        up,
-        s=size,
-        c=colour,
-        marker=marker,
-        alpha=0.7,
-        linewidths=0.3,
-        edgecolors="white",
-        label=label,
-        zorder=2,
-    )
+def limits_of(*values: Floats, margin: float) -> tuple[float, float]:
+    """Limits of an axis that shows all values, with a margin in parts of their range."""
+    together = np.concatenate(values)
+    around = margin * float(np.ptp(together)) or 0.5
+    return float(together.min()) - around, float(together.max()) + around
 
 
 def fit_polynomial(true: Floats, predicted: Floats) -> Polynomial | None:
     """The least-squares polynomial of degree 4 over items (items,).
 
-    It is of lower degree where there are too few distinct true values for it, and None where they are all equal.
+    Its degree is lower where there are too few distinct true values. None where all true values are equal.
     """
     degree = min(FIT_DEGREE, len(np.unique(true)) - 1)
     return Polynomial.fit(true, predicted, degree) if degree else None
 
 
-def _fit(axes: Axes, panel: Panel) -> None:
-    curve = fit_polynomial(panel.true, panel.predicted)
-    if curve is None:
-        return
-    across = np.linspace(panel.true.min(), panel.true.max(), 200)
-    axes.plot(across, curve(across), color="white", linewidth=2.6, alpha=0.7, zorder=3)
-    axes.plot(across, curve(across), color="#000000", linewidth=1.5, zorder=4, label=f"fit, degree {curve.degree()}")
+def draw_fit(axes: Axes, across: Floats, height: Floats, colour: str, label: str | None) -> None:
+    """A curve with a light rim that separates it from the points."""
+    axes.plot(across, height, color=PAPER, linewidth=3.4, alpha=0.8, zorder=3)
+    axes.plot(across, height, color=colour, linewidth=1.8, zorder=4, label=label)
 
 
 def _summary(panel: Panel) -> str:
-    """n and both correlations; they do not exist where all true or all predicted values are equal."""
+    """n and both correlations, which are undefined where all true or all predicted values are equal."""
     lines = [f"n = {len(panel.true)}"]
     if np.ptp(panel.true) == 0 or np.ptp(panel.predicted) == 0:
         return "\n".join([*lines, "no correlation: constant"])
@@ -186,21 +303,14 @@ def _summary(panel: Panel) -> str:
     return "\n".join([*lines, f"SRCC {srcc:.3f}", f"PLCC {plcc:.3f}"])
 
 
-def _add_legend(figure: Figure, drawn: Sequence[Axes]) -> None:
-    """One legend under all panels: the lines first, then the groups where there are any."""
+def _add_legend(figure: Figure) -> None:
+    """One legend under all panels: lines before groups."""
     entries: dict[str, Artist] = {}
-    for axes in drawn:
+    for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
     entries.pop(_UNGROUPED, None)
     labels = sorted(entries, key=lambda label: (not isinstance(entries[label], Line2D), label))
     columns = min(len(labels), max(2, round(figure.get_figwidth() / _ENTRY_WIDTH)))
-    figure.legend(
-        [entries[label] for label in labels],
-        labels,
-        loc="outside lower center",
-        ncols=columns,
-        fontsize=8,
-        frameon=False,
-        labelcolor=_INK,
-    )
+    handles = [entries[label] for label in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=SMALL)

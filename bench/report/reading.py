@@ -1,15 +1,15 @@
-"""What a report is made from: the folders that `agiqa ablate` and `agiqa transfer` leave, read forgivingly.
+"""The result folders of `agiqa ablate` and `agiqa transfer`, as a report reads them.
 
-A line that is no result line is left out and told of; a folder without any result is refused.
+A damaged line is skipped and reported as a problem. A folder without any result is refused.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from agiqa.bench.recording.result_folders import ABOUT, RESULTS, ROWS
 from agiqa.errors import DataError
@@ -17,31 +17,39 @@ from agiqa.store.disk.files import whole_lines
 
 METRICS = ("srcc", "plcc")
 CONFIDENT = 0.05
-"""A corrected p-value below this tells two rows apart."""
-Pair = tuple[float, float]
+"""The level of significance of corrected p-values."""
+Interval = tuple[float, float]
+
+
+def _name_of(value: Any) -> str:
+    """The name in a store's entry on its data or model, which is a text or an object with a name."""
+    if isinstance(value, dict):
+        return str(value.get("name") or "")
+    return "" if value is None else str(value)
+
+
+Name = Annotated[str, BeforeValidator(_name_of)]
 
 
 class _Record(BaseModel):
-    """A frozen record of a file; what it does not know it leaves alone."""
+    """A frozen record of a file. Unknown fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
 class Scores(_Record):
-    """The metrics of a row, means over its seeds; see `agiqa.heads.evaluation.metrics`."""
+    """The test metrics of a row, means over its seeds; see `agiqa.heads.evaluation.metrics`."""
 
     n: int
     srcc: float | None = None
     plcc: float | None = None
     rmse: float | None = None
     seeds: int = 1
-    """Answers that these are means over: seeds whose every split has a result, or 1 where each split has its own."""
+    """Seeds with a result for every part of the split; 1 where each part has a seed of its own."""
     sd: dict[str, float | None] = Field(default_factory=dict)
-    ci: dict[str, Pair | None] = Field(default_factory=dict)
-    confidence: float = 0.95
+    ci: dict[str, Interval | None] = Field(default_factory=dict)
     caution: str | None = None
-    """What to know of few prompts."""
-    undefined: str | None = None
+    """A warning about few prompts."""
 
 
 class Against(_Record):
@@ -49,15 +57,14 @@ class Against(_Record):
 
     row: str = ""
     store_name: str | None = None
-    """Of the reference row; None is that of this row."""
+    """The store of the reference row; None for the store of this row."""
     difference: dict[str, float | None]
-    ci: dict[str, Pair | None] = Field(default_factory=dict)
-    p: dict[str, float | None] = Field(default_factory=dict)
+    ci: dict[str, Interval | None] = Field(default_factory=dict)
     p_holm: dict[str, float | None] = Field(default_factory=dict)
     no_p: str | None = None
     """Why there is no p-value."""
     covers: str | None = None
-    """What the interval and p are about; None in older folders, where both left seeds out."""
+    """The variation that interval and p include; None in older folders, where both ignore seeds."""
 
 
 class Row(_Record):
@@ -79,58 +86,61 @@ class Row(_Record):
     beside_grouped: Against | None = None
     left_out: str | None = None
     calibrated: int = 0
-    """Runs whose predictions were put on a line that was fitted on validation items."""
+    """Runs whose predictions were calibrated by a line that was fitted on validation items."""
     notes: tuple[str, ...] = ()
-    """Of a baseline, what a reader of its scores must know."""
+    """Notes on the scores of a baseline."""
 
     def value(self, metric: str) -> float | None:
         """The mean of a test metric; None where it is not defined."""
         return None if self.test is None else getattr(self.test, metric)
 
-    def interval(self, metric: str) -> Pair | None:
+    def interval(self, metric: str) -> Interval | None:
         """The confidence interval of `value`."""
         return None if self.test is None else self.test.ci.get(metric)
 
     def validated(self, metric: str) -> float | None:
-        """The mean of a validation metric; None where it is not known."""
+        """The mean of a validation metric; None where it is unknown."""
         found = (self.validation or {}).get(metric)
         return None if found is None else found[0]
 
-    def chosen_by(self) -> float:
-        """The mean validation SRCC, which orders heads; -inf without one."""
+    @property
+    def rank_by(self) -> float:
+        """The mean validation SRCC, by which heads are ordered; -inf where it is unknown."""
         found = self.validated("srcc")
         return float("-inf") if found is None else found
 
     @property
-    def was_chosen(self) -> bool:
-        """Of the first of its rows by `chosen_by`: whether validation put it there."""
-        return self.chosen_by() > float("-inf")
-
-    @property
     def reference(self) -> tuple[str, str] | None:
-        """Name and store of the row that this one is compared with; None where it is with none."""
+        """Name and store of the row that this one is compared with; None without a comparison."""
         if self.against is None:
             return None
         store = self.against.store_name
         return self.against.row, self.store_name if store is None else store
 
+    def difference(self, metric: str) -> float | None:
+        """The metric of this row minus that of the reference row."""
+        return None if self.against is None else self.against.difference.get(metric)
+
     def p(self, metric: str) -> float | None:
-        """The corrected p-value of the difference to the reference row; None where it left seeds out."""
-        return None if self.against is None or self.leaves_seeds_out else self.against.p_holm.get(metric)
+        """The corrected p-value of the difference to the reference row; None where it ignores seeds."""
+        return None if self.against is None or self.ignores_seeds else self.against.p_holm.get(metric)
 
     @property
-    def leaves_seeds_out(self) -> bool:
-        """Whether an older agiqa compared it, whose p-values are about other prompts alone."""
+    def ignores_seeds(self) -> bool:
+        """Whether an older agiqa compared the rows. Its p-values cover other prompts, but not other seeds."""
         return self.against is not None and self.against.covers is None
 
     @property
-    def kin(self) -> str:
-        """Same over labels, protocols and stores: the name of a head, the settings of a baseline, named by its fit."""
+    def identity(self) -> str:
+        """What the row is called under all labels, protocols and stores.
+
+        The name of a head; the settings of a baseline, because its name contains what was fitted.
+        """
         return spelled(self.settings) if self.kind == "baseline" and "baseline" in self.settings else self.row
 
 
 class RunLine(_Record):
-    """A line of results.jsonl: a run that was trained, or its error."""
+    """A line of results.jsonl: a trained run, or the error of a failed one."""
 
     name: str
     row: str = ""
@@ -146,15 +156,14 @@ class RunLine(_Record):
     kernels: str | None = None
     seconds: float | None = None
     split: dict[str, Any] | None = None
-    warnings: list[str] = Field(default_factory=list)
     text_authors: dict[str, dict[str, int]] = Field(default_factory=dict)
-    """Who wrote the texts that the items of each part read, counted by author."""
+    """Items of each part of the split by the author of the text that their features were computed from."""
     paper_compatible: dict[str, Any] | None = None
-    """The best epoch on test beside the honest one, as metrics.json has it; older lines have it there only."""
+    """The best epoch on test and the honest one, as in metrics.json; older lines lack it."""
 
     @property
-    def of_row(self) -> str:
-        """The name of its row, which is its own without the seed where none is told."""
+    def row_name(self) -> str:
+        """The name of its row; without one, its own name without the seed."""
         return self.row or re.sub(r",seed=\d+$", "", self.name)
 
     @property
@@ -164,49 +173,41 @@ class RunLine(_Record):
 
 
 class AboutStore(_Record):
-    """What about.json says of a store."""
+    """The entry of about.json on a store."""
 
     id: str = ""
-    data: Any = None
+    data: Name = ""
+    """The data set; empty if unknown."""
     encoding: str = ""
     width: int | None = None
     items: int | None = None
-    model: Any = None
+    model: Name = ""
+    """The model of the features; empty if unknown."""
     path: str | None = None
     variant: str | None = None
-    """The variant of its conversations, as in `id:quality+correspondence`."""
+    """The variant of its conversations, such as `id:quality+correspondence`."""
     energy: list[float] | None = None
-    """The eigenvalues of a sketch's basis, all of them, descending (`basis/energy` of the store)."""
-
-    @property
-    def data_name(self) -> str:
-        """The data set, or nothing."""
-        return _name_of(self.data)
+    """All eigenvalues of a sketch's basis, descending (`basis/energy` of the store)."""
 
     @property
     def hint(self) -> str:
-        """What may tell the data set: its name, or else that of the store's folder."""
-        return self.data_name or (self.path or "").rstrip("/").rpartition("/")[2]
-
-    @property
-    def model_name(self) -> str:
-        """The model of the features, or nothing."""
-        return _name_of(self.model)
+        """A text from which the data set may be recognised: its name, or the name of the store's folder."""
+        return self.data or (self.path or "").rstrip("/").rpartition("/")[2]
 
 
 class About(_Record):
-    """about.json."""
+    """The file about.json."""
 
     kind: Literal["ablation", "transfer"]
     stores: dict[str, AboutStore] = Field(default_factory=dict)
     runs: list[str] | None = None
-    """The names of the runs that were asked for last; lines of others count for nothing. None in older folders."""
+    """The runs of the last command; lines of other runs are ignored. None in older folders."""
     shared: Any = None
-    """Of a transfer: of each direction `A -> B`, how many test items of B have a prompt that A trained on."""
+    """In a transfer, by direction `A -> B`: the number of test items of B whose prompt A trained on."""
 
     @property
     def command(self) -> str:
-        """What makes such results: `agiqa COMMAND`."""
+        """The agiqa command that writes such results."""
         return {"ablation": "ablate", "transfer": "transfer"}[self.kind]
 
 
@@ -216,25 +217,31 @@ class Results:
 
     folder: Path
     name: str
-    """What the report calls it, unlike the others."""
+    """Its name in the report, which no other folder has."""
     about: About
     rows: tuple[Row, ...]
-    """Without those that hold no number, which are in `left_out`."""
+    """The rows that have a number."""
     left_out: tuple[Row, ...]
+    """The rows without a number."""
     lines: tuple[RunLine, ...]
     """The last line of each run."""
     problems: tuple[str, ...]
     """What could not be read."""
     prefix: str = ""
-    """What tells its files, titles and sentences from those of other folders of one report; empty if it is alone."""
+    """The folder's name before its files, titles and sentences; empty in a report on one folder."""
 
-    def told(self, text: str) -> str:
-        """The text as it is, behind the folder of which it tells where there are several."""
+    def anchor(self, *parts: str) -> str:
+        """A name for files and anchors: the prefix and `parts` in lower-case letters, digits and hyphens."""
+        words = [re.sub(r"[^a-z0-9]+", "-", part.casefold()).strip("-") for part in (self.prefix, *parts)]
+        return "-".join(word for word in words if word) or "table"
+
+    def prefixed(self, text: str) -> str:
+        """The text after the prefix, if there is one."""
         return f"{self.prefix}: {text}" if self.prefix else text
 
-    def titled(self, text: str) -> str:
-        """The same with a capital, as a title that is not behind a folder."""
-        return self.told(text if self.prefix else text[:1].upper() + text[1:])
+    def heading(self, text: str) -> str:
+        """The text after the prefix; with a capital letter without one."""
+        return self.prefixed(text if self.prefix else text[:1].upper() + text[1:])
 
     @property
     def done(self) -> list[RunLine]:
@@ -242,40 +249,32 @@ class Results:
         return [line for line in self.lines if line.error is None]
 
     def store(self, name: str) -> AboutStore:
-        """What is known of a store, which may be nothing."""
+        """The entry on a store; an empty entry if there is none."""
         return self.about.stores.get(name, AboutStore())
 
     def runs_of(self, row: Row) -> list[RunLine]:
-        """The runs behind the row of a head that have a result; none of a baseline.
-
-        Lines of a transfer name no store: their row does.
-        """
+        """The successful runs of a head's row; none for a baseline. Lines of a transfer name no store."""
         if row.kind == "baseline":
             return []
-        stores = ("", row.store_name)
-        return [
-            line
-            for line in self.done
-            if line.of_row == row.row and line.protocol == row.protocol and line.store_name in stores
-        ]
+        wanted = {(row.row, row.protocol, store) for store in ("", row.store_name)}
+        return [line for line in self.done if (line.row_name, line.protocol, line.store_name) in wanted]
 
     def groups(self) -> list[tuple[str, str]]:
-        """The labels and protocols of the rows, label by label, honest protocols first."""
+        """The labels and protocols of the rows, label by label, the published split last."""
         found = dict.fromkeys((row.label, row.protocol) for row in self.rows)
         labels = list(dict.fromkeys(label for label, _ in found))
         return sorted(found, key=lambda one: (labels.index(one[0]), one[1] == "published"))
 
-    def of(self, label: str, protocol: str, store: str | None = None) -> list[Row]:
-        """The rows of a label and protocol: heads by validation SRCC, then baselines as they stand."""
+    def of(self, label: str, protocol: str) -> list[Row]:
+        """The rows of a label and protocol: heads by validation SRCC, then baselines in the order of the file."""
         rows = [row for row in self.rows if (row.label, row.protocol) == (label, protocol)]
-        rows = [row for row in rows if store is None or row.store_name == store]
-        heads = sorted((row for row in rows if row.kind == "head"), key=lambda row: -row.chosen_by())
+        heads = sorted((row for row in rows if row.kind == "head"), key=lambda row: -row.rank_by)
         return heads + [row for row in rows if row.kind == "baseline"]
 
     def references(self, label: str, protocol: str) -> list[tuple[Row, list[Row]]]:
-        """The rows that others are compared with, each with those: the best validation SRCC on the same test items.
+        """Each reference row with the rows that are compared with it.
 
-        Rows of several stores have one reference where these hold the same items, and else one each.
+        Stores of the same items share one reference, the best validation SRCC; other stores have one each.
         """
         rows = self.of(label, protocol)
         compared: dict[tuple[str, str], list[Row]] = {}
@@ -287,9 +286,9 @@ class Results:
 
 
 def read_all(folders: Sequence[Path], *, data: str | None = None) -> list[Results]:
-    """The results of each folder; `data` is the data set of stores that do not tell theirs, but of no transfer's.
+    """The results of each folder. `data` is the data set of an ablation's stores that name none.
 
-    Raises DataError for a folder that holds none, or that is given twice.
+    Raises DataError for a folder that holds no results, or that is given twice.
     """
     resolved = [folder.resolve() for folder in folders]
     names = [folder.name for folder in resolved]
@@ -297,26 +296,25 @@ def read_all(folders: Sequence[Path], *, data: str | None = None) -> list[Result
         if resolved.count(folder) > 1:
             message = f"{folder} is given twice: give each folder of results once."
             raise DataError(message)
-    told = [
-        name if names.count(name) == 1 else "/".join(path.parts[-2:])
-        for name, path in zip(names, resolved, strict=True)
-    ]
-    several = len(folders) > 1
-    return [_read(folder, name, name if several else "", data) for folder, name in zip(folders, told, strict=True)]
+    found: list[Results] = []
+    for folder, path in zip(folders, resolved, strict=True):
+        name = path.name if names.count(path.name) == 1 else "/".join(path.parts[-2:])
+        found.append(_read(folder, name, name if len(folders) > 1 else "", data))
+    return found
 
 
 def _read(folder: Path, name: str, prefix: str, data: str | None) -> Results:
     problems: list[str] = []
-    about = _of_data(_read_about(folder), data)
+    about = _read_about(folder, data)
     rows = _read_lines(folder / ROWS, Row, problems)
     lines = {line.name: line for line in _read_lines(folder / RESULTS, RunLine, problems)}
     if about.runs is not None:
-        lines = {name: lines[name] for name in about.runs if name in lines}
+        lines = {run: lines[run] for run in about.runs if run in lines}
     if not rows:
-        made = f"its runs all failed, or `agiqa {about.command}` has not ended" if lines else "nothing was run"
+        why = f"all runs failed, or `agiqa {about.command}` has not finished" if lines else "nothing was run"
         message = (
-            f"{folder / ROWS} holds no results: {made}. Run the same `agiqa {about.command}` again, which "
-            "goes on where it was, and then report."
+            f"{folder / ROWS} holds no results: {why}. Run the same `agiqa {about.command}` again, which continues "
+            "where it stopped, and then make the report."
         )
         raise DataError(message)
     has_numbers = [row for row in rows if row.test is not None and row.left_out is None]
@@ -332,7 +330,8 @@ def _read(folder: Path, name: str, prefix: str, data: str | None) -> Results:
     )
 
 
-def _read_about(folder: Path) -> About:
+def _read_about(folder: Path, data: str | None) -> About:
+    """The file about.json; an ablation's stores without a data set are given the data set `data`."""
     path = folder / ABOUT
     if not path.is_file():
         message = (
@@ -340,20 +339,13 @@ def _read_about(folder: Path) -> About:
         )
         raise DataError(message)
     try:
-        return About.model_validate_json(path.read_bytes())
+        about = About.model_validate_json(path.read_bytes())
     except ValidationError as error:
         message = f"{path} is not what `agiqa ablate` or `agiqa transfer` writes: {_fault(error)}."
         raise DataError(message) from error
-
-
-def _of_data(about: About, data: str | None) -> About:
-    """`about`, its stores of the data set `data` where they do not tell."""
     if data is None or about.kind == "transfer":
         return about
-    stores = {
-        name: store if store.data_name else store.model_copy(update={"data": data})
-        for name, store in about.stores.items()
-    }
+    stores = {name: store.model_copy(update={"data": store.data or data}) for name, store in about.stores.items()}
     return about.model_copy(update={"stores": stores})
 
 
@@ -361,7 +353,7 @@ Record = TypeVar("Record", bound=_Record)
 
 
 def _read_lines(path: Path, kind: type[Record], problems: list[str]) -> list[Record]:
-    """The lines of a file, less those that are damaged, which are told of in `problems`."""
+    """The undamaged lines of a file; each damaged one is added to `problems`."""
     if not path.is_file():
         return []
     found: list[Record] = []
@@ -374,7 +366,7 @@ def _read_lines(path: Path, kind: type[Record], problems: list[str]) -> list[Rec
 
 
 def _split(path: Path, problems: list[str]) -> Iterable[bytes]:
-    """The lines of the file; an end that was torn off is told of."""
+    """The complete lines of the file; an incomplete last line is added to `problems`."""
     content = whole_lines(path)
     if len(content) < path.stat().st_size:
         problems.append(f"{path.name} ends in the middle of a line, which was left out.")
@@ -382,7 +374,7 @@ def _split(path: Path, problems: list[str]) -> Iterable[bytes]:
 
 
 def _fault(error: ValidationError) -> str:
-    """The first thing that pydantic minds, in one line."""
+    """The first fault that pydantic found, on one line."""
     first = error.errors()[0]
     where = ".".join(str(step) for step in first["loc"])
     return f"{where}: {first['msg']}" if where else str(first["msg"])
@@ -391,10 +383,3 @@ def _fault(error: ValidationError) -> str:
 def spelled(settings: Mapping[str, Any]) -> str:
     """`encoder=gru,pooling=mean`."""
     return ",".join(f"{name}={value}" for name, value in settings.items())
-
-
-def _name_of(value: Any) -> str:
-    """The name in what a store says of its data or model: a text, or an object with a name."""
-    if isinstance(value, dict):
-        return str(value.get("name") or "")
-    return "" if value is None else str(value)

@@ -1,52 +1,91 @@
-"""What a report says, in the order of its sections, and what it has no data for."""
+"""What a report says: its sections in order, its summary, and what is missing with the command that makes it."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from agiqa.bench.report.bookkeeping import (
-    bias_table,
-    failures_table,
-    left_out_table,
-    outdated,
-    runs_table,
-    stores_table,
-)
-from agiqa.bench.report.examples import Examples, examples_of
-from agiqa.bench.report.figures import Picture
-from agiqa.bench.report.item_charts import scatter_chart
-from agiqa.bench.report.missing import KEYS, Missing, missing
+from agiqa.bench.report.charts import curves_chart, interval_chart, rank_chart, rank_table
+from agiqa.bench.report.findings import METHOD, findings, limits, teacher_findings, transfer_findings
+from agiqa.bench.report.items import Examples, Predictions, examples_of, predictions_of, scatter_chart
 from agiqa.bench.report.naming import listed, plural, protocol_name, row_titles
-from agiqa.bench.report.paper import paper, paper_tables
-from agiqa.bench.report.predictions import Predictions, predictions_of
-from agiqa.bench.report.radar import radar_chart
-from agiqa.bench.report.rank_charts import rank_chart, rank_table
+from agiqa.bench.report.paper import paper, paper_tables, radar_chart
+from agiqa.bench.report.pictures import Picture
+from agiqa.bench.report.provenance import failures_table, left_out_table, outdated, runs_table, stores_table
 from agiqa.bench.report.reading import Results
-from agiqa.bench.report.row_charts import curves_chart, interval_chart
-from agiqa.bench.report.row_tables import main_tables, optimism_tables
+from agiqa.bench.report.row_tables import bias_table, main_tables, optimism_tables
 from agiqa.bench.report.tables import Table
 from agiqa.bench.report.transfers import directions, shots_chart, shots_table, transfer_table
-from agiqa.bench.report.words import METHOD, findings, limits, teacher_findings, transfer_findings
 
 Block = Table | Picture | Examples
+Blocks = Iterator[Block | None]
+"""The parts of a section; None stands for one that has no data."""
 _ROWS_TOGETHER = 30
-"""Rows of several stores up to this stand in one chart."""
+"""Up to this many rows of several stores share one chart."""
+_ABLATE = "agiqa ablate STORE OUT --grid GRID.yaml"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class Missing:
+    """A part of a report that has no data, and the command that makes it."""
+
+    what: str
+    command: str
+    how: str = ""
+    """What the command needs to make it."""
+
+    def line(self) -> str:
+        """All of it on one line."""
+        return f"{self.what}: {self.command}{', ' if self.how else ''}{self.how}"
+
+
+_MISSING = {
+    "rows": Missing("Heads and baselines", _ABLATE),
+    "baselines": Missing("Baselines", _ABLATE, "which writes them beside the heads"),
+    "transfer": Missing("Results across data sets, few-shot curve", "agiqa transfer SOURCE TARGET OUT"),
+    "optimism": Missing(
+        "Optimism of the published split",
+        _ABLATE,
+        "with `protocols: [published, {grouped: {folds: 5}}]` in the grid",
+    ),
+    "paper": Missing(
+        "The paper's numbers beside ours",
+        _ABLATE,
+        "on a data set of the paper, with its encoders and poolings; `agiqa report --data NAME` names the data set",
+    ),
+    "radar": Missing("Radar over the aspects", _ABLATE, "with `label: quality+correspondence` in the base of the grid"),
+    "scatter": Missing(
+        "Scatter, best and worst items",
+        _ABLATE,
+        "whose OUT/runs holds the predictions; keep it beside the result lines",
+    ),
+    "images": Missing("Images of the best and worst items", "agiqa report OUT --images FOLDER"),
+    "rank": Missing(
+        "SRCC against rank",
+        "agiqa store sketch STORE SKETCH --rank R",
+        "for several ranks, then `agiqa ablate` with `--store NAME=SKETCH` for each",
+    ),
+    "bias": Missing(
+        "Best epoch on test beside the honest number", _ABLATE, "with `paper_compatible: true` in the base of the grid"
+    ),
+    "curves": Missing("Training curves", _ABLATE, "whose OUT/runs holds the curves of more than one epoch"),
+}
+"""Everything that a report can lack."""
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of the page."""
 
     name: str
     title: str
-    words: Sequence[str] = ()
     blocks: Sequence[Block] = ()
+    words: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """All that a report says."""
+    """The whole content of a report."""
 
     facts: dict[str, str]
     findings: Sequence[str]
@@ -64,26 +103,25 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
     """The content of a report on these results."""
     ablations = [one for one in everything if one.about.kind == "ablation"]
     transfers = [one for one in everything if one.about.kind == "transfer"]
-    items, unread = _item_blocks(ablations, images)
-    sections = [
-        Section(name="rows", title="Heads and baselines", blocks=_row_blocks(ablations)),
-        Section(name="transfer", title="Across data sets", blocks=_transfer_blocks(transfers)),
-        Section(name="optimism", title="What the published split adds", blocks=_optimism_blocks(ablations)),
-        Section(name="paper", title="Beside the paper", blocks=_paper_blocks(ablations)),
-        Section(name="items", title="Item by item", blocks=items),
-        Section(name="ranks", title="Energy and rank", blocks=_rank_blocks(ablations)),
-        Section(name="bias", title="Choosing the epoch on test", blocks=_some(map(bias_table, everything))),
-        Section(name="curves", title="Training curves", blocks=_curve_blocks(ablations)),
-        Section(name="failed", title="Failed and left out", blocks=_failed_blocks(everything)),
+    problems = [one.prefixed(text) for one in everything for text in (outdated(one), *one.problems) if text is not None]
+    parts: list[tuple[str, str, Iterable[Block | None]]] = [
+        ("rows", "Heads and baselines", _row_blocks(ablations)),
+        ("transfer", "Across data sets", _transfer_blocks(transfers)),
+        ("optimism", "What the published split adds", (one for each in ablations for one in optimism_tables(each))),
+        ("paper", "Beside the paper", _paper_blocks(ablations)),
+        ("items", "Item by item", _item_blocks(ablations, images, problems)),
+        ("ranks", "Energy and rank", _rank_blocks(ablations)),
+        ("bias", "Choosing the epoch on test", map(bias_table, everything)),
+        ("curves", "Training curves", (curves_chart(one, *group) for one in ablations for group in one.groups())),
+        (
+            "failed",
+            "Failed and left out",
+            (make(one) for one in everything for make in (failures_table, left_out_table)),
+        ),
     ]
-    found = [section for section in sections if section.blocks]
-    about = [
-        Section(name="method", title="How the numbers are made", words=METHOD),
-        Section(name="provenance", title="Provenance", blocks=_provenance_blocks(everything)),
-    ]
-    problems = [
-        one.told(problem) for one in everything for problem in (outdated(one), *one.problems) if problem is not None
-    ]
+    sections = [Section(name, title, [one for one in blocks if one is not None]) for name, title, blocks in parts]
+    sections = [section for section in sections if section.blocks]
+    provenance = [make(one) for one in everything for make in (stores_table, runs_table)]
     return Content(
         facts=_facts(everything),
         findings=[
@@ -92,100 +130,83 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
             *(sentence for one in transfers for sentence in transfer_findings(one)),
         ],
         notes=[*notes, *limits(everything)],
-        sections=[*found, *about],
-        missing=missing(_present(found, ablations, images)),
-        problems=[*problems, *unread],
+        sections=[
+            *sections,
+            Section("method", "How the numbers are computed", words=METHOD),
+            Section("provenance", "Provenance", provenance),
+        ],
+        missing=_missing(sections, ablations, images),
+        problems=problems,
     )
 
 
-def _row_blocks(ablations: Sequence[Results]) -> list[Block]:
-    blocks: list[Block | None] = []
+def _row_blocks(ablations: Sequence[Results]) -> Blocks:
     for one in ablations:
         tables = main_tables(one)
         for label in dict.fromkeys(label for label, _ in one.groups()):
             rows = [row for row in one.rows if row.label == label]
             stores = list(dict.fromkeys(row.store_name for row in rows))
-            together = len({(row.kin, row.store_name) for row in rows}) <= _ROWS_TOGETHER
-            blocks += [
-                interval_chart(one, label, part) for part in ([stores] if together else [[store] for store in stores])
-            ]
-            blocks += [table for table, (of, _) in zip(tables, one.groups(), strict=True) if of == label]
-    return _some(blocks)
+            together = len({(row.identity, row.store_name) for row in rows}) <= _ROWS_TOGETHER
+            for part in [stores] if together else [[store] for store in stores]:
+                yield interval_chart(one, label, part)
+            yield from (table for table, (of, _) in zip(tables, one.groups(), strict=True) if of == label)
 
 
-def _transfer_blocks(transfers: Sequence[Results]) -> list[Block]:
-    blocks: list[Block | None] = []
+def _transfer_blocks(transfers: Sequence[Results]) -> Blocks:
     for one in transfers:
         for label, protocol in one.groups():
-            blocks += [transfer_table(one, label, protocol)]
-            blocks += [shots_chart(one, way, label, protocol) for way in directions(one, label, protocol)]
-            blocks += [shots_table(one, label, protocol)]
-    return _some(blocks)
+            yield transfer_table(one, label, protocol)
+            for direction in directions(one, label, protocol):
+                yield shots_chart(one, direction, label, protocol)
+            yield shots_table(one, label, protocol)
 
 
-def _paper_blocks(ablations: Sequence[Results]) -> list[Block]:
-    blocks: list[Block | None] = []
+def _paper_blocks(ablations: Sequence[Results]) -> Blocks:
     for one in ablations:
-        blocks += paper_tables(one)
-        stores = dict.fromkeys((row.store_name, row.protocol) for row in one.rows)
-        blocks += [radar_chart(one, protocol, store) for store, protocol in stores]
-    return _some(blocks)
+        yield from paper_tables(one)
+        for store, protocol in dict.fromkeys((row.store_name, row.protocol) for row in one.rows):
+            yield radar_chart(one, protocol, store)
 
 
-def _item_blocks(ablations: Sequence[Results], images: Path | None) -> tuple[list[Block], list[str]]:
-    """Fig. 5 of the reference row of every label and protocol, its best and worst items, and what was not readable."""
-    charts: list[Block | None] = []
-    lists: list[Block | None] = []
-    problems: list[str] = []
+def _item_blocks(ablations: Sequence[Results], images: Path | None, problems: list[str]) -> Blocks:
+    """The scatter plots of the best head of each label and protocol, then its best and worst items.
+
+    Predictions and images that could not be read are added to `problems`.
+    """
+    lists: list[Examples] = []
     for one in ablations:
         for label, protocol in one.groups():
-            found = _leading(one, label, protocol)
+            found = _best_predictions(one, label, protocol)
             if found is None:
                 continue
             title = row_titles(one.of(label, protocol))[found.row.row]
-            problems += [one.told(problem) for problem in found.missing]
-            charts.append(scatter_chart(one, found, title))
+            problems += [one.prefixed(problem) for problem in found.missing]
+            yield scatter_chart(one, found, title)
             if protocol != "published" or (label, "grouped") not in one.groups():
-                best_and_worst = examples_of(one, found, title, images=images)
-                lists.append(best_and_worst)
-                problems += [one.told(best_and_worst.problem)] if best_and_worst.problem else []
-    return _some([*charts, *lists]), problems
+                examples = examples_of(one, found, title, images=images)
+                lists.append(examples)
+                problems += [one.prefixed(examples.problem)] if examples.problem else []
+    yield from lists
 
 
-def _leading(one: Results, label: str, protocol: str) -> Predictions | None:
-    """The predictions of the head with the best validation SRCC that has any."""
-    heads = [row for row in one.of(label, protocol) if row.kind == "head" and row.was_chosen]
-    return next((found for row in heads[:1] for found in [predictions_of(one, row)] if found), None)
+def _best_predictions(one: Results, label: str, protocol: str) -> Predictions | None:
+    """The predictions of the head with the best validation SRCC; None without such a head or its predictions."""
+    best = next(iter(one.of(label, protocol)), None)
+    return None if best is None or best.validated("srcc") is None else predictions_of(one, best)
 
 
-def _rank_blocks(ablations: Sequence[Results]) -> list[Block]:
-    """Of each ablation at two ranks or more; where there is none, the energy that a sketch keeps is known still."""
-    blocks: list[Block | None] = []
+def _rank_blocks(ablations: Sequence[Results]) -> Blocks:
+    """Charts and tables of heads at several ranks; without any, the energy that a sketch keeps."""
+    found = False
     for one in ablations:
         for label, protocol in one.groups():
             table = rank_table(one, label, protocol)
-            blocks += [rank_chart(one, label, protocol), table] if table is not None else []
-    return _some(blocks or [rank_chart(one, *one.groups()[0]) for one in ablations[:1]])
-
-
-def _curve_blocks(ablations: Sequence[Results]) -> list[Block]:
-    return _some(curves_chart(one, *group) for one in ablations for group in one.groups())
-
-
-def _failed_blocks(everything: Sequence[Results]) -> list[Block]:
-    return _some(make(one) for one in everything for make in (failures_table, left_out_table))
-
-
-def _provenance_blocks(everything: Sequence[Results]) -> list[Block]:
-    return [make(one) for one in everything for make in (stores_table, runs_table)]
-
-
-def _optimism_blocks(ablations: Sequence[Results]) -> list[Block]:
-    return [table for one in ablations for table in optimism_tables(one)]
-
-
-def _some(blocks: Iterable[Block | None]) -> list[Block]:
-    return [block for block in blocks if block is not None]
+            if table is not None:
+                found = True
+                yield rank_chart(one, label, protocol)
+                yield table
+    if ablations and not found:
+        yield rank_chart(ablations[0], *ablations[0].groups()[0])
 
 
 def _facts(everything: Sequence[Results]) -> dict[str, str]:
@@ -195,8 +216,8 @@ def _facts(everything: Sequence[Results]) -> dict[str, str]:
     rows = [row for one in everything for row in one.rows]
     kinds = Counter(row.kind for row in rows)
     facts = {
-        "Data": listed(sorted({_data_set(data) for name, store in stores if (data := store.data_name or name)})),
-        "Features of": listed(sorted({store.model_name for _, store in stores if store.model_name})),
+        "Data": listed(sorted({paper().data_set(data) or data for name, one in stores if (data := one.data or name)})),
+        "Features of": listed(sorted({store.model for _, store in stores if store.model})),
         "Labels": listed(list(dict.fromkeys(row.label for row in rows))),
         "Protocols": listed(list(dict.fromkeys(protocol_name(row.protocol) for row in rows))),
         "Runs": f"{len(lines) - failed:,} done" + (f", {failed:,} failed" if failed else ""),
@@ -205,23 +226,16 @@ def _facts(everything: Sequence[Results]) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _data_set(name: str) -> str:
-    """The data set as the paper writes it, if it has it."""
-    return paper().data_set(name) or name
-
-
-def _present(found: Sequence[Section], ablations: Sequence[Results], images: Path | None) -> set[str]:
-    """The keys of `missing` that the sections have."""
-    present = {section.name for section in found}
-    blocks = {section.name: section.blocks for section in found}
-    pictures = [block.name for section in found for block in section.blocks if isinstance(block, Picture)]
-    present |= {kind for kind in ("radar", "scatter") if any(kind in name.split("-") for name in pictures)}
-    if not ablations:  # one command brings all of these
-        present |= KEYS - {"rows", "transfer"}
-    if any(row.kind == "baseline" for one in ablations for row in one.rows):
-        present.add("baselines")
-    if images is not None or "items" not in present:
-        present.add("images")
-    if any(isinstance(block, Table) for block in blocks.get("ranks", ())):
-        present.add("rank")
-    return present
+def _missing(sections: Sequence[Section], ablations: Sequence[Results], images: Path | None) -> list[Missing]:
+    """Everything of `_MISSING` that the sections lack. If there is no ablation, only that is missing."""
+    blocks = {section.name: section.blocks for section in sections}
+    pictures = [block.name.split("-") for part in blocks.values() for block in part if isinstance(block, Picture)]
+    found = {
+        **dict.fromkeys(blocks, True),
+        **{kind: any(kind in words for words in pictures) for kind in ("radar", "scatter")},
+        "baselines": any(row.kind == "baseline" for one in ablations for row in one.rows),
+        "images": images is not None or "items" not in blocks,
+        "rank": any(isinstance(block, Table) for block in blocks.get("ranks", ())),
+    }
+    wanted = _MISSING if ablations else {"rows": _MISSING["rows"], "transfer": _MISSING["transfer"]}
+    return [one for key, one in wanted.items() if not found.get(key)]

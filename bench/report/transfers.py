@@ -1,22 +1,30 @@
-"""Cross-dataset results in the layout of the paper's Table VI, and what a few labelled items are worth."""
+"""Results across data sets, in the layout of the paper's Table VI, and SRCC by the number of labelled items."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from agiqa.bench.report.figures import MUTED, SMALL, Picture, draw, styles, tidy, whiskered_line
-from agiqa.bench.report.naming import METRIC_NAMES, listed, protocol_name, slug
+from agiqa.bench.report.naming import listed, protocol_name
 from agiqa.bench.report.paper import PaperTransfer, comparable, paper
+from agiqa.bench.report.pictures import MUTED, SMALL, Picture, draw, draw_line, styled, tidy
 from agiqa.bench.report.reading import METRICS, Results, Row
-from agiqa.bench.report.row_tables import difference_cells, score_cell
-from agiqa.bench.report.tables import Cell, Column, Table
+from agiqa.bench.report.tables import Column, Table, difference_columns, make_table, score_column, sd_column
 
-WHOLE = ("apply", "tp", "within")
-"""Ways of a head that is trained on all items; the others are few-shot."""
+WAYS = {"apply": "w/o TP", "tp": "w/ TP", "within": "on its own data set"}
+"""Ways of a head that is trained on all items; other ways are few-shot."""
 _IN_PAPER = ("apply", "tp")
-_WAYS = {"within": "on its own data set", "apply": "as it is", "tp": "w/ TP"}
+_WAYS_NOTE = (
+    "“w/o TP”: the head is trained on From and tested, unchanged, on the test part of To. “w/ TP”: its predictor is "
+    "retrained on the training part of To. “On its own data set”: the head is trained and tested on From."
+)
+_SHOTS_NOTE = (
+    "“Fresh” starts from random weights, “warm” from the head of From. No choice uses test items; the last epoch is "
+    "kept. The seed also draws the items of To."
+)
+Shots = dict[str, list[tuple[int | str, Row]]]
+"""For each few-shot way its rows by the number of training items, `all` last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,172 +39,27 @@ class Direction:
         """The row of a way that is not few-shot."""
         return next((row for row in self.rows if row.settings.get("way") == name), None)
 
-    def shots(self) -> dict[str, list[tuple[int | str, Row]]]:
-        """Of each few-shot way its rows by the number of training items, `all` last."""
-        found: dict[str, list[tuple[int | str, Row]]] = {}
+    def shots(self) -> Shots:
+        """The few-shot rows that have a score."""
+        found: Shots = {}
         for row in self.rows:
-            way = str(row.settings.get("way", ""))
-            if way not in WHOLE and row.value("srcc") is not None:
-                found.setdefault(way, []).append((_items(row), row))
+            way, count = str(row.settings.get("way", "")), row.settings.get("training_items", "all")
+            if way not in WAYS and row.value("srcc") is not None:
+                found.setdefault(way, []).append((count if isinstance(count, int) else str(count), row))
         return {way: sorted(rows, key=lambda one: (isinstance(one[0], str), one[0])) for way, rows in found.items()}
 
 
 def directions(results: Results, label: str, protocol: str) -> list[Direction]:
-    """From where to where there are rows; what a head does on its own data set belongs to every direction from it."""
-    rows = [row for row in results.rows if (row.label, row.protocol) == (label, protocol)]
-    pairs = dict.fromkeys(_ends(row) for row in rows if _ends(row)[0] != _ends(row)[1])
+    """The directions that have rows. A head's rows on its own data set are in every direction from there."""
+    rows = [(_ends(row), row) for row in results.rows if (row.label, row.protocol) == (label, protocol)]
+    pairs = dict.fromkeys(ends for ends, _ in rows if ends[0] != ends[1])
     return [
         Direction(
             source=source,
             target=target,
-            rows=tuple(row for row in rows if _ends(row) in ((source, target), (source, source))),
+            rows=tuple(row for ends, row in rows if ends in ((source, target), (source, source))),
         )
         for source, target in pairs
-    ]
-
-
-def transfer_table(results: Results, label: str, protocol: str) -> Table | None:
-    """Table VI: a row per direction; ways in columns, the paper's numbers beside ours."""
-    found = directions(results, label, protocol)
-    ways = [way for way in WHOLE if any(one.way(way) for one in found)]
-    if not found or not ways:
-        return None
-    papers = {(one.source, one.target): _paper(results, one, label) for one in found}
-    has_paper = any(papers.values())
-    compared = {way for way in ways for one in found if (row := one.way(way)) is not None and row.against is not None}
-    columns = [Column(key="from", title="From", kind="text"), Column(key="to", title="To", kind="text")]
-    for way in ways:
-        columns += [
-            Column(key=f"{way}_{name}", title=f"{METRIC_NAMES[name]} {_WAYS[way]}", interval=True) for name in METRICS
-        ]
-        if has_paper and way in _IN_PAPER:
-            columns += [
-                Column(key=f"paper_{way}_{name}", title=f"paper's {METRIC_NAMES[name]}", kind="paper")
-                for name in METRICS
-            ]
-        columns += _difference_columns(_WAYS["apply"]) if way in compared else []
-    body: list[list[Cell]] = []
-    for one in found:
-        cells = [Cell(value=one.source), Cell(value=one.target)]
-        for way in ways:
-            row, fact = one.way(way), papers[one.source, one.target]
-            cells += [Cell(value=None) if row is None else score_cell(row, metric) for metric in METRICS]
-            if has_paper and way in _IN_PAPER:
-                cells += [Cell(value=value) for value in ((None, None) if fact is None else getattr(fact, way))]
-            cells += difference_cells(row, "srcc") if way in compared else []
-        body.append(cells)
-    notes = [
-        "“As it is”: trained on From, tested on the test part of To. “w/ TP”: the predictor retrained on the "
-        "training part of To. "
-        "“On its own data set”: trained and tested on From."
-    ]
-    notes += _shared(results, found)
-    notes += [comparable(list(results.about.stores.values()))] if has_paper else []
-    title = results.titled(f"across data sets, {label}, {protocol_name(protocol)}")
-    return Table(
-        name=slug(results.prefix, "transfer", label, protocol),
-        title=title,
-        columns=columns,
-        rows=body,
-        notes=notes,
-    )
-
-
-def shots_table(results: Results, label: str, protocol: str) -> Table | None:
-    """SRCC and PLCC by the number of labelled items of the target."""
-    found = [
-        (one, way, count, row)
-        for one in directions(results, label, protocol)
-        for way, rows in one.shots().items()
-        for count, row in rows
-    ]
-    if not found:
-        return None
-    compared = any(row.against is not None for *_, row in found)
-    columns = [
-        Column(key="from", title="From", kind="text"),
-        Column(key="to", title="To", kind="text"),
-        Column(key="way", title="Start", kind="text"),
-        Column(key="training_items", title="Items of To", kind="count"),
-    ]
-    for metric in METRICS:
-        columns += [
-            Column(key=metric, title=METRIC_NAMES[metric], interval=True),
-            Column(key=f"{metric}_sd", title="sd"),
-        ]
-    columns += _difference_columns("fresh") if compared else []
-    body: list[list[Cell]] = []
-    for one, way, count, row in found:
-        cells = [Cell(value=one.source), Cell(value=one.target), Cell(value=way), Cell(value=count)]
-        for metric in METRICS:
-            cells += [score_cell(row, metric), Cell(value=row.test.sd.get(metric) if row.test else None)]
-        body.append(cells + (difference_cells(row, "srcc") if compared else []))
-    return Table(
-        name=slug(results.prefix, "few-shot", label, protocol),
-        title=results.titled(f"few-shot, {label}, {protocol_name(protocol)}"),
-        columns=columns,
-        rows=body,
-        notes=[
-            "“fresh” starts from random weights, “warm” from the head of From. Nothing is chosen on test items; the "
-            "last epoch is kept. A seed draws the items of To, too."
-        ],
-    )
-
-
-def shots_chart(results: Results, one: Direction, label: str, protocol: str) -> Picture | None:
-    """SRCC against the number of labelled items of the target, with the head as it is for comparison."""
-    shots = one.shots()
-    if not shots:
-        return None
-    places = _places(results, shots)
-
-    def paint(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        for (way, rows), (colour, marker) in zip(shots.items(), styles(shots).values(), strict=True):
-            points = [(places[count], row.value("srcc"), row.interval("srcc")) for count, row in rows]
-            whiskered_line(axes, points, colour=colour, marker=marker, label=way, size=4.5, width=1.5)
-        for way, dashes in (("apply", (0, (4, 2))), ("tp", (0, (1, 2)))):
-            row = one.way(way)
-            if row is not None and row.value("srcc") is not None:
-                axes.axhline(row.value("srcc") or 0.0, color=MUTED, linewidth=1.2, linestyle=dashes, label=_WAYS[way])
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(FixedLocator(list(places.values())))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticklabels([f"{count}" for count in places])
-        axes.set_xlabel(f"labelled items of {one.target}")
-        axes.set_ylabel("test SRCC")
-        tidy(axes)
-        figure.legend(loc="outside upper right", ncols=4, fontsize=SMALL)
-
-    return draw(
-        slug(results.prefix, "few-shot", label, protocol, one.source, one.target),
-        f"Few-shot: {one.source} to {one.target}, {label}",
-        alt=_told(one),
-        caption=(
-            f"SRCC on {one.target} by its labelled items ({protocol_name(protocol)}), with 95% intervals; lines "
-            "across: all items."
-        ),
-        height=3.3,
-        paint=paint,
-    )
-
-
-def _shared(results: Results, found: Sequence[Direction]) -> list[str]:
-    """How many test items have a prompt of the other data set's training."""
-    told = results.about.shared if isinstance(results.about.shared, dict) else {}
-    parts: list[str] = []
-    for one in found:
-        counts = told.get(f"{one.source} -> {one.target}")
-        if isinstance(counts, dict) and {"test_items", "with_a_prompt_of_the_source"} <= counts.keys():
-            share = f"{counts['with_a_prompt_of_the_source']} of {counts['test_items']}"
-            parts.append(f"{share} test images of {one.target} have a prompt that {one.source} trains on")
-    return [f"{'; '.join(parts)}."] if parts else []
-
-
-def _difference_columns(reference: str) -> list[Column]:
-    return [
-        Column(key="srcc_difference", title=f"Δ SRCC to {reference}", kind="difference", interval=True),
-        Column(key="srcc_p_holm", title="p\N{NO-BREAK SPACE}(Holm)", kind="p"),
     ]
 
 
@@ -205,43 +68,156 @@ def _ends(row: Row) -> tuple[str, str]:
     return source, str(row.settings.get("to", source))
 
 
-def _items(row: Row) -> int | str:
-    count = row.settings.get("training_items", "all")
-    return count if isinstance(count, int) else str(count)
+def transfer_table(results: Results, label: str, protocol: str) -> Table | None:
+    """Table VI: a row per direction; ways in columns, the paper's numbers beside ours."""
+    found = directions(results, label, protocol)
+    ways = [way for way in WAYS if any(one.way(way) for one in found)]
+    if not ways:
+        return None
+    papers = {(one.source, one.target): _paper(results, one, label) for one in found}
+    columns: list[Column[Direction]] = [
+        Column("from", "From", lambda one: one.source, "text"),
+        Column("to", "To", lambda one: one.target, "text"),
+    ]
+    for way in ways:
+
+        def row_of(one: Direction, way: str = way) -> Row | None:
+            return one.way(way)
+
+        title = f"{{metric}} {WAYS[way]}"
+        columns += [score_column(metric, row_of, key=f"{way}_{{metric}}", title=title) for metric in METRICS]
+        if any(papers.values()) and way in _IN_PAPER:
+            columns += _paper_columns(way, papers)
+        if any(row is not None and row.against is not None for row in map(row_of, found)):
+            columns += difference_columns("srcc", row_of, WAYS["apply"])
+    notes = [_WAYS_NOTE, *_shared_prompts(results, found)]
+    notes += [comparable(list(results.about.stores.values()))] if any(papers.values()) else []
+    title = f"across data sets, {label}, {protocol_name(protocol)}"
+    return make_table(results, ["transfer", label, protocol], title, columns, found, notes)
 
 
 def _paper(results: Results, one: Direction, label: str) -> PaperTransfer | None:
+    """The paper's numbers on a direction."""
     names = [paper().data_set(name) or paper().data_set(results.store(name).hint) for name in (one.source, one.target)]
     wanted = (*names, paper().label(label))
     return next((fact for fact in paper().transfers if (fact.source, fact.target, fact.label) == wanted), None)
 
 
-def _places(results: Results, shots: dict[str, list[tuple[int | str, Row]]]) -> dict[int | str, float]:
-    """Where each number of items is drawn: `all` at the items that its runs trained on, or past the others."""
+def _paper_columns(way: str, papers: Mapping[tuple[str, str], PaperTransfer | None]) -> list[Column[Direction]]:
+    def value(one: Direction, at: int) -> float | None:
+        fact = papers[one.source, one.target]
+        return None if fact is None else getattr(fact, way)[at]
+
+    return [
+        Column(f"paper_{way}_srcc", "paper's SRCC", lambda one: value(one, 0), "paper"),
+        Column(f"paper_{way}_plcc", "paper's PLCC", lambda one: value(one, 1), "paper"),
+    ]
+
+
+def _shared_prompts(results: Results, found: Sequence[Direction]) -> list[str]:
+    """How many test items have a prompt on which the other data set trains."""
+    shared = results.about.shared if isinstance(results.about.shared, dict) else {}
+    parts: list[str] = []
+    for one in found:
+        numbers = shared.get(f"{one.source} -> {one.target}")
+        if isinstance(numbers, dict) and {"test_items", "with_a_prompt_of_the_source"} <= numbers.keys():
+            share = f"{numbers['with_a_prompt_of_the_source']} of {numbers['test_items']}"
+            parts.append(
+                f"{share} test images of {one.target} have a prompt that also occurs in training on {one.source}"
+            )
+    return [f"{'; '.join(parts)}."] if parts else []
+
+
+Shot = tuple[Direction, str, int | str, Row]
+"""A direction, a few-shot way, the number of training items, and the row."""
+
+
+def shots_table(results: Results, label: str, protocol: str) -> Table | None:
+    """SRCC and PLCC by the number of labelled items of the target."""
+    found: list[Shot] = [
+        (one, way, count, row)
+        for one in directions(results, label, protocol)
+        for way, rows in one.shots().items()
+        for count, row in rows
+    ]
+    if not found:
+        return None
+    columns: list[Column[Shot]] = [
+        Column("from", "From", lambda shot: shot[0].source, "text"),
+        Column("to", "To", lambda shot: shot[0].target, "text"),
+        Column("way", "Start", lambda shot: shot[1], "text"),
+        Column("training_items", "Items of To", lambda shot: shot[2], "count"),
+        score_column("srcc", _row_of),
+        sd_column("srcc", _row_of),
+        score_column("plcc", _row_of),
+        sd_column("plcc", _row_of),
+        *(difference_columns("srcc", _row_of, "fresh") if any(row.against is not None for *_, row in found) else []),
+    ]
+    title = f"few-shot, {label}, {protocol_name(protocol)}"
+    return make_table(results, ["few-shot", label, protocol], title, columns, found, [_SHOTS_NOTE])
+
+
+def _row_of(shot: Shot) -> Row:
+    return shot[3]
+
+
+def shots_chart(results: Results, one: Direction, label: str, protocol: str) -> Picture | None:
+    """SRCC by the number of labelled items of the target, with the unchanged and the retrained head beside it."""
+    shots = one.shots()
+    if not shots:
+        return None
+    places = _places(results, shots)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for way, rows, style in styled(shots):
+            points = [(places[count], row.value("srcc"), row.interval("srcc")) for count, row in rows]
+            draw_line(axes, points, way, markersize=4.5, linewidth=1.5, **style)
+        for way, dashes in (("apply", (0, (4, 2))), ("tp", (0, (1, 2)))):
+            row = one.way(way)
+            value = None if row is None else row.value("srcc")
+            if value is not None:
+                axes.axhline(value, color=MUTED, linewidth=1.2, linestyle=dashes, label=WAYS[way])
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(list(places.values())))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticklabels([f"{count}" for count in places])
+        tidy(axes, x=f"labelled items of {one.target}", y="test SRCC")
+        figure.legend(loc="outside upper right", ncols=4, fontsize=SMALL)
+
+    return draw(
+        results.anchor("few-shot", label, protocol, one.source, one.target),
+        results.heading(f"few-shot: {one.source} to {one.target}, {label}"),
+        alt=_describe_shots(one),
+        caption=f"SRCC on {one.target} by the number of its labelled items ({protocol_name(protocol)}), with 95% "
+        "intervals. Horizontal lines: heads trained on all items.",
+        height=3.3,
+        paint=paint,
+    )
+
+
+def _places(results: Results, shots: Shots) -> dict[int | str, float]:
+    """The place of each number of items on the axis.
+
+    `all` is placed at the number of items that its runs trained on, and at least at twice the largest other number.
+    """
     numbers = sorted({count for rows in shots.values() for count, _ in rows if isinstance(count, int)})
-    rest = [row for rows in shots.values() for count, row in rows if isinstance(count, str)]
     places: dict[int | str, float] = {count: float(count) for count in numbers}
+    rest = [row for rows in shots.values() for count, row in rows if isinstance(count, str)]
     if rest:
-        trained = [_trained_on(results, row) for row in rest]
-        past = 2.0 * numbers[-1] if numbers else 1.0
-        places["all"] = float(max(max(trained), past))
+        splits = [line.split for row in rest for line in results.runs_of(row) if line.split]
+        trained = [int(split.get("train") or 0) + int(split.get("validation") or 0) for split in splits]
+        places["all"] = float(max([*trained, 2 * numbers[-1] if numbers else 1]))
     return places
 
 
-def _trained_on(results: Results, row: Row) -> int:
-    splits = [line.split for line in results.runs_of(row) if line.split]
-    return max((int(split.get("train") or 0) + int(split.get("validation") or 0) for split in splits), default=0)
-
-
-def _told(one: Direction) -> str:
-    parts = []
+def _describe_shots(one: Direction) -> str:
+    parts: list[str] = []
     for way, rows in one.shots().items():
-        ends = [
-            f"{row.value('srcc'):.3f} with {count} items"
-            for count, row in (rows if len(rows) < 2 else (rows[0], rows[-1]))
-        ]
-        parts.append(f"{way}: {listed(ends)}")
+        ends = rows if len(rows) < 2 else (rows[0], rows[-1])
+        values = [f"{row.value('srcc'):.3f} with {count} items" for count, row in ends]
+        parts.append(f"{way}: {listed(values)}")
     applied = one.way("apply")
     if applied is not None and applied.value("srcc") is not None:
-        parts.append(f"as it is: {applied.value('srcc'):.3f}")
-    return f"Lines of the SRCC on {one.target} against its labelled items. {'; '.join(parts)}."
+        parts.append(f"{WAYS['apply']}: {applied.value('srcc'):.3f}")
+    return f"Lines of the SRCC on {one.target} by the number of its labelled items. {'; '.join(parts)}."

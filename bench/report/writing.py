@@ -1,38 +1,44 @@
-"""`agiqa report`: the page, its tables and its pictures in a folder."""
+"""`agiqa report`: the page, the same in markdown, and the tables and pictures, written to a folder."""
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
-from agiqa.bench.report.document import document
-from agiqa.bench.report.examples import Examples
-from agiqa.bench.report.figures import Picture
-from agiqa.bench.report.missing import Missing
-from agiqa.bench.report.page import render
+from jinja2 import DictLoader, Environment, StrictUndefined
+from markupsafe import Markup
+
+from agiqa.bench.report.items import Examples
+from agiqa.bench.report.pictures import Picture
 from agiqa.bench.report.reading import read_all
-from agiqa.bench.report.sections import compose
-from agiqa.bench.report.tables import Table
+from agiqa.bench.report.sections import Content, Missing, Section, compose
+from agiqa.bench.report.tables import Table, plain
 from agiqa.errors import DataError
 from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
+from agiqa.version import agiqa_version
 
 PAGE, DOCUMENT, TABLES, PICTURES = "index.html", "report.md", "tables", "pictures"
-_KEPT = "the results are kept, and what was written of the report"
-_MADE = {TABLES: (".md", ".csv"), PICTURES: (".png", ".svg")}
+_TEMPLATE, _STYLE, _SCRIPT = "page.html.j2", "page.css", "page.js"
+_SUFFIXES = {TABLES: (".md", ".csv"), PICTURES: (".png", ".svg")}
+_KEPT = "the results and the parts of the report written so far are kept"
+_HIGHEST = 5.0
+"""The best MOS, at the right end of an item's scale."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was written."""
+    """The files of a report, and what it lacks."""
 
     page: Path
     document: Path
-    """What the page says, in markdown without pictures."""
+    """The page in markdown, without pictures."""
     tables: tuple[Path, ...]
     pictures: tuple[Path, ...]
     missing: tuple[Missing, ...]
-    """What there was no data for."""
+    """The parts that have no data."""
     problems: tuple[str, ...]
-    """What is left out, as it could not be read or is newer than the rows."""
+    """What is left out because it could not be read, or because it is newer than the rows."""
 
 
 def write_report(
@@ -46,11 +52,12 @@ def write_report(
 ) -> Report:
     """Write the report on result folders of `agiqa ablate` and `agiqa transfer` into the folder `to`.
 
-    Tables and pictures that an earlier report left there are replaced. `images` is the folder of the images by item
-    name, `notes` what the reader is told of the data, `data` the data set of stores that do not tell theirs. Raises
-    DataError for a folder that holds no results, or for a `to` that is something else, and as `telling_disk_errors`.
+    Tables and pictures of an earlier report there are replaced. `images` is the folder of the images by item name;
+    `notes` are sentences on the data for the reader; `data` is the data set of stores that do not name theirs.
+    Raises DataError for a folder without results, or if `to` exists and is no report; disk errors are raised as by
+    `telling_disk_errors`.
     """
-    if to.exists() and (not to.is_dir() or ((any(to.iterdir())) and not (to / PAGE).is_file())):
+    if to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / PAGE).is_file())):
         message = f"{to} is there already and is no report. Give another --to, or remove it."
         raise DataError(message)
     everything = read_all(folders, data=data)
@@ -59,10 +66,10 @@ def write_report(
     page = render(title, content)
     with telling_disk_errors(f"writing {to / PAGE}", _KEPT):
         to.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(to / PAGE, page)  # first: what is broken off after it can be written anew
+        write_text_atomically(to / PAGE, page)  # first: it marks the folder as a report, which may be written again
         write_text_atomically(to / DOCUMENT, document(title, content))
-        for name, ends in _MADE.items():
-            _clear(to / name, ends)
+        for name, suffixes in _SUFFIXES.items():
+            _clear(to / name, suffixes)
     tables: list[Path] = []
     pictures: list[Path] = []
     for block in content.blocks():
@@ -70,7 +77,7 @@ def write_report(
             with telling_disk_errors(f"writing the picture {block.name} to {to / PICTURES}", _KEPT):
                 pictures += block.write(to / PICTURES)
         else:
-            tables += _write_table(to / TABLES, block.table() if isinstance(block, Examples) else block)
+            tables += _write_table(to / TABLES, block.table if isinstance(block, Examples) else block)
     return Report(
         page=to / PAGE,
         document=to / DOCUMENT,
@@ -81,11 +88,11 @@ def write_report(
     )
 
 
-def _clear(folder: Path, ends: Sequence[str]) -> None:
-    """An empty folder, but for what a report does not make."""
+def _clear(folder: Path, suffixes: Sequence[str]) -> None:
+    """Make the folder, and remove the files of these kinds from it."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if path.suffix in ends:
+        if path.suffix in suffixes:
             path.unlink()
 
 
@@ -95,3 +102,71 @@ def _write_table(folder: Path, table: Table) -> list[Path]:
         with telling_disk_errors(f"writing {path}", _KEPT):
             path.write_text(text, encoding="utf-8", newline="")
     return paths
+
+
+def render(title: str, content: Content) -> str:
+    """The page: one HTML file that contains its style, script, pictures and data, and needs no network.
+
+    All text of the results is escaped. The style and script beside this module and SVG are not.
+    """
+    folder = resources.files("agiqa.bench.report")
+    files = {name: (folder / name).read_text(encoding="utf-8") for name in (_TEMPLATE, _STYLE, _SCRIPT)}
+    environment = Environment(loader=DictLoader(files), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template(_TEMPLATE).render(
+        title=title,
+        content=content,
+        css=Markup(files[_STYLE]),
+        js=Markup(files[_SCRIPT]),
+        version=agiqa_version(),
+        csv_uri=_csv_uri,
+        code=_code,
+        signed=_signed,
+        place=lambda value: 100.0 * min(1.0, max(0.0, value / _HIGHEST)),
+    )
+
+
+def _signed(value: float) -> str:
+    """Two digits after the point and a sign, which a rounded zero lacks."""
+    text = f"{value:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "\N{MINUS SIGN}")
+
+
+def _code(text: str) -> Markup:
+    """The text, with everything between backticks as code."""
+    parts = text.split("`")
+    return Markup("").join(Markup("<code>{}</code>").format(part) if k % 2 else part for k, part in enumerate(parts))
+
+
+def _csv_uri(table: Table) -> str:
+    """The table's CSV as a link that saves it."""
+    return f"data:text/csv;charset=utf-8;base64,{base64.b64encode(table.csv().encode()).decode()}"
+
+
+def document(title: str, content: Content) -> str:
+    """The page in markdown without pictures: for a repository, an issue or a manuscript."""
+    parts = [f"# {plain(title)}", _bullets(f"{name}: {value}" for name, value in content.facts.items())]
+    parts += _listed("In short", content.findings)
+    parts += _listed("What these numbers can and cannot show", content.notes)
+    parts += [part for section in content.sections for part in _section(section)]
+    parts += _listed("What is left out", content.problems)
+    return "\n\n".join([*parts, "Made by `agiqa report`."]) + "\n"
+
+
+def _section(section: Section) -> list[str]:
+    """Its heading, words and tables; nothing if it has only pictures."""
+    tables = [
+        block.table if isinstance(block, Examples) else block
+        for block in section.blocks
+        if not isinstance(block, Picture)
+    ]
+    words = [_bullets(section.words)] if section.words else []
+    parts = [*words, *(table.markdown().rstrip("\n") for table in tables)]
+    return [f"## {plain(section.title)}", *parts] if parts else []
+
+
+def _listed(heading: str, sentences: Sequence[str]) -> list[str]:
+    return [f"## {heading}", _bullets(sentences)] if sentences else []
+
+
+def _bullets(sentences: Iterable[str]) -> str:
+    return "\n".join(f"- {plain(sentence)}" for sentence in sentences)

@@ -9,15 +9,13 @@ import shutil
 import numpy as np
 import pytest
 
-from agiqa.bench.report.examples import SHOWN, examples_of
-from agiqa.bench.report.item_charts import scatter_chart
-from agiqa.bench.report.predictions import predictions_of
-from agiqa.bench.report.rank_charts import energy_share, rank_chart, rank_table
+from agiqa.bench.report.charts import energy_share, rank_chart, rank_table
+from agiqa.bench.report.findings import findings, limits, teacher_findings, transfer_findings
+from agiqa.bench.report.items import SHOWN, examples_of, predictions_of, scatter_chart
 from agiqa.bench.report.reading import read_all
 from agiqa.bench.report.row_tables import leak
 from agiqa.bench.report.sections import compose
 from agiqa.bench.report.transfers import directions, shots_table, transfer_table
-from agiqa.bench.report.words import findings, limits, teacher_findings, transfer_findings
 from agiqa.bench.report.writing import write_report
 from tests.bench.report import made
 from tests.bench.report.made import cells_of
@@ -49,8 +47,8 @@ def test_predictions_are_means_over_seeds_of_every_item_once(results):
     predictions = predictions_of(found, row)
     expected = mean_predictions(results.ablation)
     assert len(expected) == len(results.stores["ours"].items)
-    told = zip(predictions.names, predictions.prompts, predictions.true, predictions.predicted, strict=True)
-    assert {(name, prompt): (true, pytest.approx(value)) for name, prompt, true, value in told} == expected
+    told = zip(predictions.keys, predictions.true, predictions.predicted, strict=True)
+    assert {(name, prompt): (true, pytest.approx(value)) for (name, prompt, _), true, value in told} == expected
     assert (predictions.runs, predictions.missing) == (2 * made.FOLDS, ())
 
 
@@ -61,7 +59,7 @@ def test_items_of_one_name_and_prompt_stay_apart(results, copy):
         path.write_text(re.sub(r"^image_\d+\.png,[^,]*,", f"{image},a cat,", path.read_text(), flags=re.MULTILINE))
     predictions = leading(folder)[1]
     _, whole = leading(results.ablation)
-    assert len(predictions.names) == len(results.stores["ours"].items)
+    assert len(predictions.keys) == len(results.stores["ours"].items)
     assert predictions.predicted == pytest.approx(whole.predicted)
     assert predictions.true.tolist() == whole.true.tolist()
 
@@ -83,9 +81,9 @@ def test_two_items_of_one_name_and_prompt_stay_two(results, copy):
     (found,) = read_all([folder])
     predictions = predictions_of(found, next(one for one in found.of("quality", "published") if one.row == row))
     expected = mean_predictions(results.ablation, protocol="published")
-    assert len(predictions.names) == len(expected) + 1
-    told = zip(predictions.names, predictions.prompts, predictions.predicted, strict=True)
-    assert sorted(value for name, prompt, value in told if expected[name, prompt][1] != pytest.approx(value)) == [0.25]
+    assert len(predictions.keys) == len(expected) + 1
+    told = zip(predictions.keys, predictions.predicted, strict=True)
+    assert sorted(value for key, value in told if expected[key[:2]][1] != pytest.approx(value)) == [0.25]
 
 
 def leading(folder):
@@ -122,7 +120,7 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(results, copy):
     assert [one.image is None for one in shown] == [one.name in broken for one in shown]
     absent = sum(one.image is None for one in shown)
     assert absent > 0
-    assert any(note.startswith(f"{absent} of {len(shown)} images") for note in found.notes)
+    assert any(note.startswith(f"{absent} of {len(shown)} images") for note in found.table.notes)
 
 
 def test_an_image_outside_its_folder_is_never_read(results, copy):
@@ -144,7 +142,7 @@ def test_a_store_that_is_gone_takes_only_the_descriptions(results, copy):
         (folder / "about.json").write_text(json.dumps(about))
         found = examples(folder, None)
         assert all(one.description is None for one in (*found.best, *found.worst))
-        assert any("Descriptions are not shown" in note and said in note for note in found.notes)
+        assert any("Descriptions are not shown" in note and said in note for note in found.table.notes)
 
 
 def test_runs_whose_predictions_are_gone_are_told_and_the_others_used(results, copy):
@@ -154,7 +152,7 @@ def test_runs_whose_predictions_are_gone_are_told_and_the_others_used(results, c
     (folder / "runs" / broken["name"] / "predictions.csv").write_text("name,prompt\nx,y\n")
     results_read, found = leading(folder)
     assert len(found.missing) == 2
-    assert any(gone["name"] in problem and "not there" in problem for problem in found.missing)
+    assert any(gone["name"] in problem and "missing" in problem for problem in found.missing)
     assert any(broken["name"] in problem and "not readable" in problem for problem in found.missing)
     assert found.runs == 2 * made.FOLDS - 2
     assert "Predictions of 2 runs are missing" in scatter_chart(results_read, found, "a head").caption
@@ -249,7 +247,7 @@ def test_findings_say_what_the_files_say(results):
     assert f"has a test SRCC of {best['test']['srcc']:.3f} ({low:.3f} to {high:.3f})" in sentence
     notes = limits([found])
     assert any(note.startswith("On the published split 15 of 15 test images") for note in notes)
-    assert any("2 seeds only" in note for note in notes)
+    assert any("only 2 seeds" in note for note in notes)
 
 
 def test_without_a_validation_score_no_head_is_said_to_be_chosen(results, copy):
@@ -278,7 +276,7 @@ def test_findings_of_a_transfer_say_what_the_files_say(results, copy):
     ways = (("apply", "all"), ("tp", "all"), ("fresh", 10), ("warm", 10))
     for ends, sentence in zip((("AGIQA-3k", "AIGCIQA2023"), ("AIGCIQA2023", "AGIQA-3k")), sentences, strict=True):
         told = [f"{values[*ends, way, count]:.3f} (" for way, count in ways]
-        assert sentence.startswith(f"{ends[0]} to {ends[1]}, quality, published split: the head as it is has ")
+        assert sentence.startswith(f"{ends[0]} to {ends[1]}, quality, published split: the unchanged head has ")
         assert [sentence.count(number) for number in told] == [1] * len(told)
 
 
@@ -307,7 +305,7 @@ def test_curves_of_one_epoch_are_none(results, copy):
     for path in (folder / "runs").glob("*/curves.csv"):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     content = compose(read_all([folder]), images=None, notes=())
-    assert "hold the curves of more than one epoch" in next(
+    assert "holds the curves of more than one epoch" in next(
         one.line() for one in content.missing if one.what == "Training curves"
     )
 
@@ -336,7 +334,7 @@ def test_texts_of_a_teacher_are_a_finding_where_the_rating_word_is_read(results,
         line["text_authors"] = {"validation": {"model": 9}, "test": {"teacher": 12, "unknown": 3}}
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     about = json.loads((folder / "about.json").read_text())
-    said = f"In {len(lines)} runs, up to 12 of 15 test items read the text of a teacher that was told their MOS"
+    said = f"In {len(lines)} runs, up to 12 of 15 test items read the text of a teacher that knew their MOS"
     for variant, place in (("full", 0), (None, 0), ("id", 1)):
         about["stores"][""]["variant"] = variant
         (folder / "about.json").write_text(json.dumps(about))

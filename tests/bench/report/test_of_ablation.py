@@ -1,7 +1,5 @@
 """The report of what `run_ablation` itself leaves: several stores, every protocol, and the bias of choosing on test."""
 
-import csv
-import io
 import json
 import shutil
 from dataclasses import replace
@@ -13,13 +11,13 @@ import yaml
 from agiqa.bench.ablation.ablation import run_ablation
 from agiqa.bench.ablation.grids import read_grid
 from agiqa.bench.ablation.protocols import generators_of
-from agiqa.bench.report.bookkeeping import bias_table
+from agiqa.bench.report.findings import METHOD, findings, limits
 from agiqa.bench.report.reading import read_all
-from agiqa.bench.report.row_tables import leak, main_tables
-from agiqa.bench.report.words import METHOD, findings, limits
+from agiqa.bench.report.row_tables import bias_table, leak, main_tables
 from agiqa.bench.report.writing import write_report
 from agiqa.store import basis_from, sketch_store
 from tests.bench.report import made
+from tests.bench.report.made import cells_of
 from tests.store.conftest import make_content, make_store
 
 ITEMS = 60
@@ -70,7 +68,7 @@ def table_of(out, protocol):
     (found,) = read_all([out])
     tables = dict(zip(found.groups(), main_tables(found), strict=True))
     table = tables["quality", protocol]
-    return list(csv.DictReader(io.StringIO(table.csv()))), " ".join(table.notes)
+    return cells_of(table), " ".join(table.notes)
 
 
 @pytest.mark.parametrize("protocol", ["published", "grouped", "leave-one-generator-out"])
@@ -96,10 +94,10 @@ def test_a_head_on_another_store_is_a_rival(out):
     told = findings(found)
     assert len(told) == 3
     tested = {
-        label: "1 other head from it" in sentence for (_, label), sentence in zip(found.groups(), told, strict=True)
+        label: "of 1 other head differ" in sentence for (_, label), sentence in zip(found.groups(), told, strict=True)
     }
     assert tested == {"published": True, "grouped": False, "leave-one-generator-out": True}
-    assert sum("1 other head was not tested: it takes two seeds or more" in sentence for sentence in told) == 1
+    assert sum("1 other head was not tested: the test needs two seeds or more" in sentence for sentence in told) == 1
 
 
 def test_prompts_that_leak_are_counted_over_all_held_out_generators(out):
@@ -119,9 +117,9 @@ def test_prompts_that_leak_are_counted_over_all_held_out_generators(out):
 def test_a_seed_for_each_fold_is_not_told_as_a_mean_over_seeds(out):
     _, notes = table_of(out, "grouped")
     assert "means over" not in notes
-    assert "Each part of the split has a seed of its own (2 seeds in one answer), so there is no sd." in notes
+    assert "Each part of the split has a seed of its own (2 seeds in all), so there is no sd." in notes
     (found,) = read_all([out])
-    assert any("1 seed only for each test image" in note for note in limits([found]))
+    assert any("only 1 seed for each test image" in note for note in limits([found]))
 
 
 def test_the_bias_of_choosing_on_test_is_in_the_result_lines_and_needs_no_run_folder(out, tmp_path):
@@ -131,9 +129,9 @@ def test_the_bias_of_choosing_on_test_is_in_the_result_lines_and_needs_no_run_fo
         told = line["paper_compatible"]
         assert told["srcc"] - told["bias"]["srcc"] == pytest.approx(line["test"]["srcc"])
     whole, bare = out, shutil.copytree(out, tmp_path / "bare", ignore=shutil.ignore_patterns("runs"))
-    tables = [bias_table(read_all([folder])[0]).csv() for folder in (whole, bare)]
-    assert tables[0] == tables[1]
-    rows = list(csv.DictReader(io.StringIO(tables[1])))
+    tables = [bias_table(read_all([folder])[0]) for folder in (whole, bare)]
+    assert tables[0].csv() == tables[1].csv()
+    rows = cells_of(tables[1])
     assert {(row["protocol"], row["runs"]) for row in rows} == {
         ("published split", "2"),
         ("grouped by prompt", "2"),
@@ -154,9 +152,9 @@ def test_one_seed_is_one_seed(results):
     ("changes", "said"),
     [
         ({}, None),
-        ({"seconds": 1000.0}, "(quality, published split: runs were made again)"),
-        ({"name": "store=main,seed=2", "seed": 2}, "(quality, published split: 5 runs done, and the rows are of 4)"),
-        ({"error": "no room"}, "(quality, published split: 3 runs done, and the rows are of 4)"),
+        ({"seconds": 1000.0}, "(quality, published split: runs were repeated)"),
+        ({"name": "store=main,seed=2", "seed": 2}, "(quality, published split: 5 runs done, but the rows cover 4)"),
+        ({"error": "no room"}, "(quality, published split: 3 runs done, but the rows cover 4)"),
     ],
     ids=["the same", "made again", "added", "lost"],
 )
@@ -169,7 +167,7 @@ def test_rows_that_are_older_than_the_runs_are_told_with_what_to_do(out, tmp_pat
     about["runs"].append(changes.get("name", line["name"]))  # as `agiqa ablate` of the larger grid had begun
     (folder / "about.json").write_text(json.dumps(about))
     report = write_report([folder], tmp_path / "page")
-    told = [problem for problem in report.problems if "since rows.jsonl was computed" in problem]
+    told = [problem for problem in report.problems if "after rows.jsonl was computed" in problem]
     if said is None:
         assert told == []
         return

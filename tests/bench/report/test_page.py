@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from agiqa.bench.report.figures import draw, safe
+from agiqa.bench.report.pictures import draw, safe
 from agiqa.bench.report.writing import write_report
 from agiqa.errors import DataError
 from tests.bench.report import made

@@ -1,14 +1,12 @@
 """The paper's numbers: a file of facts that names real settings, and rows that are matched only where they mean the same."""
 
-import csv
-import io
-
 import pytest
 
 from agiqa.bench.report.paper import paper, paper_tables
 from agiqa.bench.report.reading import read_all
 from agiqa.heads import ENCODERS, POOLINGS, PROJECTIONS
 from tests.bench.report import made
+from tests.bench.report.made import cells_of
 
 
 def test_the_file_names_parts_that_there_are_and_numbers_in_range():
@@ -53,7 +51,7 @@ def test_the_paper_stands_beside_rows_that_mean_the_same_and_no_others(results):
     as_sketch = [line | {"config": {**line["config"], "projection": "sketch"}} for line in lines]
     other = type(found)(**{**vars(found), "lines": tuple(type(found.lines[0])(**line) for line in as_sketch)})
     (table,) = paper_tables(other)
-    (row,) = list(csv.DictReader(io.StringIO(table.csv())))
+    (row,) = cells_of(table)
     assert (row["paper_row"], row["paper_srcc"], row["table"]) == ("without xLSTM", "0.8959", "IV")
     ours = {
         line["protocol"]: line

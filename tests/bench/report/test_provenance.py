@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from agiqa.bench.report.bookkeeping import bias_table, failures_table, runs_table
+from agiqa.bench.report.provenance import failures_table, runs_table
 from agiqa.bench.report.reading import read_all
+from agiqa.bench.report.row_tables import bias_table
 from agiqa.heads.settings.config import TrainConfig
 from tests.bench.report import made
 from tests.bench.report.made import cells_of
