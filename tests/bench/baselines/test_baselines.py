@@ -12,8 +12,8 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 
 from agiqa.bench.baselines.baselines import run_baselines
-from agiqa.bench.baselines.closed_form import STRENGTHS
-from agiqa.bench.baselines.words import RatingWords
+from agiqa.bench.baselines.evidence import RatingWords
+from agiqa.bench.baselines.predictors import STRENGTHS
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
 from agiqa.heads.data.splits import make_partition
