@@ -70,27 +70,21 @@ def draw_data_set(out: Path, *, count: int = 400, seed: int = 0) -> None:
     scenes = choose_scenes(-(-count // len(GENERATORS)), seed)
     panel, held_out = Panel(np.random.default_rng([seed, 2])), seed % _PROMPTS_PER_TEST_PROMPT
     (out / "images").mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, ...]] = []
+    for index in range(count):
+        number, rng = index // len(GENERATORS), np.random.default_rng([seed, 3, index])
+        generator, maker = list(GENERATORS.items())[index % len(GENERATORS)]
+        severities = draw_severities(maker, rng)
+        shown = with_errors(scenes[number], severities.get("content", 0.0), rng)
+        name = f"{generator}_{number:04d}{maker.suffix}"
+        # PNG has no quality and ignores it.
+        Image.fromarray(degrade(draw(shown, rng), severities, rng)).save(out / "images" / name, quality=95)
+        split = "test" if number % _PROMPTS_PER_TEST_PROMPT == held_out else "train"
+        opinions = [panel.mean_opinion(merit(aspect, severities), rng) for aspect in ASPECTS]
+        rows.append((name, scenes[number].prompt(), generator, split, *(f"{opinion:.4f}" for opinion in opinions)))
+    # The table comes last: `run_demo` takes it as the sign that all images are there.
     with (out / "data.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        for index in range(count):
-            number, rng = index // len(GENERATORS), np.random.default_rng([seed, 3, index])
-            generator, maker = list(GENERATORS.items())[index % len(GENERATORS)]
-            severities = draw_severities(maker, rng)
-            shown = with_errors(scenes[number], severities.get("content", 0.0), rng)
-            name = f"{generator}_{number:04d}{maker.suffix}"
-            # PNG has no quality and ignores it.
-            Image.fromarray(degrade(draw(shown, rng), severities, rng)).save(out / "images" / name, quality=95)
-            opinions = {f"mos_{aspect}": panel.mean_opinion(merit(aspect, severities), rng) for aspect in ASPECTS}
-            table.writerow(
-                {
-                    "name": name,
-                    "prompt": scenes[number].prompt(),
-                    "generator": generator,
-                    "split": "test" if number % _PROMPTS_PER_TEST_PROMPT == held_out else "train",
-                    **{column: f"{opinion:.4f}" for column, opinion in opinions.items()},
-                }
-            )
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 
 def draw_severities(generator: Generator, rng: np.random.Generator) -> dict[str, float]:

@@ -179,7 +179,8 @@ def _noise(rng: np.random.Generator, *, coarsest: int, side: int = _FINE) -> NDA
     for octave in range(5):
         grid = Image.fromarray(rng.random((coarsest << octave, coarsest << octave), np.float32))
         total += np.asarray(grid.resize((side, side), Image.Resampling.BICUBIC)) * 0.5**octave
-    return (total - total.min()) / np.ptp(total)
+    scaled: NDArray[np.float32] = (total - total.min()) / np.ptp(total)
+    return scaled
 
 
 def _pixels(values: NDArray[np.floating]) -> Pixels:
