@@ -186,13 +186,13 @@ class Guess:
 
 def by_generator(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     """The mean MOS of the generator in training; of an unknown one the mean of all."""
-    means = _group_means(evidence.generators(train), evidence.mos[train], evidence.generators(test))
+    means = group_means(evidence.generators(train), evidence.mos[train], evidence.generators(test))
     return Guess(predicted=means)
 
 
 def by_prompt(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     """The mean MOS of the prompt in training; of an unknown one the mean of all."""
-    return Guess(predicted=_group_means(evidence.prompts(train), evidence.mos[train], evidence.prompts(test)))
+    return Guess(predicted=group_means(evidence.prompts(train), evidence.mos[train], evidence.prompts(test)))
 
 
 def by_generator_and_prompt(evidence: Evidence, train: Positions, test: Positions) -> Guess:
@@ -310,7 +310,7 @@ def _pairs(evidence: Evidence, items: Positions) -> list[tuple[str, str]]:
     return list(zip(evidence.generators(items), evidence.prompts(items), strict=True))
 
 
-def _group_means(known: Sequence[str], mos: Array, asked: Sequence[str]) -> Array:
+def group_means(known: Sequence[str], mos: Array, asked: Sequence[str]) -> Array:
     """The mean of `mos` over those of `known` with the same name; the mean of all for a name that is not there."""
     names, numbers = np.unique(np.array(known), return_inverse=True)
     means = np.bincount(numbers, weights=mos) / np.bincount(numbers)

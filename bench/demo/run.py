@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agiqa.bench.baselines.predictors import group_means
 from agiqa.bench.demo.images import draw_data_set
 from agiqa.bench.demo.model import build_demo_model
 from agiqa.bench.report.pictures import Panel, scatter
@@ -128,10 +129,8 @@ def _train(store: Store, run: Path, head: HeadConfig, seed: int) -> tuple[DemoRo
 
 def _generator_baseline(store: Store, test: NDArray[np.int64]) -> DemoRow:
     """Predict the mean MOS of the generator's training images: a head has to beat this."""
-    mos, generators = store.items.labels[LABEL], np.array(store.items.generators)
-    train = np.array(store.items.in_split("train"))
-    means = {name: float(mos[train][generators[train] == name].mean()) for name in np.unique(generators[train])}
-    predicted = np.array([means.get(name, float(mos[train].mean())) for name in generators[test]])
-    prompts = [store.items.prompts[item] for item in test]
-    scores = evaluate_scores(predicted, mos[test], prompts)
+    mos, generators = store.items.labels[LABEL], [name or "unknown" for name in store.items.generators]
+    train = store.items.in_split("train")
+    predicted = group_means([generators[k] for k in train], mos[train], [generators[k] for k in test])
+    scores = evaluate_scores(predicted, mos[test], [store.items.prompts[k] for k in test])
     return DemoRow(name="mean of the generator", scores=scores, seconds=None)

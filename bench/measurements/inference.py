@@ -11,11 +11,11 @@ seed use its interval, which covers prompts alone.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -130,19 +130,15 @@ def metrics_of_head(world: World, traits: tuple[float, float, float]) -> dict[st
     return score(world.head(random, world.method(random, mos, single), single, traits), mos)
 
 
-def rejected(world: World, prompts: int, images: int, seeds: int, seed: int, *, methods: int = 1) -> list[bool]:
+def rejected(world: World, prompts: int, images: int, seeds: int, seed: int, methods: int = 1) -> list[bool]:
     """Whether the test finds a difference, by metric, between two sides of one method or of two equally good ones."""
     random = np.random.default_rng([seed, prompts, images])
     groups = np.repeat(np.arange(prompts), images)
     mos = world.mos(random, groups)
     made = [world.method(random, mos, groups) for _ in range(methods)]
     sides = [world.seeds(random, made[k % methods], groups, seeds) for k in range(2)]
-    return differs(sides[0], sides[1], mos, [str(group) for group in groups])
-
-
-def differs(a: Array, b: Array, mos: Array, prompts: Sequence[str]) -> list[bool]:
-    """`scores_differ` for two sides of predictions (seeds, items)."""
-    return scores_differ(SeedScores.of(a, mos, prompts), SeedScores.of(b, mos, prompts))
+    a, b = (SeedScores.of(side, mos, [str(group) for group in groups]) for side in sides)
+    return scores_differ(a, b)
 
 
 def scores_differ(a: SeedScores, b: SeedScores) -> list[bool]:
@@ -160,18 +156,11 @@ def shares(found: Sequence[Sequence[bool | None]]) -> dict[str, float | None]:
     return {name: round(float(np.mean(values)), 4) if values else None for name, values in known.items()}
 
 
-def _cover(task: tuple[World, int, int, int, int]) -> list[bool | None]:
-    return covered(*task)
-
-
-def _reject(task: tuple[World, int, int, int, int, int]) -> list[bool]:
-    return rejected(*task[:5], methods=task[5])
-
-
-def _parallel(work: Any, tasks: Sequence[Any], what: str) -> list[Any]:
+def _parallel(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
+    """The results of `work` on each tuple of arguments, computed by a process per core."""
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool, track(what, len(tasks), "trials") as advance:
         found: list[Any] = []
-        for one in pool.map(work, tasks, chunksize=8):
+        for one in pool.map(work, *zip(*tasks, strict=True), chunksize=8):
             found.append(one)
             advance(1)
         return found
@@ -209,7 +198,7 @@ def coverage(trials: int, out: Path | None) -> None:
             (300, 2, 5),
         ):
             tasks = [(world, prompts, images, seeds, trial) for trial in range(trials)]
-            held = shares(_parallel(_cover, tasks, f"{name}, {prompts} prompts"))
+            held = shares(_parallel(covered, tasks, f"{name}, {prompts} prompts"))
             about = {"bench": "coverage", "world": name, **asdict(world), "prompts": prompts, "images": images}
             _print({**about, "seeds": seeds, "trials": trials, "covered": held}, out)
 
@@ -219,14 +208,13 @@ def coverage(trials: int, out: Path | None) -> None:
 @out_option
 def errors(trials: int, out: Path | None) -> None:
     """The share of p-values below .05 where there is no difference."""
-    for name, world in WORLDS.items():
-        for prompts, images in ((20, 8), (200, 3)):
-            for seeds in (1, 3, 5):
-                for methods in (1, 2):
-                    tasks = [(world, prompts, images, seeds, trial, methods) for trial in range(trials)]
-                    below = shares(_parallel(_reject, tasks, f"{name}, {seeds} seeds"))
-                    about = {"bench": "errors", "world": name, **asdict(world), "prompts": prompts, "images": images}
-                    _print({**about, "seeds": seeds, "methods": methods, "trials": trials, "below": below}, out)
+    for (name, world), (prompts, images), seeds, methods in product(
+        WORLDS.items(), ((20, 8), (200, 3)), (1, 3, 5), (1, 2)
+    ):
+        tasks = [(world, prompts, images, seeds, trial, methods) for trial in range(trials)]
+        below = shares(_parallel(rejected, tasks, f"{name}, {seeds} seeds"))
+        about = {"bench": "errors", "world": name, **asdict(world), "prompts": prompts, "images": images}
+        _print({**about, "seeds": seeds, "methods": methods, "trials": trials, "below": below}, out)
 
 
 @main.command()
@@ -250,8 +238,7 @@ def measured(results: Path, out: Path | None) -> None:
 def seeds_of_rows(results: Path) -> list[SeedScores]:
     """The test predictions of each head with three seeds or more on the published split, a row per seed."""
     tables: dict[tuple[str, str], list[Predictions]] = {}
-    for text in (results / RESULTS).read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    for line in read_results(results / RESULTS):
         if line.get("protocol") == PUBLISHED and "error" not in line:
             path, label = results / RUNS / line["name"] / PREDICTIONS, line["config"]["label"]
             key = line["row"], line.get("store_name", "")
