@@ -107,7 +107,7 @@ def command(
     from agiqa.bench.ablation.ablation import run_ablation
     from agiqa.bench.ablation.grids import find_grid, read_grid
     from agiqa.bench.ablation.protocols import generators_of
-    from agiqa.bench.ablation.row_text import rows_text
+    from agiqa.bench.ablation.rows import rows_text
     from agiqa.bench.recording.result_folders import RESULTS, ROWS
     from agiqa.heads.model.projection import usual_projection
     from agiqa.store import open_store

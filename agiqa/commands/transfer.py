@@ -83,8 +83,8 @@ def command(
     """
     from agiqa.bench.recording.result_folders import RESULTS
     from agiqa.bench.transfer.plan import read_transfer_settings
+    from agiqa.bench.transfer.results import transfer_text
     from agiqa.bench.transfer.sides import named
-    from agiqa.bench.transfer.tables import transfer_text
     from agiqa.bench.transfer.transfer import run_transfer
     from agiqa.heads.model.projection import usual_projection
     from agiqa.store import open_store

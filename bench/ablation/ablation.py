@@ -1,4 +1,4 @@
-"""An ablation: every run of a grid trained over its store, a result line each, baselines, and the rows of a table.
+"""An ablation: trains every run of a grid, fits baselines on the same parts, and computes the rows of a table.
 
 OUT/about.json                        the stores and the grid
 OUT/results.jsonl                     a line per run, appended as it ends
@@ -18,42 +18,56 @@ from typing import Any
 import numpy as np
 
 from agiqa.bench.ablation.grids import PlannedRun
-from agiqa.bench.ablation.results import ResultLines, error_line, result_line
-from agiqa.bench.ablation.rows import table_rows, write_rows
+from agiqa.bench.ablation.rows import table_rows
 from agiqa.bench.baselines.baselines import run_baselines
-from agiqa.bench.baselines.mean_features import MeanFeatures
-from agiqa.bench.baselines.words import RatingWords
-from agiqa.bench.recording.result_folders import RESULTS, ROWS, RUNS, working_in, write_about
-from agiqa.bench.recording.result_lines import Line, ignored_line, scores_by_label, warning_lines
-from agiqa.bench.recording.store_facts import facts_of
+from agiqa.bench.baselines.evidence import MeanFeatures, RatingWords
+from agiqa.bench.recording.result_folders import (
+    ABOUT,
+    RESULTS,
+    ROWS,
+    RUNS,
+    Line,
+    LineFile,
+    error_facts,
+    outcome_facts,
+    recorded_location,
+    scores_by_label,
+    store_facts,
+    store_text,
+    training_facts,
+    warning_lines,
+    working_in,
+    write_about,
+    write_rows,
+)
 from agiqa.bench.recording.this_run import this_commit
-from agiqa.errors import AgiqaError, UnknownName
+from agiqa.errors import AgiqaError, DataError, UnknownName
 from agiqa.heads.data.features import read_labels
 from agiqa.heads.data.splits import PARTITION_SETTINGS
 from agiqa.heads.evaluation.leaks import author_warnings
-from agiqa.heads.settings.config import TrainConfig, read_yaml
+from agiqa.heads.evaluation.runs import complete_settings
+from agiqa.heads.settings.config import TrainConfig, default_settings, read_yaml
 from agiqa.heads.sweeps.head_jobs import HeadJob, JobOutcome, is_there
 from agiqa.heads.sweeps.sweeping import Partitions, train_heads
-from agiqa.heads.training.experiment import check_settings
+from agiqa.heads.training.experiment import OF_THE_MACHINE, check_settings
 from agiqa.progress import say
 from agiqa.store import Store
-from agiqa.version import agiqa_version
 
 BASELINES = "baselines.jsonl"
-_OF_A_DRAWING = tuple(name for name in PARTITION_SETTINGS if name not in ("fold", "held_out", "validation"))
-"""What baselines that are told apart differ in; validation items are among those that they are fitted on."""
+_DRAWING_SETTINGS = tuple(name for name in PARTITION_SETTINGS if name not in ("fold", "held_out", "validation"))
+"""Settings that give a run baselines of its own; not `validation`, since baselines are fitted on those items too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ablation:
-    """What became of a grid."""
+    """The outcome of a grid."""
 
     rows: list[Line]
-    """Of the heads, then of the baselines, as in rows.jsonl."""
+    """Rows of the heads, then of the baselines, as in rows.jsonl."""
     failed: dict[str, str]
-    """Names and errors of the runs that have no result."""
+    """Names and errors of the runs without a result."""
     trained: int
-    """Runs that were trained, and not there before."""
+    """How many runs this call trained."""
 
 
 def run_ablation(
@@ -67,53 +81,84 @@ def run_ablation(
     workers: int | None = None,
     tell: Callable[[str], None] = say,
 ) -> Ablation:
-    """Train what is missing of `plan`, read from the file `grid`, in the folder `out`; see `train_heads` for `workers`.
+    """Train the missing runs of `plan`, read from the file `grid`, in the folder `out`; `workers` as in `train_heads`.
 
-    `stores` are those that the runs name, and `words` conversation files with rating words, for that baseline. The
+    `stores` are those that the runs name; `words` are conversation files with rating words, for that baseline. The
     baseline `features` reads `baseline_store` where it is given, such as the hidden states that the stores are
-    sketches of. Runs that failed, or whose folders were removed, are trained again. `tell` gets a line per run that
-    ends, and then each kind of warning that heads were trained with. Raises BusyStore where another process is at work
-    in `out`, DataError for results of another store or of the same run with other settings, HeadError for a run on
-    items or labels that its store does not have any more, and as
-    `train_heads` and `run_baselines`. Before anything is trained: DataError for a `baseline_store` of raw logits or
-    without an item of `stores`, UnknownName for a label or generator that a run names and its store does not have, and
-    where something is wrong with every run (settings, features, split, labels) that of the first.
-    Results of runs that are not in `plan` stay in the file and count for nothing.
+    sketches of. Runs that failed, or whose folders were removed, are trained again. Results of runs outside `plan` stay
+    in the file and are ignored. `tell` gets a line per run that ends, and then each kind of warning of the heads.
+
+    Raises BusyStore where another process is at work in `out`, DataError for results of another store or of the same
+    run with other settings, HeadError for a run on items or labels that changed in its store, and as `train_heads` and
+    `run_baselines`. Before anything is trained: DataError for a `baseline_store` of raw logits or without an item of
+    `stores`, UnknownName for a label or generator that a store lacks, and the first run's error where all have one.
     """
-    told, commit = RatingWords(words), this_commit()  # what cannot be read is refused before anything is trained
+    rating_words, commit = RatingWords(words), this_commit()  # unreadable words are refused before anything is trained
     means = _mean_features(stores, baseline_store)
     _refuse_hopeless(stores, plan, started=(out / RESULTS).exists())
     at_first = [*_author_warnings(stores, plan), *_sketch_notes(means)]
     for line in at_first:
         tell(line)
     with working_in(out, "ablation"):
-        facts = {name: facts_of(store) for name, store in stores.items()}
-        results = ResultLines(out / RESULTS, plan, stores=facts)
-        done = [run for run in plan if results.is_done(run) and _job(run, out).run.exists()]
+        facts = {name: store_facts(store) for name, store in stores.items()}
+        results = open_results(out / RESULTS, plan, stores=facts)
+        done = [run for run in plan if results.is_done(run.name) and _job(run, out).run.exists()]
         for name, store in stores.items():
-            _check_done(store, [_job(run, out) for run in done if run.store == name])
+            partitions = Partitions(store)
+            for run in done:
+                if run.store == name:
+                    # A store that is labelled anew keeps its id.
+                    is_there(store, _job(run, out), partitions.of(run.train))
         names = [run.name for run in plan]
         about = {"kind": "ablation", "stores": facts, "grid": read_yaml(grid), "runs": names}
-        write_about(out, about if baseline_store is None else {**about, "baseline_store": facts_of(baseline_store)})
-        if results.ignored:
-            tell(ignored_line(out, results))
+        write_about(out, about if baseline_store is None else {**about, "baseline_store": store_facts(baseline_store)})
+        for line in results.ignored_note():
+            tell(line)
         clock = _Clock(len(plan), len(done), tell)
         trained = 0
         for name, store in stores.items():
             missing = [run for run in plan if run.store == name and run not in done]
             trained += _train(store, missing, out, results, workers, clock, commit=commit) if missing else 0
-        for line in warning_lines((results.lines[run.name] for run in plan), told=at_first):
+        for line in warning_lines((results.lines[name] for name in names), printed=at_first):
             tell(line)
-        rows = table_rows(plan, results.lines, out, _baselines(stores, plan, out, told, means))
+        rows = table_rows(plan, results.lines, out, _baselines(stores, plan, out, rating_words, means))
         write_rows(out / BASELINES, [row for row in rows if row["kind"] == "baseline"])
         write_rows(out / ROWS, rows)
-    errors = {run.name: results.lines[run.name].get("error") for run in plan}
-    failed = {name: error for name, error in errors.items() if error is not None}
-    return Ablation(rows=rows, failed=failed, trained=trained)
+    return Ablation(rows=rows, failed=results.failed(names), trained=trained)
+
+
+def open_results(path: Path, plan: Sequence[PlannedRun], *, stores: Mapping[str, Line]) -> LineFile:
+    """The lines of `plan` in results.jsonl; `stores` are their `store_facts` by name.
+
+    Raises DataError as `LineFile`, and for a line on another store or with other settings.
+    """
+    runs = {run.name: run for run in plan}
+
+    def check(line: Line, where: str) -> None:
+        run = runs[line["name"]]
+        store = stores[run.store]
+        if line["store"] != store["id"]:
+            there = store_text(line["store"], recorded_location(path.with_name(ABOUT), line["store"]))
+            here = store_text(store["id"], store["path"])
+            message = f"{where}: a run on the store {there}, and this is {here}. Choose another OUT."
+            raise DataError(message)
+        config, now = {**default_settings(), **complete_settings(line["config"])}, run.config
+        names = [name for name in {**line["config"], **now} if name not in OF_THE_MACHINE]
+        different = [name for name in names if config.get(name) != now.get(name)]
+        if different:
+            name = different[0]
+            message = (
+                f"{where}: the run {line['name']!r} had {name} {config.get(name)!r}, and this grid has "
+                f"{now.get(name)!r}. Choose another OUT, or go on with its grid."
+            )
+            raise DataError(message)
+
+    keys, kept = {"store": str, "config": dict}, "the runs before are kept"
+    return LineFile(path, kind="an ablation", keys=keys, kept=kept, planned=runs, check=check)
 
 
 def _mean_features(stores: Mapping[str, Store], baseline_store: Store | None) -> dict[str, MeanFeatures]:
-    """What the baseline of each store reads. Raises DataError for a `baseline_store` that cannot be read for one."""
+    """What the baseline of each store reads. Raises DataError for a `baseline_store` that does not fit one of them."""
     if baseline_store is None:
         return {name: MeanFeatures(store) for name, store in stores.items()}
     shared = MeanFeatures(baseline_store)
@@ -124,7 +169,7 @@ def _mean_features(stores: Mapping[str, Store], baseline_store: Store | None) ->
 
 
 def _sketch_notes(means: Mapping[str, MeanFeatures]) -> Iterator[str]:
-    """A line where the baseline of some stores reads a sketch."""
+    """A note where the baseline of some stores reads a sketch."""
     names = [name for name, found in means.items() if found.source.encoding == "sketch"]
     if names:
         where = f" of {', '.join(name for name in names if name)}" if any(names) else ""
@@ -141,18 +186,18 @@ def _baselines(
     words: RatingWords,
     means: Mapping[str, MeanFeatures],
 ) -> list[Line]:
-    """The baselines of every store, protocol and way of drawing its items that the plan has."""
+    """The baselines of every store, protocol and drawing of items in the plan."""
     found: list[Line] = []
     for name, store in stores.items():
         by_protocol: dict[str, dict[tuple[Any, ...], list[TrainConfig]]] = {}
         for run in plan:
             if run.store == name:
-                how = tuple(getattr(run.train, setting) for setting in _OF_A_DRAWING)
+                how = tuple(getattr(run.train, setting) for setting in _DRAWING_SETTINGS)
                 by_protocol.setdefault(run.protocol, {}).setdefault(how, []).append(run.train)
         for protocol, drawn in by_protocol.items():
-            varied = [k for k in range(len(_OF_A_DRAWING)) if len({how[k] for how in drawn}) > 1]
+            varied = [k for k in range(len(_DRAWING_SETTINGS)) if len({how[k] for how in drawn}) > 1]
             for how, trained in drawn.items():
-                shown = {_OF_A_DRAWING[k]: how[k] for k in varied}
+                shown = {_DRAWING_SETTINGS[k]: how[k] for k in varied}
                 found += run_baselines(
                     store,
                     trained,
@@ -167,11 +212,11 @@ def _baselines(
 
 
 def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun], *, started: bool) -> None:
-    """Raise what is known to be wrong before anything is trained.
+    """Raise the errors that can be found before anything is trained.
 
-    That is the first name that a run has and its store does not: a label, a generator. Unless the ablation has
-    `started` before, it is also the error of the first run where each has one, such as too many folds, and where each
-    run of a protocol has one on one store.
+    Always the first label or generator that a run names and its store lacks. Unless the ablation has `started` before,
+    also the error of the first run where all runs have one, or where all runs of one protocol on one store have one,
+    such as too many folds.
     """
     partitions = {name: Partitions(store) for name, store in stores.items()}
     errors: list[AgiqaError] = []
@@ -196,7 +241,7 @@ def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun], *,
 
 
 def _refuse_undrawable(plan: Sequence[PlannedRun], partitions: Mapping[str, Partitions]) -> None:
-    """Raise the first error of a protocol none of whose splits a store can be drawn into."""
+    """Raise the first error of a protocol where a store can be drawn into none of its splits."""
     groups: dict[tuple[str, str], list[PlannedRun]] = {}
     for run in plan:
         if run.asked:
@@ -211,7 +256,7 @@ def _refuse_undrawable(plan: Sequence[PlannedRun], partitions: Mapping[str, Part
             else:
                 break
         else:
-            assert error is not None  # there is a run, and none was drawn
+            assert error is not None  # there is a run, and none could be drawn
             where = f" on the store {store!r}" if store else ""
             error.add_note(
                 f"in {runs[0].name}, the first of {len(runs)} runs of the protocol {protocol}{where}, none "
@@ -226,7 +271,7 @@ def _author_warnings(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) ->
         drawn, items = Partitions(store), {"validation": [np.arange(0)], "test": [np.arange(0)]}
         for run in plan:
             if run.store == name:
-                with suppress(AgiqaError):  # a run that cannot be drawn tells why itself
+                with suppress(AgiqaError):  # training a run that cannot be drawn reports why
                     partition = drawn.of(run.train)
                     items["validation"].append(partition.validation)
                     items["test"].append(partition.test)
@@ -236,7 +281,7 @@ def _author_warnings(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) ->
 
 
 class _Clock:
-    """Counts the runs that end, and tells of each, with the time left."""
+    """Counts the runs that end, and prints each with the time left."""
 
     def __init__(self, total: int, done: int, tell: Callable[[str], None]) -> None:
         self._total, self._before, self._done = total, done, done
@@ -246,37 +291,30 @@ class _Clock:
             tell(f"{done} of {total} runs are there already")
 
     def end(self, line: Line) -> None:
-        """A run has ended."""
+        """Print the line of a run that has ended."""
         self._done += 1
         took = time.monotonic() - self._started
         left = took / (self._done - self._before) * (self._total - self._done)
-        self._tell(f"[{self._done}/{self._total}] {line['name']}: {_told(line)}, {_duration(left)} left")
+        self._tell(f"[{self._done}/{self._total}] {line['name']}: {_outcome_text(line)}, {_duration(left)} left")
 
 
 def _train(
     store: Store,
     missing: Sequence[PlannedRun],
     out: Path,
-    results: ResultLines,
+    results: LineFile,
     workers: int | None,
     clock: _Clock,
     *,
     commit: str | None,
 ) -> int:
-    """Train the runs that are missing, and append their lines; how many were trained, and not there or failed."""
+    """Train the missing runs, and append their lines; returns how many were trained now and without an error."""
     jobs = [_job(run, out) for run in missing]
     by_folder = {job.run: run for job, run in zip(jobs, missing, strict=True)}
-
-    def line_of(ended: JobOutcome) -> Line:
-        run = by_folder[ended.job.run]
-        if ended.error is not None:
-            return error_line(run, store.id, ended.error, agiqa=agiqa_version(), commit=commit)
-        return result_line(run, store.id, ended.load(), commit=commit)
-
     trained = 0
     with closing(train_heads(store, jobs, workers=workers)) as outcomes:
         for ended in outcomes:
-            line = line_of(ended)
+            line = result_line(by_folder[ended.job.run], store.id, ended, commit=commit)
             results.append(line)
             clock.end(line)
             trained += ended.status == "trained"
@@ -287,24 +325,30 @@ def _job(run: PlannedRun, out: Path) -> HeadJob:
     return HeadJob(run=out / RUNS / run.name, head=run.head, train=run.train, preset=run.preset)
 
 
-def _check_done(store: Store, jobs: Sequence[HeadJob]) -> None:
-    """Raise HeadError for a run folder of other items or labels: a store that is labelled anew keeps its id."""
-    partitions = Partitions(store)
-    for job in jobs:
-        is_there(store, job, partitions.of(job.train))
+def result_line(run: PlannedRun, store: str, ended: JobOutcome, *, commit: str | None) -> Line:
+    """The line of a run on the store of id `store`: its settings, environment and metrics, or its error."""
+    identity = {
+        "name": run.name,
+        "row": run.row,
+        "protocol": run.protocol,
+        "store_name": run.store,
+        "config": run.config,
+        "seed": run.train.seed,
+        "store": store,
+    }
+    if ended.error is not None:
+        return {**identity, **error_facts(ended.error, commit=commit)}
+    trained = ended.load()
+    return {**identity, **training_facts(trained, commit=commit), **outcome_facts(trained)}
 
 
-def _told(line: Line) -> str:
+def _outcome_text(line: Line) -> str:
     """The validation SRCC and the time of a run, or its error, on one line."""
     if "error" in line:
         return f"failed ({line['error'].splitlines()[0]})"
     scores = scores_by_label(line, "validation").items()
-    values = [f"{label} {_digits(one['srcc'])}" for label, one in scores]
+    values = [f"{label} {'undefined' if one['srcc'] is None else format(one['srcc'], '.4f')}" for label, one in scores]
     return f"validation SRCC {', '.join(values) or '-'}, {line['seconds']:.1f} s"
-
-
-def _digits(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4f}"
 
 
 def _duration(seconds: float) -> str:

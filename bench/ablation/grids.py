@@ -24,19 +24,21 @@ from typing import Any, cast
 
 import torch
 
-from agiqa.bench.ablation.protocols import PARTS, SPLIT_SETTINGS, Protocol, Split, protocol_of, read_protocols
-from agiqa.bench.ablation.unread import unread_settings
+from agiqa.bench.ablation.protocols import PART_SETTINGS, SPLIT_SETTINGS, Protocol, Split, protocol_of, read_protocols
 from agiqa.errors import AgiqaError, ConfigError, UnknownName, listed
+from agiqa.heads.model.encoders.base import encoder_settings
 from agiqa.heads.model.head import check_sizes
 from agiqa.heads.model.losses import get_loss
 from agiqa.heads.settings.config import HeadConfig, TrainConfig, read_yaml
 from agiqa.heads.settings.presets import preset_values
 
 _SECTIONS = ("base", "grid", "runs", "seeds", "protocols")
-_BROUGHT = Path(__file__).parent / "shipped"
+_SHIPPED = Path(__file__).parent / "shipped"
 _NOT_OF_A_HEAD = ("preset", "store")
 _MAIN = "main"
 _LONGEST_NAME = 120
+_ENCODER_SETTINGS = ("blocks", "num_heads", "layers", "state_size", "residual", "dropout")
+"""Settings that only the encoder may read."""
 Settings = dict[str, Any]
 
 
@@ -45,13 +47,13 @@ class PlannedRun:
     """One run of a grid."""
 
     name: str
-    """Of its folder: what varies, as in `encoder=gru,seed=0`."""
+    """Name of its folder: the settings that vary, as in `encoder=gru,seed=0`."""
     spelled: str
-    """What the name says, in characters that a folder may not have."""
+    """The same before characters that a folder may not have are replaced."""
     row: str
-    """The same without the seed and the split: its row of the table."""
+    """The name without the seed and the split: its row of the table."""
     settings: Mapping[str, Any]
-    """What `row` spells."""
+    """The settings in `row`."""
     head: HeadConfig
     train: TrainConfig
     preset: str | None
@@ -60,9 +62,9 @@ class PlannedRun:
     protocol: str
     """See protocols.py."""
     asked: bool
-    """Whether the section `protocols` asked for its split."""
+    """Whether its split comes from the section `protocols`."""
     answer: int
-    """Runs of a row with the same number test different items, and are put together."""
+    """Runs of a row with the same number test different items; their predictions are joined."""
 
     @property
     def config(self) -> Settings:
@@ -78,14 +80,13 @@ def read_grid(
     projections: Mapping[str, str | None] = MappingProxyType({}),
     generators: Callable[[], Sequence[str]] = lambda: (),
 ) -> list[PlannedRun]:
-    """The runs that `file` asks for, in its order.
+    """The runs of the grid `file`, in its order.
 
-    `stores` are the names that the setting `store` may have, each of which a run must use, and the first of them is
-    meant where it is not given; `projections` has, by store, the projection of runs that name none.
-    `generators` gives those of the data. On a CPU a run whose `threads` nobody sets has one, so that as many run at
-    once as there are cores. Raises ConfigError or UnknownName, naming the file, for what is no such grid, a setting
-    that is unknown, out of range or set in two places, no runs, and runs that are the same or differ only in settings
-    that they do not read.
+    `stores` are the names that the setting `store` may have; the first is the default, and each must be used by a run.
+    `projections` has, by store, the projection of runs that set none. `generators` gives those of the data. On a CPU,
+    `threads` is 1 unless set, so that as many runs train at once as there are cores. Raises ConfigError or UnknownName,
+    naming the file, for a file of another form, a setting that is unknown, out of range or set in two places, no runs,
+    and runs that are the same or differ only in settings that they do not read.
     """
     try:
         sections = _sections(file)
@@ -103,18 +104,18 @@ def read_grid(
 
 
 def find_grid(name: str) -> Path:
-    """The grid file `name`, or the one that agiqa brings by that name. Raises UnknownName where there is neither."""
+    """The grid file `name`, or the shipped grid of that name. Raises UnknownName where there is neither."""
     if Path(name).is_file():
         return Path(name)
-    brought = {file.stem: file for file in sorted(_BROUGHT.glob("*.yaml"))}
-    if name not in brought:
+    shipped = {file.stem: file for file in sorted(_SHIPPED.glob("*.yaml"))}
+    if name not in shipped:
         kind = "file and no grid"
-        raise UnknownName.of(kind, name, brought)
-    return brought[name]
+        raise UnknownName.of(kind, name, shipped)
+    return shipped[name]
 
 
 def as_mapping(where: str, value: object) -> Settings:
-    """`value` with text keys; nothing is an empty one. Raises ConfigError, which says `where`, for anything else."""
+    """The mapping `value` with text keys; empty for None. Raises ConfigError, naming `where`, for anything else."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -124,18 +125,15 @@ def as_mapping(where: str, value: object) -> Settings:
 
 
 def _sections(file: Path) -> Settings:
-    """The sections of the file, each of the kind that it must be."""
+    """The sections of the file, each checked for its type."""
     content = as_mapping("the file", read_yaml(file))
     for name in content:
         if name not in _SECTIONS:
             kind = "section"
             raise UnknownName.of(kind, name, _SECTIONS)
     grid = {key: _different(key, value) for key, value in as_mapping("grid", content.get("grid")).items()}
-    runs = (
-        [as_mapping("an entry of runs", one) for one in _values("runs", content.get("runs", []))]
-        if "runs" in content
-        else []
-    )
+    entries = _values("runs", content["runs"]) if "runs" in content else []
+    runs = [as_mapping("an entry of runs", one) for one in entries]
     base, protocols = as_mapping("base", content.get("base")), content.get("protocols")
     if "protocols" in content and protocols is None:
         protocols = []
@@ -160,10 +158,7 @@ def _planned(
 
 
 def _told_apart(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """The runs, with a hash in names that stand for different things, such as the generators `sd 1.5` and `sd_1.5`.
-
-    Names that differ only in case are one on some file systems.
-    """
+    """Add a hash to names that are equal but for case and mean different things, such as `sd 1.5` and `sd_1.5`."""
     meant: dict[str, set[str]] = {}
     for run in runs:
         meant.setdefault(run.name.casefold(), set()).add(run.spelled)
@@ -174,7 +169,7 @@ def _told_apart(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def _entries(sections: Settings) -> Iterator[tuple[Settings, Settings, Any]]:
-    """What each combination and each run sets, what of it is shown, and its name, None without one."""
+    """For each combination and each single run: its settings, those that its name shows, and a given name or None."""
     grid = sections["grid"]
     varied = [name for name, values in grid.items() if len(values) > 1] or list(grid)
     for values in product(*grid.values()) if grid else ():
@@ -186,7 +181,7 @@ def _entries(sections: Settings) -> Iterator[tuple[Settings, Settings, Any]]:
 
 
 def _refuse_twice(sections: Settings, protocols: Sequence[Protocol] | None) -> None:
-    """Raise ConfigError for nothing to run, and for what two places of the grid decide."""
+    """Raise ConfigError for an empty grid, and for a setting that two places of the grid decide."""
     base, grid, runs = sections["base"], sections["grid"], sections["runs"]
     both = [name for name in grid if name in base]
     if both:
@@ -211,7 +206,7 @@ def _refuse_twice(sections: Settings, protocols: Sequence[Protocol] | None) -> N
 
 
 def _refuse_idle_seeds(protocols: Sequence[Protocol], seeds: Sequence[Any]) -> None:
-    """Raise ConfigError for seeds that get no fold where these are dealt to them."""
+    """Raise ConfigError where `seed_per_fold` leaves a seed without a fold."""
     for protocol in protocols:
         idle = [seed for number, seed in enumerate(seeds) if not protocol.of_seed(number, len(seeds))]
         if idle:
@@ -223,7 +218,7 @@ def _refuse_idle_seeds(protocols: Sequence[Protocol], seeds: Sequence[Any]) -> N
 
 
 def _refuse_stores(sections: Settings) -> None:
-    """Raise ConfigError for a grid that names stores where there is one only."""
+    """Raise ConfigError for a grid that names stores where only one is given."""
     places = [sections["base"], *({"store": one} for one in sections["grid"].get("store", ())), *sections["runs"]]
     names = list(dict.fromkeys(str(place["store"]) for place in places if "store" in place))
     if len(names) > 1 or (names and names != [_MAIN]):
@@ -237,8 +232,7 @@ def _refuse_stores(sections: Settings) -> None:
 
 def _refuse_unused(stores: Sequence[str], runs: Sequence[PlannedRun]) -> None:
     """Raise ConfigError for a store that no run is trained on."""
-    used = {run.store for run in runs}
-    idle = [name for name in stores if name not in used]
+    idle = [name for name in stores if name not in {run.store for run in runs}]
     if idle:
         what = "STORE, which is called main" if idle[0] == _MAIN else f"the store {idle[0]!r} given by --store"
         message = (
@@ -249,7 +243,7 @@ def _refuse_unused(stores: Sequence[str], runs: Sequence[PlannedRun]) -> None:
 
 
 def _splits(protocols: Sequence[Protocol] | None, seed: int, seeds: int) -> list[tuple[Protocol | None, Split]]:
-    """The trainings of one head with seed number `seed` of `seeds`."""
+    """The splits that a head with seed number `seed` of `seeds` trains on."""
     if protocols is None:
         return [(None, Split(settings={}, shown={}))]
     return [(protocol, split) for protocol in protocols for split in protocol.of_seed(seed, seeds)]
@@ -266,7 +260,7 @@ def _plan(
     given: Mapping[str, Any],
     name: Any,
 ) -> PlannedRun:
-    """The run of these settings, named by those that are `shown` unless it has a name, and by seed and split."""
+    """The run of these settings, named by `name` or the `shown` settings, and by seed and split."""
     store = settings.get("store", stores[0])
     if store not in stores:
         kind, known = "store given by --store", [one for one in stores if one]
@@ -278,9 +272,9 @@ def _plan(
             f"{name!r} is no name of a run: use letters, digits and any of . _ - = + @ , (not at the start a dot)."
         )
         raise ConfigError(message)
-    kept = {key: value for key, value in shown.items() if key not in ("seed", *PARTS)}
-    told = {**given, **({} if protocol is None else {"protocol": protocol.name}), **split.shown}
-    full = ",".join(part for part in (name or _spell(shown), _spell(told)) if part)
+    kept = {key: value for key, value in shown.items() if key not in ("seed", *PART_SETTINGS)}
+    added = {**given, **({} if protocol is None else {"protocol": protocol.name}), **split.shown}
+    full = ",".join(part for part in (name or _spell(shown), _spell(added)) if part)
     return PlannedRun(
         name=_file_name(full) or "base",
         spelled=full,
@@ -297,23 +291,18 @@ def _plan(
 
 
 def _configs(settings: Settings, projection: str | None) -> tuple[HeadConfig, TrainConfig, str | None]:
-    """Both configs of flat settings, which beat those of the preset, which beat `projection`.
+    """Both configs of flat settings, and their preset.
 
-    An explicit null is a value here. Raises UnknownName for a setting, a part of the head or a loss that is not known,
-    and ConfigError for sizes that a part cannot have.
+    An explicit null is a value here. Raises UnknownName for an unknown setting, part of the head or loss, and
+    ConfigError for sizes that a part cannot have.
     """
-    chosen = {name: value for name, value in settings.items() if name != "preset"}
-    preset = settings.get("preset")
+    chosen, preset = {**settings}, settings.get("preset")
+    chosen.pop("preset", None)
     known = (*HeadConfig.model_fields, *TrainConfig.model_fields)
-    for name in chosen:
-        if name not in known:
-            kind = "setting"
-            raise UnknownName.of(kind, name, (*known, *_NOT_OF_A_HEAD))
-    values = {**({} if preset is None else preset_values(str(preset), chosen)), **chosen}
-    if values.get("device") == "cpu" or not torch.cuda.is_available():
-        values.setdefault("threads", 1)
-    if projection is not None:
-        values.setdefault("projection", projection)
+    for name in (name for name in chosen if name not in known):
+        kind = "setting"
+        raise UnknownName.of(kind, name, (*known, *_NOT_OF_A_HEAD))
+    values = with_defaults(chosen, None if preset is None else str(preset), projection)
     head = HeadConfig(**{name: value for name, value in values.items() if name in HeadConfig.model_fields})
     train = TrainConfig(**{name: value for name, value in values.items() if name in TrainConfig.model_fields})
     check_sizes(head)
@@ -321,8 +310,29 @@ def _configs(settings: Settings, projection: str | None) -> tuple[HeadConfig, Tr
     return head, train, None if preset is None else str(preset)
 
 
+def with_defaults(chosen: Mapping[str, Any], preset: str | None, projection: str | None) -> Settings:
+    """The flat settings `chosen`, completed by those of `preset`, then `projection`, and on a CPU one thread."""
+    values = {**({} if preset is None else preset_values(preset, chosen)), **chosen}
+    if values.get("device") == "cpu" or not torch.cuda.is_available():
+        values.setdefault("threads", 1)
+    if projection is not None:
+        values.setdefault("projection", projection)
+    return values
+
+
+def unread_settings(head: HeadConfig, train: TrainConfig) -> dict[str, str]:
+    """The settings without effect in these configs, each with what does not read it, such as `the encoder 'none'`."""
+    read = encoder_settings(head.encoder)
+    unread = {} if read is None else {n: f"the encoder {head.encoder!r}" for n in _ENCODER_SETTINGS if n not in read}
+    split = f"the split {train.split!r}"
+    unread |= {name: split for name, of in (("folds", "folds"), ("test_share", "grouped")) if train.split != of}
+    if train.training_items is None:
+        unread["training_seed"] = "a training without `training_items`"
+    return unread
+
+
 def _refuse_repeated(runs: list[PlannedRun]) -> None:
-    """Raise ConfigError for two runs that have the same name or settings, or the same but for what they do not read."""
+    """Raise ConfigError for two runs of the same name, or of the same settings apart from those without effect."""
     by_config: dict[str, PlannedRun] = {}
     by_name: dict[str, PlannedRun] = {}
     for run in runs:
@@ -337,10 +347,9 @@ def _refuse_repeated(runs: list[PlannedRun]) -> None:
 
 
 def _alike(first: PlannedRun, second: PlannedRun, unread: Mapping[str, str]) -> str:
-    """What to say of two runs that would have the same numbers."""
-    different = [name for name, value in second.config.items() if first.config.get(name) != value]
-    if different:
-        name = different[0]
+    """The message for two runs that would have the same numbers."""
+    name = next((name for name, value in second.config.items() if first.config.get(name) != value), None)
+    if name is not None:
         return (
             f"The runs {first.name!r} and {second.name!r} differ in `{name}`, which {unread[name]} does not read: they "
             f"would be the same twice. Keep one of them; `runs` is for what goes with some encoders only."
@@ -360,20 +369,18 @@ def _spell(settings: Mapping[str, Any]) -> str:
 
 
 def _file_name(text: str) -> str:
-    """`text` as a folder can be called, with a hash in the place of a long end."""
+    """`text` as the name of a folder; a hash replaces the end of a long one."""
     safe = re.sub(r"[^\w.,=+@-]+", "_", text)
-    if len(safe) <= _LONGEST_NAME:
-        return safe
-    return _with_hash(safe, text)
+    return safe if len(safe) <= _LONGEST_NAME else _with_hash(safe, text)
 
 
 def _with_hash(name: str, text: str) -> str:
-    """`name` with a hash of `text` at its end, and no longer than names may be."""
+    """`name`, cut to the longest length, with a hash of `text` at its end."""
     return f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _values(name: str, value: object) -> list[Any]:
-    """A list that is not empty."""
+    """`value`, which must be a list with a value."""
     if not isinstance(value, list) or not value:
         message = f"`{name}` needs a list with one value or more, found {value!r}."
         raise ConfigError(message)
@@ -381,7 +388,7 @@ def _values(name: str, value: object) -> list[Any]:
 
 
 def _different(name: str, value: object) -> list[Any]:
-    """The same, of which none is given twice."""
+    """`value`, which must be a list of different values."""
     values, seen = _values(name, value), set[str]()
     for one in values:
         if repr(one) in seen:

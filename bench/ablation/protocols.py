@@ -20,9 +20,9 @@ from agiqa.heads.settings.config import TrainConfig
 PUBLISHED, GROUPED, GENERATORS = "published", "grouped", "leave-one-generator-out"
 PROTOCOLS = (PUBLISHED, GROUPED, GENERATORS)
 SPLIT_SETTINGS = ("split", "folds", "fold", "held_out", "test_share")
-"""Settings of a training that a protocol decides."""
-PARTS = ("fold", "held_out")
-"""Those that only say which part of a protocol a training tests: runs that differ in these are one row."""
+"""Training settings that a protocol decides."""
+PART_SETTINGS = ("fold", "held_out")
+"""Those of them that only choose the part that is tested: runs that differ in these share a row."""
 _GROUPED_OPTIONS: Mapping[str, Any] = {"folds": 5, "split_seed": None, "seed_per_fold": False}
 _NAMES = {"published": PUBLISHED, "grouped": "one group held out", "folds": GROUPED, "generator": GENERATORS}
 
@@ -32,19 +32,19 @@ class Split:
     """One training of a protocol."""
 
     settings: Mapping[str, Any]
-    """Of the training; they beat those of the grid."""
+    """Training settings; they override those of the grid."""
     shown: Mapping[str, Any]
-    """What sets it apart from the others of its protocol, for the name of a run."""
+    """Those that differ between the splits of a protocol, for the name of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """What is put together into one answer."""
+    """Splits whose test parts together answer one question."""
 
     name: str
     splits: tuple[Split, ...]
     seed_per_fold: bool = False
-    """Whether each seed trains its share of the splits instead of all of them: all seeds together are one answer."""
+    """Whether each seed trains its share of the splits instead of all; all seeds together are then one answer."""
 
     def of_seed(self, number: int, seeds: int) -> tuple[Split, ...]:
         """The splits that seed `number` of `seeds` trains."""
@@ -52,15 +52,15 @@ class Protocol:
 
 
 def protocol_of(config: TrainConfig) -> str:
-    """The name of the protocol that a training on its own belongs to."""
+    """The protocol of a training outside `protocols`."""
     return _NAMES[config.split]
 
 
 def read_protocols(section: object, generators: Callable[[], Sequence[str]]) -> list[Protocol]:
-    """The protocols that the section of a grid file names; `generators` are those of the data.
+    """The protocols of a grid file's `section`; `generators` gives those of the data.
 
-    Raises UnknownName for names and options, ConfigError for what is no such list, a protocol that is named twice,
-    and data without two generators.
+    Raises UnknownName for unknown protocols and options, and ConfigError for a section of another form, a protocol that
+    is named twice, and data with fewer than two generators.
     """
     if not isinstance(section, list) or not section:
         message = f"`protocols` needs a list of {', '.join(PROTOCOLS)}, found {section!r}."
@@ -129,7 +129,7 @@ def _at_least_two(generators: Sequence[str]) -> Sequence[str]:
 
 
 def generators_of(*sources: FeatureSource) -> list[str]:
-    """The generators of the images of stores, sorted. Raises ConfigError where they are not those of every store."""
+    """The generators of the images, sorted. Raises ConfigError where they differ between the stores."""
     first, *others = ({name for name in source.items.generators if name is not None} for source in sources)
     for source, found in zip(sources[1:], others, strict=True):
         if found != first:

@@ -1,33 +1,40 @@
-"""Rows of a table, from result lines and predictions: means over seeds, intervals by prompt, paired differences.
+"""Rows of an ablation's table, from result lines and predictions, and the table as Markdown.
 
-A row is what stays the same over seeds and splits: one head, on one store, under one protocol, for one label. The
-predictions of the splits of a seed are put together, so that every test item counts once.
+A row stays the same over seeds and splits: one head, on one store, under one protocol, for one label. The predictions
+of all splits of a seed are put together, so that every test item counts once.
 """
 
-import json
 import os
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from agiqa.bench.ablation.grids import PlannedRun
-from agiqa.bench.ablation.protocols import GROUPED, PARTS, PUBLISHED
+from agiqa.bench.ablation.protocols import GROUPED, PART_SETTINGS, PUBLISHED
 from agiqa.bench.recording.predictions import Predictions, read_predictions
-from agiqa.bench.recording.result_folders import RUNS, write_whole
-from agiqa.bench.recording.result_lines import Line, scores_by_label
+from agiqa.bench.recording.result_folders import RUNS, Line
+from agiqa.bench.recording.rows import (
+    Row,
+    adjust_by_holm,
+    score_text,
+    scores_over_seeds,
+    summary,
+    validation_summary,
+)
+from agiqa.bench.recording.tables import as_table
 from agiqa.errors import DataError
 from agiqa.heads.evaluation.metrics import SeedScores
 from agiqa.heads.evaluation.runs import PREDICTIONS
-from agiqa.heads.evaluation.significance import METRICS, holm
+from agiqa.heads.evaluation.significance import METRICS
 from agiqa.heads.settings.labels import parse_labels
 from agiqa.progress import track
 
-_SHOWN = ("srcc", "plcc", "rmse", "slope")
+_Question = tuple[str, str, tuple[tuple[str, str, float], ...]]
+"""What rows must share to be compared: protocol, label, and name, prompt and MOS of each test item."""
 
 
 @dataclass(kw_only=True)
@@ -39,10 +46,14 @@ class _Group:
     runs: list[PlannedRun] = field(default_factory=list[PlannedRun])
     done: list[Line] = field(default_factory=list[Line])
     answers: dict[str, Predictions] = field(default_factory=dict[str, Predictions])
-    """What each seed all of whose splits have a result predicted, by the name of its first run."""
+    """The predictions of each seed all of whose splits have a result, by the name of its first run."""
     scores: SeedScores | None = None
     items: tuple[tuple[str, str, float], ...] = ()
     """Name, prompt and MOS of each test item."""
+
+    @property
+    def question(self) -> _Question:
+        return self.first.protocol, self.label, self.items
 
 
 def table_rows(
@@ -51,16 +62,14 @@ def table_rows(
     out: Path,
     baselines: Sequence[Line] = (),
 ) -> list[Line]:
-    """A row for each head, store, protocol and label of `plan`, in its order, then `baselines`, as `rows.jsonl` is.
+    """The lines of `rows.jsonl`: a row per head, store, protocol and label of `plan`, in its order, then `baselines`.
 
-    `lines` are the result lines by name, and `out` is the folder of the runs and of what the baselines predicted.
-    `test` is of the seeds all of whose splits have a result, None without one; `against` compares a row with the
-    reference of its label and protocol, the head of the best mean validation SRCC among those that were tested on the
-    same items, with p-values adjusted for the number of rows that are compared with it, baselines among them. It is
-    None for the reference itself, and where no head was tested on the same items. `beside_grouped` of a row of the
-    published split is what it has more on its test items than the folds of whole prompts have on the same. Raises
-    DataError for predictions that
-    are gone or damaged.
+    `lines` are the result lines by name; `out` holds the runs and the baselines' predictions. `test` covers the seeds
+    all of whose splits have a result, None without one. `against` compares a row with the reference of its label and
+    protocol: the head of the best mean validation SRCC among those tested on the same items. It is None for the
+    reference itself, and without a reference. Its p-values are adjusted for the number of rows that are compared with
+    one reference, baselines included. `beside_grouped` of a row of the published split is its advantage over the folds
+    of whole prompts on its own test items. Raises DataError for predictions that are gone or damaged.
     """
     groups, runs = _groups(plan, lines), out / RUNS
     with (
@@ -70,11 +79,11 @@ def table_rows(
         for _ in pool.map(lambda group: _score(group, lines, runs), groups):
             advance(1)
         references = _references(groups)
-        told: list[tuple[_Question | None, Line]] = []
+        of_baselines: list[tuple[_Question | None, Line]] = []
         for row in pool.map(lambda line: _baseline_row(line, references, out), baselines):
-            told.append(row)
+            of_baselines.append(row)
             advance(1)
-        rows = [(_question(group), _row(group, references.get(_question(group)))) for group in groups] + told
+        rows = [(group.question, _row(group, references.get(group.question))) for group in groups] + of_baselines
         pairs = [*_pairs_of_heads(groups, rows), *_pairs_of_baselines(baselines, rows[len(groups) :], out)]
         for pair, same in zip(pairs, pool.map(_same_items, pairs), strict=True):
             pair.row.update({} if same is None else {"beside_grouped": same})
@@ -83,81 +92,11 @@ def table_rows(
     return [row for _, row in rows]
 
 
-def summary(label: str, planned: int, done: Sequence[Line], scores: SeedScores | None, against: Line | None) -> Line:
-    """What every row tells of its head: its label, the `planned` results and those that are `done`, and their means."""
-    return {
-        "label": label,
-        "runs": planned,
-        "seeds": len({line["seed"] for line in done}),
-        "failed": planned - len(done),
-        "seconds": round(statistics.fmean(line["seconds"] for line in done), 3) if done else None,
-        "validation": validation_summary(done, label),
-        "calibrated": sum(_fitted_slope(line, label) is not None for line in done),
-        "test": None if scores is None else scores.score(),
-        "against": against,
-    }
-
-
-def scores_over_seeds(tables: Mapping[str, Predictions], *, seedless: bool = False) -> SeedScores:
-    """The scores of predictions of one row by the names of their runs, one for each seed; `seedless` as `SeedScores`.
-
-    Raises DataError where they are not of the same items in the same order.
-    """
-    (first, table), *others = tables.items()
-    for name, other in others:
-        if (other.names, other.prompts) != (table.names, table.prompts):
-            message = f"The runs {first!r} and {name!r} of one row were tested on different items."
-            raise DataError(message)
-    predicted = np.stack([one.predicted for one in tables.values()])
-    return SeedScores.of(predicted, table.mos, table.prompts, seedless=seedless)
-
-
-def adjust_by_holm(rows: Sequence[Line]) -> None:
-    """Add to each `against` the p-values of Holm's procedure, for each metric over all `rows` that have one."""
-    compared = [row["against"] for row in rows if row["against"] is not None]
-    for against in compared:
-        against["p_holm"] = dict.fromkeys(METRICS)
-    for metric in METRICS:
-        tested = [against for against in compared if against["p"][metric] is not None]
-        for against, value in zip(tested, holm([one["p"][metric] for one in tested]), strict=True):
-            against["p_holm"][metric] = value
-
-
-def validation_summary(lines: Sequence[Line], label: str) -> dict[str, list[float | None]] | None:
-    """Mean and standard deviation over result lines of the validation metrics; None without validation items.
-
-    The slope of a calibrated head is that before its line, as that of the line itself is 1 by its making.
-    """
-    found: list[Line] = []
-    for line in lines:
-        scores, fitted = scores_by_label(line, "validation").get(label), _fitted_slope(line, label)
-        if scores is not None:
-            found.append({**scores} if fitted is None else {**scores, "slope": fitted})
-    told: dict[str, list[float | None]] = {}
-    for metric in _SHOWN:
-        values = [one[metric] for one in found if one.get(metric) is not None]
-        if values:
-            told[metric] = [statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None]
-    return told or None
-
-
-def _fitted_slope(line: Line, label: str) -> float | None:
-    """The slope of the line that the predictions were put on (`calibrate`); None where they are as the head is."""
-    told: Mapping[str, Any] = scores_by_label(line, "calibration").get(label, {})
-    slope: float | None = told.get("slope")
-    return slope
-
-
-def write_rows(path: Path, rows: Sequence[Line]) -> None:
-    """Write `rows` as lines of JSON, in one step."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
-
-
 def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Group]:
     """The rows of the plan, in its order, each label by itself."""
     found: dict[tuple[str, str, str, str], _Group] = {}
     for run in plan:
-        same = {name: value for name, value in run.config.items() if name not in ("seed", *PARTS)}
+        same = {name: value for name, value in run.config.items() if name not in ("seed", *PART_SETTINGS)}
         for label in parse_labels(run.train.label):
             key = (run.store, run.protocol, str(same), label)
             group = found.setdefault(key, _Group(first=run, label=label))
@@ -169,7 +108,7 @@ def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Grou
 
 
 def _score(group: _Group, lines: Mapping[str, Line], runs: Path) -> None:
-    """Put the predictions of each answer together, and score them."""
+    """Join the predictions of each seed, and score them."""
     answers: dict[int, list[PlannedRun]] = {}
     for run in group.runs:
         answers.setdefault(run.answer, []).append(run)
@@ -182,7 +121,7 @@ def _score(group: _Group, lines: Mapping[str, Line], runs: Path) -> None:
 
 
 def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
-    """The test items of all these runs, by name. Raises DataError for an item that two of them tested."""
+    """The predictions of all these runs, by name. Raises DataError for an item that two of them tested."""
     parts = [read_predictions(runs / run.name / PREDICTIONS, parse_labels(run.train.label), label=label) for run in ran]
     joined = _in_order(parts)
     if len(set(_known_by(joined))) < len(joined.names):
@@ -206,21 +145,13 @@ def _in_order(parts: Sequence[Predictions]) -> Predictions:
 
 
 def _known_by(table: Predictions) -> list[tuple[str, str, int]]:
-    """Name, prompt and number of each item, as a store may hold a name with the same prompt twice."""
+    """Name, prompt and number of each item; the number, since a store may hold a name with the same prompt twice."""
     return list(zip(table.names, table.prompts, table.items or [0] * len(table.names), strict=True))
 
 
 def _items(table: Predictions) -> tuple[tuple[str, str, float], ...]:
     """Name, prompt and MOS of each item."""
     return tuple(zip(table.names, table.prompts, table.mos.tolist(), strict=True))
-
-
-_Question = tuple[str, str, tuple[tuple[str, str, float], ...]]
-
-
-def _question(group: _Group) -> _Question:
-    """What rows must share to be compared."""
-    return group.first.protocol, group.label, group.items
 
 
 def _references(groups: Sequence[_Group]) -> dict[_Question, _Group]:
@@ -232,8 +163,8 @@ def _references(groups: Sequence[_Group]) -> dict[_Question, _Group]:
             continue
         value = chosen["srcc"][0]
         assert value is not None  # the mean of one value or more
-        if _question(group) not in best or value > best[_question(group)][0]:
-            best[_question(group)] = (value, group)
+        if group.question not in best or value > best[group.question][0]:
+            best[group.question] = (value, group)
     return {question: group for question, (_, group) in best.items()}
 
 
@@ -253,9 +184,9 @@ def _row(group: _Group, reference: _Group | None) -> Line:
 
 
 def _baseline_row(line: Line, references: Mapping[_Question, _Group], out: Path) -> tuple[_Question | None, Line]:
-    """The row of a baseline, compared with the reference that was tested on its items, and what both answer.
+    """The row of a baseline, compared with the reference that was tested on its items, and the question of both.
 
-    A correlation that the line has none of, as it tells of the split alone, is not compared.
+    A correlation that the line leaves undefined, since it reflects the split alone, is not compared.
     """
     if "left_out" in line:
         return None, line
@@ -267,13 +198,13 @@ def _baseline_row(line: Line, references: Mapping[_Question, _Group], out: Path)
     against = _against(scores_over_seeds({line["row"]: table}, seedless=True), reference)
     for metric in METRICS:
         if line["test"][metric] is None:
-            against |= {told: {**against[told], metric: None} for told in ("difference", "ci", "p")}
+            against |= {name: {**against[name], metric: None} for name in ("difference", "ci", "p")}
     return question, {**line, "against": against}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Pair:
-    """What was predicted for one row under the published split and under folds of whole prompts."""
+    """The predictions of one row under the published split and under folds of whole prompts."""
 
     row: Line
     """That of the published split."""
@@ -284,7 +215,7 @@ class _Pair:
 
 
 def _pairs_of_heads(groups: Sequence[_Group], rows: Sequence[tuple[_Question | None, Line]]) -> Iterator[_Pair]:
-    """The heads that were trained under both protocols."""
+    """Heads that were trained under both protocols."""
     folds = {(one.first.row, one.first.store, one.label): one for one in groups if one.first.protocol == GROUPED}
     for group, (_, row) in zip(groups, rows, strict=False):
         other = folds.get((group.first.row, group.first.store, group.label))
@@ -296,22 +227,22 @@ def _pairs_of_heads(groups: Sequence[_Group], rows: Sequence[tuple[_Question | N
 def _pairs_of_baselines(
     lines: Sequence[Line], rows: Sequence[tuple[_Question | None, Line]], out: Path
 ) -> Iterator[_Pair]:
-    """The baselines that predict under both protocols, where their scores are of more than the split alone."""
+    """Baselines that predict under both protocols, and whose correlations reflect more than the split."""
     known = {
-        (_asked(line), line["protocol"]): line
+        (_identity(line), line["protocol"]): line
         for line in lines
         if "left_out" not in line and line["test"]["srcc"] is not None
     }
     for line, (_, row) in zip(lines, rows, strict=True):
-        other_line = known.get((_asked(line), GROUPED))
-        if line is known.get((_asked(line), PUBLISHED)) and other_line is not None:
+        other_line = known.get((_identity(line), GROUPED))
+        if line is known.get((_identity(line), PUBLISHED)) and other_line is not None:
             items, folds = _predicted(line, out), {line["row"]: _predicted(other_line, out)}
             published = scores_over_seeds({line["row"]: items}, seedless=True)
             yield _Pair(row=row, items=items, published=published, folds=folds)
 
 
-def _asked(line: Line) -> tuple[str, str, str]:
-    """What a baseline is called by over protocols: `features` is named by what it fitted."""
+def _identity(line: Line) -> tuple[str, str, str]:
+    """What identifies a baseline across protocols; not its row alone, since `features` is named after its fit."""
     return str(line.get("settings") or line["row"]), line.get("store_name", ""), line["label"]
 
 
@@ -324,12 +255,12 @@ def _same_items(pair: _Pair) -> Line | None:
             return None
         at = [places[key] for key in wanted]
         cut[name] = replace(pair.items, mos=one.mos[at], predicted=one.predicted[at])
-    told = pair.published.against(scores_over_seeds(cut, seedless=pair.published.seedless))
-    return {name: told[name] for name in ("n", "prompts", "difference", "ci", "covers", "confidence")}
+    compared = pair.published.against(scores_over_seeds(cut, seedless=pair.published.seedless))
+    return {name: compared[name] for name in ("n", "prompts", "difference", "ci", "covers", "confidence")}
 
 
 def _predicted(line: Line, out: Path) -> Predictions:
-    """What a baseline predicted, in the order of `_in_order`."""
+    """The predictions of a baseline, in the order of `_in_order`."""
     return _in_order([read_predictions(out / line["predictions"], [line["label"]], label=line["label"])])
 
 
@@ -341,3 +272,65 @@ def _against(scores: SeedScores, reference: _Group) -> Line:
         "store_name": reference.first.store,
         **scores.against(reference.scores),
     }
+
+
+def rows_text(rows: Sequence[Row]) -> str:
+    """A Markdown table: heads in the order of the grid, then baselines, protocol by protocol.
+
+    Scores have intervals of 95 % and the paired difference to the best head by validation. Lines below the table say
+    which baselines are left out.
+    """
+    shown = [row for row in rows if "left_out" not in row]
+    order = {protocol: number for number, protocol in enumerate(dict.fromkeys(row["protocol"] for row in shown))}
+    shown.sort(key=lambda row: (order[row["protocol"]], row["kind"] != "head"))
+    columns = _columns(shown)
+    table = as_table([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in shown])
+    left_out = [
+        f"{row['row']} ({row['protocol']}, {row['label']}): {row['left_out']}" for row in rows if "left_out" in row
+    ]
+    return "\n\n".join(part for part in (table, "Left out:\n" + "\n".join(left_out) if left_out else "") if part)
+
+
+def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
+    """Titles and cells; store, protocol and label have a column only where they differ."""
+    several = {name: len({row[name] for row in rows}) > 1 for name in ("store_name", "protocol", "label")}
+    columns: list[tuple[str, Callable[[Row], str]]] = [("run", lambda row: str(row["row"]))]
+    for name, title in (("store_name", "store"), ("protocol", "protocol"), ("label", "label")):
+        if several[name]:
+            columns.append((title, partial(lambda name, row: str(row[name]), name)))
+    columns += [
+        ("seeds", _seeds_text),
+        ("validation SRCC", _validation_text),
+        ("test SRCC", lambda row: score_text(row["test"], "srcc", undefined="undefined")),
+        ("test PLCC", lambda row: score_text(row["test"], "plcc", undefined="undefined")),
+        ("SRCC against the best by validation (p, Holm)", _difference_text),
+    ]
+    return columns
+
+
+def _seeds_text(row: Row) -> str:
+    """The number of seeds that the means are over, and the number of all seeds where it differs."""
+    if row["kind"] != "head":
+        return "-"
+    seeds = row["seeds"]
+    averaged = seeds if row["test"] is None else row["test"]["seeds"]
+    if averaged == seeds:
+        return str(seeds)
+    return f"{averaged} of {seeds}" if row["failed"] else f"{seeds}, one a part"
+
+
+def _validation_text(row: Row) -> str:
+    found = (row["validation"] or {}).get("srcc")
+    if found is None:
+        return "-"
+    mean, spread = found
+    return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
+
+
+def _difference_text(row: Row) -> str:
+    against = row["against"]
+    if against is None or against["difference"]["srcc"] is None:
+        return "-"
+    p = against["p_holm"]["srcc"]
+    p_value = "one seed: no p" if "no_p" in against else "no p" if p is None else f"{p:.3g}"
+    return f"{against['difference']['srcc']:+.4f} ({p_value})"

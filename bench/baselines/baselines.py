@@ -1,8 +1,8 @@
 """Baselines beside every table of heads: the same parts of the same store, predicted without a head.
 
-Each becomes a line like that of a row of heads, and a csv of what it predicted. What cannot be had (no generators, no
-rating words) is a line with `left_out`, the reason. `settings["baseline"]` is a key of BASELINES, and the same wherever
-the baseline is asked; `row` tells in words what was fitted on what.
+Each gives a line like the row of a head, and a csv of its predictions. A baseline without its input (no generators, no
+rating words) gives a line with `left_out`, the reason. `settings["baseline"]` is a key of BASELINES; `row` says
+what was fitted on what.
 """
 
 import time
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.bench.baselines.mean_features import Array, MeanFeatures
-from agiqa.bench.baselines.predictors import BASELINES, Evidence, Guess, features_title
-from agiqa.bench.baselines.words import RatingWords
+from agiqa.bench.baselines.evidence import Array, Evidence, MeanFeatures, RatingWords
+from agiqa.bench.baselines.predictors import BASELINES, Guess, features_title
 from agiqa.bench.recording.predictions import write_predictions
+from agiqa.bench.recording.result_folders import Line
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.heads.data.features import FeatureSource, read_labels
 from agiqa.heads.data.splits import Partition
@@ -28,8 +28,6 @@ from agiqa.heads.settings.labels import column_names
 from agiqa.heads.sweeps.sweeping import Partitions
 from agiqa.progress import say
 from agiqa.store.format.items import teacher_warning
-
-Line = dict[str, Any]
 
 FOLDER = "baselines"
 CORRELATIONS = ("srcc", "plcc", "krcc")
@@ -44,11 +42,11 @@ class _Task:
     label: str
     parts: Sequence[Partition]
     mos: Array
-    """By item of the store; NaN where no part has the item."""
+    """MOS by item of the store; NaN where no part has the item."""
 
     @property
     def tested(self) -> NDArray[np.int64]:
-        """The items of all test parts, in their order."""
+        """The items of all test parts, in order."""
         return np.concatenate([part.test for part in self.parts])
 
 
@@ -63,23 +61,23 @@ def run_baselines(
     means: MeanFeatures | None = None,
     shown: Mapping[str, Any] | None = None,
 ) -> list[Line]:
-    """A line for every baseline and every label of `configs`, whose predictions are written below `out`.
+    """A line for every baseline and every label of `configs`; their predictions are written below `out`.
 
-    `configs` are those of the heads of one protocol: each label is predicted once for each of their different splits,
+    `configs` are those of the heads of one protocol. Each label is predicted once for each of their different splits,
     from train and validation items, and all test parts are scored together. The csv of a baseline,
-    `baselines/[STORE_NAME/]PROTOCOL/NAME.csv` (of several labels `NAME_LABEL.csv`), has the columns name, prompt, mos
-    and predicted. `words` are the rating words, of none without them. `means` keeps mean features from one call to the
-    next, those of `source` or of another store of the same items. `shown` are settings that all `configs` share and
-    other calls for this protocol do not, which become part of the names: `text, training_items=10`.
+    `baselines/[STORE_NAME/]PROTOCOL/NAME.csv` (of several labels `NAME_LABEL.csv`), has the columns name, prompt, item,
+    mos and predicted. `means` reads mean features of `source` or of another store of the same items, and keeps them for
+    the next call. `shown` are settings that all `configs` share and other calls for this protocol do not; they become
+    part of the names: `text, training_items=10`.
 
-    A line has `test` as `evaluate_scores` gives it, correlations null with the reason in `undefined` where the
-    predictions are constant within every part, RMSE null where the predictions are on a scale of their own; or
-    `left_out` with a reason. `reads` is what is read of an item, `fits` tells of each test part which regression with
-    which settings was chosen, and `notes` are what a reader of the scores must know. That of `features` has
-    `features_store`, the id of the store that was read. `against` is null: rows.py compares baselines with heads.
-    Raises ConfigError for splits whose test parts overlap, and DataError where `means` lack an item of `source`.
+    A line has `left_out` with a reason, or `test` as in `evaluate_scores`. Its correlations are null, with a reason in
+    `undefined`, where the predictions are constant within every part. Its RMSE is null where they are on another scale.
+    `reads` is the part of an item that is read, `fits` the regression chosen for each test part, and `notes` are
+    caveats. The line of `features` has `features_store`, the id of the store that was read. `against` is
+    null: an ablation's rows compare baselines with heads. Raises ConfigError for splits whose test parts overlap, and
+    DataError where `means` lacks an item of `source`.
     """
-    told, kept, partitions = words or RatingWords(()), means or MeanFeatures(source), Partitions(source)
+    rating_words, features, partitions = words or RatingWords(()), means or MeanFeatures(source), Partitions(source)
     labels = list(dict.fromkeys(label for config in configs for label in config.labels))
     settings = dict(shown or {})
     folder, lines = out / FOLDER / store_name / protocol / _spell(settings), list[Line]()
@@ -94,10 +92,10 @@ def run_baselines(
             continue
         task = _Task(label=label, parts=parts, mos=mos)
         _refuse_overlap(task)
-        evidence = Evidence(source, label, task.mos, words=told, means=kept)
+        evidence = Evidence(source, label, task.mos, words=rating_words, means=features)
         for name in BASELINES:
             path = folder / f"{name.replace(' + ', '+').replace(' ', '-')}{column}.csv"
-            lines.append(_line(name, evidence, source, task, shared, path, out, kept))
+            lines.append(_line(name, evidence, source, task, shared, path, out, features))
     return lines
 
 
@@ -153,7 +151,7 @@ def _line(
     )
     line: Line = {
         **_identity(name, shared),
-        **_told_of_fits(name, guesses, means, shared),
+        **_fit_facts(name, guesses, means, shared),
         "runs": len(task.parts),
         "seeds": 1,
         "failed": 0,
@@ -164,27 +162,27 @@ def _line(
         "predictions": path.relative_to(out).as_posix(),
     }
     notes = "".join(f"; {note}" for note in line["notes"])
-    say(f"baseline {line['row']}, {shared['protocol']}, {task.label}: {_told(test)}{notes}")
+    say(f"baseline {line['row']}, {shared['protocol']}, {task.label}: {_scores_text(test)}{notes}")
     return line
 
 
-def _told_of_fits(name: str, guesses: Sequence[Guess], means: MeanFeatures, shared: Mapping[str, Any]) -> Line:
-    """What was read and fitted; the row of `features` is called by it."""
+def _fit_facts(name: str, guesses: Sequence[Guess], means: MeanFeatures, shared: Mapping[str, Any]) -> Line:
+    """What was read and fitted; the row of `features` is named by it."""
     fits, notes = [dict(guess.fit) for guess in guesses if guess.fit], _notes(guesses)
     if teachers := sum(guess.teachers for guess in guesses):
         tested = sum(len(guess.predicted) for guess in guesses)
         notes.append(teacher_warning("test", teachers, tested, rating_words=False))
-    told = {"reads": BASELINES[name].reads, "fits": fits, "notes": notes}
+    facts = {"reads": BASELINES[name].reads, "fits": fits, "notes": notes}
     if name != FEATURES:
-        return told
+        return facts
     if means.source.encoding == "sketch":
         notes.append(f"reads a {means.reads} only, which holds less than the hidden states that it was made from")
     row = _named(features_title(means.reads, fits), shared)
-    return {**told, "row": row, "reads": means.reads, "features_store": means.source.id}
+    return {**facts, "row": row, "reads": means.reads, "features_store": means.source.id}
 
 
 def _notes(guesses: Sequence[Guess]) -> list[str]:
-    """The notes on all test parts; one that is not on each of them names its part."""
+    """The notes on all test parts; a note that not all of them have names its part."""
     counts = Counter(note for guess in guesses for note in guess.notes)
     return list(
         dict.fromkeys(
@@ -196,7 +194,7 @@ def _notes(guesses: Sequence[Guess]) -> list[str]:
 
 
 def _without_correlations(test: Mapping[str, Any]) -> dict[str, Any]:
-    """`test` of predictions that differ between parts of a split alone, and correlate by how it was drawn."""
+    """`test` of predictions that are constant within each part, so that correlations reflect the split alone."""
     none = dict.fromkeys(CORRELATIONS)
     reason = "all predictions of each test part are equal: nothing of its items that this baseline looks at is known"
     return {**test, **none, "ci": {**test["ci"], **none}, "undefined": test.get("undefined", reason)}
@@ -222,6 +220,6 @@ def _left_out(name: str, shared: Mapping[str, Any], error: BaseException) -> Lin
     return {**_identity(name, shared), "left_out": reason}
 
 
-def _told(test: Mapping[str, Any]) -> str:
+def _scores_text(test: Mapping[str, Any]) -> str:
     shown = ["undefined" if test[metric] is None else f"{test[metric]:.4f}" for metric in ("srcc", "plcc")]
     return f"test SRCC {shown[0]}, PLCC {shown[1]}"

@@ -1,123 +1,198 @@
-"""What predicts MOS without a head: means, the rating word, and closed-form regressions on one vector per item.
+"""Predictors without a head: means, the rating word, and closed-form regressions on one vector per item.
 
-They are what a table of heads is read against: `generator` and `prompt` know nothing of the image, `generator +
-prompt` measures what a split that shares prompts gives away, `text` does without the language model's features, and
-`features` without the order of the tokens.
+Tables compare heads with them: `generator` and `prompt` know nothing of the image, `generator + prompt` measures what a
+split that shares prompts gives away, `text` does without the language model's features, and `features` without the
+order of the tokens. A cross-validation on the training items chooses the settings of each regression; its folds share
+no group, such as a prompt, and the mean squared error decides.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import Ridge
+from sklearn.metrics.pairwise import euclidean_distances
+from sklearn.model_selection import GroupKFold
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
-from agiqa.bench.baselines.closed_form import Regression, best_kernel_ridge, best_ridge
-from agiqa.bench.baselines.mean_features import Array, MeanFeatures, Positions
-from agiqa.bench.baselines.words import MIDDLE, RatingWords
+from agiqa.bench.baselines.evidence import Array, Evidence, Positions
 from agiqa.errors import DataError
-from agiqa.heads.data.features import FeatureSource
-from agiqa.heads.data.prompt_groups import normalise_prompt, prompt_groups
 from agiqa.heads.evaluation.rating_words import RATING_WORDS
-from agiqa.store.format.items import TEACHER
-from agiqa.store.format.labels import MosRange
+
+RIDGE, KERNEL_RIDGE = "ridge", "kernel ridge"
+STRENGTHS = np.logspace(-1, 5, 13)
+"""Strengths of a ridge: text and one-hot vectors have length 1, standardised features one per channel."""
+KERNEL_STRENGTHS = np.logspace(-1.5, 0.5, 5)
+"""Strengths of a kernel ridge, as multiples of the spread of its kernel: 1 (its diagonal) minus its mean.
+
+Without the spread, the same strength would smooth a wide kernel more than a narrow one.
+"""
+WIDTHS = (0.5, 1.0, 2.0)
+"""Widths of the kernel, as multiples of the median distance between known items."""
+KERNEL_ITEMS = 5_000
+"""Most known items for a kernel ridge: its time grows with their third power."""
+
+_FOLDS = 5
+_MIDDLE = len(RATING_WORDS) // 2
+"""The class of the middle rating word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression:
+    """A kind of regression with its settings, and its error in cross-validation."""
+
+    kind: str
+    """RIDGE or KERNEL_RIDGE."""
+    strength: float
+    """For KERNEL_RIDGE as a multiple of the spread of the kernel."""
+    width: float | None
+    """Of the kernel, as a multiple of the median distance between known items; None for RIDGE."""
+    inner_rmse: float
+    """Root mean squared error of the cross-validation, on the scale of the MOS."""
+    at_edge: tuple[str, ...]
+    """Which of `strength` and `width` is the first or last value tried, so that one beyond may do better."""
+
+    def record(self) -> dict[str, Any]:
+        """The facts for a result line, ready for JSON."""
+        width = {} if self.width is None else {"width": self.width}
+        facts = {"regression": self.kind, "strength": self.strength, **width, "inner_rmse": self.inner_rmse}
+        return {**facts, "at_edge": list(self.at_edge)}
+
+    def predict(self, known: Any, mos: Array, unknown: Any) -> Array:
+        """Predictions for the rows of `unknown` by a fit to all rows of `known`."""
+        if self.width is None:
+            return np.asarray(Ridge(alpha=self.strength).fit(known, mos).predict(unknown), dtype=np.float64)
+        squares = euclidean_distances(known, squared=True)
+        scale, mean = self.width * _median_distance(squares), float(mos.mean())
+        kernel = _gaussian(squares, scale)
+        alpha = _alpha(self.strength * _spread(kernel))
+        model = KernelRidge(alpha=alpha, kernel="precomputed").fit(kernel, mos - mean)
+        beside = _gaussian(euclidean_distances(unknown, known, squared=True), scale)
+        return np.asarray(model.predict(beside), dtype=np.float64) + mean
+
+
+def best_ridge(known: Any, mos: Array, groups: Positions) -> Regression:
+    """The ridge regression, with an intercept, on the rows of `known`, dense or sparse.
+
+    Its strength is one of STRENGTHS. Raises DataError for fewer than two groups.
+    """
+    errors = np.zeros(len(STRENGTHS))
+    for kept, held in _folds(groups):
+        model = Ridge(alpha=_alpha(STRENGTHS)).fit(known[kept], _repeated(mos[kept], STRENGTHS))
+        errors += np.square(model.predict(known[held]) - mos[held, None]).sum(axis=0)
+    chosen = int(errors.argmin())
+    return Regression(
+        kind=RIDGE,
+        strength=float(STRENGTHS[chosen]),
+        width=None,
+        inner_rmse=math.sqrt(errors[chosen] / len(mos)),
+        at_edge=_edges(strength=(chosen, len(STRENGTHS))),
+    )
+
+
+def best_kernel_ridge(known: Array, mos: Array, groups: Positions) -> Regression:
+    """The ridge regression with a Gaussian kernel, exp(-d^2 / 2 s^2), on the rows of `known`; MOS minus their mean.
+
+    Its strength is one of KERNEL_STRENGTHS times the spread of the kernel; s is one of WIDTHS times the median distance
+    d between two rows. Raises DataError for fewer than two groups, more than KERNEL_ITEMS rows, and a median distance
+    of zero.
+    """
+    if len(known) > KERNEL_ITEMS:
+        message = (
+            f"kernel ridge is not tried on more than {KERNEL_ITEMS:,} training items, and there are {len(known):,}"
+        )
+        raise DataError(message)
+    squares = euclidean_distances(known, squared=True)
+    median = _median_distance(squares)
+    if median == 0:
+        message = "kernel ridge is not tried: half of all pairs of training items, or more, have equal features"
+        raise DataError(message)
+    folds = _folds(groups)
+    errors = np.zeros((len(WIDTHS), len(KERNEL_STRENGTHS)))
+    for of_width, width in zip(errors, WIDTHS, strict=True):
+        kernel = _gaussian(squares, width * median)
+        alpha = _alpha(KERNEL_STRENGTHS * _spread(kernel))
+        for kept, held in folds:
+            mean = mos[kept].mean()
+            model = KernelRidge(alpha=alpha, kernel="precomputed")
+            model.fit(kernel[np.ix_(kept, kept)], _repeated(mos[kept] - mean, KERNEL_STRENGTHS))
+            missed = model.predict(kernel[np.ix_(held, kept)]) + mean - mos[held, None]
+            of_width += np.square(missed).sum(axis=0)
+    width, strength = (int(place) for place in np.unravel_index(errors.argmin(), errors.shape))
+    return Regression(
+        kind=KERNEL_RIDGE,
+        strength=float(KERNEL_STRENGTHS[strength]),
+        width=WIDTHS[width],
+        inner_rmse=math.sqrt(errors[width, strength] / len(mos)),
+        at_edge=_edges(strength=(strength, len(KERNEL_STRENGTHS)), width=(width, len(WIDTHS))),
+    )
+
+
+def _folds(groups: Positions) -> Sequence[tuple[Positions, Positions]]:
+    """The kept and the held items of each fold. Raises DataError for fewer than two groups."""
+    count = len(np.unique(groups))
+    if count < 2:
+        message = "the strength of a ridge is chosen by prompt, and the training items have one prompt only"
+        raise DataError(message)
+    return list(GroupKFold(min(_FOLDS, count)).split(groups, groups=groups))
+
+
+def _alpha(strength: float | Array) -> Any:
+    """`strength`, one or one for each column of the targets; the annotations of `alpha` allow neither."""
+    return strength
+
+
+def _repeated(mos: Array, strengths: Array) -> Array:
+    return np.repeat(mos[:, None], len(strengths), axis=1)
+
+
+def _median_distance(squares: Array) -> float:
+    """The median distance between two different rows, from the squared distances of all."""
+    return math.sqrt(float(np.median(squares[np.triu_indices(len(squares), 1)])))
+
+
+def _gaussian(squares: Array, scale: float) -> Array:
+    return np.exp(squares / (-2 * scale * scale))
+
+
+def _spread(kernel: Array) -> float:
+    return 1 - float(kernel.mean())
+
+
+def _edges(**chosen: tuple[int, int]) -> tuple[str, ...]:
+    """The names of the settings that are the first or the last of `count` values tried."""
+    return tuple(name for name, (place, count) in chosen.items() if place in (0, count - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guess:
-    """What a baseline predicts of a test part, and how."""
+    """The predictions of a baseline for a test part."""
 
     predicted: Array
     """(test items,)."""
     fit: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """The regression, the tokens that its features are means of, and its settings, ready for JSON."""
     notes: tuple[str, ...] = ()
-    """What a reader of its scores must know."""
+    """Caveats for a reader of its scores."""
     teachers: int = 0
-    """Test items whose text, which is read, is by a teacher that was told their MOS."""
+    """How many test items have a text, which is read, by a teacher that knew their MOS."""
     on_scale: bool = True
     """Whether the predictions are on the scale of the MOS, so that they have an RMSE."""
 
 
-class Evidence:
-    """What the baselines of one label may look at, by item of the store."""
-
-    def __init__(
-        self, source: FeatureSource, label: str, mos: Array, *, words: RatingWords, means: MeanFeatures
-    ) -> None:
-        """`mos` is (items of the store,), and read for training items only.
-
-        `means` are those of `source`, or of another store of the same items. Raises DataError where that lacks one.
-        """
-        self.label, self.mos = label, mos
-        self._source, self._words, self._means = source, words, means
-        self._places = means.places_of(source)
-
-    def prompts(self, items: Positions) -> list[str]:
-        """The normalised prompts."""
-        return [normalise_prompt(self._source.items.prompts[item]) for item in items]
-
-    def groups(self, items: Positions) -> NDArray[np.int64]:
-        """A number for each prompt."""
-        return prompt_groups(self.prompts(items))
-
-    def generators(self, items: Positions) -> list[str]:
-        """The generators. Raises DataError where an item has none."""
-        return self._column("generators", items, "generator", "join them with `agiqa store labels`")
-
-    def texts(self, items: Positions) -> list[str]:
-        """Prompts and descriptions as one text. Raises DataError where an item has no description."""
-        told = self._column("descriptions", items, "description", "extract a store with --conversations")
-        return [f"{self._source.items.prompts[item]}\n{text}" for item, text in zip(items, told, strict=True)]
-
-    def words(self, items: Positions) -> list[int | None]:
-        """The classes of the rating words, None where an answer has no clear one.
-
-        Raises DataError where an item has no answer of the model's own.
-        """
-        names, prompts = self._source.items.names, self._source.items.prompts
-        asked = {names[item]: prompts[item] for item in items}
-        found = self._words.of(asked, self.label)
-        return [found[names[item]] for item in items]
-
-    def features(self, train: Positions, test: Positions) -> dict[str, tuple[Array, Array]]:
-        """The mean feature rows of both parts, by the tokens that they are means of; raises as `MeanFeatures.of`."""
-        found = self._means.of(self._places[np.concatenate([train, test])])
-        return {tokens: (rows[: len(train)], rows[len(train) :]) for tokens, rows in found.items()}
-
-    @property
-    def scale(self) -> MosRange | None:
-        """The scale of the MOS; None where it is not known."""
-        scales: Mapping[str, MosRange] = getattr(self._source.items, "mos_ranges", {})
-        return scales.get(self.label)
-
-    def teachers(self, items: Positions) -> int:
-        """How many of the items have a text by a teacher that was told their MOS."""
-        authors: Sequence[str | None] = getattr(self._source.items, "text_authors", [])
-        return sum(authors[item] == TEACHER for item in items) if authors else 0
-
-    def _column(self, column: str, items: Positions, what: str, remedy: str) -> list[str]:
-        """A text column, whole. A source that is no store may not have it at all."""
-        values: Sequence[str | None] = getattr(self._source.items, column, [None] * len(self._source.items.names))
-        chosen = [values[item] for item in items]
-        told = [value for value in chosen if value is not None]
-        if len(told) < len(chosen):
-            message = f"{len(chosen) - len(told)} of {len(chosen)} items have no {what}; {remedy}"
-            raise DataError(message)
-        return told
-
-
 def by_generator(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     """The mean MOS of the generator in training; of an unknown one the mean of all."""
-    means = _group_means(evidence.generators(train), evidence.mos[train], evidence.generators(test))
+    means = group_means(evidence.generators(train), evidence.mos[train], evidence.generators(test))
     return Guess(predicted=means)
 
 
 def by_prompt(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     """The mean MOS of the prompt in training; of an unknown one the mean of all."""
-    return Guess(predicted=_group_means(evidence.prompts(train), evidence.mos[train], evidence.prompts(test)))
+    return Guess(predicted=group_means(evidence.prompts(train), evidence.mos[train], evidence.prompts(test)))
 
 
 def by_generator_and_prompt(evidence: Evidence, train: Positions, test: Positions) -> Guess:
@@ -142,15 +217,15 @@ def by_text(evidence: Evidence, train: Positions, test: Positions) -> Guess:
 
 
 def by_rating_word(evidence: Evidence, train: Positions, test: Positions) -> Guess:
-    """The middle of the fifth of the MOS scale that the rating word stands for, in which no training item has a say.
+    """The middle of the fifth of the MOS scale that the rating word stands for; reads no training items.
 
-    An answer without a clear word has the middle one. Where the scale is not known, the class of the word, 0 to 4.
+    An answer without a clear word counts as the middle word. Where the scale is unknown, the class of the word, 0 to 4.
     """
     del train
     said = evidence.words(test)
     unclear = said.count(None)
-    classes = np.array([MIDDLE if word is None else word for word in said], dtype=np.float64)
-    notes = [f"{unclear} of {len(said)} test items have no clear rating word and count as {RATING_WORDS[MIDDLE]}"]
+    classes = np.array([_MIDDLE if word is None else word for word in said], dtype=np.float64)
+    notes = [f"{unclear} of {len(said)} test items have no clear rating word and count as {RATING_WORDS[_MIDDLE]}"]
     if evidence.scale is not None:
         low, high = evidence.scale
         middles = low + (classes + 0.5) * (high - low) / len(RATING_WORDS)
@@ -160,9 +235,9 @@ def by_rating_word(evidence: Evidence, train: Positions, test: Positions) -> Gue
 
 
 def by_features(evidence: Evidence, train: Positions, test: Positions) -> Guess:
-    """Ridge or kernel ridge on the mean feature row of all tokens or of the answer's, whichever does best.
+    """Ridge or kernel ridge on the mean feature row of all tokens or of the answer's; cross-validation chooses.
 
-    Each channel is scaled by the training items, and a cross-validation within these chooses.
+    Each channel is standardised on the training items.
     """
     mos, groups = evidence.mos[train], evidence.groups(train)
     rows: dict[str, tuple[Array, Array]] = {}
@@ -189,9 +264,9 @@ class Baseline:
     predict: Callable[[Evidence, Positions, Positions], Guess]
     """The MOS of test items from training items. Raises DataError for what it lacks."""
     title: str
-    """What its row is called."""
+    """Name of its row."""
     reads: str
-    """What it reads of an item."""
+    """The part of an item that it reads."""
 
 
 BASELINES = {
@@ -204,14 +279,11 @@ BASELINES = {
     "rating word": Baseline(predict=by_rating_word, title="rating word", reads="the model's rating word"),
     "features": Baseline(predict=by_features, title="ridge or kernel ridge (mean features)", reads="mean features"),
 }
-"""By what the setting `baseline` of a result line says. The row of `features` tells what was read and chosen."""
+"""By the setting `baseline` of a result line. The row of `features` is named by `features_title`."""
 
 
 def features_title(reads: str, fits: Sequence[Mapping[str, Any]]) -> str:
-    """What the row of `features` is called: what was chosen for each test part, from features that are `reads`.
-
-    As in `kernel ridge (hidden states, mean of the answer's tokens)`.
-    """
+    """The name of the row of `features`, such as `kernel ridge (hidden states, mean of the answer's tokens)`."""
     kinds = dict.fromkeys(fit["regression"] for fit in fits)
     spelled = {"all": "all tokens", "answer": "the answer's tokens"}
     tokens = dict.fromkeys(spelled[fit["tokens"]] for fit in fits)
@@ -219,14 +291,14 @@ def features_title(reads: str, fits: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _ridge(evidence: Evidence, train: Positions, groups: Positions, known: Any, unknown: Any) -> Guess:
-    """A ridge regression on the rows of `known`, those of the training items, whose folds share none of `groups`."""
+    """A ridge regression on the rows of `known`, those of the training items; its folds share none of `groups`."""
     best = best_ridge(known, evidence.mos[train], groups)
     predicted = best.predict(known, evidence.mos[train], unknown)
     return Guess(predicted=predicted, fit=best.record(), notes=tuple(_edge_notes(best)))
 
 
 def _edge_notes(best: Regression) -> list[str]:
-    """A line for each setting that is the first or the last of those that were tried."""
+    """A note for each setting that is the first or the last of those that were tried."""
     values = {"strength": best.strength, "width": best.width}
     return [
         f"the {name} {values[name]:g} of the {best.kind} is the first or last that was tried: one beyond may do better"
@@ -238,7 +310,7 @@ def _pairs(evidence: Evidence, items: Positions) -> list[tuple[str, str]]:
     return list(zip(evidence.generators(items), evidence.prompts(items), strict=True))
 
 
-def _group_means(known: Sequence[str], mos: Array, asked: Sequence[str]) -> Array:
+def group_means(known: Sequence[str], mos: Array, asked: Sequence[str]) -> Array:
     """The mean of `mos` over those of `known` with the same name; the mean of all for a name that is not there."""
     names, numbers = np.unique(np.array(known), return_inverse=True)
     means = np.bincount(numbers, weights=mos) / np.bincount(numbers)

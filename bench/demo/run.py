@@ -1,4 +1,4 @@
-"""The whole way in miniature on a CPU: draw images, extract, train two heads, compare them on images never seen."""
+"""All steps in miniature on a CPU: draw images, extract, train two heads, compare them on images never seen."""
 
 import json
 import time
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agiqa.bench.baselines.predictors import group_means
 from agiqa.bench.demo.images import draw_data_set
 from agiqa.bench.demo.model import build_demo_model
 from agiqa.bench.report.pictures import Panel, scatter
@@ -26,27 +27,27 @@ HEADS = {"gru": HeadConfig(encoder="gru", width=64), "xlstm": HeadConfig(encoder
 TRAINING = TrainConfig(label=LABEL, epochs=12, batch_size=32, lr=3e-3)
 
 WHAT_IS_SHOWN = """\
-The images, their prompts and their MOS were drawn by this program (MOS = how badly an image was damaged + rater noise).
+This program drew the images, their prompts and their MOS (MOS = how badly an image was damaged + rater noise).
 The multimodal model has RANDOM weights: it was never trained and understands nothing; its random image filters are laid
-out to respond to sharpness, noise and block edges. What is shown is the way of the data, and that a head can learn
-quality from what such features keep of an image. Test images and their prompts were never seen in training.
+out to respond to sharpness, noise and block edges. The demo shows that all steps work together, and that a head can
+learn quality from what such features keep of an image. Test images and their prompts were never seen in training.
 No number here says anything about M3-AGIQA."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoRow:
-    """One line of the table: a head (or a baseline) on the test images."""
+    """One line of the table: the scores of a head, or of a baseline, on the test images."""
 
     name: str
     scores: Mapping[str, Any]
-    """As of `evaluate_scores`."""
+    """See `evaluate_scores`."""
     seconds: float | None
-    """Of training; None for the baseline."""
+    """Training time; None for the baseline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo made."""
+    """The demo's table, and where its files are."""
 
     out: Path
     items: int
@@ -60,9 +61,9 @@ class DemoResult:
 
 
 def run_demo(out: Path, *, images: int = IMAGES, seed: int = 0) -> DemoResult:
-    """Walk the whole way below the folder `out`; steps that an earlier run finished are kept.
+    """Run all steps in the folder `out`; steps that an earlier run finished are kept.
 
-    Raises DataError or SettingsConflict when `out` holds other things than an earlier demo of the same size.
+    Raises SettingsConflict where `out` holds a demo of other settings.
     """
     started = time.perf_counter()
     store = _extract(out, images, seed)
@@ -101,17 +102,16 @@ def _extract(out: Path, images: int, seed: int) -> Store:
 
 
 def _keep_to_settings(path: Path, settings: Mapping[str, int]) -> None:
-    """Note the settings of a new demo. Raises SettingsConflict when `path` notes others."""
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found != settings:
-            message = (
-                f"{path.parent} holds a demo of {found}, asked {dict(settings)}. Remove it, or give another --out."
-            )
-            raise SettingsConflict(message)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings), encoding="utf-8")
+    """Write the settings of a new demo to `path`. Raises SettingsConflict where it holds others."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings), encoding="utf-8")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found != settings:
+        message = (
+            f"{path.parent} holds a demo of {found}, you asked for {dict(settings)}. Remove it, or give another --out."
+        )
+        raise SettingsConflict(message)
 
 
 def _train(store: Store, run: Path, head: HeadConfig, seed: int) -> tuple[DemoRow, NDArray[np.float64]]:
@@ -128,11 +128,9 @@ def _train(store: Store, run: Path, head: HeadConfig, seed: int) -> tuple[DemoRo
 
 
 def _generator_baseline(store: Store, test: NDArray[np.int64]) -> DemoRow:
-    """Every test image gets the mean MOS of its generator's training images: what a head has to beat."""
-    mos, generators = store.items.labels[LABEL], np.array(store.items.generators)
-    train = np.array(store.items.in_split("train"))
-    means = {name: float(mos[train][generators[train] == name].mean()) for name in np.unique(generators[train])}
-    predicted = np.array([means.get(name, float(mos[train].mean())) for name in generators[test]])
-    prompts = [store.items.prompts[item] for item in test]
-    scores = evaluate_scores(predicted, mos[test], prompts)
+    """Predict the mean MOS of the generator's training images: a head has to beat this."""
+    mos, generators = store.items.labels[LABEL], [name or "unknown" for name in store.items.generators]
+    train = store.items.in_split("train")
+    predicted = group_means([generators[k] for k in train], mos[train], [generators[k] for k in test])
+    scores = evaluate_scores(predicted, mos[test], [store.items.prompts[k] for k in test])
     return DemoRow(name="mean of the generator", scores=scores, seconds=None)

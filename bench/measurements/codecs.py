@@ -1,12 +1,11 @@
 """Why objects are coded as they are: `python -m agiqa.bench.measurements.codecs STORE [--out FILE.jsonl]`.
 
-Compresses chunks of a store's features with other Blosc settings, and reads units and items through Zarr instead of
-`agiqa.store.format.objects`, which reads the same bytes.
+Compresses chunks of a store's features with other Blosc settings, and reads the same bytes through Zarr and through
+`agiqa.store`.
 """
 
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ import zarr
 from numcodecs import blosc  # pyright: ignore[reportAttributeAccessIssue]  # has no stub
 from numpy.typing import NDArray
 
-from agiqa.bench.recording.tables import as_table, digits, read_results
-from agiqa.bench.recording.this_run import about_this_run
+from agiqa.bench.measurements.measuring import Line, joined, measured_table, print_tables, result_options
 from agiqa.store import Store, open_store
 
 _CHUNKS = 64
@@ -36,7 +34,7 @@ SETTINGS: dict[str, tuple[str, int, int, int]] = {
 """Codec, level, shuffle and bytes per block, 0 for the whole chunk."""
 
 
-def codec_lines(store: Store) -> Iterator[dict[str, Any]]:
+def codec_lines(store: Store) -> Iterator[Line]:
     """Ratio and speed on one core of every setting, over chunks spread evenly over the store."""
     chunk = store.geometry.chunk_rows
     starts = np.linspace(0, store.rows_used(0) - chunk, _CHUNKS).astype(int)
@@ -70,7 +68,7 @@ def _spread(store: Store, starts: NDArray[Any]) -> Iterator[tuple[int, int]]:
         yield unit, min(start, max(0, store.rows_used(unit) - store.geometry.chunk_rows))
 
 
-def reading_lines(store: Store) -> Iterator[dict[str, Any]]:
+def reading_lines(store: Store) -> Iterator[Line]:
     """Reading all units, and single items at random, through Zarr and through `agiqa.store`."""
     array: Any = zarr.open_group(store.layout.zarr, mode="r")["features"]
     used = [(unit * store.geometry.unit_rows, store.rows_used(unit)) for unit in range(store.geometry.units)]
@@ -101,33 +99,37 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.perf_counter() - started
 
 
-def tables(lines: list[dict[str, Any]]) -> str:
+def tables(lines: Sequence[Line]) -> str:
     """Markdown tables of result lines."""
-    codecs = [line for line in lines if line["stage"] == "codec"]
-    keys = ("ratio", "compress_mb_s", "decompress_mb_s")
-    rows = [[line["name"], *(digits(line["measured"][key]) for key in keys)] for line in codecs]
-    first = as_table(["chunks of 1 MiB, one core", "ratio", "compress MB/s", "decompress MB/s"], rows)
-    reading = [line for line in lines if line["stage"] == "reading"]
-    rows = [[line["config"]["what"], line["name"], digits(line["measured"]["mb_s"])] for line in reading]
-    return f"{first}\n\n{as_table(['read', 'through', 'MB/s'], rows)}"
+    codecs, reading = ([line for line in lines if line["stage"] == stage] for stage in ("codec", "reading"))
+    columns = {"read": lambda line: line["config"]["what"], "through": lambda line: line["name"]}
+    return joined(
+        measured_table(
+            {"chunks of 1 MiB, one core": lambda line: line["name"]},
+            ("ratio", "compress_mb_s", "decompress_mb_s"),
+            codecs,
+        ),
+        measured_table(columns, ["mb_s"], reading),
+    )
 
 
 @click.command()
-@click.argument("store", type=click.Path(path_type=Path, exists=True))
-@click.option("--out", type=click.Path(path_type=Path), help="Append the result lines to this file.")
-@click.option("--table", is_flag=True, help="STORE is a file of result lines; only print their tables.")
-def main(store: Path, *, out: Path | None, table: bool) -> None:
+@click.argument("store", type=click.Path(path_type=Path, exists=True), required=False)
+@result_options
+def main(store: Path | None, *, out: Path | None, table: Path | None) -> None:
     """Compare Blosc settings and ways of reading on the features of STORE."""
-    if table:
-        print(tables(read_results(store)))
-        return
+    print_tables(measured_lines(store), tables, lambda line: f"{line['stage']} {line['name']}", out=out, table=table)
+
+
+def measured_lines(store: Path | None) -> Generator[Line]:
+    """The lines of both comparisons."""
+    if store is None:
+        message = "Give a STORE to measure, or --table with a file of result lines."
+        raise click.UsageError(message)
     blosc.set_nthreads(1)
-    opened, about = open_store(store), about_this_run()
-    lines = [{**line, **about} for part in (codec_lines, reading_lines) for line in part(opened)]
-    if out:
-        with out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-    print(tables(lines))
+    opened = open_store(store)
+    yield from codec_lines(opened)
+    yield from reading_lines(opened)
 
 
 if __name__ == "__main__":

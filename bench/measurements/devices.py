@@ -1,7 +1,7 @@
 """How filling one store scales with the GPUs of a host: `python -m agiqa.bench.measurements.devices --help`.
 
-One device and several extract as many made-up pictures each, from files to a store: what a process loses when it begins
-then weighs the same in all of them.
+Each device extracts the same number of made-up images, from files to a store, so that start-up costs weigh the same for
+one device and for several.
 """
 
 import shutil
@@ -13,12 +13,20 @@ from typing import Any
 import click
 
 from agiqa.bench.measurements.extract import made_up_options, made_up_work
-from agiqa.bench.measurements.measuring import Line, device_name, print_tables, result_options
-from agiqa.bench.recording.tables import as_table, digits, verdict
+from agiqa.bench.measurements.measuring import (
+    Line,
+    device_name,
+    goal_cells,
+    goal_table,
+    joined,
+    measured_table,
+    print_tables,
+    result_options,
+)
 from agiqa.extract import ExtractionSettings, run_extraction
 
 LINEAR = 0.9
-"""Goal: share of as many times the rate of one device."""
+"""Goal: rate as a share of the number of devices times the rate of one."""
 
 
 def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
@@ -51,18 +59,13 @@ def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
 
 def tables(lines: Sequence[Line]) -> str:
     """Markdown tables of result lines: the rates, and the goal for each number of devices."""
-    found = [(line["config"], line["measured"]) for line in lines]
-    rows = [
-        [str(config["devices"]), config["encoding"], str(config["items"]), digits(measured["images_per_second"])]
-        for config, measured in found
-    ]
+    columns = {key: lambda line, key=key: str(line["config"][key]) for key in ("devices", "encoding", "items")}
     goals = [
-        [f"{config['devices']} devices: share of linear", *verdict(measured["linear"], at_least=LINEAR)]
-        for config, measured in found
-        if config["devices"] > 1
+        [f"{count} devices: share of linear", *goal_cells(line["measured"]["linear"], at_least=LINEAR)]
+        for line in lines
+        if (count := line["config"]["devices"]) > 1
     ]
-    head = ["devices", "encoding", "items", "images per second"]
-    return "\n\n".join([as_table(head, rows), as_table(["goal", "wanted", "measured", "met"], goals)])
+    return joined(measured_table(columns, ["images_per_second"], lines), goal_table(goals))
 
 
 @click.command()
@@ -73,10 +76,10 @@ def tables(lines: Sequence[Line]) -> str:
 @result_options
 def main(*, out: Path | None, table: Path | None, **options: Any) -> None:
     """Time the fill of one store by one device and by several of this host."""
-    print_tables(measured_lines(options), tables, _told, out=out, table=table)
+    print_tables(measured_lines(options), tables, _summary, out=out, table=table)
 
 
-def _told(line: Mapping[str, Any]) -> str:
+def _summary(line: Line) -> str:
     measured = line["measured"]
     rate, linear = measured["images_per_second"], measured["linear"]
     return f"{line['config']['devices']} devices: {rate:.1f} images/s, {linear:.3f} of linear"

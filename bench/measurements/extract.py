@@ -1,8 +1,8 @@
 """Speed of filling a store: `python -m agiqa.bench.measurements.extract --help`.
 
-Made-up pictures and conversations of the real size go through `agiqa extract`, from files to a sealed store on disk.
-Then the bare forward (vision tower and language model) of the same batches, prepared and on the device before the clock
-starts, is timed in the same run. The model has random weights, which are made on the device.
+Times `agiqa extract` on made-up images and conversations of the real size, from files to a sealed store on disk. In the
+same run it times the bare forward pass (vision tower and language model) of the same batches, which are prepared and on
+the device before the clock starts. The model has random weights, which are made on the device.
 """
 
 import os
@@ -21,9 +21,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from agiqa.bench.measurements.measuring import Command, Line, device_name, print_tables, result_options
+from agiqa.bench.measurements.measuring import (
+    Command,
+    Line,
+    device_name,
+    digits,
+    goal_cells,
+    goal_table,
+    joined,
+    measured_table,
+    print_tables,
+    result_options,
+)
 from agiqa.bench.measurements.random_models import SHAPES
-from agiqa.bench.recording.tables import as_table, digits, verdict
+from agiqa.bench.recording.tables import as_table
 from agiqa.extract import Backbone, DataSet, ExtractionResult, ExtractionSettings, Item, Message, run_extraction
 from agiqa.extract.data.templates import templates
 from agiqa.extract.filling.plan import PlannedItem, prepare_planned
@@ -33,25 +44,25 @@ from agiqa.extract.models.preparing import Opener, Preparation, default_workers
 
 ENCODINGS = ("hidden", "sketch", "logits")
 RATIO, IMAGES_PER_SECOND, MEMORY_GB = 0.9, 38.0, 12.0
-"""Goals: of the bare rate, in images per second, and beside the weights."""
-_PICTURES = 64
-"""Different pictures; the others are copies of them."""
+"""Goals: share of the bare rate, images per second, and GPU memory beside the weights."""
+_DIFFERENT = 64
+"""Different images; the others are copies of them."""
 _NOISE = 64 << 20
-"""Bytes of noise, again and again, that stand for a file."""
+"""Bytes of noise, repeated to make a file."""
 _BATCHES_AT_ONCE = 8
-"""Prepared batches that lie on the device while their forward is timed."""
+"""Prepared batches on the device while their forward passes are timed."""
 _WORDS = ("sharp", "blurry", "a", "dog", "with", "good", "colours", "and", "noise", "in", "the", "background")
 _PHASES = ("plan", "load", "calibrate", "model", "fill", "seal")
 
 
-def write_pictures(folder: Path, count: int, pixels: int) -> list[Path]:
+def write_images(folder: Path, count: int, pixels: int) -> list[Path]:
     """`count` PNG files: smooth colours with noise on them, about as hard to decode as photographs."""
     folder.mkdir(parents=True)
     paths = [folder / f"{number:05d}.png" for number in range(count)]
     random = np.random.default_rng(0)
     for number, path in enumerate(paths):
-        if number >= _PICTURES:
-            shutil.copyfile(paths[number % _PICTURES], path)
+        if number >= _DIFFERENT:
+            shutil.copyfile(paths[number % _DIFFERENT], path)
             continue
         coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         smooth = np.asarray(coarse.resize((pixels, pixels), Image.Resampling.BICUBIC), np.int16)
@@ -61,8 +72,8 @@ def write_pictures(folder: Path, count: int, pixels: int) -> list[Path]:
 
 
 def made_up_data(folder: Path, backbone: Backbone, *, items: int, tokens: int, pixels: int) -> DataSet:
-    """Pictures with conversations of `tokens` tokens on the average, from nine to eleven tenths of it."""
-    paths = write_pictures(folder, items, pixels)
+    """Images with conversations of `tokens` tokens on average, 0.9 to 1.1 times that."""
+    paths = write_images(folder, items, pixels)
     random = np.random.default_rng(1)
     short, long = (len(backbone.prepare(_conversation(random, words), paths[0]).token_ids) for words in (0, 200))
     words = max(0.0, (tokens - short) / (long - short) * 200)
@@ -84,13 +95,13 @@ def made_up_data(folder: Path, backbone: Backbone, *, items: int, tokens: int, p
 
 
 def made_up_options(*, items: int, each: str = "") -> Callable[[Command], Command]:
-    """Add the options that `made_up_work` reads; `items` is the default of `--items`, `each` says of what."""
-    where = "Where pictures and stores lie for the while."
+    """Add the options that `made_up_work` reads; `items` is the default of `--items`, `each` ends its help text."""
+    where = "Folder for temporary images and stores."
     options = (
         click.option("--model-shape", type=click.Choice(list(SHAPES)), default=next(iter(SHAPES)), show_default=True),
-        click.option("--items", default=items, show_default=True, help=f"Pictures{each}."),
-        click.option("--tokens", default=477, show_default=True, help="Tokens of each on the average."),
-        click.option("--pixels", default=512, show_default=True, help="Sides of the pictures."),
+        click.option("--items", default=items, show_default=True, help=f"Images{each}."),
+        click.option("--tokens", default=477, show_default=True, help="Average tokens of each."),
+        click.option("--pixels", default=512, show_default=True, help="Side of the images in pixels."),
         click.option("--device", default="auto", show_default=True),
         click.option("--folder", type=click.Path(path_type=Path), help=where),
     )
@@ -105,7 +116,7 @@ def made_up_options(*, items: int, each: str = "") -> Callable[[Command], Comman
 
 @contextmanager
 def made_up_work(options: Mapping[str, Any]) -> Generator[tuple[Path, Opener, Backbone, DataSet]]:
-    """A folder that is removed afterwards, a model and how workers open it, and pictures with conversations for it."""
+    """A temporary folder, a function that opens the model, the model itself, and made-up data for it."""
     with tempfile.TemporaryDirectory(dir=options["folder"]) as made:
         folder = Path(made)
         opener = partial(SHAPES[options["model_shape"]], folder / options["model_shape"])
@@ -127,7 +138,7 @@ def _conversation(random: np.random.Generator, words: int) -> tuple[Message, ...
 def measured_line(
     encoding: str, data: DataSet, backbone: Backbone, opener: Opener, folder: Path, options: Mapping[str, Any]
 ) -> Line:
-    """One extraction, and the bare forward of its batches."""
+    """The line of one extraction and of the bare forward pass of its batches."""
     settings = ExtractionSettings(
         encoding=encoding,
         rank=options["rank"] if encoding == "sketch" else None,
@@ -189,9 +200,9 @@ def bare_rate(
     batch_size: int,
     options: Mapping[str, Any],
 ) -> float:
-    """Images per second of the forward passes of the store's own batches, prepared and on the device before.
+    """Images per second of the bare forward passes of the store's batches, prepared and on the device.
 
-    Those of the first units that hold `bare_items` images, a few batches at a time.
+    The batches are those of the first units that hold `bare_items` images, a few at a time.
     """
     store, transfers, seconds, images = result.store, Transfers(backbone.device), 0.0, 0
     lengths = store.n_tokens.tolist()
@@ -200,7 +211,8 @@ def bare_rate(
         for positions in (store.items_of(unit) for unit in range(store.geometry.units))
         for places in even_batches([lengths[position] for position in positions.tolist()], batch_size)
     ]
-    groups = groups[: next((n for n, count in enumerate(_sums(groups), 1) if count >= options["bare_items"]), None)]
+    counts = accumulate(len(group) for group in groups)
+    groups = groups[: next((n for n, count in enumerate(counts, 1) if count >= options["bare_items"]), None)]
     wanted = (
         (None, [PlannedItem(item=data.items[position], length=lengths[position]) for position in group])
         for group in groups
@@ -220,18 +232,13 @@ def bare_rate(
     return images / seconds
 
 
-def _sums(groups: Sequence[Sequence[int]]) -> Iterator[int]:
-    """How many items the groups up to each one hold."""
-    return accumulate(len(group) for group in groups)
-
-
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _start_counting(device: torch.device) -> int:
-    """Forget the peak so far; bytes that are held now, which are the weights."""
+    """Reset the peak of the GPU's memory; the bytes held now, which are the weights."""
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()
@@ -240,68 +247,62 @@ def _start_counting(device: torch.device) -> int:
 
 
 def _peak(device: torch.device) -> int:
-    """Most bytes that torch took of a GPU, those that it kept in its cache included; 0 on a CPU."""
+    """The peak of the bytes that torch reserved on a GPU, its cache included; 0 on a CPU."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
 def tables(lines: Sequence[Line]) -> str:
     """Markdown tables of result lines: rates, phases, and the goals."""
+    encoding = {"encoding": lambda line: line["name"]}
+    kept = {
+        key.replace("_", " "): lambda line, key=key: str(line["config"][key])
+        for key in ("items", "tokens", "batch_size")
+    }
     rates = ("images_per_second", "bare_images_per_second", "ratio", "whole_images_per_second", "row_mb_per_second")
-    kept = ("items", "tokens", "batch_size")
-    rows = [[line["name"], *(str(line["config"][key]) for key in kept), *_cells(line, rates)] for line in lines]
-    parts = [as_table(["encoding", *_spelled(kept), *_spelled(rates)], rows)]
     phases = (*(f"{phase}_seconds" for phase in _PHASES), "peak_gb", "store_gb")
-    rows = [[line["name"], *_cells(line, phases)] for line in lines]
-    parts.append(as_table(["encoding", *_spelled(phases)], rows))
     raw = [line for line in lines if "disk_mb_per_second" in line["measured"]]
-    if raw:
-        rows = [[line["name"], digits(_stored_rate(line)), *_cells(line, ["disk_mb_per_second"])] for line in raw]
-        parts.append(as_table(["encoding", "stored MB per second", "plain file MB per second"], rows))
-    parts.append(as_table(["goal", "wanted", "measured", "met"], list(_goal_rows(lines))))
-    return "\n\n".join(part for part in parts if part)
+    rows = [[line["name"], digits(_stored_rate(line)), digits(line["measured"]["disk_mb_per_second"])] for line in raw]
+    return joined(
+        measured_table({**encoding, **kept}, rates, lines),
+        measured_table(encoding, phases, lines),
+        as_table(["encoding", "stored MB per second", "plain file MB per second"], rows),
+        goal_table(_goal_rows(lines)),
+    )
 
 
 def _stored_rate(line: Line) -> float:
-    """MB/s of compressed bytes, to be held against those of a plain file."""
+    """MB/s of compressed bytes, to compare with a plain file."""
     return float(line["measured"]["store_gb"]) * 1e3 / float(line["measured"]["fill_seconds"])
 
 
-def _spelled(keys: Sequence[str]) -> list[str]:
-    return [key.replace("_", " ").replace("gb", "GB").replace("mb", "MB") for key in keys]
-
-
-def _cells(line: Line, keys: Sequence[str]) -> list[str]:
-    return [digits(line["measured"][key]) for key in keys]
-
-
 def _goal_rows(lines: Sequence[Line]) -> Iterator[list[str]]:
-    """Of a GPU; raw logits have no goal but their rate."""
+    """The goals of lines from a GPU; of raw logits, only memory has a goal."""
     for line in lines:
         name, measured = line["name"], line["measured"]
         if not measured["peak_gb"]:
             continue
         if name != "logits":
-            yield [f"{name}: share of the bare rate", *verdict(measured["ratio"], at_least=RATIO)]
+            yield [f"{name}: share of the bare rate", *goal_cells(measured["ratio"], at_least=RATIO)]
             rate = measured["images_per_second"]
-            yield [f"{name}: images per second", *verdict(rate, at_least=IMAGES_PER_SECOND)]
-        yield [f"{name}: GPU memory beside the weights, GB", *verdict(measured["peak_gb"], at_most=MEMORY_GB)]
+            yield [f"{name}: images per second", *goal_cells(rate, at_least=IMAGES_PER_SECOND)]
+        yield [f"{name}: GPU memory beside the weights, GB", *goal_cells(measured["peak_gb"], at_most=MEMORY_GB)]
 
 
 @click.command()
 @made_up_options(items=512)
-@click.option("--logit-items", default=16, show_default=True, help="Pictures of the run that stores raw logits.")
-@click.option("--bare-items", default=512, show_default=True, help="Pictures of the bare forward, at least.")
+@click.option("--logit-items", default=16, show_default=True, help="Images of the run that stores raw logits.")
+@click.option("--bare-items", default=512, show_default=True, help="Images of the bare forward, at least.")
 @click.option("--encodings", default=",".join(ENCODINGS), show_default=True, help="Separated by commas.")
 @click.option("--rank", default=512, show_default=True, help="Of the sketch.")
 @click.option("--batch-size", type=int, help="Items per forward pass [default: what the memory allows].")
 @click.option("--workers", type=int, help="Processes that prepare items [default: by the cores].")
 @result_options
 def main(*, out: Path | None, table: Path | None, **options: Any) -> None:
-    """Time phase 1 from files to a sealed store, beside the bare forward of the same batches."""
-    print_tables(measured_lines(options), tables, _told, out=out, table=table)
+    """Time extraction from files to a sealed store, and the bare forward pass of the same batches."""
+    print_tables(measured_lines(options), tables, _summary, out=out, table=table)
 
 
-def _told(line: Mapping[str, Any]) -> str:
+def _summary(line: Line) -> str:
     measured = line["measured"]
     return f"{line['name']}: {measured['images_per_second']:.1f} images/s, {measured['ratio']:.3f} of the bare"
 

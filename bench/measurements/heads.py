@@ -1,12 +1,11 @@
 """Speed of training heads from stored features: `python -m agiqa.bench.measurements.heads --help`.
 
-Made-up features of the real shape lie on the device, and whole epochs of `fit_head` are timed, the second of
-two, since the first one compiles. `--uncached` times what they replace in the same run: the vision tower and the
-language model of an 8B model, with random weights, in front of the same head at every step.
+Times whole epochs of `fit_head` on made-up features of the real shape on the device: the second of two, since the first
+compiles. `--uncached` also times what stored features replace: the vision tower and the language model of an 8B model,
+with random weights, in front of the same head at every step.
 """
 
 import gc
-import math
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +19,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from agiqa.bench.measurements.measuring import Line, device_name, print_tables, result_options
-from agiqa.bench.recording.tables import as_table, digits, verdict
+from agiqa.bench.measurements.measuring import (
+    Line,
+    device_name,
+    goal_cells,
+    goal_table,
+    joined,
+    measured_table,
+    print_tables,
+    result_options,
+)
 from agiqa.heads.data.batches import LabelledItems, collate
 from agiqa.heads.data.features import FeatureSet, RowBlock
 from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
@@ -31,7 +38,7 @@ from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import resolve_device
 from agiqa.heads.training.fitting import fit_head
 from agiqa.heads.training.progress import LineProgress
-from agiqa.store import open_store
+from agiqa.store import Items, open_store
 
 HEADS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "xlstm": (32, {"encoder": "xlstm"}),
@@ -45,7 +52,7 @@ HEADS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "lstm": (128, {"encoder": "lstm", "layers": 4, "bidirectional": True, "residual": False}),
     "gru": (128, {"encoder": "gru", "layers": 2, "bidirectional": True, "residual": False}),
 }
-"""Batch size and settings of each head; sizes as published (4 xLSTM blocks, and the layers that are written here)."""
+"""Batch size and settings of each head; sizes as published (4 xLSTM blocks by default)."""
 COMPILED = ("xlstm", "mamba2", "transformer")
 GOALS = {"xlstm": 0.8, "mamba2": 0.5, "transformer": 0.4, "lstm": 0.75, "gru": 0.4}
 """Milliseconds per image."""
@@ -61,19 +68,8 @@ _SLICES, _SLICE_PIXELS, _PATCH = 3, 448, 14
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeUpItems:
-    """The columns that heads ask for."""
-
-    names: list[str]
-    prompts: list[str]
-    splits: list[str | None]
-    generators: list[str | None]
-    labels: dict[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True, kw_only=True)
 class MadeUpSource:
-    """A store of hidden states that is never read: its rows are made on the device."""
+    """A stand-in for a store of hidden states, whose rows are made on the device instead of read."""
 
     count: int
     tokens: int
@@ -85,13 +81,13 @@ class MadeUpSource:
     lm_head_sha256: str = "made up"
 
     @property
-    def items(self) -> MadeUpItems:
-        """Names, and MOS drawn from 0 to 5."""
+    def items(self) -> Items:
+        """Names, and random MOS from 0 to 5."""
         return _made_up_items(self.count)
 
     @property
     def n_tokens(self) -> NDArray[np.int32]:
-        """The same for all items."""
+        """Token counts, the same for all items."""
         return np.full(self.count, self.tokens, np.int32)
 
     @cached_property
@@ -112,16 +108,21 @@ class MadeUpSource:
 
 
 @cache
-def _made_up_items(count: int) -> MadeUpItems:
-    names = [f"{number}.png" for number in range(count)]
-    mos = np.random.default_rng(0).uniform(0, 5, count)
-    return MadeUpItems(
-        names=names, prompts=names, splits=[None] * count, generators=[None] * count, labels={"quality": mos}
+def _made_up_items(count: int) -> Items:
+    names, mos = [f"{number}.png" for number in range(count)], np.random.default_rng(0).uniform(0, 5, count)
+    nothing: list[str | None] = [None] * count
+    return Items(
+        names=names,
+        prompts=names,
+        splits=nothing,
+        generators=nothing,
+        descriptions=nothing,
+        labels={"quality": mos},
     )
 
 
 def made_up_features(source: MadeUpSource, device: torch.device) -> FeatureSet:
-    """Random rows of `source` on `device`, all roles the answer."""
+    """Random rows for `source` on `device`; all tokens have the role of an answer."""
     offsets = np.arange(source.count + 1, dtype=np.int64) * source.tokens
     rows = torch.empty(int(offsets[-1]), source.width, dtype=torch.bfloat16, device=device)
     for piece in rows.split(1 << 16):
@@ -147,7 +148,7 @@ def timed_head(
     device = resolve_device(train.device)
     everything, nothing = (LabelledItems.at(features, np.arange(count), "quality") for count in (len(features), 0))
     if device.type == "cuda":
-        gc.collect()  # graphs of the head before are held by cycles
+        gc.collect()  # reference cycles hold the graphs of the previous head
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     held, started = _allocated(device), time.perf_counter()
@@ -170,12 +171,16 @@ def timed_head(
         "first_epoch_seconds": epochs[0],
         "peak_gb": (_allocated(device, peak=True) - held) / 1e9,
     }
-    told = {"batch_size": batch_size, "projection": config.projection, "precision": train.precision}
-    sizes = {"parameters": sum(parameter.numel() for parameter in fit.head.parameters())}
     return {
         "stage": "heads",
         "name": f"{name}, compiled" if train.compile else name,
-        "config": {**told, "kernels": training_kernels(fit.head.encoder, train, device), **sizes},
+        "config": {
+            "batch_size": batch_size,
+            "projection": config.projection,
+            "precision": train.precision,
+            "kernels": training_kernels(fit.head.encoder, train, device),
+            "parameters": sum(parameter.numel() for parameter in fit.head.parameters()),
+        },
         "measured": measured,
     }
 
@@ -188,7 +193,7 @@ def _allocated(device: torch.device, *, peak: bool = False) -> int:
 
 
 class UncachedModel:
-    """The forward of an 8B model as M3-AGIQA trains its head: vision tower and language model, random weights."""
+    """The forward pass in front of M3-AGIQA's head: vision tower and language model of 8B, random weights."""
 
     def __init__(self, device: torch.device, width: int) -> None:
         """Shapes of the so400m vision tower and of Llama 3 8B, in bfloat16."""
@@ -253,27 +258,21 @@ def _milliseconds(run: Any, steps: int, device: torch.device) -> float:
 
 
 def tables(lines: Sequence[Line]) -> str:
-    """Markdown tables of result lines: the heads, what they replace, and the goals."""
-    keys = ("ms_per_image", "epoch_seconds", "first_epoch_seconds", "set_up_seconds", "peak_gb")
-    heads = [line for line in lines if line["stage"] == "heads"]
-    rows = [
-        [line["name"], line["config"]["projection"], str(line["config"]["batch_size"]), *_cells(line, keys)]
-        for line in heads
-    ]
-    names = [key.replace("_", " ").replace("gb", "GB") for key in keys]
-    parts = [as_table(["head", "projection", "batch", *names], rows)]
-    uncached = [line for line in lines if line["stage"] == "uncached"]
-    of_model = ("ms_per_image", "model_ms_per_image", "epoch_seconds")
-    rows = [
-        [f"uncached {line['name']}", str(line["config"]["batch_size"]), *_cells(line, of_model)] for line in uncached
-    ]
-    parts.append(as_table(["uncached", "batch", *(key.replace("_", " ") for key in of_model)], rows))
-    parts.append(as_table(["goal", "wanted", "measured", "met"], list(_goal_rows(heads, uncached))))
-    return "\n\n".join(part for part in parts if part)
-
-
-def _cells(line: Line, keys: Sequence[str]) -> list[str]:
-    return [digits(line["measured"][key]) for key in keys]
+    """Markdown tables of result lines: the heads, the model that stored features replace, and the goals."""
+    heads, uncached = ([line for line in lines if line["stage"] == stage] for stage in ("heads", "uncached"))
+    of_head = {
+        "head": lambda line: line["name"],
+        "projection": lambda line: line["config"]["projection"],
+        "batch": lambda line: str(line["config"]["batch_size"]),
+    }
+    of_model = {"uncached": lambda line: f"uncached {line['name']}", "batch": of_head["batch"]}
+    return joined(
+        measured_table(
+            of_head, ("ms_per_image", "epoch_seconds", "first_epoch_seconds", "set_up_seconds", "peak_gb"), heads
+        ),
+        measured_table(of_model, ("ms_per_image", "model_ms_per_image", "epoch_seconds"), uncached),
+        goal_table(_goal_rows(heads, uncached)),
+    )
 
 
 def _goal_rows(heads: Sequence[Line], uncached: Sequence[Line]) -> Iterator[list[str]]:
@@ -282,25 +281,21 @@ def _goal_rows(heads: Sequence[Line], uncached: Sequence[Line]) -> Iterator[list
     for name, most in GOALS.items() if on_gpu else ():
         for measured in (name, f"{name}, compiled"):
             if measured in found:
-                yield _goal(f"{measured}, ms per image", found[measured]["measured"]["ms_per_image"], at_most=most)
+                value = found[measured]["measured"]["ms_per_image"]
+                yield [f"{measured}, ms per image", *goal_cells(value, at_most=most)]
     if on_gpu and set(TABLE_IV_ROWS) <= found.keys():
         of_rows = [found[name]["measured"] for name in TABLE_IV_ROWS]
         seconds = sum(
             row["set_up_seconds"] + row["first_epoch_seconds"] + (EPOCHS - 1) * row["epoch_seconds"] for row in of_rows
         )
-        yield _goal(f"nine heads of Table IV x {EPOCHS} epochs, s", seconds, at_most=TABLE_IV_SECONDS)
+        yield [f"nine heads of Table IV x {EPOCHS} epochs, s", *goal_cells(seconds, at_most=TABLE_IV_SECONDS)]
     peaks = [line["measured"]["peak_gb"] for line in heads if line["config"]["batch_size"] == 32]
     if on_gpu and peaks:
-        largest = max(peaks)
-        yield _goal("GPU memory at batch 32, features aside, GB", largest, at_most=MEMORY_GB)
+        yield ["GPU memory at batch 32, features aside, GB", *goal_cells(max(peaks), at_most=MEMORY_GB)]
     for line in uncached:
         if line["config"]["batch_size"] == 32 and line["name"] in found:
             ratio = line["measured"]["ms_per_image"] / found[line["name"]]["measured"]["ms_per_image"]
-            yield _goal("times faster than uncached at batch 32", ratio, at_least=SPEED_UP)
-
-
-def _goal(text: str, value: float, *, at_most: float = math.inf, at_least: float = 0.0) -> list[str]:
-    return [text, *verdict(value, at_most=at_most, at_least=at_least)]
+            yield ["times faster than uncached at batch 32", *goal_cells(ratio, at_least=SPEED_UP)]
 
 
 @click.command()
@@ -318,16 +313,16 @@ def _goal(text: str, value: float, *, at_most: float = math.inf, at_least: float
 @click.option("--uncached", is_flag=True, help="Also time steps with an 8B model in them (needs a large GPU).")
 @result_options
 def main(*, out: Path | None, table: Path | None, **options: Any) -> None:
-    """Time the training of heads from features that were stored."""
-    print_tables(measured_lines(options), tables, _told, out=out, table=table)
+    """Time the training of heads from stored features."""
+    print_tables(measured_lines(options), tables, _summary, out=out, table=table)
 
 
-def _told(line: Mapping[str, Any]) -> str:
+def _summary(line: Line) -> str:
     return f"{line['stage']} {line['name']}: {line['measured']['ms_per_image']:.3f} ms per image"
 
 
 def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
-    """The lines of what the command line asks for."""
+    """The lines that the command line asks for."""
     names = [name.strip() for name in options["heads"].split(";") if name.strip()] or list(HEADS)
     for name in names:
         if name not in HEADS:

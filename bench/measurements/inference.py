@@ -1,21 +1,21 @@
-"""Whether intervals cover and p-values err as often as they say, by simulation; LOG.md has the figures.
+"""Simulations of interval coverage and of the false positive rate of p-values; LOG.md has the figures.
 
-`coverage`   intervals of one head on the items of 10 to 300 prompts, against the metric of very many items
-`errors`     p-values of one method against itself, trained with other seeds, where 5 % may be below .05
+`coverage`   intervals of one head on the items of 10 to 300 prompts, against the metric on very many items
+`errors`     p-values of one method against itself, trained with other seeds: 5 % may be below .05
 `measured`   the same with the predictions of real heads: seeds of each head of an ablation against its other seeds
 
-A made-up prediction is the MOS plus errors that a method has with every seed, and errors, a slope and a level that a
-seed has for itself; prompts have a share in MOS and in all errors. With one seed the product gives no p-value, so the
-lines of one seed tell what its interval, which is about prompts alone, would have made of it.
+A made-up prediction is the MOS plus errors that a method shares over seeds, plus each seed's own errors, slope and
+level; prompts explain a share of the MOS and of all errors. agiqa gives no p-value for one seed, so the lines of one
+seed use its interval, which covers prompts alone.
 """
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.bench.ablation.protocols import PUBLISHED
+from agiqa.bench.measurements.measuring import Line, append_line, out_option
 from agiqa.bench.recording.predictions import Predictions, read_predictions
 from agiqa.bench.recording.result_folders import RESULTS, RUNS
 from agiqa.bench.recording.tables import as_table, read_results
@@ -41,31 +42,31 @@ _ALL_SEEDS = 400
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Where made-up predictions come from. Sizes of errors are in standard deviations of the MOS."""
+    """The distribution of made-up predictions. Sizes of errors are in standard deviations of the MOS."""
 
     shared: float = 0.5
-    """Of the errors that all seeds of a method make."""
+    """Size of the errors that all seeds of a method share."""
     own: float = 0.15
-    """Of those that a seed makes for itself."""
+    """Size of each seed's own errors."""
     slope: float = 0.02
-    """Deviation between seeds of the slope of their predictions."""
+    """Standard deviation between seeds of the slope of their predictions."""
     level: float = 0.02
-    """The same of their level."""
+    """Standard deviation between seeds of the level of their predictions."""
     quality: float = 0.1
-    """How much the size of a seed's own errors differs between seeds, as a share of it."""
+    """Relative standard deviation between seeds of the size of their own errors."""
     of_prompts: float = 0.4
-    """Share of prompts in the variance of MOS and errors; the rest is of single images."""
+    """Share of prompts in the variance of MOS and errors; the rest belongs to single images."""
 
     def mos(self, random: np.random.Generator, prompts: NDArray[np.int64]) -> Array:
         """The MOS of items (items,) with these `prompts`."""
         return 3.0 + self._drawn(random, prompts)
 
     def method(self, random: np.random.Generator, mos: Array, prompts: NDArray[np.int64]) -> Array:
-        """What all seeds of a method predict (items,)."""
+        """The part of the predictions (items,) that all seeds of a method share."""
         return mos + self.shared * self._drawn(random, prompts)
 
     def traits(self, random: np.random.Generator) -> tuple[float, float, float]:
-        """What a training with some seed leaves a head with: the size of its own errors, its slope and its level."""
+        """The random traits of a trained head: the size of its own errors, its slope and its level."""
         size, slope, level = random.normal(size=3)
         return self.own * (1.0 + self.quality * size), 1.0 + self.slope * slope, self.level * level
 
@@ -98,9 +99,9 @@ WORLDS = {
 
 
 def covered(world: World, prompts: int, images: int, seeds: int, seed: int) -> list[bool | None]:
-    """Whether the interval of each metric holds the true value; None where there is no interval.
+    """Whether the interval of each metric holds the true value; None without an interval.
 
-    That is the mean over all seeds that there could be. The interval of one seed is about its own head alone.
+    The true value is the mean over all possible seeds. The interval of one seed is about its own head.
     """
     random = np.random.default_rng([seed, prompts, images])
     groups = np.repeat(np.arange(prompts), images)
@@ -108,93 +109,78 @@ def covered(world: World, prompts: int, images: int, seeds: int, seed: int) -> l
     method = world.method(random, mos, groups)
     traits = [world.traits(random) for _ in range(seeds)]
     predicted = np.stack([world.head(random, method, groups, one) for one in traits])
-    told = seeds_score(predicted, mos, [str(group) for group in groups])
+    scores = seeds_score(predicted, mos, [str(group) for group in groups])
     truth = metrics_of_head(world, traits[0]) if seeds == 1 else true_metrics(world)
-    return [None if ends is None else ends[0] <= truth[name] <= ends[1] for name, ends in told["ci"].items()]
+    return [None if ends is None else ends[0] <= truth[name] <= ends[1] for name, ends in scores["ci"].items()]
 
 
 @cache
 def true_metrics(world: World) -> dict[str, float]:
-    """The mean of `metrics_of_head` over so many seeds that its own error is small beside that of three or five."""
+    """The mean of `metrics_of_head` over so many seeds that its error is small beside that of three or five."""
     random = np.random.default_rng(0)
     scores = [metrics_of_head(world, world.traits(random)) for _ in range(_ALL_SEEDS)]
     return {name: float(np.mean([one[name] for one in scores])) for name in METRICS}
 
 
 def metrics_of_head(world: World, traits: tuple[float, float, float]) -> dict[str, float]:
-    """The metrics of a head with these traits of many items, no two with one prompt."""
+    """The metrics of a head with these traits on many items, each with a prompt of its own."""
     random, single = np.random.default_rng(1), np.arange(_ALL_ITEMS)
     mos = world.mos(random, single)
     return score(world.head(random, world.method(random, mos, single), single, traits), mos)
 
 
-def rejected(world: World, prompts: int, images: int, seeds: int, seed: int, *, methods: int = 1) -> list[bool]:
-    """Whether the test tells two sides apart, by metric: of one method, or of two that are equally good."""
+def rejected(world: World, prompts: int, images: int, seeds: int, seed: int, methods: int = 1) -> list[bool]:
+    """Whether the test finds a difference, by metric, between two sides of one method or of two equally good ones."""
     random = np.random.default_rng([seed, prompts, images])
     groups = np.repeat(np.arange(prompts), images)
     mos = world.mos(random, groups)
     made = [world.method(random, mos, groups) for _ in range(methods)]
     sides = [world.seeds(random, made[k % methods], groups, seeds) for k in range(2)]
-    return verdict(sides[0], sides[1], mos, [str(group) for group in groups])
+    a, b = (SeedScores.of(side, mos, [str(group) for group in groups]) for side in sides)
+    return scores_differ(a, b)
 
 
-def verdict(a: Array, b: Array, mos: Array, prompts: Sequence[str]) -> list[bool]:
-    """`verdict_of` two sides of predictions (seeds, items)."""
-    return verdict_of(SeedScores.of(a, mos, prompts), SeedScores.of(b, mos, prompts))
-
-
-def verdict_of(a: SeedScores, b: SeedScores) -> list[bool]:
-    """Whether each metric's p is below .05, of one seed whether its interval leaves out 0."""
-    told = a.against(b)
-    if told["covers"] == PROMPTS:
-        return [ends is not None and not ends[0] <= 0.0 <= ends[1] for ends in told["ci"].values()]
-    return [p is not None and p < _LEVEL for p in told["p"].values()]
+def scores_differ(a: SeedScores, b: SeedScores) -> list[bool]:
+    """Whether each metric's p is below .05; for one seed, whether its interval excludes 0."""
+    compared = a.against(b)
+    if compared["covers"] == PROMPTS:
+        return [ends is not None and not ends[0] <= 0.0 <= ends[1] for ends in compared["ci"].values()]
+    return [p is not None and p < _LEVEL for p in compared["p"].values()]
 
 
 def shares(found: Sequence[Sequence[bool | None]]) -> dict[str, float | None]:
-    """The share of True by metric, of those that are not None."""
+    """The share of True by metric, None left out."""
     columns = zip(*found, strict=True)
-    told = {name: [one for one in column if one is not None] for name, column in zip(METRICS, columns, strict=True)}
-    return {name: round(float(np.mean(values)), 4) if values else None for name, values in told.items()}
+    known = {name: [one for one in column if one is not None] for name, column in zip(METRICS, columns, strict=True)}
+    return {name: round(float(np.mean(values)), 4) if values else None for name, values in known.items()}
 
 
-def _cover(task: tuple[World, int, int, int, int]) -> list[bool | None]:
-    return covered(*task)
-
-
-def _reject(task: tuple[World, int, int, int, int, int]) -> list[bool]:
-    return rejected(*task[:5], methods=task[5])
-
-
-def _parallel(work: Any, tasks: Sequence[Any], what: str) -> list[Any]:
+def _parallel(work: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], what: str) -> list[Any]:
+    """The results of `work` on each tuple of arguments, computed by a process per core."""
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool, track(what, len(tasks), "trials") as advance:
         found: list[Any] = []
-        for one in pool.map(work, tasks, chunksize=8):
+        for one in pool.map(work, *zip(*tasks, strict=True), chunksize=8):
             found.append(one)
             advance(1)
         return found
 
 
-def _say(line: dict[str, Any], out: Path | None) -> None:
-    text = json.dumps(line)
-    click.echo(text)
-    if out is not None:
-        with out.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+def _print(line: Line, out: Path | None) -> None:
+    click.echo(json.dumps(line))
+    append_line(line, out)
 
 
 _TRIALS = click.option("--trials", default=1000, show_default=True, type=click.IntRange(min=1))
-_OUT = click.option("--out", type=click.Path(path_type=Path), help="Append the result lines to this file.")
 
 
 @click.group()
 def main() -> None:
-    """Simulate what intervals cover, and how often p-values err."""
+    """Simulate the coverage of intervals and the false positive rate of p-values."""
 
 
 @main.command()
 @_TRIALS
-@_OUT
+@out_option
 def coverage(trials: int, out: Path | None) -> None:
     """The share of intervals that hold the true value."""
     for name, world in WORLDS.items():
@@ -211,49 +197,47 @@ def coverage(trials: int, out: Path | None) -> None:
             (300, 2, 5),
         ):
             tasks = [(world, prompts, images, seeds, trial) for trial in range(trials)]
-            held = shares(_parallel(_cover, tasks, f"{name}, {prompts} prompts"))
+            held = shares(_parallel(covered, tasks, f"{name}, {prompts} prompts"))
             about = {"bench": "coverage", "world": name, **asdict(world), "prompts": prompts, "images": images}
-            _say({**about, "seeds": seeds, "trials": trials, "covered": held}, out)
+            _print({**about, "seeds": seeds, "trials": trials, "covered": held}, out)
 
 
 @main.command()
 @_TRIALS
-@_OUT
+@out_option
 def errors(trials: int, out: Path | None) -> None:
     """The share of p-values below .05 where there is no difference."""
-    for name, world in WORLDS.items():
-        for prompts, images in ((20, 8), (200, 3)):
-            for seeds in (1, 3, 5):
-                for methods in (1, 2):
-                    tasks = [(world, prompts, images, seeds, trial, methods) for trial in range(trials)]
-                    told = shares(_parallel(_reject, tasks, f"{name}, {seeds} seeds"))
-                    about = {"bench": "errors", "world": name, **asdict(world), "prompts": prompts, "images": images}
-                    _say({**about, "seeds": seeds, "methods": methods, "trials": trials, "below": told}, out)
+    for (name, world), (prompts, images), seeds, methods in product(
+        WORLDS.items(), ((20, 8), (200, 3)), (1, 3, 5), (1, 2)
+    ):
+        tasks = [(world, prompts, images, seeds, trial, methods) for trial in range(trials)]
+        below = shares(_parallel(rejected, tasks, f"{name}, {seeds} seeds"))
+        about = {"bench": "errors", "world": name, **asdict(world), "prompts": prompts, "images": images}
+        _print({**about, "seeds": seeds, "methods": methods, "trials": trials, "below": below}, out)
 
 
 @main.command()
 @click.argument("results", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@_OUT
+@out_option
 def measured(results: Path, out: Path | None) -> None:
-    """The same between seeds of each head of an ablation (RESULTS, its folder) on the published split."""
+    """The share of p-values below .05 between seeds of each head of an ablation (folder RESULTS), published split."""
     against = {"one against one": (1, 1), "two against the others": (2, None)}
     found: dict[str, list[list[bool]]] = {name: [] for name in against}
     spreads: list[Array] = []
     for scores in seeds_of_rows(results):
         spreads.append(scores.values.std(axis=0, ddof=1))
         for name, (first, second) in against.items():
-            found[name] += [verdict_of(a, b) for a, b in splits_of(scores, first, second)]
+            found[name] += [scores_differ(a, b) for a, b in splits_of(scores, first, second)]
     sd = dict(zip(METRICS, np.median(spreads, axis=0).round(5).tolist(), strict=True))
     for name, judged in found.items():
         line = {"bench": "measured", "results": results.name, "heads": len(spreads), "median_sd": sd, "seeds": name}
-        _say({**line, "comparisons": len(judged), "below": shares(judged)}, out)
+        _print({**line, "comparisons": len(judged), "below": shares(judged)}, out)
 
 
 def seeds_of_rows(results: Path) -> list[SeedScores]:
     """The test predictions of each head with three seeds or more on the published split, a row per seed."""
     tables: dict[tuple[str, str], list[Predictions]] = {}
-    for text in (results / RESULTS).read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+    for line in read_results(results / RESULTS):
         if line.get("protocol") == PUBLISHED and "error" not in line:
             path, label = results / RUNS / line["name"] / PREDICTIONS, line["config"]["label"]
             key = line["row"], line.get("store_name", "")

@@ -1,7 +1,7 @@
-"""The formats that store.py compares: one set of rows, written and read by each in a process of its own.
+"""The formats that store.py compares: each writes and reads the same rows in a process of its own.
 
 Run by path (`python -P bench/measurements/peers.py`, the request as JSON on the standard input), so that a measured
-process imports what its format needs and not the whole of `agiqa.bench`.
+process imports only the libraries of its format.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ TYPICAL_LENGTH = 477
 LARGE_WIDTH = 4096
 """Hidden size of an 8B model."""
 _CHUNK_CACHE_BYTES = 64 << 20
-"""Of h5py, whose default holds a chunk or a few: a chunk that two items share would be decoded twice."""
+"""Chunk cache of h5py. Its default holds few chunks, so a chunk that two items share would be decoded twice."""
 
 Read = Callable[[Sequence[int]], list[NDArray[Any]]]
-"""The rows of each of some items (positions), each (tokens, width) in storage bits."""
+"""Reads items by position; gives the rows of each, (tokens, width) in storage bits."""
 
 
 class Source:
-    """The rows that every format gets: one raw file and the length of each item."""
+    """The rows that every format writes: one raw file and the length of each item."""
 
     def __init__(self, folder: Path) -> None:
         """Open what `save_source` wrote in `folder`."""
@@ -47,7 +47,7 @@ class Source:
         self.offsets: NDArray[np.int64] = about["offsets"]
         """(items + 1,): item k is rows offsets[k] to offsets[k + 1]."""
         self.seconds = 0.0
-        """Spent in `rows` so far; it is no part of what writing costs."""
+        """Time spent in `rows` so far; it does not count as writing."""
         self.dtype = storage_dtype(self.logical_dtype)
 
     @property
@@ -77,7 +77,7 @@ class Source:
 def save_source(
     folder: Path, lengths: NDArray[np.int64], blocks: Iterable[NDArray[Any]], *, width: int, logical_dtype: str
 ) -> Source:
-    """Write a source into the new `folder`: items of `lengths`, their rows (storage bits) as `blocks` yields them."""
+    """Write a source into the new `folder`: items of `lengths`; `blocks` yields their rows (storage bits)."""
     folder.mkdir()
     with (folder / "rows.raw").open("wb") as file:
         for block in blocks:
@@ -91,7 +91,7 @@ class Peer(ABC):
     """A format: how it writes a source into an empty folder, and how it reads items back."""
 
     modules: tuple[str, ...] = ()
-    """What it needs imported."""
+    """Modules that it imports."""
 
     @abstractmethod
     def write(self, source: Source, folder: Path) -> None:
@@ -99,10 +99,10 @@ class Peer(ABC):
 
     @abstractmethod
     def open(self, folder: Path) -> AbstractContextManager[Read]:
-        """What reads items from `folder` while the context lasts."""
+        """A context whose value reads items from `folder`."""
 
     def row_files(self, folder: Path) -> list[Path]:
-        """The files that hold rows, which is all of them but for a feature store."""
+        """The files that hold rows: all of them, except for a feature store."""
         return files_below(folder)
 
 
@@ -131,7 +131,7 @@ class RowsPeer(Peer):
 
 
 class Memmap(RowsPeer):
-    """A raw .npy file mapped into memory; reading gives views, whose pages come when they are touched."""
+    """A raw .npy file mapped into memory; reading gives views, whose pages are loaded on access."""
 
     def write_rows(self, source: Source, folder: Path) -> None:
         shape = (int(source.offsets[-1]), source.width)
@@ -146,7 +146,7 @@ class Memmap(RowsPeer):
 
 
 class Safetensors(RowsPeer):
-    """One tensor in one file, which its library writes from memory in one piece."""
+    """One tensor in one file; its library writes it from memory in one piece."""
 
     modules = ("safetensors.numpy",)
 
@@ -212,7 +212,7 @@ class TorchFiles(Peer):
 
 
 class Agiqa(Peer):
-    """A feature store: planned, filled and sealed, with all that it checks on the way."""
+    """A feature store: planned, filled and sealed, with all its checks."""
 
     def write(self, source: Source, folder: Path) -> None:
         plan = plan_for(np.diff(source.offsets), source.width, source.logical_dtype)
@@ -226,7 +226,7 @@ class Agiqa(Peer):
         seal(store)
 
     def row_files(self, folder: Path) -> list[Path]:
-        """Without tokens, index, labels and records, which the other formats have no place for."""
+        """The files of the features; the other formats hold no tokens, index, labels or records."""
         return files_below(folder / "rows.agiqa" / "store.zarr" / "features" / "c")
 
     @contextmanager
@@ -251,7 +251,7 @@ PEERS: dict[str, Peer] = {
 
 
 def as_tensor(rows: NDArray[Any], logical_dtype: str) -> Any:
-    """The torch tensor that shares the memory of `rows`, in the dtype that its bits stand for."""
+    """A torch tensor of dtype `logical_dtype` that shares the memory of `rows`."""
     torch = import_module("torch")
     tensor = torch.from_numpy(rows)
     return tensor.view(torch.bfloat16) if logical_dtype == "bfloat16" else tensor
@@ -283,18 +283,23 @@ def plan_for(lengths: NDArray[np.int64], width: int, logical_dtype: str) -> Stor
     )
 
 
-def write_small_model(writer: UnitWriter) -> None:
-    """A W_lm of eight rows and no probe: what a store needs to be sealed, and next to no bytes."""
-    head = np.ones((8, writer.store.width), np.float32)
-    attributes = {"logical_dtype": "float32", "lm_head_sha256": hashlib.sha256(head.tobytes()).hexdigest()}
+def write_model(writer: UnitWriter, weight: NDArray[Any], logical_dtype: str) -> None:
+    """Write the W_lm `weight` (V, D), storage bits, and an empty probe: what a store needs to be sealed."""
+    sha256 = hashlib.sha256(np.ascontiguousarray(weight).data).hexdigest()
 
     def write(group: zarr.Group) -> None:
-        create_whole_array(group, "lm_head/weight", head, attributes=attributes)
+        attributes = {"logical_dtype": logical_dtype, "lm_head_sha256": sha256}
+        create_whole_array(group, "lm_head/weight", weight, attributes=attributes)
         create_whole_array(group, "probe/rows", np.zeros(0, np.int64))
-        no_logits = np.zeros((0, len(head)), np.float32)
+        no_logits = np.zeros((0, len(weight)), np.float32)
         create_whole_array(group, "probe/logits", no_logits, attributes={"logical_dtype": "float32"})
 
     writer.write_model_arrays(write)
+
+
+def write_small_model(writer: UnitWriter) -> None:
+    """Write a W_lm of eight rows, which takes next to no bytes."""
+    write_model(writer, np.ones((8, writer.store.width), np.float32), "float32")
 
 
 def set_cache(folder: Path, *, cold: bool) -> None:
@@ -334,7 +339,7 @@ def measure_write(peer: Peer, source: Source, folder: Path) -> dict[str, Any]:
 
 
 def measure_read(peer: Peer, folder: Path, reads: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Open, then one call for each list of items in `reads`; every value is touched, the sum is the proof."""
+    """Open, then read each list of items in `reads`; the sum proves that every value was touched."""
     started = time.perf_counter()
     with peer.open(folder) as read:
         opened = time.perf_counter()
@@ -352,7 +357,7 @@ def plan_job(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_job(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Open a store, then read its item table and index, which is all that a first read needs."""
+    """Open a store, then read its item table and index, all that a first read needs."""
     started = time.perf_counter()
     store = open_store(request["path"])
     opened = time.perf_counter()
@@ -361,11 +366,11 @@ def open_job(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fill_job(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill some units of 64 MiB; the rows of one unit, which the caller of a writer holds, are part of the peak."""
+    """Fill some units of 64 MiB; the peak includes the rows of one unit, which the caller of a writer holds."""
     rows = FEWEST_UNITS * SHARD_BYTES // (2 * LARGE_WIDTH)
     plan = plan_for(np.full(rows // TYPICAL_LENGTH + 1, TYPICAL_LENGTH), LARGE_WIDTH, "bfloat16")
     writer = UnitWriter(create_store(Path(request["path"]), plan))
-    # bits of values from .5 to 8: hardly any choice in the high byte and all in the low one, like hidden states
+    # bits of values from .5 to 8: like hidden states, little entropy in the high byte and full entropy in the low one
     shape = (writer.store.geometry.unit_rows, LARGE_WIDTH)
     unit_rows = np.random.default_rng(0).integers(0x3F00, 0x4100, shape, np.uint16)
     written, started = 0, time.perf_counter()

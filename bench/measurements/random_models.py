@@ -1,4 +1,4 @@
-"""MiniCPM-Llama3-V-2.5 in its real shape, or a tiny one, with random weights that never lie on a disk."""
+"""MiniCPM-Llama3-V-2.5 in its real shape, or a tiny one, with random weights that are never written to disk."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from agiqa.bench.demo.tokenizer import END, START, build_tokenizer
+from agiqa.bench.demo.model import END, START, build_tokenizer
 from agiqa.extract import Backbone
 from agiqa.extract.models.checkpoints import Checkpoint
 from agiqa.extract.models.huggingface import DTYPES
@@ -56,10 +56,10 @@ _TINY_VISION: dict[str, Any] = {
     "num_attention_heads": 2,
 }
 _SPREAD = 0.02
-"""Deviation of the random weights, as language models start from."""
+"""Standard deviation of the random weights, as at the start of training a language model."""
 
 Shape = Callable[..., Backbone]
-"""`shape(folder, device="cuda")`: a backbone whose settings lie in `folder`, where the first call writes them."""
+"""`shape(folder, device="cuda")`: a backbone with its settings in `folder`; the first call writes them."""
 
 
 class RandomMiniCPM(MiniCPMBackbone):
@@ -68,7 +68,7 @@ class RandomMiniCPM(MiniCPMBackbone):
     file_hashes: Any = {"weights": "random"}  # noqa: RUF012 - in place of hashes of files
 
     def check_tensors(self) -> None:
-        """Nothing: there are no files."""
+        """Check nothing: there are no files."""
 
     def load(self) -> None:
         """Draw the weights. Idempotent."""
@@ -92,7 +92,7 @@ class RandomMiniCPM(MiniCPMBackbone):
 def minicpm(
     folder: Path, *, language: Mapping[str, Any], vision: Mapping[str, Any], resolution: int, device: str = "auto"
 ) -> Backbone:
-    """In bfloat16 on a GPU; an image of more than `resolution` squared pixels is cut into slices."""
+    """The model, in bfloat16 on a GPU; images of more than `resolution` squared pixels are cut into slices."""
     if not (folder / "config.json").exists():
         _write_settings(folder, language, vision, resolution)
     on_gpu = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
@@ -128,4 +128,4 @@ SHAPES: Mapping[str, Shape] = {
     "minicpm-8b": partial(minicpm, language=_LLAMA3_8B, vision=_SO400M, resolution=448),
     "tiny": partial(minicpm, language=_TINY_LANGUAGE, vision=_TINY_VISION, resolution=56),
 }
-"""Models by name; a further one is a further entry."""
+"""Models by name."""

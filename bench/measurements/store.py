@@ -1,7 +1,6 @@
 """Speed and size of the store against its peers: `python -m agiqa.bench.measurements.store --help`.
 
-All formats of peers.py get the same rows, each measurement a fresh process; then what only a feature
-store does is measured. Results are lines of JSON, from which the tables are made.
+Measures all formats of peers.py on the same rows, each in a fresh process, and then what only a feature store does.
 """
 
 import hashlib
@@ -22,11 +21,18 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.bench.measurements import peers as store_peers
-from agiqa.bench.measurements.measuring import Line, result_options
+from agiqa.bench.measurements.measuring import (
+    Line,
+    goal_cells,
+    goal_table,
+    joined,
+    measured_table,
+    print_tables,
+    result_options,
+)
 from agiqa.bench.measurements.peers import LARGE_WIDTH, PEERS, TYPICAL_LENGTH, Source, save_source
-from agiqa.bench.recording.tables import as_table, digits, read_results, verdict
-from agiqa.bench.recording.this_run import about_this_run
-from agiqa.errors import AgiqaError, ConfigError, DamagedStore, UnknownName
+from agiqa.bench.recording.tables import as_table
+from agiqa.errors import ConfigError, DamagedStore, UnknownName
 from agiqa.heads.data.batches import BatchLoader
 from agiqa.heads.data.features import FeatureSet
 from agiqa.progress import say
@@ -41,7 +47,7 @@ _MB = 1e6
 
 
 class Goal(NamedTuple):
-    """A bound on a number that the lines of one name hold."""
+    """A bound on a measured number, `key`, of the lines called `name`."""
 
     text: str
     name: str
@@ -50,7 +56,7 @@ class Goal(NamedTuple):
     at_least: float = 0.0
 
     def applies(self, line: Line) -> bool:
-        """Whether `line` is one that the bound is for; that of the bytes is for a model's own bfloat16 only."""
+        """Whether the goal is about `line`; the goal on bytes is about a model's own bfloat16 only."""
         config = line["config"]
         real = config.get("data") != "synthetic" and config.get("logical_dtype") == "bfloat16"
         return line["name"] == self.name and (real or self.key != "ratio")
@@ -71,16 +77,15 @@ COLUMNS = ("ratio", "write_mb_s", "sequential_mb_s", "random_mb_s", "first_batch
 
 
 def run_child(job: str, **request: Any) -> dict[str, Any]:
-    """What a fresh process makes of a job of `store_peers`; its errors go to this process's error stream."""
-    command = [sys.executable, "-P", store_peers.__file__]
-    asked = json.dumps({"job": job, **request})
-    done = subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, check=True)
+    """The result of a job of peers.py in a fresh process; its errors go to this process's error stream."""
+    command, text = [sys.executable, "-P", store_peers.__file__], json.dumps({"job": job, **request})
+    done = subprocess.run(command, input=text, stdout=subprocess.PIPE, text=True, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
 def source_from_store(folder: Path, store: Store, *, rows: int | None) -> Source:
-    """The first items of `store`, at most `rows` rows (all without), as a source. Raises ConfigError for none."""
+    """The first items of `store`, at most `rows` rows (None: all), as a source. Raises ConfigError for no item."""
     ends = np.cumsum(store.n_tokens, dtype=np.int64)
     count = len(ends) if rows is None else int(np.searchsorted(ends, rows, side="right"))
     if count == 0 or ends[count - 1] == 0:
@@ -157,7 +162,7 @@ def reads_of(count: int) -> dict[str, list[list[int]]]:
 
 
 class PeerBench:
-    """Measures peers on one source, in rounds over all of them so that a drift of the machine meets them alike."""
+    """Measures peers on one source, in rounds over all of them, so that a drift of the machine affects all alike."""
 
     def __init__(self, source: Source, work: Path, *, cold: bool) -> None:
         """Files of the formats go below `work`, one format at a time."""
@@ -171,7 +176,7 @@ class PeerBench:
             self._sums[way] = sum(store_peers.touch(source.item(item)) for item in items) % (1 << 64)
 
     def lines(self, names: Sequence[str], *, repeats: int) -> Iterator[Line]:
-        """A line per peer, with the median of each number over the rounds and the numbers of every round."""
+        """A line per peer: the median of each number over the rounds, and the numbers of every round."""
         rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for turn in range(repeats):
             for name in names:
@@ -207,7 +212,7 @@ class PeerBench:
 def epoch(folders: Mapping[str, Path]) -> dict[str, float]:
     """Seconds of an epoch on one thread, from a store's decoded copy and from a memory map (`folders`, by peer).
 
-    Raises DamagedStore when the two give other batches; that first pass also maps the pages of both.
+    Raises DamagedStore when the two give different batches; the first pass, which compares them, also loads all pages.
     """
     store = open_store(folders["agiqa"] / "rows.agiqa")
     torch.set_num_threads(1)  # on a busy machine, threads that wait for each other measure the machine
@@ -241,7 +246,7 @@ def epoch(folders: Mapping[str, Path]) -> dict[str, float]:
 
 
 def seal_nearly_empty(store: Store) -> None:
-    """Seal a planned store with one row of ones in each unit: as many objects as a full one, and few bytes."""
+    """Seal a planned store with one row of ones in each unit: as many objects as in a full store, and few bytes."""
     writer = UnitWriter(store)
     store_peers.write_small_model(writer)
     features: Any = writer.group["features"]
@@ -254,7 +259,7 @@ def seal_nearly_empty(store: Store) -> None:
 
 
 def extra_lines(source: Source, work: Path, config: Line, options: Mapping[str, Any]) -> Iterator[Line]:
-    """The lines of what only a feature store does; `config` is of `source`."""
+    """The lines of operations that only a feature store has; `config` describes `source`."""
     chosen = EXTRAS if options["extras"] == "all" else (options["extras"],)
     idle = run_child("idle")["peak_bytes"]
 
@@ -286,34 +291,33 @@ def extra_lines(source: Source, work: Path, config: Line, options: Mapping[str, 
 
 
 def described(values: Mapping[str, Any]) -> str:
-    """`values` as words, numbers with three digits after the point at most."""
+    """`values` in words, numbers with at most three decimals."""
     return ", ".join(f"{key} {one if isinstance(one, str) else f'{round(one, 3):,}'}" for key, one in values.items())
 
 
 def tables(lines: Sequence[Line]) -> str:
     """Markdown tables of result lines: the peers on each data set, the extras, and the goals."""
-    parts: list[str] = []
     groups: dict[str, list[Line]] = {}
     for line in lines:
         groups.setdefault("" if line["stage"] == "extras" else described(line["config"]), []).append(line)
     extras = groups.pop("", [])
+    parts: list[str] = []
     for config, group in groups.items():
-        rows = [[line["name"], *(digits(line["measured"][key]) for key in COLUMNS)] for line in group]
-        head = [key.replace("_mb_s", " MB/s").replace("_mb", " MB").replace("_", " ") for key in COLUMNS]
-        parts += [f"{config}:", as_table(["format", *head], rows)]
+        parts += [f"{config}:", measured_table({"format": lambda line: line["name"]}, COLUMNS, group)]
     rows = [[line["name"], described(line["measured"]), described(line["config"])] for line in extras]
-    parts.append(as_table(["extra", "measured", "of"], rows))
-    rows = [goal_row(goal, line) for goal in GOALS for line in lines if goal.applies(line)]
-    parts.append(as_table(["goal", "of", "wanted", "measured", "met"], rows))
-    return "\n\n".join(part for part in parts if part)
+    goals = [goal_row(goal, line) for goal in GOALS for line in lines if goal.applies(line)]
+    return joined(*parts, as_table(["extra", "measured", "of"], rows), goal_table(goals, "of"))
 
 
 def goal_row(goal: Goal, line: Line) -> list[str]:
-    """The cells of one goal and what `line` says of it."""
+    """The cells of one goal for `line`."""
     named = {"data", "repeated_rows", "items", "units", "page_cache"}
     of = {key: one for key, one in line["config"].items() if key in named}
-    met = verdict(line["measured"][goal.key], at_most=goal.at_most, at_least=goal.at_least)
-    return [goal.text, described(of), *met]
+    return [
+        goal.text,
+        described(of),
+        *goal_cells(line["measured"][goal.key], at_most=goal.at_most, at_least=goal.at_least),
+    ]
 
 
 @click.command()
@@ -331,25 +335,16 @@ def goal_row(goal: Goal, line: Line) -> list[str]:
 @result_options
 def main(*, out: Path | None, table: Path | None, **options: Any) -> None:
     """Measure feature stores against other formats on the same rows."""
-    if table is not None:
-        print(tables(read_results(table)))
-        return
-    about = about_this_run()
-    lines: list[Line] = []
-    try:
-        with tempfile.TemporaryDirectory(dir=options["work"]) as work:
-            for line in measured_lines(options, Path(work)):
-                lines.append({**line, **about})
-                if out is not None:
-                    with out.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(lines[-1]) + "\n")
-    except AgiqaError as error:
-        raise click.ClickException(str(error)) from error
-    print(tables(lines))
+    print_tables(measured_lines(options), tables, lambda line: f"measured: {line['name']}", out=out, table=table)
 
 
-def measured_lines(options: Mapping[str, Any], work: Path) -> Iterator[Line]:
-    """The lines of what the command line asks for."""
+def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
+    """The lines that the command line asks for, measured in a temporary folder."""
+    with tempfile.TemporaryDirectory(dir=options["work"]) as work:
+        yield from _measured_in(Path(work), options)
+
+
+def _measured_in(work: Path, options: Mapping[str, Any]) -> Iterator[Line]:
     names = chosen_peers([name for name in options["peers"].split(",") if name])
     folder = work / "source"
     if options["store"]:

@@ -1,4 +1,4 @@
-"""Tables of what was predicted: name, prompt, number in the store, and true and predicted MOS of every item."""
+"""Tables of predictions: name, prompt, number in the store, and true and predicted MOS of every item."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -18,14 +18,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """The test items of one label."""
+    """The predictions for the test items of one label."""
 
     names: list[str]
     prompts: list[str]
     mos: Array
     predicted: Array
     items: list[int] | None = None
-    """The number of each in its store, which tells two of the same name and prompt apart; None in tables without."""
+    """The number of each in its store, since name and prompt may not be unique; None in tables without it."""
 
 
 def write_predictions(
@@ -40,28 +40,24 @@ def write_predictions(
 ) -> None:
     """Write a csv with the columns name, prompt, item, mos and predicted; of several labels mos_LABEL, predicted_LABEL.
 
-    `mos` and `predicted` are (items, labels). `items` are the numbers in the store; without them there is no such
-    column.
+    `mos` and `predicted` have shape (items, labels). `items` are the numbers in the store; without them, the column is
+    left out.
     """
     titles, values = side_by_side(labels, mos, predicted)
     columns = {"name": names, "prompt": prompts} | ({} if items is None else {"item": items})
-    with telling_disk_errors(f"writing {path}", KEPT), _made(path).open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow((*columns, *titles))
-        table.writerows((*about, *row) for *about, row in zip(*columns.values(), values, strict=True))
-
-
-def _made(path: Path) -> Path:
-    """`path`, in a folder made for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    with telling_disk_errors(f"writing {path}", KEPT):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow((*columns, *titles))
+            table.writerows((*about, *row) for *about, row in zip(*columns.values(), values, strict=True))
 
 
 def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictions:
-    """The test items of `label`, one of the `labels` of the head, as `write_predictions` or a training wrote them.
+    """The test items of `label`, one of the head's `labels`, from a file by `write_predictions` or by a training.
 
-    Raises DataError, naming the file, where it is gone, not such a table, or holds a number that is not finite; what
-    was wrong is its cause.
+    Raises DataError, naming the file, where it is gone, has another form, or holds a number that is not finite; the
+    error behind it is its cause.
     """
     at = labels.index(label)
     mos, predicted = (column_names(labels, what)[at] for what in ("mos", "predicted"))
@@ -85,7 +81,7 @@ def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictio
 
 
 def _refuse_not_finite(found: Predictions) -> None:
-    """Raise ValueError for the first item whose MOS, true or predicted, is not finite."""
+    """Raise ValueError for the first item with a true or predicted MOS that is not finite."""
     places = np.flatnonzero(~(np.isfinite(found.mos) & np.isfinite(found.predicted)))
     if len(places):
         message = f"{found.names[places[0]]} has a MOS that is not finite"

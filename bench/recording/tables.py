@@ -5,7 +5,6 @@ configs, numbers are means over seeds with the standard deviation, and the best 
 """
 
 import json
-import math
 import statistics
 import sys
 from collections import defaultdict
@@ -31,17 +30,6 @@ def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table, or nothing without rows."""
     lines = (head, ["---"] * len(head), *rows) if rows else ()
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def digits(value: float) -> str:
-    """`value` with three digits after the point, or as a whole number from 10."""
-    return f"{value:.3f}" if value < 10 else f"{value:,.0f}"
-
-
-def verdict(value: float, *, at_most: float = math.inf, at_least: float = 0.0) -> list[str]:
-    """The cells `wanted`, `measured` and `met` of a goal, which is one bound or the other."""
-    wanted = f"at most {at_most:g}" if at_least == 0 else f"at least {at_least:g}"
-    return [wanted, digits(value), "yes" if at_least <= value <= at_most else "no"]
 
 
 def _table(lines: Sequence[dict[str, Any]]) -> str:

@@ -1,14 +1,14 @@
-"""A transfer between two data sets: which heads are trained on which of them, and which lines come of it.
+"""The plan of a transfer between two data sets: the heads to train on each, and the result lines they give.
 
-The settings are those of `agiqa train --config`, with one more section, what few-shot trainings have instead:
+The settings are those of `agiqa train --config`, with one more section for few-shot trainings:
 
 head: {projection: sketch, encoder: gru, width: 128}
 train: {epochs: 20, batch_size: 32}
 few_shot: {epochs: 40, batch_size: 8, lr: 5e-4}
 
-They are fixed before anything is trained: nothing is chosen on a test part, and a few-shot training, which has no
-validation items, keeps its last epoch. Its head is not calibrated either: its SRCC and PLCC compare with those of the
-other heads, errors such as RMSE do not where `train` sets `calibrate`.
+They are fixed before anything is trained, so nothing is chosen on a test part. A few-shot training has no validation
+items: it keeps its last epoch, and its head is not calibrated. Its SRCC and PLCC compare with those of the other heads;
+errors such as RMSE do not where `train` sets `calibrate`.
 """
 
 import re
@@ -17,14 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from agiqa.bench.ablation.grids import as_mapping
+from agiqa.bench.ablation.grids import as_mapping, with_defaults
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.data.splits import PARTITION_SETTINGS
 from agiqa.heads.evaluation.runs import complete_settings
 from agiqa.heads.settings.config import HeadConfig, TrainConfig, read_yaml
-from agiqa.heads.settings.presets import preset_values
 from agiqa.heads.training.experiment import OF_THE_MACHINE
 
 Way = Literal["within", "apply", "tp", "fresh", "warm"]
@@ -38,7 +35,7 @@ _NO_VALIDATION: dict[str, Any] = {"validation": 0.0, "patience": None, "refit": 
 
 @dataclass(frozen=True, kw_only=True)
 class TransferSettings:
-    """How heads are trained, all items or few."""
+    """The settings of heads on all items and on few."""
 
     head: HeadConfig
     train: TrainConfig
@@ -46,9 +43,10 @@ class TransferSettings:
     preset: str | None
 
     def record(self) -> dict[str, Any]:
-        """The settings of what is trained, not of where, in plain values."""
-        told = {name: getattr(self, name).model_dump(mode="json", exclude=set(OF_THE_MACHINE)) for name in _SECTIONS}
-        return {**told, "preset": self.preset}
+        """The settings that change a head, without those of the machine, in plain values."""
+        hidden = set(OF_THE_MACHINE)
+        sections = {name: getattr(self, name).model_dump(mode="json", exclude=hidden) for name in _SECTIONS}
+        return {**sections, "preset": self.preset}
 
 
 def completed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,15 +66,15 @@ def completed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedHead:
-    """A head to train, from which one line or several come."""
+    """A head to train, which gives one line or several."""
 
     name: str
-    """Of its run folder."""
+    """Name of its run folder."""
     on: str
-    """The data set that trains it."""
+    """The data set that it is trained on."""
     train: TrainConfig
     start: str | None = None
-    """The head that it goes on from."""
+    """The head whose weights it starts from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +85,14 @@ class PlannedLine:
     target: str
     way: Way
     items: int | None
-    """Items of the data set that trained it last; None is all that are not tested on."""
+    """Training items of the last training; None: all outside the test part."""
     seed: int
     head: str
     """The head that is tested on the target's test part."""
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What sets its row apart from others."""
+        """The settings that define its row."""
         items = "all" if self.items is None else self.items
         return {"from": self.source, "to": self.target, "way": self.way, "training_items": items}
 
@@ -111,10 +109,10 @@ class PlannedLine:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferPlan:
-    """Everything that a transfer trains and tells."""
+    """All heads and lines of a transfer."""
 
     sweeps: tuple[tuple[PlannedHead, ...], ...]
-    """Heads that are trained together, each sweep on one data set, after those that it starts from."""
+    """Heads that are trained together, each sweep on one data set; start heads are in earlier sweeps."""
     lines: tuple[PlannedLine, ...]
 
 
@@ -125,11 +123,11 @@ def read_transfer_settings(
     preset: str | None = None,
     projection: str | None = None,
 ) -> TransferSettings:
-    """The settings of `file`; `overrides` (of `train`, flat; None means not given) beat it, and it beats `preset`.
+    """The settings of `file`; `overrides` (of `train`, flat; None: not given) come before it, `preset` after it.
 
-    `projection` is that of heads where nobody sets one. On a CPU a training whose `threads` nobody sets has one, so
-    that as many run at once as there are cores. Raises ConfigError or UnknownName, naming the file, for what is no such
-    file, and for settings that a transfer sets itself.
+    `projection` is the default of heads. On a CPU, `threads` is 1 unless set, so that as many heads train at once as
+    there are cores. Raises ConfigError or UnknownName, naming the file, for a file of another form, and for settings
+    that a transfer sets itself.
     """
     try:
         sections = _read_sections(file)
@@ -151,9 +149,9 @@ def plan_transfer(
 ) -> TransferPlan:
     """The heads and lines of a transfer from the first of `names` to the second and, unless `one_way`, back.
 
-    The items of few-shot trainings are drawn anew for every seed, each number of them within the next; the test part
-    is that of the data set's own heads. Raises ConfigError for names that are the same or empty,
-    repeated or empty shots.
+    Few-shot trainings draw their items anew for every seed, smaller numbers nested in larger ones; their test part is
+    that of the data set's own heads. Raises ConfigError for equal or empty names, and for seeds or shots that are not
+    positive or repeated.
     """
     first, second = names
     if _safe(first) == _safe(second) or not (first and second):
@@ -230,23 +228,18 @@ def _read_sections(file: Path | None) -> dict[str, dict[str, Any]]:
 
 
 def _settings(sections: Mapping[str, dict[str, Any]], preset: str | None, projection: str | None) -> TransferSettings:
-    """Both kinds of training from the sections, above those of the preset, above `projection`."""
-    chosen = {**sections["head"], **sections["train"]}
-    below = {} if preset is None else preset_values(preset, chosen)
-    if chosen.get("device") == "cpu" or not torch.cuda.is_available():
-        below.setdefault("threads", 1)
-    if projection is not None:
-        below.setdefault("projection", projection)
+    """The settings of `sections`, completed by `with_defaults`."""
+    below = with_defaults({**sections["head"], **sections["train"]}, preset, projection)
     known = {"head": HeadConfig.model_fields, "train": TrainConfig.model_fields}
     head, train = ({**{k: v for k, v in below.items() if k in known[name]}, **sections[name]} for name in known)
-    told = TrainConfig(**train)
-    _check(told, sections["few_shot"])
+    whole = TrainConfig(**train)
+    _check(whole, sections["few_shot"])
     few = TrainConfig(**{**train, **_NO_VALIDATION, **sections["few_shot"]})
-    return TransferSettings(head=HeadConfig(**head), train=told, few_shot=few, preset=preset)
+    return TransferSettings(head=HeadConfig(**head), train=whole, few_shot=few, preset=preset)
 
 
 def _check(train: TrainConfig, few_shot: Mapping[str, Any]) -> None:
-    """Raise ConfigError for what a transfer sets itself, or cannot have."""
+    """Raise ConfigError for settings that a transfer sets itself or does not support."""
     if train.split not in SPLITS:
         message = (
             f"A transfer tests on one part of each data set: the split is {' or '.join(SPLITS)}, not {train.split!r}."

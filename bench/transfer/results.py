@@ -1,4 +1,4 @@
-"""What a transfer leaves behind: a line per trained or applied head, and a row of means and intervals per question.
+"""The results of a transfer: a line per trained or applied head, rows of means and intervals, and tables of these.
 
 about.json     the stores, the settings, and what the data sets share
 results.jsonl  a line per direction, way, number of training items and seed, appended as it ends
@@ -9,11 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agiqa.bench.ablation.rows import adjust_by_holm, scores_over_seeds, summary
 from agiqa.bench.recording.predictions import read_predictions
-from agiqa.bench.recording.result_folders import ABOUT, RESULTS, write_about
-from agiqa.bench.recording.result_lines import Line, LineFile
-from agiqa.bench.recording.store_facts import spelled
+from agiqa.bench.recording.result_folders import ABOUT, RESULTS, Line, LineFile, store_text, write_about
+from agiqa.bench.recording.rows import Row, adjust_by_holm, score_text, scores_over_seeds, summary
+from agiqa.bench.recording.tables import as_table
 from agiqa.bench.transfer.plan import PlannedLine, TransferPlan, completed
 from agiqa.errors import DataError
 from agiqa.heads.evaluation.metrics import SeedScores
@@ -22,26 +21,24 @@ from agiqa.store.disk.files import read_json
 from agiqa.store.format.metadata import differences
 
 _COMPARED = {"tp": "apply", "warm": "fresh"}
-"""Which way another one is compared with, on the same test items and training items."""
+"""The way that another way is compared with, on the same test items and training items."""
 
 
-class TransferResults(LineFile):
-    """The lines of a transfer in its folder."""
+def open_results(out: Path, about: Mapping[str, Any], plan: TransferPlan) -> LineFile:
+    """The lines of `plan` in results.jsonl; writes `about` to about.json.
 
-    def __init__(self, out: Path, about: Mapping[str, Any], plan: TransferPlan) -> None:
-        """Read what is in `out`, and write `about` there; the rest of a line that a kill tore off is removed.
-
-        Lines that are not of `plan` are ignored. Raises DataError for the results of other stores or settings.
-        """
-        planned = [line.name for line in plan.lines]
-        _check_about(out / ABOUT, about)
-        kept = "the lines before are kept"
-        super().__init__(out / RESULTS, kind="a transfer", keys={}, kept=kept, planned=set(planned))
-        write_about(out, {**about, "runs": planned})
+    Raises DataError as `LineFile`, and where `out` holds results of other stores or settings.
+    """
+    planned = [line.name for line in plan.lines]
+    _check_about(out / ABOUT, about)
+    kept = "the lines before are kept"
+    results = LineFile(out / RESULTS, kind="a transfer", keys={}, kept=kept, planned=set(planned))
+    write_about(out, {**about, "runs": planned})
+    return results
 
 
 def _check_about(path: Path, about: Mapping[str, Any]) -> None:
-    """Raise DataError where `path` tells of other stores or settings."""
+    """Raise DataError where `path` names other stores or settings."""
     if not path.exists():
         return
     there = read_json(path, remedy="Choose another OUT.")
@@ -58,33 +55,32 @@ def _identity(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _other_stores(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """A line for each name that does not stand for one store in both."""
+    """A line for each name that stands for different stores."""
     before, now = there.get("stores", {}), asked["stores"]
-    ids = {name: tuple(stores.get(name, {}).get("id") for stores in (before, now)) for name in {**before, **now}}
+
+    def text(store: Mapping[str, Any] | None) -> str:
+        return store_text(str(store.get("id")), store.get("path")) if store else "none"
+
     return [
-        f"stores.{name}: stored {_spelled(before.get(name))}, asked {_spelled(now.get(name))}"
-        for name, (old, new) in ids.items()
-        if old != new
+        f"stores.{name}: stored {text(before.get(name))}, asked {text(now.get(name))}"
+        for name in {**before, **now}
+        if before.get(name, {}).get("id") != now.get(name, {}).get("id")
     ]
 
 
-def _spelled(store: Mapping[str, Any] | None) -> str:
-    return "none" if not store else spelled(str(store.get("id")), store.get("path"))
+def table_rows(plan: TransferPlan, lines: Mapping[str, Line], out: Path, *, protocol: str, label: str) -> list[Line]:
+    """A row for each label and combination of settings without the seed, in the order of the plan.
 
-
-def rows_of(plan: TransferPlan, results: TransferResults, out: Path, *, protocol: str, label: str) -> list[Line]:
-    """A row for each combination of settings but the seed and each label, in the order of the plan.
-
-    `test` is over seeds as `seeds_score` gives it, null where every seed failed. `against` compares a retrained
-    predictor with the applied one, and a warm start with a fresh one; its p-values are adjusted by Holm's procedure
-    over the rows of the label. Raises DataError for predictions that cannot be read.
+    `lines` are the result lines by name. `test` is over seeds as in `seeds_score`, null where every seed failed.
+    `against` compares a retrained predictor with the applied one, and a warm start with a fresh one; Holm's procedure
+    adjusts its p-values over the rows of the label. Raises DataError for predictions that cannot be read.
     """
     groups: dict[str, list[PlannedLine]] = {}
     for line in plan.lines:
         groups.setdefault(line.row, []).append(line)
     labels, rows = parse_labels(label), list[Line]()
     for one in labels:
-        scores = _Scores(results.lines, out, labels, one)
+        scores = _Scores(lines, out, labels, one)
         made = [_row(group, groups, scores, protocol) for group in groups.values()]
         adjust_by_holm(made)
         rows += made
@@ -100,11 +96,12 @@ class _Scores:
         self._known: dict[tuple[str, ...], SeedScores] = {}
 
     def done(self, group: Sequence[PlannedLine]) -> list[Line]:
+        """The lines without an error."""
         found = [self.lines.get(line.name, {"error": "not run"}) for line in group]
         return [line for line in found if "error" not in line]
 
     def of(self, group: Sequence[PlannedLine]) -> SeedScores | None:
-        """None where there is no result."""
+        """The scores of one row; None without a result."""
         paths = {line["name"]: line["predictions"] for line in self.done(group)}
         if not paths:
             return None
@@ -134,7 +131,7 @@ def _row(
 def _against(
     line: PlannedLine, scored: SeedScores | None, groups: Mapping[str, Sequence[PlannedLine]], scores: _Scores
 ) -> Line | None:
-    """The difference to the way that this one is compared with."""
+    """The difference to the row that this one is compared with (`_COMPARED`)."""
     way = _COMPARED.get(line.way)
     wanted = {**line.settings, "way": way}
     reference = next((group for group in groups.values() if group[0].settings == wanted), None)
@@ -142,3 +139,72 @@ def _against(
     if reference is None or other is None or scored is None:
         return None
     return {"row": reference[0].row, **scored.against(other)}
+
+
+def transfer_text(rows: Sequence[Row]) -> str:
+    """Both tables in markdown, each with a label column where there are several."""
+    return "\n\n".join(
+        [
+            "**Across data sets**: the head of one applied to the other, and trained anew on it (w/ TP); means over "
+            "seeds with intervals by prompt.",
+            across(rows),
+            "**Few-shot**: trained on so many items of the other data set, from random weights (fresh) or from the "
+            "head of the first (warm); the last epoch is kept, and no line is fitted (`calibrate`).",
+            few_shot(rows),
+        ]
+    )
+
+
+def across(rows: Sequence[Row]) -> str:
+    """As in Table VI of the paper: SRCC and PLCC per direction, applied and retrained; then each data set itself."""
+    head = ["from -> to", *_label_head(rows), "SRCC", "PLCC", "w/ TP SRCC", "w/ TP PLCC"]
+    body = [
+        [_direction(row), *_label_cell(rows, row), *_cells(row), *_cells(_other(rows, row, "tp"))]
+        for row in _of_way(rows, "apply")
+    ]
+    body += [[_direction(row), *_label_cell(rows, row), *_cells(row), "", ""] for row in _of_way(rows, "within")]
+    return as_table(head, body)
+
+
+def few_shot(rows: Sequence[Row]) -> str:
+    """SRCC and PLCC per direction and number of training items."""
+    columns = [f"{way} {metric.upper()}" for way in ("fresh", "warm") for metric in ("srcc", "plcc")]
+    head = ["from -> to", *_label_head(rows), "items", *columns]
+    body = [
+        [
+            _direction(row),
+            *_label_cell(rows, row),
+            str(row["settings"]["training_items"]),
+            *_cells(row),
+            *_cells(_other(rows, row, "warm")),
+        ]
+        for row in _of_way(rows, "fresh")
+    ]
+    return as_table(head, body)
+
+
+def _of_way(rows: Sequence[Row], way: str) -> list[Row]:
+    return [row for row in rows if row["settings"]["way"] == way]
+
+
+def _other(rows: Sequence[Row], row: Row, way: str) -> Row:
+    """The row of another way, all else alike."""
+    wanted = {**row["settings"], "way": way}
+    return next(one for one in rows if one["settings"] == wanted and one["label"] == row["label"])
+
+
+def _direction(row: Row) -> str:
+    return f"{row['settings']['from']} -> {row['settings']['to']}"
+
+
+def _label_head(rows: Sequence[Row]) -> list[str]:
+    return ["label"] if len({row["label"] for row in rows}) > 1 else []
+
+
+def _label_cell(rows: Sequence[Row], row: Row) -> list[str]:
+    return [row["label"]] if _label_head(rows) else []
+
+
+def _cells(row: Row) -> list[str]:
+    """SRCC and PLCC with their intervals."""
+    return [score_text(row["test"], metric, undefined="-") for metric in ("srcc", "plcc")]

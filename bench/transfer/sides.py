@@ -1,4 +1,4 @@
-"""The two data sets of a transfer: what they are called, whether one head can read both, and what they share."""
+"""The two data sets of a transfer: their names, whether one head can read both, and what they share."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from agiqa.bench.recording.store_facts import facts_of
+from agiqa.bench.recording.result_folders import store_facts
 from agiqa.bench.transfer.plan import SHOTS, TransferSettings
 from agiqa.errors import AgiqaError, ConfigError, HeadError
 from agiqa.heads.data.features import read_labels
@@ -29,17 +29,17 @@ class Side:
     name: str
     store: Store
     partition: Partition
-    """Of heads that are trained on all items; few-shot trainings have its test part too."""
+    """The parts for heads on all items; few-shot trainings share its test part."""
 
     def about(self) -> dict[str, Any]:
-        """What a reader of the results must know of the data."""
-        return {**facts_of(self.store), "split": self.partition.record()}
+        """The facts about the data for about.json."""
+        return {**store_facts(self.store), "split": self.partition.record()}
 
 
 def named(source: Store, target: Store, names: str | None) -> dict[str, Store]:
-    """Both stores by the names of their data sets: `names` (`A,B`), or those of the provenance or else of the folders.
+    """Both stores by the names of their data sets: `names` (`A,B`), else those of the provenance or the folders.
 
-    Raises ConfigError where these are not two.
+    Raises ConfigError unless there are two different names.
     """
     given = [_name_of(store) for store in (source, target)] if names is None else [n.strip() for n in names.split(",")]
     if len(given) != 2 or given[0] == given[1] or not all(given):
@@ -84,9 +84,9 @@ def open_sides(stores: Mapping[str, Store], settings: TransferSettings) -> dict[
 def chosen_shots(
     targets: Iterable[Side], settings: TransferSettings, shots: Sequence[int] | None
 ) -> tuple[tuple[int, ...], str | None]:
-    """The numbers of items of the few-shot curve: `shots`, or those of SHOTS that every target has; what was left out.
+    """The item counts of the few-shot curve, `shots` or those of SHOTS that every target has; a note on any left out.
 
-    Raises ConfigError where a target has fewer training items than `shots` ask for.
+    Raises ConfigError where a target has fewer training items than the most of `shots`.
     """
     sizes = [(len(make_partition(one.store, settings.few_shot).train), one.name) for one in targets]
     most, name = min(sizes, key=lambda size: size[0])
@@ -101,16 +101,16 @@ def chosen_shots(
 
 
 def making_differs(a: Store, b: Store) -> list[str]:
-    """What two stores differ in of the model and the conversation that made the features, as dotted names.
+    """Where two stores differ in the model and the conversation behind their features, as dotted names.
 
-    Heads can read both all the same: the adapters of one model, say, have one W_lm.
+    Heads can read both all the same: adapters of one model, for example, share one W_lm.
     """
     pairs = ((key, a.provenance.get(key), b.provenance.get(key)) for key in _MAKING)
     return [name for key, here, there in pairs for name, _, _ in differing(here, there, key)]
 
 
 def scale_notes(a: Side, b: Side, labels: Sequence[str]) -> list[str]:
-    """A line where predictions of one side must be converted to the scale of the other, or a scale is not known."""
+    """Lines where predictions must be converted to the other side's MOS scale, or a scale is unknown."""
     here, there = scales_of(a.store, labels), scales_of(b.store, labels)
     found = [
         f"note: {a.name} and {b.name} are on different scales of MOS, and predictions are converted: {line}"
@@ -121,9 +121,9 @@ def scale_notes(a: Side, b: Side, labels: Sequence[str]) -> list[str]:
 
 
 def shared(source: Side, target: Side) -> dict[str, Any]:
-    """How many test items of `target` are known from the training of `source`: by prompt, and as the same item.
+    """How many test items of `target` occur in the training items of `source`: by prompt, and as the same item.
 
-    The prompts are equal as `normalise_prompt` compares them; those that are equal letter by letter are counted too.
+    Prompts are compared as by `normalise_prompt`, and also letter by letter.
     """
     learned = np.concatenate([source.partition.train, source.partition.validation])
     known = KnownPrompts(source.store.items.prompts[item] for item in learned)
@@ -139,7 +139,7 @@ def shared(source: Side, target: Side) -> dict[str, Any]:
 
 
 def _check_meaning(a: Store, b: Store) -> None:
-    """Raise HeadError, with what to do, where features of the two stores mean different things."""
+    """Raise HeadError, with a remedy, where features of the two stores mean different things."""
     here, there = FeatureSpec.of(a), FeatureSpec.of(b)
     if here.lm_head_sha256 != there.lm_head_sha256:
         problem = (

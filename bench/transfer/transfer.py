@@ -1,8 +1,8 @@
-"""A transfer: what a head of one data set is worth on another, applied as it is, retrained, and with few items.
+"""A transfer: tests heads of one data set on another: applied as they are, retrained, and trained on few items.
 
-OUT/about.json, results.jsonl, rows.jsonl  see transfer_results.py
+OUT/about.json, results.jsonl, rows.jsonl  see results.py
 OUT/runs/NAME                              the run folder of every head
-OUT/predictions/NAME.csv                   what a head predicts of the other data set
+OUT/predictions/NAME.csv                   the predictions of a head for the other data set
 OUT/lock                                   held by the process at work
 """
 
@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agiqa.bench.ablation.rows import write_rows
 from agiqa.bench.recording.predictions import write_predictions
-from agiqa.bench.recording.result_folders import ROWS, RUNS, working_in
-from agiqa.bench.recording.result_lines import (
+from agiqa.bench.recording.result_folders import (
+    ROWS,
+    RUNS,
     Line,
     error_facts,
-    ignored_line,
     outcome_facts,
     training_facts,
     warning_lines,
+    working_in,
+    write_rows,
 )
 from agiqa.bench.recording.this_run import this_commit
 from agiqa.bench.transfer.plan import PlannedHead, PlannedLine, TransferPlan, TransferSettings, plan_transfer
-from agiqa.bench.transfer.results import TransferResults, rows_of
+from agiqa.bench.transfer.results import open_results, table_rows
 from agiqa.bench.transfer.sides import Side, chosen_shots, making_differs, open_sides, scale_notes, shared
 from agiqa.errors import AgiqaError
 from agiqa.heads.data.features import read_labels
@@ -60,16 +61,16 @@ _REPORTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer:
-    """What became of a transfer."""
+    """The outcome of a transfer."""
 
     rows: list[Line]
-    """As in rows.jsonl."""
+    """The lines of rows.jsonl."""
     lines: int
-    """Results that were asked for."""
+    """How many results the plan has."""
     failed: dict[str, str]
-    """Names and errors of those that have none."""
+    """Names and errors of the lines without a result."""
     trained: int
-    """Heads that were trained, and not there before."""
+    """How many heads this call trained."""
 
 
 def run_transfer(
@@ -83,11 +84,11 @@ def run_transfer(
     workers: int | None = None,
     tell: Callable[[str], None] = say,
 ) -> Transfer:
-    """Train and apply what is missing of a transfer between two named stores in `out`; see `train_heads` for `workers`.
+    """Train and apply the missing heads of a transfer between two named stores; `workers` as in `train_heads`.
 
-    What failed is tried again. Raises what `plan_transfer`, `open_sides` and `chosen_shots` raise before anything is
+    Heads that failed are tried again. Raises as `plan_transfer`, `open_sides` and `chosen_shots` before anything is
     written; BusyStore where another process is at work in `out`, DataError for results of other stores or settings,
-    HeadError for a head on items or labels that its store does not have any more.
+    and HeadError for a head on items or labels that changed in its store.
     """
     first, second = stores
     commit = this_commit()
@@ -102,23 +103,22 @@ def run_transfer(
         tell(f"warning: {first} and {second} were made differently: {', '.join(about['making_differs'])}")
     for note in scale_notes(sides[first], sides[second], settings.train.labels):
         tell(note)
-    of_authors = [
+    about_authors = [
         f"warning: {side.name}: {line}"
         for side in sides.values()
         for line in author_warnings(side.store, side.partition.parts())
     ]
-    for line in of_authors:
+    for line in about_authors:
         tell(line)
     with working_in(out, "transfer"):
         work = _Work(plan, sides, settings, out, about, tell, commit=commit)
         trained = work.train(workers)
         work.apply()
-        for line in warning_lines(work.lines_of_heads(), told=of_authors):
+        for line in warning_lines(work.lines_of_heads(), printed=about_authors):
             tell(line)
-        rows = rows_of(plan, work.results, out, protocol=settings.train.split, label=settings.train.label)
+        rows = table_rows(plan, work.results.lines, out, protocol=settings.train.split, label=settings.train.label)
         write_rows(out / ROWS, rows)
-    errors = {line.name: work.results.lines[line.name].get("error") for line in plan.lines}
-    failed = {name: error for name, error in errors.items() if error is not None}
+    failed = work.results.failed(line.name for line in plan.lines)
     return Transfer(rows=rows, lines=len(plan.lines), failed=failed, trained=trained)
 
 
@@ -152,28 +152,28 @@ class _Work:
         *,
         commit: str | None,
     ) -> None:
-        self.results = TransferResults(out, about, plan)
+        self.results = open_results(out, about, plan)
         self._shared = about["shared"]
         self._plan, self._sides, self._settings, self._out, self._tell = plan, sides, settings, out, tell
         self._missing = {line.name: line for line in plan.lines if not self._is_done(line)}
         self._commit = commit
         self._failed: dict[str, str] = {}
-        if self.results.ignored:
-            tell(ignored_line(out, self.results))
+        for note in self.results.ignored_note():
+            tell(note)
         done = len(plan.lines) - len(self._missing)
         if done:
             tell(f"{done} of {len(plan.lines)} results are there already")
-        self._check_done()
+        self._refuse_changed_items()
 
     def train(self, workers: int | None) -> int:
-        """Train the heads that are wanted, sweep by sweep; how many were trained, and not there or failed."""
+        """Train the missing heads, sweep by sweep; returns how many were trained now and without an error."""
         trained, wanted = 0, self._wanted()
         for sweep in self._plan.sweeps:
             heads: dict[Path, PlannedHead] = {}
-            for head in sweep:
-                if head.name in wanted and head.start in self._failed:
-                    self._fail(head.name, f"its start {head.start} was not trained: {self._failed[str(head.start)]}")
-                elif head.name in wanted:
+            for head in (head for head in sweep if head.name in wanted):
+                if head.start in self._failed:
+                    self._fail(head.name, f"its start {head.start} was not trained: {self._failed[head.start]}")
+                else:
                     heads[self._folder(head.name)] = head
             if not heads:
                 continue
@@ -189,12 +189,12 @@ class _Work:
         return trained
 
     def apply(self) -> None:
-        """Predict the other data set by heads that are there."""
+        """Predict the other data set by the heads that are trained."""
         for line in [line for line in self._missing.values() if line.way == "apply"]:
             try:
                 self._append(line, self._applied(line, load_run(self._folder(line.head))))
             except (AgiqaError, OSError) as error:
-                self._append(line, self._error(with_notes(error)))
+                self._append(line, error_facts(with_notes(error), commit=self._commit))
 
     def lines_of_heads(self) -> list[Line]:
         """The first line of each head, trained or failed, in the order of the plan."""
@@ -205,19 +205,19 @@ class _Work:
         return list(first.values())
 
     def _is_done(self, line: PlannedLine) -> bool:
-        """Whether the line is there, and what it predicted, which its row needs."""
-        return self.results.is_done(line) and (self._out / self.results.lines[line.name]["predictions"]).exists()
+        """Whether the line has a result, and its predictions exist, which its row needs."""
+        return self.results.is_done(line.name) and (self._out / self.results.lines[line.name]["predictions"]).exists()
 
     def _wanted(self) -> set[str]:
-        """The heads of the lines that are missing, and those that they start from."""
+        """The heads of the missing lines, and those that they start from."""
         wanted = {line.head for line in self._missing.values()}
         heads = [head for sweep in self._plan.sweeps for head in sweep]
         return wanted | {head.start for head in heads if head.name in wanted and head.start is not None}
 
-    def _check_done(self) -> None:
+    def _refuse_changed_items(self) -> None:
         """Raise HeadError for a head of other items or labels: a store that is labelled anew keeps its id.
 
-        Folders that were removed are not asked for.
+        Folders that were removed are not checked.
         """
         done = {line.head for line in self._plan.lines if line.name not in self._missing}
         for sweep in self._plan.sweeps:
@@ -239,7 +239,7 @@ class _Work:
         )
 
     def _trained(self, head: PlannedHead, run: Run) -> None:
-        """The lines of a head on its own test part."""
+        """Append the lines of a head on the test part of its own data set."""
         for line in [line for line in self._missing.values() if line.head == head.name and line.way != "apply"]:
             facts = {**outcome_facts(run), "predictions": f"{RUNS}/{head.name}/{PREDICTIONS}"}
             if line.way == "tp":
@@ -247,7 +247,7 @@ class _Work:
             self._append(line, {**self._facts(line, run), **facts})
 
     def _applied(self, line: PlannedLine, run: Run) -> Line:
-        """The line of a head on the test part of the other data set, whose predictions are written."""
+        """Predict the test part of the other data set, write the predictions, and return their line."""
         started = time.perf_counter()
         target, labels = self._sides[line.target], run.train.labels
         items = target.partition.test
@@ -283,24 +283,21 @@ class _Work:
         }
 
     def _facts(self, line: PlannedLine, run: Run) -> Line:
-        """What every line of a head that was trained has."""
-        told = {
+        """The facts of every line of a trained head."""
+        facts = {
             "config": {**run.head.model_dump(mode="json"), **run.train.model_dump(mode="json")},
             "run": f"{RUNS}/{line.head}",
             **training_facts(run, commit=self._commit),
         }
         if line.way in ("apply", "warm"):
-            told["shared"] = self._shared[_direction(line.source, line.target)]
-        return told
+            facts["shared"] = self._shared[_direction(line.source, line.target)]
+        return facts
 
     def _fail(self, head: str, error: str) -> None:
-        """Keep the error of a head in all of its lines."""
+        """Append the error of a head as each of its lines."""
         self._failed[head] = error
         for line in [line for line in self._missing.values() if line.head == head and line.way != "apply"]:
-            self._append(line, self._error(error))
-
-    def _error(self, error: str) -> Line:
-        return error_facts(error, agiqa=agiqa_version(), commit=self._commit)
+            self._append(line, error_facts(error, commit=self._commit))
 
     def _append(self, line: PlannedLine, facts: Line) -> None:
         stores = {name: self._sides[name].store.id for name in dict.fromkeys((line.source, line.target))}
@@ -308,8 +305,5 @@ class _Work:
         self.results.append({**identity, "protocol": self._settings.train.split, **facts})
         total = len(self._plan.lines)
         done = sum(one.name in self.results.lines for one in self._plan.lines)
-        self._tell(f"[{done}/{total}] {line.name}: {_told(facts)}")
-
-
-def _told(facts: Line) -> str:
-    return f"failed ({facts['error'].splitlines()[0]})" if "error" in facts else f"{facts['seconds']:.1f} s"
+        what = f"failed ({facts['error'].splitlines()[0]})" if "error" in facts else f"{facts['seconds']:.1f} s"
+        self._tell(f"[{done}/{total}] {line.name}: {what}")

@@ -8,9 +8,8 @@ import pytest
 import torch
 import yaml
 
-from agiqa.bench.ablation.grids import read_grid
+from agiqa.bench.ablation.grids import read_grid, unread_settings
 from agiqa.bench.ablation.protocols import generators_of
-from agiqa.bench.ablation.unread import unread_settings
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads import ENCODERS, HeadConfig, TrainConfig, load_settings
 from agiqa.store import open_store

@@ -8,9 +8,9 @@ import yaml
 from scipy import stats
 
 from agiqa.bench.ablation.grids import read_grid
-from agiqa.bench.ablation.row_text import rows_text
-from agiqa.bench.ablation.rows import table_rows, validation_summary
+from agiqa.bench.ablation.rows import rows_text, table_rows
 from agiqa.bench.recording.predictions import write_predictions
+from agiqa.bench.recording.rows import validation_summary
 from agiqa.errors import DataError
 from agiqa.heads.evaluation.metrics import paired
 from agiqa.heads.evaluation.significance import holm

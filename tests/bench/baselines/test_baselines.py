@@ -12,8 +12,8 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 
 from agiqa.bench.baselines.baselines import run_baselines
-from agiqa.bench.baselines.closed_form import STRENGTHS
-from agiqa.bench.baselines.words import RatingWords
+from agiqa.bench.baselines.evidence import RatingWords
+from agiqa.bench.baselines.predictors import STRENGTHS
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
 from agiqa.heads.data.splits import make_partition
@@ -22,7 +22,7 @@ from tests.store.conftest import make_content, make_store
 
 NAMES = ["generator", "prompt", "generator + prompt", "text", "rating word", "features"]
 COUNT = 60
-WORDS = ("poor", "fair", "good")
+RATING_WORDS = ("poor", "fair", "good")
 WORTH = {"one": 1.0, "two": 2.0, "three": 4.0}
 """What each generator adds to the MOS."""
 
@@ -40,7 +40,7 @@ def make(folder: Path, **changes):
         prompts=[f"Prompt  {k % 12}" for k in places],
         splits=["test" if k % 3 == 0 else "train" for k in random.permutation(COUNT)],
         generators=generators,
-        descriptions=[f"the picture is {WORDS[k]} to look at" for k in words],
+        descriptions=[f"the picture is {RATING_WORDS[k]} to look at" for k in words],
         labels={"quality": np.array([WORTH[name] for name in generators]) + words + 0.2 * inner, "beauty": inner},
     )
     return make_store(folder / "set.agiqa", replace(content, items=replace(items, **changes)))

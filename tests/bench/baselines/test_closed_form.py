@@ -10,8 +10,8 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GroupKFold
 
-from agiqa.bench.baselines import closed_form
-from agiqa.bench.baselines.closed_form import KERNEL_STRENGTHS, STRENGTHS, WIDTHS, best_kernel_ridge, best_ridge
+from agiqa.bench.baselines import predictors
+from agiqa.bench.baselines.predictors import KERNEL_STRENGTHS, STRENGTHS, WIDTHS, best_kernel_ridge, best_ridge
 from agiqa.errors import DataError
 
 
@@ -115,6 +115,6 @@ def test_what_cannot_be_chosen_or_takes_too_long_is_refused(linear, monkeypatch)
             best(known, mos, np.zeros(40, np.int64))
     with pytest.raises(DataError, match="or more, have equal features"):
         best_kernel_ridge(np.zeros((40, 3)), mos, groups)
-    monkeypatch.setattr(closed_form, "KERNEL_ITEMS", 39)
+    monkeypatch.setattr(predictors, "KERNEL_ITEMS", 39)
     with pytest.raises(DataError, match="not tried on more than 39 training items, and there are 40"):
         best_kernel_ridge(known, mos, groups)

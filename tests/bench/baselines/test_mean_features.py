@@ -15,9 +15,8 @@ from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GroupKFold
 
 from agiqa.bench.baselines.baselines import run_baselines
-from agiqa.bench.baselines.closed_form import KERNEL_STRENGTHS, STRENGTHS, WIDTHS
-from agiqa.bench.baselines.mean_features import MeanFeatures
-from agiqa.bench.baselines.predictors import features_title
+from agiqa.bench.baselines.evidence import MeanFeatures
+from agiqa.bench.baselines.predictors import KERNEL_STRENGTHS, STRENGTHS, WIDTHS, features_title
 from agiqa.errors import DataError
 from agiqa.heads import TrainConfig
 from agiqa.heads.data.splits import make_partition

@@ -2,19 +2,26 @@ import numpy as np
 import pytest
 from scipy import ndimage, stats
 
-from agiqa.bench.demo.degradations import DEGRADATIONS, degrade
-from agiqa.bench.demo.prompts import all_scenes
-from agiqa.bench.demo.raters import ASPECTS, FLAWS, GENERATORS, RATINGS, Panel, draw_severities, merit
-from agiqa.bench.demo.scenes import paint
-from agiqa.bench.demo.styles import in_style
+from agiqa.bench.demo.images import (
+    ASPECTS,
+    DEGRADATIONS,
+    FLAWS,
+    GENERATORS,
+    RATINGS,
+    Panel,
+    degrade,
+    draw_severities,
+    merit,
+)
+from agiqa.bench.demo.scenes import Scene, draw
 
 SEVERITIES = (0.1, 0.3, 0.5, 0.7, 1.0)
 
 
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:
-    rng = np.random.default_rng(0)
-    return in_style(paint(all_scenes("city")[0], rng), "photo", rng)
+    scene = Scene(kind="field", count=4, colour="red", sky="at noon", style="photo")
+    return draw(scene, np.random.default_rng(0))
 
 
 def fine_energy(pixels: np.ndarray) -> float:
@@ -57,20 +64,17 @@ def test_nothing_wrong_changes_nothing(picture: np.ndarray) -> None:
 @pytest.mark.parametrize("aspect", ASPECTS)
 def test_no_fault_ever_raises_a_merit(aspect: str) -> None:
     faults = [*DEGRADATIONS, "content"]
-    clean = merit(aspect, {}, "photo")
+    clean = merit(aspect, {})
     for fault in faults:
-        merits = [merit(aspect, {fault: severity}, "photo") for severity in SEVERITIES]
+        merits = [merit(aspect, {fault: severity}) for severity in SEVERITIES]
         assert [clean, *merits] == sorted([clean, *merits], reverse=True)
-    worst = merit(aspect, dict.fromkeys(faults, 1.0), "pixel")
+    worst = merit(aspect, dict.fromkeys(faults, 1.0))
     assert 0 <= worst < 1 < 4 < clean <= 5
 
 
 def test_each_aspect_is_about_its_own_faults() -> None:
     losses = {
-        aspect: {
-            fault: merit(aspect, {}, "photo") - merit(aspect, {fault: 0.8}, "photo")
-            for fault in ("blur", "content", "warp")
-        }
+        aspect: {fault: merit(aspect, {}) - merit(aspect, {fault: 0.8}) for fault in ("blur", "content", "warp")}
         for aspect in ASPECTS
     }
     assert max(losses["quality"], key=losses["quality"].__getitem__) == "blur"
@@ -90,7 +94,7 @@ def test_every_picture_has_one_leading_flaw_with_a_severity_in_range() -> None:
 def test_generators_differ_in_quality() -> None:
     rng = np.random.default_rng(0)
     means = [
-        np.mean([merit("quality", draw_severities(generator, rng), "oil") for _ in range(400)])
+        np.mean([merit("quality", draw_severities(generator, rng)) for _ in range(400)])
         for generator in GENERATORS.values()
     ]
     assert max(means) - min(means) > 1

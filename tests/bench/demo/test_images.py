@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from agiqa.bench.demo.canvas import SIDE
-from agiqa.bench.demo.images import COLUMNS, draw_data_set
-from agiqa.bench.demo.raters import ASPECTS, GENERATORS
+from agiqa.bench.demo.images import ASPECTS, COLUMNS, GENERATORS, draw_data_set
+from agiqa.bench.demo.scenes import SIDE
 from agiqa.errors import ConfigError
 
 

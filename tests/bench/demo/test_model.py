@@ -9,10 +9,16 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from agiqa.bench.demo.canvas import SIDE
-from agiqa.bench.demo.filters import KINDS, draw_filters
-from agiqa.bench.demo.model import PATCH, WIDTH, build_demo_model
-from agiqa.bench.demo.tokenizer import VOCABULARY, build_tokenizer
+from agiqa.bench.demo.model import (
+    FILTER_KINDS,
+    PATCH,
+    VOCABULARY,
+    WIDTH,
+    build_demo_model,
+    build_tokenizer,
+    draw_filters,
+)
+from agiqa.bench.demo.scenes import SIDE
 from agiqa.extract.data.templates import fill, template_of
 
 PROMPT = "three red sailboats on a calm sea at dawn, watercolour style"
@@ -111,8 +117,8 @@ def test_text_is_felt_too(model, processor, image) -> None:
 
 
 def test_filters_see_no_even_grey_or_colour() -> None:
-    filters = draw_filters(2 * len(KINDS), PATCH, torch.Generator().manual_seed(0))
-    assert filters.shape == (2 * len(KINDS), 3, PATCH, PATCH)
+    filters = draw_filters(2 * len(FILTER_KINDS), torch.Generator().manual_seed(0))
+    assert filters.shape == (2 * len(FILTER_KINDS), 3, PATCH, PATCH)
     even = torch.tensor([0.3, -0.8, 0.5])[None, :, None, None]
     assert (filters * even).sum((1, 2, 3)).abs().max() < 1e-4
     assert (filters.flatten(1).norm(dim=1) > 0.1).all()

@@ -199,10 +199,16 @@ def test_every_store_table_in_the_log_is_computed_from_the_lines():
 
 def test_the_codec_table_of_the_log_comes_from_its_lines_and_a_tiny_run_has_its_form(tmp_path):
     log = (LOG_LINES.parents[1] / "LOG.md").read_text()
-    known = [
-        row for row in codecs.tables(read_results(LOG_LINES.parent / "codecs" / "agiqa-3k.jsonl")).splitlines() if row
-    ]
+    path = LOG_LINES.parent / "codecs" / "agiqa-3k.jsonl"
+    known = [row for row in codecs.tables(read_results(path)).splitlines() if row]
     assert [row for row in known if row not in log] == []
     PEERS["agiqa"].write(synthetic_source(tmp_path / "base", width=64, rows=3000), tmp_path)
     outcome = CliRunner().invoke(codecs.main, [str(tmp_path / "rows.agiqa")], catch_exceptions=False)
-    assert [row.split("|")[1] for row in outcome.output.splitlines() if row] == [row.split("|")[1] for row in known]
+    assert [row.split("|")[1] for row in outcome.stdout.splitlines() if row] == [row.split("|")[1] for row in known]
+    again = CliRunner().invoke(codecs.main, ["--table", str(path)])
+    assert again.stdout.strip() == codecs.tables(read_results(path))
+
+
+def test_codecs_need_a_store_or_a_table():
+    outcome = CliRunner().invoke(codecs.main, [])
+    assert (outcome.exit_code, "Give a STORE" in outcome.stderr) == (2, True)

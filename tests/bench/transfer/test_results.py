@@ -9,7 +9,7 @@ import yaml
 from agiqa.bench.recording.predictions import write_predictions
 from agiqa.bench.recording.result_folders import ABOUT, RESULTS
 from agiqa.bench.transfer.plan import plan_transfer, read_transfer_settings
-from agiqa.bench.transfer.results import TransferResults, rows_of
+from agiqa.bench.transfer.results import open_results, table_rows
 from agiqa.errors import DataError
 from agiqa.heads.evaluation.metrics import paired, seeds_score
 from agiqa.heads.evaluation.significance import holm
@@ -41,7 +41,7 @@ def about(settings):
 @pytest.fixture
 def results(tmp_path, plan, about):
     """All lines, with predictions of their own for every head and data set."""
-    out = TransferResults(tmp_path, about, plan)
+    out = open_results(tmp_path, about, plan)
     for number, line in enumerate(plan.lines):
         path = f"predictions/{line.head} on {line.target}.csv"
         write_predictions(tmp_path / path, LABELS, NAMES, PROMPTS, MOS, MOS + noise(line))
@@ -62,7 +62,7 @@ def of_row(plan, row, column):
 
 
 def test_rows_have_the_scores_and_differences_of_their_predictions(tmp_path, plan, results):
-    rows = rows_of(plan, results, tmp_path, protocol="published", label="beauty+quality")
+    rows = table_rows(plan, results.lines, tmp_path, protocol="published", label="beauty+quality")
     assert len(rows) == 2 * 2 * (3 + 2 * 2)
     for row in rows:
         column = LABELS.index(row["label"])
@@ -83,7 +83,7 @@ def test_rows_have_the_scores_and_differences_of_their_predictions(tmp_path, pla
 
 
 def test_only_heads_with_validation_items_tell_of_them(tmp_path, plan, results):
-    rows = rows_of(plan, results, tmp_path, protocol="published", label="beauty+quality")
+    rows = table_rows(plan, results.lines, tmp_path, protocol="published", label="beauty+quality")
     assert {row["settings"]["way"] for row in rows if row["validation"]} == {"within"}
     assert rows[0]["validation"]["srcc"] == [0.005, pytest.approx(np.std([0, 0.01], ddof=1))]
     assert rows[0]["validation"]["plcc"] == [0.5, 0.0]
@@ -92,7 +92,7 @@ def test_only_heads_with_validation_items_tell_of_them(tmp_path, plan, results):
 def test_seeds_that_failed_are_counted_and_left_out(tmp_path, plan, results):
     applied = [line for line in plan.lines if line.way == "apply" and line.source == "a"]
     results.append({"name": applied[1].name, "error": "out of memory"})
-    made = rows_of(plan, results, tmp_path, protocol="published", label="beauty+quality")
+    made = table_rows(plan, results.lines, tmp_path, protocol="published", label="beauty+quality")
     rows = {(row["row"], row["label"]): row for row in made}
     row = rows[applied[0].row, "quality"]
     assert (row["runs"], row["seeds"], row["failed"], row["test"]["seeds"]) == (2, 1, 1, 1)
@@ -102,15 +102,15 @@ def test_predictions_of_other_items_are_not_put_together(tmp_path, plan, results
     path = tmp_path / results.lines[plan.lines[1].name]["predictions"]
     write_predictions(path, LABELS, [f"other {name}" for name in NAMES], PROMPTS, MOS, MOS)
     with pytest.raises(DataError, match=f"{plan.lines[0].name}.*{plan.lines[1].name}.* on different items"):
-        rows_of(plan, results, tmp_path, protocol="published", label="beauty+quality")
+        table_rows(plan, results.lines, tmp_path, protocol="published", label="beauty+quality")
 
 
 def test_lines_are_read_again_without_what_a_kill_tore_off(tmp_path, plan, about, results):
     whole = (tmp_path / RESULTS).read_bytes()
     (tmp_path / RESULTS).write_bytes(whole + b'{"name": "from')
-    again = TransferResults(tmp_path, about, plan)
+    again = open_results(tmp_path, about, plan)
     assert again.lines == results.lines
-    assert all(again.is_done(line) for line in plan.lines)
+    assert all(again.is_done(line.name) for line in plan.lines)
     assert (tmp_path / RESULTS).read_bytes() == whole
 
 
@@ -125,7 +125,7 @@ def test_lines_are_read_again_without_what_a_kill_tore_off(tmp_path, plan, about
 def test_lines_of_something_else_are_refused(tmp_path, plan, about, line, said):
     (tmp_path / RESULTS).write_bytes(line)
     with pytest.raises(DataError) as caught:
-        TransferResults(tmp_path, about, plan)
+        open_results(tmp_path, about, plan)
     assert said in str(caught.value)
     assert not (tmp_path / ABOUT).exists()
 
@@ -135,11 +135,11 @@ def test_settings_that_an_older_agiqa_did_not_know_have_their_defaults(tmp_path,
     for section in ("train", "few_shot"):
         del old["settings"][section]["training_seed"]
     (tmp_path / ABOUT).write_text(json.dumps(old))
-    assert TransferResults(tmp_path, about, plan).lines == {}
+    assert open_results(tmp_path, about, plan).lines == {}
     old["settings"]["train"]["epochs"] += 1
     (tmp_path / ABOUT).write_text(json.dumps(old))
     with pytest.raises(DataError, match=r"about\.json is of another transfer"):
-        TransferResults(tmp_path, about, plan)
+        open_results(tmp_path, about, plan)
 
 
 def test_a_transfer_is_gone_on_with_on_another_machine(tmp_path, plan, about):
@@ -148,4 +148,4 @@ def test_a_transfer_is_gone_on_with_on_another_machine(tmp_path, plan, about):
     assert "threads" not in old["settings"]["train"]
     old["settings"]["train"]["threads"] = 7
     (tmp_path / ABOUT).write_text(json.dumps(old))
-    assert TransferResults(tmp_path, about, plan).lines == {}
+    assert open_results(tmp_path, about, plan).lines == {}

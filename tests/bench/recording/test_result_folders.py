@@ -1,17 +1,11 @@
 """Files of result lines: the last line of a name counts, and what is refused is left as it was."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
 
-from agiqa.bench.recording.result_lines import LineFile, warning_lines
+from agiqa.bench.recording.result_folders import LineFile, warning_lines
 from agiqa.errors import DataError
-
-
-@dataclass(frozen=True)
-class Planned:
-    name: str
 
 
 def refuse_odd(line, where):
@@ -25,16 +19,16 @@ def opened(path):
 
 
 def test_a_result_replaces_an_error_and_both_lines_stay(tmp_path):
-    path, one = tmp_path / "results.jsonl", Planned("one")
+    path = tmp_path / "results.jsonl"
     lines = opened(path)
     assert not path.exists()
     for facts, done in (({"error": "broken\u2028here"}, False), ({"value": 2}, True)):
         lines.append({"name": "one", "store": "s", **facts})
         for now in (lines, opened(path)):
-            assert now.is_done(one) == done
+            assert now.is_done("one") == done
             assert now.lines == {"one": {"name": "one", "store": "s", **facts}}
     assert len(path.read_bytes().split(b"\n")) == 3
-    assert not lines.is_done(Planned("two"))
+    assert not lines.is_done("two")
 
 
 @pytest.mark.parametrize(
@@ -68,4 +62,6 @@ def test_each_kind_of_warning_is_told_once_with_the_heads_that_have_it():
         "warning: 4 of 4 heads (head-0, ...): Only 0 items of 1,000.5.",
         "warning: 2 of 4 heads (head-1, ...): All alike.",
     ]
-    assert warning_lines(lines, told=["warning: main: Only 80 items of 20."])[0].endswith("(head-1, ...): All alike.")
+    assert warning_lines(lines, printed=["warning: main: Only 80 items of 20."])[0].endswith(
+        "(head-1, ...): All alike."
+    )

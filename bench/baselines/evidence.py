@@ -1,0 +1,246 @@
+"""What baselines read of the items of a store: columns, the model's rating words, and mean feature rows."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agiqa.errors import DataError
+from agiqa.extract.data.conversations import Conversation, aspects_in_name, read_conversations
+from agiqa.extract.data.matching import Match, prompt_faults, row_name
+from agiqa.extract.describing.describing import images_without_answer
+from agiqa.heads.data.features import FeatureSource, ItemRows, location_of, read_checked
+from agiqa.heads.data.prompt_groups import normalise_prompt, prompt_groups
+from agiqa.heads.evaluation.rating_words import RATING_WORDS, parse_rating_word
+from agiqa.store import TOKEN_ROLES
+from agiqa.store.format.items import MODEL, TEACHER
+from agiqa.store.format.labels import MosRange
+
+Array = NDArray[np.float64]
+Positions = NDArray[np.int64]
+
+ALL, ANSWER = "all", "answer"
+"""The tokens that a feature row is the mean of: all, or those of the answer."""
+
+
+class RatingWords:
+    """The class of each item's rating word, 0 (bad) to 4 (excellent), from conversation files."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Read M3-AGIQA conversation files, as written by `agiqa describe`.
+
+        A file whose name holds one aspect (`quality_test_res.json`) is about that aspect, any other about all aspects.
+        Raises DataError for a file that cannot be read, or a conversation in it that cannot be used.
+        """
+        self._files = [
+            (_aspect_of(path), images_without_answer(path), read_conversations(path, None)) for path in files
+        ]
+        talks = [talk for _, _, talks in self._files for talk in talks]
+        problems = [f"{talk.where}: {'; '.join(talk.problems)}" for talk in talks if talk.problems]
+        if problems:
+            where = "the conversations with rating words"
+            raise DataError.from_problems(where, problems)
+
+    def of(self, prompts: Mapping[str, str], label: str) -> dict[str, int | None]:
+        """The class of each item's word on the aspect `label`, by name; None for an answer without a clear word.
+
+        `prompts` are those of the items, by name. Raises DataError where an item has no word of the model's own (the
+        teacher knew the MOS), or one about another prompt.
+        """
+        if not self._files:
+            message = "no files with rating words were given"
+            raise DataError(message)
+        found = self._own(prompts, label)
+        lacking = [name for name in prompts if name not in found]
+        if lacking:
+            message = (
+                f"{len(lacking)} of the {len(prompts)} items of a test part, {lacking[0]!r} first, have no rating word "
+                f"of the model's own on {label}; the teacher's words were written with the MOS in view"
+            )
+            raise DataError(message)
+        asked = {name: Match(prompts[name], "the store", talk) for name, talk in found.items()}
+        faults = prompt_faults(asked, prompts.values())
+        if faults:
+            where = "the conversations with rating words"
+            raise DataError.from_problems(where, list(faults.values()))
+        return {name: _class_of(talk) for name, talk in found.items()}
+
+    def _own(self, names: Mapping[str, object], label: str) -> dict[str, Conversation]:
+        """The conversations that end with a word of the model's own, by item."""
+        found: dict[str, Conversation] = {}
+        for aspect, silent, talks in self._files:
+            for talk in talks if aspect in (None, label) else ():
+                name = row_name(talk.image, names)
+                if name is None or not (talk.rating_author == MODEL or talk.image in silent):
+                    continue
+                if name in found:
+                    message = f"{talk.where}: the item {name!r} has a rating word of the model's own already"
+                    raise DataError(message)
+                found[name] = talk
+        return found
+
+
+def _class_of(talk: Conversation) -> int | None:
+    word = parse_rating_word(talk.rating) if talk.rating_author == MODEL and talk.rating else None
+    return None if word is None else RATING_WORDS.index(word)
+
+
+def _aspect_of(path: Path) -> str | None:
+    """The one aspect that the name of the file holds; None where it holds none, or several."""
+    named = aspects_in_name(path)
+    return named.pop() if len(named) == 1 else None
+
+
+class MeanFeatures:
+    """The mean feature row of each item, over all its tokens and over those of the answer; each item is read once."""
+
+    def __init__(self, source: FeatureSource) -> None:
+        """Nothing is read yet. An item takes up to 16 bytes per channel."""
+        self.source = source
+        self._all: dict[int, Array] = {}
+        self._answer: dict[int, Array] = {}
+        """Without the items that have no token of an answer."""
+        self._has_others: set[int] = set()
+        """The items with tokens that are not of an answer."""
+
+    @property
+    def reads(self) -> str:
+        """The kind of features in words."""
+        names = {"hidden": "hidden states", "int8": "hidden states in int8"}
+        return names.get(self.source.encoding, f"{self.source.encoding} of rank {self.source.width}")
+
+    def refuse_logits(self) -> None:
+        """Raise DataError where the rows are raw logits."""
+        if self.source.encoding == "logits":
+            message = (
+                f"a regression on the {self.source.width} raw logits of {location_of(self.source)} is not tried; "
+                "`agiqa store sketch` makes fewer of them"
+            )
+            raise DataError(message)
+
+    def of(self, items: Positions) -> dict[str, Array]:
+        """Mean rows (items, width) float64, under ALL and, where every item has an answer, under ANSWER.
+
+        ANSWER is left out where the answer is all that the items have. Raises DataError for raw logits, and for items
+        without tokens or with NaN.
+        """
+        self.refuse_logits()
+        self._read(items)
+        places = items.tolist()
+        found = {ALL: np.stack([self._all[item] for item in places])}
+        if all(item in self._answer for item in places) and not self._has_others.isdisjoint(places):
+            found[ANSWER] = np.stack([self._answer[item] for item in places])
+        return found
+
+    def places_of(self, other: FeatureSource) -> Positions:
+        """The position in this store of each item of `other`, found by name and prompt.
+
+        Raises DataError for an item that is missing or there more than once.
+        """
+        if other is self.source:
+            return np.arange(len(other.items.names))
+        there: dict[tuple[str, str], list[int]] = {}
+        for place, known_by in enumerate(zip(self.source.items.names, self.source.items.prompts, strict=True)):
+            there.setdefault(known_by, []).append(place)
+        wanted = list(zip(other.items.names, other.items.prompts, strict=True))
+        problems = [
+            f"{name!r} with the prompt {prompt!r} is {f'there {len(found)} times' if found else 'not there'}"
+            for name, prompt in wanted
+            if len(found := there.get((name, prompt), [])) != 1
+        ]
+        if problems:
+            where = f"{location_of(self.source)}, which the baselines of {location_of(other)} are to read"
+            raise DataError.from_problems(where, problems)
+        return np.array([there[known_by][0] for known_by in wanted], dtype=np.int64)
+
+    def _read(self, items: Positions) -> None:
+        """Read the items that were not read before."""
+        missing = np.array([item for item in np.unique(items).tolist() if item not in self._all], dtype=np.int64)
+        empty = missing[np.asarray(self.source.n_tokens)[missing] == 0]
+        if len(empty):
+            message = f"{self.source.items.names[empty[0]]!r} has no tokens"
+            raise DataError(message)
+        means = {int(missing[place]): _means(tokens) for place, tokens in read_checked(self.source, missing)}
+        for item, (over_all, over_answer, has_others) in means.items():
+            self._all[item] = over_all
+            if over_answer is not None:
+                self._answer[item] = over_answer
+            if has_others:
+                self._has_others.add(item)
+
+
+def _means(item: ItemRows) -> tuple[Array, Array | None, bool]:
+    """The mean of all rows, that of the answer's if there are some, and whether there are others."""
+    rows, chosen = item.rows.double(), item.roles == TOKEN_ROLES[ANSWER]
+    count = int(chosen.sum())
+    answer = rows[chosen].mean(0).numpy() if count else None
+    return rows.mean(0).numpy(), answer, count < len(rows)
+
+
+class Evidence:
+    """All that the baselines of one label may read; items are positions in the store."""
+
+    def __init__(
+        self, source: FeatureSource, label: str, mos: Array, *, words: RatingWords, means: MeanFeatures
+    ) -> None:
+        """`mos` has shape (items of the store,); predictors read it for training items only.
+
+        `means` reads `source`, or another store of the same items. Raises DataError where that store lacks an item.
+        """
+        self.label, self.mos = label, mos
+        self._source, self._words, self._means = source, words, means
+        self._places = means.places_of(source)
+
+    def prompts(self, items: Positions) -> list[str]:
+        """The normalised prompts."""
+        return [normalise_prompt(self._source.items.prompts[item]) for item in items]
+
+    def groups(self, items: Positions) -> NDArray[np.int64]:
+        """A number for each prompt."""
+        return prompt_groups(self.prompts(items))
+
+    def generators(self, items: Positions) -> list[str]:
+        """The generators. Raises DataError where an item has none."""
+        return self._column("generators", items, "generator", "join them with `agiqa store labels`")
+
+    def texts(self, items: Positions) -> list[str]:
+        """Prompts and descriptions as one text. Raises DataError where an item has no description."""
+        texts = self._column("descriptions", items, "description", "extract a store with --conversations")
+        return [f"{self._source.items.prompts[item]}\n{text}" for item, text in zip(items, texts, strict=True)]
+
+    def words(self, items: Positions) -> list[int | None]:
+        """The classes of the rating words, None where an answer has no clear one.
+
+        Raises DataError where an item has no answer of the model's own.
+        """
+        names, prompts = self._source.items.names, self._source.items.prompts
+        asked = {names[item]: prompts[item] for item in items}
+        found = self._words.of(asked, self.label)
+        return [found[names[item]] for item in items]
+
+    def features(self, train: Positions, test: Positions) -> dict[str, tuple[Array, Array]]:
+        """The mean feature rows of both parts, by kind of tokens; raises as `MeanFeatures.of`."""
+        found = self._means.of(self._places[np.concatenate([train, test])])
+        return {tokens: (rows[: len(train)], rows[len(train) :]) for tokens, rows in found.items()}
+
+    @property
+    def scale(self) -> MosRange | None:
+        """The scale of the MOS; None where it is not known."""
+        scales: Mapping[str, MosRange] = getattr(self._source.items, "mos_ranges", {})
+        return scales.get(self.label)
+
+    def teachers(self, items: Positions) -> int:
+        """How many of the items have a text by a teacher that knew their MOS."""
+        authors: Sequence[str | None] = getattr(self._source.items, "text_authors", [])
+        return sum(authors[item] == TEACHER for item in items) if authors else 0
+
+    def _column(self, column: str, items: Positions, what: str, remedy: str) -> list[str]:
+        """A text column without gaps. A source that is no store may lack it."""
+        values: Sequence[str | None] = getattr(self._source.items, column, [None] * len(self._source.items.names))
+        chosen = [values[item] for item in items]
+        present = [value for value in chosen if value is not None]
+        if len(present) < len(chosen):
+            message = f"{len(chosen) - len(present)} of {len(chosen)} items have no {what}; {remedy}"
+            raise DataError(message)
+        return present
