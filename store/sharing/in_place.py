@@ -282,7 +282,7 @@ class RemoteStore(Store):
         self._cache.fetch(ITEM_TABLE)
         return super()._count_items()
 
-    def _have(self, path: Path) -> None:
+    def _ensure_here(self, path: Path) -> None:
         name = path.relative_to(self.path).as_posix()
         self._ahead.reads(name)
         self._cache.fetch(name)
