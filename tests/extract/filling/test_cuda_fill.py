@@ -1,5 +1,6 @@
 """Fills that need a GPU: batches that really do not fit into its memory."""
 
+import gc
 from dataclasses import replace
 
 import numpy as np
@@ -22,17 +23,22 @@ def test_a_batch_that_the_device_has_no_memory_for_runs_in_halves(tmp_path, caps
     data = made_up_data(tmp_path / "images", backbone, items=ITEMS, tokens=200, pixels=112)
     settings = ExtractionSettings(encoding="hidden", batch_size=4096, workers=0)
 
+    gc.collect()  # what other tests left on the device counts for neither run
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+
     def extracted(name, **changes):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         result = run_extraction(data, backbone, tmp_path / f"{name}.agiqa", replace(settings, **changes))
         assert result.fill is not None
-        return result, torch.cuda.max_memory_reserved()
+        return result, torch.cuda.max_memory_reserved() - before
 
     _, little = extracted("alone", batch_size=1)
     free, much = extracted("free")
     assert much > 2 * little
-    torch.cuda.set_per_process_memory_fraction((little + much) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    between = before + (little + much) / 2
+    torch.cuda.set_per_process_memory_fraction(between / torch.cuda.get_device_properties(0).total_memory)
     try:
         tight, _ = extracted("tight")
     finally:
