@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from agiqa.commands.options import StoreLocation, output_options
+from agiqa.commands.options import StoreLocation, output_options, train_workers_option
 from agiqa.commands.output import fail_if_any, print_result
 
 SHIPPED = sorted(
@@ -72,12 +72,7 @@ class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[
     help="Store of the same items for the closed-form baselines, such as the hidden states behind a sketch.  "
     "[default: the store of the heads]",
 )
-@click.option(
-    "--train-workers",
-    "workers",
-    type=click.IntRange(min=1),
-    help="Heads to train at the same time.  [default: one per CPU core, up to 3 on a GPU]",
-)
+@train_workers_option
 @output_options
 def command(
     store: str | Path,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from agiqa.commands.options import OneOf, StoreLocation, shared_options
+from agiqa.commands.options import OneOf, StoreLocation, prediction_options, shared_options
 from agiqa.commands.output import label_titles, print_result, scores_line
 
 
@@ -21,14 +21,7 @@ from agiqa.commands.output import label_titles, print_result, scores_line
     show_default=True,
     help="Items to evaluate.",
 )
-@click.option(
-    "--device",
-    type=OneOf("device", ["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Device; auto is the GPU if there is one.",
-)
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items per batch.")
+@prediction_options
 @shared_options
 def command(run: Path, store: str | Path, part: str, device: str, batch_size: int, *, as_json: bool) -> None:
     """SRCC, PLCC, KRCC and RMSE of the head RUN on STORE, with intervals over prompts.

@@ -64,6 +64,32 @@ def _load_options(ctx: click.Context, _parameter: click.Parameter, path: Path | 
     return path
 
 
+def prediction_options(command: Command) -> Command:
+    """Add `--device` and `--batch-size`, for commands that apply a head."""
+    device = click.option(
+        "--device",
+        type=OneOf("device", ["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Device; auto is the GPU if there is one.",
+    )
+    size = click.option(
+        "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items per batch."
+    )
+    return device(size(command))
+
+
+def train_workers_option(command: Command) -> Command:
+    """Add `--train-workers`; the command receives `workers`."""
+    option = click.option(
+        "--train-workers",
+        "workers",
+        type=click.IntRange(min=1),
+        help="Heads to train at the same time.  [default: one per CPU core, up to 3 on a GPU]",
+    )
+    return option(command)
+
+
 class Share(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
     """A share `K/N` of the work, as the tuple (K, N)."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from agiqa.commands.options import OneOf, StoreLocation, shared_options
+from agiqa.commands.options import StoreLocation, prediction_options, shared_options
 from agiqa.commands.output import print_result
 
 
@@ -13,14 +13,7 @@ from agiqa.commands.output import print_result
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
 @click.argument("store", type=StoreLocation())
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option(
-    "--device",
-    type=OneOf("device", ["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Device; auto is the GPU if there is one.",
-)
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Items per batch.")
+@prediction_options
 @shared_options
 def command(run: Path, store: str | Path, out: Path, device: str, batch_size: int, *, as_json: bool) -> None:
     """Write the scores of the head RUN for every item of STORE to the csv OUT (name, prompt, predicted).

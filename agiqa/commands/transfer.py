@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from agiqa.commands.options import OneOf, StoreLocation, output_options
+from agiqa.commands.options import OneOf, StoreLocation, output_options, train_workers_option
 from agiqa.commands.output import fail_if_any, print_result
 from agiqa.commands.train import preset_option
 
@@ -50,12 +50,7 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repo
     help="Numbers of training items of the few-shot curve.  [default: 10,30,100,300 as far as each data set goes]",
 )
 @click.option("--one-way", is_flag=True, help="From SOURCE to TARGET only.")
-@click.option(
-    "--train-workers",
-    "workers",
-    type=click.IntRange(min=1),
-    help="Heads to train at the same time.  [default: one per CPU core, up to 3 on a GPU]",
-)
+@train_workers_option
 @output_options
 def command(
     source: str | Path,
