@@ -162,7 +162,7 @@ class _Work:
             tell(note)
         done = len(plan.lines) - len(self._missing)
         if done:
-            tell(f"{done} of {len(plan.lines)} results are there already")
+            tell(f"{done} of {len(plan.lines)} results exist already")
         self._refuse_changed_items()
 
     def train(self, workers: int | None) -> int:

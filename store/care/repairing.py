@@ -116,7 +116,7 @@ def repair(store: Store) -> RepairReport:
 
 
 def _objects(store: Store, lost: set[Owner]) -> Objects:
-    """What is recorded, by who wrote it."""
+    """The recorded objects, by the owner of their record."""
     if store.is_sealed:
         return objects_by_owner(store, store.manifest)
     found: dict[Owner, list[dict[str, Any]]] = {}
@@ -128,7 +128,7 @@ def _objects(store: Store, lost: set[Owner]) -> Objects:
 
 
 def _plan_objects(store: Store, objects: Objects) -> list[Mapping[str, Any]]:
-    """What no unit can bring back; a finished store lists its root metadata too."""
+    """The objects of the plan, which filling units cannot restore; of a finished store also its root metadata."""
     planned = list(objects.get("plan", []))
     if store.is_sealed:
         planned += [entry for entry in store.manifest["objects"] if entry["path"] == ROOT_METADATA]

@@ -63,7 +63,7 @@ class HDF5Export:
 def export_hdf5(
     store: Store, out: Path, *, compression: str = "auto", advance: Callable[[int], None] = lambda _tokens: None
 ) -> HDF5Export:
-    """Write `store` to the HDF5 file `out`; a file that holds this very store already is left as it is.
+    """Write `store` to the HDF5 file `out`; a file that already holds this store is left unchanged.
 
     `compression` is zstd (through hdf5plugin), gzip, none, or auto: zstd if it is installed, else gzip. `advance` is
     called with the tokens of every finished unit.
