@@ -60,8 +60,8 @@ def draw_data_set(out: Path, *, count: int = 400, seed: int = 0) -> None:
     """Write `out/data.csv` (columns `COLUMNS`) and `out/images/`: `count` images of 192 x 192 pixels.
 
     Each generator draws every prompt once (with an odd count, one of them draws the last prompt alone). Every fifth
-    prompt is held out with all its images, so no test prompt occurs in the training split. The same seed gives the same bytes.
-    Raises ConfigError for a count under 10, or over what the prompts allow.
+    prompt is held out with all its images, so no test prompt occurs in the training split. The same seed gives the same
+    bytes. Raises ConfigError for a count under 10, or over what the prompts allow.
     """
     most = len(SCENES) * len(GENERATORS)
     if not _FEWEST <= count <= most:
