@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         how = signal.SIGTERM if termination.came else signal.SIGINT
-        print("interrupted; finished work is kept: run the same command again to go on", file=sys.stderr)
+        print("interrupted; finished work is kept: run the same command again to resume", file=sys.stderr)
         sys.exit(128 + how)
     except (AgiqaError, OSError) as error:
         if "-v" in arguments or "--verbose" in arguments:

@@ -36,7 +36,7 @@ Line = dict[str, Any]
 
 @contextmanager
 def working_in(out: Path, what: str) -> Generator[None]:
-    """Make the folder `out` and hold its lock while inside; `what` is at work, such as `ablation`.
+    """Make the folder `out` and hold its lock inside the block; `what` names the work, such as `ablation`.
 
     Raises BusyStore where another process holds it. An OSError from inside gets a note as by `telling_disk_errors`.
     """

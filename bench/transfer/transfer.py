@@ -1,4 +1,4 @@
-"""A transfer: tests heads of one data set on another: applied as they are, retrained, and trained on few items.
+"""A transfer: tests heads of one data set on another: applied unchanged, retrained, and trained on few items.
 
 OUT/about.json, results.jsonl, rows.jsonl  see results.py
 OUT/runs/NAME                              the run folder of every head

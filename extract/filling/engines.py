@@ -317,7 +317,7 @@ class _Crew:
     def _note_death(self, name: str, code: int | None) -> None:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
         self.died.append(f"{name} {how}")
-        say(f"{self.died[-1]}; the others go on")
+        say(f"{self.died[-1]}; the others continue")
 
 
 def _send(connection: Connection, arguments: tuple[Any, ...]) -> None:

@@ -2,8 +2,8 @@
 
 The file has two sections, `head:` and `train:`, with the field names of the classes below. No name occurs in both, so
 the options of `agiqa train` are flat; they are made from these fields. The first sentence of a field's docstring is the
-help of its option, its `examples` are the names that agiqa brings. The precedence, highest first: option,
-file, the head that a training starts from, preset, default.
+help of its option, its `examples` are the built-in names. Precedence, highest first: option, file,
+the head that a training starts from, preset, default.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ class HeadConfig(_Settings):
 
     projection: str = Field(default="vocabulary", examples=["vocabulary", "hidden", "sketch", "logits"])
     """How features enter the encoder. `vocabulary` is W_proj on the logits, computed from hidden states; `hidden`,
-    `sketch` and `logits` read the features of that encoding as they are."""
+    `sketch` and `logits` read the features of that encoding unchanged."""
     encoder: str = Field(default="xlstm", examples=["xlstm", "lstm", "gru", "mamba2", "transformer", "none"])
     """Sequence encoder."""
     pooling: str = Field(default="mean", examples=["mean", "max", "first", "last", "first-last-mean", "attention"])

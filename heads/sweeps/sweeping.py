@@ -51,7 +51,7 @@ def train_heads(
     Each run folder has the weights, predictions and metrics that `train_head` alone gives on this device, for any
     number of `workers`; `features` and `seconds` in metrics.json are those of the sweep. Jobs may differ in everything
     but `device`, `keep` and `memory`. Their features are decoded once (see data/keeping.py), and `memory` is for all of
-    them together. A job whose folder holds its head already is not trained again; one that was broken off continues.
+    them together. A job whose folder holds its head already is not trained again; an interrupted one resumes.
 
     `workers` are processes that train one head each at a time; 1 trains in this process. None is, on a CPU, the number
     of cores divided by the largest `threads` of the jobs; on a GPU one for every two cores and every 16 GiB that the

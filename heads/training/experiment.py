@@ -34,8 +34,8 @@ from agiqa.version import agiqa_version
 WITHOUT_EFFECT = ("device", "keep", "memory", "save_seconds", "tensorboard")
 """Training settings that change no number on a given device."""
 OF_THE_MACHINE = (*WITHOUT_EFFECT, "threads")
-"""Training settings of the machine: a finished training counts as the same one on any machine. A training under way
-goes on only with the same number of `threads`, which changes the last digits of sums, as a device does."""
+"""Training settings of the machine: a finished training counts as the same one on any machine. An interrupted
+training resumes only with the same number of `threads`, which changes the last digits of sums, as a device does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def _flat(key: Mapping[str, Any]) -> dict[str, Any]:
 def check_start(start: Run, experiment: Experiment) -> None:
     """Raise HeadError unless the experiment can begin with the head of `start`.
 
-    Head settings and the meaning of the features must be the same. A head of one label may go on with another label;
+    Head settings and the meaning of the features must be the same. A head of one label may learn another label;
     several labels must be the same in the same order.
     """
     start.check(experiment.source)

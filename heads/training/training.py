@@ -53,7 +53,7 @@ def train_head(
 ) -> Run:
     """Train a head on `source`, evaluate it, and write the folder `run`, which must be absent or empty.
 
-    A training that was broken off continues from the last epoch that was saved beside `run` (see resuming.py), and
+    An interrupted training resumes from the last epoch that was saved beside `run` (see resuming.py), and
     `restart` discards them. `preset` is the name of the settings in config.json. `shared` are features that were
     decoded before, for several trainings (see data/keeping.py); the numbers are the same.
     Without `head` and `start` it is the default head, with the projection that reads the encoding of `source`.

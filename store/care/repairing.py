@@ -1,4 +1,4 @@
-"""Repair: a damaged unit loses its record and its objects, so that the next run computes that unit anew, and no other.
+"""Repair: a damaged unit loses its record and its objects, so that the next run recomputes only that unit.
 
 Damaged token ids and roles are removed, while the record of the plan still lists them. The next run knows all tokens
 and writes the same bytes again (see `create_store`).
@@ -39,7 +39,7 @@ Objects = Mapping[Owner, Sequence[Mapping[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class RepairReport:
-    """What was damaged, and what the next run will compute anew."""
+    """What was damaged, and what the next run will recompute."""
 
     damage: tuple[Damage, ...]
     units: tuple[int, ...]
@@ -64,7 +64,7 @@ class RepairReport:
 
 
 def repair(store: Store) -> RepairReport:
-    """Drop what is damaged in `store` and can be computed anew; a finished store is unfinished then.
+    """Drop damaged parts of `store` that can be recomputed; a finished store is then unfinished.
 
     Every object is read. Rows that mean nothing without the model's own arrays (those of a sketch whose basis the
     provenance does not name) go with them. The command that made the store computes what was dropped. Labels are

@@ -134,7 +134,7 @@ def write_store(
     """Make the planned store at `out`, or finish the one begun there; seal it.
 
     `write_model` creates the model's own arrays of the store that it is given, `write_unit` computes and writes a unit.
-    Raises as `create_store`, and BusyStore where another process is at work on a unit that is left.
+    Raises as `create_store`, and BusyStore if another process is filling one of the missing units.
     """
     made = create_store(out, plan)
     if made.is_sealed:

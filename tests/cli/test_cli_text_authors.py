@@ -1,4 +1,4 @@
-"""Commands tell who wrote the texts, before a model runs and with every score."""
+"""Commands report who wrote the texts, before a model runs and with every score."""
 
 import json
 
@@ -17,7 +17,7 @@ def data(tmp_path):
 
 
 def write_talks(data, name, rows, **more):
-    """Conversations whose rating word is the MOS, as a teacher writes it that was told."""
+    """Conversations whose rating word reveals the MOS, as if by a teacher that knew it."""
     words = ("bad", "poor", "fair", "good", "excellent")
     entries = [
         {

@@ -1,4 +1,4 @@
-"""Baselines: each against a computation of its own, on real stores; what cannot be had is said, never guessed."""
+"""Baselines: each compared with an independent computation, on real stores; what cannot be computed is reported, never guessed."""
 
 import csv
 import json
