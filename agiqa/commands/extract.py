@@ -38,7 +38,7 @@ SECTIONS = {
     "--conversations",
     multiple=True,
     metavar="[ASPECT:][SPLIT=]FILE",
-    help="M3-AGIQA conversation file; repeatable. ASPECT and SPLIT (train, val, test) beat those in the file's name.",
+    help="M3-AGIQA conversation file; repeatable. ASPECT and SPLIT (train, val, test) override the file's name.",
 )
 @click.option(
     "--labels", type=click.Path(path_type=Path, exists=True), help="Table (csv) with the MOS of a conversation file."

@@ -56,8 +56,8 @@ def sketch(
 ) -> None:
     """Write a rank-R sketch of STORE to OUT, and print the energy that it keeps and its logit error.
 
-    The basis is calibrated on the training split, or on all items of a store without splits. A head reads any store
-    sketched in its basis: give --basis the first sketch to make the second.
+    The basis is calibrated on the training split, or on all items of a store without splits. A head reads all stores
+    that are sketched in its basis. To sketch a second store in the same basis, give --basis the first sketch.
     """
     from agiqa.errors import ConfigError
     from agiqa.progress import track
