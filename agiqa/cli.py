@@ -33,12 +33,12 @@ SECTIONS = {
     },
     "Questions": {
         "ablate": "Which head is best? A grid of heads, with baselines and paired differences.",
-        "transfer": "What is a head worth on another data set, as it is, retrained, with few items?",
+        "transfer": "How good is a head on another data set: unchanged, retrained, or trained on few items?",
         "words": "How well do the model's rating words agree with the MOS?",
         "report": "Tables, pictures and one page from the results of ablate and transfer.",
     },
     "Start": {
-        "demo": "The whole way in miniature on a CPU: images, features, heads, a comparison.",
+        "demo": "All steps in miniature on a CPU: images, features, heads, a comparison.",
         "completion": "Print the script that completes commands, options and names in a shell.",
     },
 }
@@ -80,14 +80,14 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Quality assessment of AI-generated images from cached features of a multimodal LLM.
 
-    Describe and extract run the model, once. Train then needs minutes, and no model.
+    Describe and extract run the model once. After that, train needs minutes and no model.
     """
 
 
 def keep_interrupts(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Interrupt again where Ctrl-C came inside a callback of the garbage collector, where Python drops exceptions.
+    """Raise KeyboardInterrupt again if Ctrl-C came in a callback of the garbage collector: Python drops it there.
 
-    While h5py writes, most Ctrl-C would be lost without it.
+    Without this, most Ctrl-C would be lost while h5py writes.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         threading.Timer(_AGAIN_SECONDS, _thread.interrupt_main).start()
@@ -96,10 +96,10 @@ def keep_interrupts(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 class Termination:
-    """Ends the command at SIGTERM, by which clusters and supervisors stop jobs, as Ctrl-C does."""
+    """Ends the command on SIGTERM as on Ctrl-C. Clusters and supervisors stop jobs with SIGTERM."""
 
     def __init__(self) -> None:
-        """Listen from now on, in this process only: SIGTERM ends a fork of it at once."""
+        """Install the handler for this process. SIGTERM ends a fork of it at once."""
         self.came = False
         self._process = os.getpid()
         signal.signal(signal.SIGTERM, self._stop)
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         how = signal.SIGTERM if termination.came else signal.SIGINT
-        print("interrupted; finished work is kept: run the same command again to go on", file=sys.stderr)
+        print("interrupted; finished work is kept: run the same command again to resume", file=sys.stderr)
         sys.exit(128 + how)
     except (AgiqaError, OSError) as error:
         if "-v" in arguments or "--verbose" in arguments:

@@ -2,19 +2,19 @@
 
 AgiqaError
 ├── DataError (ValueError)            images, prompts, labels or conversations that cannot be used
-├── ModelError (ValueError)           a checkpoint that does not fit what is asked of it
+├── ModelError (ValueError)           a checkpoint that is missing, incomplete or unsuitable
 ├── ConfigError (ValueError)          a setting that contradicts another or is out of range
 ├── UnknownName (LookupError)         no such encoder, pooling, label ...; names the nearest known one
 ├── WorkerError (RuntimeError)        a process of this run died, or the device ran out of memory on one item
-├── HeadError (ValueError)            a head asked to read features that mean nothing to it
+├── HeadError (ValueError)            features that a head cannot read, or no run folder
 └── StoreError
     ├── SchemaError (ValueError)      a format or version that this agiqa does not read
     ├── SettingsConflict (ValueError) the store exists, made with other settings
     ├── BusyStore (RuntimeError)      another run is at work on the same store
     ├── IncompleteStore (RuntimeError) units are missing, or the store was never sealed
     ├── DamagedStore (OSError)        bytes on disk differ from what was recorded
-    ├── ViewRefused (LookupError)     this encoding cannot answer what was asked
-    └── RemoteError (OSError)         a URL that cannot be reached, or refuses what is asked of it
+    ├── ViewRefused (LookupError)     the encoding of the store does not have this view
+    └── RemoteError (OSError)         a URL that cannot be reached, or refuses a request
 
 The message of each says what is wrong, where, and what to do about it.
 """
@@ -43,7 +43,7 @@ class DataError(AgiqaError, ValueError):
 
 
 class ModelError(AgiqaError, ValueError):
-    """A checkpoint that is missing, incomplete, or does not fit what is asked of it."""
+    """A checkpoint that is missing, incomplete, or does not suit the task."""
 
 
 class ConfigError(AgiqaError, ValueError):
@@ -63,15 +63,15 @@ class UnknownName(AgiqaError, LookupError):
 
 
 class WorkerError(AgiqaError, RuntimeError):
-    """A process or a device that works for this run and cannot go on."""
+    """A process of this run died, or the device ran out of memory on one item."""
 
 
 class HeadError(AgiqaError, ValueError):
-    """A head asked to read features that mean nothing to it, or a run folder that is not one."""
+    """Features that a head cannot read, or a folder that is no run folder."""
 
 
 class StoreError(AgiqaError):
-    """Base of what can be wrong with a feature store."""
+    """Base of all errors of feature stores."""
 
 
 class SchemaError(StoreError, ValueError):
@@ -95,7 +95,7 @@ class DamagedStore(StoreError, OSError):
 
 
 class ViewRefused(StoreError, LookupError):
-    """The store's encoding cannot answer what was asked of it."""
+    """The encoding of the store does not have this view."""
 
 
 class RemoteError(StoreError, OSError):

@@ -19,13 +19,13 @@ _listener: ContextVar[Callable[[str], None]] = ContextVar("agiqa_listener", defa
 
 
 def say(text: str) -> None:
-    """Print one line to the error stream, which keeps the output stream for results, or hand it to `said_to`."""
+    """Print a line to the error stream (the output stream is for results), or pass it to the listener of `said_to`."""
     _listener.get()(text)
 
 
 @contextmanager
 def said_to(listener: Callable[[str], None]) -> Generator[None]:
-    """Hand `listener` what this thread says inside, where many jobs would mix their lines on the error stream."""
+    """Pass the lines of this thread to `listener` inside the block, so that parallel jobs do not mix their lines."""
     token = _listener.set(listener)
     try:
         yield

@@ -1,4 +1,7 @@
-"""Rating words that a model answered, with the true MOS of their images: from conversation files or csv tables."""
+"""Reads the answers of a model to the rating question, with the true MOS, from conversation files or csv tables.
+
+`heads/evaluation/rating_words.py` finds the rating word in each answer and scores it.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,19 +20,19 @@ from agiqa.store.format.labels import ASPECT_COLUMNS, MosRange, read_mos, read_t
 
 
 class RatedItem(NamedTuple):
-    """One item: the model's answer to the rating question, and the truth."""
+    """One item: the model's answer to the rating question, and the true MOS."""
 
     answer: str
     mos: float
     prompt: str | None
-    """None where the table has no prompts."""
+    """None if the table has no prompts."""
 
 
 def read_rated_items(file: Path, labels: Path | None, *, label: str, mos_range: MosRange) -> list[RatedItem]:
     """The items of `file` with the MOS of `label`, which is on the scale `mos_range`.
 
     `file` is an M3-AGIQA conversation file, whose MOS are in the table `labels`, or a csv with the columns name and
-    answer, whose MOS are in a column of its own or in `labels`. Raises DataError that lists every unusable item.
+    answer, whose MOS are in one of its columns or in `labels`. Raises DataError that lists every unusable item.
     """
     talks = file.suffix.lower() in CONVERSATION_SUFFIXES
     return (_read_conversations if talks else _read_answers)(file, labels, label, mos_range)
@@ -66,7 +69,7 @@ def _read_conversations(file: Path, labels: Path | None, label: str, mos_range: 
 
 
 def _read_answers(file: Path, labels: Path | None, label: str, mos_range: MosRange) -> list[RatedItem]:
-    """The answers of a csv file, with the MOS and prompts of its own columns or of the table."""
+    """The answers of a csv file, with MOS and prompts from its own columns or from the table `labels`."""
 
     header, rows = read_table(file)
     for column in ("name", "answer"):
@@ -95,11 +98,11 @@ def _read_answers(file: Path, labels: Path | None, label: str, mos_range: MosRan
 
 
 Truth = Callable[[Mapping[str, str]], tuple[float, str | None]]
-"""From the cells of an answer to the MOS and the prompt of its item."""
+"""A function from the cells of an answer to the MOS and the prompt of its item."""
 
 
 def _own_truth(file: Path, header: list[str], label: str, mos_range: MosRange) -> Truth:
-    """The truth that stands beside the answers."""
+    """Look up the MOS in the answer's own row."""
 
     columns = [column for column in header if ASPECT_COLUMNS.get(column) == label]
     if len(columns) != 1:
@@ -114,7 +117,7 @@ def _own_truth(file: Path, header: list[str], label: str, mos_range: MosRange) -
 
 
 def _table_truth(table: Path, label: str, mos_range: MosRange) -> Truth:
-    """The truth in a label table, by item name."""
+    """Look up the MOS in a label table, by item name."""
 
     rows = _labelled_rows(table, mos_range)
     by_name = {row.name: row for row in reversed(rows)}

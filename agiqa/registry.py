@@ -1,4 +1,4 @@
-"""A registry: a dict from names to parts, a decorator to join it, and one error for an unknown name."""
+"""A registry: a dict from names to parts, a decorator that adds to it, and one error for an unknown name."""
 
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
@@ -10,7 +10,7 @@ Member = TypeVar("Member")
 
 
 class Registry(Generic[Part]):
-    """Parts of one kind by name. A name can be taken once only."""
+    """Parts of one kind by name. Each name is unique."""
 
     def __init__(self, kind: str) -> None:
         """`kind` is the noun of error messages, such as `encoder`."""
@@ -18,7 +18,7 @@ class Registry(Generic[Part]):
         self._parts: dict[str, Part] = {}
 
     def add(self, name: str, part: Part) -> None:
-        """Register `part` under `name`. Raises ConfigError when the name is taken."""
+        """Register `part` under `name`. Raises ConfigError if the name is taken."""
         if name in self._parts:
             message = f"The {self.kind} {name!r} is registered already; choose another name."
             raise ConfigError(message)

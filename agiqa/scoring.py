@@ -28,7 +28,7 @@ from agiqa.store import open_store
 
 @dataclass(frozen=True, kw_only=True)
 class ImageScore:
-    """What the model and the head say of one image. What was not asked for is None."""
+    """The outputs of the model and the head for one image; None for outputs that were not requested."""
 
     image: str
     prompt: str
@@ -36,11 +36,11 @@ class ImageScore:
     cut: bool | None
     """Whether the description reached the limit of tokens."""
     rating_word: str | None
-    """The model's answer to the rating question, to the letter."""
+    """The model's answer to the rating question, verbatim."""
     rating: str | None
-    """The word of the scale in that answer, if there is a clear one."""
+    """The rating word in that answer; None if it is not clear."""
     mos: Any
-    """A number, or for a head with several labels numbers by label."""
+    """A number; for a head with several labels, a dict of numbers by label."""
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -48,13 +48,14 @@ class ImageScore:
 
 
 Outcome = ImageScore | str
-"""The scores of an item, or the line that says why it has none."""
+"""The scores of an item, or one line with the reason why it has none."""
 
 
 def recorded_wording(run: Run, aspect: str | None, variant: str | None) -> tuple[str, str]:
-    """The aspect and variant of the conversations behind the head; those given, or the usual ones, if it has no record.
+    """The aspect and variant of the conversations that the head was trained on.
 
-    Raises UnknownName for an unknown aspect, and HeadError where what is given differs from the record.
+    If the run has no record of them, the given ones, or else `quality` and `id`. Raises UnknownName for an unknown
+    aspect, and HeadError if a given one differs from the record.
     """
     if aspect is not None:
         template_of(aspect)
@@ -70,8 +71,8 @@ def recorded_wording(run: Run, aspect: str | None, variant: str | None) -> tuple
     used = aspect or recorded.get("aspect", "quality"), variant or recorded.get("variant", "id")
     if used[1] not in VARIANTS:
         message = (
-            f"The head {run.path} reads descriptions of several aspects ({used[1]}), and score makes those of one. Use "
-            "`agiqa describe` for each aspect, then `agiqa extract` and `agiqa predict`."
+            f"The head {run.path} reads descriptions of several aspects ({used[1]}), and score writes those of one. "
+            "Use `agiqa describe` for each aspect, then `agiqa extract` and `agiqa predict`."
         )
         raise HeadError(message)
     return used
@@ -80,9 +81,9 @@ def recorded_wording(run: Run, aspect: str | None, variant: str | None) -> tuple
 def open_model_of(
     run: Run, model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None
 ) -> Backbone:
-    """Open `model` if it is the model behind the head. An open `dtype` or `max_slices` takes the recorded value.
+    """Open `model` if it is the model of the head. `dtype` auto and `max_slices` None stand for the recorded values.
 
-    Raises HeadError where the models differ (see `check_model`), and what `open_backbone` raises.
+    Raises HeadError if the models differ (see `check_model`), and what `open_backbone` raises.
     """
     recorded = run.origin.get("model", {})
     if not recorded:
@@ -104,9 +105,9 @@ def open_model_of(
 
 
 def target_of(run: Run, basis: str | Path | None) -> Target:
-    """What the head reads of the hidden states; `basis` is a sketch store for a head on a sketch.
+    """The encoding that the head reads; `basis` is a sketch store for a head on a sketch.
 
-    Raises HeadError or ConfigError where the basis does not fit the head.
+    Raises HeadError or ConfigError if the basis does not fit the head.
     """
     if run.spec.basis_id is None:
         if basis is not None:
@@ -131,9 +132,9 @@ class ImageScorer:
     run: Run
     head: Head
     variant: str
-    """What the head reads of a conversation."""
+    """The variant of the conversation that the head reads."""
     describes: bool
-    """Whether descriptions and rating words are made where the head does not read them."""
+    """Whether to generate descriptions and rating words even if the head does not read them."""
 
     @classmethod
     def make(
@@ -152,8 +153,8 @@ class ImageScorer:
     ) -> "ImageScorer":
         """A scorer of the head `run` over `backbone`, whose weights it loads.
 
-        `wording` is from `recorded_wording`, `target` from `target_of`. `describe` of None describes unless the head
-        reads the one question of `no_id`. Raises HeadError where the head cannot read the model's features.
+        `wording` is from `recorded_wording`, `target` from `target_of`. If `describe` is None, it describes for all
+        variants but `no_id`. Raises HeadError if the head cannot read the model's features.
         """
         aspect, variant = wording
         describes = variant != "no_id" if describe is None else describe
@@ -180,7 +181,7 @@ class ImageScorer:
             yield from zip(batch, self._outcomes(batch), strict=True)
 
     def _outcomes(self, items: Sequence[Item]) -> list[Outcome]:
-        """The outcomes of a batch. Where an item ends the batch, each item is tried alone."""
+        """The outcomes of a batch. If the batch fails because of an item, each item is tried alone."""
         try:
             return self._batch(items)
         except (DataError, ModelError, WorkerError) as error:
@@ -189,7 +190,7 @@ class ImageScorer:
         return [outcome for item in items for outcome in self._outcomes([item])]
 
     def _batch(self, items: Sequence[Item]) -> list[Outcome]:
-        """Raises DataError, ModelError or WorkerError where the model cannot read an item."""
+        """Raises DataError, ModelError or WorkerError if the model cannot read an item."""
         described: Sequence[Described | str | None] = [None] * len(items)
         if self.describes or self.variant != "no_id":
             described = self.describer.describe(items)
@@ -202,7 +203,7 @@ class ImageScorer:
         return [one if isinstance(one, str) else next(scored) for one in described]
 
     def _read(self, item: Item, described: Described | None) -> Item:
-        """The item as the head reads it."""
+        """The item with the conversation that the head reads."""
         return self.describer.undescribed(item) if described is None else self.describer.item(described, self.variant)
 
     def _score(self, item: Item, described: Described | None, mos: list[float]) -> ImageScore:

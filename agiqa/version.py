@@ -1,4 +1,4 @@
-"""The version of this agiqa: what the installed distribution says of itself."""
+"""The version of agiqa, from the metadata of the installed distribution."""
 
 from importlib.metadata import PackageNotFoundError, version
 

@@ -1,6 +1,6 @@
-"""Questions asked of the other rooms: demo, ablations, transfers, reports. LOG.md beside this file is the lab log.
+"""Experiments and benchmarks with the other rooms: demo, ablations, transfers, reports. LOG.md is the lab log.
 
-Public names are loaded when they are asked for: each question needs other libraries, and none needs all of them.
+Public names are imported on first use, since each part needs other libraries.
 """
 
 from typing import TYPE_CHECKING

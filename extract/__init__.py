@@ -1,4 +1,4 @@
-"""Phase 1: data sets, conversations, backbones, and the job that fills a store with what they make of each other."""
+"""Phase 1: data sets, conversations, backbones, and the job that computes features and fills a store with them."""
 
 from typing import TYPE_CHECKING
 

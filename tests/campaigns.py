@@ -1,4 +1,4 @@
-"""Campaigns of harm, too long for a test: what is broken on purpose, how often, and what came of it. Figures are in bench/LOG.md.
+"""Campaigns of harm, too long for a test: what is broken on purpose, how often, and with which result. Figures are in bench/LOG.md.
 
 python -m tests.campaigns flips            every byte of what an unfinished store does not hash elsewhere, then `seal`
 python -m tests.campaigns races --times 60 a reader opens a store, `repair` drops one of its units, the reader reads

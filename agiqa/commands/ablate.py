@@ -13,7 +13,7 @@ from agiqa.commands.output import fail_if_any, print_result
 SHIPPED = sorted(
     file.name.removesuffix(".yaml") for file in (resources.files("agiqa.bench.ablation") / "shipped").iterdir()
 )
-"""The grids that agiqa brings, by name."""
+"""The built-in grids, by name."""
 
 
 class Grid(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
@@ -49,7 +49,7 @@ class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[
     "--grid",
     required=True,
     type=Grid(),
-    help=f"Grid that agiqa brings ({', '.join(SHIPPED)}), or a file with the keys below.",
+    help=f"Built-in grid ({', '.join(SHIPPED)}), or a YAML file with the keys above.",
 )
 @click.option(
     "--store",
@@ -88,8 +88,9 @@ def command(
     """Train every head of a grid on STORE. Run it again to train what is missing or failed.
 
     It writes OUT/results.jsonl (a line per run), OUT/rows.jsonl (a line per row of the table) and OUT/runs. The table
-    has means over seeds, intervals over prompts and seeds, the paired difference to the head that validation prefers,
-    and baselines without a head. Test results choose nothing. `agiqa report OUT` makes a page with pictures.
+    has means over seeds, intervals over prompts and seeds, the paired difference to the head with the best
+    validation SRCC, and baselines without a head. Test results are never used for selection. `agiqa report OUT` makes a
+    page with pictures.
 
     \b
     A grid file has the keys

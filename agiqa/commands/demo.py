@@ -1,4 +1,4 @@
-"""`agiqa demo`: the whole way in miniature, on a CPU, with nothing but what it makes itself."""
+"""`agiqa demo`: all steps in miniature on a CPU, with images and a model that it makes itself."""
 
 from pathlib import Path
 

@@ -65,8 +65,9 @@ def command(
 ) -> None:
     """Let the model describe every image of DATA and rate it in one word. Run it again to resume.
 
-    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels. It needs no
-    MOS. `agiqa extract DATA STORE --conversations OUT.jsonl` and `agiqa words OUT.jsonl --labels data.csv` read OUT.
+    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels. MOS are
+    not needed. `agiqa extract DATA STORE --conversations OUT.jsonl` and `agiqa words OUT.jsonl --labels data.csv` read
+    OUT.
     """
     from agiqa.errors import ConfigError
     from agiqa.extract import DescriptionSettings, load_data_set, run_descriptions

@@ -28,8 +28,9 @@ def command(run: Path, store: str | Path, part: str, device: str, batch_size: in
 
     On its training store, --on names the parts of its training. On another store of the same model (or basis) it names
     that store's own parts. PLCC and RMSE are also reported after the 4-parameter logistic mapping that the run fitted
-    to its validation part (a line where that has fewer than 100 items). MOS on another scale are converted to the
-    head's, which RMSE is on. A head with several labels is scored on each of them; STORE must have them all.
+    to its validation part (a line if that has fewer than 100 items). MOS on another scale are converted to the
+    scale of the head, which is also that of RMSE. A head with several labels is scored on each of them; STORE must have
+    them all.
     """
     from agiqa.heads import evaluate, load_run
     from agiqa.heads.settings.labels import of_each_label

@@ -38,7 +38,7 @@ SECTIONS = {
     "--conversations",
     multiple=True,
     metavar="[ASPECT:][SPLIT=]FILE",
-    help="M3-AGIQA conversation file; repeatable. ASPECT and SPLIT (train, val, test) beat those in the file's name.",
+    help="M3-AGIQA conversation file; repeatable. ASPECT and SPLIT (train, val, test) override the file's name.",
 )
 @click.option(
     "--labels", type=click.Path(path_type=Path, exists=True), help="Table (csv) with the MOS of a conversation file."
@@ -68,7 +68,7 @@ SECTIONS = {
     "--keep-logits", is_flag=True, help="Keep the raw logits beside the hidden states (V/D times their bytes)."
 )
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), help="Longest conversation.  [default: the model's own limit]"
+    "--max-tokens", type=click.IntRange(min=1), help="Most tokens per conversation.  [default: the model's own limit]"
 )
 @click.option("--truncate", is_flag=True, help="Cut longer conversations, and count them, instead of refusing them.")
 @click.option(
@@ -83,7 +83,7 @@ SECTIONS = {
     type=Automatic(lowest=1),
     default="auto",
     show_default=True,
-    help="Most items per forward pass; auto finds it by the free memory.",
+    help="Most items per forward pass; auto chooses it by the free memory.",
 )
 @prepare_workers_option
 @click.option("--devices", type=click.IntRange(min=1), help="GPUs of this host to use (processes, on a CPU).")
@@ -167,7 +167,7 @@ def command(
 
 
 def _rate(filled: Mapping[str, Any]) -> dict[str, str]:
-    """Images per second of this run, and what the device waited for. Empty where nothing was filled."""
+    """Images per second of this run, and how long the device waited, for what. Empty if nothing was filled."""
     if not filled["items"]:
         return {}
     waits = {"items": filled["waited_for_items"], "the disk": filled["waited_for_writers"]}

@@ -19,7 +19,7 @@ def output_options(command: Command) -> Command:
 
 
 def shared_options(command: Command) -> Command:
-    """Add `--options`, a YAML file of option values, to what `output_options` adds."""
+    """Add the options of `output_options`, and `--options`, a YAML file of option values."""
     file = click.option(
         "--options",
         "options_file",
@@ -127,21 +127,21 @@ class OneOf(click.Choice):  # type: ignore[type-arg]  # pyright: ignore[reportMi
     """One of some names. Help and shell completion list them; an unknown name is answered with the nearest one."""
 
     def __init__(self, kind: str, names: Sequence[str], *, look_up: Callable[[str], object] | None = None) -> None:
-        """`kind` is what is named, such as `aspect`.
+        """`kind` is the noun of error messages, such as `aspect`.
 
-        With `look_up` other names are valid too, such as those of a user's own parts; it raises UnknownName or
-        ConfigError for unknown ones, and may import what the help must not.
+        `look_up` accepts further names, such as those of a user's own parts, and raises UnknownName or ConfigError for
+        unknown ones. It may import modules that are too slow for the help.
         """
         super().__init__(list(names))
         self._kind = kind
         self._look_up = look_up
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:  # noqa: ARG002 - click names them
-        """The names, and dots where others are valid too."""
+        """The names, and dots if other names are valid too."""
         return f"[{'|'.join([*self.choices, *(['...'] if self._look_up else [])])}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name as it was given. Unknown names are wrong usage."""
+        """The name, unchanged. Unknown names are wrong usage."""
         name = str(value)
         if name in self.choices:
             return name
@@ -158,13 +158,13 @@ class LocalStore(click.Path):
     """A store that the command works on: an existing folder, as a Path."""
 
     def __init__(self) -> None:
-        """As `click.Path`, of what exists."""
+        """Accept existing paths only."""
         super().__init__(exists=True, path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The Path; a URL is refused with what to do instead."""
+        """The Path. The error for a URL says what to do instead."""
         if "://" in str(value):
-            self.fail(f"{value} is a URL. `agiqa store pull` it first, and give the folder that it is pulled to.")
+            self.fail(f"{value} is a URL. `agiqa store pull` it first, then give the folder of the copy.")
         return super().convert(value, param, ctx)
 
 
@@ -174,7 +174,7 @@ class StoreLocation(click.ParamType):  # type: ignore[type-arg]  # pyright: igno
     name = "PATH|URL"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | Path:
-        """The Path or URL; a path where nothing is is refused."""
+        """The Path or URL. A path that does not exist is wrong usage."""
         if "://" in str(value):
             return str(value)
         path: Path = click.Path(path_type=Path, exists=True).convert(value, param, ctx)

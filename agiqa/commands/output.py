@@ -32,7 +32,7 @@ def failures(failed: Mapping[str, str]) -> str:
 
 
 def fail_if_any(failed: Mapping[str, str], *, total: int, what: str) -> None:
-    """Raise HeadError where any of the `total` runs or results failed, so that the command exits with 1."""
+    """Raise HeadError if any of the `total` runs or results failed, so that the command exits with 1."""
     if failed:
         message = f"{len(failed)} of {total} {what} failed; run the same command again to retry:\n{failures(failed)}"
         raise HeadError(message)
@@ -44,15 +44,15 @@ def calibration_lines(labels: Sequence[str], recorded: Any) -> list[str]:
 
     return [
         f"calibrated: {label} = {one['slope']:.4g} x prediction {one['intercept']:+.4g}, fitted on {one['n']} "
-        f"validation items{' before the refit' if one['applied_to_refit'] else ''}, whose own errors are therefore "
-        "too small"
+        f"validation items{' before the refit' if one['applied_to_refit'] else ''}; errors on these items are "
+        "therefore too small"
         for label, one in zip(labels, of_each_label(labels, recorded), strict=True)
         if one["slope"] is not None
     ]
 
 
 def label_titles(labels: Sequence[str]) -> list[list[str]]:
-    """The title lines above the scores of each label: none where there is one label."""
+    """The title lines above the scores of each label: none for a single label."""
     return [[] if len(labels) == 1 else [f"{label}:"] for label in labels]
 
 

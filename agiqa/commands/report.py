@@ -22,7 +22,7 @@ from agiqa.commands.output import print_result
 @click.option(
     "--data",
     metavar="NAME",
-    help="Data set of stores whose names do not begin with it, to compare with the paper: agiqa-3k, aigciqa2023 or "
+    help="Data set for the comparison with the paper, if the stores' names do not show it: agiqa-3k, aigciqa2023 or "
     "aigciqa-20k.",
 )
 @click.option("--title", help="Title of the page.  [default: the names of the folders]")

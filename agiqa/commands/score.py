@@ -43,7 +43,7 @@ SECTIONS = {
 @click.option(
     "--describe/--mos-only",
     default=None,
-    help="Make descriptions and rating words also where the head does not read them.  [default: for the variants id "
+    help="Generate descriptions and rating words even if the head does not read them.  [default: for the variants id "
     "and full]",
 )
 @generation_options

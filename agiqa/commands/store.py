@@ -19,8 +19,8 @@ SECTIONS = {
         "verify": "Find damaged units and the items that they cost.",
     },
     "Mend and finish": {
-        "repair": "Drop what is damaged, so that the next run computes only that again.",
-        "gc": "Remove what killed runs left.",
+        "repair": "Remove damaged parts, so that the next run recomputes only these.",
+        "gc": "Remove files that killed runs left.",
         "seal": "Finish a store by hand, once all its units are filled.",
         "labels": "Set MOS, splits and generators from a table.",
     },
@@ -137,11 +137,11 @@ def seal_store(store: Path, *, as_json: bool) -> None:
 )
 @shared_options
 def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, as_json: bool) -> None:
-    """Set MOS, splits and generators in STORE from TABLE.csv, by item name. Features stay as they are.
+    """Set MOS, splits and generators in STORE from TABLE.csv, by item name. Features stay unchanged.
 
     The table has the column `name` and any of mos_quality, mos_correspondence (or mos_align), mos_authenticity, split
-    and generator. An empty cell keeps the stored value. A `prompt` column must agree with the store. Where the table
-    replaces some MOS of an aspect, they are converted to the scale of those that stay.
+    and generator. An empty cell keeps the stored value. A `prompt` column must agree with the store. If the table
+    replaces only some MOS of an aspect, they are converted to the scale of the others.
     """
     from agiqa.progress import say
     from agiqa.store import open_store
@@ -169,9 +169,9 @@ def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, a
 @_STORE
 @shared_options
 def repair(store: Path, *, as_json: bool) -> None:
-    """Read all of STORE and drop what is damaged, so that the next `extract` or `sketch` computes only that again.
+    """Read all of STORE and remove damaged parts, so that the next `extract` or `sketch` recomputes only these.
 
-    Of the plan, only token ids and roles can be dropped. If other parts of it are damaged, nothing is changed and the
+    Of the plan, it can remove only token ids and roles. If other parts of it are damaged, nothing is changed and the
     exit code is 1.
     """
     from agiqa.store import open_store
@@ -197,7 +197,7 @@ def repair(store: Path, *, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Only list what would be removed.")
 @shared_options
 def gc(store: Path, *, dry_run: bool, as_json: bool) -> None:
-    """Remove from STORE what killed runs left. Files that no record lists go; files in use stay."""
+    """Remove files that killed runs left in STORE: those that no record lists and no run uses."""
     from agiqa.store import open_store
     from agiqa.store.care.garbage import collect_garbage
 

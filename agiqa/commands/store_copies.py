@@ -56,8 +56,8 @@ def sketch(
 ) -> None:
     """Write a rank-R sketch of STORE to OUT, and print the energy that it keeps and its logit error.
 
-    The basis is calibrated on the training split, or on all items of a store without splits. A head reads any store
-    sketched in its basis: give --basis the first sketch to make the second.
+    The basis is calibrated on the training split, or on all items of a store without splits. A head reads all stores
+    that are sketched in its basis. To sketch a second store in the same basis, give --basis the first sketch.
     """
     from agiqa.errors import ConfigError
     from agiqa.progress import track
@@ -68,7 +68,7 @@ def sketch(
         message = "Give either --rank R, to make a basis, or --basis STORE, to use another sketch's."
         raise ConfigError(message)
     if basis is not None and method is not None:
-        message = "--method chooses how to make a basis, and --basis STORE brings one. Leave out one of them."
+        message = "--method chooses how to make a basis, and --basis STORE already has one. Leave out one of them."
         raise ConfigError(message)
     source = open_store(store)
     check_writable(out)
@@ -101,14 +101,14 @@ def sketch(
     type=OneOf("compression", ["auto", "zstd", "gzip", "none"]),
     default="auto",
     show_default=True,
-    help="zstd needs `pip install 'agiqa[hdf5]'`; gzip is slow, and every HDF5 reads it; auto is zstd if installed.",
+    help="zstd needs `pip install 'agiqa[hdf5]'`; gzip is slow, but all HDF5 tools read it; auto is zstd if installed.",
 )
 @shared_options
 def export_store(store: Path, out: Path, compression: str, *, as_json: bool) -> None:
     """Write the finished STORE to OUT, one HDF5 file with the same array names and attributes.
 
-    The item table is in `items/`. An item's rows have the same positions as in the store. OUT appears when it is whole;
-    an interrupted export starts again.
+    The item table is in `items/`. An item's rows have the same positions as in the store. OUT appears only when it is
+    complete; an interrupted export starts again.
     """
     from agiqa.progress import say, track
     from agiqa.store import open_store
@@ -129,7 +129,7 @@ def export_store(store: Path, out: Path, compression: str, *, as_json: bool) -> 
 def import_store(source: Path, out: Path, *, as_json: bool) -> None:
     """Make STORE from the HDF5 file IN that `agiqa store export` wrote, with the same id and the same bits.
 
-    Run a killed import again to go on.
+    Run the same command again to resume a killed import.
     """
     from agiqa.progress import track
     from agiqa.store.hdf5.files import open_hdf5
@@ -157,8 +157,8 @@ _JOBS = click.option(
 def push_store(store: Path, url: str, jobs: int, *, as_json: bool) -> None:
     """Copy the finished STORE to the folder URL: s3://, gs://, hf://datasets/OWNER/NAME or file://.
 
-    Run it again after an interruption: it sends only what is missing. MANIFEST.json goes last, so nobody finds half a
-    store. A folder that holds another store is refused.
+    Run it again after an interruption: it sends only what is missing. It sends MANIFEST.json last, so a
+    folder with a manifest holds a complete store. A folder that holds another store is refused.
     """
     from agiqa.progress import track
     from agiqa.store import open_store

@@ -77,7 +77,7 @@ def _option_help(name: str, field: FieldInfo) -> str:
 
 
 def _option_type(name: str, field: FieldInfo) -> Any:
-    """The type that click parses; pydantic checks ranges, so that files and options are held to the same."""
+    """The type that click parses; pydantic checks ranges, so that files and options obey the same rules."""
     if field.annotation is bool:
         return None
     if get_origin(field.annotation) is Literal:
@@ -89,7 +89,7 @@ def _option_type(name: str, field: FieldInfo) -> Any:
 
 
 def _looked_up(setting: str) -> Callable[[str], None]:
-    """A check of names that agiqa does not bring itself; it raises where no registered part has the name."""
+    """A check for names that are not built in; it raises if no part is registered under the name."""
 
     def look_up(name: str) -> None:
         from agiqa.heads.model.head import check_parts
@@ -138,8 +138,8 @@ def command(
 ) -> None:
     """Train a head on STORE and write RUN: weights, config, metrics, predictions and curves.
 
-    The epoch is chosen on the data set's own `val` part, or else on training items held out with prompts of their
-    own. The test part is read once, at the end.
+    The epoch is chosen on the data set's own `val` part, or else on held-out prompts of the training part.
+    The test part is read once, at the end.
 
     Run the same command again after a kill: training resumes from the last saved epoch, and ends with the same
     numbers. The saved state is in .RUN.state beside RUN until RUN is written.

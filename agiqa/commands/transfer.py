@@ -1,4 +1,4 @@
-"""`agiqa transfer`: what a head of one data set is worth on another."""
+"""`agiqa transfer`: how good a head of one data set is on another."""
 
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,13 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repo
     help="Protocol: the stores' own splits, or whole prompts.  [default: published]",
 )
 @click.option("--names", help="Names of SOURCE and TARGET, as in 3k,2023.  [default: from their provenance]")
-@click.option("--seeds", type=click.IntRange(min=1), default=5, show_default=True, help="Heads of each kind, by seed.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Seeds; each trains one head of every kind.",
+)
 @click.option(
     "--shots",
     type=Counts(),
@@ -70,9 +76,10 @@ def command(
 ) -> None:
     """Carry heads from SOURCE to TARGET and back. Run it again to train what is missing or failed.
 
-    A head of one data set is applied to the other as it is. It is compared with a head trained there (w/ TP), and it is
-    trained further on few items there, beside fresh heads on the same items. Each data set is tested on its own test
-    part, which chooses nothing. Both stores need the same W_lm and, if they are sketches, the same basis.
+    A head of one data set is applied, unchanged, to the other, and compared with a head trained there (w/ TP). It is
+    also trained further on few items there, and compared with heads that start from random weights. Each data set has
+    its own test part, which is never used for selection. Both stores need the same W_lm and, if they are sketches, the
+    same basis.
 
     It writes OUT/results.jsonl (a line per head) and OUT/rows.jsonl (a line per row of the tables).
     """

@@ -27,9 +27,10 @@ from agiqa.commands.output import print_result
 def command(file: Path, labels: Path | None, label: str, mos_range: tuple[float, float], *, as_json: bool) -> None:
     """Accuracy, rough accuracy, precision and F1 of the rating words in FILE, with intervals over prompts.
 
-    FILE is an M3-AGIQA conversation file, such as `agiqa describe` writes, with its MOS in --labels data.csv. Or it is
-    a csv with the columns name and answer, and either prompt and mos_LABEL or --labels. An answer without a clear word
-    of bad, poor, fair, good and excellent counts as wrong. Rough accuracy also accepts a neighbouring word.
+    FILE is an M3-AGIQA conversation file, such as `agiqa describe` writes; give its MOS by --labels data.csv. Or it is
+    a csv with the columns name and answer; add the columns prompt and mos_LABEL, or give --labels. An answer counts as
+    wrong if it does not clearly contain one of the words bad, poor, fair, good and excellent. Rough
+    accuracy also accepts a neighbouring word.
     """
     from agiqa.heads.evaluation.rating_words import score_words
     from agiqa.progress import say

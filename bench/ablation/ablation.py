@@ -55,7 +55,7 @@ from agiqa.store import Store
 
 BASELINES = "baselines.jsonl"
 _DRAWING_SETTINGS = tuple(name for name in PARTITION_SETTINGS if name not in ("fold", "held_out", "validation"))
-"""Settings that give a run baselines of its own; not `validation`, since baselines are fitted on those items too."""
+"""Runs that differ in these settings need separate baselines. Baselines are fitted on validation items too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +83,9 @@ def run_ablation(
 ) -> Ablation:
     """Train the missing runs of `plan`, read from the file `grid`, in the folder `out`; `workers` as in `train_heads`.
 
-    `stores` are those that the runs name; `words` are conversation files with rating words, for that baseline. The
-    baseline `features` reads `baseline_store` where it is given, such as the hidden states that the stores are
-    sketches of. Runs that failed, or whose folders were removed, are trained again. Results of runs outside `plan` stay
+    `stores` maps the names in `plan` to stores. `words` are conversation files for the baseline `rating word`. The
+    baseline `features` reads `baseline_store` if it is given, such as the hidden states from which the stores were
+    sketched. Runs that failed, or whose folders were removed, are trained again. Results of runs outside `plan` stay
     in the file and are ignored. `tell` gets a line per run that ends, and then each kind of warning of the heads.
 
     Raises BusyStore where another process is at work in `out`, DataError for results of another store or of the same
@@ -214,9 +214,9 @@ def _baselines(
 def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun], *, started: bool) -> None:
     """Raise the errors that can be found before anything is trained.
 
-    Always the first label or generator that a run names and its store lacks. Unless the ablation has `started` before,
-    also the error of the first run where all runs have one, or where all runs of one protocol on one store have one,
-    such as too many folds.
+    Raises UnknownName if a run names a label or generator that its store lacks. If the ablation has not `started`
+    before, also raises if no run can be trained, or no run of one protocol on one store, such as for too many folds:
+    the error of the first such run.
     """
     partitions = {name: Partitions(store) for name, store in stores.items()}
     errors: list[AgiqaError] = []
@@ -241,7 +241,7 @@ def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun], *,
 
 
 def _refuse_undrawable(plan: Sequence[PlannedRun], partitions: Mapping[str, Partitions]) -> None:
-    """Raise the first error of a protocol where a store can be drawn into none of its splits."""
+    """Raise the first error of a protocol if none of its splits can be drawn from a store."""
     groups: dict[tuple[str, str], list[PlannedRun]] = {}
     for run in plan:
         if run.asked:
@@ -288,7 +288,7 @@ class _Clock:
         self._tell = tell
         self._started = time.monotonic()
         if done:
-            tell(f"{done} of {total} runs are there already")
+            tell(f"{done} of {total} runs exist already")
 
     def end(self, line: Line) -> None:
         """Print the line of a run that has ended."""

@@ -321,7 +321,7 @@ def with_defaults(chosen: Mapping[str, Any], preset: str | None, projection: str
 
 
 def unread_settings(head: HeadConfig, train: TrainConfig) -> dict[str, str]:
-    """The settings without effect in these configs, each with what does not read it, such as `the encoder 'none'`."""
+    """The settings without effect in these configs, each with the part that ignores it (`the encoder 'none'`)."""
     read = encoder_settings(head.encoder)
     unread = {} if read is None else {n: f"the encoder {head.encoder!r}" for n in _ENCODER_SETTINGS if n not in read}
     split = f"the split {train.split!r}"
@@ -351,8 +351,8 @@ def _alike(first: PlannedRun, second: PlannedRun, unread: Mapping[str, str]) -> 
     name = next((name for name, value in second.config.items() if first.config.get(name) != value), None)
     if name is not None:
         return (
-            f"The runs {first.name!r} and {second.name!r} differ in `{name}`, which {unread[name]} does not read: they "
-            f"would be the same twice. Keep one of them; `runs` is for what goes with some encoders only."
+            f"The runs {first.name!r} and {second.name!r} differ in `{name}`, which {unread[name]} does not read: "
+            f"their results would be equal. Keep one of them; list settings that only some encoders read under `runs`."
         )
     if first.name == second.name:
         return f"The run {first.name!r} is there twice: keep it once."

@@ -1,10 +1,10 @@
-"""Protocols: the splits that one head is trained and tested on, whose test parts together answer one question.
+"""Protocols: the splits that a head is trained and tested on. The test parts of all splits are scored together.
 
 published                    the split of the data set; its test prompts may also occur in training
 grouped                      k folds of whole prompts: every item is tested once, by a head that never saw its prompt
 leave-one-generator-out      every item is tested once, by a head that never saw an image of its generator
 
-In a grid file they are a list, with options where there are any:
+A grid file lists them, each with its options if it has any:
 
 protocols: [published, {grouped: {folds: 5, split_seed: 0, seed_per_fold: false}}, leave-one-generator-out]
 """
@@ -22,7 +22,7 @@ PROTOCOLS = (PUBLISHED, GROUPED, GENERATORS)
 SPLIT_SETTINGS = ("split", "folds", "fold", "held_out", "test_share")
 """Training settings that a protocol decides."""
 PART_SETTINGS = ("fold", "held_out")
-"""Those of them that only choose the part that is tested: runs that differ in these share a row."""
+"""The ones that only choose the test part: runs that differ in nothing else share a row."""
 _GROUPED_OPTIONS: Mapping[str, Any] = {"folds": 5, "split_seed": None, "seed_per_fold": False}
 _NAMES = {"published": PUBLISHED, "grouped": "one group held out", "folds": GROUPED, "generator": GENERATORS}
 
@@ -34,17 +34,17 @@ class Split:
     settings: Mapping[str, Any]
     """Training settings; they override those of the grid."""
     shown: Mapping[str, Any]
-    """Those that differ between the splits of a protocol, for the name of a run."""
+    """The settings that differ between the splits of a protocol; they are part of the name of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Splits whose test parts together answer one question."""
+    """Splits whose test parts are scored together."""
 
     name: str
     splits: tuple[Split, ...]
     seed_per_fold: bool = False
-    """Whether each seed trains its share of the splits instead of all; all seeds together are then one answer."""
+    """Whether each seed trains only its share of the splits; the test parts of all seeds are then scored together."""
 
     def of_seed(self, number: int, seeds: int) -> tuple[Split, ...]:
         """The splits that seed `number` of `seeds` trains."""
@@ -57,7 +57,7 @@ def protocol_of(config: TrainConfig) -> str:
 
 
 def read_protocols(section: object, generators: Callable[[], Sequence[str]]) -> list[Protocol]:
-    """The protocols of a grid file's `section`; `generators` gives those of the data.
+    """The protocols of a grid file's `section`; `generators` returns the generators in the data.
 
     Raises UnknownName for unknown protocols and options, and ConfigError for a section of another form, a protocol that
     is named twice, and data with fewer than two generators.
@@ -129,13 +129,13 @@ def _at_least_two(generators: Sequence[str]) -> Sequence[str]:
 
 
 def generators_of(*sources: FeatureSource) -> list[str]:
-    """The generators of the images, sorted. Raises ConfigError where they differ between the stores."""
+    """The generators of the images, sorted. Raises ConfigError if they differ between the stores."""
     first, *others = ({name for name in source.items.generators if name is not None} for source in sources)
     for source, found in zip(sources[1:], others, strict=True):
         if found != first:
             message = (
                 f"{location_of(source)} has images of other generators than {location_of(sources[0])}: "
-                f"{listed(sorted(found ^ first))} in one of them only. Leave one of them out in each store by itself, "
+                f"{listed(sorted(found ^ first))} in one of them only. Leave generators out separately for each store, "
                 "or join the same column with `agiqa store labels`."
             )
             raise ConfigError(message)

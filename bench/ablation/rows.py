@@ -46,7 +46,7 @@ class _Group:
     runs: list[PlannedRun] = field(default_factory=list[PlannedRun])
     done: list[Line] = field(default_factory=list[Line])
     answers: dict[str, Predictions] = field(default_factory=dict[str, Predictions])
-    """The predictions of each seed all of whose splits have a result, by the name of its first run."""
+    """By the name of its first run, the predictions of each seed for which all splits have a result."""
     scores: SeedScores | None = None
     items: tuple[tuple[str, str, float], ...] = ()
     """Name, prompt and MOS of each test item."""
@@ -65,8 +65,8 @@ def table_rows(
     """The lines of `rows.jsonl`: a row per head, store, protocol and label of `plan`, in its order, then `baselines`.
 
     `lines` are the result lines by name; `out` holds the runs and the baselines' predictions. `test` covers the seeds
-    all of whose splits have a result, None without one. `against` compares a row with the reference of its label and
-    protocol: the head of the best mean validation SRCC among those tested on the same items. It is None for the
+    for which all splits have a result; None without such a seed. `against` compares a row with the reference of its
+    label and protocol: the head of the best mean validation SRCC among those on the same test items. It is None for the
     reference itself, and without a reference. Its p-values are adjusted for the number of rows that are compared with
     one reference, baselines included. `beside_grouped` of a row of the published split is its advantage over the folds
     of whole prompts on its own test items. Raises DataError for predictions that are gone or damaged.
@@ -93,7 +93,7 @@ def table_rows(
 
 
 def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Group]:
-    """The rows of the plan, in its order, each label by itself."""
+    """The rows of the plan, in its order, one per label."""
     found: dict[tuple[str, str, str, str], _Group] = {}
     for run in plan:
         same = {name: value for name, value in run.config.items() if name not in ("seed", *PART_SETTINGS)}

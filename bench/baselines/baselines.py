@@ -1,8 +1,8 @@
-"""Baselines beside every table of heads: the same parts of the same store, predicted without a head.
+"""Baselines for every table of heads: predictions for the same parts of the same store, without a head.
 
 Each gives a line like the row of a head, and a csv of its predictions. A baseline without its input (no generators, no
-rating words) gives a line with `left_out`, the reason. `settings["baseline"]` is a key of BASELINES; `row` says
-what was fitted on what.
+rating words) gives a line with `left_out`, the reason. `settings["baseline"]` is a key of BASELINES; `row` names
+the predictor and its inputs.
 """
 
 import time
@@ -42,7 +42,7 @@ class _Task:
     label: str
     parts: Sequence[Partition]
     mos: Array
-    """MOS by item of the store; NaN where no part has the item."""
+    """MOS by item of the store; NaN for an item in no part."""
 
     @property
     def tested(self) -> NDArray[np.int64]:
@@ -63,19 +63,19 @@ def run_baselines(
 ) -> list[Line]:
     """A line for every baseline and every label of `configs`; their predictions are written below `out`.
 
-    `configs` are those of the heads of one protocol. Each label is predicted once for each of their different splits,
-    from train and validation items, and all test parts are scored together. The csv of a baseline,
-    `baselines/[STORE_NAME/]PROTOCOL/NAME.csv` (of several labels `NAME_LABEL.csv`), has the columns name, prompt, item,
-    mos and predicted. `means` reads mean features of `source` or of another store of the same items, and keeps them for
-    the next call. `shown` are settings that all `configs` share and other calls for this protocol do not; they become
-    part of the names: `text, training_items=10`.
+    `configs` are the training settings of the heads of one protocol. Each label is predicted once per distinct split,
+    from its training and validation items, and all test parts are scored together. The csv of a baseline,
+    `baselines/[STORE_NAME/]PROTOCOL/NAME.csv` (for several labels `NAME_LABEL.csv`), has the columns name, prompt,
+    item, mos and predicted. `means` reads mean features of `source` or of another store of the same items, and keeps
+    them for the next call. `shown` are the settings by which this call differs from others for the same protocol; they
+    become part of the names: `text, training_items=10`.
 
     A line has `left_out` with a reason, or `test` as in `evaluate_scores`. Its correlations are null, with a reason in
-    `undefined`, where the predictions are constant within every part. Its RMSE is null where they are on another scale.
-    `reads` is the part of an item that is read, `fits` the regression chosen for each test part, and `notes` are
-    caveats. The line of `features` has `features_store`, the id of the store that was read. `against` is
-    null: an ablation's rows compare baselines with heads. Raises ConfigError for splits whose test parts overlap, and
-    DataError where `means` lacks an item of `source`.
+    `undefined`, if the predictions are constant within every part. Its RMSE is null if they are on another scale.
+    `reads` is the part of an item that the baseline reads, `fits` the regression chosen for each test part, and `notes`
+    are caveats. The line of `features` has `features_store`, the id of the store that it read. `against` is null: the
+    rows of an ablation compare baselines with heads. Raises ConfigError for splits whose test parts overlap, and
+    DataError if `means` lacks an item of `source`.
     """
     rating_words, features, partitions = words or RatingWords(()), means or MeanFeatures(source), Partitions(source)
     labels = list(dict.fromkeys(label for config in configs for label in config.labels))
@@ -113,7 +113,7 @@ def _mos(source: FeatureSource, label: str, parts: Sequence[Partition]) -> Array
 
 
 def _refuse_overlap(task: _Task) -> None:
-    """Raise ConfigError for an item that two parts test."""
+    """Raise ConfigError for an item in two test parts."""
     if len(np.unique(task.tested)) < len(task.tested):
         message = (
             "Test parts overlap: the splits of one protocol must test every item once, so give them one split_seed."
@@ -167,7 +167,7 @@ def _line(
 
 
 def _fit_facts(name: str, guesses: Sequence[Guess], means: MeanFeatures, shared: Mapping[str, Any]) -> Line:
-    """What was read and fitted; the row of `features` is named by it."""
+    """What the baseline read and fitted. The row of `features` is named after both."""
     fits, notes = [dict(guess.fit) for guess in guesses if guess.fit], _notes(guesses)
     if teachers := sum(guess.teachers for guess in guesses):
         tested = sum(len(guess.predicted) for guess in guesses)
@@ -182,7 +182,7 @@ def _fit_facts(name: str, guesses: Sequence[Guess], means: MeanFeatures, shared:
 
 
 def _notes(guesses: Sequence[Guess]) -> list[str]:
-    """The notes on all test parts; a note that not all of them have names its part."""
+    """The notes on all test parts. A note on only some of the parts names its part."""
     counts = Counter(note for guess in guesses for note in guess.notes)
     return list(
         dict.fromkeys(
@@ -196,7 +196,7 @@ def _notes(guesses: Sequence[Guess]) -> list[str]:
 def _without_correlations(test: Mapping[str, Any]) -> dict[str, Any]:
     """`test` of predictions that are constant within each part, so that correlations reflect the split alone."""
     none = dict.fromkeys(CORRELATIONS)
-    reason = "all predictions of each test part are equal: nothing of its items that this baseline looks at is known"
+    reason = "all predictions of each test part are equal: this baseline cannot distinguish its items"
     return {**test, **none, "ci": {**test["ci"], **none}, "undefined": test.get("undefined", reason)}
 
 
@@ -206,7 +206,7 @@ def _identity(name: str, shared: Mapping[str, Any]) -> Line:
 
 
 def _named(title: str, shared: Mapping[str, Any]) -> str:
-    """The title with the settings that tell its row from others."""
+    """The title with the settings that distinguish its row from others."""
     return ", ".join(part for part in (title, _spell(shared["settings"])) if part)
 
 

@@ -1,4 +1,4 @@
-"""What baselines read of the items of a store: columns, the model's rating words, and mean feature rows."""
+"""What baselines read from the items of a store: columns, the model's rating words, and mean feature rows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 Positions = NDArray[np.int64]
 
 ALL, ANSWER = "all", "answer"
-"""The tokens that a feature row is the mean of: all, or those of the answer."""
+"""The tokens that are averaged into a feature row: all tokens, or those of the answer."""
 
 
 class RatingWords:
@@ -31,7 +31,7 @@ class RatingWords:
         """Read M3-AGIQA conversation files, as written by `agiqa describe`.
 
         A file whose name holds one aspect (`quality_test_res.json`) is about that aspect, any other about all aspects.
-        Raises DataError for a file that cannot be read, or a conversation in it that cannot be used.
+        Raises DataError for an unreadable file, or an unusable conversation in it.
         """
         self._files = [
             (_aspect_of(path), images_without_answer(path), read_conversations(path, None)) for path in files
@@ -45,8 +45,8 @@ class RatingWords:
     def of(self, prompts: Mapping[str, str], label: str) -> dict[str, int | None]:
         """The class of each item's word on the aspect `label`, by name; None for an answer without a clear word.
 
-        `prompts` are those of the items, by name. Raises DataError where an item has no word of the model's own (the
-        teacher knew the MOS), or one about another prompt.
+        `prompts` maps the names of the items to their prompts. Raises DataError if the model itself wrote no word for
+        an item (the teacher knew the MOS), or if the word is about another prompt.
         """
         if not self._files:
             message = "no files with rating words were given"
@@ -56,7 +56,7 @@ class RatingWords:
         if lacking:
             message = (
                 f"{len(lacking)} of the {len(prompts)} items of a test part, {lacking[0]!r} first, have no rating word "
-                f"of the model's own on {label}; the teacher's words were written with the MOS in view"
+                f"by the model itself on {label}; the teacher knew the MOS when it wrote its words"
             )
             raise DataError(message)
         asked = {name: Match(prompts[name], "the store", talk) for name, talk in found.items()}
@@ -67,7 +67,7 @@ class RatingWords:
         return {name: _class_of(talk) for name, talk in found.items()}
 
     def _own(self, names: Mapping[str, object], label: str) -> dict[str, Conversation]:
-        """The conversations that end with a word of the model's own, by item."""
+        """By item, the conversations that the model itself answered, empty answers included."""
         found: dict[str, Conversation] = {}
         for aspect, silent, talks in self._files:
             for talk in talks if aspect in (None, label) else ():
@@ -75,7 +75,7 @@ class RatingWords:
                 if name is None or not (talk.rating_author == MODEL or talk.image in silent):
                     continue
                 if name in found:
-                    message = f"{talk.where}: the item {name!r} has a rating word of the model's own already"
+                    message = f"{talk.where}: the item {name!r} already has a rating word by the model itself"
                     raise DataError(message)
                 found[name] = talk
         return found
@@ -87,20 +87,20 @@ def _class_of(talk: Conversation) -> int | None:
 
 
 def _aspect_of(path: Path) -> str | None:
-    """The one aspect that the name of the file holds; None where it holds none, or several."""
+    """The aspect that the file's name holds; None if it holds none, or several."""
     named = aspects_in_name(path)
     return named.pop() if len(named) == 1 else None
 
 
 class MeanFeatures:
-    """The mean feature row of each item, over all its tokens and over those of the answer; each item is read once."""
+    """The mean feature rows of items, over all tokens and over the answer's tokens. Each item is read once."""
 
     def __init__(self, source: FeatureSource) -> None:
         """Nothing is read yet. An item takes up to 16 bytes per channel."""
         self.source = source
         self._all: dict[int, Array] = {}
         self._answer: dict[int, Array] = {}
-        """Without the items that have no token of an answer."""
+        """Only the items that have tokens of an answer."""
         self._has_others: set[int] = set()
         """The items with tokens that are not of an answer."""
 
@@ -111,18 +111,18 @@ class MeanFeatures:
         return names.get(self.source.encoding, f"{self.source.encoding} of rank {self.source.width}")
 
     def refuse_logits(self) -> None:
-        """Raise DataError where the rows are raw logits."""
+        """Raise DataError if the rows are raw logits."""
         if self.source.encoding == "logits":
             message = (
-                f"a regression on the {self.source.width} raw logits of {location_of(self.source)} is not tried; "
-                "`agiqa store sketch` makes fewer of them"
+                f"agiqa fits no regression on the {self.source.width} raw logits of {location_of(self.source)}; "
+                "make a sketch with `agiqa store sketch`"
             )
             raise DataError(message)
 
     def of(self, items: Positions) -> dict[str, Array]:
-        """Mean rows (items, width) float64, under ALL and, where every item has an answer, under ANSWER.
+        """Mean rows (items, width) float64, under ALL and, if every item has an answer, under ANSWER.
 
-        ANSWER is left out where the answer is all that the items have. Raises DataError for raw logits, and for items
+        ANSWER is omitted if no item has other tokens. Raises DataError for raw logits, and for items
         without tokens or with NaN.
         """
         self.refuse_logits()
@@ -136,7 +136,7 @@ class MeanFeatures:
     def places_of(self, other: FeatureSource) -> Positions:
         """The position in this store of each item of `other`, found by name and prompt.
 
-        Raises DataError for an item that is missing or there more than once.
+        Raises DataError for an item that this store lacks or holds more than once.
         """
         if other is self.source:
             return np.arange(len(other.items.names))
@@ -171,7 +171,7 @@ class MeanFeatures:
 
 
 def _means(item: ItemRows) -> tuple[Array, Array | None, bool]:
-    """The mean of all rows, that of the answer's if there are some, and whether there are others."""
+    """The mean of all rows, the mean of the answer's rows (None without any), and whether there are other rows."""
     rows, chosen = item.rows.double(), item.roles == TOKEN_ROLES[ANSWER]
     count = int(chosen.sum())
     answer = rows[chosen].mean(0).numpy() if count else None
@@ -186,7 +186,7 @@ class Evidence:
     ) -> None:
         """`mos` has shape (items of the store,); predictors read it for training items only.
 
-        `means` reads `source`, or another store of the same items. Raises DataError where that store lacks an item.
+        `means` reads `source`, or another store of the same items. Raises DataError if that store lacks an item.
         """
         self.label, self.mos = label, mos
         self._source, self._words, self._means = source, words, means
@@ -201,18 +201,18 @@ class Evidence:
         return prompt_groups(self.prompts(items))
 
     def generators(self, items: Positions) -> list[str]:
-        """The generators. Raises DataError where an item has none."""
+        """The generators. Raises DataError if an item has none."""
         return self._column("generators", items, "generator", "join them with `agiqa store labels`")
 
     def texts(self, items: Positions) -> list[str]:
-        """Prompts and descriptions as one text. Raises DataError where an item has no description."""
+        """Prompts and descriptions as one text. Raises DataError if an item has no description."""
         texts = self._column("descriptions", items, "description", "extract a store with --conversations")
         return [f"{self._source.items.prompts[item]}\n{text}" for item, text in zip(items, texts, strict=True)]
 
     def words(self, items: Positions) -> list[int | None]:
-        """The classes of the rating words, None where an answer has no clear one.
+        """The classes of the rating words; None for an answer without a clear word.
 
-        Raises DataError where an item has no answer of the model's own.
+        Raises DataError if the model itself answered nothing about an item.
         """
         names, prompts = self._source.items.names, self._source.items.prompts
         asked = {names[item]: prompts[item] for item in items}
@@ -226,12 +226,12 @@ class Evidence:
 
     @property
     def scale(self) -> MosRange | None:
-        """The scale of the MOS; None where it is not known."""
+        """The scale of the MOS; None if it is unknown."""
         scales: Mapping[str, MosRange] = getattr(self._source.items, "mos_ranges", {})
         return scales.get(self.label)
 
     def teachers(self, items: Positions) -> int:
-        """How many of the items have a text by a teacher that knew their MOS."""
+        """The number of items whose text is by a teacher that knew their MOS."""
         authors: Sequence[str | None] = getattr(self._source.items, "text_authors", [])
         return sum(authors[item] == TEACHER for item in items) if authors else 0
 

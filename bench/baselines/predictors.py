@@ -1,7 +1,7 @@
 """Predictors without a head: means, the rating word, and closed-form regressions on one vector per item.
 
-Tables compare heads with them: `generator` and `prompt` know nothing of the image, `generator + prompt` measures what a
-split that shares prompts gives away, `text` does without the language model's features, and `features` without the
+Tables compare heads with them: `generator` and `prompt` know nothing of the image, `generator + prompt` measures how
+much a split that shares prompts reveals, `text` does without the language model's features, and `features` without the
 order of the tokens. A cross-validation on the training items chooses the settings of each regression; its folds share
 no group, such as a prompt, and the mean squared error decides.
 """
@@ -54,7 +54,7 @@ class Regression:
     inner_rmse: float
     """Root mean squared error of the cross-validation, on the scale of the MOS."""
     at_edge: tuple[str, ...]
-    """Which of `strength` and `width` is the first or last value tried, so that one beyond may do better."""
+    """Which of `strength` and `width` is at an end of the values tried, so that a value beyond may be better."""
 
     def record(self) -> dict[str, Any]:
         """The facts for a result line, ready for JSON."""
@@ -179,7 +179,7 @@ class Guess:
     notes: tuple[str, ...] = ()
     """Caveats for a reader of its scores."""
     teachers: int = 0
-    """How many test items have a text, which is read, by a teacher that knew their MOS."""
+    """The number of test items whose text, which the predictor reads, is by a teacher that knew their MOS."""
     on_scale: bool = True
     """Whether the predictions are on the scale of the MOS, so that they have an RMSE."""
 
@@ -198,7 +198,7 @@ def by_prompt(evidence: Evidence, train: Positions, test: Positions) -> Guess:
 def by_generator_and_prompt(evidence: Evidence, train: Positions, test: Positions) -> Guess:
     """Ridge on both as one-hot vectors; an unknown generator or prompt is all zeros.
 
-    Its strength is chosen on unknown prompts unless the test part has known ones: what these are worth is the question.
+    If training and test part share prompts, cross-validation also splits the images of one prompt; else it does not.
     """
     encoder = OneHotEncoder(handle_unknown="ignore")
     known, unknown = encoder.fit_transform(_pairs(evidence, train)), encoder.transform(_pairs(evidence, test))
@@ -262,7 +262,7 @@ class Baseline:
     """A way to predict without a head."""
 
     predict: Callable[[Evidence, Positions, Positions], Guess]
-    """The MOS of test items from training items. Raises DataError for what it lacks."""
+    """The MOS of test items from training items. Raises DataError if an input is missing."""
     title: str
     """Name of its row."""
     reads: str
@@ -298,10 +298,10 @@ def _ridge(evidence: Evidence, train: Positions, groups: Positions, known: Any, 
 
 
 def _edge_notes(best: Regression) -> list[str]:
-    """A note for each setting that is the first or the last of those that were tried."""
+    """A note for each setting at an end of the values tried."""
     values = {"strength": best.strength, "width": best.width}
     return [
-        f"the {name} {values[name]:g} of the {best.kind} is the first or last that was tried: one beyond may do better"
+        f"the {name} {values[name]:g} of the {best.kind} is at an end of the values tried: a value beyond may be better"
         for name in best.at_edge
     ]
 
@@ -311,7 +311,7 @@ def _pairs(evidence: Evidence, items: Positions) -> list[tuple[str, str]]:
 
 
 def group_means(known: Sequence[str], mos: Array, asked: Sequence[str]) -> Array:
-    """The mean of `mos` over those of `known` with the same name; the mean of all for a name that is not there."""
+    """The mean of `mos` over those of `known` with the same name; the mean of all for an unknown name."""
     names, numbers = np.unique(np.array(known), return_inverse=True)
     means = np.bincount(numbers, weights=mos) / np.bincount(numbers)
     table = dict(zip(names.tolist(), means.tolist(), strict=True))

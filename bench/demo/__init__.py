@@ -1,1 +1,1 @@
-"""`agiqa demo`: painted pictures, a tiny model, and the whole way from them to a report."""
+"""`agiqa demo`: drawn images, a tiny model, and all steps from these to a report."""

@@ -59,9 +59,9 @@ _PROMPTS_PER_TEST_PROMPT = 5
 def draw_data_set(out: Path, *, count: int = 400, seed: int = 0) -> None:
     """Write `out/data.csv` (columns `COLUMNS`) and `out/images/`: `count` images of 192 x 192 pixels.
 
-    Each generator draws every prompt once (an odd count leaves the last prompt to one of them). Every fifth prompt is
-    held out with all its images, so no prompt of the test split occurs in the training split. The same seed gives the
-    same bytes. Raises ConfigError for a count under 10, or over what the prompts allow.
+    Each generator draws every prompt once (with an odd count, one of them draws the last prompt alone). Every fifth
+    prompt is held out with all its images, so no test prompt occurs in the training split. The same seed gives the same
+    bytes. Raises ConfigError for a count under 10, or over what the prompts allow.
     """
     most = len(SCENES) * len(GENERATORS)
     if not _FEWEST <= count <= most:
@@ -82,7 +82,7 @@ def draw_data_set(out: Path, *, count: int = 400, seed: int = 0) -> None:
         split = "test" if number % _PROMPTS_PER_TEST_PROMPT == held_out else "train"
         opinions = [panel.mean_opinion(merit(aspect, severities), rng) for aspect in ASPECTS]
         rows.append((name, scenes[number].prompt(), generator, split, *(f"{opinion:.4f}" for opinion in opinions)))
-    # The table comes last: `run_demo` takes it as the sign that all images are there.
+    # The table is written last: it tells `run_demo` that all images exist.
     with (out / "data.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
@@ -95,13 +95,13 @@ def draw_severities(generator: Generator, rng: np.random.Generator) -> dict[str,
 
 
 def merit(aspect: str, severities: Mapping[str, float]) -> float:
-    """What an image deserves for one of `ASPECTS`, 0.3 to 4.7: every fault takes its share of what is left."""
+    """The true quality for one of `ASPECTS`, 0.3 to 4.7: each fault removes a share of what the others leave."""
     left = np.prod([1 - weight * severities.get(fault, 0.0) for fault, weight in _WEIGHTS[aspect].items()])
     return float(0.3 + 4.4 * left)
 
 
 class Panel:
-    """Sixty raters, each with a lasting bias and a scatter of their own."""
+    """Sixty raters, each with a constant bias and an individual scatter."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         """Draw the raters: biases of standard deviation 0.3, scatters from 0.35 to 0.75, on the scale 0..5."""

@@ -3,9 +3,9 @@
 Nothing in it was ever trained, so it understands neither language nor quality. A head can still learn from it, because
 the first vision layer is laid out to respond to sharpness, noise and block edges. A plain random patch embedding
 responds almost only to brightness and large shapes. Here each random filter is local, has zero mean and sees one scale,
-and its gain makes up for how little energy images have at that scale. The units behind the filters rectify with limits
-(relu6) at several gains, in pairs of opposite sign (the concatenated ReLU of Shang et al., 2016), so together they form
-a soft histogram of the response strength of each kind of filter.
+and its gain compensates for the low energy that images have at that scale. The units behind the filters apply relu6 at
+several gains, in pairs of opposite sign (the concatenated ReLU of Shang et al., 2016). Together they form a soft
+histogram of the response strength of each kind of filter.
 """
 
 import math
@@ -40,9 +40,9 @@ FILTER_KINDS = tuple((cell, coloured) for cell in (1, 2, 4) for coloured in (Fal
 """Scale in pixels, and whether filters see colour differences only or brightness only; filter k has kind k modulo 6."""
 _GAINS = (2.0, 4.4, 9.6, 20.9, 45.7, 100.0)
 _VOTES = 16.0
-"""Standard deviation over channels of how far the votes of all kinds together can move a channel."""
+"""Standard deviation, over channels, of the largest shift that the votes of all kinds together give a channel."""
 _OWN_VIEW = 0.4
-"""Standard deviation of what a unit adds besides the vote of its kind."""
+"""Standard deviation of a unit's own contribution, beside the vote of its kind."""
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -87,7 +87,7 @@ def build_demo_model(out: Path, *, seed: int = 0) -> None:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the project's questions and the demo's prompts; the same at every call."""
+    """A byte-level BPE trained on the project's questions and the demo's prompts; every call gives the same."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -153,7 +153,10 @@ def _config(vocabulary: dict[str, int]) -> LlavaConfig:
 
 
 def _draw(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
-    """The value of a parameter outside the voting layer: norms do nothing, matrices keep the scale of their input."""
+    """The value of a parameter outside the voting layer.
+
+    Norms have weight 1 and bias 0; matrices keep the scale of their input.
+    """
     if name.endswith("patch_embedding.weight"):
         return draw_filters(len(parameter), generator)
     if "norm" in name or name.endswith("bias"):
@@ -189,8 +192,8 @@ def _unit_weights() -> Tensor:
 def _vote_weights(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Weights (WIDTH, units) and bias (WIDTH,) from the units back to the stream.
 
-    Units of one kind of filter and one gain share a random direction, which averages out the accidents of single
-    filters. The bias moves a usual image, whose units reach 0.4 of their limit, to about zero.
+    Units of one kind of filter and one gain share a random direction, so that the randomness of single filters
+    averages out. With the bias, a typical image, whose units reach 0.4 of their limit, gives about zero.
     """
     kinds = len(FILTER_KINDS)
     groups = kinds * len(_GAINS)

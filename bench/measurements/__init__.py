@@ -1,1 +1,1 @@
-"""Questions about agiqa itself: how fast and how large, and whether its intervals cover."""
+"""Measurements of agiqa itself: speed, size, and the coverage of its intervals."""

@@ -1,7 +1,7 @@
 """Time and memory of a basis at the size of an 8B model: `python -m agiqa.bench.measurements.basis --out FILE.jsonl`.
 
-Writes a store of random hidden states and a random W_lm (values matter to neither time nor memory). Then a process of
-its own computes a basis from it and applies it; the process fails where it allocates more than the limit.
+Writes a store of random hidden states and a random W_lm (values change neither time nor memory). Then a separate
+process computes a basis from the store and applies it. It fails if it allocates more memory than the limit.
 """
 
 import json
@@ -76,7 +76,7 @@ def main(*, out: Path | None, **options: Any) -> None:
 
 
 def measured_lines(options: dict[str, Any]) -> Iterator[Line]:
-    """A line per method, each measured by a process of its own."""
+    """A line per method, each measured in a separate process."""
     config = {name: options[name] for name in ("vocabulary", "width", "items", "rank", "limit_gb")}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "hidden.agiqa"

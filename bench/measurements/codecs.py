@@ -1,4 +1,4 @@
-"""Why objects are coded as they are: `python -m agiqa.bench.measurements.codecs STORE [--out FILE.jsonl]`.
+"""Measurements behind the choice of codecs: `python -m agiqa.bench.measurements.codecs STORE [--out FILE.jsonl]`.
 
 Compresses chunks of a store's features with other Blosc settings, and reads the same bytes through Zarr and through
 `agiqa.store`.

@@ -1,8 +1,8 @@
 """Speed of filling a store: `python -m agiqa.bench.measurements.extract --help`.
 
 Times `agiqa extract` on made-up images and conversations of the real size, from files to a sealed store on disk. In the
-same run it times the bare forward pass (vision tower and language model) of the same batches, which are prepared and on
-the device before the clock starts. The model has random weights, which are made on the device.
+same run it times the bare forward pass (vision tower and language model) on the same batches; they are prepared and
+copied to the device before the clock starts. The model has random weights, drawn on the device.
 """
 
 import os
@@ -46,7 +46,7 @@ ENCODINGS = ("hidden", "sketch", "logits")
 RATIO, IMAGES_PER_SECOND, MEMORY_GB = 0.9, 38.0, 12.0
 """Goals: share of the bare rate, images per second, and GPU memory beside the weights."""
 _DIFFERENT = 64
-"""Different images; the others are copies of them."""
+"""Number of distinct images; the others are copies."""
 _NOISE = 64 << 20
 """Bytes of noise, repeated to make a file."""
 _BATCHES_AT_ONCE = 8
@@ -72,7 +72,7 @@ def write_images(folder: Path, count: int, pixels: int) -> list[Path]:
 
 
 def made_up_data(folder: Path, backbone: Backbone, *, items: int, tokens: int, pixels: int) -> DataSet:
-    """Images with conversations of `tokens` tokens on average, 0.9 to 1.1 times that."""
+    """Images with conversations of 0.9 to 1.1 times `tokens` tokens."""
     paths = write_images(folder, items, pixels)
     random = np.random.default_rng(1)
     short, long = (len(backbone.prepare(_conversation(random, words), paths[0]).token_ids) for words in (0, 200))
@@ -100,7 +100,7 @@ def made_up_options(*, items: int, each: str = "") -> Callable[[Command], Comman
     options = (
         click.option("--model-shape", type=click.Choice(list(SHAPES)), default=next(iter(SHAPES)), show_default=True),
         click.option("--items", default=items, show_default=True, help=f"Images{each}."),
-        click.option("--tokens", default=477, show_default=True, help="Average tokens of each."),
+        click.option("--tokens", default=477, show_default=True, help="Average tokens per conversation."),
         click.option("--pixels", default=512, show_default=True, help="Side of the images in pixels."),
         click.option("--device", default="auto", show_default=True),
         click.option("--folder", type=click.Path(path_type=Path), help=where),
@@ -138,7 +138,7 @@ def _conversation(random: np.random.Generator, words: int) -> tuple[Message, ...
 def measured_line(
     encoding: str, data: DataSet, backbone: Backbone, opener: Opener, folder: Path, options: Mapping[str, Any]
 ) -> Line:
-    """The line of one extraction and of the bare forward pass of its batches."""
+    """The line of one extraction, with the bare forward pass on the same batches."""
     settings = ExtractionSettings(
         encoding=encoding,
         rank=options["rank"] if encoding == "sketch" else None,
@@ -181,7 +181,7 @@ def measured_line(
 
 
 def disk_rate(folder: Path, size: int) -> float:
-    """MB/s at which one plain file of `size` bytes of noise reaches the disk of `folder`."""
+    """The speed in MB/s of writing `size` bytes of noise to one plain file in `folder`, fsync included."""
     noise, left = os.urandom(_NOISE), size
     with tempfile.TemporaryFile(dir=folder) as file:
         started = time.perf_counter()
@@ -200,9 +200,9 @@ def bare_rate(
     batch_size: int,
     options: Mapping[str, Any],
 ) -> float:
-    """Images per second of the bare forward passes of the store's batches, prepared and on the device.
+    """Images per second of bare forward passes on the store's batches, already prepared and on the device.
 
-    The batches are those of the first units that hold `bare_items` images, a few at a time.
+    Runs the first batches of the store until they hold `bare_items` images, a few at a time.
     """
     store, transfers, seconds, images = result.store, Transfers(backbone.device), 0.0, 0
     lengths = store.n_tokens.tolist()
@@ -238,7 +238,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _start_counting(device: torch.device) -> int:
-    """Reset the peak of the GPU's memory; the bytes held now, which are the weights."""
+    """Reset the GPU's peak memory. Returns the bytes in use now, which are the weights."""
     if device.type != "cuda":
         return 0
     torch.cuda.empty_cache()
@@ -247,7 +247,7 @@ def _start_counting(device: torch.device) -> int:
 
 
 def _peak(device: torch.device) -> int:
-    """The peak of the bytes that torch reserved on a GPU, its cache included; 0 on a CPU."""
+    """The peak of the bytes that torch reserved on a GPU, including its cache; 0 on a CPU."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
 
 
@@ -276,7 +276,7 @@ def _stored_rate(line: Line) -> float:
 
 
 def _goal_rows(lines: Sequence[Line]) -> Iterator[list[str]]:
-    """The goals of lines from a GPU; of raw logits, only memory has a goal."""
+    """The goals, for lines from a GPU. For raw logits there is a goal for memory only."""
     for line in lines:
         name, measured = line["name"], line["measured"]
         if not measured["peak_gb"]:
@@ -291,9 +291,9 @@ def _goal_rows(lines: Sequence[Line]) -> Iterator[list[str]]:
 @click.command()
 @made_up_options(items=512)
 @click.option("--logit-items", default=16, show_default=True, help="Images of the run that stores raw logits.")
-@click.option("--bare-items", default=512, show_default=True, help="Images of the bare forward, at least.")
+@click.option("--bare-items", default=512, show_default=True, help="Images of the bare forward pass, at least.")
 @click.option("--encodings", default=",".join(ENCODINGS), show_default=True, help="Separated by commas.")
-@click.option("--rank", default=512, show_default=True, help="Of the sketch.")
+@click.option("--rank", default=512, show_default=True, help="Rank of the sketch.")
 @click.option("--batch-size", type=int, help="Items per forward pass [default: what the memory allows].")
 @click.option("--workers", type=int, help="Processes that prepare items [default: by the cores].")
 @result_options
@@ -304,7 +304,7 @@ def main(*, out: Path | None, table: Path | None, **options: Any) -> None:
 
 def _summary(line: Line) -> str:
     measured = line["measured"]
-    return f"{line['name']}: {measured['images_per_second']:.1f} images/s, {measured['ratio']:.3f} of the bare"
+    return f"{line['name']}: {measured['images_per_second']:.1f} images/s, {measured['ratio']:.3f} of the bare rate"
 
 
 def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:

@@ -1,8 +1,8 @@
 """Speed of training heads from stored features: `python -m agiqa.bench.measurements.heads --help`.
 
-Times whole epochs of `fit_head` on made-up features of the real shape on the device: the second of two, since the first
-compiles. `--uncached` also times what stored features replace: the vision tower and the language model of an 8B model,
-with random weights, in front of the same head at every step.
+Runs `fit_head` for two epochs on made-up features of the real shape on the device, and times the second epoch, because
+the first one compiles. `--uncached` also times training without stored features: the vision tower and the language
+model of an 8B model, with random weights, run before the same head at every step.
 """
 
 import gc
@@ -69,7 +69,7 @@ _SLICES, _SLICE_PIXELS, _PATCH = 3, 448, 14
 
 @dataclass(frozen=True, kw_only=True)
 class MadeUpSource:
-    """A stand-in for a store of hidden states, whose rows are made on the device instead of read."""
+    """A stand-in for a store of hidden states: its rows are drawn on the device, not read."""
 
     count: int
     tokens: int
@@ -223,7 +223,7 @@ class UncachedModel:
 
 
 def uncached_lines(features: FeatureSet, tokens: int, base: Mapping[str, Any], train: TrainConfig) -> Iterator[Line]:
-    """Milliseconds per image of a step with the whole model in it, at batch 1 and 32, and of the model alone."""
+    """Milliseconds per image, at batch 1 and 32: of a step that runs the whole model, and of the model alone."""
     device = resolve_device(train.device)
     model = UncachedModel(device, features.rows.shape[1])
     merged: dict[str, Any] = {**base, "encoder": "xlstm"}
@@ -301,7 +301,7 @@ def _goal_rows(heads: Sequence[Line], uncached: Sequence[Line]) -> Iterator[list
 @click.command()
 @click.option("--store", type=click.Path(path_type=Path, exists=True), help="Train on this sketch store, on the CPU.")
 @click.option("--items", default=2385, show_default=True, help="Made-up items.")
-@click.option("--tokens", default=477, show_default=True, help="Tokens of each.")
+@click.option("--tokens", default=477, show_default=True, help="Tokens per item.")
 @click.option("--channels", default=4096, show_default=True, help="Hidden size D.")
 @click.option("--vocabulary", default=128_256, show_default=True, help="Vocabulary V.")
 @click.option("--width", default=512, show_default=True, help="Width d of the heads.")
@@ -309,7 +309,7 @@ def _goal_rows(heads: Sequence[Line], uncached: Sequence[Line]) -> Iterator[list
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--precision", default="bf16", show_default=True, help="bf16 or fp32.")
 @click.option("--standardise", is_flag=True, help="Calibrate the projection too, which counts as set-up.")
-@click.option("--compile", is_flag=True, help="Compile the blocks of the encoders that have some, and time only those.")
+@click.option("--compile", is_flag=True, help="Compile encoder blocks, and time only encoders that have such blocks.")
 @click.option("--uncached", is_flag=True, help="Also time steps with an 8B model in them (needs a large GPU).")
 @result_options
 def main(*, out: Path | None, table: Path | None, **options: Any) -> None:

@@ -116,7 +116,7 @@ def covered(world: World, prompts: int, images: int, seeds: int, seed: int) -> l
 
 @cache
 def true_metrics(world: World) -> dict[str, float]:
-    """The mean of `metrics_of_head` over so many seeds that its error is small beside that of three or five."""
+    """The mean of `metrics_of_head` over enough seeds to make its error small against that of three or five seeds."""
     random = np.random.default_rng(0)
     scores = [metrics_of_head(world, world.traits(random)) for _ in range(_ALL_SEEDS)]
     return {name: float(np.mean([one[name] for one in scores])) for name in METRICS}

@@ -56,9 +56,9 @@ def print_tables(
     out: Path | None,
     table: Path | None,
 ) -> None:
-    """Print the `tables` of the lines in the file `table`, or without one of `lines`, measured now (see `recorded`).
+    """Print the `tables` of the lines in the file `table`; without a file, measure `lines` now (see `recorded`).
 
-    With `table` nothing is measured: `lines` is not begun. An AgiqaError becomes an error of the command line.
+    With `table`, nothing is measured. An AgiqaError becomes an error of the command line.
     """
     with closing(lines):
         try:

@@ -1,1 +1,1 @@
-"""Result lines and folders: what a campaign writes down and a report reads."""
+"""Result lines and folders: ablations and transfers write them, reports read them."""

@@ -20,7 +20,7 @@ from agiqa.store.disk.locks import exclusive_lock
 from agiqa.version import agiqa_version
 
 ABOUT = "about.json"
-"""The stores, and what was asked for."""
+"""The stores, and the settings of the command."""
 RESULTS = "results.jsonl"
 """The result lines."""
 ROWS = "rows.jsonl"
@@ -29,14 +29,14 @@ RUNS = "runs"
 """The run folders of the heads."""
 LOCK = "lock"
 KEPT = "the results before are kept"
-"""What a full disk leaves."""
+"""The note on a full disk: what is kept."""
 PARTS = ("validation", "test")
 Line = dict[str, Any]
 
 
 @contextmanager
 def working_in(out: Path, what: str) -> Generator[None]:
-    """Make the folder `out` and hold its lock while inside; `what` is at work, such as `ablation`.
+    """Make the folder `out` and hold its lock inside the block; `what` names the work, such as `ablation`.
 
     Raises BusyStore where another process holds it. An OSError from inside gets a note as by `telling_disk_errors`.
     """
@@ -135,7 +135,7 @@ class LineFile:
             check(line, where)
             self.lines[line["name"]] = line
         self.ignored = len(ignored)
-        """Results in the file that were not asked for."""
+        """The number of results in the file that are not `planned`."""
         if path.exists() and len(whole) < path.stat().st_size:
             os.truncate(path, len(whole))
 
@@ -155,8 +155,8 @@ class LineFile:
         return {name: self.lines[name]["error"] for name in names if "error" in self.lines[name]}
 
     def ignored_note(self) -> list[str]:
-        """A line to print where the file holds results that were not asked for."""
-        what = f"note: {self._path} also has {self.ignored} results that are not asked for now; they are ignored"
+        """A line to print if the file holds results that are not `planned`."""
+        what = f"note: {self._path} also has {self.ignored} results that this command does not plan; they are ignored"
         return [what] if self.ignored else []
 
 
@@ -172,7 +172,7 @@ def training_facts(run: Run, *, commit: str | None) -> Line:
 def outcome_facts(run: Run) -> Line:
     """Training time, parts of the data, and metrics of a head.
 
-    With the setting `paper_compatible` also what choosing the epoch on test would have given.
+    With the setting `paper_compatible` also the metrics of the epoch with the best test score.
     """
     seconds = round(sum(run.metrics["seconds"].values()), 3)
     facts = {"seconds": seconds, **{name: run.metrics[name] for name in ("split", "warnings", *PARTS)}}

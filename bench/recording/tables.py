@@ -19,7 +19,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
-    """One markdown table per stage, each configuration a row named by what sets it apart from the usual."""
+    """One markdown table per stage, with a row per configuration, named by its differences from the usual one."""
     stages: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         stages[result["stage"]].append(result)

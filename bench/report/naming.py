@@ -20,7 +20,7 @@ _SELF_EXPLANATORY = ("encoder", "pooling", "projection", "loss")
 
 
 def protocol_name(protocol: str) -> str:
-    """A protocol in words; an unknown protocol as it is."""
+    """A protocol in words; an unknown protocol unchanged."""
     return PROTOCOLS.get(protocol, protocol)
 
 
@@ -64,7 +64,7 @@ def listed(words: Sequence[str]) -> str:
 
 
 def capitalized(text: str) -> str:
-    """The text with a capital first letter; the rest stays as it is."""
+    """The text with a capital first letter; the rest stays unchanged."""
     return text[:1].upper() + text[1:]
 
 

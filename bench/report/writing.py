@@ -58,7 +58,7 @@ def write_report(
     `telling_disk_errors`.
     """
     if to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / PAGE).is_file())):
-        message = f"{to} is there already and is no report. Give another --to, or remove it."
+        message = f"{to} exists and is no report. Give another --to, or remove it."
         raise DataError(message)
     everything = read_all(folders, data=data)
     content = compose(everything, images=images, notes=notes)

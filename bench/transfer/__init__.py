@@ -1,1 +1,1 @@
-"""`agiqa transfer`: what a head of one data set is worth on another."""
+"""`agiqa transfer`: how good a head of one data set is on another."""

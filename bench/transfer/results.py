@@ -145,7 +145,7 @@ def transfer_text(rows: Sequence[Row]) -> str:
     """Both tables in markdown, each with a label column where there are several."""
     return "\n\n".join(
         [
-            "**Across data sets**: the head of one applied to the other, and trained anew on it (w/ TP); means over "
+            "**Across data sets**: the head of one applied to the other, and retrained on it (w/ TP); means over "
             "seeds with intervals by prompt.",
             across(rows),
             "**Few-shot**: trained on so many items of the other data set, from random weights (fresh) or from the "

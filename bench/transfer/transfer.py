@@ -1,4 +1,4 @@
-"""A transfer: tests heads of one data set on another: applied as they are, retrained, and trained on few items.
+"""A transfer: tests heads of one data set on another: applied unchanged, retrained, and trained on few items.
 
 OUT/about.json, results.jsonl, rows.jsonl  see results.py
 OUT/runs/NAME                              the run folder of every head
@@ -162,7 +162,7 @@ class _Work:
             tell(note)
         done = len(plan.lines) - len(self._missing)
         if done:
-            tell(f"{done} of {len(plan.lines)} results are there already")
+            tell(f"{done} of {len(plan.lines)} results exist already")
         self._refuse_changed_items()
 
     def train(self, workers: int | None) -> int:

@@ -43,7 +43,7 @@ class Item:
     description: str | None = None
     """The first description in the conversation, if any."""
     image_sha256: str | None = None
-    """Hash of the image file when this item was made, in hex, which `read_image` compares; None compares nothing."""
+    """Hash of the image file when this item was made, in hex, which `read_image` compares; None: not compared."""
     text_author: str | None = None
     """Who wrote the descriptions and the rating word in the conversation, one of TEXT_AUTHORS; None if unknown."""
 
@@ -61,9 +61,9 @@ class DataSet:
     skipped: tuple[str, ...]
     """One line, with the reason, per item left out under `on_bad_item="skip"`."""
     notes: tuple[str, ...] = ()
-    """Lines for the user though nothing is wrong, such as the number of rows that no conversation names."""
+    """Notes for the user, such as the number of rows without a conversation."""
     warnings: tuple[str, ...] = ()
-    """What would make scores of heads too high, or training impossible, and how to mend it before the model runs."""
+    """Warnings: what would make scores too high or training impossible, and what to do before the model runs."""
     table: Path | None = None
     """The file of the labels, if there is one."""
     mos_range: MosRange | None = None

@@ -1,4 +1,4 @@
-"""Rows and conversations matched by image name and by prompt; what matches nothing becomes a problem of its entry.
+"""Rows and conversations matched by image name and by prompt; an entry without a match is reported.
 
 Names alone match too much: images of two data sets may have the same names. The prompt in a question is found by the
 wording around it: that of a template, or one that several questions of the file share. If every question of a file is

@@ -240,7 +240,7 @@ class Describer:
         )
 
     def _rate(self, outcomes: list[Described | str], settings: GenerationSettings, *, thinking: bool) -> None:
-        """Add ratings to those of `outcomes` whose description came after thoughts, or after none."""
+        """Add ratings to the `outcomes` whose description came after thoughts (`thinking`), or to those without."""
         chosen = {
             position: one
             for position, one in enumerate(outcomes)

@@ -1,1 +1,1 @@
-"""Stage 3, phase 1: plan a store, run the model over its items, write what it makes of them."""
+"""Stage 3, phase 1: plan a store, run the model over its items, write the features."""

@@ -48,9 +48,9 @@ class Engine(Protocol):
     """A place where the model runs."""
 
     def run(self, task: "Task", *, items: int, advance: Advance) -> Any:
-        """The answer of `task`, called where the model is; `items` is how many it prepares.
+        """Call `task` in the process that has the model, and return its answer; it prepares `items` items.
 
-        Another process gets no `advance`.
+        In another process the task gets no `advance`.
         """
         ...
 
@@ -209,7 +209,7 @@ class OnDevices:
     ) -> FillReport:
         """See `Engine`. The others finish the units of a process that died.
 
-        Raises the first error of any process, and WorkerError if units are left that nobody could take over.
+        Raises the first error of any process, and WorkerError if units are left that no process could take over.
         """
         pending = UnitWriter(store).pending(part=part)
         with _Crew(self.process, self.devices) as crew:
@@ -306,7 +306,7 @@ class _Crew:
         return reports
 
     def _kill_the_silent(self, listening: Iterable[Connection]) -> None:
-        """Counts looks, as the clock would also count the time for which this process itself was stopped."""
+        """Count checks, not seconds: a clock would also count the time for which this process itself was stopped."""
         for connection in listening:
             self._silent[connection] += 1
             name, process = self._members[connection]
@@ -317,7 +317,7 @@ class _Crew:
     def _note_death(self, name: str, code: int | None) -> None:
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
         self.died.append(f"{name} {how}")
-        say(f"{self.died[-1]}; the others go on")
+        say(f"{self.died[-1]}; the others continue")
 
 
 def _send(connection: Connection, arguments: tuple[Any, ...]) -> None:

@@ -231,7 +231,7 @@ def _fill_and_seal(
     pending = UnitWriter(store).pending(part=settings.part)
     done = len(store.committed_units())
     if done:
-        say(f"resume: {done} of {store.geometry.units} units are there already")
+        say(f"resume: {done} of {store.geometry.units} units are finished already")
     items = sum(len(store.items_of(unit)) for unit in pending)
     with phases.timed("fill"), track("extract", items, "items") as advance:
         report = engine.fill(store, tokenised.items, target, part=settings.part, advance=advance)

@@ -1,4 +1,4 @@
-"""Plan: tokenise every item, check lengths, and write all of a store but the features. Needs no weights."""
+"""Plan: tokenise every item, check lengths, and write the whole store except the features. Needs no weights."""
 
 import hashlib
 from collections.abc import Callable, Sequence

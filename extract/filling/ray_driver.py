@@ -219,7 +219,7 @@ class _Fill:
         if self._died and left:
             message = (
                 f"{len(self._died)} Ray actors died ({', '.join(self._died)}) and {len(left)} units are left that "
-                "seemed to be theirs still. What is finished is kept: run the same command again."
+                "still seemed to belong to them. What is finished is kept: run the same command again."
             )
             raise WorkerError(message)
         return merged(reports, busy_units=len(left))

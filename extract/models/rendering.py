@@ -5,7 +5,8 @@ headers, turn ends), and once with the contents. So the characters of the conten
 the tokenizer's offsets say which tokens cover them. A processor then replaces the image's mark by the image's tokens;
 `expand_roles` carries the roles over.
 
-Thinking models write thoughts before an answer. Chat templates are asked to leave them out; the others are cut off.
+Thinking models write thoughts before an answer. The switches of the chat template leave them out; agiqa cuts off those
+that come anyway.
 """
 
 import re

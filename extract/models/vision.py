@@ -91,7 +91,9 @@ class VisionBackbone(HuggingFaceBackbone):
             try:
                 renderer = self._try_mark(mark)
             except (DataError, ModelError) as error:
-                if reason is None or isinstance(error, DataError):  # the template shows this mark: it says more
+                if reason is None or isinstance(
+                    error, DataError
+                ):  # the template shows this mark, so its error is more specific
                     reason = error
                 continue
             self._marks = (mark, filled)

@@ -124,8 +124,7 @@ class BatchLoader:
 
         `order` is (seed, epoch) of a shuffled pass; None goes from the longest item to the shortest.
         A shuffled pass has no batch under `smallest` items where there are as many; see `shuffled_plan`. The first
-        `skip` batches are left out, which resumes a pass that was broken off after so many. Raises ConfigError when
-        there are fewer.
+        `skip` batches are left out, to resume an interrupted pass. Raises ConfigError when there are fewer.
         """
         self._features = features
         positions, labels = (items.positions, items.labels) if isinstance(items, LabelledItems) else (items, None)
@@ -297,8 +296,8 @@ class FeatureBatches(Dataset[Batch]):
     ) -> None:
         """The batches of a shuffled `BatchLoader` over a FeatureSet of `items`; `positions` are positions in `items`.
 
-        `label` is one name, or several as in `quality+correspondence`. `skip` leaves out the first batches, to go on in
-        the middle of an epoch. Raises DataError for missing labels and items without tokens (for NaN and inf when
+        `label` is one name, or several as in `quality+correspondence`. `skip` leaves out the first batches, to resume
+        in the middle of an epoch. Raises DataError for missing labels and items without tokens (for NaN and inf when
         the batch is read), and ConfigError when `skip` is too large.
         """
         self._source = source

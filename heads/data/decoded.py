@@ -114,7 +114,7 @@ def mapped_features(
 
 
 def _write_once(copy: _Copy) -> None:
-    """Write the copy unless it is there. Of several processes that want it, one writes and the others wait."""
+    """Write the copy unless it exists. If several processes need it, one writes and the others wait."""
     folder = copy.folder
     try:
         if folder.exists():

@@ -184,12 +184,12 @@ class _Keeper:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedFeatures:
-    """What several trainings share; each gets the numbers that it gets alone."""
+    """Features that several trainings share; each has the same results as without sharing."""
 
     kept: KeptFeatures | None = None
-    """The items of all trainings, ascending, with all their rows; None where every training reads for itself."""
+    """The items of all trainings, ascending, with all their rows; None if every training reads its own features."""
     memory: int | None = None
-    """Bytes that each training may hold that reads for itself; None leaves that to its settings."""
+    """Memory in bytes of each training that reads its own features; None leaves it to the settings."""
 
 
 def share_features(
@@ -210,7 +210,7 @@ def share_features(
                     say(kept.line())
                     return SharedFeatures(kept=kept)
     except (DataError, StoreError, ConfigError) as error:
-        say(f"{error}\nEvery training reads for itself, so that those without these items are not held up.")
+        say(f"{error}\nEvery training reads its own features, so that trainings without these items can run.")
     say("features: read by every training itself")
     memory = min(allowed_memory(config, one) for one in {_CPU, device}) // processes
     return SharedFeatures(memory=None if processes == 1 else memory)

@@ -1,7 +1,7 @@
-"""The parts of a training: which items train, which choose the epoch, and which are only ever tested on.
+"""The parts of a training: which items train, which choose the epoch, and which are only tested.
 
 `published` takes the split column of the store, `grouped` draws whole prompts, `folds` deals prompts into parts that
-are each tested on once, and `generator` holds out the images of one generator. No choice is made by the test part.
+are each tested once, and `generator` holds out the images of one generator. The test part is never used for selection.
 Where test prompts also occur in training, as in published splits, the overlap is counted.
 """
 

@@ -17,7 +17,7 @@ Parts = Mapping[str, NDArray[np.int64]]
 
 @runtime_checkable
 class Authored(Protocol):
-    """An item table with the author of each item's text, as stores have."""
+    """An item table that has the author of each item's text, such as that of a store."""
 
     @property
     def text_authors(self) -> list[str | None]: ...
@@ -26,7 +26,7 @@ class Authored(Protocol):
 def count_known(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> tuple[int, PromptOverlap]:
     """How many of `items` trained the head of `run` or chose its epoch, and how many share a prompt with such items.
 
-    Items are compared as by `RecordedParts`. Raises HeadError.
+    `RecordedParts` says which items are the same. Raises HeadError.
     """
     parts, trained = run.parts(), ("train", "validation")
     known = KnownPrompts(prompt for part in trained for _, prompt in parts.pairs[part])
@@ -45,7 +45,7 @@ def leak_warnings(run: Run, source: FeatureSource, items: NDArray[np.int64]) -> 
 
 
 def authors_by_part(source: FeatureSource, parts: Parts) -> dict[str, dict[str, int]]:
-    """How many texts of each part each author wrote; empty where the source records no authors."""
+    """How many texts of each part each author wrote; empty if the source records no authors."""
     authors = _authors_of(source)
     return {part: count_authors(authors[item] for item in items) for part, items in parts.items()} if authors else {}
 
@@ -53,13 +53,13 @@ def authors_by_part(source: FeatureSource, parts: Parts) -> dict[str, dict[str, 
 def author_warnings(source: FeatureSource, parts: Parts) -> list[str]:
     """A line for each part but `train` whose items hold the rating words of a teacher that knew the MOS.
 
-    Such a word is the MOS. Conversations count as holding it unless the store records that they end before it.
+    Such a word reveals the MOS. A conversation counts as holding it unless the store records that it ends before it.
     """
     return _teacher_lines(source, parts, rating_words=True)
 
 
 def author_notes(source: FeatureSource, parts: Parts) -> list[str]:
-    """A line for each part but `train` whose items hold texts of such a teacher without its rating words."""
+    """A line for each part but `train` with texts of a teacher that knew the MOS, but without its rating words."""
     return _teacher_lines(source, parts, rating_words=False)
 
 

@@ -37,7 +37,7 @@ from agiqa.heads.settings.labels import Array
 
 BOTH, PROMPTS = "prompts and seeds", "prompts"
 """What an interval covers."""
-ONE_SEED = "one seed tells nothing of how much seeds matter: no p-value"
+ONE_SEED = "one seed does not show how much seeds matter: no p-value"
 
 
 def score(predicted: Array, labels: Array) -> dict[str, float]:

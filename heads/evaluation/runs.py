@@ -268,7 +268,7 @@ def _whole(number: Any) -> int:
 def refuse_taken(path: Path) -> None:
     """Raise HeadError unless `path` is absent or an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        message = f"{path} is there already and not empty. Choose another run folder, or remove it first."
+        message = f"{path} exists and is not empty. Choose another run folder, or remove it first."
         raise HeadError(message)
 
 

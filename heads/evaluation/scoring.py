@@ -154,7 +154,7 @@ def predict_items(
     """Predict (items, labels) with a head in evaluation mode, with the features of 512 items in memory at a time.
 
     `kept` is a FeatureSet with all `items` and the position of each in it, which saves reading and gives the same
-    numbers. Raises DataError, naming the items, where the head pools a role of which they have no token.
+    numbers. Raises DataError, naming the items, if they have no token of the role that the head pools.
     """
     device = next(head.parameters()).device
     predicted = np.empty((len(items), head.label_count))

@@ -205,7 +205,7 @@ def _build_encoder_and_pooling(config: HeadConfig, encoder: _Encoders, pooling: 
 
 
 def _check_class(kind: str, name: str, part: object, base: type[nn.Module]) -> None:
-    """Raise ConfigError unless `part` is a `base`, of which training needs more than `forward`."""
+    """Raise ConfigError unless `part` is a `base`: training needs more of its methods than `forward`."""
     if not isinstance(part, base):
         message = (
             f"The {kind} {name!r} builds an object of the class {type(part).__name__}, which is no {base.__name__}: "

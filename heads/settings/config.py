@@ -2,8 +2,8 @@
 
 The file has two sections, `head:` and `train:`, with the field names of the classes below. No name occurs in both, so
 the options of `agiqa train` are flat; they are made from these fields. The first sentence of a field's docstring is the
-help of its option, its `examples` are the names that agiqa brings. An option beats the file, which beats the head that
-a training starts from, which beats the preset, which beats the default.
+help of its option, its `examples` are the built-in names. Precedence, highest first: option, file,
+the head that a training starts from, preset, default.
 """
 
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ class HeadConfig(_Settings):
 
     projection: str = Field(default="vocabulary", examples=["vocabulary", "hidden", "sketch", "logits"])
     """How features enter the encoder. `vocabulary` is W_proj on the logits, computed from hidden states; `hidden`,
-    `sketch` and `logits` read the features of that encoding as they are."""
+    `sketch` and `logits` read the features of that encoding unchanged."""
     encoder: str = Field(default="xlstm", examples=["xlstm", "lstm", "gru", "mamba2", "transformer", "none"])
     """Sequence encoder."""
     pooling: str = Field(default="mean", examples=["mean", "max", "first", "last", "first-last-mean", "attention"])
@@ -99,7 +99,7 @@ class TrainConfig(_Settings):
     """Number of training and validation items to use; all if absent. `training_seed` draws them, and smaller subsets
     are nested in larger ones."""
     training_seed: int | None = Field(default=None, ge=0)
-    """Seed that draws `training_items` only; that of `split_seed` if absent. The test part does not depend on it."""
+    """Seed that draws `training_items` only; `split_seed` if absent. The test part does not depend on it."""
     split_seed: int = Field(default=0, ge=0)
     """Seed that draws the test, validation and training parts. `seed` draws none of them, so runs with other seeds
     compare."""
@@ -136,7 +136,7 @@ class TrainConfig(_Settings):
     refit: bool = False
     """Train again on training and validation items for the chosen number of epochs."""
     paper_compatible: bool = False
-    """Also report the best epoch by test score, as the paper does, and its optimism. It is never used for selection."""
+    """Also report the best epoch by test score, as the paper does, and its bias. It is never used for selection."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, the order of the batches, and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -200,10 +200,10 @@ def load_settings(
     start: HeadConfig | None = None,
     projection: str | None = None,
 ) -> tuple[HeadConfig, TrainConfig]:
-    """Both configs: `overrides` (flat; None means not given) beat the sections of `file`, which beat those of `preset`.
+    """Both configs: `overrides` (flat; None: not given), then the sections of `file`, the head of `start`, `preset`.
 
-    The head of `start` stands between the file and the preset. `projection` is used where none of them names one, such
-    as `usual_projection` of the store; what else none of them gives is the default. Raises ConfigError for a file that
+    The first that gives a setting decides; without any, the default holds. `projection` is the default projection, such
+    as `usual_projection` of the store. Raises ConfigError for a file that
     is no such YAML, an unknown key or a value out of range, and UnknownName for the preset.
     """
     sections = _read_sections(file) if file is not None else {"head": {}, "train": {}}
@@ -277,7 +277,7 @@ def _faults(error: ValidationError) -> str:
 def default_settings() -> dict[str, Any]:
     """The settings of a HeadConfig and a TrainConfig by default, ready for JSON.
 
-    Those that the record of an older agiqa lacks were these, but for what `complete_settings` of evaluation/runs.py
-    says.
+    An older agiqa used these values for settings that its record lacks, except for those that `complete_settings` of
+    evaluation/runs.py adds.
     """
     return {**HeadConfig().model_dump(mode="json"), **TrainConfig().model_dump(mode="json")}

@@ -35,7 +35,7 @@ from agiqa.workers import ctrl_c_kept_away, end_with_parent
 _ALIKE = ("device", "keep", "memory")
 _WORKERS_PER_GPU = 3
 _GPU_BYTES_PER_WORKER = 16 << 30
-"""What the largest heads of this project take at batch 32, without the features."""
+"""GPU memory of the largest heads of this project at batch 32, without the features."""
 _SECONDS_TO_END = 15.0
 
 
@@ -51,7 +51,7 @@ def train_heads(
     Each run folder has the weights, predictions and metrics that `train_head` alone gives on this device, for any
     number of `workers`; `features` and `seconds` in metrics.json are those of the sweep. Jobs may differ in everything
     but `device`, `keep` and `memory`. Their features are decoded once (see data/keeping.py), and `memory` is for all of
-    them together. A job whose folder holds its head already is not trained again; one that was broken off continues.
+    them together. A job whose folder holds its head already is not trained again; an interrupted one resumes.
 
     `workers` are processes that train one head each at a time; 1 trains in this process. None is, on a CPU, the number
     of cores divided by the largest `threads` of the jobs; on a GPU one for every two cores and every 16 GiB that the
@@ -136,7 +136,7 @@ def _attempts(
     workers: int,
     on_line: Callable[[HeadJob, str], None],
 ) -> Generator[tuple[HeadJob, Attempt]]:
-    """Every job with how it ended: in this process, or in `workers` others."""
+    """Run every job, in this process or in `workers` others; yields each with its attempt."""
     if workers > 1:
         yield from run_jobs(source, jobs, shared, workers=workers, on_line=on_line)
         return
@@ -210,7 +210,7 @@ class _Worker:
             return None
 
     def dismiss(self, *, hurry: bool) -> None:
-        """End it: an idle one leaves by itself; one at work gets SIGTERM, and in a `hurry` one that is starting."""
+        """End it. An idle worker exits by itself; a busy one gets SIGTERM, in a `hurry` also one that is starting."""
         if self.job is not None or (hurry and not self.started):
             self.process.terminate()
         self.pipe.close()
@@ -227,7 +227,7 @@ class _Worker:
         self.process.join()
         code = self.process.exitcode or 0
         if code >= 0:
-            return f"ended with exit code {code}; its last words are on the error stream"
+            return f"ended with exit code {code}; its last output is on the error stream"
         name = signal.Signals(-code).name
         cause = ", as the system does when memory runs out" if name == "SIGKILL" else ""
         return f"was ended by {name} (exit code {code}){cause}"

@@ -1,9 +1,9 @@
-"""An experiment: one head to train, on which items, from which beginning, and what identifies it.
+"""An experiment: one head to train, its items, the head that it starts from, and the key that identifies it.
 
-The beginning is a fresh head or that of another run, as where a head is retrained on few items of another data set.
-Then its weights, its constants of the features and its mean and deviation of the labels are taken as they are: before
-the first step the head predicts what the run predicts. Where the labels of the store are on another scale than those of
-the run, mean and deviation, and so the predictions, are converted.
+It starts from a fresh head or from the head of another run, for example to retrain on few items of another data set. In
+the second case it takes over weights, constants of the features, and mean and deviation of the labels, so before the
+first step it predicts what the run predicts. If the labels of the store are on another scale than those of the run,
+mean and deviation, and so the predictions, are converted.
 """
 
 import hashlib
@@ -34,8 +34,8 @@ from agiqa.version import agiqa_version
 WITHOUT_EFFECT = ("device", "keep", "memory", "save_seconds", "tensorboard")
 """Training settings that change no number on a given device."""
 OF_THE_MACHINE = (*WITHOUT_EFFECT, "threads")
-"""Training settings of the machine: a finished training counts as the same one on any machine. A training under way
-goes on only with the same number of `threads`, which changes the last digits of sums, as a device does."""
+"""Training settings of the machine: a finished training counts as the same one on any machine. An interrupted
+training resumes only with the same number of `threads`, which changes the last digits of sums, as a device does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Experiment:
     preset: str | None = None
     """The name of the settings."""
     start: Run | None = None
-    """The run whose head is the beginning; None begins with a fresh head."""
+    """The run whose head the training starts from; None for a fresh head."""
     drawn: Partition | None = None
     """The `partition`, where it has been drawn before."""
 
@@ -156,7 +156,7 @@ def _flat(key: Mapping[str, Any]) -> dict[str, Any]:
 def check_start(start: Run, experiment: Experiment) -> None:
     """Raise HeadError unless the experiment can begin with the head of `start`.
 
-    Head settings and the meaning of the features must be the same. A head of one label may go on with another label;
+    Head settings and the meaning of the features must be the same. A head of one label may learn another label;
     several labels must be the same in the same order.
     """
     start.check(experiment.source)

@@ -222,7 +222,7 @@ class Learner(pl.LightningModule):
         self._progress.step()
 
     def _move(self, average: AveragedModel) -> None:
-        """Move the average towards the head. Its own `update_parameters` copies all constants too, W_lm among them."""
+        """Move the average towards the head. `average.update_parameters` would also copy all constants, even W_lm."""
         averaged, present = ([value.detach() for value in part.parameters()] for part in (average.module, self.head))
         average.n_averaged += 1
         share = newest_share(self._decay, int(average.n_averaged))

@@ -14,7 +14,7 @@ from agiqa.errors import ConfigError
 from agiqa.heads.training.epochs import Epoch
 
 _STEPS_PER_WRITE = 50
-"""So many losses are fetched from the device at a time, since every fetch waits for it."""
+"""Losses fetched from the device at a time; every fetch waits for the device."""
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class TrainingProgress(Protocol):
 
 
 class LineProgress:
-    """A line per stage and epoch, handed to any function of text."""
+    """Passes a line per stage and epoch to a function of text."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         """`write` gets lines without a newline."""

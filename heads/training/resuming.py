@@ -1,12 +1,12 @@
-"""The state of a training under way, so that one that was killed goes on and ends with the same numbers.
+"""The saved state of a training: a killed training resumes from it and ends with the same numbers.
 
-It lies beside the run folder RUN, and is removed once that is written:
+It lies beside the run folder RUN, and is removed once RUN is complete:
 
 .RUN.state/key.json     `Experiment.key`: settings, beginning, store, items and labels of every part, versions
-.RUN.state/state.ckpt   Lightning's checkpoint after an epoch, replaced as a whole; see `Learner.on_save_checkpoint`
+.RUN.state/state.ckpt   Lightning's checkpoint after an epoch, replaced atomically; see `Learner.on_save_checkpoint`
 .RUN.state/tensorboard  event files, copied into the run folder at the end
-.RUN.state/run          the run folder, until it is whole
-.RUN.state/lock         held by the process at work
+.RUN.state/run          the run folder, until it is complete
+.RUN.state/lock         held by the process that trains
 
 A checkpoint holds the weights up to four times (current, averaged, of the best epoch; AdamW's two moments), which for
 the vocabulary projection of an 8B model is 1.05 GB and more, and takes 1 to 3 s on a plain disk. It is written at the
@@ -43,13 +43,13 @@ KEY, CHECKPOINT, LOCK = "key.json", "state.ckpt", "lock"
 
 
 class TrainingState(Checkpoint):
-    """What is kept of a training, and the Lightning callback that saves it after every epoch's other hooks have run."""
+    """The saved state of a training, and the Lightning callback that saves it after all other hooks of an epoch."""
 
     def __init__(self, folder: Path, *, save_seconds: float) -> None:
         """Use `training_state`. Raises HeadError for a checkpoint that cannot be read."""
         self.folder = folder
         self.path = folder / CHECKPOINT
-        """The checkpoint, there or not."""
+        """The path of the checkpoint, which may not exist yet."""
         self.selection: Outcome | None = None
         """The fit that chose the epoch, once a refit is under way."""
         self.seconds = 0.0
@@ -67,7 +67,7 @@ class TrainingState(Checkpoint):
         return self._learner if self._saved_stage == stage else None
 
     def events(self, stage: str, *, after: int | None) -> EventLog:
-        """The event files of a stage; see `EventLog`. Where it begins anew, those of a lost attempt are removed."""
+        """The event files of a stage; see `EventLog`. A stage that starts again removes those of the lost attempt."""
         folder = self.folder / EVENTS / stage
         if after is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -106,7 +106,7 @@ class TrainingState(Checkpoint):
 
 
 class StateFile(CheckpointIO):
-    """How Lightning writes a checkpoint: streamed, as a whole or not at all, with tensors and plain values only."""
+    """How Lightning writes a checkpoint: streamed, atomically, with tensors and plain values only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Replace `path`; a kill or an OSError meanwhile leaves the old file."""
@@ -154,7 +154,7 @@ def training_state(
     """The state of the training with this `Experiment.key`, held by this process alone, and removed at the end.
 
     An error or a kill inside leaves the state once an epoch is saved. Raises HeadError where another process trains
-    `run`, or another training was broken off there, unless `restart` throws that away.
+    `run`, or an interrupted training of other settings is saved there, unless `restart` discards it.
     """
     folder = state_folder(run)
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def training_state(
             yield state
         except BaseException as error:
             if state.path.exists():
-                say(f"kept in {folder}: the same command goes on after the last epoch saved, --restart starts afresh")
+                say(f"kept in {folder}: the same command resumes after the last saved epoch, --restart discards it")
             else:
                 shutil.rmtree(folder)
                 if isinstance(error, KeyboardInterrupt):
@@ -183,14 +183,14 @@ def state_folder(run: Path) -> Path:
 
 
 def _claim(folder: Path, key: Mapping[str, Any], *, restart: bool) -> None:
-    """Make `folder` that of the training `key`. Raises HeadError where it keeps epochs of another."""
+    """Claim `folder` for the training `key`. Raises HeadError if it holds epochs of another training."""
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists() and not restart:
         different = _differences_from_kept(folder, key)
         if different:
             lines = "\n".join(f"  {line}" for line in different)
             message = (
-                f"{folder} keeps another training that was broken off:\n{lines}\n"
+                f"{folder} keeps another, interrupted training:\n{lines}\n"
                 f"Go on with its settings, choose another run folder, or throw it away with --restart."
             )
             raise HeadError(message)

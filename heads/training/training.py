@@ -53,8 +53,8 @@ def train_head(
 ) -> Run:
     """Train a head on `source`, evaluate it, and write the folder `run`, which must be absent or empty.
 
-    A training that was broken off continues from the last epoch that was saved beside `run` (see resuming.py), and
-    `restart` throws that away. `preset` is the name of the settings in config.json. `shared` are features that were
+    An interrupted training resumes from the last epoch that was saved beside `run` (see resuming.py), and
+    `restart` discards them. `preset` is the name of the settings in config.json. `shared` are features that were
     decoded before, for several trainings (see data/keeping.py); the numbers are the same.
     Without `head` and `start` it is the default head, with the projection that reads the encoding of `source`.
     `start` is a run whose head is the beginning, with its weights, constants of the features and scale of the labels;
@@ -137,12 +137,12 @@ def _train(experiment: Experiment, shared: SharedFeatures, progress: TrainingPro
 
 
 def _store_notes(source: FeatureSource) -> list[str]:
-    """What a reader must know of several stores that are read as one."""
+    """Notes on several stores that are read as one."""
     return [*source.notes, *source.scale_notes] if isinstance(source, Joined) else []
 
 
 def _remarks(experiment: Experiment, of_fit: Sequence[str]) -> dict[str, Any]:
-    """What a reader must know of the split, the texts of its parts, the stores, and the beginning.
+    """Notes and warnings about the split, the texts of its parts, the stores, and the head at the start.
 
     `of_fit` are warnings about how the head was trained.
     """

@@ -1,4 +1,4 @@
-"""Garbage collection: what killed runs and strangers left in a store that no record and no manifest lists.
+"""Garbage collection: removes files that no record or manifest lists, left by killed runs or by other programs.
 
 `_find` lists what would be removed and why, without changing anything. `collect_garbage` removes that list, under the
 locks of the runs that write such files.
@@ -81,7 +81,7 @@ class _Group:
 
 
 def collect_garbage(store: Store, *, dry_run: bool = False) -> GcReport:
-    """Remove from `store` what nothing lists; with `dry_run` only say what.
+    """Remove unlisted files from `store`; with `dry_run` only list them.
 
     That is: files below store.zarr, temporary files of killed writes, lock files that no run needs, and killed plans
     beside the store. Files that a run is writing stay, as its locks show; listed files are never removed. `locks` and
@@ -160,7 +160,9 @@ def _listed(store: Store, *, finished: bool) -> set[str]:
     if finished:
         return {entry["path"] for entry in read_record(store.layout.manifest)}
     if not store.layout.plan_commit.exists():
-        message = f"{store.layout.plan_commit} is missing, so garbage cannot be told from data. Copy the store again."
+        message = (
+            f"{store.layout.plan_commit} is missing: garbage cannot be distinguished from data. Copy the store again."
+        )
         raise DamagedStore(message)
     records = (recorded_objects_of(store, owner) or [] for owner in owners(store))
     return {ROOT_METADATA, *(entry["path"] for entries in records for entry in entries)}

@@ -1,4 +1,4 @@
-"""Repair: a damaged unit loses its record and its objects, so that the next run computes that unit anew, and no other.
+"""Repair: a damaged unit loses its record and its objects, so that the next run recomputes only that unit.
 
 Damaged token ids and roles are removed, while the record of the plan still lists them. The next run knows all tokens
 and writes the same bytes again (see `create_store`).
@@ -39,7 +39,7 @@ Objects = Mapping[Owner, Sequence[Mapping[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class RepairReport:
-    """What was damaged, and what the next run will compute anew."""
+    """What was damaged, and what the next run will recompute."""
 
     damage: tuple[Damage, ...]
     units: tuple[int, ...]
@@ -64,7 +64,7 @@ class RepairReport:
 
 
 def repair(store: Store) -> RepairReport:
-    """Drop what is damaged in `store` and can be computed anew; a finished store is unfinished then.
+    """Drop damaged parts of `store` that can be recomputed; a finished store is then unfinished.
 
     Every object is read. Rows that mean nothing without the model's own arrays (those of a sketch whose basis the
     provenance does not name) go with them. The command that made the store computes what was dropped. Labels are
@@ -116,7 +116,7 @@ def repair(store: Store) -> RepairReport:
 
 
 def _objects(store: Store, lost: set[Owner]) -> Objects:
-    """What is recorded, by who wrote it."""
+    """The recorded objects, by the owner of their record."""
     if store.is_sealed:
         return objects_by_owner(store, store.manifest)
     found: dict[Owner, list[dict[str, Any]]] = {}
@@ -128,7 +128,7 @@ def _objects(store: Store, lost: set[Owner]) -> Objects:
 
 
 def _plan_objects(store: Store, objects: Objects) -> list[Mapping[str, Any]]:
-    """What no unit can bring back; a finished store lists its root metadata too."""
+    """The objects of the plan, which filling units cannot restore; of a finished store also its root metadata."""
     planned = list(objects.get("plan", []))
     if store.is_sealed:
         planned += [entry for entry in store.manifest["objects"] if entry["path"] == ROOT_METADATA]

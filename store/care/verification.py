@@ -28,8 +28,8 @@ from agiqa.store.writing.records import (
 Level = Literal["quick", "full", "numeric"]
 
 _TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.15, "int8": 0.15}
-"""Relative error of the probe logits, the forward of one item against the batch that was stored: up to .05 was
-measured in bfloat16 over 30 layers, where hidden states of before the final norm are off by about 1."""
+"""Largest accepted relative error of the probe logits: a forward pass of one item alone against the stored batch. We
+measured up to .05 in bfloat16 over 30 layers; hidden states from before the final norm would give about 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +159,7 @@ def _rounded_again(store: Store) -> list[str]:
 def _rebuilt(
     store: Store, rows: NDArray[np.int64], logits: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What the store gives for the probe rows, and the values that the model's own `logits` (rows, V) ask for."""
+    """The values of the probe rows in the store, and the values expected from the model's own `logits` (rows, V)."""
     features = to_float32(np.concatenate([store.rows_at(row, row + 1) for row in rows.tolist()]), store.logical_dtype)
     if store.encoding == "logits":
         return features, logits

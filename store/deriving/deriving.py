@@ -134,7 +134,7 @@ def write_store(
     """Make the planned store at `out`, or finish the one begun there; seal it.
 
     `write_model` creates the model's own arrays of the store that it is given, `write_unit` computes and writes a unit.
-    Raises as `create_store`, and BusyStore where another process is at work on a unit that is left.
+    Raises as `create_store`, and BusyStore if another process is filling one of the missing units.
     """
     made = create_store(out, plan)
     if made.is_sealed:
@@ -172,11 +172,11 @@ class _Derivation:
     encode: Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[np.float32] | None]]
     """Hidden states (tokens, D) to rows (tokens, width) and, for `int8`, the scale of each token."""
     provenance: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Added to that of the source."""
+    """Entries to add to the provenance of the source."""
     write_model: Callable[[zarr.Group], None] = lambda _group: None
     """Creates the model's own arrays, all but `probe`."""
     probe_attributes: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Added to those of `probe/logits`."""
+    """Attributes to add to `probe/logits`."""
 
 
 def _to_int8(source: Store) -> _Derivation:

@@ -35,7 +35,7 @@ of the earliest releases."""
 def telling_disk_errors(doing: str, kept: str) -> Generator[None]:
     """Add a note to an OSError from inside: what was being done, what is kept, and the remedy.
 
-    An error that has a note already stays as it is: the innermost note is the most precise.
+    An error that already has a note gets no other: the innermost note is the most precise.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """The arrays of a store: the bits of their values, their geometry and codecs, and the creation of each.
 
 Values keep the bits that the model made. NumPy and zarr-python have no bfloat16, so its bits are stored as uint16, and
-`logical_dtype` names the real type. FORMAT.md says why sizes and codecs are as they are.
+`logical_dtype` names the real type. FORMAT.md specifies sizes and codecs.
 """
 
 from dataclasses import dataclass

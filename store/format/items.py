@@ -208,7 +208,7 @@ def teacher_warning(part: str, count: int, total: int, *, rating_words: bool) ->
 
     `rating_words` says whether the conversations contain the rating word, too.
     """
-    told = f"{count} of {total} {part} items read the text of a teacher that was told their MOS"
+    told = f"{count} of {total} {part} items read the text of a teacher that knew their MOS"
     remedy = "Use the model's own answers: `agiqa describe` makes them, `response_0` and `response_1` hold them."
     if rating_words:
         return f"{told}, its rating word included: the features hold the answer, and scores are too high. {remedy}"

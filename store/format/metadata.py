@@ -1,4 +1,4 @@
-"""What a store says of itself: root attributes, provenance, and the form of every array; checked before any use."""
+"""The metadata of a store: root attributes, provenance, and the form of every array; checked before any use."""
 
 import hashlib
 import math

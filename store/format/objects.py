@@ -1,9 +1,9 @@
 """Objects (files) of arrays, encoded and decoded on all cores.
 
 The bytes are those of the Zarr v3 codecs `bytes`, `blosc`, `crc32c` and `sharding_indexed` (index at the end):
-zarr-python reads what is written here, and the other way round. zarr-python itself decodes the chunks of a shard one
-after the other, with an extra copy, and its event loop does not survive a fork. Here reading an item decodes only the
-chunks that hold it, and forked worker processes can read.
+zarr-python can read these files, and this module the files of zarr-python. zarr-python itself decodes the chunks of a
+shard one after the other, with an extra copy, and its event loop does not survive a fork. This module decodes only the
+chunks that hold an item, and works in forked processes.
 """
 
 import math

@@ -1,7 +1,7 @@
 """A finished store as one HDF5 file, for tools that read HDF5 and not Zarr.
 
 A killed process can leave an HDF5 file that nothing can open. So the export is written to `.NAME.partial` beside the
-file to be made, and gets its name when it is whole. An interrupted export begins anew.
+file to be made, and renamed when it is complete. An interrupted export starts again.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class HDF5Export:
 def export_hdf5(
     store: Store, out: Path, *, compression: str = "auto", advance: Callable[[int], None] = lambda _tokens: None
 ) -> HDF5Export:
-    """Write `store` to the HDF5 file `out`; a file that holds this very store already is left as it is.
+    """Write `store` to the HDF5 file `out`; a file that already holds this store is left unchanged.
 
     `compression` is zstd (through hdf5plugin), gzip, none, or auto: zstd if it is installed, else gzip. `advance` is
     called with the tokens of every finished unit.
@@ -80,7 +80,7 @@ def export_hdf5(
     content = _content_sha256(store)
     if found := _found(store, out, content, compression):
         return found
-    with telling_disk_errors(f"exporting to {out}", "nothing of it is left"), _partial(out) as partial:
+    with telling_disk_errors(f"exporting to {out}", "no file is left behind"), _partial(out) as partial:
         with writing_hdf5(partial) as (file, check):
             _write(store, file, {_CONTENT: content, _COMPRESSION: chosen}, check=check, advance=advance)
         sync_file(partial)
@@ -129,7 +129,7 @@ def _content_sha256(store: Store) -> str:
 
 
 def _found(store: Store, out: Path, content: str, asked: str) -> HDF5Export | None:
-    """The export of this store that lies at `out`; None where nothing does. Raises SettingsConflict."""
+    """The export of this store at `out`; None if `out` does not exist. Raises SettingsConflict for anything else."""
     if not out.exists():
         return None
     attributes: dict[str, Any] = {}

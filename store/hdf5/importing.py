@@ -40,7 +40,7 @@ from agiqa.store.writing.planning import StorePlan, without_shape
 
 _REMEDY = "Copy or export it again."
 _BASE_BYTES, _PER_BYTE_OF_ROWS, _PER_BYTE_OF_OTHERS = 64 << 20, 256, 4096
-"""A dataset may take `_BASE_BYTES`, and so many more per stored byte. Features and the model's arrays are noise to a
+"""A dataset may take `_BASE_BYTES`, plus this many per stored byte. Features and the model's arrays are noise to a
 compressor; tokens, index and items repeat themselves."""
 _TEXT_BLOCK = 16 << 20
 """Bytes of texts read at a time: each is padded to the longest one until it is cut."""

@@ -61,9 +61,13 @@ class Store(StoredArrays):
         """Whether raw logits are stored beside the hidden states."""
         return "kept_logits" in self.provenance
 
-    @cached_property
+    @property
     def items(self) -> Items:
         """Names, prompts, splits and labels of the items."""
+        return self._items  # pyright finds no cached_property that satisfies the property of a protocol
+
+    @cached_property
+    def _items(self) -> Items:
         return self._read_items()
 
     def _read_items(self) -> Items:

@@ -113,7 +113,7 @@ class ObjectCache:
 
     @contextmanager
     def _explaining(self) -> Generator[None]:
-        """Name the cache folder in what is raised inside, and how to do without it where it cannot be written."""
+        """Add the cache folder to errors from inside and, if it cannot be written, how to do without it."""
         try:
             yield
         except AgiqaError as error:

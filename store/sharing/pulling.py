@@ -57,7 +57,7 @@ class PullPlan:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all its objects, those that are there already included."""
+        """Bytes of all its objects, including those that are already in the folder."""
         return sum(entry.bytes for entry in self.manifest.entries)
 
     @property
@@ -198,7 +198,7 @@ def _look(path: Path, manifest: Manifest) -> _Local:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether `path` is anything but what a pull leaves that was killed while it wrote PULLING.json."""
+    """Whether `path` holds more than the leftovers of a pull that was killed while it wrote PULLING.json."""
     return not path.name.startswith(f".{PULL_RECORD}.")
 
 
@@ -337,7 +337,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _require_room(plan: PullPlan) -> None:
-    """Raise ConfigError where what is not here yet is more than the disk has room for."""
+    """Raise ConfigError if the disk has too little room for the missing objects."""
     needed = 0
     for entry in plan.manifest.entries:
         places = (plan.path / entry.path, _waiting(plan.path, entry))

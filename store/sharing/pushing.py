@@ -66,7 +66,7 @@ def _manifest_of(store: Store) -> Manifest:
 
 
 def _require_same_store(remote: Remote, there: dict[str, Found], store: Store) -> str | None:
-    """The manifest that is there. Raises SettingsConflict where the folder holds another store, whole or begun."""
+    """The manifest in the remote folder. Raises SettingsConflict if the folder holds another store, whole or begun."""
     held = remote.read(MANIFEST, limit=MANIFEST_BYTES) if MANIFEST in there else None
     root = remote.read(ROOT_METADATA, limit=MANIFEST_BYTES) if ROOT_METADATA in there else None
     for name, text in ((MANIFEST, held), (ROOT_METADATA, root)):
@@ -98,7 +98,7 @@ def _uploads(store: Store, manifest: Manifest) -> list[Upload]:
 def _missing(
     remote: Remote, there: dict[str, Found], uploads: Iterable[Upload], tally: Tally, jobs: int
 ) -> list[Upload]:
-    """The files that are not there, or are there with other bytes."""
+    """The files that the remote lacks or holds with other bytes."""
     absent: list[Upload] = []
 
     def look(upload: Upload) -> None:
@@ -134,6 +134,6 @@ def _send(remote: Remote, uploads: list[Upload], tally: Tally, jobs: int) -> Non
 
 
 def _counted(upload: Upload) -> int:
-    """What the upload adds to the progress, which counts the objects of the manifest."""
+    """The bytes by which the upload advances the progress, which counts only objects of the manifest."""
     counted = upload.name.startswith("store.zarr/") or upload.name == ITEM_TABLE
     return upload.local.stat().st_size if counted else 0

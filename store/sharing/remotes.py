@@ -54,7 +54,7 @@ class Remote:
 
     read_only: ClassVar[bool] = False
     waits: ClassVar[bool] = True
-    """Whether its failures may pass, so that another try is worth while."""
+    """Whether its failures may be temporary, so that agiqa tries again."""
 
     def __init__(self, url: str, connect: Callable[[], tuple[Any, str]], failures: tuple[type[Exception], ...]) -> None:
         """`connect` gives the file system and its name for the folder; its driver raises `failures`."""
@@ -224,7 +224,7 @@ class WebFolder(Remote):
 
     @contextmanager
     def _opened(self, name: str, *, size: int | None = None, start: int = 0) -> Generator[Any]:
-        """As in Remote, as a stream: of an answer without end, no more is read than asked for."""
+        """As in Remote, as a stream, so that an endless answer is read only up to the size asked for."""
         headers = {**_PLAIN, "Range": f"bytes={start}-"} if start else _PLAIN
         with self.file_system.open(self._path(name), "rb", block_size=0, size=size or 1, headers=headers) as file:
             coding = file.r.headers.get("Content-Encoding", "identity").strip().lower()
@@ -351,7 +351,7 @@ def _open_file_system(url: str, scheme: str) -> tuple[Any, str]:
     if scheme in ("http", "https"):
         from aiohttp import ClientTimeout
 
-        # no limit on the whole, which a large object on a slow line would exceed; one on silence
+        # no limit on the total time, which a large object on a slow line would exceed; a limit on silence
         timeout = ClientTimeout(total=None, sock_connect=30, sock_read=60)
         # nothing is unpacked: a small answer can be made to unpack to any size
         options["client_kwargs"] = {"timeout": timeout, "auto_decompress": False}

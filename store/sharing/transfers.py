@@ -20,7 +20,7 @@ from agiqa.progress import say
 JOBS = 8
 """Objects moved at a time by default."""
 TRIES = 6
-"""Failures in a row after which agiqa gives a remote up."""
+"""Failures in a row after which agiqa stops trying."""
 FIRST_WAIT = 0.2
 """Seconds after the first failure, doubled after each further one: 6 in all."""
 LONGEST_WAIT = 300.0
@@ -42,11 +42,11 @@ class Transfer:
     """What a push or a pull did."""
 
     objects: int
-    """Objects sent or fetched, without those that were there already."""
+    """Objects sent or fetched, without those that already existed."""
     bytes: int
     """Bytes sent or fetched, retries included."""
     skipped: int
-    """Objects that were there already."""
+    """Objects that already existed."""
     seconds: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def in_parallel(
 
 
 def retrying(ask: Callable[[], Answer], *, halt: threading.Event | None = None) -> Answer:
-    """What `ask` returns, asked again after failures that may pass. Raises what `ask` raises, and as `wait_after`."""
+    """The result of `ask`, tried again after temporary failures. Raises what `ask` raises, and as `wait_after`."""
     for failures in count(1):
         try:
             return ask()

@@ -189,7 +189,7 @@ def create_store(path: Path, plan: StorePlan) -> Store:
     target = _target_folder(path)
     if _is_taken(target):
         return _resume(path, plan)
-    with telling_disk_errors(f"writing the plan of {path}", "nothing of it is left"):
+    with telling_disk_errors(f"writing the plan of {path}", "no files are left behind"):
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_killed_plans(target)
         first = _write_new(target, plan)

@@ -29,10 +29,8 @@ from agiqa.store.writing.records import content_problem, killed_records, size_pr
 
 
 @contextmanager
-def seal_lock(
-    layout: StoreLayout, *, doing: str = "working on", kept: str = "nothing of it is lost"
-) -> Generator[None]:
-    """Hold the lock `seal` of the store at `layout` while inside, after waiting for its holder.
+def seal_lock(layout: StoreLayout, *, doing: str = "working on", kept: str = "nothing is lost") -> Generator[None]:
+    """Wait for the lock `seal` of the store at `layout`, and hold it inside the `with` block.
 
     Adds a note with `doing` and `kept` to an OSError from inside. A finished store has no `locks` folder, so the holder
     removes the lock file and the folder.
@@ -51,7 +49,7 @@ def seal_lock(
 
 
 def remove_locks(layout: StoreLayout, *, mine: str) -> None:
-    """Remove the lock files that nobody holds, and `mine`, which the caller holds; then their folder if it is empty."""
+    """Remove lock files that no process holds, and `mine`, which the caller holds; then their folder if it is empty."""
     for lock in layout.lock_files():
         if lock.name == mine or not is_held(lock):
             lock.unlink(missing_ok=True)
@@ -59,22 +57,22 @@ def remove_locks(layout: StoreLayout, *, mine: str) -> None:
 
 
 def _remove_empty_locks(layout: StoreLayout) -> None:
-    with contextlib.suppress(OSError):  # it holds other files, or is a link
+    with contextlib.suppress(OSError):  # the folder holds other files, or is a link
         layout.locks.rmdir()
 
 
 def require_no_cut_off_pull(layout: StoreLayout) -> None:
-    """Raise IncompleteStore if a pull was cut off while it installed its store; the caller holds the seal lock."""
+    """Raise IncompleteStore if a pull was killed while it installed the store. The caller holds the seal lock."""
     if not layout.manifest.exists():
         require_no_pull(layout)
 
 
 def seal(store: Store) -> Store:
-    """Check that all parts are as they were recorded, then write MANIFEST.json. Does nothing for a sealed store.
+    """Check all files against their records, then write MANIFEST.json. Does nothing for a sealed store.
 
-    Checks only the sizes of a unit's objects, since writing read them back. Returns the sealed store, opened again.
-    Raises IncompleteStore for missing units or a pull that was cut off, and DamagedStore for objects that are missing,
-    or have another size or other bytes.
+    Of a unit's objects it checks only the sizes: the writer has read their bytes back. Returns the sealed store, opened
+    again. Raises IncompleteStore for missing units or an interrupted pull, and DamagedStore for objects that are
+    missing, or have another size or other bytes.
     """
     with seal_lock(store.layout, doing="sealing", kept="all its units are kept"):
         require_no_cut_off_pull(store.layout)
@@ -98,7 +96,7 @@ def _seal(store: Store) -> None:
             f"`agiqa store repair {store.path}` removes what can be computed again. {store.remedy}"
         )
         raise DamagedStore(message)
-    # writes of killed runs
+    # temporary files of killed runs
     names = (layout.manifest.name, layout.card.name, layout.items.name)
     left_over = [path for name in names for path in layout.root.glob(f".{name}.*")]
     for path in (*left_over, *layout.zarr.rglob("*.partial"), *killed_records(layout)):
@@ -123,8 +121,8 @@ def _seal(store: Store) -> None:
 def _recorded_objects(store: Store) -> list[dict[str, Any]]:
     """The entries of all commit records, in the order plan, model, units.
 
-    Raises IncompleteStore if the record of a unit or of the model's arrays is missing, DamagedStore if that of the plan
-    is.
+    Raises IncompleteStore without the record of a unit or of the model's arrays, and DamagedStore without the record of
+    the plan.
     """
     layout = store.layout
     if not layout.plan_commit.exists():

@@ -14,7 +14,7 @@ SMALL_HEAD = ("--width", 8, "--encoder", "gru", "--epochs", 2, "--batch-size", 8
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """Paths of what the commands made, and the JSON that each of them printed."""
+    """Paths of the files that the commands made, and the JSON that each command printed."""
 
     data: Path
     talks: Path

@@ -12,7 +12,7 @@ def refuse(outcome, *mentions):
 
 
 def misuse(outcome, *mentions):
-    """The outcome is wrong usage of the command line, told in one line that mentions all of `mentions`."""
+    """The outcome is wrong usage of the command line, reported in one line that mentions all of `mentions`."""
     assert outcome.code == 2, (outcome.out, outcome.err)
     assert outcome.out == ""
     assert "Traceback" not in outcome.err

@@ -284,7 +284,7 @@ def test_ctrl_c_while_workers_start_is_told_in_one_line(agiqa, example, tmp_path
     assert outcome.code == 130
     _, _, after = outcome.err.partition("Use the model's own answers")  # the last that is said before workers start
     told = after.partition("\n")[2].strip()
-    assert told == "interrupted; finished work is kept: run the same command again to go on", outcome.err
+    assert told == "interrupted; finished work is kept: run the same command again to resume", outcome.err
 
 
 def test_a_share_of_the_units_can_be_filled_from_the_command_line(agiqa, example, tmp_path):

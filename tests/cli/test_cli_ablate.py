@@ -98,7 +98,7 @@ def test_a_grid_is_trained_and_summed_up(agiqa, ablate, store, tmp_path):
 
     again = agiqa(*ablate("--train-workers", 1, runs=runs))
     assert again.code == 0
-    assert "5 of 5 runs are there already" in again.err
+    assert "5 of 5 runs exist already" in again.err
     assert again.out.startswith("| run | label | seeds |"), again.out
     assert lines_of(tmp_path / "out") == lines
 
@@ -156,7 +156,7 @@ def test_runs_that_fail_are_kept_with_their_error_and_tried_again(agiqa, ablate,
     again = agiqa(*ablate("--train-workers", 1, **sections))
     assert again.code == 1
     assert "1 of 5 runs failed" in again.err
-    assert "3 of 5 runs are there already" in again.err
+    assert "3 of 5 runs exist already" in again.err
     with (taken / "predictions.csv").open(newline="") as file:
         assert next(csv.DictReader(file))
     assert lines_of(tmp_path / "out")["encoder=none,seed=1"]["validation"]["n"] > 0
@@ -164,7 +164,7 @@ def test_runs_that_fail_are_kept_with_their_error_and_tried_again(agiqa, ablate,
 
 def test_many_failures_with_one_error_are_one_line():
     failed = {"a": "no room\nand more", "b": "no label", "c": "no room", "d": "no room", "e": ""}
-    assert failures(failed).splitlines() == ["  a and 2 more: no room", "  b: no label", "  e: no reason was told"]
+    assert failures(failed).splitlines() == ["  a and 2 more: no room", "  b: no label", "  e: no reason was recorded"]
 
 
 def test_what_no_run_can_be_trained_on_is_one_message(agiqa, ablate, tmp_path):
@@ -228,7 +228,7 @@ def test_a_grid_that_lost_runs_goes_on_without_them(agiqa, ablate, tmp_path):
     del first["runs"]
     again = agiqa(*ablate("--train-workers", 1, "--json", **{**first, "base": {**BASE, "encoder": "none"}}))
     assert again.json["trained"] == 0
-    assert "results.jsonl also has 1 results that are not asked for now; they are ignored" in again.err
+    assert "results.jsonl also has 1 results that this command does not plan; they are ignored" in again.err
     assert len(lines_of(tmp_path / "out")) == 3
     assert {row["row"] for row in again.json["table"] if row["kind"] == "head"} == {"base"}
     reported = agiqa("report", tmp_path / "out", "--json")

@@ -51,7 +51,7 @@ def test_ctrl_c_stops_an_export(agiqa, tmp_path):
     export = ("store", "export", store.path, out, "--compression", "gzip")
     outcome = agiqa.interrupted(*export, when=begun.exists)
     assert outcome.code == 130
-    assert outcome.err.strip() == "interrupted; finished work is kept: run the same command again to go on"
+    assert outcome.err.strip() == "interrupted; finished work is kept: run the same command again to resume"
     assert not out.exists()
     assert not begun.exists()
     assert agiqa(*export).code == 0

@@ -42,7 +42,7 @@ def test_what_cannot_be_reported_is_refused_by_one_message(agiqa, tmp_path):
     refuse(agiqa("report", out, out), "is given twice")
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "letter").write_text("mine")
-    refuse(agiqa("report", out, "--to", tmp_path / "letters"), "is there already and is no report")
+    refuse(agiqa("report", out, "--to", tmp_path / "letters"), "exists and is no report")
     assert agiqa("report", tmp_path / "nowhere").code == 2
     assert agiqa("report").code == 2
 

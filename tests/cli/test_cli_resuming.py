@@ -1,4 +1,4 @@
-"""`agiqa train`, killed for real at several moments and run again: the numbers of a run that nobody disturbed."""
+"""`agiqa train`, killed for real at several moments and run again: the numbers are those of an uninterrupted run."""
 
 import csv
 import json
@@ -70,7 +70,7 @@ def test_stopped_and_run_again(agiqa, example, undisturbed, tmp_path, number, co
     outcome = agiqa.interrupted(*train(example, run), when=Saves(run, 2), number=number)
     assert outcome.code == code
     assert "Traceback" not in outcome.err
-    assert f"kept in {tmp_path / '.run.state'}: the same command goes on" in outcome.err
+    assert f"kept in {tmp_path / '.run.state'}: the same command resumes" in outcome.err
     assert [path.name for path in tmp_path.iterdir()] == [".run.state"]
     assert "going on after epoch" in agiqa(*train(example, run)).err
     assert numbers(run) == undisturbed

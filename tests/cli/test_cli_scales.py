@@ -27,7 +27,7 @@ def test_info_shows_the_scale_that_extract_recorded(agiqa, example, hundred):
 
 
 def test_a_head_is_evaluated_on_its_own_scale(agiqa, example, hundred):
-    """RMSE was that of two scales."""
+    """RMSE once compared values on two scales."""
     alone = agiqa("evaluate", example.run, example.store, "--json").json
     outcome = agiqa("evaluate", example.run, hundred, "--json")
     assert outcome.json["rmse"] == pytest.approx(alone["rmse"], rel=1e-9)

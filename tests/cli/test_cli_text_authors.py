@@ -1,4 +1,4 @@
-"""Commands tell who wrote the texts, before a model runs and with every score."""
+"""Commands report who wrote the texts, before a model runs and with every score."""
 
 import json
 
@@ -17,7 +17,7 @@ def data(tmp_path):
 
 
 def write_talks(data, name, rows, **more):
-    """Conversations whose rating word is the MOS, as a teacher writes it that was told."""
+    """Conversations whose rating word reveals the MOS, as if by a teacher that knew it."""
     words = ("bad", "poor", "fair", "good", "excellent")
     entries = [
         {
@@ -49,7 +49,7 @@ def test_a_test_file_without_the_models_own_answers(agiqa, data, tiny_text_check
     rows, store, run = read_table(data), tmp_path / "s.agiqa", tmp_path / "run"
     files = [write_talks(data, "quality_train.json", rows[:16]), write_talks(data, "quality_test.json", rows[16:])]
     extracted = extract(agiqa, data, store, tiny_text_checkpoint, *files, variant="full")
-    warning = "warning: 8 of 8 test items read the text of a teacher that was told their MOS, its rating word included"
+    warning = "warning: 8 of 8 test items read the text of a teacher that knew their MOS, its rating word included"
     assert extracted.code == 0
     assert extracted.err.index(warning) < extracted.err.index("extract:")
     assert "text authors train: teacher (16); test: teacher (8)" in " ".join(agiqa("store", "info", store).out.split())
@@ -78,4 +78,4 @@ def test_a_part_called_val_is_told_before_the_model_runs(agiqa, data, tiny_text_
     assert "warning" not in mended.err
     trained = agiqa("train", tmp_path / "b.agiqa", tmp_path / "run", *SMALL_HEAD, "--json")
     assert trained.json["test"]["n"] == 8
-    assert "validation items read the text of a teacher that was told their MOS, without its rating word" in trained.err
+    assert "validation items read the text of a teacher that knew their MOS, without its rating word" in trained.err

@@ -183,7 +183,7 @@ def test_the_tables_are_those_of_the_paper(agiqa, done, stores, tmp_path):
     del about["settings"]["train"]["ema"]  # as an agiqa wrote it that did not know this setting
     (out / "about.json").write_text(json.dumps(about))
     again = agiqa("transfer", *stores, out, "--config", out.parent / "transfer.yaml", *FEW)
-    assert "36 of 36 results are there already" in again.err
+    assert "36 of 36 results exist already" in again.err
     assert "| from -> to | SRCC | PLCC | w/ TP SRCC | w/ TP PLCC |" in again.out
     assert "| from -> to | items | fresh SRCC | fresh PLCC | warm SRCC | warm PLCC |" in again.out
     (row,) = [row for row in printed["rows"] if row["row"].startswith("from=there,to=here,way=apply")]

@@ -33,7 +33,7 @@ class FormatError(Exception):
 
 
 class NotThere(FormatError):
-    """What is asked for is not in this store, or not yet."""
+    """The requested data are not in this store, or not yet."""
 
 
 def require(fact: object, what: str) -> None:
@@ -261,7 +261,7 @@ class IndependentReader:
         return form.decode(raw)
 
     def _listing(self, name: str, form: ArrayForm, number: int) -> dict[str, dict[str, Any]]:
-        """What tells whether an object that is not there is zero; section 3."""
+        """The listing that says whether a missing object is zero; section 3."""
         unit = number * form.object_rows // self.attributes["unit_rows"]
         if self.manifest is not None:
             if name in PLANNED + FILLED and unit not in self.units:

@@ -201,7 +201,7 @@ def upkeep(_progress, path, what):
 
 
 def put(_progress, path, text, lock):
-    """Put the record at `path` unless there is one; whether this was the one that did."""
+    """Put the record at `path` unless there is one; returns whether this call put it."""
     return put_text_if_absent(Path(path), text, lock=Path(lock))
 
 

@@ -44,7 +44,7 @@ class Encoder(nn.Module, ABC):
 
     @property
     def kernels(self) -> str:
-        """What computes on the device of the weights. Runs record it, since kernels differ in the last digits."""
+        """The kernels used on the device of the weights. Runs record them, since kernels differ in the last digits."""
         return "torch"
 
     @property
@@ -67,7 +67,7 @@ def encoder_settings(name: str) -> frozenset[str] | None:
 
 @ENCODERS.register("none")
 class IdentityEncoder(Encoder):
-    """Passes every token on as it is: the paper's ablation without xLSTM."""
+    """Returns every token unchanged: the paper's ablation without xLSTM."""
 
     mixes_tokens = False
     settings = frozenset()
@@ -101,12 +101,12 @@ class BidirectionalEncoder(Encoder):
 
     @property
     def compiled_blocks(self) -> Iterable[nn.Module]:
-        """Those of both directions."""
+        """The blocks of both directions."""
         return [*self.forwards.compiled_blocks, *self.backwards.compiled_blocks]
 
     @property
     def kernels(self) -> str:
-        """Those of either direction."""
+        """The kernels, which are the same in both directions."""
         return self.forwards.kernels
 
     def forward(self, tokens: Tokens, mask: Mask) -> Encoded:

@@ -1,4 +1,4 @@
-"""A full disk under an ablation and a report: the file and the cause are told, and the same command finishes later."""
+"""A full disk under an ablation and a report: the error names the file and the cause, and the same command finishes later."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ GROWING = [f"{size}k" for size in range(24, 400, 24)]
 
 @pytest.fixture
 def disk(tmp_path):
-    """A function that makes the file system at `tmp_path/disk` as large as it is told."""
+    """A function that resizes the file system at `tmp_path/disk`."""
     path = tmp_path / "disk"
     path.mkdir()
     mount("-t", "tmpfs", "-o", f"size={GROWING[0]}", "tmpfs", path)

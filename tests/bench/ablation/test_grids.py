@@ -173,7 +173,7 @@ def test_the_same_setting_is_an_axis_of_encoders_that_read_it(grid):
 
 
 def test_generators_are_those_of_every_store(store, tmp_path):
-    """Else a store would be tested on some of its generators only, and nobody would be told."""
+    """Otherwise a store would silently be tested on some of its generators only."""
     assert generators_of(store, store) == ["one", "three", "two"]
     other = tmp_path / "other.agiqa"
     shutil.copytree(store.path, other)

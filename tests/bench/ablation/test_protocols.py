@@ -51,7 +51,7 @@ def test_seeds_can_share_the_folds(grid):
 
 
 def test_generators_that_differ_in_punctuation_or_case_have_runs_of_their_own(grid):
-    """Their folders would have one name, and nobody can rename a generator in a grid file."""
+    """Their folders would have the same name, and users cannot rename a generator in a grid file."""
     generators = ["SD 1.5", "SD/1.5", "SD_1.5", "glide", "sd_1.5"]
     for sections in ({"protocols": ["leave-one-generator-out"]}, {"base": {"split": "generator"}}):
         varied = {"encoder": ["gru"], **({} if "protocols" in sections else {"held_out": generators})}
@@ -107,7 +107,7 @@ def test_contradictions_are_refused(grid, sections, said):
 
 
 def test_seeds_that_get_no_fold_are_refused_by_name(grid):
-    """They would be trained on nothing, and nobody would hear of it."""
+    """They would silently train no head."""
     dealt = [{"grouped": {"folds": 2, "seed_per_fold": True}}]
     with pytest.raises(ConfigError, match=r"deals the 2 folds of grouped to 4 `seeds`, and none is left for 5, 3\."):
         grid(grid={"encoder": ["gru"]}, seeds=[9, 7, 5, 3], protocols=dealt)

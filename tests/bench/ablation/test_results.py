@@ -1,4 +1,4 @@
-"""Result lines: whole or not there, of this store and grid, and a table that says what they say."""
+"""Result lines: complete or absent, of this store and grid, and a table with their numbers."""
 
 import json
 from pathlib import Path
@@ -145,7 +145,7 @@ def test_an_older_agiqa_trained_lstm_and_gru_with_plain_layers(tmp_path, plan):
 
 
 def test_a_grid_is_gone_on_with_on_another_machine(tmp_path, plan):
-    """With other threads, another device and other memory, which lines tell and no number hangs on."""
+    """Threads, device and memory differ: lines record them, but no number depends on them."""
     path = tmp_path / "results.jsonl"
     there = {**plan[0].config, "threads": 7, "device": "cuda", "memory": 1000, "keep": "memmap"}
     path.write_text(json.dumps(line(plan[0], 0.5, config=there)) + "\n")

@@ -1,4 +1,4 @@
-"""Baselines: each against a computation of its own, on real stores; what cannot be had is said, never guessed."""
+"""Baselines: each compared with an independent computation, on real stores; what cannot be computed is reported, never guessed."""
 
 import csv
 import json
@@ -233,11 +233,11 @@ def test_what_is_lacking_is_said(tmp_path):
 def test_words_of_the_teacher_or_on_another_aspect_are_no_answer(store, tmp_path):
     file = talks(store, tmp_path / "words.json", lambda k: None if k % 2 else "good")
     said = run(store, tmp_path, words=[file])["rating word"]["left_out"]
-    assert "have no rating word of the model's own on quality; the teacher's words" in said
+    assert "have no rating word by the model itself on quality; the teacher knew the MOS" in said
     own = talks(store, tmp_path / "correspondence_test.json", lambda k: "good")
     assert "20 of the 20 items" in run(store, tmp_path, words=[own])["rating word"]["left_out"]
     twice = run(store, tmp_path, words=[file, talks(store, tmp_path / "quality.json", lambda k: "fair")])
-    assert "has a rating word of the model's own already" in twice["rating word"]["left_out"]
+    assert "already has a rating word by the model itself" in twice["rating word"]["left_out"]
     (tmp_path / "bad.json").write_text('[{"image": "0.png"}]')
     with pytest.raises(DataError, match=r"rating words: 1 problem\n.*bad\.json"):
         run(store, tmp_path, words=[tmp_path / "bad.json"])
@@ -277,5 +277,5 @@ def test_texts_of_a_teacher_that_knew_the_mos_are_told(tmp_path):
     lines = run(authored, tmp_path / "out")
     count = sum(k < 30 for k in parts(authored)[1])
     (note,) = [note for note in lines["text"]["notes"] if "teacher" in note]
-    assert note.startswith(f"{count} of 20 test items read the text of a teacher that was told their MOS")
+    assert note.startswith(f"{count} of 20 test items read the text of a teacher that knew their MOS")
     assert lines["text"]["row"] == "ridge (TF-IDF of prompt and description)"

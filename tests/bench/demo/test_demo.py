@@ -1,4 +1,4 @@
-"""The demo walks the whole way and is honest about it."""
+"""The demo runs all steps and says what its numbers do not show."""
 
 import csv
 import json

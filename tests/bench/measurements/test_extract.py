@@ -1,4 +1,4 @@
-"""The benchmark of extraction: a tiny model goes the whole way, and the lines make tables of their form."""
+"""The benchmark of extraction: a tiny model goes through all steps, and the lines make tables of their form."""
 
 import json
 from pathlib import Path

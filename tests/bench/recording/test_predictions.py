@@ -1,4 +1,4 @@
-"""Tables of predictions: which item each row is of, in those that tell it and in old ones."""
+"""Tables of predictions: which item each row belongs to, with and without (in old tables) the column `item`."""
 
 import numpy as np
 

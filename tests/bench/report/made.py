@@ -63,7 +63,7 @@ def write_ablation(
 def write_transfer(
     out: Path, stores: Mapping[str, Any], *, shots: Sequence[int], seeds: Sequence[int] = (0, 1), **base: Any
 ) -> Path:
-    """Both directions between two stores, within, as it is, retrained and few-shot."""
+    """Both directions between two stores: each head on its own data set, unchanged, retrained and few-shot."""
     from agiqa.heads import predict
 
     lines: list[Line] = []
@@ -241,7 +241,7 @@ def _spread(values: Sequence[float]) -> list[float | None]:
 
 
 def _baselines(out: Path, store_name: str, store: Any, protocol: str, base: Mapping[str, Any]) -> list[Row]:
-    """The mean over training items, and ridge on the mean hidden state, of each label; and one that cannot be had."""
+    """The mean over training items, and ridge on the mean hidden state, of each label; and a baseline that is left out."""
     means = np.array([store.read([item]).rows.astype(np.float64).mean(0) for item in range(len(store.items))])
     rows = []
     for label in str(base.get("label", "quality")).split("+"):

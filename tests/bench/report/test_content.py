@@ -53,7 +53,7 @@ def test_predictions_are_means_over_seeds_of_every_item_once(results):
 
 
 def test_items_of_one_name_and_prompt_stay_apart(results, copy):
-    """A store may hold an image twice; the number of the item tells which of them a prediction is of."""
+    """A store may hold an image twice; the number of the item identifies which of them a prediction belongs to."""
     folder, (image, *_) = copy(results.ablation), results.stores["ours"].items.names
     for path in (folder / "runs").glob("*/predictions.csv"):
         path.write_text(re.sub(r"^image_\d+\.png,[^,]*,", f"{image},a cat,", path.read_text(), flags=re.MULTILINE))
@@ -311,7 +311,7 @@ def test_curves_of_one_epoch_are_none(results, copy):
 
 
 def test_the_leak_of_a_transfer_is_that_of_the_row_with_the_most(results, copy):
-    """Its lines name no row: their own name tells it."""
+    """Its lines name no row; the row follows from the name of the line."""
     folder = copy(results.transfer)
     lines = [line for line in made.read_lines(folder / "results.jsonl") if "leak" in line.get("split", {})]
     rows = list(dict.fromkeys(line["row"] for line in lines))
@@ -349,7 +349,7 @@ def test_texts_of_a_teacher_are_a_finding_where_the_rating_word_is_read(results,
 
 
 def test_a_transfer_reads_the_rating_words_that_its_stores_have(results, copy):
-    """Its lines name no store; those of the stores count, whatever they are called."""
+    """Its lines name no store, so the variants of all stores count, whatever the names of the stores."""
     folder = copy(results.transfer)
     lines = made.read_lines(folder / "results.jsonl")
     for line in lines:

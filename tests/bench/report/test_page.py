@@ -108,7 +108,7 @@ def test_a_report_is_replaced_and_other_folders_are_not_touched(results, copy, t
     assert (tmp_path / "out" / "tables" / "mine.txt").read_text() == "kept"
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "letter.txt").write_text("mine")
-    with pytest.raises(DataError, match="letters is there already and is no report"):
+    with pytest.raises(DataError, match="letters exists and is no report"):
         write_report([results.ranks], tmp_path / "letters")
     assert [path.name for path in (tmp_path / "letters").iterdir()] == ["letter.txt"]
 

@@ -1,4 +1,4 @@
-"""Folders of results are read as they are, what is damaged is left out and told, what holds nothing is refused."""
+"""Folders of results: damaged lines are left out and reported, a folder without results is refused."""
 
 import json
 

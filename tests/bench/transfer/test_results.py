@@ -143,7 +143,7 @@ def test_settings_that_an_older_agiqa_did_not_know_have_their_defaults(tmp_path,
 
 
 def test_a_transfer_is_gone_on_with_on_another_machine(tmp_path, plan, about):
-    """Threads are no part of it, nor were they when an older agiqa told of them."""
+    """Threads are no part of the settings, also if a line of an older agiqa records them."""
     old = json.loads(json.dumps(about))
     assert "threads" not in old["settings"]["train"]
     old["settings"]["train"]["threads"] = 7

@@ -107,7 +107,7 @@ def test_test_and_val_items_that_read_a_teacher_are_warned_of(folder, variant, w
         write(folder, "quality_test.json", NAMES[6:], **OWN),
     ]
     (found,) = load(folder, *files, variant=variant).warnings
-    assert found.startswith("2 of 2 val items read the text of a teacher that was told their MOS")
+    assert found.startswith("2 of 2 val items read the text of a teacher that knew their MOS")
     assert word in found
     write(folder, "quality_test.json", NAMES[6:])
     assert [line.split(" items")[0] for line in load(folder, *files, variant=variant).warnings] == [

@@ -54,7 +54,7 @@ def stored(tmp_path_factory):
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """A source that notes what it is asked for, and can break down."""
+    """A source that records which items are read, and can fail."""
 
     of: Any
     asked: list[list[int]] = field(default_factory=list)

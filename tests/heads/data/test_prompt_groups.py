@@ -1,4 +1,4 @@
-"""Which prompts are the same, whoever asks: splits, leak counts, run folders and transfers."""
+"""One rule for which prompts are the same, in splits, leak counts, run folders and transfers."""
 
 import unicodedata
 from dataclasses import replace

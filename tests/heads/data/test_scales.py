@@ -173,7 +173,7 @@ def mixed(tmp_path):
 
 
 def test_stores_of_two_scales_are_learned_on_one_and_told_of_one_by_one(mixed, tmp_path, capsys):
-    """Mixed as they are, the head needs only to tell the stores apart: SRCC .7 on noise."""
+    """Without conversion, a head that only distinguishes the stores gets SRCC .7 on noise."""
     head = HeadConfig(projection="hidden", encoder="none", width=8)
     config = TrainConfig(split="published", epochs=15, lr=1e-2, batch_size=16)
     run = train_head(mixed, tmp_path / "run", head=head, train=config)

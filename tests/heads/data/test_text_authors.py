@@ -1,4 +1,4 @@
-"""What a training and an evaluation say of items that read the text of a teacher that was told their MOS."""
+"""What a training and an evaluation report about items that read the text of a teacher that knew their MOS."""
 
 import json
 from dataclasses import dataclass, replace

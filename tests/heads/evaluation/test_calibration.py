@@ -1,4 +1,4 @@
-"""Choosing by too few items, curves that say more than their best epoch, and predictions on a scale of their own."""
+"""Warnings about few validation items, SRCC that still rises, and wrong scales of predictions; calibration."""
 
 from dataclasses import replace
 from pathlib import Path

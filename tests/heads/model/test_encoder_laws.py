@@ -185,7 +185,7 @@ IMPOSSIBLE = {"encoder": "transformer", "width": 18, "num_heads": 4}
 
 
 class NeverRead(MemoryStore):
-    """A store whose features nobody may decode."""
+    """A store that fails the test if its features are decoded."""
 
     def read(self, items):
         message = f"{len(items)} items were decoded"

@@ -1,4 +1,4 @@
-"""Presets: between the defaults and what is asked for, the same head around every encoder, and real heads all."""
+"""Presets: they override defaults and yield to options, give every encoder the same head, and all build real heads."""
 
 from pathlib import Path
 

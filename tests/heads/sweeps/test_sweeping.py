@@ -162,7 +162,7 @@ def test_an_item_that_cannot_be_read_fails_only_the_jobs_that_need_it(make_store
     found = {one.job.run.name: one for one in train_heads(source, [*jobs, without], workers=1)}
     assert [one.status for one in found.values()] == ["failed"] * 3 + ["trained"]
     assert "'0007.png' holds NaN" in found["0"].error
-    assert "Every training reads for itself" in capsys.readouterr().err
+    assert "Every training reads its own features" in capsys.readouterr().err
 
 
 def test_heads_that_are_there_are_not_trained_again_and_others_are_refused(stored, tmp_path: Path):
@@ -298,7 +298,7 @@ def test_workers_read_for_themselves_where_no_copy_can_be_written(stored, alone,
         assert outcome.load().metrics["features"]["keep"] == "ram"
     said = capsys.readouterr().err
     assert "cannot be written" in said
-    assert "Every training reads for itself" in said
+    assert "Every training reads its own features" in said
 
 
 def test_runs_made_before_the_data_was_recorded_are_taken_by_their_settings(stored, tmp_path: Path):

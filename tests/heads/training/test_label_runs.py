@@ -1,4 +1,4 @@
-"""Run folders of heads with several labels: what they tell, predict and go on from."""
+"""Run folders of heads with several labels: what they report and predict, and how training resumes."""
 
 import csv
 import json
@@ -80,7 +80,7 @@ def test_a_mean_that_is_undefined_for_one_label_chooses_nothing(make_store, tmp_
 
 
 def test_each_label_has_the_numbers_of_its_own_column(make_store, tmp_path: Path):
-    """Swapping the names in `label` swaps what is told, and nothing else."""
+    """Swapping the names in `label` swaps the reported results, and changes nothing else."""
     store = with_correspondence(make_store(60))
     swapped = replace(
         store, items=replace(store.items, labels=dict(zip(LABELS[::-1], store.items.labels.values(), strict=True)))

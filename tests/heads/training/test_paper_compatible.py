@@ -1,4 +1,4 @@
-"""The test scores of every epoch: as they are, heard by no choice, and told beside the honest number."""
+"""The test scores of every epoch: correct, never used for selection, and reported beside the honest number."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""A training that is broken off and run again ends with the numbers of one that was not."""
+"""An interrupted and resumed training ends with the numbers of an uninterrupted one."""
 
 import csv
 import json

@@ -173,7 +173,7 @@ def test_a_finished_store_that_lacks_an_object_is_not_called_complete(stored, co
 
 
 def test_a_plan_with_other_tokens_is_not_taken_up(tmp_path, content):
-    """Such plans were left by stores that were made of one that was there in part: zeros for its tokens."""
+    """Such plans came from stores made from a partial store: they have zeros for its tokens."""
     store = create_store(tmp_path / "s.agiqa", plan_of(content))
     other = replace(plan_of(content), roles=[np.zeros_like(roles) for roles in content.roles])
     with pytest.raises(SettingsConflict, match=r"planned with other tokens/roles in unit 0"):

@@ -230,7 +230,7 @@ def test_an_export_to_a_full_disk_ends_in_one_message(disk, undisturbed):
         assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (1, "", False), done.stderr
         assert done.stderr.count("No space left on device") == 1
         assert f"'{out}'" in done.stderr
-        assert f"while exporting to {out}; nothing of it is left. Free some space" in done.stderr
+        assert f"while exporting to {out}; no file is left behind. Free some space" in done.stderr
         disk.make_room()
         assert disk.files() == {}
     export_hdf5(undisturbed, out, compression="none")

@@ -1,4 +1,4 @@
-"""File systems without hard links, without locks, or with locks that exclude nobody: usable, or refused."""
+"""File systems without hard links, without locks, or with locks that do not exclude others: usable, or refused."""
 
 import errno
 import json

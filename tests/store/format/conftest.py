@@ -1,4 +1,4 @@
-"""A store to tell lies with."""
+"""A store whose files a test can falsify."""
 
 import pytest
 

@@ -80,7 +80,7 @@ def test_an_object_of_another_size_is_refused_before_the_seal_too(tmp_path, cont
     [("int8", "lm_head/weight"), ("int8", "probe/logits"), ("basis", "lm_head/weight"), ("sketch", "probe/logits")],
 )
 def test_a_store_is_not_made_of_one_that_lacks_an_object(stored, tmp_path, name, made):
-    """Zeros were copied, and sealed, for arrays that the store made of it keeps as they are."""
+    """Once, zeros were copied and sealed in place of the missing arrays."""
     basis = basis_from(stored, 4)
     object_of(stored, name).unlink()
     out, source = tmp_path / "out.agiqa", open_store(stored.path)

@@ -1,4 +1,4 @@
-"""Servers that are busy or refuse: what passes by itself is waited out for as long as they ask, the rest is told at once."""
+"""Servers that are busy or refuse: temporary failures are retried after the wait that the server asks for, others are reported at once."""
 
 import datetime
 import email.utils

@@ -250,7 +250,7 @@ def test_nothing_is_written_while_a_pull_moves_its_objects(unfinished):
 
 
 def test_what_a_killed_pull_left_is_neither_sealed_nor_repaired_nor_labelled(unfinished, content):
-    """It has moved some of its objects: sizes alone do not tell them from those of the units that were filled."""
+    """The pull has moved some of its objects, whose sizes are those of the objects that they replace."""
     fill(unfinished, other_bits(content))
     (unfinished.path / "PULLING.json").write_text("{}")
     before = bytes_below(unfinished.path)
@@ -261,7 +261,7 @@ def test_what_a_killed_pull_left_is_neither_sealed_nor_repaired_nor_labelled(unf
 
 
 def test_a_failed_pull_of_a_damaged_copy_does_not_lock_it(served, stored, tmp_path, impatient):
-    """It is the finished store that it was: whoever has no network can still collect garbage in it."""
+    """It is still the finished store: without a network one can still collect garbage in it."""
     copy = tmp_path / "copy.agiqa"
     pull(served.url, copy)
     (copy / largest_object(stored)).unlink()

@@ -38,7 +38,7 @@ def training_pass(encoder: Encoder, config: TrainConfig, device: torch.device) -
 
 
 def training_kernels(encoder: Encoder, config: TrainConfig, device: torch.device) -> str:
-    """What computes the training steps of `encoder`, in words."""
+    """The kernels that compute the training steps of `encoder`, in words."""
     parts = [encoder.kernels]
     if device.type == "cuda":
         parts += ["torch.compile"] * (config.compile and any(True for _ in encoder.compiled_blocks))

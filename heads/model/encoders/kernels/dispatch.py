@@ -34,7 +34,7 @@ def product_dtype(values: Tensor) -> torch.dtype:
 
 
 def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`function`, which torch.compile then leaves as it is: it has kernels of its own, or a long loop."""
+    """`function`, excluded from torch.compile, because it has its own kernels or a long loop."""
     return cast("Callable[_P, _R]", torch.compiler.disable(function))
 
 
