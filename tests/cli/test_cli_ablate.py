@@ -146,7 +146,7 @@ def test_runs_that_fail_are_kept_with_their_error_and_tried_again(agiqa, ablate,
     failed = agiqa(*ablate("--train-workers", 1, "--json", **sections))
     assert failed.code == 1
     assert json.loads(failed.out)["trained"] == 3
-    assert "error: 2 of 5 runs failed; the same command tries them again:" in failed.err
+    assert "error: 2 of 5 runs failed; run the same command again to retry:" in failed.err
     assert "  encoder=transformer,lr=1e+30: " in failed.err
     assert "Traceback" not in failed.err
     lines = lines_of(tmp_path / "out")

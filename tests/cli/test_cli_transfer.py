@@ -212,7 +212,7 @@ def test_what_fails_is_kept_and_tried_again(agiqa, transfer, tmp_path):
     few = ("--seeds", 1, "--shots", "", "--train-workers", 1, "--one-way")
     failed = agiqa(*transfer(*few, "--json"))
     assert failed.code == 1
-    assert "error: 3 of 5 results failed; the same command tries them again:" in failed.err
+    assert "error: 3 of 5 results failed; run the same command again to retry:" in failed.err
     assert "Traceback" not in failed.err
     lines = lines_of(out)
     assert [line["way"] for line in lines.values() if "error" in line] == ["within", "warm", "apply"]

@@ -19,9 +19,9 @@ def test_labels_are_joined_and_reported(agiqa, store, tmp_path):
     shown = agiqa("store", "labels", store, table, "--mos-range", 0, 100)
     assert shown.code == 0, shown.err
     assert f"2 items named in {table}, {ITEMS - 2} items not" in shown.out
-    assert "1 rows name no item: stranger.png" in shown.out
+    assert "1 rows match no item: stranger.png" in shown.out
     assert "mos_correspondence: 2 new, 0 replaced" in shown.out
-    assert "columns that are no label: note" in shown.out
+    assert "columns that hold no labels: note" in shown.out
     again = agiqa("store", "labels", store, table, "--mos-range", 0, 100, "--json").json
     assert (again["changed"], again["matched"], again["unmatched_rows"]) == (False, 2, ["stranger.png"])
     assert agiqa("store", "info", store, "--json").json["labels"] == {"quality": ITEMS, "correspondence": 2}

@@ -157,11 +157,11 @@ class StopsOne:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-@pytest.mark.parametrize("elsewhere", ["workers", "devices"])
+@pytest.mark.parametrize("elsewhere", ["prepare-workers", "devices"])
 def test_ctrl_c_ends_processes_that_are_stopped(agiqa, folder, tiny_text_checkpoint, tmp_path, elsewhere, number):
     path, options = tmp_path / "s.agiqa", (f"--{elsewhere}", 2)
     moments = Moments(path, 0)
-    kind, when = ("forkserver", lambda: True) if elsewhere == "workers" else ("spawn_main", moments.commits)
+    kind, when = ("forkserver", lambda: True) if elsewhere == "prepare-workers" else ("spawn_main", moments.commits)
     stops = StopsOne(agiqa, kind, when)
     outcome = agiqa.interrupted(*command(folder, path, tiny_text_checkpoint, *options), when=stops, number=number)
     assert outcome.code == 128 + number
