@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "demo.run": ['DemoResult', 'run_demo'],
-        "report.pictures": ['Panel', 'scatter'],
+        "demo.run": ["DemoResult", "run_demo"],
+        "report.pictures": ["Panel", "scatter"],
     },
 )
