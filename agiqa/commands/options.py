@@ -100,7 +100,7 @@ class Share(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repor
         if isinstance(value, tuple):
             return value  # pyright: ignore[reportUnknownVariableType]
         share, _, shares = str(value).partition("/")
-        if not (share.isdigit() and shares.isdigit() and 1 <= int(share) <= int(shares)):
+        if not (share.isdecimal() and shares.isdecimal() and 1 <= int(share) <= int(shares)):
             self.fail(f"{value!r} is not a share such as 1/4.", param, ctx)
         return int(share), int(shares)
 
@@ -118,7 +118,7 @@ class Automatic(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[r
         """The number, or None."""
         if value == "auto":
             return None
-        if not str(value).isdigit() or int(value) < self._lowest:
+        if not str(value).isdecimal() or int(value) < self._lowest:
             self.fail(f"{value!r} is neither auto nor a number from {self._lowest}.", param, ctx)
         return int(value)
 
@@ -136,8 +136,8 @@ class OneOf(click.Choice):  # type: ignore[type-arg]  # pyright: ignore[reportMi
         self._kind = kind
         self._look_up = look_up
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:  # noqa: ARG002 - click names them
-        """The names, and dots if other names are valid too."""
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str | None:  # noqa: ARG002
+        """The names, and dots if other names are valid too. click 8.1 gives no context."""
         return f"[{'|'.join([*self.choices, *(['...'] if self._look_up else [])])}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:

@@ -126,8 +126,9 @@ def _find(store: Store) -> Iterator[_Group]:
     done = {PLAN_LOCK} | {f"{unit:08d}" for unit in store.committed_units()}
     done |= {"model"} if layout.model_commit.exists() else set()
     # the lock file of a pending unit stays: a run may just have opened it
-    ended = [lock for lock in locks if (finished or lock.name in done) and not is_held(lock)]
-    yield _Group(why="the lock of a run that has ended", paths=ended)
+    for lock in locks:
+        if (finished or lock.name in done) and not is_held(lock):
+            yield _Group(why="the lock of a run that has ended", paths=[lock], lock=lock, hold=abandoned_lock)
     for plan in plans_beside(store.path.resolve()):  # as `create_store` removes them
         lock = StoreLayout(plan).locks / PLAN_LOCK
         if lock.is_file():
@@ -149,8 +150,8 @@ def _unlisted_objects(store: Store, *, finished: bool) -> Iterator[_Group]:
             by_owner.setdefault(owner_of(store, name), []).append(path)
     for owner, paths in by_owner.items():
         why = "no record lists it"
-        if finished:
-            yield _Group(why=why, paths=paths)
+        if finished:  # only pulls write to it
+            yield _group(why, paths, store.layout.locks / PULL_LOCK)
         else:
             lock = store.layout.locks / (f"{owner:08d}" if isinstance(owner, int) else "model")
             yield _group(why, paths, lock, owner=owner)

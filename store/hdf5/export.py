@@ -81,6 +81,9 @@ def export_hdf5(
     if found := _found(store, out, content, compression):
         return found
     with telling_disk_errors(f"exporting to {out}", "no file is left behind"), _partial(out) as partial:
+        if found := _found(store, out, content, compression):  # of an export that has just ended
+            partial.unlink()
+            return found
         with writing_hdf5(partial) as (file, check):
             _write(store, file, {_CONTENT: content, _COMPRESSION: chosen}, check=check, advance=advance)
         sync_file(partial)
@@ -93,10 +96,14 @@ def export_hdf5(
 def _partial(out: Path) -> Generator[Path]:
     """The file in which the export to `out` is made, locked against other exports; removed when it fails.
 
-    Raises BusyStore when another process holds it. A killed export leaves it, unlocked, and the next one uses it.
+    Raises BusyStore when another process holds it, and SettingsConflict for a link in its place. A killed export leaves
+    it, unlocked, and the next one uses it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     path = out.with_name(f".{out.name}.partial")
+    if path.is_symlink():
+        message = f"{path} is a link; nothing is written where it leads. Give another path, or remove the link."
+        raise SettingsConflict(message)
     with naming(out), file_lock(path) as mine:
         if not mine:
             message = f"Another process is exporting to {out}. Wait for it, or give another path."

@@ -128,6 +128,7 @@ def run_pull(plan: PullPlan, *, jobs: int = JOBS, advance: Callable[[int], None]
                 message = f"Another pull is at work on {path}. Wait for it, or pull to another path."
                 raise BusyStore(message)
             tally, local = Tally(advance), _Local.at(path)
+            _require_all_units(plan, local)
             _require_room(plan)
             _fetch_missing(plan, local, tally, jobs)
             _check_identity(plan)
@@ -334,6 +335,16 @@ def _set_aside(path: Path) -> None:
     names = (path.with_name(f"{path.stem}.before-pull{tail}{path.suffix}") for tail in tails)
     if path.exists():
         path.replace(next(name for name in names if not name.exists()))
+
+
+def _require_all_units(plan: PullPlan, local: _Local) -> None:
+    """Raise BusyStore where the plan of a part leaves out units that another pull has brought since it was made."""
+    had = local.manifest
+    if had is None or plan.state == "complete":
+        return
+    if had["state"] == "complete" or not set(had["units"]) <= set(json.loads(plan.manifest.text)["units"]):
+        message = f"Another pull has brought more of the store to {plan.path} meanwhile. Run the same command again."
+        raise BusyStore(message)
 
 
 def _require_room(plan: PullPlan) -> None:

@@ -10,6 +10,7 @@ from click.shell_completion import ShellComplete
 from agiqa.cli import COMMANDS, cli
 from agiqa.cli import SECTIONS as cli_sections
 from agiqa.commands.help import SectionedCommand
+from agiqa.commands.options import Automatic, OneOf
 from agiqa.commands.store import SECTIONS as store_sections
 from agiqa.commands.store import command as store_group
 from tests.command_line import REPOSITORY
@@ -39,6 +40,17 @@ def every_command():
 
 ALL = list(every_command())
 NAMES = [" ".join(words) for words, _ in ALL]
+
+
+def test_names_are_listed_under_click_8_1_too():
+    """It asks the type of an option for its metavar without the context."""
+    option = click.Option(["--aspect"], type=OneOf("aspect", ["quality"]))
+    assert option.type.get_metavar(option) == "[quality]"  # type: ignore[call-arg]
+
+
+def test_a_digit_that_is_no_number_is_wrong_usage():
+    with pytest.raises(click.BadParameter, match="'²' is neither auto nor a number"):
+        Automatic(lowest=1).convert("²", None, None)
 
 
 @pytest.mark.parametrize("words", [(), ("extract",), ("store",), ("train",), ("ablate",), ("report",)], ids=str)

@@ -13,6 +13,7 @@ import pytest
 
 from agiqa.errors import DamagedStore
 from agiqa.store import open_store, seal, verify
+from agiqa.store.care import garbage
 from agiqa.store.care.garbage import collect_garbage
 from agiqa.store.care.repairing import repair
 from agiqa.store.disk.locks import exclusive_lock
@@ -120,6 +121,26 @@ def test_strays_and_left_overs_of_a_finished_store_are_removed_and_nothing_else(
     assert not (stored.layout.zarr / "notes").exists()
     assert verify(stored, "full").sound
     assert collect_garbage(stored).garbage == ()
+
+
+def test_a_pull_that_begins_after_the_listing_keeps_its_objects_and_its_lock(stored, monkeypatch):
+    stray, lock = stored.layout.zarr / "features" / "c" / "999", stored.layout.locks / "pull"
+    stray.write_bytes(b"fetched")
+    lock.parent.mkdir()
+    lock.touch()
+    find = garbage._find
+    with contextlib.ExitStack() as pull_at_work:
+
+        def then_a_pull_begins(store):
+            yield from list(find(store))
+            assert pull_at_work.enter_context(exclusive_lock(lock))
+
+        monkeypatch.setattr(garbage, "_find", then_a_pull_begins)
+        assert names(collect_garbage(stored), stored.path) == set()
+        assert stray.read_bytes() == b"fetched"
+        assert lock.exists()
+    monkeypatch.undo()
+    assert names(collect_garbage(stored), stored.path) == {"store.zarr/features/c/999", "locks/pull"}
 
 
 def test_killed_plans_are_removed_and_living_ones_stay(stored, tmp_path):

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from agiqa.errors import ConfigError, DataError, IncompleteStore
+from agiqa.errors import BusyStore, ConfigError, DataError, IncompleteStore
 from agiqa.store import basis_from, convert_store, create_store, open_store, sketch_store
-from agiqa.store.sharing.pulling import pull
+from agiqa.store.sharing.pulling import plan_pull, pull, run_pull
 from agiqa.store.sharing.pushing import push, push_bytes
 from tests.store.conftest import make_content, plan_of
 from tests.store.sharing.copies import assert_equal_stores, files_below, objects_of
@@ -40,6 +40,19 @@ def test_some_items_cost_some_bytes_and_further_pulls_add_theirs(stored, served,
     assert second.objects == 3  # features, token ids and roles of one unit
     assert first.objects + second.objects < pull(served.url, copy).objects + first.objects + second.objects
     assert_equal_stores(copy, stored.path)
+
+
+@pytest.mark.parametrize("units", [[5], None], ids=["another unit", "the whole store"])
+def test_units_that_another_pull_brings_after_the_plan_stay_listed(stored, served, tmp_path, units):
+    copy = tmp_path / "copy.agiqa"
+    plan = plan_pull(served.url, copy, items=names_in(stored, [2]))
+    pull(served.url, copy, items=None if units is None else names_in(stored, units))
+    before = (copy / "MANIFEST.json").read_text()
+    with pytest.raises(BusyStore, match="brought more of the store"):
+        run_pull(plan)
+    assert (copy / "MANIFEST.json").read_text() == before
+    pull(served.url, copy, items=names_in(stored, [2]))
+    assert manifest_of(copy).get("units") == (None if units is None else [2, 5])
 
 
 def test_rows_of_a_part_are_those_of_the_store(stored, served, tmp_path):
