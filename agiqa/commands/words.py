@@ -34,7 +34,7 @@ def command(file: Path, labels: Path | None, label: str, mos_range: tuple[float,
     """
     from agiqa.heads.evaluation.rating_words import score_words
     from agiqa.progress import say
-    from agiqa.rating_answers import read_rated_items
+    from agiqa.rated_items import read_rated_items
 
     rated = read_rated_items(file, labels, label=label, mos_range=mos_range)
     prompts = [one.prompt for one in rated if one.prompt is not None]
