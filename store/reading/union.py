@@ -87,12 +87,16 @@ class StoreUnion:
         bounds = zip(self._first_items[:-1].tolist(), self._first_items[1:].tolist(), strict=True)
         return tuple((store, np.arange(*ends)) for store, ends in zip(self.stores, bounds, strict=True))
 
-    @cached_property
+    @property
     def items(self) -> Items:
         """The items of all stores. Two stores may have the same name.
 
         The MOS of an aspect are on the scale of the first store that records one, and NaN in a store without them.
         """
+        return self._items  # pyright finds no cached_property that satisfies the property of a protocol
+
+    @cached_property
+    def _items(self) -> Items:
         tables = [store.items for store in self.stores]
         return Items(
             names=[name for table in tables for name in table.names],
@@ -105,9 +109,13 @@ class StoreUnion:
             mos_ranges={aspect: column.scale for aspect, column in self._scaled.items() if column.scale is not None},
         )
 
-    @cached_property
+    @property
     def n_tokens(self) -> NDArray[np.int32]:
         """Tokens per item, (items,)."""
+        return self._n_tokens
+
+    @cached_property
+    def _n_tokens(self) -> NDArray[np.int32]:
         return np.concatenate([store.n_tokens for store in self.stores])
 
     @property
