@@ -58,7 +58,7 @@ def _load_options(ctx: click.Context, _parameter: click.Parameter, path: Path | 
             unknown = UnknownName.of(kind="option", name=str(key), known=options)
             unknown.add_note(f"in {path}")
             raise unknown
-        if value is not None and option.name is not None:
+        if value is not None:
             defaults[option.name] = [value] if option.multiple and not isinstance(value, list) else value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
     return path
