@@ -91,7 +91,7 @@ def test_other_settings_are_refused_until_restarted(agiqa, example, undisturbed,
     refused = agiqa(*train(example, run))
     assert refused.code == 1
     assert refused.out == ""
-    for mention in ("another training", "seed: kept 3, asked for 0", "--restart"):
+    for mention in ("another, interrupted training", "seed: kept 3, asked for 0", "--restart"):
         assert mention in refused.err
     afresh = agiqa(*train(example, run, "--restart"))
     assert "going on" not in afresh.err
