@@ -3,21 +3,21 @@
 `open_backbone` chooses the backbone for a checkpoint. Model code is imported only when it is used.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from agiqa.extract.models.contract import Answer, Backbone, GenerationSettings, Prepared
+from agiqa.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from agiqa.extract.models.opening import open_backbone
+    from agiqa.extract.models.contract import Answer as Answer
+    from agiqa.extract.models.contract import Backbone as Backbone
+    from agiqa.extract.models.contract import GenerationSettings as GenerationSettings
+    from agiqa.extract.models.contract import Prepared as Prepared
+    from agiqa.extract.models.opening import open_backbone as open_backbone
 
-__all__ = ["Answer", "Backbone", "GenerationSettings", "Prepared", "open_backbone"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import `open_backbone`, and transformers with it, on first use."""
-    if name == "open_backbone":
-        from agiqa.extract.models.opening import open_backbone
-
-        return open_backbone
-    message = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(message)
+__getattr__, __dir__, __all__ = lazy_names(
+    __name__,
+    {
+        "contract": ["Answer", "Backbone", "GenerationSettings", "Prepared"],
+        "opening": ["open_backbone"],
+    },
+)

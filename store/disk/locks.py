@@ -19,26 +19,14 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def exclusive_lock(path: Path) -> Generator[bool]:
-    """Hold the lock file `path` while inside. Yields False, without waiting, while another process holds it."""
-    with _open_lock(path) as file:
-        if not _try_lock(file):
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            _unlock(file)
+def exclusive_lock(path: Path, *, keeps_name: bool = True) -> Generator[bool]:
+    """Hold the lock file `path` while inside. Yields False, without waiting, while another process holds it.
 
-
-@contextmanager
-def file_lock(path: Path) -> Generator[bool]:
-    """Hold a lock on the data file `path`, made if it is not there. Yields False while another process holds it.
-
-    Also yields False if the last holder has renamed or removed the file meanwhile.
+    A holder may rename or remove a file that does not keep its name, such as a data file that serves as its own lock.
+    If one did so meanwhile, this yields False too.
     """
     with _open_lock(path) as file:
-        if not (_try_lock(file) and _has_name(file, path)):
+        if not (_try_lock(file) and (keeps_name or _has_name(file, path))):
             yield False
             return
         try:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, SchemaError, SettingsConflict
 from agiqa.store.care.verification import verify
 from agiqa.store.disk.files import canonical_json, naming, sync_file, telling_disk_errors
-from agiqa.store.disk.locks import file_lock
+from agiqa.store.disk.locks import exclusive_lock
 from agiqa.store.format.arrays import object_rows
 from agiqa.store.format.items import LABEL_PREFIX, MOS_RANGE, Items
 from agiqa.store.format.labels import range_record
@@ -104,7 +104,7 @@ def _partial(out: Path) -> Generator[Path]:
     if path.is_symlink():
         message = f"{path} is a link; nothing is written where it leads. Give another path, or remove the link."
         raise SettingsConflict(message)
-    with naming(out), file_lock(path) as mine:
+    with naming(out), exclusive_lock(path, keeps_name=False) as mine:
         if not mine:
             message = f"Another process is exporting to {out}. Wait for it, or give another path."
             raise BusyStore(message)

@@ -14,7 +14,7 @@ import pytest
 
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, SchemaError, SettingsConflict, UnknownName
 from agiqa.store import UnitWriter, create_store, open_store
-from agiqa.store.disk.locks import exclusive_lock, file_lock
+from agiqa.store.disk.locks import exclusive_lock
 from agiqa.store.hdf5.export import export_hdf5
 from agiqa.store.hdf5.files import writing_hdf5
 from agiqa.store.hdf5.importing import import_hdf5
@@ -103,14 +103,14 @@ def test_a_link_in_the_place_of_the_partial_file_is_not_followed(stored, tmp_pat
 def test_an_export_that_ended_just_before_the_lock_was_free_stays(stored, tmp_path, monkeypatch, other):
     """Both found no file at OUT; the second holds the lock once the first has given OUT its name."""
     first = make_store(tmp_path / "o.agiqa", make_content([3, 4])) if other else stored
-    out, lock, written = tmp_path / "s.h5", file_lock, []
+    out, lock, written = tmp_path / "s.h5", exclusive_lock, []
 
-    def late_lock(path):
+    def late_lock(path, *, keeps_name):
         monkeypatch.undo()
         written.append(export_hdf5(first, out).path.read_bytes())
-        return lock(path)
+        return lock(path, keeps_name=keeps_name)
 
-    monkeypatch.setattr("agiqa.store.hdf5.export.file_lock", late_lock)
+    monkeypatch.setattr("agiqa.store.hdf5.export.exclusive_lock", late_lock)
     if other:
         with pytest.raises(SettingsConflict, match="exists and is "):
             export_hdf5(stored, out)
