@@ -155,17 +155,18 @@ def be_nobody(_progress, folder, lengths):
 
 
 def read_until(progress, path, stop, lengths, seed, longest):
-    """Open the store and read all its items, until `stop` is there: how many reads were right, wrong, refused."""
+    """Open the store and read all its items, until `stop` is there or a read is wrong: how many were what."""
     right = np.concatenate(make_content(lengths).hidden)
     found = {"right": 0, "wrong": 0, "refused": 0}
     dawdle(seed, longest)
-    while not Path(stop).exists():
+    while not Path(stop).exists() and not found["wrong"]:
         try:
             rows = open_store(path).read(range(len(lengths)))
-            found["right" if np.array_equal(rows.rows, right) else "wrong"] += 1
+            outcome = "right" if np.array_equal(rows.rows, right) else "wrong"
         except AgiqaError:
-            found["refused"] += 1
-        progress.at("read once")
+            outcome = "refused"
+        found[outcome] += 1
+        progress.at(outcome)
     return found
 
 
