@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = {
     "store": ("disk", "format", "reading", "writing", "deriving", "sharing", "care", "hdf5"),
     "heads": ("settings", "data", "model", "evaluation", "training", "sweeps"),
-    "extract": ("data", "models", "describing", "filling"),
+    "extract": ("data", "models", "teaching", "tuning", "describing", "filling"),
     "bench": ("recording", "baselines", "ablation", "transfer", "report", "demo", "measurements"),
 }
 """By room its sub-rooms from the ground up: a module imports from its own sub-room and from those before it."""

@@ -1,0 +1,1 @@
+"""Stage 1: an online model explains the known scores of each image."""

@@ -1,0 +1,1 @@
+"""Stage 1: the local model is fine-tuned on explained scores, with LoRA."""
