@@ -23,7 +23,7 @@ from agiqa.heads.model.head import Head, build_head
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import LIGHTNING_PRECISIONS, cpu_threads, random_state, resolve_device
-from agiqa.heads.training.epochs import Outcome
+from agiqa.heads.training.curves import Outcome
 from agiqa.heads.training.learner import Learner, steps_per_epoch
 from agiqa.heads.training.progress import TrainingProgress
 from agiqa.heads.training.resuming import StateFile, TrainingState

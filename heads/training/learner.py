@@ -26,7 +26,7 @@ from agiqa.heads.model.head import Head
 from agiqa.heads.model.losses import check_loss, get_loss
 from agiqa.heads.settings.config import TrainConfig
 from agiqa.heads.settings.labels import columns
-from agiqa.heads.training.epochs import Epoch, Outcome
+from agiqa.heads.training.curves import Epoch, Outcome
 from agiqa.heads.training.progress import EventLog, TrainingProgress
 
 LEARNER = "agiqa"

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from agiqa.errors import ConfigError
-from agiqa.heads.training.epochs import Epoch
+from agiqa.heads.training.curves import Epoch
 
 _STEPS_PER_WRITE = 50
 """Losses fetched from the device at a time; every fetch waits for the device."""

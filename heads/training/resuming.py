@@ -31,7 +31,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from agiqa.errors import HeadError
 from agiqa.heads.evaluation.runs import EVENTS
-from agiqa.heads.training.epochs import Outcome
+from agiqa.heads.training.curves import Outcome
 from agiqa.heads.training.experiment import differences
 from agiqa.heads.training.learner import LEARNER
 from agiqa.heads.training.progress import EventLog

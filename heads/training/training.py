@@ -30,7 +30,7 @@ from agiqa.heads.model.projection import FeatureSpec, usual_projection
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import cpu_threads
 from agiqa.heads.settings.labels import Array, by_label, columns, of_each_label, side_by_side
-from agiqa.heads.training.epochs import Outcome, TestScorer, best_on_test, bias_warnings, epoch_warnings
+from agiqa.heads.training.curves import Outcome, TestScorer, best_on_test, bias_warnings, epoch_warnings
 from agiqa.heads.training.experiment import Experiment, start_warnings
 from agiqa.heads.training.fitting import Fit, fit_head
 from agiqa.heads.training.progress import LineProgress, TrainingProgress

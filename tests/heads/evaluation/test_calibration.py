@@ -10,7 +10,7 @@ from scipy import stats
 from agiqa.heads import HeadConfig, TrainConfig, load_run, predict, train_head
 from agiqa.heads.data.splits import make_partition
 from agiqa.heads.evaluation.calibration import Calibration, calibration_fields, calibration_line, calibration_warnings
-from agiqa.heads.training.epochs import Epoch, Outcome, epoch_warnings
+from agiqa.heads.training.curves import Epoch, Outcome, epoch_warnings
 
 NONE = HeadConfig(projection="sketch", encoder="none", width=8)
 QUICK = TrainConfig(split="grouped", epochs=3, lr=1e-2)

@@ -1,4 +1,4 @@
-"""The epochs of a fit: a row of the curves for each, the epoch that was kept and why, and the test scores of each.
+"""The learning curves of a fit: a row for each epoch, the epoch that was kept and why, and the test scores of each.
 
 The released code of the paper evaluates on the test items after every epoch and keeps the best one, so its number is
 the largest of as many draws as there are epochs. The setting `paper_compatible` records the test scores of every epoch,
