@@ -27,6 +27,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from agiqa.bench.demo.scenes import SCENES, SIDE
 from agiqa.extract.data.templates import templates
+from agiqa.extract.models.loading import quiet_transformers
 
 PATCH = 24
 """Side of a patch in pixels, three JPEG blocks; an image becomes (192 / 24)^2 = 64 tokens."""
@@ -69,7 +70,8 @@ def build_demo_model(out: Path, *, seed: int = 0) -> None:
         values = (_unit_weights(), torch.zeros(len(_unit_weights())), *_vote_weights(generator))
         for name, value in zip(("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"), values, strict=True):
             first.get_parameter(name).copy_(value)
-    model.save_pretrained(out)
+    with quiet_transformers():
+        model.save_pretrained(out)
     images = CLIPImageProcessorPil(
         size={"height": SIDE, "width": SIDE},
         do_center_crop=False,
