@@ -26,11 +26,12 @@ from agiqa.extract.tuning.estimates import (
 from agiqa.extract.tuning.examples import Limited, Planned, plan_example, unplanned
 from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.extract.tuning.group import Group
+from agiqa.extract.tuning.learner import Learner, OutOfMemory
 from agiqa.extract.tuning.processes import run_on_devices
 from agiqa.extract.tuning.recipes import Recipe
 from agiqa.extract.tuning.reporting import Reporter, check_tensorboard, reporting
 from agiqa.extract.tuning.schedule import Schedule, held_out
-from agiqa.extract.tuning.training import Material, OutOfMemory, Trainer
+from agiqa.extract.tuning.training import Material, Trainer
 from agiqa.progress import say, track
 from agiqa.store.format.items import MODEL
 from agiqa.version import agiqa_version
@@ -237,14 +238,12 @@ class Work:
 
         def trainer(reporter: Reporter, preparation: Preparation) -> Trainer:
             return Trainer(
-                backbone=backbone,
-                trained=trained,
+                learner=Learner(backbone, trained, settings.recipe, group),
                 schedule=schedule,
                 material=material,
                 folder=self.folder,
                 preparation=preparation,
                 reporter=reporter,
-                group=group,
                 checkpoint_seconds=60 * settings.checkpoint_minutes,
             )
 
