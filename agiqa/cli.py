@@ -19,6 +19,7 @@ _AGAIN_SECONDS = 0.02
 
 SECTIONS = {
     "Prepare": {
+        "tune": "Fine-tune the model on a teacher's conversations, into an adapter.",
         "describe": "Let the model describe every image and rate it in one word.",
     },
     "Features": {
