@@ -120,6 +120,13 @@ def recompute(trained: Trained, which: str) -> int:
     return count
 
 
+def compile_layers(trained: Trained) -> None:
+    """Compile each layer of the model in place, at its first use; layers of one kind share a compilation."""
+    torch.compiler.reset()  # it compiles eight variants of a function at most, and earlier models count
+    for _, layer in _layers(trained.model):
+        layer.compile(dynamic=True)
+
+
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
