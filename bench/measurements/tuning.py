@@ -201,6 +201,8 @@ def tables(lines: Sequence[Line]) -> str:
     goals: list[list[str]] = []
     for line in fitting:
         config = line["config"]
+        if config["device"] == "cpu":
+            continue
         what = f"{line['name']}, {config['tokens']} tokens, {config['micro_batch']} items, {config['checkpointing']}"
         if line["name"] in GOALS_GB and (config["micro_batch"], config["checkpointing"]) == (1, "all"):
             cells = goal_cells(line["measured"]["reserved_gb"], at_most=GOALS_GB[line["name"]])

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 
 from agiqa.bench.measurements.random_models import minicpm
-from agiqa.bench.measurements.tuning import counted_flop, made_up, main
+from agiqa.bench.measurements.tuning import counted_flop, made_up, main, tables
 from agiqa.extract.tuning.adapting import adapt, recompute
 from agiqa.extract.tuning.group import Group
 from agiqa.extract.tuning.learner import Learner
@@ -36,7 +36,9 @@ def test_a_case_gives_a_line_and_tables(tmp_path):
     assert line["measured"]["tokens_per_second"] > 0
     assert 0 < line["measured"]["of_matmul_rate"] < 1
     assert "| light | 1100 | 1 | all |" in outcome.output
-    assert "at most 24" in outcome.output
+    assert "goal" not in outcome.output  # they are for GPUs
+    line["config"]["device"] = "NVIDIA H100"
+    assert "| light, 1100 tokens, 1 items, all: GB | at most 24 |" in tables([line])
     again = CliRunner().invoke(main, ["--table", str(path)])
     assert again.output.splitlines()[0] in outcome.output
 
