@@ -39,6 +39,8 @@ class Counts:
     lora: int
     """Trained parameters in LoRA pairs."""
     frozen: int
+    tables: int
+    """Trained parameters in embeddings, which have gradients for all their rows."""
     autocast: int
     """Trained parameters of which the forward pass makes a copy in the model's dtype."""
 
@@ -68,6 +70,7 @@ class Counts:
             trained=trained + lora,
             lora=lora,
             frozen=sum(sizes.values()) - trained,
+            tables=table,
             autocast=trained - table + lora,
         )
 
@@ -109,12 +112,19 @@ class Estimate:
         }
 
 
-def estimate(backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, *, checkpointing: str) -> Estimate:
-    """The memory of `recipe` for a forward pass of `load`. `checkpointing` is one of CHECKPOINTING but auto."""
-    model = backbone.empty_model()
+def estimate(
+    backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, *, checkpointing: str, model: nn.Module | None = None
+) -> Estimate:
+    """The memory of `recipe` for a forward pass of `load`. `checkpointing` is one of CHECKPOINTING but auto.
+
+    `model` is the model without weights, if built before.
+    """
+    model = model or backbone.empty_model()
     counts = Counts.of(backbone, recipe, model)
     size = DTYPES[backbone.logical_dtype].itemsize
     copies = counts.autocast * size if size < 4 else 0
+    if recipe.batch_size > (recipe.micro_batch or 1):  # gradients of two micro-batches, while they are added
+        copies += counts.tables * 4
     weights = counts.frozen * size + counts.trained * TRAINED_BYTES + copies
     return Estimate(
         counts=counts, weights=weights, activations=_activations(backbone, recipe, load, model, checkpointing)
@@ -161,9 +171,10 @@ def _per_token(layer: nn.Module, size: int, *, lora: bool) -> float:
 def recipes_that_fit(backbone: HuggingFaceBackbone, load: Load, memory: float | None) -> Mapping[str, Estimate]:
     """The estimate of every shipped recipe whose parts the model has, with everything recomputed; at most `memory`."""
     found: dict[str, Estimate] = {}
+    model = backbone.empty_model()
     for name in summaries():
         try:
-            one = estimate(backbone, recipe_of(name), load, checkpointing="all")
+            one = estimate(backbone, recipe_of(name), load, checkpointing="all", model=model)
         except ModelError:
             continue  # the model lacks a part of it
         if memory is None or one.total <= memory:
@@ -212,13 +223,14 @@ def _fastest(
 ) -> tuple[int, str] | None:
     """Items per forward pass, of `sizes` from the largest, and what is recomputed; None if nothing fits."""
     fitting: list[tuple[int, str]] = []
+    model = backbone.empty_model()
+
+    def needed(size: int, which: str) -> float:
+        recipe_of_size, load = replace(recipe, micro_batch=size), longest.times(size)
+        return estimate(backbone, recipe_of_size, load, checkpointing=which, model=model).total
+
     for which in choices:
-        able = (
-            size
-            for size in sizes
-            if estimate(backbone, recipe, longest.times(size), checkpointing=which).total <= memory
-        )
-        size = next(able, None)
+        size = next((size for size in sizes if needed(size, which) <= memory), None)
         if size is not None:
             fitting.append((size, which))
             if size == sizes[0] or size * longest.tokens >= _FULL:
