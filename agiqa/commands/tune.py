@@ -148,7 +148,7 @@ def command(data: Path, adapter: Path, *, as_json: bool, dry_run: bool, **option
     for line in plan.skipped:
         say(f"skipped {line}")
     if dry_run:
-        print_result(*_estimates(backbone, recipe, plan), as_json=as_json)
+        print_result(*_estimates(backbone, recipe, plan, options["devices"]), as_json=as_json)
         return
     result = run_tuning(data_set, backbone, adapter, settings, opener=opener, plan=plan).as_dict()
     print_result(result, table(result | {"skipped": len(result["skipped"])}), as_json=as_json)
@@ -174,34 +174,42 @@ def _opened(options: Mapping[str, Any]) -> "tuple[Opener, HuggingFaceBackbone]":
     """The model, in bfloat16 where the checkpoint is in float16."""
     from agiqa.extract.models.huggingface import HuggingFaceBackbone
     from agiqa.extract.models.opening import opened, opener_of
+    from agiqa.progress import say
 
     given: dict[str, Any] = {"adapter": None, "max_slices": options["max_slices"]}
     opener = opener_of(options["model"], dtype=options["dtype"], **given)
     backbone = opened(opener, options["device"])
     if backbone.logical_dtype == "float16":
         opener = opener_of(options["model"], dtype="bfloat16", **given)
-        backbone = opened(opener, options["device"])
+        backbone = opener(device=options["device"])
+        say(f"{options['model']} is in float16, in which gradients become 0 or infinite; training computes in bfloat16")
     assert isinstance(backbone, HuggingFaceBackbone)  # as all that can be opened by name
     return opener, backbone
 
 
-def _estimates(backbone: "HuggingFaceBackbone", recipe: "Recipe", plan: "TuningPlan") -> tuple[dict[str, Any], str]:
+def _estimates(
+    backbone: "HuggingFaceBackbone", recipe: "Recipe", plan: "TuningPlan", devices: int
+) -> tuple[dict[str, Any], str]:
     """The plan, with the memory of this recipe and of all others: JSON-able, and as text."""
-    from agiqa.extract.tuning.estimates import GB, chosen_checkpointing, estimate, recipes_that_fit
+    from agiqa.extract.tuning.estimates import GB, estimate, memory_of, recipes_that_fit, settled
 
-    which = chosen_checkpointing(backbone, recipe, plan.load)
-    own = estimate(backbone, recipe, plan.load, checkpointing=which)
-    others = recipes_that_fit(backbone, plan.load, None)
+    memory = memory_of(backbone.device)
+    chosen = settled(backbone, recipe, plan.longest, steps=plan.steps, memory=memory, devices=devices)
+    load = plan.longest.times(chosen.micro_batch or 1)
+    own = estimate(backbone, chosen, load, checkpointing=chosen.checkpointing)
+    others = recipes_that_fit(backbone, plan.longest, None)
     result = {
         **plan.as_dict(),
-        "recipe": recipe.as_dict(),
-        "checkpointing": which,
+        "recipe": chosen.as_dict(),
         "estimate": own.as_dict(),
         "recipes": {name: one.as_dict() for name, one in others.items()},
     }
     counts = own.counts
     shown: dict[str, Any] = {name: result[name] for name in ("train", "validation", "longest", "steps")}
     shown |= {"skipped": len(plan.skipped), "trained": f"{counts.trained:,} of {counts.trained + counts.frozen:,}"}
-    shown["memory"] = f"about {own.total / GB:.1f} GB, activations recomputed: {which}"
-    shown |= {f"  {name}": f"about {one.total / GB:.1f} GB, all recomputed" for name, one in others.items()}
+    shown["memory"] = (
+        f"about {own.total / GB:.1f} GB with {chosen.micro_batch} items per forward pass, activations recomputed: "
+        f"{chosen.checkpointing}"
+    )
+    shown |= {f"  {name}": f"about {one.total / GB:.1f} GB with 1, all recomputed" for name, one in others.items()}
     return result, table(shown)

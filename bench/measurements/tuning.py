@@ -33,7 +33,7 @@ from agiqa.bench.measurements.measuring import (
 from agiqa.bench.measurements.random_models import SHAPES, Shape, shape_of_config
 from agiqa.extract import Message
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
-from agiqa.extract.tuning.adapting import Trained, adapt, recompute
+from agiqa.extract.tuning.adapting import Trained, adapt, compile_layers, recompute
 from agiqa.extract.tuning.estimates import GB, Load, estimate
 from agiqa.extract.tuning.examples import Example
 from agiqa.extract.tuning.group import Group
@@ -46,6 +46,7 @@ GOALS_GB = {"published": 40.0, "light": 24.0}
 GOAL_RATE = 0.45
 """Least share of the measured matmul rate."""
 _MATMUL = 8192
+_REPEATS = 20
 _WARM_UP = 2
 _SIDE = 512
 """Pixels of the image, squared: an overview and two slices."""
@@ -55,14 +56,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product."""
     side = _MATMUL if device.type == "cuda" else 512
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    for repeats in (3, 20):
+    seconds = 0.0
+    for repeats in (3, _REPEATS):  # the first are a warm-up
         _wait(device)
         started = time.perf_counter()
         for _ in range(repeats):
-            left @ right
+            torch.matmul(left, right)
         _wait(device)
         seconds = time.perf_counter() - started
-    return 20 * 2 * side**3 / seconds
+    return _REPEATS * 2 * side**3 / seconds
 
 
 def made_up(backbone: HuggingFaceBackbone, tokens: int, seed: int) -> Example:
@@ -124,40 +126,40 @@ def measured_case(
     backbone.load()
     trained = adapt(backbone, recipe, seed=0)
     recompute(trained, recipe.checkpointing)
+    if recipe.compile == "always":
+        compile_layers(trained)
     learner = Learner(backbone, trained, recipe, Group())
     examples = [made_up(backbone, tokens, seed) for seed in range(recipe.batch_size)]
-    size = recipe.micro_batch
+    size = recipe.micro_batch or recipe.batch_size
     pieces = [(seed, examples[start : start + size]) for seed, start in enumerate(range(0, len(examples), size))]
     labels = sum(len(example.labels) for example in examples)
-    load = Load(
-        tokens=size * tokens,
-        labels=size * len(examples[0].labels),
-        patches=size * len(examples[0].prepared.inputs["patches"]),
-    )
+    largest = examples[0]
+    longest = Load(tokens=tokens, labels=len(largest.labels), patches=len(largest.prepared.inputs["patches"]))
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    seconds = 0.0
+    seconds, loss = 0.0, 0.0
     for step in range(_WARM_UP + steps):
         _wait(device)
         started = time.perf_counter()
-        found = learner.gradient(pieces, labels=labels)
+        loss = learner.gradient(pieces, labels=labels).loss
         learner.apply(recipe.lr)
         _wait(device)
         seconds += 0.0 if step < _WARM_UP else time.perf_counter() - started
-    layout = examples[0].prepared.layout
+    layout = largest.prepared.layout
     assert layout is not None  # there is an image
     flop = sum(counted_flop(trained.model, trained, example, len(layout)) for example in examples) * steps
     peak = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if device.type == "cuda" else (0, 0)
     return {
         "peak_gb": peak[0] / GB,
         "reserved_gb": peak[1] / GB,
-        "estimated_gb": estimate(backbone, recipe, load, checkpointing=recipe.checkpointing).total / GB,
+        "estimated_gb": estimate(backbone, recipe, longest.times(size), checkpointing=recipe.checkpointing).total / GB,
         "tokens_per_second": steps * len(examples) * tokens / seconds,
         "step_seconds": seconds / steps,
         "tflop_per_second": flop / seconds / 1e12,
         "matmul_tflop_per_second": rate / 1e12,
         "of_matmul_rate": flop / seconds / rate,
-        "loss": found.loss,
+        "loss": loss,
         "trained_parameters": sum(weight.numel() for weight in trained.parameters.values()),
     }
 
@@ -173,10 +175,10 @@ def measured_lines(options: Mapping[str, Any]) -> Generator[Line]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape = SHAPES[options["shape"]] if options["config"] is None else partial(shape_of_config, options["config"])
     rate = matmul_rate(device, dtype)
-    cases = product(options["recipe"], options["tokens"], options["checkpointing"], options["micro_batch"])
+    cases = product(*(options[key] for key in ("recipe", "tokens", "checkpointing", "micro_batch", "compile")))
     with tempfile.TemporaryDirectory() as folder:
-        for name, tokens, which, micro in cases:
-            changes = {"checkpointing": which, "micro_batch": micro, "batch_size": max(micro, 2)}
+        for name, tokens, which, micro, compiled in cases:
+            changes = {"checkpointing": which, "micro_batch": micro, "batch_size": max(micro, 2), "compile": compiled}
             recipe = recipe_of(name, changes)
             config = {"tokens": tokens, **changes, "device": device_name(device), "shape": options["shape"]}
             try:
@@ -193,13 +195,20 @@ def tables(lines: Sequence[Line]) -> str:
     """Markdown tables of result lines: memory and speed, and the goals."""
     fitting = [line for line in lines if "out_of_memory" not in line["measured"]]
     columns: dict[str, Any] = {"recipe": lambda line: line["name"]}
-    for key, title in (("tokens", "tokens"), ("micro_batch", "items"), ("checkpointing", "recomputed")):
+    for key, title in (
+        ("tokens", "tokens"),
+        ("micro_batch", "items"),
+        ("checkpointing", "recomputed"),
+        ("compile", "compiled"),
+    ):
         columns[title] = lambda line, key=key: str(line["config"][key])
     keys = ("peak_gb", "reserved_gb", "estimated_gb", "tokens_per_second", "of_matmul_rate")
     goals: list[list[str]] = []
     for line in fitting:
         config = line["config"]
-        what = f"{line['name']}, {config['tokens']} tokens, {config['micro_batch']} items, {config['checkpointing']}"
+        if config["device"] == "cpu":
+            continue
+        what = _case(line)
         if line["name"] in GOALS_GB and (config["micro_batch"], config["checkpointing"]) == (1, "all"):
             cells = goal_cells(line["measured"]["reserved_gb"], at_most=GOALS_GB[line["name"]])
             goals.append([f"{what}: GB", *cells])
@@ -209,9 +218,14 @@ def tables(lines: Sequence[Line]) -> str:
     return joined(measured_table(columns, keys, fitting), goal_table(goals))
 
 
+def _case(line: Line) -> str:
+    config = line["config"]
+    shape = f"{config['tokens']} tokens x {config['micro_batch']}"
+    return f"{line['name']}, {shape}, recomputed: {config['checkpointing']}, compiled: {config['compile']}"
+
+
 def _summary(line: Line) -> str:
-    config, measured = line["config"], line["measured"]
-    what = f"{line['name']}, {config['tokens']} tokens x {config['micro_batch']}, recomputed: {config['checkpointing']}"
+    what, measured = _case(line), line["measured"]
     if "out_of_memory" in measured:
         return f"{what}: out of memory"
     return (
@@ -228,7 +242,8 @@ def _summary(line: Line) -> str:
 @click.option("--recipe", multiple=True, default=tuple(summaries()), show_default=True)
 @click.option("--tokens", multiple=True, type=int, default=(512, 768), show_default=True)
 @click.option("--checkpointing", multiple=True, default=("all", "none"), show_default=True)
-@click.option("--micro-batch", multiple=True, type=int, default=(1,), show_default=True)
+@click.option("--compile", multiple=True, default=("never", "always"), show_default=True)
+@click.option("--micro-batch", multiple=True, type=int, default=(1, 2), show_default=True)
 @click.option("--steps", default=4, show_default=True, type=click.IntRange(min=1), help="Timed steps of each case.")
 @result_options
 def main(*, out: Path | None, table: Path | None, **options: Any) -> None:

@@ -4,8 +4,8 @@ Weights, gradients and moments are counted exactly. Activations are counted by v
 optimisers, offloading and other ways to save memory are not offered.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,12 @@ TRAINED_BYTES = 16
 """Per trained parameter in float32: itself, its gradient and both moments of AdamW."""
 _LIBRARIES = 0.8 * GB
 """CUDA itself, and the work space of its libraries."""
+_LEFT = 0.1
+"""Share of a device's memory that the choice of `settled` leaves free."""
+_FULL = 4096
+"""Tokens of a forward pass that keep a GPU busy: below that, more items are worth recomputing more layers."""
+_STEPS_TO_COMPILE = 100
+"""Compiling takes as long as about this many steps save (8B on an H100: 10 to 20 s for 0.06 to 0.18 s a step)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class Counts:
     lora: int
     """Trained parameters in LoRA pairs."""
     frozen: int
+    tables: int
+    """Trained parameters in embeddings, which have gradients for all their rows."""
     autocast: int
     """Trained parameters of which the forward pass makes a copy in the model's dtype."""
 
@@ -62,6 +70,7 @@ class Counts:
             trained=trained + lora,
             lora=lora,
             frozen=sum(sizes.values()) - trained,
+            tables=table,
             autocast=trained - table + lora,
         )
 
@@ -74,6 +83,10 @@ class Load:
     labels: int
     patches: int
     """That the vision tower sees."""
+
+    def times(self, items: int) -> "Load":
+        """The load of as many items like this one."""
+        return Load(tokens=items * self.tokens, labels=items * self.labels, patches=items * self.patches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +112,19 @@ class Estimate:
         }
 
 
-def estimate(backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, *, checkpointing: str) -> Estimate:
-    """The memory of `recipe` for a forward pass of `load`. `checkpointing` is one of CHECKPOINTING but auto."""
-    model = backbone.empty_model()
+def estimate(
+    backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, *, checkpointing: str, model: nn.Module | None = None
+) -> Estimate:
+    """The memory of `recipe` for a forward pass of `load`. `checkpointing` is one of CHECKPOINTING but auto.
+
+    `model` is the model without weights, if built before.
+    """
+    model = model or backbone.empty_model()
     counts = Counts.of(backbone, recipe, model)
     size = DTYPES[backbone.logical_dtype].itemsize
     copies = counts.autocast * size if size < 4 else 0
+    if recipe.batch_size > (recipe.micro_batch or 1):  # gradients of two micro-batches, while they are added
+        copies += counts.tables * 4
     weights = counts.frozen * size + counts.trained * TRAINED_BYTES + copies
     return Estimate(
         counts=counts, weights=weights, activations=_activations(backbone, recipe, load, model, checkpointing)
@@ -151,9 +171,10 @@ def _per_token(layer: nn.Module, size: int, *, lora: bool) -> float:
 def recipes_that_fit(backbone: HuggingFaceBackbone, load: Load, memory: float | None) -> Mapping[str, Estimate]:
     """The estimate of every shipped recipe whose parts the model has, with everything recomputed; at most `memory`."""
     found: dict[str, Estimate] = {}
+    model = backbone.empty_model()
     for name in summaries():
         try:
-            one = estimate(backbone, recipe_of(name), load, checkpointing="all")
+            one = estimate(backbone, recipe_of(name), load, checkpointing="all", model=model)
         except ModelError:
             continue  # the model lacks a part of it
         if memory is None or one.total <= memory:
@@ -166,12 +187,59 @@ def memory_of(device: torch.device) -> float | None:
     return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
-def chosen_checkpointing(backbone: HuggingFaceBackbone, recipe: Recipe, load: Load) -> str:
-    """What `auto` stands for: the least recomputation that fits by the estimate, with a tenth of the memory left."""
-    if recipe.checkpointing != "auto":
-        return recipe.checkpointing
-    memory = memory_of(backbone.device)
-    for which in ("none", "vision"):
-        if memory is None or estimate(backbone, recipe, load, checkpointing=which).total <= 0.9 * memory:
-            return which
-    return "all"
+def settled(
+    backbone: HuggingFaceBackbone,
+    recipe: Recipe,
+    longest: Load,
+    *,
+    steps: int,
+    memory: float | None,
+    devices: int = 1,
+) -> Recipe:
+    """`recipe` with choices in place of `auto`; `longest` is the load of the largest item, `steps` those to take.
+
+    Of what fits into `memory` by the estimates, with a tenth left: as many items per forward pass as give 4,096 tokens
+    with the least recomputation, else as many as possible. A GPU compiles for 100 steps or more. On a CPU, where
+    `memory` is None, items pass one by one, and nothing is recomputed.
+    """
+    compiles = {"always": True, "never": False}.get(recipe.compile, memory is not None and steps >= _STEPS_TO_COMPILE)
+    choices = ("none", "vision", "all") if recipe.checkpointing == "auto" else (recipe.checkpointing,)
+    sizes = list(_halves(max(1, recipe.batch_size // devices)))
+    if recipe.micro_batch is not None or memory is None:
+        sizes = [recipe.micro_batch or 1]
+    found = sizes[-1], choices[0 if memory is None else -1]
+    if memory is not None:
+        found = _fastest(backbone, recipe, longest, sizes, choices, (1 - _LEFT) * memory) or found
+    return replace(recipe, micro_batch=found[0], checkpointing=found[1], compile="always" if compiles else "never")
+
+
+def _fastest(
+    backbone: HuggingFaceBackbone,
+    recipe: Recipe,
+    longest: Load,
+    sizes: Sequence[int],
+    choices: Sequence[str],
+    memory: float,
+) -> tuple[int, str] | None:
+    """Items per forward pass, of `sizes` from the largest, and what is recomputed; None if nothing fits."""
+    fitting: list[tuple[int, str]] = []
+    model = backbone.empty_model()
+
+    def needed(size: int, which: str) -> float:
+        recipe_of_size, load = replace(recipe, micro_batch=size), longest.times(size)
+        return estimate(backbone, recipe_of_size, load, checkpointing=which, model=model).total
+
+    for which in choices:
+        size = next((size for size in sizes if needed(size, which) <= memory), None)
+        if size is not None:
+            fitting.append((size, which))
+            if size == sizes[0] or size * longest.tokens >= _FULL:
+                return size, which
+    return max(fitting, key=lambda one: one[0], default=None)
+
+
+def _halves(share: int) -> Iterator[int]:
+    """`share`, half of it, and so on down to 1."""
+    while share > 0:
+        yield share
+        share //= 2

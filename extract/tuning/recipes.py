@@ -15,8 +15,10 @@ SCHEDULES = ("cosine", "constant")
 CHECKPOINTING = ("auto", "all", "vision", "none")
 """Layers whose activations are computed again in the backward pass instead of kept; vision: of parts trained whole.
 
-`auto` keeps as many as fit into the device's memory by the estimate of `agiqa.extract.tuning.estimates`.
+`auto` is chosen by `agiqa.extract.tuning.estimates.settled`.
 """
+COMPILING = ("auto", "always", "never")
+"""Whether torch.compile compiles each layer; `auto` is chosen by `settled` too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,8 @@ class Recipe:
     """How the learning rate goes on: one of SCHEDULES."""
     batch_size: int = 2
     """Items per step, over all devices."""
-    micro_batch: int = 1
-    """Items per forward pass. Changes memory and speed, and the results only by rounding and dropout."""
+    micro_batch: int | None = None
+    """Items per forward pass; None for as many as fit. Changes results by rounding and dropout only."""
     steps: int | None = None
     epochs: float | None = None
     """Used if `steps` is None."""
@@ -57,6 +59,8 @@ class Recipe:
     """Largest norm of the gradient; None for no limit."""
     checkpointing: str = "auto"
     """One of CHECKPOINTING."""
+    compile: str = "auto"
+    """One of COMPILING. Compiled layers are faster on a GPU, and round less."""
     validations: int = 10
     """Validations in the whole training, evenly spread."""
     patience: int = 3
@@ -67,14 +71,12 @@ class Recipe:
         for kind, name, known in (
             ("schedule", self.schedule, SCHEDULES),
             ("checkpointing", self.checkpointing, CHECKPOINTING),
+            ("choice of compile", self.compile, COMPILING),
         ):
             if name not in known:
                 raise UnknownName.of(kind, name, known)
         for key, fits, wanted in (
-            *(
-                (key, getattr(self, key) >= 1, "1 or more")
-                for key in ("rank", "batch_size", "micro_batch", "validations")
-            ),
+            *((key, getattr(self, key) >= 1, "1 or more") for key in ("rank", "batch_size", "validations")),
             *((key, getattr(self, key) > 0, "more than 0") for key in ("alpha", "lr")),
             *((key, 0 <= getattr(self, key) < 1, "at least 0 and below 1") for key in _SHARES),
             *((key, getattr(self, key) >= 0, "0 or more") for key in ("weight_decay", "patience")),
@@ -93,7 +95,7 @@ class Recipe:
 
 
 _SHARES = ("dropout", "beta1", "beta2", "warmup")
-_OPTIONAL = ("steps", "epochs", "max_length", "clip")
+_OPTIONAL = ("micro_batch", "steps", "epochs", "max_length", "clip")
 _KEYS = tuple(field.name for field in fields(Recipe) if field.name != "name")
 
 

@@ -28,8 +28,8 @@ class Schedule:
         return [int(_order(self.seed, place // self.items, self.items)[place % self.items]) for place in places]
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """The same items in the pieces that pass through the model together."""
-        batch, size = self.batch(step), self.recipe.micro_batch
+        """The same items in the pieces that pass through the model together; a piece is the batch by default."""
+        batch, size = self.batch(step), self.recipe.micro_batch or self.recipe.batch_size
         return [batch[start : start + size] for start in range(0, len(batch), size)]
 
     def lr(self, step: int) -> float:

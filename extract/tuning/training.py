@@ -156,12 +156,14 @@ class Trainer:
 
     def _validation(self) -> tuple[float, float]:
         """The mean loss per label, and the share of items whose rating word would be right."""
-        items, size = self.material.validation, self.schedule.recipe.micro_batch
+        items, recipe = self.material.validation, self.schedule.recipe
+        size = recipe.micro_batch or recipe.batch_size
         pieces = [list(items[start : start + size]) for start in range(0, len(items), size)]
         mine = [(None, pieces[index]) for index in self.learner.group.share(len(pieces))]
         sums = torch.zeros(_SUMS, dtype=torch.float64, device=self.learner.backbone.device)
         self.learner.trained.model.eval()
-        with naming_memory():
+        # compiled code would be compiled once more, without gradients
+        with naming_memory(), torch.compiler.set_stance("force_eager"):
             for _, examples in self.preparation.groups(example_of, mine):
                 with computing(self.learner.backbone):
                     loss, right = validation_sums(self.learner.backbone, examples)
@@ -180,7 +182,8 @@ class Trainer:
 
     def _restore(self) -> bool:
         """Go back to the last checkpoint; False if there is none."""
-        found = self.folder.load_state(str(self.learner.backbone.device))
+        with naming_memory():
+            found = self.folder.load_state(str(self.learner.backbone.device))
         if found is None:
             return False
         tensors, facts = found

@@ -13,20 +13,20 @@ from agiqa.errors import DataError, ModelError, WorkerError
 from agiqa.extract.data.items import DataSet, Item, OnBadItem
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.opening import devices_of_host
-from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers
-from agiqa.extract.tuning.adapting import adapt, recompute
+from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers, default_workers
+from agiqa.extract.tuning.adapting import adapt, compile_layers, recompute
 from agiqa.extract.tuning.estimates import (
     GB,
     Load,
-    chosen_checkpointing,
     estimate,
     memory_of,
     recipes_that_fit,
+    settled,
 )
 from agiqa.extract.tuning.examples import Limited, Planned, plan_example, unplanned
 from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.extract.tuning.group import Group
-from agiqa.extract.tuning.learner import Learner, OutOfMemory
+from agiqa.extract.tuning.learner import Learner, OutOfMemory, naming_memory
 from agiqa.extract.tuning.parts import find_parts
 from agiqa.extract.tuning.processes import run_on_devices
 from agiqa.extract.tuning.recipes import Recipe
@@ -64,8 +64,8 @@ class TuningPlan:
     """What a training would do."""
 
     material: Material
-    load: Load
-    """The largest forward pass."""
+    longest: Load
+    """The load of the largest item."""
     steps: int
     skipped: tuple[str, ...]
     data: Mapping[str, Any]
@@ -111,8 +111,7 @@ def plan_tuning(
     if not train:
         message = f"{data_set.name}: no item is left to train on; {len(data_set.items)} items, none in the split train."
         raise DataError(message)
-    longest = [max((getattr(plan, key) for _, plan in usable)) for key in ("tokens", "labels", "patches")]
-    tokens, labels, patches = (count * recipe.micro_batch for count in longest)
+    tokens, labels, patches = (max(getattr(one, key) for _, one in usable) for key in ("tokens", "labels", "patches"))
     return TuningPlan(
         material=Material(
             train=[item for item, _ in train],
@@ -120,14 +119,14 @@ def plan_tuning(
             labels=[plan.labels for _, plan in train],
             tokens=[plan.tokens for _, plan in train],
         ),
-        load=Load(tokens=tokens, labels=labels, patches=patches),
+        longest=Load(tokens=tokens, labels=labels, patches=patches),
         steps=Schedule(recipe, items=len(train), seed=settings.seed).steps,
         skipped=(*data_set.skipped, *problems),
         data={
             "name": data_set.name,
             "train": len(train),
             "validation": len(validation),
-            "longest": longest[0],
+            "longest": tokens,
             "tokens": sum(plan.tokens for _, plan in train),
             "labels": sum(plan.labels for _, plan in train),
             "sha256": _hash(train, validation),
@@ -193,12 +192,13 @@ def run_tuning(
     backbone.check_tensors()
     _refuse_float16(backbone)
     plan = plan or plan_tuning(data_set, backbone, settings, opener)
-    checkpointing = chosen_checkpointing(backbone, settings.recipe, plan.load)
+    memory = memory_of(backbone.device)
+    chosen = settled(backbone, settings.recipe, plan.longest, steps=plan.steps, memory=memory, devices=settings.devices)
     identity = _identity(backbone, settings, plan)
     folder = AdapterFolder(out, identity)
     _warn_of_own_texts(plan.material)
     devices = devices_of_host(backbone.device, settings.devices) if settings.devices > 1 else [str(backbone.device)]
-    work = Work(opener=opener, settings=settings, plan=plan, folder=folder, checkpointing=checkpointing)
+    work = Work(opener=opener, settings=settings, plan=plan, folder=folder, recipe=chosen)
     with folder.writing():
         try:
             if len(devices) == 1:
@@ -206,8 +206,8 @@ def run_tuning(
             else:
                 run_on_devices(work, devices, folder.training)
         except OutOfMemory as error:
-            raise _memory_error(backbone, settings.recipe, plan.load, checkpointing, str(error)) from error
-        record = {**identity, "devices": devices, "result": _outcome(folder)}
+            raise _memory_error(backbone, chosen, plan.longest, str(error)) from error
+        record = {**identity, "devices": devices, "chosen": _choices(chosen), "result": _outcome(folder)}
         folder.finish(record)
     return TuningResult(out=out, record=record, skipped=plan.skipped)
 
@@ -220,7 +220,8 @@ class Work:
     settings: TuningSettings
     plan: TuningPlan
     folder: AdapterFolder
-    checkpointing: str
+    recipe: Recipe
+    """As `settled`."""
 
     def open_and_run(self, device: str, group: Group) -> None:
         """Open the model on `device` and train it."""
@@ -230,17 +231,22 @@ class Work:
 
     def run(self, backbone: HuggingFaceBackbone, group: Group) -> None:
         """Train `backbone` as one process of `group`."""
-        settings = self.settings
+        settings, recipe = self.settings, self.recipe
         backbone.load()
-        trained = adapt(backbone, settings.recipe, seed=settings.seed)
-        recompute(trained, self.checkpointing)
+        with naming_memory():
+            trained = adapt(backbone, recipe, seed=settings.seed)
+        recompute(trained, recipe.checkpointing)
+        if recipe.compile == "always":
+            compile_layers(trained)
         material = self.plan.material
-        schedule = Schedule(settings.recipe, items=len(material.train), seed=settings.seed)
-        workers = chosen_workers(settings.workers, backbone, len(material.train), opener=self.opener)
+        schedule = Schedule(recipe, items=len(material.train), seed=settings.seed)
+        workers = settings.workers
+        if workers is None:
+            workers = default_workers(backbone.device, len(material.train), processes=group.size)
 
         def trainer(reporter: Reporter, preparation: Preparation) -> Trainer:
             return Trainer(
-                learner=Learner(backbone, trained, settings.recipe, group),
+                learner=Learner(backbone, trained, recipe, group),
                 schedule=schedule,
                 material=material,
                 folder=self.folder,
@@ -307,16 +313,20 @@ def _outcome(folder: AdapterFolder) -> dict[str, Any]:
     }
 
 
-def _memory_error(
-    backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, checkpointing: str, why: str
-) -> WorkerError:
-    """What to do about too little memory: a recipe that would fit, by the estimates."""
-    memory = memory_of(backbone.device)
+def _choices(recipe: Recipe) -> dict[str, Any]:
+    """What `settled` has chosen."""
+    return {key: getattr(recipe, key) for key in ("micro_batch", "checkpointing", "compile")}
+
+
+def _memory_error(backbone: HuggingFaceBackbone, recipe: Recipe, longest: Load, why: str) -> WorkerError:
+    """What to do about too little memory: a recipe that would fit, by the estimates; `recipe` is as `settled`."""
+    memory, load = memory_of(backbone.device), longest.times(recipe.micro_batch or 1)
     needed = estimate(backbone, recipe, load, checkpointing="all")
-    fitting = recipes_that_fit(backbone, load, memory)
-    fitting = {name: one for name, one in fitting.items() if one.total < needed.total}
+    fitting = recipes_that_fit(backbone, longest, memory)
+    least = estimate(backbone, recipe, longest, checkpointing="all").total
+    fitting = {name: one for name, one in fitting.items() if one.total < least}
     names = " or ".join(f"{name} (about {one.total / GB:.0f} GB)" for name, one in fitting.items())
-    less = [] if checkpointing == "all" else ["--set checkpointing=all"]
+    less = [] if recipe.checkpointing == "all" else ["--set checkpointing=all"]
     less += [] if recipe.micro_batch == 1 else ["--set micro_batch=1"]
     less += [f"--recipe {names}"] if names else ["a device with more memory"]
     size = "" if memory is None else f" has {memory / GB:.0f} GB and"
