@@ -19,6 +19,7 @@ _AGAIN_SECONDS = 0.02
 
 SECTIONS = {
     "Prepare": {
+        "merge": "Write a model and its adapter as one checkpoint, for other servers.",
         "describe": "Let the model describe every image and rate it in one word.",
     },
     "Features": {
