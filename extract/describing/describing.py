@@ -24,7 +24,7 @@ from agiqa.extract.describing.asking import (
     prepare_question,
     unprepared,
 )
-from agiqa.extract.models import Backbone
+from agiqa.extract.models import AnsweringModel, Backbone
 from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers
 from agiqa.progress import say, track
 from agiqa.store.disk.files import (
@@ -95,18 +95,25 @@ def run_descriptions(
     Raises DataError that lists the items without an answer (`on_bad_item="skip"` leaves them out), and as
     DescriptionFile.
     """
-    started = time.perf_counter()
     backbone.check_tensors()
     count = chosen_workers(workers, backbone, len(data_set.items), opener=opener)
     with Preparation(backbone, workers=count, opener=opener) as preparation:
-        describer = Describer(backbone, settings, preparation=preparation)
-        file = DescriptionFile(out, _provenance(backbone, describer))
-        plan = _plan(data_set, describer)
-        file.check_items({name: one.key for name, one in plan.items() if one.key is not None})
-        problems = [one.problem for one in plan.values() if one.problem is not None]
-        if problems and (settings.on_bad_item == "fail" or len(problems) == len(plan)):
-            raise DataError.from_problems(data_set.name, problems)
-        described, failed = _describe(data_set, describer, file, plan, rating_of)
+        return write_descriptions(
+            data_set, Describer(backbone, settings, preparation=preparation), out, rating_of=rating_of
+        )
+
+
+def write_descriptions(data_set: DataSet, describer: Describer, out: Path, *, rating_of: RatingOf) -> DescriptionResult:
+    """Describe the items of `data_set` by `describer`, as `run_descriptions`."""
+    started = time.perf_counter()
+    settings = describer.settings
+    file = DescriptionFile(out, _provenance(describer))
+    plan = _plan(data_set, describer)
+    file.check_items({name: one.key for name, one in plan.items() if one.key is not None})
+    problems = [one.problem for one in plan.values() if one.problem is not None]
+    if problems and (settings.on_bad_item == "fail" or len(problems) == len(plan)):
+        raise DataError.from_problems(data_set.name, problems)
+    described, failed = _describe(data_set, describer, file, plan, rating_of)
     return DescriptionResult(
         out=out,
         lines=tuple(file.lines.values()),
@@ -121,7 +128,7 @@ class _Planned:
     """What is known of an item before the first answer."""
 
     length: int = 0
-    """Tokens of the first question, the image included."""
+    """Tokens of the first question, the image included; 0 if a server counts them."""
     key: str | None = None
     """Hash of the first question and the image; None if the image cannot be read."""
     problem: str | None = None
@@ -144,7 +151,7 @@ def _unplanned(question: Question, reason: str) -> _Planned:
     return _Planned(problem=unprepared(question, reason))
 
 
-def _planned(backbone: Backbone, question: Question) -> _Planned:
+def _planned(backbone: AnsweringModel, question: Question) -> _Planned:
     try:
         image = read_image(question.item)
     except DataError as error:
@@ -189,13 +196,13 @@ def _batches(data_set: DataSet, plan: Mapping[str, _Planned], size: int) -> list
     return [able[start : start + size] for start in range(0, len(able), size)]
 
 
-def _provenance(backbone: Backbone, describer: Describer) -> dict[str, Any]:
+def _provenance(describer: Describer) -> dict[str, Any]:
     settings = describer.settings
     return {
         "aspect": settings.aspect,
         "settings": settings.generation(),
         "questions": {"describe": describer.wording.describe, "rate": describer.wording.rate},
-        "model": backbone.provenance(),
+        "model": describer.backbone.provenance(),
         "agiqa": agiqa_version(),
     }
 
