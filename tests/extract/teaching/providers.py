@@ -1,6 +1,6 @@
 """Real servers on loopback that speak the two wire formats of teachers, and misbehave as a test scripts it.
 
-    with OpenAi() as server:                                  # or Gemini()
+    with OpenAi() as server:                                  # or Gemini(); both in wire_formats.py
         server.script(rate_limited(1), explains, about="a red fox")     # for requests with this text, in this order
         server.always(broken_json, about="a blue door")
         ...                                                   # call server.base_url with the key server.key
@@ -113,7 +113,7 @@ def says(text: str | Callable[[Request], str], *, cut: bool = False) -> Behaviou
 
 
 def rate_limited(retry_after: str | float | None = None) -> Behaviour:
-    """429, with the header Retry-After (seconds, or an HTTP date) if given."""
+    """429, with Retry-After in seconds or as an HTTP date if given; Gemini has RetryInfo in the body instead."""
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
     return lambda server, _: server.error(429, "rate_limit_exceeded", "Too many requests.", headers)
 

@@ -11,14 +11,18 @@ from tests.extract.teaching.providers import Behaviour, Provider, Reply, Request
 _DATA_URL = re.compile(r"data:([\w/+.-]+);base64,(.*)", re.DOTALL)
 
 
+def _words(*lines: str) -> frozenset[str]:
+    return frozenset(" ".join(lines).split())
+
+
 class OpenAi(Provider):
     """`POST /v1/chat/completions`, as vLLM, SGLang, llama.cpp and Ollama speak it too."""
 
     API, ROOT = "openai", "/v1"
     REFUSALS = ("content_filter", "refusal", "empty_filter", "policy_error")
-    FIELDS = frozenset(
-        "model messages response_format temperature top_p seed max_tokens max_completion_tokens n stop stream user "
-        "reasoning_effort presence_penalty frequency_penalty logprobs metadata store".split()
+    FIELDS = _words(
+        "model messages response_format temperature top_p seed max_tokens max_completion_tokens n stop stream",
+        "user reasoning_effort presence_penalty frequency_penalty logprobs metadata store",
     )
 
     def key_of(self, request: Request) -> str | None:
@@ -100,13 +104,13 @@ class Gemini(Provider):
     API, ROOT = "gemini", "/v1beta"
     REFUSALS = ("prompt", "no_candidates", "SAFETY", "PROHIBITED_CONTENT", "RECITATION")
     FIELDS = frozenset(("contents", "systemInstruction", "generationConfig", "safetySettings", "model"))
-    CONFIG = frozenset(
-        "temperature topP topK candidateCount maxOutputTokens stopSequences responseMimeType responseSchema "
-        "responseJsonSchema seed thinkingConfig mediaResolution presencePenalty frequencyPenalty".split()
+    CONFIG = _words(
+        "temperature topP topK candidateCount maxOutputTokens stopSequences responseMimeType responseSchema",
+        "responseJsonSchema seed thinkingConfig mediaResolution presencePenalty frequencyPenalty",
     )
-    SCHEMA = frozenset(
-        "type format title description nullable enum items properties required propertyOrdering anyOf minItems maxItems "
-        "minLength maxLength minimum maximum pattern".split()
+    SCHEMA = _words(
+        "type format title description nullable enum items properties required propertyOrdering anyOf",
+        "minItems maxItems minLength maxLength minimum maximum pattern",
     )
     STATUS: Mapping[int, str] = {
         400: "INVALID_ARGUMENT",
@@ -189,11 +193,11 @@ class Gemini(Provider):
 
     def error(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Reply:
         details: list[dict[str, Any]] = []
-        if status == 429 and headers:  # Gemini says the delay in the body
-            seconds = headers.get("Retry-After")
-            details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{seconds}s"}]
+        if status == 429 and headers:  # Gemini gives the delay in the body, not in a header
+            delay = f"{headers['Retry-After']}s"
+            details = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}]
         error = {"code": status, "message": message, "status": self.STATUS.get(status, "UNKNOWN"), "details": details}
-        return json_reply({"error": error}, status, headers)
+        return json_reply({"error": error}, status)
 
     def refuse_key(self) -> Reply:
         info = {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID"}
