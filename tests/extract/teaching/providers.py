@@ -17,7 +17,6 @@ import socket
 import sys
 import threading
 import time
-from base64 import b64decode
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -40,8 +39,10 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
     missing: int = 0
     """Bytes that Content-Length announces beyond the body, before the connection closes."""
+    lost: bool = False
+    """The connection closes without an answer."""
     dies: bool = False
-    """The connection closes without an answer, and the server stops."""
+    """The same, and the server stops."""
     waits: bool = False
     """The reply waits for `server.release()`."""
 
@@ -81,6 +82,19 @@ class Request:
 
 
 Behaviour = Callable[["Provider", Request], Reply]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Script:
+    about: str
+    path: str | None
+    queue: deque[Behaviour] = field(default_factory=deque)
+    forever: Behaviour | None = None
+
+    def fits(self, request: Request) -> bool:
+        if self.path is None:
+            return bool(request.model) and self.about in request.text
+        return not request.model and self.path in f"{request.method} {request.path}"
 
 
 def explanation(request: Request, name: str) -> str:
@@ -155,6 +169,16 @@ def dies(_server: "Provider", _request: Request) -> Reply:
     return Reply(dies=True)
 
 
+def loses(then: Behaviour = explains) -> Behaviour:
+    """The server does its work, but the connection breaks before the reply of `then` is sent."""
+
+    def working(server: "Provider", request: Request) -> Reply:
+        then(server, request)
+        return Reply(lost=True)
+
+    return working
+
+
 def slow(then: Behaviour = explains) -> Behaviour:
     """The reply of `then`, once the test calls `server.release()`."""
 
@@ -183,7 +207,7 @@ class Provider:
     ROOT: str
     """What follows the host in the base URL."""
     REFUSALS: tuple[str, ...]
-    """Kinds of refusal; all but the last are marked as such by a filter or a flag, see `refusal`."""
+    """Kinds of refusal that `refuses` takes."""
 
     def __init__(self, *, key: str = KEY, models: tuple[str, ...] = (MODEL, FALLBACK)) -> None:
         self.key, self.models = key, models
@@ -193,7 +217,7 @@ class Provider:
         """Errors of the server's own code: a test has found a fault of this module."""
         self.most_at_once = 0
         """The largest number of requests that were in work at the same time."""
-        self._scripts: list[tuple[str, deque[Behaviour], Behaviour | None]] = []
+        self._scripts: list[_Script] = []
         self._changed = threading.Condition()
         self._released = threading.Event()
         self._busy = 0
@@ -205,13 +229,16 @@ class Provider:
         """What `--base-url` takes."""
         return f"http://127.0.0.1:{self._port}{self.ROOT}"
 
-    def script(self, *behaviours: Behaviour, about: str = "") -> None:
-        """Answer the next requests whose text has `about` so, one each; then as scripted later, or as `default`."""
-        self._scripts.append((about, deque(behaviours), None))
+    def script(self, *behaviours: Behaviour, about: str = "", path: str | None = None) -> None:
+        """Answer the next requests whose text has `about` so, one each; then as scripted later, or as `default`.
 
-    def always(self, behaviour: Behaviour, about: str = "") -> None:
-        """Answer every request whose text has `about` so, after what was scripted before."""
-        self._scripts.append((about, deque(), behaviour))
+        With `path`, the next requests of another kind, such as uploads, whose path has it.
+        """
+        self._scripts.append(_Script(about=about, path=path, queue=deque(behaviours)))
+
+    def always(self, behaviour: Behaviour, about: str = "", path: str | None = None) -> None:
+        """Answer every such request so, after what was scripted before."""
+        self._scripts.append(_Script(about=about, path=path, forever=behaviour))
 
     def release(self) -> None:
         """Let the replies of `slow` go, now and later."""
@@ -257,10 +284,10 @@ class Provider:
             self.requests.append(request)
             self._busy += 1
             self.most_at_once = max(self.most_at_once, self._busy)
-            behaviour = self._behaviour(request)
+            behaviour = self.scripted(request) or (self.default if request.model else self.__class__.route)
             self._changed.notify_all()
         try:
-            reply = self.refuse_key() if self.key_of(request) != self.key else self.route(request, behaviour)
+            reply = self.refuse_key() if self.key_of(request) != self.key else self._checked(request, behaviour)
             if reply.waits:
                 assert self._released.wait(60)
             return reply
@@ -268,14 +295,15 @@ class Provider:
             with self._changed:
                 self._busy -= 1
 
-    def _behaviour(self, request: Request) -> Behaviour:
-        for about, queue, forever in self._scripts:
-            if about in request.text:
-                if queue:
-                    return queue.popleft()
-                if forever is not None:
-                    return forever
-        return self.default
+    def scripted(self, request: Request) -> Behaviour | None:
+        """The behaviour that a test has set for `request`, which uses it up."""
+        for script in self._scripts:
+            if script.fits(request) and (script.queue or script.forever):
+                return script.queue.popleft() if script.queue else script.forever
+        return None
+
+    def _checked(self, request: Request, behaviour: Behaviour) -> Reply:
+        return self.chat(request, behaviour) if request.model else behaviour(self, request)
 
     def chat(self, request: Request, behaviour: Behaviour) -> Reply:
         """The reply to a request to a model: its faults first, as at the provider."""
@@ -292,8 +320,8 @@ class Provider:
         """The key that `request` brings."""
         raise NotImplementedError
 
-    def route(self, request: Request, behaviour: Behaviour) -> Reply:
-        """The reply by path; `behaviour` is that of requests to a model."""
+    def route(self, request: Request) -> Reply:
+        """The reply to a request that asks no model, by its path."""
         raise NotImplementedError
 
     def fault(self, request: Request) -> str | None:
@@ -315,18 +343,6 @@ class Provider:
     def refuse_key(self) -> Reply:
         """How the provider refuses a key."""
         raise NotImplementedError
-
-
-def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
-    return Reply(status=status, body=json.dumps(value).encode(), headers=headers or {})
-
-
-def image_of(mime: str, data: str) -> bytes:
-    """The bytes of an image in base64, whose beginning must fit the type."""
-    content = b64decode(data, validate=True)
-    begins = {"image/png": b"\x89PNG", "image/jpeg": b"\xff\xd8", "image/webp": b"RIFF", "image/gif": b"GIF8"}
-    assert content.startswith(begins[mime]), f"{mime}: {content[:8]!r}"
-    return content
 
 
 class _Server(ThreadingHTTPServer):
@@ -368,9 +384,10 @@ class _Handler(BaseHTTPRequestHandler):
         raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
         reply = self.server.provider.serve(self.command, self.path, headers, raw)
-        if reply.dies:
+        if reply.lost or reply.dies:
             self.close_connection = True
-            self.server.provider.stop()  # before the client hears of it, so that its next try finds no port
+            if reply.dies:
+                self.server.provider.stop()  # before the client hears of it, so that its next try finds no port
             return
         self.send_response(reply.status)
         for name, value in {"Content-Type": "application/json", **reply.headers}.items():

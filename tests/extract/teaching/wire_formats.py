@@ -2,13 +2,26 @@
 
 import json
 import re
+from base64 import b64decode
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from tests.extract.teaching.providers import Behaviour, Provider, Reply, Request, image_of, json_reply, tokens_of
+from tests.extract.teaching.providers import Provider, Reply, Request, tokens_of
 
 _DATA_URL = re.compile(r"data:([\w/+.-]+);base64,(.*)", re.DOTALL)
+
+
+def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+    return Reply(status=status, body=json.dumps(value).encode(), headers=headers or {})
+
+
+def image_of(mime: str, data: str) -> bytes:
+    """The bytes of an image in base64, whose beginning must fit the type."""
+    content = b64decode(data, validate=True)
+    begins = {"image/png": b"\x89PNG", "image/jpeg": b"\xff\xd8", "image/webp": b"RIFF", "image/gif": b"GIF8"}
+    assert content.startswith(begins[mime]), f"{mime}: {content[:8]!r}"
+    return content
 
 
 def _words(*lines: str) -> frozenset[str]:
@@ -29,9 +42,11 @@ class OpenAi(Provider):
         return request.headers.get("authorization", "").removeprefix("Bearer ") or None
 
     def parse(self, request: Request) -> Request:
-        if not request.path.endswith("/chat/completions"):
-            return request
-        body = json.loads(request.raw)
+        chats = (request.method, request.path) == ("POST", "/v1/chat/completions")
+        return self.parsed(request, json.loads(request.raw)) if chats else request
+
+    def parsed(self, request: Request, body: Any) -> Request:
+        """`request` with the parts of the chat completion `body`."""
         turns, images = [], list[bytes]()
         for message in body["messages"]:
             content = message["content"]
@@ -41,12 +56,9 @@ class OpenAi(Provider):
         schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
         return replace(request, body=body, model=body["model"], turns=tuple(turns), images=tuple(images), schema=schema)
 
-    def route(self, request: Request, behaviour: Behaviour) -> Reply:
-        match request.method, request.path:
-            case "POST", "/v1/chat/completions":
-                return self.chat(request, behaviour)
-            case "GET", "/v1/models":
-                return json_reply({"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]})
+    def route(self, request: Request) -> Reply:
+        if (request.method, request.path) == ("GET", "/v1/models"):
+            return json_reply({"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]})
         return self.error(404, "not_found", f"Unknown request URL: {request.method} {request.path}.")
 
     def fault(self, request: Request) -> str | None:
@@ -142,9 +154,7 @@ class Gemini(Provider):
         schema = body.get("generationConfig", {}).get("responseSchema")
         return replace(request, body=body, model=model, turns=tuple(turns), images=tuple(images), schema=schema)
 
-    def route(self, request: Request, behaviour: Behaviour) -> Reply:
-        if request.model and request.method == "POST":
-            return self.chat(request, behaviour)
+    def route(self, request: Request) -> Reply:
         return self.error(404, "not_found", f"Not found: {request.method} {request.path}.")
 
     def fault(self, request: Request) -> str | None:
