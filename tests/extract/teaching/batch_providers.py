@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.extract.teaching.providers import Provider, Reply, Request
 from tests.extract.teaching.wire_formats import Gemini, OpenAi, json_reply
@@ -190,7 +190,7 @@ class BatchOpenAi(BatchProvider, OpenAi):
 class BatchGemini(BatchProvider, Gemini):
     """`/upload/v1beta/files`, `:batchGenerateContent`, `/v1beta/batches` and `/download/v1beta/files`."""
 
-    STATES = {"completed": "SUCCEEDED", "expired": "EXPIRED", "cancelled": "CANCELLED", "failed": "FAILED"}
+    STATES: ClassVar = {"completed": "SUCCEEDED", "expired": "EXPIRED", "cancelled": "CANCELLED", "failed": "FAILED"}
 
     def body_of(self, line: dict[str, Any], request: Request) -> Request:
         assert line.keys() == {"key", "request"}

@@ -287,7 +287,8 @@ class Provider:
             behaviour = self.scripted(request) or (self.default if request.model else self.__class__.route)
             self._changed.notify_all()
         try:
-            reply = self.refuse_key() if self.key_of(request) != self.key else self._checked(request, behaviour)
+            act = self.chat if request.model else lambda one, behaves: behaves(self, one)
+            reply = self.refuse_key() if self.key_of(request) != self.key else act(request, behaviour)
             if reply.waits:
                 assert self._released.wait(60)
             return reply
@@ -301,9 +302,6 @@ class Provider:
             if script.fits(request) and (script.queue or script.forever):
                 return script.queue.popleft() if script.queue else script.forever
         return None
-
-    def _checked(self, request: Request, behaviour: Behaviour) -> Reply:
-        return self.chat(request, behaviour) if request.model else behaviour(self, request)
 
     def chat(self, request: Request, behaviour: Behaviour) -> Reply:
         """The reply to a request to a model: its faults first, as at the provider."""
