@@ -213,7 +213,9 @@ class _Gemini:
         _content(started, doing)
         session = started.headers.get("x-goog-upload-url", "")
         if not session.startswith(f"{self._root}/"):  # the key goes with the file
-            message = f"{doing}: the server names {session or 'no URL'!r} for the upload, which is not below {self._root}."
+            message = (
+                f"{doing}: the server names {session or 'no URL'!r} for the upload, which is not below {self._root}."
+            )
             raise RemoteError(message)
         send = {"X-Goog-Upload-Offset": "0", "X-Goog-Upload-Command": "upload, finalize", "Content-Length": size}
         sent = self._client.send(
@@ -229,7 +231,9 @@ class _Gemini:
     def find(self, tag: str) -> BatchStatus | None:
         more: Json = {}
         while True:
-            page = _answer(self._client.send("GET", f"{self._base}/batches", params={"pageSize": 100, **more}), _LISTING)
+            page = _answer(
+                self._client.send("GET", f"{self._base}/batches", params={"pageSize": 100, **more}), _LISTING
+            )
             for batch in _objects(page.get("operations")):
                 if _object(batch.get("metadata")).get("displayName") == tag:
                     return self.status(batch)
@@ -258,9 +262,7 @@ class _Gemini:
 
     def download(self, file: str) -> bytes:
         url = f"{self._root}/download/{self._version}/{file}:download"
-        return _content(
-            self._client.send("GET", url, params={"alt": "media"}, wants_json=False), f"downloading {file}"
-        )
+        return _content(self._client.send("GET", url, params={"alt": "media"}, wants_json=False), f"downloading {file}")
 
     def result(self, line: object) -> BatchResult | None:
         whole = _object(line)
