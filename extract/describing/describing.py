@@ -99,6 +99,8 @@ def write_descriptions(data_set: DataSet, describer: Describer, out: Path, *, ra
     if problems and (settings.on_bad_item == "fail" or len(problems) == len(plan)):
         raise DataError.from_problems(data_set.name, problems)
     described, failed = _describe(data_set, describer, file, plan, rating_of)
+    if failed and not file.lines:
+        raise DataError.from_problems(data_set.name, failed)
     return DescriptionResult(
         out=out,
         lines=tuple(file.lines.values()),

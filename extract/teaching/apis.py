@@ -65,6 +65,8 @@ class ChatRequest:
     temperature: float | None = None
     """None for the server's own, since some models accept no other."""
     seed: int | None = None
+    top_p: float | None = None
+    """None for the server's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,12 @@ class OpenAIChat:
     def body(self, model: str, request: ChatRequest) -> Json:
         """Pictures become data URLs. OpenAI itself has renamed the limit on tokens; other servers know the old name."""
         limit = "max_completion_tokens" if self.base_url == self.HOME else "max_tokens"
-        settings: Json = {limit: request.max_tokens, "temperature": request.temperature, "seed": request.seed}
+        settings: Json = {
+            limit: request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+        }
         if request.schema is not None:
             schema = {"name": "answer", "strict": True, "schema": dict(request.schema)}
             settings["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -234,6 +241,7 @@ class GeminiContent:
         settings: Json = {
             "maxOutputTokens": request.max_tokens,
             "temperature": request.temperature,
+            "topP": request.top_p,
             "seed": request.seed,
         }
         if request.schema is not None:
