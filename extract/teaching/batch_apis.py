@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from agiqa.errors import ConfigError, RemoteError
+from agiqa.errors import RemoteError
 from agiqa.extract.teaching.apis import Api, Fault, GeminiContent, Json, OpenAIChat, Reply
 from agiqa.extract.teaching.client import Client, Sent
 
@@ -213,12 +213,12 @@ class _Gemini:
         _content(started, doing)
         session = started.headers.get("x-goog-upload-url", "")
         if not session.startswith(f"{self._root}/"):  # the key goes with the file
-            message = f"{doing}: the server names {session or 'no URL'!r} for the upload, which is not below {self._root}."
+            message = (
+                f"{doing}: the server names {session or 'no URL'!r} for the upload, which is not below {self._root}."
+            )
             raise RemoteError(message)
         send = {"X-Goog-Upload-Offset": "0", "X-Goog-Upload-Command": "upload, finalize", "Content-Length": size}
-        sent = self._client.send(
-            "POST", session, headers={"Content-Type": kind, **send}, content=_Blocks(path), once=False
-        )
+        sent = self._client.send("POST", session, headers={"Content-Type": kind, **send}, content=_Blocks(path))
         return _name(sent, "name", doing, within="file")
 
     def create(self, file: str, tag: str) -> Sent:
@@ -229,7 +229,9 @@ class _Gemini:
     def find(self, tag: str) -> BatchStatus | None:
         more: Json = {}
         while True:
-            page = _answer(self._client.send("GET", f"{self._base}/batches", params={"pageSize": 100, **more}), _LISTING)
+            page = _answer(
+                self._client.send("GET", f"{self._base}/batches", params={"pageSize": 100, **more}), _LISTING
+            )
             for batch in _objects(page.get("operations")):
                 if _object(batch.get("metadata")).get("displayName") == tag:
                     return self.status(batch)
@@ -258,9 +260,7 @@ class _Gemini:
 
     def download(self, file: str) -> bytes:
         url = f"{self._root}/download/{self._version}/{file}:download"
-        return _content(
-            self._client.send("GET", url, params={"alt": "media"}, wants_json=False), f"downloading {file}"
-        )
+        return _content(self._client.send("GET", url, params={"alt": "media"}, wants_json=False), f"downloading {file}")
 
     def result(self, line: object) -> BatchResult | None:
         whole = _object(line)
