@@ -1,4 +1,4 @@
-"""Whose answer is it? Results of a batch find their items by the id that each answer repeats, not by the provider's keys.
+"""Whose answer is it? Results of a batch find their items by the ids that answers repeat, not by the provider's keys.
 
 Providers have returned results out of order, and answers under the keys of other requests. The ids are made so that no
 model can guess one: an answer that repeats an id was made for the request that holds it.
@@ -45,8 +45,8 @@ def join(ids: Collection[str], results: Sequence[BatchResult], echoed: Callable[
     replies, misplaced = dict[str, Reply | Fault](), list[str]()
     for name, found in claims.items():
         agreeing = [one for one in found if one.key == name]
-        sure = agreeing or (found if len(found) == 1 else [])
-        replies |= {name: one.reply for one in sure[:1] if one.reply is not None}
+        sure = (agreeing or (found if len(found) == 1 else []))[:1]
+        replies.update((name, one.reply) for one in sure if one.reply is not None)
         misplaced += [one.key for one in found if one.key != name]
     keys = [one.key for one in results]
     unsure = bool(misplaced) or len(set(keys)) < len(keys) or not set(keys) <= set(ids)
