@@ -14,6 +14,8 @@ KEYS = {
 }
 """By aspect, the key of its explanation in the answer (the paper's names)."""
 
+ASPECTS = tuple(KEYS)
+
 ID = "id"
 """The key under which the answer repeats the item's id: providers have returned answers out of order, and swapped."""
 
@@ -32,7 +34,7 @@ class Explained:
 @cache
 def answer_model(aspects: tuple[str, ...]) -> type[BaseModel]:
     """The pydantic model of an answer about `aspects`; it ignores further keys."""
-    fields: Any = {name: (_Text, ...) for name in (ID, *(KEYS[aspect] for aspect in aspects))}
+    fields: Any = dict.fromkeys((ID, *(KEYS[aspect] for aspect in aspects)), (_Text, ...))
     model: type[BaseModel] = create_model("Answer", __config__=ConfigDict(extra="ignore", strict=True), **fields)
     return model
 
