@@ -8,12 +8,13 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agiqa.errors import DataError, SettingsConflict
+from agiqa.extract.teaching.apis import Fault, Reply
 from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
 
 FORMAT, VERSION = "agiqa.batches", 1
@@ -38,6 +39,16 @@ class Requested(_Strict):
     """The most that it can cost."""
 
 
+class Tried(_Strict):
+    """A request whose outcome is not the last word about its item."""
+
+    model: str
+    reply: Reply | Fault
+    cost: float | None
+    counted: float | None
+    seconds: float
+
+
 class BatchRecord(_Strict):
     """A batch that is not joined to the journal yet."""
 
@@ -53,12 +64,16 @@ class BatchRecord(_Strict):
     """The provider's id of the file of requests."""
     batch: str | None = None
     """The provider's id of the batch."""
+    created: float | None = None
+    """Time when the batch was created, in seconds since 1970."""
     word: str | None = None
     """How the batch ended, in the provider's word."""
 
     def at(self, step: Step, **changes: str | None) -> "BatchRecord":
         """The record after `step`, which is done now."""
-        return self.model_copy(update={"step": step, "since": time.time(), **changes})
+        now = time.time()
+        created = {"created": now} if step == "created" else {}
+        return self.model_copy(update={"step": step, "since": now, **created, **changes})
 
     @property
     def reserve_usd(self) -> float:
@@ -71,7 +86,7 @@ class _Content(_Strict):
     version: Literal[1] = VERSION
     settings: str
     batches: tuple[BatchRecord, ...] = ()
-    tries: dict[str, tuple[dict[str, Any], ...]] = {}
+    tries: dict[str, tuple[Tried, ...]] = {}
 
 
 def new_record(model: str, requests: Mapping[str, Requested]) -> BatchRecord:
@@ -106,7 +121,7 @@ class BatchRecords:
         return self._content.batches
 
     @property
-    def tries(self) -> Mapping[str, tuple[dict[str, Any], ...]]:
+    def tries(self) -> Mapping[str, tuple[Tried, ...]]:
         """By item, the tries that ended in no line of the journal yet."""
         return self._content.tries
 
@@ -119,17 +134,34 @@ class BatchRecords:
         """The file of results of a batch."""
         return self._journal.with_name(f"{self._journal.stem}.{record.tag}.results.jsonl")
 
+    def of(self, tag: str) -> BatchRecord:
+        """The record with this `tag`."""
+        return next(one for one in self.batches if one.tag == tag)
+
+    def check_items(self, keys: Mapping[str, str]) -> None:
+        """Raise SettingsConflict unless every item in work is in `keys`, item name -> hash, with the same hash."""
+        for requested in (one for record in self.batches for one in record.requests.values()):
+            if keys.get(requested.name) != requested.key:
+                what = "has another image or text now" if requested.name in keys else "is not in this data set"
+                message = (
+                    f"{self.path} has a batch with {requested.name!r}, which {what}. Restore the data until the batch "
+                    "has ended, or choose another OUT."
+                )
+                raise SettingsConflict(message)
+
     def save(self, record: BatchRecord) -> BatchRecord:
         """Add `record`, or put it in the place of the one with its tag."""
         known = {one.tag: one for one in self.batches} | {record.tag: record}
         self._write(_Content(settings=self._settings, batches=tuple(known.values()), tries=dict(self.tries)))
         return record
 
-    def close(self, record: BatchRecord, tries: Mapping[str, tuple[dict[str, Any], ...]] | None = None) -> None:
+    def close(self, record: BatchRecord, tries: Mapping[str, tuple[Tried, ...]] | None = None) -> None:
         """Forget `record`, and from now on know `tries`, in one step; then remove its files."""
         left = tuple(one for one in self.batches if one.tag != record.tag)
         self._write(_Content(settings=self._settings, batches=left, tries=dict(self.tries if tries is None else tries)))
         self.results_path(record).unlink(missing_ok=True)
+        if record.step == "written":
+            self.requests_path.unlink(missing_ok=True)
         if not (left or self.tries):
             self.path.unlink()
 
@@ -140,8 +172,8 @@ class BatchRecords:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             message = (
-                f"{self.path}: {where}: {first['msg']}. It records the batches that are paid for: restore it, or remove "
-                "it to give them up."
+                f"{self.path}: {where}: {first['msg']}. It records batches that are paid for: restore it, or remove it "
+                "to give them up."
             )
             raise DataError(message) from error
 

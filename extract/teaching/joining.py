@@ -22,6 +22,8 @@ class Joined:
     """What certainly belongs to this id: answers that repeat it; refusals and faults where no key was wrong."""
     doubts: Mapping[str, str]
     """Why an id has no reply, although the provider worked on it."""
+    doubtful: Mapping[str, Reply | Fault]
+    """By the id of a doubt, what came under its key; nothing if that belongs to another id."""
     misplaced: int
     """Answers under the key of another request."""
 
@@ -57,7 +59,9 @@ def join(ids: Collection[str], results: Sequence[BatchResult], echoed: Callable[
             replies.setdefault(result.key, result.reply)
     doubts = dict.fromkeys(misplaced, MIXED_UP) | doubts
     doubts = {name: reason for name, reason in doubts.items() if name in ids and name not in replies}
-    return Joined(replies=replies, doubts=doubts, misplaced=len(misplaced))
+    used = {id(reply) for reply in replies.values()}
+    doubtful = {one.key: one.reply for one in results if one.key in doubts and one.reply and id(one.reply) not in used}
+    return Joined(replies=replies, doubts=doubts, doubtful=doubtful, misplaced=len(misplaced))
 
 
 def _said(result: BatchResult, echoed: Callable[[str], str | None]) -> str | None:
