@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 SECTIONS = {
     "Model": MODEL_OPTIONS,
-    "Server": ("server", "key_variable", "jobs"),
+    "Server": ("server", "key_env", "jobs"),
     "Questions and answers": ("aspect", "settings", "seed", "max_new_tokens"),
     "Data": ("labels", "on_bad_item"),
     "Speed": ("batch_size", "workers"),
 }
-_OF_A_SERVER = ("key_variable", "jobs")
+_OF_A_SERVER = ("key_env", "jobs")
 _OF_A_MODEL_HERE = ("adapter", "max_slices", "dtype", "device", "batch_size", "workers")
 
 
@@ -44,7 +44,7 @@ _OF_A_MODEL_HERE = ("adapter", "max_slices", "dtype", "device", "batch_size", "w
     help="Server of OpenAI's format that runs the model, such as http://localhost:8000/v1; --model is its name there.",
 )
 @click.option(
-    "--key-variable",
+    "--key-env",
     metavar="NAME",
     help="Environment variable with the server's key.  [default: OPENAI_API_KEY for OpenAI itself, else no key]",
 )
@@ -81,7 +81,7 @@ def command(
     dtype: str,
     device: str,
     server: str | None,
-    key_variable: str | None,
+    key_env: str | None,
     jobs: int,
     labels: Path | None,
     aspect: str,
@@ -125,7 +125,7 @@ def command(
         opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
         result = _here(load, out, chosen, opener, device=device, workers=workers)
     else:
-        result = _on_server(load, out, chosen, server=server, model=model, variable=key_variable, jobs=jobs)
+        result = _on_server(load, out, chosen, server=server, model=model, variable=key_env, jobs=jobs)
     for line in result.skipped:
         say(f"skipped {line}")
     print_result(result.as_dict(), _text(result.as_dict()), as_json=as_json)

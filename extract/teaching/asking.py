@@ -62,7 +62,7 @@ class Verdict:
 
 
 def judge(question: Question, reply: Reply | Fault) -> Verdict:
-    """Whether `reply` explains the item of `question`: complete, of the right form, about this item, without its score."""
+    """Whether `reply` explains the item of `question`: whole, of the right form, about this item, without its score."""
     if isinstance(reply, Fault):
         return _without("refused" if reply.kind == "refused" else "failed", reply.reason)
     if reply.refusal is not None:
@@ -146,7 +146,7 @@ class Teacher:
         for _ in range(1 + self._retries):
             if not self._budget.reserve(most):
                 return verdict
-            counted = most
+            counted = 0.0
             try:
                 answered = client.ask(request, tokens=expected)
                 cost = cost_of(teacher.price, answered.reply, lost=answered.lost)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from agiqa.errors import ConfigError, RemoteError
+from agiqa.errors import RemoteError
 from agiqa.extract.teaching.apis import Api, Fault, GeminiContent, Json, OpenAIChat, Reply
 from agiqa.extract.teaching.client import Client, Sent
 
@@ -71,7 +71,7 @@ class BatchApi(Protocol):
         ...
 
     def find(self, tag: str) -> BatchStatus | None:
-        """The batch with this `tag`, if there is one."""
+        """The batch with this `tag`, if there is one that has not failed."""
         ...
 
     def look(self, batch: str) -> BatchStatus:
@@ -137,7 +137,7 @@ class _OpenAI:
             page = _answer(self._client.send("GET", f"{self._root}/batches", params={"limit": 100, **after}), _LISTING)
             batches = _objects(page.get("data"))
             for batch in batches:
-                if _object(batch.get("metadata")).get(_MARK) == tag:
+                if _object(batch.get("metadata")).get(_MARK) == tag and self.status(batch).state != "failed":
                     return self.status(batch)
             if not (page.get("has_more") and batches):
                 return None
@@ -218,9 +218,7 @@ class _Gemini:
             )
             raise RemoteError(message)
         send = {"X-Goog-Upload-Offset": "0", "X-Goog-Upload-Command": "upload, finalize", "Content-Length": size}
-        sent = self._client.send(
-            "POST", session, headers={"Content-Type": kind, **send}, content=_Blocks(path), once=False
-        )
+        sent = self._client.send("POST", session, headers={"Content-Type": kind, **send}, content=_Blocks(path))
         return _name(sent, "name", doing, within="file")
 
     def create(self, file: str, tag: str) -> Sent:
@@ -235,7 +233,7 @@ class _Gemini:
                 self._client.send("GET", f"{self._base}/batches", params={"pageSize": 100, **more}), _LISTING
             )
             for batch in _objects(page.get("operations")):
-                if _object(batch.get("metadata")).get("displayName") == tag:
+                if _object(batch.get("metadata")).get("displayName") == tag and self.status(batch).state != "failed":
                     return self.status(batch)
             if not page.get("nextPageToken"):
                 return None

@@ -186,13 +186,15 @@ class Client:
         *,
         tokens: int = 0,
         tries: int | None = None,
+        once: bool = False,
         wants_json: bool = True,
         headers: Mapping[str, str] | None = None,
         **body: Any,
     ) -> Sent:
         """The answer to an HTTP request; `body` holds httpx2's `json`, `content`, `data`, `files` or `params`.
 
-        An answer that should be JSON and is none counts as lost. Raises as `ask`, and Halted after `halt`.
+        An answer that should be JSON and is none counts as lost. With `once`, what can be tried again is not: for a
+        request that must not arrive twice. Raises as `ask`, and Halted after `halt`.
         """
         started, lost, attempts = time.monotonic(), 0, 0
         while True:
@@ -206,7 +208,7 @@ class Client:
                 self._succeeded = time.monotonic()
             elif sent.fault.kind == "fatal":
                 raise self._final(url, sent.fault)
-            elif sent.fault.kind in ("busy", "again"):
+            elif sent.fault.kind in ("busy", "again") and not once:
                 fault = self._after_failure(url, sent.fault, attempts, tries or self.settings.tries, started)
                 if fault is None:
                     continue

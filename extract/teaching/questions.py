@@ -37,8 +37,6 @@ class QuestionSettings:
     """Most tokens of an answer, thoughts included."""
     temperature: float | None = None
     """None for the model's own."""
-    seed: int | None = None
-    """Of the server's sampling; None for none."""
     schema: bool = True
     """Whether the server enforces the JSON schema, besides the words of the request."""
 
@@ -62,7 +60,6 @@ class QuestionSettings:
             "question": used | {name: {aspect: of[aspect] for aspect in self.aspects} for name, of in parts.items()},
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
-            "seed": self.seed,
             "schema": self.schema,
         }
 
@@ -93,7 +90,6 @@ class Question:
             schema=answer_schema(settings.aspects) if settings.schema else None,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
-            seed=settings.seed,
         )
 
     def leaked(self, explanations: Mapping[str, str]) -> str | None:

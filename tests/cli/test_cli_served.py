@@ -71,14 +71,14 @@ def test_options_that_have_no_effect_are_wrong_usage(agiqa, data, tmp_path):
     misuse(agiqa(*served, "--prepare-workers", 1), "--prepare-workers is for")
     here = ("describe", data, out, "--model", data)
     misuse(agiqa(*here, "--jobs", 2), "--jobs needs --server; leave it out, or give --server.")
-    misuse(agiqa(*here, "--key-variable", "X"), "--key-variable needs --server")
+    misuse(agiqa(*here, "--key-env", "X"), "--key-env needs --server")
     assert not out.exists()
 
 
 def test_servers_that_cannot_be_asked(agiqa, data, server, tmp_path):
     out = tmp_path / "out.jsonl"
     given = ("describe", data, out, "--model", MODEL, "--json", "--server")
-    refuse(agiqa(*given, server.base_url, "--key-variable", "NO_SUCH_KEY"), "NO_SUCH_KEY has none")
+    refuse(agiqa(*given, server.base_url, "--key-env", "NO_SUCH_KEY"), "NO_SUCH_KEY has none")
     refuse(agiqa(*given, "localhost:8000"), "localhost:8000", "http://")
     server.key = KEY
     refuse(agiqa(*given, server.base_url), server.base_url, "Name the environment variable that holds the key")

@@ -26,7 +26,7 @@ from typing import Any
 KEY = "test-key-71c1f0e5-never-in-a-file"
 MODEL = "teacher-1"
 FALLBACK = "teacher-2"
-ITEM_ID = re.compile(r"\bid[\"']?\s*(?:is|:|=)\s*[\"'`]?([\w.-]*\w)", re.IGNORECASE)
+ITEM_ID = re.compile(r"\bid(?:[\"']?\s*[:=]|\s+is:?)\s*[\"'`]?([\w.-]*\w)", re.IGNORECASE)
 """Where the text of a request gives the id that the answer shall echo, for example `id: 3f2a`."""
 
 

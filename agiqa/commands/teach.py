@@ -1,0 +1,319 @@
+"""`agiqa teach`: stage 1, an online model explains the MOS of every image."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+from agiqa.commands.help import SectionedCommand
+from agiqa.commands.options import OneOf, shared_options
+from agiqa.commands.output import print_result, table
+
+if TYPE_CHECKING:
+    from agiqa.extract import Item
+    from agiqa.extract.teaching.asking import TeacherModel
+    from agiqa.extract.teaching.lesson import Splits, TeachingSettings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+SECTIONS = {
+    "Teacher": ("api", "teacher", "base_url", "key_env"),
+    "Fallback for what the teacher refuses": (*("fallback", "fallback_api", "fallback_base_url", "fallback_key_env"),),
+    "Questions and answers": ("aspects", "blind", "wording", "schema", "max_new_tokens", "temperature", "retries"),
+    "Money": ("budget", "prices", "dry_run"),
+    "Speed and patience": ("jobs", "requests_per_minute", "tokens_per_minute", "timeout", "patience", "retry_failed"),
+    "Data": ("labels", "mos_range", "on_bad_item"),
+    "Splits of the conversations": ("split", "test_share", "val_share", "seed"),
+}
+
+APIS = ("openai", "gemini")
+ASPECTS = ("quality", "correspondence", "authenticity")
+_FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+def teacher_options(command: Command) -> Command:
+    """Add the options of the sections Teacher and Fallback."""
+    key = "environment variable of the key  [default: OPENAI_API_KEY or GEMINI_API_KEY at the provider, else no key]"
+    options = [
+        click.option("--api", type=OneOf("api", APIS), required=True, help="Wire format: OpenAI chat or Gemini's own."),
+        click.option("--teacher", required=True, metavar="MODEL", help="Name of the model that explains."),
+        click.option("--base-url", help="URL of another server, such as http://localhost:8000/v1."),
+        click.option("--key-env", metavar="NAME", help=f"The {key}."),
+        click.option("--fallback", metavar="MODEL", help="Name of the model that gets what the teacher refuses."),
+        click.option(
+            "--fallback-api", type=OneOf("api", APIS), help="Its wire format  [default: that of the teacher]."
+        ),
+        click.option(
+            "--fallback-base-url", help="Its server  [default: that of the teacher, if --fallback-api is not given]."
+        ),
+        click.option("--fallback-key-env", metavar="NAME", help="The environment variable of its key."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def question_options(command: Command) -> Command:
+    """Add the options of the sections Questions and Money."""
+    options = [
+        click.option(
+            "--aspect",
+            "aspects",
+            type=OneOf("aspect", ASPECTS),
+            multiple=True,
+            help="Aspect to explain; may be repeated.  [default: those that DATA has MOS of]",
+        ),
+        click.option("--blind", is_flag=True, help="Leave the MOS out of the question."),
+        click.option("--wording", type=_FILE, help="Other words for the question, in the form of teacher.yaml."),
+        click.option(
+            "--schema/--no-schema",
+            default=True,
+            show_default=True,
+            help="Let the server enforce the JSON schema; old servers cannot.",
+        ),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(min=1),
+            default=8192,
+            show_default=True,
+            help="Longest answer, thoughts included, in tokens.",
+        ),
+        click.option("--temperature", type=click.FloatRange(min=0.0), help="Of sampling.  [default: the model's own]"),
+        click.option(
+            "--retries",
+            type=click.IntRange(min=0),
+            default=2,
+            show_default=True,
+            help="Times that a broken answer is asked for again.",
+        ),
+        click.option(
+            "--budget",
+            type=click.FloatRange(min=0.0, min_open=True),
+            help="Most USD to spend on OUT, earlier runs included.  [default: no limit]",
+        ),
+        click.option("--prices", type=_FILE, help="Prices of models, in the form of prices.yaml, instead of its own."),
+        click.option("--dry-run", is_flag=True, help="Count tokens and prices; send and write nothing."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def patience_options(command: Command) -> Command:
+    """Add the options of the section Speed and patience."""
+    limit = click.IntRange(min=1)
+    options = [
+        click.option("--jobs", type=limit, default=8, show_default=True, help="Requests at the same time."),
+        click.option("--requests-per-minute", type=limit, help="Most requests per minute.  [default: no limit]"),
+        click.option("--tokens-per-minute", type=limit, help="Most tokens sent per minute.  [default: no limit]"),
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0.0, min_open=True),
+            default=300.0,
+            show_default=True,
+            help="Seconds without a byte of an answer after which it is lost.",
+        ),
+        click.option(
+            "--patience",
+            type=click.FloatRange(min=0.0),
+            default=60.0,
+            show_default=True,
+            help="Minutes to wait for a server that has stopped answering.",
+        ),
+        click.option("--retry-failed", is_flag=True, help="Ask again about items that were refused or failed."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def data_options(command: Command) -> Command:
+    """Add the options of the sections Data and Splits."""
+    share = click.FloatRange(min=0.0, max=1.0, max_open=True)
+    options = [
+        click.option("--labels", type=_FILE, help="Table (csv) of the items of a conversation file."),
+        click.option(
+            "--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS."
+        ),
+        click.option(
+            "--on-bad-item",
+            type=OneOf("choice", ["fail", "skip"]),
+            default="fail",
+            show_default=True,
+            help="Unusable items: stop and list them, or leave them out and name them.",
+        ),
+        click.option(
+            "--split",
+            type=OneOf("split", ["table", "prompts"]),
+            help="Splits by the table, or drawn by prompt.  [default: table if DATA has splits]",
+        ),
+        click.option("--test-share", type=share, default=0.2, show_default=True, help="Share to test on, if drawn."),
+        click.option(
+            "--val-share", type=share, default=0.1, show_default=True, help="Share of the rest to validate on."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of drawn splits."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command("teach", cls=SectionedCommand, sections=SECTIONS)
+@click.argument("data", type=click.Path(path_type=Path, exists=True))
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@teacher_options
+@question_options
+@patience_options
+@data_options
+@shared_options
+def command(data: Path, out: Path, *, as_json: bool, **options: Any) -> None:
+    """Let an online model explain the MOS of every image of DATA. Run it again to resume.
+
+    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels. OUT is a
+    journal of JSON lines, one per image. Beside OUT.jsonl, each run writes OUT.ASPECT.jsonl: conversations that
+    `agiqa tune` and `agiqa extract --conversations` read.
+
+    The key of the provider comes from an environment variable: OPENAI_API_KEY for --api openai, GEMINI_API_KEY for
+    --api gemini. A server given by --base-url gets no key unless --key-env names its variable.
+    """
+    from agiqa.errors import ConfigError
+    from agiqa.extract.teaching.lesson import Lesson
+    from agiqa.extract.teaching.teaching import run_teaching
+    from agiqa.progress import say
+
+    if out.suffix.lower() != ".jsonl":
+        message = f"{out}: explanations are JSON lines. Give a name that ends in .jsonl."
+        raise ConfigError(message)
+    models = _models(options)  # a missing key is reported before the images are checked
+    data_set = _load(data, options)
+    settings, splits = _settings(data_set.items, options), _splits(data_set.items, options)
+    if options["dry_run"]:
+        estimate = Lesson(data_set, out, models, settings, splits).dry_run()
+        print_result(estimate, _estimate_text(estimate), as_json=as_json)
+        return
+    result = run_teaching(data_set, out, models, settings, splits=splits).as_dict()
+    for line in result["skipped"]:
+        say(f"skipped {line}")
+    print_result(result, _text(result), as_json=as_json)
+    if result["stopped"] == "budget":
+        message = (
+            f"The budget of {options['budget']:g} USD allows no further request: {result['missing']} of "
+            f"{result['items']} items are missing. Run the same command again with a larger --budget."
+        )
+        raise ConfigError(message)
+
+
+def _models(options: Mapping[str, Any]) -> "list[TeacherModel]":
+    """The teacher, and the fallback if there is one."""
+    from agiqa.extract.teaching.apis import api_of
+    from agiqa.extract.teaching.asking import TeacherModel
+    from agiqa.extract.teaching.client import key_for
+    from agiqa.extract.teaching.tables import PriceTable, read_yaml, shipped_prices
+
+    prices = shipped_prices() if options["prices"] is None else read_yaml(options["prices"], PriceTable)
+    apart = options["fallback_api"] is not None or options["fallback_base_url"] is not None
+    found: list[TeacherModel] = []
+    for model, prefix in ((options["teacher"], ""), (options["fallback"], "fallback_" if apart else "")):
+        if model is not None:
+            api = api_of(options[f"{prefix}api"] or options["api"], options[f"{prefix}base_url"])
+            key = None if options["dry_run"] else key_for(api, options[f"{prefix}key_env"])
+            found.append(TeacherModel(api=api, model=model, key=key, price=prices.price(api.base_url, model)))
+    return found
+
+
+def _load(data: Path, options: Mapping[str, Any]) -> Any:
+    """The data set, its images checked."""
+    from agiqa.extract import load_data_set
+    from agiqa.progress import say
+
+    on_bad_item: Literal["fail", "skip"] = options["on_bad_item"]
+    data_set = load_data_set(
+        data,
+        labels=options["labels"],
+        variant="no_id",
+        images=True,
+        mos_range=options["mos_range"],
+        on_bad_item=on_bad_item,
+    )
+    for note in data_set.notes:
+        say(note)
+    return data_set
+
+
+def _settings(items: "Sequence[Item]", options: Mapping[str, Any]) -> "TeachingSettings":
+    from agiqa.extract.teaching.client import ClientSettings
+    from agiqa.extract.teaching.lesson import TeachingSettings
+    from agiqa.extract.teaching.questions import QuestionSettings
+    from agiqa.extract.teaching.tables import Wording, read_yaml, shipped_wording
+
+    labelled = tuple(aspect for aspect in ASPECTS if any(aspect in item.labels for item in items))
+    wording = shipped_wording() if options["wording"] is None else read_yaml(options["wording"], Wording)
+    question = QuestionSettings(
+        aspects=options["aspects"] or labelled or ASPECTS,
+        blind=options["blind"],
+        mos_range=options["mos_range"],
+        wording=wording,
+        max_tokens=options["max_new_tokens"],
+        temperature=options["temperature"],
+        schema=options["schema"],
+    )
+    client = ClientSettings(
+        timeout=options["timeout"],
+        patience=60.0 * options["patience"],
+        requests_per_minute=options["requests_per_minute"],
+        tokens_per_minute=options["tokens_per_minute"],
+    )
+    own = {name: options[name] for name in ("jobs", "retries", "budget", "retry_failed")}
+    return TeachingSettings(question=question, client=client, **own)
+
+
+def _splits(items: "Sequence[Item]", options: Mapping[str, Any]) -> "Splits":
+    """The splits of the table, or whole prompts drawn for test and val."""
+    import numpy as np
+
+    from agiqa.errors import ConfigError
+    from agiqa.extract.teaching.lesson import Splits
+    from agiqa.heads.data.splits import hold_out
+
+    given = any(item.split is not None for item in items)
+    if (options["split"] or ("table" if given else "prompts")) == "table":
+        return Splits(of={item.name: item.split for item in items}, rule={"by": "table"})
+    if given:
+        message = "DATA has splits, which drawn ones would contradict. Leave --split out, or remove the column `split`."
+        raise ConfigError(message)
+    prompts, seed = [item.prompt for item in items], options["seed"]
+    left, of = np.arange(len(items)), dict[str, str | None]()
+    for stream, part in enumerate(("test", "val")):
+        share = options[f"{part}_share"]
+        if share:
+            drawn = hold_out(prompts, left, share, [seed, stream], remedy=f"Or give --{part}-share 0.")
+            of |= {items[k].name: part for k in drawn.tolist()}
+            left = np.setdiff1d(left, drawn)
+    rule = {"by": "prompts", "seed": seed, "test_share": options["test_share"], "val_share": options["val_share"]}
+    return Splits(of=of | {items[k].name: "train" for k in left.tolist()}, rule=rule)
+
+
+def _text(result: Mapping[str, Any]) -> str:
+    """The result for people."""
+    shown = {name: result[name] for name in ("out", "items", "explained", "refused", "failed", "missing", "asked")}
+    cost = {name: _usd(result[name]) for name in ("cost_usd", "total_cost_usd")}
+    files = ", ".join(result["conversations"].values()) or "none"
+    return table(shown | {"skipped": len(result["skipped"]), **cost, "conversations": files})
+
+
+def _estimate_text(estimate: Mapping[str, Any]) -> str:
+    tokens = estimate["tokens"]
+    return table(
+        {
+            "items": estimate["items"],
+            "requests": estimate["requests"],
+            "tokens": f"about {tokens['input']} sent and {tokens['output']} received",
+            "cost": _usd(estimate["cost_usd"]),
+            "spent": _usd(estimate["spent_usd"]),
+        }
+    )
+
+
+def _usd(cost: float | None) -> str:
+    return "unknown" if cost is None else f"{cost:.4f} USD"
