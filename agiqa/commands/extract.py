@@ -14,7 +14,8 @@ from agiqa.extract.data.templates import VARIANTS, aspects_of
 
 
 def _look_up_variant(variant: str) -> None:
-    aspects_of(variant, variant.removeprefix("id:").partition("+")[0] if variant.startswith("id:") else "quality")
+    _, _, listed = variant.partition(":")
+    aspects_of(variant, listed.partition("+")[0] or "quality")
 
 
 SECTIONS = {

@@ -124,6 +124,15 @@ def _write_settings(folder: Path, language: Mapping[str, Any], vision: Mapping[s
     (folder / "preprocessor_config.json").write_text(json.dumps(images), encoding="utf-8")
 
 
+def shape_of_config(config: Path, folder: Path, *, device: str = "auto") -> Backbone:
+    """The model in the shape of a published config.json, with the tokenizer of the other random models."""
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    language, vision = (
+        {key: values[key] for key in keys} for keys, values in ((_LLAMA3_8B, raw), (_SO400M, raw["vision_config"]))
+    )
+    return minicpm(folder, language=language, vision=vision, resolution=448, device=device)
+
+
 SHAPES: Mapping[str, Shape] = {
     "minicpm-8b": partial(minicpm, language=_LLAMA3_8B, vision=_SO400M, resolution=448),
     "tiny": partial(minicpm, language=_TINY_LANGUAGE, vision=_TINY_VISION, resolution=56),

@@ -167,7 +167,7 @@ def _may_read_rating_words(results: Results, line: RunLine) -> bool:
     Lines of a transfer name no store; there either store counts.
     """
     variants = [store.variant for name, store in results.about.stores.items() if line.store_name in (name, "")]
-    return not variants or None in variants or "full" in variants
+    return not variants or None in variants or any(str(variant).startswith("full") for variant in variants)
 
 
 def limits(results: Sequence[Results]) -> list[str]:

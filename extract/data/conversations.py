@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract.data.items import Message
-from agiqa.extract.data.templates import template_of
+from agiqa.extract.data.templates import reads_rating_word, template_of
 from agiqa.store.disk.files import read_text
 from agiqa.store.format.items import MODEL, TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, author_of
 from agiqa.store.format.labels import ASPECT_NAMES, SPLITS
@@ -88,7 +88,7 @@ class Conversation:
     def text_author(self, variant: str) -> str | None:
         """Who wrote the texts that the model reads under `variant`, see `author_of`."""
         writers = [one.description_author for one in (self, *self.more)]
-        return author_of([*writers, self.rating_author] if variant == "full" else writers)
+        return author_of([*writers, self.rating_author] if reads_rating_word(variant) else writers)
 
     def messages(self, variant: str) -> tuple[Message, ...]:
         """What the model reads under `variant`: `id` ends with the rating question, `full` with the rating word."""
@@ -97,7 +97,7 @@ class Conversation:
             turns.append(Message(role="user", content=one.describe))
             turns.append(Message(role="assistant", content=one.description))
         turns.append(Message(role="user", content=self.rate))
-        if variant == "full" and self.rating is not None:
+        if reads_rating_word(variant) and self.rating is not None:
             turns.append(Message(role="assistant", content=self.rating))
         return tuple(turns)
 

@@ -15,7 +15,7 @@ from agiqa.extract.data.images import CHECKERS, checked_image, image_checks
 from agiqa.extract.data.items import DataSet, Item, Message
 from agiqa.extract.data.labels import Rows, read_rows
 from agiqa.extract.data.matching import Joined, Pair, join, join_aspects, row_name
-from agiqa.extract.data.templates import aspects_of, fill, template_of
+from agiqa.extract.data.templates import aspects_of, fill, reads_rating_word, template_of
 from agiqa.progress import track
 from agiqa.store.format.items import TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, teacher_warning
 from agiqa.store.format.labels import ASPECT_COLUMNS, DEFAULT_RANGE, MosRange, check_range, read_table, scale_warning
@@ -198,7 +198,7 @@ class _Builder:
         if self.variant != "no_id" and conversation is None and lacking:
             which = f" of {' and '.join(lacking)}" if len(self.aspects) > 1 else ""
             problems.append(f"no description{which}; give --conversations or use --variant no_id")
-        if self.variant == "full" and (row.rating if conversation is None else conversation.rating) is None:
+        if reads_rating_word(self.variant) and (row.rating if conversation is None else conversation.rating) is None:
             problems.append("no rating word, which the variant full needs; use --variant id")
         if conversation is not None and conversation.split and row.split and conversation.split != row.split:
             problems.append(f"in split {row.split} by the table but {conversation.split} by {conversation.where}")
@@ -216,7 +216,7 @@ class _Builder:
             turns.append(Message(role="user", content=fill(template_of(aspect).describe, row.prompt)))
             turns.append(Message(role="assistant", content=row.descriptions[aspect]))
         turns.append(Message(role="user", content=rated.rate))
-        if self.variant == "full":
+        if reads_rating_word(self.variant):
             turns.append(Message(role="assistant", content=row.rating or ""))
         return tuple(turns)
 
@@ -254,8 +254,8 @@ def _warnings(sources: Sources, items: Sequence[Item], *, variant: str) -> Itera
     for part in _SCORED:
         authors = [item.text_author for item in items if item.split == part]
         if count := authors.count(TEACHER):
-            yield teacher_warning(part, count, len(authors), rating_words=variant == "full")
-        if variant == "full" and (count := authors.count(None)):
+            yield teacher_warning(part, count, len(authors), rating_words=reads_rating_word(variant))
+        if reads_rating_word(variant) and (count := authors.count(None)):
             yield (
                 f"{sources.table} does not say who wrote the rating words that {count} of {len(authors)} {part} items "
                 f"read. If a teacher that knew the MOS wrote them, scores are too high: name the author in a column "

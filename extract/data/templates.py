@@ -47,22 +47,23 @@ def aspects_of(variant: str, aspect: str) -> tuple[str, ...]:
     """The aspects whose descriptions a conversation of `variant` holds; the first, `aspect`, is rated.
 
     `variant` is one of VARIANTS, or `id:ASPECT+ASPECT[+ASPECT]`: questions and descriptions of these aspects, in
-    this order, then the rating question of the first. Raises UnknownName for a variant or aspect, ConfigError for a
-    list that repeats an aspect, has only one, or does not begin with `aspect`.
+    this order, then the rating question of the first; `full:ASPECT+ASPECT[+ASPECT]` adds its rating word. Raises
+    UnknownName for a variant or aspect, ConfigError for a list that repeats an aspect, has only one, or does not begin
+    with `aspect`.
     """
     template_of(aspect)
     if variant in VARIANTS:
         return (aspect,)
     kind, _, listed = variant.partition(":")
-    if kind != "id" or not listed:
-        unknown = UnknownName.of("conversation variant", variant, [*VARIANTS, "id:ASPECT+ASPECT"])
+    if kind not in ("id", "full") or not listed:
+        unknown = UnknownName.of("conversation variant", variant, [*VARIANTS, "id:ASPECT+ASPECT", "full:ASPECT+ASPECT"])
         raise unknown
     aspects = tuple(listed.split("+"))
     for name in aspects:
         template_of(name)
     if len(aspects) == 1 or len(set(aspects)) < len(aspects):
-        fault = "repeats an aspect" if len(aspects) > 1 else "lists one aspect; that is the variant id"
-        message = f"The variant {variant} {fault}. Write two or three, such as id:quality+correspondence."
+        fault = "repeats an aspect" if len(aspects) > 1 else f"lists one aspect; that is the variant {kind}"
+        message = f"The variant {variant} {fault}. Write two or three, such as {kind}:quality+correspondence."
         raise ConfigError(message)
     if aspects[0] != aspect:
         message = (
@@ -70,6 +71,11 @@ def aspects_of(variant: str, aspect: str) -> tuple[str, ...]:
         )
         raise ConfigError(message)
     return aspects
+
+
+def reads_rating_word(variant: str) -> bool:
+    """Whether a conversation of `variant` ends with the rating word: `full`, also with several aspects."""
+    return variant.partition(":")[0] == "full"
 
 
 def fill(question: str, prompt: str) -> str:

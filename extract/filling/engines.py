@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from agiqa.errors import ConfigError, WorkerError
+from agiqa.errors import WorkerError
 from agiqa.extract.data.items import Item
 from agiqa.extract.filling.calibration import calibrated
 from agiqa.extract.filling.fill import Filler, FillReport, merged
@@ -154,23 +154,6 @@ class ModelProcess:
         """Fill those `units` of the store at `path` that no other run is filling."""
         with self.opened(len(items) // self.processes) as here:
             return here.fill(open_store(path, allow_partial=True), items, target, units=units, advance=advance)
-
-
-def devices_of_host(device: torch.device, count: int) -> list[str]:
-    """`count` devices of the kind of `device`. Raises ConfigError if the host has fewer, or `device` has a number."""
-    if device.type != "cuda":
-        return [str(device)] * count
-    if str(device) != "cuda":
-        message = f"--devices {count} uses the first {count} GPUs; give --device cuda, not {device}."
-        raise ConfigError(message)
-    there = torch.cuda.device_count()
-    if count > there:
-        message = (
-            f"--devices {count} was asked for, but torch sees {there} CUDA devices. Give fewer; it sees none that "
-            "CUDA_VISIBLE_DEVICES leaves out."
-        )
-        raise ConfigError(message)
-    return [f"cuda:{index}" for index in range(count)]
 
 
 def striped(pending: Sequence[int], process: int, processes: int) -> list[int]:

@@ -18,13 +18,13 @@ from agiqa.extract.filling.engines import (
     OnDevices,
     calibrate_target,
     compare_basis,
-    devices_of_host,
 )
 from agiqa.extract.filling.fill import FillReport
 from agiqa.extract.filling.plan import LengthRule, TokenisedItems, plan_store, tokenise
 from agiqa.extract.filling.ray_driver import OnRay
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models import Backbone
+from agiqa.extract.models.opening import devices_of_host
 from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers, require_opener
 from agiqa.progress import say, track
 from agiqa.store import ENCODINGS, Store, UnitWriter, is_planned, open_store, seal

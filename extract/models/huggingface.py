@@ -143,7 +143,7 @@ class HuggingFaceBackbone(ABC):
     @cached_property
     def _embedding_rows(self) -> int:
         """The number of token ids with an embedding: the vocabulary and, in some models, marks of images."""
-        embeddings = self._language_model_of(self.empty_model()).get_input_embeddings()
+        embeddings = self.language_model_of(self.empty_model()).get_input_embeddings()
         return max(self.vocab_size, len(embeddings.weight))
 
     def _check_tokenizer(self) -> None:
@@ -183,7 +183,7 @@ class HuggingFaceBackbone(ABC):
             model = self._load_model()
             if self.adapter is not None:
                 apply_adapter(model, self.adapter, name=self.checkpoint.name)
-        language_model = self._language_model_of(model)
+        language_model = self.language_model_of(model)
         found = tuple(language_model.get_output_embeddings().weight.shape)
         expected = (self.vocab_size, self.hidden_size)
         if found != expected:
@@ -200,13 +200,17 @@ class HuggingFaceBackbone(ABC):
         return load_model(self.checkpoint, self.auto_class, dtype, self.attention, to_merge=merges).to(self.device)
 
     def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
-        """See `Backbone.hidden_states`. Items that are not `alike` run in separate forward passes."""
+        """See `Backbone.hidden_states`."""
+        with torch.inference_mode():
+            return self.states(batch)
+
+    def states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
+        """As `hidden_states`, with gradients. Items that are not `alike` run in separate forward passes."""
         model = self._loaded()
         rows: dict[int, torch.Tensor] = {}
         for group in alike(batch):
             items = [batch[position] for position in group]
-            with torch.inference_mode():
-                states = final_states(model, self._collate(items))
+            states = final_states(model, self._collate(items))
             for row, position in enumerate(group):
                 rows[position] = states[row, : len(batch[position].token_ids)].to(DTYPES[self.logical_dtype])
         return [rows[position] for position in range(len(batch))]
@@ -230,9 +234,17 @@ class HuggingFaceBackbone(ABC):
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
         """See `Backbone.project`."""
-        head = self._language_model().get_output_embeddings()
         with torch.inference_mode():
-            return self._logit_map(head(states.to(device=head.weight.device, dtype=head.weight.dtype)))
+            return self.logits_of(states)
+
+    def logits_of(self, states: torch.Tensor) -> torch.Tensor:
+        """As `project`, with gradients."""
+        head = self._language_model().get_output_embeddings()
+        return self._logit_map(head(states.to(device=head.weight.device, dtype=head.weight.dtype)))
+
+    def loaded(self) -> Any:
+        """The model itself, with its weights, for training."""
+        return self._loaded()
 
     @cached_property
     def _logit_map(self) -> LogitMap:
@@ -241,10 +253,10 @@ class HuggingFaceBackbone(ABC):
         return find_logit_map(self.checkpoint.name, self._language_model(), probe)
 
     def _language_model(self) -> Any:
-        return self._language_model_of(self._loaded())
+        return self.language_model_of(self._loaded())
 
-    def _language_model_of(self, model: Any) -> Any:
-        """The part of `model` that makes logits."""
+    def language_model_of(self, model: Any) -> Any:
+        """The part of `model`, loaded or empty, that makes logits."""
         return model
 
     def _loaded(self) -> Any:

@@ -4,6 +4,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from agiqa.errors import ConfigError, ModelError, UnknownName
 from agiqa.extract.models.adapters import resolve_adapter
 from agiqa.extract.models.checkpoints import Checkpoint, resolve_checkpoint
@@ -70,6 +72,23 @@ def opened(opener: Opener, device: str) -> Backbone:
 def open_checked(model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None) -> Backbone:
     """As `open_backbone`, with the checks of `opened`."""
     return opened(opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices), device)
+
+
+def devices_of_host(device: torch.device, count: int) -> list[str]:
+    """`count` devices of the kind of `device`. Raises ConfigError if the host has fewer, or `device` has a number."""
+    if device.type != "cuda":
+        return [str(device)] * count
+    if str(device) != "cuda":
+        message = f"--devices {count} uses the first {count} GPUs; give --device cuda, not {device}."
+        raise ConfigError(message)
+    there = torch.cuda.device_count()
+    if count > there:
+        message = (
+            f"--devices {count} was asked for, but torch sees {there} CUDA devices. Give fewer; it sees none that "
+            "CUDA_VISIBLE_DEVICES leaves out."
+        )
+        raise ConfigError(message)
+    return [f"cuda:{index}" for index in range(count)]
 
 
 def _read_config(checkpoint: Checkpoint, max_slices: int | None) -> Any:

@@ -84,5 +84,5 @@ def _has_rating_word(source: FeatureSource) -> NDArray[np.bool_]:
     found = np.ones(len(source.items.names), np.bool_)
     stores = source.parts if isinstance(source, Joined) else [(source, np.arange(len(found)))]
     for store, positions in stores:
-        found[positions] = origin_of(store).get("conversation", {}).get("variant", "full") == "full"
+        found[positions] = origin_of(store).get("conversation", {}).get("variant", "full").startswith("full")
     return found

@@ -77,14 +77,13 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         self.check_tensors()
         return load_weights(self.checkpoint, self.empty_model(), dtype=DTYPES[self.logical_dtype], device=self.device)
 
-    def _language_model_of(self, model: MiniCPMV) -> Any:
+    def language_model_of(self, model: MiniCPMV) -> Any:
         return model.llm
 
-    def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
-        """See `Backbone.hidden_states`. Padding is on the right, where no token of a causal model sees it."""
+    def states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
+        """See `HuggingFaceBackbone.states`. Padding is on the right, where no token of a causal model sees it."""
         llm = self._language_model()
-        with torch.inference_mode():
-            states = llm.model(inputs_embeds=self._embedded(batch), use_cache=False).last_hidden_state
+        states = llm.model(inputs_embeds=self._embedded(batch), use_cache=False).last_hidden_state
         return [states[row, : len(item.token_ids)] for row, item in enumerate(batch)]
 
     def _collate(self, items: Sequence[Prepared]) -> dict[str, torch.Tensor]:

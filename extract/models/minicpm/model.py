@@ -173,7 +173,9 @@ class MiniCPMV(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return self.resampler.proj.dtype
+        """What the model computes with: training changes other weights only, and keeps those in float32."""
+        dtype: torch.dtype = self.llm.lm_head.weight.dtype
+        return dtype
 
     def _normalised(self, patches: Tensor) -> Tensor:
         """uint8 (n, 3 * patch * patch) as the tower expects it, computed in float32."""

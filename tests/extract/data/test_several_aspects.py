@@ -196,7 +196,8 @@ def test_plain_variants_take_files_of_one_aspect(folder):
         ("id:quality+quality", ConfigError, "repeats an aspect"),
         ("id:quality+colour", UnknownName, "No aspect is called 'colour'"),
         ("id:", UnknownName, "No conversation variant is called 'id:'"),
-        ("full:quality+correspondence", UnknownName, "No conversation variant"),
+        ("both:quality+correspondence", UnknownName, "No conversation variant"),
+        ("full:quality", ConfigError, "lists one aspect; that is the variant full"),
         ("id:correspondence+quality", ConfigError, "rates its first aspect, correspondence, and --aspect is quality"),
     ],
 )

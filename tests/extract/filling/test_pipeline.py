@@ -18,7 +18,7 @@ import torch
 from agiqa.errors import ConfigError, DataError, WorkerError
 from agiqa.extract import ExtractionSettings, LengthRule, open_backbone, run_extraction
 from agiqa.extract.filling import engines
-from agiqa.extract.filling.engines import ModelProcess, OnDevices, devices_of_host, striped
+from agiqa.extract.filling.engines import ModelProcess, OnDevices, striped
 from agiqa.extract.filling.plan import PlannedItem, prepare_planned, tokenise
 from agiqa.extract.filling.staging import coordinates_on_device
 from agiqa.extract.filling.targets import Target
@@ -27,6 +27,7 @@ from agiqa.extract.models.batches import BatchRunner, even_batches
 from agiqa.extract.models.checkpoints import resolve_checkpoint
 from agiqa.extract.models.huggingface import TextBackbone
 from agiqa.extract.models.loading import load_config
+from agiqa.extract.models.opening import devices_of_host
 from agiqa.extract.models.preparing import Preparation
 from agiqa.store import UnitWriter, make_basis, moments_of, open_store, verify
 from tests.extract.jobs import extract, inputs

@@ -1,0 +1,207 @@
+"""`agiqa tune`: stage 1, the adapter of a model that is fine-tuned on a teacher's conversations."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from agiqa.commands.help import SectionedCommand
+from agiqa.commands.models import ASPECT, prepare_workers_option
+from agiqa.commands.options import OneOf, shared_options
+from agiqa.commands.output import print_result, table
+from agiqa.extract.data.templates import aspects_of, reads_rating_word
+
+if TYPE_CHECKING:
+    from agiqa.extract.models.huggingface import HuggingFaceBackbone
+    from agiqa.extract.models.preparing import Opener
+    from agiqa.extract.tuning.recipes import Recipe
+    from agiqa.extract.tuning.tuning import TuningPlan
+
+SECTIONS = {
+    "Most used": ("model", "conversations", "recipe", "changes", "steps", "epochs", "devices", "dry_run"),
+    "Model": ("max_slices", "dtype", "device"),
+    "Data": ("variant", "aspect", "labels", "val_share", "on_bad_item"),
+    "Interruption and logs": ("checkpoint_minutes", "seed", "tensorboard"),
+    "Speed": ("workers",),
+}
+
+
+def _look_up_variant(variant: str) -> None:
+    aspects_of(variant, variant.partition(":")[2].partition("+")[0] or "quality")
+    if not reads_rating_word(variant):
+        from agiqa.errors import ConfigError
+
+        message = f"the variant {variant} has no rating word to learn; use full or full:ASPECT+ASPECT."
+        raise ConfigError(message)
+
+
+@click.command("tune", cls=SectionedCommand, sections=SECTIONS)
+@click.argument("data", type=click.Path(path_type=Path, exists=True))
+@click.argument("adapter", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--model", required=True, help="Hub id OWNER/NAME[@REVISION], checkpoint folder, or pkg:PACKAGE[/FILE].")
+@click.option(
+    "--conversations",
+    multiple=True,
+    metavar="[ASPECT:][SPLIT=]FILE",
+    help="Conversations to learn, as `agiqa teach` writes them; repeatable. ASPECT and SPLIT override the file's name.",
+)
+@click.option(
+    "--recipe",
+    default="published",
+    show_default=True,
+    metavar="NAME|FILE.yaml",
+    help="What is trained, and how: published, no-embeddings, light, or a file.",
+)
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="One setting of the recipe, such as lr=1e-5; repeatable.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Optimiser steps.  [default: the recipe's]")
+@click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the items, instead of steps.")
+@click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs of this host to use.")
+@click.option("--dry-run", is_flag=True, help="Check everything, estimate memory by recipe, and stop.")
+@click.option(
+    "--max-slices",
+    type=click.IntRange(min=1),
+    help="Most slices per image, for MiniCPM-Llama3-V-2.5.  [default: the checkpoint's, 9]",
+)
+@click.option(
+    "--dtype",
+    type=OneOf("dtype", ["auto", "bfloat16", "float32"]),
+    default="auto",
+    show_default=True,
+    help="Dtype of the forward pass; auto is the checkpoint's own, bfloat16 for float16.",
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto is the GPU if there is one."
+)
+@click.option(
+    "--variant",
+    type=OneOf("variant", ["full"], look_up=_look_up_variant),
+    default="full",
+    show_default=True,
+    help="The conversation to learn: description and rating word; or full:ASPECT+ASPECT, several descriptions.",
+)
+@click.option("--aspect", type=ASPECT, default="quality", show_default=True, help="Aspect of the conversations.")
+@click.option(
+    "--labels", type=click.Path(path_type=Path, exists=True), help="Table (csv) of the items of a conversation file."
+)
+@click.option(
+    "--val-share",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Share of the prompts held out for validation if no item is in the split val; 0 for none.",
+)
+@click.option(
+    "--on-bad-item",
+    type=OneOf("choice", ["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="Unusable or too long items: stop and list them, or leave them out and name them.",
+)
+@click.option(
+    "--checkpoint-minutes",
+    type=click.FloatRange(min=0),
+    default=15.0,
+    show_default=True,
+    help="Minutes between checkpoints, from which a killed run resumes.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of order, dropout and adapter."
+)
+@click.option("--tensorboard", is_flag=True, help="Write event files for TensorBoard to ADAPTER/tensorboard.")
+@prepare_workers_option
+@shared_options
+def command(data: Path, adapter: Path, *, as_json: bool, dry_run: bool, **options: Any) -> None:
+    """Fine-tune a model on the conversations of DATA and write the folder ADAPTER. Run it again to resume.
+
+    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels. Items of the
+    split test are never used. `agiqa describe`, `extract` and `score` take the folder as --adapter ADAPTER.
+    """
+    from agiqa.extract.data.datasets import load_data_set
+    from agiqa.extract.tuning.recipes import recipe_of
+    from agiqa.extract.tuning.tuning import TuningSettings, plan_tuning, run_tuning
+    from agiqa.progress import say
+
+    recipe = recipe_of(options["recipe"], _changes(options))
+    opener, backbone = _opened(options)
+    data_set = load_data_set(
+        data,
+        conversations=options["conversations"],
+        labels=options["labels"],
+        variant=options["variant"],
+        aspect=options["aspect"],
+        images=backbone.reads_images,
+        mos_range=None,  # the conversations say it all
+        on_bad_item=options["on_bad_item"],
+    )
+    for note in data_set.notes:
+        say(note)
+    names = ("seed", "val_share", "devices", "workers", "checkpoint_minutes", "tensorboard", "on_bad_item")
+    settings = TuningSettings(recipe=recipe, **{name: options[name] for name in names})
+    plan = plan_tuning(data_set, backbone, settings, opener)
+    for line in plan.skipped:
+        say(f"skipped {line}")
+    if dry_run:
+        print_result(*_estimates(backbone, recipe, plan), as_json=as_json)
+        return
+    result = run_tuning(data_set, backbone, adapter, settings, opener=opener, plan=plan).as_dict()
+    print_result(result, table(result | {"skipped": len(result["skipped"])}), as_json=as_json)
+
+
+def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the recipe that the command line changes."""
+    import yaml
+
+    from agiqa.errors import ConfigError
+
+    found: dict[str, Any] = {}
+    for change in options["changes"]:
+        key, equals, value = change.partition("=")
+        if not equals:
+            message = f"--set {change}: expected KEY=VALUE, such as lr=1e-5."
+            raise ConfigError(message)
+        found[key.replace("-", "_")] = yaml.safe_load(value)
+    return found | {key: options[key] for key in ("steps", "epochs") if options[key] is not None}
+
+
+def _opened(options: Mapping[str, Any]) -> "tuple[Opener, HuggingFaceBackbone]":
+    """The model, in bfloat16 where the checkpoint is in float16."""
+    from agiqa.extract.models.huggingface import HuggingFaceBackbone
+    from agiqa.extract.models.opening import opened, opener_of
+
+    given: dict[str, Any] = {"adapter": None, "max_slices": options["max_slices"]}
+    opener = opener_of(options["model"], dtype=options["dtype"], **given)
+    backbone = opened(opener, options["device"])
+    if backbone.logical_dtype == "float16":
+        opener = opener_of(options["model"], dtype="bfloat16", **given)
+        backbone = opened(opener, options["device"])
+    assert isinstance(backbone, HuggingFaceBackbone)  # as all that can be opened by name
+    return opener, backbone
+
+
+def _estimates(backbone: "HuggingFaceBackbone", recipe: "Recipe", plan: "TuningPlan") -> tuple[dict[str, Any], str]:
+    """The plan, with the memory of this recipe and of all others: JSON-able, and as text."""
+    from agiqa.extract.tuning.estimates import GB, chosen_checkpointing, estimate, recipes_that_fit
+
+    which = chosen_checkpointing(backbone, recipe, plan.load)
+    own = estimate(backbone, recipe, plan.load, checkpointing=which)
+    others = recipes_that_fit(backbone, plan.load, None)
+    result = {
+        **plan.as_dict(),
+        "recipe": recipe.as_dict(),
+        "checkpointing": which,
+        "estimate": own.as_dict(),
+        "recipes": {name: one.as_dict() for name, one in others.items()},
+    }
+    counts = own.counts
+    shown: dict[str, Any] = {name: result[name] for name in ("train", "validation", "longest", "steps")}
+    shown |= {"skipped": len(plan.skipped), "trained": f"{counts.trained:,} of {counts.trained + counts.frozen:,}"}
+    shown["memory"] = f"about {own.total / GB:.1f} GB, activations recomputed: {which}"
+    shown |= {f"  {name}": f"about {one.total / GB:.1f} GB, all recomputed" for name, one in others.items()}
+    return result, table(shown)

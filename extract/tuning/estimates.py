@@ -1,0 +1,177 @@
+"""Estimates of a recipe's memory on the device, from the model's shape alone.
+
+Weights, gradients and moments are counted exactly. Activations are counted by vectors per token and layer; 8-bit
+optimisers, offloading and other ways to save memory are not offered.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from agiqa.errors import ModelError
+from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
+from agiqa.extract.tuning.losses import LABELS_AT_ONCE
+from agiqa.extract.tuning.parts import find_parts, modules_of
+from agiqa.extract.tuning.recipes import Recipe, recipe_of, summaries
+
+GB = 1e9
+TRAINED_BYTES = 16
+"""Per trained parameter in float32: itself, its gradient and both moments of AdamW."""
+_LIBRARIES = 0.8 * GB
+"""CUDA itself, and the work space of its libraries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Parameters of a model under a recipe."""
+
+    trained: int
+    lora: int
+    """Trained parameters in LoRA pairs."""
+    frozen: int
+    autocast: int
+    """Trained parameters of which the forward pass makes a copy in the model's dtype."""
+
+    @classmethod
+    def of(cls, backbone: HuggingFaceBackbone, recipe: Recipe, model: nn.Module) -> "Counts":
+        """For `model`, which may be without weights. Raises ModelError for parts that it lacks."""
+        import re
+
+        pattern, names = find_parts(backbone, model, recipe)
+        whole = modules_of(model, names)
+        inside = {id(weight) for module in whole.values() for weight in module.parameters()}
+        tables = {
+            id(module.weight)
+            for part in whole.values()
+            for module in part.modules()
+            if isinstance(module, nn.Embedding)
+        }
+        lora = sum(
+            recipe.rank * sum(weight.shape)
+            for name, module in model.named_modules()
+            if re.fullmatch(pattern, name) and isinstance(weight := getattr(module, "weight", None), torch.Tensor)
+        )
+        sizes = {id(weight): weight.numel() for weight in model.parameters()}
+        trained = sum(size for key, size in sizes.items() if key in inside)
+        table = sum(size for key, size in sizes.items() if key in tables)
+        return cls(
+            trained=trained + lora,
+            lora=lora,
+            frozen=sum(sizes.values()) - trained,
+            autocast=trained - table + lora,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """The largest forward pass of a training."""
+
+    tokens: int
+    labels: int
+    patches: int
+    """That the vision tower sees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Memory of one recipe on one device, in bytes."""
+
+    counts: Counts
+    weights: float
+    """Frozen weights, and everything per trained parameter."""
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.weights + self.activations + _LIBRARIES
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, in GB and billions of parameters."""
+        return {
+            "gb": round(self.total / GB, 1),
+            "trained_parameters": self.counts.trained,
+            "frozen_parameters": self.counts.frozen,
+        }
+
+
+def estimate(backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, *, checkpointing: str) -> Estimate:
+    """The memory of `recipe` for a forward pass of `load`. `checkpointing` is one of CHECKPOINTING but auto."""
+    model = backbone.empty_model()
+    counts = Counts.of(backbone, recipe, model)
+    size = DTYPES[backbone.logical_dtype].itemsize
+    copies = counts.autocast * size if size < 4 else 0
+    weights = counts.frozen * size + counts.trained * TRAINED_BYTES + copies
+    return Estimate(
+        counts=counts, weights=weights, activations=_activations(backbone, recipe, load, model, checkpointing)
+    )
+
+
+def _activations(
+    backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, model: nn.Module, checkpointing: str
+) -> float:
+    """Kept activations of all layers, those of the widest layer while it is computed again, and of the loss."""
+    language: list[float] = []
+    seeing: list[float] = []
+    towers = modules_of(model, find_parts(backbone, model, recipe)[1])
+    decoder = {id(layer) for layer in backbone.language_model_of(model).get_decoder().modules()}
+    size = DTYPES[backbone.logical_dtype].itemsize
+    for name, layer in model.named_modules():
+        if not isinstance(layer, GradientCheckpointingLayer):
+            continue
+        if id(layer) in decoder:
+            language.append(_per_token(layer, size, lora=True) * load.tokens)
+        elif any(name.startswith(f"{path}.") for path in towers):
+            seeing.append(_per_token(layer, size, lora=False) * load.patches)
+    width = backbone.hidden_size * size
+    kept = len(language) * load.tokens * width if checkpointing == "all" else sum(language)
+    kept += (
+        0.0 if not seeing else (len(seeing) * seeing[0] * 0.08 if checkpointing in ("all", "vision") else sum(seeing))
+    )
+    again = max([*language, *seeing], default=0.0) * 2
+    loss = min(load.labels, LABELS_AT_ONCE) * backbone.vocab_size * 4 * 4
+    return kept + again + loss
+
+
+def _per_token(layer: nn.Module, size: int, *, lora: bool) -> float:
+    """Bytes that one layer keeps per token: the inputs and outputs of its linear maps, norms and products.
+
+    A LoRA pair keeps a dropped-out copy of its input.
+    """
+    maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    wide = sum(module.out_features for module in maps) + max((module.out_features for module in maps), default=0)
+    hidden = min((module.in_features for module in maps), default=0)
+    return size * (wide + (12 if lora else 8) * hidden)
+
+
+def recipes_that_fit(backbone: HuggingFaceBackbone, load: Load, memory: float | None) -> Mapping[str, Estimate]:
+    """The estimate of every shipped recipe whose parts the model has, with everything recomputed; at most `memory`."""
+    found: dict[str, Estimate] = {}
+    for name in summaries():
+        try:
+            one = estimate(backbone, recipe_of(name), load, checkpointing="all")
+        except ModelError:
+            continue  # the model lacks a part of it
+        if memory is None or one.total <= memory:
+            found[name] = one
+    return found
+
+
+def memory_of(device: torch.device) -> float | None:
+    """The bytes of memory of a GPU; None for the CPU."""
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
+
+
+def chosen_checkpointing(backbone: HuggingFaceBackbone, recipe: Recipe, load: Load) -> str:
+    """What `auto` stands for: the least recomputation that fits by the estimate, with a tenth of the memory left."""
+    if recipe.checkpointing != "auto":
+        return recipe.checkpointing
+    memory = memory_of(backbone.device)
+    for which in ("none", "vision"):
+        if memory is None or estimate(backbone, recipe, load, checkpointing=which).total <= 0.9 * memory:
+            return which
+    return "all"

@@ -1,0 +1,90 @@
+"""One process per device of this host for one training. The first error of any ends all."""
+
+import multiprocessing
+import os
+import uuid
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from agiqa.errors import WorkerError
+from agiqa.extract.tuning.group import Group, joined
+from agiqa.workers import ctrl_c_kept_away, end_with_parent, picklable
+
+_SECONDS_TO_END = 5.0
+
+
+class OnDevice(Protocol):
+    """What each process does."""
+
+    def open_and_run(self, device: str, group: Group) -> None:
+        """Do the work on `device`, as one of `group`."""
+        ...
+
+
+def run_on_devices(work: OnDevice, devices: Sequence[str], folder: Path) -> None:
+    """Call `work.open_and_run` in a process per device. They meet in a file in `folder`.
+
+    Raises the first error of a process, and WorkerError for one that was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    meeting = folder / f".meeting.{uuid.uuid4().hex}"
+    processes: dict[Connection, SpawnProcess] = {}
+    try:
+        for rank in range(len(devices)):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_main, args=(theirs, work, rank, list(devices), meeting))
+            with ctrl_c_kept_away():
+                process.start()
+            theirs.close()
+            processes[mine] = process
+        _attend(processes, devices)
+    finally:
+        for process in processes.values():
+            process.kill()  # those that have ended well are gone already
+            process.join(_SECONDS_TO_END)
+        meeting.unlink(missing_ok=True)
+
+
+def _attend(processes: dict[Connection, SpawnProcess], devices: Sequence[str]) -> None:
+    names = dict(zip(processes, devices, strict=True))
+    listening = set(processes)
+    while listening:
+        for connection in wait(list(listening)):
+            assert isinstance(connection, Connection)  # nothing else is waited for
+            listening.discard(connection)
+            try:
+                error: Exception | None = connection.recv()
+            except (EOFError, OSError):
+                processes[connection].join()
+                code = processes[connection].exitcode
+                message = (
+                    f"The process on {names[connection]} ended with exit code {code}. The last checkpoint is kept: run "
+                    "the same command again."
+                )
+                raise WorkerError(message) from None
+            if error is not None:
+                error.add_note(f"on {names[connection]}")
+                raise error
+
+
+def _main(connection: Connection, work: OnDevice, rank: int, devices: list[str], meeting: Path) -> None:
+    """The main function of a process; sends its error or None."""
+    end_with_parent()
+    device = torch.device(devices[rank])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // len(devices)))
+    failure: Any = None
+    try:
+        with joined(rank, devices, meeting) as group:
+            work.open_and_run(str(device), group)
+    except Exception as error:  # noqa: BLE001  # the parent raises it
+        failure = picklable(error)
+    connection.send(failure)
+    connection.close()

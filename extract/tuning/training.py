@@ -1,0 +1,191 @@
+"""The training loop: steps, validations, checkpoints, and the best adapter."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from agiqa.errors import ModelError, listed
+from agiqa.extract.data.items import Item
+from agiqa.extract.models.preparing import Preparation
+from agiqa.extract.tuning.examples import Example, example_of
+from agiqa.extract.tuning.folder import AdapterFolder
+from agiqa.extract.tuning.learner import Gradient, Learner, naming_memory
+from agiqa.extract.tuning.losses import computing, validation_sums
+from agiqa.extract.tuning.reporting import Reporter
+from agiqa.extract.tuning.schedule import Schedule
+
+_SUMS = 3
+"""Loss, right words and labels of a validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """The items of a training, and the labels and tokens of each."""
+
+    train: Sequence[Item]
+    validation: Sequence[Item]
+    labels: Sequence[int]
+    """Of `train`."""
+    tokens: Sequence[int]
+    """Of `train`."""
+
+
+@dataclass
+class Standing:
+    """How far a training is; saved with each checkpoint."""
+
+    done: int = 0
+    """Steps."""
+    best_loss: float | None = None
+    best_accuracy: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    """Validations since the best one."""
+    stopped: bool = False
+    """Whether it ended early."""
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """One process of a training."""
+
+    learner: Learner
+    schedule: Schedule
+    material: Material
+    folder: AdapterFolder
+    preparation: Preparation
+    reporter: Reporter
+    checkpoint_seconds: float
+    standing: Standing = field(default_factory=Standing)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.learner.group.first
+
+    def run(self) -> None:
+        """Train from the last checkpoint to the end. Raises ModelError if a loss or gradient is not finite."""
+        resumed = self._restore()
+        if self.first:
+            self.folder.begin_curves(self.standing.done if resumed else None)
+        if not resumed:
+            self._validate(0)
+        saved = time.monotonic()
+        batches, total = self._prepared(), self.schedule.steps
+        while self.standing.done < total and not self.standing.stopped:
+            self._step(self.standing.done, batches)
+            self.standing.done += 1
+            if self.schedule.validates(self.standing.done):
+                self._validate(self.standing.done)
+            if self.first and time.monotonic() - saved >= self.checkpoint_seconds:
+                self._save()
+                saved = time.monotonic()
+        if self.first and not self.material.validation:
+            self._save_adapter(self.folder.best)
+
+    def _prepared(self) -> Iterator[list[Example]]:
+        """The micro-batches of this process from the next step on, prepared ahead."""
+        groups = (
+            (None, [self.material.train[place] for place in micro])
+            for step in range(self.standing.done, self.schedule.steps)
+            for index, micro in enumerate(self.schedule.micro_batches(step))
+            if index in self.learner.group.share(len(self.schedule.micro_batches(step)))
+        )
+        for _, examples in self.preparation.groups(example_of, groups):
+            yield examples
+
+    def _step(self, step: int, batches: Iterator[list[Example]]) -> None:
+        started = time.monotonic()
+        batch, count = self.schedule.batch(step), len(self.schedule.micro_batches(step))
+        labels, lr = sum(self.material.labels[place] for place in batch), self.schedule.lr(step)
+        mine = ((self.schedule.dropout_seed(step, index), next(batches)) for index in self.learner.group.share(count))
+        gradient = self.learner.gradient(mine, labels=labels)
+        if not gradient.finite:
+            self._give_up(step, gradient, [self.material.train[place].name for place in batch])
+        self.learner.apply(lr)
+        if self.first:
+            tokens = sum(self.material.tokens[place] for place in batch)
+            values = {"step": step + 1, "loss": gradient.loss, "lr": lr, "grad_norm": gradient.norm, "tokens": tokens}
+            values["seconds"] = time.monotonic() - started
+            self.folder.add_curve(values)
+            self.reporter.step(values)
+
+    def _give_up(self, step: int, gradient: Gradient, names: Sequence[str]) -> NoReturn:
+        """Keep the adapter before this step, and raise ModelError."""
+        what = "norm of the gradient" if math.isfinite(gradient.loss) else "loss"
+        value = gradient.norm if math.isfinite(gradient.loss) else gradient.loss
+        if self.first:
+            self._save()
+            self._save_adapter(self.folder.last_good)
+        self.learner.group.add([torch.zeros(1, device=self.learner.backbone.device)])  # wait for the files
+        message = (
+            f"Step {step + 1}: the {what} is {value}, with the items {listed(list(names), 20)}. Look at these items, or "
+            f"train to another ADAPTER with a lower lr. The adapter before this step is in {self.folder.last_good}."
+        )
+        raise ModelError(message)
+
+    def _validate(self, done: int) -> None:
+        """Validate after `done` steps, and keep the best adapter; before the first step, only note the scores."""
+        if not self.material.validation:
+            return
+        loss, accuracy = self._validation()
+        if not math.isfinite(loss):
+            message = (
+                f"The validation loss after step {done} is {loss}. Train to another ADAPTER with a lower lr (--set)."
+            )
+            raise ModelError(message)
+        standing = self.standing
+        if done > 0:
+            better = standing.best_loss is None or loss < standing.best_loss
+            standing.stale = 0 if better else standing.stale + 1
+            if better:
+                standing.best_loss, standing.best_accuracy, standing.best_step = loss, accuracy, done
+                if self.first:
+                    self._save_adapter(self.folder.best)
+            patience = self.schedule.recipe.patience
+            standing.stopped = patience > 0 and standing.stale >= patience
+        if self.first:
+            values = {"step": done, "validation_loss": loss, "word_accuracy": accuracy}
+            self.folder.add_curve(values)
+            self.reporter.validation(values, best=standing.best_step, stopped=standing.stopped)
+
+    def _validation(self) -> tuple[float, float]:
+        """The mean loss per label, and the share of items whose rating word would be right."""
+        items, size = self.material.validation, self.schedule.recipe.micro_batch
+        pieces = [list(items[start : start + size]) for start in range(0, len(items), size)]
+        mine = [(None, pieces[index]) for index in self.learner.group.share(len(pieces))]
+        sums = torch.zeros(_SUMS, dtype=torch.float64, device=self.learner.backbone.device)
+        self.learner.trained.model.eval()
+        with naming_memory():
+            for _, examples in self.preparation.groups(example_of, mine):
+                with computing(self.learner.backbone):
+                    loss, right = validation_sums(self.learner.backbone, examples)
+                labels = sum(len(example.labels) for example in examples)
+                sums += torch.stack([loss.double(), right.double(), loss.new_tensor(labels).double()])
+        self.learner.group.add([sums])
+        loss_sum, right_sum, label_sum = sums.tolist()
+        return loss_sum / label_sum, right_sum / len(items)
+
+    def _save(self) -> None:
+        """Write a checkpoint. What is not in it follows from the number of the step."""
+        self.folder.save_state(self.learner.state(), vars(self.standing))
+
+    def _save_adapter(self, folder: Path) -> None:
+        self.folder.save_adapter(folder, self.learner.trained.tensors(), self.learner.trained.config)
+
+    def _restore(self) -> bool:
+        """Go back to the last checkpoint; False if there is none."""
+        found = self.folder.load_state(str(self.learner.backbone.device))
+        if found is None:
+            return False
+        tensors, facts = found
+        self.standing = Standing(**facts)
+        self.learner.restore(tensors, steps=self.standing.done)
+        if self.first:
+            self.reporter.say(f"resume after step {self.standing.done} of {self.schedule.steps}")
+        return True
