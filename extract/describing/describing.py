@@ -214,6 +214,7 @@ def _line(one: Described, key: str, provenance: Mapping[str, Any], rating_of: Ra
         "item_sha256": key,
         "id": one.item.name,
         "image": one.item.name,
+        "split": one.item.split,
         "conversations": [{"role": turn.role, "content": turn.content} for turn in one.conversation],
         "response_0": one.description,
         "response_1": one.answer or None,
