@@ -23,7 +23,7 @@ from agiqa.extract.teaching.questions import Question
 from agiqa.progress import Advance, say, track
 from agiqa.store.sharing.transfers import Halted
 
-_ALL_REJECTED = 10
+ALL_REJECTED = 10
 """When the server rejects this many requests and answers none, the fault is not in the items."""
 
 
@@ -43,7 +43,7 @@ def run_teaching(
     """
     since = time.perf_counter()
     lesson = Lesson(data_set, out, models, settings, splits)
-    with lesson.journal.writing(), _conversations_at_the_end(lesson) as conversations:
+    with lesson.journal.writing(), conversations_at_the_end(lesson) as conversations:
         pending = lesson.pending()
         if lesson.journal.lines:
             say(f"resume: {len(lesson.questions) - len(pending)} of {len(lesson.questions)} items are done already")
@@ -56,7 +56,7 @@ def run_teaching(
 
 
 @contextmanager
-def _conversations_at_the_end(lesson: Lesson) -> Generator[dict[str, Path]]:
+def conversations_at_the_end(lesson: Lesson) -> Generator[dict[str, Path]]:
     """Write the conversation files also after an error or Ctrl-C; yields the dict that will hold them."""
     files: dict[str, Path] = {}
     try:
@@ -159,7 +159,7 @@ class _Run:
         rejected = line["status"] == "failed" and line["raw"] is None
         self._rejected.append(line)
         if rejected and not self.written:
-            if len(self._rejected) < _ALL_REJECTED:
+            if len(self._rejected) < ALL_REJECTED:
                 return
             message = f"{line['base_url']} rejects every request, the last one so: {line['reason']}."
             raise RemoteError(message)
