@@ -117,7 +117,7 @@ def patience_options(command: Command) -> Command:
         click.option(
             "--patience",
             type=click.FloatRange(min=0.0),
-            default=60.0,
+            default=30.0,
             show_default=True,
             help="Minutes to wait for a server that has stopped answering.",
         ),

@@ -23,11 +23,14 @@ from agiqa.extract.teaching.explanations import read_answer
 from agiqa.extract.teaching.joining import Joined, join
 from agiqa.extract.teaching.lesson import Lesson, Splits, TeachingResult, TeachingSettings
 from agiqa.extract.teaching.questions import Question, input_tokens
-from agiqa.extract.teaching.teaching import ALL_REJECTED, conversations_at_the_end
+from agiqa.extract.teaching.teaching import conversations_at_the_end
 from agiqa.progress import Advance, say, track
 
 CAUTION = 1.5
 """Factor on the expected cost of a request, for its share of the budget."""
+
+_NONE_SERVED = 10
+"""When the provider rejects all requests of a batch of this many or more, the fault is not in the items."""
 
 
 @dataclass(kw_only=True)
@@ -186,8 +189,8 @@ class _Run:
         _tell(record, lines=len(lines), left=len(left), misplaced=joined.misplaced)
 
     def _refuse_if_all_rejected(self, record: BatchRecord, lines: Sequence[Line]) -> None:
-        rejected = [line for line in lines if line["status"] == "failed" and line["raw"] is None]
-        if len(rejected) == len(record.requests) >= ALL_REJECTED:
+        rejected = [line for line in lines if line["fault"] == "item"]
+        if len(rejected) == len(record.requests) >= _NONE_SERVED:
             self._records.close(record)
             reason = rejected[-1]["reason"]
             message = f"batch {record.batch}: the provider rejects every request, the last one so: {reason}."

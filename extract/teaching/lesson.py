@@ -26,7 +26,7 @@ from agiqa.version import agiqa_version
 FORMAT, FORMAT_VERSION = "agiqa.explanations", 1
 
 _FREE = ("agiqa", "base_url", "fallback", "prices")
-"""Provenance that may differ between two runs on one journal: its lines record these themselves, but for the version."""
+"""Provenance that may differ between two runs on one journal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +103,8 @@ def _total_cost(lines: Iterable[Line]) -> float | None:
 
 
 def _total_tokens(lines: Iterable[Line], kind: str) -> int | None:
-    """Tokens of a kind, input or output; None if those of one line are unknown."""
-    counts = [line["tokens"][kind] for line in lines if line["raw"] is not None]
+    """Tokens of a kind, input or output; None if those of one line are unknown. A fault has none."""
+    counts = [line["tokens"][kind] for line in lines if line["fault"] is None]
     return None if None in counts else sum(counts)
 
 

@@ -23,8 +23,8 @@ from agiqa.extract.teaching.questions import Question
 from agiqa.progress import Advance, say, track
 from agiqa.store.sharing.transfers import Halted
 
-ALL_REJECTED = 10
-"""When the server rejects this many requests and answers none, the fault is not in the items."""
+_NONE_SERVED = 10
+"""When the server has failed to serve this many requests in a row, the fault is not in the items."""
 
 
 def run_teaching(
@@ -79,8 +79,8 @@ class _Run:
         """Held by a thread that takes the next question, or writes."""
         self._is_closed = False
         self._errors: list[BaseException] = []
-        self._rejected: list[Line] = []
-        """Lines about rejected requests, kept back until the server has answered one."""
+        self._unserved: list[Line] = []
+        """Lines that wait until the server serves a request."""
         self._budget = Budget(lesson.settings.budget, lesson.spent())
         self._each = lesson.expected_cost()
         self._advance: Advance = lambda _count: None
@@ -102,9 +102,9 @@ class _Run:
                     self._is_closed = True
         if self._errors:
             raise self._errors[0]
-        if self._rejected:
-            lesson.journal.append(self._rejected)
-            self.written += self._rejected
+        if self._unserved:
+            lesson.journal.append(self._unserved)
+            self.written += self._unserved
 
     def _follow(self, threads: Sequence[threading.Thread]) -> None:
         """Run the threads to their end, also after a first Ctrl-C."""
@@ -153,17 +153,16 @@ class _Run:
             self._halt.set()
 
     def _accept(self, line: Line) -> None:
-        """Write the line of an item, unless the server has rejected every request so far."""
+        """Write the line of an item. Lines about requests that the server did not serve wait until it serves one."""
         if self._is_closed:
             return
-        rejected = line["status"] == "failed" and line["raw"] is None
-        self._rejected.append(line)
-        if rejected and not self.written:
-            if len(self._rejected) < ALL_REJECTED:
+        self._unserved.append(line)
+        if line["fault"] == "unserved" or (line["fault"] == "item" and not self.written):
+            if len(self._unserved) < _NONE_SERVED:
                 return
-            message = f"{line['base_url']} rejects every request, the last one so: {line['reason']}."
+            message = f"{line['base_url']} has served none of the last {_NONE_SERVED} requests: {line['reason']}."
             raise RemoteError(message)
-        new, self._rejected = self._rejected, []
+        new, self._unserved = self._unserved, []
         self._lesson.journal.append(new)
         self.written += new
         self._left -= len(new)
