@@ -184,18 +184,21 @@ class Lesson:
         request = next(iter(self.questions.values())).request()
         return Mean(guess=teacher.price.cost(input_tokens(request, teacher.api), USUAL_ANSWER_TOKENS))
 
+    def answer_tokens(self) -> float:
+        """Tokens of an answer, by the lines so far, or else as usual."""
+        said = [line["tokens"]["output"] for line in self.journal.lines.values() if line["status"] == "ok"]
+        counted = [tokens for tokens in said if tokens is not None]
+        return sum(counted) / len(counted) if counted else USUAL_ANSWER_TOKENS
+
     def dry_run(self) -> dict[str, Any]:
         """What the pending items will take: requests, tokens and USD; sends nothing."""
         teacher, pending = self.models[0], self.pending()
-        said = [line["tokens"]["output"] for line in self.journal.lines.values() if line["status"] == "ok"]
-        counted = [tokens for tokens in said if tokens is not None]
-        each = sum(counted) / len(counted) if counted else USUAL_ANSWER_TOKENS
         with track("estimate", len(pending), "items") as advance:
             incoming = 0
             for question in pending:
                 incoming += input_tokens(question.request(), teacher.api)
                 advance(1)
-        outgoing = round(each * len(pending))
+        outgoing = round(self.answer_tokens() * len(pending))
         price = teacher.price
         return {
             "items": len(self.questions),
@@ -205,6 +208,10 @@ class Lesson:
             "cost_usd": None if price is None else round(price.cost(incoming, outgoing), 4),
             "spent_usd": round(self.spent(), 4),
         }
+
+    def decisive(self) -> dict[str, Any]:
+        """The provenance that may not differ between two runs on one journal."""
+        return {name: value for name, value in self.journal.provenance.items() if name not in _FREE}
 
     def finish(self) -> dict[str, Path]:
         """Write the conversations of all lines."""

@@ -43,7 +43,7 @@ def run_teaching(
     """
     since = time.perf_counter()
     lesson = Lesson(data_set, out, models, settings, splits)
-    with lesson.journal.writing(), _conversations_at_the_end(lesson) as conversations:
+    with lesson.journal.writing(), conversations_at_the_end(lesson) as conversations:
         pending = lesson.pending()
         if lesson.journal.lines:
             say(f"resume: {len(lesson.questions) - len(pending)} of {len(lesson.questions)} items are done already")
@@ -56,7 +56,7 @@ def run_teaching(
 
 
 @contextmanager
-def _conversations_at_the_end(lesson: Lesson) -> Generator[dict[str, Path]]:
+def conversations_at_the_end(lesson: Lesson) -> Generator[dict[str, Path]]:
     """Write the conversation files also after an error or Ctrl-C; yields the dict that will hold them."""
     files: dict[str, Path] = {}
     try:

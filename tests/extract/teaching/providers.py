@@ -240,6 +240,10 @@ class Provider:
         """Answer every such request so, after what was scripted before."""
         self._scripts.append(_Script(about=about, path=path, forever=behaviour))
 
+    def calm(self) -> None:
+        """Forget all scripts."""
+        self._scripts.clear()
+
     def release(self) -> None:
         """Let the replies of `slow` go, now and later."""
         self._released.set()
