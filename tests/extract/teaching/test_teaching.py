@@ -181,8 +181,7 @@ def test_a_refusal_of_all_is_kept_and_asked_again_only_on_request(server, data, 
     count = len(server.requests)
     run(data, out, teacher(server))
     assert len(server.requests) == count
-    server.script(explains, about=prompt_of(2))
-    server._scripts.reverse()
+    server.calm()
     again = run(data, out, teacher(server), retry_failed=True).as_dict()
     assert len(server.requests) == count + 1
     assert (again["asked"], again["explained"], again["refused"]) == (1, ITEMS, 0)
@@ -212,7 +211,7 @@ def test_a_server_that_serves_nobody_stops_the_run_and_blames_no_item(server, da
     with pytest.raises(RemoteError, match="served none of the last 10 requests"):
         run(data, out, teacher(server), jobs=2)
     assert out.read_text() == ""
-    server._scripts.clear()
+    server.calm()
     assert run(data, out, teacher(server)).as_dict()["explained"] == ITEMS
 
 
@@ -230,7 +229,6 @@ def test_a_server_that_dies_in_the_middle_costs_nothing_twice(server, data, tmp_
     out = tmp_path / "t.jsonl"
     with pytest.raises(RemoteError, match="no connection"):
         run(data, out, teacher(server))
-    print("FAULTS", server.faults)
     done = lines_of(out)
     assert len(done) < ITEMS
     conversations = tmp_path / "t.quality.jsonl"
