@@ -4,6 +4,7 @@ A run sends what is missing, waits, and joins the answers to the journal, until 
 after a stop or a kill goes on with the same batches, see `batch_records.py`.
 """
 
+import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import RemoteError
+from agiqa.errors import ConfigError, RemoteError
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.journals import Line
 from agiqa.extract.teaching.apis import ChatRequest, Fault, Reply
 from agiqa.extract.teaching.asking import TeacherModel, Trial, Verdict, cost_of, judge, line_of
+from agiqa.extract.teaching.batch_apis import batch_limits
 from agiqa.extract.teaching.batch_records import BatchRecord, BatchRecords, Tried
 from agiqa.extract.teaching.batch_steps import BatchSettings, BatchSteps
 from agiqa.extract.teaching.client import Client
@@ -28,6 +30,9 @@ from agiqa.progress import Advance, say, track
 
 CAUTION = 1.5
 """Factor on the expected cost of a request, for its share of the budget."""
+
+_AROUND = 200
+"""Bytes of a line of a file around the body of its request, about."""
 
 _NONE_SERVED = 10
 """When the provider rejects all requests of a batch of this many or more, the fault is not in the items."""
@@ -63,19 +68,64 @@ def run_batches(
     """As `run_teaching`, in batches; `models` have the prices of batches.
 
     On Ctrl-C the batches go on at the provider. Raises RemoteError when the provider refuses or is gone,
-    SettingsConflict for open batches of other settings or items, and as `run_teaching`.
+    SettingsConflict for open batches of other settings or items, ConfigError for a fallback of the teacher's name, and
+    as `run_teaching`.
     """
     since = time.perf_counter()
+    if len({model.model for model in models}) < len(models):
+        message = f"The fallback is {models[-1].model!r}, as the teacher is; name another model."
+        raise ConfigError(message)
     lesson = Lesson(data_set, out, models, settings, splits)
     with lesson.journal.writing(), conversations_at_the_end(lesson) as conversations, ExitStack() as stack:
-        records = BatchRecords(out, {**lesson.decisive(), "models": [model.record() for model in models]})
-        records.check_items({name: one.key for name, one in lesson.questions.items()})
+        records = _records_of(lesson)
         clients = [Client(one.api, one.model, key=one.key, settings=settings.client) for one in models]
         pairs = [(one, stack.enter_context(client)) for one, client in zip(models, clients, strict=True)]
         run = _Run(lesson, pairs, records, batches)
         run.work()
     stopped = "budget" if run.outcome.unaffordable else None
     return lesson.result(conversations, run.written, stopped=stopped, since=since), run.outcome
+
+
+def estimate_batches(
+    data_set: DataSet,
+    out: Path,
+    models: Sequence[TeacherModel],
+    settings: TeachingSettings,
+    batches: BatchSettings,
+    *,
+    splits: Splits,
+) -> dict[str, Any]:
+    """What `run_batches` would send: as Lesson.dry_run, and the number of batches. Sends and writes nothing."""
+    lesson = Lesson(data_set, out, models, settings, splits)
+    records = _records_of(lesson)
+    in_work = {one.name for record in records.batches for one in record.requests.values()}
+    most_requests, most_bytes = batch_limits(models[0].api)
+    sizes = list[int]()
+
+    def measure(request: ChatRequest) -> None:
+        sizes.append(len(json.dumps(models[0].api.body(models[0].model, request))) + _AROUND)
+
+    estimate = lesson.dry_run([one for one in lesson.pending() if one.item.name not in in_work], measure)
+    files = _files(sizes, min(most_requests, batches.most_requests or most_requests), most_bytes)
+    return estimate | {"batches": {"open": len(records.batches), "requests_in_work": len(in_work), "to_create": files}}
+
+
+def _files(sizes: Sequence[int], most_requests: int, most_bytes: int) -> int:
+    """How many files requests of these `sizes` in bytes need, in their order."""
+    files, requests, size = 0, most_requests, 0
+    for one in sizes:
+        if requests >= most_requests or size + one > most_bytes:
+            files, requests, size = files + 1, 0, 0
+        requests, size = requests + 1, size + one
+    return files
+
+
+def _records_of(lesson: Lesson) -> BatchRecords:
+    """The records beside the journal. Raises SettingsConflict for open batches of other settings or items."""
+    models = [model.record() for model in lesson.models]
+    records = BatchRecords(lesson.journal.path, {**lesson.decisive(), "models": models})
+    records.check_items({name: one.key for name, one in lesson.questions.items()})
+    return records
 
 
 class _Run:

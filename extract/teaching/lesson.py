@@ -1,7 +1,7 @@
 """One data set to teach, its journal, and what is still to ask: what single requests and batches have in common."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from typing import Any, Literal
 from agiqa.errors import ConfigError
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.journals import Journal, Line
+from agiqa.extract.teaching.apis import ChatRequest
 from agiqa.extract.teaching.asking import TeacherModel
 from agiqa.extract.teaching.client import ClientSettings
 from agiqa.extract.teaching.conversation_files import write_conversations
@@ -190,13 +191,17 @@ class Lesson:
         counted = [tokens for tokens in said if tokens is not None]
         return sum(counted) / len(counted) if counted else USUAL_ANSWER_TOKENS
 
-    def dry_run(self) -> dict[str, Any]:
-        """What the pending items will take: requests, tokens and USD; sends nothing."""
-        teacher, pending = self.models[0], self.pending()
+    def dry_run(
+        self, pending: Sequence[Question], seen: Callable[[ChatRequest], None] = lambda _request: None
+    ) -> dict[str, Any]:
+        """What the questions `pending` will take: requests, tokens and USD. Sends nothing; `seen` gets each request."""
+        teacher = self.models[0]
         with track("estimate", len(pending), "items") as advance:
             incoming = 0
             for question in pending:
-                incoming += input_tokens(question.request(), teacher.api)
+                request = question.request()
+                incoming += input_tokens(request, teacher.api)
+                seen(request)
                 advance(1)
         outgoing = round(self.answer_tokens() * len(pending))
         price = teacher.price

@@ -16,6 +16,7 @@ from agiqa.errors import RemoteError
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.journals import Line
 from agiqa.extract.teaching.asking import Teacher, TeacherModel
+from agiqa.extract.teaching.batch_records import refuse_open_batches
 from agiqa.extract.teaching.budget import Budget
 from agiqa.extract.teaching.client import Client
 from agiqa.extract.teaching.lesson import Lesson, Splits, TeachingResult, TeachingSettings
@@ -38,12 +39,13 @@ def run_teaching(
     """Let the first of `models` explain the items of `data_set` into the journal `out`, the second what it refuses.
 
     Lines of earlier runs are kept. `splits` go into the conversation files. On Ctrl-C the run waits for the answers
-    that are on their way; a second one drops them. Raises RemoteError when no request can succeed, and as Lesson and
-    Journal.
+    that are on their way; a second one drops them. Raises RemoteError when no request can succeed, SettingsConflict
+    while batches are open, and as Lesson and Journal.
     """
     since = time.perf_counter()
     lesson = Lesson(data_set, out, models, settings, splits)
     with lesson.journal.writing(), conversations_at_the_end(lesson) as conversations:
+        refuse_open_batches(out)
         pending = lesson.pending()
         if lesson.journal.lines:
             say(f"resume: {len(lesson.questions) - len(pending)} of {len(lesson.questions)} items are done already")
