@@ -11,8 +11,9 @@ from agiqa.commands.options import OneOf, shared_options
 from agiqa.commands.output import print_result, table
 
 if TYPE_CHECKING:
-    from agiqa.extract import Item
+    from agiqa.extract import DataSet, Item
     from agiqa.extract.teaching.asking import TeacherModel
+    from agiqa.extract.teaching.batch_steps import BatchSettings
     from agiqa.extract.teaching.lesson import Splits, TeachingSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -22,6 +23,7 @@ SECTIONS = {
     "Fallback for what the teacher refuses": (*("fallback", "fallback_api", "fallback_base_url", "fallback_key_env"),),
     "Questions and answers": ("aspects", "blind", "wording", "schema", "max_new_tokens", "temperature", "retries"),
     "Money": ("budget", "prices", "dry_run"),
+    "Batches": ("batch", "wait", "poll", "batch_requests"),
     "Speed and patience": ("jobs", "requests_per_minute", "tokens_per_minute", "timeout", "patience", "retry_failed"),
     "Data": ("labels", "mos_range", "on_bad_item"),
     "Splits of the conversations": ("split", "test_share", "val_share", "seed"),
@@ -117,11 +119,39 @@ def patience_options(command: Command) -> Command:
         click.option(
             "--patience",
             type=click.FloatRange(min=0.0),
-            default=60.0,
+            default=30.0,
             show_default=True,
             help="Minutes to wait for a server that has stopped answering.",
         ),
         click.option("--retry-failed", is_flag=True, help="Ask again about items that were refused or failed."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def batch_options(command: Command) -> Command:
+    """Add the options of the section Batches."""
+    options = [
+        click.option("--batch", is_flag=True, help="Send requests in batches: half the price, answers within a day."),
+        click.option(
+            "--wait/--no-wait",
+            default=True,
+            show_default=True,
+            help="Wait for the answers, or leave after sending; the same command fetches them later.",
+        ),
+        click.option(
+            "--poll",
+            type=click.FloatRange(min=0.0, min_open=True),
+            default=60.0,
+            show_default=True,
+            help="Seconds between two looks at the batches.",
+        ),
+        click.option(
+            "--batch-requests",
+            type=click.IntRange(min=1),
+            help="Most requests per batch.  [default: the provider's limit]",
+        ),
     ]
     for option in reversed(options):
         command = option(command)
@@ -164,6 +194,7 @@ def data_options(command: Command) -> Command:
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 @teacher_options
 @question_options
+@batch_options
 @patience_options
 @data_options
 @shared_options
@@ -174,12 +205,13 @@ def command(data: Path, out: Path, *, as_json: bool, **options: Any) -> None:
     journal of JSON lines, one per image. Beside OUT.jsonl, each run writes OUT.ASPECT.jsonl: conversations that
     `agiqa tune` and `agiqa extract --conversations` read.
 
+    With --batch, OUT.batches.json records what has been sent, so that a run that was stopped or killed pays for
+    nothing twice.
+
     The key of the provider comes from an environment variable: OPENAI_API_KEY for --api openai, GEMINI_API_KEY for
     --api gemini. A server given by --base-url gets no key unless --key-env names its variable.
     """
     from agiqa.errors import ConfigError
-    from agiqa.extract.teaching.lesson import Lesson
-    from agiqa.extract.teaching.teaching import run_teaching
     from agiqa.progress import say
 
     if out.suffix.lower() != ".jsonl":
@@ -189,10 +221,10 @@ def command(data: Path, out: Path, *, as_json: bool, **options: Any) -> None:
     data_set = _load(data, options)
     settings, splits = _settings(data_set.items, options), _splits(data_set.items, options)
     if options["dry_run"]:
-        estimate = Lesson(data_set, out, models, settings, splits).dry_run()
+        estimate = _estimate(options, data_set, out, models, settings, splits)
         print_result(estimate, _estimate_text(estimate), as_json=as_json)
         return
-    result = run_teaching(data_set, out, models, settings, splits=splits).as_dict()
+    result = _run(options, data_set, out, models, settings, splits)
     for line in result["skipped"]:
         say(f"skipped {line}")
     print_result(result, _text(result), as_json=as_json)
@@ -202,6 +234,36 @@ def command(data: Path, out: Path, *, as_json: bool, **options: Any) -> None:
             f"{result['items']} items are missing. Run the same command again with a larger --budget."
         )
         raise ConfigError(message)
+
+
+def _estimate(options: Mapping[str, Any], data_set: "DataSet", *lesson: Any) -> dict[str, Any]:
+    """What the run would send, in tokens and USD."""
+    from agiqa.extract.teaching.batches import estimate_batches
+    from agiqa.extract.teaching.lesson import Lesson
+
+    *others, splits = lesson
+    if options["batch"]:
+        return estimate_batches(data_set, *others, _batches(options), splits=splits)
+    whole = Lesson(data_set, *lesson)
+    return whole.dry_run(whole.pending())
+
+
+def _run(options: Mapping[str, Any], data_set: "DataSet", *lesson: Any) -> dict[str, Any]:
+    """The result of the run, JSON-able."""
+    from agiqa.extract.teaching.batches import run_batches
+    from agiqa.extract.teaching.teaching import run_teaching
+
+    *others, splits = lesson
+    if options["batch"]:
+        result, outcome = run_batches(data_set, *others, _batches(options), splits=splits)
+        return result.as_dict() | {"batches": outcome.as_dict()}
+    return run_teaching(data_set, *others, splits=splits).as_dict()
+
+
+def _batches(options: Mapping[str, Any]) -> "BatchSettings":
+    from agiqa.extract.teaching.batch_steps import BatchSettings
+
+    return BatchSettings(most_requests=options["batch_requests"], interval=options["poll"], wait=options["wait"])
 
 
 def _models(options: Mapping[str, Any]) -> "list[TeacherModel]":
@@ -218,7 +280,8 @@ def _models(options: Mapping[str, Any]) -> "list[TeacherModel]":
         if model is not None:
             api = api_of(options[f"{prefix}api"] or options["api"], options[f"{prefix}base_url"])
             key = None if options["dry_run"] else key_for(api, options[f"{prefix}key_env"])
-            found.append(TeacherModel(api=api, model=model, key=key, price=prices.price(api.base_url, model)))
+            price = prices.price(api.base_url, model, batch=options["batch"])
+            found.append(TeacherModel(api=api, model=model, key=key, price=price))
     return found
 
 
@@ -299,11 +362,13 @@ def _text(result: Mapping[str, Any]) -> str:
     shown = {name: result[name] for name in ("out", "items", "explained", "refused", "failed", "missing", "asked")}
     cost = {name: _usd(result[name]) for name in ("cost_usd", "total_cost_usd")}
     files = ", ".join(result["conversations"].values()) or "none"
-    return table(shown | {"skipped": len(result["skipped"]), **cost, "conversations": files})
+    batches = result.get("batches")
+    open_ = {} if batches is None else {"open batches": ", ".join(batches["open"]) or "none"}
+    return table(shown | {"skipped": len(result["skipped"]), **cost, **open_, "conversations": files})
 
 
 def _estimate_text(estimate: Mapping[str, Any]) -> str:
-    tokens = estimate["tokens"]
+    tokens, batches = estimate["tokens"], estimate.get("batches")
     return table(
         {
             "items": estimate["items"],
@@ -311,6 +376,7 @@ def _estimate_text(estimate: Mapping[str, Any]) -> str:
             "tokens": f"about {tokens['input']} sent and {tokens['output']} received",
             "cost": _usd(estimate["cost_usd"]),
             "spent": _usd(estimate["spent_usd"]),
+            **({} if batches is None else {"batches": f"{batches['to_create']} to create, {batches['open']} open"}),
         }
     )
 

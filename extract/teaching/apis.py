@@ -16,11 +16,12 @@ from agiqa.extract.data.items import Role
 
 Json = dict[str, Any]
 
-FaultKind = Literal["busy", "again", "item", "refused", "fatal"]
+FaultKind = Literal["busy", "again", "item", "unserved", "refused", "fatal"]
 """What an error of the server calls for.
 
-busy: the same request later, the server has too many; again: the same request, unless it fails again and again; item:
-another item, this request cannot be served; refused: another model, a filter refuses this request; fatal: the end.
+busy: the same request later, the server serves nobody now; again: the same request once more; item: another one, the
+server rejects this request; unserved: another one, this one failed again and again; refused: another model, a filter
+refuses this request; fatal: the end, the server rejects all requests.
 """
 
 _BUSY = (429, 503)

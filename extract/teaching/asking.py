@@ -94,6 +94,7 @@ def line_of(question: Question, verdict: Verdict, trials: Sequence[Trial], earli
         "status": "failed" if verdict.status == "broken" else verdict.status,
         "explanations": dict(verdict.explanations),
         "reason": verdict.reason,
+        "fault": last.reply.kind if isinstance(last.reply, Fault) else None,
         "refusals": [
             {"model": trial.teacher.model, "reason": refused.reason}
             for trial in trials

@@ -8,14 +8,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Literal, Protocol, cast
 
 from agiqa.errors import RemoteError
-from agiqa.extract.teaching.apis import Api, Fault, GeminiContent, Json, OpenAIChat, Reply
+from agiqa.extract.teaching.apis import Api, Fault, Json, Reply
 from agiqa.extract.teaching.client import Client, Sent
-
-DISCOUNT = 0.5
-"""What a batch costs of the usual price, at both providers."""
 
 _BLOCK = 1 << 20
 _MARK = "agiqa"
@@ -93,8 +90,13 @@ class BatchApi(Protocol):
 
 def batch_api_of(client: Client) -> BatchApi:
     """The batch endpoints of the server that `client` speaks to."""
-    kinds: Mapping[type[Any], type[_OpenAI] | type[_Gemini]] = {OpenAIChat: _OpenAI, GeminiContent: _Gemini}
-    return kinds[type(client.api)](client)
+    return _KINDS[client.api.name](client)
+
+
+def batch_limits(api: Api) -> tuple[int, int]:
+    """The most requests, and the most bytes, of a file of requests."""
+    kind = _KINDS[api.name]
+    return kind.most_requests, kind.most_bytes
 
 
 class _OpenAI:
@@ -276,6 +278,7 @@ class _Gemini:
         return BatchResult(key=key, reply=_reply(self._client.api, 200, whole.get("response")))
 
 
+_KINDS: Mapping[str, type[_OpenAI] | type[_Gemini]] = {"openai": _OpenAI, "gemini": _Gemini}
 _LISTING = "listing the batches"
 
 

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -84,7 +84,7 @@ class BatchRecord(_Strict):
 class _Content(_Strict):
     format: Literal["agiqa.batches"] = FORMAT
     version: Literal[1] = VERSION
-    settings: str
+    settings: dict[str, Any]
     batches: tuple[BatchRecord, ...] = ()
     tries: dict[str, tuple[Tried, ...]] = {}
 
@@ -97,23 +97,17 @@ def new_record(model: str, requests: Mapping[str, Requested]) -> BatchRecord:
 class BatchRecords:
     """The file of records. Use it while the journal is locked."""
 
-    def __init__(self, journal: Path, *, settings: str) -> None:
-        """Read the file beside `journal`, if there is one; `settings` is the hash of what changes the answers.
+    def __init__(self, journal: Path, settings: Mapping[str, Any]) -> None:
+        """Read the file beside `journal`, if there is one; `settings` is what changes the answers, JSON-able.
 
         Raises DataError for another content, and SettingsConflict if batches with other settings are open.
         """
         self._journal = journal
-        self._settings = settings
-        self.path = journal.with_name(f"{journal.stem}.batches.json")
-        self._content = _Content(settings=settings)
-        if self.path.exists():
-            self._content = self._read()
-        if self._content.settings != settings and (self.batches or self.tries):
-            message = (
-                f"{self.path} has batches that were sent with other settings. Go on with those settings until the "
-                "batches have ended, or choose another OUT."
-            )
-            raise SettingsConflict(message)
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.path = records_path(journal)
+        self._content = _read(self.path) if self.path.exists() else _Content(settings=self._settings)
+        if self.batches or self.tries:
+            self._check_settings()
 
     @property
     def batches(self) -> tuple[BatchRecord, ...]:
@@ -165,19 +159,44 @@ class BatchRecords:
         if not (left or self.tries):
             self.path.unlink()
 
-    def _read(self) -> _Content:
-        try:
-            return _Content.model_validate_json(self.path.read_bytes())
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            message = (
-                f"{self.path}: {where}: {first['msg']}. It records batches that are paid for: restore it, or remove it "
-                "to give them up."
-            )
-            raise DataError(message) from error
+    def _check_settings(self) -> None:
+        recorded = self._content.settings
+        for name in {**recorded, **self._settings}:
+            if recorded.get(name) != self._settings.get(name):
+                message = (
+                    f"{self.path} has batches that were sent with other settings: {name} differs. Go on with those "
+                    "settings until the batches have ended, or choose another OUT."
+                )
+                raise SettingsConflict(message)
 
     def _write(self, content: _Content) -> None:
         with telling_disk_errors(f"writing {self.path}", "the batches are kept"):
             write_text_atomically(self.path, json.dumps(content.model_dump(), ensure_ascii=False) + "\n")
         self._content = content
+
+
+def records_path(journal: Path) -> Path:
+    """The file of records beside `journal`."""
+    return journal.with_name(f"{journal.stem}.batches.json")
+
+
+def refuse_open_batches(journal: Path) -> None:
+    """Raise SettingsConflict if items of `journal` are in batches, which single requests would pay for again."""
+    path = records_path(journal)
+    batches = _read(path).batches if path.exists() else ()
+    if batches:
+        message = f"{path} has {len(batches)} open batches. Go on with --batch until they have ended."
+        raise SettingsConflict(message)
+
+
+def _read(path: Path) -> _Content:
+    try:
+        return _Content.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        message = (
+            f"{path}: {where}: {first['msg']}. It records batches that are paid for: restore it, or remove it to give "
+            "them up."
+        )
+        raise DataError(message) from error

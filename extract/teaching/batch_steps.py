@@ -90,7 +90,12 @@ class BatchSteps:
             return
         if record.step == "written":
             say(f"uploading {len(record.requests)} requests")
-            record = self._records.save(record.at("uploaded", file=self._api.upload(self._records.requests_path)))
+            try:
+                file = self._api.upload(self._records.requests_path)
+            except RemoteError as error:
+                error.add_note("If this server has no batches, leave --batch out.")
+                raise
+            record = self._records.save(record.at("uploaded", file=file))
             self._records.requests_path.unlink(missing_ok=True)
         others = any(one.step == "created" for one in self._records.batches)
         if record.step in ("uploaded", "creating") and not (_QUEUE in self._failing and others):
@@ -106,7 +111,11 @@ class BatchSteps:
         """
         if record.step != "created":
             return record.step == "downloaded"
-        status = self._api.look(str(record.batch))
+        try:
+            status = self._api.look(str(record.batch))
+        except RemoteError as error:
+            error.add_note(f"To give open batches up, remove {self._records.path}.")
+            raise
         self._count(record, status.finished or 0)
         if status.state == "failed":
             if status.queue_is_full:

@@ -64,20 +64,20 @@ class ClientSettings:
     timeout: float = 300.0
     """Seconds without a byte of an answer after which it counts as lost."""
     tries: int = 6
-    """Failures of one request after which it is given up, if other requests succeed meanwhile."""
+    """Failures of one request after which it counts as unserved, if others are served meanwhile, or none ever was."""
     first_wait: float = 1.0
     """Seconds after a first failure, doubled after each further one, and shortened by up to half at random."""
     longest_wait: float = 60.0
     """Seconds, the most that doubling comes to."""
-    patience: float = 3600.0
-    """Seconds without any success after which a server that has answered before is given up."""
+    patience: float = 1800.0
+    """Seconds for which a request is tried while a server that has served others serves none."""
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sent:
-    """The end of a request: an answer, or a fault of kind item or refused."""
+    """The end of a request: an answer, or a fault about this request alone."""
 
     content: bytes
     """Body of the answer, without the key."""
@@ -148,8 +148,8 @@ class Client:
         self.halt = halt or threading.Event()
         self._key = key
         self._limits = MinuteLimits(self.settings.requests_per_minute, self.settings.tokens_per_minute)
-        self._succeeded: float | None = None
-        """When the server last answered a request, by time.monotonic."""
+        self._served: float | None = None
+        """When the server last served a request, by time.monotonic."""
         self._closed_until = self._told = 0.0
         self._http = httpx2.Client(
             timeout=httpx2.Timeout(self.settings.timeout, connect=min(30.0, self.settings.timeout), pool=None),
@@ -204,11 +204,11 @@ class Client:
             if wants_json and sent.fault is None and sent.json is None:
                 sent = _lost("an answer that is cut off, or no JSON")
             lost += sent.lost
-            if sent.fault is None:
-                self._succeeded = time.monotonic()
-            elif sent.fault.kind == "fatal":
+            if sent.fault is not None and sent.fault.kind == "fatal":
                 raise self._final(url, sent.fault)
-            elif sent.fault.kind in ("busy", "again") and not once:
+            if sent.fault is None or sent.fault.kind not in ("busy", "again"):
+                self._served = time.monotonic()
+            elif not once:
                 fault = self._after_failure(url, sent.fault, attempts, tries or self.settings.tries, started)
                 if fault is None:
                     continue
@@ -223,9 +223,11 @@ class Client:
             message = f"{url}: not the URL of a server ({first_line(error)}). It should begin with http:// or https://."
             raise ConfigError(message) from error
         except httpx2.TransportError as error:
+            if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError):
+                reason = f"no connection ({self._without_key(first_line(error))})"
+                return Sent(content=b"", headers={}, json=None, fault=Fault(kind="busy", reason=reason))
             what = "no answer in time" if isinstance(error, httpx2.TimeoutException) else first_line(error)
-            unsent = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.ProxyError)
-            return replace(_lost(self._without_key(what)), lost=0 if unsent else 1)
+            return _lost(self._without_key(what))
         except httpx2.DecodingError as error:
             return _lost(f"a damaged answer ({self._without_key(first_line(error))})")
         content = response.content if self._key is None else _without(self._key, response.content)
@@ -253,11 +255,12 @@ class Client:
 
     def _after_failure(self, url: str, fault: Fault, attempts: int, tries: int, started: float) -> Fault | None:
         """Wait for the next attempt, and return None; or the fault to report. Raises RemoteError to end the run."""
-        now, succeeded = time.monotonic(), self._succeeded
+        now, served = time.monotonic(), self._served
         if attempts >= tries:
-            if fault.kind == "again" and succeeded is not None and succeeded > started:
-                return Fault(kind="item", reason=f"{fault.reason}, {attempts} times")
-            if succeeded is None or now - max(succeeded, started) >= self.settings.patience:
+            is_over = served is None or now - max(served, started) >= self.settings.patience
+            if fault.kind == "again" and (is_over or (served is not None and served > started)):
+                return Fault(kind="unserved", reason=f"{fault.reason}, {attempts} times")
+            if is_over:
                 raise self._final(url, fault)
         doubled = self.settings.first_wait * 2.0 ** min(attempts - 1, 30)
         seconds = min(doubled, self.settings.longest_wait) * random.uniform(0.5, 1.0)

@@ -57,7 +57,7 @@ def read_answer(text: str, aspects: Sequence[str]) -> Explained | str:
     """
     start, end = text.find("{"), text.rfind("}")
     if start < 0 or end < start:
-        return "no JSON object in the answer"
+        return "no whole JSON object in the answer"
     try:
         found = answer_model(tuple(aspects)).model_validate_json(text[start : end + 1]).model_dump()
     except ValidationError as error:

@@ -1,7 +1,7 @@
 """One data set to teach, its journal, and what is still to ask: what single requests and batches have in common."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from typing import Any, Literal
 from agiqa.errors import ConfigError
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.journals import Journal, Line
+from agiqa.extract.teaching.apis import ChatRequest
 from agiqa.extract.teaching.asking import TeacherModel
 from agiqa.extract.teaching.client import ClientSettings
 from agiqa.extract.teaching.conversation_files import write_conversations
@@ -26,7 +27,7 @@ from agiqa.version import agiqa_version
 FORMAT, FORMAT_VERSION = "agiqa.explanations", 1
 
 _FREE = ("agiqa", "base_url", "fallback", "prices")
-"""Provenance that may differ between two runs on one journal: its lines record these themselves, but for the version."""
+"""Provenance that may differ between two runs on one journal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,8 @@ def _total_cost(lines: Iterable[Line]) -> float | None:
 
 
 def _total_tokens(lines: Iterable[Line], kind: str) -> int | None:
-    """Tokens of a kind, input or output; None if those of one line are unknown."""
-    counts = [line["tokens"][kind] for line in lines if line["raw"] is not None]
+    """Tokens of a kind, input or output; None if those of one line are unknown. A fault has none."""
+    counts = [line["tokens"][kind] for line in lines if line["fault"] is None]
     return None if None in counts else sum(counts)
 
 
@@ -184,18 +185,25 @@ class Lesson:
         request = next(iter(self.questions.values())).request()
         return Mean(guess=teacher.price.cost(input_tokens(request, teacher.api), USUAL_ANSWER_TOKENS))
 
-    def dry_run(self) -> dict[str, Any]:
-        """What the pending items will take: requests, tokens and USD; sends nothing."""
-        teacher, pending = self.models[0], self.pending()
+    def answer_tokens(self) -> float:
+        """Tokens of an answer, by the lines so far, or else as usual."""
         said = [line["tokens"]["output"] for line in self.journal.lines.values() if line["status"] == "ok"]
         counted = [tokens for tokens in said if tokens is not None]
-        each = sum(counted) / len(counted) if counted else USUAL_ANSWER_TOKENS
+        return sum(counted) / len(counted) if counted else USUAL_ANSWER_TOKENS
+
+    def dry_run(
+        self, pending: Sequence[Question], seen: Callable[[ChatRequest], None] = lambda _request: None
+    ) -> dict[str, Any]:
+        """What the questions `pending` will take: requests, tokens and USD. Sends nothing; `seen` gets each request."""
+        teacher = self.models[0]
         with track("estimate", len(pending), "items") as advance:
             incoming = 0
             for question in pending:
-                incoming += input_tokens(question.request(), teacher.api)
+                request = question.request()
+                incoming += input_tokens(request, teacher.api)
+                seen(request)
                 advance(1)
-        outgoing = round(each * len(pending))
+        outgoing = round(self.answer_tokens() * len(pending))
         price = teacher.price
         return {
             "items": len(self.questions),
@@ -205,6 +213,10 @@ class Lesson:
             "cost_usd": None if price is None else round(price.cost(incoming, outgoing), 4),
             "spent_usd": round(self.spent(), 4),
         }
+
+    def decisive(self) -> dict[str, Any]:
+        """The provenance that may not differ between two runs on one journal."""
+        return {name: value for name, value in self.journal.provenance.items() if name not in _FREE}
 
     def finish(self) -> dict[str, Path]:
         """Write the conversations of all lines."""

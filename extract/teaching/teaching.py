@@ -16,6 +16,7 @@ from agiqa.errors import RemoteError
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.journals import Line
 from agiqa.extract.teaching.asking import Teacher, TeacherModel
+from agiqa.extract.teaching.batch_records import refuse_open_batches
 from agiqa.extract.teaching.budget import Budget
 from agiqa.extract.teaching.client import Client
 from agiqa.extract.teaching.lesson import Lesson, Splits, TeachingResult, TeachingSettings
@@ -23,8 +24,8 @@ from agiqa.extract.teaching.questions import Question
 from agiqa.progress import Advance, say, track
 from agiqa.store.sharing.transfers import Halted
 
-_ALL_REJECTED = 10
-"""When the server rejects this many requests and answers none, the fault is not in the items."""
+_NONE_SERVED = 10
+"""When the server has failed to serve this many requests in a row, the fault is not in the items."""
 
 
 def run_teaching(
@@ -38,12 +39,13 @@ def run_teaching(
     """Let the first of `models` explain the items of `data_set` into the journal `out`, the second what it refuses.
 
     Lines of earlier runs are kept. `splits` go into the conversation files. On Ctrl-C the run waits for the answers
-    that are on their way; a second one drops them. Raises RemoteError when no request can succeed, and as Lesson and
-    Journal.
+    that are on their way; a second one drops them. Raises RemoteError when no request can succeed, SettingsConflict
+    while batches are open, and as Lesson and Journal.
     """
     since = time.perf_counter()
     lesson = Lesson(data_set, out, models, settings, splits)
-    with lesson.journal.writing(), _conversations_at_the_end(lesson) as conversations:
+    with lesson.journal.writing(), conversations_at_the_end(lesson) as conversations:
+        refuse_open_batches(out)
         pending = lesson.pending()
         if lesson.journal.lines:
             say(f"resume: {len(lesson.questions) - len(pending)} of {len(lesson.questions)} items are done already")
@@ -56,7 +58,7 @@ def run_teaching(
 
 
 @contextmanager
-def _conversations_at_the_end(lesson: Lesson) -> Generator[dict[str, Path]]:
+def conversations_at_the_end(lesson: Lesson) -> Generator[dict[str, Path]]:
     """Write the conversation files also after an error or Ctrl-C; yields the dict that will hold them."""
     files: dict[str, Path] = {}
     try:
@@ -79,8 +81,8 @@ class _Run:
         """Held by a thread that takes the next question, or writes."""
         self._is_closed = False
         self._errors: list[BaseException] = []
-        self._rejected: list[Line] = []
-        """Lines about rejected requests, kept back until the server has answered one."""
+        self._unserved: list[Line] = []
+        """Lines that wait until the server serves a request."""
         self._budget = Budget(lesson.settings.budget, lesson.spent())
         self._each = lesson.expected_cost()
         self._advance: Advance = lambda _count: None
@@ -102,9 +104,9 @@ class _Run:
                     self._is_closed = True
         if self._errors:
             raise self._errors[0]
-        if self._rejected:
-            lesson.journal.append(self._rejected)
-            self.written += self._rejected
+        if self._unserved:
+            lesson.journal.append(self._unserved)
+            self.written += self._unserved
 
     def _follow(self, threads: Sequence[threading.Thread]) -> None:
         """Run the threads to their end, also after a first Ctrl-C."""
@@ -153,17 +155,16 @@ class _Run:
             self._halt.set()
 
     def _accept(self, line: Line) -> None:
-        """Write the line of an item, unless the server has rejected every request so far."""
+        """Write the line of an item. Lines about requests that the server did not serve wait until it serves one."""
         if self._is_closed:
             return
-        rejected = line["status"] == "failed" and line["raw"] is None
-        self._rejected.append(line)
-        if rejected and not self.written:
-            if len(self._rejected) < _ALL_REJECTED:
+        self._unserved.append(line)
+        if line["fault"] == "unserved" or (line["fault"] == "item" and not self.written):
+            if len(self._unserved) < _NONE_SERVED:
                 return
-            message = f"{line['base_url']} rejects every request, the last one so: {line['reason']}."
+            message = f"{line['base_url']} has served none of the last {_NONE_SERVED} requests: {line['reason']}."
             raise RemoteError(message)
-        new, self._rejected = self._rejected, []
+        new, self._unserved = self._unserved, []
         self._lesson.journal.append(new)
         self.written += new
         self._left -= len(new)

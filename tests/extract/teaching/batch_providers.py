@@ -9,8 +9,9 @@ import email
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tests.extract.teaching.providers import Provider, Reply, Request
@@ -69,6 +70,10 @@ class BatchProvider(Provider):
         """End all batches, also later ones, at their next poll."""
         self.polls = 0
 
+    def about_image(self, path: Path) -> list[Request]:
+        """The requests within batches about the image in the file at `path`."""
+        return [request for request in self.paid if request.images == (path.read_bytes(),)]
+
     def body_of(self, line: dict[str, Any], request: Request) -> Request:
         """The request in a `line` of a batch file."""
         raise NotImplementedError
@@ -101,6 +106,13 @@ class BatchProvider(Provider):
 
 class BatchOpenAi(BatchProvider, OpenAi):
     """`/v1/files` and `/v1/batches`. Lines with an error are in a file of their own."""
+
+    problem: Mapping[str, Any] = {
+        "code": "token_limit_exceeded",
+        "message": "Enqueued token limit reached.",
+        "line": None,
+    }
+    """Of a batch that fails."""
 
     def body_of(self, line: dict[str, Any], request: Request) -> Request:
         assert (line["method"], line["url"]) == ("POST", "/v1/chat/completions")
@@ -173,8 +185,7 @@ class BatchOpenAi(BatchProvider, OpenAi):
         if not ended:
             return shown
         if self.end == "failed":
-            problem = {"code": "token_limit_exceeded", "message": "Enqueued token limit reached.", "line": None}
-            return shown | {"errors": {"object": "list", "data": [problem]}}
+            return shown | {"errors": {"object": "list", "data": [self.problem]}}
         lines = [json.loads(text) for text in self.results(batch).splitlines()]
         for name, good in (("output", True), ("error", False)):
             chosen = [

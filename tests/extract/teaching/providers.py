@@ -240,6 +240,10 @@ class Provider:
         """Answer every such request so, after what was scripted before."""
         self._scripts.append(_Script(about=about, path=path, forever=behaviour))
 
+    def calm(self) -> None:
+        """Forget all scripts."""
+        self._scripts.clear()
+
     def release(self) -> None:
         """Let the replies of `slow` go, now and later."""
         self._released.set()
@@ -379,7 +383,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def _serve(self) -> None:
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        raw = self.rfile.read(length)
+        if len(raw) < length:  # the server stops, or the client was killed, in the middle of the request
+            self.close_connection = True
+            return
         headers = {name.lower(): value for name, value in self.headers.items()}
         reply = self.server.provider.serve(self.command, self.path, headers, raw)
         if reply.lost or reply.dies:

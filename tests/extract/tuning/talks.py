@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,17 +37,16 @@ def talk(number: int, row: dict[str, str], aspect: str) -> dict[str, object]:
         template.rate,
         word,
     )
-    turns = [
-        {"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=True)
-    ]
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=True)]
     return {"id": row["name"], "image": row["name"], "conversations": turns}
 
 
-def load_talks(folder: Path, *, images: bool = True, variant: str = "full") -> DataSet:
+def load_talks(
+    folder: Path, *, images: bool = True, variant: str = "full", files: Sequence[str] | None = None
+) -> DataSet:
     """The items of `write_talks`, without those of the split test."""
-    data = load_data_set(
-        folder, conversations=[str(folder / "quality.json")], variant=variant, images=images, mos_range=None
-    )
+    given = [str(folder / "quality.json")] if files is None else files
+    data = load_data_set(folder, conversations=given, variant=variant, images=images, mos_range=None)
     return replace(data, items=tuple(item for item in data.items if item.split != "test"))
 
 

@@ -1,0 +1,309 @@
+"""Batches from the questions to the journal, against loopback servers of both providers."""
+
+import json
+
+import pytest
+
+from agiqa.errors import DataError, RemoteError, SettingsConflict
+from agiqa.extract import load_data_set
+from agiqa.extract.teaching.apis import api_of
+from agiqa.extract.teaching.asking import TeacherModel
+from agiqa.extract.teaching.batch_records import records_path, refuse_open_batches
+from agiqa.extract.teaching.batch_steps import BatchSettings
+from agiqa.extract.teaching.batches import run_batches
+from agiqa.extract.teaching.client import ClientSettings, Key
+from agiqa.extract.teaching.explanations import KEYS
+from agiqa.extract.teaching.lesson import Splits, TeachingSettings
+from agiqa.extract.teaching.questions import QuestionSettings
+from agiqa.extract.teaching.tables import Price
+from tests.extract.small_sets import write_set
+from tests.extract.teaching.batch_providers import BATCH_PROVIDERS, swapped
+from tests.extract.teaching.providers import (
+    FALLBACK,
+    KEY,
+    MODEL,
+    answer_of,
+    bad_image,
+    broken_json,
+    fails,
+    loses,
+    rate_limited,
+    refuses,
+    says,
+    tokens_of,
+)
+
+PRICE = Price(input=1.0, output=4.0)
+QUICK = ClientSettings(timeout=20.0, first_wait=0.01, patience=5.0)
+SOON = BatchSettings(interval=0.01, settle=0.0)
+
+
+@pytest.fixture(params=BATCH_PROVIDERS)
+def server(request):
+    with BATCH_PROVIDERS[request.param]() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eight pictures; two neighbours share the prompt `a picture N`."""
+    return write_set(tmp_path_factory.mktemp("set"), 8, images=True)
+
+
+class Class:
+    """A data set, a server, and the files of one journal."""
+
+    def __init__(self, server, folder, out):
+        self.server, self.folder, self.out = server, folder, out
+        self.fallback = False
+
+    def run(self, batches=SOON, **settings):
+        data_set = load_data_set(self.folder, variant="no_id", images=True, mos_range=(0.0, 5.0), on_bad_item="fail")
+        api, key = api_of(self.server.API, self.server.base_url), Key(variable="K", value=KEY)
+        names = (MODEL, FALLBACK) if self.fallback else (MODEL,)
+        models = [TeacherModel(api=api, model=name, key=key, price=PRICE) for name in names]
+        chosen = {"question": QuestionSettings(aspects=("quality",)), "client": QUICK, "retries": 1} | settings
+        splits = Splits(of={item.name: item.split for item in data_set.items}, rule={"by": "table"})
+        return run_batches(data_set, self.out, models, TeachingSettings(**chosen), batches, splits=splits)
+
+    def lines(self):
+        return {line["name"]: line for line in map(json.loads, self.out.read_text().splitlines())}
+
+    def files(self):
+        return sorted(path.name for path in self.out.parent.iterdir())
+
+    def expected(self):
+        """The explanations by image, as the server would give them for the request with this image."""
+        images = {path.name: path.read_bytes() for path in (self.folder / "images").iterdir()}
+        answers = {request.images[0]: answer_of(request) for request in self.server.paid}
+        return {
+            name: {"quality": answers[content][KEYS["quality"]]}
+            for name, content in images.items()
+            if content in answers
+        }
+
+
+@pytest.fixture
+def taught(server, folder, tmp_path):
+    return Class(server, folder, tmp_path / "teacher.jsonl")
+
+
+DONE = ["teacher.jsonl", "teacher.provenance.json", "teacher.quality.jsonl"]
+
+
+def test_all_items_in_one_batch(taught, server):
+    result, outcome = taught.run()
+    assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
+    assert len(server.store.batches) == 1
+    assert sorted(request.item_id for request in server.paid) == sorted(line["id"] for line in taught.lines().values())
+    assert (result.asked, result.missing, outcome.as_dict()) == (
+        8,
+        0,
+        {"open": [], "not_worked_on": [], "misplaced": 0},
+    )
+    tokens = [tokens_of(one, json.dumps(answer_of(one))) for one in server.paid]
+    cost = sum(given * 1.0 + made * 4.0 for given, made in tokens) / 1e6
+    assert result.cost == pytest.approx(cost, abs=1e-6)
+    assert {line["batch"] for line in taught.lines().values()} == {
+        "batch-0" if server.API == "openai" else "batches/batch-0"
+    }
+    assert taught.files() == DONE
+    before = len(server.requests)
+    assert taught.run()[0].asked == 0
+    assert len(server.requests) == before
+
+
+@pytest.mark.parametrize("deliver", [lambda lines: lines[::-1], swapped], ids=["out of order", "swapped keys"])
+def test_answers_find_their_images_whatever_the_keys(taught, server, deliver):
+    server.deliver = deliver
+    _, outcome = taught.run()
+    assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
+    assert outcome.misplaced == (8 if deliver is swapped else 0)
+    assert len(server.paid) == 8
+
+
+def test_refusals_among_swapped_keys_are_asked_again(taught, server):
+    server.deliver = swapped
+    refused = server.paid
+    server.script(refuses(server.REFUSALS[0]), about="a picture 1")
+    taught.run()
+    assert {line["status"] for line in taught.lines().values()} == {"ok"}
+    assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
+    assert len(refused) == 9
+
+
+def test_what_a_batch_leaves_is_kept_and_the_rest_asked_in_the_next_run(taught, server):
+    server.end = "expired"
+    server.deliver = lambda lines: lines[:5]
+    result, outcome = taught.run()
+    assert (result.asked, result.missing, len(outcome.left)) == (5, 3, 3)
+    assert taught.files() == DONE
+    server.deliver = list
+    result, _ = taught.run()
+    assert (result.asked, result.missing) == (3, 0)
+    assert len(server.paid) == 8 + 3
+    assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
+
+
+def test_lines_with_errors_refusals_and_broken_answers(taught, server):
+    taught.fallback = True
+    server.script(refuses(server.REFUSALS[0]), about="a picture 0")
+    server.script(bad_image, about="a picture 1")
+    server.script(broken_json, about="a picture 2")
+    server.script(broken_json, broken_json, broken_json, broken_json, about="a picture 3")
+    taught.run()
+    lines = taught.lines()
+    assert [lines[f"{number:03d}.png"]["status"] for number in range(8)] == [
+        *["ok"] * 2,
+        "failed",
+        "ok",
+        *["ok"] * 2,
+        *["failed"] * 2,
+    ]
+    assert lines["000.png"]["model"] == FALLBACK
+    assert [one["model"] for one in lines["000.png"]["refusals"]] == [MODEL]
+    assert "input image" in lines["002.png"]["reason"]
+    assert [lines[name]["attempts"] for name in ("000.png", "004.png", "006.png", "001.png")] == [2, 2, 2, 1]
+    assert lines["006.png"]["explanations"] == {}
+    assert {request.model for request in server.paid} == {MODEL, FALLBACK}
+    first, second = [
+        tokens_of(one, json.dumps(answer_of(one))[: None if number else -7])
+        for number, one in enumerate(server.about_image(taught.folder / "images" / "004.png"))
+    ]
+    cost = (first[0] + second[0] + 4.0 * (first[1] + second[1])) / 1e6
+    assert lines["004.png"]["cost_usd"] == pytest.approx(cost, abs=1e-8)
+
+
+def test_limits_make_several_batches(taught, server):
+    taught.run(BatchSettings(interval=0.01, settle=0.0, most_requests=3))
+    assert [len(batch.lines) for batch in server.store.batches.values()] == [3, 3, 2]
+    assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
+
+
+def test_a_full_queue_holds_further_batches_back(taught, server):
+    if server.API == "gemini":
+        server.script(rate_limited(), path=":batchGenerateContent")
+        taught.run()
+    else:
+        create = type(server).route
+        full = [True]
+
+        def refusing(one, request):
+            one.end = "failed" if full.pop() else "completed"
+            full.append(False)
+            return create(one, request)
+
+        server.script(refusing, refusing, path="POST /v1/batches")
+        taught.run()
+    assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
+
+
+@pytest.mark.parametrize("behaviour", [fails(500), loses()], ids=["500", "no answer"])
+def test_an_upload_that_fails_for_good_ends_the_run_and_the_next_goes_on(taught, server, behaviour):
+    server.always(behaviour, path="POST /upload" if server.API == "gemini" else "POST /v1/files")
+    with pytest.raises(RemoteError):
+        taught.run(client=ClientSettings(timeout=5.0, tries=2, first_wait=0.01, patience=0.0))
+    assert server.paid == []
+    server.calm()
+    taught.run()
+    assert len(server.paid) == len(taught.lines()) == 8
+
+
+def test_a_creation_whose_answer_is_lost_is_not_paid_twice(taught, server):
+    path = "POST /v1/batches" if server.API == "openai" else ":batchGenerateContent"
+    server.script(loses(type(server).route), fails(500), path=path)
+    taught.run(BatchSettings(interval=0.01, settle=0.0, most_requests=4))
+    assert [len(batch.lines) for batch in server.store.batches.values()] == [4, 4]
+    assert len(server.paid) == len(taught.lines()) == 8
+
+
+def test_the_budget_is_checked_before_a_batch_is_created(taught, server):
+    long = {KEYS["quality"]: "A word. " * 400}
+    server.default = says(lambda request: json.dumps(answer_of(request) | long))
+    result, outcome = taught.run(budget=0.018)
+    assert 0 < result.asked < 8
+    assert outcome.unaffordable
+    assert result.stopped == "budget"
+    assert sum(line["cost_usd"] for line in taught.lines().values()) <= 0.018
+    paid = len(server.paid)
+    result, outcome = taught.run(budget=1.0)
+    assert (result.missing, result.stopped, len(server.paid)) == (0, None, 8)
+    assert paid < 8
+
+
+def test_without_waiting_a_second_run_fetches_the_answers(taught, server):
+    server.polls = None
+    result, outcome = taught.run(BatchSettings(interval=0.01, settle=0.0, wait=False))
+    assert (result.asked, len(outcome.open), len(server.paid)) == (0, 1, 8)
+    assert records_path(taught.out).exists()
+    with pytest.raises(SettingsConflict, match="Go on with --batch"):
+        refuse_open_batches(taught.out)
+    assert taught.run(BatchSettings(interval=0.01, settle=0.0, wait=False))[1].open == outcome.open
+    server.finish()
+    result, outcome = taught.run(BatchSettings(interval=0.01, settle=0.0, wait=False))
+    assert (result.asked, outcome.open, len(server.paid)) == (8, [], 8)
+    refuse_open_batches(taught.out)
+
+
+def test_open_batches_keep_their_settings_and_items(taught, server, tmp_path):
+    server.polls = None
+    taught.run(BatchSettings(interval=0.01, settle=0.0, wait=False))
+    with pytest.raises(SettingsConflict, match="blind differs"):
+        taught.run(question=QuestionSettings(aspects=("quality",), blind=True))
+    taught.fallback = True
+    with pytest.raises(SettingsConflict, match="models differs"):
+        taught.run()
+    taught.fallback = False
+    whole, taught.folder = taught.folder, write_set(tmp_path / "other", 8, images=True, seed=1)
+    with pytest.raises(SettingsConflict, match=r"has a batch with '000\.png', which has another image or text now"):
+        taught.run()
+    taught.folder = whole
+    path = records_path(taught.out)
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(DataError, match="restore it, or remove it"):
+        taught.run()
+
+
+def test_a_batch_that_fails_as_a_whole_says_why(taught, server):
+    server.end = "failed"
+    if server.API == "openai":
+        server.problem = {"code": "invalid_json_line", "message": "Line 1 is no JSON.", "line": 1}
+    with pytest.raises(RemoteError, match=r"no request was worked on: (Line 1 is no JSON|The input file is invalid)"):
+        taught.run()
+    assert not records_path(taught.out).exists()
+    server.end = "completed"
+    taught.run()
+    assert len(taught.lines()) == 8
+
+
+def test_a_provider_that_rejects_every_request_is_no_fault_of_the_items(server, tmp_path):
+    folder = write_set(tmp_path / "set", 10, images=True)
+    taught = Class(server, folder, tmp_path / "teacher.jsonl")
+    server.always(lambda one, _: one.error(400, "invalid_request", "Unsupported parameter."))
+    with pytest.raises(RemoteError, match=r"rejects every request, the last one so: .*Unsupported parameter"):
+        taught.run()
+    assert not taught.out.exists() or taught.out.read_text() == ""
+    assert not records_path(taught.out).exists()
+
+
+def test_a_wrong_key_stops_at_once_and_is_in_no_file(taught, server):
+    server.key = "another"
+    with pytest.raises(RemoteError, match="environment variable K"):
+        taught.run()
+    assert len(server.requests) == 1
+    assert server.paid == []
+    server.key = KEY
+    server.polls = None
+    taught.run(BatchSettings(interval=0.01, settle=0.0, wait=False))
+    assert KEY.encode() not in b"".join(path.read_bytes() for path in taught.out.parent.iterdir() if path.is_file())
+
+
+def test_an_answer_with_a_foreign_id_is_nobodys(taught, server):
+    def lies(request):
+        return json.dumps(answer_of(request) | {"id": "0123456789abcdef"})
+
+    server.script(says(lies), says(lies), about="a picture 0")
+    taught.run(retries=0)
+    lines = taught.lines()
+    assert [lines[f"{number:03d}.png"]["status"] for number in range(8)] == [*["failed"] * 2, *["ok"] * 6]
+    assert "which no request of the batch has" in lines["000.png"]["reason"]

@@ -1,0 +1,270 @@
+"""Whole trainings: what they write, how they resume, what they refuse, and what the model has learnt."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from agiqa.errors import BusyStore, ConfigError, ModelError, SettingsConflict, WorkerError
+from agiqa.extract.describing.asking import Describer, DescriptionSettings
+from agiqa.extract.models.huggingface import HuggingFaceBackbone
+from agiqa.extract.tuning import learner as learning
+from agiqa.extract.tuning.recipes import recipe_of
+from agiqa.extract.tuning.tuning import TuningSettings, run_tuning
+from tests.command_line import REPOSITORY
+from tests.extract.tuning.talks import opener_for, quick
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def opener(minicpm):
+    """Opens the tiny MiniCPM, which sees each picture in one slice."""
+    return opener_for(minicpm, max_slices=1)
+
+
+def tuned(opener, data, out, recipe, **settings):
+    """The result of a training."""
+    given = {"val_share": 0.3, **settings}
+    return run_tuning(data, opener(device="cpu"), out, TuningSettings(recipe=recipe, **given), opener=opener)
+
+
+def curves(out):
+    with (out / "curves.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_curves(one, other):
+    """Whether two trainings had the same numbers; seconds differ."""
+    return [[{**row, "seconds": ""} for row in curves(out)] for out in (one,)] == [
+        [{**row, "seconds": ""} for row in curves(out)] for out in (other,)
+    ]
+
+
+def test_eight_items_are_learnt_by_heart(opener, data, tmp_path):
+    """Greedy `describe` then repeats each text and word exactly, and stops."""
+    recipe = quick(rank=16, alpha=16, lr=3e-3, steps=70, batch_size=8, micro_batch=8, weight_decay=0.0, warmup=0.05)
+    result = tuned(opener, data, tmp_path / "adapter", recipe, val_share=0)
+    assert result.as_dict()["steps"] == 70
+    told = Describer(opener(device="cpu", adapter=str(tmp_path / "adapter")), DescriptionSettings()).describe(
+        data.items
+    )
+    found = [(one.description, one.rating_word, one.cut) for one in told]
+    assert found == [(item.conversation[1].content, item.conversation[3].content, False) for item in data.items]
+
+
+def test_the_folder_of_a_finished_training(opener, data, tmp_path):
+    out = tmp_path / "adapter"
+    result = tuned(opener, data, out, quick(steps=6, validations=3), tensorboard=True, seed=5)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapter_config.json",
+        WEIGHTS,
+        "curves.csv",
+        "tensorboard",
+        "tuning.json",
+    ]
+    record = json.loads((out / "tuning.json").read_text())
+    assert record["recipe"]["name"] == "published"
+    assert record["seed"] == 5
+    assert (record["data"]["train"], record["data"]["validation"]) == (6, 2)
+    assert record["model"]["files"].keys() >= {"config.json", "tokenizer.json"}
+    rows = curves(out)
+    assert [row["step"] for row in rows if row["loss"]] == [str(n) for n in range(1, 7)]
+    validations = {int(row["step"]): float(row["validation_loss"]) for row in rows if row["validation_loss"]}
+    assert list(validations) == [0, 2, 4, 6]
+    best = min((loss, step) for step, loss in validations.items() if step > 0)
+    assert (record["result"]["validation_loss"], record["result"]["best_step"]) == best
+    assert result.as_dict()["best_step"] == best[1]
+    with pytest.raises(SettingsConflict, match="holds an adapter already"):
+        tuned(opener, data, out, quick(steps=6, validations=3), seed=5)
+
+
+def test_the_best_validation_is_kept_and_training_stops_early(opener, data, tmp_path):
+    """A learning rate that soon spoils the model: the adapter is that of a shorter training up to the best step."""
+    recipe = quick(lr=0.05, steps=40, validations=40, patience=2, schedule="constant", warmup=0, clip=None)
+    whole = tuned(opener, data, tmp_path / "whole", recipe).as_dict()
+    assert whole["best_step"] + 2 == whole["steps"] < 40
+    short = replace(recipe, steps=whole["best_step"], validations=1, patience=0)
+    tuned(opener, data, tmp_path / "short", short)
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "short"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_validation_and_test_items_are_never_trained_on(opener, data, tmp_path, monkeypatch):
+    parts = ["train", "val", "test", "train", "val", None, "test", "train"]
+    split = replace(data, items=tuple(replace(item, split=part) for item, part in zip(data.items, parts, strict=True)))
+    trained, evaluated = set(), set()
+    backward, looked = learning.summed_loss, HuggingFaceBackbone.prepare
+
+    def noted(backbone, batch):
+        trained.update(example.name for example in batch)
+        return backward(backbone, batch)
+
+    monkeypatch.setattr(learning, "summed_loss", noted)
+    del looked, evaluated
+    tuned(opener, split, tmp_path / "adapter", quick(steps=5))
+    assert trained == {item.name for item, part in zip(data.items, parts, strict=True) if part in ("train", None)}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from agiqa.extract.tuning.folder import AdapterFolder
+from tests.extract.tuning import test_tuning
+from tests.extract.tuning.talks import load_talks, opener_for, quick
+after, checkpoint, folder, out = int(sys.argv[1]), *map(Path, sys.argv[2:])
+add = AdapterFolder.add_curve
+def add_and_die(self, values):
+    add(self, values)
+    if values["step"] == after and "loss" in values:
+        os.kill(os.getpid(), signal.SIGKILL)
+AdapterFolder.add_curve = add_and_die
+test_tuning.long_run(opener_for(checkpoint, max_slices=1), load_talks(folder), out)
+"""
+
+
+def long_run(opener, data, out):
+    """A training with everything that must be restored: dropout, momentum, epochs, a schedule, a best adapter."""
+    recipe = quick(dropout=0.2, steps=7, batch_size=4, micro_batch=2, validations=4, patience=5)
+    return tuned(opener, data, out, recipe, checkpoint_minutes=0)
+
+
+def test_a_killed_training_resumes_to_the_same_numbers(minicpm, talks, opener, data, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    long_run(opener, data, whole)
+    for after in (1, 4):
+        command = [sys.executable, "-c", KILLED, str(after), str(minicpm), str(talks), str(killed)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=_environment())
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (killed / WEIGHTS).exists()
+    long_run(opener, data, killed)
+    one, other = load_file(whole / WEIGHTS), load_file(killed / WEIGHTS)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert same_curves(whole, killed)
+    records = [json.loads((out / "tuning.json").read_text()) for out in (whole, killed)]
+    for record in records:
+        record["result"].pop("seconds")
+        record["result"].pop("tokens_per_second")
+    assert records[0] == records[1]
+
+
+def _environment():
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+def test_an_unfinished_training_of_other_settings_is_refused(opener, data, tmp_path, monkeypatch):
+    out = tmp_path / "adapter"
+    monkeypatch.setattr("agiqa.extract.tuning.folder.AdapterFolder.finish", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(opener, data, out, quick(steps=2))
+    monkeypatch.undo()
+    with pytest.raises(SettingsConflict, match=r"recipe.lr was 0.001, and is 0.002 now"):
+        tuned(opener, data, out, quick(steps=2, lr=2e-3))
+    with pytest.raises(SettingsConflict, match=r"data.sha256 was"):
+        tuned(opener, replace(data, items=data.items[:-1] + (replace(data.items[-1], name="x"),)), out, quick(steps=2))
+    assert tuned(opener, data, out, quick(steps=2)).as_dict()["steps"] == 2
+
+
+def _interrupted(*_arguments):
+    raise KeyboardInterrupt
+
+
+def test_folders_that_are_refused(opener, data, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(SettingsConflict, match="holds other files"):
+        tuned(opener, data, tmp_path / "other", quick())
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SettingsConflict, match="holds an adapter already"):
+        tuned(opener, data, tmp_path / "theirs", quick())
+
+
+def test_one_run_at_a_time(opener, data, tmp_path):
+    from agiqa.store.disk.locks import exclusive_lock
+
+    (tmp_path / "adapter").mkdir()
+    with exclusive_lock(tmp_path / "adapter" / ".lock"), pytest.raises(BusyStore, match="Another run is training"):
+        tuned(opener, data, tmp_path / "adapter", quick())
+
+
+def test_a_loss_that_is_not_a_number_stops_and_names_the_items(opener, data, tmp_path, monkeypatch):
+    """The third batch: the state before it is kept as an adapter, and equals that of a training of two steps."""
+    compute, calls = learning.summed_loss, []
+
+    def spoilt(backbone, batch):
+        calls.append([example.name for example in batch])
+        return compute(backbone, batch) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(learning, "summed_loss", spoilt)
+    recipe = quick(steps=5, schedule="constant", warmup=0)
+    with pytest.raises(ModelError, match="Step 3: the loss is nan, with the items") as caught:
+        tuned(opener, data, tmp_path / "spoilt", recipe, val_share=0)
+    assert all(name in str(caught.value) for name in calls[2])
+    monkeypatch.undo()
+    tuned(opener, data, tmp_path / "short", replace(recipe, steps=2), val_share=0)
+    good = tmp_path / "spoilt" / "training" / "last-good"
+    one, other = load_file(good / WEIGHTS), load_file(tmp_path / "short" / WEIGHTS)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert opener(device="cpu", adapter=str(good)).adapter is not None
+
+
+def test_lack_of_memory_names_a_recipe_that_fits(opener, data, tmp_path, monkeypatch):
+    def exhausted(_backbone, _batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(learning, "summed_loss", exhausted)
+    with pytest.raises(
+        WorkerError, match=r"ran out of memory .*2\.00 GiB.*published needs about .* --recipe no-embeddings \(about"
+    ):
+        tuned(opener, data, tmp_path / "adapter", quick())
+
+
+def test_float16_is_refused(opener, data, tmp_path):
+    with pytest.raises(ModelError, match="gradients in float16 .* --dtype bfloat16"):
+        run_tuning(
+            data, opener(device="cpu", dtype="float16"), tmp_path / "a", TuningSettings(recipe=quick()), opener=opener
+        )
+
+
+def test_two_processes_give_the_numbers_of_one(opener, data, tmp_path):
+    """Four micro-batches per step, two on each process, with dropout; then three, two on the first process."""
+    for batch in (4, 3):
+        recipe = quick(dropout=0.2, steps=2, batch_size=batch, micro_batch=1, validations=1)
+        for devices in (1, 2):
+            tuned(opener, data, tmp_path / f"{batch}-{devices}", recipe, devices=devices)
+        rows = [curves(tmp_path / f"{batch}-{devices}") for devices in (1, 2)]
+        for one, other in zip(*rows, strict=True):
+            for name in ("loss", "grad_norm", "validation_loss", "word_accuracy"):
+                assert bool(one[name]) == bool(other[name])
+                if one[name]:
+                    assert float(one[name]) == pytest.approx(float(other[name]), rel=1e-5)
+        one, other = (load_file(tmp_path / f"{batch}-{devices}" / WEIGHTS) for devices in (1, 2))
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=2e-5)
+
+
+def test_an_error_of_one_process_ends_all(llama, minicpm, data, tmp_path):
+    """The second process opens nothing: its error reaches the user, and the first does not wait for ever."""
+    opener = opener_for(minicpm, max_slices=1)
+    backbone = opener(device="cpu")
+    absent = opener_for(llama / "absent")
+    with pytest.raises(ModelError, match="absent"):
+        run_tuning(
+            data, backbone, tmp_path / "a", TuningSettings(recipe=quick(), devices=2, val_share=0.3), opener=absent
+        )
+
+
+def test_tensorboard_must_be_there(opener, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    with pytest.raises(ConfigError, match="pip install 'agiqa\\[tensorboard\\]'"):
+        tuned(opener, data, tmp_path / "adapter", recipe_of("published"), tensorboard=True)
