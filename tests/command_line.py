@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ for line in sys.stdin:
         os.setsid()
         for descriptor in (1, 2):
             os.dup2(os.open(request["streams"][descriptor - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.chdir(request["folder"])
+        os.environ.update(request["environment"])
         torch.set_num_threads(request["threads"])
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         code = 0
@@ -88,9 +90,15 @@ class CommandLine:
         """The process that the commands are forked from."""
         return self._server.pid
 
-    def __call__(self, *arguments: object, threads: int = 1) -> Outcome:
-        """Run `agiqa ARGUMENTS` to its end."""
-        return self._run(arguments, lambda _error: False, threads)
+    def __call__(
+        self,
+        *arguments: object,
+        threads: int = 1,
+        folder: Path = REPOSITORY,
+        environment: Mapping[str, str] | None = None,
+    ) -> Outcome:
+        """Run `agiqa ARGUMENTS` to its end, in `folder` and with further environment variables."""
+        return self._run(arguments, lambda _error: False, threads, folder=folder, environment=environment)
 
     def killed(self, *arguments: object, when: Callable[[], bool], delay: float = 0.0) -> Outcome:
         """Run `agiqa ARGUMENTS` and kill it `delay` seconds after `when()` became true; code -9, or 0 if too late."""
@@ -124,15 +132,19 @@ class CommandLine:
         threads: int,
         delay: float = 0.0,
         number: signal.Signals = signal.SIGKILL,
+        folder: Path = REPOSITORY,
+        environment: Mapping[str, str] | None = None,
     ) -> Outcome:
-        with tempfile.TemporaryDirectory() as folder:
-            streams = [Path(folder) / "out", Path(folder) / "err"]
+        with tempfile.TemporaryDirectory() as temporary:
+            streams = [Path(temporary) / "out", Path(temporary) / "err"]
             for stream in streams:
                 stream.touch()
             request = {
                 "arguments": [str(argument) for argument in arguments],
                 "streams": [str(stream) for stream in streams],
                 "threads": threads,
+                "folder": str(folder),
+                "environment": dict(environment or {}),
             }
             assert self._server.stdin is not None
             self._server.stdin.write(json.dumps(request) + "\n")
