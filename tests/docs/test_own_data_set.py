@@ -24,7 +24,7 @@ from tests.extract.teaching.wire_formats import Gemini, OpenAi
 from tests.extract.tiny_minicpm import write_minicpm_checkpoint
 
 PAGE = (REPOSITORY / "docs" / "own-data-set.md").read_text()
-IMAGES = 20
+IMAGES = 12
 STAND_IN = f"""#!{sys.executable} -IS
 import json, os, socket, sys
 channel = socket.socket(socket.AF_UNIX)
@@ -43,7 +43,7 @@ sys.exit(answer["code"])
 def blocks():
     """The shell blocks of the page, in order; those in a list are indented."""
     found = re.findall(r"^( *)```bash\n(.*?)^ *```$", PAGE, re.MULTILINE | re.DOTALL)
-    return ["".join(line.removeprefix(indent) for line in text.splitlines(True)) for indent, text in found]
+    return ["".join(line.removeprefix(indent) for line in text.splitlines(keepends=True)) for indent, text in found]
 
 
 def overridden(script, values):
@@ -96,19 +96,20 @@ def described(path):
     return {line["name"]: line for line in map(json.loads, path.read_text().splitlines())}
 
 
+def answers(server, request):
+    """The served model rates every image good, and describes it."""
+    return (says("good") if template_of("quality").rate in request.text else explains)(server, request)
+
+
 @pytest.fixture(scope="module")
 def done(agiqa, tmp_path_factory):
     """The folder in which the page was run, the prompts of its images, and what the shell printed."""
     folder = tmp_path_factory.mktemp("page")
     prompts = write_photos(folder / "photos")
     write_minicpm_checkpoint(folder / "tiny")
-    prices = "servers: [{url: '', batch: 0.5, models: {'': {input: 1.0, output: 1.0}}}]"
-    (folder / "prices.yaml").write_text(prices.replace("''", f"'{MODEL}'").replace(f"url: '{MODEL}'", "url: ''"))
-    words = lambda server, request: (  # noqa: E731 - one behaviour of the server
-        says("good") if template_of("quality").rate in request.text else explains
-    )(server, request)
+    (folder / "prices.yaml").write_text(f"servers: [{{url: '', models: {{{MODEL}: {{input: 1.0, output: 1.0}}}}}}]")
     with Gemini() as teacher, OpenAi(key=None) as server, programs(agiqa, folder / "bin") as environment:
-        server.default = words
+        server.default = answers
         values = {
             "DATA": "photos",
             "MODEL": "tiny",
@@ -153,7 +154,9 @@ def test_every_step_leaves_what_the_page_says(done):
     for run in ("quality", "both"):
         assert (folder / "runs" / run / "head.safetensors").is_file()
     assert re.search(r"^photos/images/\S+: MOS \d", shell.stdout, re.MULTILINE)
-    assert "resume: 20 of 20 items are described already" in shell.stderr  # the night job, after everything is done
+    assert (
+        f"resume: {IMAGES} of {IMAGES} items are described already" in shell.stderr
+    )  # the night job, after everything is done
     assert "error" not in shell.stderr
 
 
