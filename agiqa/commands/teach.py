@@ -274,14 +274,17 @@ def _models(options: Mapping[str, Any]) -> "list[TeacherModel]":
     from agiqa.extract.teaching.tables import PriceTable, read_yaml, shipped_prices
 
     prices = shipped_prices() if options["prices"] is None else read_yaml(options["prices"], PriceTable)
-    apart = options["fallback_api"] is not None or options["fallback_base_url"] is not None
+    chosen = [(options["teacher"], options["api"], options["base_url"], options["key_env"])]
+    if options["fallback"] is not None:
+        api, base_url, key_env = (options[f"fallback_{name}"] for name in ("api", "base_url", "key_env"))
+        if api is None and base_url is None:  # the server of the teacher
+            base_url, key_env = options["base_url"], key_env or options["key_env"]
+        chosen.append((options["fallback"], api or options["api"], base_url, key_env))
     found: list[TeacherModel] = []
-    for model, prefix in ((options["teacher"], ""), (options["fallback"], "fallback_" if apart else "")):
-        if model is not None:
-            api = api_of(options[f"{prefix}api"] or options["api"], options[f"{prefix}base_url"])
-            key = None if options["dry_run"] else key_for(api, options[f"{prefix}key_env"])
-            price = prices.price(api.base_url, model, batch=options["batch"])
-            found.append(TeacherModel(api=api, model=model, key=key, price=price))
+    for model, api_name, base_url, key_env in chosen:
+        api = api_of(api_name, base_url)
+        key = None if options["dry_run"] else key_for(api, key_env)
+        found.append(TeacherModel(api=api, model=model, key=key, price=prices.price(api.base_url, model)))
     return found
 
 
