@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+KEY_VARIABLE, KEY = "AGIQA_TEST_KEY", "test-key-71c1f0e5-never-in-a-file"
+"""The key of the loopback servers in tests of `agiqa teach`: commands find it in this environment variable."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 _SERVER = """
 import gc, json, os, signal, sys, traceback
 import lightning.pytorch, pyarrow.parquet, torch, transformers, xlstm, zarr
-import agiqa.extract.models.opening, agiqa.extract.teaching.teaching, agiqa.heads.data.splits
+import agiqa.extract.models.opening, agiqa.extract.teaching.batches, agiqa.heads.data.splits
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from agiqa.cli import main
 gc.freeze()
@@ -75,7 +77,8 @@ class CommandLine:
     def __init__(self) -> None:
         self.environment: dict[str, str] = {}
         """Further environment variables of the commands."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
+        settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200", KEY_VARIABLE: KEY}
+        environment = {**os.environ, **settings}
         self._server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _SERVER],
             cwd=REPOSITORY,

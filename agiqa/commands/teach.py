@@ -236,28 +236,40 @@ def command(data: Path, out: Path, *, as_json: bool, **options: Any) -> None:
         raise ConfigError(message)
 
 
-def _estimate(options: Mapping[str, Any], data_set: "DataSet", *lesson: Any) -> dict[str, Any]:
+def _estimate(
+    options: Mapping[str, Any],
+    data_set: "DataSet",
+    out: Path,
+    models: "Sequence[TeacherModel]",
+    settings: "TeachingSettings",
+    splits: "Splits",
+) -> dict[str, Any]:
     """What the run would send, in tokens and USD."""
     from agiqa.extract.teaching.batches import estimate_batches
     from agiqa.extract.teaching.lesson import Lesson
 
-    *others, splits = lesson
     if options["batch"]:
-        return estimate_batches(data_set, *others, _batches(options), splits=splits)
-    whole = Lesson(data_set, *lesson)
+        return estimate_batches(data_set, out, models, settings, _batches(options), splits=splits)
+    whole = Lesson(data_set, out, models, settings, splits)
     return whole.dry_run(whole.pending())
 
 
-def _run(options: Mapping[str, Any], data_set: "DataSet", *lesson: Any) -> dict[str, Any]:
+def _run(
+    options: Mapping[str, Any],
+    data_set: "DataSet",
+    out: Path,
+    models: "Sequence[TeacherModel]",
+    settings: "TeachingSettings",
+    splits: "Splits",
+) -> dict[str, Any]:
     """The result of the run, JSON-able."""
     from agiqa.extract.teaching.batches import run_batches
     from agiqa.extract.teaching.teaching import run_teaching
 
-    *others, splits = lesson
     if options["batch"]:
-        result, outcome = run_batches(data_set, *others, _batches(options), splits=splits)
+        result, outcome = run_batches(data_set, out, models, settings, _batches(options), splits=splits)
         return result.as_dict() | {"batches": outcome.as_dict()}
-    return run_teaching(data_set, *others, splits=splits).as_dict()
+    return run_teaching(data_set, out, models, settings, splits=splits).as_dict()
 
 
 def _batches(options: Mapping[str, Any]) -> "BatchSettings":

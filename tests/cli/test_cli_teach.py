@@ -9,12 +9,12 @@ from collections import Counter
 import pytest
 
 from tests.cli.refusals import misuse, refuse
+from tests.command_line import KEY, KEY_VARIABLE
 from tests.extract.small_sets import read_table, write_set, write_table
-from tests.extract.teaching.providers import KEY, MODEL, explains, rate_limited, refuses, slow, wrong_key
+from tests.extract.teaching.providers import MODEL, explains, rate_limited, refuses, slow, wrong_key
 from tests.extract.teaching.wire_formats import PROVIDERS
 
 ITEMS, KILLED_ITEMS = 8, 80
-KEY_ENV = "AGIQA_TEST_TEACHER"
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,12 @@ def server():
 @pytest.fixture
 def teach(agiqa):
     """Calls `agiqa teach` with a key that the servers know."""
-    agiqa.environment = {KEY_ENV: KEY}
     yield lambda data, out, server, *options: agiqa(*arguments(data, out, server), *options)
     agiqa.environment = {}
 
 
 def arguments(data, out, server):
-    own = ("--api", server.API, "--base-url", server.base_url, "--teacher", MODEL, "--key-env", KEY_ENV)
+    own = ("--api", server.API, "--base-url", server.base_url, "--teacher", MODEL, "--key-env", KEY_VARIABLE)
     return ("teach", data, out, *own)
 
 
@@ -228,13 +227,12 @@ def test_a_fallback_of_another_provider(teach, agiqa, data, server, tmp_path):
         assert other.key not in text
 
 
-def test_a_server_without_a_key(agiqa, data, server, tmp_path):
+def test_a_server_without_a_key(teach, agiqa, data, server, tmp_path):
     """As a local vLLM or Ollama: no key goes to it, not even the one of the provider."""
     server.key = None
-    agiqa.environment = {"OPENAI_API_KEY": "sk-of-another-server"}
+    agiqa.environment |= {"OPENAI_API_KEY": "sk-of-another-server"}
     own = ("--api", "openai", "--base-url", server.base_url, "--teacher", MODEL, "--json")
     assert agiqa("teach", data, tmp_path / "t.jsonl", *own).json["explained"] == ITEMS
-    agiqa.environment = {}
     assert all("authorization" not in request.headers for request in server.requests)
 
 
@@ -275,7 +273,7 @@ def test_what_is_refused(teach, agiqa, data, server, tmp_path):
     misuse(teach(data, out, server, "--aspect", "beauty"), "No aspect is called 'beauty'")
     assert server.requests == []
     server.script(*[wrong_key] * 8)
-    refuse(teach(data, out, server), "Check the key in the environment variable", KEY_ENV)
+    refuse(teach(data, out, server), "Check the key in the environment variable", KEY_VARIABLE)
     assert len(server.requests) <= 8
     refuse(teach(data, out, server, "--teacher", "teacher-9"), "does not exist", "Check the name of the model")
     assert lines_of(out) == []
