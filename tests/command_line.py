@@ -11,17 +11,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+KEY_VARIABLE, KEY = "AGIQA_TEST_KEY", "test-key-71c1f0e5-never-in-a-file"
+"""The key of the loopback servers in tests of `agiqa teach`: commands find it in this environment variable."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 _SERVER = """
 import gc, json, os, signal, sys, traceback
 import lightning.pytorch, pyarrow.parquet, torch, transformers, xlstm, zarr
-import agiqa.extract.models.opening, agiqa.heads
+import agiqa.extract.models.opening, agiqa.extract.teaching.batches, agiqa.heads.data.splits
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from agiqa.cli import main
 gc.freeze()
@@ -74,7 +76,12 @@ class CommandLine:
     """Calls `agiqa` with arguments, one command at a time."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
+        self.environment: dict[str, str] = {}
+        """Further environment variables of the commands."""
+        self.folder = REPOSITORY
+        """In which the commands run."""
+        settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200", KEY_VARIABLE: KEY}
+        environment = {**os.environ, **settings}
         self._server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _SERVER],
             cwd=REPOSITORY,
@@ -90,15 +97,9 @@ class CommandLine:
         """The process that the commands are forked from."""
         return self._server.pid
 
-    def __call__(
-        self,
-        *arguments: object,
-        threads: int = 1,
-        folder: Path = REPOSITORY,
-        environment: Mapping[str, str] | None = None,
-    ) -> Outcome:
-        """Run `agiqa ARGUMENTS` to its end, in `folder` and with further environment variables."""
-        return self._run(arguments, lambda _error: False, threads, folder=folder, environment=environment)
+    def __call__(self, *arguments: object, threads: int = 1) -> Outcome:
+        """Run `agiqa ARGUMENTS` to its end."""
+        return self._run(arguments, lambda _error: False, threads)
 
     def killed(self, *arguments: object, when: Callable[[], bool], delay: float = 0.0) -> Outcome:
         """Run `agiqa ARGUMENTS` and kill it `delay` seconds after `when()` became true; code -9, or 0 if too late."""
@@ -110,16 +111,18 @@ class CommandLine:
         after: str = "",
         when: Callable[[], bool] = lambda: True,
         number: signal.Signals = signal.SIGINT,
+        then: Callable[[int, str], object] = lambda _process, _error: None,
     ) -> Outcome:
         """Run `agiqa ARGUMENTS` and press Ctrl-C, which reaches all its processes, or send it signal `number`.
 
-        It is when `after` is on one of its streams and `when()` is true.
+        It is when `after` is on one of its streams and `when()` is true. `then` is called again and again until the
+        command ends, with its process and what it has written to its error stream.
         """
 
         def told(error: Path) -> bool:
             return after in error.read_text() or after in error.with_name("out").read_text()
 
-        return self._run(arguments, lambda error: told(error) and when(), 1, number=number)
+        return self._run(arguments, lambda error: told(error) and when(), 1, number=number, then=then)
 
     def close(self) -> None:
         """End the process that the commands are forked from."""
@@ -132,8 +135,7 @@ class CommandLine:
         threads: int,
         delay: float = 0.0,
         number: signal.Signals = signal.SIGKILL,
-        folder: Path = REPOSITORY,
-        environment: Mapping[str, str] | None = None,
+        then: Callable[[int, str], object] = lambda _process, _error: None,
     ) -> Outcome:
         with tempfile.TemporaryDirectory() as temporary:
             streams = [Path(temporary) / "out", Path(temporary) / "err"]
@@ -143,8 +145,8 @@ class CommandLine:
                 "arguments": [str(argument) for argument in arguments],
                 "streams": [str(stream) for stream in streams],
                 "threads": threads,
-                "folder": str(folder),
-                "environment": dict(environment or {}),
+                "environment": self.environment,
+                "folder": str(self.folder),
             }
             assert self._server.stdin is not None
             self._server.stdin.write(json.dumps(request) + "\n")
@@ -156,6 +158,9 @@ class CommandLine:
                     if _alive(child):
                         _send(child, number)
                     break
+                time.sleep(0.001)
+            while _alive(child):
+                then(child, streams[1].read_text())
                 time.sleep(0.001)
             code = int(self._read())
             return Outcome(code=code, out=streams[0].read_text(), err=streams[1].read_text())

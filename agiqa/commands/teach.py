@@ -236,28 +236,40 @@ def command(data: Path, out: Path, *, as_json: bool, **options: Any) -> None:
         raise ConfigError(message)
 
 
-def _estimate(options: Mapping[str, Any], data_set: "DataSet", *lesson: Any) -> dict[str, Any]:
+def _estimate(
+    options: Mapping[str, Any],
+    data_set: "DataSet",
+    out: Path,
+    models: "Sequence[TeacherModel]",
+    settings: "TeachingSettings",
+    splits: "Splits",
+) -> dict[str, Any]:
     """What the run would send, in tokens and USD."""
     from agiqa.extract.teaching.batches import estimate_batches
     from agiqa.extract.teaching.lesson import Lesson
 
-    *others, splits = lesson
     if options["batch"]:
-        return estimate_batches(data_set, *others, _batches(options), splits=splits)
-    whole = Lesson(data_set, *lesson)
+        return estimate_batches(data_set, out, models, settings, _batches(options), splits=splits)
+    whole = Lesson(data_set, out, models, settings, splits)
     return whole.dry_run(whole.pending())
 
 
-def _run(options: Mapping[str, Any], data_set: "DataSet", *lesson: Any) -> dict[str, Any]:
+def _run(
+    options: Mapping[str, Any],
+    data_set: "DataSet",
+    out: Path,
+    models: "Sequence[TeacherModel]",
+    settings: "TeachingSettings",
+    splits: "Splits",
+) -> dict[str, Any]:
     """The result of the run, JSON-able."""
     from agiqa.extract.teaching.batches import run_batches
     from agiqa.extract.teaching.teaching import run_teaching
 
-    *others, splits = lesson
     if options["batch"]:
-        result, outcome = run_batches(data_set, *others, _batches(options), splits=splits)
+        result, outcome = run_batches(data_set, out, models, settings, _batches(options), splits=splits)
         return result.as_dict() | {"batches": outcome.as_dict()}
-    return run_teaching(data_set, *others, splits=splits).as_dict()
+    return run_teaching(data_set, out, models, settings, splits=splits).as_dict()
 
 
 def _batches(options: Mapping[str, Any]) -> "BatchSettings":
@@ -274,14 +286,17 @@ def _models(options: Mapping[str, Any]) -> "list[TeacherModel]":
     from agiqa.extract.teaching.tables import PriceTable, read_yaml, shipped_prices
 
     prices = shipped_prices() if options["prices"] is None else read_yaml(options["prices"], PriceTable)
-    apart = options["fallback_api"] is not None or options["fallback_base_url"] is not None
+    chosen = [(options["teacher"], options["api"], options["base_url"], options["key_env"])]
+    if options["fallback"] is not None:
+        api, base_url, key_env = (options[f"fallback_{name}"] for name in ("api", "base_url", "key_env"))
+        if api is None and base_url is None:  # the server of the teacher
+            base_url, key_env = options["base_url"], key_env or options["key_env"]
+        chosen.append((options["fallback"], api or options["api"], base_url, key_env))
     found: list[TeacherModel] = []
-    for model, prefix in ((options["teacher"], ""), (options["fallback"], "fallback_" if apart else "")):
-        if model is not None:
-            api = api_of(options[f"{prefix}api"] or options["api"], options[f"{prefix}base_url"])
-            key = None if options["dry_run"] else key_for(api, options[f"{prefix}key_env"])
-            price = prices.price(api.base_url, model, batch=options["batch"])
-            found.append(TeacherModel(api=api, model=model, key=key, price=price))
+    for model, api_name, base_url, key_env in chosen:
+        api = api_of(api_name, base_url)
+        key = None if options["dry_run"] else key_for(api, key_env)
+        found.append(TeacherModel(api=api, model=model, key=key, price=prices.price(api.base_url, model)))
     return found
 
 

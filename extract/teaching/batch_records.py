@@ -19,6 +19,8 @@ from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
 
 FORMAT, VERSION = "agiqa.batches", 1
 
+_TAG = "agiqa-"
+
 Step = Literal["written", "uploaded", "creating", "created", "downloaded"]
 """What is done: the file of requests is on the disk; the provider has it; the batch is perhaps made; its id is known;
 its results are on the disk."""
@@ -91,7 +93,7 @@ class _Content(_Strict):
 
 def new_record(model: str, requests: Mapping[str, Requested]) -> BatchRecord:
     """The record of requests whose file is on the disk."""
-    return BatchRecord(tag=f"agiqa-{uuid4().hex}", model=model, requests=dict(requests), since=time.time())
+    return BatchRecord(tag=f"{_TAG}{uuid4().hex}", model=model, requests=dict(requests), since=time.time())
 
 
 class BatchRecords:
@@ -153,11 +155,19 @@ class BatchRecords:
         """Forget `record`, and from now on know `tries`, in one step; then remove its files."""
         left = tuple(one for one in self.batches if one.tag != record.tag)
         self._write(_Content(settings=self._settings, batches=left, tries=dict(self.tries if tries is None else tries)))
-        self.results_path(record).unlink(missing_ok=True)
         if record.step == "written":
             self.requests_path.unlink(missing_ok=True)
+        self._remove_leftovers()
         if not (left or self.tries):
             self.path.unlink()
+
+    def _remove_leftovers(self) -> None:
+        """Remove results of closed batches, and what kills have left half written."""
+        kept = tuple(self.results_path(record).name for record in self.batches)
+        for path in self._journal.parent.iterdir():
+            results = path.name.startswith(f"{self._journal.stem}.{_TAG}") and ".results.jsonl" in path.name
+            if path.name.startswith(f".{self.path.name}.") or (results and not path.name.startswith(kept)):
+                path.unlink(missing_ok=True)
 
     def _check_settings(self) -> None:
         recorded = self._content.settings

@@ -29,9 +29,8 @@ class BatchSettings:
     most_requests: int | None = None
     """Requests of one batch; None for the provider's limit. Accounts may have limits on what waits at one time."""
     interval: float = 60.0
-    """Seconds between two looks at the batches."""
-    settle: float = 60.0
-    """Seconds after a creation without an answer until a batch that the provider does not list does not exist."""
+    """Seconds between two looks at the batches, and after a creation without an answer until one that the provider does
+    not list does not exist."""
     wait: bool = True
     """Whether to wait for the results."""
 
@@ -150,7 +149,7 @@ class BatchSteps:
         """
         if record.step == "creating":
             found = self._api.find(record.tag)
-            if found is not None or time.time() < record.since + self._settings.settle:
+            if found is not None or time.time() < record.since + self._settings.interval:
                 return found
         record = self._records.save(record.at("creating"))
         try:

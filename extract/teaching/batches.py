@@ -150,24 +150,28 @@ class _Run:
         """Go on until all batches are joined and nothing can be sent; without `wait`, until they are created."""
         with _progress(len(self._pending)) as advance:
             steps = {
-                one.model: BatchSteps(client, self._records, self._settings, advance) for one, client in self._clients
+                teacher.model: BatchSteps(client, self._records, self._settings, advance)
+                for teacher, client in self._clients
             }
-            while True:
-                for record in self._records.batches:
-                    steps[record.model].send(record)
-                for record in self._records.batches:
-                    if steps[record.model].fetch(record):
-                        self._join(self._records.of(record.tag), steps[record.model])
-                self._send_missing(steps)
-                batches = self._records.batches
-                self.outcome.open = [one.batch for one in batches if one.batch is not None]
-                if not batches or (not self._settings.wait and all(one.step == "created" for one in batches)):
-                    return
-                try:
+            try:
+                while self._look(steps):
                     time.sleep(self._settings.interval)
-                except KeyboardInterrupt:
-                    say("stopped: the batches go on at the provider. Run the same command again to fetch the answers.")
-                    raise
+            except KeyboardInterrupt:
+                if self._records.batches:
+                    say("the batches go on at the provider: run the same command again to fetch the answers")
+                raise
+
+    def _look(self, steps: Mapping[str, BatchSteps]) -> bool:
+        """Take each batch as far as it goes now, and send what is missing. Whether there is more to do."""
+        for record in self._records.batches:
+            steps[record.model].send(record)
+        for record in self._records.batches:
+            if steps[record.model].fetch(record):
+                self._join(self._records.of(record.tag), steps[record.model])
+        self._send_missing(steps)
+        batches = self._records.batches
+        self.outcome.open = [one.batch for one in batches if one.batch is not None]
+        return bool(batches) and (self._settings.wait or any(one.step != "created" for one in batches))
 
     def _send_missing(self, steps: Mapping[str, BatchSteps]) -> None:
         """Send batches of what is neither answered nor in a batch, as far as budget and provider allow."""

@@ -64,7 +64,8 @@ def programs(agiqa, folder):
     class Handler(socketserver.StreamRequestHandler):
         def handle(self):
             request = json.loads(self.rfile.read())
-            outcome = agiqa(*request["arguments"], folder=Path(request["folder"]), environment=request["environment"])
+            agiqa.folder, agiqa.environment = request["folder"], request["environment"]
+            outcome = agiqa(*request["arguments"])
             self.wfile.write(json.dumps({"code": outcome.code, "out": outcome.out, "err": outcome.err}).encode())
 
     folder.mkdir()
@@ -77,6 +78,7 @@ def programs(agiqa, folder):
             yield {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "AGIQA_OF_THE_TEST": f"{short}/agiqa"}
         finally:
             server.shutdown()
+            agiqa.folder, agiqa.environment = REPOSITORY, {}
 
 
 def write_photos(folder):

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-KEY = "test-key-71c1f0e5-never-in-a-file"
+from tests.command_line import KEY
+
 MODEL = "teacher-1"
 FALLBACK = "teacher-2"
 ITEM_ID = re.compile(r"\bid(?:[\"']?\s*[:=]|\s+is:?)\s*[\"'`]?([\w.-]*\w)", re.IGNORECASE)
@@ -244,6 +245,11 @@ class Provider:
         """Forget all scripts."""
         self._scripts.clear()
 
+    def wait_until_idle(self, seconds: float = 30.0) -> None:
+        """Wait until no request is in work, such as after the client was killed."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._busy == 0, seconds)
+
     def release(self) -> None:
         """Let the replies of `slow` go, now and later."""
         self._released.set()
@@ -299,6 +305,7 @@ class Provider:
         finally:
             with self._changed:
                 self._busy -= 1
+                self._changed.notify_all()
 
     def scripted(self, request: Request) -> Behaviour | None:
         """The behaviour that a test has set for `request`, which uses it up."""

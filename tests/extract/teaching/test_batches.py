@@ -35,7 +35,7 @@ from tests.extract.teaching.providers import (
 
 PRICE = Price(input=1.0, output=4.0)
 QUICK = ClientSettings(timeout=20.0, first_wait=0.01, patience=5.0)
-SOON = BatchSettings(interval=0.01, settle=0.0)
+SOON = BatchSettings(interval=0.01)
 
 
 @pytest.fixture(params=BATCH_PROVIDERS)
@@ -175,7 +175,7 @@ def test_lines_with_errors_refusals_and_broken_answers(taught, server):
 
 
 def test_limits_make_several_batches(taught, server):
-    taught.run(BatchSettings(interval=0.01, settle=0.0, most_requests=3))
+    taught.run(BatchSettings(interval=0.01, most_requests=3))
     assert [len(batch.lines) for batch in server.store.batches.values()] == [3, 3, 2]
     assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
 
@@ -212,7 +212,7 @@ def test_an_upload_that_fails_for_good_ends_the_run_and_the_next_goes_on(taught,
 def test_a_creation_whose_answer_is_lost_is_not_paid_twice(taught, server):
     path = "POST /v1/batches" if server.API == "openai" else ":batchGenerateContent"
     server.script(loses(type(server).route), fails(500), path=path)
-    taught.run(BatchSettings(interval=0.01, settle=0.0, most_requests=4))
+    taught.run(BatchSettings(interval=0.01, most_requests=4))
     assert [len(batch.lines) for batch in server.store.batches.values()] == [4, 4]
     assert len(server.paid) == len(taught.lines()) == 8
 
@@ -233,21 +233,21 @@ def test_the_budget_is_checked_before_a_batch_is_created(taught, server):
 
 def test_without_waiting_a_second_run_fetches_the_answers(taught, server):
     server.polls = None
-    result, outcome = taught.run(BatchSettings(interval=0.01, settle=0.0, wait=False))
+    result, outcome = taught.run(BatchSettings(interval=0.01, wait=False))
     assert (result.asked, len(outcome.open), len(server.paid)) == (0, 1, 8)
     assert records_path(taught.out).exists()
     with pytest.raises(SettingsConflict, match="Go on with --batch"):
         refuse_open_batches(taught.out)
-    assert taught.run(BatchSettings(interval=0.01, settle=0.0, wait=False))[1].open == outcome.open
+    assert taught.run(BatchSettings(interval=0.01, wait=False))[1].open == outcome.open
     server.finish()
-    result, outcome = taught.run(BatchSettings(interval=0.01, settle=0.0, wait=False))
+    result, outcome = taught.run(BatchSettings(interval=0.01, wait=False))
     assert (result.asked, outcome.open, len(server.paid)) == (8, [], 8)
     refuse_open_batches(taught.out)
 
 
 def test_open_batches_keep_their_settings_and_items(taught, server, tmp_path):
     server.polls = None
-    taught.run(BatchSettings(interval=0.01, settle=0.0, wait=False))
+    taught.run(BatchSettings(interval=0.01, wait=False))
     with pytest.raises(SettingsConflict, match="blind differs"):
         taught.run(question=QuestionSettings(aspects=("quality",), blind=True))
     taught.fallback = True
@@ -294,7 +294,7 @@ def test_a_wrong_key_stops_at_once_and_is_in_no_file(taught, server):
     assert server.paid == []
     server.key = KEY
     server.polls = None
-    taught.run(BatchSettings(interval=0.01, settle=0.0, wait=False))
+    taught.run(BatchSettings(interval=0.01, wait=False))
     assert KEY.encode() not in b"".join(path.read_bytes() for path in taught.out.parent.iterdir() if path.is_file())
 
 
