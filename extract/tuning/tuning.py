@@ -236,7 +236,7 @@ class Work:
         schedule = Schedule(settings.recipe, items=len(material.train), seed=settings.seed)
         workers = chosen_workers(settings.workers, backbone, len(material.train), opener=self.opener)
 
-        def trainer(reporter: Reporter, preparation: Preparation) -> Trainer:
+        def trainer(reporter: Reporter, preparation: Preparation[HuggingFaceBackbone]) -> Trainer:
             return Trainer(
                 learner=Learner(backbone, trained, settings.recipe, group),
                 schedule=schedule,

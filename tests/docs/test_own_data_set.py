@@ -10,7 +10,6 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
