@@ -63,6 +63,20 @@ def test_a_killed_run_resumes_and_its_lines_become_features_and_metrics(
     assert (scores["n"], scores["unknown"]) == (ITEMS, 0)
 
 
+def test_ctrl_c_ends_at_once_and_keeps_the_lines(agiqa, data, server, tmp_path):
+    """Also while an answer is on its way, which this server never sends."""
+    out = tmp_path / "out.jsonl"
+    answering, server.default = server.default, slow(server.default)
+    server.always(answering, about=read_table(data)[0]["prompt"])
+    stopped = agiqa.interrupted(
+        *("describe", data, out, "--server", server.base_url, "--model", MODEL),
+        when=lambda: len(server.requests) >= 4 + 8 and written(out) == 2,
+    )
+    assert stopped.code == 130, stopped.err
+    assert "finished work is kept" in stopped.err
+    assert {line["name"] for line in lines_of(out)} == {"000.png", "001.png"}
+
+
 def test_options_that_have_no_effect_are_wrong_usage(agiqa, data, tmp_path):
     out = tmp_path / "out.jsonl"
     served = ("describe", data, out, "--model", MODEL, "--server", "http://127.0.0.1:9/v1")

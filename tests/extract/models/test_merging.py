@@ -274,6 +274,32 @@ def adapter(base, tmp_path):
     return tmp_path / "adapter"
 
 
+def test_a_model_of_the_hub_by_its_snapshot_in_the_cache(base, adapter, tmp_path, monkeypatch):
+    """The files of a snapshot are links, and the merged folder has files."""
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "cache" / "models--someone--tiny"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (base / "LICENSE").write_text("terms")
+    for path in base.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    merge_adapter("someone/tiny", str(adapter), tmp_path / "merged")
+    merge_adapter(str(base), str(adapter), tmp_path / "local")
+    record, local = (json.loads((tmp_path / name / "merge.json").read_text()) for name in ("merged", "local"))
+    assert (record["model"]["name"], record["model"]["revision"]) == ("someone/tiny", commit)
+    assert record["model"]["files"] == local["model"]["files"]
+    for path in (tmp_path / "merged").iterdir():
+        assert not path.is_symlink()
+        assert path.name == "merge.json" or path.read_bytes() == (tmp_path / "local" / path.name).read_bytes()
+    assert (tmp_path / "merged" / "LICENSE").read_text() == "terms"
+
+
 def refused(base, adapter, out, error, match):
     """The merge is refused, and nothing is written."""
     before = sorted(path.name for path in base.parent.iterdir())
