@@ -96,7 +96,7 @@ def command(
 
     DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels. MOS are
     not needed. `agiqa extract DATA STORE --conversations OUT.jsonl` and `agiqa words OUT.jsonl --labels data.csv` read
-    OUT. With --server a server answers; its weights are not known to agiqa, and OUT says so.
+    OUT. With --server a server answers. agiqa does not know its weights, and OUT.provenance.json says so.
     """
     from agiqa.errors import ConfigError
     from agiqa.extract import DescriptionSettings, load_data_set

@@ -7,16 +7,27 @@ from contextlib import contextmanager
 import pytest
 
 from agiqa.errors import DataError, RemoteError, SettingsConflict
-from agiqa.extract import DescriptionSettings, load_data_set, open_backbone, run_descriptions
+from agiqa.extract import (
+    DescriptionSettings,
+    GenerationSettings,
+    Message,
+    load_data_set,
+    open_backbone,
+    run_descriptions,
+)
+from agiqa.extract.data.images import ImageFile
 from agiqa.extract.data.templates import fill, template_of
 from agiqa.extract.describing.asking import preset
 from agiqa.extract.describing.served import run_served_descriptions
+from agiqa.extract.models.merging import merge_adapter
 from agiqa.extract.teaching.apis import OpenAIChat
 from agiqa.extract.teaching.client import Client, ClientSettings, Key
 from agiqa.heads.evaluation.rating_words import parse_rating_word
+from tests.extract.models.test_merging import minicpm_adapter
 from tests.extract.small_sets import read_table, write_set, write_table
 from tests.extract.teaching.providers import KEY, MODEL, bad_image, dies, explains, fails, loses, refuses, says, slow
 from tests.extract.teaching.wire_formats import OpenAi
+from tests.extract.tiny_minicpm import write_minicpm_checkpoint
 from tests.extract.tiny_models import roomy, write_vision_checkpoint
 
 ITEMS = 6
@@ -104,6 +115,41 @@ def test_the_questions_and_lines_are_those_of_a_model_that_runs_here(folder, ser
         "api": "openai",
         "weights": "not known",
     }
+
+
+def test_a_server_with_the_merged_model_writes_what_the_model_with_its_adapter_writes_here(folder, server, tmp_path):
+    base = write_minicpm_checkpoint(tmp_path / "base")
+    adapter = minicpm_adapter(base, tmp_path / "adapter")
+    merge_adapter(str(base), str(adapter), tmp_path / "merged")
+    served, lock = open_backbone(str(tmp_path / "merged"), device="cpu"), threading.Lock()
+    served.load()
+
+    def answers(one, request):
+        turns = [Message(role=role, content=text) for role, text in request.turns]
+        image = ImageFile(path=tmp_path / "sent.png", content=request.images[0])
+        with lock:
+            limit = GenerationSettings(max_new_tokens=request.body["max_tokens"])
+            (answer,) = served.generate([served.prepare(turns, image, answer=True)], limit)
+        return one.answer(request, str(answer), cut=not answer.complete)
+
+    server.default = answers
+    describe, rate = preset("greedy", max_new_tokens=12)
+    settings = DescriptionSettings(describe=describe, rate=rate)
+    data_set, out, here = (
+        load_data_set(folder, variant="no_id", images=True),
+        tmp_path / "a.jsonl",
+        tmp_path / "b.jsonl",
+    )
+    with client_of(server) as client:
+        run_served_descriptions(data_set, client, out, settings, rating_of=parse_rating_word)
+    backbone = open_backbone(str(base), adapter=str(adapter), device="cpu")
+    run_descriptions(data_set, backbone, here, settings, rating_of=parse_rating_word)
+    compared = ("description", "answer", "rating", "cut", "conversations", "response_0", "response_1", "item_sha256")
+    found, expected = (
+        {name: {key: line[key] for key in compared} for name, line in lines_of(path).items()} for path in (out, here)
+    )
+    assert found == expected
+    assert len({line["description"] for line in found.values()}) > 1
 
 
 def test_published_sampling_is_sent_as_far_as_the_format_has_it(folder, server, tmp_path):
