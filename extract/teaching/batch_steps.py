@@ -19,8 +19,6 @@ from agiqa.extract.teaching.questions import Question
 from agiqa.progress import Advance, say
 from agiqa.store.disk.files import naming, telling_disk_errors, write_bytes_atomically
 
-_CREATION, _QUEUE = "creation", "queue"
-
 
 @dataclass(frozen=True, kw_only=True)
 class BatchSettings:
@@ -44,19 +42,22 @@ class BatchSteps:
         self._api = batch_api_of(client)
         self._records = records
         self._settings = settings
+        self._most = min(self._api.most_requests, settings.most_requests or self._api.most_requests)
         self._advance = advance
         self._finished = dict[str, int]()
         """By tag, the requests that `advance` has heard of."""
-        self._failing = dict[str, float]()
-        """By kind of failure, since when no batch can be created, by time.monotonic."""
+        self._failing: float | None = None
+        """Since when no batch can be created, by time.monotonic."""
+        self._queue_is_full = False
+        """Whether no further batch is created until another ends."""
 
     def write(self, questions: Iterable[Question], reserve: Callable[[ChatRequest], float | None]) -> bool:
         """Write the requests of the first `questions` to a file and record them, as far as one batch may go.
 
         `reserve` gives the most USD that a request can cost, and None to end the file before it. False for no request.
         """
-        most_bytes, most = self._api.most_bytes, self._settings.most_requests or self._api.most_requests
         requests, path, size = dict[str, Requested](), self._records.requests_path, 0
+        most_bytes = self._api.most_bytes
         with telling_disk_errors(f"writing {path}", "nothing has been sent"), naming(path), path.open("wb") as file:
             for question in questions:
                 request = question.request()
@@ -65,7 +66,7 @@ class BatchSteps:
                 if len(line) > most_bytes:
                     message = f"{question}: a request of {len(line)} bytes, of which a batch takes {most_bytes}."
                     raise DataError(message)
-                full = size + len(line) > most_bytes or len(requests) >= min(most, self._api.most_requests)
+                full = size + len(line) > most_bytes or len(requests) >= self._most
                 usd = None if full else reserve(request)
                 if usd is None:
                     break
@@ -84,8 +85,9 @@ class BatchSteps:
 
         Raises RemoteError when the provider refuses, or takes none for longer than the client's patience.
         """
-        if record.step == "written" and not self._records.requests_path.exists():
-            self._records.close(record)  # nothing was sent: the next file has its requests
+        lacks_file = record.step == "written" and not self._records.requests_path.exists()
+        if lacks_file or (record.step in ("written", "uploaded") and len(record.requests) > self._most):
+            self._records.close(record)  # no batch of it is at work: new files will have its requests
             return
         if record.step == "written":
             say(f"uploading {len(record.requests)} requests")
@@ -96,8 +98,7 @@ class BatchSteps:
                 raise
             record = self._records.save(record.at("uploaded", file=file))
             self._records.requests_path.unlink(missing_ok=True)
-        others = any(one.step == "created" for one in self._records.batches)
-        if record.step in ("uploaded", "creating") and not (_QUEUE in self._failing and others):
+        if record.step in ("uploaded", "creating") and not (self._queue_is_full and self._others(record)):
             status = self._create(record)
             if status is not None:
                 record = self._records.save(record.at("created", batch=status.id))
@@ -112,21 +113,19 @@ class BatchSteps:
             return record.step == "downloaded"
         try:
             status = self._api.look(str(record.batch))
+            self._count(record, status.finished or 0)
+            pieces = [self._api.download(name) for name in status.files] if status.state == "ended" else []
         except RemoteError as error:
             error.add_note(f"To give open batches up, remove {self._records.path}.")
             raise
-        self._count(record, status.finished or 0)
-        if status.state == "failed":
-            if status.queue_is_full:
-                self._records.save(record.at("uploaded", batch=None))
-                self._fail(_QUEUE, status.problem)
-                return False
+        if status.state == "failed" and status.queue_is_full:
+            self._make_way(record, status)
+        elif status.state == "failed":
             self._records.close(record)
             message = f"batch {status.id} failed, and no request was worked on: {status.problem or status.word}."
             raise RemoteError(message)
-        if status.state == "ended":
-            self._failing.pop(_QUEUE, None)
-            pieces = [self._api.download(name) for name in status.files]
+        elif status.state == "ended":
+            self._queue_is_full, self._failing = False, None
             write_bytes_atomically(self._records.results_path(record), (piece + b"\n" for piece in pieces))
             self._count(record, len(record.requests))
             self._records.save(record.at("downloaded", word=status.word))
@@ -159,21 +158,38 @@ class BatchSteps:
                 self._records.close(record)
             raise
         if sent.fault is None:
-            self._failing.pop(_CREATION, None)
+            self._failing = self._failing if self._queue_is_full else None
             return self._api.status(sent.json)
         if sent.fault.kind not in ("busy", "again"):
             self._records.close(record)
             message = f"creating a batch: {sent.fault.reason}."
             raise RemoteError(message)
-        self._fail(_CREATION, sent.fault.reason)
+        self._fail(record, sent.fault.reason)
         return None
 
-    def _fail(self, kind: str, reason: str) -> None:
-        """Say that no batch can be created now; raise RemoteError when that lasts too long."""
+    def _make_way(self, record: BatchRecord, status: BatchStatus) -> None:
+        """After a batch for which the queue is too full: wait until another ends, or else make smaller ones."""
+        self._queue_is_full = True
+        reason, size = status.problem or "the queue is full", len(record.requests)
+        if self._others(record) or size == 1:
+            self._records.save(record.at("uploaded", batch=None))
+            self._fail(record, reason)
+        else:
+            self._records.close(record)
+            self._most = size // 2
+            say(f"{reason} Trying batches of {self._most} requests")
+
+    def _others(self, record: BatchRecord) -> bool:
+        """Whether other batches are at work."""
+        return any(one.step == "created" and one.tag != record.tag for one in self._records.batches)
+
+    def _fail(self, record: BatchRecord, reason: str) -> None:
+        """Say that no batch can be created now; raise RemoteError when that lasts while no other is at work."""
         now = time.monotonic()
-        since = self._failing.setdefault(kind, now)
-        if since == now:
-            say(f"no batch can be created now: {reason}; trying again every {self._settings.interval:g} s")
-        elif now - since > self._client.settings.patience:
-            message = f"no batch could be created for {now - since:.0f} seconds: {reason}. Try smaller batches."
+        if self._failing is None or self._others(record):
+            if self._failing is None:
+                say(f"no further batch can be created now: {reason}")
+            self._failing = now
+        elif now - self._failing > self._client.settings.patience:
+            message = f"no batch could be created for {now - self._failing:.0f} seconds: {reason}."
             raise RemoteError(message)

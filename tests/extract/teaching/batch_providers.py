@@ -36,6 +36,8 @@ class Batch:
     model: str
     lines: Lines
     """Results in the order of the requests."""
+    failed: bool = False
+    ended: bool = False
     polls: int = 0
     """How often a client asked for its state."""
 
@@ -62,6 +64,8 @@ class BatchProvider(Provider):
         self.end = "completed"
         """How batches end: completed, expired, cancelled or failed."""
         self.deliver: Callable[[Lines], Lines] = list
+        self.capacity = 10**9
+        """Requests that may wait at a time; a batch that makes them more fails (as at OpenAI, later than created)."""
         self.page = 100
         """Batches per page of the list."""
         self._work = threading.Lock()
@@ -86,8 +90,11 @@ class BatchProvider(Provider):
         """Work on every line of `file`."""
         with self._work:
             batch = Batch(id=f"batch-{len(self.store.batches)}", tag=tag, file=file, model=model, lines=[])
+            waiting = sum(len(one.lines) for one in self.store.batches.values() if not one.ended)
             self.store.batches[batch.id] = batch
-            for text in self.store.files[file].decode().splitlines():
+            texts = self.store.files[file].decode().splitlines()
+            batch.failed = self.end == "failed" or waiting + len(texts) > self.capacity
+            for text in [] if batch.failed else texts:
                 line = json.loads(text)
                 one = self.body_of(line, replace(request, model=model))
                 self.paid.append(one)
@@ -97,7 +104,8 @@ class BatchProvider(Provider):
     def poll(self, batch: Batch) -> bool:
         """Whether `batch` has ended, and its results are a file."""
         batch.polls += 1
-        return self.polls is not None and batch.polls > self.polls
+        batch.ended = self.polls is not None and batch.polls > self.polls
+        return batch.ended
 
     def results(self, batch: Batch) -> bytes:
         """The file of results, as `deliver` has it."""
@@ -176,7 +184,7 @@ class BatchOpenAi(BatchProvider, OpenAi):
             "endpoint": "/v1/chat/completions",
             "errors": None,
             "input_file_id": batch.file,
-            "status": self.end if ended else "in_progress",
+            "status": "in_progress" if not ended else "failed" if batch.failed else self.end,
             "output_file_id": None,
             "error_file_id": None,
             "metadata": json.loads(batch.tag or "null"),
@@ -184,7 +192,7 @@ class BatchOpenAi(BatchProvider, OpenAi):
         }
         if not ended:
             return shown
-        if self.end == "failed":
+        if batch.failed:
             return shown | {"errors": {"object": "list", "data": [self.problem]}}
         lines = [json.loads(text) for text in self.results(batch).splitlines()]
         for name, good in (("output", True), ("error", False)):
@@ -272,11 +280,11 @@ class BatchGemini(BatchProvider, Gemini):
             "model": f"models/{batch.model}",
             "displayName": batch.tag,
             "inputConfig": {"fileName": batch.file},
-            "state": f"BATCH_STATE_{self.STATES[self.end] if ended else 'RUNNING'}",
+            "state": f"BATCH_STATE_{'RUNNING' if not ended else self.STATES['failed' if batch.failed else self.end]}",
             "batchStats": {"requestCount": str(len(batch.lines))},
         }
         shown: dict[str, Any] = {"name": f"batches/{batch.id}", "metadata": metadata}
-        if ended and self.end == "failed":
+        if ended and batch.failed:
             return shown | {"done": True, "error": {"code": 3, "message": "The input file is invalid."}}
         if ended:
             file = {"responsesFile": f"files/results-of-{batch.id}"}

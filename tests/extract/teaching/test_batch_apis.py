@@ -103,9 +103,9 @@ def test_uploads_and_downloads_are_tried_again(server, api, tmp_path):
 
 @pytest.mark.parametrize(("end", "state"), [("expired", "ended"), ("cancelled", "ended"), ("failed", "failed")])
 def test_how_batches_end(server, api, tmp_path, end, state):
+    server.end = end
     file = api.upload(write(api, tmp_path / "requests.jsonl", ["a1"]))
     created = api.status(api.create(file, "tag-1").json)
-    server.end = end
     server.finish()
     status = api.look(created.id)
     assert (status.state, status.word) == (state, end)

@@ -56,12 +56,13 @@ class Class:
     def __init__(self, server, folder, out):
         self.server, self.folder, self.out = server, folder, out
         self.fallback = False
+        self.others: list[TeacherModel] = []
 
     def run(self, batches=SOON, **settings):
         data_set = load_data_set(self.folder, variant="no_id", images=True, mos_range=(0.0, 5.0), on_bad_item="fail")
         api, key = api_of(self.server.API, self.server.base_url), Key(variable="K", value=KEY)
         names = (MODEL, FALLBACK) if self.fallback else (MODEL,)
-        models = [TeacherModel(api=api, model=name, key=key, price=PRICE) for name in names]
+        models = [TeacherModel(api=api, model=name, key=key, price=PRICE) for name in names] + self.others
         chosen = {"question": QuestionSettings(aspects=("quality",)), "client": QUICK, "retries": 1} | settings
         splits = Splits(of={item.name: item.split for item in data_set.items}, rule={"by": "table"})
         return run_batches(data_set, self.out, models, TeachingSettings(**chosen), batches, splits=splits)
@@ -180,22 +181,55 @@ def test_limits_make_several_batches(taught, server):
     assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
 
 
-def test_a_full_queue_holds_further_batches_back(taught, server):
-    if server.API == "gemini":
-        server.script(rate_limited(), path=":batchGenerateContent")
+def test_a_full_queue_makes_batches_smaller_and_holds_them_back(folder, tmp_path):
+    with BATCH_PROVIDERS["openai"]() as server:
+        taught = Class(server, folder, tmp_path / "teacher.jsonl")
+        server.capacity = 5
         taught.run()
-    else:
-        create = type(server).route
-        full = [True]
+        assert [len(batch.lines) for batch in server.store.batches.values()] == [0, 4, 4]
+        assert len(server.paid) == 8
+        assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
 
-        def refusing(one, request):
-            one.end = "failed" if full.pop() else "completed"
-            full.append(False)
-            return create(one, request)
 
-        server.script(refusing, refusing, path="POST /v1/batches")
+def test_a_queue_that_others_fill_is_given_up_after_a_while(folder, tmp_path):
+    with BATCH_PROVIDERS["openai"]() as server:
+        taught = Class(server, folder, tmp_path / "teacher.jsonl")
+        server.capacity = 0
+        with pytest.raises(RemoteError, match=r"no batch could be created for .*Enqueued token limit"):
+            taught.run(client=ClientSettings(timeout=20.0, patience=0.1))
+        assert server.paid == []
+        server.capacity = 8
         taught.run()
-    assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
+        assert len(taught.lines()) == len(server.paid) == 8
+
+
+def test_a_provider_that_takes_no_batch_now_is_asked_again(taught, server):
+    path = "POST /v1/batches" if server.API == "openai" else ":batchGenerateContent"
+    server.script(rate_limited(), rate_limited(0.01), fails(503), path=path)
+    taught.run()
+    assert len(server.store.batches) == 1
+    assert len(taught.lines()) == len(server.paid) == 8
+    server.always(rate_limited(), path=path)
+    taught.out.unlink()
+    with pytest.raises(RemoteError, match="no batch could be created for"):
+        taught.run(client=ClientSettings(timeout=20.0, patience=0.1))
+    assert len(server.paid) == 8
+
+
+def test_teacher_and_fallback_may_be_of_two_providers(folder, tmp_path):
+    with BATCH_PROVIDERS["gemini"]() as server, BATCH_PROVIDERS["openai"](key="another-key") as other:
+        taught = Class(server, folder, tmp_path / "teacher.jsonl")
+        api = api_of("openai", other.base_url)
+        taught.others = [TeacherModel(api=api, model=FALLBACK, key=Key(variable="L", value="another-key"), price=PRICE)]
+        server.script(refuses("prompt"), refuses("SAFETY"), about="a picture 3")
+        taught.run()
+        lines = taught.lines()
+        assert [line["api"] for _, line in sorted(lines.items())] == [*["gemini"] * 6, *["openai"] * 2]
+        assert [one["reason"] for one in lines["007.png"]["refusals"]] == ["SAFETY"]
+        server.paid += other.paid
+        answered = [request for request in server.paid if request.model == FALLBACK or "picture 3" not in request.text]
+        server.paid[:] = answered
+        assert {name: line["explanations"] for name, line in lines.items()} == taught.expected()
 
 
 @pytest.mark.parametrize("behaviour", [fails(500), loses()], ids=["500", "no answer"])
