@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from agiqa.errors import BusyStore, DamagedStore, SettingsConflict
+from agiqa.errors import BusyStore, DamagedStore, SettingsConflict, first_line
 from agiqa.extract.models.adapters import CONFIG, WEIGHTS
 from agiqa.store.disk.files import (
     append_durably,
@@ -58,6 +58,14 @@ class AdapterFolder:
         self._check()
 
     @property
+    def _state(self) -> Path:
+        return self.training / "state.safetensors"
+
+    @property
+    def _settings(self) -> Path:
+        return self.training / "settings.json"
+
+    @property
     def best(self) -> Path:
         """The adapter of the best validation so far."""
         return self.training / "best"
@@ -77,34 +85,37 @@ class AdapterFolder:
                 raise BusyStore(message)
             self._check()
             self.training.mkdir(exist_ok=True)
-            if not (self.training / "settings.json").exists():
-                write_text_atomically(self.training / "settings.json", _text(self.settings))
+            if not (self._settings.exists() and self._begun()):
+                write_text_atomically(self._settings, _text(self.settings))
             yield
 
     def save_state(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Replace the checkpoint in one step."""
-        _save(self.training / "state.safetensors", tensors, {"facts": canonical_json(facts)})
+        _save(self._state, tensors, {"facts": canonical_json(facts)})
 
     def load_state(self, device: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and facts of the checkpoint; None if there is none yet. Raises DamagedStore."""
-        path = self.training / "state.safetensors"
-        if not path.exists():
+        facts = self.state_facts()
+        if facts is None:
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-            return load_file(path, device=device), facts
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            message = f"{path} is damaged ({error}). Remove {self.training} to begin again."
-            raise DamagedStore(message) from error
+        with self._telling_damage():
+            return load_file(self._state, device=device), facts
 
-    def steps_done(self) -> int:
-        """The step of the checkpoint; 0 if there is none yet."""
-        path = self.training / "state.safetensors"
-        if not path.exists():
-            return 0
-        with safe_open(path, "pt") as file:
-            return int(json.loads(file.metadata()["facts"])["done"])
+    def state_facts(self) -> dict[str, Any] | None:
+        """The facts of the checkpoint; None if there is none yet. Raises DamagedStore."""
+        if not self._state.exists():
+            return None
+        with self._telling_damage(), safe_open(self._state, "pt") as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            return facts
+
+    @contextmanager
+    def _telling_damage(self) -> Generator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            message = f"{self._state} is damaged ({first_line(error)}). Remove {self.training} to begin again."
+            raise DamagedStore(message) from error
 
     def save_adapter(self, folder: Path, tensors: Mapping[str, Tensor], config: Any) -> None:
         """Write an adapter to `folder`, which is complete once its weights are there."""
@@ -141,6 +152,10 @@ class AdapterFolder:
         with path.open(newline="", encoding="utf-8") as file:
             return [row for row in csv.DictReader(file) if None not in row.values()]
 
+    def _begun(self) -> bool:
+        """Whether there is anything to go on with."""
+        return self._state.exists() or self.best.exists()
+
     def _check(self) -> None:
         if not self.path.exists():
             return
@@ -148,13 +163,14 @@ class AdapterFolder:
         if written or (self.path / RECORD).exists():
             message = f"{self.path} holds an adapter already. Choose another ADAPTER, or remove that folder."
             raise SettingsConflict(message)
-        recorded = self.training / "settings.json"
-        if not recorded.exists():
+        if not self._settings.exists():
             if any(found.name not in (".lock", "training") for found in self.path.iterdir()):
                 message = f"{self.path} holds other files. Choose another ADAPTER, an empty folder or a new one."
                 raise SettingsConflict(message)
             return
-        was, now = read_json(recorded, remedy=f"Remove {self.path}."), json.loads(canonical_json(self.settings))
+        if not self._begun():
+            return
+        was, now = read_json(self._settings, remedy=f"Remove {self.path}."), json.loads(canonical_json(self.settings))
         for name, before, after in differing(was, {**now, **{key: was.get(key) for key in _FREE}}):
             message = (
                 f"{self.path} is being trained with other settings: {name} was {before!r}, and is {after!r} now. "

@@ -125,7 +125,7 @@ class Trainer:
             self._save_adapter(self.folder.last_good)
         self.learner.group.add([torch.zeros(1, device=self.learner.backbone.device)])  # wait for the files
         message = (
-            f"Step {step + 1}: the {what} is {value}, with the items {listed(list(names), 20)}. Look at these items, or "
+            f"Step {step + 1}: the {what} is {value}, with the items {listed(list(names), 20)}. Look at them, or "
             f"train to another ADAPTER with a lower lr. The adapter before this step is in {self.folder.last_good}."
         )
         raise ModelError(message)

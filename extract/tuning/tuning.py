@@ -27,6 +27,7 @@ from agiqa.extract.tuning.examples import Limited, Planned, plan_example, unplan
 from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.extract.tuning.group import Group
 from agiqa.extract.tuning.learner import Learner, OutOfMemory
+from agiqa.extract.tuning.parts import find_parts
 from agiqa.extract.tuning.processes import run_on_devices
 from agiqa.extract.tuning.recipes import Recipe
 from agiqa.extract.tuning.reporting import Reporter, check_tensorboard, reporting
@@ -94,9 +95,10 @@ def plan_tuning(
     """Choose training and validation items, and prepare each once. Needs no weights.
 
     Items of the split test are never used. Raises DataError listing the items that cannot be trained on
-    (`on_bad_item="skip"` leaves them out), or if no training item is left.
+    (`on_bad_item="skip"` leaves them out), or if no training item is left; ModelError for a part that the model lacks.
     """
     recipe = settings.recipe
+    find_parts(backbone, backbone.empty_model(), recipe)
     items = [item for item in data_set.items if item.split != "test"]
     plans = _plans(items, backbone, settings, opener)
     problems = tuple(plan.problem for plan in plans if plan.problem is not None)
@@ -191,7 +193,7 @@ def run_tuning(
     backbone.check_tensors()
     _refuse_float16(backbone)
     plan = plan or plan_tuning(data_set, backbone, settings, opener)
-    checkpointing = chosen_checkpointing(backbone, settings.recipe, plan.load)  # raises for a part that is lacking
+    checkpointing = chosen_checkpointing(backbone, settings.recipe, plan.load)
     identity = _identity(backbone, settings, plan)
     folder = AdapterFolder(out, identity)
     _warn_of_own_texts(plan.material)
@@ -252,7 +254,7 @@ class Work:
                 trainer(Reporter(), preparation).run()
                 return
             events = self.folder.path / "tensorboard" if settings.tensorboard else None
-            with reporting(schedule.steps, self.folder.steps_done(), events) as reporter:
+            with reporting(schedule.steps, (self.folder.state_facts() or {}).get("done", 0), events) as reporter:
                 trainer(reporter, preparation).run()
 
 
