@@ -12,8 +12,10 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from agiqa.bench.demo.images import draw_data_set
+from agiqa.extract import Message, open_backbone
 from agiqa.extract.data.templates import template_of
 from agiqa.extract.teaching.tables import shipped_prices
 from agiqa.store import open_store
@@ -151,7 +153,10 @@ def test_every_step_leaves_what_the_page_says(done):
     assert described(folder / "described.jsonl").keys() == described(folder / "served.jsonl").keys() == names
     assert {line["rating"] for line in described(folder / "served.jsonl").values()} == {"good"}
     assert json.loads((folder / "served.provenance.json").read_text())["model"]["kind"] == "server"
-    assert (folder / "merged" / "merge.json").is_file()
+    merged = open_backbone(str(folder / "merged"), device="cpu")
+    adapted = open_backbone(str(folder / "tiny"), adapter=str(folder / "adapter"), device="cpu")
+    item = adapted.prepare([Message(role="user", content="rate")], folder / "photos" / "images" / min(names))
+    assert torch.equal(merged.hidden_states([item])[0], adapted.hidden_states([item])[0])
     for run in ("quality", "both"):
         assert (folder / "runs" / run / "head.safetensors").is_file()
     assert re.search(r"^photos/images/\S+: MOS \d", shell.stdout, re.MULTILINE)
