@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from agiqa.errors import ConfigError
 from agiqa.extract.data.items import DataSet
@@ -45,6 +45,14 @@ class TeachingSettings:
     retry_failed: bool = False
     """Whether items that were refused or failed in an earlier run are asked about again."""
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number out of range."""
+        if self.jobs < 1 or self.retries < 0 or (self.budget is not None and self.budget <= 0.0):
+            message = (
+                f"{self.jobs} jobs, {self.retries} retries and a budget of {self.budget} USD: one is out of range."
+            )
+            raise ConfigError(message)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
@@ -70,8 +78,8 @@ class TeachingResult:
     missing: int
     """Items without a line."""
     skipped: tuple[str, ...]
-    stopped: Literal["budget"] | None
-    """Why this run ended before all items were done."""
+    stopped: str | None
+    """Why this run ended before all items were done, such as budget; None if it did not."""
     cost: float | None
     """USD of this run's lines; None if unknown."""
     seconds: float
@@ -229,7 +237,7 @@ class Lesson:
         conversations: Mapping[str, Path],
         written: Sequence[Line],
         *,
-        stopped: Literal["budget"] | None,
+        stopped: str | None,
         since: float,
     ) -> TeachingResult:
         """What a run came to that wrote the lines `written`, and began at `since` by time.perf_counter."""
