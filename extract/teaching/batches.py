@@ -144,7 +144,15 @@ class _Run:
         self._clients = clients
         self._records = records
         self._settings = settings
-        self._pending = {one.item.name: one for one in lesson.pending()}
+        self._pending = self._missing_or_in_work()
+        records.keep_tries(self._pending)
+
+    def _missing_or_in_work(self) -> dict[str, Question]:
+        """The questions without an answer, by item; those in batches also if their failure was the last word before."""
+        in_work = {one.name for record in self._records.batches for one in record.requests.values()}
+        names = {question.item.name for question in self._lesson.pending()}
+        names |= {name for name in in_work if self._lesson.journal.lines.get(name, {}).get("status") != "ok"}
+        return {name: question for name, question in self._lesson.questions.items() if name in names}
 
     def work(self) -> None:
         """Go on until all batches are joined and nothing can be sent; without `wait`, until they are created."""
