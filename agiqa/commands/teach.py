@@ -212,7 +212,7 @@ def _splits(items: "Sequence[Item]", options: Mapping[str, Any]) -> "Splits":
 def _text(result: Mapping[str, Any]) -> str:
     """The result for people."""
     shown = {name: result[name] for name in ("out", "items", "explained", "refused", "failed", "missing", "asked")}
-    cost = {name: _usd(result[name]) for name in ("cost_usd", "total_cost_usd")}
+    cost = {name: _usd(result[name]) for name in ("cost_usd", "counted_usd")}
     files = ", ".join(result["conversations"].values()) or "none"
     batches = result.get("batches")
     open_ = {} if batches is None else {"open batches": ", ".join(batches["open"]) or "none"}

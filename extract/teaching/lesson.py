@@ -100,14 +100,14 @@ class TeachingResult:
             "stopped": self.stopped,
             "tokens": {kind: _total_tokens(self.lines.values(), kind) for kind in ("input", "output")},
             "cost_usd": self.cost,
-            "total_cost_usd": _total_cost(self.lines.values()),
+            "counted_usd": _total(self.lines.values(), "counted_usd"),
             "seconds": round(self.seconds, 3),
         }
 
 
-def _total_cost(lines: Iterable[Line]) -> float | None:
+def _total(lines: Iterable[Line], kind: str) -> float | None:
     """USD of the lines; None if that of one is unknown."""
-    costs = [line["cost_usd"] for line in lines]
+    costs = [line[kind] for line in lines]
     return None if None in costs else round(sum(costs), 6)
 
 
@@ -250,7 +250,7 @@ class Lesson:
             missing=sum(name not in lines for name in self.questions),
             skipped=self.data_set.skipped,
             stopped=stopped,
-            cost=_total_cost(written),
+            cost=_total(written, "cost_usd"),
             seconds=time.perf_counter() - since,
         )
 
