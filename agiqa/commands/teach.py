@@ -133,7 +133,8 @@ def _models(options: Mapping[str, Any]) -> "list[TeacherModel]":
     for model, api_name, base_url, key_env in chosen:
         api = api_of(api_name, base_url)
         key = None if options["dry_run"] else key_for(api, key_env)
-        found.append(TeacherModel(api=api, model=model, key=key, price=prices.price(api.base_url, model)))
+        price = prices.price(api.base_url, model, batch=options["batch"])
+        found.append(TeacherModel(api=api, model=model, key=key, price=price))
     return found
 
 

@@ -17,8 +17,6 @@ from agiqa.errors import DataError, SettingsConflict
 from agiqa.extract.teaching.apis import Fault, Reply
 from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
 
-FORMAT, VERSION = "agiqa.batches", 1
-
 _TAG = "agiqa-"
 
 Step = Literal["written", "uploaded", "creating", "created", "downloaded"]
@@ -88,8 +86,8 @@ class BatchRecord(_Strict):
 
 
 class _Content(_Strict):
-    format: Literal["agiqa.batches"] = FORMAT
-    version: Literal[1] = VERSION
+    format: Literal["agiqa.batches"] = "agiqa.batches"
+    version: Literal[1] = 1
     settings: dict[str, Any]
     batches: tuple[BatchRecord, ...] = ()
     tries: dict[str, tuple[Tried, ...]] = {}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from agiqa.errors import ConfigError, RemoteError
 from agiqa.extract.data.items import DataSet
@@ -82,7 +82,7 @@ def run_batches(
         pairs = [(one, stack.enter_context(client)) for one, client in zip(models, clients, strict=True)]
         run = _Run(lesson, pairs, records, batches)
         run.work()
-    stopped = "budget" if run.outcome.unaffordable else None
+    stopped: Literal["budget"] | None = "budget" if run.outcome.unaffordable else None
     return lesson.result(conversations, run.written, stopped=stopped, since=since), run.outcome
 
 
@@ -260,6 +260,8 @@ class _Run:
 
     def _tried(self, record: BatchRecord, own_id: str, joined: Joined) -> Tried | None:
         """What came of a request; None if the provider did not work on it."""
+        reply: Reply | Fault
+        billed: Reply | Fault | None
         if own_id in joined.replies:
             reply = billed = joined.replies[own_id]
         elif own_id in joined.doubts:
