@@ -173,12 +173,12 @@ def _on_server(
     jobs: int,
 ) -> "DescriptionResult":
     from agiqa.extract.describing.served import run_served_descriptions, sent
-    from agiqa.extract.teaching.apis import OpenAIChat
+    from agiqa.extract.teaching.apis import api_of
     from agiqa.extract.teaching.client import Client, key_for
     from agiqa.heads.evaluation.rating_words import parse_rating_word
     from agiqa.progress import say
 
-    api = OpenAIChat(server)
+    api = api_of("openai", server)
     with Client(api, model, key=key_for(api, variable)) as client:
         data_set = _noted(load(images=True))
         if sent(settings).describe != settings.describe:

@@ -133,7 +133,8 @@ def _models(options: Mapping[str, Any]) -> "list[TeacherModel]":
     for model, api_name, base_url, key_env in chosen:
         api = api_of(api_name, base_url)
         key = None if options["dry_run"] else key_for(api, key_env)
-        found.append(TeacherModel(api=api, model=model, key=key, price=prices.price(api.base_url, model)))
+        price = prices.price(api.base_url, model, batch=options["batch"])
+        found.append(TeacherModel(api=api, model=model, key=key, price=price))
     return found
 
 
@@ -212,7 +213,7 @@ def _splits(items: "Sequence[Item]", options: Mapping[str, Any]) -> "Splits":
 def _text(result: Mapping[str, Any]) -> str:
     """The result for people."""
     shown = {name: result[name] for name in ("out", "items", "explained", "refused", "failed", "missing", "asked")}
-    cost = {name: _usd(result[name]) for name in ("cost_usd", "total_cost_usd")}
+    cost = {name: _usd(result[name]) for name in ("cost_usd", "counted_usd")}
     files = ", ".join(result["conversations"].values()) or "none"
     batches = result.get("batches")
     open_ = {} if batches is None else {"open batches": ", ".join(batches["open"]) or "none"}

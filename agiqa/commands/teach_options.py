@@ -1,6 +1,6 @@
 """The options of `agiqa teach`, by the sections of its help."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,26 +26,31 @@ ASPECTS = ("quality", "correspondence", "authenticity")
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
+def _added(options: Sequence[Callable[[Any], Any]], command: Command) -> Command:
+    """The command with `options`, in the order of the help."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def teacher_options(command: Command) -> Command:
     """Add the options of the sections Teacher and Fallback."""
-    key = "environment variable of the key  [default: OPENAI_API_KEY or GEMINI_API_KEY at the provider, else no key]"
     options = [
         click.option("--api", type=OneOf("api", APIS), required=True, help="Wire format: OpenAI chat or Gemini's own."),
         click.option("--teacher", required=True, metavar="MODEL", help="Name of the model that explains."),
         click.option("--base-url", help="URL of another server, such as http://localhost:8000/v1."),
-        click.option("--key-env", metavar="NAME", help=f"The {key}."),
+        click.option("--key-env", metavar="NAME", help="Environment variable that holds its key; see above."),
         click.option("--fallback", metavar="MODEL", help="Name of the model that gets what the teacher refuses."),
         click.option(
-            "--fallback-api", type=OneOf("api", APIS), help="Its wire format  [default: that of the teacher]."
+            "--fallback-api", type=OneOf("api", APIS), help="Its wire format.  [default: that of the teacher]"
         ),
         click.option(
-            "--fallback-base-url", help="Its server  [default: that of the teacher, if --fallback-api is not given]."
+            "--fallback-base-url",
+            help="URL of its server.  [default: that of the teacher, or the provider of --fallback-api]",
         ),
-        click.option("--fallback-key-env", metavar="NAME", help="The environment variable of its key."),
+        click.option("--fallback-key-env", metavar="NAME", help="Environment variable that holds its key."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _added(options, command)
 
 
 def question_options(command: Command) -> Command:
@@ -59,7 +64,9 @@ def question_options(command: Command) -> Command:
             help="Aspect to explain; may be repeated.  [default: those that DATA has MOS of]",
         ),
         click.option("--blind", is_flag=True, help="Leave the MOS out of the question."),
-        click.option("--wording", type=_FILE, help="Other words for the question, in the form of teacher.yaml."),
+        click.option(
+            "--wording", type=_FILE, help="Other words for the question, in the form of extract/teaching/teacher.yaml."
+        ),
         click.option(
             "--schema/--no-schema",
             default=True,
@@ -86,12 +93,12 @@ def question_options(command: Command) -> Command:
             type=click.FloatRange(min=0.0, min_open=True),
             help="Most USD to spend on OUT, earlier runs included.  [default: no limit]",
         ),
-        click.option("--prices", type=_FILE, help="Prices of models, in the form of prices.yaml, instead of its own."),
+        click.option(
+            "--prices", type=_FILE, help="Prices of models, instead of those in extract/teaching/prices.yaml."
+        ),
         click.option("--dry-run", is_flag=True, help="Count tokens and prices; send and write nothing."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _added(options, command)
 
 
 def patience_options(command: Command) -> Command:
@@ -117,9 +124,7 @@ def patience_options(command: Command) -> Command:
         ),
         click.option("--retry-failed", is_flag=True, help="Ask again about items that were refused or failed."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _added(options, command)
 
 
 def batch_options(command: Command) -> Command:
@@ -145,9 +150,7 @@ def batch_options(command: Command) -> Command:
             help="Most requests per batch.  [default: the provider's limit]",
         ),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _added(options, command)
 
 
 def data_options(command: Command) -> Command:
@@ -176,6 +179,4 @@ def data_options(command: Command) -> Command:
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of drawn splits."),
     ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _added(options, command)

@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, cast
+from urllib.parse import urlsplit
 
-from agiqa.errors import RemoteError, UnknownName
+from agiqa.errors import ConfigError, RemoteError, UnknownName
 from agiqa.extract.data.items import Role
 
 Json = dict[str, Any]
@@ -301,9 +302,19 @@ APIS: dict[str, type[OpenAIChat] | type[GeminiContent]] = {"openai": OpenAIChat,
 
 
 def api_of(name: str, base_url: str | None = None) -> Api:
-    """The wire format called `name`, for the server at `base_url`; None for the provider's own. Raises UnknownName."""
+    """The wire format called `name`, for the server at `base_url`; None for the provider's own.
+
+    Raises UnknownName, and ConfigError for a URL that holds more than an address: files record it.
+    """
     if name not in APIS:
         raise UnknownName.of(kind="api", name=name, known=APIS)
+    parts = urlsplit(base_url or "")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        message = (
+            f"The base URL of {parts.hostname} holds a user, a password or parameters. Files would record them: give "
+            "the address alone, and the key in an environment variable."
+        )
+        raise ConfigError(message)
     return APIS[name](base_url)
 
 

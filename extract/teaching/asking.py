@@ -82,7 +82,10 @@ def judge(question: Question, reply: Reply | Fault) -> Verdict:
 
 
 def line_of(question: Question, verdict: Verdict, trials: Sequence[Trial], earlier: Line | None = None) -> Line:
-    """The journal's line about an item, after the last of its `trials`; `earlier` is the line that it replaces."""
+    """The journal's line about an item, after the last of its `trials`; `earlier` is the line that it replaces.
+
+    `cost_usd` is that of the trials, `counted_usd` what the budget counts for the item, earlier lines included.
+    """
     last = trials[-1]
     reply = last.reply if isinstance(last.reply, Reply) else None
     spoken = [trial.reply for trial in trials if isinstance(trial.reply, Reply)]

@@ -6,7 +6,7 @@ its tag, which is recorded before, finds it again.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -17,13 +17,15 @@ from agiqa.errors import DataError, SettingsConflict
 from agiqa.extract.teaching.apis import Fault, Reply
 from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
 
-FORMAT, VERSION = "agiqa.batches", 1
-
 _TAG = "agiqa-"
 
 Step = Literal["written", "uploaded", "creating", "created", "downloaded"]
 """What is done: the file of requests is on the disk; the provider has it; the batch is perhaps made; its id is known;
 its results are on the disk."""
+
+
+_IDLE = ("written", "uploaded")
+"""Steps at which no batch is at work."""
 
 
 class _Strict(BaseModel):
@@ -84,8 +86,8 @@ class BatchRecord(_Strict):
 
 
 class _Content(_Strict):
-    format: Literal["agiqa.batches"] = FORMAT
-    version: Literal[1] = VERSION
+    format: Literal["agiqa.batches"] = "agiqa.batches"
+    version: Literal[1] = 1
     settings: dict[str, Any]
     batches: tuple[BatchRecord, ...] = ()
     tries: dict[str, tuple[Tried, ...]] = {}
@@ -107,9 +109,11 @@ class BatchRecords:
         self._journal = journal
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.path = records_path(journal)
-        self._content = _read(self.path) if self.path.exists() else _Content(settings=self._settings)
-        if self.batches or self.tries:
-            self._check_settings()
+        content = _read(self.path) if self.path.exists() else _Content(settings=self._settings)
+        if content.settings != self._settings:
+            self._check_settings(content)
+            content = _Content(settings=self._settings)
+        self._content = content
 
     @property
     def batches(self) -> tuple[BatchRecord, ...]:
@@ -135,15 +139,22 @@ class BatchRecords:
         return next(one for one in self.batches if one.tag == tag)
 
     def check_items(self, keys: Mapping[str, str]) -> None:
-        """Raise SettingsConflict unless every item in work is in `keys`, item name -> hash, with the same hash."""
-        for requested in (one for record in self.batches for one in record.requests.values()):
-            if keys.get(requested.name) != requested.key:
-                what = "has another image or text now" if requested.name in keys else "is not in this data set"
+        """Raise SettingsConflict unless every item of a batch that may be at work is in `keys`, item name -> hash.
+
+        Other batches with another item are forgotten.
+        """
+        kept = list[BatchRecord]()
+        for record in self.batches:
+            wrong = [one.name for one in record.requests.values() if keys.get(one.name) != one.key]
+            if wrong and record.step not in _IDLE:
+                what = "has another image or text now" if wrong[0] in keys else "is not in this data set"
                 message = (
-                    f"{self.path} has a batch with {requested.name!r}, which {what}. Restore the data until the batch "
-                    "has ended, or choose another OUT."
+                    f"{self.path} has a batch with {wrong[0]!r}, which {what}. Restore the data until the batch has "
+                    "ended, or choose another OUT."
                 )
                 raise SettingsConflict(message)
+            kept += [] if wrong else [record]
+        self._content = self._content.model_copy(update={"batches": tuple(kept)})
 
     def save(self, record: BatchRecord) -> BatchRecord:
         """Add `record`, or put it in the place of the one with its tag."""
@@ -161,6 +172,14 @@ class BatchRecords:
         if not (left or self.tries):
             self.path.unlink()
 
+    def keep_tries(self, names: Collection[str]) -> None:
+        """Forget the tries about items that are not in `names`; remove the file if it has nothing left."""
+        kept = {name: tries for name, tries in self.tries.items() if name in names}
+        if len(kept) < len(self.tries):
+            self._write(_Content(settings=self._settings, batches=self.batches, tries=kept))
+        if self.path.exists() and not (self.batches or kept):
+            self.path.unlink()
+
     def _remove_leftovers(self) -> None:
         """Remove results of closed batches, and what kills have left half written."""
         kept = tuple(self.results_path(record).name for record in self.batches)
@@ -169,15 +188,16 @@ class BatchRecords:
             if path.name.startswith(f".{self.path.name}.") or (results and not path.name.startswith(kept)):
                 path.unlink(missing_ok=True)
 
-    def _check_settings(self) -> None:
-        recorded = self._content.settings
-        for name in {**recorded, **self._settings}:
-            if recorded.get(name) != self._settings.get(name):
-                message = (
-                    f"{self.path} has batches that were sent with other settings: {name} differs. Go on with those "
-                    "settings until the batches have ended, or choose another OUT."
-                )
-                raise SettingsConflict(message)
+    def _check_settings(self, content: _Content) -> None:
+        """Raise SettingsConflict if batches of other settings may be at work."""
+        was, now = content.settings, self._settings
+        if any(one.step not in _IDLE for one in content.batches):
+            name = next(name for name in {**was, **now} if was.get(name) != now.get(name))
+            message = (
+                f"{self.path} has batches that were sent with other settings: {name} differs. Go on with those "
+                "settings until the batches have ended, or choose another OUT."
+            )
+            raise SettingsConflict(message)
 
     def _write(self, content: _Content) -> None:
         with telling_disk_errors(f"writing {self.path}", "the batches are kept"):
@@ -193,7 +213,7 @@ def records_path(journal: Path) -> Path:
 def refuse_open_batches(journal: Path) -> None:
     """Raise SettingsConflict if items of `journal` are in batches, which single requests would pay for again."""
     path = records_path(journal)
-    batches = _read(path).batches if path.exists() else ()
+    batches = [one for one in _read(path).batches if one.step not in _IDLE] if path.exists() else []
     if batches:
         message = f"{path} has {len(batches)} open batches. Go on with --batch until they have ended."
         raise SettingsConflict(message)

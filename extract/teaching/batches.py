@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from agiqa.errors import ConfigError, RemoteError
 from agiqa.extract.data.items import DataSet
@@ -82,7 +82,7 @@ def run_batches(
         pairs = [(one, stack.enter_context(client)) for one, client in zip(models, clients, strict=True)]
         run = _Run(lesson, pairs, records, batches)
         run.work()
-    stopped = "budget" if run.outcome.unaffordable else None
+    stopped: Literal["budget"] | None = "budget" if run.outcome.unaffordable else None
     return lesson.result(conversations, run.written, stopped=stopped, since=since), run.outcome
 
 
@@ -144,7 +144,15 @@ class _Run:
         self._clients = clients
         self._records = records
         self._settings = settings
-        self._pending = {one.item.name: one for one in lesson.pending()}
+        self._pending = self._missing_or_in_work()
+        records.keep_tries(self._pending)
+
+    def _missing_or_in_work(self) -> dict[str, Question]:
+        """The questions without an answer, by item; those in batches also if their failure was the last word before."""
+        in_work = {one.name for record in self._records.batches for one in record.requests.values()}
+        names = {question.item.name for question in self._lesson.pending()}
+        names |= {name for name in in_work if self._lesson.journal.lines.get(name, {}).get("status") != "ok"}
+        return {name: question for name, question in self._lesson.questions.items() if name in names}
 
     def work(self) -> None:
         """Go on until all batches are joined and nothing can be sent; without `wait`, until they are created."""
@@ -252,6 +260,8 @@ class _Run:
 
     def _tried(self, record: BatchRecord, own_id: str, joined: Joined) -> Tried | None:
         """What came of a request; None if the provider did not work on it."""
+        reply: Reply | Fault
+        billed: Reply | Fault | None
         if own_id in joined.replies:
             reply = billed = joined.replies[own_id]
         elif own_id in joined.doubts:

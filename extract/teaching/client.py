@@ -26,6 +26,10 @@ from agiqa.version import agiqa_version
 HIDDEN = "[key]"
 """What stands for the key in texts of servers."""
 
+_CONNECTING = 4
+"""Tries to connect to a server that has never served a request."""
+_LONGEST_REASON = 500
+"""Characters of what a server says about an error: some repeat the whole request."""
 _QUIET_SECONDS = 15.0
 """Between two lines about waiting."""
 
@@ -63,7 +67,7 @@ class ClientSettings:
 
     timeout: float = 300.0
     """Seconds without a byte of an answer after which it counts as lost."""
-    tries: int = 6
+    tries: int = 8
     """Failures of one request after which it counts as unserved, if others are served meanwhile, or none ever was."""
     first_wait: float = 1.0
     """Seconds after a first failure, doubled after each further one, and shortened by up to half at random."""
@@ -86,6 +90,8 @@ class Sent:
     json: object
     """The body as JSON; None if it is none."""
     fault: Fault | None
+    status: int = 0
+    """HTTP status; 0 without an answer."""
     attempts: int = 1
     lost: int = 0
     """Attempts whose answer was lost on its way: the provider may have billed them."""
@@ -209,7 +215,7 @@ class Client:
             if sent.fault is None or sent.fault.kind not in ("busy", "again"):
                 self._served = time.monotonic()
             elif not once:
-                fault = self._after_failure(url, sent.fault, attempts, tries or self.settings.tries, started)
+                fault = self._after_failure(url, sent.fault, attempts, self._most_tries(sent, tries), started)
                 if fault is None:
                     continue
                 sent = replace(sent, fault=fault)
@@ -233,13 +239,14 @@ class Client:
         content = response.content if self._key is None else _without(self._key, response.content)
         found, answer = {name.lower(): value for name, value in response.headers.items()}, parse_json(content)
         fault = self._fault(response.status_code, answer, found) if response.status_code >= 300 else None
-        return Sent(content=content, headers=found, json=answer, fault=fault)
+        return Sent(content=content, headers=found, json=answer, fault=fault, status=response.status_code)
 
     def _fault(self, status: int, answer: object, headers: Mapping[str, str]) -> Fault:
         """The fault with the wait that the server asks for in a header or in the body, and a reason for people."""
         fault = self.api.fault(status, answer)
         asked = [seconds for seconds in (seconds_asked(headers.get("retry-after", "")), fault.wait or 0.0) if seconds]
-        reason = fault.reason if str(status) in fault.reason else f"{fault.reason} (HTTP status {status})"
+        said = fault.reason[:_LONGEST_REASON]
+        reason = said if str(status) in said else f"{said} (HTTP status {status})"
         if status in (401, 403) or fault.kind == "fatal":
             reason = f"{reason}. {self._advice(status)}"
         return Fault(kind=fault.kind, reason=reason, wait=max(asked) if asked else None)
@@ -252,6 +259,11 @@ class Client:
         if status == 404:
             return f"Check the name of the model, {self.model!r}, and the base URL"
         return "Check the account of the provider" if status in (402, 429) else "Check the base URL"
+
+    def _most_tries(self, sent: Sent, tries: int | None) -> int:
+        most = tries or self.settings.tries
+        is_unconnected = not sent.status and sent.fault is not None and sent.fault.kind == "busy"
+        return min(most, _CONNECTING) if is_unconnected and self._served is None else most
 
     def _after_failure(self, url: str, fault: Fault, attempts: int, tries: int, started: float) -> Fault | None:
         """Wait for the next attempt, and return None; or the fault to report. Raises RemoteError to end the run."""

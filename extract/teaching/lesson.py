@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from agiqa.errors import ConfigError
 from agiqa.extract.data.items import DataSet
@@ -45,6 +45,14 @@ class TeachingSettings:
     retry_failed: bool = False
     """Whether items that were refused or failed in an earlier run are asked about again."""
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a number out of range."""
+        if self.jobs < 1 or self.retries < 0 or (self.budget is not None and self.budget <= 0.0):
+            message = (
+                f"{self.jobs} jobs, {self.retries} retries and a budget of {self.budget} USD: one is out of range."
+            )
+            raise ConfigError(message)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
@@ -70,8 +78,8 @@ class TeachingResult:
     missing: int
     """Items without a line."""
     skipped: tuple[str, ...]
-    stopped: Literal["budget"] | None
-    """Why this run ended before all items were done."""
+    stopped: str | None
+    """Why this run ended before all items were done, such as budget; None if it did not."""
     cost: float | None
     """USD of this run's lines; None if unknown."""
     seconds: float
@@ -92,14 +100,14 @@ class TeachingResult:
             "stopped": self.stopped,
             "tokens": {kind: _total_tokens(self.lines.values(), kind) for kind in ("input", "output")},
             "cost_usd": self.cost,
-            "total_cost_usd": _total_cost(self.lines.values()),
+            "counted_usd": _total(self.lines.values(), "counted_usd"),
             "seconds": round(self.seconds, 3),
         }
 
 
-def _total_cost(lines: Iterable[Line]) -> float | None:
+def _total(lines: Iterable[Line], kind: str) -> float | None:
     """USD of the lines; None if that of one is unknown."""
-    costs = [line["cost_usd"] for line in lines]
+    costs = [line[kind] for line in lines]
     return None if None in costs else round(sum(costs), 6)
 
 
@@ -229,7 +237,7 @@ class Lesson:
         conversations: Mapping[str, Path],
         written: Sequence[Line],
         *,
-        stopped: Literal["budget"] | None,
+        stopped: str | None,
         since: float,
     ) -> TeachingResult:
         """What a run came to that wrote the lines `written`, and began at `since` by time.perf_counter."""
@@ -242,7 +250,7 @@ class Lesson:
             missing=sum(name not in lines for name in self.questions),
             skipped=self.data_set.skipped,
             stopped=stopped,
-            cost=_total_cost(written),
+            cost=_total(written, "cost_usd"),
             seconds=time.perf_counter() - since,
         )
 

@@ -10,7 +10,6 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from pathlib import Path
-from typing import Literal
 
 from agiqa.errors import RemoteError
 from agiqa.extract.data.items import DataSet
@@ -72,7 +71,7 @@ class _Run:
 
     def __init__(self, lesson: Lesson, pending: Sequence[Question]) -> None:
         self.written: list[Line] = []
-        self.stopped: Literal["budget"] | None = None
+        self.stopped: str | None = None
         self._lesson = lesson
         self._left = len(pending)
         self._next = iter(pending)

@@ -55,8 +55,8 @@ def test_a_whole_data_set_and_nothing_more_the_second_time(teach, data, tmp_path
     assert (result["items"], result["explained"], result["missing"], result["cost_usd"]) == (ITEMS, ITEMS, 0, None)
     assert "price of teacher-1 is not known" in first.err
     assert f"resume: {ITEMS} of {ITEMS} items are done already" in again.err
-    assert "explained       8" in again.out
-    assert "total_cost_usd  unknown" in again.out
+    assert "explained      8" in again.out
+    assert "counted_usd    unknown" in again.out
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "teacher.jsonl",
         "teacher.provenance.json",
@@ -204,7 +204,7 @@ def test_a_budget_stops_the_run(teach, data, server, tmp_path):
     assert stopped.code == 1
     result = json.loads(stopped.out)
     assert result["stopped"] == "budget"
-    assert 0.12 < result["total_cost_usd"] <= 0.22
+    assert 0.12 < result["counted_usd"] <= 0.22
     missing = ITEMS - len(server.requests)
     assert result["missing"] == missing > 0
     assert f"The budget of 0.22 USD allows no further request: {missing} of {ITEMS} items" in stopped.err

@@ -188,7 +188,7 @@ class BatchOpenAi(BatchProvider, OpenAi):
             "output_file_id": None,
             "error_file_id": None,
             "metadata": json.loads(batch.tag or "null"),
-            "request_counts": {"total": len(batch.lines), "completed": 0, "failed": 0},
+            "request_counts": {"total": len(batch.lines), "completed": len(batch.lines) if ended else 0, "failed": 0},
         }
         if not ended:
             return shown
@@ -281,7 +281,8 @@ class BatchGemini(BatchProvider, Gemini):
             "displayName": batch.tag,
             "inputConfig": {"fileName": batch.file},
             "state": f"BATCH_STATE_{'RUNNING' if not ended else self.STATES['failed' if batch.failed else self.end]}",
-            "batchStats": {"requestCount": str(len(batch.lines))},
+            "batchStats": {"requestCount": str(len(batch.lines))}
+            | ({"successfulRequestCount": str(len(batch.lines))} if ended else {}),
         }
         shown: dict[str, Any] = {"name": f"batches/{batch.id}", "metadata": metadata}
         if ended and batch.failed:

@@ -53,7 +53,7 @@ def test_a_batch_from_file_to_results(server, api, tmp_path):
     assert [one.images for one in server.paid] == [(PICTURE.content,)] * 3
     assert api.look(created.id).state == "open"
     ended = api.look(created.id)
-    assert ended.state == "ended"
+    assert (ended.state, ended.finished) == ("ended", 3)
     results = [one for name in ended.files for one in read_results(api, api.download(name))]
     replies = {one.key: one.reply for one in results}
     assert isinstance(replies["a1"], Reply)

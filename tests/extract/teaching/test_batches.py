@@ -279,6 +279,39 @@ def test_without_waiting_a_second_run_fetches_the_answers(taught, server):
     refuse_open_batches(taught.out)
 
 
+def test_failed_items_that_are_in_a_batch_get_its_answers(taught, server):
+    server.script(bad_image, bad_image, about="a picture 2")
+    taught.run()
+    assert [line["status"] for _, line in sorted(taught.lines().items())].count("failed") == 2
+    server.polls = None
+    leaving = BatchSettings(interval=0.01, wait=False)
+    taught.run(leaving, retry_failed=True)
+    assert len(server.paid) == 8 + 2
+    server.finish()
+    result, _ = taught.run()
+    assert (result.asked, len(server.paid)) == (2, 10)
+    assert {line["status"] for line in taught.lines().values()} == {"ok"}
+
+
+def test_tries_that_nothing_continues_are_forgotten(taught, server):
+    server.script(broken_json, about="a picture 3")
+    server.polls = None
+    taught.run(BatchSettings(interval=0.01, wait=False))
+    server.finish()
+    upload = "POST /upload" if server.API == "gemini" else "POST /v1/files"
+    server.always(fails(500), path=upload)
+    with pytest.raises(RemoteError):
+        taught.run(client=ClientSettings(timeout=5.0, tries=1, patience=0.0))
+    assert len(taught.lines()) == 7
+    server.calm()
+    records = json.loads(records_path(taught.out).read_text())
+    assert [len(tries) for tries in records["tries"].values()] == [1]
+    taught.fallback = True  # other settings, and no batch is open
+    result, _ = taught.run()
+    assert (result.missing, result.asked) == (0, 1)
+    assert taught.files() == DONE
+
+
 def test_open_batches_keep_their_settings_and_items(taught, server, tmp_path):
     server.polls = None
     taught.run(BatchSettings(interval=0.01, wait=False))

@@ -265,10 +265,44 @@ def test_limits_hold_in_every_window(limits):
     assert all(later - earlier >= window for earlier, later in zip(before, after[3:], strict=False))
 
 
+@pytest.mark.parametrize("limit", [{"requests_per_minute": 2}, {"tokens_per_minute": 25}], ids=str)
+def test_the_client_keeps_to_its_limits(server, limit):
+    halt = threading.Event()
+    with client_of(server, ClientSettings(**limit), halt=halt) as client:
+        for _ in range(2):
+            client.ask(request_about("x"), tokens=10)
+        timer = threading.Timer(0.1, halt.set)
+        timer.start()
+        with pytest.raises(Halted):
+            client.ask(request_about("x"), tokens=10)
+        timer.join()
+    assert len(server.requests) == 2
+
+
 def test_a_request_beyond_the_limit_goes_alone():
     limits = MinuteLimits(None, 100, window=0.05)
     assert limits.wait_for(1000) == 0
     assert limits.wait_for(1) > 0
+
+
+@pytest.mark.parametrize("url", ["https://me:secret@there/v1", "https://there/v1?key=secret"])
+def test_no_key_in_a_url(url):
+    with pytest.raises(ConfigError, match="The base URL of there holds") as caught:
+        api_of("openai", url)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_was_never_there_is_told_soon(server):
+    server.stop()
+    settings = ClientSettings(tries=100, first_wait=0.01)
+    with client_of(server, settings) as client, pytest.raises(RemoteError, match="no connection"):
+        client.ask(request_about("x"))
+
+
+def test_a_long_complaint_of_the_server_is_cut(server):
+    server.always(lambda one, _: one.error(400, "x", "data " * 10_000))
+    with client_of(server) as client:
+        assert len(client.ask(request_about("x")).reply.reason) < 600
 
 
 def test_where_the_key_comes_from(monkeypatch):

@@ -17,6 +17,7 @@ from tests.extract.teaching.providers import (
     KEY,
     MODEL,
     explains,
+    loses,
     refuses,
     says,
     slow,
@@ -29,6 +30,7 @@ from tests.extract.teaching.runs import (
     SETTINGS,
     lines_of,
     make_data,
+    name_of,
     prompt_of,
     run,
     teacher,
@@ -60,11 +62,31 @@ def test_the_budget_is_never_exceeded_and_a_larger_one_goes_on(server, data, tmp
     assert 0 < result["explained"] < ITEMS
     assert result["explained"] == len(server.requests)  # also what was in flight is there
     most = (100 * 1.5 * 1000 + 1000 * 100) / 1e6
-    assert 0.7 - most < result["total_cost_usd"] <= 0.7
+    assert 0.7 - most < result["counted_usd"] <= 0.7
     more = run(data, out, teacher(server, price=PRICE), budget=0.7).as_dict()
     assert (more["asked"], more["stopped"]) == (0, "budget")
     rest = run(data, out, teacher(server, price=PRICE), budget=100.0).as_dict()
     assert (rest["explained"], rest["stopped"], len(server.requests)) == (ITEMS, None, ITEMS)
+
+
+def test_money_for_lines_that_were_replaced_stays_counted(openai, data, tmp_path):
+    openai.always(says("no JSON"), about=prompt_of(1))
+    out = tmp_path / "t.jsonl"
+    first = run(data, out, teacher(openai, price=PRICE)).as_dict()
+    openai.calm()
+    again = run(data, out, teacher(openai, price=PRICE), retry_failed=True).as_dict()
+    assert (again["asked"], again["explained"]) == (1, ITEMS)
+    assert again["counted_usd"] == pytest.approx(first["counted_usd"] + again["cost_usd"])
+
+
+def test_a_lost_answer_counts_as_much_as_it_can_cost(openai, data, tmp_path):
+    """Its own cost is unknown: whether the provider bills it, nobody tells."""
+    openai.script(loses(), about=prompt_of(1))
+    out = tmp_path / "t.jsonl"
+    run(data, out, teacher(openai, price=PRICE))
+    line = lines_of(out)[name_of(1)]
+    assert line["lost"] == 1
+    assert line["counted_usd"] > line["cost_usd"] + 100 * PRICE.output / 1e6
 
 
 def test_a_budget_needs_prices(openai, data, tmp_path):
@@ -75,7 +97,7 @@ def test_a_budget_needs_prices(openai, data, tmp_path):
 
 def test_an_unknown_cost_is_null(openai, data, tmp_path):
     result = run(data, tmp_path / "t.jsonl", teacher(openai)).as_dict()
-    assert (result["cost_usd"], result["total_cost_usd"]) == (None, None)
+    assert (result["cost_usd"], result["counted_usd"]) == (None, None)
     assert {line["cost_usd"] for line in lines_of(tmp_path / "t.jsonl").values()} == {None}
 
 
