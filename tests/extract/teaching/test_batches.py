@@ -8,6 +8,7 @@ from agiqa.errors import DataError, RemoteError, SettingsConflict
 from agiqa.extract import load_data_set
 from agiqa.extract.teaching.apis import api_of
 from agiqa.extract.teaching.asking import TeacherModel
+from agiqa.extract.teaching.batch_apis import _KINDS as KINDS
 from agiqa.extract.teaching.batch_records import records_path, refuse_open_batches
 from agiqa.extract.teaching.batch_steps import BatchSettings
 from agiqa.extract.teaching.batches import run_batches
@@ -22,6 +23,7 @@ from tests.extract.teaching.providers import (
     FALLBACK,
     KEY,
     MODEL,
+    Reply,
     answer_of,
     bad_image,
     broken_json,
@@ -181,6 +183,37 @@ def test_limits_make_several_batches(taught, server):
     assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
 
 
+def test_the_size_of_files_makes_several_batches_and_refuses_what_fits_into_none(taught, server, monkeypatch):
+    taught.run(BatchSettings(interval=0.01, most_requests=1))
+    sizes = [
+        len(content) for name, content in server.store.files.items() if b"contents" in content or b"messages" in content
+    ]
+    monkeypatch.setattr(KINDS[server.API], "most_bytes", 3 * max(sizes))
+    taught.out.unlink()
+    server.store.batches.clear()
+    taught.run()
+    assert [len(batch.lines) for batch in server.store.batches.values()] == [3, 3, 2]
+    taught.out.unlink()
+    monkeypatch.setattr(KINDS[server.API], "most_bytes", max(sizes) - 1)
+    with pytest.raises(DataError, match=r"item '.*\.png': a request of \d+ bytes, of which a batch takes"):
+        taught.run()
+
+
+def test_a_run_that_was_killed_after_writing_its_lines_writes_them_once(taught, server):
+    server.polls = None
+    taught.run(BatchSettings(interval=0.01, wait=False))
+    records = records_path(taught.out)
+    as_killed = records.read_bytes()
+    server.finish()
+    taught.run()
+    lines = taught.out.read_bytes()
+    records.write_bytes(as_killed)
+    result, outcome = taught.run()
+    assert (result.asked, outcome.left, taught.out.read_bytes()) == (0, set(), lines)
+    assert taught.files() == DONE
+    assert len(server.paid) == 8
+
+
 def test_a_full_queue_makes_batches_smaller_and_holds_them_back(folder, tmp_path):
     with BATCH_PROVIDERS["openai"]() as server:
         taught = Class(server, folder, tmp_path / "teacher.jsonl")
@@ -245,10 +278,21 @@ def test_an_upload_that_fails_for_good_ends_the_run_and_the_next_goes_on(taught,
 
 def test_a_creation_whose_answer_is_lost_is_not_paid_twice(taught, server):
     path = "POST /v1/batches" if server.API == "openai" else ":batchGenerateContent"
-    server.script(loses(type(server).route), fails(500), path=path)
+    nameless = says_nothing_of(server)
+    server.script(loses(type(server).route), fails(500), nameless, path=path)
     taught.run(BatchSettings(interval=0.01, most_requests=4))
     assert [len(batch.lines) for batch in server.store.batches.values()] == [4, 4]
     assert len(server.paid) == len(taught.lines()) == 8
+
+
+def says_nothing_of(server):
+    """The batch is created, and the answer does not name it."""
+
+    def creates(one, request):
+        type(server).route(one, request)
+        return Reply(body=b"{}")
+
+    return creates
 
 
 def test_the_budget_is_checked_before_a_batch_is_created(taught, server):
