@@ -49,8 +49,8 @@ SECTIONS = {
     type=OneOf("variant", VARIANTS, look_up=_look_up_variant),
     default="id",
     show_default=True,
-    help="What the model reads: one question; a description too; the rating word too; or id:ASPECT+ASPECT, "
-    "descriptions of several aspects.",
+    help="What the model reads: one question; a description too; the rating word too; or id:ASPECT+ASPECT "
+    "(full:ASPECT+ASPECT), descriptions of several aspects.",
 )
 @click.option("--aspect", type=ASPECT, default="quality", show_default=True, help="Wording of the questions.")
 @click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")

@@ -174,13 +174,15 @@ def _opened(options: Mapping[str, Any]) -> "tuple[Opener, HuggingFaceBackbone]":
     """The model, in bfloat16 where the checkpoint is in float16."""
     from agiqa.extract.models.huggingface import HuggingFaceBackbone
     from agiqa.extract.models.opening import opened, opener_of
+    from agiqa.progress import say
 
     given: dict[str, Any] = {"adapter": None, "max_slices": options["max_slices"]}
     opener = opener_of(options["model"], dtype=options["dtype"], **given)
     backbone = opened(opener, options["device"])
     if backbone.logical_dtype == "float16":
         opener = opener_of(options["model"], dtype="bfloat16", **given)
-        backbone = opened(opener, options["device"])
+        backbone = opener(device=options["device"])
+        say(f"{options['model']} is in float16, in which gradients become 0 or infinite; training computes in bfloat16")
     assert isinstance(backbone, HuggingFaceBackbone)  # as all that can be opened by name
     return opener, backbone
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from agiqa.errors import ModelError
 from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
 from agiqa.extract.tuning.parts import find_parts, modules_of
 from agiqa.extract.tuning.recipes import Recipe
@@ -60,17 +61,21 @@ def saved_name(name: str) -> str:
 def adapt(backbone: HuggingFaceBackbone, recipe: Recipe, *, seed: int) -> Trained:
     """Make the parts of `recipe` trainable in the loaded model of `backbone`, in place. `seed` draws the LoRA pairs.
 
-    Raises ModelError for parts that the model lacks, or a model that makes its logits in an unknown way.
+    Raises ModelError for parts that the model lacks, quantised weights, or logits that are made in an unknown way.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     model = backbone.loaded()
+    packed = sorted({str(weight.dtype) for weight in model.parameters()} - {str(dtype) for dtype in DTYPES.values()})
+    if packed:
+        message = f"{backbone.checkpoint.name}: weights are quantised ({packed[0]}); give an unquantised checkpoint."
+        raise ModelError(message)
     pattern, names = find_parts(backbone, model, recipe)
     backbone.project(torch.zeros(1, backbone.hidden_size))  # finds the logit map while the model is as published
     settings: dict[str, Any] = {"r": recipe.rank, "lora_alpha": recipe.alpha, "lora_dropout": recipe.dropout}
     settings |= {"target_modules": pattern, "base_model_name_or_path": backbone.checkpoint.name}
     model.requires_grad_(requires_grad=False)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(**settings), model, adapter_name=_ADAPTER)
     whole = modules_of(model, names)

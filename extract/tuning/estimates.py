@@ -33,6 +33,8 @@ class Counts:
     lora: int
     """Trained parameters in LoRA pairs."""
     frozen: int
+    tables: int
+    """Trained parameters in embeddings, which have gradients for all their rows."""
     autocast: int
     """Trained parameters of which the forward pass makes a copy in the model's dtype."""
 
@@ -62,6 +64,7 @@ class Counts:
             trained=trained + lora,
             lora=lora,
             frozen=sum(sizes.values()) - trained,
+            tables=table,
             autocast=trained - table + lora,
         )
 
@@ -105,6 +108,8 @@ def estimate(backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, *, check
     counts = Counts.of(backbone, recipe, model)
     size = DTYPES[backbone.logical_dtype].itemsize
     copies = counts.autocast * size if size < 4 else 0
+    if recipe.batch_size > recipe.micro_batch:  # gradients of two micro-batches, while they are added
+        copies += counts.tables * 4
     weights = counts.frozen * size + counts.trained * TRAINED_BYTES + copies
     return Estimate(
         counts=counts, weights=weights, activations=_activations(backbone, recipe, load, model, checkpointing)

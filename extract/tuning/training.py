@@ -181,7 +181,8 @@ class Trainer:
 
     def _restore(self) -> bool:
         """Go back to the last checkpoint; False if there is none."""
-        found = self.folder.load_state(str(self.learner.backbone.device))
+        with naming_memory():
+            found = self.folder.load_state(str(self.learner.backbone.device))
         if found is None:
             return False
         tensors, facts = found

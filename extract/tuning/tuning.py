@@ -13,7 +13,7 @@ from agiqa.errors import DataError, ModelError, WorkerError
 from agiqa.extract.data.items import DataSet, Item, OnBadItem
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.opening import devices_of_host
-from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers
+from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers, default_workers
 from agiqa.extract.tuning.adapting import adapt, recompute
 from agiqa.extract.tuning.estimates import (
     GB,
@@ -26,7 +26,7 @@ from agiqa.extract.tuning.estimates import (
 from agiqa.extract.tuning.examples import Limited, Planned, plan_example, unplanned
 from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.extract.tuning.group import Group
-from agiqa.extract.tuning.learner import Learner, OutOfMemory
+from agiqa.extract.tuning.learner import Learner, OutOfMemory, naming_memory
 from agiqa.extract.tuning.parts import find_parts
 from agiqa.extract.tuning.processes import run_on_devices
 from agiqa.extract.tuning.recipes import Recipe
@@ -232,11 +232,14 @@ class Work:
         """Train `backbone` as one process of `group`."""
         settings = self.settings
         backbone.load()
-        trained = adapt(backbone, settings.recipe, seed=settings.seed)
+        with naming_memory():
+            trained = adapt(backbone, settings.recipe, seed=settings.seed)
         recompute(trained, self.checkpointing)
         material = self.plan.material
         schedule = Schedule(settings.recipe, items=len(material.train), seed=settings.seed)
-        workers = chosen_workers(settings.workers, backbone, len(material.train), opener=self.opener)
+        workers = settings.workers
+        if workers is None:
+            workers = default_workers(backbone.device, len(material.train), processes=group.size)
 
         def trainer(reporter: Reporter, preparation: Preparation[HuggingFaceBackbone]) -> Trainer:
             return Trainer(

@@ -92,6 +92,10 @@ def test_options_that_have_no_effect_are_wrong_usage(agiqa, data, tmp_path):
 def test_servers_that_cannot_be_asked(agiqa, data, server, tmp_path):
     out = tmp_path / "out.jsonl"
     given = ("describe", data, out, "--model", MODEL, "--json", "--server")
+    secret = agiqa(*given, server.base_url.replace("http://", "http://user:hidden-word@"))
+    refuse(secret, "URL")
+    assert "hidden-word" not in secret.err
+    assert [path.name for path in tmp_path.iterdir()] == []
     refuse(agiqa(*given, server.base_url, "--key-env", "NO_SUCH_KEY"), "NO_SUCH_KEY has none")
     refuse(agiqa(*given, "localhost:8000"), "localhost:8000", "http://")
     server.key = KEY

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from agiqa.errors import ModelError
 from agiqa.extract.models.adapters import apply_adapter, resolve_adapter
 from agiqa.extract.tuning.adapting import adapt, recompute
 from agiqa.extract.tuning.examples import example_of
@@ -168,6 +169,15 @@ def test_peft_itself_reads_the_adapter(llama, talks, tmp_path):
         expected = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0]
     found = opener(device="cpu", adapter=str(folder)).hidden_states([prepared])[0]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_quantised_weights_are_refused(llama):
+    backbone = opener_for(llama)(device="cpu")
+    backbone.load()
+    layer = backbone.loaded().model.layers[0].mlp.down_proj
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ModelError, match="weights are quantised"):
+        adapt(backbone, quick("light"), seed=0)
 
 
 def test_embeddings_that_are_tied_are_trained_alone(talks, tmp_path):
