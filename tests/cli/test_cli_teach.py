@@ -55,7 +55,7 @@ def test_a_whole_data_set_and_nothing_more_the_second_time(teach, data, tmp_path
     assert (result["items"], result["explained"], result["missing"], result["cost_usd"]) == (ITEMS, ITEMS, 0, None)
     assert "price of teacher-1 is not known" in first.err
     assert f"resume: {ITEMS} of {ITEMS} items are done already" in again.err
-    assert "explained       8" in again.out
+    assert "explained      8" in again.out
     assert "counted_usd    unknown" in again.out
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "teacher.jsonl",
