@@ -183,7 +183,7 @@ class _OpenAI:
 
 
 class _Gemini:
-    most_requests, most_bytes = 50_000, 2_000_000_000
+    most_requests, most_bytes = 50_000, 2_000_000_000  # no limit on requests is known, and OpenAI's keeps files handy
     ENDED: Mapping[str, Literal["ended", "failed"]] = {
         "SUCCEEDED": "ended",
         "EXPIRED": "ended",
