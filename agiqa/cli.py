@@ -19,7 +19,9 @@ _AGAIN_SECONDS = 0.02
 
 SECTIONS = {
     "Prepare": {
+        "teach": "Let an online model explain the MOS of every image.",
         "tune": "Fine-tune the model on a teacher's conversations, into an adapter.",
+        "merge": "Write a model and its adapter as one checkpoint, for other servers.",
         "describe": "Let the model describe every image and rate it in one word.",
     },
     "Features": {

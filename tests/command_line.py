@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+KEY_VARIABLE, KEY = "AGIQA_TEST_KEY", "test-key-71c1f0e5-never-in-a-file"
+"""The key of the loopback servers in tests of `agiqa teach`: commands find it in this environment variable."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 _SERVER = """
 import gc, json, os, signal, sys, traceback
 import lightning.pytorch, pyarrow.parquet, torch, transformers, xlstm, zarr
-import agiqa.extract.models.opening, agiqa.heads
+import agiqa.extract.models.opening, agiqa.extract.teaching.batches, agiqa.heads.data.splits
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from agiqa.cli import main
 gc.freeze()
@@ -33,6 +35,8 @@ for line in sys.stdin:
         os.setsid()
         for descriptor in (1, 2):
             os.dup2(os.open(request["streams"][descriptor - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.chdir(request["folder"])
+        os.environ.update(request["environment"])
         torch.set_num_threads(request["threads"])
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         code = 0
@@ -72,7 +76,12 @@ class CommandLine:
     """Calls `agiqa` with arguments, one command at a time."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200"}
+        self.environment: dict[str, str] = {}
+        """Further environment variables of the commands."""
+        self.folder = REPOSITORY
+        """In which the commands run."""
+        settings = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "COLUMNS": "200", KEY_VARIABLE: KEY}
+        environment = {**os.environ, **settings}
         self._server = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _SERVER],
             cwd=REPOSITORY,
@@ -102,16 +111,18 @@ class CommandLine:
         after: str = "",
         when: Callable[[], bool] = lambda: True,
         number: signal.Signals = signal.SIGINT,
+        then: Callable[[int, str], object] = lambda _process, _error: None,
     ) -> Outcome:
         """Run `agiqa ARGUMENTS` and press Ctrl-C, which reaches all its processes, or send it signal `number`.
 
-        It is when `after` is on one of its streams and `when()` is true.
+        It is when `after` is on one of its streams and `when()` is true. `then` is called again and again until the
+        command ends, with its process and what it has written to its error stream.
         """
 
         def told(error: Path) -> bool:
             return after in error.read_text() or after in error.with_name("out").read_text()
 
-        return self._run(arguments, lambda error: told(error) and when(), 1, number=number)
+        return self._run(arguments, lambda error: told(error) and when(), 1, number=number, then=then)
 
     def close(self) -> None:
         """End the process that the commands are forked from."""
@@ -124,15 +135,18 @@ class CommandLine:
         threads: int,
         delay: float = 0.0,
         number: signal.Signals = signal.SIGKILL,
+        then: Callable[[int, str], object] = lambda _process, _error: None,
     ) -> Outcome:
-        with tempfile.TemporaryDirectory() as folder:
-            streams = [Path(folder) / "out", Path(folder) / "err"]
+        with tempfile.TemporaryDirectory() as temporary:
+            streams = [Path(temporary) / "out", Path(temporary) / "err"]
             for stream in streams:
                 stream.touch()
             request = {
                 "arguments": [str(argument) for argument in arguments],
                 "streams": [str(stream) for stream in streams],
                 "threads": threads,
+                "environment": self.environment,
+                "folder": str(self.folder),
             }
             assert self._server.stdin is not None
             self._server.stdin.write(json.dumps(request) + "\n")
@@ -144,6 +158,9 @@ class CommandLine:
                     if _alive(child):
                         _send(child, number)
                     break
+                time.sleep(0.001)
+            while _alive(child):
+                then(child, streams[1].read_text())
                 time.sleep(0.001)
             code = int(self._read())
             return Outcome(code=code, out=streams[0].read_text(), err=streams[1].read_text())

@@ -1,10 +1,12 @@
 """`agiqa describe`: stage 2, the model's description and rating word of every image."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from agiqa.commands.help import SectionedCommand
 from agiqa.commands.models import (
@@ -17,18 +19,42 @@ from agiqa.commands.models import (
 from agiqa.commands.options import OneOf, shared_options
 from agiqa.commands.output import print_result, table
 
+if TYPE_CHECKING:
+    from agiqa.extract import DataSet, DescriptionResult, DescriptionSettings
+    from agiqa.extract.models.preparing import Opener
+
 SECTIONS = {
     "Model": MODEL_OPTIONS,
+    "Server": ("server", "key_env", "jobs"),
     "Questions and answers": ("aspect", "settings", "seed", "max_new_tokens"),
     "Data": ("labels", "on_bad_item"),
     "Speed": ("batch_size", "workers"),
 }
+_OF_A_SERVER = ("key_env", "jobs")
+_OF_A_MODEL_HERE = ("adapter", "max_slices", "dtype", "device", "batch_size", "workers")
 
 
 @click.command("describe", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
 @model_options
+@click.option(
+    "--server",
+    metavar="URL",
+    help="Server of OpenAI's format that runs the model, such as http://localhost:8000/v1; --model is its name there.",
+)
+@click.option(
+    "--key-env",
+    metavar="NAME",
+    help="Environment variable with the server's key.  [default: OPENAI_API_KEY for OpenAI itself, else no key]",
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Images that the server works on at the same time.",
+)
 @click.option(
     "--labels", type=click.Path(path_type=Path, exists=True), help="Table (csv) of the items of a conversation file."
 )
@@ -54,6 +80,9 @@ def command(
     max_slices: int | None,
     dtype: str,
     device: str,
+    server: str | None,
+    key_env: str | None,
+    jobs: int,
     labels: Path | None,
     aspect: str,
     settings: str,
@@ -67,15 +96,15 @@ def command(
 
     DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels. MOS are
     not needed. `agiqa extract DATA STORE --conversations OUT.jsonl` and `agiqa words OUT.jsonl --labels data.csv` read
-    OUT.
+    OUT. With --server a server answers. agiqa does not know its weights, and OUT.provenance.json says so.
     """
     from agiqa.errors import ConfigError
-    from agiqa.extract import DescriptionSettings, load_data_set, run_descriptions
+    from agiqa.extract import DescriptionSettings, load_data_set
     from agiqa.extract.describing.asking import preset
-    from agiqa.extract.models.opening import opened, opener_of
-    from agiqa.heads.evaluation.rating_words import parse_rating_word
+    from agiqa.extract.models.opening import opener_of
     from agiqa.progress import say
 
+    _refuse_options_without_effect(_OF_A_MODEL_HERE if server is not None else _OF_A_SERVER, server)
     if out.suffix.lower() != ".jsonl":
         message = f"{out}: descriptions are JSON lines. Give a name that ends in .jsonl."
         raise ConfigError(message)
@@ -83,25 +112,87 @@ def command(
     chosen = DescriptionSettings(
         aspect=aspect, describe=describe, rate=rate, batch_size=batch_size, on_bad_item=on_bad_item
     )
-    opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
-    backbone = opened(opener, device)  # a model that cannot be opened is reported before the images are checked
-    data_set = load_data_set(
+    load = partial(
+        load_data_set,
         data,
         labels=labels,
         variant="no_id",
         aspect=aspect,
-        images=backbone.reads_images,
         mos_range=None,  # MOS are not needed
         on_bad_item=on_bad_item,
     )
+    if server is None:
+        opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
+        result = _here(load, out, chosen, opener, device=device, workers=workers)
+    else:
+        result = _on_server(load, out, chosen, server=server, model=model, variable=key_env, jobs=jobs)
+    for line in result.skipped:
+        say(f"skipped {line}")
+    print_result(result.as_dict(), _text(result.as_dict()), as_json=as_json)
+
+
+def _refuse_options_without_effect(names: Sequence[str], server: str | None) -> None:
+    """Wrong usage if one of the options `names` was given."""
+    context = click.get_current_context()
+    given = [name for name in names if context.get_parameter_source(name) != ParameterSource.DEFAULT]
+    options = {option.name: option.opts[0] for option in context.command.params}
+    if given:
+        why = "is for a model that agiqa runs itself" if server is not None else "needs --server"
+        message = f"{options[given[0]]} {why}; leave it out{'' if server is not None else ', or give --server'}."
+        raise click.UsageError(message, context)
+
+
+def _here(
+    load: "Callable[..., DataSet]",
+    out: Path,
+    settings: "DescriptionSettings",
+    opener: "Opener",
+    *,
+    device: str,
+    workers: int | None,
+) -> "DescriptionResult":
+    from agiqa.extract import run_descriptions
+    from agiqa.extract.models.opening import opened
+    from agiqa.heads.evaluation.rating_words import parse_rating_word
+
+    backbone = opened(opener, device)  # a model that cannot be opened is reported before the images are checked
+    data_set = _noted(load(images=backbone.reads_images))
+    return run_descriptions(
+        data_set, backbone, out, settings, rating_of=parse_rating_word, workers=workers, opener=opener
+    )
+
+
+def _on_server(
+    load: "Callable[..., DataSet]",
+    out: Path,
+    settings: "DescriptionSettings",
+    *,
+    server: str,
+    model: str,
+    variable: str | None,
+    jobs: int,
+) -> "DescriptionResult":
+    from agiqa.extract.describing.served import run_served_descriptions, sent
+    from agiqa.extract.teaching.apis import api_of
+    from agiqa.extract.teaching.client import Client, key_for
+    from agiqa.heads.evaluation.rating_words import parse_rating_word
+    from agiqa.progress import say
+
+    api = api_of("openai", server)
+    with Client(api, model, key=key_for(api, variable)) as client:
+        data_set = _noted(load(images=True))
+        if sent(settings).describe != settings.describe:
+            say("note: OpenAI's format has no top_k and no repetition penalty, so the server uses its own")
+        return run_served_descriptions(data_set, client, out, settings, rating_of=parse_rating_word, jobs=jobs)
+
+
+def _noted(data_set: "DataSet") -> "DataSet":
+    """`data_set`, after its notes are shown."""
+    from agiqa.progress import say
+
     for note in data_set.notes:
         say(note)
-    result = run_descriptions(
-        data_set, backbone, out, chosen, rating_of=parse_rating_word, workers=workers, opener=opener
-    ).as_dict()
-    for line in result["skipped"]:
-        say(f"skipped {line}")
-    print_result(result, _text(result), as_json=as_json)
+    return data_set
 
 
 def _text(result: Mapping[str, Any]) -> str:

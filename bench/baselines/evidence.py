@@ -12,10 +12,10 @@ from agiqa.extract.data.matching import Match, prompt_faults, row_name
 from agiqa.extract.describing.describing import images_without_answer
 from agiqa.heads.data.features import FeatureSource, ItemRows, location_of, read_checked
 from agiqa.heads.data.prompt_groups import normalise_prompt, prompt_groups
-from agiqa.heads.evaluation.rating_words import RATING_WORDS, parse_rating_word
+from agiqa.heads.evaluation.rating_words import parse_rating_word
 from agiqa.store import TOKEN_ROLES
 from agiqa.store.format.items import MODEL, TEACHER
-from agiqa.store.format.labels import MosRange
+from agiqa.store.format.labels import RATING_WORDS, MosRange
 
 Array = NDArray[np.float64]
 Positions = NDArray[np.int64]

@@ -21,7 +21,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from agiqa.bench.baselines.evidence import Array, Evidence, Positions
 from agiqa.errors import DataError
-from agiqa.heads.evaluation.rating_words import RATING_WORDS
+from agiqa.store.format.labels import RATING_WORDS
 
 RIDGE, KERNEL_RIDGE = "ridge", "kernel ridge"
 STRENGTHS = np.logspace(-1, 5, 13)

@@ -1,10 +1,11 @@
 """M3-AGIQA conversation files: the published questions with the descriptions that the models gave.
 
 A file holds one JSON list, or one JSON object per line, of
-`{id, image, conversations: [{role, content} x 4], response_0?, response_1?, text_author?, prompt?}`. `response_0`
-and `response_1` are the fine-tuned local model's own description and rating word. Where they are given, they replace
-those of `conversations`, which a teacher that knew the MOS wrote, unless `text_author` names another writer.
-`prompt` is the prompt that the conversation is about, for questions that do not name it.
+`{id, image, conversations: [{role, content} x 4], response_0?, response_1?, text_author?, rating_author?, prompt?,
+split?}`. `response_0` and `response_1` are the fine-tuned local model's own description and rating word. Where they are
+given, they replace those of `conversations`, which a teacher that knew the MOS wrote, unless `text_author` names
+another writer, and `rating_author` another one of the rating word. `prompt` is the prompt that the conversation is
+about, for questions that do not name it. An entry's own `split` beats that of the file.
 """
 
 import json
@@ -24,6 +25,7 @@ from agiqa.store.format.labels import ASPECT_NAMES, SPLITS
 IMAGE_MARK = re.compile(r"\A<image>\n?")
 """Where the published training files say that the image goes: always before the first question."""
 
+_RATING_AUTHOR = "rating_author"
 _TEXT_FIELDS = ("image", "response_0", "response_1", "prompt")
 _ROLES = ("user", "assistant", "user", "assistant")
 _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(SPLITS)})(?![a-z])")
@@ -166,18 +168,19 @@ def _conversation(path: Path, number: int, record: Any, split: str | None) -> Co
         name = image if isinstance(image, str) else ""
         return Conversation(file=path, where=where, image=name, split=split, problems=problems)
     writer, described, rated = entry.get(TEXT_AUTHOR) or TEACHER, entry.get("response_0"), entry.get("response_1")
+    rater = entry.get(_RATING_AUTHOR) or writer
     return Conversation(
         file=path,
         where=where,
         image=cast("str", image),
-        split=split,
+        split=entry.get("split") or split,
         prompt=entry.get("prompt"),
         describe=IMAGE_MARK.sub("", texts[0]),
         description=described or texts[1],
         description_author=MODEL if described else writer,
         rate=texts[2],
         rating=rated or (texts[3] if len(texts) > 3 else None),
-        rating_author=MODEL if rated else writer,
+        rating_author=MODEL if rated else rater,
     )
 
 
@@ -189,8 +192,9 @@ def _problems(entry: Mapping[str, Any], texts: Sequence[str], faults: Sequence[s
     for key in ("response_0", "response_1", "prompt"):
         if entry.get(key) is not None and not _is_text(entry[key]):
             yield f"`{key}` is empty or not text"
-    if entry.get(TEXT_AUTHOR) not in (None, *TEXT_AUTHORS):
-        yield f"`{TEXT_AUTHOR}` is {entry[TEXT_AUTHOR]!r}, none of {', '.join(TEXT_AUTHORS)}"
+    for key, values in ((TEXT_AUTHOR, TEXT_AUTHORS), (_RATING_AUTHOR, TEXT_AUTHORS), ("split", SPLITS)):
+        if entry.get(key) not in (None, *values):
+            yield f"`{key}` is {entry[key]!r}, none of {', '.join(values)}"
     for part in filter(_is_halved, (*texts, *(entry.get(key) for key in _TEXT_FIELDS))):
         yield f"the text {str(part)[:40]!r} holds half a character (a lone surrogate)"
 

@@ -11,7 +11,7 @@ import torch
 from agiqa.errors import DataError, ModelError, UnknownName
 from agiqa.extract.data.items import Item, Message, OnBadItem, read_image
 from agiqa.extract.data.templates import VARIANTS, fill, template_of
-from agiqa.extract.models import Answer, Backbone, GenerationSettings, Prepared
+from agiqa.extract.models import Answer, AnsweringModel, GenerationSettings, Prepared
 from agiqa.extract.models.batches import is_out_of_memory
 from agiqa.extract.models.preparing import Preparation
 from agiqa.progress import say
@@ -51,7 +51,7 @@ class Described:
     tokens: Mapping[str, int | None]
     """Tokens of both prompts, images included, and of both answers; None if unknown, or if there was no question."""
     cut: bool | None
-    """Whether a limit cut the description off; None if the backbone cannot tell."""
+    """Whether a limit cut the description off; None if the model does not tell."""
     generated: Mapping[str, str | None]
     """By round, everything that the model generated if that includes thoughts; None if the answer is everything."""
     seconds: Mapping[str, float]
@@ -95,7 +95,7 @@ class Question:
         return str(self.item)
 
 
-def prepare_question(backbone: Backbone, question: Question) -> Prepared | str:
+def prepare_question(backbone: AnsweringModel, question: Question) -> Prepared | str:
     """The tokens and pixels of `question`, or the line that says why the model cannot answer. Needs no weights."""
     name = question.item.name
     try:
@@ -118,9 +118,9 @@ class _Reply:
     """The model's answer to one question about one item."""
 
     text: str
-    prompt_tokens: int
+    prompt_tokens: int | None
     tokens: int | None
-    """Tokens of the answer; None, as the next two, if the backbone cannot tell."""
+    """Tokens of the answer; None, as the next two and the tokens of the prompt, if the model does not tell."""
     cut: bool | None
     generated: str | None
     seconds: float
@@ -138,7 +138,11 @@ class Describer:
     """
 
     def __init__(
-        self, backbone: Backbone, settings: DescriptionSettings, *, preparation: Preparation | None = None
+        self,
+        backbone: AnsweringModel,
+        settings: DescriptionSettings,
+        *,
+        preparation: Preparation[AnsweringModel] | None = None,
     ) -> None:
         """The workers of `preparation` prepare the items. Raises UnknownName for the aspect."""
         self.backbone = backbone
@@ -266,9 +270,10 @@ class Describer:
 
 
 def _reply(prepared: Prepared, answer: str, seconds: float) -> _Reply:
+    counted = answer.prompt_tokens if isinstance(answer, Answer) else None
     return _Reply(
         text=str(answer),
-        prompt_tokens=len(prepared.token_ids),
+        prompt_tokens=len(prepared.token_ids) or counted,
         tokens=answer.tokens if isinstance(answer, Answer) else None,
         cut=not answer.complete if isinstance(answer, Answer) else None,
         generated=answer.generated if isinstance(answer, Answer) else None,

@@ -6,16 +6,15 @@ read again after a kill.
 """
 
 import json
-import os
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from agiqa.errors import BusyStore, DataError, SettingsConflict
+from agiqa.errors import DataError
 from agiqa.extract.data.items import DataSet, Item, item_key, read_image
+from agiqa.extract.data.journals import ITEM, Journal, Line
 from agiqa.extract.describing.asking import (
     Described,
     Describer,
@@ -24,29 +23,15 @@ from agiqa.extract.describing.asking import (
     prepare_question,
     unprepared,
 )
-from agiqa.extract.models import Backbone
+from agiqa.extract.models import AnsweringModel, Backbone
 from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers
 from agiqa.progress import say, track
-from agiqa.store.disk.files import (
-    append_durably,
-    canonical_json,
-    read_json,
-    telling_disk_errors,
-    whole_lines,
-    write_text_atomically,
-)
-from agiqa.store.disk.locks import exclusive_lock
 from agiqa.version import agiqa_version
 
 FORMAT, FORMAT_VERSION = "agiqa.descriptions", 1
 
-Line = dict[str, Any]
 RatingOf = Callable[[str], str | None]
 """From a free answer to the rating word in it; None if there is no clear one."""
-
-_FREE = ("agiqa",)
-"""Provenance that may differ between two runs on one file."""
-_ITEM = "item_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,18 +80,27 @@ def run_descriptions(
     Raises DataError that lists the items without an answer (`on_bad_item="skip"` leaves them out), and as
     DescriptionFile.
     """
-    started = time.perf_counter()
     backbone.check_tensors()
     count = chosen_workers(workers, backbone, len(data_set.items), opener=opener)
     with Preparation(backbone, workers=count, opener=opener) as preparation:
-        describer = Describer(backbone, settings, preparation=preparation)
-        file = DescriptionFile(out, _provenance(backbone, describer))
-        plan = _plan(data_set, describer)
-        file.check_items({name: one.key for name, one in plan.items() if one.key is not None})
-        problems = [one.problem for one in plan.values() if one.problem is not None]
-        if problems and (settings.on_bad_item == "fail" or len(problems) == len(plan)):
-            raise DataError.from_problems(data_set.name, problems)
-        described, failed = _describe(data_set, describer, file, plan, rating_of)
+        return write_descriptions(
+            data_set, Describer(backbone, settings, preparation=preparation), out, rating_of=rating_of
+        )
+
+
+def write_descriptions(data_set: DataSet, describer: Describer, out: Path, *, rating_of: RatingOf) -> DescriptionResult:
+    """Describe the items of `data_set` by `describer`, as `run_descriptions`."""
+    started = time.perf_counter()
+    settings = describer.settings
+    file = DescriptionFile(out, _provenance(describer))
+    plan = _plan(data_set, describer)
+    file.check_items({name: one.key for name, one in plan.items() if one.key is not None})
+    problems = [one.problem for one in plan.values() if one.problem is not None]
+    if problems and (settings.on_bad_item == "fail" or len(problems) == len(plan)):
+        raise DataError.from_problems(data_set.name, problems)
+    described, failed = _describe(data_set, describer, file, plan, rating_of)
+    if failed and not file.lines:
+        raise DataError.from_problems(data_set.name, failed)
     return DescriptionResult(
         out=out,
         lines=tuple(file.lines.values()),
@@ -121,7 +115,7 @@ class _Planned:
     """What is known of an item before the first answer."""
 
     length: int = 0
-    """Tokens of the first question, the image included."""
+    """Tokens of the first question, the image included; 0 if a server counts them."""
     key: str | None = None
     """Hash of the first question and the image; None if the image cannot be read."""
     problem: str | None = None
@@ -144,7 +138,7 @@ def _unplanned(question: Question, reason: str) -> _Planned:
     return _Planned(problem=unprepared(question, reason))
 
 
-def _planned(backbone: Backbone, question: Question) -> _Planned:
+def _planned(backbone: AnsweringModel, question: Question) -> _Planned:
     try:
         image = read_image(question.item)
     except DataError as error:
@@ -189,13 +183,13 @@ def _batches(data_set: DataSet, plan: Mapping[str, _Planned], size: int) -> list
     return [able[start : start + size] for start in range(0, len(able), size)]
 
 
-def _provenance(backbone: Backbone, describer: Describer) -> dict[str, Any]:
+def _provenance(describer: Describer) -> dict[str, Any]:
     settings = describer.settings
     return {
         "aspect": settings.aspect,
         "settings": settings.generation(),
         "questions": {"describe": describer.wording.describe, "rate": describer.wording.rate},
-        "model": backbone.provenance(),
+        "model": describer.backbone.provenance(),
         "agiqa": agiqa_version(),
     }
 
@@ -220,88 +214,20 @@ def _line(one: Described, key: str, provenance: Mapping[str, Any], rating_of: Ra
         "item_sha256": key,
         "id": one.item.name,
         "image": one.item.name,
+        "split": one.item.split,
         "conversations": [{"role": turn.role, "content": turn.content} for turn in one.conversation],
         "response_0": one.description,
         "response_1": one.answer or None,
     }
 
 
-class DescriptionFile:
-    """The file of `agiqa describe`: its lines by item name, and how to append more."""
+class DescriptionFile(Journal):
+    """The file of `agiqa describe`."""
 
     def __init__(self, path: Path, provenance: Mapping[str, Any]) -> None:
-        """Read the file at `path`, if there is one, and change nothing.
-
-        Raises DataError for another kind of file, and SettingsConflict, naming the first difference, for one with
-        another `provenance`.
-        """
-        self.path = path
-        self.provenance = {"format": FORMAT, "version": FORMAT_VERSION, **provenance}
-        if not path.parent.is_dir():
-            message = f"{path.parent} is no folder; make it, or write to another path."
-            raise DataError(message)
-        self.lines = _whole_lines(path)[0]
-        if self.lines:
-            self._check_provenance()
-
-    @property
-    def provenance_path(self) -> Path:
-        """The file that records how the lines were made."""
-        return self.path.with_name(f"{self.path.stem}.provenance.json")
-
-    def check_items(self, keys: Mapping[str, str]) -> None:
-        """Raise SettingsConflict unless every line's item is in `keys`, item name -> hash, with the same hash."""
-        for name, line in self.lines.items():
-            if keys.get(name) != line[_ITEM]:
-                what = "has another image or prompt now" if name in keys else "is not in this data set"
-                message = f"{self.path} describes {name!r}, which {what}. Choose another OUT, or remove that file."
-                raise SettingsConflict(message)
-
-    @contextmanager
-    def writing(self) -> Generator[None]:
-        """Allow `append` inside: lock the file, cut off a torn last line, and write the provenance.
-
-        Raises BusyStore while another run writes to the file, and as the constructor.
-        """
-        doing = f"writing {self.path}"
-        with telling_disk_errors(doing, "the items before are kept"), exclusive_lock(self.path) as mine:
-            if not mine:
-                message = f"Another run is writing to {self.path}. Wait for its end, or choose another OUT."
-                raise BusyStore(message)
-            self.lines, size = _whole_lines(self.path)
-            if self.lines:
-                self._check_provenance()
-            else:
-                text = json.dumps(self.provenance, indent=2, ensure_ascii=False)
-                write_text_atomically(self.provenance_path, text + "\n")
-            if size < self.path.stat().st_size:
-                os.truncate(self.path, size)
-            yield
-
-    def append(self, lines: Sequence[Line]) -> None:
-        """Add the lines of a batch, and flush them to the disk."""
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)  # ASCII: no line ends within
-        with telling_disk_errors(f"writing {self.path}", "the items before are kept"):
-            append_durably(self.path, text.encode())
-        self.lines.update({line["name"]: line for line in lines})
-
-    def _check_provenance(self) -> None:
-        if not self.provenance_path.exists():
-            message = (
-                f"{self.path} exists, but {self.provenance_path.name} beside it, which records how it was made, does "
-                "not. Choose another OUT."
-            )
-            raise SettingsConflict(message)
-        remedy = f"Choose another OUT, or remove it and {self.path.name}."
-        recorded, now = read_json(self.provenance_path, remedy=remedy), json.loads(canonical_json(self.provenance))
-        different = _difference(recorded, {**now, **{key: recorded.get(key) for key in _FREE if key in now}})
-        if different is not None:
-            name, was, is_now = different
-            message = (
-                f"{self.path} was made with other settings: {name} was {was!r}, and is {is_now!r} now. "
-                "Choose another OUT, or go on with the settings that it was made with."
-            )
-            raise SettingsConflict(message)
+        """Read the file at `path`, if there is one. Raises as Journal."""
+        whole = {"format": FORMAT, "version": FORMAT_VERSION, **provenance}
+        super().__init__(path, whole, command="agiqa describe", verb="describes")
 
 
 def images_without_answer(path: Path) -> frozenset[str]:
@@ -315,38 +241,6 @@ def images_without_answer(path: Path) -> frozenset[str]:
             line: Any = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and _ITEM in line and cast("Line", line).get("answer") == "":
+        if isinstance(line, dict) and ITEM in line and cast("Line", line).get("answer") == "":
             found.add(str(cast("Line", line).get("image")))
     return frozenset(found)
-
-
-def _whole_lines(path: Path) -> tuple[dict[str, Line], int]:
-    """The lines of the file by their item's name, and the bytes that they take; a torn last line is left out."""
-    content, lines = whole_lines(path), dict[str, Line]()
-    for number, text in enumerate(content.split(b"\n")[:-1], start=1):
-        line = _parse(path, number, text)
-        lines[line["name"]] = line
-    return lines, len(content)
-
-
-def _parse(path: Path, number: int, text: bytes) -> Line:
-    message = f"{path}, line {number} is no line of `agiqa describe`. Choose another OUT, or remove a damaged line."
-    try:
-        line: Any = json.loads(text.decode())
-    except ValueError as error:
-        raise DataError(message) from error
-    if not isinstance(line, dict) or not isinstance(line.get("name"), str) or not isinstance(line.get(_ITEM), str):
-        raise DataError(message)
-    return cast("Line", line)
-
-
-def _difference(was: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first place, dotted, where two JSON values differ, with both values."""
-    if not (isinstance(was, dict) and isinstance(now, dict)):
-        return None if was == now else (name, was, now)
-    old, new = cast("Line", was), cast("Line", now)
-    for key in {**old, **new}:  # in the order of the file
-        found = _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        if found is not None:
-            return found
-    return None

@@ -52,7 +52,7 @@ def calibrated(
     rank: int | None,
     batch_size: int | None = None,
     advance: Callable[[int], None] = lambda _items: None,
-    preparation: Preparation | None = None,
+    preparation: Preparation[Backbone] | None = None,
 ) -> Target:
     """A sketch of `rank`, or `int8` without a rank, by the moments of up to CALIBRATION_ITEMS training items.
 
@@ -88,7 +88,7 @@ def _hidden_states(
     items: Sequence[PlannedItem],
     batch_size: int | None,
     advance: Callable[[int], None],
-    preparation: Preparation,
+    preparation: Preparation[Backbone],
 ) -> Iterator[torch.Tensor]:
     """Hidden states (tokens, D) of each item, on the device."""
     transfers = Transfers(backbone.device)

@@ -70,7 +70,7 @@ class Here:
     """This process and its one device, an `Engine`."""
 
     backbone: Backbone
-    preparation: Preparation
+    preparation: Preparation[Backbone]
     batch_size: int | None
 
     def run(self, task: "Task", *, items: int, advance: Advance) -> Any:

@@ -105,7 +105,7 @@ class Filler:
         *,
         target: Target,
         batch_size: int | None = None,
-        preparation: Preparation | None = None,
+        preparation: Preparation[Backbone] | None = None,
     ) -> None:
         """`items` are those of the store, in its order; without a `batch_size` (items) the device's memory decides."""
         self.store = store

@@ -154,7 +154,7 @@ def _elsewhere(settings: ExtractionSettings) -> bool:
 
 
 def _engine(
-    backbone: Backbone, preparation: Preparation, settings: ExtractionSettings, opener: Opener | None
+    backbone: Backbone, preparation: Preparation[Backbone], settings: ExtractionSettings, opener: Opener | None
 ) -> Engine:
     if opener is None or not _elsewhere(settings):
         return Here(backbone=backbone, preparation=preparation, batch_size=settings.batch_size)

@@ -86,7 +86,7 @@ def tokenise(
     rule: LengthRule,
     *,
     advance: Callable[[int], None] = lambda _items: None,
-    preparation: Preparation | None = None,
+    preparation: Preparation[Backbone] | None = None,
 ) -> TokenisedItems:
     """Prepare every item of `data_set` for `backbone`, in the workers of `preparation`, and keep its tokens.
 

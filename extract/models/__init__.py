@@ -9,6 +9,7 @@ from agiqa.lazy import lazy_names
 
 if TYPE_CHECKING:
     from agiqa.extract.models.contract import Answer as Answer
+    from agiqa.extract.models.contract import AnsweringModel as AnsweringModel
     from agiqa.extract.models.contract import Backbone as Backbone
     from agiqa.extract.models.contract import GenerationSettings as GenerationSettings
     from agiqa.extract.models.contract import Prepared as Prepared
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
-        "contract": ["Answer", "Backbone", "GenerationSettings", "Prepared"],
+        "contract": ["Answer", "AnsweringModel", "Backbone", "GenerationSettings", "Prepared"],
         "opening": ["open_backbone"],
     },
 )

@@ -14,8 +14,9 @@ have a place, by name and shape, and peft would sum in the dtype of the weights,
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -187,20 +188,25 @@ def apply_adapter(model: nn.Module, adapter: Adapter, *, name: str) -> nn.Module
     Raises ModelError, and leaves the model unchanged, if a tensor of the adapter is missing, has no place in the model,
     or another shape; the message names it.
     """
-    merge = _Merge(model, adapter.config, adapter.tensors())
+    fit_adapter(model, adapter, name=name).run()
+    return model
+
+
+def fit_adapter(model: nn.Module, adapter: Adapter, *, name: str) -> "Merge":
+    """The merge of `adapter` with `model`, which may be on the device `meta`. Raises ModelError as `apply_adapter`."""
+    merge = Merge(model, adapter.config, adapter.tensors())
     _refuse_misfits(merge, adapter, name)
     if adapter.base and Path(adapter.base).name.lower() != Path(name.partition("@")[0]).name.lower():
         say(f"note: the adapter {adapter.name} says it was made for {adapter.base!r}; all its tensors fit {name}")
-    merge.run()
-    return model
+    return merge
 
 
 def check_adapter(model: nn.Module, adapter: Adapter, *, name: str) -> None:
     """Raise what `apply_adapter` would raise, from headers alone; `model` may be on the device `meta`."""
-    _refuse_misfits(_Merge(model, adapter.config, adapter.shapes()), adapter, name)
+    _refuse_misfits(Merge(model, adapter.config, adapter.shapes()), adapter, name)
 
 
-def _refuse_misfits(merge: "_Merge", adapter: Adapter, name: str) -> None:
+def _refuse_misfits(merge: "Merge", adapter: Adapter, name: str) -> None:
     problems = list(merge.problems())
     if problems:
         made_for = f", made for {adapter.base!r}," if adapter.base else ""
@@ -236,8 +242,8 @@ class _Pair:
         return b[0, 0].numel() == 1 and (b.shape[0], *a.shape[1:]) == tuple(shape)
 
 
-class _Merge:
-    """One adapter on one model."""
+class Merge:
+    """One adapter on one model: which tensors it changes, and what they become."""
 
     def __init__(self, model: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> None:
         """`config` is peft's LoraConfig; `tensors` have the names of the adapter's file."""
@@ -328,17 +334,33 @@ class _Merge:
         rules = pattern or {}
         return rules.get(get_pattern_key(list(rules), module), default)
 
+    @cached_property
+    def changes(self) -> Mapping[str, Sequence[Tensor | _Pair]]:
+        """By the model's name of each tensor that changes: what replaces it, then what is added to it."""
+        found: dict[str, list[Tensor | _Pair]] = {}
+        for name, tensor in self.whole.items():
+            found.setdefault(self._place(name), []).append(tensor)
+        for pair in self.pairs.values():
+            found.setdefault(pair.place, []).append(pair)
+        return found
+
     def run(self) -> None:
         """Put the merged weights into the model, one by one."""
+        for name in self.changes:
+            self._assign(name, self.merged(name, _get(self.model, name)))
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """What `weight`, the model's tensor `name`, becomes, in its dtype and on its device."""
         with torch.no_grad():
-            for name, tensor in self.whole.items():
-                self._assign(self._place(name), tensor)
-            for pair in self.pairs.values():
-                weight = _get(self.model, pair.place)
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                change = pair.product(weight.device, wide) * self._scale(pair)
-                change = change.T if pair.transposed else change.reshape(weight.shape)
-                self._assign(pair.place, weight.to(wide) + change)
+            for change in self.changes.get(name, ()):
+                if isinstance(change, _Pair):
+                    wide = torch.promote_types(weight.dtype, torch.float32)
+                    product = change.product(weight.device, wide) * self._scale(change)
+                    product = product.T if change.transposed else product.reshape(weight.shape)
+                    weight = (weight.to(wide) + product).to(weight.dtype)
+                else:
+                    weight = change.to(device=weight.device, dtype=weight.dtype)
+        return weight
 
     def _scale(self, pair: _Pair) -> float:
         rank = self._stated(self.config.rank_pattern, pair.module, self.config.r)  # that of the factors, by `problems`
@@ -348,9 +370,7 @@ class _Merge:
     def _assign(self, name: str, value: Tensor) -> None:
         """Give the model a tensor of its own under `name`, so that weights tied to it do not change."""
         old = _get(self.model, name)
-        new = value.to(device=old.device, dtype=old.dtype)
-        if isinstance(old, nn.Parameter):
-            new = nn.Parameter(new, requires_grad=False)
+        new = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
         setattr(_owner(self.model, name), name.rpartition(".")[2], new)
 
 

@@ -77,38 +77,41 @@ class GenerationSettings:
 class Answer(str):
     """The text of an answer, and how the generation ended."""
 
-    __slots__ = ("complete", "generated", "tokens")
+    __slots__ = ("complete", "generated", "prompt_tokens", "tokens")
 
-    tokens: int
-    """Number of generated tokens, without the one that ends the answer."""
+    tokens: int | None
+    """Number of generated tokens, without the one that ends the answer; None if a server did not count them."""
+    prompt_tokens: int | None
+    """Tokens of the question as a server counted them; None if the model runs here."""
     complete: bool
     """Whether the model ended the answer; False if the limit of new tokens or of positions cut it off."""
     generated: str | None
     """The whole generated text if it includes thoughts, which the answer leaves out; else None."""
 
-    def __new__(cls, text: str, *, tokens: int, complete: bool, generated: str | None = None) -> "Answer":
+    def __new__(
+        cls,
+        text: str,
+        *,
+        tokens: int | None,
+        complete: bool,
+        generated: str | None = None,
+        prompt_tokens: int | None = None,
+    ) -> "Answer":
         """`text`, with the attributes above."""
         answer = super().__new__(cls, text)
+        answer.prompt_tokens = prompt_tokens
         answer.tokens = tokens
         answer.complete = complete
         answer.generated = generated
         return answer
 
 
-class Backbone(Protocol):
-    """A frozen multimodal or text model; the logits of most are `H W_lm^T`."""
+class AnsweringModel(Protocol):
+    """A model that answers questions about images: what describing needs, and all that a server has."""
 
-    hidden_size: int
-    """D"""
-    vocab_size: int
-    """V, the number of rows of `W_lm`."""
     max_positions: int | None
     """The longest supported item, in tokens; None if the model states no limit."""
-    logical_dtype: str
-    """The dtype of hidden states: bfloat16, float16 or float32."""
     reads_images: bool
-    device: "torch.device"
-    """The device to which `load` brings the weights."""
 
     def provenance(self) -> dict[str, Any]:
         """Everything about model, tokenizer and processor that changes a result, JSON-able. Hashes the files."""
@@ -121,6 +124,27 @@ class Backbone(Protocol):
         Raises DataError for an unreadable image or text, ModelError if the roles of tokens cannot be determined.
         """
         ...
+
+    def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
+        """The answers to items prepared with `answer=True`, without special tokens, thoughts and outer white space.
+
+        But for rounding, a greedy answer does not depend on the item's batch. Answers are `Answer`s if the backbone
+        knows how they ended. Raises DataError for an item that leaves no position for an answer.
+        """
+        ...
+
+
+class Backbone(AnsweringModel, Protocol):
+    """A frozen multimodal or text model; the logits of most are `H W_lm^T`."""
+
+    hidden_size: int
+    """D"""
+    vocab_size: int
+    """V, the number of rows of `W_lm`."""
+    logical_dtype: str
+    """The dtype of hidden states: bfloat16, float16 or float32."""
+    device: "torch.device"
+    """The device to which `load` brings the weights."""
 
     def check_tensors(self) -> None:
         """Raise the ModelErrors of `load` that the headers of the weight files are enough for. Reads no tensor.
@@ -143,14 +167,6 @@ class Backbone(Protocol):
 
     def logits(self, item: Prepared) -> "torch.Tensor":
         """(n, V), computed by the model's own output embedding."""
-        ...
-
-    def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
-        """The answers to items prepared with `answer=True`, without special tokens, thoughts and outer white space.
-
-        But for rounding, a greedy answer does not depend on the item's batch. Answers are `Answer`s if the backbone
-        knows how they ended. Raises DataError for an item that leaves no position for an answer.
-        """
         ...
 
     def lm_head(self, *, bent: bool = False) -> "torch.Tensor":

@@ -15,13 +15,13 @@ from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 import torch.multiprocessing as tensors_between_processes
 
 from agiqa.errors import ConfigError, WorkerError
-from agiqa.extract.models import Backbone
+from agiqa.extract.models import AnsweringModel, Backbone
 from agiqa.workers import LostAnswer, Work, Workers, ctrl_c_kept_away
 
 Opener = Callable[..., Backbone]
@@ -38,6 +38,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _SHARED_BYTES = 1 << 30
 """With less shared memory (containers often have 64 MiB), workers copy tensors through pipes."""
 
+_Model_co = TypeVar("_Model_co", bound=AnsweringModel, covariant=True)
 _Tag = TypeVar("_Tag")
 _Argument = TypeVar("_Argument")
 _Answer = TypeVar("_Answer")
@@ -49,10 +50,10 @@ def _fail(argument: object, reason: str) -> Any:
     raise WorkerError(message)
 
 
-class Preparation:
-    """Calls functions of a backbone and an argument, in order and ahead of the reader of the answers."""
+class Preparation(Generic[_Model_co]):
+    """Calls functions of a model and an argument, in order and ahead of the reader of the answers."""
 
-    def __init__(self, backbone: Backbone, *, workers: int = 0, opener: Opener | None = None) -> None:
+    def __init__(self, backbone: _Model_co, *, workers: int = 0, opener: Opener | None = None) -> None:
         """With `workers` = 0 calls run in this process, on `backbone`. Raises ConfigError for lack of an `opener`."""
         require_opener(opener, "Worker processes", needed=workers > 0)
         self.backbone = backbone
@@ -60,7 +61,7 @@ class Preparation:
         self._opener = opener
         self._pool: tuple[ThreadPoolExecutor, Workers] | None = None
 
-    def __enter__(self) -> "Preparation":
+    def __enter__(self) -> Self:
         """Workers start at the first call, or by `start`."""
         return self
 
@@ -85,7 +86,7 @@ class Preparation:
 
     def each(
         self,
-        function: Callable[[Backbone, _Argument], _Answer],
+        function: Callable[[_Model_co, _Argument], _Answer],
         arguments: Iterable[_Argument],
         *,
         lost: Callable[[_Argument, str], _Answer] = _fail,
@@ -99,7 +100,7 @@ class Preparation:
 
     def groups(
         self,
-        function: Callable[[Backbone, _Argument], _Answer],
+        function: Callable[[_Model_co, _Argument], _Answer],
         groups: Iterable[tuple[_Tag, Sequence[_Argument]]],
         *,
         lost: Callable[[_Argument, str], _Answer] = _fail,
@@ -131,7 +132,7 @@ class Preparation:
                     future.cancel()
 
     def _submit(
-        self, function: Callable[[Backbone, Any], Any], argument: Any, lost: Callable[[Any, str], Any]
+        self, function: Callable[[Any, Any], Any], argument: Any, lost: Callable[[Any, str], Any]
     ) -> "Future[Any]":
         if self._pool is None:
             assert self._opener is not None  # workers are refused without one
@@ -141,7 +142,7 @@ class Preparation:
         return threads.submit(_answer, processes, function, argument, lost)
 
 
-def _answer(processes: Workers, function: Callable[[Backbone, Any], Any], argument: Any, lost: Any) -> Any:
+def _answer(processes: Workers, function: Callable[[Any, Any], Any], argument: Any, lost: Any) -> Any:
     try:
         answer = processes.ask(function, argument)
     except LostAnswer as error:
@@ -215,7 +216,7 @@ def _begin(opener: Opener, *, shares_memory: bool) -> Work:
     tensors_between_processes.set_sharing_strategy("file_descriptor")
     backbone = opener(device="cpu")
 
-    def work(function: Callable[[Backbone, Any], Any], argument: Any) -> Any:
+    def work(function: Callable[[Any, Any], Any], argument: Any) -> Any:
         answer = function(backbone, argument)
         return answer if shares_memory else _Packed(pickle.dumps(answer))
 

@@ -11,6 +11,7 @@ import torch
 
 from agiqa.errors import ModelError, listed
 from agiqa.extract.data.items import Item
+from agiqa.extract.models import Backbone
 from agiqa.extract.models.preparing import Preparation
 from agiqa.extract.tuning.examples import Example, example_of
 from agiqa.extract.tuning.folder import AdapterFolder
@@ -58,7 +59,7 @@ class Trainer:
     schedule: Schedule
     material: Material
     folder: AdapterFolder
-    preparation: Preparation
+    preparation: Preparation[Backbone]
     reporter: Reporter
     checkpoint_seconds: float
     standing: Standing = field(default_factory=Standing)

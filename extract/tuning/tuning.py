@@ -244,7 +244,7 @@ class Work:
         if workers is None:
             workers = default_workers(backbone.device, len(material.train), processes=group.size)
 
-        def trainer(reporter: Reporter, preparation: Preparation) -> Trainer:
+        def trainer(reporter: Reporter, preparation: Preparation[HuggingFaceBackbone]) -> Trainer:
             return Trainer(
                 learner=Learner(backbone, trained, recipe, group),
                 schedule=schedule,

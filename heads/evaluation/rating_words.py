@@ -4,7 +4,6 @@ The fine-tuned model ends its conversation with one of five words, each for a fi
 M3-AGIQA paper). Table V of the paper scores these words against those of the true MOS.
 """
 
-import math
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.errors import ConfigError, DataError
+from agiqa.errors import DataError
 from agiqa.heads.data.prompt_groups import prompt_groups
 from agiqa.heads.evaluation.significance import (
     FEWEST_PROMPTS,
@@ -23,9 +22,7 @@ from agiqa.heads.evaluation.significance import (
     prompt_blocks,
     sampling_error,
 )
-
-RATING_WORDS = ("bad", "poor", "fair", "good", "excellent")
-"""From the lowest to the highest fifth of the MOS range."""
+from agiqa.store.format.labels import RATING_WORDS, rating_numbers
 
 RATING_WORD_METRICS = ("accuracy", "rough_accuracy", "precision", "f1", "precision_weighted", "f1_weighted")
 
@@ -82,7 +79,7 @@ def score_words(
     if not len(answers):
         message = "There are no answers to score."
         raise DataError(message)
-    truths = _classes(values, mos_range)
+    truths = rating_numbers(values, mos_range)
     words = [parse_rating_word(answer) for answer in answers]
     answered = np.array([_UNKNOWN if word is None else RATING_WORDS.index(word) for word in words])
     groups = np.arange(len(answers)) if prompts is None else prompt_groups(prompts)
@@ -138,18 +135,3 @@ def _score(tables: Array) -> Array:
         ],
         axis=1,
     )
-
-
-def _classes(mos: Array, mos_range: tuple[float, float]) -> NDArray[np.int64]:
-    """The index in RATING_WORDS of each MOS (items,)."""
-    low, high = mos_range
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        message = f"The MOS range {low:g} to {high:g} is empty; give the lowest value first, then the highest."
-        raise ConfigError(message)
-    outside = mos[~((mos >= low) & (mos <= high))]
-    if len(outside):
-        message = f"{len(outside)} of {len(mos)} MOS are outside {low:g} to {high:g}, the first of them {outside[0]:g}."
-        raise DataError(message)
-    count = len(RATING_WORDS)
-    bounds = [(low * (count - k) + high * k) / count for k in range(1, count)]
-    return np.searchsorted(bounds, mos, side="right").astype(np.int64)

@@ -33,6 +33,9 @@ ASPECT_NAMES = {column.removeprefix("mos_"): aspect for column, aspect in ASPECT
 
 SPLITS = ("train", "val", "test")
 
+RATING_WORDS = ("bad", "poor", "fair", "good", "excellent")
+"""From the lowest to the highest fifth of the MOS range."""
+
 MosRange = tuple[float, float]
 Values = NDArray[np.float64]
 
@@ -102,6 +105,21 @@ def scale_warning(aspect: str, values: Values, scale: MosRange) -> str | None:
         f"note: the highest of {int(np.isfinite(values).sum())} MOS of {aspect} is {np.nanmax(values):g}, in the "
         f"lowest quarter of {range_text(scale)}. If that is not their scale, give it by --mos-range."
     )
+
+
+def rating_numbers(mos: Values, scale: MosRange) -> NDArray[np.int64]:
+    """The index in RATING_WORDS of each MOS (items,): five equal bins, of which the last one holds its upper end too.
+
+    Raises ConfigError for an empty scale, and DataError for MOS outside of it, NaN included.
+    """
+    low, high = check_range(scale)
+    outside = mos[~((mos >= low) & (mos <= high))]
+    if len(outside):
+        message = f"{len(outside)} of {len(mos)} MOS are outside {low:g} to {high:g}, the first of them {outside[0]:g}."
+        raise DataError(message)
+    count = len(RATING_WORDS)
+    bounds = [(low * (count - k) + high * k) / count for k in range(1, count)]
+    return np.searchsorted(bounds, mos, side="right").astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ HTTP 408, 425, 429, 500, 502, 503 and 504, and connections that break or never b
 400 on (401, 403, 404 ...) is final. A `Retry-After` of the server, in seconds or as a date, is kept to.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -140,7 +141,7 @@ def describe_failure(failure: RemoteError, error: Exception) -> None:
     failure.refused = isinstance(error, PermissionError) or (
         status is not None and status >= 400 and status not in _PASSING
     )
-    failure.retry_after = _seconds(str(headers.get("retry-after") or ""))
+    failure.retry_after = seconds_asked(str(headers.get("retry-after") or ""))
 
 
 def status_of(error: Exception) -> int | None:
@@ -164,9 +165,9 @@ def _status_and_headers(error: Exception) -> tuple[int | None, Mapping[str, Any]
     return None, {}
 
 
-def _seconds(retry_after: str) -> float:
+def seconds_asked(retry_after: str) -> float:
     """Seconds from now that a Retry-After header means; 0 where it cannot be read."""
-    if retry_after.strip().isdecimal():
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", retry_after, re.ASCII):
         return float(retry_after)
     try:
         moment = parsedate_to_datetime(retry_after)

@@ -23,7 +23,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory):
-    return write_talks(tmp_path_factory.mktemp("tune-talks"), count=24)
+    return write_talks(tmp_path_factory.mktemp("tune-talks"), aspects=("quality", "correspondence"), count=24)
 
 
 @pytest.fixture
@@ -76,6 +76,14 @@ def test_a_dry_run_estimates_and_writes_nothing(agiqa, tune, tmp_path):
     text = agiqa(*tune("--dry-run")).out
     assert "memory" in text
     assert "no-embeddings" in text
+
+
+def test_several_aspects_in_one_conversation(agiqa, tune, talks):
+    both = ("--variant", "full:quality+correspondence", "--conversations", talks / "correspondence.json")
+    one, two = (agiqa(*tune("--dry-run", "--json", *options)).json for options in ((), both))
+    assert two["labels"] > one["labels"]
+    assert two["sha256"] != one["sha256"]
+    refuse(agiqa(*tune("--dry-run", *both[:2])), "No descriptions of correspondence; give their file")
 
 
 def test_ctrl_c_and_the_same_command_again(agiqa, tune, tmp_path):

@@ -68,6 +68,21 @@ def test_descriptions_follow_each_other_and_the_first_aspect_is_rated(folder):
     assert item.description == "quality of 001.png"
 
 
+def test_full_adds_the_rating_word_of_the_first_aspect(folder):
+    word = {"id": (), "full": ("fair",)}
+    for variant in ("id", "full"):
+        found = contents(load(folder, f"{variant}:quality+correspondence").items[1])
+        assert found == [*contents(load(folder).items[1]), *word[variant]]
+    columns = ["name", "prompt", "mos_quality", "description_quality", "description_correspondence", "rating"]
+    table = write_table(
+        folder / "table", [["a", "p", 3, "sharp", "fits", "good"], ["b", "p", 3, "dull", "fits", ""]], columns
+    )
+    found = load_data_set(table, variant="full:quality+correspondence", images=False, on_bad_item="skip")
+    assert contents(found.items[0])[1::2] == ["sharp", "fits", "good"]
+    (problem,) = found.skipped
+    assert problem.startswith("b (data.csv, line 3): no rating word")
+
+
 def test_the_order_is_the_one_given_whatever_that_of_the_files(folder):
     files = [folder / f"{aspect}.json" for aspect in ("authenticity", "quality", "correspondence")]
     turned = load(folder, "id:correspondence+authenticity+quality", *files, aspect="correspondence").items[0]

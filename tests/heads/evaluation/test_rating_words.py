@@ -8,7 +8,8 @@ from scipy import stats
 from sklearn.metrics import accuracy_score, f1_score, precision_score
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.heads.evaluation.rating_words import RATING_WORD_METRICS, RATING_WORDS, parse_rating_word, score_words
+from agiqa.heads.evaluation.rating_words import RATING_WORD_METRICS, parse_rating_word, score_words
+from agiqa.store.format.labels import RATING_WORDS
 
 RANGES = st.sampled_from([(0.0, 5.0), (1.0, 5.0), (0.0, 100.0), (0.0, 1.0), (-3.0, 7.0)])
 

@@ -1,0 +1,204 @@
+"""Asks the teacher about one item: until there is an answer, every model refuses, or too many answers are broken."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from agiqa.extract.data.journals import ITEM, Line
+from agiqa.extract.teaching.apis import Api, Fault, Reply
+from agiqa.extract.teaching.budget import Budget
+from agiqa.extract.teaching.client import Client, Key
+from agiqa.extract.teaching.explanations import read_answer
+from agiqa.extract.teaching.questions import Question, input_tokens
+from agiqa.extract.teaching.tables import Price
+
+Status = Literal["ok", "refused", "broken", "failed"]
+"""broken: an answer without valid explanations, asked for again; failed: the server cannot serve this request."""
+
+_CAUTION = 1.5
+"""Factor on the estimated tokens of a request, for the most that it can cost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherModel:
+    """A model that explains, and where it runs."""
+
+    api: Api
+    model: str
+    key: Key | None = None
+    price: Price | None = None
+    """None if unknown."""
+
+    def record(self) -> dict[str, str]:
+        """JSON-able form, without the key."""
+        return {"api": self.api.name, "base_url": self.api.base_url, "model": self.model}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One request about an item, and what came of it."""
+
+    teacher: TeacherModel
+    reply: Reply | Fault
+    cost: float | None
+    """USD; None if unknown."""
+    counted: float | None
+    """USD that the budget counts: the most that it can cost where the cost is unknown. None without a price."""
+    attempts: int = 1
+    lost: int = 0
+    """Attempts whose answer was lost on its way."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a reply is worth."""
+
+    status: Status
+    explanations: Mapping[str, str]
+    """By aspect; empty unless the status is ok."""
+    reason: str | None
+    """Why there are none."""
+
+
+def judge(question: Question, reply: Reply | Fault) -> Verdict:
+    """Whether `reply` explains the item of `question`: whole, of the right form, about this item, without its score."""
+    if isinstance(reply, Fault):
+        return _without("refused" if reply.kind == "refused" else "failed", reply.reason)
+    if reply.refusal is not None:
+        return _without("refused", reply.refusal)
+    if reply.cut:
+        limit = f"{question.settings.max_tokens} tokens; allow more with --max-new-tokens"
+        return _without("broken", f"the answer was cut off after {limit}")
+    found = read_answer(reply.text, question.settings.aspects)
+    if isinstance(found, str):
+        return _without("broken", found)
+    if found.id != question.id:
+        return _without("broken", f"the answer repeats the id {found.id!r}, and the question has {question.id!r}")
+    leak = question.leaked(found.explanations)
+    if leak is not None:
+        return _without("broken", leak)
+    return Verdict(status="ok", explanations=found.explanations, reason=None)
+
+
+def line_of(question: Question, verdict: Verdict, trials: Sequence[Trial], earlier: Line | None = None) -> Line:
+    """The journal's line about an item, after the last of its `trials`; `earlier` is the line that it replaces.
+
+    `cost_usd` is that of the trials, `counted_usd` what the budget counts for the item, earlier lines included.
+    """
+    last = trials[-1]
+    reply = last.reply if isinstance(last.reply, Reply) else None
+    spoken = [trial.reply for trial in trials if isinstance(trial.reply, Reply)]
+    before = 0.0 if earlier is None else earlier["counted_usd"] or 0.0
+    counted = _sum([trial.counted for trial in trials])
+    return {
+        "name": question.item.name,
+        "prompt": question.item.prompt,
+        "status": "failed" if verdict.status == "broken" else verdict.status,
+        "explanations": dict(verdict.explanations),
+        "reason": verdict.reason,
+        "fault": last.reply.kind if isinstance(last.reply, Fault) else None,
+        "refusals": [
+            {"model": trial.teacher.model, "reason": refused.reason}
+            for trial in trials
+            if (refused := judge(question, trial.reply)).status == "refused"
+        ],
+        **last.teacher.record(),
+        "served_model": None if reply is None else reply.model,
+        "finish_reason": None if reply is None else reply.finish_reason,
+        "raw": None if reply is None else reply.text,
+        "tokens": {
+            "input": _sum([one.input_tokens for one in spoken]),
+            "output": _sum([one.output_tokens for one in spoken]),
+        },
+        "cost_usd": _rounded(_sum([trial.cost for trial in trials])),
+        "counted_usd": _rounded(None if counted is None else before + counted),
+        "seconds": round(sum(trial.seconds for trial in trials), 3),
+        "attempts": sum(trial.attempts for trial in trials),
+        "lost": sum(trial.lost for trial in trials),
+        "id": question.id,
+        ITEM: question.key,
+    }
+
+
+class Teacher:
+    """Asks one model about items, and a second one about those that the first refuses. For many threads."""
+
+    def __init__(self, clients: Sequence[tuple[TeacherModel, Client]], budget: Budget, *, retries: int) -> None:
+        """`retries` is how often a broken answer is asked for again."""
+        self._clients = clients
+        self._budget = budget
+        self._retries = retries
+
+    def explain(self, question: Question, earlier: Line | None = None) -> Line | None:
+        """The line about an item; None, with nothing sent, if the budget does not allow a request.
+
+        Raises RemoteError when no request can succeed, Halted when the run ends, and DataError for its image file.
+        """
+        trials, verdict = list[Trial](), None
+        for teacher, client in self._clients:
+            verdict = self._ask(question, teacher, client, trials) or verdict
+            if verdict is None or verdict.status != "refused":
+                break
+        return None if verdict is None else line_of(question, verdict, trials, earlier)
+
+    def _ask(self, question: Question, teacher: TeacherModel, client: Client, trials: list[Trial]) -> Verdict | None:
+        """The verdict on the last answer of one model; None if the budget did not allow a first request."""
+        request, verdict = question.request(), None
+        expected = input_tokens(request, teacher.api)
+        most = most_cost(teacher.price, expected, question.settings.max_tokens) or 0.0
+        for _ in range(1 + self._retries):
+            if not self._budget.reserve(most):
+                return verdict
+            counted = 0.0
+            try:
+                answered = client.ask(request, tokens=expected)
+                cost = cost_of(teacher.price, answered.reply, lost=answered.lost)
+                counted = (most if cost is None else cost) + answered.lost * most
+            finally:
+                self._budget.settle(most, counted)
+            trials.append(
+                Trial(
+                    teacher=teacher,
+                    reply=answered.reply,
+                    cost=cost,
+                    counted=None if teacher.price is None else counted,
+                    attempts=answered.attempts,
+                    lost=answered.lost,
+                    seconds=answered.seconds,
+                )
+            )
+            verdict = judge(question, answered.reply)
+            if verdict.status != "broken":
+                break
+        return verdict
+
+
+def most_cost(price: Price | None, expected: int, max_tokens: int) -> float | None:
+    """The most USD that a request of `expected` tokens can cost; None without a price."""
+    return None if price is None else price.cost(_CAUTION * expected, max_tokens)
+
+
+def cost_of(price: Price | None, reply: Reply | Fault, *, lost: int = 0) -> float | None:
+    """USD of a reply by the tokens that the server counted; an error costs nothing. None if unknown."""
+    if price is None:
+        return None
+    if isinstance(reply, Fault):
+        return None if lost else 0.0
+    if reply.input_tokens is None or (reply.output_tokens is None and reply.refusal is None):
+        return None
+    return price.cost(reply.input_tokens, reply.output_tokens or 0)
+
+
+def _without(status: Status, reason: str) -> Verdict:
+    return Verdict(status=status, explanations={}, reason=reason)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """The sum; None if one is unknown, or there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) if values and len(known) == len(values) else None
+
+
+def _rounded(cost: float | None) -> float | None:
+    return None if cost is None else round(cost, 8)

@@ -1,0 +1,237 @@
+"""Runs of a teacher that stop and go on: budgets, journals of earlier runs, estimates, and the key."""
+
+from dataclasses import replace
+
+import pytest
+
+from agiqa.errors import BusyStore, ConfigError, DataError, SettingsConflict
+from agiqa.extract import load_data_set
+from agiqa.extract.data.journals import Journal
+from agiqa.extract.teaching.explanations import KEYS
+from agiqa.extract.teaching.lesson import Lesson, Splits, TeachingSettings
+from agiqa.extract.teaching.questions import QuestionSettings
+from agiqa.extract.teaching.teaching import run_teaching
+from tests.extract.small_sets import write_set
+from tests.extract.teaching.providers import (
+    FALLBACK,
+    KEY,
+    MODEL,
+    explains,
+    loses,
+    refuses,
+    says,
+    slow,
+)
+from tests.extract.teaching.runs import (
+    ITEMS,
+    PRICE,
+    QUALITY,
+    QUICK,
+    SETTINGS,
+    lines_of,
+    make_data,
+    name_of,
+    prompt_of,
+    run,
+    teacher,
+)
+from tests.extract.teaching.wire_formats import PROVIDERS
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("set"))
+
+
+@pytest.fixture(params=PROVIDERS)
+def server(request):
+    with PROVIDERS[request.param]() as running:
+        yield running
+
+
+@pytest.fixture
+def openai():
+    with PROVIDERS["openai"]() as running:
+        yield running
+
+
+def test_the_budget_is_never_exceeded_and_a_larger_one_goes_on(server, data, tmp_path):
+    out = tmp_path / "t.jsonl"
+    result = run(data, out, teacher(server, price=PRICE), budget=0.7).as_dict()
+    assert result["stopped"] == "budget"
+    assert 0 < result["explained"] < ITEMS
+    assert result["explained"] == len(server.requests)  # also what was in flight is there
+    most = (100 * 1.5 * 1000 + 1000 * 100) / 1e6
+    assert 0.7 - most < result["counted_usd"] <= 0.7
+    more = run(data, out, teacher(server, price=PRICE), budget=0.7).as_dict()
+    assert (more["asked"], more["stopped"]) == (0, "budget")
+    rest = run(data, out, teacher(server, price=PRICE), budget=100.0).as_dict()
+    assert (rest["explained"], rest["stopped"], len(server.requests)) == (ITEMS, None, ITEMS)
+
+
+def test_money_for_lines_that_were_replaced_stays_counted(openai, data, tmp_path):
+    openai.always(says("no JSON"), about=prompt_of(1))
+    out = tmp_path / "t.jsonl"
+    first = run(data, out, teacher(openai, price=PRICE)).as_dict()
+    openai.calm()
+    again = run(data, out, teacher(openai, price=PRICE), retry_failed=True).as_dict()
+    assert (again["asked"], again["explained"]) == (1, ITEMS)
+    assert again["counted_usd"] == pytest.approx(first["counted_usd"] + again["cost_usd"])
+
+
+def test_a_lost_answer_counts_as_much_as_it_can_cost(openai, data, tmp_path):
+    """Its own cost is unknown: whether the provider bills it, nobody tells."""
+    openai.script(loses(), about=prompt_of(1))
+    out = tmp_path / "t.jsonl"
+    run(data, out, teacher(openai, price=PRICE))
+    line = lines_of(out)[name_of(1)]
+    assert line["lost"] == 1
+    assert line["counted_usd"] > line["cost_usd"] + 100 * PRICE.output / 1e6
+
+
+def test_a_budget_needs_prices(openai, data, tmp_path):
+    with pytest.raises(ConfigError, match=r"price of teacher-1.*--prices: `servers: \[\{url: "):
+        run(data, tmp_path / "t.jsonl", teacher(openai), budget=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_cost_is_null(openai, data, tmp_path):
+    result = run(data, tmp_path / "t.jsonl", teacher(openai)).as_dict()
+    assert (result["cost_usd"], result["counted_usd"]) == (None, None)
+    assert {line["cost_usd"] for line in lines_of(tmp_path / "t.jsonl").values()} == {None}
+
+
+def test_a_second_run_sends_nothing(server, data, tmp_path, capsys):
+    out = tmp_path / "t.jsonl"
+    run(data, out, teacher(server))
+    before = out.read_bytes()
+    result = run(data, out, teacher(server)).as_dict()
+    assert (result["asked"], result["explained"], len(server.requests)) == (0, ITEMS, ITEMS)
+    assert out.read_bytes() == before
+    assert f"resume: {ITEMS} of {ITEMS} items are done already" in capsys.readouterr().err
+
+
+def test_a_torn_line_is_asked_about_again(openai, data, tmp_path):
+    out = tmp_path / "t.jsonl"
+    run(data, out, teacher(openai))
+    whole = out.read_bytes()
+    out.write_bytes(whole[:-20])
+    assert run(data, out, teacher(openai)).as_dict()["asked"] == 1
+    assert len(lines_of(out)) == ITEMS
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "said"),
+    [
+        ({"question": replace(QUALITY, blind=True)}, MODEL, "blind was False, and is True now"),
+        ({"question": replace(QUALITY, max_tokens=5)}, MODEL, "max_tokens was 100"),
+        ({}, FALLBACK, "teacher.model was 'teacher-1'"),
+    ],
+)
+def test_a_journal_of_other_settings_is_refused(openai, data, tmp_path, changes, model, said):
+    out = tmp_path / "t.jsonl"
+    run(data, out, teacher(openai))
+    with pytest.raises(SettingsConflict, match=said):
+        run(data, out, teacher(openai, model), **changes)
+    assert len(openai.requests) == ITEMS
+
+
+def test_a_journal_of_other_items_is_refused(openai, data, tmp_path):
+    out = tmp_path / "t.jsonl"
+    run(data, out, teacher(openai))
+    fewer = replace(data, items=data.items[1:])
+    with pytest.raises(SettingsConflict, match=r"explains '000\.png', which is not in this data set"):
+        run(fewer, out, teacher(openai))
+    changed = replace(data, items=(replace(data.items[0], prompt="other"), *data.items[1:]))
+    with pytest.raises(SettingsConflict, match=r"'000\.png', which has another image or prompt now"):
+        run(changed, out, teacher(openai))
+    out.write_text("{}\n")
+    with pytest.raises(DataError, match="line 1 is no line of `agiqa teach`"):
+        run(data, out, teacher(openai))
+
+
+def test_two_runs_do_not_write_to_one_journal(openai, data, tmp_path):
+    out = tmp_path / "t.jsonl"
+    lesson = Lesson(data, out, [teacher(openai)], SETTINGS, Splits(of={}, rule={}))
+    with lesson.journal.writing(), pytest.raises(BusyStore, match="Another run is writing"):
+        run(data, out, teacher(openai), splits={})
+    assert openai.requests == []
+
+
+def test_a_dry_run_sends_and_writes_nothing(openai, data, tmp_path):
+    out = tmp_path / "t.jsonl"
+    lesson = Lesson(data, out, [teacher(openai, price=PRICE)], SETTINGS, Splits(of={}, rule={}))
+    estimate = lesson.dry_run(lesson.pending())
+    assert (openai.requests, list(tmp_path.iterdir())) == ([], [])
+    sent, received = estimate["tokens"]["input"], estimate["tokens"]["output"]
+    assert (estimate["requests"], received) == (ITEMS, ITEMS * 750)
+    assert estimate["cost_usd"] == pytest.approx((100 * sent + 1000 * received) / 1e6)
+    run(data, out, teacher(openai))
+    real = sum(line["tokens"]["input"] for line in lines_of(out).values())
+    assert 0.5 * real < sent < 2 * real
+
+
+def test_an_estimate_learns_from_the_journal(openai, data, tmp_path):
+    out = tmp_path / "t.jsonl"
+    openai.always(refuses("refusal"), about=prompt_of(1))
+    run(data, out, teacher(openai))
+    settings = replace(SETTINGS, retry_failed=True)
+    rule = Splits(of={}, rule={"by": "table"})
+    lesson = Lesson(data, out, [teacher(openai)], settings, rule)
+    estimate = lesson.dry_run(lesson.pending())
+    usual = [line["tokens"]["output"] for line in lines_of(out).values() if line["status"] == "ok"]
+    assert (estimate["requests"], estimate["cost_usd"]) == (1, None)
+    assert estimate["tokens"]["output"] == round(sum(usual) / len(usual))
+
+
+def test_the_progress_tells_what_is_spent_and_expected(openai, data, tmp_path, capsys):
+    out = tmp_path / "t.jsonl"
+    result = run(data, out, teacher(openai, price=PRICE)).as_dict()
+    spent = f"{result['cost_usd']:.2f}"
+    assert f"teach: {ITEMS}/{ITEMS} items in" in capsys.readouterr().err.replace(
+        f", {spent} of about {spent} USD", " $"
+    )
+    run(data, out, teacher(openai))
+    assert "price of teacher-1 is not known" not in capsys.readouterr().err  # nothing was left to ask
+
+
+def test_the_key_is_in_no_file(server, data, tmp_path):
+    server.script(says(f"key: {KEY}"), about=prompt_of(1))
+    server.script(lambda one, _: one.error(400, "x", f"bad key {KEY}"), about=prompt_of(2))
+    run(data, tmp_path / "t.jsonl", teacher(server), teacher(server, FALLBACK))
+    assert len(list(tmp_path.iterdir())) == 3
+    for path in tmp_path.iterdir():
+        assert KEY not in path.read_text()
+
+
+def test_the_answers_of_aspects_are_not_mixed_up(openai, tmp_path):
+    folder = write_set(tmp_path / "set", 4, images=True)
+    rows = [line.split(",") for line in (folder / "data.csv").read_text().splitlines()]
+    rows = [[*row, "mos_align" if number == 0 else str(number)] for number, row in enumerate(rows)]
+    (folder / "data.csv").write_text("\n".join(",".join(row) for row in rows) + "\n")
+    loaded = load_data_set(folder, variant="no_id", images=True)
+    both = TeachingSettings(question=QuestionSettings(aspects=("quality", "correspondence")), client=QUICK)
+    run_teaching(loaded, tmp_path / "t.jsonl", [teacher(openai)], both, splits=Splits(of={}, rule={}))
+    for line in lines_of(tmp_path / "t.jsonl").values():
+        for aspect, text in line["explanations"].items():
+            assert text.startswith(f"The {KEYS[aspect].removesuffix('_explanation')} of this image")
+    assert sorted(path.name for path in tmp_path.glob("t.*.jsonl")) == ["t.correspondence.jsonl", "t.quality.jsonl"]
+
+
+def test_a_slow_answer_holds_up_no_other(openai, data, tmp_path):
+    openai.script(slow(), about=prompt_of(0))
+    seen = []
+    openai.always(
+        lambda one, request: (seen.append(request), one.release(), explains(one, request))[2], about=prompt_of(11)
+    )
+    assert run(data, tmp_path / "t.jsonl", teacher(openai)).as_dict()["explained"] == ITEMS
+    assert len(seen) == 1
+
+
+def test_a_journal_remembers_the_last_line_of_an_item(tmp_path):
+    journal = Journal(tmp_path / "j.jsonl", {"a": 1}, command="agiqa x", verb="has")
+    with journal.writing():
+        journal.append([{"name": "n", "item_sha256": "0", "value": 1}])
+        journal.append([{"name": "n", "item_sha256": "0", "value": 2}])
+    again = Journal(tmp_path / "j.jsonl", {"a": 1}, command="agiqa x", verb="has")
+    assert [line["value"] for line in again.lines.values()] == [2]
