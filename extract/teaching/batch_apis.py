@@ -24,6 +24,7 @@ class BatchStatus:
     """A batch as the provider tells of it."""
 
     id: str
+    """Empty if the provider named none."""
     state: Literal["open", "ended", "failed"]
     """ended: there may be results, of all requests or of some; failed: the provider worked on none."""
     word: str
@@ -155,7 +156,7 @@ class _OpenAI:
         counts = _object(batch.get("request_counts"))
         done = [counts.get("completed"), counts.get("failed")]
         return BatchStatus(
-            id=str(batch.get("id")),
+            id=str(batch.get("id") or ""),
             state=self.ENDED.get(word, "open"),
             word=word,
             files=tuple(file for file in files if isinstance(file, str) and file),
@@ -182,7 +183,7 @@ class _OpenAI:
 
 
 class _Gemini:
-    most_requests, most_bytes = 50_000, 2_000_000_000
+    most_requests, most_bytes = 50_000, 2_000_000_000  # no limit on requests is known, and OpenAI's keeps files handy
     ENDED: Mapping[str, Literal["ended", "failed"]] = {
         "SUCCEEDED": "ended",
         "EXPIRED": "ended",
@@ -252,7 +253,7 @@ class _Gemini:
         counts = _object(about.get("batchStats"))
         done = [counts.get("successfulRequestCount"), counts.get("failedRequestCount")]  # int64: texts in JSON
         return BatchStatus(
-            id=str(batch.get("name")),
+            id=str(batch.get("name") or ""),
             state=self.ENDED.get(word, "open"),
             word=word.lower(),
             files=(file,) if isinstance(file, str) and file else (),

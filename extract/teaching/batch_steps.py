@@ -157,14 +157,15 @@ class BatchSteps:
             if error.refused:
                 self._records.close(record)
             raise
-        if sent.fault is None:
+        status = self._api.status(sent.json)
+        if sent.fault is None and status.id:
             self._failing = self._failing if self._queue_is_full else None
-            return self._api.status(sent.json)
-        if sent.fault.kind not in ("busy", "again"):
+            return status
+        if sent.fault is not None and sent.fault.kind not in ("busy", "again"):
             self._records.close(record)
             message = f"creating a batch: {sent.fault.reason}."
             raise RemoteError(message)
-        self._fail(record, sent.fault.reason)
+        self._fail(record, "the answer names no batch" if sent.fault is None else sent.fault.reason)
         return None
 
     def _make_way(self, record: BatchRecord, status: BatchStatus) -> None:

@@ -5,37 +5,28 @@ import json
 import pytest
 
 from agiqa.errors import DataError, RemoteError, SettingsConflict
-from agiqa.extract import load_data_set
 from agiqa.extract.teaching.apis import api_of
 from agiqa.extract.teaching.asking import TeacherModel
+from agiqa.extract.teaching.batch_apis import _KINDS as KINDS
 from agiqa.extract.teaching.batch_records import records_path, refuse_open_batches
 from agiqa.extract.teaching.batch_steps import BatchSettings
-from agiqa.extract.teaching.batches import run_batches
 from agiqa.extract.teaching.client import ClientSettings, Key
 from agiqa.extract.teaching.explanations import KEYS
-from agiqa.extract.teaching.lesson import Splits, TeachingSettings
 from agiqa.extract.teaching.questions import QuestionSettings
-from agiqa.extract.teaching.tables import Price
 from tests.extract.small_sets import write_set
 from tests.extract.teaching.batch_providers import BATCH_PROVIDERS, swapped
+from tests.extract.teaching.batch_runs import DONE, PRICE, Taught
 from tests.extract.teaching.providers import (
     FALLBACK,
-    KEY,
     MODEL,
     answer_of,
     bad_image,
     broken_json,
     fails,
-    loses,
-    rate_limited,
     refuses,
     says,
     tokens_of,
 )
-
-PRICE = Price(input=1.0, output=4.0)
-QUICK = ClientSettings(timeout=20.0, first_wait=0.01, patience=5.0)
-SOON = BatchSettings(interval=0.01)
 
 
 @pytest.fixture(params=BATCH_PROVIDERS)
@@ -46,50 +37,12 @@ def server(request):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Eight pictures; two neighbours share the prompt `a picture N`."""
     return write_set(tmp_path_factory.mktemp("set"), 8, images=True)
-
-
-class Class:
-    """A data set, a server, and the files of one journal."""
-
-    def __init__(self, server, folder, out):
-        self.server, self.folder, self.out = server, folder, out
-        self.fallback = False
-        self.others: list[TeacherModel] = []
-
-    def run(self, batches=SOON, **settings):
-        data_set = load_data_set(self.folder, variant="no_id", images=True, mos_range=(0.0, 5.0), on_bad_item="fail")
-        api, key = api_of(self.server.API, self.server.base_url), Key(variable="K", value=KEY)
-        names = (MODEL, FALLBACK) if self.fallback else (MODEL,)
-        models = [TeacherModel(api=api, model=name, key=key, price=PRICE) for name in names] + self.others
-        chosen = {"question": QuestionSettings(aspects=("quality",)), "client": QUICK, "retries": 1} | settings
-        splits = Splits(of={item.name: item.split for item in data_set.items}, rule={"by": "table"})
-        return run_batches(data_set, self.out, models, TeachingSettings(**chosen), batches, splits=splits)
-
-    def lines(self):
-        return {line["name"]: line for line in map(json.loads, self.out.read_text().splitlines())}
-
-    def files(self):
-        return sorted(path.name for path in self.out.parent.iterdir())
-
-    def expected(self):
-        """The explanations by image, as the server would give them for the request with this image."""
-        images = {path.name: path.read_bytes() for path in (self.folder / "images").iterdir()}
-        answers = {request.images[0]: answer_of(request) for request in self.server.paid}
-        return {
-            name: {"quality": answers[content][KEYS["quality"]]}
-            for name, content in images.items()
-            if content in answers
-        }
 
 
 @pytest.fixture
 def taught(server, folder, tmp_path):
-    return Class(server, folder, tmp_path / "teacher.jsonl")
-
-
-DONE = ["teacher.jsonl", "teacher.provenance.json", "teacher.quality.jsonl"]
+    return Taught(server, folder, tmp_path / "teacher.jsonl")
 
 
 def test_all_items_in_one_batch(taught, server):
@@ -181,44 +134,40 @@ def test_limits_make_several_batches(taught, server):
     assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
 
 
-def test_a_full_queue_makes_batches_smaller_and_holds_them_back(folder, tmp_path):
-    with BATCH_PROVIDERS["openai"]() as server:
-        taught = Class(server, folder, tmp_path / "teacher.jsonl")
-        server.capacity = 5
-        taught.run()
-        assert [len(batch.lines) for batch in server.store.batches.values()] == [0, 4, 4]
-        assert len(server.paid) == 8
-        assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()
-
-
-def test_a_queue_that_others_fill_is_given_up_after_a_while(folder, tmp_path):
-    with BATCH_PROVIDERS["openai"]() as server:
-        taught = Class(server, folder, tmp_path / "teacher.jsonl")
-        server.capacity = 0
-        with pytest.raises(RemoteError, match=r"no batch could be created for .*Enqueued token limit"):
-            taught.run(client=ClientSettings(timeout=20.0, patience=0.1))
-        assert server.paid == []
-        server.capacity = 8
-        taught.run()
-        assert len(taught.lines()) == len(server.paid) == 8
-
-
-def test_a_provider_that_takes_no_batch_now_is_asked_again(taught, server):
-    path = "POST /v1/batches" if server.API == "openai" else ":batchGenerateContent"
-    server.script(rate_limited(), rate_limited(0.01), fails(503), path=path)
-    taught.run()
-    assert len(server.store.batches) == 1
-    assert len(taught.lines()) == len(server.paid) == 8
-    server.always(rate_limited(), path=path)
+def test_the_size_of_files_makes_several_batches_and_refuses_what_fits_into_none(taught, server, monkeypatch):
+    taught.run(BatchSettings(interval=0.01, most_requests=1))
+    sizes = [
+        len(content) for name, content in server.store.files.items() if b"contents" in content or b"messages" in content
+    ]
+    monkeypatch.setattr(KINDS[server.API], "most_bytes", 3 * max(sizes))
     taught.out.unlink()
-    with pytest.raises(RemoteError, match="no batch could be created for"):
-        taught.run(client=ClientSettings(timeout=20.0, patience=0.1))
+    server.store.batches.clear()
+    taught.run()
+    assert [len(batch.lines) for batch in server.store.batches.values()] == [3, 3, 2]
+    taught.out.unlink()
+    monkeypatch.setattr(KINDS[server.API], "most_bytes", max(sizes) - 1)
+    with pytest.raises(DataError, match=r"item '.*\.png': a request of \d+ bytes, of which a batch takes"):
+        taught.run()
+
+
+def test_a_run_that_was_killed_after_writing_its_lines_writes_them_once(taught, server):
+    server.polls = None
+    taught.run(BatchSettings(interval=0.01, wait=False))
+    records = records_path(taught.out)
+    as_killed = records.read_bytes()
+    server.finish()
+    taught.run()
+    lines = taught.out.read_bytes()
+    records.write_bytes(as_killed)
+    result, outcome = taught.run()
+    assert (result.asked, outcome.left, taught.out.read_bytes()) == (0, set(), lines)
+    assert taught.files() == DONE
     assert len(server.paid) == 8
 
 
 def test_teacher_and_fallback_may_be_of_two_providers(folder, tmp_path):
     with BATCH_PROVIDERS["gemini"]() as server, BATCH_PROVIDERS["openai"](key="another-key") as other:
-        taught = Class(server, folder, tmp_path / "teacher.jsonl")
+        taught = Taught(server, folder, tmp_path / "teacher.jsonl")
         api = api_of("openai", other.base_url)
         taught.others = [TeacherModel(api=api, model=FALLBACK, key=Key(variable="L", value="another-key"), price=PRICE)]
         server.script(refuses("prompt"), refuses("SAFETY"), about="a picture 3")
@@ -230,25 +179,6 @@ def test_teacher_and_fallback_may_be_of_two_providers(folder, tmp_path):
         answered = [request for request in server.paid if request.model == FALLBACK or "picture 3" not in request.text]
         server.paid[:] = answered
         assert {name: line["explanations"] for name, line in lines.items()} == taught.expected()
-
-
-@pytest.mark.parametrize("behaviour", [fails(500), loses()], ids=["500", "no answer"])
-def test_an_upload_that_fails_for_good_ends_the_run_and_the_next_goes_on(taught, server, behaviour):
-    server.always(behaviour, path="POST /upload" if server.API == "gemini" else "POST /v1/files")
-    with pytest.raises(RemoteError):
-        taught.run(client=ClientSettings(timeout=5.0, tries=2, first_wait=0.01, patience=0.0))
-    assert server.paid == []
-    server.calm()
-    taught.run()
-    assert len(server.paid) == len(taught.lines()) == 8
-
-
-def test_a_creation_whose_answer_is_lost_is_not_paid_twice(taught, server):
-    path = "POST /v1/batches" if server.API == "openai" else ":batchGenerateContent"
-    server.script(loses(type(server).route), fails(500), path=path)
-    taught.run(BatchSettings(interval=0.01, most_requests=4))
-    assert [len(batch.lines) for batch in server.store.batches.values()] == [4, 4]
-    assert len(server.paid) == len(taught.lines()) == 8
 
 
 def test_the_budget_is_checked_before_a_batch_is_created(taught, server):
@@ -329,40 +259,6 @@ def test_open_batches_keep_their_settings_and_items(taught, server, tmp_path):
     path.write_text(path.read_text()[:-9])
     with pytest.raises(DataError, match="restore it, or remove it"):
         taught.run()
-
-
-def test_a_batch_that_fails_as_a_whole_says_why(taught, server):
-    server.end = "failed"
-    if server.API == "openai":
-        server.problem = {"code": "invalid_json_line", "message": "Line 1 is no JSON.", "line": 1}
-    with pytest.raises(RemoteError, match=r"no request was worked on: (Line 1 is no JSON|The input file is invalid)"):
-        taught.run()
-    assert not records_path(taught.out).exists()
-    server.end = "completed"
-    taught.run()
-    assert len(taught.lines()) == 8
-
-
-def test_a_provider_that_rejects_every_request_is_no_fault_of_the_items(server, tmp_path):
-    folder = write_set(tmp_path / "set", 10, images=True)
-    taught = Class(server, folder, tmp_path / "teacher.jsonl")
-    server.always(lambda one, _: one.error(400, "invalid_request", "Unsupported parameter."))
-    with pytest.raises(RemoteError, match=r"rejects every request, the last one so: .*Unsupported parameter"):
-        taught.run()
-    assert not taught.out.exists() or taught.out.read_text() == ""
-    assert not records_path(taught.out).exists()
-
-
-def test_a_wrong_key_stops_at_once_and_is_in_no_file(taught, server):
-    server.key = "another"
-    with pytest.raises(RemoteError, match="environment variable K"):
-        taught.run()
-    assert len(server.requests) == 1
-    assert server.paid == []
-    server.key = KEY
-    server.polls = None
-    taught.run(BatchSettings(interval=0.01, wait=False))
-    assert KEY.encode() not in b"".join(path.read_bytes() for path in taught.out.parent.iterdir() if path.is_file())
 
 
 def test_an_answer_with_a_foreign_id_is_nobodys(taught, server):
