@@ -102,6 +102,7 @@ def test_sigkill_at_20_random_moments_loses_nothing_and_pays_for_nothing_twice(t
     assert kills == 20
     result = teach(data, out, server, "--json").json
     assert (result["explained"], result["missing"]) == (KILLED_ITEMS, 0)
+    assert len(server.requests) <= KILLED_ITEMS + 2 * kills  # what was in flight, of two jobs
     lines = lines_of(out)
     assert Counter(line["name"] for line in lines) == dict.fromkeys((row["name"] for row in read_table(data)), 1)
     for line in lines:
