@@ -189,7 +189,7 @@ def _opened(options: Mapping[str, Any]) -> "tuple[Opener, HuggingFaceBackbone]":
 
 def _estimates(backbone: "HuggingFaceBackbone", recipe: "Recipe", plan: "TuningPlan") -> tuple[dict[str, Any], str]:
     """The plan, with the memory of this recipe and of all others: JSON-able, and as text."""
-    from agiqa.extract.tuning.estimates import GB, chosen_checkpointing, estimate, recipes_that_fit
+    from agiqa.extract.tuning.estimates import GB, chosen_checkpointing, estimate, memory_of, recipes_that_fit
 
     which = chosen_checkpointing(backbone, recipe, plan.load)
     own = estimate(backbone, recipe, plan.load, checkpointing=which)
@@ -204,6 +204,8 @@ def _estimates(backbone: "HuggingFaceBackbone", recipe: "Recipe", plan: "TuningP
     counts = own.counts
     shown: dict[str, Any] = {name: result[name] for name in ("train", "validation", "longest", "steps")}
     shown |= {"skipped": len(plan.skipped), "trained": f"{counts.trained:,} of {counts.trained + counts.frozen:,}"}
-    shown["memory"] = f"about {own.total / GB:.1f} GB, activations recomputed: {which}"
+    memory = memory_of(backbone.device)
+    there = "" if memory is None else f" of {memory / GB:.0f} GB"
+    shown["memory"] = f"about {own.total / GB:.1f} GB{there}, activations recomputed: {which}"
     shown |= {f"  {name}": f"about {one.total / GB:.1f} GB, all recomputed" for name, one in others.items()}
     return result, table(shown)

@@ -152,6 +152,28 @@ def test_a_killed_training_resumes_to_the_same_numbers(minicpm, talks, opener, d
     assert records[0] == records[1]
 
 
+def test_ctrl_c_leaves_a_checkpoint(opener, data, tmp_path, monkeypatch, capsys):
+    """In the middle of the fourth step, whose second micro-batch is the eighth."""
+    compute, calls = learning.summed_loss, []
+
+    def interrupted(backbone, batch):
+        calls.append(batch)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return compute(backbone, batch)
+
+    recipe = quick(dropout=0.2, steps=6, micro_batch=2, validations=1)
+    tuned(opener, data, tmp_path / "whole", recipe)
+    monkeypatch.setattr(learning, "summed_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(opener, data, tmp_path / "stopped", recipe)
+    monkeypatch.undo()
+    capsys.readouterr()
+    tuned(opener, data, tmp_path / "stopped", recipe)
+    assert "resume after step 3 of 6" in capsys.readouterr().err
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+
+
 def _environment():
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
