@@ -119,38 +119,33 @@ def estimate(backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, *, check
 def _activations(
     backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, model: nn.Module, checkpointing: str
 ) -> float:
-    """Kept activations of all layers, those of the widest layer while it is computed again, and of the loss."""
-    language: list[float] = []
-    seeing: list[float] = []
+    """What all layers keep, twice what the widest layer makes while it is computed again, and the loss."""
     towers = modules_of(model, find_parts(backbone, model, recipe)[1])
     decoder = {id(layer) for layer in backbone.language_model_of(model).get_decoder().modules()}
     size = DTYPES[backbone.logical_dtype].itemsize
+    kept = widest = 0.0
     for name, layer in model.named_modules():
-        if not isinstance(layer, GradientCheckpointingLayer):
-            continue
-        if id(layer) in decoder:
-            language.append(_per_token(layer, size, lora=True) * load.tokens)
-        elif any(name.startswith(f"{path}.") for path in towers):
-            seeing.append(_per_token(layer, size, lora=False) * load.patches)
-    width = backbone.hidden_size * size
-    kept = len(language) * load.tokens * width if checkpointing == "all" else sum(language)
-    kept += (
-        0.0 if not seeing else (len(seeing) * seeing[0] * 0.08 if checkpointing in ("all", "vision") else sum(seeing))
-    )
-    again = max([*language, *seeing], default=0.0) * 2
-    loss = min(load.labels, LABELS_AT_ONCE) * backbone.vocab_size * 4 * 4
-    return kept + again + loss
+        reads_text, trained = id(layer) in decoder, any(name.startswith(f"{path}.") for path in towers)
+        if isinstance(layer, GradientCheckpointingLayer) and (reads_text or trained):
+            vectors = load.tokens if reads_text else load.patches
+            width, whole = _per_token(layer, lora=reads_text)
+            again = checkpointing == "all" or (checkpointing == "vision" and trained)
+            kept += (width if again else whole) * vectors * size
+            widest = max(widest, whole * vectors * size)
+    loss = min(load.labels, LABELS_AT_ONCE) * backbone.vocab_size * 4 * 4  # logits, their gradient, and two copies
+    return kept + 2 * widest + loss
 
 
-def _per_token(layer: nn.Module, size: int, *, lora: bool) -> float:
-    """Bytes that one layer keeps per token: the inputs and outputs of its linear maps, norms and products.
+def _per_token(layer: nn.Module, *, lora: bool) -> tuple[int, int]:
+    """Numbers per token: the input of a layer, and all that it keeps for the backward pass.
 
-    A LoRA pair keeps a dropped-out copy of its input.
+    These are the outputs of its linear maps, the product of two of them, and the inputs of maps, norms and sums. A LoRA
+    pair keeps its dropped-out input too.
     """
     maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    width = min((module.in_features for module in maps), default=0)
     wide = sum(module.out_features for module in maps) + max((module.out_features for module in maps), default=0)
-    hidden = min((module.in_features for module in maps), default=0)
-    return size * (wide + (12 if lora else 8) * hidden)
+    return width, wide + (12 if lora else 8) * width
 
 
 def recipes_that_fit(backbone: HuggingFaceBackbone, load: Load, memory: float | None) -> Mapping[str, Estimate]:
