@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agiqa.bench.measurements.random_models import minicpm
 from agiqa.bench.measurements.tuning import counted_flop, made_up, main, tables
+from agiqa.bench.recording.tables import read_results
 from agiqa.extract.tuning.adapting import adapt, recompute
 from agiqa.extract.tuning.group import Group
 from agiqa.extract.tuning.learner import Learner
@@ -62,3 +63,11 @@ def test_flop_are_those_of_the_matrix_products(tmp_path: Path, name):
     counted = counted_flop(trained.model, trained, example, len(layout))
     assert products <= counted * 1.02
     assert counted <= products * (1.02 if name != "light" else 1.25)
+
+
+def test_the_tables_of_the_log_are_those_of_the_lines():
+    bench = Path(__file__).resolve().parents[3] / "bench"
+    log = (bench / "LOG.md").read_text(encoding="utf-8")
+    rows = tables(read_results(bench / "results" / "tuning" / "h100.jsonl")).splitlines()
+    assert len(rows) > 30
+    assert [row for row in rows if row not in log] == []
