@@ -30,13 +30,13 @@ VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "
 def test_a_case_gives_a_line_and_tables(tmp_path):
     path = tmp_path / "lines.jsonl"
     arguments = ["--shape", "tiny", "--recipe", "light", "--tokens", "1100", "--micro-batch", "1", "--steps", "1"]
-    outcome = CliRunner().invoke(main, [*arguments, "--checkpointing", "all", "--out", str(path)])
+    outcome = CliRunner().invoke(main, [*arguments, "--checkpointing", "all", "--compile", "never", "--out", str(path)])
     assert outcome.exit_code == 0, outcome.output
     line = json.loads(path.read_text())
     assert (line["stage"], line["name"], line["config"]["tokens"]) == ("tune", "light", 1100)
     assert line["measured"]["tokens_per_second"] > 0
     assert 0 < line["measured"]["of_matmul_rate"] < 1
-    assert "| light | 1100 | 1 | all |" in outcome.output
+    assert "| light | 1100 | 1 | all | never |" in outcome.output
     assert "goal" not in outcome.output  # they are for GPUs
     line["config"]["device"] = "NVIDIA H100"
     assert "| light, 1100 tokens, 1 items, all: GB | at most 24 |" in tables([line])
