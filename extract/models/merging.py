@@ -38,6 +38,8 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", "
 adapter."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of tensors that can be merged, as safetensors names them."""
+_TEMPLATES = "additional_chat_templates"
+"""The only folder of the official layout: chat templates besides the default one."""
 _LOCK = ".lock"
 
 
@@ -231,6 +233,8 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path, *, untied: bool) -> N
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         if path.is_file() and not weights and not path.name.startswith(".") and path.name != RECORD:
             shutil.copyfile(path, folder / path.name)
+    if (checkpoint.folder / _TEMPLATES).is_dir():
+        shutil.copytree(checkpoint.folder / _TEMPLATES, folder / _TEMPLATES)
     if untied:
         config = _untie(checkpoint.raw_config)
         config[_TIED] = False

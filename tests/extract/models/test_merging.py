@@ -61,6 +61,10 @@ def minicpm(tmp_path_factory):
     (base / "LICENSE").write_text("terms\n")
     (base / "generation_config.json").write_text('{"eos_token_id": [341, 345]}')
     (base / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "chat_template.jinja").write_text(settings["chat_template"])
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     (base / "consolidated.pt").write_bytes(b"the same weights once more")
     (base / "original").mkdir()
     (base / "original" / "consolidated.00.pth").write_bytes(b"the same weights once more")
@@ -124,7 +128,8 @@ def test_all_other_files_are_copied_and_the_record_has_the_hashes(minicpm, tmp_p
     weights = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     kept = {path.name for path in base.iterdir() if path.is_file()}
     kept -= {".gitattributes", "consolidated.pt"}
-    assert {path.name for path in merged.iterdir()} == {*kept, "merge.json"}
+    assert {path.name for path in merged.iterdir()} == {*kept, "additional_chat_templates", "merge.json"}
+    assert (merged / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
     for name in kept - weights:
         assert (merged / name).read_bytes() == (base / name).read_bytes(), name
     record = json.loads((merged / "merge.json").read_text())
@@ -139,7 +144,7 @@ def test_all_other_files_are_copied_and_the_record_has_the_hashes(minicpm, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
     again = tmp_path / "again"
     merge_adapter(str(base), str(adapter), again)
-    assert all((again / path.name).read_bytes() == path.read_bytes() for path in merged.iterdir())
+    assert all((again / path.name).read_bytes() == path.read_bytes() for path in merged.iterdir() if path.is_file())
 
 
 @pytest.mark.parametrize("sharded", [False, True])
