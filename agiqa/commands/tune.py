@@ -124,12 +124,17 @@ def command(data: Path, adapter: Path, *, as_json: bool, dry_run: bool, **option
     split test are never used. `agiqa describe`, `extract` and `score` take the folder as --adapter ADAPTER.
     """
     from agiqa.extract.data.datasets import load_data_set
+    from agiqa.extract.tuning.folder import refuse_adapter
     from agiqa.extract.tuning.recipes import recipe_of
     from agiqa.extract.tuning.tuning import TuningSettings, plan_tuning, run_tuning
     from agiqa.progress import say
 
     recipe = recipe_of(options["recipe"], _changes(options))
+    if not dry_run:
+        refuse_adapter(adapter)  # before the images are checked
     opener, backbone = _opened(options)
+    if not backbone.reads_images:
+        say(f"note: {options['model']} reads no images; it learns from the text alone")
     data_set = load_data_set(
         data,
         conversations=options["conversations"],

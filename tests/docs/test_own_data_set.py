@@ -18,6 +18,7 @@ from agiqa.bench.demo.images import draw_data_set
 from agiqa.extract import Message, open_backbone
 from agiqa.extract.data.templates import template_of
 from agiqa.extract.teaching.tables import shipped_prices
+from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.store import open_store
 from tests.command_line import REPOSITORY
 from tests.extract.teaching.providers import KEY, MODEL, explains, says
@@ -185,6 +186,13 @@ def test_the_splits_of_teach_hold_in_all_later_steps(done):
     assert tested.keys() == {name for name in taught if taught[name] == "test"}
     metrics = json.loads((folder / "runs" / "quality" / "metrics.json").read_text())
     assert metrics["test"]["n"] == len(tested)
+
+
+def test_the_night_job_goes_on_with_a_training_that_was_stopped(tmp_path):
+    (guard,) = re.findall(r"^(test .*) \|\| agiqa tune", PAGE, re.MULTILINE)
+    with AdapterFolder(tmp_path / "adapter", {}).writing():
+        pass
+    assert subprocess.run(["bash", "-c", guard], cwd=tmp_path, check=False).returncode == 1
 
 
 def test_the_key_is_in_no_file(done):
