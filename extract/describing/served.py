@@ -87,7 +87,9 @@ class ServedModel:
         if reply.refusal is not None:
             message = f"the server refuses to answer: {reply.refusal}"
             raise DataError(message)
-        said, generated = _without_thoughts(reply.text)
+        said, generated = _without_thoughts(_whole(reply.text))
+        if reply.thoughts is not None:
+            generated = _whole(f"{reply.thoughts}\n{reply.text}")
         return Answer(
             said,
             tokens=reply.output_tokens,
@@ -193,10 +195,15 @@ def _request(turns: tuple[Turn, ...], settings: GenerationSettings) -> ChatReque
     )
 
 
+def _whole(text: str) -> str:
+    """`text`, with U+FFFD for half a character (a lone surrogate), such as a server makes that cuts an emoji."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def _without_thoughts(text: str) -> tuple[str, str | None]:
     """(the answer without thoughts; the whole text, None if it has no thoughts), as `split_thoughts`.
 
-    Most servers leave thoughts out of the text; those that are not told the family of the model do not.
+    Most servers send thoughts beside the text, or not at all; those that are not told the family of the model do not.
     """
     for begin, end in THOUGHT_MARKS:
         if end in text:

@@ -76,7 +76,7 @@ class Reply:
     """What a server answered."""
 
     text: str
-    """Without thoughts; empty for a refusal."""
+    """Without thoughts, if the server takes them out; empty for a refusal."""
     refusal: str | None
     """The server's reason for a refusal; None for an answer."""
     finish_reason: str | None
@@ -88,6 +88,8 @@ class Reply:
     """Tokens of the request, the image included; None if unknown."""
     output_tokens: int | None
     """Tokens of the answer, thoughts included; None if unknown."""
+    thoughts: str | None = None
+    """Thoughts that the server sent beside the text; None for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,7 @@ class OpenAIChat:
         if refusal is None and reason is not None and reason.startswith("content_filter"):
             refusal = reason
         if refusal is None and not isinstance(said, dict):
-            refusal = reason or "no message in the answer"
+            refusal = "no message in the answer"
         return Reply(
             text="" if refusal is not None else _openai_text(_object(said).get("content")),
             refusal=refusal,
@@ -195,6 +197,7 @@ class OpenAIChat:
             model=_text(whole.get("model")),
             input_tokens=_count(usage.get("prompt_tokens")),
             output_tokens=_count(usage.get("completion_tokens")),
+            thoughts=_text(_object(said).get("reasoning_content")) or _text(_object(said).get("reasoning")),
         )
 
     def fault(self, status: int, answer: object) -> Fault:
@@ -367,20 +370,14 @@ def _kind(status: int) -> FaultKind:
 
 
 def _error(answer: object) -> Json:
-    """The object `error` of an answer; Gemini's compatible endpoint puts it into a list."""
+    """The object `error` of an answer, in a list at Gemini's compatible endpoint; or `detail`, as FastAPI calls it."""
     if isinstance(answer, list) and answer:
         answer = cast("Sequence[object]", answer)[0]
     found = _object(answer)
-    error = found.get("error", found)
+    error = found.get("error", found.get("detail", found))
+    if isinstance(error, list):
+        error = json.dumps(error)
     return {"message": error} if isinstance(error, str) else _object(error)
-
-
-def parse_json(content: bytes) -> object:
-    """The JSON in the body of an answer; None if it is none."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _known(settings: Mapping[str, Any]) -> Json:

@@ -5,6 +5,7 @@ that the server names, or else doubles. The key goes into request headers only: 
 server sends back, so that no answer or error message can carry it into a file.
 """
 
+import json
 import os
 import random
 import threading
@@ -18,7 +19,7 @@ from typing import Any, Self
 import httpx2
 
 from agiqa.errors import ConfigError, RemoteError, first_line
-from agiqa.extract.teaching.apis import Api, ChatRequest, Fault, Reply, parse_json
+from agiqa.extract.teaching.apis import Api, ChatRequest, Fault, Reply
 from agiqa.progress import say
 from agiqa.store.sharing.transfers import Halted, seconds_asked
 from agiqa.version import agiqa_version
@@ -208,7 +209,9 @@ class Client:
             attempts += 1
             sent = self._once(method, url, headers, body)
             if wants_json and sent.fault is None and sent.json is None:
-                sent = _lost("an answer that is cut off, or no JSON")
+                sent = _lost(
+                    "a web page" if sent.content.lstrip()[:1] == b"<" else "an answer that is cut off, or no JSON"
+                )
             lost += sent.lost
             if sent.fault is not None and sent.fault.kind == "fatal":
                 raise self._final(url, sent.fault)
@@ -237,7 +240,7 @@ class Client:
         except httpx2.DecodingError as error:
             return _lost(f"a damaged answer ({self._without_key(first_line(error))})")
         content = response.content if self._key is None else _without(self._key, response.content)
-        found, answer = {name.lower(): value for name, value in response.headers.items()}, parse_json(content)
+        found, answer = {name.lower(): value for name, value in response.headers.items()}, _json(content)
         fault = self._fault(response.status_code, answer, found) if response.status_code >= 300 else None
         return Sent(content=content, headers=found, json=answer, fault=fault, status=response.status_code)
 
@@ -313,6 +316,14 @@ class Client:
 
     def _key_headers(self) -> dict[str, str]:
         return {} if self._key is None else self.api.headers(self._key.value)
+
+
+def _json(content: bytes) -> object:
+    """The JSON in the body of an answer; None if it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _lost(reason: str) -> Sent:
