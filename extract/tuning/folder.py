@@ -29,6 +29,8 @@ from agiqa.store.disk.files import (
     append_durably,
     canonical_json,
     read_json,
+    removed_on_failure,
+    safetensors_errors,
     sync_file,
     telling_disk_errors,
     write_text_atomically,
@@ -42,7 +44,7 @@ COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "seconds", "validation_l
 _KEPT = "the last checkpoint is kept"
 _OWN = (".lock", "training", CURVES, "tensorboard")
 """What a training leaves, besides the adapter, when somebody removes its checkpoint."""
-_FREE = ("agiqa",)
+_FREE = ("agiqa", "commit")
 """Settings that may differ between two runs of one training."""
 
 
@@ -183,9 +185,11 @@ class AdapterFolder:
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
-    sync_file(temporary)
-    temporary.replace(path)
+    with removed_on_failure(temporary, of=path):
+        with safetensors_errors(path):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        sync_file(temporary)
+        temporary.replace(path)
     sync_file(path.parent)
 
 
