@@ -126,7 +126,7 @@ def command(data: Path, adapter: Path, *, as_json: bool, dry_run: bool, **option
     from agiqa.extract.data.datasets import load_data_set
     from agiqa.extract.tuning.folder import refuse_adapter
     from agiqa.extract.tuning.recipes import recipe_of
-    from agiqa.extract.tuning.tuning import TuningSettings, plan_tuning, run_tuning
+    from agiqa.extract.tuning.tuning import TuningSettings, check_start, plan_tuning, run_tuning
     from agiqa.progress import say
 
     recipe = recipe_of(options["recipe"], _changes(options))
@@ -153,6 +153,7 @@ def command(data: Path, adapter: Path, *, as_json: bool, dry_run: bool, **option
     for line in plan.skipped:
         say(f"skipped {line}")
     if dry_run:
+        check_start(adapter, backbone, settings, plan)
         print_result(*_estimates(backbone, recipe, plan, options["devices"]), as_json=as_json)
         return
     result = run_tuning(data_set, backbone, adapter, settings, opener=opener, plan=plan).as_dict()
@@ -163,7 +164,7 @@ def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the recipe that the command line changes."""
     import yaml
 
-    from agiqa.errors import ConfigError
+    from agiqa.errors import ConfigError, first_line
 
     found: dict[str, Any] = {}
     for change in options["changes"]:
@@ -171,7 +172,11 @@ def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
         if not equals:
             message = f"--set {change}: expected KEY=VALUE, such as lr=1e-5."
             raise ConfigError(message)
-        found[key.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            found[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            message = f"--set {change}: the value cannot be read as YAML ({first_line(error)})."
+            raise ConfigError(message) from error
     return found | {key: options[key] for key in ("steps", "epochs") if options[key] is not None}
 
 
@@ -212,9 +217,10 @@ def _estimates(
     counts = own.counts
     shown: dict[str, Any] = {name: result[name] for name in ("train", "validation", "longest", "steps")}
     shown |= {"skipped": len(plan.skipped), "trained": f"{counts.trained:,} of {counts.trained + counts.frozen:,}"}
+    there = "" if memory is None else f" of {memory / GB:.0f} GB"
     shown["memory"] = (
-        f"about {own.total / GB:.1f} GB with {chosen.micro_batch} items per forward pass, activations recomputed: "
-        f"{chosen.checkpointing}"
+        f"about {own.total / GB:.1f} GB{there} with {chosen.micro_batch} items per forward pass, activations "
+        f"recomputed: {chosen.checkpointing}"
     )
     shown |= {f"  {name}": f"about {one.total / GB:.1f} GB with 1, all recomputed" for name, one in others.items()}
     return result, table(shown)

@@ -24,7 +24,13 @@ from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.loading import failures_of, name_in_model
 from agiqa.extract.models.opening import open_backbone
 from agiqa.progress import track
-from agiqa.store.disk.files import files_below, sync_file, telling_disk_errors, write_text_atomically
+from agiqa.store.disk.files import (
+    files_below,
+    safetensors_errors,
+    sync_file,
+    telling_disk_errors,
+    write_text_atomically,
+)
 from agiqa.store.disk.locks import exclusive_lock
 from agiqa.version import agiqa_version
 
@@ -262,7 +268,8 @@ def _write_weights(files: _Files, merge: Merge, untied: Mapping[str, str], folde
                 for name, source in new.items():
                     tensors[name] = merge.merged(name, stored.get_tensor(source).clone())
                 metadata = stored.metadata() or {"format": "pt"}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / path.name, metadata)
+            with safetensors_errors(folder / path.name):
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / path.name, metadata)
             added[path.name] = list(new)
             del tensors  # before the next file is read
             advance(1)

@@ -29,6 +29,8 @@ from agiqa.store.disk.files import (
     append_durably,
     canonical_json,
     read_json,
+    removed_on_failure,
+    safetensors_errors,
     sync_file,
     telling_disk_errors,
     write_text_atomically,
@@ -40,7 +42,9 @@ RECORD = "tuning.json"
 CURVES = "curves.csv"
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "seconds", "validation_loss", "word_accuracy")
 _KEPT = "the last checkpoint is kept"
-_FREE = ("agiqa",)
+_OWN = (".lock", "training", CURVES, "tensorboard")
+"""What a training leaves, besides the adapter, when somebody removes its checkpoint."""
+_FREE = ("agiqa", "commit")
 """Settings that may differ between two runs of one training."""
 
 
@@ -169,7 +173,7 @@ class AdapterFolder:
             return
         refuse_adapter(self.path)
         if not self._settings.exists():
-            if any(found.name not in (".lock", "training") for found in self.path.iterdir()):
+            if any(found.name not in _OWN for found in self.path.iterdir()):
                 message = f"{self.path} holds other files. Choose another ADAPTER, an empty folder or a new one."
                 raise SettingsConflict(message)
             return
@@ -186,9 +190,11 @@ class AdapterFolder:
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
-    sync_file(temporary)
-    temporary.replace(path)
+    with removed_on_failure(temporary, of=path):
+        with safetensors_errors(path):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        sync_file(temporary)
+        temporary.replace(path)
     sync_file(path.parent)
 
 

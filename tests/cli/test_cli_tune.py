@@ -126,6 +126,10 @@ def test_wrong_usage(agiqa, tune, tmp_path):
     misuse(agiqa(*tune("--variant", "id")), "has no rating word to learn")
     refuse(agiqa(*tune("--set", "learning_rate=1")), "No setting of a recipe is called 'learning_rate'")
     refuse(agiqa(*tune("--set", "lr")), "expected KEY=VALUE")
+    refuse(agiqa(*tune("--set", "lr=[1")), "--set lr=[1: the value cannot be read as YAML")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    refuse(agiqa(*tune("--dry-run", adapter=tmp_path / "thesis")), "holds other files")
     refuse(agiqa(*tune("--recipe", "publishd")), "Did you mean 'published'")
     (tmp_path / "mine.yaml").write_text("base: light\nranc: 3\n")
     refuse(agiqa(*tune("--recipe", tmp_path / "mine.yaml")), "Did you mean 'rank'")
@@ -166,6 +170,8 @@ def test_damaged_checkpoints_and_other_folders(agiqa, tune, tmp_path):
     state = adapter / "training" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     refuse(agiqa(*tune("--steps", 40)), "state.safetensors is damaged", "to begin again")
+    shutil.rmtree(adapter / "training")
+    assert agiqa(*tune("--steps", 2, "--json")).json["steps"] == 2
     shutil.rmtree(adapter)
     adapter.write_text("")
     misuse(agiqa(*tune()), "is a file")
