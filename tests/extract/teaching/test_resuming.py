@@ -6,7 +6,6 @@ import pytest
 
 from agiqa.errors import BusyStore, ConfigError, DataError, SettingsConflict
 from agiqa.extract import load_data_set
-from agiqa.extract.data.journals import Journal
 from agiqa.extract.teaching.explanations import KEYS
 from agiqa.extract.teaching.lesson import Lesson, Splits, TeachingSettings
 from agiqa.extract.teaching.questions import QuestionSettings
@@ -226,12 +225,3 @@ def test_a_slow_answer_holds_up_no_other(openai, data, tmp_path):
     )
     assert run(data, tmp_path / "t.jsonl", teacher(openai)).as_dict()["explained"] == ITEMS
     assert len(seen) == 1
-
-
-def test_a_journal_remembers_the_last_line_of_an_item(tmp_path):
-    journal = Journal(tmp_path / "j.jsonl", {"a": 1}, command="agiqa x", verb="has")
-    with journal.writing():
-        journal.append([{"name": "n", "item_sha256": "0", "value": 1}])
-        journal.append([{"name": "n", "item_sha256": "0", "value": 2}])
-    again = Journal(tmp_path / "j.jsonl", {"a": 1}, command="agiqa x", verb="has")
-    assert [line["value"] for line in again.lines.values()] == [2]
