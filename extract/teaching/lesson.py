@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import ConfigError
+from agiqa.errors import ConfigError, SettingsConflict
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.journals import Journal, Line
 from agiqa.extract.teaching.apis import ChatRequest
 from agiqa.extract.teaching.asking import TeacherModel
 from agiqa.extract.teaching.client import ClientSettings
-from agiqa.extract.teaching.conversation_files import write_conversations
+from agiqa.extract.teaching.conversation_files import conversations_path, write_conversations
 from agiqa.extract.teaching.questions import (
     USUAL_ANSWER_TOKENS,
     Question,
@@ -149,8 +149,8 @@ class Lesson:
     ) -> None:
         """Read the journal `out`, if there is one. `models` are the teacher, and the fallback for what it refuses.
 
-        Raises DataError for items without a MOS, SettingsConflict for a journal of other settings or items, ConfigError
-        for a budget without prices.
+        Raises DataError for items without a MOS, SettingsConflict for a journal of other settings or items and for files
+        of conversations that are not of this journal, ConfigError for a budget without prices.
         """
         self.data_set = data_set
         self.settings = settings
@@ -173,6 +173,7 @@ class Lesson:
             free=_FREE,
         )
         self.journal.check_items({name: one.key for name, one in self.questions.items()})
+        self._refuse_to_overwrite()
 
     def pending(self) -> list[Question]:
         """The questions to ask, in the order of the table."""
@@ -253,6 +254,17 @@ class Lesson:
             cost=_total(written, "cost_usd"),
             seconds=time.perf_counter() - since,
         )
+
+    def _refuse_to_overwrite(self) -> None:
+        """Before the first run, nothing may have the names of the files that `finish` writes: it may be the data."""
+        paths = [conversations_path(self.journal.path, aspect) for aspect in self.settings.question.aspects]
+        found = [] if self.journal.provenance_path.exists() else [path for path in paths if path.exists()]
+        if found:
+            message = (
+                f"{found[0]} exists, and this run would write its conversations there. Choose another OUT, or move "
+                "that file."
+            )
+            raise SettingsConflict(message)
 
     def _is_done(self, line: Line | None) -> bool:
         return line is not None and (line["status"] == "ok" or not self.settings.retry_failed)

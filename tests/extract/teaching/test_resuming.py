@@ -149,6 +149,18 @@ def test_a_journal_of_other_items_is_refused(openai, data, tmp_path):
         run(data, out, teacher(openai))
 
 
+def test_conversations_of_somebody_else_are_not_overwritten(openai, data, tmp_path):
+    """Such as the published file that the data set is read from."""
+    published = tmp_path / "t.quality.jsonl"
+    published.write_text("published")
+    with pytest.raises(SettingsConflict, match=r"t\.quality\.jsonl exists.*Choose another OUT"):
+        run(data, tmp_path / "t.jsonl", teacher(openai))
+    assert (openai.requests, published.read_text()) == ([], "published")
+    published.unlink()
+    run(data, tmp_path / "t.jsonl", teacher(openai))
+    assert run(data, tmp_path / "t.jsonl", teacher(openai)).as_dict()["asked"] == 0
+
+
 def test_two_runs_do_not_write_to_one_journal(openai, data, tmp_path):
     out = tmp_path / "t.jsonl"
     lesson = Lesson(data, out, [teacher(openai)], SETTINGS, Splits(of={}, rule={}))
