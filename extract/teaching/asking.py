@@ -1,9 +1,10 @@
 """Asks the teacher about one item: until there is an answer, every model refuses, or too many answers are broken."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from agiqa.errors import RemoteError
 from agiqa.extract.data.journals import ITEM, Line
 from agiqa.extract.teaching.apis import Api, Fault, Reply
 from agiqa.extract.teaching.budget import Budget
@@ -11,9 +12,11 @@ from agiqa.extract.teaching.client import Client, Key
 from agiqa.extract.teaching.explanations import read_answer
 from agiqa.extract.teaching.questions import Question, input_tokens
 from agiqa.extract.teaching.tables import Price
+from agiqa.store.sharing.transfers import Halted
 
-Status = Literal["ok", "refused", "broken", "failed"]
-"""broken: an answer without valid explanations, asked for again; failed: the server cannot serve this request."""
+Status = Literal["ok", "refused", "broken", "failed", "open"]
+"""broken: an answer without valid explanations, asked for again; failed: the server cannot serve this request; open:
+paid for, but the run or its budget ended before the last word, so that the next run asks again."""
 
 _CAUTION = 1.5
 """Factor on the estimated tokens of a request, for the most that it can cost."""
@@ -130,26 +133,40 @@ class Teacher:
         self._budget = budget
         self._retries = retries
 
-    def explain(self, question: Question, earlier: Line | None = None) -> Line | None:
+    def explain(
+        self, question: Question, earlier: Line | None = None, *, keep: Callable[[Line], None]
+    ) -> Line | None:
         """The line about an item; None, with nothing sent, if the budget does not allow a request.
 
         Raises RemoteError when no request can succeed, Halted when the run ends, and DataError for its image file.
+        Before the first two, `keep` gets the line of an item that answers have been paid for.
         """
-        trials, verdict = list[Trial](), None
+        trials = list[Trial]()
+        try:
+            verdict = self._verdict(question, trials)
+        except (Halted, RemoteError):
+            if trials:
+                keep(line_of(question, _without("open", "the run ended before a whole answer"), trials, earlier))
+            raise
+        return line_of(question, verdict, trials, earlier) if trials else None
+
+    def _verdict(self, question: Question, trials: list[Trial]) -> Verdict:
+        """The last word about an item; `trials` gets what was asked for it."""
+        verdict = None
         for teacher, client in self._clients:
-            verdict = self._ask(question, teacher, client, trials) or verdict
+            verdict = self._ask(question, teacher, client, trials)
             if verdict is None or verdict.status != "refused":
                 break
-        return None if verdict is None else line_of(question, verdict, trials, earlier)
+        return verdict or _without("open", "the budget ended before a whole answer")
 
     def _ask(self, question: Question, teacher: TeacherModel, client: Client, trials: list[Trial]) -> Verdict | None:
-        """The verdict on the last answer of one model; None if the budget did not allow a first request."""
+        """The verdict on the last answer of one model; None if the budget did not allow a request."""
         request, verdict = question.request(), None
         expected = input_tokens(request, teacher.api)
         most = most_cost(teacher.price, expected, question.settings.max_tokens) or 0.0
         for _ in range(1 + self._retries):
             if not self._budget.reserve(most):
-                return verdict
+                return None
             counted = 0.0
             try:
                 answered = client.ask(request, tokens=expected)

@@ -35,7 +35,8 @@ _AROUND = 200
 """Bytes of a line of a file around the body of its request, about."""
 
 _NONE_SERVED = 10
-"""When the provider rejects all requests of a batch of this many or more, the fault is not in the items."""
+"""When the provider rejects all requests of a batch of this many or more, the fault is not in the items; nor when it
+rejects all of a smaller one, and has never answered."""
 
 
 @dataclass(kw_only=True)
@@ -251,8 +252,9 @@ class _Run:
         _tell(record, lines=len(lines), left=len(left), misplaced=joined.misplaced)
 
     def _refuse_if_all_rejected(self, record: BatchRecord, lines: Sequence[Line]) -> None:
-        rejected = [line for line in lines if line["fault"] == "item"]
-        if len(rejected) == len(record.requests) >= _NONE_SERVED:
+        rejected = [line for line in lines if line["fault"] == "item" and not self._lesson.is_rejected_again(line)]
+        many = len(rejected) >= _NONE_SERVED or not self._lesson.was_ever_served()
+        if many and len(rejected) == len(record.requests):
             self._records.close(record)
             reason = rejected[-1]["reason"]
             message = f"batch {record.batch}: the provider rejects every request, the last one so: {reason}."

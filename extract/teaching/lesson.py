@@ -26,8 +26,8 @@ from agiqa.version import agiqa_version
 
 FORMAT, FORMAT_VERSION = "agiqa.explanations", 1
 
-_FREE = ("agiqa", "base_url", "fallback", "prices")
-"""Provenance that may differ between two runs on one journal."""
+_FREE = ("agiqa", "base_url", "fallback", "prices", "max_tokens", "schema")
+"""Provenance that may differ between two runs on one journal: it does not change the text of whole answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class TeachingResult:
     asked: int
     """Lines that this run wrote."""
     missing: int
-    """Items without a line."""
+    """Items without a line, or with one that is open."""
     skipped: tuple[str, ...]
     stopped: str | None
     """Why this run ended before all items were done, such as budget; None if it did not."""
@@ -90,7 +90,7 @@ class TeachingResult:
         return {
             "out": str(self.out),
             "conversations": {aspect: str(path) for aspect, path in self.conversations.items()},
-            "items": len(self.lines) + self.missing,
+            "items": len(states) - states.count("open") + self.missing,
             "explained": states.count("ok"),
             "refused": states.count("refused"),
             "failed": states.count("failed"),
@@ -223,6 +223,15 @@ class Lesson:
             "spent_usd": round(self.spent(), 4),
         }
 
+    def is_rejected_again(self, line: Line) -> bool:
+        """Whether the server rejects the item of a new `line`, as it did in an earlier run."""
+        known = self.journal.lines.get(line["name"])
+        return line["fault"] == "item" and known is not None and known["fault"] == "item"
+
+    def was_ever_served(self) -> bool:
+        """Whether a server has answered about any item."""
+        return any(line["fault"] is None for line in self.journal.lines.values())
+
     def decisive(self) -> dict[str, Any]:
         """The provenance that may not differ between two runs on one journal."""
         return {name: value for name, value in self.journal.provenance.items() if name not in _FREE}
@@ -248,7 +257,7 @@ class Lesson:
             conversations=conversations,
             lines=lines,
             asked=len(written),
-            missing=sum(name not in lines for name in self.questions),
+            missing=sum(lines.get(name, {"status": "open"})["status"] == "open" for name in self.questions),
             skipped=self.data_set.skipped,
             stopped=stopped,
             cost=_total(written, "cost_usd"),
@@ -267,7 +276,9 @@ class Lesson:
             raise SettingsConflict(message)
 
     def _is_done(self, line: Line | None) -> bool:
-        return line is not None and (line["status"] == "ok" or not self.settings.retry_failed)
+        if line is None or line["status"] == "open":
+            return False
+        return line["status"] == "ok" or not self.settings.retry_failed
 
     def _provenance(self) -> dict[str, Any]:
         teacher, *others = self.models

@@ -117,7 +117,7 @@ def questions(items: tuple[Item, ...], settings: QuestionSettings) -> list[Quest
         problems = [f"{name}: no MOS of {' and '.join(aspects)}" for name, aspects in lacking.items() if aspects]
         if problems:
             error = DataError.from_problems("The teacher explains the MOS of each aspect", problems)
-            error.add_note("Name the aspects that all items have by --aspects, or leave the MOS out by --blind.")
+            error.add_note("Name the aspects that all items have by --aspect, or leave the MOS out by --blind.")
             raise error
     return [_question(item, settings) for item in items]
 

@@ -104,6 +104,8 @@ class _Run:
         if self._errors:
             raise self._errors[0]
         if self._unserved:
+            if not lesson.was_ever_served():
+                raise self._none_served()
             lesson.journal.append(self._unserved)
             self.written += self._unserved
 
@@ -141,12 +143,12 @@ class _Run:
                     question = next(self._next, None)
                 if question is None:
                     return
-                line = teacher.explain(question, lines.get(question.item.name))
-                if line is None:
+                line = teacher.explain(question, lines.get(question.item.name), keep=self._accept)
+                if line is not None:
+                    self._accept(line)
+                if line is None or line["status"] == "open":
                     self.stopped = "budget"
                     return
-                with self._lock:
-                    self._accept(line)
         except Halted:
             return
         except BaseException as error:  # noqa: BLE001  # the main thread raises it
@@ -155,19 +157,25 @@ class _Run:
 
     def _accept(self, line: Line) -> None:
         """Write the line of an item. Lines about requests that the server did not serve wait until it serves one."""
-        if self._is_closed:
-            return
-        self._unserved.append(line)
-        if line["fault"] == "unserved" or (line["fault"] == "item" and not self.written):
-            if len(self._unserved) < _NONE_SERVED:
+        with self._lock:
+            if self._is_closed:
                 return
-            message = f"{line['base_url']} has served none of the last {_NONE_SERVED} requests: {line['reason']}."
-            raise RemoteError(message)
-        new, self._unserved = self._unserved, []
-        self._lesson.journal.append(new)
-        self.written += new
-        self._left -= len(new)
-        for one in new:
-            if self._each is not None and one["counted_usd"] is not None:
-                self._each.add(one["counted_usd"])
-        self._advance(len(new))
+            again = self._lesson.is_rejected_again(line)
+            self._unserved.append(line)
+            if line["fault"] == "unserved" or (line["fault"] == "item" and not (self.written or again)):
+                if len(self._unserved) < _NONE_SERVED:
+                    return
+                raise self._none_served()
+            new, self._unserved = self._unserved, []
+            self._lesson.journal.append(new)
+            self.written += new
+            self._left -= len(new)
+            for one in new:
+                if self._each is not None and one["counted_usd"] is not None:
+                    self._each.add(one["counted_usd"])
+            self._advance(len(new))
+
+    def _none_served(self) -> RemoteError:
+        last, count = self._unserved[-1], len(self._unserved)
+        which = f"none of the last {count} requests" if count > 1 else "no request"
+        return RemoteError(f"{last['base_url']} has served {which}: {last['reason']}.")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from agiqa.errors import BusyStore, ConfigError, DataError, SettingsConflict
+from agiqa.errors import BusyStore, ConfigError, DataError, RemoteError, SettingsConflict
 from agiqa.extract import load_data_set
 from agiqa.extract.teaching.explanations import KEYS
 from agiqa.extract.teaching.lesson import Lesson, Splits, TeachingSettings
@@ -15,11 +15,13 @@ from tests.extract.teaching.providers import (
     FALLBACK,
     KEY,
     MODEL,
+    bad_image,
     explains,
     loses,
     refuses,
     says,
     slow,
+    wrong_key,
 )
 from tests.extract.teaching.runs import (
     ITEMS,
@@ -66,6 +68,57 @@ def test_the_budget_is_never_exceeded_and_a_larger_one_goes_on(server, data, tmp
     assert (more["asked"], more["stopped"]) == (0, "budget")
     rest = run(data, out, teacher(server, price=PRICE), budget=100.0).as_dict()
     assert (rest["explained"], rest["stopped"], len(server.requests)) == (ITEMS, None, ITEMS)
+
+
+@pytest.mark.parametrize("behaviour", [says("no JSON"), refuses("refusal")], ids=["broken", "refused"])
+def test_items_that_the_budget_left_half_asked_are_asked_again(openai, data, tmp_path, behaviour):
+    """Not kept as failed or refused: the user pays more to have them answered."""
+    openai.always(behaviour)
+    out, models = tmp_path / "t.jsonl", (teacher(openai, price=PRICE), teacher(openai, FALLBACK, price=PRICE))
+    first = run(data, out, *models, budget=0.25, jobs=1).as_dict()
+    (line,) = lines_of(out).values()
+    assert line["status"] == "open"
+    assert (first["stopped"], first["failed"], first["refused"]) == ("budget", 0, 0)
+    assert (first["items"], first["missing"]) == (ITEMS, ITEMS)
+    assert 0 < first["counted_usd"] == line["counted_usd"] < 0.25
+    openai.calm()
+    second = run(data, out, *models, budget=100.0).as_dict()
+    assert (second["asked"], second["explained"]) == (ITEMS, ITEMS)
+    assert second["counted_usd"] == pytest.approx(first["counted_usd"] + second["cost_usd"])
+
+
+def test_an_answer_that_was_paid_for_before_an_error_is_counted(openai, data, tmp_path):
+    openai.script(says("no JSON"), wrong_key, about=prompt_of(0))
+    out = tmp_path / "t.jsonl"
+    with pytest.raises(RemoteError, match="Check the key"):
+        run(data, out, teacher(openai, price=PRICE), jobs=1)
+    (line,) = lines_of(out).values()
+    assert (line["status"], line["attempts"]) == ("open", 1)
+    result = run(data, out, teacher(openai, price=PRICE)).as_dict()
+    assert (result["asked"], result["explained"]) == (ITEMS, ITEMS)
+    assert result["counted_usd"] == pytest.approx(line["cost_usd"] + result["cost_usd"])
+
+
+def test_answers_that_were_cut_off_may_be_longer_in_the_next_run(openai, data, tmp_path):
+    """As the reason of the failure says."""
+    openai.always(says("{", cut=True), about=prompt_of(1))
+    out = tmp_path / "t.jsonl"
+    run(data, out, teacher(openai))
+    assert "--max-new-tokens" in lines_of(out)[name_of(1)]["reason"]
+    openai.calm()
+    longer = replace(QUALITY, max_tokens=200)
+    assert run(data, out, teacher(openai), question=longer, retry_failed=True).as_dict()["explained"] == ITEMS
+
+
+def test_items_that_are_rejected_again_hold_up_no_others(openai, data, tmp_path):
+    out = tmp_path / "t.jsonl"
+    openai.script(explains, about=prompt_of(11))
+    openai.always(bad_image)
+    run(replace(data, items=data.items[::-1]), out, teacher(openai), jobs=1)
+    openai.calm()
+    openai.script(*[bad_image] * 10)
+    result = run(data, out, teacher(openai), retry_failed=True, jobs=1).as_dict()
+    assert (result["failed"], result["explained"]) == (10, 2)
 
 
 def test_money_for_lines_that_were_replaced_stays_counted(openai, data, tmp_path):
@@ -123,7 +176,7 @@ def test_a_torn_line_is_asked_about_again(openai, data, tmp_path):
     ("changes", "model", "said"),
     [
         ({"question": replace(QUALITY, blind=True)}, MODEL, "blind was False, and is True now"),
-        ({"question": replace(QUALITY, max_tokens=5)}, MODEL, "max_tokens was 100"),
+        ({"question": replace(QUALITY, temperature=0.5)}, MODEL, "temperature was None"),
         ({}, FALLBACK, "teacher.model was 'teacher-1'"),
     ],
 )
