@@ -99,6 +99,45 @@ def says_nothing_of(server):
     return creates
 
 
+def test_a_damaged_download_loses_no_answer(taught, server):
+    """Such as the page of a proxy, or a file that is cut off."""
+    whole = server.results
+    server.results = lambda batch: whole(batch)[:-20] + b"\n" if server.API == "gemini" else whole(batch)
+    if server.API == "openai":
+        server.script(lambda *_: Reply(body=b"<html>Log in</html>"), path="/content")
+    with pytest.raises(RemoteError, match="no JSON. Run the same command again"):
+        taught.run()
+    assert taught.out.read_text() == ""
+    server.results = whole
+    result, _ = taught.run()
+    assert (result.asked, len(server.paid)) == (8, 8)
+
+
+def test_results_that_are_named_late_are_waited_for(taught, server):
+    held = server.deliver = lambda _lines: []
+    seen, shown = [], server._shown
+
+    def late(batch, *, ended=False):
+        answer = shown(batch, ended=ended)
+        if ended and server.deliver is held:
+            for about in (answer, answer.get("metadata") or {}):
+                about.pop("response", None)
+                about.pop("output", None)
+            seen.append(batch)
+            server.deliver = list if len(seen) == 2 else held
+        return answer
+
+    server._shown = late
+    result, outcome = taught.run()
+    assert (result.asked, outcome.left, len(server.paid), len(seen)) == (8, set(), 8, 2)
+    server._shown, server.deliver = late, held
+    taught.out.unlink()
+    seen += [None] * 3
+    with pytest.raises(RemoteError, match="names no file of its results"):
+        taught.run(client=ClientSettings(timeout=20.0, patience=0.05))
+    assert records_path(taught.out).exists()
+
+
 def test_a_batch_that_fails_as_a_whole_says_why(taught, server):
     server.end = "failed"
     if server.API == "openai":
