@@ -31,6 +31,9 @@ from agiqa.progress import Advance, say, track
 CAUTION = 1.5
 """Factor on the expected cost of a request, for its share of the budget."""
 
+_ENOUGH_ANSWERS = 20
+"""From so many answers on, their mean tells what a request will cost. Before, the budget counts the most that it can."""
+
 _AROUND = 200
 """Bytes of a line of a file around the body of its request, about."""
 
@@ -210,12 +213,15 @@ class _Run:
         """A function from a request to the USD set aside for it; None if too little is left."""
         spent = self._lesson.spent() + sum(record.reserve_usd for record in self._records.batches)
         spent += sum(one.counted or 0.0 for tries in self._records.tries.values() for one in tries)
-        budget, tokens = self._lesson.settings.budget, self._lesson.answer_tokens()
+        budget, longest = self._lesson.settings.budget, self._lesson.settings.question.max_tokens
+        said = [line["tokens"]["output"] for line in self._lesson.journal.lines.values()]
+        known = [tokens for tokens in said if tokens is not None]
+        usual = sum(known) / len(known) if len(known) >= _ENOUGH_ANSWERS else longest / CAUTION
 
         def reserve(request: ChatRequest) -> float | None:
             nonlocal spent
             expected = input_tokens(request, teacher.api)
-            usd = 0.0 if teacher.price is None else CAUTION * teacher.price.cost(expected, tokens)
+            usd = 0.0 if teacher.price is None else CAUTION * teacher.price.cost(expected, min(usual, longest))
             if budget is not None and spent + usd > budget:
                 self.outcome.unaffordable = True
                 return None
