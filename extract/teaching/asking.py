@@ -162,7 +162,7 @@ class Teacher:
     def _ask(self, question: Question, teacher: TeacherModel, client: Client, trials: list[Trial]) -> Verdict | None:
         """The verdict on the last answer of one model; None if the budget did not allow a request."""
         request, verdict = question.request(), None
-        expected = input_tokens(request, teacher.api)
+        expected = input_tokens(request, teacher.api, teacher.model)
         most = most_cost(teacher.price, expected, question.settings.max_tokens) or 0.0
         for _ in range(1 + self._retries):
             if not self._budget.reserve(most):

@@ -220,7 +220,7 @@ class _Run:
 
         def reserve(request: ChatRequest) -> float | None:
             nonlocal spent
-            expected = input_tokens(request, teacher.api)
+            expected = input_tokens(request, teacher.api, teacher.model)
             usd = 0.0 if teacher.price is None else CAUTION * teacher.price.cost(expected, min(usual, longest))
             if budget is not None and spent + usd > budget:
                 self.outcome.unaffordable = True

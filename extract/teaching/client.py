@@ -225,7 +225,7 @@ class Client:
         """One attempt."""
         try:
             response = self._http.request(method, url, headers={**self._key_headers(), **(headers or {})}, **body)
-        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
             message = f"{url}: not the URL of a server ({first_line(error)}). It should begin with http:// or https://."
             raise ConfigError(message) from error
         except httpx2.TransportError as error:
@@ -238,8 +238,11 @@ class Client:
             return _lost(f"a damaged answer ({self._without_key(first_line(error))})")
         content = response.content if self._key is None else _without(self._key, response.content)
         found, answer = {name.lower(): value for name, value in response.headers.items()}, parse_json(content)
-        fault = self._fault(response.status_code, answer, found) if response.status_code >= 300 else None
-        return Sent(content=content, headers=found, json=answer, fault=fault, status=response.status_code)
+        status = response.status_code
+        if status < 300 and url == self.api.url(self.model):
+            status = self.api.error_status(answer) or status
+        fault = self._fault(status, answer, found) if status >= 300 else None
+        return Sent(content=content, headers=found, json=answer, fault=fault, status=status)
 
     def _fault(self, status: int, answer: object, headers: Mapping[str, str]) -> Fault:
         """The fault with the wait that the server asks for in a header or in the body, and a reason for people."""

@@ -192,7 +192,7 @@ class Lesson:
         if counted:
             return Mean(sum=sum(counted), count=len(counted))
         request = next(iter(self.questions.values())).request()
-        return Mean(guess=teacher.price.cost(input_tokens(request, teacher.api), USUAL_ANSWER_TOKENS))
+        return Mean(guess=teacher.price.cost(input_tokens(request, teacher.api, teacher.model), USUAL_ANSWER_TOKENS))
 
     def answer_tokens(self) -> float:
         """Tokens of an answer, by the lines so far, or else as usual."""
@@ -209,7 +209,7 @@ class Lesson:
             incoming = 0
             for question in pending:
                 request = question.request()
-                incoming += input_tokens(request, teacher.api)
+                incoming += input_tokens(request, teacher.api, teacher.model)
                 seen(request)
                 advance(1)
         outgoing = round(self.answer_tokens() * len(pending))

@@ -103,10 +103,10 @@ class Question:
         return None
 
 
-def input_tokens(request: ChatRequest, api: Api) -> int:
-    """An estimate of the tokens of `request`."""
+def input_tokens(request: ChatRequest, api: Api, model: str) -> int:
+    """An estimate of the tokens of `request` to `model`."""
     characters = sum(len(turn.text) for turn in request.turns)
-    pictures = sum(api.picture_tokens(turn.picture) for turn in request.turns if turn.picture is not None)
+    pictures = sum(api.picture_tokens(model, turn.picture) for turn in request.turns if turn.picture is not None)
     return characters // _CHARACTERS_PER_TOKEN + pictures
 
 

@@ -121,6 +121,27 @@ def test_aspects_are_checked():
         QuestionSettings(aspects=("quality", "quality"))
 
 
+EXPLAINED = Explained(id="1", explanations={"quality": "Sharp."})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '```json\n{"id": "1", "quality_explanation": "Sharp."}\n```',
+        '<think>Like {"id"?</think> {"id": "1", "quality_explanation": " Sharp. "}',
+        '{"id": "1", "quality_explanation": "Sharp.", "more": 3}\nI used {braces}.',
+    ],
+    ids=["fence", "thoughts", "words behind"],
+)
+def test_an_answer_is_found_among_other_text(text):
+    assert read_answer(text, ["quality"]) == EXPLAINED
+
+
+@pytest.mark.parametrize("text", ["", "}{", "{", "{" * 9999 + "}", '{"id": "1", "quality_explanation": "\\ud83d"}', "{1}"])
+def test_what_is_no_answer_has_a_reason(text):
+    assert isinstance(read_answer(text, ["quality"]), str)
+
+
 def saved(path, image, **options):
     image.save(path, **options)
     return read_image_file(path)
@@ -184,7 +205,10 @@ def test_an_image_that_changes_during_the_run_is_not_sent(tmp_path):
 @pytest.mark.parametrize(("size", "tokens"), [((512, 512), 255), ((1024, 1024), 765), ((2048, 4096), 1105)])
 def test_estimated_tokens_of_a_picture_are_those_that_the_provider_publishes(size, tokens):
     """The examples of OpenAI's documentation: 255 for one tile, 765 for 1024 x 1024, 1105 for 2048 x 4096."""
-    assert api_of("openai").picture_tokens(Picture(content=b"", mime="image/png", size=size)) == tokens
+    picture = Picture(content=b"", mime="image/png", size=size)
+    assert api_of("openai").picture_tokens("gpt-4o", picture) == tokens
+    small = api_of("openai").picture_tokens("gpt-4o-mini-2024-07-18", picture)
+    assert small == 2833 + 5667 * (tokens - 85) // 170
 
 
 def test_estimated_tokens_are_near_what_the_method_reports():
@@ -193,7 +217,7 @@ def test_estimated_tokens_are_near_what_the_method_reports():
     request = ask(item_of(prompt=prompt), aspects=("quality", "correspondence")).request()
     picture = Picture(content=b"", mime="image/png", size=(512, 512))
     request = replace(request, turns=(replace(request.turns[0], picture=picture),))
-    assert 1300 < input_tokens(request, api_of("gemini")) < 2000
+    assert 1300 < input_tokens(request, api_of("gemini"), "gemini-3") < 2000
 
 
 def test_shipped_files_are_valid_and_found():
