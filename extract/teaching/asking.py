@@ -78,9 +78,9 @@ def judge(question: Question, reply: Reply | Fault) -> Verdict:
         return _without("broken", found)
     if found.id != question.id:
         return _without("broken", f"the answer repeats the id {found.id!r}, and the question has {question.id!r}")
-    leak = question.leaked(found.explanations)
-    if leak is not None:
-        return _without("broken", leak)
+    fault = question.fault_of(found.explanations)
+    if fault is not None:
+        return _without("broken", fault)
     return Verdict(status="ok", explanations=found.explanations, reason=None)
 
 

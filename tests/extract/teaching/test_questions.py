@@ -92,16 +92,42 @@ def test_key_and_id_follow_what_the_answer_depends_on():
     ("text", "leaks"),
     [
         ("Sharp, worth 3.46 I would say.", True),
+        ("Sharp, worth 3.5.", True),
         ("Its mean opinion score is high.", True),
         ("The MOS is high.", True),
         ("About 13.46 metres, or 3.465.", False),
         ("Three boats, 3 of them red.", False),
+        ("Like a photograph at f/2.8.", False),
     ],
 )
 def test_an_explanation_that_gives_the_score_away_is_found(text, leaks):
     explanations = dict.fromkeys(ASPECTS, "Nothing.") | {"quality": text}
-    assert (ask(item_of()).leaked(explanations) is not None) == leaks
-    assert ask(item_of(), blind=True).leaked(explanations) is None
+    assert (ask(item_of()).fault_of(explanations) is not None) == leaks
+    assert ask(item_of(), blind=True).fault_of(explanations) is None
+    prompted = ask(item_of(prompt="a door with the numbers 3.46 and 3.5"))
+    assert (prompted.fault_of(explanations) is not None) == (leaks and "3." not in text)
+
+
+@pytest.mark.parametrize(
+    ("mos", "high", "text", "leaks"),
+    [
+        (3.5, 5, "worth 3.5", True),
+        (4.0, 5, "4.0 of 5", True),
+        (4.0, 5, "4 boats", False),
+        (87.0, 100, "worth 87", True),
+        (87.0, 100, "worth 88", False),
+        (0.123, 1, "worth 0.12", True),
+    ],
+)
+def test_scores_are_found_in_the_forms_that_people_write(mos, high, text, leaks):
+    question = ask(item_of(labels={"quality": mos}), aspects=("quality",), mos_range=(0.0, high))
+    assert (question.fault_of({"quality": text}) is not None) == leaks
+
+
+def test_the_example_is_no_explanation():
+    """Weak models copy it."""
+    example = shipped_wording().example["quality"]
+    assert "of the example" in ask(item_of(), blind=True).fault_of({"quality": example})
 
 
 def test_items_without_a_mos_are_listed():
