@@ -20,7 +20,7 @@ from agiqa.extract.describing.asking import Described, Describer, DescriptionSet
 from agiqa.extract.describing.describing import DescriptionResult, RatingOf, write_descriptions
 from agiqa.extract.models import Answer, GenerationSettings, Prepared
 from agiqa.extract.models.rendering import THOUGHT_MARKS
-from agiqa.extract.teaching.apis import ChatRequest, Fault, Turn
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Turn
 from agiqa.extract.teaching.client import Client
 from agiqa.extract.teaching.pictures import picture_of
 from agiqa.store.sharing.transfers import Halted

@@ -8,22 +8,13 @@ import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 from urllib.parse import urlsplit
 
 from agiqa.errors import ConfigError, RemoteError, UnknownName
-from agiqa.extract.data.items import Role
+from agiqa.extract.teaching.chats import ChatRequest, Fault, FaultKind, Picture, Reply, Turn
 
 Json = dict[str, Any]
-
-FaultKind = Literal["busy", "again", "item", "unserved", "refused", "fatal"]
-"""What an error of the server calls for.
-
-busy: the same request later, the server serves nobody now; again: the same request once more; item: another one, the
-server rejects this request; unserved: another one, this one failed again and again; refused: another model, a filter
-refuses this request; fatal: the end, the server rejects all requests.
-"""
 
 _BUSY = (429, 503)
 _AGAIN = (408, 409, 425)
@@ -39,71 +30,6 @@ _RENAMED = re.compile(r"https://([\w-]+\.)*(openai\.com|azure\.com)/")
 """Servers that want `max_completion_tokens`; all others know the old name, `max_tokens`."""
 _TILES = {"gpt-4o-mini": (2833, 5667)}
 """By model, the tokens of a picture and of each tile of it, where they are not (85, 170) as for gpt-4o."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image as it is sent."""
-
-    content: bytes
-    mime: str
-    """Such as image/png."""
-    size: tuple[int, int]
-    """Width and height, in pixels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """One message of a chat; its picture comes before its text."""
-
-    role: Role
-    text: str
-    picture: Picture | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatRequest:
-    """What a server is asked."""
-
-    turns: tuple[Turn, ...]
-    schema: Mapping[str, Any] | None = None
-    """JSON schema of the answer; None for free text."""
-    max_tokens: int | None = None
-    """Most tokens of the answer, thoughts included; None for the server's own limit."""
-    temperature: float | None = None
-    """None for the server's own, since some models accept no other."""
-    seed: int | None = None
-    top_p: float | None = None
-    """None for the server's own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What a server answered."""
-
-    text: str
-    """Without thoughts; empty for a refusal."""
-    refusal: str | None
-    """The server's reason for a refusal; None for an answer."""
-    finish_reason: str | None
-    cut: bool
-    """Whether the limit on tokens cut the answer off."""
-    model: str | None
-    """The model as the server names it; None if it does not."""
-    input_tokens: int | None
-    """Tokens of the request, the image included; None if unknown."""
-    output_tokens: int | None
-    """Tokens of the answer, thoughts included; None if unknown."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """An answer of the server that is an error."""
-
-    kind: FaultKind
-    reason: str
-    wait: float | None = None
-    """Seconds that the body of the answer asks to wait; None if it names none."""
 
 
 class Api(Protocol):

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal, Protocol, cast
 
 from agiqa.errors import RemoteError
-from agiqa.extract.teaching.apis import Api, Fault, Json, Reply, parse_json
+from agiqa.extract.teaching.apis import Api, Json, parse_json
+from agiqa.extract.teaching.chats import Fault, Reply
 from agiqa.extract.teaching.client import Client, Sent
 
 _BLOCK = 1 << 20

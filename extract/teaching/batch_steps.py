@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from agiqa.errors import DataError, RemoteError
-from agiqa.extract.teaching.apis import ChatRequest, parse_json
+from agiqa.extract.teaching.apis import parse_json
 from agiqa.extract.teaching.batch_apis import BatchResult, BatchStatus, batch_api_of, read_results
 from agiqa.extract.teaching.batch_records import BatchRecord, BatchRecords, Requested, new_record
+from agiqa.extract.teaching.chats import ChatRequest
 from agiqa.extract.teaching.client import Client
 from agiqa.extract.teaching.questions import Question
 from agiqa.progress import Advance, say

@@ -18,7 +18,8 @@ from typing import Any, Self
 import httpx2
 
 from agiqa.errors import ConfigError, RemoteError, first_line
-from agiqa.extract.teaching.apis import Api, ChatRequest, Fault, Reply, parse_json
+from agiqa.extract.teaching.apis import Api, parse_json
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Reply
 from agiqa.progress import say
 from agiqa.store.sharing.transfers import Halted, seconds_asked
 from agiqa.version import agiqa_version

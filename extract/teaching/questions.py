@@ -9,10 +9,11 @@ from typing import Any
 
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract.data.items import Item, read_image
-from agiqa.extract.teaching.apis import Api, ChatRequest, Turn
-from agiqa.extract.teaching.explanations import ASPECTS, ID, KEYS, answer_schema
+from agiqa.extract.teaching.answers import ASPECTS, ID, KEYS, answer_schema
+from agiqa.extract.teaching.apis import Api
+from agiqa.extract.teaching.chats import ChatRequest, Turn
 from agiqa.extract.teaching.pictures import picture_of
-from agiqa.extract.teaching.tables import PLACEHOLDER, Wording, shipped_wording
+from agiqa.extract.teaching.wording_and_prices import PLACEHOLDER, Wording, shipped_wording
 from agiqa.store.disk.files import canonical_json
 from agiqa.store.format.labels import DEFAULT_RANGE, MosRange
 

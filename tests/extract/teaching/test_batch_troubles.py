@@ -105,7 +105,7 @@ def test_a_damaged_download_loses_no_answer(taught, server):
     server.results = lambda batch: whole(batch)[:-20] + b"\n" if server.API == "gemini" else whole(batch)
     if server.API == "openai":
         server.script(lambda *_: Reply(body=b"<html>Log in</html>"), path="/content")
-    with pytest.raises(RemoteError, match="no JSON. Run the same command again"):
+    with pytest.raises(RemoteError, match=r"no JSON\. Run the same command again"):
         taught.run()
     assert taught.out.read_text() == ""
     server.results = whole

@@ -5,14 +5,14 @@ import json
 import pytest
 
 from agiqa.errors import DataError, RemoteError, SettingsConflict
+from agiqa.extract.teaching.answers import KEYS
 from agiqa.extract.teaching.apis import api_of
-from agiqa.extract.teaching.asking import TeacherModel
 from agiqa.extract.teaching.batch_apis import _KINDS as KINDS
 from agiqa.extract.teaching.batch_records import records_path, refuse_open_batches
 from agiqa.extract.teaching.batch_steps import BatchSettings
 from agiqa.extract.teaching.client import ClientSettings, Key
-from agiqa.extract.teaching.explanations import KEYS
 from agiqa.extract.teaching.questions import QuestionSettings
+from agiqa.extract.teaching.teacher import TeacherModel
 from tests.extract.small_sets import write_set
 from tests.extract.teaching.batch_providers import BATCH_PROVIDERS, swapped
 from tests.extract.teaching.batch_runs import DONE, PRICE, Taught

@@ -10,9 +10,10 @@ from email.utils import format_datetime
 import pytest
 
 from agiqa.errors import ConfigError, RemoteError
-from agiqa.extract.teaching.apis import ChatRequest, Fault, Picture, Reply, Turn, api_of
+from agiqa.extract.teaching.answers import answer_schema
+from agiqa.extract.teaching.apis import api_of
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Picture, Reply, Turn
 from agiqa.extract.teaching.client import HIDDEN, Client, ClientSettings, Key, MinuteLimits, key_for
-from agiqa.extract.teaching.explanations import answer_schema
 from agiqa.store.sharing.transfers import Halted
 from tests.extract.teaching.loopback import Reply as Answer
 from tests.extract.teaching.providers import (

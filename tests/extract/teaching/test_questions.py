@@ -13,11 +13,12 @@ from PIL import Image
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract import Item, load_data_set
 from agiqa.extract.data.images import open_image, read_image_file
-from agiqa.extract.teaching.apis import Picture, api_of
-from agiqa.extract.teaching.explanations import ASPECTS, KEYS, Explained, read_answer
+from agiqa.extract.teaching.answers import ASPECTS, KEYS, Explained, read_answer
+from agiqa.extract.teaching.apis import api_of
+from agiqa.extract.teaching.chats import Picture
 from agiqa.extract.teaching.pictures import LONGEST_SIDE, MOST_BYTES, picture_of
 from agiqa.extract.teaching.questions import QuestionSettings, input_tokens, questions
-from agiqa.extract.teaching.tables import PriceTable, Wording, read_yaml, shipped_prices, shipped_wording
+from agiqa.extract.teaching.wording_and_prices import PriceTable, Wording, read_yaml, shipped_prices, shipped_wording
 from tests.extract.small_sets import write_set
 
 MOS = {"quality": 3.456, "correspondence": 0.5, "authenticity": 5.0}
@@ -163,7 +164,9 @@ def test_an_answer_is_found_among_other_text(text):
     assert read_answer(text, ["quality"]) == EXPLAINED
 
 
-@pytest.mark.parametrize("text", ["", "}{", "{", "{" * 9999 + "}", '{"id": "1", "quality_explanation": "\\ud83d"}', "{1}"])
+@pytest.mark.parametrize(
+    "text", ["", "}{", "{", "{" * 9999 + "}", '{"id": "1", "quality_explanation": "\\ud83d"}', "{1}"]
+)
 def test_what_is_no_answer_has_a_reason(text):
     assert isinstance(read_answer(text, ["quality"]), str)
 
@@ -284,7 +287,7 @@ def test_the_longest_url_that_fits_gives_the_price(tmp_path):
 )
 def test_files_of_users_are_checked(tmp_path, kind, change, said):
     path = tmp_path / "own.yaml"
-    shipped = Path(__file__).parents[3] / "extract" / "teaching" / "teacher.yaml"
+    shipped = Path(__file__).parents[3] / "extract" / "teaching" / "wording.yaml"
     path.write_text(change(shipped.read_text()))
     with pytest.raises(ConfigError, match=rf"own\.yaml: {said}"):
         read_yaml(path, kind)

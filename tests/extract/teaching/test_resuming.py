@@ -6,8 +6,8 @@ import pytest
 
 from agiqa.errors import BusyStore, ConfigError, DataError, RemoteError, SettingsConflict
 from agiqa.extract import load_data_set
-from agiqa.extract.teaching.explanations import KEYS
-from agiqa.extract.teaching.lesson import Lesson, Splits, TeachingSettings
+from agiqa.extract.teaching.answers import KEYS
+from agiqa.extract.teaching.job import Splits, TeachingJob, TeachingSettings
 from agiqa.extract.teaching.questions import QuestionSettings
 from agiqa.extract.teaching.teaching import run_teaching
 from tests.extract.small_sets import write_set
@@ -216,16 +216,16 @@ def test_conversations_of_somebody_else_are_not_overwritten(openai, data, tmp_pa
 
 def test_two_runs_do_not_write_to_one_journal(openai, data, tmp_path):
     out = tmp_path / "t.jsonl"
-    lesson = Lesson(data, out, [teacher(openai)], SETTINGS, Splits(of={}, rule={}))
-    with lesson.journal.writing(), pytest.raises(BusyStore, match="Another run is writing"):
+    job = TeachingJob(data, out, [teacher(openai)], SETTINGS, Splits(of={}, rule={}))
+    with job.journal.writing(), pytest.raises(BusyStore, match="Another run is writing"):
         run(data, out, teacher(openai), splits={})
     assert openai.requests == []
 
 
 def test_a_dry_run_sends_and_writes_nothing(openai, data, tmp_path):
     out = tmp_path / "t.jsonl"
-    lesson = Lesson(data, out, [teacher(openai, price=PRICE)], SETTINGS, Splits(of={}, rule={}))
-    estimate = lesson.dry_run(lesson.pending())
+    job = TeachingJob(data, out, [teacher(openai, price=PRICE)], SETTINGS, Splits(of={}, rule={}))
+    estimate = job.dry_run(job.pending())
     assert (openai.requests, list(tmp_path.iterdir())) == ([], [])
     sent, received = estimate["tokens"]["input"], estimate["tokens"]["output"]
     assert (estimate["requests"], received) == (ITEMS, ITEMS * 750)
@@ -241,8 +241,8 @@ def test_an_estimate_learns_from_the_journal(openai, data, tmp_path):
     run(data, out, teacher(openai))
     settings = replace(SETTINGS, retry_failed=True)
     rule = Splits(of={}, rule={"by": "table"})
-    lesson = Lesson(data, out, [teacher(openai)], settings, rule)
-    estimate = lesson.dry_run(lesson.pending())
+    job = TeachingJob(data, out, [teacher(openai)], settings, rule)
+    estimate = job.dry_run(job.pending())
     usual = [line["tokens"]["output"] for line in lines_of(out).values() if line["status"] == "ok"]
     assert (estimate["requests"], estimate["cost_usd"]) == (1, None)
     assert estimate["tokens"]["output"] == round(sum(usual) / len(usual))

@@ -3,7 +3,7 @@
 import random
 import threading
 
-from agiqa.extract.teaching.budget import Budget
+from agiqa.extract.teaching.costs import Budget
 
 
 def test_threads_never_spend_more_than_the_budget_and_leave_less_than_one_request():

@@ -6,20 +6,18 @@ from typing import Literal
 
 from agiqa.errors import RemoteError
 from agiqa.extract.data.journals import ITEM, Line
-from agiqa.extract.teaching.apis import Api, Fault, Reply
-from agiqa.extract.teaching.budget import Budget
+from agiqa.extract.teaching.answers import read_answer
+from agiqa.extract.teaching.apis import Api
+from agiqa.extract.teaching.chats import Fault, Reply
 from agiqa.extract.teaching.client import Client, Key
-from agiqa.extract.teaching.explanations import read_answer
+from agiqa.extract.teaching.costs import Budget, cost_of, most_cost
 from agiqa.extract.teaching.questions import Question, input_tokens
-from agiqa.extract.teaching.tables import Price
+from agiqa.extract.teaching.wording_and_prices import Price
 from agiqa.store.sharing.transfers import Halted
 
 Status = Literal["ok", "refused", "broken", "failed", "open"]
 """broken: an answer without valid explanations, asked for again; failed: the server cannot serve this request; open:
 paid for, but the run or its budget ended before the last word, so that the next run asks again."""
-
-_CAUTION = 1.5
-"""Factor on the estimated tokens of a request, for the most that it can cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +131,7 @@ class Teacher:
         self._budget = budget
         self._retries = retries
 
-    def explain(
-        self, question: Question, earlier: Line | None = None, *, keep: Callable[[Line], None]
-    ) -> Line | None:
+    def explain(self, question: Question, earlier: Line | None = None, *, keep: Callable[[Line], None]) -> Line | None:
         """The line about an item; None, with nothing sent, if the budget does not allow a request.
 
         Raises RemoteError when no request can succeed, Halted when the run ends, and DataError for its image file.
@@ -189,22 +185,6 @@ class Teacher:
             if verdict.status != "broken":
                 break
         return verdict
-
-
-def most_cost(price: Price | None, expected: int, max_tokens: int) -> float | None:
-    """The most USD that a request of `expected` tokens can cost; None without a price."""
-    return None if price is None else price.cost(_CAUTION * expected, max_tokens)
-
-
-def cost_of(price: Price | None, reply: Reply | Fault, *, lost: int = 0) -> float | None:
-    """USD of a reply by the tokens that the server counted; an error costs nothing. None if unknown."""
-    if price is None:
-        return None
-    if isinstance(reply, Fault):
-        return None if lost else 0.0
-    if reply.input_tokens is None or (reply.output_tokens is None and reply.refusal is None):
-        return None
-    return price.cost(reply.input_tokens, reply.output_tokens or 0)
 
 
 def _without(status: Status, reason: str) -> Verdict:

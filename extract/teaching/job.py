@@ -1,4 +1,4 @@
-"""One data set to teach, its journal, and what is still to ask: what single requests and batches have in common."""
+"""A data set to explain, its journal, and what is still to ask: what single requests and batches have in common."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,18 +9,12 @@ from typing import Any
 from agiqa.errors import ConfigError, SettingsConflict
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.journals import Journal, Line
-from agiqa.extract.teaching.apis import ChatRequest
-from agiqa.extract.teaching.asking import TeacherModel
+from agiqa.extract.teaching.chats import ChatRequest
 from agiqa.extract.teaching.client import ClientSettings
 from agiqa.extract.teaching.conversation_files import conversations_path, write_conversations
-from agiqa.extract.teaching.questions import (
-    USUAL_ANSWER_TOKENS,
-    Question,
-    QuestionSettings,
-    input_tokens,
-    questions,
-)
-from agiqa.extract.teaching.tables import price_advice
+from agiqa.extract.teaching.questions import USUAL_ANSWER_TOKENS, Question, QuestionSettings, input_tokens, questions
+from agiqa.extract.teaching.teacher import TeacherModel
+from agiqa.extract.teaching.wording_and_prices import price_advice
 from agiqa.progress import track
 from agiqa.version import agiqa_version
 
@@ -136,8 +130,8 @@ class Mean:
         self.count += 1
 
 
-class Lesson:
-    """One data set, one journal, and what is still to ask: the part that single requests and batches share."""
+class TeachingJob:
+    """A data set, its journal, and what is still to ask; `teaching.py` and `batches.py` ask."""
 
     def __init__(
         self,
@@ -149,8 +143,8 @@ class Lesson:
     ) -> None:
         """Read the journal `out`, if there is one. `models` are the teacher, and the fallback for what it refuses.
 
-        Raises DataError for items without a MOS, SettingsConflict for a journal of other settings or items and for files
-        of conversations that are not of this journal, ConfigError for a budget without prices.
+        Raises DataError for items without a MOS, SettingsConflict for a journal of other settings or items and for
+        files of conversations that are not of this journal, ConfigError for a budget without prices.
         """
         self.data_set = data_set
         self.settings = settings

@@ -1,6 +1,12 @@
-"""A budget that threads spend together, and that is never exceeded."""
+"""What requests cost, and a budget that threads spend together and never exceed."""
 
 import threading
+
+from agiqa.extract.teaching.chats import Fault, Reply
+from agiqa.extract.teaching.wording_and_prices import Price
+
+CAUTION = 1.5
+"""Factor on an estimate of tokens, for the share of the budget that is set aside."""
 
 
 class Budget:
@@ -34,3 +40,19 @@ class Budget:
             self._reserved = self._reserved - amount if self._open else 0.0
             self.spent += cost
             self._changed.notify_all()
+
+
+def most_cost(price: Price | None, expected: int, max_tokens: int) -> float | None:
+    """The most USD that a request of `expected` tokens can cost; None without a price."""
+    return None if price is None else price.cost(CAUTION * expected, max_tokens)
+
+
+def cost_of(price: Price | None, reply: Reply | Fault, *, lost: int = 0) -> float | None:
+    """USD of a reply by the tokens that the server counted; an error costs nothing. None if unknown."""
+    if price is None:
+        return None
+    if isinstance(reply, Fault):
+        return None if lost else 0.0
+    if reply.input_tokens is None or (reply.output_tokens is None and reply.refusal is None):
+        return None
+    return price.cost(reply.input_tokens, reply.output_tokens or 0)
