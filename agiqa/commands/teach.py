@@ -64,6 +64,9 @@ def command(data: Path, out: Path, *, as_json: bool, **options: Any) -> None:
     result = _run(options, data_set, out, models, settings, splits)
     for line in result["skipped"]:
         say(f"skipped {line}")
+    left = result["refused"] + result["failed"]
+    if left:
+        say(f"note: {left} items were refused or failed, see `reason` in {out}; --retry-failed asks about them again")
     print_result(result, _text(result), as_json=as_json)
     if result["stopped"] == "budget":
         message = (

@@ -127,7 +127,8 @@ class BatchSteps:
             self._make_way(record, status)
         elif status.state == "failed":
             self._records.close(record)
-            message = f"batch {status.id} failed, and no request was worked on: {status.problem or status.word}."
+            reason = (status.problem or status.word).rstrip(".")
+            message = f"batch {status.id} failed, and no request was worked on: {reason}."
             raise RemoteError(message)
         elif status.state == "ended":
             self._queue_is_full, self._failing = False, None
@@ -203,7 +204,7 @@ class BatchSteps:
         else:
             self._records.close(record)
             self._most = size // 2
-            say(f"{reason} Trying batches of {self._most} requests")
+            say(f"{reason.rstrip('.')}; trying batches of {self._most} requests")
 
     def _others(self, record: BatchRecord) -> bool:
         """Whether other batches are at work."""

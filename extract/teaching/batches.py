@@ -37,7 +37,7 @@ _AROUND = 200
 
 _NONE_SERVED = 10
 """When the provider rejects all requests of a batch of this many or more, the fault is not in the items; nor when it
-rejects all of a smaller one, and has never answered."""
+rejects all items that there are."""
 
 
 @dataclass(kw_only=True)
@@ -257,8 +257,8 @@ class _Run:
 
     def _refuse_if_all_rejected(self, record: BatchRecord, lines: Sequence[Line]) -> None:
         rejected = [line for line in lines if line["fault"] == "item" and not self._job.is_rejected_again(line)]
-        many = len(rejected) >= _NONE_SERVED or not self._job.was_ever_served()
-        if many and len(rejected) == len(record.requests):
+        is_all = len(rejected) == len(self._pending) and not self._job.was_ever_served()
+        if len(rejected) == len(record.requests) and (is_all or len(rejected) >= _NONE_SERVED):
             self._records.close(record)
             reason = rejected[-1]["reason"]
             message = f"batch {record.batch}: the provider rejects every request, the last one so: {reason}."

@@ -12,6 +12,7 @@ from tests.extract.teaching.batch_runs import Taught
 from tests.extract.teaching.providers import (
     KEY,
     Reply,
+    bad_image,
     fails,
     loses,
     rate_limited,
@@ -158,6 +159,17 @@ def test_a_provider_that_rejects_every_request_is_no_fault_of_the_items(server, 
         taught.run()
     assert not taught.out.exists() or taught.out.read_text() == ""
     assert not records_path(taught.out).exists()
+
+
+def test_a_provider_that_rejects_all_of_few_items_is_not_their_fault_either(taught, server):
+    server.always(bad_image)
+    with pytest.raises(RemoteError, match="rejects every request"):
+        taught.run()
+    assert taught.out.read_text() == ""
+    server.calm()
+    server.script(bad_image)
+    result, _ = taught.run(BatchSettings(interval=0.01, most_requests=1))
+    assert (result.missing, result.as_dict()["failed"]) == (0, 1)
 
 
 def test_a_wrong_key_stops_at_once_and_is_in_no_file(taught, server):
