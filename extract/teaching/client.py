@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -174,12 +174,18 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    def ask(self, request: ChatRequest, *, tokens: int = 0) -> Answered:
+    def ask(self, request: ChatRequest, *, tokens: int = 0, may_repeat: Callable[[], bool] = lambda: True) -> Answered:
         """The server's reply to `request`, of about `tokens` tokens, or the fault about this request alone.
 
-        Raises RemoteError when no request can succeed: a wrong key, an unknown model, a server that is gone.
+        `may_repeat` decides whether a request is sent again whose answer was lost: the provider may bill both. Raises RemoteError when no request can succeed: a wrong key, an unknown model, a server that is gone.
         """
-        sent = self.send("POST", self.api.url(self.model), json=self.api.body(self.model, request), tokens=tokens)
+        sent = self.send(
+            "POST",
+            self.api.url(self.model),
+            json=self.api.body(self.model, request),
+            tokens=tokens,
+            may_repeat=may_repeat,
+        )
         try:
             reply = sent.fault or self.api.read(sent.json)
         except RemoteError as error:
@@ -194,6 +200,7 @@ class Client:
         tokens: int = 0,
         tries: int | None = None,
         once: bool = False,
+        may_repeat: Callable[[], bool] = lambda: True,
         wants_json: bool = True,
         headers: Mapping[str, str] | None = None,
         **body: Any,
@@ -201,7 +208,7 @@ class Client:
         """The answer to an HTTP request; `body` holds httpx2's `json`, `content`, `data`, `files` or `params`.
 
         An answer that should be JSON and is none counts as lost. With `once`, what can be tried again is not: for a
-        request that must not arrive twice. Raises as `ask`, and Halted after `halt`.
+        request that must not arrive twice. `may_repeat` as in `ask`. Raises as `ask`, and Halted after `halt`.
         """
         started, lost, attempts = time.monotonic(), 0, 0
         while True:
@@ -215,7 +222,7 @@ class Client:
                 raise self._final(url, sent.fault)
             if sent.fault is None or sent.fault.kind not in ("busy", "again"):
                 self._served = time.monotonic()
-            elif not once:
+            elif not (once or (sent.lost and not may_repeat())):
                 fault = self._after_failure(url, sent.fault, attempts, self._most_tries(sent, tries), started)
                 if fault is None:
                     continue

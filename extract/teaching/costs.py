@@ -33,6 +33,13 @@ class Budget:
             self._reserved, self._open = self._reserved + amount, self._open + 1
             return True
 
+    def reserve_more(self, amount: float) -> bool:
+        """Add `amount` to a reserve, without waiting. False, without adding anything, if too little is left."""
+        with self._changed:
+            fits = self._most is None or self.spent + self._reserved + amount <= self._most
+            self._reserved += amount if fits else 0.0
+            return fits
+
     def settle(self, amount: float, cost: float) -> None:
         """Replace a reserve of `amount` by the `cost`."""
         with self._changed:

@@ -8,7 +8,7 @@ from agiqa.errors import RemoteError
 from agiqa.extract.data.journals import ITEM, Line
 from agiqa.extract.teaching.answers import read_answer
 from agiqa.extract.teaching.apis import Api
-from agiqa.extract.teaching.chats import Fault, Reply
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Reply
 from agiqa.extract.teaching.client import Client, Key
 from agiqa.extract.teaching.costs import Budget, cost_of, most_cost
 from agiqa.extract.teaching.questions import Question, input_tokens
@@ -163,28 +163,41 @@ class Teacher:
         for _ in range(1 + self._retries):
             if not self._budget.reserve(most):
                 return None
-            counted = 0.0
-            try:
-                answered = client.ask(request, tokens=expected)
-                cost = cost_of(teacher.price, answered.reply, lost=answered.lost)
-                counted = (most if cost is None else cost) + answered.lost * most
-            finally:
-                self._budget.settle(most, counted)
-            trials.append(
-                Trial(
-                    teacher=teacher,
-                    reply=answered.reply,
-                    cost=cost,
-                    counted=None if teacher.price is None else counted,
-                    attempts=answered.attempts,
-                    lost=answered.lost,
-                    seconds=answered.seconds,
-                )
-            )
-            verdict = judge(question, answered.reply)
+            trial = self._try(request, teacher, client, expected, most)
+            trials.append(trial)
+            if isinstance(trial.reply, Fault) and trial.reply.kind == "again":  # lost, and too dear to repeat
+                return None
+            verdict = judge(question, trial.reply)
             if verdict.status != "broken":
                 break
         return verdict
+
+    def _try(self, request: ChatRequest, teacher: TeacherModel, client: Client, expected: int, most: float) -> Trial:
+        """One request of about `expected` tokens, for which `most` USD are reserved; as much again after a loss."""
+        reserved, counted = most, 0.0
+
+        def may_repeat() -> bool:
+            nonlocal reserved
+            fits = self._budget.reserve_more(most)
+            reserved += most if fits else 0.0
+            return fits
+
+        try:
+            answered = client.ask(request, tokens=expected, may_repeat=may_repeat)
+            cost = cost_of(teacher.price, answered.reply, lost=answered.lost)
+            last = most if cost is None and isinstance(answered.reply, Reply) else cost or 0.0
+            counted = last + answered.lost * most
+        finally:
+            self._budget.settle(reserved, counted)
+        return Trial(
+            teacher=teacher,
+            reply=answered.reply,
+            cost=cost,
+            counted=None if teacher.price is None else counted,
+            attempts=answered.attempts,
+            lost=answered.lost,
+            seconds=answered.seconds,
+        )
 
 
 def _without(status: Status, reason: str) -> Verdict:

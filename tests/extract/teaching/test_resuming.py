@@ -141,6 +141,20 @@ def test_a_lost_answer_counts_as_much_as_it_can_cost(openai, data, tmp_path):
     assert line["counted_usd"] > line["cost_usd"] + 100 * PRICE.output / 1e6
 
 
+def test_lost_answers_do_not_exceed_the_budget(openai, data, tmp_path):
+    """Whether the provider bills them, nobody tells: each one counts as much as it can cost."""
+    openai.always(loses())
+    out = tmp_path / "t.jsonl"
+    client = replace(QUICK, tries=8)
+    result = run(data, out, teacher(openai, price=PRICE), budget=0.5, client=client, jobs=1).as_dict()
+    (line,) = lines_of(out).values()
+    assert (result["stopped"], result["missing"], line["status"]) == ("budget", ITEMS, "open")
+    assert line["lost"] == len(openai.requests) == 2  # a third one could cost more than is left
+    assert 0.3 < result["counted_usd"] <= 0.5
+    openai.calm()
+    assert run(data, out, teacher(openai, price=PRICE), budget=100.0).as_dict()["explained"] == ITEMS
+
+
 def test_a_budget_needs_prices(openai, data, tmp_path):
     with pytest.raises(ConfigError, match=r"price of teacher-1.*--prices: `servers: \[\{url: "):
         run(data, tmp_path / "t.jsonl", teacher(openai), budget=1.0)
