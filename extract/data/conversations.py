@@ -154,7 +154,7 @@ def _records(path: Path, text: str) -> list[Any]:
     if text.lstrip().startswith("["):
         parsed: list[Any] = _parse(f"{path}", text)
         return parsed
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if lines[0][1].strip() == "{":
         return [_parse(f"{path}", text)]
     return [_parse(f"{path}, line {number}", line) for number, line in lines]

@@ -55,8 +55,7 @@ class Journal:
             message = f"{path.parent} is no folder; make it, or write to another path."
             raise DataError(message)
         self.lines = self._whole_lines()[0]
-        if self.lines:
-            self._check_provenance()
+        self._refuse_other_files()
 
     @property
     def provenance_path(self) -> Path:
@@ -83,9 +82,8 @@ class Journal:
                 message = f"Another run is writing to {self.path}. Wait for its end, or choose another OUT."
                 raise BusyStore(message)
             self.lines, size = self._whole_lines()
-            if self.lines:
-                self._check_provenance()
-            else:
+            self._refuse_other_files()
+            if not self.lines:
                 text = json.dumps(self.provenance, indent=2, ensure_ascii=False)
                 write_text_atomically(self.provenance_path, text + "\n")
             if size < self.path.stat().st_size:
@@ -99,13 +97,18 @@ class Journal:
             append_durably(self.path, text.encode())
         self.lines.update({line["name"]: line for line in lines})
 
-    def _check_provenance(self) -> None:
-        if not self.provenance_path.exists():
+    def _refuse_other_files(self) -> None:
+        """Raise SettingsConflict for lines of other settings, and for a file that is no journal, torn line or not."""
+        if not self.provenance_path.exists() and self.path.exists() and self.path.stat().st_size:
             message = (
                 f"{self.path} exists, but {self.provenance_path.name} beside it, which records how it was made, does "
                 "not. Choose another OUT."
             )
             raise SettingsConflict(message)
+        if self.lines:
+            self._check_provenance()
+
+    def _check_provenance(self) -> None:
         remedy = f"Choose another OUT, or remove it and {self.path.name}."
         recorded, now = read_json(self.provenance_path, remedy=remedy), json.loads(canonical_json(self.provenance))
         different = _difference(recorded, {**now, **{key: recorded.get(key) for key in self._free if key in now}})

@@ -20,7 +20,7 @@ from agiqa.extract.describing.asking import Described, Describer, DescriptionSet
 from agiqa.extract.describing.describing import DescriptionResult, RatingOf, write_descriptions
 from agiqa.extract.models import Answer, GenerationSettings, Prepared
 from agiqa.extract.models.rendering import THOUGHT_MARKS
-from agiqa.extract.teaching.apis import ChatRequest, Fault, Turn
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Turn
 from agiqa.extract.teaching.client import Client
 from agiqa.extract.teaching.pictures import picture_of
 from agiqa.store.sharing.transfers import Halted
@@ -87,9 +87,9 @@ class ServedModel:
         if reply.refusal is not None:
             message = f"the server refuses to answer: {reply.refusal}"
             raise DataError(message)
-        said, generated = _without_thoughts(_whole(reply.text))
+        said, generated = _without_thoughts(reply.text)
         if reply.thoughts is not None:
-            generated = _whole(f"{reply.thoughts}\n{reply.text}")
+            generated = f"{reply.thoughts}\n{reply.text}"
         return Answer(
             said,
             tokens=reply.output_tokens,
@@ -193,11 +193,6 @@ def _request(turns: tuple[Turn, ...], settings: GenerationSettings) -> ChatReque
         top_p=settings.top_p,
         seed=settings.seed % _SEEDS,
     )
-
-
-def _whole(text: str) -> str:
-    """`text`, with U+FFFD for half a character (a lone surrogate), such as a server makes that cuts an emoji."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _without_thoughts(text: str) -> tuple[str, str | None]:

@@ -5,13 +5,12 @@ that the server names, or else doubles. The key goes into request headers only: 
 server sends back, so that no answer or error message can carry it into a file.
 """
 
-import json
 import os
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +18,8 @@ from typing import Any, Self
 import httpx2
 
 from agiqa.errors import ConfigError, RemoteError, first_line
-from agiqa.extract.teaching.apis import Api, ChatRequest, Fault, Reply
+from agiqa.extract.teaching.apis import Api, parse_json
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Reply
 from agiqa.progress import say
 from agiqa.store.sharing.transfers import Halted, seconds_asked
 from agiqa.version import agiqa_version
@@ -174,12 +174,18 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    def ask(self, request: ChatRequest, *, tokens: int = 0) -> Answered:
+    def ask(self, request: ChatRequest, *, tokens: int = 0, may_repeat: Callable[[], bool] = lambda: True) -> Answered:
         """The server's reply to `request`, of about `tokens` tokens, or the fault about this request alone.
 
-        Raises RemoteError when no request can succeed: a wrong key, an unknown model, a server that is gone.
+        `may_repeat` decides whether a request is sent again whose answer was lost: the provider may bill both. Raises RemoteError when no request can succeed: a wrong key, an unknown model, a server that is gone.
         """
-        sent = self.send("POST", self.api.url(self.model), json=self.api.body(self.model, request), tokens=tokens)
+        sent = self.send(
+            "POST",
+            self.api.url(self.model),
+            json=self.api.body(self.model, request),
+            tokens=tokens,
+            may_repeat=may_repeat,
+        )
         try:
             reply = sent.fault or self.api.read(sent.json)
         except RemoteError as error:
@@ -194,6 +200,7 @@ class Client:
         tokens: int = 0,
         tries: int | None = None,
         once: bool = False,
+        may_repeat: Callable[[], bool] = lambda: True,
         wants_json: bool = True,
         headers: Mapping[str, str] | None = None,
         **body: Any,
@@ -201,7 +208,7 @@ class Client:
         """The answer to an HTTP request; `body` holds httpx2's `json`, `content`, `data`, `files` or `params`.
 
         An answer that should be JSON and is none counts as lost. With `once`, what can be tried again is not: for a
-        request that must not arrive twice. Raises as `ask`, and Halted after `halt`.
+        request that must not arrive twice. `may_repeat` as in `ask`. Raises as `ask`, and Halted after `halt`.
         """
         started, lost, attempts = time.monotonic(), 0, 0
         while True:
@@ -217,7 +224,7 @@ class Client:
                 raise self._final(url, sent.fault)
             if sent.fault is None or sent.fault.kind not in ("busy", "again"):
                 self._served = time.monotonic()
-            elif not once:
+            elif not (once or (sent.lost and not may_repeat())):
                 fault = self._after_failure(url, sent.fault, attempts, self._most_tries(sent, tries), started)
                 if fault is None:
                     continue
@@ -228,7 +235,7 @@ class Client:
         """One attempt."""
         try:
             response = self._http.request(method, url, headers={**self._key_headers(), **(headers or {})}, **body)
-        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
             message = f"{url}: not the URL of a server ({first_line(error)}). It should begin with http:// or https://."
             raise ConfigError(message) from error
         except httpx2.TransportError as error:
@@ -240,9 +247,12 @@ class Client:
         except httpx2.DecodingError as error:
             return _lost(f"a damaged answer ({self._without_key(first_line(error))})")
         content = response.content if self._key is None else _without(self._key, response.content)
-        found, answer = {name.lower(): value for name, value in response.headers.items()}, _json(content)
-        fault = self._fault(response.status_code, answer, found) if response.status_code >= 300 else None
-        return Sent(content=content, headers=found, json=answer, fault=fault, status=response.status_code)
+        found, answer = {name.lower(): value for name, value in response.headers.items()}, parse_json(content)
+        status = response.status_code
+        if status < 300 and url == self.api.url(self.model):
+            status = self.api.error_status(answer) or status
+        fault = self._fault(status, answer, found) if status >= 300 else None
+        return Sent(content=content, headers=found, json=answer, fault=fault, status=status)
 
     def _fault(self, status: int, answer: object, headers: Mapping[str, str]) -> Fault:
         """The fault with the wait that the server asks for in a header or in the body, and a reason for people."""
@@ -316,14 +326,6 @@ class Client:
 
     def _key_headers(self) -> dict[str, str]:
         return {} if self._key is None else self.api.headers(self._key.value)
-
-
-def _json(content: bytes) -> object:
-    """The JSON in the body of an answer; None if it is none."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _lost(reason: str) -> Sent:

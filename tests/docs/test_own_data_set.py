@@ -17,7 +17,7 @@ import torch
 from agiqa.bench.demo.images import draw_data_set
 from agiqa.extract import Message, open_backbone
 from agiqa.extract.data.templates import template_of
-from agiqa.extract.teaching.tables import shipped_prices
+from agiqa.extract.teaching.wording_and_prices import shipped_prices
 from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.store import open_store
 from tests.command_line import REPOSITORY
