@@ -316,6 +316,8 @@ def refused(base, adapter, out, error, match):
 def test_what_is_refused_before_anything_is_written(base, adapter, tmp_path):
     out = tmp_path / "out"
     refused(base, adapter, base, ConfigError, "base exists already")
+    (tmp_path / "link").symlink_to("nowhere")
+    refused(base, adapter, tmp_path / "link", ConfigError, "link exists already")
     refused(base, adapter, tmp_path / "no" / "out", ConfigError, "no is no folder")
     refused(base, tmp_path / "absent", out, ModelError, "no such folder")
     config = json.loads((base / "config.json").read_text())
@@ -334,6 +336,15 @@ def test_what_is_refused_before_anything_is_written(base, adapter, tmp_path):
     refused(base, adapter, out, ModelError, "own format")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     refused(tmp_path / "model.gguf", adapter, out, ModelError, "model.gguf is a GGUF file")
+
+
+def test_an_adapter_counts_once(base, adapter, tmp_path):
+    merge_adapter(str(base), str(adapter), tmp_path / "merged")
+    with pytest.raises(ModelError, match=r"merged with the adapter .* already .*Leave the adapter out"):
+        open_backbone(str(tmp_path / "merged"), adapter=str(adapter), device="cpu")
+    refused(tmp_path / "merged", adapter, tmp_path / "twice", ModelError, "is merged with the adapter")
+    edit(adapter, lambda tensors: tensors.update({name: 2 * value for name, value in tensors.items()}))
+    assert merge_adapter(str(tmp_path / "merged"), str(adapter), tmp_path / "another").changed
 
 
 def test_an_adapter_that_does_not_fit_is_named(base, adapter, tmp_path):
