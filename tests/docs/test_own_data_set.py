@@ -158,13 +158,15 @@ def test_every_step_leaves_what_the_page_says(done):
     adapted = open_backbone(str(folder / "tiny"), adapter=str(folder / "adapter"), device="cpu")
     item = adapted.prepare([Message(role="user", content="rate")], folder / "photos" / "images" / min(names))
     assert torch.equal(merged.hidden_states([item])[0], adapted.hidden_states([item])[0])
-    for run in ("quality", "both"):
+    for run in ("quality", "correspondence", "both"):
         assert (folder / "runs" / run / "head.safetensors").is_file()
     assert re.search(r"^photos/images/\S+: MOS \d", shell.stdout, re.MULTILINE)
     assert (
         f"resume: {IMAGES} of {IMAGES} items are described already" in shell.stderr
     )  # the night job, after everything is done
     assert "error" not in shell.stderr
+    assert "ask about" not in shell.stderr  # aspects of questions, texts and MOS agree in every step
+    assert "ask for" not in shell.stderr
 
 
 def test_the_splits_of_teach_hold_in_all_later_steps(done):
