@@ -135,6 +135,15 @@ def test_wrong_usage(agiqa, tune, tmp_path):
     refuse(agiqa(*tune("--recipe", tmp_path / "mine.yaml")), "Did you mean 'rank'")
 
 
+def test_items_without_a_rating_word(agiqa, tune, talks, tmp_path):
+    entries = json.loads((talks / "quality.json").read_text())
+    for entry in entries:
+        del entry["conversations"][3]
+    (tmp_path / "wordless.json").write_text(json.dumps(entries))
+    command = ["tune", talks, tmp_path / "adapter", *tune()[3:5], "--conversations", tmp_path / "wordless.json"]
+    refuse(agiqa(*command), "no rating word", "`agiqa teach` writes both for items with MOS")
+
+
 def test_a_text_model_learns_by_the_light_recipe_only(agiqa, tune, tmp_path):
     text = roomy(write_text_checkpoint(tmp_path / "text"))
     refuse(agiqa(*tune(model=text)), "trains vision, projector, which this model does not have", "light")
