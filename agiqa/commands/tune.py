@@ -207,9 +207,10 @@ def _estimates(
     counts = own.counts
     shown: dict[str, Any] = {name: result[name] for name in ("train", "validation", "longest", "steps")}
     shown |= {"skipped": len(plan.skipped), "trained": f"{counts.trained:,} of {counts.trained + counts.frozen:,}"}
+    there = "" if memory is None else f" of {memory / GB:.0f} GB"
     shown["memory"] = (
-        f"about {own.total / GB:.1f} GB with {chosen.micro_batch} items per forward pass, activations recomputed: "
-        f"{chosen.checkpointing}"
+        f"about {own.total / GB:.1f} GB{there} with {chosen.micro_batch} items per forward pass, activations "
+        f"recomputed: {chosen.checkpointing}"
     )
     shown |= {f"  {name}": f"about {one.total / GB:.1f} GB with 1, all recomputed" for name, one in others.items()}
     return result, table(shown)

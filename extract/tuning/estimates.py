@@ -27,6 +27,8 @@ _LEFT = 0.1
 """Share of a device's memory that the choice of `settled` leaves free."""
 _FULL = 4096
 """Tokens of a forward pass that keep a GPU busy: below that, more items are worth recomputing more layers."""
+_COMPILED = 0.85
+"""Share of the activations that compiled layers keep, at most: they keep fewer results between their operations."""
 _STEPS_TO_COMPILE = 100
 """Compiling takes as long as about this many steps save (8B on an H100: 10 to 20 s for 0.06 to 0.18 s a step)."""
 
@@ -134,38 +136,33 @@ def estimate(
 def _activations(
     backbone: HuggingFaceBackbone, recipe: Recipe, load: Load, model: nn.Module, checkpointing: str
 ) -> float:
-    """Kept activations of all layers, those of the widest layer while it is computed again, and of the loss."""
-    language: list[float] = []
-    seeing: list[float] = []
+    """What all layers keep, twice what the widest layer makes while it is computed again, and the loss."""
     towers = modules_of(model, find_parts(backbone, model, recipe)[1])
     decoder = {id(layer) for layer in backbone.language_model_of(model).get_decoder().modules()}
     size = DTYPES[backbone.logical_dtype].itemsize
+    kept = widest = 0.0
     for name, layer in model.named_modules():
-        if not isinstance(layer, GradientCheckpointingLayer):
-            continue
-        if id(layer) in decoder:
-            language.append(_per_token(layer, size, lora=True) * load.tokens)
-        elif any(name.startswith(f"{path}.") for path in towers):
-            seeing.append(_per_token(layer, size, lora=False) * load.patches)
-    width = backbone.hidden_size * size
-    kept = len(language) * load.tokens * width if checkpointing == "all" else sum(language)
-    kept += (
-        0.0 if not seeing else (len(seeing) * seeing[0] * 0.08 if checkpointing in ("all", "vision") else sum(seeing))
-    )
-    again = max([*language, *seeing], default=0.0) * 2
-    loss = min(load.labels, LABELS_AT_ONCE) * backbone.vocab_size * 4 * 4
-    return kept + again + loss
+        reads_text, trained = id(layer) in decoder, any(name.startswith(f"{path}.") for path in towers)
+        if isinstance(layer, GradientCheckpointingLayer) and (reads_text or trained):
+            vectors = load.tokens if reads_text else load.patches
+            width, whole = _per_token(layer, lora=reads_text)
+            again = checkpointing == "all" or (checkpointing == "vision" and trained)
+            kept += (width if again else whole) * vectors * size
+            widest = max(widest, whole * vectors * size)
+    loss = min(load.labels, LABELS_AT_ONCE) * backbone.vocab_size * 4 * 4  # logits, their gradient, and two copies
+    return (_COMPILED * kept if recipe.compile == "always" else kept) + 2 * widest + loss
 
 
-def _per_token(layer: nn.Module, size: int, *, lora: bool) -> float:
-    """Bytes that one layer keeps per token: the inputs and outputs of its linear maps, norms and products.
+def _per_token(layer: nn.Module, *, lora: bool) -> tuple[int, int]:
+    """Numbers per token: the input of a layer, and all that it keeps for the backward pass.
 
-    A LoRA pair keeps a dropped-out copy of its input.
+    These are the outputs of its linear maps, the product of two of them, and the inputs of maps, norms and sums. A LoRA
+    pair keeps its dropped-out input too.
     """
     maps = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    width = min((module.in_features for module in maps), default=0)
     wide = sum(module.out_features for module in maps) + max((module.out_features for module in maps), default=0)
-    hidden = min((module.in_features for module in maps), default=0)
-    return size * (wide + (12 if lora else 8) * hidden)
+    return width, wide + (12 if lora else 8) * width
 
 
 def recipes_that_fit(backbone: HuggingFaceBackbone, load: Load, memory: float | None) -> Mapping[str, Estimate]:
@@ -202,7 +199,9 @@ def settled(
     with the least recomputation, else as many as possible. A GPU compiles for 100 steps or more. On a CPU, where
     `memory` is None, items pass one by one, and nothing is recomputed.
     """
-    compiles = {"always": True, "never": False}.get(recipe.compile, memory is not None and steps >= _STEPS_TO_COMPILE)
+    if recipe.compile == "auto":
+        pays = memory is not None and steps >= _STEPS_TO_COMPILE
+        recipe = replace(recipe, compile="always" if pays else "never")
     choices = ("none", "vision", "all") if recipe.checkpointing == "auto" else (recipe.checkpointing,)
     sizes = list(_halves(max(1, recipe.batch_size // devices)))
     if recipe.micro_batch is not None or memory is None:
@@ -210,7 +209,7 @@ def settled(
     found = sizes[-1], choices[0 if memory is None else -1]
     if memory is not None:
         found = _fastest(backbone, recipe, longest, sizes, choices, (1 - _LEFT) * memory) or found
-    return replace(recipe, micro_batch=found[0], checkpointing=found[1], compile="always" if compiles else "never")
+    return replace(recipe, micro_batch=found[0], checkpointing=found[1])
 
 
 def _fastest(

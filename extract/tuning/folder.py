@@ -40,6 +40,8 @@ RECORD = "tuning.json"
 CURVES = "curves.csv"
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "seconds", "validation_loss", "word_accuracy")
 _KEPT = "the last checkpoint is kept"
+_OWN = (".lock", "training", CURVES, "tensorboard")
+"""What a training leaves, besides the adapter, when somebody removes its checkpoint."""
 _FREE = ("agiqa",)
 """Settings that may differ between two runs of one training."""
 
@@ -164,7 +166,7 @@ class AdapterFolder:
             message = f"{self.path} holds an adapter already. Choose another ADAPTER, or remove that folder."
             raise SettingsConflict(message)
         if not self._settings.exists():
-            if any(found.name not in (".lock", "training") for found in self.path.iterdir()):
+            if any(found.name not in _OWN for found in self.path.iterdir()):
                 message = f"{self.path} holds other files. Choose another ADAPTER, an empty folder or a new one."
                 raise SettingsConflict(message)
             return

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from agiqa.errors import WorkerError
+from agiqa.errors import AgiqaError, WorkerError
 from agiqa.extract.tuning.group import Group, joined
+from agiqa.extract.tuning.learner import OutOfMemory
 from agiqa.workers import ctrl_c_kept_away, end_with_parent, picklable
 
 _SECONDS_TO_END = 5.0
@@ -51,25 +52,38 @@ def run_on_devices(work: OnDevice, devices: Sequence[str], folder: Path) -> None
 
 
 def _attend(processes: dict[Connection, SpawnProcess], devices: Sequence[str]) -> None:
+    """Wait for the end of all. Raise the cause of the first failure: the others then lose their connection to it."""
     names = dict(zip(processes, devices, strict=True))
-    listening = set(processes)
+    listening, consequence = set(processes), None
     while listening:
-        for connection in wait(list(listening)):
+        ready = wait(list(listening), None if consequence is None else _SECONDS_TO_END)
+        if not ready:
+            break
+        for connection in ready:
             assert isinstance(connection, Connection)  # nothing else is waited for
             listening.discard(connection)
-            try:
-                error: Exception | None = connection.recv()
-            except (EOFError, OSError):
-                processes[connection].join()
-                code = processes[connection].exitcode
-                message = (
-                    f"The process on {names[connection]} ended with exit code {code}. The last checkpoint is kept: run "
-                    "the same command again."
-                )
-                raise WorkerError(message) from None
-            if error is not None:
-                error.add_note(f"on {names[connection]}")
+            error = _outcome(connection, processes[connection], names[connection])
+            if isinstance(error, AgiqaError | OutOfMemory):
                 raise error
+            consequence = consequence or error
+    if consequence is not None:
+        raise consequence
+
+
+def _outcome(connection: Connection, process: SpawnProcess, name: str) -> Exception | None:
+    """The error of a process, which has ended or is about to; None if it did its work."""
+    try:
+        error: Exception | None = connection.recv()
+    except (EOFError, OSError):
+        process.join()
+        message = (
+            f"The process on {name} ended with exit code {process.exitcode}. The last checkpoint is kept: run the same "
+            "command again."
+        )
+        return WorkerError(message)
+    if error is not None:
+        error.add_note(f"on {name}")
+    return error
 
 
 def _main(connection: Connection, work: OnDevice, rank: int, devices: list[str], meeting: Path) -> None:
@@ -80,11 +94,11 @@ def _main(connection: Connection, work: OnDevice, rank: int, devices: list[str],
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // len(devices)))
-    failure: Any = None
-    try:
-        with joined(rank, devices, meeting) as group:
+    with joined(rank, devices, meeting) as group:
+        try:
             work.open_and_run(str(device), group)
-    except Exception as error:  # noqa: BLE001  # the parent raises it
-        failure = picklable(error)
-    connection.send(failure)
+        except Exception as error:  # noqa: BLE001  # the parent raises it
+            connection.send(picklable(error))  # before the group ends, which the others notice
+        else:
+            connection.send(None)
     connection.close()

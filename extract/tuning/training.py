@@ -63,6 +63,8 @@ class Trainer:
     reporter: Reporter
     checkpoint_seconds: float
     standing: Standing = field(default_factory=Standing)
+    _whole: int | None = field(default=None, init=False)
+    """Steps after which the model is as it is now; None from the change of its weights to the end of a step."""
 
     @property
     def first(self) -> bool:
@@ -70,24 +72,36 @@ class Trainer:
         return self.learner.group.first
 
     def run(self) -> None:
-        """Train from the last checkpoint to the end. Raises ModelError if a loss or gradient is not finite."""
+        """Train from the last checkpoint to the end. Raises ModelError if a loss or gradient is not finite.
+
+        Ctrl-C leaves a checkpoint, unless it comes while weights change or a validation runs.
+        """
         resumed = self._restore()
         if self.first:
             self.folder.begin_curves(self.standing.done if resumed else None)
         if not resumed:
             self._validate(0)
-        saved = time.monotonic()
+        try:
+            self._train()
+        except KeyboardInterrupt:
+            if self.first and self._whole == self.standing.done:
+                self._save()
+            raise
+        if self.first and not self.material.validation:
+            self._save_adapter(self.folder.best)
+
+    def _train(self) -> None:
+        saved, self._whole = time.monotonic(), self.standing.done
         batches, total = self._prepared(), self.schedule.steps
         while self.standing.done < total and not self.standing.stopped:
             self._step(self.standing.done, batches)
             self.standing.done += 1
             if self.schedule.validates(self.standing.done):
                 self._validate(self.standing.done)
+            self._whole = self.standing.done
             if self.first and time.monotonic() - saved >= self.checkpoint_seconds:
                 self._save()
                 saved = time.monotonic()
-        if self.first and not self.material.validation:
-            self._save_adapter(self.folder.best)
 
     def _prepared(self) -> Iterator[list[Example]]:
         """The micro-batches of this process from the next step on, prepared ahead."""
@@ -108,6 +122,7 @@ class Trainer:
         gradient = self.learner.gradient(mine, labels=labels)
         if not gradient.finite:
             self._give_up(step, gradient, [self.material.train[place].name for place in batch])
+        self._whole = None
         self.learner.apply(lr)
         if self.first:
             tokens = sum(self.material.tokens[place] for place in batch)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from agiqa.errors import DataError, ModelError, WorkerError
 from agiqa.extract.data.items import DataSet, Item, OnBadItem
@@ -150,7 +151,7 @@ def _plans(
     return plans
 
 
-def _validation_items(items: Sequence[Item], settings: TuningSettings) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+def _validation_items(items: Sequence[Item], settings: TuningSettings) -> NDArray[np.bool_]:
     """Which items are held out: those of the split val, else those of a share of the prompts."""
     stated = np.array([item.split == "val" for item in items], np.bool_)
     if not stated.any():

@@ -140,6 +140,8 @@ def test_damaged_checkpoints_and_other_folders(agiqa, tune, tmp_path):
     state = adapter / "training" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
     refuse(agiqa(*tune("--steps", 40)), "state.safetensors is damaged", "to begin again")
+    shutil.rmtree(adapter / "training")
+    assert agiqa(*tune("--steps", 2, "--json")).json["steps"] == 2
     shutil.rmtree(adapter)
     adapter.write_text("")
     misuse(agiqa(*tune()), "is a file")

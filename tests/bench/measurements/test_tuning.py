@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agiqa.bench.measurements.random_models import minicpm
 from agiqa.bench.measurements.tuning import counted_flop, made_up, main, tables
+from agiqa.bench.recording.tables import read_results
 from agiqa.extract.tuning.adapting import adapt, recompute
 from agiqa.extract.tuning.group import Group
 from agiqa.extract.tuning.learner import Learner
@@ -29,16 +30,16 @@ VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "
 def test_a_case_gives_a_line_and_tables(tmp_path):
     path = tmp_path / "lines.jsonl"
     arguments = ["--shape", "tiny", "--recipe", "light", "--tokens", "1100", "--micro-batch", "1", "--steps", "1"]
-    outcome = CliRunner().invoke(main, [*arguments, "--checkpointing", "all", "--out", str(path)])
+    outcome = CliRunner().invoke(main, [*arguments, "--checkpointing", "all", "--compile", "never", "--out", str(path)])
     assert outcome.exit_code == 0, outcome.output
     line = json.loads(path.read_text())
     assert (line["stage"], line["name"], line["config"]["tokens"]) == ("tune", "light", 1100)
     assert line["measured"]["tokens_per_second"] > 0
     assert 0 < line["measured"]["of_matmul_rate"] < 1
-    assert "| light | 1100 | 1 | all |" in outcome.output
+    assert "| light | 1100 | 1 | all | never |" in outcome.output
     assert "goal" not in outcome.output  # they are for GPUs
     line["config"]["device"] = "NVIDIA H100"
-    assert "| light, 1100 tokens, 1 items, all: GB | at most 24 |" in tables([line])
+    assert "| light, 1100 tokens x 1, recomputed: all, compiled: never: GB | at most 24 |" in tables([line])
     again = CliRunner().invoke(main, ["--table", str(path)])
     assert again.output.splitlines()[0] in outcome.output
 
@@ -62,3 +63,11 @@ def test_flop_are_those_of_the_matrix_products(tmp_path: Path, name):
     counted = counted_flop(trained.model, trained, example, len(layout))
     assert products <= counted * 1.02
     assert counted <= products * (1.02 if name != "light" else 1.25)
+
+
+def test_the_tables_of_the_log_are_those_of_the_lines():
+    bench = Path(__file__).resolve().parents[3] / "bench"
+    log = (bench / "LOG.md").read_text(encoding="utf-8")
+    rows = tables(read_results(bench / "results" / "tuning" / "h100.jsonl")).splitlines()
+    assert len(rows) > 30
+    assert [row for row in rows if row not in log] == []

@@ -11,8 +11,7 @@ from tests.extract.tuning.talks import load_talks, opener_for, quick
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, for which layers are compiled"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # by torch's own compiler
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # that it looks at
+    pytest.mark.filterwarnings("default"),  # torch's compiler warns of its own code, and of float32 without TF32
 ]
 
 

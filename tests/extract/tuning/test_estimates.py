@@ -95,7 +95,7 @@ def test_estimates_are_a_little_above_what_was_measured(real, case, measured):
         ("published", 2, 85, (2, "none")),
         ("published", 16, 85, (8, "vision")),
         ("published", 2, 43, (2, "all")),
-        ("light", 16, 85, (8, "none")),
+        ("light", 16, 85, (16, "none")),
         ("light", 2, 25.7, (2, "all")),
         ("published", 2, 25.7, (1, "all")),  # does not fit anyway; the least memory is tried
         ("published", 2, None, (1, "none")),

@@ -13,6 +13,13 @@ from agiqa.extract.tuning.adapting import adapt
 from agiqa.extract.tuning.parts import find_parts, modules_of
 from agiqa.extract.tuning.recipes import recipe_of
 from tests.extract.tiny_models import write_grid_checkpoint, write_tiled_checkpoint
+from tests.extract.tiny_vision_models import (
+    write_internvl,
+    write_minicpm46,
+    write_mllama,
+    write_qwen25,
+    write_smolvlm,
+)
 from tests.extract.tuning.talks import quick
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "models"
@@ -55,6 +62,11 @@ def test_a_vision_model_of_transformers(llava):
     [
         (write_tiled_checkpoint, ["model.connector", "model.vision_model"]),
         (write_grid_checkpoint, ["model.visual"]),  # its merger is inside the tower
+        (write_qwen25, ["model.visual"]),
+        (write_smolvlm, ["model.connector", "model.vision_model"]),
+        (write_internvl, ["model.multi_modal_projector", "model.vision_tower"]),
+        (write_mllama, ["model.multi_modal_projector", "model.vision_model"]),
+        (write_minicpm46, ["model.merger", "model.vision_tower"]),
     ],
 )
 def test_other_families(tmp_path, write, expected):

@@ -47,9 +47,9 @@ def numbers(out):
 
 def test_eight_items_are_learnt_by_heart(opener, data, tmp_path):
     """Greedy `describe` then repeats each text and word exactly, and stops."""
-    recipe = quick(rank=16, alpha=16, lr=6e-3, steps=64, batch_size=8, micro_batch=8, weight_decay=0.0, warmup=0.1)
+    recipe = quick(rank=16, alpha=16, lr=6e-3, steps=84, weight_decay=0.0, warmup=0.1)
     result = tuned(opener, data, tmp_path / "adapter", recipe, val_share=0)
-    assert result.as_dict()["steps"] == 64
+    assert result.as_dict()["steps"] == 84
     told = Describer(opener(device="cpu", adapter=str(tmp_path / "adapter")), DescriptionSettings()).describe(
         data.items
     )
@@ -152,6 +152,28 @@ def test_a_killed_training_resumes_to_the_same_numbers(minicpm, talks, opener, d
     assert records[0] == records[1]
 
 
+def test_ctrl_c_leaves_a_checkpoint(opener, data, tmp_path, monkeypatch, capsys):
+    """In the middle of the fourth step, whose second micro-batch is the eighth."""
+    compute, calls = learning.summed_loss, []
+
+    def interrupted(backbone, batch):
+        calls.append(batch)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return compute(backbone, batch)
+
+    recipe = quick(dropout=0.2, steps=6, micro_batch=2, validations=1)
+    tuned(opener, data, tmp_path / "whole", recipe)
+    monkeypatch.setattr(learning, "summed_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(opener, data, tmp_path / "stopped", recipe)
+    monkeypatch.undo()
+    capsys.readouterr()
+    tuned(opener, data, tmp_path / "stopped", recipe)
+    assert "resume after step 3 of 6" in capsys.readouterr().err
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+
+
 def _environment():
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
@@ -248,17 +270,6 @@ def test_two_processes_give_the_numbers_of_one(opener, data, tmp_path):
     one, other = (load_file(tmp_path / name / WEIGHTS) for name in "12")
     close = torch.cat([torch.isclose(one[name], other[name], rtol=1e-4, atol=2e-5).flatten() for name in one])
     assert close.float().mean() > 0.999
-
-
-def test_an_error_of_one_process_ends_all(llama, minicpm, data, tmp_path):
-    """The second process opens nothing: its error reaches the user, and the first does not wait for ever."""
-    opener = opener_for(minicpm, max_slices=1)
-    backbone = opener(device="cpu")
-    absent = opener_for(llama / "absent")
-    with pytest.raises(ModelError, match="absent"):
-        run_tuning(
-            data, backbone, tmp_path / "a", TuningSettings(recipe=quick(), devices=2, val_share=0.3), opener=absent
-        )
 
 
 def test_tensorboard_must_be_there(opener, data, tmp_path, monkeypatch):
