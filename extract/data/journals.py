@@ -17,7 +17,6 @@ from agiqa.store.disk.files import (
     canonical_json,
     read_json,
     telling_disk_errors,
-    whole_lines,
     write_text_atomically,
 )
 from agiqa.store.disk.locks import exclusive_lock
@@ -86,8 +85,7 @@ class Journal:
             if not self.lines:
                 text = json.dumps(self.provenance, indent=2, ensure_ascii=False)
                 write_text_atomically(self.provenance_path, text + "\n")
-            if size < self.path.stat().st_size:
-                os.truncate(self.path, size)
+            self._end_last_line(size)
             yield
 
     def append(self, lines: Sequence[Line]) -> None:
@@ -122,23 +120,42 @@ class Journal:
 
     def _whole_lines(self) -> tuple[dict[str, Line], int]:
         """The lines by their item's name, and the bytes that they take; a torn last line is left out."""
-        content, lines = whole_lines(self.path), dict[str, Line]()
-        for number, text in enumerate(content.split(b"\n")[:-1], start=1):
+        content, lines = self.path.read_bytes() if self.path.exists() else b"", dict[str, Line]()
+        *texts, last = content.split(b"\n")
+        if last and _parse_object(last) is not None:  # only the line end is missing: an editor has removed it
+            texts, last = [*texts, last], b""
+        for number, text in enumerate(texts, start=1):
             line = self._parse(number, text)
             lines[line["name"]] = line
-        return lines, len(content)
+        return lines, len(content) - len(last)
+
+    def _end_last_line(self, size: int) -> None:
+        """Cut off a torn line after the first `size` bytes, and add the line end that a whole one lacks."""
+        if size < self.path.stat().st_size:
+            os.truncate(self.path, size)
+        with self.path.open("rb") as file:
+            file.seek(max(size - 1, 0))
+            is_ended = file.read(1) in (b"", b"\n")
+        if not is_ended:
+            append_durably(self.path, b"\n")
 
     def _parse(self, number: int, text: bytes) -> Line:
         message = (
             f"{self.path}, line {number} is no line of `{self._command}`. Choose another OUT, or remove a damaged line."
         )
-        try:
-            line: Any = json.loads(text.decode())
-        except ValueError as error:
-            raise DataError(message) from error
-        if not isinstance(line, dict) or not isinstance(line.get("name"), str) or not isinstance(line.get(ITEM), str):
+        line = _parse_object(text)
+        if line is None or not isinstance(line.get("name"), str) or not isinstance(line.get(ITEM), str):
             raise DataError(message)
-        return cast("Line", line)
+        return line
+
+
+def _parse_object(text: bytes) -> Line | None:
+    """The JSON object in `text`; None if it is none."""
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return cast("Line", found) if isinstance(found, dict) else None
 
 
 def _difference(was: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -22,12 +22,12 @@ from agiqa.extract.teaching.batch_steps import BatchSettings, BatchSteps
 from agiqa.extract.teaching.chats import ChatRequest, Fault, Reply
 from agiqa.extract.teaching.client import Client
 from agiqa.extract.teaching.costs import CAUTION, cost_of
-from agiqa.extract.teaching.job import Splits, TeachingJob, TeachingResult, TeachingSettings
+from agiqa.extract.teaching.job import Splits, TeachingJob, TeachingResult, TeachingSettings, costs_note
 from agiqa.extract.teaching.joining import Joined, join
 from agiqa.extract.teaching.questions import Question, input_tokens
 from agiqa.extract.teaching.teacher import TeacherModel, Trial, Verdict, judge, line_of
 from agiqa.extract.teaching.teaching import conversations_at_the_end
-from agiqa.progress import Advance, say, track
+from agiqa.progress import Advance, Note, say, track
 
 _ENOUGH_ANSWERS = 20
 """From so many answers on, their mean tells what a request will cost. Before, the budget counts the most possible."""
@@ -146,6 +146,7 @@ class _Run:
         self._clients = clients
         self._records = records
         self._settings = settings
+        self._each = job.expected_cost()
         self._pending = self._missing_or_in_work()
         records.keep_tries(self._pending)
 
@@ -158,7 +159,7 @@ class _Run:
 
     def work(self) -> None:
         """Go on until all batches are joined and nothing can be sent; without `wait`, until they are created."""
-        with _progress(len(self._pending)) as advance:
+        with _progress(len(self._pending), self._costs) as advance:
             steps = {
                 teacher.model: BatchSteps(client, self._records, self._settings, advance)
                 for teacher, client in self._clients
@@ -170,6 +171,9 @@ class _Run:
                 if self._records.batches:
                     say("the batches go on at the provider: run the same command again to fetch the answers")
                 raise
+
+    def _costs(self) -> str:
+        return costs_note(self._job.spent(), len(self._pending), self._each)
 
     def _look(self, steps: Mapping[str, BatchSteps]) -> bool:
         """Take each batch as far as it goes now, and send what is missing. Whether there is more to do."""
@@ -307,9 +311,9 @@ class _Run:
 
 
 @contextmanager
-def _progress(total: int) -> Generator[Advance]:
+def _progress(total: int, note: Note) -> Generator[Advance]:
     """Show requests that are done; one that is sent again is done twice, but counts once."""
-    with track("batches", total, "items") as add:
+    with track("batches", total, "items", note=note) as add:
         left = total
 
         def advance(count: int) -> None:

@@ -177,7 +177,8 @@ class Client:
     def ask(self, request: ChatRequest, *, tokens: int = 0, may_repeat: Callable[[], bool] = lambda: True) -> Answered:
         """The server's reply to `request`, of about `tokens` tokens, or the fault about this request alone.
 
-        `may_repeat` decides whether a request is sent again whose answer was lost: the provider may bill both. Raises RemoteError when no request can succeed: a wrong key, an unknown model, a server that is gone.
+        `may_repeat` decides whether a request is sent again whose answer was lost: the provider may bill both. Raises
+        RemoteError when no request can succeed: a wrong key, an unknown model, a server that is gone.
         """
         sent = self.send(
             "POST",

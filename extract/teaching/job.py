@@ -130,6 +130,11 @@ class Mean:
         self.count += 1
 
 
+def costs_note(spent: float, left: int, each: Mean | None) -> str:
+    """For the progress: USD that are spent, and what they will come to with `left` more items at the cost `each`."""
+    return "" if each is None else f"{spent:.2f} of about {spent + left * each.mean:.2f} USD"
+
+
 class TeachingJob:
     """A data set, its journal, and what is still to ask; `teaching.py` and `batches.py` ask."""
 
@@ -177,7 +182,7 @@ class TeachingJob:
         """USD that the budget counts for all lines, of earlier runs too."""
         return sum(line["counted_usd"] or 0.0 for line in self.journal.lines.values())
 
-    def expected_cost(self) -> "Mean | None":
+    def expected_cost(self) -> Mean | None:
         """USD per item, by the lines so far, or else by an estimate. None if unknown, or if nothing is to ask."""
         teacher = self.models[0]
         if teacher.price is None or not self.questions:

@@ -17,7 +17,7 @@ from agiqa.extract.data.journals import Line
 from agiqa.extract.teaching.batch_records import refuse_open_batches
 from agiqa.extract.teaching.client import Client
 from agiqa.extract.teaching.costs import Budget
-from agiqa.extract.teaching.job import Splits, TeachingJob, TeachingResult, TeachingSettings
+from agiqa.extract.teaching.job import Splits, TeachingJob, TeachingResult, TeachingSettings, costs_note
 from agiqa.extract.teaching.questions import Question
 from agiqa.extract.teaching.teacher import Teacher, TeacherModel
 from agiqa.progress import Advance, say, track
@@ -124,10 +124,7 @@ class _Run:
             raise
 
     def _costs(self) -> str:
-        if self._each is None:
-            return ""
-        spent = self._budget.spent
-        return f"{spent:.2f} of about {spent + self._left * self._each.mean:.2f} USD"
+        return costs_note(self._budget.spent, self._left, self._each)
 
     def _thread(self, teacher: Teacher) -> threading.Thread:
         """A thread in the context of this one. It ends with the process: a dropped answer holds nothing up."""

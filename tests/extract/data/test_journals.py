@@ -44,3 +44,17 @@ def test_a_torn_first_line_is_cut_off(tmp_path):
     with journal.writing():
         journal.append([line(1)])
     assert journal_at(path).lines == {"n": line(1)}
+
+
+def test_a_last_line_without_its_line_end_is_kept(tmp_path):
+    """An editor may have removed the line end: what was paid for stays."""
+    path = tmp_path / "j.jsonl"
+    journal = journal_at(path)
+    with journal.writing():
+        journal.append([line(1)])
+    path.write_bytes(path.read_bytes()[:-1])
+    again = journal_at(path)
+    assert again.lines == {"n": line(1)}
+    with again.writing():
+        again.append([line(2) | {"name": "m"}])
+    assert journal_at(path).lines == {"n": line(1), "m": line(2) | {"name": "m"}}
