@@ -174,11 +174,13 @@ def test_conversations_of_another_aspect_are_pointed_out(agiqa, tune, talks):
 
 def test_damaged_checkpoints_and_other_folders(agiqa, tune, tmp_path):
     adapter = tmp_path / "adapter"
-    agiqa.interrupted(*tune("--checkpoint-minutes", 0, "--steps", 40), when=lambda: _steps(adapter) >= 2)
-    refuse(agiqa(*tune("--steps", 40, "--seed", 1)), "is being trained with other settings: seed was 0")
+    spoilt = ("--set", "lr=1e30", "--val-share", 0)
+    refuse(agiqa(*tune(*spoilt)), "Step 2: the loss is nan, with the items", "last-good")
+    for options in ((), ("--dry-run",)):
+        refuse(agiqa(*tune(*spoilt, *options, "--seed", 1)), "is being trained with other settings: seed was 0")
     state = adapter / "training" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:1000])
-    refuse(agiqa(*tune("--steps", 40)), "state.safetensors is damaged", "to begin again")
+    refuse(agiqa(*tune(*spoilt)), "state.safetensors is damaged", "to begin again")
     shutil.rmtree(adapter / "training")
     assert agiqa(*tune("--steps", 2, "--json")).json["steps"] == 2
     shutil.rmtree(adapter)

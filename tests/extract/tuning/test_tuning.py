@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,14 +13,14 @@ from safetensors.torch import load_file
 
 from agiqa.errors import BusyStore, ConfigError, ModelError, SettingsConflict, WorkerError
 from agiqa.extract.describing.asking import Describer, DescriptionSettings
+from agiqa.extract.models.preparing import context_of_workers
 from agiqa.extract.tuning import learner as learning
 from agiqa.extract.tuning import training
 from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.extract.tuning.recipes import recipe_of
 from agiqa.extract.tuning.tuning import TuningSettings, run_tuning
 from agiqa.version import this_commit
-from tests.command_line import REPOSITORY
-from tests.extract.tuning.talks import opener_for, quick
+from tests.extract.tuning.talks import load_talks, opener_for, quick
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -114,21 +112,18 @@ def test_validation_and_test_items_are_never_trained_on(opener, data, tmp_path, 
     assert trained == {item.name for item, part in zip(data.items, parts, strict=True) if part in ("train", None)}
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from agiqa.extract.tuning.folder import AdapterFolder
-from tests.extract.tuning import test_tuning
-from tests.extract.tuning.talks import load_talks, opener_for, quick
-after, checkpoint, folder, out = int(sys.argv[1]), *map(Path, sys.argv[2:])
-add = AdapterFolder.add_curve
-def add_and_die(self, values):
-    add(self, values)
-    if values["step"] == after and "loss" in values:
-        os.kill(os.getpid(), signal.SIGKILL)
-AdapterFolder.add_curve = add_and_die
-test_tuning.long_run(opener_for(checkpoint, max_slices=1), load_talks(folder), out)
-"""
+def die_after_four_steps(checkpoint, folder, out):
+    """The main function of a process that kills itself after the fourth step of `long_run`."""
+    add = AdapterFolder.add_curve
+
+    def add_and_die(self, values):
+        add(self, values)
+        if values["step"] == 4 and "loss" in values:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    AdapterFolder.add_curve = add_and_die
+    torch.set_num_threads(1)
+    long_run(opener_for(checkpoint, max_slices=1), load_talks(folder), out)
 
 
 def long_run(opener, data, out):
@@ -140,9 +135,10 @@ def long_run(opener, data, out):
 def test_a_killed_training_resumes_to_the_same_numbers(minicpm, talks, opener, data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     long_run(opener, data, whole)
-    command = [sys.executable, "-c", KILLED, "4", str(minicpm), str(talks), str(killed)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=_environment())
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = context_of_workers().Process(target=die_after_four_steps, args=(minicpm, talks, killed))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert (killed / "training" / "best" / WEIGHTS).exists()
     assert not (killed / WEIGHTS).exists()
     long_run(opener, data, killed)
@@ -242,10 +238,6 @@ def test_ctrl_c_leaves_a_checkpoint(opener, data, tmp_path, monkeypatch, capsys)
     tuned(opener, data, tmp_path / "stopped", recipe)
     assert "resume after step 3 of 6" in capsys.readouterr().err
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
-
-
-def _environment():
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 def test_an_unfinished_training_of_other_settings_is_refused(opener, data, tmp_path, monkeypatch):
