@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from agiqa.extract.models.merging import merge_adapter as merge_adapter
     from agiqa.extract.models.opening import open_backbone as open_backbone
     from agiqa.extract.teaching.apis import api_of as api_of
-    from agiqa.extract.teaching.asking import TeacherModel as TeacherModel
     from agiqa.extract.teaching.batch_steps import BatchSettings as BatchSettings
     from agiqa.extract.teaching.batches import run_batches as run_batches
     from agiqa.extract.teaching.client import Client as Client
     from agiqa.extract.teaching.client import ClientSettings as ClientSettings
     from agiqa.extract.teaching.client import key_for as key_for
-    from agiqa.extract.teaching.lesson import Splits as Splits
-    from agiqa.extract.teaching.lesson import TeachingResult as TeachingResult
-    from agiqa.extract.teaching.lesson import TeachingSettings as TeachingSettings
+    from agiqa.extract.teaching.job import Splits as Splits
+    from agiqa.extract.teaching.job import TeachingResult as TeachingResult
+    from agiqa.extract.teaching.job import TeachingSettings as TeachingSettings
     from agiqa.extract.teaching.questions import QuestionSettings as QuestionSettings
+    from agiqa.extract.teaching.teacher import TeacherModel as TeacherModel
     from agiqa.extract.teaching.teaching import run_teaching as run_teaching
     from agiqa.extract.tuning.recipes import Recipe as Recipe
     from agiqa.extract.tuning.recipes import recipe_of as recipe_of
@@ -59,11 +59,11 @@ __getattr__, __dir__, __all__ = lazy_names(
         "models.merging": ["MergeResult", "merge_adapter"],
         "models.opening": ["open_backbone"],
         "teaching.apis": ["api_of"],
-        "teaching.asking": ["TeacherModel"],
+        "teaching.teacher": ["TeacherModel"],
         "teaching.batch_steps": ["BatchSettings"],
         "teaching.batches": ["run_batches"],
         "teaching.client": ["Client", "ClientSettings", "key_for"],
-        "teaching.lesson": ["Splits", "TeachingResult", "TeachingSettings"],
+        "teaching.job": ["Splits", "TeachingResult", "TeachingSettings"],
         "teaching.questions": ["QuestionSettings"],
         "teaching.teaching": ["run_teaching"],
         "tuning.recipes": ["Recipe", "recipe_of"],
