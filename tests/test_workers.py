@@ -22,7 +22,7 @@ from agiqa.extract.filling import engines
 from agiqa.extract.filling.engines import Here
 from agiqa.extract.filling.plan import plan_store, tokenise
 from agiqa.extract.filling.targets import Target
-from agiqa.extract.models.preparing import Preparation, _context_of_workers
+from agiqa.extract.models.preparing import Preparation, context_of_workers
 from agiqa.store import verify
 from agiqa.workers import LostAnswer, Workers
 from tests.extract.jobs import extract, inputs
@@ -126,7 +126,7 @@ def test_closing_ends_stopped_busy_and_idle_processes_at_once(pool, tmp_path):
 
 def test_a_stopped_fork_server_hangs_neither_a_question_nor_the_end(monkeypatch):
     monkeypatch.setattr(workers, "SECONDS_TO_ANSWER", 20.0)
-    pool = Workers(_context_of_workers(), answers)
+    pool = Workers(context_of_workers(), answers)
     server = pool.ask(parent_id, None)
     assert server != os.getpid()
     with ThreadPoolExecutor(2) as threads:

@@ -40,7 +40,6 @@ from agiqa.bench.recording.result_folders import (
     write_about,
     write_rows,
 )
-from agiqa.bench.recording.this_run import this_commit
 from agiqa.errors import AgiqaError, DataError, UnknownName
 from agiqa.heads.data.features import read_labels
 from agiqa.heads.data.splits import PARTITION_SETTINGS
@@ -52,6 +51,7 @@ from agiqa.heads.sweeps.sweeping import Partitions, train_heads
 from agiqa.heads.training.experiment import OF_THE_MACHINE, check_settings
 from agiqa.progress import say
 from agiqa.store import Store
+from agiqa.version import this_commit
 
 BASELINES = "baselines.jsonl"
 _DRAWING_SETTINGS = tuple(name for name in PARTITION_SETTINGS if name not in ("fold", "held_out", "validation"))

@@ -25,7 +25,6 @@ from agiqa.bench.recording.result_folders import (
     working_in,
     write_rows,
 )
-from agiqa.bench.recording.this_run import this_commit
 from agiqa.bench.transfer.plan import PlannedHead, PlannedLine, TransferPlan, TransferSettings, plan_transfer
 from agiqa.bench.transfer.results import open_results, table_rows
 from agiqa.bench.transfer.sides import Side, chosen_shots, making_differs, open_sides, scale_notes, shared
@@ -49,7 +48,7 @@ from agiqa.heads.sweeps.head_jobs import HeadJob, is_there, with_notes
 from agiqa.heads.sweeps.sweeping import Partitions, train_heads
 from agiqa.progress import say
 from agiqa.store import Store
-from agiqa.version import agiqa_version
+from agiqa.version import agiqa_version, this_commit
 
 APPLIED = "predictions"
 

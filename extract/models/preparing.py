@@ -137,7 +137,7 @@ class Preparation(Generic[_Model_co]):
         if self._pool is None:
             assert self._opener is not None  # workers are refused without one
             begin = partial(_begin, self._opener, shares_memory=_shared_memory_suffices())
-            self._pool = ThreadPoolExecutor(self.workers), Workers(_context_of_workers(), begin)
+            self._pool = ThreadPoolExecutor(self.workers), Workers(context_of_workers(), begin)
         threads, processes = self._pool
         return threads.submit(_answer, processes, function, argument, lost)
 
@@ -156,8 +156,8 @@ def _answer(processes: Workers, function: Callable[[Any, Any], Any], argument: A
     return pickle.loads(answer.content) if isinstance(answer, _Packed) else answer
 
 
-def _context_of_workers() -> BaseContext:
-    """Workers are forks of a server that has imported their modules: a dozen imports at once would be far slower."""
+def context_of_workers() -> BaseContext:
+    """Processes without a GPU are forks of a server that has imported their modules: many imports would be slower."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -122,7 +122,7 @@ class OpenAIChat:
         if refusal is None and reason is not None and reason.startswith("content_filter"):
             refusal = reason
         if refusal is None and not isinstance(said, dict):
-            refusal = reason or "no message in the answer"
+            refusal = "no message in the answer"
         return Reply(
             text="" if refusal is not None else _openai_text(_object(said).get("content")),
             refusal=refusal,
@@ -131,6 +131,7 @@ class OpenAIChat:
             model=_text(whole.get("model")),
             input_tokens=_count(usage.get("prompt_tokens")),
             output_tokens=_count(usage.get("completion_tokens")),
+            thoughts=_text(_object(said).get("reasoning_content")) or _text(_object(said).get("reasoning")),
         )
 
     def fault(self, status: int, answer: object) -> Fault:
@@ -320,11 +321,13 @@ def _kind(status: int) -> FaultKind:
 
 
 def _error(answer: object) -> Json:
-    """The object `error` of an answer; Gemini's compatible endpoint puts it into a list."""
+    """The object `error` of an answer, in a list at Gemini's compatible endpoint; or `detail`, as FastAPI calls it."""
     if isinstance(answer, list) and answer:
         answer = cast("Sequence[object]", answer)[0]
     found = _object(answer)
-    error = found.get("error", found)
+    error = found.get("error", found.get("detail", found))
+    if isinstance(error, list):
+        error = json.dumps(error)
     return {"message": error} if isinstance(error, str) else _object(error)
 
 

@@ -56,7 +56,7 @@ class Reply:
     """What a server answered."""
 
     text: str
-    """Without thoughts; empty for a refusal."""
+    """Without thoughts, if the server takes them out; empty for a refusal."""
     refusal: str | None
     """The server's reason for a refusal; None for an answer."""
     finish_reason: str | None
@@ -68,6 +68,8 @@ class Reply:
     """Tokens of the request, the image included; None if unknown."""
     output_tokens: int | None
     """Tokens of the answer, thoughts included; None if unknown."""
+    thoughts: str | None = None
+    """Thoughts that the server sent beside the text; None for none."""
 
 
 @dataclass(frozen=True, kw_only=True)

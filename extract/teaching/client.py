@@ -219,7 +219,9 @@ class Client:
             attempts += 1
             sent = self._once(method, url, headers, body)
             if wants_json and sent.fault is None and sent.json is None:
-                sent = _lost("an answer that is cut off, or no JSON")
+                sent = _lost(
+                    "a web page" if sent.content.lstrip()[:1] == b"<" else "an answer that is cut off, or no JSON"
+                )
             lost += sent.lost
             if sent.fault is not None and sent.fault.kind == "fatal":
                 raise self._final(url, sent.fault)

@@ -1,18 +1,24 @@
 """Examples: an item as the model's input, and which of its tokens the loss counts.
 
 The loss counts the assistant's turns and the token that closes each: without it the model would never learn to stop.
+
+An answer is learnt behind the words with which the template will ask for it. Templates of models that can think write
+an empty thought there, and leave it out of earlier answers. With such a template each answer is learnt at the end of a
+conversation of its own.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError
-from agiqa.extract.data.items import Item, item_key, read_image
+from agiqa.extract.data.items import Item, Message, item_key, read_image
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
+from agiqa.extract.models.rendering import Renderer
 from agiqa.store import TOKEN_ROLES
 
 _PIXELS = ("patches", "pixel_values")
@@ -31,6 +37,18 @@ class Example:
     """(labels,) positions of the tokens that the loss counts, none of them 0."""
     rating: int
     """How many of the last labels belong to the last answer, the rating word."""
+    earlier: "tuple[Example, ...]" = ()
+    """Those of the earlier answers, if each answer is learnt alone."""
+
+    @property
+    def parts(self) -> "tuple[Example, ...]":
+        """All that pass through the model for this item, in order."""
+        return (*self.earlier, self)
+
+    @property
+    def count(self) -> int:
+        """Labels of all parts."""
+        return sum(len(part.labels) for part in self.parts)
 
     @property
     def targets(self) -> NDArray[np.int32]:
@@ -43,6 +61,7 @@ class Planned:
     """What is known of an item before the first step."""
 
     tokens: int = 0
+    """Of all parts of its example."""
     labels: int = 0
     """Tokens that the loss counts."""
     patches: int = 0
@@ -79,10 +98,12 @@ def plan_example(backbone: Backbone, limited: Limited) -> Planned:
         seen = int((example.prepared.roles == TOKEN_ROLES["image"]).sum())
         why = f"{tokens} tokens ({seen} of the image), more than the {longest} allowed (--set max_length=N)"
         return Planned(key=key, problem=f"{item.name}: {why}")
-    if not len(example.labels):
+    if not example.count:
         return Planned(key=key, problem=f"{item.name}: no token of an answer, so there is nothing to learn from it")
-    pixels = sum(value.numel() for name, value in example.prepared.inputs.items() if name in _PIXELS)
-    return Planned(tokens=tokens, labels=len(example.labels), patches=pixels // _PATCH, key=key)
+    inputs = [one for part in example.parts for one in part.prepared.inputs.items()]
+    pixels = sum(value.numel() for name, value in inputs if name in _PIXELS)
+    total = sum(len(part.prepared.token_ids) for part in example.parts)
+    return Planned(tokens=total, labels=example.count, patches=pixels // _PATCH, key=key)
 
 
 def unplanned(limited: Limited, reason: str) -> Planned:
@@ -92,12 +113,44 @@ def unplanned(limited: Limited, reason: str) -> Planned:
 
 def example_of(backbone: Backbone, item: Item) -> Example:
     """The input and labels of `item`. Needs no weights. Raises DataError as `Backbone.prepare` and `read_image`."""
-    prepared = backbone.prepare(item.conversation, read_image(item))
-    end = backbone.renderer.turn_end if isinstance(backbone, HuggingFaceBackbone) else None
-    spans = answer_spans(prepared, end)
-    positions = [np.arange(start, stop) for start, stop in spans]
-    labels = np.concatenate([*positions, np.zeros(0, np.int64)]).astype(np.int64)
-    return Example(name=item.name, prepared=prepared, labels=labels, rating=len(positions[-1]) if positions else 0)
+    image, turns = read_image(item), item.conversation
+    ends = [len(turns)]
+    renderer = backbone.renderer if isinstance(backbone, HuggingFaceBackbone) else None
+    if renderer is not None and not asks_as_shown(renderer, rounds=2) and asks_as_shown(renderer, rounds=1):
+        ends = [end for end, turn in enumerate(turns, start=1) if turn.role == "assistant"] or ends
+    parts: list[Example] = []
+    for end in ends:
+        prepared = backbone.prepare(turns[:end], image)
+        spans = answer_spans(prepared, None if renderer is None else renderer.turn_end)
+        positions = [np.arange(*span) for span in (spans if len(ends) == 1 else spans[-1:])]
+        labels = np.concatenate([*positions, np.zeros(0, np.int64)]).astype(np.int64)
+        rating = len(positions[-1]) if positions else 0
+        parts.append(Example(name=item.name, prepared=prepared, labels=labels, rating=rating))
+    return replace(parts[-1], earlier=tuple(parts[:-1]))
+
+
+@lru_cache(maxsize=8)
+def asks_as_shown(renderer: Renderer, *, rounds: int) -> bool:
+    """Whether the words that ask for a first answer are those in front of it in a conversation of `rounds` rounds."""
+    question, image = Message(role="user", content="?"), renderer.image_token is not None
+    asked = renderer.render([question], image=image, answer=True).text
+    shown = renderer.render([question, Message(role="assistant", content="!")] * rounds, image=image).text
+    return shown.startswith(asked)
+
+
+def template_warnings(backbone: HuggingFaceBackbone) -> Iterator[str]:
+    """What a model of `backbone` cannot learn because of its chat template."""
+    renderer, name = backbone.renderer, backbone.checkpoint.name
+    if renderer.turn_end is None:
+        yield (
+            f"the chat template of {name} closes an answer with no special token, so the model does not learn where "
+            "to stop"
+        )
+    if not asks_as_shown(renderer, rounds=1):
+        yield (
+            f"the chat template of {name} asks for an answer with other words than it writes in front of one (a "
+            "thought, perhaps); the model learns its answers behind the latter"
+        )
 
 
 def answer_spans(prepared: Prepared, turn_end: int | None) -> list[tuple[int, int]]:
@@ -120,8 +173,3 @@ def _closed(ids: NDArray[np.int32], roles: NDArray[np.uint8], stop: int, turn_en
         if ids[behind - 1] == turn_end:
             return behind
     return stop
-
-
-def longest(plans: Sequence[Planned]) -> Planned:
-    """The item with the most tokens."""
-    return max(plans, key=lambda one: one.tokens)

@@ -24,11 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agiqa.errors import BusyStore, DamagedStore, SettingsConflict, first_line
-from agiqa.extract.models.adapters import CONFIG, WEIGHTS
+from agiqa.extract.models.adapters import CONFIG, UNFINISHED, WEIGHTS
 from agiqa.store.disk.files import (
     append_durably,
     canonical_json,
     read_json,
+    removed_on_failure,
+    safetensors_errors,
     sync_file,
     telling_disk_errors,
     write_text_atomically,
@@ -42,8 +44,16 @@ COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens", "seconds", "validation_l
 _KEPT = "the last checkpoint is kept"
 _OWN = (".lock", "training", CURVES, "tensorboard")
 """What a training leaves, besides the adapter, when somebody removes its checkpoint."""
-_FREE = ("agiqa",)
+_FREE = ("agiqa", "commit")
 """Settings that may differ between two runs of one training."""
+
+
+def refuse_adapter(path: Path) -> None:
+    """Raise SettingsConflict if the folder `path` holds an adapter whose training has ended."""
+    written = any((path / name).exists() for name in (CONFIG, *WEIGHTS)) and not (path / UNFINISHED).exists()
+    if written or (path / RECORD).exists():
+        message = f"{path} holds an adapter already. Choose another ADAPTER, or remove that folder."
+        raise SettingsConflict(message)
 
 
 class AdapterFolder:
@@ -55,7 +65,7 @@ class AdapterFolder:
         Raises SettingsConflict if an adapter is there already, other files, or a training of other `settings`.
         """
         self.path = path
-        self.training = path / "training"
+        self.training = path / UNFINISHED
         self.settings = {"format": "agiqa.tuning", "version": 1, **settings}
         self._check()
 
@@ -161,10 +171,7 @@ class AdapterFolder:
     def _check(self) -> None:
         if not self.path.exists():
             return
-        written = any((self.path / name).exists() for name in (CONFIG, *WEIGHTS)) and not self.training.exists()
-        if written or (self.path / RECORD).exists():
-            message = f"{self.path} holds an adapter already. Choose another ADAPTER, or remove that folder."
-            raise SettingsConflict(message)
+        refuse_adapter(self.path)
         if not self._settings.exists():
             if any(found.name not in _OWN for found in self.path.iterdir()):
                 message = f"{self.path} holds other files. Choose another ADAPTER, an empty folder or a new one."
@@ -183,9 +190,11 @@ class AdapterFolder:
 
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
-    sync_file(temporary)
-    temporary.replace(path)
+    with removed_on_failure(temporary, of=path):
+        with safetensors_errors(path):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(metadata))
+        sync_file(temporary)
+        temporary.replace(path)
     sync_file(path.parent)
 
 

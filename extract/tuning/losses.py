@@ -41,19 +41,17 @@ def validation_sums(backbone: HuggingFaceBackbone, batch: Sequence[Example]) -> 
             logits = backbone.logits_of(part).float()
             losses.append(cross_entropy(logits, wanted, reduction="sum"))
             hits.append(logits.argmax(dim=-1) == wanted)
-        hit = torch.cat(hits).split([len(example.labels) for example in batch])
+        hit = torch.cat(hits).split([example.count for example in batch])
         right = [one[len(one) - example.rating :].all() for one, example in zip(hit, batch, strict=True)]
         return torch.stack(losses).sum(), torch.stack(right).float().sum()
 
 
 def _labelled(backbone: HuggingFaceBackbone, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """(labels, D) the states in front of all labels of `batch`, and (labels,) the ids of the labels."""
-    states = backbone.states([example.prepared for example in batch])
-    rows = [
-        row.index_select(0, uploaded(example.labels - 1, row.device))
-        for row, example in zip(states, batch, strict=True)
-    ]
-    targets = np.concatenate([example.targets for example in batch]).astype(np.int64)
+    parts = [part for example in batch for part in example.parts]
+    states = backbone.states([part.prepared for part in parts])
+    rows = [row.index_select(0, uploaded(part.labels - 1, row.device)) for row, part in zip(states, parts, strict=True)]
+    targets = np.concatenate([part.targets for part in parts]).astype(np.int64)
     return torch.cat(rows), uploaded(targets, rows[0].device)
 
 

@@ -5,13 +5,14 @@ import os
 import uuid
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from agiqa.errors import AgiqaError, WorkerError
+from agiqa.extract.models.preparing import context_of_workers
 from agiqa.extract.tuning.group import Group, joined
 from agiqa.extract.tuning.learner import OutOfMemory
 from agiqa.workers import ctrl_c_kept_away, end_with_parent, picklable
@@ -32,9 +33,10 @@ def run_on_devices(work: OnDevice, devices: Sequence[str], folder: Path) -> None
 
     Raises the first error of a process, and WorkerError for one that was killed.
     """
-    context = multiprocessing.get_context("spawn")
+    on_cpu = all(torch.device(device).type == "cpu" for device in devices)
+    context: Any = context_of_workers() if on_cpu else multiprocessing.get_context("spawn")
     meeting = folder / f".meeting.{uuid.uuid4().hex}"
-    processes: dict[Connection, SpawnProcess] = {}
+    processes: dict[Connection, BaseProcess] = {}
     try:
         for rank in range(len(devices)):
             mine, theirs = context.Pipe()
@@ -51,7 +53,7 @@ def run_on_devices(work: OnDevice, devices: Sequence[str], folder: Path) -> None
         meeting.unlink(missing_ok=True)
 
 
-def _attend(processes: dict[Connection, SpawnProcess], devices: Sequence[str]) -> None:
+def _attend(processes: dict[Connection, BaseProcess], devices: Sequence[str]) -> None:
     """Wait for the end of all. Raise the cause of the first failure: the others then lose their connection to it."""
     names = dict(zip(processes, devices, strict=True))
     listening, consequence = set(processes), None
@@ -70,7 +72,7 @@ def _attend(processes: dict[Connection, SpawnProcess], devices: Sequence[str]) -
         raise consequence
 
 
-def _outcome(connection: Connection, process: SpawnProcess, name: str) -> Exception | None:
+def _outcome(connection: Connection, process: BaseProcess, name: str) -> Exception | None:
     """The error of a process, which has ended or is about to; None if it did its work."""
     try:
         error: Exception | None = connection.recv()

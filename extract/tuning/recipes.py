@@ -1,5 +1,7 @@
 """Recipes: what of a model is trained, and how (`recipes.yaml` beside this module)."""
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -82,9 +84,15 @@ class Recipe:
             *((key, getattr(self, key) >= 0, "0 or more") for key in ("weight_decay", "patience")),
             *((key, (value := getattr(self, key)) is None or value > 0, "more than 0, or null") for key in _OPTIONAL),
         ):
-            if not fits:
+            if not fits or getattr(self, key) == math.inf:
                 message = f"The recipe's {key} is {getattr(self, key)}; it must be {wanted}."
                 raise ConfigError(message)
+        for pattern in (self.adapts, *self.trains):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                message = f"The recipe names the modules {pattern!r}, which is no regular expression ({error})."
+                raise ConfigError(message) from error
         if (self.steps is None) == (self.epochs is None):
             message = f"The recipe {self.name} needs either steps or epochs; the other must be null."
             raise ConfigError(message)

@@ -149,19 +149,22 @@ class Trainer:
         """Validate after `done` steps, and keep the best adapter; before the first step, only note the scores."""
         if not self.material.validation:
             return
-        loss, accuracy = self._validation()
+        standing = self.standing
+        loss, accuracy, odd = self._validation()
         if not math.isfinite(loss):
+            best = "" if standing.best_step is None else f" The best adapter so far is in {self.folder.best}."
             message = (
-                f"The validation loss after step {done} is {loss}. Train to another ADAPTER with a lower lr (--set)."
+                f"The validation loss after step {done} is {loss}, with the items {listed(odd, 20)}. Look at them, or "
+                f"train to another ADAPTER with a lower lr.{best}"
             )
             raise ModelError(message)
-        standing = self.standing
         if done > 0:
             better = standing.best_loss is None or loss < standing.best_loss
             standing.stale = 0 if better else standing.stale + 1
             if better:
                 standing.best_loss, standing.best_accuracy, standing.best_step = loss, accuracy, done
                 if self.first:
+                    self._save()  # first: a run that resumes from an earlier step may find another one the best
                     self._save_adapter(self.folder.best)
             patience = self.schedule.recipe.patience
             standing.stopped = patience > 0 and standing.stale >= patience
@@ -170,24 +173,32 @@ class Trainer:
             self.folder.add_curve(values)
             self.reporter.validation(values, best=standing.best_step, stopped=standing.stopped)
 
-    def _validation(self) -> tuple[float, float]:
-        """The mean loss per label, and the share of items whose rating word would be right."""
+    def _validation(self) -> tuple[float, float, list[str]]:
+        """The mean loss per label, the share of right rating words, and items of this process without a finite loss.
+
+        The items are those of whole forward passes.
+        """
         items, recipe = self.material.validation, self.schedule.recipe
         size = recipe.micro_batch or recipe.batch_size
         pieces = [list(items[start : start + size]) for start in range(0, len(items), size)]
         mine = [(None, pieces[index]) for index in self.learner.group.share(len(pieces))]
         sums = torch.zeros(_SUMS, dtype=torch.float64, device=self.learner.backbone.device)
+        losses: list[tuple[torch.Tensor, list[str]]] = []
         self.learner.trained.model.eval()
         # compiled code would be compiled once more, without gradients
         with naming_memory(), torch.compiler.set_stance("force_eager"):
             for _, examples in self.preparation.groups(example_of, mine):
                 with computing(self.learner.backbone):
                     loss, right = validation_sums(self.learner.backbone, examples)
-                labels = sum(len(example.labels) for example in examples)
+                labels = sum(example.count for example in examples)
+                losses.append((loss, [example.name for example in examples]))
                 sums += torch.stack([loss.double(), right.double(), loss.new_tensor(labels).double()])
         self.learner.group.add([sums])
         loss_sum, right_sum, label_sum = sums.tolist()
-        return loss_sum / label_sum, right_sum / len(items)
+        odd = (
+            [] if math.isfinite(loss_sum) else [name for loss, names in losses if not loss.isfinite() for name in names]
+        )
+        return loss_sum / label_sum, right_sum / len(items), odd
 
     def _save(self) -> None:
         """Write a checkpoint. What is not in it follows from the number of the step."""
@@ -206,5 +217,7 @@ class Trainer:
         self.standing = Standing(**facts)
         self.learner.restore(tensors, steps=self.standing.done)
         if self.first:
+            if self.standing.best_step == self.standing.done:
+                self._save_adapter(self.folder.best)  # a kill may have come between checkpoint and adapter
             self.reporter.say(f"resume after step {self.standing.done} of {self.schedule.steps}")
         return True

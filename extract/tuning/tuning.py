@@ -24,7 +24,7 @@ from agiqa.extract.tuning.estimates import (
     recipes_that_fit,
     settled,
 )
-from agiqa.extract.tuning.examples import Limited, Planned, plan_example, unplanned
+from agiqa.extract.tuning.examples import Limited, Planned, plan_example, template_warnings, unplanned
 from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.extract.tuning.group import Group
 from agiqa.extract.tuning.learner import Learner, OutOfMemory, naming_memory
@@ -36,7 +36,7 @@ from agiqa.extract.tuning.schedule import Schedule, held_out
 from agiqa.extract.tuning.training import Material, Trainer
 from agiqa.progress import say, track
 from agiqa.store.format.items import MODEL
-from agiqa.version import agiqa_version
+from agiqa.version import agiqa_version, this_commit
 
 _LIBRARIES = ("torch", "transformers", "peft")
 
@@ -105,6 +105,8 @@ def plan_tuning(
     problems = tuple(plan.problem for plan in plans if plan.problem is not None)
     if problems and (settings.on_bad_item == "fail" or len(problems) == len(plans)):
         raise DataError.from_problems(data_set.name, problems)
+    for warning in template_warnings(backbone):
+        say(f"warning: {warning}")
     usable = [(item, plan) for item, plan in zip(items, plans, strict=True) if plan.problem is None]
     chosen = _validation_items([item for item, _ in usable], settings)
     train = [pair for pair, held in zip(usable, chosen.tolist(), strict=True) if not held]
@@ -167,6 +169,15 @@ def _hash(*parts: Sequence[tuple[Item, Planned]]) -> str:
     """Over the names and contents of training and validation items, in order."""
     lines = [f"{number} {plan.key} {item.name}" for number, part in enumerate(parts) for item, plan in part]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def check_start(out: Path, backbone: HuggingFaceBackbone, settings: TuningSettings, plan: TuningPlan) -> None:
+    """Raise what `run_tuning` would raise about its options and the folder `out`. Needs no weights for a new one."""
+    if settings.tensorboard:
+        check_tensorboard()
+    _refuse_float16(backbone)
+    if out.exists():
+        AdapterFolder(out, _identity(backbone, settings, plan))
 
 
 def run_tuning(
@@ -293,6 +304,7 @@ def _identity(backbone: HuggingFaceBackbone, settings: TuningSettings, plan: Tun
         "model": backbone.provenance(),
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "agiqa": agiqa_version(),
+        "commit": this_commit(),
     }
 
 

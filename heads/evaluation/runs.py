@@ -19,8 +19,6 @@ predictions.csv has the columns mos_LABEL and predicted_LABEL of each, and curve
 
 import csv
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ from agiqa.heads.model.encoders.base import encoder_settings
 from agiqa.heads.model.head import Head, build_head, check_parts
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
-from agiqa.store.disk.files import telling_disk_errors
+from agiqa.store.disk.files import safetensors_errors, telling_disk_errors
 from agiqa.version import agiqa_version
 
 FORMAT = "agiqa.head"
@@ -346,14 +344,9 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _write_weights(path: Path, head: Head) -> None:
-    """The weights as safetensors. Raises OSError for errors of the disk, which safetensors reports as its own."""
-    try:
+    """The weights as safetensors. Raises OSError for errors of the disk."""
+    with safetensors_errors(path):
         save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, path)
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

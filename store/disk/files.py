@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
@@ -192,6 +193,20 @@ def removed_on_failure(temporary: Path, *, of: Path) -> Generator[None]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def safetensors_errors(path: Path) -> Generator[None]:
+    """Raise an OSError for an error of the disk that safetensors, writing `path` inside, reports as its own."""
+    from safetensors import SafetensorError  # only writers of weights need it
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def read_json(path: Path, *, remedy: str = "Copy the store again.") -> Any:

@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
-from agiqa.bench.recording.this_run import about_this_run, commit_of
+from agiqa.bench.recording.this_run import about_this_run
 from agiqa.errors import ConfigError
+from agiqa.version import commit_of
 
 WHO = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org", "-c", "commit.gpgsign=false")
 

@@ -7,9 +7,10 @@ import pytest
 
 from agiqa.errors import DataError
 from agiqa.extract.data.items import Item, Message
-from agiqa.extract.tuning.examples import Limited, example_of, plan_example
+from agiqa.extract.tuning.examples import Limited, answer_spans, example_of, plan_example
 from agiqa.extract.tuning.tuning import TuningSettings, plan_tuning
-from tests.extract.tiny_models import roomy, write_grid_checkpoint, write_text_checkpoint
+from tests.extract.tiny_models import TEXT_TEMPLATE, roomy, write_grid_checkpoint, write_text_checkpoint
+from tests.extract.tiny_thinkers import FORCED_TEMPLATE, HYBRID_TEMPLATE
 from tests.extract.tuning.talks import load_talks, opener_for, quick
 
 
@@ -101,6 +102,50 @@ def test_without_a_template_only_the_words_are_learnt(tmp_path, talks):
     _, text, _, word = (turn.content for turn in item.conversation)
     example = example_of(backbone, item)
     assert backbone.renderer.tokenizer.decode(example.targets).split() == f"{text} {word}".split()
+
+
+TEMPLATES = {
+    "published thinking": HYBRID_TEMPLATE.replace("<|im_end|>", "</s>"),
+    "trims": TEXT_TEMPLATE,
+    "closes answers only": "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content + '</s>' }}"
+    "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_each_answer_is_learnt_behind_the_question_as_describe_asks_it(name, tmp_path, talks):
+    """Templates of thinking models write an empty thought in front of the last answer only."""
+    backbone = opener_for(roomy(write_text_checkpoint(tmp_path, template=TEMPLATES[name])))(device="cpu")
+    item = load_talks(talks, images=False).items[0]
+    example = example_of(backbone, item)
+    learnt = {}
+    for part in example.parts:
+        ids = part.prepared.token_ids
+        for start, stop in answer_spans(part.prepared, backbone.renderer.turn_end):
+            if start in part.labels:
+                learnt[backbone.renderer.tokenizer.decode(ids[start:stop])] = ids[:start].tolist()
+    asked = [backbone.prepare(item.conversation[:count], None, answer=True).token_ids.tolist() for count in (1, 3)]
+    assert list(learnt.values()) == asked
+    end = backbone.renderer.tokenizer.decode([backbone.renderer.turn_end])
+    assert list(learnt) == [f"{item.conversation[place].content}{end}" for place in (1, 3)]
+    assert example.count == sum(len(part.labels) for part in example.parts)
+    planned = plan_example(backbone, Limited(item=item, max_length=None))
+    assert planned.tokens == sum(len(part.prepared.token_ids) for part in example.parts)
+    assert len(example.parts) == (2 if name == "published thinking" else 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (FORCED_TEMPLATE, "asks for an answer with other words than it writes in front of one"),
+        (None, "closes an answer with no special token"),
+    ],
+)
+def test_templates_from_which_a_model_cannot_learn_all(template, expected, tmp_path, talks, capsys):
+    opener = opener_for(roomy(write_text_checkpoint(tmp_path, template=template)))
+    settings = TuningSettings(recipe=quick("light"))
+    plan_tuning(load_talks(talks, images=False), opener(device="cpu"), settings, opener)
+    assert expected in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused_by_item_or_left_out(minicpm, data):

@@ -15,7 +15,8 @@ from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.extract.tuning.group import Group
 from agiqa.extract.tuning.learner import Learner
 from agiqa.extract.tuning.losses import computing, summed_loss, validation_sums
-from tests.extract.tiny_models import TEXT_TEMPLATE, make_tokenizer, roomy, save, widths
+from tests.extract.tiny_models import TEXT_TEMPLATE, make_tokenizer, roomy, save, widths, write_text_checkpoint
+from tests.extract.tiny_thinkers import HYBRID_TEMPLATE
 from tests.extract.tuning.talks import load_talks, opener_for, quick
 
 UNREAD = "model.vision_tower.post_layernorm"
@@ -92,6 +93,28 @@ def test_the_loss_is_that_of_the_models_own_logits(kind, opener, items):
     assert int(hits) == right
     found = step(learner, items)
     assert math.isclose(found.loss, expected / labels_of(examples), rel_tol=1e-5)
+
+
+def test_answers_that_are_learnt_alone(talks, tmp_path):
+    """A template that leaves out thoughts of earlier answers: each answer passes at the end of its own conversation."""
+    opener = opener_for(roomy(write_text_checkpoint(tmp_path, template=HYBRID_TEMPLATE.replace("<|im_end|>", "</s>"))))
+    learner, plain = learner_of(opener, quick("light")), opener(device="cpu")
+    items = load_talks(talks, images=False).items[:3]
+    examples, expected, count = [example_of(plain, item) for item in items], 0.0, 0
+    for item in items:
+        for end in (2, 4):
+            asked = plain.prepare(item.conversation[: end - 1], None, answer=True)
+            whole = plain.prepare(item.conversation[:end], None)
+            places = torch.arange(len(asked.token_ids), len(whole.token_ids) - 1)  # all but the last line break
+            ids = torch.from_numpy(whole.token_ids.astype(np.int64))[places]
+            expected -= float(plain.logits(whole).double().log_softmax(dim=-1)[places - 1, ids].sum())
+            count += len(places)
+    assert count == sum(example.count for example in examples)
+    loss, hits = validation_sums(learner.backbone, examples)
+    assert math.isclose(float(loss), expected, rel_tol=1e-5)
+    assert hits.shape == ()
+    found = learner.gradient([(7, examples[:2]), (8, examples[2:])], labels=count)
+    assert math.isclose(found.loss, expected / count, rel_tol=1e-5)
 
 
 def test_accumulation_equals_one_batch(kind, opener, items):

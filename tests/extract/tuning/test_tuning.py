@@ -3,9 +3,8 @@
 import csv
 import json
 import os
+import resource
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,11 +13,14 @@ from safetensors.torch import load_file
 
 from agiqa.errors import BusyStore, ConfigError, ModelError, SettingsConflict, WorkerError
 from agiqa.extract.describing.asking import Describer, DescriptionSettings
+from agiqa.extract.models.preparing import context_of_workers
 from agiqa.extract.tuning import learner as learning
+from agiqa.extract.tuning import training
+from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.extract.tuning.recipes import recipe_of
 from agiqa.extract.tuning.tuning import TuningSettings, run_tuning
-from tests.command_line import REPOSITORY
-from tests.extract.tuning.talks import opener_for, quick
+from agiqa.version import this_commit
+from tests.extract.tuning.talks import load_talks, opener_for, quick
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -70,6 +72,7 @@ def test_the_folder_of_a_finished_training(opener, data, tmp_path):
     record = json.loads((out / "tuning.json").read_text())
     assert record["recipe"]["name"] == "published"
     assert record["seed"] == 5
+    assert record["commit"] == this_commit()
     assert (record["data"]["train"], record["data"]["validation"]) == (6, 2)
     assert record["model"]["files"].keys() >= {"config.json", "tokenizer.json"}
     rows = curves(out)
@@ -109,21 +112,18 @@ def test_validation_and_test_items_are_never_trained_on(opener, data, tmp_path, 
     assert trained == {item.name for item, part in zip(data.items, parts, strict=True) if part in ("train", None)}
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from agiqa.extract.tuning.folder import AdapterFolder
-from tests.extract.tuning import test_tuning
-from tests.extract.tuning.talks import load_talks, opener_for, quick
-after, checkpoint, folder, out = int(sys.argv[1]), *map(Path, sys.argv[2:])
-add = AdapterFolder.add_curve
-def add_and_die(self, values):
-    add(self, values)
-    if values["step"] == after and "loss" in values:
-        os.kill(os.getpid(), signal.SIGKILL)
-AdapterFolder.add_curve = add_and_die
-test_tuning.long_run(opener_for(checkpoint, max_slices=1), load_talks(folder), out)
-"""
+def die_after_four_steps(checkpoint, folder, out):
+    """The main function of a process that kills itself after the fourth step of `long_run`."""
+    add = AdapterFolder.add_curve
+
+    def add_and_die(self, values):
+        add(self, values)
+        if values["step"] == 4 and "loss" in values:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    AdapterFolder.add_curve = add_and_die
+    torch.set_num_threads(1)
+    long_run(opener_for(checkpoint, max_slices=1), load_talks(folder), out)
 
 
 def long_run(opener, data, out):
@@ -135,9 +135,10 @@ def long_run(opener, data, out):
 def test_a_killed_training_resumes_to_the_same_numbers(minicpm, talks, opener, data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     long_run(opener, data, whole)
-    command = [sys.executable, "-c", KILLED, "4", str(minicpm), str(talks), str(killed)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=_environment())
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = context_of_workers().Process(target=die_after_four_steps, args=(minicpm, talks, killed))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert (killed / "training" / "best" / WEIGHTS).exists()
     assert not (killed / WEIGHTS).exists()
     long_run(opener, data, killed)
@@ -150,6 +151,71 @@ def test_a_killed_training_resumes_to_the_same_numbers(minicpm, talks, opener, d
         record["result"].pop("seconds")
         record["result"].pop("tokens_per_second")
     assert records[0] == records[1]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(opener, data, tmp_path):
+    """Checkpoints are larger than the largest file that may be written; then there is room."""
+    out, recipe = tmp_path / "adapter", quick("light", steps=3, validations=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*state\.safetensors") as caught:
+            tuned(opener, data, out, recipe, checkpoint_minutes=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the last checkpoint is kept" in caught.value.__notes__[0]
+    assert [path.name for path in (out / "training").iterdir()] == ["settings.json"]
+    assert tuned(opener, data, out, recipe).as_dict()["steps"] == 3
+
+
+def test_the_best_adapter_is_that_of_the_checkpoint(opener, data, tmp_path, monkeypatch):
+    """A kill between the checkpoint of the best step and its adapter: the adapter is written by the next run.
+
+    On a GPU steps are not repeated to the bit. So no run may go on from an earlier step than that of the best adapter.
+    """
+    recipe = quick(steps=4, validations=4, schedule="constant", warmup=0)
+    tuned(opener, data, tmp_path / "whole", recipe)
+    save, calls = AdapterFolder.save_adapter, []
+
+    def interrupted(folder, path, tensors, config):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        save(folder, path, tensors, config)
+
+    monkeypatch.setattr(AdapterFolder, "save_adapter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(opener, data, tmp_path / "cut", recipe)
+    monkeypatch.undo()
+    folder = AdapterFolder.__new__(AdapterFolder)
+    folder.training = tmp_path / "cut" / "training"
+    assert (folder.state_facts()["done"], folder.state_facts()["best_step"]) == (3, 3)
+    seen = []
+    monkeypatch.setattr(
+        AdapterFolder,
+        "save_adapter",
+        lambda folder, path, tensors, config: (seen.append(path.name), save(folder, path, tensors, config)),
+    )
+    tuned(opener, data, tmp_path / "cut", recipe)
+    assert len(seen) == 2
+    one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_validation_loss_that_is_not_a_number_names_the_items(opener, data, tmp_path, monkeypatch):
+    compute = training.validation_sums
+
+    def spoilt(backbone, batch):
+        loss, right = compute(backbone, batch)
+        return loss * (float("nan") if any(one.name == chosen for one in batch) else 1.0), right
+
+    chosen = data.items[1].name
+    split = replace(
+        data, items=tuple(replace(item, split="val" if n < 3 else "train") for n, item in enumerate(data.items))
+    )
+    monkeypatch.setattr(training, "validation_sums", spoilt)
+    with pytest.raises(ModelError, match=f"The validation loss after step 0 is nan, with the items {chosen}. Look"):
+        tuned(opener, split, tmp_path / "adapter", quick(micro_batch=1))
 
 
 def test_ctrl_c_leaves_a_checkpoint(opener, data, tmp_path, monkeypatch, capsys):
@@ -172,10 +238,6 @@ def test_ctrl_c_leaves_a_checkpoint(opener, data, tmp_path, monkeypatch, capsys)
     tuned(opener, data, tmp_path / "stopped", recipe)
     assert "resume after step 3 of 6" in capsys.readouterr().err
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
-
-
-def _environment():
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 def test_an_unfinished_training_of_other_settings_is_refused(opener, data, tmp_path, monkeypatch):
