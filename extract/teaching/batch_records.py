@@ -166,22 +166,27 @@ class BatchRecords:
         """Forget `record`, and from now on know `tries`, in one step; then remove its files."""
         left = tuple(one for one in self.batches if one.tag != record.tag)
         self._write(_Content(settings=self._settings, batches=left, tries=dict(self.tries if tries is None else tries)))
-        if record.step == "written":
-            self.requests_path.unlink(missing_ok=True)
         self._remove_leftovers()
         if not (left or self.tries):
             self.path.unlink()
 
     def keep_tries(self, names: Collection[str]) -> None:
-        """Forget the tries about items that are not in `names`; remove the file if it has nothing left."""
+        """Forget the tries about items that are not in `names`; remove what is left of closed batches.
+
+        The file itself goes too if it has nothing left.
+        """
         kept = {name: tries for name, tries in self.tries.items() if name in names}
         if len(kept) < len(self.tries):
             self._write(_Content(settings=self._settings, batches=self.batches, tries=kept))
-        if self.path.exists() and not (self.batches or kept):
-            self.path.unlink()
+        if self.path.exists():
+            self._remove_leftovers()
+            if not (self.batches or kept):
+                self.path.unlink()
 
     def _remove_leftovers(self) -> None:
-        """Remove results of closed batches, and what kills have left half written."""
+        """Remove requests and results of closed batches, and what kills have left half written."""
+        if all(record.step != "written" for record in self.batches):
+            self.requests_path.unlink(missing_ok=True)
         kept = tuple(self.results_path(record).name for record in self.batches)
         for path in self._journal.parent.iterdir():
             results = path.name.startswith(f"{self._journal.stem}.{_TAG}") and ".results.jsonl" in path.name

@@ -198,9 +198,9 @@ class _Run:
 
     def _missing(self, number: int) -> Iterator[Question]:
         """The questions that go to the model of this number next."""
-        sent = {one.name for record in self._records.batches for one in record.requests.values()}
+        sent = {one.name for record in self._records.batches for one in record.requests.values()} | self.outcome.left
         for name, question in self._pending.items():
-            if name not in sent | self.outcome.left and self._next_model(question) == number:
+            if name not in sent and self._next_model(question) == number:
                 yield question
 
     def _next_model(self, question: Question) -> int:

@@ -31,6 +31,8 @@ _CONNECTING = 4
 """Tries to connect to a server that has never served a request."""
 _LONGEST_REASON = 500
 """Characters of what a server says about an error: some repeat the whole request."""
+_SLOWEST = 10
+"""Time-outs that a whole answer may take."""
 _QUIET_SECONDS = 15.0
 """Between two lines about waiting."""
 
@@ -67,7 +69,7 @@ class ClientSettings:
     """How patient a client is, and the limits that it keeps to."""
 
     timeout: float = 300.0
-    """Seconds without a byte of an answer after which it counts as lost."""
+    """Seconds without a byte of an answer after which it counts as lost; a whole answer may take ten times as long."""
     tries: int = 8
     """Failures of one request after which it counts as unserved, if others are served meanwhile, or none ever was."""
     first_wait: float = 1.0
@@ -235,7 +237,8 @@ class Client:
     def _once(self, method: str, url: str, headers: Mapping[str, str] | None, body: Mapping[str, Any]) -> Sent:
         """One attempt."""
         try:
-            response = self._http.request(method, url, headers={**self._key_headers(), **(headers or {})}, **body)
+            with self._http.stream(method, url, headers={**self._key_headers(), **(headers or {})}, **body) as response:
+                content = self._whole(response)
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
             message = f"{url}: not the URL of a server ({first_line(error)}). It should begin with http:// or https://."
             raise ConfigError(message) from error
@@ -247,13 +250,23 @@ class Client:
             return _lost(self._without_key(what))
         except httpx2.DecodingError as error:
             return _lost(f"a damaged answer ({self._without_key(first_line(error))})")
-        content = response.content if self._key is None else _without(self._key, response.content)
+        content = content if self._key is None else _without(self._key, content)
         found, answer = {name.lower(): value for name, value in response.headers.items()}, parse_json(content)
         status = response.status_code
         if status < 300 and url == self.api.url(self.model):
             status = self.api.error_status(answer) or status
         fault = self._fault(status, answer, found) if status >= 300 else None
         return Sent(content=content, headers=found, json=answer, fault=fault, status=status)
+
+    def _whole(self, response: httpx2.Response) -> bytes:
+        """The body of an answer. Raises ReadTimeout for one that drips for ever, as white space of a busy server."""
+        pieces, end = list[bytes](), time.monotonic() + _SLOWEST * self.settings.timeout
+        for piece in response.iter_bytes():
+            pieces.append(piece)
+            if time.monotonic() > end:
+                message = "an answer without an end"
+                raise httpx2.ReadTimeout(message, request=response.request)
+        return b"".join(pieces)
 
     def _fault(self, status: int, answer: object, headers: Mapping[str, str]) -> Fault:
         """The fault with the wait that the server asks for in a header or in the body, and a reason for people."""

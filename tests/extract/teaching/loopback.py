@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +22,8 @@ class Reply:
     """The connection closes without an answer."""
     dies: bool = False
     """The same, and the server stops."""
+    drips: float = 0.0
+    """Seconds between two bytes of the body, until the client goes away."""
     waits: bool = False
     """The reply waits for `server.release()`."""
 
@@ -78,7 +81,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(reply.body) + reply.missing))
         self.end_headers()
-        self.wfile.write(reply.body)
+        for byte in reply.body if reply.drips else b"":
+            self.wfile.write(bytes([byte]))
+            time.sleep(reply.drips)
+        self.wfile.write(b"" if reply.drips else reply.body)
         self.close_connection = self.close_connection or bool(reply.missing)
 
     do_GET = do_POST = do_DELETE = _serve  # the names that http.server calls

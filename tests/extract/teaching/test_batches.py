@@ -165,6 +165,22 @@ def test_a_run_that_was_killed_after_writing_its_lines_writes_them_once(taught, 
     assert len(server.paid) == 8
 
 
+def test_what_a_kill_left_of_a_closed_batch_is_removed(taught, server):
+    """The run was killed after it had forgotten its last batch, and before it removed the files."""
+    server.polls = None
+    taught.run(BatchSettings(interval=0.01, wait=False))
+    records = json.loads(records_path(taught.out).read_text())
+    server.finish()
+    taught.run()
+    tag = records["batches"][0]["tag"]
+    records_path(taught.out).write_text(json.dumps(records | {"batches": []}))
+    for left in (f"teacher.{tag}.results.jsonl", "teacher.batch-requests.jsonl"):
+        (taught.out.parent / left).write_text("{}\n")
+    assert taught.run()[0].asked == 0
+    assert taught.files() == DONE
+    assert len(server.paid) == 8
+
+
 def test_teacher_and_fallback_may_be_of_two_providers(folder, tmp_path):
     with BATCH_PROVIDERS["gemini"]() as server, BATCH_PROVIDERS["openai"](key="another-key") as other:
         taught = Taught(server, folder, tmp_path / "teacher.jsonl")

@@ -119,6 +119,17 @@ def test_an_answer_that_does_not_come_is_lost(server):
     assert (answered.attempts, answered.lost) == (3, 2)
 
 
+def test_an_answer_that_drips_for_ever_is_lost(server, monkeypatch):
+    """As white space that keeps the connection open, while nobody works on the answer."""
+    monkeypatch.setattr("agiqa.extract.teaching.client._SLOWEST", 0.02)
+    server.script(lambda *_: Answer(body=b" " * 1000, drips=0.01))
+    settings = ClientSettings(timeout=5.0, tries=3, first_wait=0.01)
+    with client_of(server, settings) as client:
+        answered = client.ask(request_about("x"))
+    assert isinstance(answered.reply, Reply)
+    assert (answered.attempts, answered.lost) == (2, 1)
+
+
 def test_a_request_that_always_fails_is_reported_if_others_succeed(server):
     server.script(fails(500), fails(500), slow(fails(500)), about="cursed")
     found = []
