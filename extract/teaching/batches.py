@@ -25,7 +25,7 @@ from agiqa.extract.teaching.costs import CAUTION, cost_of
 from agiqa.extract.teaching.job import Splits, TeachingJob, TeachingResult, TeachingSettings, costs_note
 from agiqa.extract.teaching.joining import Joined, join
 from agiqa.extract.teaching.questions import Question, input_tokens
-from agiqa.extract.teaching.teacher import TeacherModel, Trial, Verdict, judge, line_of
+from agiqa.extract.teaching.teacher import TeacherModel, Trial, Verdict, judge, line_of, refused_by
 from agiqa.extract.teaching.teaching import conversations_at_the_end
 from agiqa.progress import Advance, Note, say, track
 
@@ -204,10 +204,15 @@ class _Run:
                 yield question
 
     def _next_model(self, question: Question) -> int:
-        """The number of the model that is asked next: the one after the last that refused."""
+        """The number of the model that is asked next: the one after the last that refused.
+
+        Models that refused the item in an earlier run are not asked, unless all have.
+        """
         tries = self._records.tries.get(question.item.name, ())
         if not tries:
-            return 0
+            refused = refused_by(self._job.journal.lines.get(question.item.name))
+            asked = [number for number, (one, _) in enumerate(self._clients) if one.model not in refused]
+            return asked[0] if asked else 0
         last = [teacher.model for teacher, _ in self._clients].index(tries[-1].model)
         return last + (_verdict(question, tries[-1].reply).status == "refused")
 

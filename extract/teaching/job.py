@@ -13,7 +13,7 @@ from agiqa.extract.teaching.chats import ChatRequest
 from agiqa.extract.teaching.client import ClientSettings
 from agiqa.extract.teaching.conversation_files import conversations_path, write_conversations
 from agiqa.extract.teaching.questions import USUAL_ANSWER_TOKENS, Question, QuestionSettings, input_tokens, questions
-from agiqa.extract.teaching.teacher import TeacherModel
+from agiqa.extract.teaching.teacher import TeacherModel, refused_by
 from agiqa.extract.teaching.wording_and_prices import price_advice
 from agiqa.progress import track
 from agiqa.version import agiqa_version
@@ -275,7 +275,10 @@ class TeachingJob:
             raise SettingsConflict(message)
 
     def _is_done(self, line: Line | None) -> bool:
+        """Items that the models of earlier runs refused are open for a new fallback."""
         if line is None or line["status"] == "open":
+            return False
+        if line["status"] == "refused" and not refused_by(line).issuperset(one.model for one in self.models):
             return False
         return line["status"] == "ok" or not self.settings.retry_failed
 

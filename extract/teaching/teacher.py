@@ -91,7 +91,7 @@ def line_of(question: Question, verdict: Verdict, trials: Sequence[Trial], earli
     reply = last.reply if isinstance(last.reply, Reply) else None
     spoken = [trial.reply for trial in trials if isinstance(trial.reply, Reply)]
     before = 0.0 if earlier is None else earlier["counted_usd"] or 0.0
-    counted = _sum([trial.counted for trial in trials])
+    counted, asked = _sum([trial.counted for trial in trials]), {trial.teacher.model for trial in trials}
     return {
         "name": question.item.name,
         "prompt": question.item.prompt,
@@ -100,9 +100,12 @@ def line_of(question: Question, verdict: Verdict, trials: Sequence[Trial], earli
         "reason": verdict.reason,
         "fault": last.reply.kind if isinstance(last.reply, Fault) else None,
         "refusals": [
-            {"model": trial.teacher.model, "reason": refused.reason}
-            for trial in trials
-            if (refused := judge(question, trial.reply)).status == "refused"
+            *(one for one in (earlier or {}).get("refusals", ()) if one["model"] not in asked),
+            *(
+                {"model": trial.teacher.model, "reason": refused.reason}
+                for trial in trials
+                if (refused := judge(question, trial.reply)).status == "refused"
+            ),
         ],
         **last.teacher.record(),
         "served_model": None if reply is None else reply.model,
@@ -122,6 +125,11 @@ def line_of(question: Question, verdict: Verdict, trials: Sequence[Trial], earli
     }
 
 
+def refused_by(line: Line | None) -> frozenset[str]:
+    """The models that refused the item of a line."""
+    return frozenset(one["model"] for one in (line or {}).get("refusals", ()))
+
+
 class Teacher:
     """Asks one model about items, and a second one about those that the first refuses. For many threads."""
 
@@ -139,17 +147,21 @@ class Teacher:
         """
         trials = list[Trial]()
         try:
-            verdict = self._verdict(question, trials)
+            verdict = self._verdict(question, trials, refused_by(earlier))
         except (Halted, RemoteError):
             if trials:
                 keep(line_of(question, _without("open", "the run ended before a whole answer"), trials, earlier))
             raise
         return line_of(question, verdict, trials, earlier) if trials else None
 
-    def _verdict(self, question: Question, trials: list[Trial]) -> Verdict:
-        """The last word about an item; `trials` gets what was asked for it."""
+    def _verdict(self, question: Question, trials: list[Trial], refused: frozenset[str]) -> Verdict:
+        """The last word about an item; `trials` gets what was asked for it.
+
+        Models that have `refused` it before are not asked, unless all have.
+        """
         verdict = None
-        for teacher, client in self._clients:
+        others = [client for client in self._clients if client[0].model not in refused]
+        for teacher, client in others or self._clients:
             verdict = self._ask(question, teacher, client, trials)
             if verdict is None or verdict.status != "refused":
                 break

@@ -146,6 +146,20 @@ def test_a_refusal_of_all_is_kept_and_asked_again_only_on_request(server, data, 
     assert (again["asked"], again["explained"], again["refused"]) == (1, ITEMS, 0)
 
 
+def test_a_later_fallback_gets_what_was_refused(server, data, tmp_path):
+    """And the teacher, which is paid for refusals too, is not asked again."""
+    server.always(refuses(server.REFUSALS[0]), about=prompt_of(2))
+    out = tmp_path / "t.jsonl"
+    assert run(data, out, teacher(server)).as_dict()["refused"] == 1
+    with PROVIDERS["openai"]() as other:
+        count = len(server.requests)
+        again = run(data, out, teacher(server), teacher(other, FALLBACK)).as_dict()
+        assert (again["asked"], again["explained"], again["refused"]) == (1, ITEMS, 0)
+        assert ([request.model for request in other.requests], len(server.requests)) == ([FALLBACK], count)
+    line = lines_of(out)[name_of(2)]
+    assert (line["status"], [refusal["model"] for refusal in line["refusals"]]) == ("ok", [MODEL])
+
+
 def test_a_rejected_image_fails_alone(server, data, tmp_path):
     server.always(bad_image, about=prompt_of(0))
     result = run(data, tmp_path / "t.jsonl", teacher(server, price=PRICE), jobs=1).as_dict()
