@@ -198,6 +198,7 @@ def test_the_best_adapter_is_that_of_the_checkpoint(opener, data, tmp_path, monk
     )
     tuned(opener, data, tmp_path / "cut", recipe)
     assert len(seen) == 2
+    assert numbers(tmp_path / "whole") == numbers(tmp_path / "cut")
     one, other = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
