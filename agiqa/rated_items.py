@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agiqa.errors import DataError
-from agiqa.extract.data.conversations import read_conversations
+from agiqa.extract.data.conversations import asked_otherwise, read_conversations
 from agiqa.extract.data.datasets import CONVERSATION_SUFFIXES, find_sources
 from agiqa.extract.data.labels import Row, read_rows
 from agiqa.extract.data.matching import join, row_name
@@ -62,6 +62,11 @@ def _read_conversations(file: Path, labels: Path | None, label: str, mos_range: 
         say(
             f"warning: {of_teacher} of {len(rated)} conversations in {file} have no `response_1`; their rating words "
             "are those of the teacher, which knew the MOS"
+        )
+    for other, count in asked_otherwise(talks, label).items():
+        say(
+            f"warning: {count} of {len(talks)} conversations in {file} ask about {other}, and their words are compared "
+            f"with the MOS of {label}. Give --label {other}"
         )
     for note in joined.notes:
         say(f"note: {note}")

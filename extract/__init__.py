@@ -1,4 +1,4 @@
-"""Phase 1: data sets, conversations, backbones, and the job that computes features and fills a store with them."""
+"""Before any head: a teacher explains, a model is tuned, describes the images, and fills a store with its features."""
 
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from agiqa.extract.describing.asking import DescriptionSettings as DescriptionSettings
     from agiqa.extract.describing.describing import DescriptionResult as DescriptionResult
     from agiqa.extract.describing.describing import run_descriptions as run_descriptions
+    from agiqa.extract.describing.served import run_served_descriptions as run_served_descriptions
     from agiqa.extract.filling.job import ExtractionResult as ExtractionResult
     from agiqa.extract.filling.job import ExtractionSettings as ExtractionSettings
     from agiqa.extract.filling.job import run_extraction as run_extraction
@@ -21,7 +22,28 @@ if TYPE_CHECKING:
     from agiqa.extract.models.contract import Backbone as Backbone
     from agiqa.extract.models.contract import GenerationSettings as GenerationSettings
     from agiqa.extract.models.contract import Prepared as Prepared
+    from agiqa.extract.models.merging import MergeResult as MergeResult
+    from agiqa.extract.models.merging import merge_adapter as merge_adapter
     from agiqa.extract.models.opening import open_backbone as open_backbone
+    from agiqa.extract.teaching.apis import api_of as api_of
+    from agiqa.extract.teaching.batch_steps import BatchSettings as BatchSettings
+    from agiqa.extract.teaching.batches import run_batches as run_batches
+    from agiqa.extract.teaching.client import Client as Client
+    from agiqa.extract.teaching.client import ClientSettings as ClientSettings
+    from agiqa.extract.teaching.client import key_for as key_for
+    from agiqa.extract.teaching.job import Splits as Splits
+    from agiqa.extract.teaching.job import TeachingResult as TeachingResult
+    from agiqa.extract.teaching.job import TeachingSettings as TeachingSettings
+    from agiqa.extract.teaching.questions import QuestionSettings as QuestionSettings
+    from agiqa.extract.teaching.teacher import TeacherModel as TeacherModel
+    from agiqa.extract.teaching.teaching import run_teaching as run_teaching
+    from agiqa.extract.tuning.recipes import Recipe as Recipe
+    from agiqa.extract.tuning.recipes import recipe_of as recipe_of
+    from agiqa.extract.tuning.tuning import TuningPlan as TuningPlan
+    from agiqa.extract.tuning.tuning import TuningResult as TuningResult
+    from agiqa.extract.tuning.tuning import TuningSettings as TuningSettings
+    from agiqa.extract.tuning.tuning import plan_tuning as plan_tuning
+    from agiqa.extract.tuning.tuning import run_tuning as run_tuning
 
 __getattr__, __dir__, __all__ = lazy_names(
     __name__,
@@ -30,9 +52,21 @@ __getattr__, __dir__, __all__ = lazy_names(
         "data.items": ["DataSet", "Item", "Message"],
         "describing.asking": ["Described", "Describer", "DescriptionSettings"],
         "describing.describing": ["DescriptionResult", "run_descriptions"],
+        "describing.served": ["run_served_descriptions"],
         "filling.job": ["ExtractionResult", "ExtractionSettings", "run_extraction"],
         "filling.plan": ["LengthRule"],
         "models.contract": ["Backbone", "GenerationSettings", "Prepared"],
+        "models.merging": ["MergeResult", "merge_adapter"],
         "models.opening": ["open_backbone"],
+        "teaching.apis": ["api_of"],
+        "teaching.teacher": ["TeacherModel"],
+        "teaching.batch_steps": ["BatchSettings"],
+        "teaching.batches": ["run_batches"],
+        "teaching.client": ["Client", "ClientSettings", "key_for"],
+        "teaching.job": ["Splits", "TeachingResult", "TeachingSettings"],
+        "teaching.questions": ["QuestionSettings"],
+        "teaching.teaching": ["run_teaching"],
+        "tuning.recipes": ["Recipe", "recipe_of"],
+        "tuning.tuning": ["TuningPlan", "TuningResult", "TuningSettings", "plan_tuning", "run_tuning"],
     },
 )

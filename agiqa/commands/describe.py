@@ -154,8 +154,11 @@ def _here(
     from agiqa.extract import run_descriptions
     from agiqa.extract.models.opening import opened
     from agiqa.heads.evaluation.rating_words import parse_rating_word
+    from agiqa.progress import say
 
     backbone = opened(opener, device)  # a model that cannot be opened is reported before the images are checked
+    if not backbone.reads_images:
+        say("warning: this model reads no images; it describes the prompts alone")
     data_set = _noted(load(images=backbone.reads_images))
     return run_descriptions(
         data_set, backbone, out, settings, rating_of=parse_rating_word, workers=workers, opener=opener

@@ -21,9 +21,9 @@ from agiqa.commands.teach_options import (
 
 if TYPE_CHECKING:
     from agiqa.extract import DataSet, Item
-    from agiqa.extract.teaching.asking import TeacherModel
     from agiqa.extract.teaching.batch_steps import BatchSettings
-    from agiqa.extract.teaching.lesson import Splits, TeachingSettings
+    from agiqa.extract.teaching.job import Splits, TeachingSettings
+    from agiqa.extract.teaching.teacher import TeacherModel
 
 
 @click.command("teach", cls=SectionedCommand, sections=SECTIONS)
@@ -64,6 +64,9 @@ def command(data: Path, out: Path, *, as_json: bool, **options: Any) -> None:
     result = _run(options, data_set, out, models, settings, splits)
     for line in result["skipped"]:
         say(f"skipped {line}")
+    left = result["refused"] + result["failed"]
+    if left:
+        say(f"note: {left} items were refused or failed, see `reason` in {out}; --retry-failed asks about them again")
     print_result(result, _text(result), as_json=as_json)
     if result["stopped"] == "budget":
         message = (
@@ -83,12 +86,12 @@ def _estimate(
 ) -> dict[str, Any]:
     """What the run would send, in tokens and USD."""
     from agiqa.extract.teaching.batches import estimate_batches
-    from agiqa.extract.teaching.lesson import Lesson
+    from agiqa.extract.teaching.job import TeachingJob
 
     if options["batch"]:
         return estimate_batches(data_set, out, models, settings, _batches(options), splits=splits)
-    whole = Lesson(data_set, out, models, settings, splits)
-    return whole.dry_run(whole.pending())
+    job = TeachingJob(data_set, out, models, settings, splits)
+    return job.dry_run(job.pending())
 
 
 def _run(
@@ -118,9 +121,9 @@ def _batches(options: Mapping[str, Any]) -> "BatchSettings":
 def _models(options: Mapping[str, Any]) -> "list[TeacherModel]":
     """The teacher, and the fallback if there is one."""
     from agiqa.extract.teaching.apis import api_of
-    from agiqa.extract.teaching.asking import TeacherModel
     from agiqa.extract.teaching.client import key_for
-    from agiqa.extract.teaching.tables import PriceTable, read_yaml, shipped_prices
+    from agiqa.extract.teaching.teacher import TeacherModel
+    from agiqa.extract.teaching.wording_and_prices import PriceTable, read_yaml, shipped_prices
 
     prices = shipped_prices() if options["prices"] is None else read_yaml(options["prices"], PriceTable)
     chosen = [(options["teacher"], options["api"], options["base_url"], options["key_env"])]
@@ -159,9 +162,9 @@ def _load(data: Path, options: Mapping[str, Any]) -> Any:
 
 def _settings(items: "Sequence[Item]", options: Mapping[str, Any]) -> "TeachingSettings":
     from agiqa.extract.teaching.client import ClientSettings
-    from agiqa.extract.teaching.lesson import TeachingSettings
+    from agiqa.extract.teaching.job import TeachingSettings
     from agiqa.extract.teaching.questions import QuestionSettings
-    from agiqa.extract.teaching.tables import Wording, read_yaml, shipped_wording
+    from agiqa.extract.teaching.wording_and_prices import Wording, read_yaml, shipped_wording
 
     labelled = tuple(aspect for aspect in ASPECTS if any(aspect in item.labels for item in items))
     wording = shipped_wording() if options["wording"] is None else read_yaml(options["wording"], Wording)
@@ -189,7 +192,7 @@ def _splits(items: "Sequence[Item]", options: Mapping[str, Any]) -> "Splits":
     import numpy as np
 
     from agiqa.errors import ConfigError
-    from agiqa.extract.teaching.lesson import Splits
+    from agiqa.extract.teaching.job import Splits
     from agiqa.heads.data.splits import hold_out
 
     given = any(item.split is not None for item in items)

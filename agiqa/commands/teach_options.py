@@ -65,7 +65,7 @@ def question_options(command: Command) -> Command:
         ),
         click.option("--blind", is_flag=True, help="Leave the MOS out of the question."),
         click.option(
-            "--wording", type=_FILE, help="Other words for the question, in the form of extract/teaching/teacher.yaml."
+            "--wording", type=_FILE, help="Other words for the question, in the form of extract/teaching/wording.yaml."
         ),
         click.option(
             "--schema/--no-schema",

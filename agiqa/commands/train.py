@@ -146,6 +146,7 @@ def command(
     """
     from rich.console import Console
 
+    from agiqa.extract.data.templates import aspects_of, label_of
     from agiqa.heads import load_run, load_settings, train_head, training_progress
     from agiqa.heads.model.projection import usual_projection
     from agiqa.heads.settings.labels import of_each_label
@@ -156,10 +157,12 @@ def command(
     source = union([open_store(one) for one in (store, *also)]) if also else open_store(store)
     usual, beginning = usual_projection(source), None if first is None else first.head
     head, train = load_settings(config, overrides, preset=preset, start=beginning, projection=usual)
-    asked = source.provenance.get("conversation", {}).get("aspect", train.label)
-    if asked != train.label:
-        learned = " and ".join(train.labels)
-        say(f"warning: the conversations of {store} ask for {asked}, and the head learns {learned}")
+    conversation = source.provenance.get("conversation", {})
+    if conversation.get("aspect") is not None:
+        asked = [*map(label_of, aspects_of(conversation["variant"], conversation["aspect"]))]
+        if not {*train.labels} <= {*asked}:
+            learned = " and ".join(train.labels)
+            say(f"warning: the conversations of {store} ask for {' and '.join(asked)}, and the head learns {learned}")
     progress = training_progress(Console(stderr=True))
     trained = train_head(
         source, run, head=head, train=train, progress=progress, preset=preset, restart=restart, start=first

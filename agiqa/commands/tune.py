@@ -13,6 +13,7 @@ from agiqa.commands.output import print_result, table
 from agiqa.extract.data.templates import aspects_of, reads_rating_word
 
 if TYPE_CHECKING:
+    from agiqa.extract.data.items import DataSet
     from agiqa.extract.models.huggingface import HuggingFaceBackbone
     from agiqa.extract.models.preparing import Opener
     from agiqa.extract.tuning.recipes import Recipe
@@ -123,23 +124,17 @@ def command(data: Path, adapter: Path, *, as_json: bool, dry_run: bool, **option
     DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels. Items of the
     split test are never used. `agiqa describe`, `extract` and `score` take the folder as --adapter ADAPTER.
     """
-    from agiqa.extract.data.datasets import load_data_set
+    from agiqa.extract.tuning.folder import refuse_adapter
     from agiqa.extract.tuning.recipes import recipe_of
     from agiqa.extract.tuning.tuning import TuningSettings, check_start, plan_tuning, run_tuning
     from agiqa.progress import say
 
     recipe = recipe_of(options["recipe"], _changes(options))
+    refuse_adapter(adapter)  # before the images are checked
     opener, backbone = _opened(options)
-    data_set = load_data_set(
-        data,
-        conversations=options["conversations"],
-        labels=options["labels"],
-        variant=options["variant"],
-        aspect=options["aspect"],
-        images=backbone.reads_images,
-        mos_range=None,  # the conversations say it all
-        on_bad_item=options["on_bad_item"],
-    )
+    if not backbone.reads_images:
+        say(f"note: {options['model']} reads no images; it learns from the text alone")
+    data_set = _load(data, options, images=backbone.reads_images)
     for note in data_set.notes:
         say(note)
     names = ("seed", "val_share", "devices", "workers", "checkpoint_minutes", "tensorboard", "on_bad_item")
@@ -153,6 +148,21 @@ def command(data: Path, adapter: Path, *, as_json: bool, dry_run: bool, **option
         return
     result = run_tuning(data_set, backbone, adapter, settings, opener=opener, plan=plan).as_dict()
     print_result(result, table(result | {"skipped": len(result["skipped"])}), as_json=as_json)
+
+
+def _load(data: Path, options: Mapping[str, Any], *, images: bool) -> "DataSet":
+    from agiqa.errors import DataError
+    from agiqa.extract.data.datasets import load_data_set
+
+    given = {name: options[name] for name in ("conversations", "labels", "variant", "aspect", "on_bad_item")}
+    try:
+        return load_data_set(data, images=images, mos_range=None, **given)  # the conversations hold the rating words
+    except DataError as error:
+        if "--variant" in str(error):
+            error.add_note(
+                "A model learns descriptions and rating words; `agiqa teach` writes both for items with MOS."
+            )
+        raise
 
 
 def _changes(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,14 +10,15 @@ about, for questions that do not name it. An entry's own `split` beats that of t
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract.data.items import Message
-from agiqa.extract.data.templates import reads_rating_word, template_of
+from agiqa.extract.data.templates import aspect_asked, label_of, reads_rating_word, template_of
 from agiqa.store.disk.files import read_text
 from agiqa.store.format.items import MODEL, TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, author_of
 from agiqa.store.format.labels import ASPECT_NAMES, SPLITS
@@ -102,6 +103,12 @@ class Conversation:
         return tuple(turns)
 
 
+def asked_otherwise(conversations: Iterable[Conversation], aspect: str) -> Counter[str]:
+    """How many of the conversations rate another label than that of `aspect`, by that label."""
+    asked = (aspect_asked(one.rate) for one in conversations)
+    return Counter(label for label in asked if label not in (None, label_of(aspect)))
+
+
 def parse_source(source: str) -> ConversationFile:
     """`[ASPECT:][SPLIT=]FILE`; without SPLIT, the split that the file's name holds.
 
@@ -137,6 +144,9 @@ def read_conversations(path: Path, split: str | None) -> list[Conversation]:
     if not records:
         message = f"{path}: no conversations in the file."
         raise DataError(message)
+    if isinstance(records[0], dict) and "explanations" in records[0] and "conversations" not in records[0]:
+        message = f"{path} is the journal of `agiqa teach`. Give the file beside it, such as {path.stem}.quality.jsonl."
+        raise DataError(message)
     return [_conversation(path, number, record, split) for number, record in enumerate(records, start=1)]
 
 
@@ -144,7 +154,7 @@ def _records(path: Path, text: str) -> list[Any]:
     if text.lstrip().startswith("["):
         parsed: list[Any] = _parse(f"{path}", text)
         return parsed
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if lines[0][1].strip() == "{":
         return [_parse(f"{path}", text)]
     return [_parse(f"{path}, line {number}", line) for number, line in lines]

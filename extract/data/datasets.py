@@ -1,7 +1,7 @@
 """Data sets: rows, conversations and images joined into items, with every problem reported at once."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,13 @@ from typing import Literal
 import numpy as np
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.extract.data.conversations import Conversation, ConversationFile, parse_source, read_conversations
+from agiqa.extract.data.conversations import (
+    Conversation,
+    ConversationFile,
+    asked_otherwise,
+    parse_source,
+    read_conversations,
+)
 from agiqa.extract.data.images import CHECKERS, checked_image, image_checks
 from agiqa.extract.data.items import DataSet, Item, Message
 from agiqa.extract.data.labels import Rows, read_rows
@@ -130,11 +136,24 @@ def _join(sources: Sources, table: Rows, aspects: Sequence[str], variant: str) -
     found: dict[str, list[Conversation]] = {aspect: [] for aspect in aspects}
     for file in sources.conversations:
         found[file.aspect_among(aspects)].extend(read_conversations(file.path, file.split))
-    if len(aspects) > 1 and sources.conversations:
-        return join_aspects(sources.table, table.rows, found)
     if variant != "no_id" and not sources.conversations:
         _check_descriptions(sources, table, aspects, variant)
-    return join(sources.table, table.rows, found[aspects[0]])
+    if len(aspects) > 1 and sources.conversations:
+        joined = join_aspects(sources.table, table.rows, found)
+    else:
+        joined = join(sources.table, table.rows, found[aspects[0]])
+    return joined if variant == "no_id" else replace(joined, notes=(*joined.notes, *_other_questions(found)))
+
+
+def _other_questions(found: Mapping[str, Sequence[Conversation]]) -> Iterator[str]:
+    """A warning for each aspect whose conversations ask about another one."""
+    for aspect, conversations in found.items():
+        for other, count in asked_otherwise(conversations, aspect).items():
+            files = ", ".join(dict.fromkeys(one.file.name for one in conversations))
+            yield (
+                f"warning: {count} of {len(conversations)} conversations in {files} ask about {other}, and you gave "
+                f"them for {aspect}. Give the file of {aspect}{f', or --aspect {other}' if len(found) == 1 else ''}."
+            )
 
 
 def _check_descriptions(sources: Sources, table: Rows, aspects: Sequence[str], variant: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from agiqa.errors import DataError, WorkerError, first_line
 from agiqa.store.disk.files import refuse_lfs_pointers
@@ -141,7 +141,7 @@ def open_image(source: ImageSource) -> Image.Image:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return first_line(error)
+    return "of no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
 
 
 def _refuse_bombs(path: Path, size: tuple[int, int]) -> None:

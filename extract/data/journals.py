@@ -17,7 +17,6 @@ from agiqa.store.disk.files import (
     canonical_json,
     read_json,
     telling_disk_errors,
-    whole_lines,
     write_text_atomically,
 )
 from agiqa.store.disk.locks import exclusive_lock
@@ -55,8 +54,7 @@ class Journal:
             message = f"{path.parent} is no folder; make it, or write to another path."
             raise DataError(message)
         self.lines = self._whole_lines()[0]
-        if self.lines:
-            self._check_provenance()
+        self._refuse_other_files()
 
     @property
     def provenance_path(self) -> Path:
@@ -83,13 +81,11 @@ class Journal:
                 message = f"Another run is writing to {self.path}. Wait for its end, or choose another OUT."
                 raise BusyStore(message)
             self.lines, size = self._whole_lines()
-            if self.lines:
-                self._check_provenance()
-            else:
+            self._refuse_other_files()
+            if not self.lines:
                 text = json.dumps(self.provenance, indent=2, ensure_ascii=False)
                 write_text_atomically(self.provenance_path, text + "\n")
-            if size < self.path.stat().st_size:
-                os.truncate(self.path, size)
+            self._end_last_line(size)
             yield
 
     def append(self, lines: Sequence[Line]) -> None:
@@ -99,13 +95,18 @@ class Journal:
             append_durably(self.path, text.encode())
         self.lines.update({line["name"]: line for line in lines})
 
-    def _check_provenance(self) -> None:
-        if not self.provenance_path.exists():
+    def _refuse_other_files(self) -> None:
+        """Raise SettingsConflict for lines of other settings, and for a file that is no journal, torn line or not."""
+        if not self.provenance_path.exists() and self.path.exists() and self.path.stat().st_size:
             message = (
                 f"{self.path} exists, but {self.provenance_path.name} beside it, which records how it was made, does "
                 "not. Choose another OUT."
             )
             raise SettingsConflict(message)
+        if self.lines:
+            self._check_provenance()
+
+    def _check_provenance(self) -> None:
         remedy = f"Choose another OUT, or remove it and {self.path.name}."
         recorded, now = read_json(self.provenance_path, remedy=remedy), json.loads(canonical_json(self.provenance))
         different = _difference(recorded, {**now, **{key: recorded.get(key) for key in self._free if key in now}})
@@ -119,23 +120,42 @@ class Journal:
 
     def _whole_lines(self) -> tuple[dict[str, Line], int]:
         """The lines by their item's name, and the bytes that they take; a torn last line is left out."""
-        content, lines = whole_lines(self.path), dict[str, Line]()
-        for number, text in enumerate(content.split(b"\n")[:-1], start=1):
+        content, lines = self.path.read_bytes() if self.path.exists() else b"", dict[str, Line]()
+        *texts, last = content.split(b"\n")
+        if last and _parse_object(last) is not None:  # only the line end is missing: an editor has removed it
+            texts, last = [*texts, last], b""
+        for number, text in enumerate(texts, start=1):
             line = self._parse(number, text)
             lines[line["name"]] = line
-        return lines, len(content)
+        return lines, len(content) - len(last)
+
+    def _end_last_line(self, size: int) -> None:
+        """Cut off a torn line after the first `size` bytes, and add the line end that a whole one lacks."""
+        if size < self.path.stat().st_size:
+            os.truncate(self.path, size)
+        with self.path.open("rb") as file:
+            file.seek(max(size - 1, 0))
+            is_ended = file.read(1) in (b"", b"\n")
+        if not is_ended:
+            append_durably(self.path, b"\n")
 
     def _parse(self, number: int, text: bytes) -> Line:
         message = (
             f"{self.path}, line {number} is no line of `{self._command}`. Choose another OUT, or remove a damaged line."
         )
-        try:
-            line: Any = json.loads(text.decode())
-        except ValueError as error:
-            raise DataError(message) from error
-        if not isinstance(line, dict) or not isinstance(line.get("name"), str) or not isinstance(line.get(ITEM), str):
+        line = _parse_object(text)
+        if line is None or not isinstance(line.get("name"), str) or not isinstance(line.get(ITEM), str):
             raise DataError(message)
-        return cast("Line", line)
+        return line
+
+
+def _parse_object(text: bytes) -> Line | None:
+    """The JSON object in `text`; None if it is none."""
+    try:
+        found: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return cast("Line", found) if isinstance(found, dict) else None
 
 
 def _difference(was: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -17,6 +17,9 @@ For variants with descriptions of several aspects see `aspects_of`.
 PROMPT = "{prompt}"
 """Placeholder in a wording for the text that the image was generated from."""
 
+_OLDER = {"agiqa3k_quality_v0": "quality"}
+"""The label of templates that are not called by it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
@@ -41,6 +44,17 @@ def template_of(aspect: str) -> Template:
         unknown = UnknownName.of("aspect", aspect, known)
         raise unknown
     return known[aspect]
+
+
+def label_of(aspect: str) -> str:
+    """The label that the template called `aspect` asks about: quality, correspondence or authenticity."""
+    return _OLDER.get(aspect, aspect)
+
+
+def aspect_asked(question: str) -> str | None:
+    """The label that the rating `question` of a conversation asks about; None if it is of no template."""
+    words = question.split()
+    return next((label_of(name) for name, one in templates().items() if one.rate.split() == words), None)
 
 
 def aspects_of(variant: str, aspect: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ conversation by its own chat template; it does not tell which weights it runs, a
 
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from agiqa.extract.describing.asking import Described, Describer, DescriptionSet
 from agiqa.extract.describing.describing import DescriptionResult, RatingOf, write_descriptions
 from agiqa.extract.models import Answer, GenerationSettings, Prepared
 from agiqa.extract.models.rendering import THOUGHT_MARKS
-from agiqa.extract.teaching.apis import ChatRequest, Fault, Turn
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Turn
 from agiqa.extract.teaching.client import Client
 from agiqa.extract.teaching.pictures import picture_of
 from agiqa.store.sharing.transfers import Halted
@@ -28,6 +29,8 @@ from agiqa.store.sharing.transfers import Halted
 JOBS = 8
 """Images in work at the same time by default."""
 
+_CLOSING = 5.0
+"""Seconds that answers on their way have after an error elsewhere, before their connections are closed."""
 _SEEDS = 1 << 31
 """Seeds below this are taken by every server."""
 
@@ -88,6 +91,8 @@ class ServedModel:
             message = f"the server refuses to answer: {reply.refusal}"
             raise DataError(message)
         said, generated = _without_thoughts(reply.text)
+        if reply.thoughts is not None:
+            generated = f"{reply.thoughts}\n{reply.text}"
         return Answer(
             said,
             tokens=reply.output_tokens,
@@ -130,8 +135,9 @@ class ServedDescriber(Describer):
                 done.put(None)
 
         running, failure = min(self._jobs, len(batches)), None
-        for _ in range(running):
-            threading.Thread(target=serve, daemon=True).start()
+        threads = [threading.Thread(target=serve, daemon=True) for _ in range(running)]
+        for thread in threads:
+            thread.start()
         try:
             while running:
                 outcome = done.get()
@@ -142,8 +148,12 @@ class ServedDescriber(Describer):
                     failure = failure or outcome
                 else:
                     yield outcome
-        except BaseException:
+        except BaseException as error:
             self._halt.set()
+            if isinstance(error, GeneratorExit):  # not Ctrl-C, which ends at once
+                until = time.monotonic() + _CLOSING
+                for thread in threads:
+                    thread.join(max(0.0, until - time.monotonic()))
             raise
         if failure is not None:
             raise failure
@@ -196,7 +206,7 @@ def _request(turns: tuple[Turn, ...], settings: GenerationSettings) -> ChatReque
 def _without_thoughts(text: str) -> tuple[str, str | None]:
     """(the answer without thoughts; the whole text, None if it has no thoughts), as `split_thoughts`.
 
-    Most servers leave thoughts out of the text; those that are not told the family of the model do not.
+    Most servers send thoughts beside the text, or not at all; those that are not told the family of the model do not.
     """
     for begin, end in THOUGHT_MARKS:
         if end in text:

@@ -35,6 +35,8 @@ from agiqa.store.disk.files import refuse_lfs_pointers, sha256_of_file
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """In the order in which peft looks for them."""
+UNFINISHED = "training"
+"""The folder inside that of an adapter which `agiqa tune` has not finished."""
 
 MERGED_SETTINGS = frozenset(
     {
@@ -133,8 +135,10 @@ def _read_config(source: Source) -> Any:
     """peft's LoraConfig. Raises ModelError if there is none, or if it asks for more than plain LoRA."""
     path = source.folder / CONFIG
     if not path.is_file():
-        whole = " It holds a whole model: give it as the model." if (source.folder / "config.json").is_file() else ""
-        message = f"{source.name}: no {CONFIG} in {source.folder}, so it is no PEFT adapter.{whole}"
+        hint = " It holds a whole model: give it as the model." if (source.folder / "config.json").is_file() else ""
+        if (source.folder / UNFINISHED).is_dir():
+            hint = " Its training has not ended: run the same `agiqa tune` again."
+        message = f"{source.name}: no {CONFIG} in {source.folder}, so it is no PEFT adapter.{hint}"
         raise ModelError(message)
     raw = source.read_settings(CONFIG, "the configuration of an adapter")
     if raw.get("peft_type") != "LORA":

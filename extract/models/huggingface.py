@@ -29,7 +29,7 @@ from agiqa.extract.models.checks import (
 from agiqa.extract.models.contract import GenerationSettings, Prepared
 from agiqa.extract.models.generation import generate
 from agiqa.extract.models.loading import check_vocabulary_rows, failures_of, load_model, load_tokenizer
-from agiqa.extract.models.rendering import TEMPLATE_DATE, Renderer
+from agiqa.extract.models.rendering import TEMPLATE_DATE, Renderer, main_template
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROBE_TOKENS = 8
@@ -294,7 +294,8 @@ class TextBackbone(HuggingFaceBackbone):
 
     def _make_renderer(self) -> Renderer:
         tokenizer = load_tokenizer(self.checkpoint)
-        return Renderer(name=self.checkpoint.name, tokenizer=tokenizer, template=tokenizer.chat_template)
+        name = self.checkpoint.name
+        return Renderer(name=name, tokenizer=tokenizer, template=main_template(name, tokenizer.chat_template))
 
 
 def _device(device: str) -> torch.device:

@@ -22,7 +22,7 @@ from agiqa.extract.models.adapters import Merge, fit_adapter
 from agiqa.extract.models.checkpoints import Checkpoint, download, resolve_checkpoint
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.loading import failures_of, name_in_model
-from agiqa.extract.models.opening import open_backbone
+from agiqa.extract.models.opening import MERGE_RECORD, open_backbone
 from agiqa.progress import track
 from agiqa.store.disk.files import (
     files_below,
@@ -35,7 +35,6 @@ from agiqa.store.disk.locks import exclusive_lock
 from agiqa.version import agiqa_version
 
 FORMAT, FORMAT_VERSION = "agiqa.merge", 1
-RECORD = "merge.json"
 
 _CONFIG, _TIED = "config.json", "tie_word_embeddings"
 _COPIED_FROM_HUB = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.py", "*.txt", "*.md", "LICENSE*", "NOTICE*")
@@ -44,6 +43,8 @@ _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", "
 adapter."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes of tensors that can be merged, as safetensors names them."""
+_TEMPLATES = "additional_chat_templates"
+"""The only folder of the official layout: chat templates besides the default one."""
 _LOCK = ".lock"
 
 
@@ -93,7 +94,7 @@ def merge_adapter(model: str, adapter: str, out: Path) -> MergeResult:
     with _new_folder(out) as folder:
         _copy_companions(checkpoint, folder, untied=bool(files.parted(merge)))
         _write_weights(files, merge, untied, folder)
-        write_text_atomically(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_text_atomically(folder / MERGE_RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         _check_written(folder, merge)
     return MergeResult(
         out=out,
@@ -111,7 +112,7 @@ def _open(model: str, adapter: str | None) -> HuggingFaceBackbone:
 
 
 def _refuse_taken(out: Path) -> None:
-    if out.exists():
+    if out.exists() or out.is_symlink():
         message = f"{out} exists already. Give the path of a new folder, or remove it."
         raise ConfigError(message)
     if not out.parent.is_dir():
@@ -211,12 +212,12 @@ def _new_folder(out: Path) -> Generator[Path]:
         if not mine:
             message = f"Another run is writing to {out}. Wait for its end, or choose another OUT."
             raise BusyStore(message)
-        for left in folder.iterdir():
-            if left.is_dir():
-                shutil.rmtree(left)
-            elif left != lock:
-                left.unlink()
         try:
+            for left in folder.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left != lock:
+                    left.unlink()
             yield folder
             for path in (*files_below(folder), folder):
                 sync_file(path)
@@ -235,8 +236,10 @@ def _copy_companions(checkpoint: Checkpoint, folder: Path, *, untied: bool) -> N
         download(checkpoint.repository, checkpoint.revision, _COPIED_FROM_HUB)
     for path in sorted(checkpoint.folder.iterdir()):
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if path.is_file() and not weights and not path.name.startswith(".") and path.name != RECORD:
+        if path.is_file() and not weights and not path.name.startswith(".") and path.name != MERGE_RECORD:
             shutil.copyfile(path, folder / path.name)
+    if (checkpoint.folder / _TEMPLATES).is_dir():
+        shutil.copytree(checkpoint.folder / _TEMPLATES, folder / _TEMPLATES)
     if untied:
         config = _untie(checkpoint.raw_config)
         config[_TIED] = False

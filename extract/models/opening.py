@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from agiqa.errors import ConfigError, ModelError, UnknownName
-from agiqa.extract.models.adapters import resolve_adapter
+from agiqa.extract.models.adapters import Adapter, resolve_adapter
 from agiqa.extract.models.checkpoints import Checkpoint, resolve_checkpoint
 from agiqa.extract.models.contract import Backbone
 from agiqa.extract.models.huggingface import HuggingFaceBackbone, TextBackbone
@@ -22,6 +22,9 @@ from agiqa.registry import Registry
 BACKBONES: Registry[type[HuggingFaceBackbone]] = Registry("backbone")
 for _backbone in (TextBackbone, VisionBackbone, MiniCPMBackbone):
     BACKBONES.add(_backbone.kind, _backbone)
+
+MERGE_RECORD = "merge.json"
+"""The file in a checkpoint by `agiqa merge` that names model and adapter."""
 
 
 def open_backbone(
@@ -47,12 +50,28 @@ def open_backbone(
         raise UnknownName.of(kind="backbone", name=kind, known=["auto", *BACKBONES])
     checkpoint = resolve_checkpoint(model)
     resolved = None if adapter is None else resolve_adapter(adapter)
+    if resolved is not None:
+        _refuse_merged(checkpoint, resolved)
     config = _read_config(checkpoint, max_slices)
     chosen = _fitting(checkpoint, config) if kind == "auto" else kind
     if type(config) not in BACKBONES.get(chosen).classes:
         message = f"{model}: the model type {config.model_type!r} cannot serve as the backbone {chosen!r}."
         raise ModelError(message)
     return BACKBONES.get(chosen)(checkpoint, config, adapter=resolved, dtype=dtype, device=device)
+
+
+def _refuse_merged(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    """Raise ModelError if `agiqa merge` has made `checkpoint` with this very `adapter`: it would count twice."""
+    path = checkpoint.folder / MERGE_RECORD
+    if not path.is_file():
+        return
+    merged = checkpoint.read_settings(MERGE_RECORD, "the record of `agiqa merge`").get("adapter")
+    if isinstance(merged, dict) and merged.get("files") == adapter.provenance()["files"]:
+        message = (
+            f"{checkpoint.name} is merged with the adapter {adapter.name} already ({path}). Leave the adapter out, or "
+            "give the model that it was made for."
+        )
+        raise ModelError(message)
 
 
 def opener_of(model: str, *, adapter: str | None, dtype: str, max_slices: int | None) -> Opener:

@@ -11,7 +11,7 @@ that come anyway.
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import SequenceMatcher
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.errors import DataError, ModelError
+from agiqa.errors import DataError, ModelError, listed
 from agiqa.extract.data.items import Message
 from agiqa.store import TOKEN_ROLES
 
@@ -334,6 +334,19 @@ def _common(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
     """The length of the common beginning of two arrays of one length."""
     differing = np.flatnonzero(left != right)
     return int(differing[0]) if len(differing) else len(left)
+
+
+def main_template(name: str, found: str | Mapping[str, str] | None) -> str | None:
+    """The chat template of the checkpoint `name`; of templates by name, as transformers, the one called default.
+
+    Raises ModelError if none is called so.
+    """
+    if found is None or isinstance(found, str):
+        return found
+    if "default" not in found:
+        message = f"{name}: its chat templates are called {listed(sorted(found))}; call the one to use 'default'."
+        raise ModelError(message)
+    return found["default"]
 
 
 def switches_of(template: str) -> dict[str, bool]:

@@ -20,7 +20,7 @@ from agiqa.extract.models.checkpoints import Checkpoint
 from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.loading import load_processor, quiet_transformers
-from agiqa.extract.models.rendering import Rendered, Renderer, expand_roles, refuse_marks
+from agiqa.extract.models.rendering import Rendered, Renderer, expand_roles, main_template, refuse_marks
 
 _NO_INPUTS = ("input_ids", "attention_mask", "labels")
 """Outputs of a processor that are no image inputs; PaliGemma's adds labels for training."""
@@ -103,8 +103,8 @@ class VisionBackbone(HuggingFaceBackbone):
     def _try_mark(self, mark: str) -> Renderer:
         """The renderer with `mark`. Raises DataError or ModelError if template or processor do not know the mark."""
         tokenizer = self.processor.tokenizer
-        template = getattr(self.processor, "chat_template", None) or tokenizer.chat_template
-        renderer = Renderer(name=self.checkpoint.name, tokenizer=tokenizer, template=template, image_token=mark)
+        name, found = self.checkpoint.name, getattr(self.processor, "chat_template", None) or tokenizer.chat_template
+        renderer = Renderer(name=name, tokenizer=tokenizer, template=main_template(name, found), image_token=mark)
         rendered = renderer.render([Message(role="user", content="?")], image=True)
         self._processed(renderer, rendered, Image.new("RGB", (64, 64)), name="a black image of 64 x 64 pixels")
         return renderer

@@ -8,96 +8,28 @@ import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 from urllib.parse import urlsplit
 
 from agiqa.errors import ConfigError, RemoteError, UnknownName
-from agiqa.extract.data.items import Role
+from agiqa.extract.teaching.chats import ChatRequest, Fault, FaultKind, Picture, Reply, Turn
 
 Json = dict[str, Any]
-
-FaultKind = Literal["busy", "again", "item", "unserved", "refused", "fatal"]
-"""What an error of the server calls for.
-
-busy: the same request later, the server serves nobody now; again: the same request once more; item: another one, the
-server rejects this request; unserved: another one, this one failed again and again; refused: another model, a filter
-refuses this request; fatal: the end, the server rejects all requests.
-"""
 
 _BUSY = (429, 503)
 _AGAIN = (408, 409, 425)
 _ABOUT_ONE_REQUEST = (400, 413, 415, 422)
-_FILTERS = ("content_filter", "content_policy_violation", "moderation_blocked")
+_FILTERS = ("content_filter", "content_policy_violation", "invalid_prompt", "moderation_blocked")
 """Codes by which servers of OpenAI's format report that a filter refused the request."""
 _SPENT = ("insufficient_quota", "billing_hard_limit_reached")
 """Codes of a 429 that no waiting mends."""
 _DELAY = re.compile(r"(\d+(?:\.\d+)?)s")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image as it is sent."""
-
-    content: bytes
-    mime: str
-    """Such as image/png."""
-    size: tuple[int, int]
-    """Width and height, in pixels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """One message of a chat; its picture comes before its text."""
-
-    role: Role
-    text: str
-    picture: Picture | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatRequest:
-    """What a server is asked."""
-
-    turns: tuple[Turn, ...]
-    schema: Mapping[str, Any] | None = None
-    """JSON schema of the answer; None for free text."""
-    max_tokens: int | None = None
-    """Most tokens of the answer, thoughts included; None for the server's own limit."""
-    temperature: float | None = None
-    """None for the server's own, since some models accept no other."""
-    seed: int | None = None
-    top_p: float | None = None
-    """None for the server's own."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What a server answered."""
-
-    text: str
-    """Without thoughts; empty for a refusal."""
-    refusal: str | None
-    """The server's reason for a refusal; None for an answer."""
-    finish_reason: str | None
-    cut: bool
-    """Whether the limit on tokens cut the answer off."""
-    model: str | None
-    """The model as the server names it; None if it does not."""
-    input_tokens: int | None
-    """Tokens of the request, the image included; None if unknown."""
-    output_tokens: int | None
-    """Tokens of the answer, thoughts included; None if unknown."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fault:
-    """An answer of the server that is an error."""
-
-    kind: FaultKind
-    reason: str
-    wait: float | None = None
-    """Seconds that the body of the answer asks to wait; None if it names none."""
+_MOST = 10**12
+"""Largest number of tokens that is believed."""
+_RENAMED = re.compile(r"https://([\w-]+\.)*(openai\.com|azure\.com)/")
+"""Servers that want `max_completion_tokens`; all others know the old name, `max_tokens`."""
+_TILES = {"gpt-4o-mini": (2833, 5667)}
+"""By model, the tokens of a picture and of each tile of it, where they are not (85, 170) as for gpt-4o."""
 
 
 class Api(Protocol):
@@ -131,7 +63,11 @@ class Api(Protocol):
         """What the answer with an HTTP `status` of 300 or more means; `answer` is its JSON, or None if it has none."""
         ...
 
-    def picture_tokens(self, picture: Picture) -> int:
+    def error_status(self, answer: object) -> int | None:
+        """The status of an error that arrived as a success (routers of several providers send such); None for none."""
+        ...
+
+    def picture_tokens(self, model: str, picture: Picture) -> int:
         """An estimate of the tokens that a picture takes."""
         ...
 
@@ -156,8 +92,8 @@ class OpenAIChat:
         return {"Authorization": f"Bearer {key}"}
 
     def body(self, model: str, request: ChatRequest) -> Json:
-        """Pictures become data URLs. OpenAI itself has renamed the limit on tokens; other servers know the old name."""
-        limit = "max_completion_tokens" if self.base_url == self.HOME else "max_tokens"
+        """Pictures become data URLs."""
+        limit = "max_completion_tokens" if _RENAMED.match(f"{self.base_url}/") else "max_tokens"
         settings: Json = {
             limit: request.max_tokens,
             "temperature": request.temperature,
@@ -186,7 +122,7 @@ class OpenAIChat:
         if refusal is None and reason is not None and reason.startswith("content_filter"):
             refusal = reason
         if refusal is None and not isinstance(said, dict):
-            refusal = reason or "no message in the answer"
+            refusal = "no message in the answer"
         return Reply(
             text="" if refusal is not None else _openai_text(_object(said).get("content")),
             refusal=refusal,
@@ -195,6 +131,7 @@ class OpenAIChat:
             model=_text(whole.get("model")),
             input_tokens=_count(usage.get("prompt_tokens")),
             output_tokens=_count(usage.get("completion_tokens")),
+            thoughts=_text(_object(said).get("reasoning_content")) or _text(_object(said).get("reasoning")),
         )
 
     def fault(self, status: int, answer: object) -> Fault:
@@ -208,12 +145,21 @@ class OpenAIChat:
             return Fault(kind="fatal", reason=reason)
         return Fault(kind=_kind(status), reason=reason)
 
-    def picture_tokens(self, picture: Picture) -> int:
+    def error_status(self, answer: object) -> int | None:
+        """That of the JSON."""
+        whole = _object(answer)
+        code = _object(whole.get("error")).get("code")
+        if not isinstance(whole.get("error"), dict) or isinstance(whole.get("choices"), list):
+            return None
+        return code if isinstance(code, int) and 400 <= code < 600 else 500
+
+    def picture_tokens(self, model: str, picture: Picture) -> int:
         """85, and 170 per tile of 512 x 512 after fitting into 2048 x 2048 and a short side of 768: gpt-4o's rule."""
         width, height = picture.size
         scale = min(1.0, 2048 / max(width, height), 768 / min(width, height))
         tiles = -(-int(width * scale) // 512) * -(-int(height * scale) // 512)
-        return 85 + 170 * max(tiles, 1)
+        base, each = next((both for name, both in _TILES.items() if model.startswith(name)), (85, 170))
+        return base + each * max(tiles, 1)
 
 
 class GeminiContent:
@@ -293,7 +239,11 @@ class GeminiContent:
         delays = [match for one in details if (match := _DELAY.fullmatch(str(one.get("retryDelay", ""))))]
         return Fault(kind=_kind(status), reason=reason, wait=float(delays[0][1]) if delays else None)
 
-    def picture_tokens(self, picture: Picture) -> int:  # noqa: ARG002  # all sizes are brought to one
+    def error_status(self, answer: object) -> int | None:  # noqa: ARG002  # Gemini itself sends no such errors
+        """None."""
+        return None
+
+    def picture_tokens(self, model: str, picture: Picture) -> int:  # noqa: ARG002  # all sizes are brought to one
         """1120, what Gemini 3 takes by default; Gemini 2 takes 258 per tile, 1032 for 512 x 512."""
         return 1120
 
@@ -308,7 +258,11 @@ def api_of(name: str, base_url: str | None = None) -> Api:
     """
     if name not in APIS:
         raise UnknownName.of(kind="api", name=name, known=APIS)
-    parts = urlsplit(base_url or "")
+    try:
+        parts = urlsplit(base_url or "")
+    except ValueError as error:
+        message = f"{base_url}: not the URL of a server ({error})."
+        raise ConfigError(message) from error
     if parts.username or parts.password or parts.query or parts.fragment:
         message = (
             f"The base URL of {parts.hostname} holds a user, a password or parameters. Files would record them: give "
@@ -367,11 +321,13 @@ def _kind(status: int) -> FaultKind:
 
 
 def _error(answer: object) -> Json:
-    """The object `error` of an answer; Gemini's compatible endpoint puts it into a list."""
+    """The object `error` of an answer, in a list at Gemini's compatible endpoint; or `detail`, as FastAPI calls it."""
     if isinstance(answer, list) and answer:
         answer = cast("Sequence[object]", answer)[0]
     found = _object(answer)
-    error = found.get("error", found)
+    error = found.get("error", found.get("detail", found))
+    if isinstance(error, list):
+        error = json.dumps(error)
     return {"message": error} if isinstance(error, str) else _object(error)
 
 
@@ -392,8 +348,9 @@ def _object(value: object) -> Json:
 
 
 def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
+    """The text, in which halves of characters (lone surrogates), which no file can hold, become question marks."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) and value else None
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST else None

@@ -4,14 +4,14 @@ OpenAI: `/files` and `/batches`, at most 50,000 requests and 200 MB per batch. G
 `:batchGenerateContent`, `/batches` and downloads, at most 2 GB. Both let 24 hours pass and cost half.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
 from agiqa.errors import RemoteError
-from agiqa.extract.teaching.apis import Api, Fault, Json, Reply
+from agiqa.extract.teaching.apis import Api, Json, parse_json
+from agiqa.extract.teaching.chats import Fault, Reply
 from agiqa.extract.teaching.client import Client, Sent
 
 _BLOCK = 1 << 20
@@ -31,6 +31,8 @@ class BatchStatus:
     """The provider's own word."""
     files: tuple[str, ...] = ()
     """Files of results."""
+    is_complete: bool = False
+    """Whether the provider says that it has worked on all requests, so that there are results."""
     finished: int | None = None
     """Requests that are done; None if unknown."""
     problem: str = ""
@@ -160,6 +162,7 @@ class _OpenAI:
             state=self.ENDED.get(word, "open"),
             word=word,
             files=tuple(file for file in files if isinstance(file, str) and file),
+            is_complete=word == "completed",
             finished=sum(cast("list[int]", done)) if all(isinstance(one, int) for one in done) else None,
             problem="; ".join(str(one.get("message")) for one in problems[:3]),
             queue_is_full=any(one.get("code") == self.FULL for one in problems),
@@ -257,6 +260,7 @@ class _Gemini:
             state=self.ENDED.get(word, "open"),
             word=word.lower(),
             files=(file,) if isinstance(file, str) and file else (),
+            is_complete=word == "SUCCEEDED",
             finished=sum(int(one) for one in done if one) if any(done) else None,
             problem=str(_object(batch.get("error")).get("message") or ""),
         )
@@ -296,16 +300,9 @@ class _Blocks:
 
 
 def read_results(api: BatchApi, content: bytes) -> list[BatchResult]:
-    """The results in a downloaded file; lines that are no JSON or name no request are left out."""
-    found: list[BatchResult] = []
-    for line in content.splitlines():
-        try:
-            result = api.result(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-        if result is not None:
-            found.append(result)
-    return found
+    """The results in a downloaded file; lines that name no request are left out."""
+    found = [api.result(parse_json(line)) for line in content.splitlines()]
+    return [result for result in found if result is not None]
 
 
 def _reply(api: Api, status: int, body: object) -> Reply | Fault:

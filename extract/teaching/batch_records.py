@@ -14,7 +14,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agiqa.errors import DataError, SettingsConflict
-from agiqa.extract.teaching.apis import Fault, Reply
+from agiqa.extract.teaching.chats import Fault, Reply
 from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
 
 _TAG = "agiqa-"

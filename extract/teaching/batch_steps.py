@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from agiqa.errors import DataError, RemoteError
-from agiqa.extract.teaching.apis import ChatRequest
+from agiqa.extract.teaching.apis import parse_json
 from agiqa.extract.teaching.batch_apis import BatchResult, BatchStatus, batch_api_of, read_results
 from agiqa.extract.teaching.batch_records import BatchRecord, BatchRecords, Requested, new_record
+from agiqa.extract.teaching.chats import ChatRequest
 from agiqa.extract.teaching.client import Client
 from agiqa.extract.teaching.questions import Question
 from agiqa.progress import Advance, say
@@ -46,6 +47,8 @@ class BatchSteps:
         self._advance = advance
         self._finished = dict[str, int]()
         """By tag, the requests that `advance` has heard of."""
+        self._nameless = dict[str, float]()
+        """By tag, since when a batch is complete without files of results, by time.monotonic."""
         self._failing: float | None = None
         """Since when no batch can be created, by time.monotonic."""
         self._queue_is_full = False
@@ -114,7 +117,9 @@ class BatchSteps:
         try:
             status = self._api.look(str(record.batch))
             self._count(record, status.finished or 0)
-            pieces = [self._api.download(name) for name in status.files] if status.state == "ended" else []
+            if status.state == "ended" and not status.files and status.is_complete:
+                return self._wait_for_files(record)
+            pieces = [self._download(name) for name in status.files] if status.state == "ended" else []
         except RemoteError as error:
             error.add_note(f"To give open batches up, remove {self._records.path}.")
             raise
@@ -122,7 +127,8 @@ class BatchSteps:
             self._make_way(record, status)
         elif status.state == "failed":
             self._records.close(record)
-            message = f"batch {status.id} failed, and no request was worked on: {status.problem or status.word}."
+            reason = (status.problem or status.word).rstrip(".")
+            message = f"batch {status.id} failed, and no request was worked on: {reason}."
             raise RemoteError(message)
         elif status.state == "ended":
             self._queue_is_full, self._failing = False, None
@@ -130,6 +136,26 @@ class BatchSteps:
             self._count(record, len(record.requests))
             self._records.save(record.at("downloaded", word=status.word))
         return status.state == "ended"
+
+    def _wait_for_files(self, record: BatchRecord) -> bool:
+        """Providers may name the results of a batch some time after its end. Returns False, as `fetch`.
+
+        Raises RemoteError after the client's patience.
+        """
+        first = self._nameless.setdefault(record.tag, time.monotonic())
+        if time.monotonic() - first > self._client.settings.patience:
+            message = f"batch {record.batch} is complete, but the provider names no file of its results."
+            raise RemoteError(message)
+        return False
+
+    def _download(self, name: str) -> bytes:
+        """A file of results. Raises RemoteError unless each line is JSON, since no answer may get lost with it."""
+        content = self._api.download(name)
+        wrong = [line for line in content.splitlines() if line.strip() and parse_json(line) is None]
+        if wrong:
+            message = f"downloading {name}: it is damaged, as {wrong[0][:80]!r} is no JSON. Run the same command again."
+            raise RemoteError(message)
+        return content
 
     def results(self, record: BatchRecord) -> list[BatchResult]:
         """The downloaded results of `record`."""
@@ -178,7 +204,7 @@ class BatchSteps:
         else:
             self._records.close(record)
             self._most = size // 2
-            say(f"{reason} Trying batches of {self._most} requests")
+            say(f"{reason.rstrip('.')}; trying batches of {self._most} requests")
 
     def _others(self, record: BatchRecord) -> bool:
         """Whether other batches are at work."""

@@ -15,27 +15,29 @@ from typing import Any, Literal
 from agiqa.errors import ConfigError, RemoteError
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.journals import Line
-from agiqa.extract.teaching.apis import ChatRequest, Fault, Reply
-from agiqa.extract.teaching.asking import TeacherModel, Trial, Verdict, cost_of, judge, line_of
+from agiqa.extract.teaching.answers import read_answer
 from agiqa.extract.teaching.batch_apis import batch_limits
 from agiqa.extract.teaching.batch_records import BatchRecord, BatchRecords, Tried
 from agiqa.extract.teaching.batch_steps import BatchSettings, BatchSteps
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Reply
 from agiqa.extract.teaching.client import Client
-from agiqa.extract.teaching.explanations import read_answer
+from agiqa.extract.teaching.costs import CAUTION, cost_of
+from agiqa.extract.teaching.job import Splits, TeachingJob, TeachingResult, TeachingSettings, costs_note
 from agiqa.extract.teaching.joining import Joined, join
-from agiqa.extract.teaching.lesson import Lesson, Splits, TeachingResult, TeachingSettings
 from agiqa.extract.teaching.questions import Question, input_tokens
+from agiqa.extract.teaching.teacher import TeacherModel, Trial, Verdict, judge, line_of
 from agiqa.extract.teaching.teaching import conversations_at_the_end
-from agiqa.progress import Advance, say, track
+from agiqa.progress import Advance, Note, say, track
 
-CAUTION = 1.5
-"""Factor on the expected cost of a request, for its share of the budget."""
+_ENOUGH_ANSWERS = 20
+"""From so many answers on, their mean tells what a request will cost. Before, the budget counts the most possible."""
 
 _AROUND = 200
 """Bytes of a line of a file around the body of its request, about."""
 
 _NONE_SERVED = 10
-"""When the provider rejects all requests of a batch of this many or more, the fault is not in the items."""
+"""When the provider rejects all requests of a batch of this many or more, the fault is not in the items; nor when it
+rejects all items that there are."""
 
 
 @dataclass(kw_only=True)
@@ -75,15 +77,15 @@ def run_batches(
     if len({model.model for model in models}) < len(models):
         message = f"The fallback is {models[-1].model!r}, as the teacher is; name another model."
         raise ConfigError(message)
-    lesson = Lesson(data_set, out, models, settings, splits)
-    with lesson.journal.writing(), conversations_at_the_end(lesson) as conversations, ExitStack() as stack:
-        records = _records_of(lesson)
+    job = TeachingJob(data_set, out, models, settings, splits)
+    with job.journal.writing(), conversations_at_the_end(job) as conversations, ExitStack() as stack:
+        records = _records_of(job)
         clients = [Client(one.api, one.model, key=one.key, settings=settings.client) for one in models]
         pairs = [(one, stack.enter_context(client)) for one, client in zip(models, clients, strict=True)]
-        run = _Run(lesson, pairs, records, batches)
+        run = _Run(job, pairs, records, batches)
         run.work()
     stopped: Literal["budget"] | None = "budget" if run.outcome.unaffordable else None
-    return lesson.result(conversations, run.written, stopped=stopped, since=since), run.outcome
+    return job.result(conversations, run.written, stopped=stopped, since=since), run.outcome
 
 
 def estimate_batches(
@@ -95,9 +97,9 @@ def estimate_batches(
     *,
     splits: Splits,
 ) -> dict[str, Any]:
-    """What `run_batches` would send: as Lesson.dry_run, and the number of batches. Sends and writes nothing."""
-    lesson = Lesson(data_set, out, models, settings, splits)
-    records = _records_of(lesson)
+    """What `run_batches` would send: as TeachingJob.dry_run, and the number of batches. Sends and writes nothing."""
+    job = TeachingJob(data_set, out, models, settings, splits)
+    records = _records_of(job)
     in_work = {one.name for record in records.batches for one in record.requests.values()}
     most_requests, most_bytes = batch_limits(models[0].api)
     sizes = list[int]()
@@ -105,7 +107,7 @@ def estimate_batches(
     def measure(request: ChatRequest) -> None:
         sizes.append(len(json.dumps(models[0].api.body(models[0].model, request))) + _AROUND)
 
-    estimate = lesson.dry_run([one for one in lesson.pending() if one.item.name not in in_work], measure)
+    estimate = job.dry_run([one for one in job.pending() if one.item.name not in in_work], measure)
     files = _files(sizes, min(most_requests, batches.most_requests or most_requests), most_bytes)
     return estimate | {"batches": {"open": len(records.batches), "requests_in_work": len(in_work), "to_create": files}}
 
@@ -120,11 +122,11 @@ def _files(sizes: Sequence[int], most_requests: int, most_bytes: int) -> int:
     return files
 
 
-def _records_of(lesson: Lesson) -> BatchRecords:
+def _records_of(job: TeachingJob) -> BatchRecords:
     """The records beside the journal. Raises SettingsConflict for open batches of other settings or items."""
-    models = [model.record() for model in lesson.models]
-    records = BatchRecords(lesson.journal.path, {**lesson.decisive(), "models": models})
-    records.check_items({name: one.key for name, one in lesson.questions.items()})
+    models = [model.record() for model in job.models]
+    records = BatchRecords(job.journal.path, {**job.decisive(), "models": models})
+    records.check_items({name: one.key for name, one in job.questions.items()})
     return records
 
 
@@ -133,30 +135,31 @@ class _Run:
 
     def __init__(
         self,
-        lesson: Lesson,
+        job: TeachingJob,
         clients: Sequence[tuple[TeacherModel, Client]],
         records: BatchRecords,
         settings: BatchSettings,
     ) -> None:
         self.written: list[Line] = []
         self.outcome = BatchOutcome()
-        self._lesson = lesson
+        self._job = job
         self._clients = clients
         self._records = records
         self._settings = settings
+        self._each = job.expected_cost()
         self._pending = self._missing_or_in_work()
         records.keep_tries(self._pending)
 
     def _missing_or_in_work(self) -> dict[str, Question]:
         """The questions without an answer, by item; those in batches also if their failure was the last word before."""
         in_work = {one.name for record in self._records.batches for one in record.requests.values()}
-        names = {question.item.name for question in self._lesson.pending()}
-        names |= {name for name in in_work if self._lesson.journal.lines.get(name, {}).get("status") != "ok"}
-        return {name: question for name, question in self._lesson.questions.items() if name in names}
+        names = {question.item.name for question in self._job.pending()}
+        names |= {name for name in in_work if self._job.journal.lines.get(name, {}).get("status") != "ok"}
+        return {name: question for name, question in self._job.questions.items() if name in names}
 
     def work(self) -> None:
         """Go on until all batches are joined and nothing can be sent; without `wait`, until they are created."""
-        with _progress(len(self._pending)) as advance:
+        with _progress(len(self._pending), self._costs) as advance:
             steps = {
                 teacher.model: BatchSteps(client, self._records, self._settings, advance)
                 for teacher, client in self._clients
@@ -168,6 +171,9 @@ class _Run:
                 if self._records.batches:
                     say("the batches go on at the provider: run the same command again to fetch the answers")
                 raise
+
+    def _costs(self) -> str:
+        return costs_note(self._job.spent(), len(self._pending), self._each)
 
     def _look(self, steps: Mapping[str, BatchSteps]) -> bool:
         """Take each batch as far as it goes now, and send what is missing. Whether there is more to do."""
@@ -207,14 +213,17 @@ class _Run:
 
     def _reserve_of(self, teacher: TeacherModel) -> Callable[[ChatRequest], float | None]:
         """A function from a request to the USD set aside for it; None if too little is left."""
-        spent = self._lesson.spent() + sum(record.reserve_usd for record in self._records.batches)
+        spent = self._job.spent() + sum(record.reserve_usd for record in self._records.batches)
         spent += sum(one.counted or 0.0 for tries in self._records.tries.values() for one in tries)
-        budget, tokens = self._lesson.settings.budget, self._lesson.answer_tokens()
+        budget, longest = self._job.settings.budget, self._job.settings.question.max_tokens
+        said = [line["tokens"]["output"] for line in self._job.journal.lines.values()]
+        known = [tokens for tokens in said if tokens is not None]
+        usual = sum(known) / len(known) if len(known) >= _ENOUGH_ANSWERS else longest / CAUTION
 
         def reserve(request: ChatRequest) -> float | None:
             nonlocal spent
-            expected = input_tokens(request, teacher.api)
-            usd = 0.0 if teacher.price is None else CAUTION * teacher.price.cost(expected, tokens)
+            expected = input_tokens(request, teacher.api, teacher.model)
+            usd = 0.0 if teacher.price is None else CAUTION * teacher.price.cost(expected, min(usual, longest))
             if budget is not None and spent + usd > budget:
                 self.outcome.unaffordable = True
                 return None
@@ -225,13 +234,13 @@ class _Run:
 
     def _join(self, record: BatchRecord, steps: BatchSteps) -> None:
         """Write the lines of what `record` answers for good, then note the rest as tries."""
-        aspects = self._lesson.settings.question.aspects
+        aspects = self._job.settings.question.aspects
         joined = join(record.requests.keys(), steps.results(record), lambda text: _echoed(text, aspects))
         lines, tries = list[Line](), {name: of for name, of in self._records.tries.items() if name in self._pending}
         left = set[str]()
         for own_id, requested in record.requests.items():
             name = requested.name
-            if self._lesson.journal.lines.get(name, {}).get("batch") == record.batch:  # by a run that was killed here
+            if self._job.journal.lines.get(name, {}).get("batch") == record.batch:  # by a run that was killed here
                 self._pending.pop(name, None)
             elif name in self._pending and (tried := self._tried(record, own_id, joined)) is not None:
                 tries[name] = (*tries.get(name, ()), tried)
@@ -241,7 +250,7 @@ class _Run:
                 left.add(name)
         self._refuse_if_all_rejected(record, lines)
         if lines:
-            self._lesson.journal.append(lines)
+            self._job.journal.append(lines)
         for line in lines:
             del tries[line["name"]], self._pending[line["name"]]
         self._records.close(record, tries)
@@ -251,8 +260,9 @@ class _Run:
         _tell(record, lines=len(lines), left=len(left), misplaced=joined.misplaced)
 
     def _refuse_if_all_rejected(self, record: BatchRecord, lines: Sequence[Line]) -> None:
-        rejected = [line for line in lines if line["fault"] == "item"]
-        if len(rejected) == len(record.requests) >= _NONE_SERVED:
+        rejected = [line for line in lines if line["fault"] == "item" and not self._job.is_rejected_again(line)]
+        is_all = len(rejected) == len(self._pending) and not self._job.was_ever_served()
+        if len(rejected) == len(record.requests) and (is_all or len(rejected) >= _NONE_SERVED):
             self._records.close(record)
             reason = rejected[-1]["reason"]
             message = f"batch {record.batch}: the provider rejects every request, the last one so: {reason}."
@@ -279,7 +289,7 @@ class _Run:
         """The line of the journal; None if the item is to be asked about again."""
         last = tries[-1].model
         verdict = _verdict(question, tries[-1].reply)
-        if verdict.status == "broken" and sum(one.model == last for one in tries) <= self._lesson.settings.retries:
+        if verdict.status == "broken" and sum(one.model == last for one in tries) <= self._job.settings.retries:
             return None
         if verdict.status == "refused" and last != self._clients[-1][0].model:
             return None
@@ -293,7 +303,7 @@ class _Run:
             )
             for one in tries
         ]
-        earlier = self._lesson.journal.lines.get(question.item.name)
+        earlier = self._job.journal.lines.get(question.item.name)
         return line_of(question, verdict, trials, earlier) | {"batch": record.batch}
 
     def _model(self, name: str) -> TeacherModel:
@@ -301,9 +311,9 @@ class _Run:
 
 
 @contextmanager
-def _progress(total: int) -> Generator[Advance]:
+def _progress(total: int, note: Note) -> Generator[Advance]:
     """Show requests that are done; one that is sent again is done twice, but counts once."""
-    with track("batches", total, "items") as add:
+    with track("batches", total, "items", note=note) as add:
         left = total
 
         def advance(count: int) -> None:

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
@@ -18,7 +18,8 @@ from typing import Any, Self
 import httpx2
 
 from agiqa.errors import ConfigError, RemoteError, first_line
-from agiqa.extract.teaching.apis import Api, ChatRequest, Fault, Reply, parse_json
+from agiqa.extract.teaching.apis import Api, parse_json
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Reply
 from agiqa.progress import say
 from agiqa.store.sharing.transfers import Halted, seconds_asked
 from agiqa.version import agiqa_version
@@ -173,12 +174,19 @@ class Client:
         """Close the connections."""
         self._http.close()
 
-    def ask(self, request: ChatRequest, *, tokens: int = 0) -> Answered:
+    def ask(self, request: ChatRequest, *, tokens: int = 0, may_repeat: Callable[[], bool] = lambda: True) -> Answered:
         """The server's reply to `request`, of about `tokens` tokens, or the fault about this request alone.
 
-        Raises RemoteError when no request can succeed: a wrong key, an unknown model, a server that is gone.
+        `may_repeat` decides whether a request is sent again whose answer was lost: the provider may bill both. Raises
+        RemoteError when no request can succeed: a wrong key, an unknown model, a server that is gone.
         """
-        sent = self.send("POST", self.api.url(self.model), json=self.api.body(self.model, request), tokens=tokens)
+        sent = self.send(
+            "POST",
+            self.api.url(self.model),
+            json=self.api.body(self.model, request),
+            tokens=tokens,
+            may_repeat=may_repeat,
+        )
         try:
             reply = sent.fault or self.api.read(sent.json)
         except RemoteError as error:
@@ -193,6 +201,7 @@ class Client:
         tokens: int = 0,
         tries: int | None = None,
         once: bool = False,
+        may_repeat: Callable[[], bool] = lambda: True,
         wants_json: bool = True,
         headers: Mapping[str, str] | None = None,
         **body: Any,
@@ -200,7 +209,7 @@ class Client:
         """The answer to an HTTP request; `body` holds httpx2's `json`, `content`, `data`, `files` or `params`.
 
         An answer that should be JSON and is none counts as lost. With `once`, what can be tried again is not: for a
-        request that must not arrive twice. Raises as `ask`, and Halted after `halt`.
+        request that must not arrive twice. `may_repeat` as in `ask`. Raises as `ask`, and Halted after `halt`.
         """
         started, lost, attempts = time.monotonic(), 0, 0
         while True:
@@ -208,13 +217,15 @@ class Client:
             attempts += 1
             sent = self._once(method, url, headers, body)
             if wants_json and sent.fault is None and sent.json is None:
-                sent = _lost("an answer that is cut off, or no JSON")
+                sent = _lost(
+                    "a web page" if sent.content.lstrip()[:1] == b"<" else "an answer that is cut off, or no JSON"
+                )
             lost += sent.lost
             if sent.fault is not None and sent.fault.kind == "fatal":
                 raise self._final(url, sent.fault)
             if sent.fault is None or sent.fault.kind not in ("busy", "again"):
                 self._served = time.monotonic()
-            elif not once:
+            elif not (once or (sent.lost and not may_repeat())):
                 fault = self._after_failure(url, sent.fault, attempts, self._most_tries(sent, tries), started)
                 if fault is None:
                     continue
@@ -225,7 +236,7 @@ class Client:
         """One attempt."""
         try:
             response = self._http.request(method, url, headers={**self._key_headers(), **(headers or {})}, **body)
-        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
+        except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError) as error:
             message = f"{url}: not the URL of a server ({first_line(error)}). It should begin with http:// or https://."
             raise ConfigError(message) from error
         except httpx2.TransportError as error:
@@ -238,8 +249,11 @@ class Client:
             return _lost(f"a damaged answer ({self._without_key(first_line(error))})")
         content = response.content if self._key is None else _without(self._key, response.content)
         found, answer = {name.lower(): value for name, value in response.headers.items()}, parse_json(content)
-        fault = self._fault(response.status_code, answer, found) if response.status_code >= 300 else None
-        return Sent(content=content, headers=found, json=answer, fault=fault, status=response.status_code)
+        status = response.status_code
+        if status < 300 and url == self.api.url(self.model):
+            status = self.api.error_status(answer) or status
+        fault = self._fault(status, answer, found) if status >= 300 else None
+        return Sent(content=content, headers=found, json=answer, fault=fault, status=status)
 
     def _fault(self, status: int, answer: object, headers: Mapping[str, str]) -> Fault:
         """The fault with the wait that the server asks for in a header or in the body, and a reason for people."""

@@ -34,10 +34,15 @@ def write_conversations(
     if explained:
         for aspect in settings.aspects:
             entries = [_entry(item, line, aspect, settings, splits.get(item.name)) for item, line in explained]
-            path = journal.with_name(f"{journal.stem}.{aspect}.jsonl")
+            path = conversations_path(journal, aspect)
             write_text_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries))
             written[aspect] = path
     return written
+
+
+def conversations_path(journal: Path, aspect: str) -> Path:
+    """The file of conversations on `aspect` beside `journal`."""
+    return journal.with_name(f"{journal.stem}.{aspect}.jsonl")
 
 
 def _entry(item: Item, line: Line, aspect: str, settings: QuestionSettings, split: str | None) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from agiqa.extract.teaching.apis import Fault, Reply
 from agiqa.extract.teaching.batch_apis import BatchResult
+from agiqa.extract.teaching.chats import Fault, Reply
 
 MIXED_UP = "the provider mixed up its answers, and whose this one is cannot be told"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from agiqa.extract.data.images import ImageFile, open_image
-from agiqa.extract.teaching.apis import Picture
+from agiqa.extract.teaching.chats import Picture
 
 MIMES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 """Formats that every provider takes."""

@@ -9,10 +9,11 @@ from typing import Any
 
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract.data.items import Item, read_image
-from agiqa.extract.teaching.apis import Api, ChatRequest, Turn
-from agiqa.extract.teaching.explanations import ASPECTS, ID, KEYS, answer_schema
+from agiqa.extract.teaching.answers import ASPECTS, ID, KEYS, answer_schema
+from agiqa.extract.teaching.apis import Api
+from agiqa.extract.teaching.chats import ChatRequest, Turn
 from agiqa.extract.teaching.pictures import picture_of
-from agiqa.extract.teaching.tables import PLACEHOLDER, Wording, shipped_wording
+from agiqa.extract.teaching.wording_and_prices import PLACEHOLDER, Wording, shipped_wording
 from agiqa.store.disk.files import canonical_json
 from agiqa.store.format.labels import DEFAULT_RANGE, MosRange
 
@@ -22,6 +23,7 @@ USUAL_ANSWER_TOKENS = 750
 _ID_LENGTH = 16
 _CHARACTERS_PER_TOKEN = 4
 _SCORE_TALK = re.compile(r"\bmean opinion score|\bMOS\b")
+_NUMBER = re.compile(r"(?<![\d.])\d+(?:\.\d+)?(?!\d)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,21 +94,32 @@ class Question:
             temperature=settings.temperature,
         )
 
-    def leaked(self, explanations: Mapping[str, str]) -> str | None:
-        """Where an explanation names the score that the teacher knew; None if none does."""
-        if self.settings.blind:
-            return None
+    def fault_of(self, explanations: Mapping[str, str]) -> str | None:
+        """Why valid explanations are not this item's: they are the example's, or name the score. None if they are."""
         for aspect, text in explanations.items():
-            score = _score(self.item.labels[aspect], self.settings.mos_range)
-            if _SCORE_TALK.search(text) or re.search(rf"(?<![\d.]){re.escape(score)}(?!\d)", text):
+            if text == self.settings.wording.example[aspect].strip():
+                return f"{KEYS[aspect]} is that of the example"
+            if not self.settings.blind and self._names_score(aspect, text):
                 return f"{KEYS[aspect]} gives away that there is a score"
         return None
 
+    def _names_score(self, aspect: str, text: str) -> bool:
+        """Whether a text speaks of the score that the teacher knew, as shown or rounded once more.
 
-def input_tokens(request: ChatRequest, api: Api) -> int:
-    """An estimate of the tokens of `request`."""
+        Numbers of the prompt are no scores, and neither are whole numbers on short scales, which count things.
+        """
+        score, (low, high) = _score(self.item.labels[aspect], self.settings.mos_range), self.settings.mos_range
+        exact = float(score)
+        digits = len(score.partition(".")[2])
+        shown = {score, f"{exact:.{digits - 1}f}", *([f"{exact:.0f}"] if high - low > 10 else [])}
+        found = set(_NUMBER.findall(text)) - set(_NUMBER.findall(self.item.prompt))
+        return bool(_SCORE_TALK.search(text) or shown & found)
+
+
+def input_tokens(request: ChatRequest, api: Api, model: str) -> int:
+    """An estimate of the tokens of `request` to `model`."""
     characters = sum(len(turn.text) for turn in request.turns)
-    pictures = sum(api.picture_tokens(turn.picture) for turn in request.turns if turn.picture is not None)
+    pictures = sum(api.picture_tokens(model, turn.picture) for turn in request.turns if turn.picture is not None)
     return characters // _CHARACTERS_PER_TOKEN + pictures
 
 
@@ -117,7 +130,7 @@ def questions(items: tuple[Item, ...], settings: QuestionSettings) -> list[Quest
         problems = [f"{name}: no MOS of {' and '.join(aspects)}" for name, aspects in lacking.items() if aspects]
         if problems:
             error = DataError.from_problems("The teacher explains the MOS of each aspect", problems)
-            error.add_note("Name the aspects that all items have by --aspects, or leave the MOS out by --blind.")
+            error.add_note("Name the aspects that all items have by --aspect, or leave the MOS out by --blind.")
             raise error
     return [_question(item, settings) for item in items]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from agiqa.errors import RemoteError
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.journals import Line
-from agiqa.extract.teaching.asking import Teacher, TeacherModel
 from agiqa.extract.teaching.batch_records import refuse_open_batches
-from agiqa.extract.teaching.budget import Budget
 from agiqa.extract.teaching.client import Client
-from agiqa.extract.teaching.lesson import Lesson, Splits, TeachingResult, TeachingSettings
+from agiqa.extract.teaching.costs import Budget
+from agiqa.extract.teaching.job import Splits, TeachingJob, TeachingResult, TeachingSettings, costs_note
 from agiqa.extract.teaching.questions import Question
+from agiqa.extract.teaching.teacher import Teacher, TeacherModel
 from agiqa.progress import Advance, say, track
 from agiqa.store.sharing.transfers import Halted
 
@@ -39,40 +39,40 @@ def run_teaching(
 
     Lines of earlier runs are kept. `splits` go into the conversation files. On Ctrl-C the run waits for the answers
     that are on their way; a second one drops them. Raises RemoteError when no request can succeed, SettingsConflict
-    while batches are open, and as Lesson and Journal.
+    while batches are open, and as TeachingJob and Journal.
     """
     since = time.perf_counter()
-    lesson = Lesson(data_set, out, models, settings, splits)
-    with lesson.journal.writing(), conversations_at_the_end(lesson) as conversations:
+    job = TeachingJob(data_set, out, models, settings, splits)
+    with job.journal.writing(), conversations_at_the_end(job) as conversations:
         refuse_open_batches(out)
-        pending = lesson.pending()
-        if lesson.journal.lines:
-            say(f"resume: {len(lesson.questions) - len(pending)} of {len(lesson.questions)} items are done already")
+        pending = job.pending()
+        if job.journal.lines:
+            say(f"resume: {len(job.questions) - len(pending)} of {len(job.questions)} items are done already")
         if pending and any(model.price is None for model in models):
             unknown = next(model for model in models if model.price is None)
             say(f"note: the price of {unknown.model} is not known, so costs are not counted")
-        run = _Run(lesson, pending)
+        run = _Run(job, pending)
         run.work()
-    return lesson.result(conversations, run.written, stopped=run.stopped, since=since)
+    return job.result(conversations, run.written, stopped=run.stopped, since=since)
 
 
 @contextmanager
-def conversations_at_the_end(lesson: Lesson) -> Generator[dict[str, Path]]:
+def conversations_at_the_end(job: TeachingJob) -> Generator[dict[str, Path]]:
     """Write the conversation files also after an error or Ctrl-C; yields the dict that will hold them."""
     files: dict[str, Path] = {}
     try:
         yield files
     finally:
-        files.update(lesson.finish())
+        files.update(job.finish())
 
 
 class _Run:
     """Threads that ask about the pending items and write the lines."""
 
-    def __init__(self, lesson: Lesson, pending: Sequence[Question]) -> None:
+    def __init__(self, job: TeachingJob, pending: Sequence[Question]) -> None:
         self.written: list[Line] = []
         self.stopped: str | None = None
-        self._lesson = lesson
+        self._job = job
         self._left = len(pending)
         self._next = iter(pending)
         self._halt = threading.Event()
@@ -82,29 +82,30 @@ class _Run:
         self._errors: list[BaseException] = []
         self._unserved: list[Line] = []
         """Lines that wait until the server serves a request."""
-        self._budget = Budget(lesson.settings.budget, lesson.spent())
-        self._each = lesson.expected_cost()
+        self._budget = Budget(job.settings.budget, job.spent())
+        self._each = job.expected_cost()
         self._advance: Advance = lambda _count: None
 
     def work(self) -> None:
         """Ask until nothing is pending. Raises what stopped a thread, and KeyboardInterrupt."""
-        lesson, halt = self._lesson, self._halt
+        job, halt = self._job, self._halt
         with ExitStack() as stack, track("teach", self._left, "items", note=self._costs) as self._advance:
             clients = [
-                Client(one.api, one.model, key=one.key, settings=lesson.settings.client, halt=halt)
-                for one in lesson.models
+                Client(one.api, one.model, key=one.key, settings=job.settings.client, halt=halt) for one in job.models
             ]
-            pairs = [(one, stack.enter_context(client)) for one, client in zip(lesson.models, clients, strict=True)]
-            teacher = Teacher(pairs, self._budget, retries=lesson.settings.retries)
+            pairs = [(one, stack.enter_context(client)) for one, client in zip(job.models, clients, strict=True)]
+            teacher = Teacher(pairs, self._budget, retries=job.settings.retries)
             try:
-                self._follow([self._thread(teacher) for _ in range(min(lesson.settings.jobs, self._left))])
+                self._follow([self._thread(teacher) for _ in range(min(job.settings.jobs, self._left))])
             finally:
                 with self._lock:
                     self._is_closed = True
         if self._errors:
             raise self._errors[0]
         if self._unserved:
-            lesson.journal.append(self._unserved)
+            if not job.was_ever_served():
+                raise self._none_served()
+            job.journal.append(self._unserved)
             self.written += self._unserved
 
     def _follow(self, threads: Sequence[threading.Thread]) -> None:
@@ -123,10 +124,7 @@ class _Run:
             raise
 
     def _costs(self) -> str:
-        if self._each is None:
-            return ""
-        spent = self._budget.spent
-        return f"{spent:.2f} of about {spent + self._left * self._each.mean:.2f} USD"
+        return costs_note(self._budget.spent, self._left, self._each)
 
     def _thread(self, teacher: Teacher) -> threading.Thread:
         """A thread in the context of this one. It ends with the process: a dropped answer holds nothing up."""
@@ -134,19 +132,19 @@ class _Run:
 
     def _serve(self, teacher: Teacher) -> None:
         """Ask about the next item, and write its line, until none is left."""
-        lines = self._lesson.journal.lines
+        lines = self._job.journal.lines
         try:
             while not self._halt.is_set():
                 with self._lock:
                     question = next(self._next, None)
                 if question is None:
                     return
-                line = teacher.explain(question, lines.get(question.item.name))
-                if line is None:
+                line = teacher.explain(question, lines.get(question.item.name), keep=self._accept)
+                if line is not None:
+                    self._accept(line)
+                if line is None or line["status"] == "open":
                     self.stopped = "budget"
                     return
-                with self._lock:
-                    self._accept(line)
         except Halted:
             return
         except BaseException as error:  # noqa: BLE001  # the main thread raises it
@@ -155,19 +153,25 @@ class _Run:
 
     def _accept(self, line: Line) -> None:
         """Write the line of an item. Lines about requests that the server did not serve wait until it serves one."""
-        if self._is_closed:
-            return
-        self._unserved.append(line)
-        if line["fault"] == "unserved" or (line["fault"] == "item" and not self.written):
-            if len(self._unserved) < _NONE_SERVED:
+        with self._lock:
+            if self._is_closed:
                 return
-            message = f"{line['base_url']} has served none of the last {_NONE_SERVED} requests: {line['reason']}."
-            raise RemoteError(message)
-        new, self._unserved = self._unserved, []
-        self._lesson.journal.append(new)
-        self.written += new
-        self._left -= len(new)
-        for one in new:
-            if self._each is not None and one["counted_usd"] is not None:
-                self._each.add(one["counted_usd"])
-        self._advance(len(new))
+            again = self._job.is_rejected_again(line)
+            self._unserved.append(line)
+            if line["fault"] == "unserved" or (line["fault"] == "item" and not (self.written or again)):
+                if len(self._unserved) < _NONE_SERVED:
+                    return
+                raise self._none_served()
+            new, self._unserved = self._unserved, []
+            self._job.journal.append(new)
+            self.written += new
+            self._left -= len(new)
+            for one in new:
+                if self._each is not None and one["counted_usd"] is not None:
+                    self._each.add(one["counted_usd"])
+            self._advance(len(new))
+
+    def _none_served(self) -> RemoteError:
+        last, count = self._unserved[-1], len(self._unserved)
+        which = f"none of the last {count} requests" if count > 1 else "no request"
+        return RemoteError(f"{last['base_url']} has served {which}: {last['reason']}.")

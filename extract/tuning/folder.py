@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from agiqa.errors import BusyStore, DamagedStore, SettingsConflict, first_line
-from agiqa.extract.models.adapters import CONFIG, WEIGHTS
+from agiqa.extract.models.adapters import CONFIG, UNFINISHED, WEIGHTS
 from agiqa.store.disk.files import (
     append_durably,
     canonical_json,
@@ -48,6 +48,14 @@ _FREE = ("agiqa", "commit")
 """Settings that may differ between two runs of one training."""
 
 
+def refuse_adapter(path: Path) -> None:
+    """Raise SettingsConflict if the folder `path` holds an adapter whose training has ended."""
+    written = any((path / name).exists() for name in (CONFIG, *WEIGHTS)) and not (path / UNFINISHED).exists()
+    if written or (path / RECORD).exists():
+        message = f"{path} holds an adapter already. Choose another ADAPTER, or remove that folder."
+        raise SettingsConflict(message)
+
+
 class AdapterFolder:
     """The files of one training."""
 
@@ -57,7 +65,7 @@ class AdapterFolder:
         Raises SettingsConflict if an adapter is there already, other files, or a training of other `settings`.
         """
         self.path = path
-        self.training = path / "training"
+        self.training = path / UNFINISHED
         self.settings = {"format": "agiqa.tuning", "version": 1, **settings}
         self._check()
 
@@ -163,10 +171,7 @@ class AdapterFolder:
     def _check(self) -> None:
         if not self.path.exists():
             return
-        written = any((self.path / name).exists() for name in (CONFIG, *WEIGHTS)) and not self.training.exists()
-        if written or (self.path / RECORD).exists():
-            message = f"{self.path} holds an adapter already. Choose another ADAPTER, or remove that folder."
-            raise SettingsConflict(message)
+        refuse_adapter(self.path)
         if not self._settings.exists():
             if any(found.name not in _OWN for found in self.path.iterdir()):
                 message = f"{self.path} holds other files. Choose another ADAPTER, an empty folder or a new one."

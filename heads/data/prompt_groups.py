@@ -32,8 +32,8 @@ def normalise_prompt(prompt: str) -> str:
     Normalising twice changes nothing.
     """
     seen = unicodedata.normalize("NFC", prompt.translate(_SEEN))
-    bare = _spaced(_folded(_without_punctuation(_folded(_without_punctuation(seen)))))
-    return bare or " ".join(_folded(seen).split())
+    kept = " ".join(_folded(seen).split())
+    return _bare(seen) or _bare(kept) or kept
 
 
 def prompt_groups(prompts: Sequence[str]) -> NDArray[np.int64]:
@@ -75,6 +75,11 @@ def _folded(text: str) -> str:
     """The text composed, compatible and without case: equal for what Unicode calls a compatibility caseless match."""
     decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     return unicodedata.normalize("NFKC", decomposed)
+
+
+def _bare(text: str) -> str:
+    """The words of the text without punctuation, which folding may bring out of other characters."""
+    return _spaced(_folded(_without_punctuation(_folded(_without_punctuation(text)))))
 
 
 def _without_punctuation(text: str) -> str:

@@ -18,7 +18,7 @@ from agiqa.store.disk.locks import abandoned_lock, exclusive_lock, is_held
 from agiqa.store.format.layout import PLAN_LOCK, PULL_LOCK, PULL_RECORD, ROOT_METADATA, SEAL_LOCK, StoreLayout
 from agiqa.store.format.manifest import check_inside, read_record
 from agiqa.store.reading.store import Store
-from agiqa.store.writing.creating import plans_beside
+from agiqa.store.writing.creating import plans_beside, stays_without_lock
 from agiqa.store.writing.records import Owner, killed_records, owner_of, owners, recorded_objects_of
 from agiqa.store.writing.sealing import remove_locks, seal_lock
 
@@ -133,6 +133,8 @@ def _find(store: Store) -> Iterator[_Group]:
         lock = StoreLayout(plan).locks / PLAN_LOCK
         if lock.is_file():
             yield _group("a plan that was killed", [plan], lock, hold=abandoned_lock)
+        elif stays_without_lock(plan):
+            yield _Group(why="a plan that was killed", paths=[plan])
 
 
 def _group(why: str, paths: Sequence[Path], lock: Path, **rest: Any) -> _Group:

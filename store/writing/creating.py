@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -33,6 +34,8 @@ from agiqa.store.writing.planning import StorePlan, write_plan
 from agiqa.store.writing.records import size_problem
 from agiqa.store.writing.sealing import seal_lock
 
+_SECONDS_TO_LOCK = 5.0
+"""Far longer than a run takes between the folder of a plan and its lock file."""
 _LONGEST_NAME, _TOKEN_BYTES = 255, 4
 """Most bytes of a file name on nearly all file systems, and bytes of the random part of a plan's name (in hex)."""
 
@@ -199,10 +202,20 @@ def create_store(path: Path, plan: StorePlan) -> Store:
 def _remove_killed_plans(path: Path) -> None:
     for left_over in plans_beside(path):
         with abandoned_lock(StoreLayout(left_over).locks / PLAN_LOCK) as ended:
-            if ended:
+            if ended or stays_without_lock(left_over):
                 shutil.rmtree(
                     left_over, ignore_errors=True
                 )  # it may belong to another user, or another run may be removing it
+
+
+def stays_without_lock(plan: Path) -> bool:
+    """Whether the folder of a plan has no lock file, and gets none: its run was killed between making the two."""
+    lock, deadline = StoreLayout(plan).locks / PLAN_LOCK, time.monotonic() + _SECONDS_TO_LOCK
+    while plan.exists() and not lock.exists():
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def _resume(path: Path, plan: StorePlan) -> Store:

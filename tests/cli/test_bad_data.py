@@ -35,7 +35,7 @@ def with_cell(row, column, value):
     ("harm", "reason"),
     [
         (truncate, "not a readable image"),
-        (lambda path: path.write_text("no image"), "not a readable image"),
+        (lambda path: path.write_text("no image"), "not a readable image (of no known format)"),
         (lambda path: path.write_bytes(b""), "not a readable image"),
         (lambda path: path.unlink(), "no image of that name"),
     ],

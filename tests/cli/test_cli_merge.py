@@ -54,8 +54,9 @@ def test_a_kill_leaves_no_folder_and_the_next_run_begins_anew(agiqa, base, adapt
     refuse(agiqa(*arguments), "merged exists already")
     assert contents(out) == before
 
+    second = tmp_path / ".second.merging"
     interrupted = agiqa.interrupted(
-        "merge", base, adapter, tmp_path / "second", when=(tmp_path / ".second.merging").is_dir
+        "merge", base, adapter, tmp_path / "second", when=lambda: any(second.glob("*.safetensors"))
     )
     assert interrupted.code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]

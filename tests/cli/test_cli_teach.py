@@ -75,7 +75,9 @@ def test_features_of_the_conversations(teach, agiqa, data, server, tiny_text_che
     )
     assert told.json["items"] == ITEMS
     assert "read the text of a teacher that knew their MOS" in told.err
-    words = agiqa("words", talks, "--labels", data / "data.csv", "--json").json
+    labels = ("--labels", data / "data.csv")
+    refuse(agiqa("words", out, *labels), "is the journal of `agiqa teach`", "such as teacher.quality.jsonl")
+    words = agiqa("words", talks, *labels, "--json").json
     assert (words["n"], words["accuracy"]) == (ITEMS, 1.0)
 
 

@@ -57,6 +57,7 @@ def test_a_run_to_its_end_and_what_it_says(agiqa, server, folder, tmp_path):
     assert result["cost_usd"] == pytest.approx(sum(given + 4.0 * made for given, made in tokens) / 1e6, abs=1e-6)
     assert plan["cost_usd"] > result["cost_usd"]
     check(server, folder, out)
+    assert " of about 0.0" in told.err.replace("\r", "")
     assert len(server.store.batches) == 2
     written = b"".join(path.read_bytes() for path in out.parent.iterdir()) + told.out.encode() + told.err.encode()
     assert KEY.encode() not in written

@@ -11,7 +11,7 @@ from tests.cli.conftest import SMALL_HEAD
 from tests.cli.refusals import misuse, refuse
 from tests.extract.tiny_minicpm import write_minicpm_checkpoint
 from tests.extract.tiny_models import roomy, write_text_checkpoint
-from tests.extract.tuning.talks import write_talks
+from tests.extract.tuning.talks import load_talks, write_talks
 
 SMALL = ("--set", "rank=4", "--set", "lr=1e-3", "--set", "batch_size=4", "--set", "micro_batch=2")
 
@@ -86,19 +86,23 @@ def test_several_aspects_in_one_conversation(agiqa, tune, talks):
     refuse(agiqa(*tune("--dry-run", *both[:2])), "No descriptions of correspondence; give their file")
 
 
-def test_ctrl_c_and_the_same_command_again(agiqa, tune, tmp_path):
+def test_ctrl_c_and_the_same_command_again(agiqa, tune, model, tmp_path):
     options = ("--checkpoint-minutes", 0, "--steps", 12, "--set", "dropout=0.2", "--json")
     stopped = agiqa.interrupted(*tune(*options), when=lambda: _steps(tmp_path / "adapter") >= 3)
     assert stopped.code == 128 + signal.SIGINT
     assert "run the same command again to resume" in stopped.err
     done = _steps(tmp_path / "adapter")
     assert 3 <= done < 12
+    unfinished = ("merge", model, tmp_path / "adapter", tmp_path / "merged")
+    refuse(agiqa(*unfinished), "no adapter_config.json", "Its training has not ended: run the same `agiqa tune` again")
     again = agiqa(*tune(*options))
     assert "resume after step" in again.err
     whole = agiqa(*tune(*options, adapter=tmp_path / "whole")).json
     for name in ("loss", "validation_loss", "best_step"):
         assert again.json[name] == whole[name]
-    refuse(agiqa(*tune(*options)), "holds an adapter already. Choose another ADAPTER")
+    refused = agiqa(*tune(*options))
+    refuse(refused, "holds an adapter already. Choose another ADAPTER")
+    assert "check" not in refused.err  # before the images are looked at
 
 
 def _steps(adapter):
@@ -131,10 +135,41 @@ def test_wrong_usage(agiqa, tune, tmp_path):
     refuse(agiqa(*tune("--recipe", tmp_path / "mine.yaml")), "Did you mean 'rank'")
 
 
+def test_items_without_a_rating_word(agiqa, tune, talks, tmp_path):
+    entries = json.loads((talks / "quality.json").read_text())
+    for entry in entries:
+        del entry["conversations"][3]
+    (tmp_path / "wordless.json").write_text(json.dumps(entries))
+    command = ["tune", talks, tmp_path / "adapter", *tune()[3:5], "--conversations", tmp_path / "wordless.json"]
+    refuse(agiqa(*command), "no rating word", "`agiqa teach` writes both for items with MOS")
+
+
 def test_a_text_model_learns_by_the_light_recipe_only(agiqa, tune, tmp_path):
     text = roomy(write_text_checkpoint(tmp_path / "text"))
     refuse(agiqa(*tune(model=text)), "trains vision, projector, which this model does not have", "light")
-    assert agiqa(*tune("--recipe", "light", "--json", model=text)).json["steps"] == 4
+    tuned = agiqa(*tune("--recipe", "light", "--json", model=text))
+    assert tuned.json["steps"] == 4
+    assert "reads no images; it learns from the text alone" in tuned.err
+
+
+def test_conversations_of_another_aspect_are_pointed_out(agiqa, tune, talks):
+    wrong = agiqa(*tune("--dry-run", "--aspect", "correspondence"))
+    assert "warning: 24 of 24 conversations in quality.json ask about quality, and you gave" in wrong.err
+    assert "Give the file of correspondence, or --aspect quality." in wrong.err
+    swapped = [f"correspondence:{talks / 'quality.json'}", f"quality:{talks / 'correspondence.json'}"]
+    notes = load_talks(talks, images=False, variant="full:quality+correspondence", files=swapped).notes
+    assert [note.partition(" in ")[2] for note in notes] == [
+        "correspondence.json ask about correspondence, and you gave them for quality. Give the file of quality.",
+        "quality.json ask about quality, and you gave them for correspondence. Give the file of correspondence.",
+    ]
+    rated = agiqa("words", talks / "correspondence.json", "--labels", talks / "data.csv")
+    assert "24 of 24 conversations" in rated.err
+    assert "Give --label correspondence" in rated.err
+    for outcome in (
+        agiqa(*tune("--dry-run")),
+        agiqa("words", talks / "correspondence.json", "--labels", talks / "data.csv", "--label", "correspondence"),
+    ):
+        assert "ask about" not in outcome.err
 
 
 def test_damaged_checkpoints_and_other_folders(agiqa, tune, tmp_path):

@@ -17,7 +17,8 @@ import torch
 from agiqa.bench.demo.images import draw_data_set
 from agiqa.extract import Message, open_backbone
 from agiqa.extract.data.templates import template_of
-from agiqa.extract.teaching.tables import shipped_prices
+from agiqa.extract.teaching.wording_and_prices import shipped_prices
+from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.store import open_store
 from tests.command_line import REPOSITORY
 from tests.extract.teaching.providers import KEY, MODEL, explains, says
@@ -157,13 +158,15 @@ def test_every_step_leaves_what_the_page_says(done):
     adapted = open_backbone(str(folder / "tiny"), adapter=str(folder / "adapter"), device="cpu")
     item = adapted.prepare([Message(role="user", content="rate")], folder / "photos" / "images" / min(names))
     assert torch.equal(merged.hidden_states([item])[0], adapted.hidden_states([item])[0])
-    for run in ("quality", "both"):
+    for run in ("quality", "correspondence", "both"):
         assert (folder / "runs" / run / "head.safetensors").is_file()
     assert re.search(r"^photos/images/\S+: MOS \d", shell.stdout, re.MULTILINE)
     assert (
         f"resume: {IMAGES} of {IMAGES} items are described already" in shell.stderr
     )  # the night job, after everything is done
     assert "error" not in shell.stderr
+    assert "ask about" not in shell.stderr  # aspects of questions, texts and MOS agree in every step
+    assert "ask for" not in shell.stderr
 
 
 def test_the_splits_of_teach_hold_in_all_later_steps(done):
@@ -185,6 +188,13 @@ def test_the_splits_of_teach_hold_in_all_later_steps(done):
     assert tested.keys() == {name for name in taught if taught[name] == "test"}
     metrics = json.loads((folder / "runs" / "quality" / "metrics.json").read_text())
     assert metrics["test"]["n"] == len(tested)
+
+
+def test_the_night_job_goes_on_with_a_training_that_was_stopped(tmp_path):
+    (guard,) = re.findall(r"^(test .*) \|\| agiqa tune", PAGE, re.MULTILINE)
+    with AdapterFolder(tmp_path / "adapter", {}).writing():
+        pass
+    assert subprocess.run(["bash", "-c", guard], cwd=tmp_path, check=False).returncode == 1
 
 
 def test_the_key_is_in_no_file(done):

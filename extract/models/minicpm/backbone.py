@@ -20,7 +20,7 @@ from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
 from agiqa.extract.models.loading import failures_of, load_tokenizer
 from agiqa.extract.models.minicpm.model import MiniCPMConfig, MiniCPMV
 from agiqa.extract.models.minicpm.slicing import cut, patches_of, slicing_of
-from agiqa.extract.models.rendering import Renderer, refuse_marks
+from agiqa.extract.models.rendering import Renderer, main_template, refuse_marks
 from agiqa.store import TOKEN_ROLES
 
 _ANSWER = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
@@ -129,11 +129,11 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         tokenizer = load_tokenizer(self.checkpoint, transformers.PreTrainedTokenizerFast)
         self._ids: dict[str, int] = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in marks.items()}
         self._ids["line"] = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
-        template = tokenizer.chat_template
+        name = self.checkpoint.name
+        template = main_template(name, tokenizer.chat_template)
         if template is not None and template.endswith(_ANSWER):
             kept = template.removesuffix(_ANSWER)
             template = f"{kept}{{% if add_generation_prompt %}}{_ANSWER}{{% endif %}}"
-        name = self.checkpoint.name
         return Renderer(name=name, tokenizer=tokenizer, template=template, image_token=marks["im_start"])
 
 

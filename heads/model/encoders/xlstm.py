@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, pad, silu
+from torch.nn.functional import layer_norm, linear, silu
 from xlstm import (
     FeedForwardConfig,
     mLSTMBlockConfig,
@@ -21,7 +20,6 @@ from xlstm import (
     xLSTMBlockStack,
     xLSTMBlockStackConfig,
 )
-from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 from xlstm.blocks.mlstm.cell import mLSTMCell
 from xlstm.blocks.mlstm.layer import mLSTMLayer
 from xlstm.blocks.slstm.cell import sLSTMCell_vanilla
@@ -32,13 +30,8 @@ from xlstm.components.ln import MultiHeadLayerNorm
 
 from agiqa.errors import ConfigError
 from agiqa.heads.model.encoders.base import ENCODERS, EitherWay, Encoded, Encoder, Mask, Tokens, refuse_bidirectional
-from agiqa.heads.model.encoders.kernels.dispatch import (
-    causal_conv_silu,
-    is_power_of_two,
-    kernels_missing,
-    product_dtype,
-    uncompiled,
-)
+from agiqa.heads.model.encoders.kernels.dispatch import causal_conv_silu
+from agiqa.heads.model.encoders.mlstm import mlstm, mlstm_torch_reason
 from agiqa.heads.model.encoders.slstm import slstm, slstm_loop_reason
 from agiqa.heads.settings.config import HeadConfig
 
@@ -49,19 +42,14 @@ _MLSTM_FACTOR = 2
 """How much wider an mLSTM works than its block, as in the package."""
 _MLSTM_STEP = 64
 """The package rounds the channels of an mLSTM up to a multiple of this."""
-_MLSTM_CHUNK = 128
-"""Tokens per chunk of the mLSTM kernels."""
-_MLSTM_LEAST_DIM = 16
-_MLSTM_EPS = 1e-6
-"""As in the package's torch form."""
 _SMALL_BLOCK = 16
 
 
 class XLSTMEncoder(Encoder):
     """Pre-norm residual blocks: an sLSTM at index 1, mLSTMs elsewhere, a norm at the end.
 
-    Every part is causal, so right padding cannot reach a real token. It is set to zero first all the same: the parallel
-    form multiplies it by zero, which would keep a NaN.
+    Every part is causal, so right padding cannot reach a real token. It is set to zero first all the same: masked
+    products multiply it by zero, which would keep a NaN.
     """
 
     graphable = True
@@ -103,8 +91,8 @@ class XLSTMEncoder(Encoder):
         weight = next(self.stack.parameters())
         torch_form = mlstm_torch_reason(weight.device, self._mlstm_dim)
         loops = slstm_loop_reason(weight.new_empty(0, self._dim))
-        parallel = "mlstm: Triton kernels" if torch_form is None else f"mlstm: torch's parallel form ({torch_form})"
-        return f"{parallel}; slstm: " + ("Triton kernels" if loops is None else f"loops over the steps ({loops})")
+        in_chunks = "mlstm: Triton kernels" if torch_form is None else f"mlstm: torch, in chunks ({torch_form})"
+        return f"{in_chunks}; slstm: " + ("Triton kernels" if loops is None else f"loops over the steps ({loops})")
 
     def forward(self, tokens: Tokens, mask: Mask) -> Encoded:
         """The normed output of the last block, with zeros in the padding."""
@@ -256,51 +244,3 @@ class HeadNorm(MultiHeadLayerNorm):
         normed = layer_norm(input.transpose(1, 2), (dim,), eps=self.eps)
         scaled: Tensor = normed * self.weight_proxy.view(heads, dim)
         return scaled.transpose(1, 2)
-
-
-@uncompiled
-def mlstm(
-    queries: Float[Tensor, "batch heads token dim"],
-    keys: Float[Tensor, "batch heads token dim"],
-    values: Float[Tensor, "batch heads token dim"],
-    igate_preact: Float[Tensor, "batch heads token 1"],
-    fgate_preact: Float[Tensor, "batch heads token 1"],
-) -> Float[Tensor, "batch heads token dim"]:
-    """The mLSTM of whole sequences from the zero state, by kernels of mlstm_kernels or in the package's torch form.
-
-    The torch form makes several matrices of (batch, heads, tokens, tokens); the kernels go over chunks of tokens and
-    make none (Beck et al. 2025, arXiv 2503.14376). The kernels' gradient leaves out the part through the normaliser,
-    which is zero before a norm of each head, as in `MLSTMCell`.
-    """
-    if mlstm_torch_reason(queries.device, queries.shape[-1]) is not None:
-        outputs: Tensor = parallel_stabilized_simple(queries, keys, values, igate_preact, fgate_preact, eps=_MLSTM_EPS)
-        return outputs
-    tokens = queries.shape[2]
-    missing = -tokens % _MLSTM_CHUNK  # causal, so the padding reaches no token
-
-    def padded(values: Tensor) -> Tensor:
-        return pad(values, (0, 0, 0, missing))
-
-    dtype = product_dtype(queries)
-    rows = [padded(values).to(dtype) for values in (queries, keys, values)]
-    gates = [padded(gate).squeeze(-1).float() for gate in (igate_preact, fgate_preact)]
-    with torch.autocast("cuda", enabled=False):  # it would round the gates, whose sums run over all tokens
-        hidden: Tensor = _mlstm_kernel()(
-            *rows, *gates, eps=_MLSTM_EPS, chunk_size=_MLSTM_CHUNK, autocast_kernel_dtype=dtype
-        )
-    return hidden[:, :, :tokens]
-
-
-def mlstm_torch_reason(device: torch.device, dim: int) -> str | None:
-    """Why the torch form computes heads of `dim` channels on `device`; None where the kernels do."""
-    unavailable = kernels_missing(device, ("triton", "mlstm_kernels"))
-    if unavailable is None and not (dim >= _MLSTM_LEAST_DIM and is_power_of_two(dim)):
-        return f"the kernels need heads of 2^k channels, {_MLSTM_LEAST_DIM} or more, not {dim}"
-    return unavailable
-
-
-def _mlstm_kernel() -> Callable[..., Any]:
-    from mlstm_kernels.torch.chunkwise import triton_xl_chunk  # imports triton, which is absent without a GPU
-
-    kernel: Callable[..., Any] = triton_xl_chunk.mlstm_chunkwise__xl_chunk
-    return kernel

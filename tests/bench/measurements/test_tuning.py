@@ -39,7 +39,7 @@ def test_a_case_gives_a_line_and_tables(tmp_path):
     assert "| light | 1100 | 1 | all | never |" in outcome.output
     assert "goal" not in outcome.output  # they are for GPUs
     line["config"]["device"] = "NVIDIA H100"
-    assert "| light, 1100 tokens, 1 items, all: GB | at most 24 |" in tables([line])
+    assert "| light, 1100 tokens x 1, recomputed: all, compiled: never: GB | at most 24 |" in tables([line])
     again = CliRunner().invoke(main, ["--table", str(path)])
     assert again.output.splitlines()[0] in outcome.output
 

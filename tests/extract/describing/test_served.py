@@ -25,8 +25,9 @@ from agiqa.extract.teaching.client import Client, ClientSettings, Key
 from agiqa.heads.evaluation.rating_words import parse_rating_word
 from tests.extract.models.test_merging import minicpm_adapter
 from tests.extract.small_sets import read_table, write_set, write_table
+from tests.extract.teaching.loopback import Reply
 from tests.extract.teaching.providers import KEY, MODEL, bad_image, dies, explains, fails, loses, refuses, says, slow
-from tests.extract.teaching.wire_formats import OpenAi
+from tests.extract.teaching.wire_formats import OpenAi, json_reply
 from tests.extract.tiny_minicpm import write_minicpm_checkpoint
 from tests.extract.tiny_models import roomy, write_vision_checkpoint
 
@@ -262,3 +263,45 @@ def test_a_cut_description_is_marked(folder, server, tmp_path):
     server.default = lambda one, request: says("It is", cut=RATE not in request.text)(one, request)
     run(folder, server, tmp_path / "out.jsonl")
     assert all(line["cut"] for line in lines_of(tmp_path / "out.jsonl").values())
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_thoughts_that_a_server_sends_apart(folder, server, tmp_path, field):
+    """The rating of a model that thinks may then take as many tokens as its description."""
+
+    def thinks(text, *, cut=False):
+        def reply(one, request):
+            answer = json.loads(says(text, cut=cut)(one, request).body)
+            answer["choices"][0]["message"] |= {"content": text or None, field: "Is it sharp?"}
+            return json_reply(answer)
+
+        return reply
+
+    server.default = thinks("A sharp image.")
+    run(folder, server, tmp_path / "out.jsonl")
+    line = lines_of(tmp_path / "out.jsonl")["000.png"]
+    assert line["description"] == "A sharp image."
+    assert line["generated"] == dict.fromkeys(("describe", "rate"), "Is it sharp?\nA sharp image.")
+    assert {request.body["max_tokens"] for request in server.requests} == {50}
+    server.default = thinks("", cut=True)
+    with pytest.raises(DataError, match="still thinking after"):
+        run(folder, server, tmp_path / "cut.jsonl")
+
+
+def test_half_a_character_is_no_reason_to_stop(folder, server, tmp_path):
+    server.default = says("A dog \ud83d")
+    run(folder, server, tmp_path / "out.jsonl")
+    assert {line["description"] for line in lines_of(tmp_path / "out.jsonl").values()} == {"A dog ?"}
+    server.default = says("A dog \ud83d\udc36")
+    run(folder, server, tmp_path / "whole.jsonl")
+    assert {line["description"] for line in lines_of(tmp_path / "whole.jsonl").values()} == {"A dog \U0001f436"}
+
+
+def test_what_a_server_says_about_a_request_is_passed_on(folder, server, tmp_path):
+    fault = [{"loc": ["body", "messages"], "msg": "no images here"}]
+    server.default = lambda *_: json_reply({"detail": fault}, 422)
+    with pytest.raises(DataError, match="no images here"):
+        run(folder, server, tmp_path / "out.jsonl")
+    server.default = lambda *_: Reply(body=b"<!DOCTYPE html><p>Welcome")
+    with pytest.raises(DataError, match="no answer of the server: a web page"):
+        run(folder, server, tmp_path / "out.jsonl")

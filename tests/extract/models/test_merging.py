@@ -61,6 +61,10 @@ def minicpm(tmp_path_factory):
     (base / "LICENSE").write_text("terms\n")
     (base / "generation_config.json").write_text('{"eos_token_id": [341, 345]}')
     (base / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "chat_template.jinja").write_text(settings["chat_template"])
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
     (base / "consolidated.pt").write_bytes(b"the same weights once more")
     (base / "original").mkdir()
     (base / "original" / "consolidated.00.pth").write_bytes(b"the same weights once more")
@@ -124,7 +128,8 @@ def test_all_other_files_are_copied_and_the_record_has_the_hashes(minicpm, tmp_p
     weights = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
     kept = {path.name for path in base.iterdir() if path.is_file()}
     kept -= {".gitattributes", "consolidated.pt"}
-    assert {path.name for path in merged.iterdir()} == {*kept, "merge.json"}
+    assert {path.name for path in merged.iterdir()} == {*kept, "additional_chat_templates", "merge.json"}
+    assert (merged / "additional_chat_templates" / "rag.jinja").read_text() == "{{ messages }}"
     for name in kept - weights:
         assert (merged / name).read_bytes() == (base / name).read_bytes(), name
     record = json.loads((merged / "merge.json").read_text())
@@ -139,7 +144,7 @@ def test_all_other_files_are_copied_and_the_record_has_the_hashes(minicpm, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
     again = tmp_path / "again"
     merge_adapter(str(base), str(adapter), again)
-    assert all((again / path.name).read_bytes() == path.read_bytes() for path in merged.iterdir())
+    assert all((again / path.name).read_bytes() == path.read_bytes() for path in merged.iterdir() if path.is_file())
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -311,6 +316,8 @@ def refused(base, adapter, out, error, match):
 def test_what_is_refused_before_anything_is_written(base, adapter, tmp_path):
     out = tmp_path / "out"
     refused(base, adapter, base, ConfigError, "base exists already")
+    (tmp_path / "link").symlink_to("nowhere")
+    refused(base, adapter, tmp_path / "link", ConfigError, "link exists already")
     refused(base, adapter, tmp_path / "no" / "out", ConfigError, "no is no folder")
     refused(base, tmp_path / "absent", out, ModelError, "no such folder")
     config = json.loads((base / "config.json").read_text())
@@ -329,6 +336,15 @@ def test_what_is_refused_before_anything_is_written(base, adapter, tmp_path):
     refused(base, adapter, out, ModelError, "own format")
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     refused(tmp_path / "model.gguf", adapter, out, ModelError, "model.gguf is a GGUF file")
+
+
+def test_an_adapter_counts_once(base, adapter, tmp_path):
+    merge_adapter(str(base), str(adapter), tmp_path / "merged")
+    with pytest.raises(ModelError, match=r"merged with the adapter .* already .*Leave the adapter out"):
+        open_backbone(str(tmp_path / "merged"), adapter=str(adapter), device="cpu")
+    refused(tmp_path / "merged", adapter, tmp_path / "twice", ModelError, "is merged with the adapter")
+    edit(adapter, lambda tensors: tensors.update({name: 2 * value for name, value in tensors.items()}))
+    assert merge_adapter(str(tmp_path / "merged"), str(adapter), tmp_path / "another").changed
 
 
 def test_an_adapter_that_does_not_fit_is_named(base, adapter, tmp_path):

@@ -1,13 +1,23 @@
 """Chat templates that trim, date, lack or spoil: the text, its tokens and their roles."""
 
+import json
+
 import numpy as np
 import pytest
 
 from agiqa.errors import ModelError
+from agiqa.extract import open_backbone
 from agiqa.extract.data.items import Message
 from agiqa.extract.models.rendering import Renderer, expand_roles
 from agiqa.store import TOKEN_ROLES
-from tests.extract.tiny_models import PARTS_TEMPLATE, TEXT_TEMPLATE, make_tokenizer
+from tests.extract.tiny_minicpm import write_minicpm_checkpoint
+from tests.extract.tiny_models import (
+    PARTS_TEMPLATE,
+    TEXT_TEMPLATE,
+    make_tokenizer,
+    write_text_checkpoint,
+    write_vision_checkpoint,
+)
 
 SPECIAL, IMAGE, QUESTION, ANSWER = (TOKEN_ROLES[role] for role in ("special", "image", "question", "answer"))
 
@@ -48,6 +58,29 @@ def test_a_model_without_template_gets_the_plain_one():
     ids, roles = plain.tokenize(rendered)
     assert (ids == plain.tokenizer.bos_token_id).sum() == 1
     assert plain.tokenizer.decode(ids[roles == ANSWER].tolist()).strip() == "fair"
+
+
+def with_named_templates(checkpoint, *names):
+    """The checkpoint, its own chat template under the first of `names` and a useless one under the others."""
+    path, own = checkpoint / "tokenizer_config.json", checkpoint / "chat_template.jinja"
+    settings = json.loads(path.read_text())
+    template = own.read_text() if own.exists() else settings["chat_template"]
+    own.unlink(missing_ok=True)
+    templates = dict.fromkeys(names, "{{ 'useless' }}") | {names[0]: template}
+    settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    path.write_text(json.dumps(settings))
+    return str(checkpoint)
+
+
+@pytest.mark.parametrize("write", [write_text_checkpoint, write_vision_checkpoint, write_minicpm_checkpoint])
+def test_of_several_chat_templates_the_default_one_counts(write, tmp_path):
+    talk = turns("rate", "fair", "why?")
+    alone = open_backbone(str(write(tmp_path / "alone")), device="cpu").prepare(talk, None, answer=True)
+    several = open_backbone(with_named_templates(write(tmp_path / "several"), "default", "tool_use"), device="cpu")
+    assert several.prepare(talk, None, answer=True).token_ids.tolist() == alone.token_ids.tolist()
+    nameless = with_named_templates(write(tmp_path / "nameless"), "rag", "tool_use")
+    with pytest.raises(ModelError, match=r"nameless: its chat templates are called rag, tool_use; call the one"):
+        open_backbone(nameless, device="cpu")
 
 
 def test_a_template_without_bos_stays_without_it():

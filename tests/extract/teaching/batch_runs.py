@@ -3,15 +3,15 @@
 import json
 
 from agiqa.extract import load_data_set
+from agiqa.extract.teaching.answers import KEYS
 from agiqa.extract.teaching.apis import api_of
-from agiqa.extract.teaching.asking import TeacherModel
 from agiqa.extract.teaching.batch_steps import BatchSettings
 from agiqa.extract.teaching.batches import run_batches
 from agiqa.extract.teaching.client import ClientSettings, Key
-from agiqa.extract.teaching.explanations import KEYS
-from agiqa.extract.teaching.lesson import Splits, TeachingSettings
+from agiqa.extract.teaching.job import Splits, TeachingSettings
 from agiqa.extract.teaching.questions import QuestionSettings
-from agiqa.extract.teaching.tables import Price
+from agiqa.extract.teaching.teacher import TeacherModel
+from agiqa.extract.teaching.wording_and_prices import Price
 from tests.extract.teaching.providers import (
     FALLBACK,
     KEY,

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 from agiqa.extract import load_data_set
 from agiqa.extract.teaching.apis import api_of
-from agiqa.extract.teaching.asking import TeacherModel
 from agiqa.extract.teaching.client import ClientSettings, Key
-from agiqa.extract.teaching.lesson import Splits, TeachingSettings
+from agiqa.extract.teaching.job import Splits, TeachingSettings
 from agiqa.extract.teaching.questions import QuestionSettings
-from agiqa.extract.teaching.tables import Price
+from agiqa.extract.teaching.teacher import TeacherModel
 from agiqa.extract.teaching.teaching import run_teaching
+from agiqa.extract.teaching.wording_and_prices import Price
 from tests.extract.small_sets import read_table, write_set, write_table
 from tests.extract.teaching.providers import MODEL
 

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from agiqa.errors import RemoteError
-from agiqa.extract.teaching.apis import ChatRequest, Fault, Picture, Reply, Turn, api_of
+from agiqa.extract.teaching.answers import answer_schema, read_answer
+from agiqa.extract.teaching.apis import api_of
 from agiqa.extract.teaching.batch_apis import batch_api_of, read_results
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Picture, Reply, Turn
 from agiqa.extract.teaching.client import Client, ClientSettings, Key
-from agiqa.extract.teaching.explanations import answer_schema, read_answer
 from tests.extract.teaching import providers
 from tests.extract.teaching.batch_providers import BATCH_PROVIDERS
 from tests.extract.teaching.providers import KEY, MODEL, answer_of, bad_image, fails, loses, refuses

@@ -12,6 +12,7 @@ from tests.extract.teaching.batch_runs import Taught
 from tests.extract.teaching.providers import (
     KEY,
     Reply,
+    bad_image,
     fails,
     loses,
     rate_limited,
@@ -99,6 +100,45 @@ def says_nothing_of(server):
     return creates
 
 
+def test_a_damaged_download_loses_no_answer(taught, server):
+    """Such as the page of a proxy, or a file that is cut off."""
+    whole = server.results
+    server.results = lambda batch: whole(batch)[:-20] + b"\n" if server.API == "gemini" else whole(batch)
+    if server.API == "openai":
+        server.script(lambda *_: Reply(body=b"<html>Log in</html>"), path="/content")
+    with pytest.raises(RemoteError, match=r"no JSON\. Run the same command again"):
+        taught.run()
+    assert taught.out.read_text() == ""
+    server.results = whole
+    result, _ = taught.run()
+    assert (result.asked, len(server.paid)) == (8, 8)
+
+
+def test_results_that_are_named_late_are_waited_for(taught, server):
+    held = server.deliver = lambda _lines: []
+    seen, shown = [], server._shown
+
+    def late(batch, *, ended=False):
+        answer = shown(batch, ended=ended)
+        if ended and server.deliver is held:
+            for about in (answer, answer.get("metadata") or {}):
+                about.pop("response", None)
+                about.pop("output", None)
+            seen.append(batch)
+            server.deliver = list if len(seen) == 2 else held
+        return answer
+
+    server._shown = late
+    result, outcome = taught.run()
+    assert (result.asked, outcome.left, len(server.paid), len(seen)) == (8, set(), 8, 2)
+    server._shown, server.deliver = late, held
+    taught.out.unlink()
+    seen += [None] * 3
+    with pytest.raises(RemoteError, match="names no file of its results"):
+        taught.run(client=ClientSettings(timeout=20.0, patience=0.05))
+    assert records_path(taught.out).exists()
+
+
 def test_a_batch_that_fails_as_a_whole_says_why(taught, server):
     server.end = "failed"
     if server.API == "openai":
@@ -119,6 +159,17 @@ def test_a_provider_that_rejects_every_request_is_no_fault_of_the_items(server, 
         taught.run()
     assert not taught.out.exists() or taught.out.read_text() == ""
     assert not records_path(taught.out).exists()
+
+
+def test_a_provider_that_rejects_all_of_few_items_is_not_their_fault_either(taught, server):
+    server.always(bad_image)
+    with pytest.raises(RemoteError, match="rejects every request"):
+        taught.run()
+    assert taught.out.read_text() == ""
+    server.calm()
+    server.script(bad_image)
+    result, _ = taught.run(BatchSettings(interval=0.01, most_requests=1))
+    assert (result.missing, result.as_dict()["failed"]) == (0, 1)
 
 
 def test_a_wrong_key_stops_at_once_and_is_in_no_file(taught, server):

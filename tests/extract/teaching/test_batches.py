@@ -5,14 +5,14 @@ import json
 import pytest
 
 from agiqa.errors import DataError, RemoteError, SettingsConflict
+from agiqa.extract.teaching.answers import KEYS
 from agiqa.extract.teaching.apis import api_of
-from agiqa.extract.teaching.asking import TeacherModel
 from agiqa.extract.teaching.batch_apis import _KINDS as KINDS
 from agiqa.extract.teaching.batch_records import records_path, refuse_open_batches
 from agiqa.extract.teaching.batch_steps import BatchSettings
 from agiqa.extract.teaching.client import ClientSettings, Key
-from agiqa.extract.teaching.explanations import KEYS
 from agiqa.extract.teaching.questions import QuestionSettings
+from agiqa.extract.teaching.teacher import TeacherModel
 from tests.extract.small_sets import write_set
 from tests.extract.teaching.batch_providers import BATCH_PROVIDERS, swapped
 from tests.extract.teaching.batch_runs import DONE, PRICE, Taught
@@ -181,18 +181,22 @@ def test_teacher_and_fallback_may_be_of_two_providers(folder, tmp_path):
         assert {name: line["explanations"] for name, line in lines.items()} == taught.expected()
 
 
-def test_the_budget_is_checked_before_a_batch_is_created(taught, server):
-    long = {KEYS["quality"]: "A word. " * 400}
+def test_batches_never_exceed_the_budget_and_learn_what_answers_cost(server, tmp_path):
+    """The answers are much longer than the usual 750 tokens, as those of a model that thinks."""
+    taught = Taught(server, write_set(tmp_path / "set", 60, images=True), tmp_path / "teacher.jsonl")
+    long = {KEYS["quality"]: "A word. " * 1000}
     server.default = says(lambda request: json.dumps(answer_of(request) | long))
-    result, outcome = taught.run(budget=0.018)
-    assert 0 < result.asked < 8
+    one = PRICE.output * len(json.dumps(long)) / 4 / 1e6
+    result, outcome = taught.run(budget=30 * one)
+    sizes = [len(batch.lines) for batch in server.store.batches.values()]
+    assert sum(line["cost_usd"] for line in taught.lines().values()) <= 30 * one
+    assert sizes[0] < 10  # of 8192 tokens each, the most that an answer can have
+    assert 20 <= result.asked == sum(sizes) < 60
     assert outcome.unaffordable
     assert result.stopped == "budget"
-    assert sum(line["cost_usd"] for line in taught.lines().values()) <= 0.018
-    paid = len(server.paid)
-    result, outcome = taught.run(budget=1.0)
-    assert (result.missing, result.stopped, len(server.paid)) == (0, None, 8)
-    assert paid < 8
+    result, outcome = taught.run(budget=100.0)
+    assert (result.missing, result.stopped, len(server.paid)) == (0, None, 60)
+    assert len(server.store.batches) == len(sizes) + 1
 
 
 def test_without_waiting_a_second_run_fetches_the_answers(taught, server):

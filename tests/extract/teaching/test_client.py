@@ -1,5 +1,6 @@
 """The client against real servers: what it tries again, what it reports, when it gives up, and that no key gets out."""
 
+import json
 import logging
 import threading
 import time
@@ -9,10 +10,12 @@ from email.utils import format_datetime
 import pytest
 
 from agiqa.errors import ConfigError, RemoteError
-from agiqa.extract.teaching.apis import ChatRequest, Fault, Picture, Reply, Turn, api_of
+from agiqa.extract.teaching.answers import answer_schema
+from agiqa.extract.teaching.apis import api_of
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Picture, Reply, Turn
 from agiqa.extract.teaching.client import HIDDEN, Client, ClientSettings, Key, MinuteLimits, key_for
-from agiqa.extract.teaching.explanations import answer_schema
 from agiqa.store.sharing.transfers import Halted
+from tests.extract.teaching.loopback import Reply as Answer
 from tests.extract.teaching.providers import (
     KEY,
     MODEL,
@@ -244,10 +247,55 @@ def test_halt_ends_a_wait(server):
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://there/v1"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://there/v1", "http://[::1", "http://.../v1", f"http://{'a' * 70}.org/v1"]
+)
 def test_what_is_no_url_of_a_server_is_told(url):
-    with Client(api_of("openai", url), MODEL) as client, pytest.raises(ConfigError, match="begin with http"):
+    with pytest.raises(ConfigError, match="not the URL of a server"), Client(api_of("openai", url), MODEL) as client:
         client.ask(request_about("x"))
+
+
+def test_an_error_that_comes_as_a_success_is_one():
+    """As routers of several providers send it."""
+
+    def late(status):
+        body = {"error": {"message": "Provider returned error", "code": status}}
+        return lambda *_: Answer(body=json.dumps(body).encode())
+
+    with PROVIDERS["openai"]() as server, client_of(server) as client:
+        server.script(late(502), late("overloaded"))
+        answered = client.ask(request_about("x"))
+        assert isinstance(answered.reply, Reply)
+        assert (answered.attempts, answered.lost) == (3, 0)
+        server.script(late(400))
+        assert client.ask(request_about("x")).reply.kind == "item"
+
+
+def test_halves_of_characters_and_mad_numbers_of_the_server_harm_nothing():
+    usage = {"prompt_tokens": 10**400, "completion_tokens": 5}
+    answer = {"choices": [{"message": {"content": "a \ud83d"}, "finish_reason": "\ud83d"}], "usage": usage}
+    reply = api_of("openai").read(answer)
+    assert (reply.text, reply.finish_reason, reply.input_tokens, reply.output_tokens) == ("a ?", "?", None, 5)
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        (None, "max_completion_tokens"),
+        ("https://eu.api.openai.com/v1", "max_completion_tokens"),
+        ("https://me.openai.azure.com/openai/v1/", "max_completion_tokens"),
+        ("https://not-openai.com/v1", "max_tokens"),
+        ("http://localhost:8000/v1", "max_tokens"),
+    ],
+)
+def test_the_limit_on_tokens_has_the_name_that_the_server_knows(url, name):
+    body = api_of("openai", url).body(MODEL, request_about("x"))
+    assert {key: value for key, value in body.items() if "tokens" in key} == {name: 50}
+
+
+def test_a_prompt_that_openai_flags_is_refused_and_not_rejected():
+    error = {"error": {"message": "Your prompt was flagged.", "code": "invalid_prompt"}}
+    assert api_of("openai").fault(400, error).kind == "refused"
 
 
 @pytest.mark.parametrize("limits", [(3, None), (None, 30)])

@@ -131,3 +131,15 @@ def test_other_values_are_problems(tmp_path, field, value, said):
     source = change(write(tmp_path)["quality"], **{field: value})
     with pytest.raises(DataError, match=said):
         load_data_set(tmp_path, conversations=[source], images=False)
+
+
+def test_texts_may_hold_any_line_separator(tmp_path):
+    """JSON lines end with a line feed alone; other separators may stand in a text as they are."""
+    path = write(tmp_path)["quality"]
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    text = "one\u2028two\x85three"
+    for entry in entries:
+        entry["conversations"][1]["content"] = text
+    path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\r\n" for entry in entries), encoding="utf-8")
+    read = load_data_set(tmp_path, conversations=[str(path)], images=False)
+    assert {item.conversation[1].content for item in read.items} == {text}

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agiqa.extract.teaching.apis import Fault, Reply
 from agiqa.extract.teaching.batch_apis import BatchResult
+from agiqa.extract.teaching.chats import Fault, Reply
 from agiqa.extract.teaching.joining import MIXED_UP, join
 
 IDS = ("a1", "b2", "c3", "d4")

@@ -13,11 +13,12 @@ from PIL import Image
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract import Item, load_data_set
 from agiqa.extract.data.images import open_image, read_image_file
-from agiqa.extract.teaching.apis import Picture, api_of
-from agiqa.extract.teaching.explanations import ASPECTS, KEYS, Explained, read_answer
+from agiqa.extract.teaching.answers import ASPECTS, KEYS, Explained, read_answer
+from agiqa.extract.teaching.apis import api_of
+from agiqa.extract.teaching.chats import Picture
 from agiqa.extract.teaching.pictures import LONGEST_SIDE, MOST_BYTES, picture_of
 from agiqa.extract.teaching.questions import QuestionSettings, input_tokens, questions
-from agiqa.extract.teaching.tables import PriceTable, Wording, read_yaml, shipped_prices, shipped_wording
+from agiqa.extract.teaching.wording_and_prices import PriceTable, Wording, read_yaml, shipped_prices, shipped_wording
 from tests.extract.small_sets import write_set
 
 MOS = {"quality": 3.456, "correspondence": 0.5, "authenticity": 5.0}
@@ -92,16 +93,42 @@ def test_key_and_id_follow_what_the_answer_depends_on():
     ("text", "leaks"),
     [
         ("Sharp, worth 3.46 I would say.", True),
+        ("Sharp, worth 3.5.", True),
         ("Its mean opinion score is high.", True),
         ("The MOS is high.", True),
         ("About 13.46 metres, or 3.465.", False),
         ("Three boats, 3 of them red.", False),
+        ("Like a photograph at f/2.8.", False),
     ],
 )
 def test_an_explanation_that_gives_the_score_away_is_found(text, leaks):
     explanations = dict.fromkeys(ASPECTS, "Nothing.") | {"quality": text}
-    assert (ask(item_of()).leaked(explanations) is not None) == leaks
-    assert ask(item_of(), blind=True).leaked(explanations) is None
+    assert (ask(item_of()).fault_of(explanations) is not None) == leaks
+    assert ask(item_of(), blind=True).fault_of(explanations) is None
+    prompted = ask(item_of(prompt="a door with the numbers 3.46 and 3.5"))
+    assert (prompted.fault_of(explanations) is not None) == (leaks and "3." not in text)
+
+
+@pytest.mark.parametrize(
+    ("mos", "high", "text", "leaks"),
+    [
+        (3.5, 5, "worth 3.5", True),
+        (4.0, 5, "4.0 of 5", True),
+        (4.0, 5, "4 boats", False),
+        (87.0, 100, "worth 87", True),
+        (87.0, 100, "worth 88", False),
+        (0.123, 1, "worth 0.12", True),
+    ],
+)
+def test_scores_are_found_in_the_forms_that_people_write(mos, high, text, leaks):
+    question = ask(item_of(labels={"quality": mos}), aspects=("quality",), mos_range=(0.0, high))
+    assert (question.fault_of({"quality": text}) is not None) == leaks
+
+
+def test_the_example_is_no_explanation():
+    """Weak models copy it."""
+    example = shipped_wording().example["quality"]
+    assert "of the example" in ask(item_of(), blind=True).fault_of({"quality": example})
 
 
 def test_items_without_a_mos_are_listed():
@@ -110,7 +137,7 @@ def test_items_without_a_mos_are_listed():
         questions(items, QuestionSettings(aspects=("quality", "authenticity")))
     assert "b.png: no MOS of authenticity" in str(caught.value)
     assert "c.png: no MOS of quality and authenticity" in str(caught.value)
-    assert "--blind" in caught.value.__notes__[0]
+    assert re.findall(r"--\w+", caught.value.__notes__[0]) == ["--aspect", "--blind"]
     assert len(questions(items, QuestionSettings(aspects=("quality", "authenticity"), blind=True))) == 3
 
 
@@ -119,6 +146,29 @@ def test_aspects_are_checked():
         QuestionSettings(aspects=("qualty",))
     with pytest.raises(ConfigError, match="name each one once"):
         QuestionSettings(aspects=("quality", "quality"))
+
+
+EXPLAINED = Explained(id="1", explanations={"quality": "Sharp."})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '```json\n{"id": "1", "quality_explanation": "Sharp."}\n```',
+        '<think>Like {"id"?</think> {"id": "1", "quality_explanation": " Sharp. "}',
+        '{"id": "1", "quality_explanation": "Sharp.", "more": 3}\nI used {braces}.',
+    ],
+    ids=["fence", "thoughts", "words behind"],
+)
+def test_an_answer_is_found_among_other_text(text):
+    assert read_answer(text, ["quality"]) == EXPLAINED
+
+
+@pytest.mark.parametrize(
+    "text", ["", "}{", "{", "{" * 9999 + "}", '{"id": "1", "quality_explanation": "\\ud83d"}', "{1}"]
+)
+def test_what_is_no_answer_has_a_reason(text):
+    assert isinstance(read_answer(text, ["quality"]), str)
 
 
 def saved(path, image, **options):
@@ -184,7 +234,10 @@ def test_an_image_that_changes_during_the_run_is_not_sent(tmp_path):
 @pytest.mark.parametrize(("size", "tokens"), [((512, 512), 255), ((1024, 1024), 765), ((2048, 4096), 1105)])
 def test_estimated_tokens_of_a_picture_are_those_that_the_provider_publishes(size, tokens):
     """The examples of OpenAI's documentation: 255 for one tile, 765 for 1024 x 1024, 1105 for 2048 x 4096."""
-    assert api_of("openai").picture_tokens(Picture(content=b"", mime="image/png", size=size)) == tokens
+    picture = Picture(content=b"", mime="image/png", size=size)
+    assert api_of("openai").picture_tokens("gpt-4o", picture) == tokens
+    small = api_of("openai").picture_tokens("gpt-4o-mini-2024-07-18", picture)
+    assert small == 2833 + 5667 * (tokens - 85) // 170
 
 
 def test_estimated_tokens_are_near_what_the_method_reports():
@@ -193,7 +246,7 @@ def test_estimated_tokens_are_near_what_the_method_reports():
     request = ask(item_of(prompt=prompt), aspects=("quality", "correspondence")).request()
     picture = Picture(content=b"", mime="image/png", size=(512, 512))
     request = replace(request, turns=(replace(request.turns[0], picture=picture),))
-    assert 1300 < input_tokens(request, api_of("gemini")) < 2000
+    assert 1300 < input_tokens(request, api_of("gemini"), "gemini-3") < 2000
 
 
 def test_shipped_files_are_valid_and_found():
@@ -234,7 +287,7 @@ def test_the_longest_url_that_fits_gives_the_price(tmp_path):
 )
 def test_files_of_users_are_checked(tmp_path, kind, change, said):
     path = tmp_path / "own.yaml"
-    shipped = Path(__file__).parents[3] / "extract" / "teaching" / "teacher.yaml"
+    shipped = Path(__file__).parents[3] / "extract" / "teaching" / "wording.yaml"
     path.write_text(change(shipped.read_text()))
     with pytest.raises(ConfigError, match=rf"own\.yaml: {said}"):
         read_yaml(path, kind)

@@ -4,11 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from agiqa.errors import BusyStore, ConfigError, DataError, SettingsConflict
+from agiqa.errors import BusyStore, ConfigError, DataError, RemoteError, SettingsConflict
 from agiqa.extract import load_data_set
-from agiqa.extract.data.journals import Journal
-from agiqa.extract.teaching.explanations import KEYS
-from agiqa.extract.teaching.lesson import Lesson, Splits, TeachingSettings
+from agiqa.extract.teaching.answers import KEYS
+from agiqa.extract.teaching.job import Splits, TeachingJob, TeachingSettings
 from agiqa.extract.teaching.questions import QuestionSettings
 from agiqa.extract.teaching.teaching import run_teaching
 from tests.extract.small_sets import write_set
@@ -16,11 +15,13 @@ from tests.extract.teaching.providers import (
     FALLBACK,
     KEY,
     MODEL,
+    bad_image,
     explains,
     loses,
     refuses,
     says,
     slow,
+    wrong_key,
 )
 from tests.extract.teaching.runs import (
     ITEMS,
@@ -69,6 +70,57 @@ def test_the_budget_is_never_exceeded_and_a_larger_one_goes_on(server, data, tmp
     assert (rest["explained"], rest["stopped"], len(server.requests)) == (ITEMS, None, ITEMS)
 
 
+@pytest.mark.parametrize("behaviour", [says("no JSON"), refuses("refusal")], ids=["broken", "refused"])
+def test_items_that_the_budget_left_half_asked_are_asked_again(openai, data, tmp_path, behaviour):
+    """Not kept as failed or refused: the user pays more to have them answered."""
+    openai.always(behaviour)
+    out, models = tmp_path / "t.jsonl", (teacher(openai, price=PRICE), teacher(openai, FALLBACK, price=PRICE))
+    first = run(data, out, *models, budget=0.25, jobs=1).as_dict()
+    (line,) = lines_of(out).values()
+    assert line["status"] == "open"
+    assert (first["stopped"], first["failed"], first["refused"]) == ("budget", 0, 0)
+    assert (first["items"], first["missing"]) == (ITEMS, ITEMS)
+    assert 0 < first["counted_usd"] == line["counted_usd"] < 0.25
+    openai.calm()
+    second = run(data, out, *models, budget=100.0).as_dict()
+    assert (second["asked"], second["explained"]) == (ITEMS, ITEMS)
+    assert second["counted_usd"] == pytest.approx(first["counted_usd"] + second["cost_usd"])
+
+
+def test_an_answer_that_was_paid_for_before_an_error_is_counted(openai, data, tmp_path):
+    openai.script(says("no JSON"), wrong_key, about=prompt_of(0))
+    out = tmp_path / "t.jsonl"
+    with pytest.raises(RemoteError, match="Check the key"):
+        run(data, out, teacher(openai, price=PRICE), jobs=1)
+    (line,) = lines_of(out).values()
+    assert (line["status"], line["attempts"]) == ("open", 1)
+    result = run(data, out, teacher(openai, price=PRICE)).as_dict()
+    assert (result["asked"], result["explained"]) == (ITEMS, ITEMS)
+    assert result["counted_usd"] == pytest.approx(line["cost_usd"] + result["cost_usd"])
+
+
+def test_answers_that_were_cut_off_may_be_longer_in_the_next_run(openai, data, tmp_path):
+    """As the reason of the failure says."""
+    openai.always(says("{", cut=True), about=prompt_of(1))
+    out = tmp_path / "t.jsonl"
+    run(data, out, teacher(openai))
+    assert "--max-new-tokens" in lines_of(out)[name_of(1)]["reason"]
+    openai.calm()
+    longer = replace(QUALITY, max_tokens=200)
+    assert run(data, out, teacher(openai), question=longer, retry_failed=True).as_dict()["explained"] == ITEMS
+
+
+def test_items_that_are_rejected_again_hold_up_no_others(openai, data, tmp_path):
+    out = tmp_path / "t.jsonl"
+    openai.script(explains, about=prompt_of(11))
+    openai.always(bad_image)
+    run(replace(data, items=data.items[::-1]), out, teacher(openai), jobs=1)
+    openai.calm()
+    openai.script(*[bad_image] * 10)
+    result = run(data, out, teacher(openai), retry_failed=True, jobs=1).as_dict()
+    assert (result["failed"], result["explained"]) == (10, 2)
+
+
 def test_money_for_lines_that_were_replaced_stays_counted(openai, data, tmp_path):
     openai.always(says("no JSON"), about=prompt_of(1))
     out = tmp_path / "t.jsonl"
@@ -87,6 +139,20 @@ def test_a_lost_answer_counts_as_much_as_it_can_cost(openai, data, tmp_path):
     line = lines_of(out)[name_of(1)]
     assert line["lost"] == 1
     assert line["counted_usd"] > line["cost_usd"] + 100 * PRICE.output / 1e6
+
+
+def test_lost_answers_do_not_exceed_the_budget(openai, data, tmp_path):
+    """Whether the provider bills them, nobody tells: each one counts as much as it can cost."""
+    openai.always(loses())
+    out = tmp_path / "t.jsonl"
+    client = replace(QUICK, tries=8)
+    result = run(data, out, teacher(openai, price=PRICE), budget=0.5, client=client, jobs=1).as_dict()
+    (line,) = lines_of(out).values()
+    assert (result["stopped"], result["missing"], line["status"]) == ("budget", ITEMS, "open")
+    assert line["lost"] == len(openai.requests) == 2  # a third one could cost more than is left
+    assert 0.3 < result["counted_usd"] <= 0.5
+    openai.calm()
+    assert run(data, out, teacher(openai, price=PRICE), budget=100.0).as_dict()["explained"] == ITEMS
 
 
 def test_a_budget_needs_prices(openai, data, tmp_path):
@@ -124,7 +190,7 @@ def test_a_torn_line_is_asked_about_again(openai, data, tmp_path):
     ("changes", "model", "said"),
     [
         ({"question": replace(QUALITY, blind=True)}, MODEL, "blind was False, and is True now"),
-        ({"question": replace(QUALITY, max_tokens=5)}, MODEL, "max_tokens was 100"),
+        ({"question": replace(QUALITY, temperature=0.5)}, MODEL, "temperature was None"),
         ({}, FALLBACK, "teacher.model was 'teacher-1'"),
     ],
 )
@@ -150,18 +216,30 @@ def test_a_journal_of_other_items_is_refused(openai, data, tmp_path):
         run(data, out, teacher(openai))
 
 
+def test_conversations_of_somebody_else_are_not_overwritten(openai, data, tmp_path):
+    """Such as the published file that the data set is read from."""
+    published = tmp_path / "t.quality.jsonl"
+    published.write_text("published")
+    with pytest.raises(SettingsConflict, match=r"t\.quality\.jsonl exists.*Choose another OUT"):
+        run(data, tmp_path / "t.jsonl", teacher(openai))
+    assert (openai.requests, published.read_text()) == ([], "published")
+    published.unlink()
+    run(data, tmp_path / "t.jsonl", teacher(openai))
+    assert run(data, tmp_path / "t.jsonl", teacher(openai)).as_dict()["asked"] == 0
+
+
 def test_two_runs_do_not_write_to_one_journal(openai, data, tmp_path):
     out = tmp_path / "t.jsonl"
-    lesson = Lesson(data, out, [teacher(openai)], SETTINGS, Splits(of={}, rule={}))
-    with lesson.journal.writing(), pytest.raises(BusyStore, match="Another run is writing"):
+    job = TeachingJob(data, out, [teacher(openai)], SETTINGS, Splits(of={}, rule={}))
+    with job.journal.writing(), pytest.raises(BusyStore, match="Another run is writing"):
         run(data, out, teacher(openai), splits={})
     assert openai.requests == []
 
 
 def test_a_dry_run_sends_and_writes_nothing(openai, data, tmp_path):
     out = tmp_path / "t.jsonl"
-    lesson = Lesson(data, out, [teacher(openai, price=PRICE)], SETTINGS, Splits(of={}, rule={}))
-    estimate = lesson.dry_run(lesson.pending())
+    job = TeachingJob(data, out, [teacher(openai, price=PRICE)], SETTINGS, Splits(of={}, rule={}))
+    estimate = job.dry_run(job.pending())
     assert (openai.requests, list(tmp_path.iterdir())) == ([], [])
     sent, received = estimate["tokens"]["input"], estimate["tokens"]["output"]
     assert (estimate["requests"], received) == (ITEMS, ITEMS * 750)
@@ -177,8 +255,8 @@ def test_an_estimate_learns_from_the_journal(openai, data, tmp_path):
     run(data, out, teacher(openai))
     settings = replace(SETTINGS, retry_failed=True)
     rule = Splits(of={}, rule={"by": "table"})
-    lesson = Lesson(data, out, [teacher(openai)], settings, rule)
-    estimate = lesson.dry_run(lesson.pending())
+    job = TeachingJob(data, out, [teacher(openai)], settings, rule)
+    estimate = job.dry_run(job.pending())
     usual = [line["tokens"]["output"] for line in lines_of(out).values() if line["status"] == "ok"]
     assert (estimate["requests"], estimate["cost_usd"]) == (1, None)
     assert estimate["tokens"]["output"] == round(sum(usual) / len(usual))
@@ -226,12 +304,3 @@ def test_a_slow_answer_holds_up_no_other(openai, data, tmp_path):
     )
     assert run(data, tmp_path / "t.jsonl", teacher(openai)).as_dict()["explained"] == ITEMS
     assert len(seen) == 1
-
-
-def test_a_journal_remembers_the_last_line_of_an_item(tmp_path):
-    journal = Journal(tmp_path / "j.jsonl", {"a": 1}, command="agiqa x", verb="has")
-    with journal.writing():
-        journal.append([{"name": "n", "item_sha256": "0", "value": 1}])
-        journal.append([{"name": "n", "item_sha256": "0", "value": 2}])
-    again = Journal(tmp_path / "j.jsonl", {"a": 1}, command="agiqa x", verb="has")
-    assert [line["value"] for line in again.lines.values()] == [2]

@@ -1,6 +1,7 @@
 """Whole runs of a teacher against real servers: what is written, asked again, given to the fallback, or blamed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -171,6 +172,17 @@ def test_a_server_that_serves_nobody_stops_the_run_and_blames_no_item(server, da
     assert out.read_text() == ""
     server.calm()
     assert run(data, out, teacher(server)).as_dict()["explained"] == ITEMS
+
+
+@pytest.mark.parametrize("behaviour", [bad_image, fails(500)], ids=["400", "500"])
+def test_a_first_try_with_few_images_blames_none_of_them(server, data, tmp_path, behaviour):
+    server.always(behaviour)
+    few, out = replace(data, items=data.items[:3]), tmp_path / "t.jsonl"
+    with pytest.raises(RemoteError, match="served none of the last 3 requests"):
+        run(few, out, teacher(server))
+    assert out.read_text() == ""
+    server.calm()
+    assert run(few, out, teacher(server)).as_dict()["explained"] == 3
 
 
 @pytest.mark.parametrize("behaviour", [wrong_key, unknown_model], ids=["key", "model"])

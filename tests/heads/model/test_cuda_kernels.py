@@ -10,8 +10,8 @@ from agiqa.heads.model.encoders import ENCODERS, XLSTMEncoder
 from agiqa.heads.model.encoders.base import Encoder
 from agiqa.heads.model.encoders.kernels.cuda_graphs import GraphedEncoder
 from agiqa.heads.model.encoders.kernels.dispatch import causal_conv_silu
+from agiqa.heads.model.encoders.mlstm import mlstm
 from agiqa.heads.model.encoders.slstm import slstm
-from agiqa.heads.model.encoders.xlstm import mlstm
 from agiqa.heads.settings.config import HeadConfig
 
 pytestmark = [

@@ -61,7 +61,7 @@ def test_xlstm_is_the_published_stack():
     kinds = [mLSTMLayer, sLSTMLayer, mLSTMLayer, mLSTMLayer]
     assert all(isinstance(block.xlstm, kind) for block, kind in zip(ours.stack.blocks, kinds, strict=True))
     assert ours.kernels == (
-        "mlstm: torch's parallel form (the kernels need CUDA, not cpu); "
+        "mlstm: torch, in chunks (the kernels need CUDA, not cpu); "
         "slstm: loops over the steps (the kernels need CUDA, not cpu)"
     )
 

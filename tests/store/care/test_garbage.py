@@ -18,6 +18,7 @@ from agiqa.store.care.garbage import collect_garbage
 from agiqa.store.care.repairing import repair
 from agiqa.store.disk.locks import exclusive_lock
 from agiqa.store.sharing.pulling import pull
+from agiqa.store.writing import creating
 from tests.store.conftest import make_content, make_store
 from tests.store.crash_points import REPOSITORY
 from tests.store.damage import contents, everything, refill
@@ -164,6 +165,19 @@ def test_killed_plans_of_a_store_with_brackets_in_its_name_are_removed(tmp_path)
     (killed / "locks" / "plan").touch()
     make_store(tmp_path / "a[1].agiqa", make_content([3]))
     assert [path.name for path in tmp_path.iterdir()] == ["a[1].agiqa"]
+
+
+def test_plans_killed_before_their_lock_are_removed(stored, tmp_path, monkeypatch):
+    """By the next run that creates the store, and by a collection."""
+    monkeypatch.setattr(creating, "_SECONDS_TO_LOCK", 0.05)
+    (tmp_path / ".new.agiqa.plan-0").mkdir()
+    (tmp_path / ".new.agiqa.plan-1" / "locks").mkdir(parents=True)
+    (tmp_path / ".new.agiqa.plan-1" / "locks" / ".plan.new").touch()
+    make_store(tmp_path / "new.agiqa", make_content([3]))
+    assert not list(tmp_path.glob(".new.agiqa.plan-*"))
+    (tmp_path / ".small.agiqa.plan-0").mkdir()
+    assert names(collect_garbage(stored), tmp_path) == {".small.agiqa.plan-0"}
+    assert not list(tmp_path.glob(".small.agiqa.plan-*"))
 
 
 def test_collecting_at_any_time_costs_no_unit(tmp_path):

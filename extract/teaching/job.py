@@ -1,4 +1,4 @@
-"""One data set to teach, its journal, and what is still to ask: what single requests and batches have in common."""
+"""A data set to explain, its journal, and what is still to ask: what single requests and batches have in common."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -6,28 +6,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import ConfigError
+from agiqa.errors import ConfigError, SettingsConflict
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.journals import Journal, Line
-from agiqa.extract.teaching.apis import ChatRequest
-from agiqa.extract.teaching.asking import TeacherModel
+from agiqa.extract.teaching.chats import ChatRequest
 from agiqa.extract.teaching.client import ClientSettings
-from agiqa.extract.teaching.conversation_files import write_conversations
-from agiqa.extract.teaching.questions import (
-    USUAL_ANSWER_TOKENS,
-    Question,
-    QuestionSettings,
-    input_tokens,
-    questions,
-)
-from agiqa.extract.teaching.tables import price_advice
+from agiqa.extract.teaching.conversation_files import conversations_path, write_conversations
+from agiqa.extract.teaching.questions import USUAL_ANSWER_TOKENS, Question, QuestionSettings, input_tokens, questions
+from agiqa.extract.teaching.teacher import TeacherModel
+from agiqa.extract.teaching.wording_and_prices import price_advice
 from agiqa.progress import track
 from agiqa.version import agiqa_version
 
 FORMAT, FORMAT_VERSION = "agiqa.explanations", 1
 
-_FREE = ("agiqa", "base_url", "fallback", "prices")
-"""Provenance that may differ between two runs on one journal."""
+_FREE = ("agiqa", "base_url", "fallback", "prices", "max_tokens", "schema")
+"""Provenance that may differ between two runs on one journal: it does not change the text of whole answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +70,7 @@ class TeachingResult:
     asked: int
     """Lines that this run wrote."""
     missing: int
-    """Items without a line."""
+    """Items without a line, or with one that is open."""
     skipped: tuple[str, ...]
     stopped: str | None
     """Why this run ended before all items were done, such as budget; None if it did not."""
@@ -90,7 +84,7 @@ class TeachingResult:
         return {
             "out": str(self.out),
             "conversations": {aspect: str(path) for aspect, path in self.conversations.items()},
-            "items": len(self.lines) + self.missing,
+            "items": len(states) - states.count("open") + self.missing,
             "explained": states.count("ok"),
             "refused": states.count("refused"),
             "failed": states.count("failed"),
@@ -136,8 +130,13 @@ class Mean:
         self.count += 1
 
 
-class Lesson:
-    """One data set, one journal, and what is still to ask: the part that single requests and batches share."""
+def costs_note(spent: float, left: int, each: Mean | None) -> str:
+    """For the progress: USD that are spent, and what they will come to with `left` more items at the cost `each`."""
+    return "" if each is None else f"{spent:.2f} of about {spent + left * each.mean:.2f} USD"
+
+
+class TeachingJob:
+    """A data set, its journal, and what is still to ask; `teaching.py` and `batches.py` ask."""
 
     def __init__(
         self,
@@ -149,8 +148,8 @@ class Lesson:
     ) -> None:
         """Read the journal `out`, if there is one. `models` are the teacher, and the fallback for what it refuses.
 
-        Raises DataError for items without a MOS, SettingsConflict for a journal of other settings or items, ConfigError
-        for a budget without prices.
+        Raises DataError for items without a MOS, SettingsConflict for a journal of other settings or items and for
+        files of conversations that are not of this journal, ConfigError for a budget without prices.
         """
         self.data_set = data_set
         self.settings = settings
@@ -173,6 +172,7 @@ class Lesson:
             free=_FREE,
         )
         self.journal.check_items({name: one.key for name, one in self.questions.items()})
+        self._refuse_to_overwrite()
 
     def pending(self) -> list[Question]:
         """The questions to ask, in the order of the table."""
@@ -182,7 +182,7 @@ class Lesson:
         """USD that the budget counts for all lines, of earlier runs too."""
         return sum(line["counted_usd"] or 0.0 for line in self.journal.lines.values())
 
-    def expected_cost(self) -> "Mean | None":
+    def expected_cost(self) -> Mean | None:
         """USD per item, by the lines so far, or else by an estimate. None if unknown, or if nothing is to ask."""
         teacher = self.models[0]
         if teacher.price is None or not self.questions:
@@ -191,7 +191,7 @@ class Lesson:
         if counted:
             return Mean(sum=sum(counted), count=len(counted))
         request = next(iter(self.questions.values())).request()
-        return Mean(guess=teacher.price.cost(input_tokens(request, teacher.api), USUAL_ANSWER_TOKENS))
+        return Mean(guess=teacher.price.cost(input_tokens(request, teacher.api, teacher.model), USUAL_ANSWER_TOKENS))
 
     def answer_tokens(self) -> float:
         """Tokens of an answer, by the lines so far, or else as usual."""
@@ -208,7 +208,7 @@ class Lesson:
             incoming = 0
             for question in pending:
                 request = question.request()
-                incoming += input_tokens(request, teacher.api)
+                incoming += input_tokens(request, teacher.api, teacher.model)
                 seen(request)
                 advance(1)
         outgoing = round(self.answer_tokens() * len(pending))
@@ -221,6 +221,15 @@ class Lesson:
             "cost_usd": None if price is None else round(price.cost(incoming, outgoing), 4),
             "spent_usd": round(self.spent(), 4),
         }
+
+    def is_rejected_again(self, line: Line) -> bool:
+        """Whether the server rejects the item of a new `line`, as it did in an earlier run."""
+        known = self.journal.lines.get(line["name"])
+        return line["fault"] == "item" and known is not None and known["fault"] == "item"
+
+    def was_ever_served(self) -> bool:
+        """Whether a server has answered about any item."""
+        return any(line["fault"] is None for line in self.journal.lines.values())
 
     def decisive(self) -> dict[str, Any]:
         """The provenance that may not differ between two runs on one journal."""
@@ -247,15 +256,28 @@ class Lesson:
             conversations=conversations,
             lines=lines,
             asked=len(written),
-            missing=sum(name not in lines for name in self.questions),
+            missing=sum(lines.get(name, {"status": "open"})["status"] == "open" for name in self.questions),
             skipped=self.data_set.skipped,
             stopped=stopped,
             cost=_total(written, "cost_usd"),
             seconds=time.perf_counter() - since,
         )
 
+    def _refuse_to_overwrite(self) -> None:
+        """Before the first run, nothing may have the names of the files that `finish` writes: it may be the data."""
+        paths = [conversations_path(self.journal.path, aspect) for aspect in self.settings.question.aspects]
+        found = [] if self.journal.provenance_path.exists() else [path for path in paths if path.exists()]
+        if found:
+            message = (
+                f"{found[0]} exists, and this run would write its conversations there. Choose another OUT, or move "
+                "that file."
+            )
+            raise SettingsConflict(message)
+
     def _is_done(self, line: Line | None) -> bool:
-        return line is not None and (line["status"] == "ok" or not self.settings.retry_failed)
+        if line is None or line["status"] == "open":
+            return False
+        return line["status"] == "ok" or not self.settings.retry_failed
 
     def _provenance(self) -> dict[str, Any]:
         teacher, *others = self.models

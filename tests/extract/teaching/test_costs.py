@@ -3,7 +3,7 @@
 import random
 import threading
 
-from agiqa.extract.teaching.budget import Budget
+from agiqa.extract.teaching.costs import Budget
 
 
 def test_threads_never_spend_more_than_the_budget_and_leave_less_than_one_request():
@@ -44,3 +44,12 @@ def test_without_a_budget_everything_is_allowed_and_counted():
     assert budget.reserve(1e9)
     budget.settle(1e9, 3.0)
     assert budget.spent == 5.0
+
+
+def test_a_reserve_grows_only_as_far_as_the_budget_goes():
+    budget = Budget(1.0, 0.0)
+    assert budget.reserve(0.4)
+    assert budget.reserve_more(0.4)
+    assert not budget.reserve_more(0.4)
+    budget.settle(0.8, 0.1)
+    assert budget.reserve(0.9)

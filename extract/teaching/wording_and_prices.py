@@ -1,4 +1,4 @@
-"""The teacher's data: the wording of its request (`teacher.yaml`) and prices of models (`prices.yaml`).
+"""The teacher's data: the wording of its request (`wording.yaml`) and prices of models (`prices.yaml`).
 
 Users may give files of their own; pydantic models check them all.
 """
@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agiqa.errors import ConfigError
-from agiqa.extract.teaching.explanations import ASPECTS
+from agiqa.extract.teaching.answers import ASPECTS
 from agiqa.store.disk.files import read_text
 
 Table = TypeVar("Table", bound=BaseModel)
@@ -109,8 +109,8 @@ def price_advice(base_url: str, model: str) -> str:
 
 @cache
 def shipped_wording() -> Wording:
-    """The wording in `teacher.yaml`."""
-    return read_yaml(Path(__file__).with_name("teacher.yaml"), Wording)
+    """The wording in `wording.yaml`."""
+    return read_yaml(Path(__file__).with_name("wording.yaml"), Wording)
 
 
 @cache
@@ -120,7 +120,7 @@ def shipped_prices() -> PriceTable:
 
 
 def read_yaml(path: Path, kind: type[Table]) -> Table:
-    """The data in a YAML file like `teacher.yaml` or `prices.yaml`. Raises ConfigError for other contents."""
+    """The data in a YAML file like `wording.yaml` or `prices.yaml`. Raises ConfigError for other contents."""
     try:
         return kind.model_validate(yaml.safe_load(read_text(path)))
     except yaml.YAMLError as error:

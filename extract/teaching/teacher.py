@@ -1,22 +1,23 @@
 """Asks the teacher about one item: until there is an answer, every model refuses, or too many answers are broken."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from agiqa.errors import RemoteError
 from agiqa.extract.data.journals import ITEM, Line
-from agiqa.extract.teaching.apis import Api, Fault, Reply
-from agiqa.extract.teaching.budget import Budget
+from agiqa.extract.teaching.answers import read_answer
+from agiqa.extract.teaching.apis import Api
+from agiqa.extract.teaching.chats import ChatRequest, Fault, Reply
 from agiqa.extract.teaching.client import Client, Key
-from agiqa.extract.teaching.explanations import read_answer
+from agiqa.extract.teaching.costs import Budget, cost_of, most_cost
 from agiqa.extract.teaching.questions import Question, input_tokens
-from agiqa.extract.teaching.tables import Price
+from agiqa.extract.teaching.wording_and_prices import Price
+from agiqa.store.sharing.transfers import Halted
 
-Status = Literal["ok", "refused", "broken", "failed"]
-"""broken: an answer without valid explanations, asked for again; failed: the server cannot serve this request."""
-
-_CAUTION = 1.5
-"""Factor on the estimated tokens of a request, for the most that it can cost."""
+Status = Literal["ok", "refused", "broken", "failed", "open"]
+"""broken: an answer without valid explanations, asked for again; failed: the server cannot serve this request; open:
+paid for, but the run or its budget ended before the last word, so that the next run asks again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,9 @@ def judge(question: Question, reply: Reply | Fault) -> Verdict:
         return _without("broken", found)
     if found.id != question.id:
         return _without("broken", f"the answer repeats the id {found.id!r}, and the question has {question.id!r}")
-    leak = question.leaked(found.explanations)
-    if leak is not None:
-        return _without("broken", leak)
+    fault = question.fault_of(found.explanations)
+    if fault is not None:
+        return _without("broken", fault)
     return Verdict(status="ok", explanations=found.explanations, reason=None)
 
 
@@ -130,64 +131,73 @@ class Teacher:
         self._budget = budget
         self._retries = retries
 
-    def explain(self, question: Question, earlier: Line | None = None) -> Line | None:
+    def explain(self, question: Question, earlier: Line | None = None, *, keep: Callable[[Line], None]) -> Line | None:
         """The line about an item; None, with nothing sent, if the budget does not allow a request.
 
         Raises RemoteError when no request can succeed, Halted when the run ends, and DataError for its image file.
+        Before the first two, `keep` gets the line of an item that answers have been paid for.
         """
-        trials, verdict = list[Trial](), None
+        trials = list[Trial]()
+        try:
+            verdict = self._verdict(question, trials)
+        except (Halted, RemoteError):
+            if trials:
+                keep(line_of(question, _without("open", "the run ended before a whole answer"), trials, earlier))
+            raise
+        return line_of(question, verdict, trials, earlier) if trials else None
+
+    def _verdict(self, question: Question, trials: list[Trial]) -> Verdict:
+        """The last word about an item; `trials` gets what was asked for it."""
+        verdict = None
         for teacher, client in self._clients:
-            verdict = self._ask(question, teacher, client, trials) or verdict
+            verdict = self._ask(question, teacher, client, trials)
             if verdict is None or verdict.status != "refused":
                 break
-        return None if verdict is None else line_of(question, verdict, trials, earlier)
+        return verdict or _without("open", "the budget ended before a whole answer")
 
     def _ask(self, question: Question, teacher: TeacherModel, client: Client, trials: list[Trial]) -> Verdict | None:
-        """The verdict on the last answer of one model; None if the budget did not allow a first request."""
+        """The verdict on the last answer of one model; None if the budget did not allow a request."""
         request, verdict = question.request(), None
-        expected = input_tokens(request, teacher.api)
+        expected = input_tokens(request, teacher.api, teacher.model)
         most = most_cost(teacher.price, expected, question.settings.max_tokens) or 0.0
         for _ in range(1 + self._retries):
             if not self._budget.reserve(most):
-                return verdict
-            counted = 0.0
-            try:
-                answered = client.ask(request, tokens=expected)
-                cost = cost_of(teacher.price, answered.reply, lost=answered.lost)
-                counted = (most if cost is None else cost) + answered.lost * most
-            finally:
-                self._budget.settle(most, counted)
-            trials.append(
-                Trial(
-                    teacher=teacher,
-                    reply=answered.reply,
-                    cost=cost,
-                    counted=None if teacher.price is None else counted,
-                    attempts=answered.attempts,
-                    lost=answered.lost,
-                    seconds=answered.seconds,
-                )
-            )
-            verdict = judge(question, answered.reply)
+                return None
+            trial = self._try(request, teacher, client, expected, most)
+            trials.append(trial)
+            if isinstance(trial.reply, Fault) and trial.reply.kind == "again":  # lost, and too dear to repeat
+                return None
+            verdict = judge(question, trial.reply)
             if verdict.status != "broken":
                 break
         return verdict
 
+    def _try(self, request: ChatRequest, teacher: TeacherModel, client: Client, expected: int, most: float) -> Trial:
+        """One request of about `expected` tokens, for which `most` USD are reserved; as much again after a loss."""
+        reserved, counted = most, 0.0
 
-def most_cost(price: Price | None, expected: int, max_tokens: int) -> float | None:
-    """The most USD that a request of `expected` tokens can cost; None without a price."""
-    return None if price is None else price.cost(_CAUTION * expected, max_tokens)
+        def may_repeat() -> bool:
+            nonlocal reserved
+            fits = self._budget.reserve_more(most)
+            reserved += most if fits else 0.0
+            return fits
 
-
-def cost_of(price: Price | None, reply: Reply | Fault, *, lost: int = 0) -> float | None:
-    """USD of a reply by the tokens that the server counted; an error costs nothing. None if unknown."""
-    if price is None:
-        return None
-    if isinstance(reply, Fault):
-        return None if lost else 0.0
-    if reply.input_tokens is None or (reply.output_tokens is None and reply.refusal is None):
-        return None
-    return price.cost(reply.input_tokens, reply.output_tokens or 0)
+        try:
+            answered = client.ask(request, tokens=expected, may_repeat=may_repeat)
+            cost = cost_of(teacher.price, answered.reply, lost=answered.lost)
+            last = most if cost is None and isinstance(answered.reply, Reply) else cost or 0.0
+            counted = last + answered.lost * most
+        finally:
+            self._budget.settle(reserved, counted)
+        return Trial(
+            teacher=teacher,
+            reply=answered.reply,
+            cost=cost,
+            counted=None if teacher.price is None else counted,
+            attempts=answered.attempts,
+            lost=answered.lost,
+            seconds=answered.seconds,
+        )
 
 
 def _without(status: Status, reason: str) -> Verdict:

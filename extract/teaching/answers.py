@@ -1,5 +1,6 @@
 """The teacher's answer: JSON with the item's id and one explanation per aspect, checked by a pydantic model."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -53,16 +54,20 @@ def answer_schema(aspects: Sequence[str]) -> dict[str, Any]:
 def read_answer(text: str, aspects: Sequence[str]) -> Explained | str:
     """The explanations in the teacher's `text`, or the reason why there are none.
 
-    The JSON is whatever stands between the first and the last brace, so that fences and words around it do not matter.
+    The JSON begins at the first brace after any thoughts that the server has left in. What follows it does not matter.
     """
-    start, end = text.find("{"), text.rfind("}")
-    if start < 0 or end < start:
+    said = text.rpartition("</think>")[2]
+    start = said.find("{")
+    if start < 0 or "}" not in said[start:]:
         return "no whole JSON object in the answer"
     try:
-        found = answer_model(tuple(aspects)).model_validate_json(text[start : end + 1]).model_dump()
+        value, _ = json.JSONDecoder().raw_decode(said, start)
+        found = answer_model(tuple(aspects)).model_validate(value).model_dump()
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         return f"{where + ': ' if where else ''}{first['msg']}"
+    except (ValueError, RecursionError) as error:
+        return f"Invalid JSON: {error}"
     explanations = {aspect: found[KEYS[aspect]] for aspect in aspects}
     return Explained(id=found[ID], explanations=explanations)
