@@ -54,6 +54,18 @@ def find_parts(backbone: HuggingFaceBackbone, model: nn.Module, recipe: Recipe) 
         )
         raise ModelError(message)
     assert pattern is not None  # else it is lacking
+    chosen = modules_of(model, whole)
+    both = [
+        name
+        for name, module in modules.items()
+        if _adaptable(pattern, name, module) and any(f"{name}.".startswith(f"{path}.") for path in chosen)
+    ]
+    if both:
+        message = (
+            f"{backbone.checkpoint.name}: the recipe {recipe.name} trains {listed(both)} whole, and with LoRA pairs "
+            "too. Change what it adapts, or what it trains."
+        )
+        raise ModelError(message)
     return pattern, tuple(name for name in whole if not any(name.startswith(f"{other}.") for other in whole))
 
 

@@ -74,7 +74,7 @@ def reporting(steps: int, done: int, events: Path | None) -> Generator[Reporter]
         from torch.utils.tensorboard.writer import SummaryWriter  # tensorboard is an extra
 
         make_writer: Any = SummaryWriter
-        writer = make_writer(str(events), purge_step=done + 1 if done else None)
+        writer = make_writer(str(events), purge_step=done + 1 if done else 0)  # lines of a run without a checkpoint go
     try:
         with track("tune", steps - done, "steps") as advance:
             yield Reporter(advance=advance, events=writer, steps=steps)

@@ -152,26 +152,26 @@ class Trainer:
         standing = self.standing
         loss, accuracy, odd = self._validation()
         if not math.isfinite(loss):
+            where = f", with the items {listed(odd, 20)}. Look at them" if odd else ". Look at the validation items"
             best = "" if standing.best_step is None else f" The best adapter so far is in {self.folder.best}."
             message = (
-                f"The validation loss after step {done} is {loss}, with the items {listed(odd, 20)}. Look at them, or "
-                f"train to another ADAPTER with a lower lr.{best}"
+                f"The validation loss after step {done} is {loss}{where}, or train to another ADAPTER with a lower lr."
+                f"{best}"
             )
             raise ModelError(message)
+        better = done > 0 and (standing.best_loss is None or loss < standing.best_loss)
+        if better:
+            standing.best_loss, standing.best_accuracy, standing.best_step = loss, accuracy, done
         if done > 0:
-            better = standing.best_loss is None or loss < standing.best_loss
             standing.stale = 0 if better else standing.stale + 1
-            if better:
-                standing.best_loss, standing.best_accuracy, standing.best_step = loss, accuracy, done
-                if self.first:
-                    self._save()  # first: a run that resumes from an earlier step may find another one the best
-                    self._save_adapter(self.folder.best)
-            patience = self.schedule.recipe.patience
-            standing.stopped = patience > 0 and standing.stale >= patience
+            standing.stopped = 0 < self.schedule.recipe.patience <= standing.stale
         if self.first:
             values = {"step": done, "validation_loss": loss, "word_accuracy": accuracy}
             self.folder.add_curve(values)
             self.reporter.validation(values, best=standing.best_step, stopped=standing.stopped)
+            if better:
+                self._save()  # first: a run that resumes from an earlier step may find another one the best
+                self._save_adapter(self.folder.best)
 
     def _validation(self) -> tuple[float, float, list[str]]:
         """The mean loss per label, the share of right rating words, and items of this process without a finite loss.

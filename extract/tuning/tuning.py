@@ -114,6 +114,8 @@ def plan_tuning(
     if not train:
         message = f"{data_set.name}: no item is left to train on; {len(data_set.items)} items, none in the split train."
         raise DataError(message)
+    if not validation and settings.val_share > 0:
+        say("warning: nothing is held out for validation, since all items have one prompt; the last step is kept")
     tokens, labels, patches = (max(getattr(one, key) for _, one in usable) for key in ("tokens", "labels", "patches"))
     return TuningPlan(
         material=Material(

@@ -209,3 +209,11 @@ def test_validation_items_are_those_of_the_split_val_or_of_whole_prompts(minicpm
     tested = replace(data, items=tuple(replace(item, split="test") for item in data.items))
     with pytest.raises(DataError, match="no item is left to train on; 8 items"):
         plan_tuning(tested, backbone, settings, opener)
+
+
+def test_one_prompt_leaves_nothing_to_validate_on(minicpm, data, capsys):
+    opener = opener_for(minicpm, max_slices=1)
+    same = replace(data, items=tuple(replace(item, prompt="a dog") for item in data.items))
+    plan = plan_tuning(same, opener(device="cpu"), TuningSettings(recipe=quick()), opener)
+    assert (len(plan.material.train), len(plan.material.validation)) == (8, 0)
+    assert "nothing is held out for validation, since all items have one prompt" in capsys.readouterr().err

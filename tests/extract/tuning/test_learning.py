@@ -1,20 +1,24 @@
 """Laws of one step and of the adapter, on every kind of backbone."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from agiqa.errors import ModelError
 from agiqa.extract.models.adapters import apply_adapter, resolve_adapter
-from agiqa.extract.tuning.adapting import adapt, recompute
+from agiqa.extract.tuning.adapting import adapt, recompute, saved_name
 from agiqa.extract.tuning.examples import example_of
 from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.extract.tuning.group import Group
 from agiqa.extract.tuning.learner import Learner
 from agiqa.extract.tuning.losses import computing, summed_loss, validation_sums
+from agiqa.extract.tuning.schedule import Schedule
 from tests.extract.tiny_models import TEXT_TEMPLATE, make_tokenizer, roomy, save, widths, write_text_checkpoint
 from tests.extract.tiny_thinkers import HYBRID_TEMPLATE
 from tests.extract.tuning.talks import load_talks, opener_for, quick
@@ -115,6 +119,84 @@ def test_answers_that_are_learnt_alone(talks, tmp_path):
     assert hits.shape == ()
     found = learner.gradient([(7, examples[:2]), (8, examples[2:])], labels=count)
     assert math.isclose(found.loss, expected / count, rel_tol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("kind", ["llava", "llama"], indirect=True)
+def test_five_steps_equal_a_plain_loop_of_transformers_and_peft(kind, opener, items):
+    """peft's own model, transformers' own loss of each item, torch's clipping and AdamW, and the cosine by hand."""
+    recipe = quick(RECIPES[kind], steps=5, lr=3e-3, warmup=0.4, clip=0.7)
+    learner, plain = learner_of(opener, recipe), opener(device="cpu")
+    config = LoraConfig(**learner.trained.config.to_dict() | {"inference_mode": False})
+    model = get_peft_model(plain.loaded(), config).train()
+    own = {_plain_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
+    with torch.no_grad():
+        for name, weight in learner.trained.parameters.items():
+            own[saved_name(name)].copy_(weight)  # the same draw of LoRA's A
+    groups = [[one for one in own.values() if (one.ndim > 1) == wide] for wide in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [{"params": part, "weight_decay": 0.1 * wide} for part, wide in zip(groups, (1, 0), strict=True) if part],
+        betas=(0.9, 0.95),
+    )
+    examples = [example_of(plain, item) for item in items]
+    for step, lr in enumerate([1.5e-3, 3e-3, *(1.5e-3 * (1 + math.cos(math.pi * n / 3)) for n in range(3))]):
+        losses = [_own_loss(model, example) * len(example.labels) for example in examples]
+        loss = sum(losses) / labels_of(examples)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(own.values()), 0.7)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        found = learner.gradient([(7, examples[:3]), (8, examples[3:])], labels=labels_of(examples))
+        assert (found.loss, found.norm) == pytest.approx((loss.item(), norm.item()), rel=1e-5)
+        learner.apply(Schedule(recipe, items=4, seed=0).lr(step))
+    pairs = [(weight, own[saved_name(name)]) for name, weight in learner.trained.parameters.items()]
+    close = torch.cat([torch.isclose(one, other, rtol=1e-4, atol=1e-5).flatten() for one, other in pairs])
+    assert close.float().mean() > 0.995  # AdamW makes a whole step of a gradient of 0 but for rounding (biases of keys)
+
+
+def _plain_name(name):
+    return name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def _own_loss(model, example):
+    """transformers' mean loss over the labels of one item."""
+    ids = torch.from_numpy(example.prepared.token_ids.astype(np.int64))[None]
+    labels = torch.full_like(ids, -100)
+    labels[0, example.labels] = ids[0, example.labels]
+    return model(input_ids=ids, labels=labels, **example.prepared.inputs).loss
+
+
+def test_gradients_are_the_slopes_of_the_loss(kind, items, request, tmp_path):
+    """By finite differences along the gradient of each part, for images of one and of several slices in one batch."""
+    learner = learner_of(opener_for(request.getfixturevalue(kind)), quick(RECIPES[kind], clip=None))
+    examples = []
+    for item, size in zip(items, ((56, 56), (96, 96), (170, 60)), strict=False):
+        if item.image is not None:
+            path = tmp_path / item.image.name
+            Image.open(item.image).resize(size).save(path)
+            item = replace(item, image=path, image_sha256=None)
+        examples.append(example_of(learner.backbone, item))
+    if kind == "minicpm":
+        assert [len(example.prepared.layout) for example in examples] == [1, 5, 4]
+    learner.gradient([(7, examples)], labels=labels_of(examples))
+    parts = [*learner.trained.whole, "lora_B"]
+
+    def loss():
+        with torch.no_grad():
+            return float(summed_loss(learner.backbone, examples).double()) / labels_of(examples)
+
+    for part in parts:
+        weights = [weight for name, weight in learner.trained.parameters.items() if part in name]
+        slopes = [weight.grad.clone() for weight in weights]
+        norm = math.sqrt(sum(float(slope.double().square().sum()) for slope in slopes))
+        found = []
+        for sign in (1, -2, 1):  # there, to the other side, and back
+            for weight, slope in zip(weights, slopes, strict=True):
+                weight.data.add_(slope, alpha=sign * 0.002 / norm)
+            found.append(loss())
+        assert (found[0] - found[1]) / 0.004 == pytest.approx(norm, rel=0.02), part
 
 
 def test_accumulation_equals_one_batch(kind, opener, items):

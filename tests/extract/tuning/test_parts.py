@@ -90,6 +90,10 @@ def test_modules_by_their_own_names(llama):
     assert whole == ("model.norm",)
     with pytest.raises(ModelError, match=r"trains model\.nrom, which"):
         parts(llama, quick("light", trains=["model.nrom"]))
+    with pytest.raises(
+        ModelError, match=r"trains model\.layers\.0\.self_attn\.q_proj, .* whole, and with LoRA pairs too"
+    ):
+        parts(llama, quick("light", trains=[r"model\.layers\.0"]))
     with pytest.raises(ModelError, match="trains no_such_proj, which"):
         parts(llama, quick("light", adapts="no_such_proj"))
 
