@@ -68,14 +68,14 @@ def mlstm_in_torch(queries: Rows, keys: Rows, values: Rows, igate_preact: Gates,
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=queries.device).triu(1)
     inside = (kept[..., None] + (entry - kept)[..., None, :]).masked_fill(later, -torch.inf)
     level = inside.amax(dim=-1)
-    several = asked.shape[2] > 1
-    if several:
+    carried: Tensor | None = None
+    if asked.shape[2] > 1:
         states, state_level = _states(offered, given, entry, kept)
         reach = kept + torch.cat([torch.full_like(state_level[:, :, :1], -torch.inf), state_level], dim=2)[..., None]
         level = torch.maximum(level, reach)
-    read = (asked @ offered.transpose(-2, -1) * torch.exp(inside - level[..., None])) @ given
-    if several:
         carried = torch.exp(reach - level)[:, :, 1:, :, None] * (asked[:, :, 1:] @ states)
+    read = (asked @ offered.transpose(-2, -1) * torch.exp(inside - level[..., None])) @ given
+    if carried is not None:
         read = torch.cat([read[:, :, :1], read[:, :, 1:] + carried], dim=2)
     normaliser = torch.maximum(read[..., -1:].abs(), torch.exp(-level)[..., None])
     hidden: Tensor = read[..., :-1] / (normaliser + _EPS)
