@@ -18,7 +18,7 @@ from agiqa.heads.model.encoders.kernels.dispatch import is_power_of_two, kernels
 _KERNEL_CHUNK = 128
 """Tokens per chunk of the kernels."""
 _TORCH_CHUNK = 64
-"""Tokens per chunk in torch; the fastest of 32, 64 and 128 at heads of 64 channels on a CPU."""
+"""Most tokens per chunk in torch; the fastest of 32, 64 and 128 at heads of 64 channels on a CPU."""
 _LEAST_DIM = 16
 """Fewest channels per head of the kernels."""
 _EPS = 1e-6
@@ -58,7 +58,7 @@ def mlstm_in_torch(queries: Rows, keys: Rows, values: Rows, igate_preact: Gates,
     ones in the values gives the normaliser.
     """
     tokens, dim = queries.shape[2:]
-    chunk = min(_TORCH_CHUNK, tokens)
+    chunk = math.ceil(tokens / math.ceil(tokens / _TORCH_CHUNK))  # equal chunks leave the least padding
     missing = -tokens % chunk  # causal, so the padding reaches no token
     rows = (queries, keys / math.sqrt(dim), torch.cat([values, torch.ones_like(values[..., :1])], dim=-1))
     asked, offered, given = (pad(part, (0, 0, 0, missing)).unflatten(2, (-1, chunk)) for part in rows)
