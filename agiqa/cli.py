@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from importlib import import_module
+from typing import NoReturn
 
 import click
 
@@ -98,43 +99,61 @@ def keep_interrupts(unraisable: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(unraisable)
 
 
-class Termination:
-    """Ends the command on SIGTERM as on Ctrl-C. Clusters and supervisors stop jobs with SIGTERM."""
+class Interruption:
+    """Ctrl-C, and SIGTERM, which ends the command in the same way: clusters and supervisors stop jobs with it."""
 
     def __init__(self) -> None:
-        """Install the handler for this process. SIGTERM ends a fork of it at once."""
-        self.came = False
+        """Install the handlers for this process. SIGTERM ends a fork of it at once."""
+        self.came: int | None = None
+        """The signal, as soon as it came."""
         self._process = os.getpid()
         signal.signal(signal.SIGTERM, self._stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+            signal.signal(signal.SIGINT, self._stop)
 
     def _stop(self, number: int, _frame: object) -> None:
-        if os.getpid() != self._process:
+        if os.getpid() != self._process and number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.came = True
+        self.came = number
         raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed with one message, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    termination = Termination()
+    interruption = Interruption()
     sys.unraisablehook = keep_interrupts
     if not {"-v", "--verbose"} & set(arguments):
         # zarr writes concurrently: when one write fails, the error is printed below, and asyncio would log the others
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
+        _run(arguments, interruption)
+    except (click.Abort, KeyboardInterrupt):
+        _end_interrupted(interruption.came)
+    except Exception:
+        if interruption.came is None:
+            raise
+        _end_interrupted(interruption.came)  # compiled code of a library made another error of it
+
+
+def _end_interrupted(number: int | None) -> NoReturn:
+    print("interrupted; finished work is kept: run the same command again to resume", file=sys.stderr)
+    sys.exit(128 + (number or signal.SIGINT))
+
+
+def _run(arguments: list[str], interruption: Interruption) -> None:
+    """Run the command; exit with one message where it fails."""
+    try:
         cli.main(args=arguments, prog_name="agiqa", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        how = signal.SIGTERM if termination.came else signal.SIGINT
-        print("interrupted; finished work is kept: run the same command again to resume", file=sys.stderr)
-        sys.exit(128 + how)
     except (AgiqaError, OSError) as error:
         if "-v" in arguments or "--verbose" in arguments:
             traceback.print_exc()
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         print(f"error: {error}{notes}", file=sys.stderr)
+        if interruption.came is not None:
+            _end_interrupted(interruption.came)
         sys.exit(1)

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -269,6 +270,27 @@ def test_ctrl_c_is_not_lost_in_a_finalizer(monkeypatch):
             time.sleep(10)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_that_a_library_turns_into_an_error_is_one(number, code):
+    """As torch does when it comes while a tensor is read from a file: `could not determine the shape of ...`."""
+    program = f"""
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from agiqa import cli
+def turn_into_an_error(**_):
+    try:
+        os.kill(os.getpid(), {int(number)})
+        while True: pass
+    except KeyboardInterrupt:
+        raise ValueError('could not determine the shape') from None
+cli.cli.main = turn_into_an_error
+cli.main(['demo'])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    told = "interrupted; finished work is kept: run the same command again to resume\n"
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
 
 
 @pytest.mark.parametrize("delay", [0.5, 4.0])
