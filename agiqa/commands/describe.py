@@ -16,7 +16,7 @@ from agiqa.commands.models import (
     model_options,
     prepare_workers_option,
 )
-from agiqa.commands.options import OneOf, shared_options
+from agiqa.commands.options import labels_option, on_bad_item_option, shared_options
 from agiqa.commands.output import print_result, table
 
 if TYPE_CHECKING:
@@ -55,18 +55,10 @@ _OF_A_MODEL_HERE = ("adapter", "max_slices", "dtype", "device", "batch_size", "w
     show_default=True,
     help="Images that the server works on at the same time.",
 )
-@click.option(
-    "--labels", type=click.Path(path_type=Path, exists=True), help="Table (csv) of the items of a conversation file."
-)
+@labels_option
 @click.option("--aspect", type=ASPECT, default="quality", show_default=True, help="Wording of the questions.")
 @generation_options
-@click.option(
-    "--on-bad-item",
-    type=OneOf("choice", ["fail", "skip"]),
-    default="fail",
-    show_default=True,
-    help="Unusable items: stop and list them, or leave them out and name them.",
-)
+@on_bad_item_option
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images per batch.")
 @prepare_workers_option
 @shared_options

@@ -8,7 +8,7 @@ import click
 
 from agiqa.commands.help import SectionedCommand
 from agiqa.commands.models import ASPECT, MODEL_OPTIONS, model_options, prepare_workers_option
-from agiqa.commands.options import Automatic, OneOf, Share, StoreLocation, shared_options
+from agiqa.commands.options import Automatic, OneOf, Share, StoreLocation, on_bad_item_option, shared_options
 from agiqa.commands.output import print_result, table
 from agiqa.extract.data.templates import VARIANTS, aspects_of
 
@@ -72,13 +72,7 @@ SECTIONS = {
     "--max-tokens", type=click.IntRange(min=1), help="Most tokens per conversation.  [default: the model's own limit]"
 )
 @click.option("--truncate", is_flag=True, help="Cut longer conversations, and count them, instead of refusing them.")
-@click.option(
-    "--on-bad-item",
-    type=OneOf("choice", ["fail", "skip"]),
-    default="fail",
-    show_default=True,
-    help="Unusable items: stop and list them, or leave them out and name them.",
-)
+@on_bad_item_option
 @click.option(
     "--batch-size",
     type=Automatic(lowest=1),

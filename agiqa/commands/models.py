@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from agiqa.commands.options import Automatic, OneOf
+from agiqa.commands.options import Automatic, OneOf, added
 from agiqa.extract.data.templates import templates
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -14,68 +14,60 @@ ASPECT = OneOf("aspect", list(templates()))
 MODEL_OPTIONS = ("model", "adapter", "max_slices", "dtype", "device")
 """What `model_options` adds, for the sections of the help."""
 
+max_slices_option = click.option(
+    "--max-slices",
+    type=click.IntRange(min=1),
+    help="Most slices per image, for MiniCPM-Llama3-V-2.5.  [default: the checkpoint's, 9]",
+)
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto is the GPU if there is one."
+)
+
 
 def model_options(command: Command) -> Command:
     """Add `--model`, `--adapter`, `--max-slices`, `--dtype` and `--device` to a command."""
-    for option in reversed(
-        (
-            click.option(
-                "--model",
-                required=True,
-                help="Hub id OWNER/NAME[@REVISION], checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
-            ),
-            click.option(
-                "--adapter", help="LoRA adapter to merge into the model: a PEFT folder, or OWNER/NAME[@REVISION]."
-            ),
-            click.option(
-                "--max-slices",
-                type=click.IntRange(min=1),
-                help="Most slices per image, for MiniCPM-Llama3-V-2.5.  [default: the checkpoint's, 9]",
-            ),
-            click.option(
-                "--dtype",
-                type=OneOf("dtype", ["auto", "bfloat16", "float16", "float32"]),
-                default="auto",
-                show_default=True,
-                help="Dtype of the weights; auto is the checkpoint's own.",
-            ),
-            click.option(
-                "--device",
-                default="auto",
-                show_default=True,
-                help="cpu, cuda or cuda:1; auto is the GPU if there is one.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    options = [
+        click.option(
+            "--model",
+            required=True,
+            help="Hub id OWNER/NAME[@REVISION], checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
+        ),
+        click.option(
+            "--adapter", help="LoRA adapter to merge into the model: a PEFT folder, or OWNER/NAME[@REVISION]."
+        ),
+        max_slices_option,
+        click.option(
+            "--dtype",
+            type=OneOf("dtype", ["auto", "bfloat16", "float16", "float32"]),
+            default="auto",
+            show_default=True,
+            help="Dtype of the weights; auto is the checkpoint's own.",
+        ),
+        device_option,
+    ]
+    return added(options, command)
 
 
 def generation_options(command: Command) -> Command:
     """Add `--settings`, `--seed` and `--max-new-tokens` to a command; see `agiqa.extract.describing.asking.preset`."""
-    for option in reversed(
-        (
-            click.option(
-                "--settings",
-                type=OneOf("settings", ["greedy", "published"]),
-                default="greedy",
-                show_default=True,
-                help="Greedy decoding, or the sampling published with MiniCPM-Llama3-V-2.5.",
-            ),
-            click.option(
-                "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."
-            ),
-            click.option(
-                "--max-new-tokens",
-                type=click.IntRange(min=1),
-                default=1024,
-                show_default=True,
-                help="Tokens of the longest description; longer ones are cut, and counted.",
-            ),
-        )
-    ):
-        command = option(command)
-    return command
+    options = [
+        click.option(
+            "--settings",
+            type=OneOf("settings", ["greedy", "published"]),
+            default="greedy",
+            show_default=True,
+            help="Greedy decoding, or the sampling published with MiniCPM-Llama3-V-2.5.",
+        ),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."),
+        click.option(
+            "--max-new-tokens",
+            type=click.IntRange(min=1),
+            default=1024,
+            show_default=True,
+            help="Tokens of the longest description; longer ones are cut, and counted.",
+        ),
+    ]
+    return added(options, command)
 
 
 def prepare_workers_option(command: Command) -> Command:

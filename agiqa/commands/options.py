@@ -11,6 +11,13 @@ from agiqa.errors import ConfigError, UnknownName
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def added(options: Sequence[Callable[[Any], Any]], command: Command) -> Command:
+    """The command with `options`, in the order of the help."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def output_options(command: Command) -> Command:
     """Add `--json` and `-v/--verbose`; the command receives `as_json`."""
     as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
@@ -152,6 +159,20 @@ class OneOf(click.Choice):  # type: ignore[type-arg]  # pyright: ignore[reportMi
         except (ConfigError, UnknownName) as error:
             self.fail(str(error), param, ctx)
         return name
+
+
+on_bad_item_option = click.option(
+    "--on-bad-item",
+    type=OneOf("choice", ["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="Unusable items: stop and list them, or leave them out and name them.",
+)
+"""Adds `--on-bad-item`."""
+labels_option = click.option(
+    "--labels", type=click.Path(path_type=Path, exists=True), help="Table (csv) of the items of a conversation file."
+)
+"""Adds `--labels`, for commands that read no MOS."""
 
 
 class LocalStore(click.Path):

@@ -1,12 +1,12 @@
 """The options of `agiqa teach`, by the sections of its help."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from agiqa.commands.options import OneOf
+from agiqa.commands.options import OneOf, added, on_bad_item_option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -26,13 +26,6 @@ ASPECTS = ("quality", "correspondence", "authenticity")
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
-def _added(options: Sequence[Callable[[Any], Any]], command: Command) -> Command:
-    """The command with `options`, in the order of the help."""
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def teacher_options(command: Command) -> Command:
     """Add the options of the sections Teacher and Fallback."""
     options = [
@@ -50,7 +43,7 @@ def teacher_options(command: Command) -> Command:
         ),
         click.option("--fallback-key-env", metavar="NAME", help="Environment variable that holds its key."),
     ]
-    return _added(options, command)
+    return added(options, command)
 
 
 def question_options(command: Command) -> Command:
@@ -98,7 +91,7 @@ def question_options(command: Command) -> Command:
         ),
         click.option("--dry-run", is_flag=True, help="Count tokens and prices; send and write nothing."),
     ]
-    return _added(options, command)
+    return added(options, command)
 
 
 def patience_options(command: Command) -> Command:
@@ -124,7 +117,7 @@ def patience_options(command: Command) -> Command:
         ),
         click.option("--retry-failed", is_flag=True, help="Ask again about items that were refused or failed."),
     ]
-    return _added(options, command)
+    return added(options, command)
 
 
 def batch_options(command: Command) -> Command:
@@ -150,7 +143,7 @@ def batch_options(command: Command) -> Command:
             help="Most requests per batch.  [default: the provider's limit]",
         ),
     ]
-    return _added(options, command)
+    return added(options, command)
 
 
 def data_options(command: Command) -> Command:
@@ -161,13 +154,7 @@ def data_options(command: Command) -> Command:
         click.option(
             "--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS."
         ),
-        click.option(
-            "--on-bad-item",
-            type=OneOf("choice", ["fail", "skip"]),
-            default="fail",
-            show_default=True,
-            help="Unusable items: stop and list them, or leave them out and name them.",
-        ),
+        on_bad_item_option,
         click.option(
             "--split",
             type=OneOf("split", ["table", "prompts"]),
@@ -179,4 +166,4 @@ def data_options(command: Command) -> Command:
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of drawn splits."),
     ]
-    return _added(options, command)
+    return added(options, command)

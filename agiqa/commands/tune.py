@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agiqa.commands.help import SectionedCommand
-from agiqa.commands.models import ASPECT, prepare_workers_option
-from agiqa.commands.options import OneOf, shared_options
+from agiqa.commands.models import ASPECT, device_option, max_slices_option, prepare_workers_option
+from agiqa.commands.options import OneOf, labels_option, shared_options
 from agiqa.commands.output import print_result, table
 from agiqa.extract.data.templates import aspects_of, reads_rating_word
 
@@ -65,11 +65,7 @@ def _look_up_variant(variant: str) -> None:
 @click.option("--epochs", type=click.FloatRange(min=0, min_open=True), help="Passes over the items, instead of steps.")
 @click.option("--devices", type=click.IntRange(min=1), default=1, show_default=True, help="GPUs of this host to use.")
 @click.option("--dry-run", is_flag=True, help="Check everything, estimate memory by recipe, and stop.")
-@click.option(
-    "--max-slices",
-    type=click.IntRange(min=1),
-    help="Most slices per image, for MiniCPM-Llama3-V-2.5.  [default: the checkpoint's, 9]",
-)
+@max_slices_option
 @click.option(
     "--dtype",
     type=OneOf("dtype", ["auto", "bfloat16", "float32"]),
@@ -77,9 +73,7 @@ def _look_up_variant(variant: str) -> None:
     show_default=True,
     help="Dtype of the forward pass; auto is the checkpoint's own, bfloat16 for float16.",
 )
-@click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda or cuda:1; auto is the GPU if there is one."
-)
+@device_option
 @click.option(
     "--variant",
     type=OneOf("variant", ["full"], look_up=_look_up_variant),
@@ -88,9 +82,7 @@ def _look_up_variant(variant: str) -> None:
     help="The conversation to learn: description and rating word; or full:ASPECT+ASPECT, several descriptions.",
 )
 @click.option("--aspect", type=ASPECT, default="quality", show_default=True, help="Aspect of the conversations.")
-@click.option(
-    "--labels", type=click.Path(path_type=Path, exists=True), help="Table (csv) of the items of a conversation file."
-)
+@labels_option
 @click.option(
     "--val-share",
     type=click.FloatRange(min=0, max=1, max_open=True),

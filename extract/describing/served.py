@@ -128,7 +128,7 @@ class ServedDescriber(Describer):
                         break
                     done.put(self._describe(batch))
             except Halted:
-                pass
+                pass  # the run ends, by the error of another thread that is raised below, or because nobody reads on
             except BaseException as error:  # noqa: BLE001 - raised again below
                 done.put(error)
             finally:

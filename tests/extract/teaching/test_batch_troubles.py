@@ -25,16 +25,6 @@ def server(request):
         yield running
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("set"), 8, images=True)
-
-
-@pytest.fixture
-def taught(server, folder, tmp_path):
-    return Taught(server, folder, tmp_path / "teacher.jsonl")
-
-
 def test_a_full_queue_makes_batches_smaller_and_holds_them_back(folder, tmp_path):
     with BATCH_PROVIDERS["openai"]() as server:
         taught = Taught(server, folder, tmp_path / "teacher.jsonl")

@@ -35,16 +35,6 @@ def server(request):
         yield running
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("set"), 8, images=True)
-
-
-@pytest.fixture
-def taught(server, folder, tmp_path):
-    return Taught(server, folder, tmp_path / "teacher.jsonl")
-
-
 def test_all_items_in_one_batch(taught, server):
     result, outcome = taught.run()
     assert {name: line["explanations"] for name, line in taught.lines().items()} == taught.expected()

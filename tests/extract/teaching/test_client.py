@@ -39,12 +39,6 @@ QUICK = ClientSettings(tries=3, first_wait=0.01, patience=0.0, timeout=5.0)
 PNG = b"\x89PNG not decoded by the server"
 
 
-@pytest.fixture(params=PROVIDERS)
-def server(request):
-    with PROVIDERS[request.param]() as running:
-        yield running
-
-
 def client_of(server, settings=QUICK, *, key=KEY, model=MODEL, halt=None):
     api = api_of(server.API, server.base_url)
     return Client(

@@ -23,7 +23,7 @@ from tests.extract.teaching.providers import (
     unknown_model,
     wrong_key,
 )
-from tests.extract.teaching.wire_formats import PROVIDERS, Gemini, OpenAi
+from tests.extract.teaching.wire_formats import Gemini, OpenAi
 
 PNG = b"\x89PNG, and the rest"
 
@@ -57,12 +57,6 @@ def text_of(server, response):
     if server.API == "openai":
         return body["choices"][0]["message"]["content"]
     return body["candidates"][0]["content"]["parts"][0]["text"]
-
-
-@pytest.fixture(params=PROVIDERS)
-def server(request):
-    with PROVIDERS[request.param]() as running:
-        yield running
 
 
 def test_an_answer_has_the_schema_the_id_and_the_usage(server):

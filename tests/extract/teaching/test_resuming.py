@@ -30,30 +30,11 @@ from tests.extract.teaching.runs import (
     QUICK,
     SETTINGS,
     lines_of,
-    make_data,
     name_of,
     prompt_of,
     run,
     teacher,
 )
-from tests.extract.teaching.wire_formats import PROVIDERS
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("set"))
-
-
-@pytest.fixture(params=PROVIDERS)
-def server(request):
-    with PROVIDERS[request.param]() as running:
-        yield running
-
-
-@pytest.fixture
-def openai():
-    with PROVIDERS["openai"]() as running:
-        yield running
 
 
 def test_the_budget_is_never_exceeded_and_a_larger_one_goes_on(server, data, tmp_path):

@@ -26,30 +26,12 @@ from tests.extract.teaching.runs import (
     ITEMS,
     PRICE,
     lines_of,
-    make_data,
     name_of,
     prompt_of,
     run,
     teacher,
 )
 from tests.extract.teaching.wire_formats import PROVIDERS
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("set"))
-
-
-@pytest.fixture(params=PROVIDERS)
-def server(request):
-    with PROVIDERS[request.param]() as running:
-        yield running
-
-
-@pytest.fixture
-def openai():
-    with PROVIDERS["openai"]() as running:
-        yield running
 
 
 def test_every_item_gets_its_own_answer_and_what_the_journal_says_of_it(server, data, tmp_path):
