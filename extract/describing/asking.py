@@ -1,6 +1,5 @@
 """Asks a model about images, in batches: for a description of each, then for a rating in one word."""
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +9,7 @@ import torch
 
 from agiqa.errors import DataError, ModelError, UnknownName
 from agiqa.extract.data.items import Item, Message, OnBadItem, read_image
+from agiqa.extract.data.seeds import derived_seed
 from agiqa.extract.data.templates import VARIANTS, fill, template_of
 from agiqa.extract.models import Answer, AnsweringModel, GenerationSettings, Prepared
 from agiqa.extract.models.batches import is_out_of_memory
@@ -263,7 +263,8 @@ class Describer:
         if not ready:
             return [one for one in prepared if isinstance(one, str)]
         started = time.perf_counter()
-        answers = self.backbone.generate(list(ready.values()), replace(settings, seed=_seed(settings, label, [*ready])))
+        seed = derived_seed(settings.seed, label, *ready)  # another one for every batch and round
+        answers = self.backbone.generate(list(ready.values()), replace(settings, seed=seed))
         share = (time.perf_counter() - started) / len(ready)
         replies = (_reply(one, answer, share) for one, answer in zip(ready.values(), answers, strict=True))
         return [one if isinstance(one, str) else next(replies) for one in prepared]
@@ -289,12 +290,6 @@ def _rated(described: Described, reply: _Reply) -> Described:
         generated={**described.generated, "rate": reply.generated},
         seconds={**described.seconds, "rate": reply.seconds},
     )
-
-
-def _seed(settings: GenerationSettings, label: str, names: Sequence[str]) -> int:
-    """Another seed for every batch and round, the same in every run."""
-    text = "\0".join([str(settings.seed), label, *names])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _why_empty(reply: _Reply) -> str:

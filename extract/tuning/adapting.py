@@ -7,7 +7,6 @@ LoRA pairs are peft's layers. A part that is trained whole stays where it is, in
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,8 +135,3 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, GradientCheckpointingLayer):
             yield name, module
-
-
-def write_config(trained: Trained, folder: Path) -> None:
-    """Write adapter_config.json to `folder`."""
-    trained.config.save_pretrained(str(folder))

@@ -1,6 +1,5 @@
 """Which items each step trains on, and how fast: everything that follows from the seed and the number of a step."""
 
-import hashlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -8,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from agiqa.extract.data.seeds import derived_seed
 from agiqa.extract.tuning.recipes import Recipe
 
 
@@ -59,12 +59,6 @@ def held_out(prompts: Sequence[str], *, share: float, seed: int) -> NDArray[np.b
     order = np.random.default_rng(derived_seed(seed, "held out")).permutation(len(names))
     chosen = {names[place] for place in order[:count].tolist()}
     return np.array([prompt in chosen for prompt in prompts], np.bool_)
-
-
-def derived_seed(*parts: int | str) -> int:
-    """A seed that differs for any other `parts`."""
-    text = "\0".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 @lru_cache(maxsize=4)
