@@ -11,7 +11,7 @@ import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
@@ -37,6 +37,16 @@ _SET_PARENT_DEATH_SIGNAL = 1
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 """Signals that people send, or the system when memory runs out: the question is not to blame."""
 
+MODULES_TO_PREPARE_ITEMS = (
+    "agiqa.extract.models.opening",
+    "transformers.models.llama.configuration_llama",  # any configuration imports half of transformers
+    "transformers.processing_utils",
+    "transformers.models.auto.image_processing_auto",
+)
+
+ABANDONED = "agiqa-abandoned"
+"""The name of threads whose results nobody wants any more; the end of a command does not wait for them."""
+
 Work = Callable[[Callable[..., Any], Any], Any]
 """Called in the process with a function and its argument; returns the answer."""
 
@@ -53,20 +63,20 @@ class LostAnswer(Exception):
 class Workers:
     """Processes that start on demand, one for each thread that asks at the same time."""
 
-    def __init__(self, context: BaseContext, begin: Callable[[], Work], *, limited: bool = True) -> None:
+    def __init__(self, context: BaseContext, begin: Callable[[], Work]) -> None:
         """Each process first calls `begin`, which must be picklable unless `context` forks this process.
 
-        A `limited` process may take SECONDS_TO_ANSWER, and longer to begin, and cannot start processes itself.
+        A process may take SECONDS_TO_ANSWER, and longer to begin, and cannot start processes itself.
         """
         self._context = context
         self._begin = begin
-        self._limited = limited
         self._idle: list[_Worker] = []
         self._busy: list[_Worker] = []
         self._lock = threading.Lock()
+        self._begins = threading.Lock()
+        """Held while a process starts: of two forks at once, one would inherit the other's pipe."""
         self._closed = threading.Event()
-        if limited:
-            threading.Thread(target=self._watch, args=(SECONDS_TO_ANSWER,), daemon=True).start()
+        threading.Thread(target=self._watch, args=(SECONDS_TO_ANSWER,), daemon=True).start()
 
     def ask(self, function: Callable[..., Any], argument: Any) -> Any:
         """The answer of a process to `function` and `argument`; raises what they raise.
@@ -82,7 +92,7 @@ class Workers:
                 lost = self._lost(worker)
                 if attempt == _ATTEMPTS or self._closed.is_set():
                     raise lost from error
-                if self._limited and isinstance(lost, LostAnswer):
+                if isinstance(lost, LostAnswer):
                     say(f"warning: the process at {argument} {lost}; another one tries")
                 continue
             except BaseException:
@@ -95,8 +105,11 @@ class Workers:
         raise AssertionError  # the last attempt returns or raises
 
     def close(self) -> None:
-        """Kill the processes, stopped ones too. Threads that wait for an answer get LostAnswer."""
-        _wake_fork_server()  # a thread that waits for the fork server holds the lock
+        """Kill the processes, stopped ones too. Threads that wait for an answer get LostAnswer.
+
+        A process that is about to start is killed by its thread once it has: a fork server may be importing still.
+        """
+        _wake_fork_server()
         with self._lock:
             self._closed.set()
             workers = [*self._idle, *self._busy]
@@ -109,16 +122,25 @@ class Workers:
     def _take(self, *, fresh: bool) -> "_Worker":
         """An idle process; a `fresh` one cannot have been stopped or killed before."""
         with self._lock:
-            if self._closed.is_set():
-                message = "was not needed any more"
-                raise LostAnswer(message, blameless=True)
-            if fresh or not self._idle:
-                worker = _Worker(self._context, self._begin, daemon=self._limited)
-            else:
-                worker = self._idle.pop()
-            worker.looks = 0
+            self._refuse_if_closed()
+            worker = self._idle.pop() if self._idle and not fresh else None
+            if worker is not None:
+                worker.looks = 0
+                self._busy.append(worker)
+                return worker
+        with self._begins:
+            self._refuse_if_closed()
+            worker = _Worker(self._context, self._begin)
+        with self._lock:
             self._busy.append(worker)
-            return worker
+            if self._closed.is_set():
+                worker.kill()  # which the thread notices when it asks
+        return worker
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed.is_set():
+            message = "was not needed any more"
+            raise LostAnswer(message, blameless=True)
 
     def _let_go(self, worker: "_Worker", *, keep: bool = False) -> None:
         with self._lock:
@@ -148,10 +170,10 @@ class Workers:
 class _Worker:
     """One process and the pipe to it."""
 
-    def __init__(self, context: BaseContext, begin: Callable[[], Work], *, daemon: bool) -> None:
+    def __init__(self, context: BaseContext, begin: Callable[[], Work]) -> None:
         self.pipe, theirs = context.Pipe()
         start: Any = context  # typed without the class of its processes
-        self.process: BaseProcess = start.Process(target=_serve, args=(theirs, begin), daemon=daemon)
+        self.process: BaseProcess = start.Process(target=_serve, args=(theirs, begin), daemon=True)
         with ctrl_c_kept_away():
             self.process.start()
         theirs.close()  # so that reading fails once the process is gone
@@ -185,6 +207,21 @@ class _Worker:
         if not self.ready:
             return WorkerError(f"A worker process {how} before it had begun. Run the same command again.")
         return LostAnswer(how, blameless=self.late is None and code is not None and -code in _FROM_OUTSIDE)
+
+
+def start_fork_server(modules: Sequence[str]) -> BaseContext | None:
+    """Start the fork server of this process, unless it runs already; it imports `modules` while this process goes on.
+
+    Its forks need not import them; it passes over those that are missing. Returns the context of such forks; None on
+    systems that have none.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(modules))
+    with ctrl_c_kept_away():
+        forkserver.ensure_running()
+    return context
 
 
 @contextmanager

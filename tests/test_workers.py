@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from agiqa import workers
 from agiqa.errors import DataError, ModelError, WorkerError
 from agiqa.extract import LengthRule, load_data_set, open_backbone
 from agiqa.extract.data.datasets import items_of_images
-from agiqa.extract.filling import engines
+from agiqa.extract.filling import crew
 from agiqa.extract.filling.engines import Here
 from agiqa.extract.filling.plan import plan_store, tokenise
 from agiqa.extract.filling.targets import Target
@@ -230,36 +231,45 @@ def test_an_image_that_crashes_its_decoder_is_a_bad_item(tmp_path, crashing_form
 
 
 class OpensCrashing:
-    """Opens a backbone whose `prepare` crashes on conversations with a certain word."""
+    """Opens a backbone whose `prepare` and `outline` crash on conversations with a certain word."""
 
     def __init__(self, checkpoint, word, number):
         self._checkpoint, self._word, self._number = checkpoint, word, number
 
     def __call__(self, *, device):
         backbone = open_backbone(str(self._checkpoint), device=device)
-        prepare = backbone.prepare
+        backbone.prepare = self._crashing(backbone.prepare)
+        backbone.outline = self._crashing(backbone.outline)
+        return backbone
 
+    def _crashing(self, method):
         def crashing(conversation, image, **options):
             if any(self._word in message.content for message in conversation):
                 end_self(self._number)
-            return prepare(conversation, image, **options)
+            return method(conversation, image, **options)
 
-        backbone.prepare = crashing
-        return backbone
+        return crashing
 
 
 def preparation_of(backbone, checkpoint, number):
     return Preparation(backbone, workers=2, opener=OpensCrashing(checkpoint, "CRASHES", number))
 
 
-def test_an_item_that_crashes_workers_is_skipped_in_a_plan_and_named_in_a_fill(tiny_text_checkpoint, tmp_path):
-    folder, path, rule = write_set(tmp_path / "set", 6), tmp_path / "s.agiqa", LengthRule()
+def unchecked_inputs(folder, checkpoint):
+    """As `inputs`, with images that no process has decoded, so that only workers prepare them."""
+    data_set, backbone = inputs(folder, checkpoint)
+    items = tuple(replace(item, image_sha256=None, image_size=None) for item in data_set.items)
+    return replace(data_set, items=items), backbone
+
+
+def test_an_item_that_crashes_workers_is_skipped_in_a_plan_and_named_in_a_fill(tiny_vision_checkpoint, tmp_path):
+    folder, path, rule = write_set(tmp_path / "set", 6, images=True), tmp_path / "s.agiqa", LengthRule()
     write_talks(folder)
     talks = folder / "talks.json"
     talks.write_text(talks.read_text().replace("Rate it.", "Rate this CRASHES.", 1))
-    data_set, backbone = inputs(folder, tiny_text_checkpoint)
+    data_set, backbone = unchecked_inputs(folder, tiny_vision_checkpoint)
     reason = "000.png: the process that prepared it was ended by SIGSEGV, twice; leave it out"
-    with preparation_of(backbone, tiny_text_checkpoint, signal.SIGSEGV) as preparation:
+    with preparation_of(backbone, tiny_vision_checkpoint, signal.SIGSEGV) as preparation:
         kept = tokenise(data_set, backbone, LengthRule(on_bad_item="skip"), preparation=preparation)
         assert [item.name for item in kept.items] == [f"{number:03d}.png" for number in range(1, 6)]
         assert len(kept.skipped) == 1
@@ -275,18 +285,18 @@ def test_an_item_that_crashes_workers_is_skipped_in_a_plan_and_named_in_a_fill(t
             WorkerError, match=r"item '000\.png' \(\d+ tokens\): the process that prepared it was ended by SIGSEGV"
         ):
             engine.fill(store, tokenised.items, target, part=(1, 1), advance=lambda _items: None)
-    assert verify(extract(folder, tiny_text_checkpoint, path).store, "numeric").sound
+    assert verify(extract(folder, tiny_vision_checkpoint, path).store, "numeric").sound
 
 
-def test_items_of_workers_killed_from_outside_are_named_and_never_skipped(tiny_text_checkpoint, tmp_path):
-    folder = write_set(tmp_path / "set", 3)
+def test_items_of_workers_killed_from_outside_are_named_and_never_skipped(tiny_vision_checkpoint, tmp_path):
+    folder = write_set(tmp_path / "set", 3, images=True)
     write_talks(folder)
     talks = folder / "talks.json"
     talks.write_text(talks.read_text().replace("Rate it.", "Rate this CRASHES.", 1))
-    data_set, backbone = inputs(folder, tiny_text_checkpoint)
+    data_set, backbone = unchecked_inputs(folder, tiny_vision_checkpoint)
     rule = LengthRule(on_bad_item="skip")
     with (
-        preparation_of(backbone, tiny_text_checkpoint, signal.SIGKILL) as preparation,
+        preparation_of(backbone, tiny_vision_checkpoint, signal.SIGKILL) as preparation,
         pytest.raises(
             WorkerError,
             match=r"item '000\.png': the process that prepared it was ended by SIGKILL.* fewer --prepare-workers",
@@ -304,8 +314,8 @@ def stop_at_once(connection, *_):
 def test_a_stopped_device_process_is_killed_and_told(tiny_text_checkpoint, tmp_path, monkeypatch, capsys):
     folder = write_set(tmp_path / "set", 3)
     write_talks(folder)
-    monkeypatch.setattr(engines, "_work", stop_at_once)
-    monkeypatch.setattr(engines, "_SECONDS_BETWEEN_SIGNS", 0.01)
+    monkeypatch.setattr(crew, "_begin", stop_at_once)
+    monkeypatch.setattr(crew, "_SECONDS_BETWEEN_SIGNS", 0.01)
     with pytest.raises(WorkerError, match=r"process 0 on cpu was killed by signal 9.* units are left"):
         extract(folder, tiny_text_checkpoint, tmp_path / "s.agiqa", devices=2)
     assert "process 1 on cpu gave no sign of life for 0.6 s: it is killed" in capsys.readouterr().err

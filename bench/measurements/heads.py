@@ -92,7 +92,8 @@ class MadeUpSource:
 
     @cached_property
     def _lm_head(self) -> NDArray[np.float32]:
-        return torch.randn(self.vocabulary, self.width).mul_(0.02).bfloat16().float().numpy()
+        drawn = torch.randn(self.vocabulary, self.width, device=resolve_device("auto")).mul_(0.02)
+        return drawn.bfloat16().float().cpu().numpy()
 
     def lm_head(self) -> NDArray[np.float32]:
         """Random bfloat16 values, (V, D)."""

@@ -63,16 +63,19 @@ def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictio
     mos, predicted = (column_names(labels, what)[at] for what in ("mos", "predicted"))
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("split", "test") == "test"]
+            titles, *rows = (row for row in csv.reader(file) if row)
+        column = {title: place for place, title in enumerate(titles)}
+        if "split" in column:
+            rows = [row for row in rows if row[column["split"]] == "test"]
         found = Predictions(
-            names=[row["name"] for row in rows],
-            prompts=[row["prompt"] for row in rows],
-            mos=np.array([float(row[mos]) for row in rows]),
-            predicted=np.array([float(row[predicted]) for row in rows]),
-            items=[int(row["item"]) for row in rows] if rows and "item" in rows[0] else None,
+            names=[row[column["name"]] for row in rows],
+            prompts=[row[column["prompt"]] for row in rows],
+            mos=np.array([float(row[column[mos]]) for row in rows]),
+            predicted=np.array([float(row[column[predicted]]) for row in rows]),
+            items=[int(row[column["item"]]) for row in rows] if rows and "item" in column else None,
         )
         _refuse_not_finite(found)
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+    except (OSError, LookupError, ValueError, csv.Error) as error:
         message = (
             f"{path} cannot be read as predictions ({error!r}). Remove its run folder, and run the same command again."
         )

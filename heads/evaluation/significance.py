@@ -223,52 +223,73 @@ def leave_one_out(
     order = np.argsort(blocks, kind="stable")
     starts = np.flatnonzero(np.diff(blocks[order], prepend=-1))
     truth, block = labels[order], blocks[order]
+    rank, ranks = _dense_ranks(truth), [_dense_ranks(row) for row in predicted[:, order]]
     found = np.empty((len(predicted), count, len(METRICS)))
-    for result, row in zip(found, predicted[:, order], strict=True):
-        spearman, kendall = _rank_correlations(row, truth, block, starts)
-        result[:, 0], result[:, 2] = spearman, kendall
+    found[:, :, 0] = _spearman(np.stack([rank, *ranks]), block, count)
+    for result, row, ranked in zip(found, predicted[:, order], ranks, strict=True):
         pearson, result[:, 3] = _linear(row, truth, starts)
-        result[:, 1] = np.where(np.isnan(spearman), np.nan, pearson)
+        result[:, 1] = np.where(np.isnan(result[:, 0]), np.nan, pearson)
+        result[:, 2] = _kendall(ranked, rank, block, starts)
     return found
 
 
-def _rank_correlations(a: Array, b: Array, block: NDArray[np.int64], starts: NDArray[np.intp]) -> tuple[Array, Array]:
-    """Spearman's and Kendall's (tau-b) correlation without each block; items are sorted by block."""
-    rank_a, rank_b = (np.unique(values, return_inverse=True)[1].astype(np.int64) for values in (a, b))
+def _dense_ranks(values: Array) -> NDArray[np.int64]:
+    """The number of distinct smaller values of each."""
+    return np.unique(values, return_inverse=True)[1].astype(np.int64)
+
+
+def _kendall(a: NDArray[np.int64], b: NDArray[np.int64], block: NDArray[np.int64], starts: NDArray[np.intp]) -> Array:
+    """Kendall's correlation (tau-b) without each block, from dense ranks; items are sorted by block."""
     spans = len(a) + 1
-    touching = _pairs(rank_a, rank_b)
-    inside = _pairs(rank_a + spans * block, rank_b + spans * block)
+    touching, inside = _pairs(a, b), _pairs(a + spans * block, b + spans * block)
     inside -= len(a) - np.diff(np.append(starts, len(a)))[block]
     left = touching.sum(axis=1, keepdims=True) - np.add.reduceat(2 * touching - inside, starts, axis=1)
-    return _spearman(rank_a, rank_b, block, len(starts)), _ratio(*left.astype(np.float64))
+    return _ratio(*left.astype(np.float64))
 
 
-def _spearman(a: NDArray[np.int64], b: NDArray[np.int64], block: NDArray[np.int64], blocks: int) -> Array:
-    """Spearman's correlation without each block, from dense ranks."""
-    products = np.empty((3, blocks))
+def _spearman(ranks: NDArray[np.int64], block: NDArray[np.int64], blocks: int) -> Float[np.ndarray, "seed block"]:
+    """Spearman's correlation of the first row of dense ranks with each other row, without each block."""
+    products = np.empty((3, len(ranks) - 1, blocks))
+    spans = int(ranks.max()) + 1
+    numbered = ranks + spans * np.arange(len(ranks))[:, None]
     for number in range(blocks):
-        outside = block != number
-        x, y = _centred(a[outside]), _centred(b[outside])
-        products[:, number] = x @ y, x @ x, y @ y
-    return _ratio(*products)
+        truth, *rows = _centred(numbered[:, block != number], spans)
+        products[1, :, number] = truth @ truth
+        for row, product in zip(rows, products[:, :, number].T, strict=True):
+            product[0], product[2] = truth @ row, row @ row
+    return np.stack([_ratio(*of_row) for of_row in products.swapaxes(0, 1)])
 
 
-def _centred(ranks: NDArray[np.int64]) -> Array:
-    """Twice the centred mid-ranks of values given by dense ranks: the number below each item minus the number above."""
-    counts = np.bincount(ranks)
-    return (2 * np.cumsum(counts) - counts - len(ranks))[ranks].astype(np.float64)
+def _centred(numbered: NDArray[np.int64], spans: int) -> Array:
+    """Twice the centred mid-ranks of each row: the number of items below each item minus the number above.
+
+    A row holds dense ranks plus `spans` times the number of the row.
+    """
+    rows, items = numbered.shape
+    counts = np.bincount(numbered.ravel(), minlength=rows * spans).reshape(rows, spans)
+    values: Array = (2 * np.cumsum(counts, axis=1) - counts - items).astype(np.float64).ravel()
+    return np.take(values, numbered)
 
 
 def _pairs(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
     """Kendall's three sums over the pairs of each item (3, items): sign(a) sign(b), |sign(a)|, |sign(b)|."""
-    agreeing = _both_below(a, b) + _both_below(-a, -b) - _both_below(a, -b) - _both_below(-a, b)
-    return np.stack([agreeing, *(len(a) - _equal(values) for values in (a, b))])
+    items = len(a)
+    a, below_a, equal_a = _standing(a)
+    b, below_b, equal_b = _standing(b)
+    # By a then b, those before an item have a smaller a, or its a and a smaller b; and the other way round.
+    _, by_a_then_b, equal = _standing(a * items + b)
+    _, by_b_then_a, _ = _standing(b * items + a)
+    both_below = _both_below(a, b)
+    only_a = below_a - both_below - (by_b_then_a - below_b)
+    only_b = below_b - both_below - (by_a_then_b - below_a)
+    both_above = items - equal_a - equal_b + equal - both_below - only_a - only_b
+    return np.stack([both_below + both_above - only_a - only_b, items - equal_a, items - equal_b])
 
 
-def _equal(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each item, the number of items with its value."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return counts[places]
+def _standing(values: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """For each item its dense rank, the number of smaller items, and the number of items with its value."""
+    _, ranks, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return ranks.astype(np.int64), (np.cumsum(counts) - counts)[ranks], counts[ranks]
 
 
 def _both_below(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:

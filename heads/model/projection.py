@@ -25,6 +25,7 @@ _STD_FLOOR = 1e-4
 _USUAL_HIDDEN_SIZE = 4096
 _WHITENING_FLOOR = 1e-3
 """As a share of the largest deviation. Directions of hidden states below it are near the rounding of bfloat16."""
+_LOWER_HALF, _ROWS_PER_CHECK = 0xFFFF, 4096
 _USUAL_PROJECTION = {"hidden": "vocabulary", "sketch": "sketch", "logits": "logits"}
 
 
@@ -206,9 +207,12 @@ def _minus(features: Tensor, shift: Float[Tensor, " channel"]) -> Tensor:
 
 
 def _narrowest(lm_head: Tensor) -> Tensor:
-    """W_lm in bfloat16 where that changes no value: half the memory, and no conversion in mixed precision."""
-    narrow = lm_head.bfloat16()
-    return narrow if torch.equal(narrow.float(), lm_head) else lm_head
+    """W_lm in bfloat16 where that changes no value: half the memory, and no conversion in mixed precision.
+
+    That is where the lower half of the bits of every value is zero.
+    """
+    exact = all(not (piece & _LOWER_HALF).any() for piece in lm_head.view(torch.int32).split(_ROWS_PER_CHECK))
+    return lm_head.bfloat16() if exact else lm_head
 
 
 class ChannelProjection(Projection):

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -30,13 +31,15 @@ from agiqa.heads.settings.config import TrainConfig
 from agiqa.heads.settings.device import resolve_device
 from agiqa.heads.sweeps.head_jobs import Attempt, HeadJob, JobOutcome, attempt, is_there, with_notes
 from agiqa.progress import say
-from agiqa.workers import ctrl_c_kept_away, end_with_parent
+from agiqa.workers import ctrl_c_kept_away, end_with_parent, start_fork_server
 
 _ALIKE = ("device", "keep", "memory")
 _WORKERS_PER_GPU = 3
 _GPU_BYTES_PER_WORKER = 16 << 30
 """GPU memory of the largest heads of this project at batch 32, without the features."""
 _SECONDS_TO_END = 15.0
+_IMPORTED_ONCE = ("agiqa.heads.sweeps.head_jobs",)
+"""Modules that the fork server imports once for all workers."""
 
 
 def train_heads(
@@ -61,7 +64,7 @@ def train_heads(
 
     A job that fails (by an AgiqaError, the disk, torch or CUDA) or whose worker dies gets the status `failed`, and the
     others go on, in a fresh worker; with 1 worker an error of CUDA may fail later jobs too. `progress` gets the lines
-    that a job prints. Workers are spawned: a script that calls this needs `if __name__ == "__main__":`, and an encoder
+    that a job prints. Workers import the script that calls this, which needs `if __name__ == "__main__":`; an encoder
     of your own must be registered by a module that the script imports. Closing the generator, or Ctrl-C, ends them.
 
     Raises ConfigError at once for no jobs, a run folder named twice, or jobs that differ where they may not; HeadError
@@ -186,10 +189,10 @@ class _Ready:
 class _Worker:
     """One process, the pipe to it, and its job."""
 
-    def __init__(self, setup: _Setup) -> None:
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, context: BaseContext, setup: _Setup) -> None:
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, setup), daemon=True, name="agiqa-heads")
+        start: Any = context  # typed without the class of its processes
+        self.process = start.Process(target=_work, args=(theirs, setup), daemon=True, name="agiqa-heads")
         with ctrl_c_kept_away():
             self.process.start()
         theirs.close()  # so that reading from this end fails once the worker is gone
@@ -243,18 +246,19 @@ def run_jobs(
 ) -> Generator[tuple[HeadJob, Attempt]]:
     """Train all jobs in `workers` processes; yields each with how it ended, in the order of their ends.
 
-    A worker is spawned, opens the source by its location, and maps the shared features. A worker that dies takes only
+    A worker opens the source by its location, and maps the shared features. A worker that dies takes only
     its job along. Closing the generator ends the workers, and what they have saved is kept; a worker also ends when
     this process ends in any way. Raises HeadError when no worker can start; where some can, they go on alone.
     """
     features = [PackedFeatures.of(shared)]
     setup = _Setup(source=SourceAddress.of(source), features=features, threads=torch.get_num_threads())
+    context = _context_for(resolve_device(jobs[0].train.device))
     waiting, staff, hurry = deque(jobs), list[_Worker](), True
     try:
         while waiting or any(worker.job is not None for worker in staff):
             busy = sum(worker.job is not None for worker in staff)
             while len(staff) < min(workers, busy + len(waiting)):
-                staff.append(_Worker(setup))
+                staff.append(_Worker(context, setup))
             for worker in _with_messages(staff):
                 message = worker.receive()
                 if isinstance(message, str) and worker.job is not None:
@@ -281,6 +285,15 @@ def run_jobs(
             worker.dismiss(hurry=hurry)
         for worker in staff:
             worker.wait()
+
+
+def _context_for(device: torch.device) -> BaseContext:
+    """On a CPU, workers are forks of a server that has imported their modules. On a GPU, none may be a fork.
+
+    Importing takes seconds of CPU time, and a library may begin to use CUDA while it is imported.
+    """
+    forks = start_fork_server(_IMPORTED_ONCE) if device.type == "cpu" else None
+    return forks or multiprocessing.get_context("spawn")
 
 
 def _with_messages(staff: Sequence[_Worker]) -> list[_Worker]:

@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, silu, softplus
 
 from agiqa.heads.model.encoders.base import ENCODERS, EitherWay, Encoded, Encoder, Mask, Tokens, refuse_bidirectional
-from agiqa.heads.model.encoders.kernels.dispatch import causal_conv_silu
+from agiqa.heads.model.encoders.kernels.dispatch import (
+    LONGEST,
+    causal_conv_silu,
+    is_power_of_two,
+    kernels_missing,
+    norm,
+    product_dtype,
+    uncompiled,
+    widest_rows,
+)
 from agiqa.heads.settings.config import HeadConfig
 
 _EXPAND = 2
@@ -31,8 +40,10 @@ _EPSILON = 1e-5
 _RATES = (1.0, 16.0)
 _STEP_SIZES = (1e-3, 1e-1)
 """Initial -A (uniform) and dt (uniform in the logarithm), as in the authors' code."""
-CHUNK = 64
-"""Tokens per chunk: time and memory within chunks grow with it, those of the states shrink with it."""
+CHUNK = 32
+"""Most tokens per chunk: time and memory within chunks grow with it, those of the states shrink with it."""
+_LEAST_DIM = 16
+"""Least size of heads and states that the Triton kernels compute."""
 _FUSED_MODULE = "mamba_ssm.ops.triton.ssd_combined"
 _FUSED_CHUNK = 256
 
@@ -53,6 +64,7 @@ class Mamba2Encoder(Encoder):
         super().__init__(config.width)
         self.layers = nn.ModuleList(Mamba2Block(config) for _ in range(config.layers))
         self.norm_f = nn.RMSNorm(config.width, eps=_EPSILON)
+        self._scan_sizes = (head_dim_for(_EXPAND * config.width), config.state_size)
 
     @property
     def compiled_blocks(self) -> Iterable[nn.Module]:
@@ -62,6 +74,8 @@ class Mamba2Encoder(Encoder):
     @property
     def kernels(self) -> str:
         """Which scan runs on the device of the weights."""
+        if ssd_torch_reason(self.norm_f.weight.device, *self._scan_sizes) is None:
+            return "Triton kernels"
         fused = self.norm_f.weight.is_cuda and has_fused_ssd()
         return "mamba_ssm scan" if fused else "torch, chunked scan"
 
@@ -71,7 +85,7 @@ class Mamba2Encoder(Encoder):
         states = tokens.masked_fill(padding, 0.0).to(self.norm_f.weight.dtype)
         for block in self.layers:
             states = block(states)
-        outputs: Tensor = self.norm_f(states)
+        outputs = norm(states, self.norm_f.weight, eps=_EPSILON, centred=False, dtype=states.dtype)
         return outputs.masked_fill(padding, 0.0)
 
 
@@ -90,7 +104,7 @@ class Mamba2Block(nn.Module):
 
     def forward(self, tokens: Tokens) -> Tokens:
         """The tokens, and what the mixer adds."""
-        added: Tensor = self.dropout(self.mixer(self.norm(tokens)))
+        added: Tensor = self.dropout(self.mixer(norm(tokens, self.norm.weight, eps=_EPSILON, centred=False)))
         return tokens + added
 
 
@@ -111,7 +125,6 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = nn.Linear(inner, width, bias=False)
         self._parts = (inner, mixed, heads)
         self._mixed_parts = (inner, state_size, state_size)
-        self._has_fused = has_fused_ssd()
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Step sizes and decays are in the dtype of the weights, under autocast too."""
@@ -120,10 +133,10 @@ class Mamba2Mixer(nn.Module):
         values, writes, reads = convolved.split(self._mixed_parts, dim=-1)
         values = values.unflatten(-1, (len(self.D), -1))
         step_sizes = softplus(raw_steps + self.dt_bias)
-        fused = self._has_fused and values.is_cuda and values.dtype != torch.float64
-        scanned = (fused_ssd if fused else ssd)(values, step_sizes, -self.A_log.exp(), writes, reads)
+        scanned = scan(values, step_sizes, -self.A_log.exp(), writes, reads)
         outputs = (scanned + self.D[:, None] * values).flatten(2)
-        mixed_tokens: Tensor = self.out_proj(self.norm(outputs * silu(gate)))
+        normed = norm(outputs * silu(gate), self.norm.weight, eps=_EPSILON, centred=False)
+        mixed_tokens: Tensor = self.out_proj(normed)
         return mixed_tokens
 
 
@@ -144,6 +157,48 @@ def _inverse_softplus(values: Float[Tensor, " head"]) -> Float[Tensor, " head"]:
     return values + torch.log(-torch.expm1(-values))
 
 
+def scan(
+    inputs: Float[Tensor, "batch time head dim"],
+    step_sizes: Float[Tensor, "batch time head"],
+    rates: Float[Tensor, " head"],
+    writes: Float[Tensor, "batch time state"],
+    reads: Float[Tensor, "batch time state"],
+) -> Float[Tensor, "batch time head dim"]:
+    """`ssd` by the fastest form that runs: Triton kernels, those of mamba_ssm, or torch."""
+    given = (inputs, step_sizes, rates, writes, reads)
+    if not inputs.is_cuda or inputs.dtype == torch.float64:
+        return ssd(*given)
+    sizes = inputs.shape[-1], reads.shape[-1]
+    if inputs.shape[1] <= LONGEST and ssd_torch_reason(inputs.device, *sizes) is None:
+        return _by_kernels(*given)
+    return (fused_ssd if has_fused_ssd() else ssd)(*given)
+
+
+def ssd_torch_reason(device: torch.device, head_dim: int, state_size: int) -> str | None:
+    """Why the Triton kernels of this package compute no scan of these sizes on `device`; None where they do."""
+    unavailable = kernels_missing(device, ("triton",))
+    if unavailable is not None:
+        return unavailable
+    most = widest_rows(device)
+    if most < _LEAST_DIM:
+        return "the kernels need a GPU with more shared memory per block"
+    if all(is_power_of_two(size) and _LEAST_DIM <= size <= most for size in (head_dim, state_size)):
+        return None
+    return f"the kernels need heads and states of 2^k, {_LEAST_DIM} to {most}, not {head_dim} and {state_size}"
+
+
+@uncompiled
+def _by_kernels(inputs: Tensor, step_sizes: Tensor, rates: Tensor, writes: Tensor, reads: Tensor) -> Tensor:
+    from agiqa.heads.model.encoders.kernels.decayed_products_triton import KernelSSD  # triton is absent without a GPU
+
+    dtype, heads = product_dtype(inputs), inputs.shape[2]
+    of_heads = step_sizes.transpose(1, 2)
+    sums = (of_heads * rates[:, None]).cumsum(-1, dtype=torch.float64)
+    shared = (part.to(dtype)[:, :, None].expand(-1, -1, heads, -1) for part in (writes, reads))
+    outputs: Tensor = KernelSSD.apply(inputs.to(dtype), of_heads, sums, *shared)
+    return outputs
+
+
 def ssd(
     inputs: Float[Tensor, "batch time head dim"],
     step_sizes: Float[Tensor, "batch time head"],
@@ -159,43 +214,44 @@ def ssd(
     at least; matrix products follow autocast.
     """
     length = inputs.shape[1]
-    chunk = min(chunk, length)
-    short = -length % chunk
-    written = _in_chunks(inputs * step_sizes[..., None], short, chunk).transpose(2, 3)
-    decay_sums = _in_chunks(step_sizes * rates, short, chunk).transpose(2, 3).cumsum(-1)
-    writes, reads = (_in_chunks(part, short, chunk)[:, :, None] for part in (writes, reads))
+    chunk = math.ceil(length / math.ceil(length / chunk))  # equal chunks leave the least padding
+    values = _in_chunks(inputs.transpose(1, 2), chunk)
+    steps = _in_chunks(step_sizes.transpose(1, 2), chunk)
+    decay_sums = (steps * rates[:, None, None]).cumsum(-1)
+    writes, reads = (_in_chunks(part[:, None], chunk) for part in (writes, reads))
 
-    within = _decays(decay_sums) * (reads @ writes.transpose(-1, -2))
-    to_end = torch.exp(decay_sums[..., -1:] - decay_sums)
-    added = (writes * to_end[..., None]).transpose(-1, -2) @ written
+    within = _decays(decay_sums) * (reads @ writes.transpose(-1, -2)) * steps[..., None, :]
+    to_end = torch.exp(decay_sums[..., -1:] - decay_sums) * steps
+    added = (writes * to_end[..., None]).transpose(-1, -2) @ values
     at_start = _states_at_start(added, decay_sums[..., -1])
-    outputs = within @ written + (reads * decay_sums.exp()[..., None]) @ at_start
-    return outputs.transpose(2, 3).flatten(1, 2)[:, :length]
+    from_before = reads * decay_sums.exp()[..., None]
+    inside, asked, states = (part.flatten(0, 2) for part in (within @ values, from_before, at_start))
+    outputs: Tensor = torch.baddbmm(inside, asked, states)
+    return outputs.view(values.shape).flatten(2, 3)[:, :, :length].transpose(1, 2)
 
 
-def _in_chunks(part: Float[Tensor, "batch time *rest"], short: int, chunk: int) -> Float[Tensor, "batch c step *rest"]:
-    """Append `short` zero steps, which write nothing and do not decay, and cut the time into chunks."""
-    padded = pad(part, (0, 0) * (part.ndim - 2) + (0, short)) if short else part
-    chunks: Tensor = padded.unflatten(1, (-1, chunk))
-    return chunks
+def _in_chunks(part: Float[Tensor, "batch head time *rest"], chunk: int) -> Float[Tensor, "batch head c step *rest"]:
+    """Cut the time into chunks, behind zero steps at its end, which write nothing and do not decay."""
+    padded = pad(part, (0, 0) * (part.ndim - 3) + (0, -part.shape[2] % chunk))
+    return torch.unflatten(padded, 2, (-1, chunk))
 
 
-def _decays(sums: Float[Tensor, "*rest time"]) -> Float[Tensor, "*rest time time"]:
-    """exp(sums[t] - sums[s]) where s <= t, else 0; masked before the exp, whose gradient could be infinite there."""
+def _decays(sums: Float[Tensor, "*batch step"]) -> Float[Tensor, "*batch step step"]:
+    """exp(sums[t] - sums[s]) for s <= t, else 0. The mask comes before exp, which would overflow above the diagonal."""
     later = torch.ones(sums.shape[-1], sums.shape[-1], dtype=torch.bool, device=sums.device).triu(1)
     return (sums[..., :, None] - sums[..., None, :]).masked_fill(later, -torch.inf).exp()
 
 
 def _states_at_start(
-    added: Float[Tensor, "batch c head state dim"], totals: Float[Tensor, "batch c head"]
-) -> Float[Tensor, "batch c head state dim"]:
+    added: Float[Tensor, "batch head c state dim"], totals: Float[Tensor, "batch head c"]
+) -> Float[Tensor, "batch head c state dim"]:
     """The state before each chunk: what earlier chunks `added`, decayed by the `totals` of the chunks between.
 
     Decays are sums over a whole item, which lose too many digits in float32 when subtracted.
     """
-    decays = _decays(totals.double().cumsum(1).transpose(1, 2)).to(totals.dtype)
-    at_end = torch.einsum("bhji,bihnp->bjhnp", decays, added)
-    return torch.cat([torch.zeros_like(at_end[:, :1]), at_end[:, :-1]], dim=1)
+    decays = _decays(totals.double().cumsum(2)).to(totals.dtype)
+    at_end: Tensor = (decays @ added.flatten(3)).view(added.shape)
+    return torch.cat([torch.zeros_like(at_end[:, :, :1]), at_end[:, :, :-1]], dim=2)
 
 
 def fused_ssd(

@@ -1,7 +1,8 @@
-"""The mLSTM of whole sequences from the zero state (Beck et al. 2024), in chunks: by Triton kernels, or in torch.
+"""The mLSTM of whole sequences from the zero state (Beck et al. 2024): by Triton kernels, or in torch.
 
-Inside a chunk every token reads the tokens before it; a state carries all earlier chunks (Beck et al. 2025,
-arXiv 2503.14376). Matrices of (tokens, tokens), which the torch form of the xlstm package makes, are never made.
+In torch and in the kernels of the package mlstm_kernels, every token of a chunk reads the tokens before it, and a state
+carries all earlier chunks (Beck et al. 2025, arXiv 2503.14376). The kernels of this package have no state, which is
+faster for items that are not long. None makes matrices of (tokens, tokens) as the torch form of the xlstm package does.
 """
 
 import math
@@ -13,14 +14,21 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
-from agiqa.heads.model.encoders.kernels.dispatch import is_power_of_two, kernels_missing, product_dtype, uncompiled
+from agiqa.heads.model.encoders.kernels.dispatch import (
+    LONGEST,
+    is_power_of_two,
+    kernels_missing,
+    product_dtype,
+    uncompiled,
+    widest_rows,
+)
 
 _KERNEL_CHUNK = 128
-"""Tokens per chunk of the kernels."""
+"""Tokens per chunk of mlstm_kernels."""
 _TORCH_CHUNK = 64
 """Most tokens per chunk in torch; the fastest of 32, 64 and 128 at heads of 64 channels on a CPU."""
 _LEAST_DIM = 16
-"""Fewest channels per head of the kernels."""
+"""Fewest channels per head of any kernel."""
 _EPS = 1e-6
 """As in the package's torch form."""
 
@@ -30,24 +38,39 @@ Gates = Float[Tensor, "batch heads token 1"]
 
 @uncompiled
 def mlstm(queries: Rows, keys: Rows, values: Rows, igate_preact: Gates, fgate_preact: Gates) -> Rows:
-    """The hidden states, by kernels of mlstm_kernels where they run, else in torch.
+    """The hidden states, by Triton kernels where they run, else in torch.
 
-    The kernels' gradient leaves out the part through the normaliser, which is zero before a norm of each head, as in
-    `MLSTMCell`.
+    The kernels of mlstm_kernels compute wide heads, and long items where they are installed. Their gradient leaves out
+    the part through the normaliser, which is zero before a norm of each head, as in `MLSTMCell`.
     """
-    if mlstm_torch_reason(queries.device, queries.shape[-1]) is not None:
+    tokens, dim = queries.shape[2:]
+    if mlstm_torch_reason(queries.device, dim) is not None or queries.dtype == torch.float64:
         return mlstm_in_torch(queries, keys, values, igate_preact, fgate_preact)
-    tokens = queries.shape[2]
+    rows = [part.to(product_dtype(queries)) for part in (queries, keys, values)]
+    if dim > widest_rows(queries.device) or (
+        tokens > LONGEST and kernels_missing(queries.device, ("mlstm_kernels",)) is None
+    ):
+        return mlstm_with_states(rows, [igate_preact, fgate_preact])
+    from agiqa.heads.model.encoders.kernels.decayed_products_triton import KernelMLSTM  # triton is absent without a GPU
+
+    gates = [gate.squeeze(-1).transpose(1, 2) for gate in (igate_preact, fgate_preact)]
+    hidden: Tensor = KernelMLSTM.apply(*(part.transpose(1, 2) for part in rows), *gates, _EPS)
+    return hidden.transpose(1, 2)
+
+
+def mlstm_with_states(rows: list[Tensor], gates: list[Tensor]) -> Rows:
+    """`mlstm` by mlstm_kernels."""
+    tokens = rows[0].shape[2]
     missing = -tokens % _KERNEL_CHUNK  # causal, so the padding reaches no token
 
     def padded(values: Tensor) -> Tensor:
         return pad(values, (0, 0, 0, missing))
 
-    dtype = product_dtype(queries)
-    rows = [padded(values).to(dtype) for values in (queries, keys, values)]
-    gates = [padded(gate).squeeze(-1).float() for gate in (igate_preact, fgate_preact)]
+    exact = [padded(gate).squeeze(-1).float() for gate in gates]
     with torch.autocast("cuda", enabled=False):  # it would round the gates, whose sums run over all tokens
-        hidden: Tensor = _kernel()(*rows, *gates, eps=_EPS, chunk_size=_KERNEL_CHUNK, autocast_kernel_dtype=dtype)
+        hidden: Tensor = _kernel()(
+            *map(padded, rows), *exact, eps=_EPS, chunk_size=_KERNEL_CHUNK, autocast_kernel_dtype=rows[0].dtype
+        )
     return hidden[:, :, :tokens]
 
 
@@ -106,8 +129,9 @@ def _states(
 
 
 def mlstm_torch_reason(device: torch.device, dim: int) -> str | None:
-    """Why torch computes heads of `dim` channels on `device`; None where the kernels do."""
-    unavailable = kernels_missing(device, ("triton", "mlstm_kernels"))
+    """Why torch computes heads of `dim` channels on `device`; None where kernels do."""
+    packages = ("triton",) if dim <= widest_rows(device) else ("triton", "mlstm_kernels")
+    unavailable = kernels_missing(device, packages)
     if unavailable is None and not (dim >= _LEAST_DIM and is_power_of_two(dim)):
         return f"the kernels need heads of 2^k channels, {_LEAST_DIM} or more, not {dim}"
     return unavailable

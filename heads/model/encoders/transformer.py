@@ -14,6 +14,7 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 from agiqa.errors import ConfigError
 from agiqa.heads.model.encoders.base import ENCODERS, Encoded, Encoder, Mask, Tokens
+from agiqa.heads.model.encoders.kernels.dispatch import norm
 from agiqa.heads.settings.config import HeadConfig
 
 _FEED_FORWARD_FACTOR = 4
@@ -64,7 +65,7 @@ class TransformerEncoder(Encoder):
         states = states + sinusoids(states)
         for layer in self.layers:
             states = layer(states, mask)
-        outputs: Tensor = self.norm(states)
+        outputs = norm(states, self.norm.weight, self.norm.bias, eps=self.norm.eps, dtype=states.dtype)
         return outputs.masked_fill(padding, 0.0)
 
 
@@ -88,9 +89,9 @@ class TransformerLayer(nn.Module):
 
     def forward(self, tokens: Tokens, mask: Mask) -> Tokens:
         """`mask` hides padded keys; outputs at padding are arbitrary."""
-        attended = self.merge(self._attend(self.attention_norm(tokens), mask))
+        attended = self.merge(self._attend(_normed(self.attention_norm, tokens), mask))
         tokens = tokens + self.attention_dropout(attended)
-        inner = self.inner_dropout(gelu(self.expand(self.feed_forward_norm(tokens))))
+        inner = self.inner_dropout(gelu(self.expand(_normed(self.feed_forward_norm, tokens))))
         outputs: Tensor = tokens + self.outer_dropout(self.contract(inner))
         return outputs
 
@@ -107,6 +108,10 @@ class TransformerLayer(nn.Module):
             is_causal=not self._bidirectional,
         )
         return heads.transpose(1, 2).flatten(2)
+
+
+def _normed(part: nn.LayerNorm, tokens: Tokens) -> Tokens:
+    return norm(tokens, part.weight, part.bias, eps=part.eps)
 
 
 def sinusoids(tokens: Tokens) -> Float[Tensor, "token width"]:

@@ -5,12 +5,12 @@ operations. Tests hold values and gradients of the whole stack to those of the p
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear, silu
+from torch.nn.functional import linear, silu
 from xlstm import (
     FeedForwardConfig,
     mLSTMBlockConfig,
@@ -26,11 +26,11 @@ from xlstm.blocks.slstm.cell import sLSTMCell_vanilla
 from xlstm.blocks.slstm.layer import sLSTMLayer
 from xlstm.components.conv import CausalConv1d
 from xlstm.components.linear_headwise import LinearHeadwiseExpand
-from xlstm.components.ln import MultiHeadLayerNorm
+from xlstm.components.ln import LayerNorm, MultiHeadLayerNorm
 
 from agiqa.errors import ConfigError
 from agiqa.heads.model.encoders.base import ENCODERS, EitherWay, Encoded, Encoder, Mask, Tokens, refuse_bidirectional
-from agiqa.heads.model.encoders.kernels.dispatch import causal_conv_silu
+from agiqa.heads.model.encoders.kernels.dispatch import causal_conv_silu, norm
 from agiqa.heads.model.encoders.mlstm import mlstm, mlstm_torch_reason
 from agiqa.heads.model.encoders.slstm import slstm, slstm_loop_reason
 from agiqa.heads.settings.config import HeadConfig
@@ -42,7 +42,6 @@ _MLSTM_FACTOR = 2
 """How much wider an mLSTM works than its block, as in the package."""
 _MLSTM_STEP = 64
 """The package rounds the channels of an mLSTM up to a multiple of this."""
-_SMALL_BLOCK = 16
 
 
 class XLSTMEncoder(Encoder):
@@ -135,6 +134,7 @@ def install_parts(stack: xLSTMBlockStack) -> None:
         sLSTMLayer: lambda part: SLSTMLayer(part.config),
         sLSTMCell_vanilla: lambda part: SLSTMCell(part.config),
         LinearHeadwiseExpand: lambda part: BlockDiagonal(part.config),
+        LayerNorm: lambda part: Norm(part.ndim, part.weight is not None, part.bias is not None, part.eps),
         MultiHeadLayerNorm: lambda part: HeadNorm(part.ndim, part.weight is not None, part.bias is not None, part.eps),
     }
     for parent in stack.modules():
@@ -143,34 +143,54 @@ def install_parts(stack: xLSTMBlockStack) -> None:
                 successor = successors[type(part)](part)
                 successor.load_state_dict(part.state_dict())
                 setattr(parent, name, successor)
+    if isinstance(stack.post_blocks_norm, Norm):
+        stack.post_blocks_norm.is_last = True
 
 
 class MLSTMLayer(mLSTMLayer):
-    """The package's layer; in mixed precision the products after the cell are in the narrow dtype too."""
+    """The package's layer; in mixed precision the products after the cell are in the narrow dtype too.
+
+    Its rows stay in heads from the projections to the norm, which saves copies.
+    """
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
         """As the package's."""
         mixed, gate = self.proj_up(x).chunk(2, dim=-1)
         convolved = _convolved(self.conv1d, mixed)
-        queries, keys, values = self.q_proj(convolved), self.k_proj(convolved), self.v_proj(mixed)
-        hidden: Tensor = self.mlstm_cell(q=queries, k=keys, v=values).to(values.dtype)
-        skipped = torch.addcmul(hidden, convolved, self.learnable_skip.to(values.dtype))
+        cell, parts = cast("MLSTMCell", self.mlstm_cell), (self.q_proj, self.k_proj, self.v_proj)
+        projections = [cast("BlockDiagonal", part) for part in parts]
+        gates = cell.gates(projections, convolved, mixed)
+        heads = self.config.num_heads
+        of_query, of_key, of_value = projections
+        queries, keys = of_query.in_heads(convolved, heads), of_key.in_heads(convolved, heads)
+        hidden = cell.hidden(queries, keys, of_value.in_heads(mixed, heads), gates).to(mixed.dtype)
+        skipped = torch.addcmul(hidden, convolved, self.learnable_skip.to(mixed.dtype))
         outputs: Tensor = self.dropout(self.proj_down(skipped * silu(gate)))
         return outputs
 
 
 class MLSTMCell(mLSTMCell):
-    """The package's cell, with both gates from one product."""
+    """The package's cell, in two parts."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        """As the package's."""
-        heads = self.config.num_heads
-        weight = torch.cat([self.igate.weight, self.fgate.weight])
-        gates = linear(torch.cat([q, k, v], dim=-1), weight, torch.cat([self.igate.bias, self.fgate.bias]))
-        entry, forget = gates.transpose(1, 2)[..., None].chunk(2, dim=1)
-        queries, keys, values = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
-        hidden = mlstm(queries, keys, values, entry, forget)
-        outputs: Tensor = self.outnorm(hidden)
+    def gates(self, projections: Sequence["BlockDiagonal"], convolved: Tensor, mixed: Tensor) -> Tensor:
+        """The pre-activations of the input gates, then of the forget gates, (batch, 2 heads, token).
+
+        The package computes them from queries, keys and values, which are linear in the two inputs: the weights of both
+        steps are multiplied first. `projections` are those of queries and keys, from `convolved`, and values.
+        """
+        with torch.autocast(mixed.device.type, enabled=False):
+            whole = torch.cat([self.igate.weight, self.fgate.weight])
+            of_query, of_key, of_value = (
+                part.folded(weight) for part, weight in zip(projections, whole.chunk(3, dim=1), strict=True)
+            )
+            of_convolved, bias = of_query + of_key, torch.cat([self.igate.bias, self.fgate.bias])
+        gates = linear(convolved, of_convolved, bias) + linear(mixed, of_value)
+        return gates.transpose(1, 2)
+
+    def hidden(self, queries: Tensor, keys: Tensor, values: Tensor, gates: Tensor) -> Tensor:
+        """The normed hidden states, (batch, token, channel), of rows (batch, heads, token, dim)."""
+        entry, forget = gates[..., None].chunk(2, dim=1)
+        outputs: Tensor = self.outnorm(mlstm(queries, keys, values, entry, forget))
         return outputs.transpose(1, 2).flatten(2)
 
 
@@ -220,19 +240,43 @@ class SLSTMCell(sLSTMCell_vanilla):
 
 
 class BlockDiagonal(LinearHeadwiseExpand):
-    """The package's projection by blocks of a few channels, as one dense product on a GPU.
+    """The package's projection by blocks of a few channels, without a bias."""
 
-    The dense product has hundreds of times the arithmetic, and tensor cores do it in a third of the time.
-    """
+    def in_heads(self, x: Tensor, heads: int) -> Tensor:
+        """As the package's, in heads: (batch, heads, token, dim). The blocks of a head are computed as one.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """As the package's."""
+        That has many times the arithmetic, and takes a fraction of the time.
+        """
         blocks, rows, columns = self.weight.shape
-        if not x.is_cuda or columns > _SMALL_BLOCK:
-            outputs: Tensor = super().forward(x)
-            return outputs
-        spread = torch.diag_embed(self.weight.permute(1, 2, 0)).permute(2, 0, 3, 1)
-        return linear(x, spread.reshape(blocks * rows, blocks * columns), self.bias)
+        batch, tokens, channels = x.shape
+        groups = math.gcd(heads, blocks)
+        weight = self.weight.view(groups, -1, rows, columns)
+        spread = (
+            torch.diag_embed(weight.permute(0, 2, 3, 1)).permute(0, 3, 1, 4, 2).reshape(groups, -1, channels // groups)
+        )
+        given = x.reshape(batch * tokens, groups, -1).transpose(0, 1)
+        found: Tensor = torch.bmm(given, spread.transpose(1, 2)).view(groups, batch, tokens, -1)
+        if groups == heads:
+            return found.transpose(0, 1)
+        return found.permute(1, 2, 0, 3).reshape(batch, tokens, heads, -1).transpose(1, 2)
+
+    def folded(self, weight: Tensor) -> Tensor:
+        """The weight on the inputs that is this projection followed by `weight`, (outputs, channels)."""
+        blocks, rows, _columns = self.weight.shape
+        per_block = weight.view(len(weight), blocks, rows)
+        return torch.einsum("obr,brc->obc", per_block, self.weight).flatten(1)
+
+
+class Norm(LayerNorm):
+    """The package's layer norm; on a GPU in the dtype of the product behind it."""
+
+    is_last = False
+    """No product follows: the outputs are in the dtype of the weights."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the package's name)
+        """As the package's."""
+        weight = self.weight_proxy
+        return norm(input, weight, self.bias, eps=self.eps, dtype=weight.dtype if self.is_last else None)
 
 
 class HeadNorm(MultiHeadLayerNorm):
@@ -241,6 +285,5 @@ class HeadNorm(MultiHeadLayerNorm):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (the package's name)
         """As the package's: (batch, heads, token, dim) in and out."""
         heads, dim = input.shape[1], input.shape[-1]
-        normed = layer_norm(input.transpose(1, 2), (dim,), eps=self.eps)
-        scaled: Tensor = normed * self.weight_proxy.view(heads, dim)
-        return scaled.transpose(1, 2)
+        weight = self.weight_proxy.view(heads, dim)
+        return norm(input.transpose(1, 2), weight, eps=self.eps, dtype=input.dtype).transpose(1, 2)

@@ -9,8 +9,9 @@ from xlstm.blocks.mlstm.backends import parallel_stabilized_simple
 from agiqa.heads.model.encoders import ENCODERS, XLSTMEncoder
 from agiqa.heads.model.encoders.base import Encoder
 from agiqa.heads.model.encoders.kernels.cuda_graphs import GraphedEncoder
-from agiqa.heads.model.encoders.kernels.dispatch import causal_conv_silu
-from agiqa.heads.model.encoders.mlstm import mlstm
+from agiqa.heads.model.encoders.kernels.dispatch import causal_conv_silu, norm
+from agiqa.heads.model.encoders.mamba2 import scan, ssd
+from agiqa.heads.model.encoders.mlstm import mlstm, mlstm_in_torch
 from agiqa.heads.model.encoders.slstm import slstm
 from agiqa.heads.settings.config import HeadConfig
 
@@ -69,6 +70,38 @@ def test_mlstm_kernels(tokens, dim, mixed, most):
     assert_near(found, expected, most)
 
 
+@pytest.mark.parametrize("forget", [0.0, 3.0])
+@pytest.mark.parametrize(("mixed", "most"), [(False, 1e-5), (True, 2e-2)])
+def test_the_mlstm_has_its_whole_gradient_without_a_norm_too(mixed, most, forget):
+    torch.manual_seed(0)
+    rows = [torch.randn(2, 3, 150, 64) for _ in range(3)]
+    if mixed:  # rounded before: some normalisers are near zero, and rounding alone moves their gradients by a tenth
+        rows = [part.bfloat16() for part in rows]
+    gates = torch.randn(2, 3, 150, 1), forget + torch.randn(2, 3, 150, 1)
+    expected = gradients(mlstm_in_torch, *rows, *gates, device="cpu", dtype=torch.float64)
+    found = gradients(mlstm, *rows, *gates, device="cuda", dtype=torch.float32, mixed=mixed)
+    assert_near(found, expected, most)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "dim", "state", "plain"),
+    [(1, 16, 16, 1e-5), (64, 64, 16, 1e-5), (477, 64, 16, 1e-4), (100, 128, 64, 5e-3)],
+)  # wide rows are multiplied in TF32
+def test_scan_kernels(tokens, dim, state, plain, mixed):
+    torch.manual_seed(0)
+    inputs, step_sizes, rates = torch.randn(3, tokens, 5, dim), torch.rand(3, tokens, 5), -3 * torch.rand(5)
+    arguments = (inputs, step_sizes, rates, *torch.randn(2, 3, tokens, state))
+    expected = gradients(ssd, *arguments, device="cpu", dtype=torch.float64)
+
+    def run(inputs, step_sizes, rates, writes, reads):
+        product = torch.bfloat16 if mixed else torch.float32
+        return scan(inputs.to(product), step_sizes, rates, writes.to(product), reads.to(product))
+
+    found = gradients(run, *arguments, device="cuda", dtype=torch.float32, mixed=mixed)
+    assert_near(found, expected, 2e-2 if mixed else plain)
+
+
 @pytest.mark.parametrize(("mixed", "most"), [(False, 1e-2), (True, 1e-1)])
 def test_the_whole_stack(mixed, most):
     torch.manual_seed(0)
@@ -106,6 +139,24 @@ def test_causal_conv_kernels(items, tokens, channels, mixed, most):
     arguments = torch.randn(items, tokens, channels), torch.randn(channels, 1, 4), torch.randn(channels)
     expected = gradients(causal_conv_silu, *arguments, device="cpu", dtype=torch.float64)
     found = gradients(causal_conv_silu, *arguments, device="cuda", dtype=torch.float32, mixed=mixed)
+    assert_near(found, expected, most)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("mixed", "most"), [(False, 1e-5), (True, 1e-2)])
+@pytest.mark.parametrize(
+    ("shape", "heads"), [((3, 477, 512), 1), ((7, 100), 1), ((1, 4096), 1), ((5, 9, 4, 256), 4), ((2, 50, 3, 33), 3)]
+)
+def test_norm_kernels(shape, heads, mixed, most, centred):
+    torch.manual_seed(0)
+    inputs, weight = 1 + 3 * torch.randn(shape), torch.randn(heads, shape[-1]).squeeze(0)
+    biases = [torch.randn(shape[-1])] if centred and heads == 1 else []
+
+    def run(given, weight, *bias):
+        return norm(given, weight, *bias, eps=1e-5, centred=centred or heads > 1)
+
+    expected = gradients(run, inputs, weight, *biases, device="cpu", dtype=torch.float64)
+    found = gradients(run, inputs, weight, *biases, device="cuda", dtype=torch.float32, mixed=mixed)
     assert_near(found, expected, most)
 
 

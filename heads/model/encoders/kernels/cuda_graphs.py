@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from agiqa.heads.model.encoders.base import Encoded, Encoder, Mask, Tokens
-from agiqa.heads.model.encoders.kernels.dispatch import product_dtype
+from agiqa.heads.model.encoders.kernels.dispatch import exclude_from_compiling, product_dtype
 from agiqa.heads.settings.config import TrainConfig
 
 _LENGTHS_PER_OCTAVE = 8
 _SHORTEST = 16
+_WARM_UPS = 1
+"""Passes before a capture, in which kernels are loaded and libraries take their memory."""
 
 
 def training_pass(encoder: Encoder, config: TrainConfig, device: torch.device) -> "GraphedEncoder | None":
@@ -31,6 +33,7 @@ def training_pass(encoder: Encoder, config: TrainConfig, device: torch.device) -
     if device.type != "cuda":
         return None
     if config.compile:
+        exclude_from_compiling()
         torch.compiler.reset()  # it compiles eight variants of a function at most, and earlier heads count
         for block in encoder.compiled_blocks:
             block.compile(dynamic=True)
@@ -73,18 +76,20 @@ class GraphedEncoder:
         mask[batch:, 0] = True
         key = (longer, tokens.dtype, product_dtype(tokens))
         if key not in self._graphs:
-            self._graphs[key] = self._capture(tokens, mask)
+            self._graphs[key] = self.capture(tokens, mask)
         replayed: Tensor = self._graphs[key](tokens, mask)
         return replayed[:batch, :length]
 
-    def _capture(self, tokens: Tensor, mask: Tensor) -> nn.Module:
+    def capture(self, tokens: Tensor, mask: Tensor) -> nn.Module:
         """Graphs of this shape, in memory that all shapes share. The random state stays as it was."""
         examples = tokens.detach().clone().requires_grad_(), mask.clone()
         dtype, mixed = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         random = torch.cuda.get_rng_state(tokens.device)
         _expect_streams_to_differ()
         with torch.autocast("cuda", dtype=dtype, enabled=mixed, cache_enabled=False), _garbage_waits():
-            graphed = torch.cuda.make_graphed_callables(_Pass(self._encoder), examples, pool=self._pool)
+            graphed = torch.cuda.make_graphed_callables(
+                _Pass(self._encoder), examples, num_warmup_iters=_WARM_UPS, pool=self._pool
+            )
         torch.cuda.set_rng_state(random, tokens.device)
         return cast("nn.Module", graphed)
 
