@@ -139,7 +139,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _end_interrupted(number: int | None) -> NoReturn:
     print("interrupted; finished work is kept: run the same command again to resume", file=sys.stderr)
-    sys.exit(128 + (number or signal.SIGINT))
+    _leave(128 + (number or signal.SIGINT))
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit at once if a thread is still at work whose result nobody wants, as one that loads a model."""
+    from agiqa.workers import ABANDONED
+
+    if any(thread.name == ABANDONED for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(arguments: list[str], interruption: Interruption) -> None:
@@ -156,4 +167,4 @@ def _run(arguments: list[str], interruption: Interruption) -> None:
         print(f"error: {error}{notes}", file=sys.stderr)
         if interruption.came is not None:
             _end_interrupted(interruption.came)
-        sys.exit(1)
+        _leave(1)

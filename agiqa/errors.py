@@ -3,6 +3,7 @@
 AgiqaError
 ├── DataError (ValueError)            images, prompts, labels or conversations that cannot be used
 ├── ModelError (ValueError)           a checkpoint that is missing, incomplete or unsuitable
+├── CompilerError (RuntimeError)      torch's compiler does not work on this machine, or not for this model
 ├── ConfigError (ValueError)          a setting that contradicts another or is out of range
 ├── UnknownName (LookupError)         no such encoder, pooling, label ...; names the nearest known one
 ├── WorkerError (RuntimeError)        a process of this run died, or the device ran out of memory on one item
@@ -44,6 +45,10 @@ class DataError(AgiqaError, ValueError):
 
 class ModelError(AgiqaError, ValueError):
     """A checkpoint that is missing, incomplete, or does not suit the task."""
+
+
+class CompilerError(AgiqaError, RuntimeError):
+    """Layers that torch's compiler cannot compile: a tool is missing, or the model has operations that it refuses."""
 
 
 class ConfigError(AgiqaError, ValueError):

@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from agiqa.extract.data.items import DataSet as DataSet
     from agiqa.extract.data.items import Item as Item
     from agiqa.extract.data.items import Message as Message
-    from agiqa.extract.describing.asking import Described as Described
     from agiqa.extract.describing.asking import Describer as Describer
-    from agiqa.extract.describing.asking import DescriptionSettings as DescriptionSettings
     from agiqa.extract.describing.describing import DescriptionResult as DescriptionResult
     from agiqa.extract.describing.describing import run_descriptions as run_descriptions
+    from agiqa.extract.describing.rounds import Described as Described
+    from agiqa.extract.describing.rounds import DescriptionSettings as DescriptionSettings
     from agiqa.extract.describing.served import run_served_descriptions as run_served_descriptions
     from agiqa.extract.filling.job import ExtractionResult as ExtractionResult
     from agiqa.extract.filling.job import ExtractionSettings as ExtractionSettings
@@ -50,7 +50,8 @@ __getattr__, __dir__, __all__ = lazy_names(
     {
         "data.datasets": ["load_data_set"],
         "data.items": ["DataSet", "Item", "Message"],
-        "describing.asking": ["Described", "Describer", "DescriptionSettings"],
+        "describing.asking": ["Describer"],
+        "describing.rounds": ["Described", "DescriptionSettings"],
         "describing.describing": ["DescriptionResult", "run_descriptions"],
         "describing.served": ["run_served_descriptions"],
         "filling.job": ["ExtractionResult", "ExtractionSettings", "run_extraction"],

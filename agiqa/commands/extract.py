@@ -1,6 +1,7 @@
 """`agiqa extract`: phase 1, from images, prompts and conversations to a sealed feature store."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,19 @@ from agiqa.commands.models import ASPECT, MODEL_OPTIONS, model_options, prepare_
 from agiqa.commands.options import Automatic, OneOf, Share, StoreLocation, on_bad_item_option, shared_options
 from agiqa.commands.output import print_result, table
 from agiqa.extract.data.templates import VARIANTS, aspects_of
+from agiqa.extract.filling.crew import Crew
+from agiqa.extract.models.compiling import COMPILING
+from agiqa.progress import say
+from agiqa.workers import MODULES_TO_PREPARE_ITEMS, start_fork_server
 
 
 def _look_up_variant(variant: str) -> None:
     _, _, listed = variant.partition(":")
     aspects_of(variant, listed.partition("+")[0] or "quality")
 
+
+_SIGNS_OF_A_GPU = [Path("/dev") / name for name in ("nvidiactl", "kfd", "dxg")]
+"""Files of the drivers of NVIDIA, of AMD, and of Windows for its Linux."""
 
 SECTIONS = {
     "Most used": (
@@ -26,7 +34,7 @@ SECTIONS = {
     "Model": MODEL_OPTIONS[2:],
     "What is stored": ("basis", "keep_logits"),
     "Items": ("max_tokens", "truncate", "on_bad_item"),
-    "Speed": ("batch_size", "workers"),
+    "Speed": ("batch_size", "workers", "compile"),
     "Parts and clusters": ("plan_only", "part", "ray"),
 }
 
@@ -81,6 +89,13 @@ SECTIONS = {
     help="Most items per forward pass; auto chooses it by the free memory.",
 )
 @prepare_workers_option
+@click.option(
+    "--compile",
+    type=OneOf("choice of compile", COMPILING),
+    default="auto",
+    show_default=True,
+    help="Compile the model's layers by torch.compile: auto does on a GPU where it saves more time than it takes.",
+)
 @click.option("--devices", type=click.IntRange(min=1), help="GPUs of this host to use (processes, on a CPU).")
 @click.option(
     "--ray",
@@ -98,11 +113,48 @@ SECTIONS = {
 )
 @click.option("--plan-only", is_flag=True, help="Check and tokenise all items, and stop before the model runs.")
 @shared_options
-def command(
+def command(data: Path, store: Path, *, as_json: bool, **options: Any) -> None:
+    """Run the model once over DATA and store what heads need in STORE. Run it again to resume.
+
+    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels.
+    """
+    with _other_processes(options) as crew:
+        result = _extracted(data, store, crew=crew, **options)
+    for line in result["skipped"]:
+        say(f"skipped {line}")
+    shown = {name: result[name] for name in ("store", "state", "items", "tokens", "units", "truncated")}
+    shown["skipped"] = len(result["skipped"])
+    if result["filled"] is not None:
+        shown["batch size"] = result["filled"]["batch_size"]
+        shown |= _rate(result["filled"])
+    print_result(result, table(shown), as_json=as_json)
+
+
+@contextmanager
+def _other_processes(options: Mapping[str, Any]) -> Generator[Crew | None]:
+    """Start other processes before anything is imported, so that all import at the same time.
+
+    These are the processes of `--devices`, and the server whose forks prepare items. Without a sign of a GPU, or for a
+    GGUF file, which reads no images, the server starts once it is needed: the process itself prepares the items.
+    """
+    workers, model, device = options["workers"], options["model"], options["device"]
+    on_cpu = device == "cpu" or (device == "auto" and not any(path.exists() for path in _SIGNS_OF_A_GPU))
+    forks = workers is None and not on_cpu and not model.startswith("pkg:") and not model.endswith(".gguf")
+    if forks or workers:
+        start_fork_server(MODULES_TO_PREPARE_ITEMS)
+    devices = options["devices"] or 1
+    if devices == 1 or options["ray"] is not None or options["plan_only"]:
+        yield None
+        return
+    with Crew(devices, on_cpu=on_cpu, workers=bool(forks or workers)) as crew:
+        yield crew
+
+
+def _extracted(
     data: Path,
     store: Path,
     *,
-    as_json: bool,
+    crew: Crew | None,
     model: str,
     adapter: str | None,
     max_slices: int | None,
@@ -115,19 +167,14 @@ def command(
     on_bad_item: Literal["fail", "skip"],
     dtype: str,
     **settings: Any,
-) -> None:
-    """Run the model once over DATA and store what heads need in STORE. Run it again to resume.
-
-    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels.
-    """
+) -> dict[str, Any]:
+    """The result in a JSON-able form."""
     from agiqa.extract import ExtractionSettings, LengthRule, load_data_set, run_extraction
     from agiqa.extract.models.opening import opened, opener_of
-    from agiqa.progress import say
 
     opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
-    backbone = opened(
-        opener, settings["device"]
-    )  # a model that cannot be opened is reported before the images are checked
+    # a model that cannot be opened is reported before the images are checked
+    backbone = opened(opener, settings["device"])
     if not backbone.reads_images:
         alike = ", the same for all images of one prompt" if variant.startswith("no_id") else ""
         say(f"note: {model} reads no images; these features are of the text alone{alike}")
@@ -144,21 +191,8 @@ def command(
     for note in (*data_set.notes, *(f"warning: {warning}" for warning in data_set.warnings)):
         say(note)
     length = LengthRule(max_tokens=max_tokens, truncate=settings.pop("truncate"), on_bad_item=on_bad_item)
-    result = run_extraction(
-        data_set,
-        backbone,
-        store,
-        ExtractionSettings(variant=variant, aspect=aspect, length=length, **settings),
-        opener=opener,
-    ).as_dict()
-    for line in result["skipped"]:
-        say(f"skipped {line}")
-    shown = {name: result[name] for name in ("store", "state", "items", "tokens", "units", "truncated")}
-    shown["skipped"] = len(result["skipped"])
-    if result["filled"] is not None:
-        shown["batch size"] = result["filled"]["batch_size"]
-        shown |= _rate(result["filled"])
-    print_result(result, table(shown), as_json=as_json)
+    wanted = ExtractionSettings(variant=variant, aspect=aspect, length=length, **settings)
+    return run_extraction(data_set, backbone, store, wanted, opener=opener, crew=crew).as_dict()
 
 
 def _rate(filled: Mapping[str, Any]) -> dict[str, str]:

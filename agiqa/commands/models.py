@@ -49,7 +49,7 @@ def model_options(command: Command) -> Command:
 
 
 def generation_options(command: Command) -> Command:
-    """Add `--settings`, `--seed` and `--max-new-tokens` to a command; see `agiqa.extract.describing.asking.preset`."""
+    """Add `--settings`, `--seed` and `--max-new-tokens` to a command; see `agiqa.extract.describing.rounds.preset`."""
     options = [
         click.option(
             "--settings",
@@ -58,7 +58,13 @@ def generation_options(command: Command) -> Command:
             show_default=True,
             help="Greedy decoding, or the sampling published with MiniCPM-Llama3-V-2.5.",
         ),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sampling."),
+        click.option(
+            "--seed",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Seed of the sampling; each image and question has draws of its own.",
+        ),
         click.option(
             "--max-new-tokens",
             type=click.IntRange(min=1),

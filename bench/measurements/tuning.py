@@ -32,8 +32,9 @@ from agiqa.bench.measurements.measuring import (
 )
 from agiqa.bench.measurements.random_models import SHAPES, Shape, shape_of_config
 from agiqa.extract import Message
+from agiqa.extract.models.compiling import compile_layers
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
-from agiqa.extract.tuning.adapting import Trained, adapt, compile_layers, recompute
+from agiqa.extract.tuning.adapting import Trained, adapt, recompute
 from agiqa.extract.tuning.estimates import GB, Load, estimate
 from agiqa.extract.tuning.examples import Example
 from agiqa.extract.tuning.group import Group
@@ -127,7 +128,7 @@ def measured_case(
     trained = adapt(backbone, recipe, seed=0)
     recompute(trained, recipe.checkpointing)
     if recipe.compile == "always":
-        compile_layers(trained)
+        compile_layers(trained.model)
     learner = Learner(backbone, trained, recipe, Group())
     examples = [made_up(backbone, tokens, seed) for seed in range(recipe.batch_size)]
     size = recipe.micro_batch or recipe.batch_size

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from agiqa.extract.data.conversations import (
     parse_source,
     read_conversations,
 )
-from agiqa.extract.data.images import CHECKERS, checked_image, image_checks
+from agiqa.extract.data.images import CHECKERS, CheckedImage, checked_image, image_checks
 from agiqa.extract.data.items import DataSet, Item, Message
 from agiqa.extract.data.labels import Rows, read_rows
 from agiqa.extract.data.matching import Joined, Pair, join, join_aspects, row_name
@@ -177,18 +177,18 @@ class _Builder:
     """Aspects that the conversation describes; the first is rated."""
     variant: str
     images: bool
-    check: Callable[[Path], str] = checked_image
-    """Decodes the image at a path; returns its SHA-256."""
+    check: Callable[[Path], CheckedImage] = checked_image
+    """Decodes the image at a path."""
 
     def build(self, pair: Pair) -> Item | str:
         """The item of `pair`, or one line with item, file and the reasons why there is none."""
         row, conversation = pair
         problems = [*row.problems, *self._missing_words(pair)]
-        image, sha256 = None, None
+        image, checked = None, None
         if self.images and not row.problems:
             try:
                 image = self.sources.image_of(row.name)
-                sha256 = self.check(image)
+                checked = self.check(image)
             except DataError as error:
                 problems.append(str(error))
         if problems:
@@ -206,7 +206,8 @@ class _Builder:
             split=conversation.split if conversation is not None and conversation.split is not None else row.split,
             generator=row.generator,
             description=turns[1].content if len(turns) > 1 else None,
-            image_sha256=sha256,
+            image_sha256=None if checked is None else checked.sha256,
+            image_size=None if checked is None else checked.size,
             text_author=author,
         )
 
@@ -322,10 +323,12 @@ def items_of_images(
                 problems[str(image)] = f"{image}: {table} has no prompt under this name"
                 continue
             try:
-                sha256 = check(image)
-                items.append(Item(name=str(image), prompt=text, conversation=(), image=image, image_sha256=sha256))
+                checked = check(image)
             except DataError as error:
                 problems[str(image)] = str(error)
+                continue
+            about: Any = {"image": image, "image_sha256": checked.sha256, "image_size": checked.size}
+            items.append(Item(name=str(image), prompt=text, conversation=(), **about))
     return items, problems
 
 

@@ -76,15 +76,24 @@ def read_image_file(path: Path) -> ImageFile:
         raise DataError(message) from error
 
 
-def checked_image(path: Path) -> str:
-    """Decode the image file at `path`; its SHA-256 in hex. Raises DataError as `open_image`."""
+@dataclass(frozen=True, kw_only=True)
+class CheckedImage:
+    """What is known of an image file after it was decoded."""
+
+    sha256: str
+    """Of the file, in hex."""
+    size: tuple[int, int]
+    """(width, height) of the pixels that `open_image` returns."""
+
+
+def checked_image(path: Path) -> CheckedImage:
+    """Decode the image file at `path`. Raises DataError as `open_image`."""
     file = read_image_file(path)
-    open_image(file)
-    return file.sha256
+    return CheckedImage(size=open_image(file).size, sha256=file.sha256)
 
 
 @contextmanager
-def image_checks() -> Generator[Callable[[Path], str]]:
+def image_checks() -> Generator[Callable[[Path], CheckedImage]]:
     """`checked_image`, run in other processes; up to CHECKERS threads may call it at the same time.
 
     It raises DataError also for an image that crashes or hangs its decoder, and WorkerError when somebody kills the
@@ -92,9 +101,9 @@ def image_checks() -> Generator[Callable[[Path], str]]:
     """
     workers = Workers(multiprocessing.get_context("fork"), _begin_checks)
 
-    def check(path: Path) -> str:
+    def check(path: Path) -> CheckedImage:
         try:
-            found: str = workers.ask(checked_image, path)
+            found: CheckedImage = workers.ask(checked_image, path)
         except LostAnswer as error:
             if error.blameless:
                 message = f"{path}: the process that decoded it {error}, twice, from outside or for want of memory."

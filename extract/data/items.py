@@ -44,8 +44,20 @@ class Item:
     """The first description in the conversation, if any."""
     image_sha256: str | None = None
     """Hash of the image file when this item was made, in hex, which `read_image` compares; None: not compared."""
+    image_size: tuple[int, int] | None = None
+    """(width, height) of the decoded image with the hash `image_sha256`; None if it was not decoded yet."""
     text_author: str | None = None
     """Who wrote the descriptions and the rating word in the conversation, one of TEXT_AUTHORS; None if unknown."""
+
+    @property
+    def checked_size(self) -> tuple[int, int] | None:
+        """`image_size`, if `read_image` makes sure that the file is still the one that was decoded."""
+        return None if self.image_sha256 is None else self.image_size
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether reading the item can crash no decoder: it has no image, or one that was decoded before."""
+        return self.image is None or self.checked_size is not None
 
     def __str__(self) -> str:
         """For messages."""

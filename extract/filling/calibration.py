@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError
-from agiqa.extract.filling.plan import PlannedItem, TokenisedItems, prepare_planned
+from agiqa.extract.filling.plan import PlannedItem, TokenisedItems, prepared_groups
 from agiqa.extract.filling.staging import Transfers
 from agiqa.extract.filling.targets import Target, lm_head_of
 from agiqa.extract.models import Backbone, Prepared
@@ -64,7 +64,7 @@ def calibrated(
     chosen = [
         tokenised.tokenised[position] for position in calibration_positions([item.split for item in tokenised.items])
     ]
-    items = [PlannedItem(item=one.item, length=len(one.token_ids)) for one in chosen]
+    items = [PlannedItem(item=one.item, token_ids=one.token_ids, roles=one.roles) for one in chosen]
     weight = backbone.lm_head()  # first: a model whose logits are not linear is refused before any work
     blocks = _hidden_states(backbone, items, batch_size, advance, preparation or Preparation(backbone))
     moments, calibration = _moments(blocks, backbone), calibration_id(tokenised)
@@ -94,7 +94,7 @@ def _hidden_states(
     transfers = Transfers(backbone.device)
     runner = BatchRunner(batch_size or first_batch_size(backbone, max(item.length for item in items)))
     groups = [items[first : first + runner.size] for first in range(0, len(items), runner.size)]
-    for planned, prepared in preparation.groups(prepare_planned, zip(groups, groups, strict=True)):
+    for planned, prepared in prepared_groups(preparation, zip(groups, groups, strict=True)):
         found: list[torch.Tensor] = []
 
         def compute(batch: Sequence[tuple[PlannedItem, Prepared]], found: list[torch.Tensor] = found) -> None:

@@ -5,43 +5,24 @@ what is left of the others' shares from their ends. They agree by claims on unit
 process ends.
 """
 
-import multiprocessing
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import takewhile
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from agiqa.errors import WorkerError
 from agiqa.extract.data.items import Item
 from agiqa.extract.filling.calibration import calibrated
+from agiqa.extract.filling.crew import Crew
 from agiqa.extract.filling.fill import Filler, FillReport, merged
-from agiqa.extract.filling.plan import TokenisedItems
+from agiqa.extract.filling.plan import PlannedItem, TokenisedItems, prepare_planned
 from agiqa.extract.filling.targets import Target, check_basis, lm_head_of
 from agiqa.extract.models import Backbone
+from agiqa.extract.models.ahead import Ahead
 from agiqa.extract.models.preparing import Opener, Preparation, default_workers
-from agiqa.progress import Advance, said_to, say
+from agiqa.progress import Advance
 from agiqa.store import Basis, Store, UnitWriter, open_store
-from agiqa.workers import LostAnswer, Work, Workers, ctrl_c_kept_away, end_with_parent, killed_with_forker, picklable
-
-_SECONDS_BETWEEN_SIGNS = 5.0
-"""Interval at which a process shows that it is alive."""
-_SIGNS = 60
-"""Missing signs after which a process is killed: somebody stopped it, or its machine hangs."""
-_SIGNS_TO_BEGIN = 180
-"""Further signs that may be missing at first: importing on a busy machine is slow."""
-_SECONDS_TO_END = 5.0
-"""Time that a process has to end by itself."""
 
 
 class Engine(Protocol):
@@ -52,6 +33,10 @@ class Engine(Protocol):
 
         In another process the task gets no `advance`.
         """
+        ...
+
+    def compiling(self) -> "Engine":
+        """This engine, with compiled layers from now on."""
         ...
 
     def load(self) -> None:
@@ -72,15 +57,28 @@ class Here:
     backbone: Backbone
     preparation: Preparation[Backbone]
     batch_size: int | None
+    loading: Ahead[None] | None = None
+    """A thread that loads the model already."""
+    compiled: bool = False
+    """Whether the model's layers are compiled."""
+
+    def compiling(self) -> "Here":
+        """See `Engine`."""
+        return replace(self, compiled=True)
 
     def run(self, task: "Task", *, items: int, advance: Advance) -> Any:
         """See `Engine`."""
         del items
+        self.load()
         return task(self, advance)
 
     def load(self) -> None:
         """See `Engine`."""
+        if self.loading is not None:
+            self.loading.result()
         self.backbone.load()
+        if self.compiled:
+            self.backbone.compile_layers()
 
     def fill(
         self,
@@ -96,8 +94,9 @@ class Here:
         filler = Filler(
             store, self.backbone, items, target=target, batch_size=self.batch_size, preparation=self.preparation
         )
-        filler.write_model_arrays()
-        return filler.fill(part=part, units=units, advance=advance)
+        self.load()
+        with filler.model_arrays_written():
+            return filler.fill(part=part, units=units, advance=advance)
 
 
 Task = Callable[[Here, Advance], Any]
@@ -108,8 +107,16 @@ def compare_basis(here: Here, _advance: Advance, *, basis: Basis) -> None:
     check_basis(basis, lm_head_of(here.backbone))
 
 
+def try_layers(here: Here, _advance: Advance, *, items: Sequence[PlannedItem]) -> None:
+    """A task that runs the model on the first of `items`, and on all; raises CompilerError as `hidden_states`."""
+    prepared = [prepare_planned(here.backbone, one) for one in items]
+    for batch in (prepared, prepared[:1]):
+        here.backbone.hidden_states(batch)
+
+
 def calibrate_target(here: Here, advance: Advance, *, tokenised: TokenisedItems, rank: int | None) -> Target:
     """The task `calibrated`."""
+    here.load()
     return calibrated(
         here.backbone,
         tokenised,
@@ -131,6 +138,8 @@ class ModelProcess:
     processes: int
     """How many such processes share the machine."""
     batch_size: int | None
+    compiled: bool = False
+    """See `Here`."""
 
     @contextmanager
     def opened(self, items: int) -> Generator[Here]:
@@ -141,7 +150,8 @@ class ModelProcess:
         with Preparation(backbone, workers=workers, opener=self.opener) as preparation:
             if items:
                 preparation.start()
-            yield Here(backbone=backbone, preparation=preparation, batch_size=self.batch_size)
+            size, compiled = self.batch_size, self.compiled
+            yield Here(backbone=backbone, preparation=preparation, batch_size=size, compiled=compiled)
 
     def run(self, task: Task, *, items: int) -> Any:
         """The answer of `task`; `items` is how many it prepares."""
@@ -152,8 +162,13 @@ class ModelProcess:
         self, path: Path, items: Sequence[Item], target: Target, *, units: Iterable[int], advance: Advance
     ) -> FillReport:
         """Fill those `units` of the store at `path` that no other run is filling."""
-        with self.opened(len(items) // self.processes) as here:
+        with self.opened(to_prepare(items) // self.processes) as here:
             return here.fill(open_store(path, allow_partial=True), items, target, units=units, advance=advance)
+
+
+def to_prepare(items: Sequence[Item]) -> int:
+    """How many `items` a fill prepares: the plan has all that the model reads of those without an image."""
+    return sum(item.image is not None for item in items)
 
 
 def striped(pending: Sequence[int], process: int, processes: int) -> list[int]:
@@ -170,19 +185,20 @@ class OnDevices:
     process: ModelProcess
     """Of the first device; the others differ in the device only."""
     devices: Sequence[str]
+    crew: Crew | None = None
+    """The processes, if they have begun to load; without them each call starts its own."""
 
     def run(self, task: Task, *, items: int, advance: Advance) -> Any:
-        """See `Engine`. On the first device, in a process of its own."""
+        """See `Engine`. In the process of the first device."""
         del advance
-        begin = partial(_begin_task, self.devices[0])
-        workers = Workers(multiprocessing.get_context("spawn"), begin, limited=False)
-        try:
-            return workers.ask(partial(self.process.run, items=items), task)
-        except LostAnswer as error:
-            message = f"The process on {self.devices[0]} {error}, twice. Run the same command again."
-            raise WorkerError(message) from error
-        finally:
-            workers.close()
+        with self._working(items, self.devices[:1]) as crew:
+            return crew.ask(task)
+
+    def compiling(self) -> "OnDevices":
+        """See `Engine`."""
+        if self.crew is not None:
+            self.crew.compile()
+        return replace(self, process=replace(self.process, compiled=True))
 
     def load(self) -> None:
         """See `Engine`; does nothing."""
@@ -194,10 +210,10 @@ class OnDevices:
 
         Raises the first error of any process, and WorkerError if units are left that no process could take over.
         """
-        pending = UnitWriter(store).pending(part=part)
-        with _Crew(self.process, self.devices) as crew:
-            crew.start(store.path, items, target, pending)
-            reports = crew.attend(advance)
+        pending, count = UnitWriter(store).pending(part=part), len(self.devices)
+        shares = [striped(pending, index, count) for index in range(count)]
+        with self._working(to_prepare(items) // count, self.devices) as crew:
+            reports = crew.fill(store.path, items, target, shares, advance)
         left = [unit for unit in UnitWriter(store).pending(part=part) if unit in set(pending)]
         if crew.died and left:
             message = (
@@ -207,158 +223,12 @@ class OnDevices:
             raise WorkerError(message)
         return merged(reports, busy_units=len(left))
 
-
-class _Crew:
-    """The processes of one fill."""
-
-    def __init__(self, process: ModelProcess, devices: Sequence[str]) -> None:
-        self._process = process
-        self._devices = devices
-        self._context = multiprocessing.get_context("spawn")
-        self._stop = self._context.Event()
-        self._members: dict[Connection, tuple[str, SpawnProcess]] = {}
-        self._silent: dict[Connection, int] = {}
-        self.died: list[str] = []
-
-    def __enter__(self) -> "_Crew":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_error: object) -> None:
-        for _, process in self._members.values():
-            if kind is not None:
-                process.terminate()  # a fill may stop at any moment
-        for _, process in self._members.values():
-            process.join(_SECONDS_TO_END)
-            process.kill()  # one that is stopped, or within a long computation
-            process.join(_SECONDS_TO_END)
-
-    def start(self, path: Path, items: Sequence[Item], target: Target, pending: Sequence[int]) -> None:
-        """Start a process per device, then send each its arguments for `ModelProcess.fill`, from a thread.
-
-        As arguments of the process they would serialise the start-up: what does not fit into a pipe is written only
-        as fast as the process reads it, which first imports all it needs, and a stopped process reads nothing.
-        """
-        threads = max(1, torch.get_num_threads() // len(self._devices))
-        for index, device in enumerate(self._devices):
-            mine, theirs = self._context.Pipe()
-            process = self._context.Process(target=_work, args=(theirs, self._stop, device, threads))
-            with ctrl_c_kept_away():
-                process.start()
-            theirs.close()
-            self._members[mine] = (f"process {index} on {device}", process)
-            self._silent[mine] = -_SIGNS_TO_BEGIN
-        for index, (connection, device) in enumerate(zip(self._members, self._devices, strict=True)):
-            units = striped(pending, index, len(self._devices))
-            arguments = replace(self._process, device=device), path, items, target, units
-            threading.Thread(target=_send, args=(connection, arguments), daemon=True).start()
-
-    def attend(self, advance: Advance) -> list[FillReport]:
-        """Listen until all processes have ended; their reports. Raises the first error that one of them sends."""
-        reports: list[FillReport] = []
-        failure: BaseException | None = None
-        listening, looked = set(self._members), time.monotonic()
-        while listening:
-            ready = wait(list(listening), _SECONDS_BETWEEN_SIGNS)
-            if time.monotonic() - looked >= _SECONDS_BETWEEN_SIGNS:
-                looked = time.monotonic()
-                self._kill_the_silent(listening)
-            for connection in ready:
-                assert isinstance(connection, Connection)  # nothing else is waited for
-                name, process = self._members[connection]
-                self._silent[connection] = 0
-                try:
-                    kind, value = connection.recv()
-                except (EOFError, OSError):  # it has ended; one that was killed, perhaps within a message
-                    listening.discard(connection)
-                    process.join()
-                    if process.exitcode != 0:
-                        self._note_death(name, process.exitcode)
-                    continue
-                if kind == "items":
-                    advance(value)
-                elif kind == "said":
-                    say(f"{name}: {value}")
-                elif kind == "report":
-                    reports.append(value)
-                elif kind == "error" and failure is None:
-                    value.add_note(f"in {name}")
-                    failure = value
-                    self._stop.set()
-        if failure is not None:
-            raise failure
-        return reports
-
-    def _kill_the_silent(self, listening: Iterable[Connection]) -> None:
-        """Count checks, not seconds: a clock would also count the time for which this process itself was stopped."""
-        for connection in listening:
-            self._silent[connection] += 1
-            name, process = self._members[connection]
-            if self._silent[connection] == _SIGNS:
-                say(f"{name} gave no sign of life for {_SIGNS * _SECONDS_BETWEEN_SIGNS:g} s: it is killed")
-                process.kill()
-
-    def _note_death(self, name: str, code: int | None) -> None:
-        how = f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
-        self.died.append(f"{name} {how}")
-        say(f"{self.died[-1]}; the others continue")
-
-
-def _send(connection: Connection, arguments: tuple[Any, ...]) -> None:
-    with suppress(OSError):  # the process died, which `attend` notices
-        connection.send(arguments)
-
-
-class _Parent:
-    """The connection to the parent for all threads of a process; one of them shows that the process is alive."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._lock = threading.Lock()
-        threading.Thread(target=self._show_life, daemon=True).start()
-
-    def send(self, kind: str, value: Any) -> None:
-        with self._lock:
-            self._connection.send((kind, value))
-
-    def _show_life(self) -> None:
-        with suppress(OSError):  # the connection is closed
-            while True:
-                self.send("alive", None)
-                time.sleep(_SECONDS_BETWEEN_SIGNS)
-
-
-def _work(connection: Connection, stop: Any, device: str, threads: int) -> None:
-    """The main function of one process of a crew, which receives its arguments. SIGTERM ends it in good order."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    end_with_parent()
-    killed_with_forker()
-    torch.set_num_threads(threads)
-    _use(device)
-    parent = _Parent(connection)
-    try:
-        process, path, items, target, units = connection.recv()
-        until_stopped = takewhile(lambda _unit: not stop.is_set(), units)
-        with said_to(lambda text: parent.send("said", text)):
-            advance = partial(parent.send, "items")
-            report = process.fill(path, items, target, units=until_stopped, advance=advance)
-        parent.send("report", report)
-    except Exception as error:  # noqa: BLE001  # the parent raises it
-        parent.send("error", picklable(error))
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGTERM)
-    connection.close()
-
-
-def _interrupt(*_signal: object) -> None:
-    """End the process as Ctrl-C would: with its own workers, and without beginning another unit."""
-    raise KeyboardInterrupt
-
-
-def _use(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-
-
-def _begin_task(device: str) -> Work:
-    _use(device)
-    return lambda function, argument: function(argument)
+    @contextmanager
+    def _working(self, items: int, devices: Sequence[str]) -> Generator[Crew]:
+        """The crew of this engine, or one that ends with the block."""
+        if self.crew is not None:
+            yield self.crew
+            return
+        with Crew(len(devices), on_cpu=devices[0].startswith("cpu")) as crew:
+            crew.open(self.process, devices, items=items)
+            yield crew

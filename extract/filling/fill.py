@@ -6,9 +6,9 @@ encode, compress and write finished units. A unit counts once its record exists,
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.extract.data.items import Item
-from agiqa.extract.filling.plan import PlannedItem, prepare_planned
+from agiqa.extract.filling.plan import PlannedItem, planned_item, prepare_planned, prepared_groups
 from agiqa.extract.filling.staging import Staging, Transfers, staging_of
-from agiqa.extract.filling.targets import Target, tensor_bits, tensor_of, write_model_arrays
+from agiqa.extract.filling.targets import Target, model_arrays_written, tensor_bits, tensor_of
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.batches import BatchRunner, even_batches, first_batch_size
 from agiqa.extract.models.preparing import Preparation
@@ -120,14 +120,13 @@ class Filler:
         self._units = self._written_items = self._tokens = self._busy = 0
         self._waited_for_items = self._waited_for_writers = 0.0
 
-    def write_model_arrays(self) -> None:
-        """Load the model; store what the target needs of it, see `targets.write_model_arrays`."""
-        self.target = write_model_arrays(
-            self.writer,
-            self.backbone,
-            self.target,
-            lambda position: prepare_planned(self.backbone, self._planned(position)),
-        )
+    @contextmanager
+    def model_arrays_written(self) -> Generator[None]:
+        """Store what the target needs of the model, while the block fills, see `targets.model_arrays_written`."""
+        arguments = self.writer, self.backbone, self.target
+        with model_arrays_written(*arguments, lambda at: prepare_planned(self.backbone, self._planned(at))) as target:
+            self.target = target
+            yield
 
     def fill(
         self,
@@ -148,7 +147,7 @@ class Filler:
         try:
             with self._transfers.on_device(), _Writes() as writes:
                 staging = staging_of(self.target, self.backbone, self._transfers)
-                groups = self._preparation.groups(prepare_planned, self._batches(pending, runner))
+                groups = prepared_groups(self._preparation, self._batches(pending, runner))
                 for number, ((unit, indices), prepared) in enumerate(self._awaited(self._transfers.sent(groups))):
                     if number == 0:
                         started, began, self._waited_for_items = time.perf_counter(), time.time(), 0.0
@@ -178,7 +177,7 @@ class Filler:
 
     def _planned(self, position: int) -> PlannedItem:
         """The item at `position` of the store."""
-        return PlannedItem(item=self.items[position], length=int(self.store.n_tokens[position]))
+        return planned_item(self.store, self.items, position)
 
     def _awaited(self, groups: Iterator[_Group]) -> Iterator[_Group]:
         """`groups`, counting the time that the device waits for each."""
@@ -204,8 +203,13 @@ class Filler:
             bounds = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
             unit = _OpenUnit(unit=number, positions=positions, bounds=bounds, claim=claim, left=len(positions))
             self._open[number] = unit
+            ids, roles = self.store.read_unit(number, "tokens/ids"), self.store.read_unit(number, "tokens/roles")
+            planned = [
+                PlannedItem(item=self.items[position], token_ids=ids[start:stop], roles=roles[start:stop])
+                for position, (start, stop) in zip(positions, bounds, strict=True)
+            ]
             for indices in even_batches(lengths, runner.size):
-                yield (unit, indices), [self._planned(positions[index]) for index in indices]
+                yield (unit, indices), [planned[index] for index in indices]
 
     def _compute(
         self, runner: BatchRunner, unit: _OpenUnit, indices: list[int], prepared: list[Prepared], staging: Staging

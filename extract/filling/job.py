@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.filling.calibration import calibration_positions, check_rank, stored_target
+from agiqa.extract.filling.compiled import check_choice, compiles, pays
+from agiqa.extract.filling.crew import Crew
 from agiqa.extract.filling.engines import (
     Engine,
     Here,
@@ -18,16 +20,28 @@ from agiqa.extract.filling.engines import (
     OnDevices,
     calibrate_target,
     compare_basis,
+    to_prepare,
+    try_layers,
 )
 from agiqa.extract.filling.fill import FillReport
-from agiqa.extract.filling.plan import LengthRule, TokenisedItems, plan_store, tokenise
+from agiqa.extract.filling.plan import LengthRule, PlannedItem, TokenisedItems, plan_store, tokenise
 from agiqa.extract.filling.ray_driver import OnRay
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models import Backbone
+from agiqa.extract.models.ahead import Ahead
+from agiqa.extract.models.compiling import check_compiler
 from agiqa.extract.models.opening import devices_of_host
-from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers, require_opener
+from agiqa.extract.models.preparing import (
+    FEWEST_ITEMS,
+    FEWEST_TEXTS,
+    Opener,
+    Preparation,
+    chosen_workers,
+    require_opener,
+)
 from agiqa.progress import say, track
 from agiqa.store import ENCODINGS, Store, UnitWriter, is_planned, open_store, seal
+from agiqa.store.format.layout import StoreLayout
 from agiqa.store.writing.creating import check_writable
 
 
@@ -47,6 +61,8 @@ class ExtractionSettings:
     length: LengthRule = field(default_factory=LengthRule)
     batch_size: int | None = None
     """Most items per forward pass; None lets the device's memory decide."""
+    compile: str = "auto"
+    """One of COMPILING: whether the model's layers are compiled, see `agiqa.extract.filling.compiled`."""
     workers: int | None = 0
     """Processes that prepare items for one device: 0 prepares them in the process itself, None chooses."""
     devices: int | None = None
@@ -69,7 +85,7 @@ class ExtractionResult:
     truncated: int
     fill: FillReport | None
     seconds: Mapping[str, float]
-    """By phase: plan, calibrate, load, fill, seal; phases that did not run are omitted."""
+    """By phase: plan, compile, calibrate, load, fill, seal; phases that did not run are omitted."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -88,12 +104,19 @@ class ExtractionResult:
 
 
 def run_extraction(
-    data_set: DataSet, backbone: Backbone, path: Path, settings: ExtractionSettings, *, opener: Opener | None = None
+    data_set: DataSet,
+    backbone: Backbone,
+    path: Path,
+    settings: ExtractionSettings,
+    *,
+    opener: Opener | None = None,
+    crew: Crew | None = None,
 ) -> ExtractionResult:
     """Plan, fill and seal the store at `path`; what an earlier run finished is kept.
 
-    With `plan_only` nothing is computed; with a `part` the run that completes the store seals it. `opener` opens
-    `backbone` anew in other processes, which `workers`, `devices` and `ray` need.
+    The weights load, and their files are hashed, while the items are planned. With `plan_only` nothing is computed;
+    with a `part` the run that completes the store seals it. `opener` opens `backbone` anew in other processes, which
+    `workers`, `devices` and `ray` need; `crew` holds the processes of `devices`, if they were started before.
 
     Raises, before anything is read: UnknownName for the encoding, ConfigError for settings that contradict each other
     or need an `opener`, the errors of `check_writable` for `path`, and ModelError for a checkpoint without its tensors.
@@ -102,24 +125,28 @@ def run_extraction(
     when the weights do not fit the device, and WorkerError when an item does not, or processes die. Finished units are
     kept.
     """
-    _check_encoding(settings)
-    check_writable(path)
-    backbone.check_tensors()
-    if settings.rank is not None:
-        check_rank(settings.rank, backbone)
-    require_opener(opener, "Several devices", needed=_elsewhere(settings))
-    workers = chosen_workers(settings.workers, backbone, len(data_set.items), opener=opener)
+    _check(settings, path, backbone, opener)
+    images = to_prepare(data_set.items)
+    fewest = FEWEST_ITEMS if images else FEWEST_TEXTS
+    workers = chosen_workers(settings.workers, backbone, len(data_set.items), opener=opener, fewest=fewest)
     phases = _Phases()
-    with Preparation(backbone, workers=workers, opener=opener) as preparation:
+    with ExitStack() as stack:
+        provenance = stack.enter_context(Ahead(backbone.provenance))  # which hashes the files of the model
+        preparation = stack.enter_context(Preparation(backbone, workers=workers, opener=opener))
+        computes = not settings.plan_only and not StoreLayout(path).manifest.exists()
+        engine = _engine(stack, backbone, preparation, settings, opener, crew, images=images if computes else None)
         with phases.timed("plan"), track("plan", len(data_set.items), "items") as advance:
             tokenised = tokenise(data_set, backbone, settings.length, advance=advance, preparation=preparation)
-        engine = _engine(backbone, preparation, settings, opener)
+        if not isinstance(engine, Here):
+            preparation.close()  # the other processes have their own workers
+        compiled = _compiles(engine, backbone, tokenised, path, settings, phases)
+        engine = engine.compiling() if compiled else engine
         target = _choose_target(engine, tokenised, path, settings, phases)
-        conversation = {"variant": settings.variant, "aspect": settings.aspect}
+        plan = partial(plan_store, rule=settings.length, target=target, compiled=compiled)
         with phases.timed("plan"):
-            store = plan_store(
-                path, data_set, backbone, tokenised, rule=settings.length, conversation=conversation, target=target
-            )
+            provenance.result()
+            conversation = {"variant": settings.variant, "aspect": settings.aspect}
+            store = plan(path, data_set, backbone, tokenised, conversation=conversation)
         report = None
         if not store.is_sealed and not settings.plan_only:
             store, report = _fill_and_seal(store, engine, tokenised, target, settings, phases)
@@ -154,11 +181,19 @@ def _elsewhere(settings: ExtractionSettings) -> bool:
 
 
 def _engine(
-    backbone: Backbone, preparation: Preparation[Backbone], settings: ExtractionSettings, opener: Opener | None
+    stack: ExitStack,
+    backbone: Backbone,
+    preparation: Preparation[Backbone],
+    settings: ExtractionSettings,
+    opener: Opener | None,
+    crew: Crew | None,
+    *,
+    images: int | None,
 ) -> Engine:
+    """Where the model runs; it begins to load, until `stack` ends, unless `images`, the number of them, is None."""
     if opener is None or not _elsewhere(settings):
-        return Here(backbone=backbone, preparation=preparation, batch_size=settings.batch_size)
-    preparation.close()  # the plan is made, and the other processes start their own workers
+        loading = None if images is None else stack.enter_context(Ahead(backbone.load))
+        return Here(backbone=backbone, preparation=preparation, batch_size=settings.batch_size, loading=loading)
     process = ModelProcess(
         opener=opener,
         device=settings.device,
@@ -169,7 +204,58 @@ def _engine(
     if settings.ray is not None:
         return OnRay(process=process, address=settings.ray, actors=settings.devices)
     devices = devices_of_host(backbone.device, settings.devices or 1)
-    return OnDevices(process=replace(process, device=devices[0]), devices=devices)
+    process = replace(process, device=devices[0])
+    if images is None:
+        return OnDevices(process=process, devices=devices)
+    crew = crew or stack.enter_context(
+        Crew(len(devices), on_cpu=devices[0].startswith("cpu"), workers=settings.workers != 0)
+    )
+    crew.open(process, devices, items=images // len(devices))
+    return OnDevices(process=process, devices=devices, crew=crew)
+
+
+def _compiles(
+    engine: Engine,
+    backbone: Backbone,
+    tokenised: TokenisedItems,
+    path: Path,
+    settings: ExtractionSettings,
+    phases: _Phases,
+) -> bool:
+    """Whether layers are compiled for the store at `path`.
+
+    A model of this process compiles them before the store is planned, so that the plan says what is used. Other
+    processes compile when they fill, and this one only checks that its compiler works.
+    """
+    shares = (settings.devices or 1) * settings.part[1]
+    tokens = sum(len(one.token_ids) for one in tokenised.tokenised) // shares
+
+    def try_out() -> None:
+        if settings.plan_only:
+            return
+        if _elsewhere(settings):
+            check_compiler(backbone.device)
+            return
+        with phases.timed("load"):
+            engine.load()
+        items = [
+            PlannedItem(item=one.item, token_ids=one.token_ids, roles=one.roles) for one in tokenised.tokenised[:2]
+        ]
+        with phases.timed("compile"):
+            engine.compiling().run(partial(try_layers, items=items), items=0, advance=lambda _items: None)
+
+    return compiles(settings.compile, path, worth=pays(backbone, tokens), try_out=try_out)
+
+
+def _check(settings: ExtractionSettings, path: Path, backbone: Backbone, opener: Opener | None) -> None:
+    """Raise what `run_extraction` raises before anything is read."""
+    _check_encoding(settings)
+    check_choice(settings.compile)
+    check_writable(path)
+    backbone.check_tensors()
+    if settings.rank is not None:
+        check_rank(settings.rank, backbone)
+    require_opener(opener, "Several devices", needed=_elsewhere(settings))
 
 
 def _check_encoding(settings: ExtractionSettings) -> None:

@@ -1,23 +1,27 @@
 """Plan: tokenise every item, check lengths, and write the whole store except the features. Needs no weights."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError
 from agiqa.extract.data.items import DataSet, Item, OnBadItem, item_key, read_image
+from agiqa.extract.filling.compiled import KEY
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.preparing import Preparation
 from agiqa.store import TOKEN_ROLES, Items, Store, StorePlan, create_store
 from agiqa.store.format.labels import MosRange
 from agiqa.version import agiqa_version
+
+_Tag = TypeVar("_Tag")
 
 _NO_LIMIT = 1 << 30
 _SHORTEN = "Give --truncate, --on-bad-item skip, or a higher --max-tokens where that set the limit."
@@ -72,8 +76,15 @@ class PlannedItem:
     """One item of a planned store."""
 
     item: Item
-    length: int
-    """Tokens."""
+    token_ids: NDArray[np.int32]
+    """(n,)"""
+    roles: NDArray[np.uint8]
+    """(n,)"""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return len(self.token_ids)
 
     def __str__(self) -> str:
         """For messages."""
@@ -88,15 +99,18 @@ def tokenise(
     advance: Callable[[int], None] = lambda _items: None,
     preparation: Preparation[Backbone] | None = None,
 ) -> TokenisedItems:
-    """Prepare every item of `data_set` for `backbone`, in the workers of `preparation`, and keep its tokens.
+    """The tokens of every item of `data_set` for `backbone`, made in the workers of `preparation`.
 
-    Raises DataError with all items that are too long or cannot be prepared, unless `rule` skips or truncates.
+    An image that was not checked when its item was made is decoded. Raises DataError with all items that are too long
+    or cannot be prepared, unless `rule` skips or truncates.
     """
     limit = min(position_limit(backbone), rule.max_tokens or _NO_LIMIT)
     found = TokenisedItems(tokenised=[], skipped=[])
     preparation = preparation or Preparation(backbone)
     tokenise_one = partial(_tokenise_one, limit=limit, truncate=rule.truncate)
-    answers = preparation.each(tokenise_one, data_set.items, lost=lambda _item, reason: reason)
+    answers = preparation.each(
+        tokenise_one, data_set.items, lost=lambda _item, reason: reason, is_safe=lambda item: item.is_checked
+    )
     for item, one in zip(data_set.items, answers, strict=True):
         if isinstance(one, str):
             found.skipped.append(f"{item.name}: {one}")
@@ -117,7 +131,7 @@ def _tokenise_one(backbone: Backbone, item: Item, *, limit: int, truncate: bool)
     """The tokens of `item`, or why it cannot be used."""
     try:
         image = read_image(item)
-        prepared = backbone.prepare(item.conversation, image)
+        prepared = backbone.outline(item.conversation, image, size=item.checked_size)
         cut = fit(prepared, limit, truncate=truncate)
         return TokenisedItem(
             item=item,
@@ -131,12 +145,39 @@ def _tokenise_one(backbone: Backbone, item: Item, *, limit: int, truncate: bool)
 
 
 def prepare_planned(backbone: Backbone, planned: PlannedItem) -> Prepared:
-    """The item cut to its planned length. Raises DataError when it cannot be read, or is shorter than planned."""
+    """The item cut to its planned length. Raises DataError when it cannot be read, or has other tokens than planned."""
     prepared = prepare_item(backbone, planned.item, planned.length, truncate=True)
-    if len(prepared.token_ids) != planned.length:
-        message = f"item {planned.item.name!r} has changed since the store was planned. Extract to another path."
+    same = np.array_equal(prepared.token_ids, planned.token_ids) and np.array_equal(prepared.roles, planned.roles)
+    if not same:
+        message = (
+            f"item {planned.item.name!r} has changed since the store was planned: its {len(prepared.token_ids)} tokens "
+            f"are not the {planned.length} planned ones. Extract to another path."
+        )
         raise DataError(message)
     return prepared
+
+
+def planned_item(store: Store, items: Sequence[Item], position: int) -> PlannedItem:
+    """The item at `position` of `store`, whose items are `items`, with its tokens there."""
+    rows = slice(int(store.row_starts[position]), int(store.row_ends[position]))
+    ids, roles = np.asarray(store.array("tokens/ids")[rows]), np.asarray(store.array("tokens/roles")[rows])
+    return PlannedItem(item=items[position], token_ids=ids, roles=roles)
+
+
+def prepared_groups(
+    preparation: Preparation[Backbone], groups: Iterable[tuple[_Tag, Sequence[PlannedItem]]]
+) -> Iterator[tuple[_Tag, list[Prepared]]]:
+    """`groups` of items, with a tag each, as the model reads them; without images, the plan has all of it already."""
+    ahead = iter(groups)
+    first = next(ahead, None)
+    if first is None:
+        return
+    groups = chain([first], ahead)
+    if any(planned.item.image is not None for planned in first[1]):
+        yield from preparation.groups(prepare_planned, groups, is_safe=lambda planned: planned.item.is_checked)
+        return
+    for tag, items in groups:
+        yield tag, [Prepared(token_ids=one.token_ids, roles=one.roles) for one in items]
 
 
 def prepare_item(backbone: Backbone, item: Item, limit: int, *, truncate: bool, remedy: str = _SHORTEN) -> Prepared:
@@ -175,10 +216,12 @@ def plan_store(
     rule: LengthRule,
     conversation: dict[str, str],
     target: Target,
+    compiled: bool = False,
 ) -> Store:
     """Create the store at `path`, or open the one there if it has the same plan.
 
-    `conversation` goes into the provenance: the variant and aspect of the wording. Raises SettingsConflict, see
+    `conversation` goes into the provenance: the variant and aspect of the wording; so does `compiled`, whether the
+    model's layers are compiled. Raises SettingsConflict, see
     `create_store`.
     """
     provenance: dict[str, Any] = {
@@ -192,6 +235,7 @@ def plan_store(
         },
         "tokens": {"max_tokens": rule.max_tokens, "truncated": tokenised.truncated},
         **target.provenance(),
+        **({KEY: True} if compiled else {}),
     }
     plan = StorePlan(
         encoding=target.encoding,

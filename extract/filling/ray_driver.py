@@ -96,6 +96,10 @@ class OnRay:
             finally:
                 ray.kill(actor)
 
+    def compiling(self) -> "OnRay":
+        """See `Engine`."""
+        return replace(self, process=replace(self.process, compiled=True))
+
     def load(self) -> None:
         """See `Engine`; does nothing, as every actor loads the weights itself."""
 

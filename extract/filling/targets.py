@@ -1,8 +1,10 @@
 """What an extraction stores of the model: the encoding of its hidden states, W_lm, constants, and a few raw logits."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import HeadError
 from agiqa.extract.models import Backbone, Prepared
+from agiqa.extract.models.ahead import Ahead
 from agiqa.extract.models.batches import BatchRunner
 from agiqa.store import (
     SCALED_DTYPE,
@@ -83,15 +86,18 @@ class LmHead:
     """(V, D), see `tensor_bits`."""
     dtype: str
     """Of its values."""
-    sha256: str
-    """Of its bits, in hex; identifies the model to bases and heads."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its bits, in hex; identifies the model to bases and heads. The first call hashes them."""
+        return hashlib.sha256(self.bits.data).hexdigest()
 
 
 def lm_head_of(backbone: Backbone, *, bent: bool = False) -> LmHead:
     """W_lm of `backbone`, which is loaded for it; `bent` and errors as in `Backbone.lm_head`."""
     backbone.load()
     bits, dtype = tensor_bits(backbone.lm_head(bent=bent))
-    return LmHead(bits=bits, dtype=dtype, sha256=hashlib.sha256(bits.data).hexdigest())
+    return LmHead(bits=bits, dtype=dtype)
 
 
 def check_basis(basis: Basis, head: LmHead) -> None:
@@ -104,40 +110,84 @@ def check_basis(basis: Basis, head: LmHead) -> None:
         raise HeadError(message)
 
 
-def write_model_arrays(
+@contextmanager
+def model_arrays_written(
     writer: UnitWriter, backbone: Backbone, target: Target, prepare: Callable[[int], Prepared]
-) -> Target:
-    """Load the model and store what `target` needs of it, once per store; the target with the constants stored there.
+) -> Generator[Target]:
+    """Store what `target` needs of the model, once per store, while the block computes rows.
 
-    `prepare` prepares the item at a position of the store. Raises HeadError for a basis of another model.
+    Yields the target with the constants stored there. The rows depend on a basis or scale, so those are stored first.
+    Otherwise a thread hashes and writes W_lm, and the end of the block waits for it. `prepare` prepares the item at a
+    position of the store. The device computes nothing for this after the beginning of the block. Raises HeadError for a
+    basis of another model.
     """
-    head = lm_head_of(backbone, bent=target.encoding == "logits")
-    basis, scale = target.basis, target.scale
-    if basis is not None:
-        check_basis(basis, head)
+    arrays = partial(_Arrays.of, writer, backbone, target, prepare)
+    if target.basis is not None or target.scale is not None:
+        yield _write_with_constants(writer, target, arrays, lm_head_of(backbone))
+    elif writer.writes_model_arrays():  # another run
+        yield target
+        writer.write_model_arrays(lambda group: arrays().write(group))  # if the other was killed
+    elif writer.store.layout.model_commit.exists():
+        yield target
+    else:
+        with Ahead(partial(writer.write_model_arrays, arrays().write), finishes=True) as writing:
+            yield target
+            writing.result()
 
-    def write(group: zarr.Group) -> None:
-        if target.encoding in ("hidden", "int8"):
-            attributes = {"logical_dtype": head.dtype, "lm_head_sha256": head.sha256}
-            create_whole_array(group, "lm_head/weight", head.bits, attributes=attributes)
-        if basis is not None:
-            save_basis(group, basis)
-        if scale is not None:
-            save_scale(group, scale)
-        rows, logits = _probe(writer.store, backbone, prepare)
-        probe_bits, probe_dtype = tensor_bits(logits)
-        create_whole_array(group, "probe/rows", rows)
-        attributes = {"logical_dtype": probe_dtype, "lm_head_sha256": head.sha256}
-        create_whole_array(group, "probe/logits", probe_bits, attributes=attributes)
 
-    writer.write_model_arrays(write)
-    # another run may have stored its own rounding of the same constants first
+def _write_with_constants(writer: UnitWriter, target: Target, arrays: Callable[..., "_Arrays"], head: LmHead) -> Target:
+    """Store the arrays; the target with the constants that are stored, perhaps by another run in its own rounding."""
+    if target.basis is not None:
+        check_basis(target.basis, head)
+    writer.write_model_arrays(lambda group: arrays(head=head).write(group))
     stored = open_store(writer.store.path, allow_partial=True)
     return replace(
         target,
-        basis=None if basis is None else stored.basis(),
-        scale=None if scale is None else stored.scale,
+        basis=None if target.basis is None else stored.basis(),
+        scale=None if target.scale is None else stored.scale,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Arrays:
+    """What a store keeps of the model, on the host."""
+
+    target: Target
+    head: LmHead
+    rows: NDArray[np.int64]
+    """(n,) of the probe."""
+    logits: torch.Tensor
+    """(n, V), the model's own there."""
+
+    @classmethod
+    def of(
+        cls,
+        writer: UnitWriter,
+        backbone: Backbone,
+        target: Target,
+        prepare: Callable[[int], Prepared],
+        *,
+        head: LmHead | None = None,
+    ) -> "_Arrays":
+        """Copied from the device, and computed there; `head` is W_lm if it was copied before."""
+        head = head or lm_head_of(backbone, bent=target.encoding == "logits")
+        rows, logits = _probe(writer.store, backbone, prepare)
+        return cls(target=target, head=head, rows=rows, logits=logits.cpu())
+
+    def write(self, group: zarr.Group) -> None:
+        """Hash and write."""
+        head, target = self.head, self.target
+        if target.encoding in ("hidden", "int8"):
+            attributes = {"logical_dtype": head.dtype, "lm_head_sha256": head.sha256}
+            create_whole_array(group, "lm_head/weight", head.bits, attributes=attributes)
+        if target.basis is not None:
+            save_basis(group, target.basis)
+        if target.scale is not None:
+            save_scale(group, target.scale)
+        probe_bits, probe_dtype = tensor_bits(self.logits)
+        create_whole_array(group, "probe/rows", self.rows)
+        attributes = {"logical_dtype": probe_dtype, "lm_head_sha256": head.sha256}
+        create_whole_array(group, "probe/logits", probe_bits, attributes=attributes)
 
 
 def _probe(

@@ -12,6 +12,7 @@
 import json
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -31,6 +32,8 @@ WEIGHT_LAYOUTS = (
 )
 """The weight files of the official layouts, in the order in which transformers looks for them."""
 
+_HASHED_AT_ONCE = 8
+"""Files: one thread hashes about 1.5 GB/s."""
 _WEIGHT_KINDS = ("*.safetensors", "*.bin")
 
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
@@ -84,6 +87,11 @@ class Checkpoint(Source):
         return self.gguf if self.gguf and not (self.repository or self.name.startswith(PACKAGE)) else super().label
 
     @property
+    def gguf_file(self) -> Path | None:
+        """The path of the GGUF file, if it is one."""
+        return None if self.gguf is None else self.folder / self.gguf
+
+    @property
     def source(self) -> dict[str, Any]:
         """Keyword arguments of `from_pretrained` for this checkpoint: offline, and without remote code."""
         folder = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
@@ -122,8 +130,13 @@ class Checkpoint(Source):
         return _shards(self.name, layout) if layout.suffix == ".json" else [layout]
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 (hex) of every weight and settings file, by file name. Reads all of them once."""
-        return {path.name: sha256_of_file(path) for path in sorted({*self.settings_files(), *self.weight_files()})}
+        """SHA-256 (hex) of every weight and settings file, by file name. Reads all of them once, several at a time."""
+        paths = sorted({*self.settings_files(), *self.weight_files()})
+        pool = ThreadPoolExecutor(_HASHED_AT_ONCE, thread_name_prefix="agiqa-hash")
+        try:
+            return {path.name: found for path, found in zip(paths, pool.map(sha256_of_file, paths), strict=True)}
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def stored_dtype(self) -> str | None:
         """The dtype name of the first floating-point tensor of a safetensors checkpoint, else None."""

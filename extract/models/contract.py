@@ -121,15 +121,34 @@ class AnsweringModel(Protocol):
         """Tokenise one conversation, its image before the first question. Needs no weights.
 
         `answer` appends the chat template's prompt for the next answer of the assistant.
-        Raises DataError for an unreadable image or text, ModelError if the roles of tokens cannot be determined.
+        Without an image there are no `inputs`. Raises DataError for an unreadable image or text, ModelError if the
+        roles of tokens cannot be determined.
         """
         ...
 
-    def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
+    def outline(
+        self,
+        conversation: Sequence[Message],
+        image: ImageSource | None,
+        *,
+        size: tuple[int, int] | None = None,
+        answer: bool = False,
+    ) -> Prepared:
+        """The token ids and roles of `prepare`, without inputs, and raises what it raises.
+
+        With the `size` (width, height) of the image as `open_image` returns it, the pixels are not decoded: the image
+        must have been checked before. Filling a store compares all tokens with those of `prepare`.
+        """
+        ...
+
+    def generate(
+        self, batch: Sequence[Prepared], settings: GenerationSettings, *, seeds: Sequence[int] | None = None
+    ) -> list[str]:
         """The answers to items prepared with `answer=True`, without special tokens, thoughts and outer white space.
 
-        But for rounding, a greedy answer does not depend on the item's batch. Answers are `Answer`s if the backbone
-        knows how they ended. Raises DataError for an item that leaves no position for an answer.
+        `seeds` are those of each item's draws, by default `settings.seed` for all. But for rounding, an answer does not
+        depend on the item's batch. Answers are `Answer`s if the backbone knows how they ended. Raises DataError for an
+        item that leaves no position for an answer.
         """
         ...
 
@@ -158,6 +177,18 @@ class Backbone(AnsweringModel, Protocol):
         """Bring the weights onto the device, merged with the adapter if there is one. Idempotent.
 
         Raises ModelError if weights or adapter are missing, incomplete, damaged, or too large for the device.
+        """
+        ...
+
+    @property
+    def saved_by_compiling(self) -> float:
+        """Seconds per token that compiled layers save on a GPU, at the speed of one H100."""
+        ...
+
+    def compile_layers(self) -> None:
+        """Compile the layers that `hidden_states` runs, at its next calls. Loads the model. Idempotent.
+
+        A call of `hidden_states` that compiles raises CompilerError if torch's compiler does not work.
         """
         ...
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from agiqa.errors import DataError
 from agiqa.extract.models.batches import PER_TOKEN, alike
 from agiqa.extract.models.contract import Answer, GenerationSettings, Prepared
+from agiqa.extract.models.decoding.choosing import Policy, choose
 from agiqa.extract.models.loading import quiet_transformers
 from agiqa.extract.models.rendering import Renderer, begins_in_thought, split_thoughts
 
@@ -27,21 +29,25 @@ def generate(
     renderer: Renderer,
     batch: Sequence[Prepared],
     settings: GenerationSettings,
+    seeds: Sequence[int] | None = None,
     *,
     collate: Callable[[Sequence[Prepared]], Inputs],
     positions: int | None,
 ) -> list[str]:
     """See `Backbone.generate`. Items that are not `alike` run in separate batches.
 
-    `collate` makes model inputs padded on the right; `positions` is the model's longest sequence.
+    `seeds` are as in `Backbone.generate`; `collate` makes model inputs padded on the right; `positions` is the model's
+    longest sequence.
     """
     answers: dict[int, str] = {}
+    seeds = seeds or [settings.seed] * len(batch)
     stops = stop_tokens(model, renderer)
     for group in alike(batch):
         items = [batch[position] for position in group]
         limits = [new_tokens(len(item.token_ids), settings, positions) for item in items]
         inputs = left_padded(collate(items), [len(item.token_ids) for item in items])
-        rows = generated_ids(model, inputs, settings, stops=stops, limit=max(limits))
+        chosen = [seeds[position] for position in group]
+        rows = generated_ids(model, inputs, settings, seeds=chosen, stops=stops, limit=max(limits))
         for position, row, limit in zip(group, rows, limits, strict=True):
             begun = begins_in_thought(renderer.tokenizer, batch[position].token_ids.tolist())
             answers[position] = read_answer(renderer.tokenizer, row[:limit], stops, begun=begun)
@@ -79,19 +85,30 @@ def left_padded(inputs: Inputs, lengths: Sequence[int]) -> Inputs:
 
 
 def generated_ids(
-    model: Any, inputs: Inputs, settings: GenerationSettings, *, stops: Sequence[int], limit: int
+    model: Any,
+    inputs: Inputs,
+    settings: GenerationSettings,
+    *,
+    seeds: Sequence[int],
+    stops: Sequence[int],
+    limit: int,
 ) -> list[list[int]]:
     """Up to `limit` new ids for each row of `inputs` (input_ids or inputs_embeds), which are padded on the left.
 
-    Ids after one of `stops` are padding. Draws leave torch's random state unchanged.
+    `seeds` are those of each row's draws, which leave torch's random state unchanged. Ids after one of `stops` are
+    padding.
     """
     width = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    config = _config(settings, stops, limit)
     processors = LogitsProcessorList()
     if settings.repetition_penalty != 1.0:
         # for the answer alone, as published: with the prompt, padding would change the answers of a batch
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty, prompt_ignore_length=width))
-    with _drawing(inputs["attention_mask"].device, settings), _own_settings(model, config), torch.inference_mode():
+    if settings.sample:
+        processors.append(_Draws(settings, torch.tensor(list(seeds), device=inputs["attention_mask"].device), width))
+    config = GenerationConfig(
+        max_new_tokens=limit, do_sample=False, eos_token_id=list(stops), pad_token_id=stops[0] if stops else 0
+    )
+    with _own_settings(model, config), torch.inference_mode():
         tokens: torch.Tensor = model.generate(**inputs, generation_config=config, logits_processor=processors)
     rows: list[list[int]] = tokens[:, width:].tolist()
     return rows
@@ -104,15 +121,19 @@ def read_answer(tokenizer: Any, ids: Sequence[int], stops: Sequence[int], *, beg
     return Answer(text, tokens=length, complete=length < len(ids), generated=generated)
 
 
-def _config(settings: GenerationSettings, stops: Sequence[int], limit: int) -> GenerationConfig:
-    drawn = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    return GenerationConfig(
-        max_new_tokens=limit,
-        do_sample=settings.sample,
-        eos_token_id=list(stops),
-        pad_token_id=stops[0] if stops else 0,
-        **(drawn if settings.sample else {}),
-    )
+class _Draws(LogitsProcessor):
+    """Draws a token for each row as answers in slots do, and lets `generate` choose no other."""
+
+    def __init__(self, settings: GenerationSettings, seeds: torch.Tensor, width: int) -> None:
+        """`seeds` (n,) are those of the rows, and `width` the number of ids before the answers."""
+        self._policy = replace(Policy.of(settings), repetition_penalty=1.0)  # another processor has penalised
+        self._seeds, self._width = seeds, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (n, V): 0 for the token that is drawn by `scores` (n, V), minus infinity for the others."""
+        numbers = torch.full_like(self._seeds, input_ids.shape[1] - self._width)
+        chosen = choose(scores.float(), self._policy, said=None, seeds=self._seeds, numbers=numbers)
+        return torch.full_like(scores, float("-inf")).scatter_(1, chosen[:, None], 0.0)
 
 
 @contextmanager
@@ -125,12 +146,3 @@ def _own_settings(model: Any, config: GenerationConfig) -> Generator[None]:
             yield
     finally:
         model.generation_config = stated
-
-
-@contextmanager
-def _drawing(device: torch.device, settings: GenerationSettings) -> Generator[None]:
-    """Seed random draws within the block."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if settings.sample:
-            torch.manual_seed(settings.seed)
-        yield

@@ -2,8 +2,10 @@
 
 import hashlib
 import importlib.metadata
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -26,12 +28,16 @@ from agiqa.extract.models.checks import (
     find_logit_map,
     refuse_batch_dependence,
 )
+from agiqa.extract.models.compiling import compile_layers, compiler_errors
 from agiqa.extract.models.contract import GenerationSettings, Prepared
+from agiqa.extract.models.decoding.slot_model import LoadedModel
 from agiqa.extract.models.generation import generate
 from agiqa.extract.models.loading import check_vocabulary_rows, failures_of, load_model, load_tokenizer
 from agiqa.extract.models.rendering import TEMPLATE_DATE, Renderer, main_template
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SAVED_BY_COMPILING = 4.8e-11
+"""Seconds per token, layer and channel on one H100: 14.75 - 11.76 ms for 479 tokens, 32 layers and 4,096 channels."""
 PROBE_TOKENS = 8
 """Length of the input on which logits are checked."""
 
@@ -73,6 +79,8 @@ class HuggingFaceBackbone(ABC):
         self._check_tokenizer()
         self._model: Any = None
         self._tensors_fit = False
+        self._loading = threading.RLock()
+        self._compiled = False
 
     @abstractmethod
     def _make_renderer(self) -> Renderer:
@@ -81,6 +89,19 @@ class HuggingFaceBackbone(ABC):
     @abstractmethod
     def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`."""
+
+    def outline(
+        self,
+        conversation: Sequence[Message],
+        image: ImageSource | None,
+        *,
+        size: tuple[int, int] | None = None,
+        answer: bool = False,
+    ) -> Prepared:
+        """See `Backbone.outline`; a backbone that knows how an image's size becomes tokens overrides this."""
+        del size
+        prepared = self.prepare(conversation, image, answer=answer)
+        return Prepared(token_ids=prepared.token_ids, roles=prepared.roles)
 
     @property
     def _image_token_id(self) -> int | None:
@@ -123,6 +144,8 @@ class HuggingFaceBackbone(ABC):
         """See `Backbone.check_tensors`. Only the first call reads the headers."""
         if not self._tensors_fit:
             model = self.empty_model()
+            # found now: building a second model while a thread loads the first would mix up their default dtypes
+            self._embedding_rows = self._count_embeddings(model)
             if self.adapter is not None:
                 check_adapter(model, self.adapter, name=self.checkpoint.name)
             self._compare_weights(model)
@@ -143,8 +166,10 @@ class HuggingFaceBackbone(ABC):
     @cached_property
     def _embedding_rows(self) -> int:
         """The number of token ids with an embedding: the vocabulary and, in some models, marks of images."""
-        embeddings = self.language_model_of(self.empty_model()).get_input_embeddings()
-        return max(self.vocab_size, len(embeddings.weight))
+        return self._count_embeddings(self.empty_model())
+
+    def _count_embeddings(self, model: Any) -> int:
+        return max(self.vocab_size, len(self.language_model_of(model).get_input_embeddings().weight))
 
     def _check_tokenizer(self) -> None:
         """Raise ModelError if the tokenizer makes ordinary tokens without an embedding: it may be of another model.
@@ -177,8 +202,12 @@ class HuggingFaceBackbone(ABC):
 
     def load(self) -> None:
         """See `Backbone.load`."""
-        if self._model is not None:
-            return
+        with self._loading:  # a thread may load while the items are planned
+            if self._model is None:
+                self._model = self._checked_model()
+
+    def _checked_model(self) -> Any:
+        """The loaded model, with the adapter."""
         with room_for_weights(self.checkpoint.name, self.device):
             model = self._load_model()
             if self.adapter is not None:
@@ -191,7 +220,7 @@ class HuggingFaceBackbone(ABC):
             raise ModelError(message)
         tokens, dtype = self._ordinary_tokens(TOKENS_NEEDED), DTYPES[self.logical_dtype]
         refuse_batch_dependence(self.checkpoint.name, language_model, tokens, pad_id=self._pad_id(), dtype=dtype)
-        self._model = model
+        return model
 
     def _load_model(self) -> Any:
         """The model with its weights, without the adapter, on the device."""
@@ -199,9 +228,29 @@ class HuggingFaceBackbone(ABC):
         dtype = DTYPES[self.logical_dtype]
         return load_model(self.checkpoint, self.auto_class, dtype, self.attention, to_merge=merges).to(self.device)
 
+    @property
+    def saved_by_compiling(self) -> float:
+        """See `Backbone.saved_by_compiling`; by the decoder's layers and their width."""
+        text = self.config.get_text_config()
+        saved: float = _SAVED_BY_COMPILING * text.num_hidden_layers * text.hidden_size
+        return saved
+
+    def compile_layers(self) -> None:
+        """See `Backbone.compile_layers`."""
+        if not self._compiled:
+            self._compile()
+            self._compiled = True
+
+    def _compile(self) -> None:
+        compile_layers(self._loaded())
+
+    def _compiling(self) -> AbstractContextManager[None]:
+        """Around a forward pass: its compiler's errors become CompilerError."""
+        return compiler_errors(self.checkpoint.name) if self._compiled else nullcontext()
+
     def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
         """See `Backbone.hidden_states`."""
-        with torch.inference_mode():
+        with torch.inference_mode(), self._compiling():
             return self.states(batch)
 
     def states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
@@ -222,10 +271,24 @@ class HuggingFaceBackbone(ABC):
             logits: torch.Tensor = model(**self._collate([item]), use_cache=False).logits[0]
         return logits
 
-    def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
+    def generate(
+        self, batch: Sequence[Prepared], settings: GenerationSettings, *, seeds: Sequence[int] | None = None
+    ) -> list[str]:
         """See `Backbone.generate`."""
-        model = self._language_model()
-        return generate(model, self.renderer, batch, settings, collate=self._collate, positions=self.max_positions)
+        model, collate, most = self._language_model(), self._collate, self.max_positions
+        return generate(model, self.renderer, batch, settings, seeds, collate=collate, positions=most)
+
+    def answering_parts(self) -> LoadedModel:
+        """The loaded model, as decoding in slots uses it."""
+        return LoadedModel(
+            name=self.checkpoint.name,
+            model=self._language_model(),
+            renderer=self.renderer,
+            collate=self._collate,
+            positions=self.max_positions,
+            device=self.device,
+            ordinary=self._ordinary_tokens,
+        )
 
     def lm_head(self, *, bent: bool = False) -> torch.Tensor:
         """See `Backbone.lm_head`."""

@@ -3,10 +3,10 @@
 Nothing is printed, weights must be complete, and failures name the checkpoint.
 """
 
-import io
 import re
+import threading
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_torchvision_available
 from agiqa.errors import ModelError, first_line, listed
 from agiqa.extract.models.batches import is_out_of_memory
 from agiqa.extract.models.checkpoints import Checkpoint, tensor_shapes
+from agiqa.extract.models.gguf_files import forget_parsed, parsed_once
 
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, SafetensorError)
 _TO_INSTALL = re.compile(r"pip install (?:-\S+ )*(?P<package>[\w-]+)")
@@ -28,19 +29,34 @@ _DERIVED = ("rotary_emb.inv_freq", "position_ids")
 """Endings of tensors in older checkpoints that models compute by themselves."""
 
 
+class _Quiet:
+    """How many blocks of all threads want silence, and what was switched on before the first."""
+
+    lock = threading.Lock()
+    blocks = 0
+    level = 0
+    bars = False
+
+
 @contextmanager
 def quiet_transformers() -> Generator[None]:
-    """Silence transformers' warnings and progress bars within the block."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    """Silence transformers' warnings and progress bars within the block, for all threads: one may load a model."""
+    with _Quiet.lock:
+        _Quiet.blocks += 1
+        if _Quiet.blocks == 1:
+            _Quiet.level = transformers_logging.get_verbosity()
+            _Quiet.bars = transformers_logging.is_progress_bar_enabled()
+            transformers_logging.set_verbosity_error()
+            transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        with _Quiet.lock:
+            _Quiet.blocks -= 1
+            if not _Quiet.blocks:
+                transformers_logging.set_verbosity(_Quiet.level)
+                if _Quiet.bars:
+                    transformers_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -86,14 +102,14 @@ def load_config(checkpoint: Checkpoint) -> Any:
                 "trust_remote_code, which agiqa never does; use a model that transformers itself implements."
             )
         raise ModelError(message)
-    with failures_of(checkpoint, "load the configuration"):
+    with failures_of(checkpoint, "load the configuration"), parsed_once(checkpoint.gguf_file):
         return transformers.AutoConfig.from_pretrained(**checkpoint.source)
 
 
 def load_tokenizer(checkpoint: Checkpoint, loader: Any = transformers.AutoTokenizer) -> Any:
     """The fast tokenizer, by `loader`, a class of transformers. Raises ModelError if there is none."""
     try:
-        with failures_of(checkpoint, "load the tokenizer"):
+        with failures_of(checkpoint, "load the tokenizer"), parsed_once(checkpoint.gguf_file):
             tokenizer = loader.from_pretrained(**checkpoint.source)
     except ModelError as error:
         if checkpoint.gguf is None and not (checkpoint.folder / "tokenizer.json").is_file():
@@ -174,10 +190,9 @@ def load_model(
         options["quantization_config"] = packing(dequantize=True)
     if to_merge and (checkpoint.raw_config.get("quantization_config") or {}).get("quant_method") == "fp8":
         options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
-    # The GGUF reader draws a progress bar that transformers' own switch does not reach.
-    bar = redirect_stderr(io.StringIO()) if checkpoint.gguf is not None else nullcontext()
-    with failures_of(checkpoint, "load the weights"), bar:
+    with failures_of(checkpoint, "load the weights"), parsed_once(checkpoint.gguf_file):
         model, report = auto_class.from_pretrained(**checkpoint.source, **options)
+    forget_parsed()
     _refuse_misfits(checkpoint, report)
     packed = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
     if packed:

@@ -3,7 +3,7 @@
 The template is rendered twice: once with marks in place of the contents, which leaves its own words (system prompt,
 headers, turn ends), and once with the contents. So the characters of the contents between those words are known, and
 the tokenizer's offsets say which tokens cover them. A processor then replaces the image's mark by the image's tokens;
-`expand_roles` carries the roles over.
+`expansions.expand_roles` carries the roles over.
 
 Thinking models write thoughts before an answer. The switches of the chat template leave them out; agiqa cuts off those
 that come anyway.
@@ -11,10 +11,9 @@ that come anyway.
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from difflib import SequenceMatcher
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,9 +23,6 @@ from numpy.typing import NDArray
 from agiqa.errors import DataError, ModelError, listed
 from agiqa.extract.data.items import Message
 from agiqa.store import TOKEN_ROLES
-
-_Decode = Callable[[Sequence[int]], str]
-"""From token ids to their text."""
 
 Style = Literal["text", "parts"]
 """How the template takes a message's contents: one string, or a list of typed parts."""
@@ -88,6 +84,7 @@ class Renderer:
         self.switches = switches_of(self.template)
         """Template variables, set so that the template leaves out thoughts."""
         self._source = _fixed_date(self.template)
+        self._words: dict[tuple[Any, ...], list[str] | None] = {}
         self.style: Style = self._find_style()
 
     def render(self, conversation: Sequence[Message], *, image: bool = False, answer: bool = False) -> Rendered:
@@ -153,14 +150,9 @@ class Renderer:
             truncation=False,
             verbose=False,
         )
-        characters = np.full(len(rendered.text) + 1, TOKEN_ROLES["special"], dtype=np.uint8)
-        for start, stop, role in rendered.spans:
-            characters[start:stop] = role
-        roles = [
-            int(characters[start:stop].max()) if stop > start else TOKEN_ROLES["special"]
-            for start, stop in encoded["offset_mapping"]
-        ]
-        return np.asarray(encoded["input_ids"], dtype=np.int32), np.asarray(roles, dtype=np.uint8)
+        offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        roles = roles_of(offsets, rendered.spans, length=len(rendered.text))
+        return np.asarray(encoded["input_ids"], dtype=np.int32), roles
 
     def _find_style(self) -> Style:
         """The style in which the template shows the contents, and the image exactly once."""
@@ -183,6 +175,12 @@ class Renderer:
         self, conversation: Sequence[Message], *, image: bool, style: Style, ask: bool = False
     ) -> list[str] | None:
         """What the template itself writes before, between and after the contents; None if it leaves one out."""
+        kind = (tuple(message.role for message in conversation), image, style, ask)
+        if kind not in self._words:
+            self._words[kind] = self._find_words(conversation, image=image, style=style, ask=ask)
+        return self._words[kind]
+
+    def _find_words(self, conversation: Sequence[Message], *, image: bool, style: Style, ask: bool) -> list[str] | None:
         count = range(len(conversation))
         marks = [f"\ue000{index}\ue001" for index in count]
         text = self._apply(conversation, marks, image=image, style=style, ask=ask)
@@ -216,6 +214,22 @@ class Renderer:
             part = {"type": "text", "text": content}
             return [{"type": "image"}, part] if image else [part]
         return f"{self.image_token}\n{content}" if image else content
+
+
+def roles_of(offsets: NDArray[np.int64], spans: Sequence[tuple[int, int, int]], *, length: int) -> NDArray[np.uint8]:
+    """Roles (n,) of tokens with the character `offsets` (n, [first, one past the last]) in a text of `length`.
+
+    A token gets the highest role of its characters: those in one of `spans` have its role, the others none.
+    """
+    characters = np.full(length, TOKEN_ROLES["special"], dtype=np.uint8)
+    for start, stop, role in spans:
+        characters[start:stop] = role
+    roles = np.full(len(offsets), TOKEN_ROLES["special"], dtype=np.uint8)
+    first, last = np.clip(offsets, 0, length).T
+    for role in sorted({role for _, _, role in spans}):
+        before = np.concatenate([[0], np.cumsum(characters == role)])
+        roles[before[last] > before[first]] = role
+    return roles
 
 
 def refuse_marks(conversation: Sequence[Message], marks: Iterable[str | None]) -> None:
@@ -259,81 +273,6 @@ def _fixed_date(template: str) -> str:
 def _trims(content: str) -> tuple[str, str, str, str]:
     """A content as templates may write it: unchanged, or without white space around it."""
     return content, content.strip(), content.rstrip(), content.lstrip()
-
-
-def expand_roles(
-    name: str,
-    text_ids: NDArray[np.int32],
-    text_roles: NDArray[np.uint8],
-    expanded_ids: NDArray[np.int32],
-    image_token_id: int,
-    *,
-    decode: _Decode | None = None,
-) -> NDArray[np.uint8]:
-    """Roles (m,) of `expanded_ids` (m,), the processor's version of `text_ids` (n,) with roles `text_roles` (n,).
-
-    Tokens found in both keep their role. Of the others, image tokens get the role image, and what the processor adds,
-    such as row and column marks, the role special. With `decode`, a content that differs by white space alone keeps its
-    role. Raises ModelError if words differ, or there is no image token.
-    """
-    roles = np.full(len(expanded_ids), TOKEN_ROLES["special"], dtype=np.uint8)
-    for old, new, same in _blocks(text_ids, expanded_ids):
-        if same:
-            roles[new] = text_roles[old]
-            continue
-        kept = np.flatnonzero(text_roles[old] != TOKEN_ROLES["special"])
-        if not len(kept):
-            continue
-        respelt = _respelt(text_ids[old][kept].tolist(), expanded_ids[new].tolist(), decode)
-        if respelt is None or len(set(text_roles[old][kept].tolist())) > 1:
-            message = f"{name}: its processor changes words and not just the image's place, so roles are unknown."
-            raise ModelError(message)
-        roles[new.stop - respelt : new.stop] = text_roles[old][kept[0]]
-    seen = expanded_ids == image_token_id
-    if not seen.any():
-        message = f"{name}: its processor made no image token (id {image_token_id}) of the image."
-        raise ModelError(message)
-    roles[seen] = TOKEN_ROLES["image"]
-    return roles
-
-
-def _blocks(old: NDArray[np.int32], new: NDArray[np.int32]) -> list[tuple[slice, slice, bool]]:
-    """(tokens of `old`, tokens of `new`, whether they are equal), in order.
-
-    Most processors only replace the image's mark, so the beginning and the end agree and the matcher has little to do.
-    """
-    shortest = min(len(old), len(new))
-    before = _common(old[:shortest], new[:shortest])
-    rest = shortest - before
-    after = _common(old[len(old) - rest :][::-1], new[len(new) - rest :][::-1])
-    middle = slice(before, len(old) - after), slice(before, len(new) - after)
-    blocks = [(slice(0, before), slice(0, before), True)]
-    matcher = SequenceMatcher(None, old[middle[0]].tolist(), new[middle[1]].tolist(), autojunk=False)
-    for tag, *edges in matcher.get_opcodes():
-        first, last, start, stop = (edge + before for edge in edges)
-        blocks.append((slice(first, last), slice(start, stop), tag == "equal"))
-    blocks.append((slice(len(old) - after, len(old)), slice(len(new) - after, len(new)), True))
-    return blocks
-
-
-def _respelt(content: list[int], block: list[int], decode: _Decode | None) -> int | None:
-    """How many tokens at the end of `block` have the text of `content`, but for white space; None if none have."""
-    if decode is None:
-        return None
-    text = decode(content).strip()
-    for count in range(1, len(block) + 1):
-        found = decode(block[-count:]).strip()
-        if found == text:
-            return count
-        if len(found) > len(text):
-            break
-    return None
-
-
-def _common(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
-    """The length of the common beginning of two arrays of one length."""
-    differing = np.flatnonzero(left != right)
-    return int(differing[0]) if len(differing) else len(left)
 
 
 def main_template(name: str, found: str | Mapping[str, str] | None) -> str | None:

@@ -18,9 +18,10 @@ from agiqa.extract.data.items import Message
 from agiqa.extract.models.batches import JOINED, PER_TOKEN, check_inputs
 from agiqa.extract.models.checkpoints import Checkpoint
 from agiqa.extract.models.contract import Prepared
+from agiqa.extract.models.expansions import Expansions, expand_roles
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.loading import load_processor, quiet_transformers
-from agiqa.extract.models.rendering import Rendered, Renderer, expand_roles, main_template, refuse_marks
+from agiqa.extract.models.rendering import Rendered, Renderer, main_template, refuse_marks
 
 _NO_INPUTS = ("input_ids", "attention_mask", "labels")
 """Outputs of a processor that are no image inputs; PaliGemma's adds labels for training."""
@@ -56,6 +57,30 @@ class VisionBackbone(HuggingFaceBackbone):
         self._refuse_unknown_tokens(prepared.token_ids)
         return prepared
 
+    def outline(
+        self,
+        conversation: Sequence[Message],
+        image: ImageSource | None,
+        *,
+        size: tuple[int, int] | None = None,
+        answer: bool = False,
+    ) -> Prepared:
+        """See `Backbone.outline`: the processor reads a black image in place of one of known size, see `Expansions`."""
+        if image is None:
+            return self.prepare(conversation, image, answer=answer)
+        if size is None:
+            return super().outline(conversation, image, answer=answer)
+        refuse_marks(conversation, self._marks)
+        rendered = self.renderer.render(conversation, image=True, answer=answer)
+        text = self.renderer.tokenize(rendered)
+        found = self._expansions.expanded(size, text)
+        if found is None:
+            black = self._processed(self.renderer, rendered, Image.new("RGB", size), name=str(image))
+            found = black.token_ids, black.roles
+            self._expansions.learn(size, text, found)
+        self._refuse_unknown_tokens(found[0])
+        return Prepared(token_ids=found[0], roles=found[1])
+
     def _processed(self, renderer: Renderer, rendered: Rendered, picture: Image.Image, *, name: str) -> Prepared:
         """The processor's output for a conversation with its image. Raises DataError if it refuses the image."""
         text_ids, text_roles = renderer.tokenize(rendered)
@@ -83,6 +108,7 @@ class VisionBackbone(HuggingFaceBackbone):
 
     def _make_renderer(self) -> Renderer:
         self.processor = load_processor(self.checkpoint, self.config)
+        self._expansions = Expansions()
         self._accepted = frozenset(inspect.signature(self.model_class.forward).parameters) | JOINED | PER_TOKEN
         self.image_token_id = _image_token_id(self.checkpoint.name, self.config, self.processor)
         filled = self.processor.tokenizer.convert_ids_to_tokens(self.image_token_id)

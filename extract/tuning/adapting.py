@@ -4,7 +4,7 @@ LoRA pairs are peft's layers. A part that is trained whole stays where it is, in
 `0.02 - 2e-6 == 0.02`. The names of saved tensors are those that peft gives to an adapter with `modules_to_save`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agiqa.errors import ModelError
+from agiqa.extract.models.compiling import layers_of
 from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
 from agiqa.extract.tuning.parts import find_parts, modules_of
 from agiqa.extract.tuning.recipes import Recipe
@@ -114,7 +114,7 @@ def recompute(trained: Trained, which: str) -> int:
     `which` is one of CHECKPOINTING but auto.
     """
     count = 0
-    for name, layer in _layers(trained.model):
+    for name, layer in layers_of(trained.model):
         inside = any(name.startswith(f"{path}.") for path in trained.whole)
         chosen = which == "all" or (which == "vision" and inside)
         settings: Any = layer
@@ -122,16 +122,3 @@ def recompute(trained: Trained, which: str) -> int:
         settings._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         count += chosen
     return count
-
-
-def compile_layers(trained: Trained) -> None:
-    """Compile each layer of the model in place, at its first use; layers of one kind share a compilation."""
-    torch.compiler.reset()  # it compiles eight variants of a function at most, and earlier models count
-    for _, layer in _layers(trained.model):
-        layer.compile(dynamic=True)
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            yield name, module

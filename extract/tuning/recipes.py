@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from agiqa.errors import ConfigError, UnknownName
+from agiqa.extract.models.compiling import COMPILING
 
 SCHEDULES = ("cosine", "constant")
 CHECKPOINTING = ("auto", "all", "vision", "none")
@@ -19,8 +20,6 @@ CHECKPOINTING = ("auto", "all", "vision", "none")
 
 `auto` is chosen by `agiqa.extract.tuning.estimates.settled`.
 """
-COMPILING = ("auto", "always", "never")
-"""Whether torch.compile compiles each layer; `auto` is chosen by `settled` too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,7 @@ class Recipe:
     checkpointing: str = "auto"
     """One of CHECKPOINTING."""
     compile: str = "auto"
-    """One of COMPILING. Compiled layers are faster on a GPU, and round less."""
+    """One of COMPILING; `auto` is chosen by `settled` too. Compiled layers are faster on a GPU, and round less."""
     validations: int = 10
     """Validations in the whole training, evenly spread."""
     patience: int = 3

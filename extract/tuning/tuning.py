@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from agiqa.errors import DataError, ModelError, WorkerError
 from agiqa.extract.data.items import DataSet, Item, OnBadItem
+from agiqa.extract.models.compiling import compile_layers
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.opening import devices_of_host
 from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers, default_workers
-from agiqa.extract.tuning.adapting import adapt, compile_layers, recompute
+from agiqa.extract.tuning.adapting import adapt, recompute
 from agiqa.extract.tuning.estimates import (
     GB,
     Load,
@@ -251,7 +252,7 @@ class Work:
             trained = adapt(backbone, recipe, seed=settings.seed)
         recompute(trained, recipe.checkpointing)
         if recipe.compile == "always":
-            compile_layers(trained)
+            compile_layers(trained.model)
         material = self.plan.material
         schedule = Schedule(recipe, items=len(material.train), seed=settings.seed)
         workers = settings.workers

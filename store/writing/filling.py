@@ -22,7 +22,7 @@ from agiqa.store.disk.files import (
     write_bytes_atomically,
     write_text_atomically,
 )
-from agiqa.store.disk.locks import exclusive_lock, waiting_lock
+from agiqa.store.disk.locks import exclusive_lock, is_held, waiting_lock
 from agiqa.store.format.arrays import WritableArrays, finite_rows, object_rows
 from agiqa.store.format.layout import MODEL_GROUPS, MODEL_LOCK, PULL_RECORD, RECORDS_LOCK
 from agiqa.store.format.manifest import check_inside
@@ -94,6 +94,10 @@ class UnitWriter:
             }
             layout = self.store.layout
             put_text_if_absent(layout.commit(unit), canonical_json(record), lock=layout.locks / RECORDS_LOCK)
+
+    def writes_model_arrays(self) -> bool:
+        """Whether another process, or thread, is writing the arrays of the model at this moment."""
+        return is_held(self.store.layout.locks / MODEL_LOCK)
 
     def write_model_arrays(self, write: Callable[[zarr.Group], None]) -> None:
         """Let `write` create the arrays of the model (MODEL_GROUPS), once per store.

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from agiqa.errors import DataError, ModelError
+from agiqa.extract.data.images import open_image
 from agiqa.extract.data.items import Message
 from agiqa.extract.filling.plan import fit
 from agiqa.extract.models import Backbone, Prepared, open_backbone
@@ -23,6 +24,11 @@ CONVERSATION = (
     Message(role="user", content="rate the quality: [bad, poor]"),
 )
 SHORT = (Message(role="user", content="rate"),)
+OTHERS = (
+    (Message(role="user", content="  rate"),),
+    (Message(role="user", content="7 dogs\n"), Message(role="assistant", content="yes")),
+    (Message(role="user", content="ümlaut?"), *CONVERSATION[1:]),
+)
 
 
 def tokens_of(backbone: Backbone, item: Prepared, role: str) -> str:
@@ -148,6 +154,17 @@ class LocalContract(BackboneContract):
             assert states.dtype == getattr(torch, dtype)
             assert error <= tolerance
 
+    def test_an_outline_has_the_tokens_of_the_whole(self, backbone, pictures):
+        for turns in (CONVERSATION, SHORT, *OTHERS):
+            for picture in (*pictures, None):
+                whole = backbone.prepare(turns, picture)
+                sizes = [None] if picture is None else [None, open_image(picture).size]
+                for size in [*sizes, *sizes]:
+                    outline = backbone.outline(turns, picture, size=size)
+                    np.testing.assert_array_equal(outline.token_ids, whole.token_ids)
+                    np.testing.assert_array_equal(outline.roles, whole.roles)
+                    assert not outline.inputs
+
     def test_preparing_needs_no_weights(self, backbone, checkpoint, batch, pictures, tmp_path):
         copy = tmp_path / "no-weights"
         shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -192,6 +209,20 @@ class VisionContract(LocalContract):
         np.testing.assert_array_equal(first.token_ids, second.token_ids)
         one, other = (states[-5:] for states in backbone.hidden_states([first, second]))
         assert (one - other).norm() / one.norm() > 1e-3
+
+    def test_the_third_outline_of_a_size_needs_no_processor(self, backbone, pictures, monkeypatch):
+        size = open_image(pictures[0]).size
+        for turns in (CONVERSATION, CONVERSATION[:1]):
+            backbone.outline(turns, pictures[0], size=size)
+        monkeypatch.setattr(backbone, "_processed", None)
+        talk = (*CONVERSATION[:1], Message(role="assistant", content="quite another text"))
+        for turns in (CONVERSATION, talk):
+            outline = backbone.outline(turns, pictures[0], size=size)
+            monkeypatch.undo()
+            whole = backbone.prepare(turns, pictures[0])
+            np.testing.assert_array_equal(outline.token_ids, whole.token_ids)
+            np.testing.assert_array_equal(outline.roles, whole.roles)
+            monkeypatch.setattr(backbone, "_processed", None)
 
     def test_the_image_word_in_a_text_is_refused(self, backbone, pictures):
         with pytest.raises(DataError, match=re.escape(repr(self.image_word))):

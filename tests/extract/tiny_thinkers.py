@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from tests.extract.tiny_models import make_tokenizer, save
 
@@ -51,5 +51,32 @@ def write_reciter(folder: Path, template: str, sayings: Mapping[int, str], *, sp
         for length, saying in sayings.items():
             ids = tokenizer(saying, add_special_tokens=False)["input_ids"]
             model.transformer.wpe.weight[length - 1 : length - 1 + len(ids)] = 10 * words[ids]
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_reciter_for_slots(folder: Path, template: str, sayings: Mapping[int, str]) -> Path:
+    """As `write_reciter`, by an OPT, which can answer in slots. Its marks of thoughts are special tokens."""
+    tokenizer = make_tokenizer("<|im_start|>", "<|im_end|>")
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = template
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 64, "num_hidden_layers": 1}
+    config = OPTConfig(vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=2048, **sizes)
+    save(folder, OPTForCausalLM, config, tokenizer)
+    model = OPTForCausalLM.from_pretrained(folder)
+    before = 2  # rows that OPT keeps in front of the first position
+    with torch.no_grad():
+        for parameter in model.model.decoder.layers.parameters():
+            parameter.zero_()
+        words = torch.nn.functional.normalize(
+            torch.randn(len(tokenizer), 64, generator=torch.Generator().manual_seed(1))
+        )
+        model.get_input_embeddings().weight.copy_(words)
+        places = model.model.decoder.embed_positions.weight
+        places.zero_()
+        for length, saying in sayings.items():
+            ids = tokenizer(saying, add_special_tokens=False)["input_ids"]
+            places[before + length - 1 : before + length - 1 + len(ids)] = 10 * words[ids]
     model.save_pretrained(folder)
     return folder

@@ -1,6 +1,7 @@
 """The backbone `minicpm`: MiniCPM-Llama3-V-2.5 in its published layout, and its weights from safetensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
 from agiqa.extract.models.loading import failures_of, load_tokenizer
 from agiqa.extract.models.minicpm.model import MiniCPMConfig, MiniCPMV
-from agiqa.extract.models.minicpm.slicing import cut, patches_of, slicing_of
+from agiqa.extract.models.minicpm.packed import PackedMiniCPM
+from agiqa.extract.models.minicpm.passes import triton_is_installed
+from agiqa.extract.models.minicpm.slicing import Slicing, cut, patches_of, slicing_of
 from agiqa.extract.models.rendering import Renderer, main_template, refuse_marks
 from agiqa.store import TOKEN_ROLES
 
@@ -38,27 +41,52 @@ class MiniCPMBackbone(HuggingFaceBackbone):
     packages = (*HuggingFaceBackbone.packages, "pillow")
 
     config: MiniCPMConfig
+    _packed: PackedMiniCPM | None = None
+    _in_training = False
 
     def prepare(self, conversation: Sequence[Message], image: ImageSource | None, *, answer: bool = False) -> Prepared:
         """See `Backbone.prepare`; without an image the model reads the text alone."""
+        picture = None if image is None else open_image(image)
+        outline = self._outline(conversation, None if picture is None else picture.size, answer=answer)
+        if picture is None:
+            return outline
+        cuts = cut(picture, self._slicing(picture.size))
+        pieces, sizes = zip(*(patches_of(piece, self.config.patch) for piece in cuts), strict=True)
+        patches = torch.from_numpy(np.concatenate(pieces))
+        return replace(outline, inputs={"patches": patches}, layout=np.array(sizes, np.int64))
+
+    def outline(
+        self,
+        conversation: Sequence[Message],
+        image: ImageSource | None,
+        *,
+        size: tuple[int, int] | None = None,
+        answer: bool = False,
+    ) -> Prepared:
+        """See `Backbone.outline`: the slices follow from the image's size."""
+        if image is not None and size is None:
+            size = open_image(image).size
+        return self._outline(conversation, None if image is None else size, answer=answer)
+
+    def _outline(self, conversation: Sequence[Message], size: tuple[int, int] | None, *, answer: bool) -> Prepared:
+        """Token ids and roles of a conversation with an image of `size`, or without one."""
         refuse_marks(conversation, self.config.marks.values())
-        rendered = self.renderer.render(conversation, image=image is not None, answer=answer)
+        rendered = self.renderer.render(conversation, image=size is not None, answer=answer)
         ids, roles = self.renderer.tokenize(rendered)
         self._refuse_unknown_tokens(ids)
-        if image is None:
+        if size is None:
             return Prepared(token_ids=ids, roles=roles)
-        settings, picture = self.config, open_image(image)
-        slicing = slicing_of(picture.size, most=settings.slices, resolution=settings.resolution, patch=settings.patch)
-        pieces, sizes = zip(*(patches_of(piece, settings.patch) for piece in cut(picture, slicing)), strict=True)
-        stand_in = self._stand_in(slicing.grid)
+        stand_in = self._stand_in(self._slicing(size).grid)
         place = int(np.flatnonzero(ids == self._ids["im_start"])[0])
         seen = np.where(stand_in == self._ids["unk"], TOKEN_ROLES["image"], TOKEN_ROLES["special"]).astype(np.uint8)
         return Prepared(
             token_ids=np.concatenate([ids[:place], stand_in, ids[place + 1 :]]),
             roles=np.concatenate([roles[:place], seen, roles[place + 1 :]]),
-            inputs={"patches": torch.from_numpy(np.concatenate(pieces))},
-            layout=np.array(sizes, np.int64),
         )
+
+    def _slicing(self, size: tuple[int, int]) -> Slicing:
+        settings = self.config
+        return slicing_of(size, most=settings.slices, resolution=settings.resolution, patch=settings.patch)
 
     def provenance(self) -> dict[str, Any]:
         """See `Backbone.provenance`."""
@@ -86,6 +114,37 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         states = llm.model(inputs_embeds=self._embedded(batch), use_cache=False).last_hidden_state
         return [states[row, : len(item.token_ids)] for row, item in enumerate(batch)]
 
+    def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
+        """See `Backbone.hidden_states`."""
+        if self._in_training:
+            return super().hidden_states(batch)
+        packed = self._packed_model()
+        lengths = np.array([len(item.token_ids) for item in batch])
+        ids = np.concatenate([item.token_ids for item in batch]).astype(np.int64)
+        seen = np.concatenate([item.roles for item in batch]) == TOKEN_ROLES["image"]
+        with torch.inference_mode(), self._compiling():
+            images = self._image_tokens(batch, packed.image_tokens)
+            embedded = self._loaded().embed(ids, seen, images)
+            return list(packed.states(embedded, lengths).split(lengths.tolist()))
+
+    def loaded(self) -> Any:
+        """See `HuggingFaceBackbone.loaded`. Later hidden states come from its own layers, which a training changes."""
+        self._packed, self._in_training = None, True
+        return super().loaded()
+
+    @property
+    def saved_by_compiling(self) -> float:
+        """See `Backbone.saved_by_compiling`: nothing where this model's own kernels run."""
+        return 0.0 if triton_is_installed() else super().saved_by_compiling
+
+    def _packed_model(self) -> PackedMiniCPM:
+        if self._packed is None:
+            self._packed = PackedMiniCPM(self._loaded())
+        return self._packed
+
+    def _compile(self) -> None:
+        self._packed_model().compile()
+
     def _collate(self, items: Sequence[Prepared]) -> dict[str, torch.Tensor]:
         with torch.inference_mode():
             embedded = self._embedded(items)
@@ -101,15 +160,20 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         for row, item in enumerate(batch):
             ids[row, : len(item.token_ids)] = item.token_ids
             seen[row, : len(item.token_ids)] = item.roles == TOKEN_ROLES["image"]
-        images = None
+        return model.embed(ids, seen, self._image_tokens(batch, model.image_tokens))
+
+    def _image_tokens(
+        self,
+        batch: Sequence[Prepared],
+        compute: Callable[[torch.Tensor, NDArray[np.int64], NDArray[np.int64]], torch.Tensor],
+    ) -> torch.Tensor | None:
+        """What `compute` (as `MiniCPMV.image_tokens`) makes of the slices of all items; None without images."""
         seeing = [(item.inputs["patches"], item.layout) for item in batch if item.layout is not None]
-        if seeing:
-            patches = torch.cat([uploaded(patches, self.device) for patches, _ in seeing])
-            attended = [np.full(len(sizes), sizes.prod(axis=1).max()) for _, sizes in seeing]
-            images = model.image_tokens(
-                patches, np.concatenate([sizes for _, sizes in seeing]), np.concatenate(attended)
-            )
-        return model.embed(ids, seen, images)
+        if not seeing:
+            return None
+        patches = torch.cat([uploaded(patches, self.device) for patches, _ in seeing])
+        attended = [np.full(len(sizes), sizes.prod(axis=1).max()) for _, sizes in seeing]
+        return compute(patches, np.concatenate([sizes for _, sizes in seeing]), np.concatenate(attended))
 
     def _stand_in(self, grid: tuple[int, int] | None) -> NDArray[np.int32]:
         """The tokens that replace the image's mark: the overview, and a line for each row of slices."""

@@ -1,4 +1,7 @@
-"""The model: its configuration, a vision tower over patches, the resampler, and a Llama that reads both."""
+"""The model: its configuration, a vision tower over patches, the resampler, and a Llama that reads both.
+
+transformers' modelling code is imported where a model is built: worker processes need the configuration alone.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,8 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.models.idefics2.configuration_idefics2 import Idefics2VisionConfig
-from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from agiqa.errors import ModelError
 from agiqa.extract.models.batches import uploaded
@@ -120,13 +121,15 @@ class MiniCPMV(nn.Module):
 
     def __init__(self, config: MiniCPMConfig) -> None:
         """Random weights; on the meta device none."""
+        from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
+
         super().__init__()
         language, vision = config.get_text_config(), config.get_vision_config()
         self.llm = transformers.LlamaForCausalLM(language)
         self.vpm: Any = Idefics2VisionTransformer(vision)
         self.resampler = Resampler(queries=config.queries, width=language.hidden_size, vision_width=vision.hidden_size)
         self._mean, self._std = config.mean, config.std
-        self._per_side: int = vision.image_size // vision.patch_size
+        self.per_side: int = vision.image_size // vision.patch_size
 
     def image_tokens(self, patches: Tensor, sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Tensor:
         """The embeddings of slices for the language model, (slices, queries, hidden size).
@@ -144,14 +147,14 @@ class MiniCPMV(nn.Module):
         return found
 
     def _chunk_tokens(self, pieces: list[Tensor], sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Tensor:
-        values = self._normalised(torch.cat(pieces)).split([len(piece) for piece in pieces])
+        values = self.normalised(torch.cat(pieces)).split([len(piece) for piece in pieces])
         padded = nn.utils.rnn.pad_sequence(list(values), batch_first=True)
         longest = int(attended.max())
         padded = nn.functional.pad(padded, (0, 0, 0, longest - padded.shape[1]))
         kernel = self.vpm.embeddings.patch_embedding
         positions = np.zeros((len(sizes), longest), np.int64)
         for row, count in enumerate(attended.tolist()):
-            positions[row, :count] = line_positions(count, self._per_side)
+            positions[row, :count] = line_positions(count, self.per_side)
         embedded = linear(padded, kernel.weight.flatten(1), kernel.bias)
         embedded = embedded + self.vpm.embeddings.position_embedding(uploaded(positions, padded.device))
         states = self.vpm.encoder(inputs_embeds=embedded, attention_mask=_mask(attended, longest, padded))
@@ -169,6 +172,8 @@ class MiniCPMV(nn.Module):
 
     def restore_frequencies(self, device: torch.device) -> None:
         """Compute the rotary frequencies of the Llama, which no file holds, after the model was built on `meta`."""
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
         self.llm.model.rotary_emb = LlamaRotaryEmbedding(self.llm.config).to(device)
 
     @property
@@ -177,7 +182,7 @@ class MiniCPMV(nn.Module):
         dtype: torch.dtype = self.llm.lm_head.weight.dtype
         return dtype
 
-    def _normalised(self, patches: Tensor) -> Tensor:
+    def normalised(self, patches: Tensor) -> Tensor:
         """uint8 (n, 3 * patch * patch) as the tower expects it, computed in float32."""
         mean, std = (uploaded(torch.tensor(value), patches.device)[:, None] for value in (self._mean, self._std))
         values = patches.view(len(patches), 3, -1).float() / 255
@@ -220,14 +225,14 @@ class Resampler(nn.Module):
         """(slices, longest, width) in the dtype and on the device of `like`; zeros behind the patches of a slice."""
         found, width = like.new_zeros(len(sizes), longest, like.shape[-1]), like.shape[-1]
         for rows, columns in {tuple(size) for size in sizes.tolist()}:
-            table = _position_table(width, rows, columns, like.device, like.dtype)
+            table = position_table(width, rows, columns, like.device, like.dtype)
             places = uploaded(np.flatnonzero((sizes == (rows, columns)).all(axis=1)), like.device)
             found[places, : len(table)] = table
         return found
 
 
 @lru_cache(maxsize=64)
-def _position_table(width: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def position_table(width: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """`sine_positions` on a device; at most about 9 MB each."""
     return sine_positions(width, rows, columns).to(device, dtype)
 

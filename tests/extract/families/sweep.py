@@ -12,6 +12,7 @@ from PIL import Image
 from agiqa.errors import AgiqaError
 from agiqa.extract.data.items import Message
 from agiqa.extract.models import open_backbone
+from agiqa.extract.models.decoding.eligibility import Unfit, slot_shapes
 from agiqa.extract.models.loading import quiet_transformers
 from agiqa.store import TOKEN_ROLES
 from tests.extract.families.text_specs import TEXT_FAMILIES
@@ -71,6 +72,8 @@ def try_family(kind: str, family: str, folder: Path) -> Outcome:
         backbone.check_tensors()
         turns = (TALK, TALK[:1])
         items = [backbone.prepare(talk, picture) for talk, picture in zip(turns, pictures or (None, None), strict=True)]
+        for talk in (TALK, TALK[:1], TALK[:2], TALK):
+            _compare_outlines(backbone, talk, pictures)
         together = backbone.hidden_states(items)
         weight = backbone.lm_head()
     except AgiqaError as error:
@@ -84,6 +87,16 @@ def try_family(kind: str, family: str, folder: Path) -> Outcome:
         if picture is not None:
             _check_image(backbone, talk, picture, item, states)
     return Outcome(family=family, works=True)
+
+
+def why_not_in_slots(folder: Path) -> str:
+    """Why the model in `folder`, which works, does not fit slots; nothing if it does."""
+    backbone: Any = open_backbone(str(folder), dtype="float32", device="cpu")
+    try:
+        slot_shapes(backbone.answering_parts())
+    except Unfit as reason:
+        return str(reason)
+    return ""
 
 
 def own_numbers(
@@ -134,6 +147,16 @@ def _check_image(backbone: Any, talk: Sequence[Message], picture: Path, item: An
     if not np.any(item.roles == TOKEN_ROLES["image"]):
         message = "no token has the role image"
         raise Wrong(message)
+
+
+def _compare_outlines(backbone: Any, talk: Sequence[Message], pictures: Sequence[Path]) -> None:
+    """Raise Wrong unless plans, which know the sizes of the images alone, find the tokens that the model reads."""
+    for picture in pictures:
+        whole = backbone.prepare(talk, picture)
+        with Image.open(picture) as image:
+            outline = backbone.outline(talk, picture, size=image.size)
+        _same("outlined ids", torch.from_numpy(whole.token_ids), torch.from_numpy(outline.token_ids))
+        _same("outlined roles", torch.from_numpy(whole.roles), torch.from_numpy(outline.roles))
 
 
 def _same(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ ITEMS = 1700
 
 def test_a_batch_that_the_device_has_no_memory_for_runs_in_halves(tmp_path, capsys):
     """The rows are the same although the first passes fail."""
-    backbone = SHAPES["tiny"](tmp_path / "model", device="cuda")
+    opener = partial(SHAPES["tiny"], tmp_path / "model")
+    backbone = opener(device="cuda")
     data = made_up_data(tmp_path / "images", backbone, items=ITEMS, tokens=200, pixels=112)
-    settings = ExtractionSettings(encoding="hidden", batch_size=4096, workers=0)
+    settings = ExtractionSettings(encoding="hidden", batch_size=4096, workers=None)
 
     gc.collect()  # what other tests left on the device counts for neither run
     torch.cuda.empty_cache()
@@ -30,7 +32,8 @@ def test_a_batch_that_the_device_has_no_memory_for_runs_in_halves(tmp_path, caps
     def extracted(name, **changes):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        result = run_extraction(data, backbone, tmp_path / f"{name}.agiqa", replace(settings, **changes))
+        path = tmp_path / f"{name}.agiqa"
+        result = run_extraction(data, backbone, path, replace(settings, **changes), opener=opener)
         assert result.fill is not None
         return result, torch.cuda.max_memory_reserved() - before
 

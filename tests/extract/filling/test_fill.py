@@ -240,7 +240,8 @@ def test_runs_that_calibrate_side_by_side_store_in_one_basis(texts, tiny_text_ch
             target=mine,
         )
         filler = Filler(store, backbone, tokenised.items, target=mine, batch_size=8)
-        filler.write_model_arrays()
+        with filler.model_arrays_written():
+            pass
         filler.fill(part=(share, 2))
     store = seal(store)
     own = all_hidden(tiny_text_checkpoint, data_set.items) @ store.basis().map.T
@@ -257,7 +258,8 @@ def test_an_image_that_vanishes_midway_is_named_and_the_rest_is_kept(tiny_vision
     target = Target(encoding="hidden")
     store = plan_store(path, data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation, target=target)
     filler = Filler(store, backbone, tokenised.items, target=target, batch_size=4)
-    filler.write_model_arrays()
+    with filler.model_arrays_written():
+        pass
     missing = folder / "images" / "003.png"
     content = missing.read_bytes()
     missing.unlink()

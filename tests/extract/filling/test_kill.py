@@ -22,6 +22,14 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory):
+    """Half a minute of work, of which no test waits for the end: worker processes start meanwhile."""
+    folder = write_set(tmp_path_factory.mktemp("long") / "set", 15 * ITEMS)
+    write_talks(folder)
+    return folder
+
+
 def command(folder, store, checkpoint, *options):
     talks = folder / "talks.json"
     return (
@@ -148,6 +156,7 @@ class StopsOne:
 
     def __call__(self):
         if self._when():
+            time.sleep(0.02)  # looking through all processes at once again would take the time of the command
             self.all = descendants(self._server)
             kind = [process for process, line in self.all.items() if self._kind in line]
             if len(kind) > 1:  # the first of forks is the process that they are forks of
@@ -158,12 +167,13 @@ class StopsOne:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 @pytest.mark.parametrize("elsewhere", ["prepare-workers", "devices"])
-def test_ctrl_c_ends_processes_that_are_stopped(agiqa, folder, tiny_text_checkpoint, tmp_path, elsewhere, number):
-    path, options = tmp_path / "s.agiqa", (f"--{elsewhere}", 2)
-    moments = Moments(path, 0)
-    kind, when = ("forkserver", lambda: True) if elsewhere == "prepare-workers" else ("spawn_main", moments.commits)
-    stops = StopsOne(agiqa, kind, when)
-    outcome = agiqa.interrupted(*command(folder, path, tiny_text_checkpoint, *options), when=stops, number=number)
+def test_ctrl_c_ends_processes_that_are_stopped(request, agiqa, tiny_text_checkpoint, tmp_path, elsewhere, number):
+    """Processes that are filling, and workers, for which the command does not wait while they start."""
+    fills, path, kind = elsewhere == "devices", tmp_path / "s.agiqa", "forkserver"
+    data = request.getfixturevalue("folder" if fills else "long_folder")
+    stops = StopsOne(agiqa, kind, Moments(path, 0).commits if fills else lambda: True)
+    arguments = command(data, path, tiny_text_checkpoint, f"--{elsewhere}", 2)
+    outcome = agiqa.interrupted(*arguments, when=stops, number=number)
     assert outcome.code == 128 + number
     assert "Traceback" not in outcome.err
     started = [process for process, line in stops.all.items() if kind in line]
@@ -171,4 +181,5 @@ def test_ctrl_c_ends_processes_that_are_stopped(agiqa, folder, tiny_text_checkpo
     while any(map(is_there, started)) and time.monotonic() < until:
         time.sleep(0.01)
     assert not any(map(is_there, started))
-    assert agiqa(*command(folder, path, tiny_text_checkpoint, "--json")).json["state"] == "complete"
+    filled = agiqa(*command(data, path, tiny_text_checkpoint, "--json", "--part", "1/9")).json["filled"]
+    assert filled["busy_units"] == 0

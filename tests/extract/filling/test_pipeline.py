@@ -17,7 +17,7 @@ import torch
 
 from agiqa.errors import ConfigError, DataError, WorkerError
 from agiqa.extract import ExtractionSettings, LengthRule, open_backbone, run_extraction
-from agiqa.extract.filling import engines
+from agiqa.extract.filling import crew
 from agiqa.extract.filling.engines import ModelProcess, OnDevices, striped
 from agiqa.extract.filling.plan import PlannedItem, prepare_planned, tokenise
 from agiqa.extract.filling.staging import coordinates_on_device
@@ -70,7 +70,9 @@ def test_devices_and_workers_change_no_byte(pictures, tiny_vision_checkpoint, tm
 def planned_items(folder, checkpoint):
     data_set, backbone = inputs(folder, checkpoint)
     tokenised = tokenise(data_set, backbone, LengthRule())
-    return backbone, [PlannedItem(item=one.item, length=len(one.token_ids)) for one in tokenised.tokenised]
+    return backbone, [
+        PlannedItem(item=one.item, token_ids=one.token_ids, roles=one.roles) for one in tokenised.tokenised
+    ]
 
 
 def opener_of(checkpoint):
@@ -159,7 +161,7 @@ def half_a_message(connection, *_):
 
 
 def test_a_process_killed_within_a_message_is_one_that_died(tiny_vision_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, "_work", half_a_message)
+    monkeypatch.setattr(crew, "_begin", half_a_message)
     folder, path = fill_set(tmp_path / "set"), tmp_path / "s.agiqa"
     extract(folder, tiny_vision_checkpoint, path, plan_only=True)
     with pytest.raises(WorkerError, match=r"process 0 on cpu was killed by signal 9.* units are left"):

@@ -112,8 +112,8 @@ class ReplacesAfter:
     def __getattr__(self, name):
         return getattr(self._backbone, name)
 
-    def generate(self, batch, settings):
-        answers = self._backbone.generate(batch, settings)
+    def generate(self, batch, settings, *, seeds=None):
+        answers = self._backbone.generate(batch, settings, seeds=seeds)
         self._left -= 1
         if self._left == 0:
             replace_image(self._path)

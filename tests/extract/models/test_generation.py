@@ -106,6 +106,11 @@ def test_draws_follow_the_seed_and_leave_the_random_state(backbone, batch):
     first = backbone.generate(batch, published)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert backbone.generate(batch, published) == first
+    seeds = [7, *range(len(batch) - 1)]
+    drawn = backbone.generate(batch, published, seeds=seeds)
+    assert drawn != first
+    assert backbone.generate(batch[::-1], published, seeds=seeds[::-1]) == drawn[::-1]
+    assert backbone.generate(batch[:1], published, seeds=seeds[:1]) == drawn[:1]
     hot = GenerationSettings(max_new_tokens=NEW, sample=True, temperature=3.0)
     assert backbone.generate(batch, hot) != backbone.generate(batch, GenerationSettings(max_new_tokens=NEW))
 

@@ -8,7 +8,8 @@ import pytest
 from agiqa.errors import ModelError
 from agiqa.extract import open_backbone
 from agiqa.extract.data.items import Message
-from agiqa.extract.models.rendering import Renderer, expand_roles
+from agiqa.extract.models.expansions import expand_roles
+from agiqa.extract.models.rendering import Renderer, roles_of
 from agiqa.store import TOKEN_ROLES
 from tests.extract.tiny_minicpm import write_minicpm_checkpoint
 from tests.extract.tiny_models import (
@@ -151,3 +152,17 @@ def test_expansion_keeps_roles_around_the_image():
         expand_roles("m", ids(1, 9, 5, 6), roles, ids(1, 9, 9, 4, 6), 9, decode=str)
     with pytest.raises(ModelError, match="no image token"):
         expand_roles("m", ids(1, 8, 5, 6), roles, ids(1, 8, 5, 6), 9)
+
+
+def test_a_token_has_the_highest_role_of_its_characters():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        length = int(random.integers(0, 30))
+        cuts = np.sort(random.integers(0, length + 1, 6)).tolist()
+        spans = [(cuts[k], cuts[k + 1], int(random.integers(1, 4))) for k in (0, 2, 4)]
+        offsets = np.sort(random.integers(0, length + 1, (12, 2)), axis=1)
+        characters = np.zeros(length, np.uint8)
+        for start, stop, role in spans:
+            characters[start:stop] = role
+        slow = [int(characters[start:stop].max(initial=0)) for start, stop in offsets]
+        assert roles_of(offsets, spans, length=length).tolist() == slow

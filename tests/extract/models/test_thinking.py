@@ -20,7 +20,7 @@ from agiqa.extract.models.rendering import begins_in_thought, switches_of
 from agiqa.heads.evaluation.rating_words import parse_rating_word
 from tests.extract.small_sets import write_table
 from tests.extract.tiny_models import TEXT_TEMPLATE, make_tokenizer
-from tests.extract.tiny_thinkers import FORCED_TEMPLATE, HYBRID_TEMPLATE, write_reciter
+from tests.extract.tiny_thinkers import FORCED_TEMPLATE, HYBRID_TEMPLATE, write_reciter, write_reciter_for_slots
 
 SETTINGS = DescriptionSettings(describe=GenerationSettings(max_new_tokens=80), batch_size=2)
 THOUGHT = "it seems dark, good or bad?\n</think>\n\n"
@@ -65,6 +65,24 @@ def test_what_was_generated_is_kept_and_what_was_said_goes_on(data, tmp_path, te
         }
         assert line["conversations"] == [{"role": turn.role, "content": turn.content} for turn in TALK]
         assert (line["response_0"], line["response_1"]) == ("a blurry dog", "Fair")
+
+
+@pytest.mark.parametrize(
+    ("template", "begin"), [(HYBRID_TEMPLATE, "<think>\n"), (FORCED_TEMPLATE, "")], ids=["hybrid", "forced"]
+)
+def test_thoughts_in_slots(data, tmp_path, template, begin):
+    """The same in the slots of a decoder: ratings have room for thoughts, and read on from the prompt without any."""
+    blank = open_backbone(str(write_reciter_for_slots(tmp_path / "blank", template, {})), device="cpu")
+    lengths = [len(blank.prepare(turns, None, answer=True).token_ids) for turns in ([FIRST], TALK)]
+    said = (f"{begin}{THOUGHT}a blurry dog", f"{begin}{THOUGHT}Fair")
+    sayings = dict(zip(lengths, (words + "<|im_end|>" for words in said), strict=True))
+    backbone = open_backbone(str(write_reciter_for_slots(tmp_path / "model", template, sayings)), device="cpu")
+    lines = describe(data, backbone, tmp_path / "d.jsonl")
+    for line in lines:
+        assert line["decoder"] == "slots"
+        assert (line["description"], line["rating"], line["cut"]) == ("a blurry dog", "fair", False)
+        assert line["generated"] == dict(zip(("describe", "rate"), said, strict=True))
+        assert line["tokens"]["answer"] > 16
 
 
 def test_a_run_that_was_cut_off_goes_on_with_the_same_lines(data, tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from agiqa.extract.tuning.adapting import adapt, compile_layers, recompute
+from agiqa.extract.models.compiling import compile_layers
+from agiqa.extract.tuning.adapting import adapt, recompute
 from agiqa.extract.tuning.examples import example_of
 from agiqa.extract.tuning.group import Group
 from agiqa.extract.tuning.learner import Learner
@@ -22,7 +23,7 @@ def learner_of(checkpoint, *, which, compiled):
     trained = adapt(backbone, quick("published"), seed=0)
     recompute(trained, which)
     if compiled:
-        compile_layers(trained)
+        compile_layers(trained.model)
     return Learner(backbone, trained, quick("published"), Group())
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from agiqa.errors import BusyStore, ConfigError, ModelError, SettingsConflict, WorkerError
 from agiqa.extract.data.templates import Template, fill
-from agiqa.extract.describing.asking import Describer, DescriptionSettings
+from agiqa.extract.describing.asking import Describer
+from agiqa.extract.describing.rounds import DescriptionSettings
 from agiqa.extract.models.preparing import context_of_workers
 from agiqa.extract.tuning import learner as learning
 from agiqa.extract.tuning import training
