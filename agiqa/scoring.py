@@ -11,7 +11,7 @@ import numpy as np
 from agiqa.errors import ConfigError, DataError, HeadError, ModelError, WorkerError
 from agiqa.extract import Backbone, Described, Describer, DescriptionSettings, Item
 from agiqa.extract.data.templates import VARIANTS, template_of
-from agiqa.extract.describing.asking import preset
+from agiqa.extract.describing.rounds import preset
 from agiqa.extract.filling.live import LiveFeatures
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models.opening import open_checked
@@ -175,7 +175,7 @@ class ImageScorer:
 
     def scores(self, items: Sequence[Item]) -> Iterator[tuple[Item, Outcome]]:
         """Each item with its outcome, as soon as its batch is done."""
-        size = self.describer.settings.batch_size
+        size = self.describer.batch_size
         for start in range(0, len(items), size):
             batch = items[start : start + size]
             yield from zip(batch, self._outcomes(batch), strict=True)

@@ -59,7 +59,11 @@ _OF_A_MODEL_HERE = ("adapter", "max_slices", "dtype", "device", "batch_size", "w
 @click.option("--aspect", type=ASPECT, default="quality", show_default=True, help="Wording of the questions.")
 @generation_options
 @on_bad_item_option
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images per batch.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Images in work at the same time.  [default: what a GPU's memory allows, 256 at most; 8 on a CPU]",
+)
 @prepare_workers_option
 @shared_options
 def command(
@@ -81,7 +85,7 @@ def command(
     seed: int,
     max_new_tokens: int,
     on_bad_item: Literal["fail", "skip"],
-    batch_size: int,
+    batch_size: int | None,
     workers: int | None,
 ) -> None:
     """Let the model describe every image of DATA and rate it in one word. Run it again to resume.
@@ -92,7 +96,7 @@ def command(
     """
     from agiqa.errors import ConfigError
     from agiqa.extract import DescriptionSettings, load_data_set
-    from agiqa.extract.describing.asking import preset
+    from agiqa.extract.describing.rounds import preset
     from agiqa.extract.models.opening import opener_of
     from agiqa.progress import say
 

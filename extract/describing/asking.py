@@ -1,141 +1,51 @@
 """Asks a model about images, in batches: for a description of each, then for a rating in one word."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Literal
 
 import torch
 
 from agiqa.errors import DataError, ModelError, UnknownName
-from agiqa.extract.data.items import Item, Message, OnBadItem, read_image
-from agiqa.extract.data.seeds import derived_seed
-from agiqa.extract.data.templates import VARIANTS, fill, template_of
-from agiqa.extract.models import Answer, AnsweringModel, GenerationSettings, Prepared
+from agiqa.extract.data.items import Item, Message
+from agiqa.extract.data.templates import VARIANTS, fill
+from agiqa.extract.describing.continuous import GROUP, Conversations
+from agiqa.extract.describing.rounds import (
+    Described,
+    DescriptionSettings,
+    Interview,
+    Question,
+    Reply,
+    is_safe,
+    prepare_question,
+    rated,
+    reply_of,
+    seed_of,
+    unprepared,
+)
+from agiqa.extract.describing.talks import Talks
+from agiqa.extract.models import AnsweringModel, GenerationSettings, Prepared
 from agiqa.extract.models.batches import is_out_of_memory
+from agiqa.extract.models.decoding.eligibility import Unfit, slot_shapes
+from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.preparing import Preparation
 from agiqa.progress import say
 
-PRESETS = ("greedy", "published")
-
-RATING_TOKENS = 16
-"""Most new tokens of a rating."""
+BATCH, LARGEST_BATCH = 8, 32
+"""Items of a batch on a CPU and on a GPU, for models that cannot answer in slots."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class DescriptionSettings:
-    """How to describe; the defaults are those of the command line."""
+class Describer(Interview):
+    """Asks one model about images: in the slots of a decoder, or in batches if the model does not fit slots.
 
-    aspect: str = "quality"
-    describe: GenerationSettings = field(default_factory=GenerationSettings)
-    rate: GenerationSettings | None = field(default_factory=lambda: GenerationSettings(max_new_tokens=RATING_TOKENS))
-    """None for no rating word."""
-    batch_size: int = 8
-    """Items whose answers are generated at the same time; halved when memory runs out."""
-    on_bad_item: OnBadItem = "fail"
-
-    def generation(self) -> dict[str, Any]:
-        """The settings of both rounds, JSON-able."""
-        return {"describe": asdict(self.describe), "rate": None if self.rate is None else asdict(self.rate)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Described:
-    """The model's answers about one image."""
-
-    item: Item
-    conversation: tuple[Message, Message, Message]
-    """Question, description, question for the rating."""
-    answer: str = ""
-    """The answer to the second question, without outer white space; empty if it was not asked."""
-    tokens: Mapping[str, int | None]
-    """Tokens of both prompts, images included, and of both answers; None if unknown, or if there was no question."""
-    cut: bool | None
-    """Whether a limit cut the description off; None if the model does not tell."""
-    generated: Mapping[str, str | None]
-    """By round, everything that the model generated if that includes thoughts; None if the answer is everything."""
-    seconds: Mapping[str, float]
-    """By round, the item's share of the model's time for its batch."""
-
-    @property
-    def description(self) -> str:
-        """The answer to the first question."""
-        return self.conversation[1].content
-
-    @property
-    def rating_word(self) -> str:
-        """The second answer in lower case."""
-        return self.answer.lower()
-
-
-def preset(name: str, *, max_new_tokens: int = 1024, seed: int = 0) -> tuple[GenerationSettings, GenerationSettings]:
-    """The settings of both rounds for a name of PRESETS; a rating has RATING_TOKENS at most.
-
-    `seed` is that of sampling, and greedy answers ignore it. Raises UnknownName.
+    In batches, the second round reads the whole conversation again: the rows of a batch end at different places, and
+    recurrent or windowed models cannot return to an earlier state.
     """
-    if name not in PRESETS:
-        raise UnknownName.of(kind="generation preset", name=name, known=PRESETS)
-    limits = max_new_tokens, min(RATING_TOKENS, max_new_tokens)
-    if name == "published":
-        first, second = (GenerationSettings.published(max_new_tokens=limit, seed=seed) for limit in limits)
-    else:
-        first, second = (GenerationSettings(max_new_tokens=limit) for limit in limits)
-    return first, second
 
-
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """An item, and the conversation about it up to the question that the model answers next."""
-
-    item: Item
-    conversation: tuple[Message, ...]
-
-    def __str__(self) -> str:
-        """For messages."""
-        return str(self.item)
-
-
-def prepare_question(backbone: AnsweringModel, question: Question) -> Prepared | str:
-    """The tokens and pixels of `question`, or the line that says why the model cannot answer. Needs no weights."""
-    name = question.item.name
-    try:
-        prepared = backbone.prepare(question.conversation, read_image(question.item), answer=True)
-    except DataError as error:
-        return f"{name}: {error}"
-    length, positions = len(prepared.token_ids), backbone.max_positions
-    if positions is not None and length >= positions:
-        return f"{name}: {length} tokens, and the model has {positions} positions: none is left for an answer."
-    return prepared
-
-
-def unprepared(question: Question, reason: str) -> str:
-    """The line about a `question` that no worker process could prepare, for `Preparation`."""
-    return f"{question.item.name}: {reason}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Reply:
-    """The model's answer to one question about one item."""
-
-    text: str
-    prompt_tokens: int | None
-    tokens: int | None
-    """Tokens of the answer; None, as the next two and the tokens of the prompt, if the model does not tell."""
-    cut: bool | None
-    generated: str | None
-    seconds: float
-    """The item's share of the model's time for the batch."""
-
-
-class Describer:
-    """Asks one model about images, in batches.
-
-    The second round reads the whole conversation again instead of continuing from the keys and values of the first:
-    heads read the text of the description, whose tokens may differ from those generated (outer white space is
-    dropped, a cut one may end within a letter, templates trim and close the turn); the rows of a batch end at
-    different places; and recurrent or windowed models cannot return to an earlier state. It would save milliseconds
-    of the seconds that a description takes.
-    """
+    decoder: str | None = "batches"
+    """The name, in the lines, of how models that do not fit slots generate answers."""
 
     def __init__(
         self,
@@ -144,17 +54,28 @@ class Describer:
         *,
         preparation: Preparation[AnsweringModel] | None = None,
     ) -> None:
-        """The workers of `preparation` prepare the items. Raises UnknownName for the aspect."""
-        self.backbone = backbone
-        self.settings = settings
-        self.wording = template_of(settings.aspect)
-        self.batch_size = settings.batch_size
-        self.preparation = preparation or Preparation(backbone)
+        """As Interview."""
+        super().__init__(backbone, settings, preparation=preparation)
+        on_gpu = getattr(getattr(backbone, "device", None), "type", "cpu") == "cuda"
+        self.batch_size = settings.batch_size or (LARGEST_BATCH if on_gpu else BATCH)
 
-    def first(self, item: Item) -> Question:
-        """The first question about `item`."""
-        message = Message(role="user", content=fill(self.wording.describe, item.prompt))
-        return Question(item=item, conversation=(message,))
+    @cached_property
+    def conversations(self) -> Conversations | None:
+        """The decoder in slots, for a model that it fits. The first use loads the model."""
+        if not isinstance(self.backbone, HuggingFaceBackbone):
+            return None
+        loaded = self.backbone.answering_parts()
+        try:
+            shapes = slot_shapes(loaded)
+        except Unfit as reason:
+            say(f"note: {loaded.name} cannot answer in slots, so it answers in batches: {reason}")
+            return None
+        return Conversations(Talks(self, loaded, shapes))
+
+    @property
+    def group_size(self) -> int:
+        """Items that `batches` should get together."""
+        return self.batch_size if self.conversations is None else GROUP
 
     def undescribed(self, item: Item) -> Item:
         """The item as heads of the variant no_id read it, without any answer of the model."""
@@ -178,21 +99,24 @@ class Describer:
         return replace(item, conversation=(*turns, *ending), description=described.description)
 
     def batches(self, batches: Sequence[Sequence[Item]]) -> Iterator[list[Described | str]]:
-        """`describe` each batch in turn, while workers prepare the images of the next ones."""
-        groups = ((batch, [self.first(item) for item in batch]) for batch in batches)
-        for batch, prepared in self.preparation.groups(prepare_question, groups, lost=unprepared):
-            yield self.describe(batch, prepared)
+        """The outcomes of each batch in turn, while workers prepare the images of the next ones."""
+        asked = ((batch, [self.first(item) for item in batch]) for batch in batches)
+        groups = self.preparation.groups(prepare_question, asked, lost=unprepared, is_safe=is_safe)
+        if self.conversations is not None:
+            yield from self.conversations.run(groups, count=sum(map(len, batches)))
+            return
+        for batch, prepared in groups:
+            yield self._in_batches(batch, prepared)
 
-    def describe(
-        self, items: Sequence[Item], prepared: Sequence[Prepared | str] | None = None
-    ) -> list[Described | str]:
+    def describe(self, items: Sequence[Item]) -> list[Described | str]:
         """The model's answers about each item, or the line that says why there are none.
 
-        `prepared` are the first questions about the items, if prepared before. Raises ModelError when memory does not
-        suffice for a batch of one.
+        Raises ModelError when memory does not suffice for one item alone.
         """
-        if prepared is None:
-            prepared = self._prepare([self.first(item) for item in items])
+        return [outcome for outcomes in self.batches([items]) for outcome in outcomes] if items else []
+
+    def _in_batches(self, items: Sequence[Item], prepared: Sequence[Prepared | str]) -> list[Described | str]:
+        """`prepared` are the first questions about the items."""
         outcomes: list[Described | str] = []
         while len(outcomes) < len(items):
             part = slice(len(outcomes), len(outcomes) + self.batch_size)
@@ -208,9 +132,6 @@ class Describer:
             self._shrink(len(items[part]))  # outside of `except`, where the error would keep the batch in memory
         return outcomes
 
-    def _prepare(self, questions: Sequence[Question]) -> list[Prepared | str]:
-        return list(self.preparation.each(prepare_question, questions, lost=unprepared))
-
     def _shrink(self, size: int) -> None:
         self.batch_size = size // 2
         torch.cuda.empty_cache()
@@ -218,84 +139,41 @@ class Describer:
 
     def _both_rounds(self, items: Sequence[Item], prepared: Sequence[Prepared | str]) -> list[Described | str]:
         replies = self._ask(items, prepared, self.settings.describe, "describe")
-        outcomes = [self._described(item, reply) for item, reply in zip(items, replies, strict=True)]
+        outcomes = [
+            self.described(item, reply, decoder=self.decoder) for item, reply in zip(items, replies, strict=True)
+        ]
         if self.settings.rate is not None:
-            # a model that thought before it described may think as long before it rates
-            longer = max(self.settings.rate.max_new_tokens, self.settings.describe.max_new_tokens)
-            self._rate(outcomes, self.settings.rate, thinking=False)
-            self._rate(outcomes, replace(self.settings.rate, max_new_tokens=longer), thinking=True)
+            self._rate(outcomes, thinking=False)
+            self._rate(outcomes, thinking=True)
         return outcomes
 
-    def _described(self, item: Item, reply: _Reply | str) -> Described | str:
-        """The item with its description and without a rating, or why it has no description."""
-        if isinstance(reply, str):
-            return reply
-        if not reply.text:
-            return f"{item.name}: the model's description is empty{_why_empty(reply)}"
-        (question,) = self.first(item).conversation
-        description = Message(role="assistant", content=reply.text)
-        return Described(
-            item=item,
-            conversation=(question, description, Message(role="user", content=self.wording.rate)),
-            tokens={"prompt": reply.prompt_tokens, "description": reply.tokens, "second_prompt": None, "answer": None},
-            cut=reply.cut,
-            generated={"describe": reply.generated, "rate": None},
-            seconds={"describe": reply.seconds, "rate": 0.0},
-        )
-
-    def _rate(self, outcomes: list[Described | str], settings: GenerationSettings, *, thinking: bool) -> None:
+    def _rate(self, outcomes: list[Described | str], *, thinking: bool) -> None:
         """Add ratings to the `outcomes` whose description came after thoughts (`thinking`), or to those without."""
         chosen = {
             position: one
             for position, one in enumerate(outcomes)
-            if isinstance(one, Described) and (one.generated["describe"] is not None) == thinking
+            if isinstance(one, Described) and one.thought == thinking
         }
-        prepared = self._prepare([Question(item=one.item, conversation=one.conversation) for one in chosen.values()])
+        prepared = self.prepare([Question(item=one.item, conversation=one.conversation) for one in chosen.values()])
+        settings = self.rate_settings(thinking=thinking)
         replies = self._ask([one.item for one in chosen.values()], prepared, settings, "rate")
         for (position, one), reply in zip(chosen.items(), replies, strict=True):
-            outcomes[position] = reply if isinstance(reply, str) else _rated(one, reply)
+            outcomes[position] = reply if isinstance(reply, str) else rated(one, reply)
 
     def _ask(
-        self, items: Sequence[Item], prepared: Sequence[Prepared | str], settings: GenerationSettings, label: str
-    ) -> list[_Reply | str]:
-        """The reply to one question about each item, or the line that says why it could not be `prepared`."""
-        ready = {item.name: one for item, one in zip(items, prepared, strict=True) if not isinstance(one, str)}
+        self,
+        items: Sequence[Item],
+        prepared: Sequence[Prepared | str],
+        settings: GenerationSettings,
+        name: Literal["describe", "rate"],
+    ) -> list[Reply | str]:
+        """The reply to the question of the round `name` about each item, or why it could not be `prepared`."""
+        ready = [(item, one) for item, one in zip(items, prepared, strict=True) if not isinstance(one, str)]
         if not ready:
             return [one for one in prepared if isinstance(one, str)]
         started = time.perf_counter()
-        seed = derived_seed(settings.seed, label, *ready)  # another one for every batch and round
-        answers = self.backbone.generate(list(ready.values()), replace(settings, seed=seed))
+        seeds = [seed_of(settings, name, item) for item, _ in ready]
+        answers = self.backbone.generate([one for _, one in ready], settings, seeds=seeds)
         share = (time.perf_counter() - started) / len(ready)
-        replies = (_reply(one, answer, share) for one, answer in zip(ready.values(), answers, strict=True))
+        replies = (reply_of(len(one.token_ids), answer, share) for (_, one), answer in zip(ready, answers, strict=True))
         return [one if isinstance(one, str) else next(replies) for one in prepared]
-
-
-def _reply(prepared: Prepared, answer: str, seconds: float) -> _Reply:
-    counted = answer.prompt_tokens if isinstance(answer, Answer) else None
-    return _Reply(
-        text=str(answer),
-        prompt_tokens=len(prepared.token_ids) or counted,
-        tokens=answer.tokens if isinstance(answer, Answer) else None,
-        cut=not answer.complete if isinstance(answer, Answer) else None,
-        generated=answer.generated if isinstance(answer, Answer) else None,
-        seconds=seconds,
-    )
-
-
-def _rated(described: Described, reply: _Reply) -> Described:
-    return replace(
-        described,
-        answer=reply.text,
-        tokens={**described.tokens, "second_prompt": reply.prompt_tokens, "answer": reply.tokens},
-        generated={**described.generated, "rate": reply.generated},
-        seconds={**described.seconds, "rate": reply.seconds},
-    )
-
-
-def _why_empty(reply: _Reply) -> str:
-    """What a thinking model did instead of answering, and what to do about it."""
-    if reply.generated is None:
-        return ""
-    if reply.cut:
-        return f": it was still thinking after {reply.tokens} tokens; allow more with --max-new-tokens"
-    return ": it thought and then said nothing"

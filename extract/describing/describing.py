@@ -1,13 +1,14 @@
 """Stage 2: the model describes each image and rates it in one word, into a file of one line per item.
 
 Each line is an M3-AGIQA conversation too, so that `agiqa extract --conversations` and `agiqa words` read the file.
-`NAME.provenance.json` beside `NAME.jsonl` records model, questions and settings. Lines are appended batch by batch, and
-read again after a kill.
+`NAME.provenance.json` beside `NAME.jsonl` records model, questions and settings; each line says how it was decoded.
+Lines are appended group by group, and read again after a kill.
 """
 
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,15 +16,10 @@ from typing import Any, cast
 from agiqa.errors import DataError
 from agiqa.extract.data.items import DataSet, Item, item_key, read_image
 from agiqa.extract.data.journals import ITEM, Journal, Line
-from agiqa.extract.describing.asking import (
-    Described,
-    Describer,
-    DescriptionSettings,
-    Question,
-    prepare_question,
-    unprepared,
-)
+from agiqa.extract.describing.asking import Describer
+from agiqa.extract.describing.rounds import Described, DescriptionSettings, Question, full_prompt, is_safe, unprepared
 from agiqa.extract.models import AnsweringModel, Backbone
+from agiqa.extract.models.ahead import Ahead
 from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers
 from agiqa.progress import say, track
 from agiqa.version import agiqa_version
@@ -74,30 +70,39 @@ def run_descriptions(
 ) -> DescriptionResult:
     """Describe the items of `data_set` into the file `out`, keeping the lines of earlier runs.
 
-    Every item is prepared once before the first answer, to batch like lengths and to find bad items early, and once
-    per round. Batches are the same in every run, so a run that was killed and resumed gives the same answers.
+    The tokens of every item are counted before the first answer, to group like lengths and to find bad items early,
+    while the weights load. Models that answer in batches prepare an item a second time for the rating. Groups are
+    the same in every run, and an item's draws have a seed of their own, so a run that was killed and resumed gives
+    the same answers (but for rounding, if the last bits of a GPU's results differ with the other rows).
     `workers` processes, each with a backbone by `opener`, prepare items ahead of the model; None chooses how many.
     Raises DataError that lists the items without an answer (`on_bad_item="skip"` leaves them out), and as
     DescriptionFile.
     """
     backbone.check_tensors()
     count = chosen_workers(workers, backbone, len(data_set.items), opener=opener)
-    with Preparation(backbone, workers=count, opener=opener) as preparation:
-        return write_descriptions(
-            data_set, Describer(backbone, settings, preparation=preparation), out, rating_of=rating_of
-        )
+    with ExitStack() as stack:
+        preparation = stack.enter_context(Preparation(backbone, workers=count, opener=opener))
+        preparation.start()
+        # without a file there is something to do: the weights load while they are hashed and items are planned
+        loading = None if out.exists() else stack.enter_context(Ahead(backbone.load))
+        describer = Describer(backbone, settings, preparation=preparation)
+        return write_descriptions(data_set, describer, out, rating_of=rating_of, loading=loading)
 
 
-def write_descriptions(data_set: DataSet, describer: Describer, out: Path, *, rating_of: RatingOf) -> DescriptionResult:
-    """Describe the items of `data_set` by `describer`, as `run_descriptions`."""
+def write_descriptions(
+    data_set: DataSet, describer: Describer, out: Path, *, rating_of: RatingOf, loading: Ahead[None] | None = None
+) -> DescriptionResult:
+    """Describe the items of `data_set` by `describer`, as `run_descriptions`; `loading` loads its model meanwhile."""
     started = time.perf_counter()
     settings = describer.settings
     file = DescriptionFile(out, _provenance(describer))
-    plan = _plan(data_set, describer)
+    plan = _plan(data_set, describer, loading)
     file.check_items({name: one.key for name, one in plan.items() if one.key is not None})
     problems = [one.problem for one in plan.values() if one.problem is not None]
     if problems and (settings.on_bad_item == "fail" or len(problems) == len(plan)):
         raise DataError.from_problems(data_set.name, problems)
+    if loading is not None:
+        loading.result()
     described, failed = _describe(data_set, describer, file, plan, rating_of)
     if failed and not file.lines:
         raise DataError.from_problems(data_set.name, failed)
@@ -122,15 +127,17 @@ class _Planned:
     """Why the model cannot answer."""
 
 
-def _plan(data_set: DataSet, describer: Describer) -> dict[str, _Planned]:
-    """Every item of `data_set` by its name."""
+def _plan(data_set: DataSet, describer: Describer, loading: Ahead[None] | None) -> dict[str, _Planned]:
+    """Every item of `data_set` by its name. A model that cannot be loaded ends the plan."""
     questions = [describer.first(item) for item in data_set.items]
     plan: dict[str, _Planned] = {}
     with track("plan", len(questions), "items") as advance:
-        answers = describer.preparation.each(_planned, questions, lost=_unplanned)
+        answers = describer.preparation.each(_planned, questions, lost=_unplanned, is_safe=is_safe)
         for question, one in zip(questions, answers, strict=True):
             plan[question.item.name] = one
             advance(1)
+            if loading is not None:
+                loading.check()
     return plan
 
 
@@ -144,10 +151,12 @@ def _planned(backbone: AnsweringModel, question: Question) -> _Planned:
     except DataError as error:
         return _Planned(problem=f"{question.item.name}: {error}")
     key = item_key(replace(question.item, conversation=question.conversation), image).hex()
-    prepared = prepare_question(backbone, question)
-    if isinstance(prepared, str):
-        return _Planned(key=key, problem=prepared)
-    return _Planned(length=len(prepared.token_ids), key=key)
+    try:
+        outline = backbone.outline(question.conversation, image, size=question.item.checked_size, answer=True)
+    except DataError as error:
+        return _Planned(key=key, problem=f"{question.item.name}: {error}")
+    length = len(outline.token_ids)
+    return _Planned(length=length, key=key, problem=full_prompt(question.item.name, length, backbone.max_positions))
 
 
 def _describe(
@@ -158,9 +167,9 @@ def _describe(
     rating_of: RatingOf,
 ) -> tuple[int, list[str]]:
     """Write the lines that `file` lacks; how many, and the problems of items without an answer."""
-    batches, described, skipped = _batches(data_set, plan, describer.settings.batch_size), 0, list[str]()
+    described, skipped = 0, list[str]()
     with file.writing():
-        pending = [batch for batch in batches if any(item.name not in file.lines for item in batch)]
+        pending = _pending(data_set, plan, describer, file)
         if file.lines:
             say(f"resume: {len(file.lines)} of {len(data_set.items)} items are described already")
         with track("describe", sum(len(batch) for batch in pending), "items") as advance:
@@ -176,11 +185,17 @@ def _describe(
     return described, skipped
 
 
-def _batches(data_set: DataSet, plan: Mapping[str, _Planned], size: int) -> list[list[Item]]:
-    """The items without a problem in batches of like length, the longest first."""
+def _pending(
+    data_set: DataSet, plan: Mapping[str, _Planned], describer: Describer, file: "DescriptionFile"
+) -> list[list[Item]]:
+    """The items without a problem in batches of like length, the longest first; no batch whose lines are all there."""
     able = [item for item in data_set.items if plan[item.name].problem is None]
     able.sort(key=lambda item: -plan[item.name].length)
-    return [able[start : start + size] for start in range(0, len(able), size)]
+    if all(item.name in file.lines for item in able):
+        return []  # before the model is loaded, which decides the size of batches
+    size = describer.group_size
+    batches = [able[start : start + size] for start in range(0, len(able), size)]
+    return [batch for batch in batches if any(item.name not in file.lines for item in batch)]
 
 
 def _provenance(describer: Describer) -> dict[str, Any]:
@@ -208,6 +223,7 @@ def _line(one: Described, key: str, provenance: Mapping[str, Any], rating_of: Ra
         "generated": dict(one.generated),
         "tokens": dict(one.tokens),
         "seconds": {name: round(value, 4) for name, value in one.seconds.items()},
+        "decoder": one.decoder,
         "model": model["name"],
         "adapter": model.get("adapter"),
         "settings": provenance["settings"],

@@ -17,8 +17,9 @@ import numpy as np
 from agiqa.errors import DataError
 from agiqa.extract.data.images import ImageFile, ImageSource, read_image_file
 from agiqa.extract.data.items import DataSet, Item, Message
-from agiqa.extract.describing.asking import Described, Describer, DescriptionSettings
+from agiqa.extract.describing.asking import Describer
 from agiqa.extract.describing.describing import DescriptionResult, RatingOf, write_descriptions
+from agiqa.extract.describing.rounds import Described, DescriptionSettings
 from agiqa.extract.models import Answer, GenerationSettings, Prepared
 from agiqa.extract.models.rendering import THOUGHT_MARKS
 from agiqa.extract.teaching.chats import ChatRequest, Fault, Turn
@@ -74,12 +75,27 @@ class ServedModel:
         nothing = np.zeros(0)
         return ServedQuestion(token_ids=nothing.astype(np.int32), roles=nothing.astype(np.uint8), turns=tuple(turns))
 
-    def generate(self, batch: Sequence[Prepared], settings: GenerationSettings) -> list[str]:
+    def outline(
+        self,
+        conversation: Sequence[Message],
+        image: ImageSource | None,
+        *,
+        size: tuple[int, int] | None = None,
+        answer: bool = False,
+    ) -> ServedQuestion:
+        """As `prepare`: there are no tokens to outline."""
+        del size
+        return self.prepare(conversation, image, answer=answer)
+
+    def generate(
+        self, batch: Sequence[Prepared], settings: GenerationSettings, *, seeds: Sequence[int] | None = None
+    ) -> list[str]:
         """See `AnsweringModel.generate`; one request after the other.
 
         Raises DataError for a question that the server refuses or cannot answer, RemoteError if it can answer none.
         """
-        return [self._ask(question, settings) for question in batch]
+        chosen = seeds or [settings.seed] * len(batch)
+        return [self._ask(one, replace(settings, seed=seed)) for one, seed in zip(batch, chosen, strict=True)]
 
     def _ask(self, question: Prepared, settings: GenerationSettings) -> Answer:
         assert isinstance(question, ServedQuestion)  # by `prepare`
@@ -104,6 +120,8 @@ class ServedModel:
 
 class ServedDescriber(Describer):
     """A `Describer` that asks about several images at the same time, each in requests of its own."""
+
+    decoder = None
 
     def __init__(self, model: ServedModel, settings: DescriptionSettings, *, jobs: int = JOBS) -> None:
         """`settings` as `sent` makes them. Raises UnknownName for the aspect."""
@@ -160,7 +178,7 @@ class ServedDescriber(Describer):
 
     def _describe(self, batch: Sequence[Item]) -> list[Described | str]:
         try:
-            return self.describe(batch)
+            return next(super().batches([batch]))
         except DataError as error:
             return [f"{item.name}: {error}" for item in batch]
 

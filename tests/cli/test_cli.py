@@ -13,7 +13,7 @@ import yaml
 
 from agiqa.cli import keep_interrupts
 from tests.cli.conftest import ITEMS, SMALL_HEAD
-from tests.extract.small_sets import read_table, write_talks
+from tests.extract.small_sets import read_table, write_set, write_talks
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from tests.extract.small_sets import read_table, write_talks
     [
         (("extrat",), "'extract'"),
         (("store", "verfy"), "'verify'"),
-        (("extract", "--modle", "x"), "'--model'"),
+        (("extract", "--prepare-wrkers", "2"), "'--prepare-workers'"),
         (("train", "--gradient-clp", "1"), "'--gradient-clip'"),
     ],
 )
@@ -293,19 +293,29 @@ cli.main(['demo'])
     assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
 
 
+@pytest.fixture(scope="module")
+def long_set(tmp_path_factory):
+    """Half a minute of work in batches of one, of which no test waits for the end."""
+    folder = write_set(tmp_path_factory.mktemp("long") / "set", 4500)
+    write_talks(folder)
+    return folder
+
+
 @pytest.mark.parametrize("delay", [0.5, 4.0])
-def test_ctrl_c_while_workers_start_is_told_in_one_line(agiqa, example, tmp_path, delay):
+def test_ctrl_c_while_workers_start_is_told_in_one_line(agiqa, long_set, example, tmp_path, delay):
+    """The workers start beside the plan and the fill, which do not wait for them."""
     first: list[float] = []
 
     def a_moment_later():
         first.append(time.monotonic())
         return first[-1] - first[0] >= delay
 
-    command = example.extract(tmp_path / "s.agiqa", "--prepare-workers", 2)
-    outcome = agiqa.interrupted(*command, after="reads no images", when=a_moment_later)
+    talks, options = long_set / "talks.json", ("--batch-size", 1, "--device", "cpu", "--prepare-workers", 2)
+    arguments = ("extract", long_set, tmp_path / "s.agiqa", "--model", example.model, "--conversations", talks)
+    outcome = agiqa.interrupted(*arguments, *options, after="reads no images", when=a_moment_later)
     assert outcome.code == 130
-    _, _, after = outcome.err.partition("Use the model's own answers")  # the last that is said before workers start
-    told = after.partition("\n")[2].strip()
+    assert "Traceback" not in outcome.err
+    told = outcome.err.strip().splitlines()[-1]
     assert told == "interrupted; finished work is kept: run the same command again to resume", outcome.err
 
 

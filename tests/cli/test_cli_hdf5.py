@@ -1,5 +1,6 @@
 """`agiqa store export` and `agiqa store import`, as a user calls them."""
 
+import functools
 import json
 
 import h5py
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from agiqa.store import open_store
+from tests.command_line import in_time
 from tests.store.conftest import make_content, make_store
 
 
@@ -34,11 +36,13 @@ def test_a_store_goes_out_and_comes_back(agiqa, example, tmp_path, kind):
 def test_a_killed_export_begins_anew_and_a_killed_import_goes_on(agiqa, example, tmp_path):
     out, again, partial = tmp_path / "s.h5", tmp_path / "again.agiqa", tmp_path / ".s.h5.partial"
     export = ("store", "export", example.store, out, "--compression", "gzip")
-    assert agiqa.killed(*export, when=lambda: partial.exists() and partial.stat().st_size > 10_000).code == -9
+    kill = functools.partial(agiqa.killed, when=lambda: partial.exists() and partial.stat().st_size > 10_000)
+    assert in_time(lambda: kill(*export), out).code == -9
     assert not out.exists()
     assert partial.exists()
     assert agiqa(*export).code == 0
-    assert agiqa.killed("store", "import", out, again, when=(again / "commits" / "00000002.json").exists).code == -9
+    kill = functools.partial(agiqa.killed, when=(again / "commits" / "00000002.json").exists)
+    assert in_time(lambda: kill("store", "import", out, again), again).code == -9
     assert not (again / "MANIFEST.json").exists()
     assert agiqa("store", "import", out, again).code == 0
     assert same_features(open_store(again), open_store(example.store))
@@ -49,7 +53,8 @@ def test_ctrl_c_stops_an_export(agiqa, tmp_path):
     store = make_store(tmp_path / "s.agiqa", make_content([4000] * 48, width=64))
     out, begun = tmp_path / "s.h5", tmp_path / ".s.h5.partial"
     export = ("store", "export", store.path, out, "--compression", "gzip")
-    outcome = agiqa.interrupted(*export, when=lambda: begun.exists() and begun.stat().st_size > 0)
+    stop = functools.partial(agiqa.interrupted, when=lambda: begun.exists() and begun.stat().st_size > 0)
+    outcome = in_time(lambda: stop(*export), out)
     assert outcome.code == 130
     assert outcome.err.strip() == "interrupted; finished work is kept: run the same command again to resume"
     assert not out.exists()

@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.cli.refusals import misuse, refuse
+from tests.command_line import in_time
 from tests.extract.models.test_merging import minicpm_adapter
 from tests.extract.tiny_minicpm import write_minicpm_checkpoint
 
@@ -37,7 +38,7 @@ def contents(folder):
 def test_a_kill_leaves_no_folder_and_the_next_run_begins_anew(agiqa, base, adapter, tmp_path):
     out, partial = tmp_path / "merged", tmp_path / ".merged.merging"
     arguments = ("merge", base, adapter, out, "--json")
-    killed = agiqa.killed(*arguments, when=lambda: any(partial.glob("*.safetensors")))
+    killed = in_time(lambda: agiqa.killed(*arguments, when=lambda: any(partial.glob("*.safetensors"))), out)
     assert killed.code == -9, killed.err
     assert not out.exists()
     assert any(partial.iterdir())
@@ -55,10 +56,10 @@ def test_a_kill_leaves_no_folder_and_the_next_run_begins_anew(agiqa, base, adapt
     assert contents(out) == before
 
     second = tmp_path / ".second.merging"
-    interrupted = agiqa.interrupted(
-        "merge", base, adapter, tmp_path / "second", when=lambda: any(second.glob("*.safetensors"))
-    )
-    assert interrupted.code == 130
+    into = tmp_path / "second"
+    arguments = ("merge", base, adapter, into)
+    stopped = in_time(lambda: agiqa.interrupted(*arguments, when=lambda: any(second.glob("*.safetensors"))), into)
+    assert stopped.code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 

@@ -3,11 +3,13 @@
 import csv
 import json
 import signal
+from functools import partial
 
 import pytest
 
 from tests.cli.conftest import SMALL_HEAD
 from tests.cli.refusals import misuse
+from tests.command_line import in_time
 
 EVERY_EPOCH = ("--epochs", 8, "--refit", "--ema", 0.9, "--token-dropout", 0.2, "--validation", 0.3, "--save-seconds", 0)
 
@@ -53,7 +55,8 @@ class Saves:
 def test_killed_and_run_again(agiqa, example, undisturbed, tmp_path, saves, delay):
     run = tmp_path / "run"
     for count in saves:
-        assert agiqa.killed(*train(example, run), when=Saves(run, count), delay=delay).code == -9
+        kill = partial(agiqa.killed, *train(example, run), delay=delay)
+        assert in_time(lambda kill=kill, count=count: kill(when=Saves(run, count)), run).code == -9
         assert not run.exists()
     last = agiqa(*train(example, run))
     assert "going on after epoch" in last.err
@@ -67,7 +70,8 @@ def test_killed_and_run_again(agiqa, example, undisturbed, tmp_path, saves, dela
 )
 def test_stopped_and_run_again(agiqa, example, undisturbed, tmp_path, number, code):
     run = tmp_path / "run"
-    outcome = agiqa.interrupted(*train(example, run), when=Saves(run, 2), number=number)
+    stop = partial(agiqa.interrupted, *train(example, run), number=number)
+    outcome = in_time(lambda: stop(when=Saves(run, 2)), run)
     assert outcome.code == code
     assert "Traceback" not in outcome.err
     assert f"kept in {tmp_path / '.run.state'}: the same command resumes" in outcome.err
@@ -87,7 +91,8 @@ def test_ctrl_c_before_anything_was_saved_leaves_nothing(agiqa, example, tmp_pat
 
 def test_other_settings_are_refused_until_restarted(agiqa, example, undisturbed, tmp_path):
     run = tmp_path / "run"
-    assert agiqa.killed(*train(example, run, "--seed", 3), when=Saves(run, 2)).code == -9
+    kill = partial(agiqa.killed, *train(example, run, "--seed", 3))
+    assert in_time(lambda: kill(when=Saves(run, 2)), run).code == -9
     refused = agiqa(*train(example, run))
     assert refused.code == 1
     assert refused.out == ""

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from agiqa.store import open_store, verify
+from tests.command_line import in_time
 from tests.store.conftest import make_content, make_store
 from tests.store.sharing_servers import web_server
 
@@ -44,7 +45,7 @@ def test_a_killed_push_is_finished_by_the_same_command(agiqa, stored, tmp_path):
     there = tmp_path / "there"
     arguments = ("store", "push", stored.path, there.as_uri(), "--jobs", 1)
     begun = there / "store.zarr" / "zarr.json"
-    killed = agiqa.killed(*arguments, when=begun.exists)
+    killed = in_time(lambda: agiqa.killed(*arguments, when=begun.exists), there)
     assert killed.code == -9
     assert not (there / "MANIFEST.json").exists()
     assert agiqa(*arguments, "--json").json["skipped"] >= 1

@@ -3,12 +3,14 @@
 import csv
 import json
 import shutil
+from functools import partial
 
 import pytest
 
 from tests.cli.conftest import ITEMS, SMALL_HEAD
 from tests.cli.refusals import refuse
 from tests.cli.test_cli_resuming import Saves, numbers
+from tests.command_line import in_time
 from tests.extract.small_sets import read_table, write_table
 
 GENERATORS = ("DALLE2", "Midjourney", "SD1.5")
@@ -129,7 +131,8 @@ def test_the_best_epoch_on_test_is_told_beside_the_honest_number_and_its_trainin
         f"warning: paper-compatible: the best epoch on the test part itself ({told['epoch']}) has test SRCC"
         in whole.err
     )
-    assert agiqa.killed("train", example.store, run, *options, when=Saves(run, 3)).code == -9
+    kill = partial(agiqa.killed, "train", example.store, run, *options)
+    assert in_time(lambda: kill(when=Saves(run, 3)), run).code == -9
     last = agiqa("train", example.store, run, *options)
     assert "going on after epoch" in last.err
     assert numbers(run) == numbers(undisturbed)

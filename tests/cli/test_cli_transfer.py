@@ -13,6 +13,7 @@ from scipy import stats
 
 from agiqa.store.disk.locks import exclusive_lock
 from tests.cli.refusals import refuse
+from tests.command_line import in_time
 from tests.store.conftest import make_content
 from tests.store.conftest import make_store as write_store
 
@@ -195,7 +196,7 @@ def test_the_tables_are_those_of_the_paper(agiqa, done, stores, tmp_path):
 def test_a_transfer_that_is_broken_off_goes_on(agiqa, transfer, done, tmp_path):
     out = tmp_path / "out"
     half = out / "runs" / "there,fresh,items=8,seed=1"
-    broken = agiqa.killed(*transfer(*FEW), when=half.exists)
+    broken = in_time(lambda: agiqa.killed(*transfer(*FEW), when=half.exists), out)
     assert broken.code == -9
     with (out / "results.jsonl").open("a") as file:
         file.write('{"name": "from')

@@ -17,7 +17,7 @@ from agiqa.extract import (
 )
 from agiqa.extract.data.images import ImageFile
 from agiqa.extract.data.templates import fill, template_of
-from agiqa.extract.describing.asking import preset
+from agiqa.extract.describing.rounds import preset
 from agiqa.extract.describing.served import run_served_descriptions
 from agiqa.extract.models.merging import merge_adapter
 from agiqa.extract.teaching.apis import OpenAIChat
