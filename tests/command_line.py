@@ -6,6 +6,7 @@ same `agiqa.cli.main`, with a process id to kill, file descriptors of its own an
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,12 +19,14 @@ from typing import Any
 
 KEY_VARIABLE, KEY = "AGIQA_TEST_KEY", "test-key-71c1f0e5-never-in-a-file"
 """The key of the loopback servers in tests of `agiqa teach`: commands find it in this environment variable."""
+_ATTEMPTS = 10
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 _SERVER = """
 import gc, json, os, signal, sys, traceback
-import lightning.pytorch, pyarrow.parquet, torch, transformers, xlstm, zarr
-import agiqa.extract.models.opening, agiqa.extract.teaching.batches, agiqa.heads.data.splits
+import lightning.pytorch, pyarrow.parquet, sklearn.feature_extraction.text, torch, transformers, xlstm, zarr
+import agiqa.bench.ablation.ablation, agiqa.bench.report.writing, agiqa.bench.transfer.transfer
+import agiqa.extract.filling.job, agiqa.extract.teaching.batches
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from agiqa.cli import main
 gc.freeze()
@@ -72,6 +75,23 @@ class Outcome:
         return result
 
 
+def in_time(break_off: Callable[[], Outcome], made: Path) -> Outcome:
+    """The outcome of a command that was broken off.
+
+    On a busy machine the command may end first: then what it `made` is removed, and it is called again.
+    """
+    for _ in range(_ATTEMPTS):
+        outcome = break_off()
+        if outcome.code != 0:
+            return outcome
+        if made.is_dir():
+            shutil.rmtree(made)
+        else:
+            made.unlink()
+    message = f"A command ended {_ATTEMPTS} times before it was broken off."
+    raise AssertionError(message)
+
+
 class CommandLine:
     """Calls `agiqa` with arguments, one command at a time."""
 
@@ -99,7 +119,7 @@ class CommandLine:
 
     def __call__(self, *arguments: object, threads: int = 1) -> Outcome:
         """Run `agiqa ARGUMENTS` to its end."""
-        return self._run(arguments, lambda _error: False, threads)
+        return self._run(arguments, None, threads)
 
     def killed(self, *arguments: object, when: Callable[[], bool], delay: float = 0.0) -> Outcome:
         """Run `agiqa ARGUMENTS` and kill it `delay` seconds after `when()` became true; code -9, or 0 if too late."""
@@ -131,7 +151,7 @@ class CommandLine:
     def _run(
         self,
         arguments: tuple[object, ...],
-        when: Callable[[Path], bool],
+        when: Callable[[Path], bool] | None,
         threads: int,
         delay: float = 0.0,
         number: signal.Signals = signal.SIGKILL,
@@ -152,18 +172,31 @@ class CommandLine:
             self._server.stdin.write(json.dumps(request) + "\n")
             self._server.stdin.flush()
             child = int(self._read())
-            while _alive(child):
-                if when(streams[1]):
-                    time.sleep(delay)
-                    if _alive(child):
-                        _send(child, number)
-                    break
-                time.sleep(0.001)
-            while _alive(child):
-                then(child, streams[1].read_text())
-                time.sleep(0.001)
+            if when is not None:
+                self._disturb(child, streams[1], when, delay, number, then)
             code = int(self._read())
             return Outcome(code=code, out=streams[0].read_text(), err=streams[1].read_text())
+
+    @staticmethod
+    def _disturb(
+        child: int,
+        error: Path,
+        when: Callable[[Path], bool],
+        delay: float,
+        number: signal.Signals,
+        then: Callable[[int, str], object],
+    ) -> None:
+        """Send a signal when it is time, and call `then` until the command ends."""
+        while _alive(child):
+            if when(error):
+                time.sleep(delay)
+                if _alive(child):
+                    _send(child, number)
+                break
+            time.sleep(0.001)
+        while _alive(child):
+            then(child, error.read_text())
+            time.sleep(0.001)
 
     def _read(self) -> str:
         assert self._server.stdout is not None
