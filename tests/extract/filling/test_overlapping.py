@@ -227,6 +227,15 @@ with patch.object(HuggingFaceBackbone, "load", lambda self: threading.Event().wa
 """
 
 
+@pytest.fixture
+def ctrl_c_interrupts():
+    """Also where the tests run in the background of a shell, which ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_ctrl_c_while_a_result_is_awaited_leaves_the_thread_alone():
     main, go_on = threading.main_thread().ident, threading.Event()
 
