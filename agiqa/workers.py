@@ -224,6 +224,16 @@ def start_fork_server(modules: Sequence[str]) -> BaseContext | None:
     return context
 
 
+def context_of_processes(modules: Sequence[str], *, on_gpu: bool = False) -> BaseContext:
+    """The context of processes that need `modules`: forks of the server that has imported them, where there is one.
+
+    Processes that use a GPU are spawned: a library may begin to use it while it is imported, and no fork can go on with
+    that.
+    """
+    forks = None if on_gpu else start_fork_server(modules)
+    return forks or multiprocessing.get_context("spawn")
+
+
 @contextmanager
 def ctrl_c_kept_away() -> Generator[None]:
     """Processes started within the block never receive Ctrl-C, from their first instruction on.

@@ -23,9 +23,9 @@ from agiqa.extract.filling import crew
 from agiqa.extract.filling.engines import Here
 from agiqa.extract.filling.plan import plan_store, tokenise
 from agiqa.extract.filling.targets import Target
-from agiqa.extract.models.preparing import Preparation, context_of_workers
+from agiqa.extract.models.preparing import Preparation
 from agiqa.store import verify
-from agiqa.workers import LostAnswer, Workers
+from agiqa.workers import MODULES_TO_PREPARE_ITEMS, LostAnswer, Workers, context_of_processes
 from tests.extract.jobs import extract, inputs
 from tests.extract.small_sets import write_set, write_talks
 
@@ -127,7 +127,7 @@ def test_closing_ends_stopped_busy_and_idle_processes_at_once(pool, tmp_path):
 
 def test_a_stopped_fork_server_hangs_neither_a_question_nor_the_end(monkeypatch):
     monkeypatch.setattr(workers, "SECONDS_TO_ANSWER", 20.0)
-    pool = Workers(context_of_workers(), answers)
+    pool = Workers(context_of_processes(MODULES_TO_PREPARE_ITEMS), answers)
     server = pool.ask(parent_id, None)
     assert server != os.getpid()
     with ThreadPoolExecutor(2) as threads:

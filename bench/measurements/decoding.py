@@ -13,6 +13,7 @@ import torch
 from agiqa.bench.measurements.measuring import Line
 from agiqa.extract import DataSet, DescriptionSettings, GenerationSettings
 from agiqa.extract.describing.asking import Describer
+from agiqa.extract.describing.continuous import GROUP
 from agiqa.extract.describing.rounds import prepare_question
 from agiqa.extract.models import Prepared
 from agiqa.extract.models.decoding.choosing import Policy
@@ -22,7 +23,6 @@ from agiqa.extract.models.decoding.slot_model import Suffix
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.preparing import Opener
 
-GROUP = 16
 LENGTH, LIMIT = 1536, 1024
 """Tokens of a slot and of the longest answer, as by default with prompts of 400 tokens."""
 GREEDY = Policy.of(GenerationSettings())

@@ -24,9 +24,10 @@ from agiqa.extract.describing.rounds import (
 from agiqa.extract.models import GenerationSettings, Prepared
 from agiqa.extract.models.decoding.cache import LayerShape
 from agiqa.extract.models.decoding.choosing import Policy
-from agiqa.extract.models.decoding.continuing import NextPrompt, common_beginning, next_prompt
+from agiqa.extract.models.decoding.continuing import NextPrompt, next_prompt
 from agiqa.extract.models.decoding.decoder import Ask, Decoder
 from agiqa.extract.models.decoding.slot_model import REACH_STEP, LoadedModel, Suffix
+from agiqa.extract.models.expansions import common_beginning
 from agiqa.extract.models.generation import new_tokens, read_answer, stop_tokens
 from agiqa.extract.models.rendering import THOUGHT_MARKS, begins_in_thought
 from agiqa.progress import say

@@ -64,7 +64,7 @@ def calibrated(
     chosen = [
         tokenised.tokenised[position] for position in calibration_positions([item.split for item in tokenised.items])
     ]
-    items = [PlannedItem(item=one.item, token_ids=one.token_ids, roles=one.roles) for one in chosen]
+    items = [one.planned for one in chosen]
     weight = backbone.lm_head()  # first: a model whose logits are not linear is refused before any work
     blocks = _hidden_states(backbone, items, batch_size, advance, preparation or Preparation(backbone))
     moments, calibration = _moments(blocks, backbone), calibration_id(tokenised)

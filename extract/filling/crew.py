@@ -5,7 +5,6 @@ through its pipe. As arguments of the process they would serialise the start-up:
 written only as fast as the process reads it, which first imports all it needs, and a stopped process reads nothing.
 """
 
-import multiprocessing
 import signal
 import sys
 import threading
@@ -17,7 +16,6 @@ from functools import partial
 from importlib import import_module
 from itertools import takewhile
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from queue import SimpleQueue
@@ -27,6 +25,7 @@ from agiqa.errors import WorkerError
 from agiqa.progress import Advance, said_to, say
 from agiqa.workers import (
     MODULES_TO_PREPARE_ITEMS,
+    context_of_processes,
     ctrl_c_kept_away,
     end_with_parent,
     killed_with_forker,
@@ -74,7 +73,7 @@ class Crew:
         `on_cpu`: no process will use a GPU. Then they are forks of a server, which imports for all of them at once, and
         start in `open`: the start of a fork waits until the server has imported.
         """
-        self._context = _context(on_cpu=on_cpu)
+        self._context = context_of_processes((*MODULES_TO_PREPARE_ITEMS, _ENGINES), on_gpu=not on_cpu)
         self._workers = workers
         self._stop = self._context.Event()
         self._members: dict[Connection, _Member] = {}
@@ -229,12 +228,6 @@ class Crew:
                 member.process.kill()
 
 
-def _context(*, on_cpu: bool) -> BaseContext:
-    """A library may begin to use a GPU while it is imported, and no fork can go on with that."""
-    forks = start_fork_server((*MODULES_TO_PREPARE_ITEMS, _ENGINES)) if on_cpu else None
-    return forks or multiprocessing.get_context("spawn")
-
-
 def _ending(code: int | None) -> str:
     return f"was killed by signal {-code}" if code is not None and code < 0 else f"exited with code {code}"
 
@@ -304,7 +297,7 @@ def _work(connection: Connection, parent: _Parent, stop: Any) -> None:
             if kind == "compile":
                 here = here.compiling()
             else:
-                parent.send("answer", arguments[0](here, lambda _items: None))
+                parent.send("answer", here.run(arguments[0], items=0, advance=lambda _items: None))
             kind, *arguments = _receive(connection)
         path, filled, target, units = arguments
         until_stopped = takewhile(lambda _unit: not stop.is_set(), units)

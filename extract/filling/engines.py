@@ -116,7 +116,6 @@ def try_layers(here: Here, _advance: Advance, *, items: Sequence[PlannedItem]) -
 
 def calibrate_target(here: Here, advance: Advance, *, tokenised: TokenisedItems, rank: int | None) -> Target:
     """The task `calibrated`."""
-    here.load()
     return calibrated(
         here.backbone,
         tokenised,
@@ -156,7 +155,7 @@ class ModelProcess:
     def run(self, task: Task, *, items: int) -> Any:
         """The answer of `task`; `items` is how many it prepares."""
         with self.opened(items) as here:
-            return task(here, lambda _items: None)
+            return here.run(task, items=items, advance=lambda _items: None)
 
     def fill(
         self, path: Path, items: Sequence[Item], target: Target, *, units: Iterable[int], advance: Advance

@@ -24,7 +24,7 @@ from agiqa.extract.filling.engines import (
     try_layers,
 )
 from agiqa.extract.filling.fill import FillReport
-from agiqa.extract.filling.plan import LengthRule, PlannedItem, TokenisedItems, plan_store, tokenise
+from agiqa.extract.filling.plan import LengthRule, TokenisedItems, plan_store, tokenise
 from agiqa.extract.filling.ray_driver import OnRay
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models import Backbone
@@ -238,9 +238,7 @@ def _compiles(
             return
         with phases.timed("load"):
             engine.load()
-        items = [
-            PlannedItem(item=one.item, token_ids=one.token_ids, roles=one.roles) for one in tokenised.tokenised[:2]
-        ]
+        items = [one.planned for one in tokenised.tokenised[:2]]
         with phases.timed("compile"):
             engine.compiling().run(partial(try_layers, items=items), items=0, advance=lambda _items: None)
 

@@ -52,6 +52,11 @@ class TokenisedItem:
     """See `item_key`."""
     truncated: bool
 
+    @property
+    def planned(self) -> "PlannedItem":
+        """The item, as a store plans it."""
+        return PlannedItem(item=self.item, token_ids=self.token_ids, roles=self.roles)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenisedItems:

@@ -69,8 +69,8 @@ def _attend(
     scale: float,
 ) -> Tensor:
     lengths = list(zip(query_host.diff().tolist(), key_host.diff().tolist(), strict=True))
-    runs = list(_runs(lengths))
-    if len(runs) > _FEW_RUNS and _has_flash_kernel(query):
+    alike = list(runs(lengths))
+    if len(alike) > _FEW_RUNS and _has_flash_kernel(query):
         longest = (max(length) for length in zip(*lengths, strict=True))
         found: Any = torch.ops.aten._flash_attention_forward(
             query,
@@ -88,7 +88,7 @@ def _attend(
         return out
     parts: list[Tensor] = []
     first = first_key = 0
-    for count, (length, key_length) in runs:
+    for count, (length, key_length) in alike:
         stop, stop_key = first + count * length, first_key + count * key_length
         queries = _apart(query[first:stop], count, length)
         keys, values = (_apart(rows[first_key:stop_key], count, key_length) for rows in (key, value))
@@ -103,8 +103,8 @@ def _(query: Tensor, _key: Tensor, value: Tensor, *_settings: Any) -> Tensor:
     return shaped
 
 
-def _runs(lengths: list[tuple[int, int]]) -> Iterator[tuple[int, tuple[int, int]]]:
-    """How many neighbours have the same lengths, and the lengths."""
+def runs(lengths: list[tuple[int, int]]) -> Iterator[tuple[int, tuple[int, int]]]:
+    """How many neighbours have the same pair of lengths, and the pair."""
     for one, run in groupby(lengths):
         yield sum(1 for _ in run), one
 

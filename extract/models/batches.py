@@ -83,6 +83,11 @@ def uploaded(values: NDArray[Any] | torch.Tensor, device: torch.device) -> torch
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def indices(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """`values` as int64 on `device`."""
+    return uploaded(torch.tensor(list(values), dtype=torch.int64), device)
+
+
 def check_inputs(name: str, inputs: Mapping[str, Any], accepted: Collection[str]) -> None:
     """Raise ModelError for an input that is no tensor or not `accepted` by the model."""
     for key, value in inputs.items():

@@ -86,9 +86,7 @@ class Expansions:
 def _difference(text: Tokens, whole: Tokens) -> _Expansion:
     """What was replaced: at least the mark, whose role differs even if the processor leaves one token in its place."""
     old, new = (ids.astype(np.int64) * _ROLES + roles for ids, roles in (text, whole))
-    shortest = min(len(old), len(new))
-    rest = shortest - common_beginning(old[:shortest], new[:shortest])
-    after = common_beginning(old[len(old) - rest :][::-1], new[len(new) - rest :][::-1])
+    _, after = common_ends(old, new)
     replaced, end = len(old) - after, len(new) - after
     tokens = whole[0][:end], whole[1][:end]
     return _Expansion(pattern=text[0][: replaced + _FOLLOWING], replaced=replaced, tokens=tokens)
@@ -99,9 +97,16 @@ def _equal(left: Tokens, right: Tokens) -> bool:
 
 
 def common_beginning(left: NDArray[np.integer[Any]], right: NDArray[np.integer[Any]]) -> int:
-    """The length of the common beginning of two arrays of one length."""
-    differing = np.flatnonzero(left != right)
-    return int(differing[0]) if len(differing) else len(left)
+    """The number of equal values at the beginning of two arrays."""
+    most = min(len(left), len(right))
+    differing = np.flatnonzero(left[:most] != right[:most])
+    return int(differing[0]) if len(differing) else most
+
+
+def common_ends(left: NDArray[np.integer[Any]], right: NDArray[np.integer[Any]]) -> tuple[int, int]:
+    """The number of equal values at the beginning of two arrays, and of those behind them at the end."""
+    before = common_beginning(left, right)
+    return before, common_beginning(left[before:][::-1], right[before:][::-1])
 
 
 def expand_roles(
@@ -145,10 +150,7 @@ def _blocks(old: NDArray[np.int32], new: NDArray[np.int32]) -> list[tuple[slice,
 
     Most processors only replace the image's mark, so the beginning and the end agree and the matcher has little to do.
     """
-    shortest = min(len(old), len(new))
-    before = common_beginning(old[:shortest], new[:shortest])
-    rest = shortest - before
-    after = common_beginning(old[len(old) - rest :][::-1], new[len(new) - rest :][::-1])
+    before, after = common_ends(old, new)
     middle = slice(before, len(old) - after), slice(before, len(new) - after)
     blocks = [(slice(0, before), slice(0, before), True)]
     matcher = SequenceMatcher(None, old[middle[0]].tolist(), new[middle[1]].tolist(), autojunk=False)

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -79,7 +78,6 @@ class HuggingFaceBackbone(ABC):
         self._check_tokenizer()
         self._model: Any = None
         self._tensors_fit = False
-        self._loading = threading.RLock()
         self._compiled = False
 
     @abstractmethod
@@ -202,12 +200,8 @@ class HuggingFaceBackbone(ABC):
 
     def load(self) -> None:
         """See `Backbone.load`."""
-        with self._loading:  # a thread may load while the items are planned
-            if self._model is None:
-                self._model = self._checked_model()
-
-    def _checked_model(self) -> Any:
-        """The loaded model, with the adapter."""
+        if self._model is not None:
+            return
         with room_for_weights(self.checkpoint.name, self.device):
             model = self._load_model()
             if self.adapter is not None:
@@ -220,7 +214,7 @@ class HuggingFaceBackbone(ABC):
             raise ModelError(message)
         tokens, dtype = self._ordinary_tokens(TOKENS_NEEDED), DTYPES[self.logical_dtype]
         refuse_batch_dependence(self.checkpoint.name, language_model, tokens, pad_id=self._pad_id(), dtype=dtype)
-        return model
+        self._model = model
 
     def _load_model(self) -> Any:
         """The model with its weights, without the adapter, on the device."""

@@ -3,7 +3,6 @@
 Workers return tensors through shared memory, if there is enough of it.
 """
 
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -13,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -23,7 +21,7 @@ import torch.multiprocessing as tensors_between_processes
 
 from agiqa.errors import AgiqaError, ConfigError, WorkerError
 from agiqa.extract.models import AnsweringModel, Backbone
-from agiqa.workers import MODULES_TO_PREPARE_ITEMS, LostAnswer, Work, Workers, start_fork_server
+from agiqa.workers import MODULES_TO_PREPARE_ITEMS, LostAnswer, Work, Workers, context_of_processes
 
 Opener = Callable[..., Backbone]
 """Opens another backbone of the same model: `opener(device="cpu")`. Must be picklable."""
@@ -165,7 +163,7 @@ class _Pool:
     def __init__(self, count: int, opener: Opener) -> None:
         """Start them in the background."""
         begin = partial(_begin, opener, shares_memory=_shared_memory_suffices())
-        self.processes = Workers(context_of_workers(), begin)
+        self.processes = Workers(context_of_processes(MODULES_TO_PREPARE_ITEMS), begin)
         self.threads = ThreadPoolExecutor(count, thread_name_prefix="agiqa-prepare")
         self._left = count
         self._changed = threading.Condition()
@@ -210,11 +208,6 @@ def _answer(processes: Workers, function: Callable[[Any, Any], Any], argument: A
         )
         raise WorkerError(message) from error
     return pickle.loads(answer.content) if isinstance(answer, _Packed) else answer
-
-
-def context_of_workers() -> BaseContext:
-    """Processes without a GPU are forks of a server that has imported their modules: many imports would be slower."""
-    return start_fork_server(MODULES_TO_PREPARE_ITEMS) or multiprocessing.get_context("spawn")
 
 
 def _nothing(_backbone: Backbone, _argument: str) -> None:

@@ -1,6 +1,5 @@
 """One process per device of this host for one training. The first error of any ends all."""
 
-import multiprocessing
 import os
 import uuid
 from collections.abc import Sequence
@@ -12,10 +11,15 @@ from typing import Any, Protocol
 import torch
 
 from agiqa.errors import AgiqaError, WorkerError
-from agiqa.extract.models.preparing import context_of_workers
 from agiqa.extract.tuning.group import Group, joined
 from agiqa.extract.tuning.learner import OutOfMemory
-from agiqa.workers import ctrl_c_kept_away, end_with_parent, picklable
+from agiqa.workers import (
+    MODULES_TO_PREPARE_ITEMS,
+    context_of_processes,
+    ctrl_c_kept_away,
+    end_with_parent,
+    picklable,
+)
 
 _SECONDS_TO_END = 5.0
 
@@ -34,7 +38,7 @@ def run_on_devices(work: OnDevice, devices: Sequence[str], folder: Path) -> None
     Raises the first error of a process, and WorkerError for one that was killed.
     """
     on_cpu = all(torch.device(device).type == "cpu" for device in devices)
-    context: Any = context_of_workers() if on_cpu else multiprocessing.get_context("spawn")
+    context: Any = context_of_processes(MODULES_TO_PREPARE_ITEMS, on_gpu=not on_cpu)
     meeting = folder / f".meeting.{uuid.uuid4().hex}"
     processes: dict[Connection, BaseProcess] = {}
     try:

@@ -1,7 +1,6 @@
 """Many heads over one store: features decoded once, heads trained in this process or by workers side by side."""
 
 import gc
-import multiprocessing
 import os
 import signal
 from collections import deque
@@ -31,7 +30,7 @@ from agiqa.heads.settings.config import TrainConfig
 from agiqa.heads.settings.device import resolve_device
 from agiqa.heads.sweeps.head_jobs import Attempt, HeadJob, JobOutcome, attempt, is_there, with_notes
 from agiqa.progress import say
-from agiqa.workers import ctrl_c_kept_away, end_with_parent, start_fork_server
+from agiqa.workers import context_of_processes, ctrl_c_kept_away, end_with_parent
 
 _ALIKE = ("device", "keep", "memory")
 _WORKERS_PER_GPU = 3
@@ -252,7 +251,7 @@ def run_jobs(
     """
     features = [PackedFeatures.of(shared)]
     setup = _Setup(source=SourceAddress.of(source), features=features, threads=torch.get_num_threads())
-    context = _context_for(resolve_device(jobs[0].train.device))
+    context = context_of_processes(_IMPORTED_ONCE, on_gpu=resolve_device(jobs[0].train.device).type != "cpu")
     waiting, staff, hurry = deque(jobs), list[_Worker](), True
     try:
         while waiting or any(worker.job is not None for worker in staff):
@@ -285,15 +284,6 @@ def run_jobs(
             worker.dismiss(hurry=hurry)
         for worker in staff:
             worker.wait()
-
-
-def _context_for(device: torch.device) -> BaseContext:
-    """On a CPU, workers are forks of a server that has imported their modules. On a GPU, none may be a fork.
-
-    Importing takes seconds of CPU time, and a library may begin to use CUDA while it is imported.
-    """
-    forks = start_fork_server(_IMPORTED_ONCE) if device.type == "cpu" else None
-    return forks or multiprocessing.get_context("spawn")
 
 
 def _with_messages(staff: Sequence[_Worker]) -> list[_Worker]:

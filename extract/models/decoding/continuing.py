@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from agiqa.extract.data.items import Message
 from agiqa.extract.models.contract import Prepared
+from agiqa.extract.models.expansions import common_ends
 from agiqa.extract.models.rendering import Renderer
 
 
@@ -34,16 +35,8 @@ def next_prompt(
     if not image:
         return NextPrompt(ids=now, seen=0)
     was, ids = renderer.tokenize(renderer.render(before, image=True, answer=True))[0], prepared.token_ids
-    start = common_beginning(was, ids)
-    rest = min(common_beginning(was[::-1], ids[::-1]), min(len(was), len(ids)) - start)
+    _, rest = common_ends(was, ids)
     stop, seen = len(was) - rest, len(ids) - rest
     if not np.array_equal(was[:stop], now[:stop]):
         return None
     return NextPrompt(ids=np.concatenate([ids[:seen], now[stop:]]), seen=seen)
-
-
-def common_beginning(left: NDArray[np.int32], right: NDArray[np.int32]) -> int:
-    """The number of equal tokens at the beginning of two arrays."""
-    most = min(len(left), len(right))
-    differing = np.flatnonzero(left[:most] != right[:most])
-    return int(differing[0]) if len(differing) else most

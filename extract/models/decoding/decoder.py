@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from agiqa.errors import first_line
-from agiqa.extract.models.batches import is_out_of_memory, uploaded
+from agiqa.extract.models.batches import indices, is_out_of_memory, uploaded
 from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.decoding.cache import LayerShape
 from agiqa.extract.models.decoding.choosing import Policy, choose
@@ -80,7 +80,7 @@ class Decoder:
     def begin(self, rows: Sequence[int], items: Sequence[Prepared], asks: Sequence[Ask]) -> None:
         """Read `items`, which are `alike`, into the slots `rows`, and choose the first token of each answer."""
         logits, offsets = self._model.read(rows, items)
-        self._offsets[self._tensor(rows)] = offsets
+        self._offsets[indices(rows, self._device)] = offsets
         self._choose_first(rows, logits, [len(item.token_ids) for item in items], asks)
 
     @torch.inference_mode()
@@ -100,7 +100,7 @@ class Decoder:
                 if ends:
                     ending = [left[place] for place in ends]
                     lengths = [one.start + len(one.ids) for one in ending]
-                    chosen = logits[self._tensor(ends)]
+                    chosen = logits[indices(ends, self._device)]
                     self._choose_first([one.row for one in ending], chosen, lengths, [asked[one.row] for one in ending])
                 left = [
                     Suffix(row=one.row, start=one.start + SUFFIX_WIDTH, ids=one.ids[SUFFIX_WIDTH:])
@@ -130,7 +130,7 @@ class Decoder:
         rows = [row for row in self._at if done[row]]
         if not rows:
             return {}
-        ids = self._out[self._tensor(rows), : max(made[row] for row in rows)].tolist()
+        ids = self._out[indices(rows, self._device), : max(made[row] for row in rows)].tolist()
         for row in rows:
             del self._at[row]
         return {row: answer[: made[row]] for row, answer in zip(rows, ids, strict=True)}
@@ -138,7 +138,7 @@ class Decoder:
     def _choose_first(
         self, rows: Sequence[int], logits: torch.Tensor, lengths: Sequence[int], asks: Sequence[Ask]
     ) -> None:
-        places = self._tensor(rows)
+        places = indices(rows, self._device)
         policies = [self._policies.index(ask.policy) for ask in asks]
         values = torch.tensor([lengths, [ask.limit for ask in asks], [ask.seed for ask in asks], policies])
         lengths_, limits, seeds, which = uploaded(values, self._device)
@@ -224,9 +224,6 @@ class Decoder:
             say(f"note: this model's steps cannot be replayed from a CUDA graph, and are slower: {first_line(error)}")
         else:
             self._graphs[reach] = graph
-
-    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
-        return uploaded(torch.tensor(list(values), dtype=torch.int64), self._device)
 
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from agiqa.extract.models.batches import uploaded
+from agiqa.extract.models.batches import indices, uploaded
 from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.decoding.attention import configs_of, slot_attention, visible_bias
 from agiqa.extract.models.decoding.cache import LayerShape, SlotCache
@@ -80,7 +80,7 @@ class SlotModel:
             return logits, torch.zeros(len(items), dtype=torch.int64, device=self.device)
         places = [[place for place, found in enumerate(lengths) if found == length] for length in sorted(set(lengths))]
         found = [self._read_counted(rows, items, chosen) for chosen in places]
-        order = self._tensor([place for chosen in places for place in chosen]).argsort()
+        order = indices([place for chosen in places for place in chosen], self.device).argsort()
         return torch.cat([logits for logits, _ in found])[order], torch.cat([offsets for _, offsets in found])[order]
 
     def _read_counted(
@@ -92,9 +92,9 @@ class SlotModel:
         return logits, self._counting.rope_deltas.reshape(-1)
 
     def _read(self, rows: Sequence[int], items: Sequence[Prepared]) -> torch.Tensor:
-        last = self._tensor([len(item.token_ids) - 1 for item in items])
+        last = indices([len(item.token_ids) - 1 for item in items], self.device)
         found, logits = read_prompts(self.loaded.model, self.loaded.collate(items), last)
-        self.cache.fill(self._tensor(rows), [(layer.keys, layer.values) for layer in found.layers])
+        self.cache.fill(indices(rows, self.device), [(layer.keys, layer.values) for layer in found.layers])
         return logits
 
     def read_on(self, suffixes: Sequence[Suffix], offsets: torch.Tensor, *, rows: int, width: int) -> torch.Tensor:
@@ -139,9 +139,6 @@ class SlotModel:
             )
         logits: torch.Tensor = found.logits[:, -1].float()
         return logits
-
-    def _tensor(self, values: Sequence[int]) -> torch.Tensor:
-        return uploaded(torch.tensor(list(values)), self.device)
 
 
 def read_prompts(model: Any, inputs: Mapping[str, torch.Tensor], last: torch.Tensor) -> tuple[Any, torch.Tensor]:

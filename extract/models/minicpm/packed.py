@@ -4,7 +4,7 @@ It computes what `MiniCPMV` computes, from the same weights, and reads less memo
 product, and nothing is padded to the longest item. It has no gradients.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, pad, rms_norm
 
-from agiqa.extract.models.attention import Bounds, attention
+from agiqa.extract.models.attention import Bounds, attention, runs
 from agiqa.extract.models.batches import uploaded
 from agiqa.extract.models.compiling import compile_each
 from agiqa.extract.models.minicpm.model import MiniCPMV, Resampler, line_positions, position_table
@@ -186,7 +186,7 @@ def _resampled(resampler: Resampler, patches: Tensor, sizes: NDArray[np.int64]) 
     keys = resampler.ln_kv(resampler.kv_proj(patches))
     counts, width = sizes.prod(axis=1), keys.shape[1]
     placed, first = torch.empty_like(keys), 0
-    for (rows, columns), many in _neighbours(sizes):
+    for many, (rows, columns) in runs([(rows, columns) for rows, columns in sizes.tolist()]):
         stop = first + many * rows * columns
         table = position_table(width, rows, columns, keys.device, keys.dtype)
         parts = (tensor[first:stop].unflatten(0, (many, rows * columns)) for tensor in (keys, placed))
@@ -250,14 +250,6 @@ def _rms_norm(states: Tensor, norm: Any) -> Tensor:
 
 def _layer_norm(states: Tensor, norm: nn.LayerNorm) -> Tensor:
     return layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def _neighbours(sizes: NDArray[np.int64]) -> Iterator[tuple[tuple[int, int], int]]:
-    """Each size (rows, columns) and how many neighbours have it."""
-    changes = np.flatnonzero((np.diff(sizes, axis=0) != 0).any(axis=1)) + 1
-    for first, stop in zip([0, *changes.tolist()], [*changes.tolist(), len(sizes)], strict=True):
-        rows, columns = sizes[first].tolist()
-        yield (rows, columns), stop - first
 
 
 def _in_chunks(sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:

@@ -24,22 +24,12 @@ from agiqa.extract.models.decoding.continuing import NextPrompt
 from agiqa.extract.models.decoding.slot_model import SlotModel
 from agiqa.heads.evaluation.rating_words import parse_rating_word
 from tests.extract.small_sets import write_set
-from tests.extract.tiny_models import roomy, write_softcapped_checkpoint, write_vision_checkpoint
+from tests.extract.tiny_models import roomy, write_softcapped_checkpoint
 
 SETTINGS = DescriptionSettings(
     describe=GenerationSettings(max_new_tokens=14), rate=GenerationSettings(max_new_tokens=6), batch_size=3
 )
 VARYING = ("seconds", "decoder")
-
-
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    return roomy(write_vision_checkpoint(tmp_path_factory.mktemp("vision")))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("set"), 10, images=True)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from agiqa.extract.data.templates import fill, template_of
 from agiqa.heads.evaluation.rating_words import parse_rating_word
 from agiqa.store.disk.locks import exclusive_lock
 from tests.extract.small_sets import read_table, write_set, write_table
-from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
+from tests.extract.tiny_models import roomy, write_text_checkpoint
 
 SETTINGS = DescriptionSettings(
     describe=GenerationSettings(max_new_tokens=14), rate=GenerationSettings(max_new_tokens=6), batch_size=4
@@ -35,16 +35,6 @@ TIMES = ("seconds", "decoder")
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory):
     return roomy(write_text_checkpoint(tmp_path_factory.mktemp("text"), seed=11))
-
-
-@pytest.fixture(scope="module")
-def vision_model(tmp_path_factory):
-    return roomy(write_vision_checkpoint(tmp_path_factory.mktemp("vision")))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("set"), 10, images=True)
 
 
 def items_of(folder, backbone):

@@ -15,13 +15,13 @@ from agiqa.errors import BusyStore, ConfigError, ModelError, SettingsConflict, W
 from agiqa.extract.data.templates import Template, fill
 from agiqa.extract.describing.asking import Describer
 from agiqa.extract.describing.rounds import DescriptionSettings
-from agiqa.extract.models.preparing import context_of_workers
 from agiqa.extract.tuning import learner as learning
 from agiqa.extract.tuning import training
 from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.extract.tuning.recipes import recipe_of
 from agiqa.extract.tuning.tuning import TuningSettings, run_tuning
 from agiqa.version import this_commit
+from agiqa.workers import MODULES_TO_PREPARE_ITEMS, context_of_processes
 from tests.extract.tuning.talks import load_talks, opener_for, quick
 
 WEIGHTS = "adapter_model.safetensors"
@@ -142,7 +142,9 @@ def long_run(opener, data, out):
 def test_a_killed_training_resumes_to_the_same_numbers(minicpm, talks, opener, data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     long_run(opener, data, whole)
-    process = context_of_workers().Process(target=die_after_four_steps, args=(minicpm, talks, killed))
+    process = context_of_processes(MODULES_TO_PREPARE_ITEMS).Process(
+        target=die_after_four_steps, args=(minicpm, talks, killed)
+    )
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

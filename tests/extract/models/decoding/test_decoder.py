@@ -9,10 +9,11 @@ from agiqa.extract.data.items import Message
 from agiqa.extract.models import GenerationSettings, open_backbone
 from agiqa.extract.models.batches import alike
 from agiqa.extract.models.decoding.choosing import Policy
-from agiqa.extract.models.decoding.continuing import common_beginning, next_prompt
+from agiqa.extract.models.decoding.continuing import next_prompt
 from agiqa.extract.models.decoding.decoder import SUFFIX_WIDTH, Ask, Decoder
 from agiqa.extract.models.decoding.eligibility import slot_shapes
 from agiqa.extract.models.decoding.slot_model import Suffix
+from agiqa.extract.models.expansions import common_beginning
 from agiqa.extract.models.generation import generated_ids, left_padded, stop_tokens
 from tests.extract import tiny_minicpm, tiny_models
 
