@@ -22,7 +22,10 @@ MAY_IMPORT = {
     "extract": {"store", "extract"},
     "bench": {"store", "extract", "heads", "bench"},
 }
-GROUND = {"agiqa", *(f"agiqa.{name}" for name in ("errors", "lazy", "progress", "registry", "version", "workers"))}
+GROUND = {
+    "agiqa",
+    *(f"agiqa.{name}" for name in ("cuda", "errors", "lazy", "progress", "registry", "version", "workers")),
+}
 
 
 MAP = (ROOT / "ARCHITECTURE.md").read_text()

@@ -5,14 +5,13 @@ depend on how many are in use. On a GPU the step is replayed from a CUDA graph f
 since the CPU takes longer to queue its thousand kernels than the GPU to compute them.
 """
 
-import gc
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+from agiqa.cuda import garbage_waits
 from agiqa.errors import first_line
 from agiqa.extract.models.batches import indices, is_out_of_memory, uploaded
 from agiqa.extract.models.contract import Prepared
@@ -215,7 +214,7 @@ class Decoder:
         try:
             # "thread_local": what other threads do, such as receiving prepared images, breaks no capture
             capture = torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local")
-            with _garbage_waits(), capture:
+            with garbage_waits(), capture:
                 self._step(reach)
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -230,15 +229,3 @@ class Decoder:
 def _stream_of(device: torch.device) -> torch.cuda.Stream:
     """The stream of all captures: cuBLAS keeps 32 MiB for each stream that it was used on, until the process ends."""
     return torch.cuda.Stream(device)
-
-
-@contextmanager
-def _garbage_waits() -> Generator[None]:
-    """Pause garbage collection: it may free another graph, which breaks a capture."""
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collected:
-            gc.enable()

@@ -11,6 +11,7 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from agiqa.cuda import kernels_missing
 from agiqa.errors import ModelError, listed
 from agiqa.extract.data.images import ImageSource, open_image
 from agiqa.extract.data.items import Message
@@ -21,7 +22,6 @@ from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
 from agiqa.extract.models.loading import failures_of, load_tokenizer
 from agiqa.extract.models.minicpm.model import MiniCPMConfig, MiniCPMV
 from agiqa.extract.models.minicpm.packed import PackedMiniCPM
-from agiqa.extract.models.minicpm.passes import triton_is_installed
 from agiqa.extract.models.minicpm.slicing import Slicing, cut, patches_of, slicing_of
 from agiqa.extract.models.rendering import Renderer, main_template, refuse_marks
 from agiqa.store import TOKEN_ROLES
@@ -135,7 +135,7 @@ class MiniCPMBackbone(HuggingFaceBackbone):
     @property
     def saved_by_compiling(self) -> float:
         """See `Backbone.saved_by_compiling`: nothing where this model's own kernels run."""
-        return 0.0 if triton_is_installed() else super().saved_by_compiling
+        return 0.0 if kernels_missing(self.device, ("triton",)) is None else super().saved_by_compiling
 
     def _packed_model(self) -> PackedMiniCPM:
         if self._packed is None:

@@ -3,13 +3,13 @@
 Compiled layers take the torch form, which the compiler joins by itself. None of it has gradients.
 """
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
+
+from agiqa.cuda import kernels_missing
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -68,14 +68,8 @@ def _(values: Tensor, weight: Tensor, _bias: Tensor) -> Tensor:
 
 def _has_kernels(values: Tensor) -> bool:
     """Whether `values` are on a GPU that the kernels run on, outside of compiled code."""
-    return values.device.type == "cuda" and not _is_compiling() and triton_is_installed()
+    return not _is_compiling() and kernels_missing(values.device, ("triton",)) is None
 
 
 def _is_compiling() -> bool:
     return bool(torch.compiler.is_compiling())
-
-
-@cache
-def triton_is_installed() -> bool:
-    """Whether there are kernels for GPUs."""
-    return find_spec("triton") is not None

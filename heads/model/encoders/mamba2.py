@@ -20,12 +20,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu, softplus
 
+from agiqa.cuda import kernels_missing
 from agiqa.heads.model.encoders.base import ENCODERS, EitherWay, Encoded, Encoder, Mask, Tokens, refuse_bidirectional
 from agiqa.heads.model.encoders.kernels.dispatch import (
     LONGEST,
     causal_conv_silu,
     is_power_of_two,
-    kernels_missing,
     norm,
     product_dtype,
     uncompiled,

@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid, pad
 
+from agiqa.cuda import kernels_missing
 from agiqa.heads.model.encoders.kernels.dispatch import (
     LONGEST,
     is_power_of_two,
-    kernels_missing,
     product_dtype,
     uncompiled,
     widest_rows,

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
-from agiqa.heads.model.encoders.kernels.dispatch import is_power_of_two, kernels_missing, uncompiled
+from agiqa.cuda import kernels_missing
+from agiqa.heads.model.encoders.kernels.dispatch import is_power_of_two, uncompiled
 
 _SLOTS = (1, 3, 0, 2)
 """Which of the package's gates (i, f, z, o) each slot holds: f, o, i, z."""

@@ -8,11 +8,11 @@ import torch
 from torch._inductor import config as inductor
 
 from agiqa.bench.measurements.random_models import SHAPES
+from agiqa.cuda import kernels_missing
 from agiqa.errors import CompilerError, UnknownName
 from agiqa.extract import open_backbone
 from agiqa.extract.filling.compiled import compiles, pays
 from agiqa.extract.models.compiling import check_compiler
-from agiqa.extract.models.minicpm.passes import triton_is_installed
 from agiqa.store import open_store
 from tests.extract.jobs import extract
 from tests.extract.small_sets import write_set, write_talks
@@ -107,7 +107,7 @@ def test_long_jobs_on_a_gpu_are_worth_compiling(tiny_text_checkpoint, tmp_path):
 def test_kernels_leave_nothing_to_save(tmp_path):
     backbone = SHAPES["minicpm-8b"](tmp_path / "model", device="cpu")
     backbone.device = torch.device("cuda")
-    assert pays(backbone, 10_000 * 479) is not triton_is_installed()
+    assert pays(backbone, 10_000 * 479) is (kernels_missing(backbone.device, ("triton",)) is not None)
 
 
 def test_a_resumed_store_is_opened_for_its_choice(texts, tiny_text_checkpoint, tmp_path, traced):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from agiqa import cuda
 from agiqa.heads.model.encoders import mamba2, mlstm
 from agiqa.heads.model.encoders.kernels import dispatch
 from tests.command_line import REPOSITORY
@@ -71,12 +72,12 @@ def test_kernels_need_triton_and_a_c_compiler(tmp_path, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
 
     def reason(*needed):
-        dispatch._is_installed.cache_clear()
-        dispatch._has_c_compiler.cache_clear()
-        return dispatch.kernels_missing(torch.device("cuda"), needed)
+        cuda._is_installed.cache_clear()
+        cuda._has_c_compiler.cache_clear()
+        return cuda.kernels_missing(torch.device("cuda"), needed)
 
     try:
-        assert "need CUDA, not cpu" in str(dispatch.kernels_missing(torch.device("cpu"), ("triton",)))
+        assert "need CUDA, not cpu" in str(cuda.kernels_missing(torch.device("cpu"), ("triton",)))
         assert reason("triton", "absent") == "not installed: absent"
         assert "need a C compiler" in str(reason("triton", "other"))
         (programs / "gcc").touch(mode=0o755)

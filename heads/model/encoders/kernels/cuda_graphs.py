@@ -5,16 +5,14 @@ GPU to compute them. A graph queues a whole pass at once. It has one shape, so b
 which does not change results: padding is invisible to every encoder.
 """
 
-import gc
 import math
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from agiqa.cuda import garbage_waits
 from agiqa.heads.model.encoders.base import Encoded, Encoder, Mask, Tokens
 from agiqa.heads.model.encoders.kernels.dispatch import exclude_from_compiling, product_dtype
 from agiqa.heads.settings.config import TrainConfig
@@ -86,27 +84,12 @@ class GraphedEncoder:
         dtype, mixed = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
         random = torch.cuda.get_rng_state(tokens.device)
         _expect_streams_to_differ()
-        with torch.autocast("cuda", dtype=dtype, enabled=mixed, cache_enabled=False), _garbage_waits():
+        with torch.autocast("cuda", dtype=dtype, enabled=mixed, cache_enabled=False), garbage_waits():
             graphed = torch.cuda.make_graphed_callables(
                 _Pass(self._encoder), examples, num_warmup_iters=_WARM_UPS, pool=self._pool
             )
         torch.cuda.set_rng_state(random, tokens.device)
         return cast("nn.Module", graphed)
-
-
-@contextmanager
-def _garbage_waits() -> Generator[None]:
-    """Pause garbage collection: it may free a graph of a head trained before, which breaks a capture.
-
-    https://github.com/pytorch/pytorch/pull/161037
-    """
-    collected = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collected:
-            gc.enable()
 
 
 def _expect_streams_to_differ() -> None:

@@ -1,10 +1,7 @@
 """When Triton kernels run instead of torch, and the short convolution that xLSTM and Mamba2 share, in both forms."""
 
-import os
-import shutil
 from collections.abc import Callable
 from functools import cache, wraps
-from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -12,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv1d, layer_norm, rms_norm, silu
+
+from agiqa.cuda import kernels_missing
 
 LONGEST = 2048
 """Items of more tokens are computed in chunks with states, whose work does not grow with the square of the tokens."""
@@ -21,16 +20,6 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _UNCOMPILED = list[dict[str, Callable[..., Any]]]()
 """What each function marked `uncompiled` calls."""
-
-
-def kernels_missing(device: torch.device, packages: tuple[str, ...]) -> str | None:
-    """The reason why kernels that need `packages` cannot run on `device`; None where they can."""
-    if device.type != "cuda":
-        return f"the kernels need CUDA, not {device.type}"
-    missing = [package for package in packages if not _is_installed(package)]
-    if missing:
-        return f"not installed: {', '.join(missing)}"
-    return None if _has_c_compiler() else "the kernels need a C compiler: install gcc, or name one in CC"
 
 
 @cache
@@ -74,17 +63,6 @@ def exclude_from_compiling() -> None:
     for called in _UNCOMPILED:
         called["function"] = torch.compiler.disable(called["function"])
     _UNCOMPILED.clear()
-
-
-@cache
-def _is_installed(package: str) -> bool:
-    return find_spec(package) is not None
-
-
-@cache
-def _has_c_compiler() -> bool:
-    """Whether Triton finds what it compiles the launchers of kernels with."""
-    return bool(os.environ.get("CC")) or any(map(shutil.which, ("gcc", "clang")))
 
 
 def causal_conv_silu(
