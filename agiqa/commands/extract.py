@@ -13,6 +13,7 @@ from agiqa.commands.options import Automatic, OneOf, Share, StoreLocation, on_ba
 from agiqa.commands.output import print_result, table
 from agiqa.extract.data.templates import VARIANTS, aspects_of
 from agiqa.extract.filling.crew import Crew
+from agiqa.extract.models.checkpoints import hashed_ahead
 from agiqa.extract.models.compiling import COMPILING
 from agiqa.progress import say
 from agiqa.workers import MODULES_TO_PREPARE_ITEMS, start_fork_server
@@ -169,30 +170,35 @@ def _extracted(
     **settings: Any,
 ) -> dict[str, Any]:
     """The result in a JSON-able form."""
-    from agiqa.extract import ExtractionSettings, LengthRule, load_data_set, run_extraction
-    from agiqa.extract.models.opening import opened, opener_of
+    with hashed_ahead(model):  # the imports take seconds
+        from agiqa.extract import DataSet, ExtractionSettings, LengthRule, load_data_set, run_extraction
+        from agiqa.extract.models.opening import opened, opener_of
 
-    opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
-    # a model that cannot be opened is reported before the images are checked
-    backbone = opened(opener, settings["device"])
-    if not backbone.reads_images:
-        alike = ", the same for all images of one prompt" if variant.startswith("no_id") else ""
-        say(f"note: {model} reads no images; these features are of the text alone{alike}")
-    data_set = load_data_set(
-        data,
-        conversations=conversations,
-        labels=labels,
-        variant=variant,
-        aspect=aspect,
-        images=backbone.reads_images,
-        mos_range=mos_range,
-        on_bad_item=on_bad_item,
-    )
-    for note in (*data_set.notes, *(f"warning: {warning}" for warning in data_set.warnings)):
-        say(note)
-    length = LengthRule(max_tokens=max_tokens, truncate=settings.pop("truncate"), on_bad_item=on_bad_item)
-    wanted = ExtractionSettings(variant=variant, aspect=aspect, length=length, **settings)
-    return run_extraction(data_set, backbone, store, wanted, opener=opener, crew=crew).as_dict()
+        opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
+        # a model that cannot be opened is reported before the images are checked
+        backbone = opened(opener, settings["device"])
+        if not backbone.reads_images:
+            alike = ", the same for all images of one prompt" if variant.startswith("no_id") else ""
+            say(f"note: {model} reads no images; these features are of the text alone{alike}")
+
+        def read() -> DataSet:
+            data_set = load_data_set(
+                data,
+                conversations=conversations,
+                labels=labels,
+                variant=variant,
+                aspect=aspect,
+                images=backbone.reads_images,
+                mos_range=mos_range,
+                on_bad_item=on_bad_item,
+            )
+            for note in (*data_set.notes, *(f"warning: {warning}" for warning in data_set.warnings)):
+                say(note)
+            return data_set
+
+        length = LengthRule(max_tokens=max_tokens, truncate=settings.pop("truncate"), on_bad_item=on_bad_item)
+        wanted = ExtractionSettings(variant=variant, aspect=aspect, length=length, **settings)
+        return run_extraction(read, backbone, store, wanted, opener=opener, crew=crew).as_dict()
 
 
 def _rate(filled: Mapping[str, Any]) -> dict[str, str]:

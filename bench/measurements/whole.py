@@ -40,9 +40,9 @@ from agiqa.extract.data.templates import fill
 WHOLE, OF_LINEAR, OF_FILL, TEXT_SECONDS = 42.0, 0.95, 0.85, 25.0
 """Goals: images per second without the wait for weights; shares for several devices; seconds of the text path."""
 _SHARD_BYTES = 4 << 30
-_PHASES = ("start", "plan", "load", "calibrate", "model", "fill", "seal")
-"""In order: `start` is all before the plan (imports, opening the model, checking the images), `load` the wait for
-weights after the plan, `model` what delays the first batch of the fill."""
+_PHASES = ("start", "check", "plan", "load", "calibrate", "model", "fill", "seal")
+"""In order: `start` is all before the check of the images (imports, opening the model), `load` the wait for weights
+after the plan, `model` what delays the first batch of the fill."""
 
 
 def write_checkpoint(folder: Path, shape: str, device: str) -> None:

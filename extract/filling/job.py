@@ -1,7 +1,8 @@
 """All of phase 1: plan a store, fill it, seal it. Run it again to resume."""
 
+import sys
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -85,7 +86,7 @@ class ExtractionResult:
     truncated: int
     fill: FillReport | None
     seconds: Mapping[str, float]
-    """By phase: plan, compile, calibrate, load, fill, seal; phases that did not run are omitted."""
+    """By phase: check, plan, compile, calibrate, load, fill, seal; phases that did not run are omitted."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -104,7 +105,7 @@ class ExtractionResult:
 
 
 def run_extraction(
-    data_set: DataSet,
+    data_set: DataSet | Callable[[], DataSet],
     backbone: Backbone,
     path: Path,
     settings: ExtractionSettings,
@@ -114,27 +115,32 @@ def run_extraction(
 ) -> ExtractionResult:
     """Plan, fill and seal the store at `path`; what an earlier run finished is kept.
 
-    The weights load, and their files are hashed, while the items are planned. With `plan_only` nothing is computed;
-    with a `part` the run that completes the store seals it. `opener` opens `backbone` anew in other processes, which
+    The weights load, and their files are hashed, while the items are planned, and before that while `data_set`, if it
+    is a function, reads the data set and checks its images. With `plan_only` nothing is computed; with a `part` the
+    run that completes the store seals it. `opener` opens `backbone` anew in other processes, which
     `workers`, `devices` and `ray` need; `crew` holds the processes of `devices`, if they were started before.
 
     Raises, before anything is read: UnknownName for the encoding, ConfigError for settings that contradict each other
     or need an `opener`, the errors of `check_writable` for `path`, and ModelError for a checkpoint without its tensors.
-    Later: DataError for items that cannot be used (see `LengthRule`), ConfigError for splits without training items to
-    calibrate on, HeadError for a basis of another model, SettingsConflict for a store with other settings, ModelError
-    when the weights do not fit the device, and WorkerError when an item does not, or processes die. Finished units are
-    kept.
+    Later: what `data_set` raises; DataError for items that cannot be used (see `LengthRule`), ConfigError for splits
+    without training items to calibrate on, HeadError for a basis of another model, SettingsConflict for a store with
+    other settings, ModelError when the weights do not fit the device, and WorkerError when an item does not, or
+    processes die. Finished units are kept.
     """
     _check(settings, path, backbone, opener)
-    images = to_prepare(data_set.items)
-    fewest = FEWEST_ITEMS if images else FEWEST_TEXTS
-    workers = chosen_workers(settings.workers, backbone, len(data_set.items), opener=opener, fewest=fewest)
     phases = _Phases()
     with ExitStack() as stack:
         provenance = stack.enter_context(Ahead(backbone.provenance))  # which hashes the files of the model
-        preparation = stack.enter_context(Preparation(backbone, workers=workers, opener=opener))
         computes = not settings.plan_only and not StoreLayout(path).manifest.exists()
-        engine = _engine(stack, backbone, preparation, settings, opener, crew, images=images if computes else None)
+        engine = _engine(stack, backbone, settings, opener, crew, images=_images(data_set, backbone), loads=computes)
+        if not isinstance(data_set, DataSet):
+            with phases.timed("check"):
+                data_set = data_set()
+        fewest = FEWEST_ITEMS if to_prepare(data_set.items) else FEWEST_TEXTS
+        workers = chosen_workers(settings.workers, backbone, len(data_set.items), opener=opener, fewest=fewest)
+        preparation = stack.enter_context(Preparation(backbone, workers=workers, opener=opener))
+        if isinstance(engine, Here):
+            engine = replace(engine, preparation=preparation)
         with phases.timed("plan"), track("plan", len(data_set.items), "items") as advance:
             tokenised = tokenise(data_set, backbone, settings.length, advance=advance, preparation=preparation)
         if not isinstance(engine, Here):
@@ -175,6 +181,13 @@ class _Phases:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
 
+def _images(data_set: DataSet | Callable[[], DataSet], backbone: Backbone) -> int:
+    """How many images the model will read; of a data set that is not read yet, as many as any process can use."""
+    if isinstance(data_set, DataSet):
+        return to_prepare(data_set.items)
+    return sys.maxsize if backbone.reads_images else 0
+
+
 def _elsewhere(settings: ExtractionSettings) -> bool:
     """Whether the model runs in other processes."""
     return settings.ray is not None or (settings.devices or 1) > 1
@@ -183,17 +196,18 @@ def _elsewhere(settings: ExtractionSettings) -> bool:
 def _engine(
     stack: ExitStack,
     backbone: Backbone,
-    preparation: Preparation[Backbone],
     settings: ExtractionSettings,
     opener: Opener | None,
     crew: Crew | None,
     *,
-    images: int | None,
+    images: int,
+    loads: bool,
 ) -> Engine:
-    """Where the model runs; it begins to load, until `stack` ends, unless `images`, the number of them, is None."""
+    """Where the model runs on `images` images; with `loads` it begins to load, until `stack` ends."""
     if opener is None or not _elsewhere(settings):
-        loading = None if images is None else stack.enter_context(Ahead(backbone.load))
-        return Here(backbone=backbone, preparation=preparation, batch_size=settings.batch_size, loading=loading)
+        loading = stack.enter_context(Ahead(backbone.load)) if loads else None
+        nothing = Preparation(backbone)
+        return Here(backbone=backbone, preparation=nothing, batch_size=settings.batch_size, loading=loading)
     process = ModelProcess(
         opener=opener,
         device=settings.device,
@@ -205,7 +219,7 @@ def _engine(
         return OnRay(process=process, address=settings.ray, actors=settings.devices)
     devices = devices_of_host(backbone.device, settings.devices or 1)
     process = replace(process, device=devices[0])
-    if images is None:
+    if not loads:
         return OnDevices(process=process, devices=devices)
     crew = crew or stack.enter_context(
         Crew(len(devices), on_cpu=devices[0].startswith("cpu"), workers=settings.workers != 0)
@@ -254,6 +268,7 @@ def _check(settings: ExtractionSettings, path: Path, backbone: Backbone, opener:
     if settings.rank is not None:
         check_rank(settings.rank, backbone)
     require_opener(opener, "Several devices", needed=_elsewhere(settings))
+    require_opener(opener, "Worker processes", needed=bool(settings.workers))
 
 
 def _check_encoding(settings: ExtractionSettings) -> None:

@@ -11,8 +11,9 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import ModelError, first_line
+from agiqa.extract.models.ahead import Ahead
 from agiqa.store.disk.files import refuse_lfs_pointers, sha256_of_file
 
 SETTINGS_PATTERNS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -32,6 +34,8 @@ WEIGHT_LAYOUTS = (
 )
 """The weight files of the official layouts, in the order in which transformers looks for them."""
 
+_BEGUN = dict[Path, Ahead[dict[str, str]]]()
+"""Hashes that `hashed_ahead` has begun, by the folder of the checkpoint."""
 _HASHED_AT_ONCE = 8
 """Files: one thread hashes about 1.5 GB/s."""
 _WEIGHT_KINDS = ("*.safetensors", "*.bin")
@@ -130,7 +134,14 @@ class Checkpoint(Source):
         return _shards(self.name, layout) if layout.suffix == ".json" else [layout]
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 (hex) of every weight and settings file, by file name. Reads all of them once, several at a time."""
+        """SHA-256 (hex) of every weight and settings file, by file name. Reads all of them once, several at a time.
+
+        Waits for `hashed_ahead` instead, if that has begun.
+        """
+        begun = _BEGUN.get(self.folder) if self.gguf is None else None
+        return self._hashed() if begun is None else begun.result()
+
+    def _hashed(self) -> dict[str, str]:
         paths = sorted({*self.settings_files(), *self.weight_files()})
         pool = ThreadPoolExecutor(_HASHED_AT_ONCE, thread_name_prefix="agiqa-hash")
         try:
@@ -150,6 +161,25 @@ class Checkpoint(Source):
             stored: list[str] = tensors.keys()
             found = (names.get(tensors.get_slice(key).get_dtype()) for key in stored)
             return next((name for name in found if name is not None), None)
+
+
+@contextmanager
+def hashed_ahead(model: str) -> Generator[None]:
+    """Meanwhile hash the files of `model`, if it is a folder in the official layout, for `Checkpoint.hashes`.
+
+    What is wrong with the files is left to those who open the checkpoint.
+    """
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        yield
+        return
+    checkpoint = resolve_checkpoint(model)
+    with Ahead(checkpoint._hashed) as hashing:
+        _BEGUN[checkpoint.folder] = hashing
+        try:
+            yield
+        finally:
+            del _BEGUN[checkpoint.folder]
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

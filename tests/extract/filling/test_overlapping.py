@@ -167,6 +167,37 @@ def test_a_load_that_fails_beside_a_plan_is_the_error_and_the_plan_is_kept(
     assert verify(extract(odd_set, tiny_minicpm_checkpoint, tmp_path / "s.agiqa").store, "full").sound
 
 
+def test_the_model_loads_while_the_data_set_is_read(odd_set, tiny_minicpm_checkpoint, tmp_path, monkeypatch):
+    data_set, backbone = inputs(odd_set, tiny_minicpm_checkpoint)
+    meeting = Meeting(backbone, monkeypatch)
+    began_first = []
+
+    def read():
+        began_first.append(meeting.begun.wait(60))
+        return data_set
+
+    result = run(read, backbone, tmp_path / "s.agiqa")
+    assert began_first == [True]
+    assert "check" in result.seconds
+    expected = extract(odd_set, tiny_minicpm_checkpoint, tmp_path / "expected.agiqa").store
+    assert objects_of(result.store.path) == objects_of(expected.path)
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_a_data_set_that_cannot_be_read_beside_a_load_is_the_error(devices, odd_set, tiny_minicpm_checkpoint, tmp_path):
+    backbone = inputs(odd_set, tiny_minicpm_checkpoint)[1]
+
+    def read():
+        message = "no such images"
+        raise DataError(message)
+
+    settings = ExtractionSettings(device="cpu", devices=devices)
+    opener = partial(open_backbone, str(tiny_minicpm_checkpoint))
+    with pytest.raises(DataError, match="no such images"):
+        run_extraction(read, backbone, tmp_path / "s.agiqa", settings, opener=opener)
+    assert not (tmp_path / "s.agiqa").exists()
+
+
 def test_nothing_is_loaded_for_a_plan_or_a_finished_store(odd_set, tiny_minicpm_checkpoint, tmp_path, monkeypatch):
     extract(odd_set, tiny_minicpm_checkpoint, tmp_path / "done.agiqa")
     data_set, backbone = inputs(odd_set, tiny_minicpm_checkpoint)

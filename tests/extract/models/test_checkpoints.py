@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from agiqa.errors import ModelError
-from agiqa.extract.models.checkpoints import resolve_checkpoint
+from agiqa.extract.models import checkpoints
+from agiqa.extract.models.checkpoints import hashed_ahead, resolve_checkpoint
 from agiqa.extract.models.loading import failures_of
 
 
@@ -19,6 +20,28 @@ def test_a_folder_and_its_hashes(tiny_text_checkpoint):
     for name, digest in hashes.items():
         assert digest == hashlib.sha256((tiny_text_checkpoint / name).read_bytes()).hexdigest()
     assert checkpoint.stored_dtype() == "float32"
+
+
+def test_hashes_begun_ahead_are_those_of_the_checkpoint(tiny_text_checkpoint, monkeypatch):
+    expected = resolve_checkpoint(str(tiny_text_checkpoint)).hashes()
+    with hashed_ahead(str(tiny_text_checkpoint)):
+        assert resolve_checkpoint(str(tiny_text_checkpoint)).hashes() == expected
+        monkeypatch.setattr(checkpoints, "sha256_of_file", None)  # nothing is hashed again
+        assert resolve_checkpoint(str(tiny_text_checkpoint)).hashes() == expected
+        with pytest.raises(TypeError):
+            resolve_checkpoint(str(tiny_text_checkpoint))._hashed()
+    with pytest.raises(TypeError):
+        resolve_checkpoint(str(tiny_text_checkpoint)).hashes()
+
+
+def test_what_cannot_be_hashed_ahead_is_told_by_those_who_ask(tiny_text_checkpoint, tmp_path):
+    with hashed_ahead(str(tmp_path / "absent")), hashed_ahead("pkg:absent"), hashed_ahead("owner/name"):
+        pass
+    folder = tmp_path / "unweighted"
+    shutil.copytree(tiny_text_checkpoint, folder)
+    (folder / "model.safetensors").unlink()
+    with hashed_ahead(str(folder)), pytest.raises(ModelError, match="no weights in"):
+        resolve_checkpoint(str(folder)).hashes()
 
 
 def test_shards_are_all_needed(tiny_text_checkpoint, tmp_path):
