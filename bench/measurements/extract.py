@@ -92,14 +92,15 @@ def made_up_data(folder: Path, backbone: Backbone, *, items: int, tokens: int, p
     short, long = (len(backbone.prepare(_conversation(random, words), paths[0]).token_ids) for words in (0, 200))
     words = max(0.0, (tokens - short) / (long - short) * 200)
     found: list[Item] = []
-    for path in paths:
+    hashes = [read_image_file(path).sha256 for path in paths[:_DIFFERENT]]
+    for number, path in enumerate(paths):
         conversation = _conversation(random, round(words * random.uniform(0.9, 1.1)))
         item = Item(
             name=path.name,
             prompt="made up",
             conversation=conversation,
             image=path,
-            image_sha256=read_image_file(path).sha256,
+            image_sha256=hashes[number % _DIFFERENT],
             image_size=(pixels, pixels),
             labels={"quality": float(random.uniform(0, 5))},
             split="train",

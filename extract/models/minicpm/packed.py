@@ -236,8 +236,15 @@ def _padded_linear(
     return _linear(weight, bias)
 
 
+class _EmptyLinear(nn.Linear):
+    """For weights that come from others; random ones would cost milliseconds each."""
+
+    def reset_parameters(self) -> None:
+        """Nothing."""
+
+
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made = _EmptyLinear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=False)
