@@ -172,7 +172,7 @@ def tables(lines: Sequence[Line]) -> str:
         config, measured = line["config"], line["measured"]
         if config["version"] != "now":
             continue
-        name = f"{config['model']}, {config['devices']} devices"
+        name = config["model"] if config["devices"] == 1 else f"{config['model']}, {config['devices']} devices"
         if config["items"] == "all":
             goals.append([f"{name}: seconds", *goal_cells(measured["whole_seconds"], at_most=TEXT_SECONDS)])
         elif config["devices"] == 1:

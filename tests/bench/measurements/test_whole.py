@@ -1,13 +1,15 @@
 """The benchmark of the whole command: the real command on files of a tiny model, and the tables of its lines."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from agiqa.bench.measurements.whole import main, tables
+from agiqa.bench.recording.tables import read_results
 
-PHASES = ("start", "plan", "load", "calibrate", "model", "fill", "seal")
+PHASES = ("start", "check", "plan", "load", "calibrate", "model", "fill", "seal")
 
 
 def test_the_phases_make_up_the_whole_command(tmp_path):
@@ -34,5 +36,13 @@ def test_goals_are_of_this_version_and_of_the_path():
         {"config": {"version": version, "devices": devices, "model": "m", "items": items}, "measured": measured}
         for version, devices, items in (("before", 1, 5), ("now", 1, 5), ("now", 2, 10), ("now", 1, "all"))
     ]
-    goals = [row for row in tables(lines).splitlines() if row.startswith("| m, ")]
+    goals = [row for row in tables(lines).splitlines() if row.startswith("| m")]
     assert [row.split("|")[-2].strip() for row in goals] == ["no", "yes", "yes", "yes"]
+
+
+def test_the_log_has_the_rows_of_the_lines():
+    bench = Path(__file__).resolve().parents[3] / "bench"
+    rows = tables(read_results(bench / "results" / "extract" / "h200-whole.jsonl")).splitlines()
+    log = (bench / "LOG.md").read_text().splitlines()
+    assert len(rows) > 8
+    assert [row for row in rows if row not in log] == []
