@@ -9,6 +9,8 @@ from typing import Generic, Self, TypeVar
 from agiqa.workers import ABANDONED
 
 _Result_co = TypeVar("_Result_co", covariant=True)
+_SECONDS_TO_NOTICE = 1.0
+"""After which Ctrl-C is noticed at the latest: one that arrives just before a wait begins does not end that wait."""
 _SECONDS_TO_END = 0.5
 """Time that a thread has to end once nobody wants its result; loading a large model takes longer."""
 
@@ -42,12 +44,14 @@ class Ahead(Generic[_Result_co]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Wait for the thread, but not for long if the block failed."""
-        if not self._ended.wait(None if error is None or self._finishes else _SECONDS_TO_END):
+        if error is None or self._finishes:
+            self._wait()
+        elif not self._ended.wait(_SECONDS_TO_END):
             self._thread.name = ABANDONED
 
     def result(self) -> _Result_co:
         """What the function returned, as soon as it has. Raises what it raised."""
-        self._ended.wait()
+        self._wait()
         self.check()
         return self._found[0]
 
@@ -55,6 +59,10 @@ class Ahead(Generic[_Result_co]):
         """Raise what the function raised, if it already has."""
         if self._error is not None:
             raise self._error
+
+    def _wait(self) -> None:
+        while not self._ended.wait(_SECONDS_TO_NOTICE):
+            pass
 
     def _run(self) -> None:
         try:

@@ -15,7 +15,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -139,15 +139,7 @@ class Checkpoint(Source):
         Waits for `hashed_ahead` instead, if that has begun.
         """
         begun = _BEGUN.get(self.folder) if self.gguf is None else None
-        return self._hashed() if begun is None else begun.result()
-
-    def _hashed(self) -> dict[str, str]:
-        paths = sorted({*self.settings_files(), *self.weight_files()})
-        pool = ThreadPoolExecutor(_HASHED_AT_ONCE, thread_name_prefix="agiqa-hash")
-        try:
-            return {path.name: found for path, found in zip(paths, pool.map(sha256_of_file, paths), strict=True)}
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        return _hashes(self) if begun is None else begun.result()
 
     def stored_dtype(self) -> str | None:
         """The dtype name of the first floating-point tensor of a safetensors checkpoint, else None."""
@@ -174,12 +166,21 @@ def hashed_ahead(model: str) -> Generator[None]:
         yield
         return
     checkpoint = resolve_checkpoint(model)
-    with Ahead(checkpoint._hashed) as hashing:
+    with Ahead(partial(_hashes, checkpoint)) as hashing:
         _BEGUN[checkpoint.folder] = hashing
         try:
             yield
         finally:
             del _BEGUN[checkpoint.folder]
+
+
+def _hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    paths = sorted({*checkpoint.settings_files(), *checkpoint.weight_files()})
+    pool = ThreadPoolExecutor(_HASHED_AT_ONCE, thread_name_prefix="agiqa-hash")
+    try:
+        return {path.name: found for path, found in zip(paths, pool.map(sha256_of_file, paths), strict=True)}
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
