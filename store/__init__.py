@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from agiqa.store.format.layout import ENCODINGS as ENCODINGS
     from agiqa.store.format.layout import ITEM_STATUS as ITEM_STATUS
     from agiqa.store.format.layout import TOKEN_ROLES as TOKEN_ROLES
+    from agiqa.store.format.tables import TABLE_FORMATS as TABLE_FORMATS
+    from agiqa.store.format.tables import table_rows as table_rows
     from agiqa.store.reading.store import Store as Store
     from agiqa.store.reading.store import TokenRows as TokenRows
     from agiqa.store.reading.store import is_planned as is_planned
@@ -72,6 +74,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         ],
         "format.items": ["Items"],
         "format.layout": ["ENCODINGS", "ITEM_STATUS", "TOKEN_ROLES"],
+        "format.tables": ["TABLE_FORMATS", "table_rows"],
         "reading.store": ["Store", "TokenRows", "is_planned"],
         "reading.summary": ["store_summary"],
         "reading.union": ["StoreUnion", "union"],

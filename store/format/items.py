@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from agiqa.errors import DamagedStore
+from agiqa.notebooks import one_line
 from agiqa.store.disk.files import sync_file
 from agiqa.store.format.labels import MosRange, range_record, read_range
 from agiqa.store.format.parquet_pages import bytes_of_pages
 
-LABEL_PREFIX = "mos_"
+LABEL_PREFIX, DEVIATION_PREFIX = "mos_", "std_"
+"""Beginnings of column names: MOS, and the standard deviation of the single ratings."""
 MOS_RANGE = "mos_range"
 """Metadata key of a MOS column: its scale, as `range_record`."""
 _NAMES_PER_BYTE = 16
@@ -53,14 +55,42 @@ class Items:
     """Author of each item's text, one of TEXT_AUTHORS or None; empty if all are unknown."""
     mos_ranges: Mapping[str, MosRange] = field(default_factory=dict[str, MosRange])
     """Aspect to the scale of its MOS, lowest and highest; missing if unknown."""
+    deviations: Mapping[str, NDArray[np.float64]] = field(default_factory=dict[str, NDArray[np.float64]])
+    """Aspect to the standard deviation of its single ratings per item, (items,), on the scale of the MOS; NaN for
+    missing ones."""
 
     def __len__(self) -> int:
         """Number of items."""
         return len(self.names)
 
+    def __repr__(self) -> str:
+        """What the table holds, in one line."""
+        return one_line("Items", {"items": len(self), "MOS": " and ".join(sorted(self.labels)) or "none"})
+
     def in_split(self, split: str) -> list[int]:
         """Positions of the items whose split is `split`."""
         return [position for position, name in enumerate(self.splits) if name == split]
+
+    def first(self, count: int) -> "Items":
+        """The first `count` items; a column of numbers that has none of theirs is left out."""
+        head = [*range(count)]
+
+        def numbers(columns: Mapping[str, NDArray[np.float64]]) -> dict[str, NDArray[np.float64]]:
+            cut = {aspect: np.asarray(values[head], np.float64) for aspect, values in columns.items()}
+            return {aspect: values for aspect, values in cut.items() if np.isfinite(values).any()}
+
+        labels = numbers(self.labels)
+        return Items(
+            names=self.names[:count],
+            prompts=self.prompts[:count],
+            splits=self.splits[:count],
+            generators=self.generators[:count],
+            descriptions=self.descriptions[:count],
+            labels=labels,
+            text_authors=self.text_authors[:count],
+            mos_ranges={aspect: scale for aspect, scale in self.mos_ranges.items() if aspect in labels},
+            deviations=numbers(self.deviations),
+        )
 
     def same_as(self, other: "Items") -> bool:
         """Whether every column has the same values, missing ones included, and no two known scales of MOS differ."""
@@ -82,6 +112,8 @@ class Items:
             columns[TEXT_AUTHOR] = pa.array(self.text_authors, text)
         for aspect in sorted(self.labels):
             columns[LABEL_PREFIX + aspect] = pa.array(self.labels[aspect], pa.float64(), from_pandas=True)
+        for aspect in sorted(self.deviations):
+            columns[DEVIATION_PREFIX + aspect] = pa.array(self.deviations[aspect], pa.float64(), from_pandas=True)
         scales = {LABEL_PREFIX + aspect: {MOS_RANGE: range_record(scale)} for aspect, scale in self.mos_ranges.items()}
         fields = [pa.field(name, column.type, metadata=scales.get(name)) for name, column in columns.items()]
         return pa.table(columns, schema=pa.schema(fields))
@@ -120,11 +152,8 @@ def read_items(path: Path) -> Items:
             splits=columns["split"].to_pylist(),
             generators=columns["generator"].to_pylist(),
             descriptions=columns["description"].to_pylist(),
-            labels={
-                name.removeprefix(LABEL_PREFIX): np.array(column.to_numpy(), np.float64)  # null becomes NaN
-                for name, column in columns.items()
-                if name.startswith(LABEL_PREFIX)
-            },
+            labels=_numbers(columns, LABEL_PREFIX),
+            deviations=_numbers(columns, DEVIATION_PREFIX),
             text_authors=columns[TEXT_AUTHOR].to_pylist() if TEXT_AUTHOR in columns else [],
             mos_ranges={
                 column.name.removeprefix(LABEL_PREFIX): read_range(column.metadata[MOS_RANGE.encode()])
@@ -140,6 +169,15 @@ def read_items(path: Path) -> Items:
         raise _unreadable(path, error) from error
     except (TypeError, ValueError) as error:
         raise _damaged(path, f"has values of another kind ({error})") from error
+
+
+def _numbers(columns: Mapping[str, pa.ChunkedArray], prefix: str) -> dict[str, NDArray[np.float64]]:
+    """The columns whose names begin with `prefix`, by what follows; null becomes NaN."""
+    return {
+        name.removeprefix(prefix): np.array(column.to_numpy(), np.float64)
+        for name, column in columns.items()
+        if name.startswith(prefix)
+    }
 
 
 def _check_texts(path: Path, items: Items) -> None:

@@ -1,22 +1,23 @@
-"""Labels: the csv tables that they come from, the scale of a MOS, and how values get from one scale to another.
+"""Labels: their names, the scale of a MOS, and how values get from one scale to another.
 
 The scale of a MOS is its lowest and its highest possible value. `Items.mos_ranges` records it. Older stores do not: of
 their scale one knows only that it must hold all their values.
 """
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.store.disk.files import canonical_json, read_text
+from agiqa.progress import say
+from agiqa.store.disk.files import canonical_json
 
 ASPECT_COLUMNS = {
     "mos": "quality",
@@ -28,10 +29,20 @@ ASPECT_COLUMNS = {
 }
 """Aspect by the column names of AGIQA-3k, AIGCIQA2023 and AIGIQA-20k."""
 
+DEVIATION_COLUMNS = {
+    "std_quality": "quality",
+    "std_align": "correspondence",
+    "std_alignment": "correspondence",
+    "std_correspondence": "correspondence",
+    "std_authenticity": "authenticity",
+}
+"""Aspect by the names of columns with the standard deviation of the single ratings."""
+
 ASPECT_NAMES = {column.removeprefix("mos_"): aspect for column, aspect in ASPECT_COLUMNS.items() if "_" in column}
 """Aspect by its name in file and column names: `align` and `alignment` are correspondence."""
 
 SPLITS = ("train", "val", "test")
+_OTHER_SPLITS = {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
 
 RATING_WORDS = ("bad", "poor", "fair", "good", "excellent")
 """From the lowest to the highest fifth of the MOS range."""
@@ -41,9 +52,23 @@ Values = NDArray[np.float64]
 
 DEFAULT_RANGE: MosRange = (0.0, 5.0)
 """The scale of a table unless the user gives another."""
+IMPORT_RECORD, IMPORT_FORMAT = "source.json", "agiqa.import"
+"""The file beside an imported data.csv that says where it is from and which scale its MOS have, and its format."""
+IMPORTED_TABLE = "data.csv"
+"""The table that an import writes."""
+_USUAL_RANGES: tuple[MosRange, ...] = ((0.0, 1.0), (-1.0, 1.0), (0.0, 5.0), (0.0, 10.0), (0.0, 100.0))
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+_FEW = 20
+"""Fewer than one in so many MOS outside the scale are mistakes of their rows, not another scale."""
 _LONGEST_RECORD = 100
 _ENOUGH = 8
 """With this many values, all of them in the lowest quarter of a scale is no chance."""
+
+
+def split_of(cell: str) -> str:
+    """The split that `cell` means, in any case; `cell` itself where it is none."""
+    plain = cell.strip().lower()
+    return plain if plain in SPLITS else _OTHER_SPLITS.get(plain, cell)
 
 
 def check_range(scale: Sequence[float]) -> MosRange:
@@ -74,6 +99,37 @@ def read_range(record: str | bytes) -> MosRange:
     raise ValueError(message)
 
 
+def import_record(path: Path) -> dict[str, Any] | None:
+    """The content of the file `path`, if `agiqa data import` wrote it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("format") == IMPORT_FORMAT else None
+
+
+def scale_of(table: Path, given: Sequence[float] | None = None) -> MosRange:
+    """The scale of the MOS in `table`: the `given` one, else that which an import recorded, else DEFAULT_RANGE.
+
+    Announces the scale of an import for another table than its own. Raises ConfigError for an empty scale, and
+    DataError for a record without a scale.
+    """
+    if given is not None:
+        return check_range(given)
+    path = table.parent / IMPORT_RECORD
+    record = import_record(path)
+    if record is None:
+        return DEFAULT_RANGE
+    try:
+        scale = read_range(json.dumps(record.get("mos_range")))
+    except ValueError as error:
+        message = f"{path}: {error}; import the set again."
+        raise DataError(message) from error
+    if table.name != IMPORTED_TABLE:
+        say(f"{table}: MOS from {range_text(scale)}, the scale in {path}; --mos-range gives another one")
+    return scale
+
+
 def range_text(scale: MosRange | None) -> str:
     """A scale in the words of messages."""
     return "a scale that is not recorded" if scale is None else f"{scale[0]:g} to {scale[1]:g}"
@@ -83,6 +139,11 @@ def convert_mos(values: Values, source: MosRange, target: MosRange) -> Values:
     """`values` (any shape) of the scale `source` on the scale `target`: linear, ends to ends."""
     (low, high), (new_low, new_high) = source, target
     return np.asarray((values - low) / (high - low) * (new_high - new_low) + new_low, np.float64)
+
+
+def convert_deviations(values: Values, source: MosRange, target: MosRange) -> Values:
+    """Standard deviations (any shape) of the scale `source` on the scale `target`."""
+    return np.asarray(values * ((target[1] - target[0]) / (source[1] - source[0])), np.float64)
 
 
 def is_plausible(values: Values, scale: MosRange) -> bool:
@@ -103,8 +164,20 @@ def scale_warning(aspect: str, values: Values, scale: MosRange) -> str | None:
         return None
     return (
         f"note: the highest of {int(np.isfinite(values).sum())} MOS of {aspect} is {np.nanmax(values):g}, in the "
-        f"lowest quarter of {range_text(scale)}. If that is not their scale, give it by --mos-range."
+        f"lowest quarter of {range_text(scale)}. If that is not their scale, add {_option(values)}."
     )
+
+
+def likely_range(values: Values) -> MosRange:
+    """The smallest usual scale that holds all `values`, or whole numbers around them."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    usual = (scale for scale in _USUAL_RANGES if scale[0] <= low and high <= scale[1])
+    return next(usual, (math.floor(low), math.floor(high) + 1))
+
+
+def _option(values: Values) -> str:
+    low, high = likely_range(values)
+    return f"--mos-range {low:g} {high:g}"
 
 
 def rating_numbers(mos: Values, scale: MosRange) -> NDArray[np.int64]:
@@ -219,44 +292,67 @@ def _refuse_mixture(
     raise error
 
 
-@dataclass(frozen=True, kw_only=True)
-class TableRow:
-    """One row of a csv file."""
+class MosReader:
+    """Reads the MOS of one table, and tells mistakes of the whole table from those of a row."""
 
-    number: int
-    """The line on which the row ends, counted from 1."""
-    cells: list[str]
+    def __init__(self, path: Path) -> None:
+        """`path` is the table, for messages."""
+        self._path = path
+        self._values: dict[str, list[float]] = {}
+        self._outside: dict[str, list[float]] = {}
+        self._scales: dict[str, MosRange] = {}
+        self._commas: list[tuple[int, str, str]] = []
+        self._words: dict[str, list[str]] = {}
+        """By column, the values that are no numbers."""
+
+    def read(self, column: str, cell: str, scale: MosRange, line: int) -> float:
+        """As `read_mos`."""
+        if _DECIMAL_COMMA.fullmatch(cell):
+            self._commas.append((line, column, cell))
+        try:
+            value = read_mos(column, cell, scale)
+        except OutsideScale as error:
+            self._outside.setdefault(column, []).append(error.value)
+            self._scales[column] = scale
+            raise
+        except DataError:
+            self._words.setdefault(column, []).append(cell)
+            raise
+        self._values.setdefault(column, []).append(value)
+        return value
+
+    def check(self) -> None:
+        """Raise DataError for decimal commas, a column without any number, and one on another scale."""
+        if self._commas:
+            line, column, cell = self._commas[0]
+            message = (
+                f"{self._path}, line {line}: {column} is {cell!r}, with a decimal comma, as are {len(self._commas)} "
+                f"values in all; write {cell.replace(',', '.')} instead."
+            )
+            raise DataError(message)
+        for column, words in self._words.items():
+            if len(words) > 1 and column not in self._values and column not in self._outside:
+                message = (
+                    f"{self._path}: none of the {len(words)} values of {column} is a number; the first is "
+                    f"{words[0]!r}. If another column has the MOS, add --columns mos_quality=COLUMN (or "
+                    "mos_correspondence, mos_authenticity), and give this one another name."
+                )
+                raise DataError(message)
+        for column, outside in self._outside.items():
+            values = np.array([*self._values.get(column, []), *outside])
+            if len(outside) > 1 and len(outside) * _FEW >= len(values):
+                message = (
+                    f"{self._path}: {len(outside)} of {len(values)} values of {column} are outside "
+                    f"{range_text(self._scales[column])}; they go from {values.min():g} to {values.max():g}. If all "
+                    f"are right, add {_option(values)}, or the two ends of their scale if those are others."
+                )
+                raise DataError(message)
 
 
-def read_table(path: Path) -> tuple[list[str], list[TableRow]]:
-    """Header and rows of the csv file `path`, without blank lines.
+class OutsideScale(DataError):
+    """A finite MOS outside the scale."""
 
-    Raises DataError unless the file is UTF-8 csv and has rows.
-    """
-    header, rows = open_table(path)
-    return header, list(rows)
-
-
-def open_table(path: Path) -> tuple[list[str], Iterator[TableRow]]:
-    """As `read_table`, but one row at a time: an error in a row is raised when the row is reached."""
-    rows = _rows(path)
-    return [cell.strip() for cell in next(rows).cells], rows
-
-
-def _rows(path: Path) -> Iterator[TableRow]:
-    """The header, and then the rows."""
-    reader, count = csv.reader(io.StringIO(read_text(path), newline=""), strict=True), 0
-    try:
-        for cells in reader:
-            if cells or not count:
-                yield TableRow(number=reader.line_num, cells=cells)
-                count += 1
-    except csv.Error as error:
-        message = f"{path}, line {reader.line_num}: not a csv file ({error})."
-        raise DataError(message) from error
-    if count < 2:
-        message = f"{path}: a header but no rows."
-        raise DataError(message)
+    value: float = math.nan
 
 
 def read_mos(column: str, cell: str, mos_range: MosRange) -> float:
@@ -265,10 +361,28 @@ def read_mos(column: str, cell: str, mos_range: MosRange) -> float:
     try:
         value = float(cell)
     except ValueError:
-        message = f"{column} is {cell!r}, not a number"
+        remedy = f"; write {cell.replace(',', '.')}" if _DECIMAL_COMMA.fullmatch(cell) else ""
+        message = f"{column} is {cell!r}, not a number{remedy}"
         raise DataError(message) from None
-    if not (math.isfinite(value) and low <= value <= high):
-        remedy = " (give the range of these MOS by --mos-range)" if math.isfinite(value) else ""
-        message = f"{column} is {cell}, outside {low:g} to {high:g}{remedy}"
+    if math.isfinite(value) and low <= value <= high:
+        return value
+    if not math.isfinite(value):
+        message = f"{column} is {cell}, outside {low:g} to {high:g}"
         raise DataError(message)
-    return value
+    outside = OutsideScale(
+        f"{column} is {cell}, outside {low:g} to {high:g} (give the range of these MOS by --mos-range)"
+    )
+    outside.value = value
+    raise outside
+
+
+def read_deviation(column: str, cell: str) -> float:
+    """The standard deviation in `cell`. Raises DataError, worded for a list of problems, unless it is 0 or more."""
+    try:
+        value = float(cell)
+    except ValueError:
+        value = math.nan
+    if math.isfinite(value) and value >= 0.0:
+        return value
+    message = f"{column} is {cell!r}, not a standard deviation (a number of 0 or more)"
+    raise DataError(message)

@@ -21,7 +21,7 @@ from agiqa.store.care.verification import verify
 from agiqa.store.disk.files import canonical_json, naming, sync_file, telling_disk_errors
 from agiqa.store.disk.locks import exclusive_lock
 from agiqa.store.format.arrays import object_rows
-from agiqa.store.format.items import LABEL_PREFIX, MOS_RANGE, Items
+from agiqa.store.format.items import DEVIATION_PREFIX, LABEL_PREFIX, MOS_RANGE, Items
 from agiqa.store.format.labels import range_record
 from agiqa.store.format.layout import ROW_ARRAYS
 from agiqa.store.hdf5.files import (
@@ -210,9 +210,9 @@ def _write_items(group: h5py.Group, items: Items, compression: str) -> None:
         dataset[...] = values
 
     for name, column in items.table().to_pydict().items():
-        if name.startswith(LABEL_PREFIX):
+        if name.startswith((LABEL_PREFIX, DEVIATION_PREFIX)):
             write(name, np.array(column, np.float64))  # None becomes NaN
-            scale = items.mos_ranges.get(name.removeprefix(LABEL_PREFIX))
+            scale = items.mos_ranges.get(name.removeprefix(LABEL_PREFIX)) if name.startswith(LABEL_PREFIX) else None
             if scale is not None:
                 group[name].attrs[MOS_RANGE] = range_record(scale)
             continue

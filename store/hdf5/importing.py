@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from agiqa.errors import DamagedStore, SchemaError
 from agiqa.store.deriving.deriving import same_tokens, write_store
 from agiqa.store.format.arrays import STORAGE_DTYPES, Geometry, create_whole_array, storage_dtype
-from agiqa.store.format.items import LABEL_PREFIX, MOS_RANGE, TEXT_AUTHOR, Items
+from agiqa.store.format.items import DEVIATION_PREFIX, LABEL_PREFIX, MOS_RANGE, TEXT_AUTHOR, Items
 from agiqa.store.format.labels import read_range
 from agiqa.store.format.layout import ITEM_STATUS, LM_HEAD_NAMED_IN, MODEL_GROUPS, TOKEN_ROLES
 from agiqa.store.format.metadata import array_forms, check_attributes, damaged, form_problem
@@ -309,18 +309,23 @@ def _read_items(path: Path, file: h5py.File, *, rows: int) -> Items:
         missing = column(f"missing/{name}", "u")[...].tolist()
         return [None if gone else text for text, gone in zip(values, missing, strict=True)]
 
-    aspects = [name.removeprefix(LABEL_PREFIX) for name in sorted(group) if name.startswith(LABEL_PREFIX)]
+    def numbers(prefix: str) -> dict[str, NDArray[np.float64]]:
+        names = [name for name in sorted(group) if name.startswith(prefix)]
+        return {name.removeprefix(prefix): np.asarray(column(name, "f")[...], np.float64) for name in names}
+
+    labels = numbers(LABEL_PREFIX)
     return Items(
         names=[text or "" for text in texts("name")],
         prompts=[text or "" for text in texts("prompt")],
         splits=texts("split"),
         generators=texts("generator"),
         descriptions=texts("description"),
-        labels={aspect: np.asarray(column(LABEL_PREFIX + aspect, "f")[...], np.float64) for aspect in aspects},
+        labels=labels,
+        deviations=numbers(DEVIATION_PREFIX),
         text_authors=texts(TEXT_AUTHOR) if TEXT_AUTHOR in group else [],
         mos_ranges={
             aspect: read_range(str(group[LABEL_PREFIX + aspect].attrs[MOS_RANGE]))
-            for aspect in aspects
+            for aspect in labels
             if MOS_RANGE in group[LABEL_PREFIX + aspect].attrs
         },
     )

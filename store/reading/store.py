@@ -17,6 +17,7 @@ from agiqa.store.format.items import Items, count_items
 from agiqa.store.format.layout import LM_HEAD_NAMED_IN, StoreLayout
 from agiqa.store.format.manifest import content_hash, has_listed_metadata, has_planned_attributes, read_recorded_items
 from agiqa.store.format.metadata import damaged, require_no_pull
+from agiqa.store.reading.by_name import ByName
 from agiqa.store.reading.stored_arrays import StoredArrays, empty_array
 
 
@@ -37,7 +38,7 @@ class TokenRows:
         return to_float32(self.rows, self.logical_dtype)
 
 
-class Store(StoredArrays):
+class Store(ByName, StoredArrays):
     """A feature store in a local folder; `agiqa.store.open_store` opens it."""
 
     def __init__(
@@ -71,7 +72,9 @@ class Store(StoredArrays):
         return self._read_items()
 
     def _read_items(self) -> Items:
-        return read_recorded_items(self.layout)
+        items = read_recorded_items(self.layout)
+        self.require_in_place()
+        return items
 
     def _count_items(self) -> int:
         return count_items(self.layout.items)
@@ -116,6 +119,7 @@ class Store(StoredArrays):
         count = self._count_items()
         for name in ("n_tokens", "row_start", "unit", "item_key", "status"):
             if self.array(f"index/{name}").shape[:1] != (count,):
+                self.require_in_place()
                 raise damaged(self.path, f"index/{name} does not have one entry for each of {count} items")
         arrays = {name: self.whole(f"index/{name}") for name in ("n_tokens", "row_start", "unit")}
         _check_index(self.path, self.geometry, **arrays)

@@ -5,7 +5,7 @@ listed object that is missing, or has another size, is an error.
 """
 
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import DamagedStore, IncompleteStore, StoreError
+from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, StoreError
 from agiqa.store.format.arrays import object_rows
 from agiqa.store.format.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, PULL_RECORD, ROW_ARRAYS, StoreLayout
 from agiqa.store.format.manifest import read_manifest, read_record
@@ -50,6 +50,7 @@ class StoredArrays:
         self.attributes: dict[str, Any] = dict(self.group.attrs)
         self.geometry = check_attributes(path, self.attributes)
         self.id: str = str(self.attributes["id"])
+        self._folder = _identity(self.layout.root)
         if self._manifest is not None and self._manifest.get("id") != self.id:
             what = f"it is that of the store {str(self._manifest.get('id'))[:12]}, the metadata of {self.id[:12]}"
             raise damaged(self.layout.manifest if manifest is None else self.location, what)
@@ -121,11 +122,25 @@ class StoredArrays:
         try:
             yield
         except (ValueError, RuntimeError, OSError) as error:
+            self.require_in_place()
             message = (
                 f"{self.path}: {what} cannot be decoded, its bytes are damaged ({error}). "
                 f"`agiqa store verify --level full {self.path}` names all that is damaged."
             )
             raise DamagedStore(message) from error
+
+    def require_in_place(self) -> None:
+        """Raise BusyStore if another store took the place of this one since it was opened, as a larger one does."""
+        if _identity(self.layout.root) == self._folder:
+            return
+        with suppress(StoreError):
+            if open_group(self.layout).attrs.get("id") == self.id:
+                return
+        message = (
+            f"{self.path} was replaced by another store while it was open, as `agiqa extract` does to add items. Open "
+            "it again, or run the same command again."
+        )
+        raise BusyStore(message)
 
     def _ensure_here(self, path: Path) -> None:
         """Called before the object at `path` is read; a remote store fetches it here."""
@@ -177,6 +192,7 @@ class StoredArrays:
             with self._decoding(repr(name) if unit is None else f"unit {unit} of {name!r}"):
                 parts.append(self._read_object(codec, path, listed, start - first, end - first, out))
             start = end
+        self.require_in_place()
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _read_object(
@@ -247,6 +263,15 @@ def empty_array(path: Path, what: str, shape: tuple[int, ...], dtype: np.dtype[A
             f"not hold that much, `agiqa store verify --level full {path}` says what is damaged."
         )
         raise StoreError(message) from error
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells the folder from another one of its name; None if there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _sizes(objects: Iterable[Mapping[str, Any]]) -> Mapping[str, int]:

@@ -64,6 +64,7 @@ def store_summary(store: Store) -> dict[str, Any]:
     """State, encoding, items, tokens, bytes, labels, splits, authors of texts and provenance of `store`, JSON-able.
 
     - `mos_ranges`: the scale of each label, None if unknown.
+    - `deviations`: number of items that have the standard deviation of their ratings, by label.
     - `bytes_raw_features`: the decoded features of the finished units; `bytes_raw_logits`: their logits as float16,
       omitted while the size of the vocabulary is unknown.
     - `seconds_of_work`: the sum over the records of the finished units; None if some are missing, as in a pulled store.
@@ -90,6 +91,7 @@ def store_summary(store: Store) -> dict[str, Any]:
         "seconds_of_work": _seconds(records) if len(records) == len(done) else None,
         "labels": {aspect: int(np.isfinite(mos).sum()) for aspect, mos in items.labels.items()},
         "mos_ranges": {aspect: items.mos_ranges.get(aspect) for aspect in items.labels},
+        "deviations": {aspect: int(np.isfinite(values).sum()) for aspect, values in items.deviations.items()},
         "splits": dict(Counter(split or "none" for split in items.splits)),
         "text_authors": _text_authors(items) or None,
         "provenance": store.provenance,

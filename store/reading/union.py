@@ -13,14 +13,15 @@ from agiqa.errors import ConfigError, DataError, HeadError, SchemaError
 from agiqa.store.disk.files import canonical_json
 from agiqa.store.format.artefacts import Basis
 from agiqa.store.format.items import Items
-from agiqa.store.format.labels import JoinedColumn, ScaledColumn, join_columns
+from agiqa.store.format.labels import JoinedColumn, MosRange, ScaledColumn, convert_deviations, join_columns
 from agiqa.store.format.metadata import differing
+from agiqa.store.reading.by_name import ByName
 from agiqa.store.reading.store import Store, TokenRows, item_positions
 
 _SAME_MAKING = ("model", "conversation")
 
 
-class StoreUnion:
+class StoreUnion(ByName):
     """The items of several stores, one store after the other; see `union`.
 
     Has the members of a store that training and scoring use.
@@ -51,7 +52,7 @@ class StoreUnion:
 
     @property
     def location(self) -> str:
-        """The path or URL of each store, joined by ` + `."""
+        """The path or URL of each store, joined by plus signs."""
         return " + ".join(store.location for store in self.stores)
 
     @cached_property
@@ -107,6 +108,7 @@ class StoreUnion:
             text_authors=[author for table in tables for author in table.text_authors or [None] * len(table)],
             labels={aspect: column.values for aspect, column in self._scaled.items()},
             mos_ranges={aspect: column.scale for aspect, column in self._scaled.items() if column.scale is not None},
+            deviations=_joined_deviations(tables, {aspect: column.scale for aspect, column in self._scaled.items()}),
         )
 
     @property
@@ -217,6 +219,21 @@ def _require_no_item_twice(stores: Sequence[Store]) -> None:
 def _differing(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Dotted names of the differences between two provenances in model and conversation."""
     return [name for key in _SAME_MAKING for name, _, _ in differing(first.get(key), other.get(key), key)]
+
+
+def _joined_deviations(
+    tables: Sequence[Items], scales: Mapping[str, MosRange | None]
+) -> dict[str, NDArray[np.float64]]:
+    """The standard deviations of each aspect of all `tables`, on the scale that the MOS have in the union."""
+    found: dict[str, NDArray[np.float64]] = {}
+    for aspect in sorted({aspect for table in tables for aspect in table.deviations}):
+        columns: list[NDArray[np.float64]] = []
+        for table in tables:
+            own, scale = table.mos_ranges.get(aspect), scales.get(aspect)
+            values = np.asarray(table.deviations.get(aspect, np.full(len(table), np.nan)), np.float64)
+            columns.append(values if own is None or scale is None else convert_deviations(values, own, scale))
+        found[aspect] = np.concatenate(columns)
+    return found
 
 
 def _on_one_scale(stores: Sequence[Store]) -> dict[str, JoinedColumn]:

@@ -25,10 +25,11 @@ from zarr.core.sync import sync
 from agiqa.errors import ConfigError, DamagedStore, IncompleteStore, SettingsConflict, listed
 from agiqa.store.disk.files import sha256_of_file, sync_file, telling_disk_errors
 from agiqa.store.disk.locks import abandoned_lock, exclusive_lock, is_held, new_lock
-from agiqa.store.format.items import LABEL_PREFIX, Items
+from agiqa.store.format.items import DEVIATION_PREFIX, LABEL_PREFIX, Items
+from agiqa.store.format.labels import range_text
 from agiqa.store.format.layout import PLAN_LOCK, PULL_LOCK, PULL_RECORD, StoreLayout
 from agiqa.store.format.manifest import check_object, read_record, replace_recorded_items
-from agiqa.store.format.metadata import differences, store_id
+from agiqa.store.format.metadata import differences, differing, store_id
 from agiqa.store.reading.store import Store, is_planned, open_local_store
 from agiqa.store.writing.planning import StorePlan, write_plan
 from agiqa.store.writing.records import size_problem
@@ -218,6 +219,21 @@ def stays_without_lock(plan: Path) -> bool:
     return False
 
 
+def require_extended(store: Store, plan: StorePlan) -> None:
+    """Check that `plan` is that of the finished `store` with more items after its own.
+
+    Raises SettingsConflict for other settings, or other labels or texts of the items that it has; and as
+    `require_whole`.
+    """
+    require_whole(store)
+    names = [name for name, _, _ in differing(store.provenance, plan.full_provenance())]
+    if any(not name.startswith("data_set.") and name != "tokens.truncated" for name in names):
+        _resume(store.path, plan)
+    asked = replace(plan, items=plan.items.first(len(store.items)))
+    if not has_items(store, asked.items):
+        raise SettingsConflict(_other_labels(store, asked))
+
+
 def _resume(path: Path, plan: StorePlan) -> Store:
     _require_planned(path)
     store = open_local_store(path, allow_partial=True)
@@ -230,7 +246,7 @@ def _resume(path: Path, plan: StorePlan) -> Store:
             "Give the settings that it was made with, or another path."
         )
         raise SettingsConflict(message)
-    if not _has_items(store, plan.items):
+    if not has_items(store, plan.items):
         if store.is_sealed:
             raise SettingsConflict(_other_labels(store, plan))
         with seal_lock(store.layout, doing="writing the labels of", kept="finished units are kept"):
@@ -238,14 +254,14 @@ def _resume(path: Path, plan: StorePlan) -> Store:
                 replace_recorded_items(store.layout, plan.items)
         return _resume(path, plan)
     if store.is_sealed:
-        _require_whole(store)
+        require_whole(store)
     else:
         _write_missing(store, plan)
         _require_same_tokens(store, plan)
     return store
 
 
-def _require_whole(store: Store) -> None:
+def require_whole(store: Store) -> None:
     """Raise IncompleteStore if the store is the pulled part of one, and DamagedStore if objects are missing."""
     if store.pulled_units is not None:
         message = f"{store.path} holds {len(store.pulled_units)} of {store.geometry.units} units. {store.remedy}"
@@ -303,7 +319,7 @@ def _is_missing(store: Store, path: str) -> bool:
     return not check_object(store.path, path, listed_in=store.layout.plan_commit).exists()
 
 
-def _has_items(store: Store, items: Items) -> bool:
+def has_items(store: Store, items: Items) -> bool:
     """Whether the store has these labels, splits and prompts; False for the damaged table of an unfinished store."""
     try:
         return store.items.same_as(_comparable(items, store))
@@ -314,8 +330,10 @@ def _has_items(store: Store, items: Items) -> bool:
 
 
 def _comparable(asked: Items, store: Store) -> Items:
-    """`asked`, without the authors of texts if a finished store records none."""
-    return replace(asked, text_authors=[]) if store.is_sealed and not store.items.text_authors else asked
+    """`asked`, without the authors of texts, and the deviations of MOS, if a finished store records none."""
+    if store.is_sealed and not store.items.text_authors:
+        asked = replace(asked, text_authors=[])
+    return replace(asked, deviations={}) if store.is_sealed and not store.items.deviations else asked
 
 
 def _other_labels(store: Store, plan: StorePlan) -> str:
@@ -323,8 +341,20 @@ def _other_labels(store: Store, plan: StorePlan) -> str:
     path, there, here = store.path, store.items.table(), _comparable(plan.items, store).table()
     columns = sorted({*there.column_names, *here.column_names})
     different = [name for name in columns if not _same_column(there, here, name)]
-    message = f"{path} is finished and its labels or texts differ from those given now ({', '.join(different)})."
-    labels = all(name in ("split", "generator") or name.startswith(LABEL_PREFIX) for name in different)
+    scales = [
+        f"the scale of {aspect}: {range_text(scale)} in the store, {range_text(plan.items.mos_ranges[aspect])} now"
+        for aspect, scale in store.items.mos_ranges.items()
+        if plan.items.mos_ranges.get(aspect, scale) != scale
+    ]
+    found = ", ".join(different + scales)
+    message = f"{path} is finished and its labels or texts differ from those given now ({found})."
+    if scales:
+        return (
+            f"{message} Give the scale of the store by --mos-range. If the other one is right, store all MOS on it "
+            f"first: `agiqa store labels {path} TABLE.csv --mos-range LOW HIGH`."
+        )
+    prefixes = LABEL_PREFIX, DEVIATION_PREFIX
+    labels = all(name in ("split", "generator") or name.startswith(prefixes) for name in different)
     if labels and all(name in here.column_names and _keeps_no_old(there, here, name) for name in different):
         table = plan.label_table or "TABLE.csv"
         return f"{message} `agiqa store labels {path} {table}` stores what {table} has of them, without the model."

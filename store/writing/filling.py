@@ -26,6 +26,7 @@ from agiqa.store.disk.locks import exclusive_lock, is_held, waiting_lock
 from agiqa.store.format.arrays import WritableArrays, finite_rows, object_rows
 from agiqa.store.format.layout import MODEL_GROUPS, MODEL_LOCK, PULL_RECORD, RECORDS_LOCK
 from agiqa.store.format.manifest import check_inside
+from agiqa.store.format.metadata import open_group
 from agiqa.store.format.objects import ObjectCodec
 from agiqa.store.reading.store import Store
 
@@ -36,8 +37,9 @@ class UnitWriter:
     """Writes the units of a planned store, each once, despite kills and other writers."""
 
     def __init__(self, store: Store) -> None:
-        """A writer for `store`, which must be planned and not sealed."""
+        """A writer for `store`, which must be planned and not sealed. Raises as `open_group` if it is gone."""
         self.store = store
+        open_group(store.layout)  # Zarr would make the folders of a store that is gone
         self.group = zarr.open_group(WritableArrays(store.layout.zarr), mode="r+", use_consolidated=False)
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
 

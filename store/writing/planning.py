@@ -1,6 +1,6 @@
 """Plan: everything of a store but what the model computes, written before the first unit is computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class StorePlan:
     """Vocabulary V, if the raw logits are kept beside hidden states."""
     label_table: Path | None = None
     """The file of the labels, for messages."""
+    breaks: Sequence[int] = ()
+    """Positions of items that begin a unit: the first of those that a finished store did not have yet."""
 
     def __post_init__(self) -> None:
         """Raises DataError without items, and ConfigError for raw logits beside another encoding than `hidden`."""
@@ -95,13 +97,16 @@ class Placement:
     row_starts: NDArray[np.int64]
 
 
-def place_items(n_tokens: NDArray[np.int32], geometry: Geometry) -> Placement:
-    """Place items into units in their own order; no item crosses a unit. Sets the number of units."""
+def place_items(n_tokens: NDArray[np.int32], geometry: Geometry, breaks: Collection[int] = ()) -> Placement:
+    """Place items into units in their own order; no item crosses a unit. Sets the number of units.
+
+    The items at the positions `breaks` begin a unit, unless all before them are empty.
+    """
     units = np.zeros(len(n_tokens), np.int32)
     starts = np.zeros(len(n_tokens), np.int64)
     unit, used = 0, 0
     for position, length in enumerate(n_tokens.tolist()):
-        if used + length > geometry.unit_rows:
+        if used + length > geometry.unit_rows or (used and position in breaks):
             unit, used = unit + 1, 0
         units[position] = unit
         starts[position] = unit * geometry.unit_rows + used
@@ -114,7 +119,7 @@ def write_plan(layout: StoreLayout, plan: StorePlan) -> None:
     n_tokens = np.array([len(ids) for ids in plan.token_ids], np.int32)
     total, longest = int(n_tokens.sum()), int(n_tokens.max(initial=0))
     unit = choose_geometry(total_rows=total, longest=longest, width=plan.width, itemsize=plan.dtype.itemsize)
-    placement = place_items(n_tokens, unit)
+    placement = place_items(n_tokens, unit, frozenset(plan.breaks))
     geometry = placement.geometry
     group = zarr.create_group(store=WritableArrays(layout.zarr), attributes=_attributes(plan, geometry))
     create_features(group, geometry, dtype=plan.dtype, logical_dtype=plan.logical_dtype)

@@ -35,7 +35,7 @@ SPARSE = ("absent", "unfinished")
 """Kinds whose item 1, alone in its unit with the empty item 2, is all zero, so that no object of that unit is there."""
 READABLE = {"partial": (0, 3, 4), "unfinished": (0, 1, 2)}
 """Items of the units that are there, of kinds that lack some."""
-ALL_KINDS = (*KINDS, "absent", "partial", "unfinished")
+ALL_KINDS = (*KINDS, "absent", "partial", "unfinished", "deviations")
 
 
 def readable(kind: str) -> tuple[int, ...]:
@@ -85,6 +85,7 @@ def items(kind: str = "hidden") -> Items:
         descriptions=[None, "quality is good", None, None, None],
         labels={"quality": np.array([1.5, 2.0, np.nan, 4.25, 5.0])},
         **(recorded if kind in SPARSE else {}),
+        **({"deviations": {"quality": np.array([0.5, np.nan, np.nan, 0.0, 1.25])}} if kind == "deviations" else {}),
     )
 
 
@@ -137,7 +138,7 @@ def _write_hidden(path: Path, kind: str) -> Store:
 
 def write(kind: str, path: Path) -> Store:
     """The golden store of this kind, by today's code."""
-    if kind in ("hidden", "kept-logits", *SPARSE):
+    if kind in ("hidden", "kept-logits", "deviations", *SPARSE):
         return _write_hidden(path, kind)
     if kind == "partial":
         whole = write("int8", path.with_name("whole.agiqa"))

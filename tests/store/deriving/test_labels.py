@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from agiqa.errors import DamagedStore, DataError
+from agiqa.progress import said_to
 from agiqa.store import create_store, open_store, seal, verify
 from agiqa.store.deriving.labelling import join_labels
 from agiqa.store.writing.sealing import seal_lock
@@ -36,7 +37,7 @@ def test_a_table_sets_what_it_names_and_leaves_the_rest(stored, content, tmp_pat
     arrays = snapshot(stored.layout.zarr)
     table = write_table(
         tmp_path / "t.csv",
-        "name,mos_align,mos_quality,split,generator,mos_std",
+        "name,mos_align,mos_quality,split,generator,mos_var",
         "image_3.png,2.5,,,sdxl,.1",
         "image_1.png,,4.25,val,,.1",
         "image_4.png,1,3,test,sdxl,.1",
@@ -55,7 +56,7 @@ def test_a_table_sets_what_it_names_and_leaves_the_rest(stored, content, tmp_pat
     assert (report.rows, report.matched, report.kept, report.unmatched_rows) == (3, 3, 37, ())
     assert report.filled == {"mos_correspondence": 2, "mos_quality": 1, "generator": 2}
     assert report.replaced == {"mos_quality": 1, "split": 1}
-    assert report.ignored_columns == ("mos_std",)
+    assert report.ignored_columns == ("mos_var",)
     assert snapshot(stored.layout.zarr) == arrays
     assert verify(open_store(stored.path), "numeric").sound
     assert "correspondence, quality" in stored.layout.card.read_text()
@@ -127,18 +128,22 @@ def test_a_prompt_column_must_agree_with_the_store(stored, tmp_path):
         ("mos_quality", ["1"], "no column 'name'"),
         ("name,mos_qualty", ["image_0.png,1"], "no label column"),
         ("name,mos,mos_quality", ["image_0.png,1,1"], "two columns mean the same"),
-        ("name,mos,split", ["image_0.png,1,train"] * 2, "line 3, 'image_0.png': duplicate of line 2"),
+        (
+            "name,mos,split",
+            ["image_0.png,1,train", "image_0.png,2,train"],
+            "line 3, 'image_0.png': duplicate of line 2",
+        ),
         (
             "name,mos",
             ["image_0.png,good", "image_1.png,7"],
             r"(?s)mos is 'good', not a number.*mos is 7, outside 0 to 5",
         ),
         ("name,mos", ["image_0.png,nan"], "mos is nan, outside 0 to 5"),
-        ("name,split", ["image_0.png,testing"], "split 'testing' is none of train, val, test"),
+        ("name,split", ["image_0.png,rest"], "split 'rest' is none of train, val, test"),
         ("name,mos", ["image_0.png,1,2"], "has 3 fields where the header has 2"),
         ("name,mos", [",1", "image_0.png,2"], "line 2: the name is empty"),
         ("name,mos", ["a.png,1", "b.png,2"], r"none of its 2 rows names an item.*a\.png, b\.png.*image_0\.png"),
-        ("name,mos", [], "a header but no rows"),
+        ("name,mos", [], "but no rows"),
     ],
 )
 def test_a_bad_table_is_refused_whole(stored, tmp_path, header, rows, complaint):
@@ -323,3 +328,27 @@ def test_the_table_between_two_entries_is_told_from_damage(stored, tmp_path):
         _ = open_store(stored.path).items
     with pytest.raises(DamagedStore, match="not the item table"):
         join_labels(stored, full_table(tmp_path / "t.csv", "mos", 1))
+
+
+def test_a_table_of_other_columns_and_names(stored, tmp_path):
+    rows = ["x\\IMAGE_0.PNG;1;nobody", "data/image_1.png;2;sd", "image_2;3;sd", "image_2;3;sd"]
+    table = write_table(tmp_path / "t.csv", "File Name;MOS;Model", *rows)
+    said = []
+    with said_to(said.append):
+        report = join_labels(stored, table)
+    items = open_store(stored.path).items
+    found = dict(zip(items.names, items.labels["quality"], strict=True))
+    assert [found[f"image_{k}.png"] for k in range(3)] == [1.0, 2.0, 3.0]
+    assert (report.matched, report.unmatched_rows) == (3, ())
+    assert "reading columns 'File Name' as name, 'MOS' as quality, 'Model' as generator" in said[1]
+    assert any("first line 5" in line for line in said)
+    assert any("differ in folder: 1" in line for line in said)
+
+
+def test_the_columns_of_the_user_and_another_scale(stored, tmp_path):
+    rows = (f"{name},2,{k}" for k, name in enumerate(stored.items.names, start=6))
+    table = write_table(tmp_path / "t.csv", "name,mos,mean", *rows)
+    with pytest.raises(DataError, match=r"values of mean are outside 0 to 5.*add --mos-range 0 100"):
+        join_labels(stored, table, columns={"quality": "mean"})
+    join_labels(stored, table, columns={"quality": "mean"}, mos_range=(0, 100))
+    assert list(open_store(stored.path).items.labels["quality"][:3]) == [6.0, 7.0, 8.0]
