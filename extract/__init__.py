@@ -1,11 +1,20 @@
-"""Before any head: a teacher explains, a model is tuned, describes the images, and fills a store with its features."""
+"""Before any head: a teacher explains, a model is tuned, describes the images, and fills a store with its features.
 
-from typing import TYPE_CHECKING
+`agiqa.extract(data, store, model=...)` calls `agiqa.extract.extract`: the package itself can be called.
+"""
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from agiqa.lazy import lazy_names
 
 if TYPE_CHECKING:
     from agiqa.extract.data.datasets import load_data_set as load_data_set
+    from agiqa.extract.data.importers.contract import PublishedSet as PublishedSet
+    from agiqa.extract.data.importers.importing import ImportResult as ImportResult
+    from agiqa.extract.data.importers.importing import import_data_set as import_data_set
+    from agiqa.extract.data.importers.sets import IMPORTERS as IMPORTERS
     from agiqa.extract.data.items import DataSet as DataSet
     from agiqa.extract.data.items import Item as Item
     from agiqa.extract.data.items import Message as Message
@@ -15,15 +24,18 @@ if TYPE_CHECKING:
     from agiqa.extract.describing.rounds import Described as Described
     from agiqa.extract.describing.rounds import DescriptionSettings as DescriptionSettings
     from agiqa.extract.describing.served import run_served_descriptions as run_served_descriptions
+    from agiqa.extract.filling.extraction import extract as extract
     from agiqa.extract.filling.job import ExtractionResult as ExtractionResult
-    from agiqa.extract.filling.job import ExtractionSettings as ExtractionSettings
     from agiqa.extract.filling.job import run_extraction as run_extraction
     from agiqa.extract.filling.plan import LengthRule as LengthRule
+    from agiqa.extract.filling.settings import ExtractionSettings as ExtractionSettings
     from agiqa.extract.models.contract import Backbone as Backbone
     from agiqa.extract.models.contract import GenerationSettings as GenerationSettings
     from agiqa.extract.models.contract import Prepared as Prepared
+    from agiqa.extract.models.huggingface import HuggingFaceBackbone as HuggingFaceBackbone
     from agiqa.extract.models.merging import MergeResult as MergeResult
     from agiqa.extract.models.merging import merge_adapter as merge_adapter
+    from agiqa.extract.models.opening import BACKBONES as BACKBONES
     from agiqa.extract.models.opening import open_backbone as open_backbone
     from agiqa.extract.teaching.apis import api_of as api_of
     from agiqa.extract.teaching.batch_steps import BatchSettings as BatchSettings
@@ -49,16 +61,22 @@ __getattr__, __dir__, __all__ = lazy_names(
     __name__,
     {
         "data.datasets": ["load_data_set"],
+        "data.importers.contract": ["PublishedSet"],
+        "data.importers.importing": ["ImportResult", "import_data_set"],
+        "data.importers.sets": ["IMPORTERS"],
         "data.items": ["DataSet", "Item", "Message"],
         "describing.asking": ["Describer"],
         "describing.rounds": ["Described", "DescriptionSettings"],
         "describing.describing": ["DescriptionResult", "run_descriptions"],
         "describing.served": ["run_served_descriptions"],
-        "filling.job": ["ExtractionResult", "ExtractionSettings", "run_extraction"],
+        "filling.extraction": ["extract"],
+        "filling.job": ["ExtractionResult", "run_extraction"],
         "filling.plan": ["LengthRule"],
+        "filling.settings": ["ExtractionSettings"],
         "models.contract": ["Backbone", "GenerationSettings", "Prepared"],
+        "models.huggingface": ["HuggingFaceBackbone"],
         "models.merging": ["MergeResult", "merge_adapter"],
-        "models.opening": ["open_backbone"],
+        "models.opening": ["BACKBONES", "open_backbone"],
         "teaching.apis": ["api_of"],
         "teaching.teacher": ["TeacherModel"],
         "teaching.batch_steps": ["BatchSettings"],
@@ -71,3 +89,14 @@ __getattr__, __dir__, __all__ = lazy_names(
         "tuning.tuning": ["TuningPlan", "TuningResult", "TuningSettings", "plan_tuning", "run_tuning"],
     },
 )
+
+
+class _Callable(ModuleType):
+    """This package, whose call is that of `extract`: Python names package and function `agiqa.extract` alike."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """As `agiqa.extract.extract`."""
+        return self.extract(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -4,7 +4,8 @@ A file holds one JSON list, or one JSON object per line, of
 `{id, image, conversations: [{role, content} x 4], response_0?, response_1?, text_author?, rating_author?, prompt?,
 split?}`. `response_0` and `response_1` are the fine-tuned local model's own description and rating word. Where they are
 given, they replace those of `conversations`, which a teacher that knew the MOS wrote, unless `text_author` names
-another writer, and `rating_author` another one of the rating word. `prompt` is the prompt that the conversation is
+another writer, and `rating_author` another one of the rating word. LLaVA's form (`from`, `value`) and OpenAI's
+(`messages`, whose contents may be lists of parts) are read too. `prompt` is the prompt that the conversation is
 about, for questions that do not name it. An entry's own `split` beats that of the file.
 """
 
@@ -23,8 +24,10 @@ from agiqa.store.disk.files import read_text
 from agiqa.store.format.items import MODEL, TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, author_of
 from agiqa.store.format.labels import ASPECT_NAMES, SPLITS
 
-IMAGE_MARK = re.compile(r"\A<image>\n?")
+IMAGE_MARK = re.compile(r"\A<image>\n?|\n?<image>\Z")
 """Where the published training files say that the image goes: always before the first question."""
+_SPEAKERS = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
+"""Roles by the names of LLaVA's form."""
 
 _RATING_AUTHOR = "rating_author"
 _TEXT_FIELDS = ("image", "response_0", "response_1", "prompt")
@@ -171,8 +174,10 @@ def _parse(where: str, text: str) -> Any:
 def _conversation(path: Path, number: int, record: Any, split: str | None) -> Conversation:
     entry = cast("dict[str, Any]", record) if isinstance(record, dict) else {}
     where = f"{path.name}, id {entry['id']!r}" if "id" in entry else f"{path.name}, entry {number}"
-    image = entry.get("image")
-    texts, faults = _texts(entry.get("conversations"))
+    turns = _turns(entry.get("conversations", entry.get("messages")))
+    image = _image_name(entry, turns)
+    entry = {**entry, "image": image}
+    texts, faults = _texts(turns)
     problems = tuple(_problems(entry, texts, faults)) if isinstance(record, dict) else ("is not a JSON object",)
     if problems:
         name = image if isinstance(image, str) else ""
@@ -192,6 +197,44 @@ def _conversation(path: Path, number: int, record: Any, split: str | None) -> Co
         rating=rated or (texts[3] if len(texts) > 3 else None),
         rating_author=MODEL if rated else rater,
     )
+
+
+def _turns(messages: Any) -> Any:
+    """The messages as {role, content}, without those of the system; anything else as it is."""
+    if not isinstance(messages, list):
+        return messages
+    turns: list[Any] = []
+    for message in messages:
+        if isinstance(message, dict) and "from" in message and "role" not in message:
+            speaker = message["from"]
+            role = _SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker
+            message = {"role": role, "content": message.get("value")}
+        if not (isinstance(message, dict) and message.get("role") == "system"):
+            turns.append(message)
+    return turns
+
+
+def _image_name(entry: Mapping[str, Any], turns: Any) -> Any:
+    """The image of the entry: a path, a dict with a path, a list of one of these, or a part of the first message."""
+    image: Any = entry.get("image", entry.get("images"))
+    if image is None and isinstance(turns, list) and turns and isinstance(turns[0], dict):
+        content = turns[0].get("content")
+        parts: list[Any] = content if isinstance(content, list) else []
+        images = [part for part in parts if isinstance(part, dict) and "image" in str(part.get("type"))]
+        image = [part.get("image_url", part.get("image", part.get("path"))) for part in images]
+    if isinstance(image, list) and len(image) == 1:
+        image = image[0]
+    if isinstance(image, dict):
+        image = next((image[key] for key in ("path", "file_name", "url") if image.get(key)), None)
+    return image.removeprefix("file://") if isinstance(image, str) else image
+
+
+def _content(content: Any) -> Any:
+    """The text of a message: that of its text parts, if it is a list of parts."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def _problems(entry: Mapping[str, Any], texts: Sequence[str], faults: Sequence[str]) -> Iterator[str]:
@@ -219,7 +262,7 @@ def _texts(messages: Any) -> tuple[list[str], list[str]]:
         return [], [f"has {len(roles)} messages, expected 4 (or 3, without the rating word)"]
     if roles != list(_ROLES[: len(roles)]):
         return [], [f"has the roles {roles}, expected user, assistant, user, assistant"]
-    contents = [turn.get("content") for turn in turns]
+    contents = [_content(turn.get("content")) for turn in turns]
     empty = [number for number, content in enumerate(contents, start=1) if not _is_text(content)]
     if _is_text(contents[0]) and not IMAGE_MARK.sub("", cast(str, contents[0])).strip():
         empty.append(1)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,125 +11,101 @@ from typing import Any, Literal
 import numpy as np
 
 from agiqa.errors import ConfigError, DataError
-from agiqa.extract.data.conversations import (
-    Conversation,
-    ConversationFile,
-    asked_otherwise,
-    parse_source,
-    read_conversations,
-)
+from agiqa.extract.data.conversations import Conversation, asked_otherwise, read_conversations
+from agiqa.extract.data.image_names import ImageFinder, images_below, written_images
 from agiqa.extract.data.images import CHECKERS, CheckedImage, checked_image, image_checks
 from agiqa.extract.data.items import DataSet, Item, Message
-from agiqa.extract.data.labels import Rows, read_rows
+from agiqa.extract.data.labels import Rows, read_rows, rows_of_images
 from agiqa.extract.data.matching import Joined, Pair, join, join_aspects, row_name
+from agiqa.extract.data.sources import Sources, find_sources
 from agiqa.extract.data.templates import aspects_of, fill, reads_rating_word, template_of
-from agiqa.progress import track
+from agiqa.progress import say, track
+from agiqa.store.format.columns import ColumnNames, open_labels
 from agiqa.store.format.items import TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, teacher_warning
-from agiqa.store.format.labels import ASPECT_COLUMNS, DEFAULT_RANGE, MosRange, check_range, read_table, scale_warning
+from agiqa.store.format.labels import ASPECT_COLUMNS, MosRange, scale_of, scale_warning
+from agiqa.store.format.names import NameIndex
 
-CONVERSATION_SUFFIXES = (".json", ".jsonl")
 _SCORED = ("val", "test")
 """The parts whose scores select or measure a head."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sources:
-    """The files of one data set."""
-
-    name: str
-    table: Path
-    conversations: tuple[ConversationFile, ...]
-    folders: tuple[Path, ...]
-    """Folders to look for images in, in this order."""
-
-    def image_of(self, name: str) -> Path:
-        """The file called `name` in the first folder that has it. Raises DataError when none has."""
-        found = next((path for folder in self.folders if (path := folder / name).is_file()), None)
-        if found is None:
-            message = f"no image of that name in {' or '.join(str(folder) for folder in self.folders)}"
-            raise DataError(message)
-        return found
-
-
-def find_sources(
-    data: Path, conversations: Sequence[str], labels: Path | None, *, aspect: str | None = None
-) -> Sources:
-    """The files of `data`: a folder with data.csv, a csv file, or a conversation file whose labels are `labels`.
-
-    `conversations` are further files, see `parse_source`; a conversation file `data` describes `aspect`. Raises
-    DataError when a file is missing, and ConfigError when `labels` is missing or belongs to no conversation file.
-    """
-    files = [parse_source(source) for source in conversations]
-    name = data.resolve().name if data.is_dir() else data.stem
-    if data.suffix.lower() in CONVERSATION_SUFFIXES and not data.is_dir():
-        if labels is None:
-            message = f"{data} holds conversations; name the table with their MOS too: --labels data.csv."
-            raise ConfigError(message)
-        files.insert(0, replace(parse_source(str(data)), aspect=aspect))
-        table = labels
-    elif labels is not None:
-        message = f"--labels goes with a conversation file; {data} has its own labels."
-        raise ConfigError(message)
-    else:
-        table = data / "data.csv" if data.is_dir() else data
-    for path in (table, *(file.path for file in files)):
-        if not path.is_file():
-            inside = f" (looked for data.csv in the folder {data})" if data.is_dir() and path == table else ""
-            message = f"{path}: no such file{inside}."
-            raise DataError(message)
-    if table.suffix.lower() != ".csv":
-        message = f"{table}: expected a folder with data.csv, a .csv file, or a .json or .jsonl conversation file."
-        raise DataError(message)
-    bases = dict.fromkeys([table.parent, data if data.is_dir() else data.parent])
-    folders = tuple(folder for base in bases for folder in (base / "images", base))
-    return Sources(name=name, table=table, conversations=tuple(files), folders=folders)
-
-
 def load_data_set(
-    data: Path,
+    data: str | Path,
     *,
     conversations: Sequence[str] = (),
-    labels: Path | None = None,
+    labels: str | Path | None = None,
     variant: str = "id",
     aspect: str = "quality",
     images: bool,
-    mos_range: MosRange | None = DEFAULT_RANGE,
+    mos_range: MosRange | Literal["recorded"] | None = "recorded",
     on_bad_item: Literal["fail", "skip"] = "fail",
+    columns: ColumnNames | None = None,
+    prompt: str | None = None,
 ) -> DataSet:
     """Read and check a whole data set; with `images` every image is decoded once.
 
-    `data` is a folder with data.csv (and images/), a csv file, or an M3-AGIQA conversation file with the csv of its
-    MOS in `labels`. `conversations` are `[ASPECT:][SPLIT=]FILE`; a conversation belongs to the row whose `name` ends
-    its `image` field, and rows without a conversation are left out and counted in `notes`. A variant with several
-    aspects (see `aspects_of`) needs files on each, or the columns `description_ASPECT` in the csv. `warnings` name
-    val and test items that read a teacher's text, and a missing test part. MOS must lie within `mos_range` (lowest,
-    highest), and every row of a csv with a column of them must have one; None leaves them unread.
+    `data` is a folder with data.csv (and images/) or with a Hugging Face metadata file, a table of any format of
+    `agiqa.store.format.tables`, or an M3-AGIQA conversation file with the table of its MOS in `labels`. `columns` say
+    which column means what, see `open_labels`. `conversations` are `[ASPECT:][SPLIT=]FILE`; a conversation belongs to
+    the row whose `name` ends its `image` field, and rows without a conversation are left out and counted in `notes`. A
+    variant with several aspects (see `aspects_of`) needs files on each, or the columns `description_ASPECT` in the
+    table. `warnings` name val and test items that read a teacher's text, and a missing test part. MOS must lie within
+    `mos_range` (lowest, highest), by default that of an import, see `scale_of`; None leaves them unread. Every row of a
+    table with MOS must have one, but for the split test. With `images`, a name may differ from the file's in folder,
+    case or extension. `prompt` is that of all images of a table without prompts, or of a folder without a table, whose
+    images have no labels.
 
     Raises UnknownName for a variant, aspect or split; ConfigError for options that contradict each other;
     DataError for files that cannot be used at all, and for bad items, all listed in one error. With
     `on_bad_item="skip"` bad items are left out instead, unless no item would be left.
     """
+    _refuse_empty(prompt)
     aspects = aspects_of(variant, aspect)
-    scale = None if mos_range is None else check_range(mos_range)
-    sources = find_sources(data, conversations, labels, aspect=aspect)
-    table = read_rows(sources.table, mos_range, aspect=aspect)
+    sources = find_sources(Path(data), conversations, None if labels is None else Path(labels), aspect=aspect)
+    scale = None
+    if mos_range is not None and not sources.without_table:
+        scale = scale_of(sources.table, None if mos_range == "recorded" else mos_range)
+    embedded = written_images(sources.table) if images and not sources.without_table else {}
+    finder = ImageFinder(sources.folders, embedded=embedded, reads=images)
+    if sources.without_table:
+        table = _only_images(sources, prompt)
+    else:
+        table = read_rows(sources.table, scale, aspect=aspect, columns=columns, prompt=prompt, finder=finder)
+    finder.announce(sources.table)
     joined = _join(sources, table, aspects, variant)
-    builder = _Builder(sources=sources, aspects=aspects, variant=variant, images=images)
+    builder = _Builder(sources=sources, aspects=aspects, variant=variant, finder=finder if images else None)
     outcomes = _build(builder, joined.pairs) if images else [builder.build(pair) for pair in joined.pairs]
     items = tuple(outcome for outcome in outcomes if isinstance(outcome, Item))
     problems = (*joined.problems, *(outcome for outcome in outcomes if isinstance(outcome, str)))
     if problems and (on_bad_item == "fail" or not items):
         raise DataError.from_problems(str(data), problems)
-    about_labels = () if scale is None else _doubts(items, scale) if table.labelled else (_unlabelled(sources, table),)
+    about_labels: tuple[str, ...] = ()
+    if scale is not None and not sources.without_table:
+        about_labels = _doubts(items, scale) if table.labelled else (_unlabelled(sources, table),)
     return DataSet(
         name=sources.name,
         items=items,
         skipped=problems,
-        notes=(*joined.notes, *about_labels),
+        notes=(*joined.notes, *table.notes, *about_labels),
         warnings=tuple(_warnings(sources, items, variant=variant)),
         table=sources.table,
         mos_range=scale,
     )
+
+
+def _refuse_empty(prompt: str | None) -> None:
+    """Raise ConfigError for a prompt without words."""
+    if prompt is not None and not prompt.strip():
+        message = "The prompt is empty; give the text that the images were generated from."
+        raise ConfigError(message)
+
+
+def _only_images(sources: Sources, prompt: str | None) -> Rows:
+    """The rows of a folder without a table. Raises ConfigError without a `prompt`."""
+    names = next(names for folder in sources.folders if (names := images_below(folder)))
+    rows = rows_of_images(sources.table, names, prompt)
+    say(f"{sources.table}: no table; reading its {len(names)} images, named by their files, without labels")
+    return rows
 
 
 def _join(sources: Sources, table: Rows, aspects: Sequence[str], variant: str) -> Joined:
@@ -176,7 +153,8 @@ class _Builder:
     aspects: Sequence[str]
     """Aspects that the conversation describes; the first is rated."""
     variant: str
-    images: bool
+    finder: ImageFinder | None
+    """None where no images are read."""
     check: Callable[[Path], CheckedImage] = checked_image
     """Decodes the image at a path."""
 
@@ -185,9 +163,9 @@ class _Builder:
         row, conversation = pair
         problems = [*row.problems, *self._missing_words(pair)]
         image, checked = None, None
-        if self.images and not row.problems:
+        if self.finder is not None and not row.problems:
             try:
-                image = self.sources.image_of(row.name)
+                image = self.finder.image_of(row.name)
                 checked = self.check(image)
             except DataError as error:
                 problems.append(str(error))
@@ -203,6 +181,7 @@ class _Builder:
             conversation=turns,
             image=image,
             labels=dict(row.labels),
+            deviations=dict(row.deviations),
             split=conversation.split if conversation is not None and conversation.split is not None else row.split,
             generator=row.generator,
             description=turns[1].content if len(turns) > 1 else None,
@@ -281,7 +260,7 @@ def _warnings(sources: Sources, items: Sequence[Item], *, variant: str) -> Itera
                 f"read. If a teacher that knew the MOS wrote them, scores are too high: name the author in a column "
                 f"`{TEXT_AUTHOR}` ({', '.join(TEXT_AUTHORS)})"
             )
-    if not any(item.split == "test" for item in items):
+    if not any(item.split == "test" for item in items) and not sources.without_table:
         yield _without_test_part(sources, items)
 
 
@@ -299,45 +278,90 @@ def _without_test_part(sources: Sources, items: Sequence[Item]) -> str:
 
 
 def items_of_images(
-    images: Sequence[Path], *, prompt: str | None, table: Path | None
+    images: Sequence[Path], *, prompt: str | None, table: Path | None, columns: ColumnNames | None = None
 ) -> tuple[list[Item], dict[str, str]]:
     """An item per image, named by its path, without conversation or labels; and why other images make none, by path.
 
-    Either all images have the `prompt`, or the csv `table` has the columns `prompt` and `name`, which ends an image's
-    path. An image without a prompt or that cannot be read makes no item; one given twice makes one item. Raises
-    ConfigError unless exactly one of `prompt` and `table` is given, and DataError for a table that cannot be read.
+    The prompts are those of `prompts_of_images`. A folder stands for all images below it. An image without a prompt or
+    that cannot be read makes no item; one given twice makes one item. Raises as `prompts_of_images`, and DataError for
+    a folder without images.
+    """
+    paths = list(dict.fromkeys(expanded(images)))
+    texts = prompts_of_images(paths, prompt=prompt, table=table, columns=columns)
+    found = items_of_pairs(list(zip(paths, texts, strict=True)), table=table)
+    items = [one for one in found if isinstance(one, Item)]
+    return items, {str(path): one for path, one in zip(paths, found, strict=True) if isinstance(one, str)}
+
+
+def prompts_of_images(
+    images: Sequence[Path], *, prompt: str | None, table: Path | None, columns: ColumnNames | None = None
+) -> list[str]:
+    """The prompt of each image; empty where there is none.
+
+    Either all images have the `prompt`, or the `table` has the columns `prompt` and `name`, which ends an image's
+    path. Raises ConfigError unless exactly one of both is given, and DataError for a table that cannot be read.
     """
     if (prompt is None) == (table is None):
         message = "Give either --prompt, the text of all images, or --prompts table.csv with the columns name, prompt."
         raise ConfigError(message)
-    if prompt is not None and not prompt.strip():
-        message = "The prompt is empty; give the text that the images were generated from."
-        raise ConfigError(message)
-    texts = {} if table is None else _read_prompts(table)
-    items: list[Item] = []
-    problems: dict[str, str] = {}
+    _refuse_empty(prompt)
+    texts = {} if table is None else _read_prompts(table, columns)
+    index = NameIndex(texts, other_extensions=True)
+    found = [prompt or _prompt_of(image, texts, index) for image in images]
+    if table is not None:
+        index.announce(str(table))
+    return found
+
+
+def items_of_pairs(pairs: Sequence[tuple[Path, str]], *, table: Path | None = None) -> list[Item | str]:
+    """An item for each image and its prompt, or why there is none. `table` has the prompts, for messages."""
+    missing = "has no prompt" if table is None else f"{table} has no prompt under this name"
+    found: list[Item | str] = []
     with image_checks() as check:
-        for image in dict.fromkeys(images):
-            text = prompt or texts.get(row_name(image.as_posix(), texts) or "", "")
-            if not text.strip():
-                problems[str(image)] = f"{image}: {table} has no prompt under this name"
+        for image, prompt in pairs:
+            if not prompt.strip():
+                found.append(f"{image}: {missing}")
                 continue
             try:
                 checked = check(image)
             except DataError as error:
-                problems[str(image)] = str(error)
+                found.append(str(error))
                 continue
             about: Any = {"image": image, "image_sha256": checked.sha256, "image_size": checked.size}
-            items.append(Item(name=str(image), prompt=text, conversation=(), **about))
-    return items, problems
+            found.append(Item(name=str(image), prompt=prompt, conversation=(), **about))
+    return found
 
 
-def _read_prompts(path: Path) -> dict[str, str]:
-    """The prompts of a table by name; of two rows with one name, the first counts."""
-    header, rows = read_table(path)
-    for column in ("name", "prompt"):
-        if column not in header:
-            message = f"{path}: no column {column!r} (found: {', '.join(header)})."
+def expanded(images: Sequence[Path]) -> Iterator[Path]:
+    """`images`, with all images below a folder in its place."""
+    for image in images:
+        if not image.is_dir():
+            yield image
+            continue
+        names = images_below(image)
+        if not names:
+            message = f"{image}: a folder without images (looked for .png, .jpg, .webp, ... in it and below)."
             raise DataError(message)
-    cells = [dict(zip(header, row.cells, strict=False)) for row in reversed(rows)]
-    return {row["name"]: row.get("prompt", "") for row in cells}
+        say(f"{image}: {len(names)} images")
+        yield from (image / name for name in names)
+
+
+def _prompt_of(image: Path, texts: Mapping[str, str], index: NameIndex) -> str:
+    """The prompt under the name that ends the path of `image`, or else under one that differs in case or extension.
+
+    Empty if there is none, or several.
+    """
+    name = row_name(image.as_posix(), texts)
+    if name is None:
+        with suppress(DataError):
+            name = index.find(image.as_posix())
+    return texts.get(name or "", "")
+
+
+def _read_prompts(path: Path, columns: ColumnNames | None) -> dict[str, str]:
+    """The prompts of a table by name; of two rows with one name, the first counts."""
+    table = open_labels(path, columns)
+    table.need("name")
+    table.need("prompt")
+    cells = [dict(zip(table.header, row.cells, strict=False)) for row in reversed(list(table.rows))]
+    return {row.get("name", "").replace("\\", "/"): row.get("prompt", "") for row in cells}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 
 from agiqa.errors import DataError
 from agiqa.extract.data.images import ImageFile, read_image_file
+from agiqa.notebooks import html_table, one_line
 from agiqa.store.format.labels import MosRange
 
 Role = Literal["user", "assistant"]
@@ -36,6 +38,8 @@ class Item:
     """The image file, or None when the backbone reads no images."""
     labels: Mapping[str, float] = field(default_factory=dict[str, float])
     """MOS by aspect (quality, correspondence, authenticity); an absent aspect has no label."""
+    deviations: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Standard deviation of the single ratings by aspect, on the scale of the MOS."""
     split: str | None = None
     """train, val, test or None."""
     generator: str | None = None
@@ -80,6 +84,24 @@ class DataSet:
     """The file of the labels, if there is one."""
     mos_range: MosRange | None = None
     """The scale of the labels, lowest and highest; None if unknown."""
+
+    def __repr__(self) -> str:
+        """What the data set holds, in one line."""
+        return one_line(f"DataSet {self.name}", self._shown())
+
+    def _repr_html_(self) -> str:
+        """What the data set holds, for notebooks."""
+        return html_table(f"DataSet {self.name}", self._shown())
+
+    def _shown(self) -> dict[str, object]:
+        labels = sorted({aspect for item in self.items for aspect in item.labels})
+        splits = Counter(item.split or "none" for item in self.items)
+        return {
+            "items": len(self.items),
+            "MOS": " and ".join(labels) or "none",
+            "splits": ", ".join(f"{split} {count}" for split, count in splits.items()) or "none",
+            "left out": len(self.skipped),
+        }
 
 
 def read_image(item: Item) -> ImageFile | None:

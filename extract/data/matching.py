@@ -157,7 +157,9 @@ def _choose(
         )
         raise DataError(message)
     matches = {
-        name: Match(first[name].prompt, f"{table.name}, line {first[name].number}", one) for name, one in named.items()
+        name: Match(first[name].prompt, f"{table.name}, line {first[name].number}", one)
+        for name, one in named.items()
+        if first[name].prompt
     }
     strangers = prompt_faults(matches, (row.prompt for row in rows))
     return {name: one for name, one in named.items() if name not in strangers}, [*problems, *strangers.values()]

@@ -21,6 +21,7 @@ from agiqa.extract.describing.rounds import Described, DescriptionSettings, Ques
 from agiqa.extract.models import AnsweringModel, Backbone
 from agiqa.extract.models.ahead import Ahead
 from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers
+from agiqa.notebooks import one_line
 from agiqa.progress import say, track
 from agiqa.version import agiqa_version
 
@@ -41,6 +42,11 @@ class DescriptionResult:
     """Items that this run described."""
     skipped: tuple[str, ...]
     seconds: float
+
+    def __repr__(self) -> str:
+        """The file and the numbers, without the lines."""
+        shown = {"items": len(self.lines), "described": self.described, "skipped": len(self.skipped)}
+        return one_line(f"DescriptionResult {self.out}", shown)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -172,7 +178,9 @@ def _describe(
         pending = _pending(data_set, plan, describer, file)
         if file.lines:
             say(f"resume: {len(file.lines)} of {len(data_set.items)} items are described already")
-        with track("describe", sum(len(batch) for batch in pending), "items") as advance:
+        left = sum(len(batch) for batch in pending)
+        able = sum(one.problem is None for one in plan.values())
+        with track("describe", able, "items", done=able - left) as advance:
             for outcomes in describer.batches(pending):
                 failed = [outcome for outcome in outcomes if isinstance(outcome, str)]
                 new = [one for one in outcomes if isinstance(one, Described) and one.item.name not in file.lines]

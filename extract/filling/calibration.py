@@ -16,14 +16,19 @@ from agiqa.extract.filling.targets import Target, lm_head_of
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.batches import BatchRunner, first_batch_size
 from agiqa.extract.models.preparing import Preparation
+from agiqa.progress import say
 from agiqa.store import Moments, Scale, is_planned, make_basis, moments_of, open_store, to_float32
 
 CALIBRATION_ITEMS = 256
 _BLOCK_ROWS = 8192
 
 
-def stored_target(path: Path, tokenised: TokenisedItems, *, rank: int | None) -> Target | None:
-    """The target of the store at `path`, if `calibrated` would make its basis or scale from the same items."""
+def stored_target(path: Path, tokenised: TokenisedItems, *, rank: int | None, finished: bool = False) -> Target | None:
+    """The target of the store at `path`, if `calibrated` would make its basis or scale from the same items.
+
+    Splits may have changed since, by `agiqa store labels`. A `finished` store of `int8` with these items keeps its
+    scale then. A sketch may have the basis of another store, so the user has to name it: announces how.
+    """
     if not is_planned(path):
         return None
     store = open_store(path, allow_partial=True)
@@ -32,9 +37,15 @@ def stored_target(path: Path, tokenised: TokenisedItems, *, rank: int | None) ->
         return None
     if rank is None:
         scale = store.scale if store.encoding == "int8" else None
-        return None if scale is None or scale.calibration != wanted else Target(encoding="int8", scale=scale)
+        known = scale is not None and (finished or scale.calibration == wanted)
+        return Target(encoding="int8", scale=scale) if known else None
     basis = store.basis() if store.encoding == "sketch" else None
     same = basis is not None and (basis.rank, basis.calibration) == (rank, wanted)
+    if finished and not same and basis is not None and basis.rank == rank:
+        say(
+            f"{path} was calibrated on other items than those of the split train now. If only the splits were changed "
+            f"since, give --basis {path} in place of --rank {rank}: it keeps its basis"
+        )
     return Target(encoding="sketch", basis=basis) if same else None
 
 

@@ -29,6 +29,7 @@ from agiqa.workers import (
     ctrl_c_kept_away,
     end_with_parent,
     killed_with_forker,
+    new_process,
     picklable,
     start_fork_server,
 )
@@ -173,8 +174,7 @@ class Crew:
 
     def _start(self, name: str) -> _Member:
         mine, theirs = self._context.Pipe()
-        start: Any = self._context  # typed without the class of its processes
-        process: BaseProcess = start.Process(target=_begin, args=(theirs, self._stop, self._workers))
+        process = new_process(self._context, _begin, (theirs, self._stop, self._workers))
         with ctrl_c_kept_away():
             process.start()
         theirs.close()

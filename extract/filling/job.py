@@ -1,80 +1,40 @@
 """All of phase 1: plan a store, fill it, seal it. Run it again to resume."""
 
-import sys
-import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import ConfigError, UnknownName
-from agiqa.extract.data.items import DataSet
+from agiqa.errors import AgiqaError
 from agiqa.extract.filling.calibration import calibration_positions, check_rank, stored_target
 from agiqa.extract.filling.compiled import check_choice, compiles, pays
 from agiqa.extract.filling.crew import Crew
 from agiqa.extract.filling.engines import (
     Engine,
     Here,
-    ModelProcess,
-    OnDevices,
     calibrate_target,
     compare_basis,
-    to_prepare,
     try_layers,
 )
 from agiqa.extract.filling.fill import FillReport
-from agiqa.extract.filling.plan import LengthRule, TokenisedItems, plan_store, tokenise
-from agiqa.extract.filling.ray_driver import OnRay
+from agiqa.extract.filling.growing import Alignment, aligned
+from agiqa.extract.filling.plan import TokenisedItems, store_plan, tokenise
+from agiqa.extract.filling.settings import ExtractionSettings
+from agiqa.extract.filling.starting import Phases, Source, Starter
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models import Backbone
 from agiqa.extract.models.ahead import Ahead
 from agiqa.extract.models.compiling import check_compiler
-from agiqa.extract.models.opening import devices_of_host
 from agiqa.extract.models.preparing import (
-    FEWEST_ITEMS,
-    FEWEST_TEXTS,
     Opener,
-    Preparation,
-    chosen_workers,
     require_opener,
 )
 from agiqa.progress import say, track
-from agiqa.store import ENCODINGS, Store, UnitWriter, is_planned, open_store, seal
-from agiqa.store.format.layout import StoreLayout
+from agiqa.store import Store, StorePlan, UnitWriter, create_store, is_planned, open_store, seal
 from agiqa.store.writing.creating import check_writable
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractionSettings:
-    """How to extract; the defaults are those of the command line, except `workers`, whose default there is None."""
-
-    variant: str = "id"
-    aspect: str = "quality"
-    encoding: str = "hidden"
-    rank: int | None = None
-    """Sketch rank; needed for `sketch` without `basis`."""
-    basis: str | Path | None = None
-    """A sketch store whose basis is used."""
-    keep_logits: bool = False
-    """Keep the raw logits beside hidden states."""
-    length: LengthRule = field(default_factory=LengthRule)
-    batch_size: int | None = None
-    """Most items per forward pass; None lets the device's memory decide."""
-    compile: str = "auto"
-    """One of COMPILING: whether the model's layers are compiled, see `agiqa.extract.filling.compiled`."""
-    workers: int | None = 0
-    """Processes that prepare items for one device: 0 prepares them in the process itself, None chooses."""
-    devices: int | None = None
-    """Processes with a device of this host each, None for this process alone; with `ray`, actors, None for all GPUs."""
-    device: str = "auto"
-    """What Ray actors run on: a GPU each if the cluster has any, or cpu."""
-    ray: str | None = None
-    """Address of a Ray cluster; "auto" for that of this machine, which is started if there is none."""
-    part: tuple[int, int] = (1, 1)
-    """Share (K, N) of the units that this run fills."""
-    plan_only: bool = False
+from agiqa.store.writing.growing import begin_growth, copy_rows, install_growth, installed, recover_growth
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +46,7 @@ class ExtractionResult:
     truncated: int
     fill: FillReport | None
     seconds: Mapping[str, float]
-    """By phase: check, plan, compile, calibrate, load, fill, seal; phases that did not run are omitted."""
+    """By phase: check, plan, compile, calibrate, copy, load, fill, seal; phases that did not run are omitted."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -105,7 +65,7 @@ class ExtractionResult:
 
 
 def run_extraction(
-    data_set: DataSet | Callable[[], DataSet],
+    source: Source,
     backbone: Backbone,
     path: Path,
     settings: ExtractionSettings,
@@ -115,117 +75,90 @@ def run_extraction(
 ) -> ExtractionResult:
     """Plan, fill and seal the store at `path`; what an earlier run finished is kept.
 
-    The weights load, and their files are hashed, while the items are planned, and before that while `data_set`, if it
-    is a function, reads the data set and checks its images. With `plan_only` nothing is computed; with a `part` the
-    run that completes the store seals it. `opener` opens `backbone` anew in other processes, which
+    A finished store that lacks some of the items gets them: a larger store is made beside it, which takes its place
+    when it is complete. The order of the items is that of the store.
+
+    The weights load, and their files are hashed, while the items are planned, and for a new store before that, while
+    `source`, if it is a function, reads the data set and checks its images. With `plan_only` nothing is computed;
+    with a `part` the run that completes the store seals it. `opener` opens `backbone` anew in other processes, which
     `workers`, `devices` and `ray` need; `crew` holds the processes of `devices`, if they were started before.
 
     Raises, before anything is read: UnknownName for the encoding, ConfigError for settings that contradict each other
     or need an `opener`, the errors of `check_writable` for `path`, and ModelError for a checkpoint without its tensors.
-    Later: what `data_set` raises; DataError for items that cannot be used (see `LengthRule`), ConfigError for splits
+    Later: what `source` raises; DataError for items that cannot be used (see `LengthRule`), ConfigError for splits
     without training items to calibrate on, HeadError for a basis of another model, SettingsConflict for a store with
     other settings, ModelError when the weights do not fit the device, and WorkerError when an item does not, or
     processes die. Finished units are kept.
     """
-    _check(settings, path, backbone, opener)
-    phases = _Phases()
+    recover_growth(path)
+    check_settings(settings, path, backbone, opener)
+    phases = Phases()
     with ExitStack() as stack:
         provenance = stack.enter_context(Ahead(backbone.provenance))  # which hashes the files of the model
-        computes = not settings.plan_only and not StoreLayout(path).manifest.exists()
-        engine = _engine(stack, backbone, settings, opener, crew, images=_images(data_set, backbone), loads=computes)
-        if not isinstance(data_set, DataSet):
-            with phases.timed("check"):
-                data_set = data_set()
-        fewest = FEWEST_ITEMS if to_prepare(data_set.items) else FEWEST_TEXTS
-        workers = chosen_workers(settings.workers, backbone, len(data_set.items), opener=opener, fewest=fewest)
-        preparation = stack.enter_context(Preparation(backbone, workers=workers, opener=opener))
-        if isinstance(engine, Here):
-            engine = replace(engine, preparation=preparation)
+        starter = Starter(stack=stack, backbone=backbone, path=path, settings=settings, opener=opener, crew=crew)
+        data_set, engine, preparation = starter.start(source, phases)
         with phases.timed("plan"), track("plan", len(data_set.items), "items") as advance:
             tokenised = tokenise(data_set, backbone, settings.length, advance=advance, preparation=preparation)
+        alignment = aligned(path, tokenised)
         if not isinstance(engine, Here):
             preparation.close()  # the other processes have their own workers
-        compiled = _compiles(engine, backbone, tokenised, path, settings, phases)
+        compiled = _compiles(engine, backbone, alignment.tokenised, path, settings, phases)
         engine = engine.compiling() if compiled else engine
-        target = _choose_target(engine, tokenised, path, settings, phases)
-        plan = partial(plan_store, rule=settings.length, target=target, compiled=compiled)
+        target = _choose_target(engine, alignment, path, settings, phases)
         with phases.timed("plan"):
             provenance.result()
-            conversation = {"variant": settings.variant, "aspect": settings.aspect}
-            store = plan(path, data_set, backbone, tokenised, conversation=conversation)
-        report = None
-        if not store.is_sealed and not settings.plan_only:
-            store, report = _fill_and_seal(store, engine, tokenised, target, settings, phases)
+            about = {"variant": settings.variant, "aspect": settings.aspect}
+            plan = partial(
+                store_plan, data_set, backbone, alignment.tokenised, rule=settings.length, conversation=about
+            )
+            store = _planned(path, plan(target=target, compiled=compiled, grown=alignment.grown), alignment)
+        store, report = _filled(store, path, engine, alignment, target, settings, phases)
     return ExtractionResult(
         store=store,
-        skipped=(*data_set.skipped, *tokenised.skipped),
-        truncated=tokenised.truncated,
+        skipped=(*data_set.skipped, *alignment.tokenised.skipped),
+        truncated=alignment.tokenised.truncated,
         fill=report,
         seconds=phases.seconds,
     )
 
 
-class _Phases:
-    """Seconds per phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, phase: str) -> Generator[None]:
-        """Add the time spent inside to `phase`."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+def _planned(path: Path, plan: StorePlan, alignment: Alignment) -> Store:
+    """The store at `path`, or the larger one that will replace it, planned or resumed."""
+    if alignment.old is None:
+        return create_store(path, plan)
+    store = begin_growth(alignment.old, plan)
+    old, new = len(alignment.old.items), len(plan.items)
+    say(f"{path} has {old} of {new} items; to add: {new - old}. The larger store replaces it once it is complete")
+    return store
 
 
-def _images(data_set: DataSet | Callable[[], DataSet], backbone: Backbone) -> int:
-    """How many images the model will read; of a data set that is not read yet, as many as any process can use."""
-    if isinstance(data_set, DataSet):
-        return to_prepare(data_set.items)
-    return sys.maxsize if backbone.reads_images else 0
-
-
-def _elsewhere(settings: ExtractionSettings) -> bool:
-    """Whether the model runs in other processes."""
-    return settings.ray is not None or (settings.devices or 1) > 1
-
-
-def _engine(
-    stack: ExitStack,
-    backbone: Backbone,
+def _filled(
+    store: Store,
+    path: Path,
+    engine: Engine,
+    alignment: Alignment,
+    target: Target,
     settings: ExtractionSettings,
-    opener: Opener | None,
-    crew: Crew | None,
-    *,
-    images: int,
-    loads: bool,
-) -> Engine:
-    """Where the model runs on `images` images; with `loads` it begins to load, until `stack` ends."""
-    if opener is None or not _elsewhere(settings):
-        loading = stack.enter_context(Ahead(backbone.load)) if loads else None
-        nothing = Preparation(backbone)
-        return Here(backbone=backbone, preparation=nothing, batch_size=settings.batch_size, loading=loading)
-    process = ModelProcess(
-        opener=opener,
-        device=settings.device,
-        workers=settings.workers,
-        processes=settings.devices or 1,
-        batch_size=settings.batch_size,
-    )
-    if settings.ray is not None:
-        return OnRay(process=process, address=settings.ray, actors=settings.devices)
-    devices = devices_of_host(backbone.device, settings.devices or 1)
-    process = replace(process, device=devices[0])
-    if not loads:
-        return OnDevices(process=process, devices=devices)
-    crew = crew or stack.enter_context(
-        Crew(len(devices), on_cpu=devices[0].startswith("cpu"), workers=settings.workers != 0)
-    )
-    crew.open(process, devices, items=images // len(devices))
-    return OnDevices(process=process, devices=devices, crew=crew)
+    phases: Phases,
+) -> tuple[Store, FillReport | None]:
+    """The store, filled unless it is complete or is only planned; a larger one has then taken its place at `path`."""
+    old, report = alignment.old, None
+    if store.is_sealed or settings.plan_only:
+        return (install_growth(path) if old is not None and store.is_sealed else store), report
+    if old is None:
+        _tell_resumed(store)
+        return _fill_and_seal(store, engine, alignment.tokenised, target, settings, phases)
+    try:
+        with phases.timed("copy"), track("copy", len(old.items), "items") as advance:
+            copy_rows(old, store, advance)
+        store, report = _fill_and_seal(store, engine, alignment.tokenised, target, settings, phases)
+        return (install_growth(path) if store.is_sealed else store), report
+    except (AgiqaError, OSError):
+        found = installed(path, store)
+        if found is None:
+            raise
+        say(f"another run has added these items to {path}")
+        return found, report
 
 
 def _compiles(
@@ -234,7 +167,7 @@ def _compiles(
     tokenised: TokenisedItems,
     path: Path,
     settings: ExtractionSettings,
-    phases: _Phases,
+    phases: Phases,
 ) -> bool:
     """Whether layers are compiled for the store at `path`.
 
@@ -247,7 +180,7 @@ def _compiles(
     def try_out() -> None:
         if settings.plan_only:
             return
-        if _elsewhere(settings):
+        if settings.elsewhere:
             check_compiler(backbone.device)
             return
         with phases.timed("load"):
@@ -259,42 +192,20 @@ def _compiles(
     return compiles(settings.compile, path, worth=pays(backbone, tokens), try_out=try_out)
 
 
-def _check(settings: ExtractionSettings, path: Path, backbone: Backbone, opener: Opener | None) -> None:
+def check_settings(settings: ExtractionSettings, path: Path, backbone: Backbone, opener: Opener | None) -> None:
     """Raise what `run_extraction` raises before anything is read."""
-    _check_encoding(settings)
+    settings.check_encoding()
     check_choice(settings.compile)
     check_writable(path)
     backbone.check_tensors()
     if settings.rank is not None:
         check_rank(settings.rank, backbone)
-    require_opener(opener, "Several devices", needed=_elsewhere(settings))
+    require_opener(opener, "Several devices", needed=settings.elsewhere)
     require_opener(opener, "Worker processes", needed=bool(settings.workers))
 
 
-def _check_encoding(settings: ExtractionSettings) -> None:
-    """Raise UnknownName for the encoding, and ConfigError for options that do not belong to it."""
-    if settings.encoding not in ENCODINGS:
-        raise UnknownName.of(kind="encoding", name=settings.encoding, known=ENCODINGS)
-    given = [option for option in (settings.rank, settings.basis) if option is not None]
-    if settings.encoding != "sketch" and given:
-        message = f"--rank and --basis belong to --encoding sketch, not to {settings.encoding}."
-        raise ConfigError(message)
-    if settings.encoding == "sketch" and len(given) != 1:
-        message = "--encoding sketch needs either --rank R, or --basis STORE to use the basis of another sketch."
-        raise ConfigError(message)
-    if settings.keep_logits and settings.encoding != "hidden":
-        message = f"--keep-logits keeps raw logits beside hidden states, not beside {settings.encoding}."
-        raise ConfigError(message)
-    if settings.plan_only and (settings.rank is not None or settings.encoding == "int8"):
-        message = (
-            f"--plan-only computes nothing, and {settings.encoding} needs a calibration by the model: plan with "
-            "--encoding hidden, or a sketch with --basis STORE."
-        )
-        raise ConfigError(message)
-
-
 def _choose_target(
-    engine: Engine, tokenised: TokenisedItems, path: Path, settings: ExtractionSettings, phases: _Phases
+    engine: Engine, alignment: Alignment, path: Path, settings: ExtractionSettings, phases: Phases
 ) -> Target:
     """What to store, with constants from another sketch, from the store that is being resumed, or calibrated now."""
     if settings.basis is not None:
@@ -305,7 +216,8 @@ def _choose_target(
         return Target(encoding="sketch", basis=basis)
     if settings.encoding in ("hidden", "logits"):
         return Target(encoding=settings.encoding, keep_logits=settings.keep_logits)
-    stored = stored_target(path, tokenised, rank=settings.rank)
+    tokenised = alignment.original
+    stored = stored_target(path, tokenised, rank=settings.rank, finished=alignment.finished)
     if stored is not None:
         return stored
     chosen = calibration_positions([item.split for item in tokenised.items])
@@ -317,26 +229,30 @@ def _choose_target(
     return target
 
 
+def _tell_resumed(store: Store) -> None:
+    if done := len(store.committed_units()):
+        say(f"resume: {done} of {store.geometry.units} units are finished already")
+
+
 def _fill_and_seal(
     store: Store,
     engine: Engine,
     tokenised: TokenisedItems,
     target: Target,
     settings: ExtractionSettings,
-    phases: _Phases,
+    phases: Phases,
 ) -> tuple[Store, FillReport]:
     with phases.timed("load"):
         engine.load()
     pending = UnitWriter(store).pending(part=settings.part)
-    done = len(store.committed_units())
-    if done:
-        say(f"resume: {done} of {store.geometry.units} units are finished already")
-    items = sum(len(store.items_of(unit)) for unit in pending)
-    with phases.timed("fill"), track("extract", items, "items") as advance:
+    committed, (share, shares) = store.committed_units(), settings.part
+    of_part = [unit for unit in committed if unit % shares == share - 1]
+    left, done = (sum(len(store.items_of(unit)) for unit in units) for units in (pending, of_part))
+    with phases.timed("fill"), track("extract", left + done, "items", done=done) as advance:
         report = engine.fill(store, tokenised.items, target, part=settings.part, advance=advance)
-    left = len(UnitWriter(store).pending())
-    if left:
-        say(f"{left} units are left to other runs; the run that completes the last one seals the store")
+    units_left = len(UnitWriter(store).pending())
+    if units_left:
+        say(f"{units_left} units are left to other runs; the run that completes the last one seals the store")
         return store, report
     with phases.timed("seal"):
         return seal(store), report

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +16,7 @@ from agiqa.extract.filling.compiled import KEY
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.preparing import Preparation
-from agiqa.store import TOKEN_ROLES, Items, Store, StorePlan, create_store
+from agiqa.store import TOKEN_ROLES, Items, Store, StorePlan
 from agiqa.store.format.labels import MosRange
 from agiqa.version import agiqa_version
 
@@ -212,8 +211,7 @@ def fit(prepared: Prepared, limit: int, *, truncate: bool, remedy: str = _SHORTE
     return replace(prepared, token_ids=prepared.token_ids[:limit], roles=prepared.roles[:limit])
 
 
-def plan_store(
-    path: Path,
+def store_plan(
     data_set: DataSet,
     backbone: Backbone,
     tokenised: TokenisedItems,
@@ -222,12 +220,12 @@ def plan_store(
     conversation: dict[str, str],
     target: Target,
     compiled: bool = False,
-) -> Store:
-    """Create the store at `path`, or open the one there if it has the same plan.
+    grown: Sequence[int] = (),
+) -> StorePlan:
+    """The plan of a store.
 
-    `conversation` goes into the provenance: the variant and aspect of the wording; so does `compiled`, whether the
-    model's layers are compiled. Raises SettingsConflict, see
-    `create_store`.
+    Into the provenance go `conversation`, the variant and aspect of the wording; `compiled`, whether the model's layers
+    are compiled; and `grown`, how many items the store had each time when it got more.
     """
     provenance: dict[str, Any] = {
         "agiqa": agiqa_version(),
@@ -237,12 +235,13 @@ def plan_store(
             "items": len(tokenised.tokenised),
             "skipped": len(tokenised.skipped) + len(data_set.skipped),
             "plan_sha256": _plan_hash(tokenised),
+            **({"grown": list(grown)} if grown else {}),
         },
         "tokens": {"max_tokens": rule.max_tokens, "truncated": tokenised.truncated},
         **target.provenance(),
         **({KEY: True} if compiled else {}),
     }
-    plan = StorePlan(
+    return StorePlan(
         encoding=target.encoding,
         logical_dtype=target.logical_dtype(backbone),
         width=target.width(backbone),
@@ -254,13 +253,16 @@ def plan_store(
         item_keys=[one.key for one in tokenised.tokenised],
         truncated=[one.truncated for one in tokenised.tokenised],
         label_table=data_set.table,
+        breaks=grown,
     )
-    return create_store(path, plan)
 
 
 def item_table(items: Sequence[Item], *, mos_range: MosRange | None = None) -> Items:
     """The store's item table, its MOS on the scale `mos_range`; an aspect without any MOS gets no column."""
-    aspects = sorted({aspect for item in items for aspect in item.labels})
+    aspects, spread = (
+        sorted({*chain.from_iterable(found)})
+        for found in ((item.labels for item in items), (item.deviations for item in items))
+    )
     return Items(
         names=[item.name for item in items],
         prompts=[item.prompt for item in items],
@@ -270,6 +272,7 @@ def item_table(items: Sequence[Item], *, mos_range: MosRange | None = None) -> I
         labels={aspect: np.array([item.labels.get(aspect, np.nan) for item in items]) for aspect in aspects},
         text_authors=[item.text_author for item in items],
         mos_ranges={} if mos_range is None else dict.fromkeys(aspects, mos_range),
+        deviations={aspect: np.array([item.deviations.get(aspect, np.nan) for item in items]) for aspect in spread},
     )
 
 

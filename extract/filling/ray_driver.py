@@ -19,6 +19,7 @@ from agiqa.extract.data.items import Item
 from agiqa.extract.filling.engines import ModelProcess, Task, striped
 from agiqa.extract.filling.fill import FillReport, merged
 from agiqa.extract.filling.targets import Target
+from agiqa.parts import expect_parts, modules_to_import
 from agiqa.progress import Advance, said_to, say
 from agiqa.store import Store, UnitWriter
 
@@ -52,11 +53,15 @@ class News:
 class Worker:
     """One actor, with the one device that Ray gave it."""
 
-    def __init__(self, name: str, folder: str) -> None:
-        """`folder` is the driver's working folder, where relative paths of a run begin."""
+    def __init__(self, name: str, folder: str, modules: Sequence[str]) -> None:
+        """`folder` is the driver's working folder, where relative paths of a run begin.
+
+        `modules` register parts of one's own; their files lie where all nodes see them.
+        """
         self._name = name
         with suppress(OSError):
             os.chdir(folder)
+        expect_parts(modules)
 
     def run(self, process: ModelProcess, task: Task, items: int) -> Any:
         """See `ModelProcess.run`."""
@@ -172,7 +177,9 @@ class _Crew:
 
     def start(self, name: str) -> Any:
         """A new actor."""
-        return self.ray.remote(num_cpus=1, num_gpus=int(self._gpu))(Worker).remote(name, str(Path.cwd()))
+        return self.ray.remote(num_cpus=1, num_gpus=int(self._gpu))(Worker).remote(
+            name, str(Path.cwd()), modules_to_import()
+        )
 
 
 class _Fill:

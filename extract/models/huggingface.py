@@ -33,6 +33,7 @@ from agiqa.extract.models.decoding.slot_model import LoadedModel
 from agiqa.extract.models.generation import generate
 from agiqa.extract.models.loading import check_vocabulary_rows, failures_of, load_model, load_tokenizer
 from agiqa.extract.models.rendering import TEMPLATE_DATE, Renderer, main_template
+from agiqa.parts import OwnPart
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SAVED_BY_COMPILING = 4.8e-11
@@ -107,7 +108,7 @@ class HuggingFaceBackbone(ABC):
 
     def provenance(self) -> dict[str, Any]:
         """See `Backbone.provenance`. The first call reads every file of the checkpoint to hash it."""
-        adapter = self._adapter_provenance
+        adapter, own = self._adapter_provenance, OwnPart.of("backbone", self.kind, type(self))
         return {
             "name": self.checkpoint.label if self.adapter is None else f"{self.checkpoint.label}+{self.adapter.label}",
             "kind": self.kind,
@@ -127,6 +128,7 @@ class HuggingFaceBackbone(ABC):
             "attention": self.attention,
             "versions": _versions(self.packages),
             **({} if adapter is None else {"adapter": adapter}),
+            **({} if own is None else {"own_part": own.as_dict()}),
         }
 
     @cached_property

@@ -16,6 +16,7 @@ from agiqa.extract.models.minicpm.backbone import MiniCPMBackbone
 from agiqa.extract.models.minicpm.model import MODEL_TYPE, read_config
 from agiqa.extract.models.preparing import Opener
 from agiqa.extract.models.vision import VisionBackbone
+from agiqa.parts import Origin
 from agiqa.progress import say
 from agiqa.registry import Registry
 
@@ -124,6 +125,11 @@ def _read_config(checkpoint: Checkpoint, max_slices: int | None) -> Any:
 
 
 def _fitting(checkpoint: Checkpoint, config: Any) -> str:
+    """The kind of backbone for a model; one of your own comes before those of agiqa."""
+    for kind in BACKBONES:
+        backbone = BACKBONES.get(kind)
+        if not Origin.of(backbone).is_built_in and type(config) in backbone.classes:
+            return kind
     if type(config) in MiniCPMBackbone.classes:
         return MiniCPMBackbone.kind
     if type(config) in VisionBackbone.classes and checkpoint.has_processor:

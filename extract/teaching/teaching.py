@@ -7,7 +7,7 @@ The conversations for tuning are written anew from the journal at the end of eve
 import threading
 import time
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import copy_context
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class _Run:
     def work(self) -> None:
         """Ask until nothing is pending. Raises what stopped a thread, and KeyboardInterrupt."""
         job, halt = self._job, self._halt
-        with ExitStack() as stack, track("teach", self._left, "items", note=self._costs) as self._advance:
+        with ExitStack() as stack, self._tracked() as self._advance:
             clients = [
                 Client(one.api, one.model, key=one.key, settings=job.settings.client, halt=halt) for one in job.models
             ]
@@ -107,6 +107,11 @@ class _Run:
                 raise self._none_served()
             job.journal.append(self._unserved)
             self.written += self._unserved
+
+    def _tracked(self) -> AbstractContextManager[Advance]:
+        """The progress of all items, of which earlier runs have done some."""
+        total = len(self._job.questions)
+        return track("teach", total, "items", done=total - self._left, note=self._costs)
 
     def _follow(self, threads: Sequence[threading.Thread]) -> None:
         """Run the threads to their end, also after a first Ctrl-C."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -18,6 +18,7 @@ from agiqa.workers import (
     context_of_processes,
     ctrl_c_kept_away,
     end_with_parent,
+    new_process,
     picklable,
 )
 
@@ -38,13 +39,13 @@ def run_on_devices(work: OnDevice, devices: Sequence[str], folder: Path) -> None
     Raises the first error of a process, and WorkerError for one that was killed.
     """
     on_cpu = all(torch.device(device).type == "cpu" for device in devices)
-    context: Any = context_of_processes(MODULES_TO_PREPARE_ITEMS, on_gpu=not on_cpu)
+    context = context_of_processes(MODULES_TO_PREPARE_ITEMS, on_gpu=not on_cpu)
     meeting = folder / f".meeting.{uuid.uuid4().hex}"
     processes: dict[Connection, BaseProcess] = {}
     try:
         for rank in range(len(devices)):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_main, args=(theirs, work, rank, list(devices), meeting))
+            process = new_process(context, _main, (theirs, work, rank, list(devices), meeting))
             with ctrl_c_kept_away():
                 process.start()
             theirs.close()

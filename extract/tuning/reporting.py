@@ -76,7 +76,7 @@ def reporting(steps: int, done: int, events: Path | None) -> Generator[Reporter]
         make_writer: Any = SummaryWriter
         writer = make_writer(str(events), purge_step=done + 1 if done else 0)  # lines of a run without a checkpoint go
     try:
-        with track("tune", steps - done, "steps") as advance:
+        with track("tune", steps, "steps", done=done) as advance:
             yield Reporter(advance=advance, events=writer, steps=steps)
     finally:
         if writer is not None:

@@ -10,9 +10,9 @@ from agiqa.errors import ConfigError, DataError, HeadError, SettingsConflict, Vi
 from agiqa.extract import LengthRule
 from agiqa.extract.filling.calibration import calibrated
 from agiqa.extract.filling.fill import Filler
-from agiqa.extract.filling.plan import plan_store, tokenise
+from agiqa.extract.filling.plan import store_plan, tokenise
 from agiqa.extract.filling.targets import Target
-from agiqa.store import TOKEN_ROLES, open_store, seal, verify
+from agiqa.store import TOKEN_ROLES, create_store, open_store, seal, verify
 from tests.extract import tiny_models
 from tests.extract.jobs import extract, inputs
 from tests.extract.oracle import all_hidden, expected
@@ -230,15 +230,9 @@ def test_runs_that_calibrate_side_by_side_store_in_one_basis(texts, tiny_text_ch
     assert basis is not None
     turned = replace(basis, id="turned", map=-basis.map, q=-basis.q, mean=-basis.mean)
     for share, mine in ((1, target), (2, Target(encoding="sketch", basis=turned))):
-        store = plan_store(
-            tmp_path / "s.agiqa",
-            data_set,
-            backbone,
-            tokenised,
-            rule=LengthRule(),
-            conversation={"variant": "id", "aspect": "quality"},
-            target=mine,
-        )
+        conversation = {"variant": "id", "aspect": "quality"}
+        plan = store_plan(data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation, target=mine)
+        store = create_store(tmp_path / "s.agiqa", plan)
         filler = Filler(store, backbone, tokenised.items, target=mine, batch_size=8)
         with filler.model_arrays_written():
             pass
@@ -256,7 +250,8 @@ def test_an_image_that_vanishes_midway_is_named_and_the_rest_is_kept(tiny_vision
     conversation = {"variant": "id", "aspect": "quality"}
     path = tmp_path / "s.agiqa"
     target = Target(encoding="hidden")
-    store = plan_store(path, data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation, target=target)
+    plan = store_plan(data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation, target=target)
+    store = create_store(path, plan)
     filler = Filler(store, backbone, tokenised.items, target=target, batch_size=4)
     with filler.model_arrays_written():
         pass

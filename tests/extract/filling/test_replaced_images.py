@@ -13,11 +13,11 @@ from agiqa.extract import DescriptionSettings, GenerationSettings, LengthRule, M
 from agiqa.extract.data.datasets import items_of_images
 from agiqa.extract.filling.engines import Here, ModelProcess, OnDevices
 from agiqa.extract.filling.live import LiveFeatures
-from agiqa.extract.filling.plan import plan_store, tokenise
+from agiqa.extract.filling.plan import store_plan, tokenise
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models.preparing import Preparation
 from agiqa.heads.evaluation.rating_words import parse_rating_word
-from agiqa.store import verify
+from agiqa.store import create_store, verify
 from tests.extract.jobs import extract, inputs
 from tests.extract.small_sets import save_noise, write_set, write_talks
 from tests.extract.tiny_models import roomy, write_vision_checkpoint
@@ -42,7 +42,8 @@ def planned(folder, checkpoint, path):
     data_set, backbone = inputs(folder, checkpoint)
     tokenised = tokenise(data_set, backbone, LengthRule())
     conversation, target = {"variant": "id", "aspect": "quality"}, Target(encoding="hidden")
-    store = plan_store(path, data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation, target=target)
+    plan = store_plan(data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation, target=target)
+    store = create_store(path, plan)
     return store, backbone, tokenised.items, target
 
 

@@ -7,7 +7,7 @@ import pytest
 from agiqa.errors import DataError, ModelError
 from agiqa.extract import load_data_set, open_backbone
 from agiqa.extract.data.images import open_image
-from agiqa.store.format.labels import read_table
+from agiqa.store.format.tables import read_table
 from tests.extract.models.test_adapters import PLAIN, llama, random_adapter
 from tests.extract.small_sets import write_set
 

@@ -1,0 +1,1 @@
+"""Importers: published data sets as downloaded, each in the layout that its repository publishes."""
