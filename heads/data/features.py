@@ -17,6 +17,7 @@ from torch import Tensor
 
 from agiqa.errors import DataError, UnknownName
 from agiqa.heads.settings.labels import parse_labels
+from agiqa.progress import track
 from agiqa.store.disk.files import canonical_json
 from agiqa.store.format.arrays import finite_rows
 
@@ -180,11 +181,13 @@ class FeatureSet:
         count = len(chosen) if kept is None else kept
         rows = torch.empty((int(offsets[count]), source.width), dtype=row_dtype(source), device=device)
         roles = torch.empty(int(offsets[-1]), dtype=torch.uint8, device=device)
-        for position, item in read_checked(source, chosen):
-            where = slice(int(offsets[position]), int(offsets[position + 1]))
-            roles[where] = item.roles
-            if position < count:
-                rows[where] = item.rows
+        with track("read", len(chosen), "items", brief=True) as advance:
+            for position, item in read_checked(source, chosen):
+                where = slice(int(offsets[position]), int(offsets[position + 1]))
+                roles[where] = item.roles
+                if position < count:
+                    rows[where] = item.rows
+                advance(1)
         return cls(
             rows=rows,
             starts=np.where(np.arange(len(chosen)) < count, offsets[:-1], -1),

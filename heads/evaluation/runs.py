@@ -1,11 +1,12 @@
 """The run folder of a trained head: its files, how they are written atomically, and which stores the head can read.
 
 head.safetensors  weights and constants of the head, without W_lm
-config.json       head and training settings, the store, its kind of features and what made them (model, adapter,
-                  conversation), the identity of items and labels, the scale of the labels, versions, kernels
+config.json       head and training settings, the store and its location, its kind of features and what made them
+                  (model, adapter, conversation), the identity of items and labels, the scale of the labels, versions,
+                  kernels
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split, the authors of the texts of
-                  its parts (`text_authors`), warnings and notes; for several stores read as one also the metrics of
-                  each, and what was converted
+                  its parts (`text_authors`), warnings and notes, when the training ended (`trained_at`, UTC); for
+                  several stores read as one also the metrics of each, and what was converted
 predictions.csv   name, prompt, split, item, mos, predicted of the validation and test items; `item` is its number in
                   the store, or in the concatenation of several stores
 curves.csv        a row per epoch; with `paper_compatible` also its test scores
@@ -32,12 +33,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from agiqa.errors import ConfigError, HeadError, UnknownName
-from agiqa.heads.data.features import FeatureSource, Joined, location_of
+from agiqa.heads.data.features import FeatureSource, location_of
 from agiqa.heads.data.scales import Scales, read_scales
+from agiqa.heads.evaluation.own_parts import remedies, warn_of_other_code
+from agiqa.heads.evaluation.recorded_parts import RecordedParts
 from agiqa.heads.model.encoders.base import encoder_settings
 from agiqa.heads.model.head import Head, build_head, check_parts
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
+from agiqa.heads.settings.labels import of_each_label
+from agiqa.notebooks import html_table, one_line
+from agiqa.store import open_store
 from agiqa.store.disk.files import safetensors_errors, telling_disk_errors
 from agiqa.version import agiqa_version
 
@@ -46,60 +52,9 @@ FORMAT_VERSION = 1
 WEIGHTS, CONFIG, METRICS = "head.safetensors", "config.json", "metrics.json"
 PREDICTIONS, CURVES, PARTS = "predictions.csv", "curves.csv", "parts.json"
 EVENTS = "tensorboard"
-PART_NAMES = ("train", "validation", "test")
-_NUMBERS, _STORE = "items", "store"
-
-_Numbers = Mapping[str, frozenset[int]]
-"""The numbers of the items of each part in one store."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecordedParts:
-    """The items of each part of a run, by the name of the part: train, validation, test.
-
-    An item of a store that the run read is identified by the store's id and its number there, since several stores, or
-    one, may hold a name with the same prompt twice. Labels and splits do not change id or order of a store. An item of
-    any other store is the same where name and prompt are equal.
-    """
-
-    pairs: Mapping[str, frozenset[tuple[str, str]]]
-    """Name and prompt."""
-    stores: tuple[tuple[str, _Numbers], ...]
-    """The id of each store, and the numbers of its items; empty in old runs, which recorded only `pairs`."""
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "RecordedParts":
-        """Parse parts.json. Raises KeyError, TypeError or ValueError for other content than `record_parts` makes."""
-        return cls(
-            pairs={part: frozenset((name, prompt) for name, prompt in record[part]) for part in PART_NAMES},
-            stores=tuple(
-                (entry[_STORE], {part: frozenset(map(_whole, entry[part])) for part in PART_NAMES})
-                for entry in record.get(_NUMBERS, [])
-            ),
-        )
-
-    def contain(self, source: FeatureSource, items: NDArray[np.int64], *parts: str) -> NDArray[np.bool_]:
-        """Whether each of `items` of `source` is in any of `parts`, (items,)."""
-        names, prompts = source.items.names, source.items.prompts
-        pairs = frozenset[tuple[str, str]]().union(*(self.pairs[part] for part in parts))
-        found = np.zeros(len(items), dtype=bool)
-        stores = _stores_of(source)
-        for (_, positions), numbers in zip(stores, self._numbers_in([store for store, _ in stores]), strict=True):
-            here = np.flatnonzero(np.isin(items, positions))
-            if numbers is None:
-                found[here] = [(names[item], prompts[item]) in pairs for item in items[here]]
-            else:
-                wanted = frozenset[int]().union(*(numbers[part] for part in parts))
-                found[here] = np.isin(items[here] - positions[:1], sorted(wanted))
-        return found
-
-    def _numbers_in(self, stores: Sequence[str]) -> list[_Numbers | None]:
-        """The recorded numbers for each of these stores; None for one that the run did not read, or an ambiguous id."""
-        ids = [store for store, _ in self.stores]
-        if ids == list(stores):
-            return [numbers for _, numbers in self.stores]
-        once = {store: numbers for store, numbers in self.stores if ids.count(store) == 1}
-        return [once.get(store) for store in stores]
+_TEXTS = ("name", "prompt", "split", "stage")
+"""Columns of predictions.csv and curves.csv with texts; `_WHOLE` are those with whole numbers."""
+_WHOLE = ("item", "epoch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +91,70 @@ class Run:
             message = f"{self.path / CONFIG}: `mos_ranges` is not what a training writes ({error})."
             raise HeadError(message) from error
 
+    @property
+    def predictions(self) -> list[dict[str, Any]]:
+        """The rows of predictions.csv: `name`, `prompt`, `split`, `item`, `mos` and `predicted`.
+
+        Both are on the scale of the head. With several labels, `mos_LABEL` and `predicted_LABEL` of each.
+        `pandas.DataFrame` makes a table of them. Raises HeadError for a missing or damaged file.
+        """
+        return _read_csv(self.path / PREDICTIONS)
+
+    @property
+    def curves(self) -> list[dict[str, Any]]:
+        """The rows of curves.csv, one per epoch, see `agiqa.heads.training.curves.Epoch`; None for an empty cell.
+
+        Raises HeadError for a missing or damaged file.
+        """
+        return _read_csv(self.path / CURVES)
+
+    def predict(
+        self,
+        store: "str | Path | FeatureSource",
+        items: Sequence[int] | NDArray[Any] | None = None,
+        *,
+        device: str = "auto",
+        batch_size: int = 32,
+    ) -> NDArray[np.float64]:
+        """The predicted MOS of `items` of a store, or of all, as `agiqa.heads.predict`.
+
+        `store` is a path, a URL or an open store.
+        """
+        from agiqa.heads.evaluation.scoring import predict  # it imports this module
+
+        run: Any = self  # pyright sees this class twice: here, and through the link agiqa/heads
+        return predict(run, _opened(store), items, device=device, batch_size=batch_size)
+
+    def evaluate(
+        self, store: "str | Path | FeatureSource", part: str = "test", *, device: str = "auto", batch_size: int = 32
+    ) -> dict[str, Any]:
+        """Metrics with intervals on one part of a store, as `agiqa.heads.evaluate`."""
+        from agiqa.heads.evaluation.scoring import evaluate
+
+        run: Any = self
+        return evaluate(run, _opened(store), part, device=device, batch_size=batch_size)
+
+    def __repr__(self) -> str:
+        """What the run is, in one line."""
+        return one_line(f"Run {self.path}", self._shown())
+
+    def _repr_html_(self) -> str:
+        """What the run is, for notebooks."""
+        return html_table(f"Run {self.path}", self._shown())
+
+    def _shown(self) -> dict[str, object]:
+        shown: dict[str, object] = {
+            "encoder": self.head.encoder,
+            "pooling": self.head.pooling,
+            "projection": self.head.projection,
+            "label": self.train.label,
+            "split": self.train.split,
+        }
+        for part in ("validation", "test"):
+            if scores := self.metrics.get(part):
+                shown[part] = "; ".join(map(_scores_text, of_each_label(self.train.labels, scores)))
+        return shown
+
     def parts(self) -> RecordedParts:
         """The training, validation and test items. Raises HeadError."""
         recorded = _read_json(self.path, PARTS)
@@ -161,6 +180,7 @@ class Run:
         with torch.inference_mode(mode=False):  # weights made in inference mode cannot be trained or cached
             with torch.random.fork_rng(devices=[]):
                 head = build_head(self.head, spec, labels=len(self.train.labels))
+            warn_of_other_code(self.path, self.config, self.head)
             self.give_weights(head)
             return head.to(device).eval()
 
@@ -174,12 +194,13 @@ class Run:
             raise HeadError(message) from error
 
 
-def load_run(path: Path) -> Run:
-    """Open a run folder.
+def load_run(path: str | Path) -> Run:
+    """Open the run folder `path`.
 
     Raises HeadError for anything else, another version of the format, unknown settings or parts of the head, and files
     with other content than a training writes.
     """
+    path = Path(path)
     config = _read_json(path, CONFIG)
     found = (config.get("format"), config.get("version"))
     if found != (FORMAT, FORMAT_VERSION):
@@ -204,10 +225,13 @@ def load_run(path: Path) -> Run:
             metrics=_read_json(path, METRICS),
         )
     except (UnknownName, ConfigError) as error:
-        message = (
-            f"{path / CONFIG}: {error} The head was trained by agiqa {config.get('agiqa')}, and this is "
-            f"{agiqa_version()}: read it with that one, and import the module that registers parts of your own."
-        )
+        missing = remedies(config)
+        message = f"{path / CONFIG}: {missing or error}"
+        if not missing:
+            message += (
+                f" The head was trained by agiqa {config.get('agiqa')}, and this is {agiqa_version()}: read it with "
+                "that one."
+            )
         raise HeadError(message) from error
     except (KeyError, TypeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -232,35 +256,6 @@ def origin_of(source: FeatureSource) -> dict[str, Any]:
     """The entries `model` and `conversation` of a store's provenance, if it has them."""
     provenance: Mapping[str, Any] = getattr(source, "provenance", {})
     return {key: provenance[key] for key in ("model", "conversation") if key in provenance}
-
-
-def record_parts(source: FeatureSource, parts: Mapping[str, NDArray[np.int64]]) -> dict[str, Any]:
-    """The content of parts.json for the items of each part."""
-    names, prompts = source.items.names, source.items.prompts
-    pairs = {part: [(names[item], prompts[item]) for item in items] for part, items in parts.items()}
-    numbers = [
-        {
-            _STORE: store,
-            **{part: (items[np.isin(items, positions)] - positions[:1]).tolist() for part, items in parts.items()},
-        }
-        for store, positions in _stores_of(source)
-    ]
-    return {**pairs, _NUMBERS: numbers}
-
-
-def _stores_of(source: FeatureSource) -> list[tuple[str, NDArray[np.int64]]]:
-    """The id of each store in `source`, and the positions of its items there, which are consecutive."""
-    if isinstance(source, Joined):
-        return [(store.id, positions) for store, positions in source.parts]
-    return [(source.id, np.arange(len(source.items.names)))]
-
-
-def _whole(number: Any) -> int:
-    """An item's number from JSON. Raises TypeError for anything but an int."""
-    if type(number) is not int:
-        message = f"{number!r} is no number of an item"
-        raise TypeError(message)
-    return number
 
 
 def refuse_taken(path: Path) -> None:
@@ -341,6 +336,35 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         message = f"{path} is no run folder of a trained head: {name} holds no JSON object."
         raise HeadError(message)
     return cast("dict[str, Any]", content)
+
+
+def _opened(store: "str | Path | FeatureSource") -> FeatureSource:
+    return open_store(store) if isinstance(store, str | Path) else store
+
+
+def _scores_text(scores: Mapping[str, Any]) -> str:
+    """SRCC and PLCC of one label, with the number of items."""
+    values = {metric.upper(): scores[metric] for metric in ("srcc", "plcc")}
+    shown = [f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in values.items()]
+    return f"{', '.join(shown)} (n {scores['n']})"
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a csv that `write_run` wrote, numbers as numbers. Raises HeadError."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return [
+                {name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file, strict=True)
+            ]
+    except (OSError, TypeError, ValueError, csv.Error) as error:
+        message = f"{path} cannot be read as a table of a training ({error}). Bring the file back from a copy."
+        raise HeadError(message) from error
+
+
+def _value(column: str, cell: str) -> str | int | float | None:
+    if column in _TEXTS:
+        return cell
+    return None if not cell else int(cell) if column in _WHOLE else float(cell)
 
 
 def _write_weights(path: Path, head: Head) -> None:

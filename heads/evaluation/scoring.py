@@ -40,9 +40,10 @@ def predict(
 
     (items,) for a head with one label; (items, labels) for several labels, in the order of `run.train.labels`.
 
-    Raises HeadError where the head cannot read the store's features, ConfigError for an absent device.
+    `items` are positions in the store, whole numbers from 0. Raises HeadError where the head cannot read the store's
+    features, ConfigError for an absent device, DataError for anything but positions.
     """
-    chosen = np.arange(len(source.items.names)) if items is None else np.asarray(items, dtype=np.int64)
+    chosen = np.arange(len(source.items.names)) if items is None else _positions(items, source)
     return without_label_axis(_predict(run, source, chosen, device=device, batch_size=batch_size))
 
 
@@ -118,6 +119,20 @@ def part_items(run: Run, source: FeatureSource, part: str) -> NDArray[np.int64]:
         message = f"{location_of(source)}: no item is in the part {part!r} of the run {run.path}."
         raise DataError(message)
     return items
+
+
+def _positions(items: Sequence[int] | NDArray[Any], source: FeatureSource) -> NDArray[np.int64]:
+    """`items` as positions. Raises DataError for names, fractions, a mask of booleans, or numbers beyond the items."""
+    given, count = np.asarray(items), len(source.items.names)
+    if not given.size:
+        return np.empty(0, dtype=np.int64)
+    if given.ndim != 1 or given.dtype.kind not in "iu" or not ((given >= 0) & (given < count)).all():
+        message = (
+            f"{location_of(source)}: items are a list of positions, whole numbers from 0 to {count - 1}; got "
+            f"{items!r}. Of a mask, give numpy.flatnonzero(mask); of a name, store.items.names.index(name)."
+        )
+        raise DataError(message)
+    return given.astype(np.int64)
 
 
 def _predict(

@@ -1,6 +1,7 @@
 """A head: projection, token dropout in training, encoder, pooling and regressor in a row."""
 
 import math
+import traceback
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -12,6 +13,7 @@ from agiqa.errors import AgiqaError, ConfigError
 from agiqa.heads.data.features import TokenStatistics
 from agiqa.heads.data.scales import Line
 from agiqa.heads.model.encoders import ENCODERS, Encoder
+from agiqa.heads.model.encoders.base import completed
 from agiqa.heads.model.pooling import POOLINGS, Pooling, PoolingName, select_role
 from agiqa.heads.model.projection import PROJECTIONS, FeatureSpec, Projection
 from agiqa.heads.settings.config import HeadConfig
@@ -26,6 +28,7 @@ class Head(nn.Module):
     def __init__(self, config: HeadConfig, spec: FeatureSpec, *, labels: int = 1) -> None:
         """Use `build_head`, which checks all names first."""
         super().__init__()
+        config = completed(config)
         self.projection = PROJECTIONS.get(config.projection)(config, spec)
         _check_class("projection", config.projection, self.projection, Projection)
         self.encoder = ENCODERS.get(config.encoder)(config)
@@ -167,9 +170,12 @@ def build_head(config: HeadConfig, spec: FeatureSpec, *, labels: int = 1) -> Hea
 
 
 def check_parts(config: HeadConfig) -> None:
-    """Raise UnknownName for a part that is not registered, or a token role that does not exist."""
+    """Raise UnknownName for a part that is not registered, or a token role that does not exist.
+
+    Raises ConfigError as `completed`.
+    """
     PROJECTIONS.get(config.projection)
-    ENCODERS.get(config.encoder)
+    completed(config)
     PoolingName.parse(config.pooling)
 
 
@@ -180,6 +186,7 @@ def check_sizes(config: HeadConfig) -> None:
     that is no Encoder or Pooling.
     """
     check_parts(config)
+    config = completed(config)
     encoder, pooling = ENCODERS.get(config.encoder), POOLINGS.get(PoolingName.parse(config.pooling).pooling)
     _check_sizes(config, encoder, pooling)  # pyright: ignore[reportArgumentType]  # pydantic hashes frozen models
 
@@ -193,9 +200,19 @@ def _check_sizes(config: HeadConfig, encoder: _Encoders, pooling: _Poolings) -> 
                 _build_encoder_and_pooling(config, encoder, pooling)
         except AgiqaError:
             raise
-        except (AssertionError, RuntimeError, TypeError, ValueError):
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError):
             # the part may read a value while it is built, and `meta` has none
-            _build_encoder_and_pooling(config, encoder, pooling)
+            try:
+                _build_encoder_and_pooling(config, encoder, pooling)
+            except AgiqaError:
+                raise
+            except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                message = (
+                    f"The encoder {config.encoder!r} with the pooling {config.pooling!r} cannot be built from these "
+                    f"settings: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
+                )
+                raise ConfigError(message) from error
 
 
 def _build_encoder_and_pooling(config: HeadConfig, encoder: _Encoders, pooling: _Poolings) -> None:

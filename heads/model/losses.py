@@ -41,6 +41,11 @@ class LossTerm:
     smallest_batch: int = 1
     """Items that the formula needs: 2 where it compares items."""
 
+    @property
+    def __wrapped__(self) -> LossFormula:
+        """The formula, as the code that the loss comes from."""
+        return self.formula
+
     def __call__(self, predicted: Values, labels: Values) -> Scalar:
         """The loss; 0, with gradients of 0, for too small a batch. Raises ConfigError where no scalar comes out."""
         if len(predicted) < self.smallest_batch:
@@ -105,6 +110,11 @@ def get_loss(name: str) -> Loss:
     positive.
     """
     return Loss(terms=tuple(_parse_term(name, part.strip()) for part in name.split("+")))
+
+
+def names_in_loss(name: str) -> list[str]:
+    """The registered names in the text of a loss, in its order."""
+    return [part.rpartition("*")[2].strip() for part in name.split("+")]
 
 
 def check_loss(config: TrainConfig) -> None:

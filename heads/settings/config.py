@@ -16,6 +16,10 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.settings.presets import preset_values
 
+Setting = bool | int | float | str
+"""The value of a setting that an encoder of one's own declares."""
+OWN_SETTINGS = "own_settings"
+
 
 class _Settings(BaseModel):
     """A frozen, keyword-only config whose every fault is a ConfigError."""
@@ -43,8 +47,8 @@ class HeadConfig(_Settings):
     encoder: str = Field(default="xlstm", examples=["xlstm", "lstm", "gru", "mamba2", "transformer", "none"])
     """Sequence encoder."""
     pooling: str = Field(default="mean", examples=["mean", "max", "first", "last", "first-last-mean", "attention"])
-    """How the tokens become one vector; mean@answer pools the answer's tokens only. The roles after `@` are `special`,
-    `image`, `question` and `answer`."""
+    """How the tokens become one vector; `mean@answer` pools the answer's tokens only. The roles after `@` are
+    `special`, `image`, `question` and `answer`."""
     width: int = Field(default=512, ge=1)
     """Channels of the projected tokens and of each direction of the encoder (d in the paper)."""
     standardise: bool = True
@@ -72,6 +76,12 @@ class HeadConfig(_Settings):
     those that `first` and `last` pool. The maximum over fewer tokens is lower: set `calibrate` with `max`."""
     regressor_hidden: int = Field(default=128, ge=0)
     """Channels between the regressor's two linear layers; 0 for one layer."""
+    own_settings: Mapping[str, Setting] = Field(default_factory=dict)
+    """Settings that an encoder of your own declares, by name. Those left out have its default values."""
+
+    def __hash__(self) -> int:
+        """Of all values."""
+        return hash(self.model_dump_json())
 
 
 class TrainConfig(_Settings):
@@ -209,7 +219,10 @@ def load_settings(
     sections = _read_sections(file) if file is not None else {"head": {}, "train": {}}
     for name, value in (overrides or {}).items():
         if value is not None:
-            sections[_section_of(name)][name] = value
+            section = sections[_section_of(name)]
+            section[name] = (
+                {**section.get(name, {}), **value} if name == OWN_SETTINGS and isinstance(value, Mapping) else value
+            )
     for name, value in ({} if start is None else start.model_dump()).items():
         sections["head"].setdefault(name, value)
     if preset is not None:

@@ -1,7 +1,6 @@
 """A head to be trained as one of many: what it is, whether it exists already, and one attempt to train it."""
 
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,10 +9,12 @@ from agiqa.errors import AgiqaError, HeadError
 from agiqa.heads.data.features import FeatureSource
 from agiqa.heads.data.keeping import SharedFeatures
 from agiqa.heads.data.splits import Partition
+from agiqa.heads.evaluation.own_parts import code_of, recorded_parts
 from agiqa.heads.evaluation.runs import Run, load_run
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
+from agiqa.heads.sweeps.processes import Channel
+from agiqa.heads.sweeps.watching import StateProgress
 from agiqa.heads.training.experiment import OF_THE_MACHINE, Experiment, differences
-from agiqa.heads.training.progress import LineProgress
 from agiqa.heads.training.training import train_head
 from agiqa.progress import said_to
 
@@ -65,30 +66,45 @@ class Attempt:
     """Whether the process can be trusted with another job: not after an error that torch or CUDA raised."""
 
 
-def attempt(source: FeatureSource, job: HeadJob, shared: SharedFeatures, on_line: Callable[[str], None]) -> Attempt:
-    """Train the head of `job`; `on_line` gets every line that it prints.
+@dataclass(frozen=True, kw_only=True)
+class HeadTask:
+    """A job for `run_tasks`. It tells every line that the training prints, and each HeadState."""
 
-    An error of agiqa or of the system is returned with its notes. One of torch, CUDA or memory is returned too, and
-    `on_line` gets its traceback. All others are faults of the program, and are raised.
-    """
-    try:
-        with said_to(on_line):
-            train_head(
-                source,
-                job.run,
-                head=job.head,
-                train=job.train,
-                preset=job.preset,
-                progress=LineProgress(on_line),
-                shared=shared,
-                start=None if job.start is None else load_run(job.start),
-            )
-    except (AgiqaError, OSError) as error:
-        return Attempt(error=with_notes(error))
-    except (RuntimeError, MemoryError) as error:
-        on_line(traceback.format_exc())
-        return Attempt(error=f"{type(error).__name__}: {error}", sound=False)
-    return Attempt()
+    job: HeadJob
+
+    def run(self, source: FeatureSource, shared: SharedFeatures, channel: Channel, /) -> Attempt:
+        """Train the head.
+
+        An error of agiqa or of the system is returned with its notes. One of torch, CUDA or memory is returned too, and
+        its traceback is told. All others are faults of the program, and are raised.
+        """
+        job = self.job
+        try:
+            with said_to(channel.tell):
+                train_head(
+                    source,
+                    job.run,
+                    head=job.head,
+                    train=job.train,
+                    preset=job.preset,
+                    progress=StateProgress(channel.tell, channel.tell, job.train),
+                    shared=shared,
+                    start=None if job.start is None else load_run(job.start),
+                )
+        except (AgiqaError, OSError) as error:
+            return Attempt(error=with_notes(error))
+        except (RuntimeError, MemoryError) as error:
+            channel.tell(traceback.format_exc())
+            return Attempt(error=f"{type(error).__name__}: {error}", sound=False)
+        return Attempt()
+
+    def lost(self, reason: str, /) -> Attempt:
+        """The attempt of a worker that died."""
+        return Attempt(error=reason, sound=False)
+
+    def spoils(self, answer: Attempt, /) -> bool:
+        """After an error of torch or CUDA."""
+        return not answer.sound
 
 
 def with_notes(error: BaseException) -> str:
@@ -116,6 +132,7 @@ def _differences(run: Run, wanted: Experiment) -> list[str]:
     """What differs between a run and the experiment, a line each; data only where the settings are the same."""
     there = Experiment(source=wanted.source, run=run.path, head=run.head, train=run.train).settings()
     there |= {"store": run.store_id, "start": (run.config.get("start") or {}).get("sha256")}
+    there |= code_of(recorded_parts(run.config))
     settings = {"preset": wanted.preset, **wanted.settings()}
     found = differences({"preset": run.config.get("preset"), **there}, settings, verb="there", without=OF_THE_MACHINE)
     if found or "data" not in run.config:

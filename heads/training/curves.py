@@ -49,9 +49,9 @@ class Epoch:
     test: Mapping[str, float] = field(default_factory=dict[str, float])
     """Columns of test scores, never used for selection. Empty without `paper_compatible`."""
 
-    def line(self) -> str:
-        """The epoch in one line for people."""
-        text = f"epoch {self.epoch}: loss {self.train_loss:.4f}"
+    def line(self, *, of: int) -> str:
+        """The epoch, one of `of`, in one line for people."""
+        text = f"epoch {self.epoch}/{of}: loss {self.train_loss:.4f}"
         if self.validation_srcc is not None and self.validation_plcc is not None:
             text += f", validation SRCC {self.validation_srcc:.4f} PLCC {self.validation_plcc:.4f}"
         return f"{text}, {self.seconds:.1f} s"

@@ -22,13 +22,16 @@ from agiqa.heads.data.features import FeatureSource, items_identity, read_labels
 from agiqa.heads.data.scales import conversions, scales_of, unknown_scales
 from agiqa.heads.data.splits import Partition, make_partition
 from agiqa.heads.evaluation.leaks import count_known
+from agiqa.heads.evaluation.own_parts import CODE, code_of, own_parts
 from agiqa.heads.evaluation.runs import WEIGHTS, Run, refuse_taken
+from agiqa.heads.model.encoders.base import completed
 from agiqa.heads.model.head import check_sizes
 from agiqa.heads.model.losses import check_loss
 from agiqa.heads.model.projection import check_encoding
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import check_precision, resolve_device
 from agiqa.heads.training.progress import check_tensorboard
+from agiqa.parts import OwnPart
 from agiqa.version import agiqa_version
 
 WITHOUT_EFFECT = ("device", "keep", "memory", "save_seconds", "tensorboard")
@@ -58,6 +61,16 @@ class Experiment:
     def partition(self) -> Partition:
         """The items of each part. Raises as `make_partition`."""
         return self.drawn or make_partition(self.source, self.train)
+
+    @cached_property
+    def recorded_head(self) -> dict[str, Any]:
+        """The settings of the head, ready for JSON, its encoder's own settings completed. Raises as `completed`."""
+        return completed(self.head).model_dump(mode="json")
+
+    @cached_property
+    def own_parts(self) -> list[OwnPart]:
+        """The parts of the head, and its losses, that agiqa does not have itself. Raises UnknownName."""
+        return own_parts(self.head, self.train.loss)
 
     @cached_property
     def device(self) -> torch.device:
@@ -91,10 +104,11 @@ class Experiment:
     def settings(self) -> dict[str, Any]:
         """Settings of head and training, the store and the beginning, ready for JSON. Raises as `start_record`."""
         return {
-            "head": self.head.model_dump(mode="json"),
+            "head": self.recorded_head,
             "train": self.train.model_dump(mode="json"),
             "start": None if self.start_record is None else self.start_record["sha256"],
             "store": self.source.id,
+            **code_of(self.own_parts),
         }
 
     @cached_property
@@ -134,8 +148,8 @@ def differences(
     """
     before, now = _flat(kept), _flat(wanted)
     return [
-        f"{name} are not those that it was trained with"
-        if name.startswith(("items of", "labels of"))
+        f"{name} {'is not that' if name.startswith(CODE) else 'are not those'} that it was trained with"
+        if name.startswith(("items of", "labels of", CODE))
         else f"{name}: {verb} {before.get(name)!r}, asked for {now.get(name)!r}"
         for name in dict.fromkeys([*now, *before])
         if name not in without and before.get(name) != now.get(name)
@@ -160,7 +174,7 @@ def check_start(start: Run, experiment: Experiment) -> None:
     several labels must be the same in the same order.
     """
     start.check(experiment.source)
-    ours, theirs = experiment.head.model_dump(), start.head.model_dump()
+    ours, theirs = experiment.recorded_head, completed(start.head).model_dump(mode="json")
     different = [f"{name}: {theirs[name]!r} there, {ours[name]!r} here" for name in ours if ours[name] != theirs[name]]
     labels, learned = experiment.train.labels, start.train.labels
     if labels != learned and not len(labels) == len(learned) == 1:

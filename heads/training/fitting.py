@@ -92,7 +92,7 @@ def fit_head(
                 learner.restore(kept)
             else:
                 say(f"{head_config.encoder} on {device.type}: {training_kernels(head.encoder, config, device)}")
-                progress.begin(stage, (epochs - done) * per_epoch)
+                progress.begin(stage, epochs=epochs, steps=per_epoch, done=done)
                 try:
                     _run(learner, config, device, epochs=epochs, state=state, resumed=kept is not None)
                 finally:

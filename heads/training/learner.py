@@ -235,6 +235,7 @@ class Learner(pl.LightningModule):
         with torch.compiler.set_stance("force_eager"):
             predicted = self._kept(*batch.inputs).double().cpu().numpy()
         self._predicted[batch.positions.cpu().numpy()] = predicted
+        self._progress.validated()
 
     def on_train_epoch_end(self) -> None:
         """Close the epoch: add a row to the curves, keep the best weights, and stop where `patience` says so.
@@ -260,7 +261,7 @@ class Learner(pl.LightningModule):
             test={} if self._test_scorer is None else self._test_scorer(self._kept),
         )
         self.curves.append(epoch)
-        self._progress.epoch(epoch.line())
+        self._progress.epoch(epoch)
         if self._events is not None:
             self._events.epoch(self.trainer.global_step, epoch)
         self._keep_best(number, srcc)

@@ -7,6 +7,7 @@ choice is made, and with `paper_compatible` also after every epoch, for a number
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,7 +23,8 @@ from agiqa.heads.data.scales import scales_of, scales_record
 from agiqa.heads.evaluation.calibration import Calibration, calibration_warnings
 from agiqa.heads.evaluation.leaks import author_notes, author_warnings, authors_by_part
 from agiqa.heads.evaluation.mos_mappings import Mappings, fit_mappings
-from agiqa.heads.evaluation.runs import EVENTS, Run, load_run, origin_of, record_parts, write_run
+from agiqa.heads.evaluation.recorded_parts import record_parts
+from agiqa.heads.evaluation.runs import EVENTS, Run, load_run, origin_of, write_run
 from agiqa.heads.evaluation.scoring import predict_items, scores_of_labels
 from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.pooling import check_item_roles, check_roles
@@ -41,7 +43,7 @@ from agiqa.version import agiqa_version
 
 def train_head(
     source: FeatureSource,
-    run: Path,
+    run: str | Path,
     *,
     head: HeadConfig | None = None,
     train: TrainConfig | None = None,
@@ -66,7 +68,7 @@ def train_head(
     """
     experiment = Experiment(
         source=source,
-        run=run,
+        run=Path(run),
         head=head or (_usual_head(source) if start is None else start.head),
         train=train or TrainConfig(),
         preset=preset,
@@ -78,7 +80,9 @@ def train_head(
         check_item_roles(source, test, experiment.head.pooling)
     for note in _store_notes(source):
         say(f"note: {note}")
-    saved = training_state(run, experiment.key(), save_seconds=experiment.train.save_seconds, restart=restart)
+    saved = training_state(
+        experiment.run, experiment.key(), save_seconds=experiment.train.save_seconds, restart=restart
+    )
     with cpu_threads(experiment.train.threads), saved as state:
         _train(experiment, shared, progress or LineProgress(lambda _: None), state)
     return load_run(run)
@@ -117,6 +121,7 @@ def _train(experiment: Experiment, shared: SharedFeatures, progress: TrainingPro
         **_remarks(experiment, [*epoch_warnings(selection, config), *of_scale]),
         "features": rows.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
+        "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     metrics |= {"stores": _scores_by_store(source, parts)} if isinstance(source, Joined) else {}
     if config.paper_compatible:
@@ -293,7 +298,7 @@ def _record(experiment: Experiment, fit: Fit) -> dict[str, Any]:
     device = next(fit.head.parameters()).device
     return {
         "preset": experiment.preset,
-        "head": experiment.head.model_dump(),
+        "head": experiment.recorded_head,
         "train": train.model_dump(),
         "features": {
             "store": source.id,
@@ -303,6 +308,7 @@ def _record(experiment: Experiment, fit: Fit) -> dict[str, Any]:
             "lm_head_sha256": spec.lm_head_sha256,
             "basis_id": spec.basis_id,
         },
+        "location": location_of(source),
         "origin": origin_of(source),
         "label": train.label,
         "labels": list(train.labels),
@@ -314,4 +320,5 @@ def _record(experiment: Experiment, fit: Fit) -> dict[str, Any]:
         "torch": torch.__version__,
         "start": experiment.start_record,
         "data": experiment.data,
+        **({"own_parts": [part.as_dict() for part in experiment.own_parts]} if experiment.own_parts else {}),
     }

@@ -1,29 +1,34 @@
 """What a sequence encoder is, the registry of encoders, `none`, and how a causal encoder becomes bidirectional."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from agiqa.errors import ConfigError
-from agiqa.heads.settings.config import HeadConfig
+from agiqa.errors import ConfigError, UnknownName
+from agiqa.heads.settings.config import HeadConfig, Setting
 from agiqa.registry import Registry
 
 Tokens = Float[Tensor, "batch token width"]
 Encoded = Float[Tensor, "batch token out_width"]
 Mask = Bool[Tensor, "batch token"]
 """True on real tokens. Padding comes last, and every item has at least one token."""
+NO_SETTINGS: Mapping[str, Setting] = MappingProxyType({})
 
 
 class Encoder(nn.Module, ABC):
     """Base of encoders over right-padded sequences, built from a HeadConfig.
 
-    Tests hold every registered encoder to these laws: padding changes nothing, an item's output does not depend on its
-    batch, outputs at padding are zero, every parameter gets a gradient, no layer is used twice, and the last token
-    depends on the first where `mixes_tokens`. The first token depends on the last exactly where `bidirectional` is set.
+    `check_encoder` of heads/model/laws.py holds a registered encoder to these laws: padding changes nothing, an item's
+    output does not depend on its batch, outputs at padding are zero, every parameter gets a gradient, no layer is used
+    twice, and the last token depends on the first where `mixes_tokens`. The first token depends on the last exactly
+    where `bidirectional` is set.
     """
 
     mixes_tokens: ClassVar[bool] = True
@@ -32,6 +37,10 @@ class Encoder(nn.Module, ABC):
     settings: ClassVar[frozenset[str] | None] = None
     """The fields of HeadConfig that change this encoder, besides `width` and `bidirectional`; None is any of them. A
     grid over a field that changes none of its encoders is refused."""
+
+    own_settings: ClassVar[Mapping[str, Setting]] = NO_SETTINGS
+    """Settings that only this encoder has, with their default values, for an encoder of one's own. Its `__init__` gets
+    their values, completed, in `config.own_settings`."""
 
     graphable: bool = False
     """Whether training can replay a pass from a CUDA graph: it only queues work on the GPU, of a shape that follows
@@ -58,6 +67,43 @@ class Encoder(nn.Module, ABC):
 
 
 ENCODERS: Registry[Callable[[HeadConfig], Encoder]] = Registry("encoder")
+
+
+def completed(config: HeadConfig) -> HeadConfig:
+    """`config` with every setting that its encoder declares itself, by default of the declared value.
+
+    Raises UnknownName for an encoder that is not registered, and ConfigError for a setting that the encoder does not
+    declare, or a value of another type than the default has.
+    """
+    declared: Mapping[str, Setting] = getattr(ENCODERS.get(config.encoder), "own_settings", NO_SETTINGS)
+    for name in config.own_settings:
+        if name not in declared:
+            unknown = UnknownName.of("setting of its own", name, declared)
+            message = f"The encoder {config.encoder!r}: {unknown}"
+            raise ConfigError(message)
+    values = {
+        name: _of_type(default, config.own_settings.get(name, default), f"{config.encoder!r}: {name}")
+        for name, default in declared.items()
+    }
+    return config if values == config.own_settings else config.model_copy(update={"own_settings": values})
+
+
+def _of_type(default: Setting, value: Setting, name: str) -> Setting:
+    """`value` with the type of `default`; texts are read as on the command line. Raises ConfigError."""
+    kind = type(default)
+    if isinstance(value, str) and kind is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    number = not isinstance(value, bool) and kind in (int, float)
+    if number and (isinstance(value, str) or kind is float):
+        with suppress(ValueError, OverflowError):
+            read = kind(value)
+            if math.isfinite(float(read)):
+                return read
+    if type(value) is kind and kind is not float:
+        return value
+    wanted = f"of the type {kind.__name__}{' and finite' if kind is float else ''}"
+    message = f"The encoder {name} is {value!r}; it must be {wanted}, as its default {default!r} is."
+    raise ConfigError(message)
 
 
 def encoder_settings(name: str) -> frozenset[str] | None:
@@ -130,14 +176,15 @@ class EitherWay:
     def __init__(self, causal: Callable[[HeadConfig], Encoder]) -> None:
         """`causal` only ever gets configs without `bidirectional`."""
         self.settings: frozenset[str] | None = getattr(causal, "settings", None)
-        self._causal = causal
+        self.own_settings: Mapping[str, Setting] = getattr(causal, "own_settings", NO_SETTINGS)
+        self.__wrapped__ = causal
 
     def __call__(self, config: HeadConfig) -> Encoder:
         """The encoder."""
         if not config.bidirectional:
-            return self._causal(config)
+            return self.__wrapped__(config)
         causal = config.model_copy(update={"bidirectional": False})
-        return BidirectionalEncoder(self._causal(causal), self._causal(causal))
+        return BidirectionalEncoder(self.__wrapped__(causal), self.__wrapped__(causal))
 
 
 def refuse_bidirectional(config: HeadConfig, encoder: type[Encoder], *, entry: str) -> None:

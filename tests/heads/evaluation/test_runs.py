@@ -61,6 +61,15 @@ def test_predictions_keep_the_asked_order_in_any_batch(trained):
     assert predict(run, store, []).shape == (0,)
 
 
+@pytest.mark.parametrize(
+    "items", [[60], [-1], np.array([1.5]), np.array(["image_0.png"]), np.array([True, False]), np.array([[0]])]
+)
+def test_items_that_are_no_positions_are_refused(trained, items):
+    store, run = trained
+    with pytest.raises(DataError, match="whole numbers from 0 to 59"):
+        predict(run, store, items)
+
+
 def test_another_data_set_with_the_same_features_is_read(trained, make_store):
     store, run = trained
     other = make_store(25, published=True, seed=9, encoding=store.encoding, weights=store.weights, id="other")
@@ -146,7 +155,7 @@ def test_folders_that_are_no_runs_are_refused(trained, tmp_path: Path):
         (lambda config: {**config, "head": ["gru"]}, "is not what a training writes"),
         (lambda config: {**config, "features": {}}, "is missing"),
         (list, "holds no JSON object"),
-        (lambda config: {**config, "head": {**config["head"], "encoder": "my-gru"}}, "'my-gru'.*import the module"),
+        (lambda config: {**config, "head": {**config["head"], "encoder": "my-gru"}}, "'my-gru'.*--import MODULE"),
         (lambda config: {**config, "head": {**config["head"], "depth": 3}}, "'depth'.*trained by agiqa"),
     ],
 )
@@ -204,5 +213,6 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(make_store, tmp_pat
     console = Console(file=out, force_terminal=terminal, width=100)
     head = HeadConfig(projection="sketch", encoder="none", width=4)
     train_head(make_store(40), tmp_path / "run", head=head, train=QUICK, progress=training_progress(console))
-    assert "epoch 1: loss" in out.getvalue()
+    assert "epoch 1/" in out.getvalue()
+    assert ": loss" in out.getvalue()
     assert ("\x1b[" in out.getvalue()) is terminal

@@ -15,12 +15,22 @@ from agiqa.heads.model.encoders import (
     XLSTMEncoder,
 )
 from agiqa.heads.model.head import build_head, check_sizes
+from agiqa.heads.model.laws import (
+    ENCODER_LAWS,
+    LENGTHS,
+    SIZES,
+    WIDTH,
+    EncoderCase,
+    check_encoder,
+    check_pooling,
+    ragged_mask,
+    ragged_tokens,
+)
 from agiqa.heads.model.pooling import POOLINGS
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.training.training import train_head
 from tests.heads.conftest import MemoryStore
-from tests.heads.encoder_contract import LENGTHS, SIZES, WIDTH, EncoderContract, ragged_mask, ragged_tokens
 
 ONE_WAY = ("none",)
 """Encoders that refuse `bidirectional`."""
@@ -31,10 +41,10 @@ ENCODINGS = {"vocabulary": "hidden", "hidden": "hidden", "sketch": "sketch", "lo
 IDS = [f"{name}-{DIRECTIONS[both]}" for name, both in VARIANTS]
 
 
-class TestEveryRegisteredEncoder(EncoderContract):
-    @pytest.fixture(params=VARIANTS, ids=IDS)
-    def variant(self, request):
-        return request.param
+@pytest.mark.parametrize("law", ENCODER_LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize(("name", "bidirectional"), VARIANTS, ids=IDS)
+def test_every_registered_encoder_obeys_the_laws(name, bidirectional, law):
+    assert law(EncoderCase.make(name, bidirectional=bidirectional)) is None
 
 
 class RunningMean(Encoder):
@@ -58,19 +68,17 @@ def ones_own(monkeypatch):
     return "running-mean"
 
 
-class TestAnEncoderOfOnesOwn(EncoderContract):
-    @pytest.fixture(params=DIRECTIONS, ids=DIRECTIONS.get)
-    def variant(self, request, ones_own):
-        return ones_own, request.param
+def test_an_encoder_of_ones_own_obeys_the_laws(ones_own):
+    check_encoder(ones_own)
 
-    @pytest.mark.parametrize("pooling", POOLINGS.names())
-    def test_a_head_takes_its_width(self, make_store, encoder, bidirectional, mask, pooling):
-        assert encoder.out_width == (WIDTH if bidirectional else WIDTH // 2)
-        config = HeadConfig(
-            projection="sketch", encoder="running-mean", pooling=pooling, bidirectional=bidirectional, **SIZES
-        )
-        head = build_head(config, FeatureSpec.of(make_store(3)))
-        assert head(torch.randn(*mask.shape, 4), mask).shape == (len(LENGTHS), 1)
+
+@pytest.mark.parametrize("bidirectional", DIRECTIONS, ids=DIRECTIONS.get)
+@pytest.mark.parametrize("pooling", POOLINGS.names())
+def test_a_head_takes_the_width_of_ones_own_encoder(make_store, ones_own, bidirectional, mask, pooling):
+    config = HeadConfig(projection="sketch", encoder=ones_own, pooling=pooling, bidirectional=bidirectional, **SIZES)
+    head = build_head(config, FeatureSpec.of(make_store(3)))
+    assert head.encoder.out_width == (WIDTH if bidirectional else WIDTH // 2)
+    assert head(torch.randn(*mask.shape, 4), mask).shape == (len(LENGTHS), 1)
 
 
 @pytest.fixture
@@ -86,23 +94,9 @@ def mask():
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
 
 
-@pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("name", POOLINGS.names())
-def test_pooling_is_blind_to_padding(name, tokens, mask, value):
-    pooling = POOLINGS.get(name)(HeadConfig(), WIDTH).double()
-    for parameter in pooling.parameters():
-        parameter.data += torch.randn_like(parameter)
-    found = []
-    for fill in (0.0, value):
-        given = tokens.masked_fill(~mask[..., None], fill).requires_grad_()
-        pooled = pooling(given, mask)
-        learned = torch.autograd.grad(pooled.square().sum(), [given, *pooling.parameters()])
-        found.append([pooled.detach(), *learned])
-    clean = found[0][0]
-    torch.testing.assert_close(found[1], found[0])
-    for row, length in enumerate(LENGTHS):
-        alone = pooling(tokens[row : row + 1, :length], mask[row : row + 1, :length])
-        torch.testing.assert_close(alone[0], clean[row])
+def test_every_registered_pooling_obeys_the_laws(name):
+    check_pooling(name)
 
 
 def test_poolings_by_hand(tokens, mask):

@@ -63,7 +63,7 @@ def jobs_in(folder: Path, **changes) -> list[HeadJob]:
 def numbers(run: Path) -> dict[str, object]:
     """All of a run folder but for the time that it took and where its features were."""
     metrics = json.loads((run / "metrics.json").read_text())
-    del metrics["seconds"], metrics["features"]
+    del metrics["seconds"], metrics["trained_at"], metrics["features"]
     with (run / "curves.csv").open(newline="") as file:
         curves = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
     config = json.loads((run / "config.json").read_text())

@@ -32,7 +32,10 @@ class BreakingProgress:
         self.steps = self.epochs = 0
         self._last_step, self._last_epoch = step, epoch
 
-    def begin(self, stage: str, steps: int) -> None:
+    def begin(self, stage: str, *, epochs: int, steps: int, done: int) -> None:
+        pass
+
+    def validated(self) -> None:
         pass
 
     def step(self) -> None:
@@ -40,7 +43,7 @@ class BreakingProgress:
         if self.steps == self._last_step:
             raise Broken
 
-    def epoch(self, line: str) -> None:
+    def epoch(self, epoch) -> None:
         self.epochs += 1
         if self.epochs == self._last_epoch:
             raise Broken
@@ -52,7 +55,7 @@ class BreakingProgress:
 def numbers(run: Path) -> dict[str, object]:
     """Everything that a run folder says, but for the time that it took and the memory that was free."""
     metrics = json.loads((run / "metrics.json").read_text())
-    del metrics["seconds"], metrics["features"]
+    del metrics["seconds"], metrics["trained_at"], metrics["features"]
     with (run / "curves.csv").open(newline="") as file:
         curves = [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
     return {
@@ -201,7 +204,7 @@ def test_a_state_holds_no_code(make_store, tmp_path: Path):
 
 def test_a_run_that_another_process_trains_is_refused(make_store, tmp_path: Path):
     class Nested(BreakingProgress):
-        def epoch(self, line: str) -> None:
+        def epoch(self, epoch) -> None:
             child = os.fork()
             if child == 0:
                 try:

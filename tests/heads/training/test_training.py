@@ -91,8 +91,8 @@ def test_the_run_folder_holds_what_it_says(make_store, tmp_path: Path):
         "predictions.csv",
     ]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["run"]
-    assert lines[0].startswith("train: 6 steps")
-    assert [line.split(":")[0] for line in lines[1:]] == ["epoch 1", "epoch 2", "epoch 3"]
+    assert lines[0].startswith("train: 3 epochs of 2 steps")
+    assert [line.split(":")[0] for line in lines[1:]] == ["epoch 1/3", "epoch 2/3", "epoch 3/3"]
     curves = read_csv(run.path / "curves.csv")
     srcc = [float(row["validation_srcc"]) for row in curves]
     assert run.metrics["chosen_epoch"] == 1 + int(np.argmax(srcc))
