@@ -8,7 +8,6 @@ OUT/rows.jsonl                        means, intervals and comparisons, computed
 OUT/lock                              held by the process at work
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from agiqa.heads.evaluation.runs import complete_settings
 from agiqa.heads.settings.config import TrainConfig, default_settings, read_yaml
 from agiqa.heads.sweeps.head_jobs import HeadJob, JobOutcome, is_there
 from agiqa.heads.sweeps.sweeping import Partitions, train_heads
+from agiqa.heads.sweeps.watching import SweepWatch, watching
 from agiqa.heads.training.experiment import OF_THE_MACHINE, check_settings
 from agiqa.progress import say
 from agiqa.store import Store
@@ -114,11 +114,14 @@ def run_ablation(
         write_about(out, about if baseline_store is None else {**about, "baseline_store": store_facts(baseline_store)})
         for line in results.ignored_note():
             tell(line)
-        clock = _Clock(len(plan), len(done), tell)
+        if done:
+            tell(f"{len(done)} of {len(plan)} runs exist already")
         trained = 0
-        for name, store in stores.items():
-            missing = [run for run in plan if run.store == name and run not in done]
-            trained += _train(store, missing, out, results, workers, clock, commit=commit) if missing else 0
+        with watching("ablation", len(plan), "runs", done=len(done)) as watch:
+            training = _Training(out, results, workers, watch, tell, commit=commit, done=len(done), total=len(plan))
+            for name, store in stores.items():
+                missing = [run for run in plan if run.store == name and run not in done]
+                trained += training.train(store, missing) if missing else 0
         for line in warning_lines((results.lines[name] for name in names), printed=at_first):
             tell(line)
         rows = table_rows(plan, results.lines, out, _baselines(stores, plan, out, rating_words, means))
@@ -280,45 +283,38 @@ def _author_warnings(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) ->
         yield from (f"warning: {where}{line}" for line in author_warnings(store, parts))
 
 
-class _Clock:
-    """Counts the runs that end, and prints each with the time left."""
+class _Training:
+    """Trains runs, appends their lines, and prints each with the time left."""
 
-    def __init__(self, total: int, done: int, tell: Callable[[str], None]) -> None:
-        self._total, self._before, self._done = total, done, done
-        self._tell = tell
-        self._started = time.monotonic()
-        if done:
-            tell(f"{done} of {total} runs exist already")
+    def __init__(
+        self,
+        out: Path,
+        results: LineFile,
+        workers: int | None,
+        watch: SweepWatch,
+        tell: Callable[[str], None],
+        *,
+        commit: str | None,
+        done: int,
+        total: int,
+    ) -> None:
+        self._out, self._results, self._workers, self._watch, self._tell = out, results, workers, watch, tell
+        self._commit, self._done, self._total = commit, done, total
 
-    def end(self, line: Line) -> None:
-        """Print the line of a run that has ended."""
-        self._done += 1
-        took = time.monotonic() - self._started
-        left = took / (self._done - self._before) * (self._total - self._done)
-        self._tell(f"[{self._done}/{self._total}] {line['name']}: {_outcome_text(line)}, {_duration(left)} left")
-
-
-def _train(
-    store: Store,
-    missing: Sequence[PlannedRun],
-    out: Path,
-    results: LineFile,
-    workers: int | None,
-    clock: _Clock,
-    *,
-    commit: str | None,
-) -> int:
-    """Train the missing runs, and append their lines; returns how many were trained now and without an error."""
-    jobs = [_job(run, out) for run in missing]
-    by_folder = {job.run: run for job, run in zip(jobs, missing, strict=True)}
-    trained = 0
-    with closing(train_heads(store, jobs, workers=workers)) as outcomes:
-        for ended in outcomes:
-            line = result_line(by_folder[ended.job.run], store.id, ended, commit=commit)
-            results.append(line)
-            clock.end(line)
-            trained += ended.status == "trained"
-    return trained
+    def train(self, store: Store, missing: Sequence[PlannedRun]) -> int:
+        """Train the missing runs of a store; returns how many were trained now and without an error."""
+        jobs = [_job(run, self._out) for run in missing]
+        by_folder = {job.run: run for job, run in zip(jobs, missing, strict=True)}
+        trained = 0
+        with closing(train_heads(store, jobs, workers=self._workers, watch=self._watch)) as outcomes:
+            for ended in outcomes:
+                line = result_line(by_folder[ended.job.run], store.id, ended, commit=self._commit)
+                self._results.append(line)
+                self._done += 1
+                place = f"[{self._done}/{self._total}] {line['name']}"
+                self._tell(f"{place}: {_outcome_text(line)}, {self._watch.left} left")
+                trained += ended.status == "trained"
+        return trained
 
 
 def _job(run: PlannedRun, out: Path) -> HeadJob:
@@ -349,9 +345,3 @@ def _outcome_text(line: Line) -> str:
     scores = scores_by_label(line, "validation").items()
     values = [f"{label} {'undefined' if one['srcc'] is None else format(one['srcc'], '.4f')}" for label, one in scores]
     return f"validation SRCC {', '.join(values) or '-'}, {line['seconds']:.1f} s"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

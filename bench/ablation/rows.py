@@ -25,7 +25,7 @@ from agiqa.bench.recording.rows import (
     summary,
     validation_summary,
 )
-from agiqa.bench.recording.tables import as_table
+from agiqa.bench.recording.tables import TextTable
 from agiqa.errors import DataError
 from agiqa.heads.evaluation.metrics import SeedScores
 from agiqa.heads.evaluation.runs import PREDICTIONS
@@ -274,8 +274,8 @@ def _against(scores: SeedScores, reference: _Group) -> Line:
     }
 
 
-def rows_text(rows: Sequence[Row]) -> str:
-    """A Markdown table: heads in the order of the grid, then baselines, protocol by protocol.
+def rows_parts(rows: Sequence[Row]) -> list[str | TextTable]:
+    """A table: heads in the order of the grid, then baselines, protocol by protocol.
 
     Scores have intervals of 95 % and the paired difference to the best head by validation. Lines below the table say
     which baselines are left out.
@@ -284,11 +284,11 @@ def rows_text(rows: Sequence[Row]) -> str:
     order = {protocol: number for number, protocol in enumerate(dict.fromkeys(row["protocol"] for row in shown))}
     shown.sort(key=lambda row: (order[row["protocol"]], row["kind"] != "head"))
     columns = _columns(shown)
-    table = as_table([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in shown])
+    table = TextTable(head=[title for title, _ in columns], rows=[[cell(row) for _, cell in columns] for row in shown])
     left_out = [
         f"{row['row']} ({row['protocol']}, {row['label']}): {row['left_out']}" for row in rows if "left_out" in row
     ]
-    return "\n\n".join(part for part in (table, "Left out:\n" + "\n".join(left_out) if left_out else "") if part)
+    return [table, *(["Left out:\n" + "\n".join(left_out)] if left_out else [])]
 
 
 def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:

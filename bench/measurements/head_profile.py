@@ -35,6 +35,7 @@ from agiqa.heads.model.head import build_head
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import resolve_device
+from agiqa.heads.training.curves import Epoch
 from agiqa.heads.training.fitting import fit_head
 
 ENCODERS = ("xlstm", "mamba2", "transformer")
@@ -52,7 +53,10 @@ class Profiled:
         self._profiler: Any = None
         self.found: dict[str, Any] = {}
 
-    def begin(self, stage: str, steps: int) -> None:
+    def begin(self, stage: str, *, epochs: int, steps: int, done: int) -> None:
+        """Nothing is shown."""
+
+    def validated(self) -> None:
         """Nothing is shown."""
 
     def step(self) -> None:
@@ -69,7 +73,7 @@ class Profiled:
             self._profiler.stop()
             self.found = _kernels(self._profiler, seconds)
 
-    def epoch(self, line: str) -> None:
+    def epoch(self, epoch: Epoch) -> None:
         """Nothing is shown."""
 
     def end(self) -> None:

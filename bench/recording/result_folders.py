@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from agiqa.errors import BusyStore, DataError
-from agiqa.heads.evaluation.runs import Run
 from agiqa.heads.settings.labels import of_each_label, parse_labels
 from agiqa.store import Store
 from agiqa.store.disk.files import append_durably, telling_disk_errors, whole_lines, write_text_atomically
@@ -160,16 +159,34 @@ class LineFile:
         return [what] if self.ignored else []
 
 
-def training_facts(run: Run, *, commit: str | None) -> Line:
-    """The environment that a head was trained in, and the epoch that was kept."""
+class Recorded(Protocol):
+    """What a run folder records: a `Run`, or a run that was read without its parts."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json."""
+        ...
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """metrics.json."""
+        ...
+
+
+def training_facts(run: Recorded, *, commit: str | None) -> Line:
+    """The environment that a head was trained in, and the epoch that was kept, as far as it is recorded."""
+    environment, ending = (
+        ("agiqa", "torch", "device", "kernels"),
+        ("trained_at", "chosen_epoch", "chosen_by", "epochs_run"),
+    )
     return {
-        **{name: run.config[name] for name in ("agiqa", "torch", "device", "kernels")},
+        **{name: run.config[name] for name in environment if name in run.config},
         "commit": commit,
-        **{name: run.metrics[name] for name in ("chosen_epoch", "chosen_by", "epochs_run")},
+        **{name: run.metrics[name] for name in ending if name in run.metrics},
     }
 
 
-def outcome_facts(run: Run) -> Line:
+def outcome_facts(run: Recorded) -> Line:
     """Training time, parts of the data, and metrics of a head.
 
     With the setting `paper_compatible` also the metrics of the epoch with the best test score.

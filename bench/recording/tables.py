@@ -1,4 +1,4 @@
-"""Markdown tables from result lines: `python -m agiqa.bench.recording.tables bench/results/FILE.jsonl`.
+"""Tables of text, and of result lines: `python -m agiqa.bench.recording.tables bench/results/FILE.jsonl`.
 
 A result line is one run: stage, config, seed, and scores of validation, test or both. Rows are
 configs, numbers are means over seeds with the standard deviation, and the best comes first.
@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,37 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(f"**{stage}**\n\n{_table(lines)}" for stage, lines in stages.items())
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextTable:
+    """A table that commands print: markdown in files and pipes, and drawn on a terminal."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def markdown(self) -> str:
+        """The markdown table, or nothing without rows."""
+        return as_table(self.head, [[_in_one_cell(cell) for cell in row] for row in self.rows])
+
+
+Parts = Sequence[str | TextTable]
+"""Paragraphs and tables of an output, in their order."""
+
+
+def as_markdown(parts: Parts) -> str:
+    """The parts that are not empty, with a line between them."""
+    texts = [part if isinstance(part, str) else part.markdown() for part in parts]
+    return "\n\n".join(text for text in texts if text)
+
+
 def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table, or nothing without rows."""
     lines = (head, ["---"] * len(head), *rows) if rows else ()
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _in_one_cell(text: str) -> str:
+    """The text of a cell on one line, with its bars escaped."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
 
 
 def _table(lines: Sequence[dict[str, Any]]) -> str:

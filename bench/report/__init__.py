@@ -1,4 +1,4 @@
-"""`agiqa report`: results of ablations and transfers as one page, tables in markdown and CSV, and pictures.
+"""`agiqa report`: results of ablations, transfers and single trainings as one page, tables, and pictures.
 
-A report reads result folders only. It computes no metric of its own.
+A report reads result folders only. Its metrics are those of `agiqa.heads.evaluation`.
 """

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
-from agiqa.bench.recording.result_folders import RUNS
+from agiqa.bench.recording.records import Row, spelled
 from agiqa.bench.report.naming import capitalized, identity_titles, on_store, plural, protocol_name, row_titles
 from agiqa.bench.report.pictures import (
     MUTED,
@@ -25,8 +26,9 @@ from agiqa.bench.report.pictures import (
     styled,
     tidy,
 )
-from agiqa.bench.report.reading import Results, Row, spelled
+from agiqa.bench.report.reading import Results
 from agiqa.bench.report.tables import Cell, Column, Table, make_table, score_column
+from agiqa.heads.evaluation.runs import CURVES
 
 _CURVES = 7
 """The most lines that readers can tell apart in one picture."""
@@ -168,14 +170,14 @@ def curves_chart(results: Results, label: str, protocol: str) -> Picture | None:
 
 def _curve(results: Results, row: Row) -> list[float]:
     """The mean validation SRCC by epoch over the runs of a row, up to the last epoch that all of them reached."""
-    runs = [values for line in results.runs_of(row) if (values := _epochs(results, line.name))]
+    runs = [values for line in results.runs_of(row) if (values := _epochs(results.run_folder(line)))]
     length = min((len(run) for run in runs), default=0)
     return np.mean([run[:length] for run in runs], axis=0).tolist() if length else []
 
 
-def _epochs(results: Results, run: str) -> list[float]:
+def _epochs(run: Path) -> list[float]:
     """The validation SRCC of each epoch of one run; empty where the file is missing or not readable."""
-    path = results.folder / RUNS / run / "curves.csv"
+    path = run / CURVES
     try:
         with path.open(newline="", encoding="utf-8") as file:
             values = [float(row["validation_srcc"]) for row in csv.DictReader(file) if row["stage"] == "train"]

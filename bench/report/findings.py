@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from agiqa.bench.recording.records import Row, RunLine
 from agiqa.bench.report.naming import listed, on_store, plural, protocol_name, row_titles
-from agiqa.bench.report.reading import CONFIDENT, Results, Row, RunLine
+from agiqa.bench.report.reading import CONFIDENT, Results
 from agiqa.bench.report.row_tables import leak
 from agiqa.bench.report.transfers import Direction, directions
 from agiqa.store.format.items import TEACHER
@@ -19,8 +20,10 @@ METHOD = (
     "Under both protocols, metrics are computed over the scores of all these heads together, so differences between "
     "the heads lower them.",
     "SRCC is Spearman's rank correlation of predicted and true MOS. PLCC is Pearson's correlation, without a fitted "
-    "mapping. A dash stands for a correlation that is undefined because all predictions are equal, for the RMSE of "
-    "predictions that are not on the scale of the MOS, or for a number that was not recorded.",
+    "mapping. PLCC (logistic), a column that can be switched on, is computed after a logistic curve that was fitted on "
+    "validation images; it is a mean over runs, each fold or held-out generator counted by itself. A dash "
+    "stands for a correlation that is undefined because all predictions are equal, for the RMSE of predictions that "
+    "are not on the scale of the MOS, or for a number that was not recorded.",
     "Intervals cover 95%. They include the variation over other prompts and other seeds. Images of one prompt are not "
     "independent, so the jackknife leaves out whole prompts, one at a time; the variance over seeds is added. With one "
     "seed, intervals cover prompts only. So do those of baselines, which do not depend on a seed. Quantiles are those "
@@ -72,12 +75,20 @@ def _rivals(rows: Sequence[Row]) -> list[str]:
     found: list[str] = []
     if tested:
         apart = sum(p < CONFIDENT for p in tested)
-        count, differ = f"{apart:,}" if apart else "none", "differs" if apart == 1 else "differ"
-        found.append(f"In SRCC {count} of {plural(len(tested), 'other head')} {differ} significantly from it.")
+        found.append(f"{_how_many(apart, len(tested))} significantly from it in SRCC.")
     if untested:
         was = "was" if untested == 1 else "were"
         found.append(f"{plural(untested, 'other head')} {was} not tested: the test needs two seeds or more.")
     return found
+
+
+def _how_many(apart: int, tested: int) -> str:
+    """`Of the 5 other heads, 2 differ`, and how the rest is said."""
+    if tested == 1:
+        return "The other head differs" if apart else "The other head does not differ"
+    if not apart:
+        return f"None of the {tested:,} other heads differs"
+    return f"Of the {tested:,} other heads, {apart:,} {'differs' if apart == 1 else 'differ'}"
 
 
 def _best_baseline(rows: Sequence[Row]) -> list[str]:
@@ -85,7 +96,7 @@ def _best_baseline(rows: Sequence[Row]) -> list[str]:
     if not known:
         return []
     _, best = max(known, key=lambda one: one[0])
-    return [f"Of the baselines {best.row} has the highest test SRCC, {_number(best, 'srcc')}{_verdict(best)}."]
+    return [f"Of the baselines, {best.row} has the highest test SRCC: {_number(best, 'srcc')}{_verdict(best)}."]
 
 
 def _verdict(row: Row) -> str:
@@ -93,7 +104,7 @@ def _verdict(row: Row) -> str:
     p = row.p("srcc")
     if p is None:
         return ""
-    return f", {'' if p < CONFIDENT else 'not '}significantly different"
+    return ", a significant difference" if p < CONFIDENT else ", no significant difference"
 
 
 def transfer_findings(results: Results) -> list[str]:
@@ -176,7 +187,7 @@ def limits(results: Sequence[Results]) -> list[str]:
     leaks = dict.fromkeys(one for each in results if (one := leak(each, "published")) and one.items)
     if leaks:
         sentences = "; ".join(one.sentence() for one in leaks)
-        found.append(f"On the published split {sentences}: those numbers say nothing about new prompts.")
+        found.append(f"On the published split, {sentences}. Those numbers say nothing about new prompts.")
     found += [
         f"{read}, without its rating word; a model that does not know the MOS may write other descriptions."
         for one in results
@@ -191,8 +202,8 @@ def limits(results: Sequence[Results]) -> list[str]:
     models = sorted({store.model for one in results for store in one.about.stores.values() if store.model})
     if models:
         found.append(
-            f"All numbers are of features of {listed(models)}. Another model, or the same model with other text, may "
-            "rank heads differently."
+            f"The heads read features of {'the model' if len(models) == 1 else 'the models'} {listed(models)}. On "
+            "features of another model, or of other text, another head may be best."
         )
     found.append(
         "Intervals cover prompts like these. They do not cover other seeds, another data set or another split of it."

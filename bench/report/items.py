@@ -14,25 +14,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from agiqa.bench.recording.predictions import Predictions as RunPredictions
 from agiqa.bench.recording.predictions import read_predictions
+from agiqa.bench.recording.records import Row
 from agiqa.bench.recording.result_folders import RUNS
 from agiqa.bench.report.naming import METRIC_NAMES, plural, protocol_name
 from agiqa.bench.report.pictures import (
     DASHED,
-    FIT_DEGREE,
     INK,
     MUTED,
     PALETTE,
     SMALL,
+    Curve,
     Floats,
     Picture,
     draw,
     draw_fit,
-    fit_polynomial,
     limits_of,
     safe,
     tidy,
 )
-from agiqa.bench.report.reading import METRICS, Results, Row
+from agiqa.bench.report.reading import METRICS, Results
 from agiqa.bench.report.tables import Column, Table, make_table
 from agiqa.errors import AgiqaError, DataError
 from agiqa.heads.evaluation.runs import PREDICTIONS
@@ -82,11 +82,12 @@ def predictions_of(results: Results, row: Row) -> Predictions | None:
         if row.label not in line.labels:
             continue
         try:
-            tables.append(read_predictions(results.folder / RUNS / line.name / PREDICTIONS, line.labels, row.label))
+            tables.append(read_predictions(results.run_folder(line) / PREDICTIONS, line.labels, row.label))
         except DataError as error:
             cause = error.__cause__
             reason = "missing" if isinstance(cause, FileNotFoundError) else f"not readable ({cause!r})"
-            missing.append(f"{RUNS}/{line.name}/{PREDICTIONS} is {reason}")
+            where = f"{RUNS}/{line.name}" if line.path is None else line.name
+            missing.append(f"{where}/{PREDICTIONS} is {reason}")
     numbered = all(table.items is not None for table in tables)
     found: dict[Key, tuple[float, list[float]]] = {}
     for table in tables:
@@ -100,15 +101,15 @@ def predictions_of(results: Results, row: Row) -> Predictions | None:
     return Predictions(row=row, keys=[*found], true=true, predicted=predicted, runs=len(tables), missing=tuple(missing))
 
 
-def scatter_chart(results: Results, found: Predictions, title: str) -> Picture | None:
-    """Predicted against true MOS with a quartic fit, residuals below; None for fewer than three items."""
+def scatter_chart(results: Results, found: Predictions, title: str, *, quartic: bool = False) -> Picture | None:
+    """Predicted against true MOS with a fitted `Curve`, residuals below; None for fewer than three items."""
     if len(found.true) < _FEWEST:
         return None
     row, true = found.row, found.true
     scores = [f"{METRIC_NAMES[name]} {value:.3f}" for name in METRICS if (value := row.value(name)) is not None]
     limits = limits_of(true, found.predicted, margin=0.04)
     size, pixels = float(np.clip(2400 / len(true), 3, 22)), len(true) > _VECTORS
-    curve = fit_polynomial(true, found.predicted)
+    curve = Curve.fit(true, found.predicted, quartic=quartic)
 
     def paint(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, height_ratios=[3, 1.15], sharex=True)
@@ -121,9 +122,8 @@ def scatter_chart(results: Results, found: Predictions, title: str) -> Picture |
         tidy(upper, y="predicted MOS")
         tidy(lower, x="true MOS", y="predicted \N{MINUS SIGN} true")
         if curve is not None:
-            across = np.linspace(true.min(), true.max(), 200)
-            draw_fit(upper, across, curve(across), PALETTE[1], f"fit, degree {curve.degree()}")
-            draw_fit(lower, across, curve(across) - across, PALETTE[1], None)
+            draw_fit(upper, curve.across, curve.heights, PALETTE[1], curve.name)
+            draw_fit(lower, curve.across, curve.heights - curve.across, PALETTE[1], None)
         corner: Any = {"transform": upper.transAxes, "va": "top", "linespacing": 1.5, "zorder": 5}
         text = safe("\n".join([f"n = {len(true):,}", *scores]))
         upper.text(0.03, 0.97, text, fontsize=SMALL, color=INK, **corner)
@@ -133,7 +133,7 @@ def scatter_chart(results: Results, found: Predictions, title: str) -> Picture |
     return draw(
         results.anchor("scatter", row.label, row.protocol, row.store_name),
         results.heading(f"predicted against true MOS, {row.label}, {protocol_name(row.protocol)}"),
-        alt=_describe_scatter(found, title, scores),
+        alt=_describe_scatter(found, title, scores, curve),
         caption=f"{title}: {plural(len(true), 'test item')}; each prediction is the mean over "
         f"{plural(found.runs, 'run')}. SRCC and PLCC are those of the table (means over seeds). Below: the error of "
         f"the head; a falling line is regression to the mean.{missing}",
@@ -142,14 +142,14 @@ def scatter_chart(results: Results, found: Predictions, title: str) -> Picture |
     )
 
 
-def _describe_scatter(found: Predictions, title: str, scores: Sequence[str]) -> str:
+def _describe_scatter(found: Predictions, title: str, scores: Sequence[str], curve: Curve | None) -> str:
     low, high = found.true <= np.quantile(found.true, 0.2), found.true >= np.quantile(found.true, 0.8)
     ends = " and ".join(
         f"{found.error[part].mean():+.2f} for the {name} fifth" for part, name in ((low, "worst"), (high, "best"))
     )
     return (
         f"Scatter of predicted against true MOS of {plural(len(found.true), 'item')} by {title} "
-        f"({', '.join(scores) or 'no correlation'}), with the identity and a polynomial of degree {FIT_DEGREE}; below "
+        f"({', '.join(scores) or 'no correlation'}), with the identity{f' and a {curve.name}' if curve else ''}; below "
         f"it the residuals, on average {ends} of the images."
     )
 

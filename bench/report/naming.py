@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from agiqa.bench.report.reading import Row
+from agiqa.bench.recording.records import Row
 
-METRIC_NAMES = {"srcc": "SRCC", "plcc": "PLCC", "rmse": "RMSE"}
+METRIC_NAMES = {"srcc": "SRCC", "plcc": "PLCC", "krcc": "KRCC", "rmse": "RMSE"}
 GENERATORS = "leave-one-generator-out"
 PROTOCOLS = {
     "published": "published split",

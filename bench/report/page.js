@@ -42,6 +42,36 @@ function sorted(rows, column, sign) {
     .map(([, row]) => row);
 }
 
+// A checkbox shows or hides its columns in all tables. Such columns are hidden cells until then.
+for (const box of document.querySelectorAll("input[data-switches]")) {
+  box.addEventListener("change", () => {
+    const name = box.dataset.switches;
+    for (const cell of document.querySelectorAll(`[data-switch="${name}"]`)) cell.hidden = !box.checked;
+    for (const other of document.querySelectorAll(`input[data-switches="${name}"]`)) other.checked = box.checked;
+    fitTables();
+  });
+}
+
+// A table that is wider than its box is drawn closer, and if that is not enough, each of its rows as a card.
+function fitTables() {
+  for (const box of document.querySelectorAll(".scroll")) {
+    const table = box.firstElementChild;
+    table.classList.remove("close", "closer", "cards");
+    for (const look of [["close"], ["close", "closer"], ["cards"]]) {
+      if (box.scrollWidth <= box.clientWidth) break;
+      table.classList.remove("close", "closer");
+      table.classList.add(...look);
+    }
+  }
+}
+let width = 0;
+new ResizeObserver(() => {
+  if (width !== innerWidth && !matchMedia("print").matches) {
+    width = innerWidth;
+    fitTables();
+  }
+}).observe(document.documentElement);
+
 // Marks the entry of the contents whose section is on the screen.
 const links = new Map([...document.querySelectorAll(".contents a")].map((link) => [link.hash.slice(1), link]));
 const watcher = new IntersectionObserver(

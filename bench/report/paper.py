@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 from pydantic import BaseModel, ConfigDict, Field
 
+from agiqa.bench.recording.records import AboutStore, Row
 from agiqa.bench.report.naming import METRIC_NAMES, on_store, plural, protocol_name, row_titles
 from agiqa.bench.report.pictures import GRID, MUTED, SMALL, Floats, Picture, draw, draw_line, safe, styled
-from agiqa.bench.report.reading import METRICS, AboutStore, Results, Row
+from agiqa.bench.report.reading import METRICS, Results
 from agiqa.bench.report.tables import Column, Table, make_table, score_column
 
 NUMBERS = Path(__file__).with_name("paper.yaml")

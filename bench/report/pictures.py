@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from agiqa.errors import DataError
+from agiqa.heads.evaluation.mos_mappings import fit_logistic
 
 Floats = NDArray[np.float64]
 Shown = TypeVar("Shown")
@@ -34,16 +35,21 @@ SMALL, NORMAL = 8.0, 9.0
 """Font sizes in points."""
 DASHED: Any = {"linewidth": 0.9, "linestyle": (0, (4, 3)), "zorder": 1}
 """The line of perfect predictions."""
-FIT_DEGREE = 4
-"""Degree of the fitted polynomial, as in Fig. 5 of the paper."""
+_DEGREE = 4
+"""Degree of the polynomial in Fig. 5 of the paper."""
 _WIDTH = 4.6
 """Inches: narrow enough to be read on a phone without being made much smaller."""
+_COLUMN_WIDTH = 3.25
+"""Inches of one of two columns of a paper."""
+_LOWER = 0.85
+"""Height of a picture in a paper, relative to its height on the page."""
 _DPI = 200
 _COLUMNS = 3
 _ENTRY_WIDTH = 1.2
 """Inches per entry of a scatter plot's legend."""
 _UNGROUPED = "items"
 _FEWEST = 3
+_PLACES = 200
 _VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
@@ -54,6 +60,7 @@ _VARIABLES = {
 """The variable of the page's style sheet for each colour."""
 _STYLE: Any = {
     "svg.fonttype": "none",
+    "pdf.fonttype": 42,  # TrueType, which publishers accept
     "font.family": ["DejaVu Sans"],
     "font.size": NORMAL,
     "text.color": INK,
@@ -82,6 +89,10 @@ class Picture:
     caption: str
     svg: str
     png: bytes
+    height: float
+    """Inches."""
+    paint: Callable[[Figure], None] = field(repr=False, compare=False)
+    """Draws it on an empty figure."""
     is_wide: bool = False
     """Whether it takes a whole line of the page."""
 
@@ -95,12 +106,23 @@ class Picture:
         text = re.sub(r"font: ([0-9.]+)px[^;\"]*", r"font-size: \1px", text)
         return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write NAME.png and NAME.svg into `folder`."""
-        paths = [folder / f"{self.name}.{end}" for end in ("png", "svg")]
-        paths[0].write_bytes(self.png)
-        paths[1].write_text(self.svg, encoding="utf-8")
-        return paths
+    def pdf(self) -> bytes:
+        """The figure as a PDF that is as wide as a column of a paper, its text at the size of a caption."""
+        content = io.BytesIO()
+        with mpl.rc_context(_STYLE):
+            figure = _figure(_COLUMN_WIDTH, _LOWER * self.height, _DPI, h_pad=0.04, w_pad=0.04)
+            self.paint(figure)
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+            figure.savefig(content, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+        return content.getvalue()
+
+    def write(self, folder: Path, *, pdf: bool = False) -> list[Path]:
+        """Write NAME.png and NAME.svg, and with `pdf` NAME.pdf, into `folder`."""
+        contents = {"png": self.png, "svg": self.svg.encode()} | ({"pdf": self.pdf()} if pdf else {})
+        for end, content in contents.items():
+            (folder / f"{self.name}.{end}").write_bytes(content)
+        return [folder / f"{self.name}.{end}" for end in contents]
 
 
 def draw(
@@ -129,6 +151,8 @@ def draw(
         caption=caption,
         svg=svg.getvalue(),
         png=png.getvalue(),
+        height=height,
+        paint=paint,
         is_wide=is_wide,
     )
 
@@ -203,9 +227,8 @@ class Panel:
 def scatter(path: Path, panels: Sequence[Panel], *, title: str, dpi: int = 200) -> None:
     """Write scatter plots of predicted against true MOS; the suffix of `path` chooses the format (.png, .svg, .pdf).
 
-    The panels stand side by side, three in a row, on the same equal axes. Each shows the identity line, a
-    polynomial fit of degree 4 over the range of its points (Fig. 5 of the paper), n, SRCC and PLCC. Each group has
-    the same colour and marker in all panels.
+    The panels stand side by side, three in a row, on the same equal axes. Each shows the identity line, a rising
+    logistic curve through its points, n, SRCC and PLCC. Each group has the same colour and marker in all panels.
     Raises DataError for no panels, lengths that differ, values that are not finite, or fewer than three items.
     """
     if not panels:
@@ -258,10 +281,9 @@ def _draw_panel(axes: Axes, panel: Panel, groups: Sequence[str]) -> None:
         here = names == name
         look: Any = {"alpha": 0.7, "linewidths": 0.3, "edgecolors": "white", "zorder": 2}
         axes.scatter(panel.true[here], panel.predicted[here], s=size, c=colour, marker=marker, label=name, **look)
-    curve = fit_polynomial(panel.true, panel.predicted)
+    curve = Curve.fit(panel.true, panel.predicted)
     if curve is not None:
-        across = np.linspace(panel.true.min(), panel.true.max(), 200)
-        draw_fit(axes, across, curve(across), PALETTE[-1], f"fit, degree {curve.degree()}")
+        draw_fit(axes, curve.across, curve.heights, PALETTE[-1], curve.name)
     tidy(axes, x="true MOS")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(6))
@@ -278,13 +300,34 @@ def limits_of(*values: Floats, margin: float) -> tuple[float, float]:
     return float(together.min()) - around, float(together.max()) + around
 
 
-def fit_polynomial(true: Floats, predicted: Floats) -> Polynomial | None:
-    """The least-squares polynomial of degree 4 over items (items,).
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A curve that was fitted to the points of a scatter plot."""
 
-    Its degree is lower where there are too few distinct true values. None where all true values are equal.
-    """
-    degree = min(FIT_DEGREE, len(np.unique(true)) - 1)
-    return Polynomial.fit(true, predicted, degree) if degree else None
+    name: str
+    across: Floats
+    """(places,): from the lowest to the highest true MOS."""
+    heights: Floats
+    """(places,): predicted MOS."""
+
+    @classmethod
+    def fit(cls, true: Floats, predicted: Floats, *, quartic: bool = False) -> "Curve | None":
+        """The least-squares curve of `predicted` over `true` (items,).
+
+        It is the 4-parameter logistic of VQEG, which always rises, or with `quartic` a polynomial of degree 4, as in
+        Fig. 5 of the paper; its degree is lower where there are too few distinct true values. None where the points
+        determine no such curve.
+        """
+        across = np.linspace(true.min(), true.max(), _PLACES)
+        if quartic:
+            degree = min(_DEGREE, len(np.unique(true)) - 1)
+            heights = Polynomial.fit(true, predicted, degree)(across) if degree else None
+            return None if heights is None else cls(name=f"fit, degree {degree}", across=across, heights=heights)
+        try:
+            heights = fit_logistic(true, predicted)(across)
+        except DataError:
+            return None
+        return cls(name="logistic fit", across=across, heights=heights)
 
 
 def draw_fit(axes: Axes, across: Floats, height: Floats, colour: str, label: str | None) -> None:

@@ -4,9 +4,10 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from agiqa.bench.recording.records import AboutStore, Row, RunLine
 from agiqa.bench.recording.result_folders import RESULTS, ROWS
-from agiqa.bench.report.naming import on_store, plural, protocol_name
-from agiqa.bench.report.reading import AboutStore, Results, Row, RunLine
+from agiqa.bench.report.naming import listed, on_store, plural, protocol_name
+from agiqa.bench.report.reading import Results
 from agiqa.bench.report.tables import Cell, Column, Table, fact_table, make_table
 from agiqa.heads.evaluation.runs import complete_settings
 from agiqa.heads.settings.config import default_settings
@@ -27,7 +28,7 @@ def stores_table(results: Results) -> Table:
         Column("store", "Store", lambda one: one[0] or "(the only one)", "text"),
         Column("data", "Data", lambda one: one[1].data, "text"),
         Column("items", "Items", lambda one: one[1].items, "count"),
-        Column("model", "Features of", lambda one: one[1].model, "text"),
+        Column("model", "Model of the features", lambda one: one[1].model, "text"),
         Column("encoding", "Encoding", lambda one: one[1].encoding, "text"),
         Column("width", "Width", lambda one: one[1].width, "count"),
         Column("id", "Id", lambda one: one[1].id[:_ID_LETTERS], "text"),
@@ -54,9 +55,46 @@ def runs_table(results: Results) -> Table:
         "Settings that differ": "; ".join(
             f"{name} {', '.join(map(_as_yaml, values))}" for name, values in settings.items() if len(values) > 1
         ),
+        "Trained": _days(done),
         "Training and testing": f"{time} of work",
     }
     return fact_table(results, "runs", "runs", facts)
+
+
+def origin_note(results: Results, rows: Iterable[Row]) -> str:
+    """Data set, model, settings and date of the heads among some rows of a table, for its note."""
+    heads = [row for row in rows if row.kind == "head"]
+    stores = [results.store(name) for name in dict.fromkeys(row.store_name for row in heads)]
+    names = {run.name for row in heads for run in results.runs_of(row)}
+    lines = [line for line in results.lines if line.name in names]
+    data = [*dict.fromkeys(store.hint for store in stores if store.hint)]
+    models = [*dict.fromkeys(store.model for store in stores if store.model)]
+    encodings = _encodings(stores)
+    parts = {
+        "Data": listed(data),
+        "Model of the features": listed(models) + (f" ({encodings})" if models and encodings else ""),
+        "Settings of all heads": _shared(_settings(lines)),
+        "Trained": _days(lines),
+    }
+    return " ".join(f"{name}: {value}." for name, value in parts.items() if value)
+
+
+def _encodings(stores: Sequence[AboutStore]) -> str:
+    """`sketch, width 64 and 128`; empty where no encoding is known."""
+    widths: dict[str, set[int]] = {}
+    for store in stores:
+        if store.encoding:
+            widths.setdefault(store.encoding, set()).update([] if store.width is None else [store.width])
+    return "; ".join(
+        f"{encoding}, width {listed([str(width) for width in sorted(found)])}" if found else encoding
+        for encoding, found in widths.items()
+    )
+
+
+def _days(lines: Sequence[RunLine]) -> str | None:
+    """The days on which runs ended, `2026-11-02` or `2026-11-02 to 2026-11-05`; None where no line has a date."""
+    days = sorted({line.trained_at[:10] for line in lines if line.trained_at})
+    return " to ".join(dict.fromkeys((days[0], days[-1]))) if days else None
 
 
 def _settings(lines: Sequence[RunLine]) -> dict[str, list[object]]:

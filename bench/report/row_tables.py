@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from agiqa.bench.recording.result_folders import RUNS
+from agiqa.bench.recording.records import Row
 from agiqa.bench.report.naming import (
     GENERATORS,
     METRIC_NAMES,
@@ -19,7 +19,8 @@ from agiqa.bench.report.naming import (
     protocol_name,
     row_titles,
 )
-from agiqa.bench.report.reading import CONFIDENT, METRICS, Results, Row
+from agiqa.bench.report.provenance import origin_note
+from agiqa.bench.report.reading import CONFIDENT, METRICS, Results
 from agiqa.bench.report.tables import (
     Cell,
     Column,
@@ -38,13 +39,14 @@ _GENERATORS_NOTE = (
     "do not say what a further generator would change."
 )
 _READING_NOTE = (
-    "Small figures: 95% intervals; sd: over seeds; RMSE: of the test images; Slope: of the line that predicts the MOS "
-    "of validation images from their predictions, ideally 1; Δ: minus the reference row."
+    "Small figures: 95% intervals. Δ: this row minus the reference row. sd: over seeds. Slope: of the line that "
+    "predicts the MOS of validation images from their predictions, ideally 1."
 )
 _BOLD_NOTE = (
-    f"Bold: the reference row and the rows that do not differ significantly from it (corrected p of {CONFIDENT} or "
-    "more). If any rows are significantly better than the reference, only those are bold. If no row differs "
-    "significantly, nothing is bold."
+    f"Bold: the reference row, and each row that does not differ significantly from it (corrected p of {CONFIDENT} or "
+    "more) and whose value is not below the interval of the reference row. If any rows are significantly better than "
+    "the reference, only those are bold. If no row differs significantly, nothing is bold. Only rows that were tested "
+    "on the same images are compared."
 )
 _BIAS_NOTE = (
     "Best epoch on test: the epoch is chosen by the test score, as in the published code. Honest: it is chosen by "
@@ -126,14 +128,22 @@ def _main_table(results: Results, label: str, protocol: str) -> Table:
         sd_column("srcc", _itself),
         score_column("plcc", _itself, bold=bold["plcc"]),
         sd_column("plcc", _itself),
-        Column("rmse", METRIC_NAMES["rmse"], lambda row: row.value("rmse")),
-        Column("validation_slope", "Slope", lambda row: row.validated("slope")),
+        Column(
+            "plcc_logistic",
+            "PLCC (logistic)",
+            lambda row: results.mean_of_runs(row, "plcc_logistic4"),
+            switch="logistic",
+        ),
+        score_column("krcc", _itself, switch="krcc"),
+        Column("rmse", METRIC_NAMES["rmse"], lambda row: row.value("rmse"), switch="rmse"),
+        Column("validation_slope", "Slope", lambda row: row.validated("slope"), switch="slope"),
         *(column for metric in METRICS for column in difference_columns(metric, _itself)),
         Column("validation_srcc", "Validation SRCC", lambda row: row.validated("srcc")),
-        Column("runs", "Runs", lambda row: row.runs if row.kind == "head" else None, "count"),
-        Column("seconds", "Seconds a run", lambda row: row.seconds, "seconds"),
+        Column("runs", "Runs", lambda row: row.runs if row.kind == "head" else None, "count", switch="runs"),
+        Column("seconds", "Seconds a run", lambda row: row.seconds, "seconds", switch="seconds"),
     ]
     notes = [*_notes(results, label, protocol), *([_BOLD_NOTE] if any(bold.values()) else [])]
+    notes += [origin_note(results, rows)]
     title = f"{label}, {protocol_name(protocol)}"
     return make_table(results, [label, protocol], title, columns, rows, notes)
 
@@ -149,12 +159,17 @@ def _store_column(rows: Sequence[Row], row_of: Callable[[Record], Row]) -> list[
 
 
 def bold_rows(reference: Row, others: Sequence[Row], metric: str) -> list[Row]:
-    """The rows in bold among a reference and those compared with it, by the rule of the note under the table."""
+    """The rows in bold among a reference and those compared with it, by the rule of the note under the table.
+
+    A row whose scores vary much may differ from the reference by far and not significantly: it is not bold.
+    """
     tested = [(row, p) for row in others if (p := row.p(metric)) is not None]
     apart = [row for row, p in tested if p < CONFIDENT]
     better = [row for row in apart if (row.difference(metric) or 0.0) > 0]
-    alike = [reference, *(row for row, p in tested if p >= CONFIDENT)]
-    return (better or alike) if apart else []
+    interval = reference.interval(metric)
+    least = float("inf") if interval is None else interval[0]
+    alike = [row for row, p in tested if p >= CONFIDENT and (row.value(metric) or 0.0) >= least]
+    return (better or [reference, *alike]) if apart else []
 
 
 def _notes(results: Results, label: str, protocol: str) -> list[str]:
@@ -328,7 +343,7 @@ def _biases(results: Results, row: Row) -> list[tuple[dict[str, float], dict[str
     for line in results.runs_of(row):
         entry: Any = line.paper_compatible
         if entry is None:
-            entry = _read_json(results.folder / RUNS / line.name / "metrics.json").get("paper_compatible")
+            entry = _read_json(results.run_folder(line) / "metrics.json").get("paper_compatible")
         entry = entry.get(row.label) if isinstance(entry, dict) and len(line.labels) > 1 else entry
         if isinstance(entry, dict) and isinstance(entry.get("bias"), dict):
             best, bias = _numbers(entry), _numbers(entry["bias"])

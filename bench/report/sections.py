@@ -7,6 +7,7 @@ from pathlib import Path
 
 from agiqa.bench.report.charts import curves_chart, interval_chart, rank_chart, rank_table
 from agiqa.bench.report.findings import METHOD, findings, limits, teacher_findings, transfer_findings
+from agiqa.bench.report.group_tables import group_tables, read_groupings
 from agiqa.bench.report.items import Examples, Predictions, examples_of, predictions_of, scatter_chart
 from agiqa.bench.report.naming import listed, plural, protocol_name, row_titles
 from agiqa.bench.report.paper import paper, paper_tables, radar_chart
@@ -14,8 +15,10 @@ from agiqa.bench.report.pictures import Picture
 from agiqa.bench.report.provenance import failures_table, left_out_table, outdated, runs_table, stores_table
 from agiqa.bench.report.reading import Results
 from agiqa.bench.report.row_tables import bias_table, main_tables, optimism_tables
-from agiqa.bench.report.tables import Table
+from agiqa.bench.report.tables import SWITCHES, Table
 from agiqa.bench.report.transfers import directions, shots_chart, shots_table, transfer_table
+from agiqa.heads.evaluation.mos_mappings import CURVE_ITEMS
+from agiqa.store.format.columns import ColumnNames
 
 Block = Table | Picture | Examples
 Blocks = Iterator[Block | None]
@@ -65,6 +68,11 @@ _MISSING = {
         "agiqa store sketch STORE SKETCH --rank R",
         "for several ranks, then `agiqa ablate` with `--store NAME=SKETCH` for each",
     ),
+    "groups": Missing(
+        "Scores by generator and by style of the prompt",
+        "agiqa report OUT --groups TABLE",
+        "with the predictions of OUT/runs; a column `generator` of the store is used too",
+    ),
     "bias": Missing(
         "Best epoch on test beside the honest number", _ABLATE, "with `paper_compatible: true` in the base of the grid"
     ),
@@ -93,15 +101,43 @@ class Content:
     sections: Sequence[Section]
     missing: Sequence[Missing]
     problems: Sequence[str]
+    show: frozenset[str]
+    """The switches of columns that are on."""
 
     def blocks(self) -> Iterable[Block]:
         """Every table, picture and list of items."""
         return (block for section in self.sections for block in section.blocks)
 
 
-def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequence[str]) -> Content:
-    """The content of a report on these results."""
-    ablations = [one for one in everything if one.about.kind == "ablation"]
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What a report shows, and which files it has."""
+
+    images: Path | None = None
+    """The folder of the images by item name."""
+    groups: Path | None = None
+    """A table of images; each of its text columns makes a table of scores (`read_groupings`)."""
+    columns: ColumnNames | None = None
+    """Columns of that table by their meaning, as of `open_labels`."""
+    title: str | None = None
+    """Of the page; None for the names of the folders."""
+    notes: Sequence[str] = ()
+    """Sentences on the data for the reader."""
+    data: str | None = None
+    """The data set of stores that do not name theirs."""
+    show: frozenset[str] = frozenset()
+    """The columns of `tables.SWITCHES` that are switched on."""
+    quartic: bool = False
+    """Whether scatter plots have the paper's fit, instead of a logistic."""
+    latex: bool = False
+    """Whether each table is also written in LaTeX."""
+    pdf: bool = False
+    """Whether each picture is also written as a PDF of the width of a column."""
+
+
+def compose(everything: Sequence[Results], settings: ReportSettings) -> Content:
+    """The content of a report on these results. Raises as `read_groupings`."""
+    ablations = [one for one in everything if one.about.kind != "transfer"]
     transfers = [one for one in everything if one.about.kind == "transfer"]
     problems = [one.prefixed(text) for one in everything for text in (outdated(one), *one.problems) if text is not None]
     parts: list[tuple[str, str, Iterable[Block | None]]] = [
@@ -109,7 +145,8 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
         ("transfer", "Across data sets", _transfer_blocks(transfers)),
         ("optimism", "What the published split adds", (one for each in ablations for one in optimism_tables(each))),
         ("paper", "Beside the paper", _paper_blocks(ablations)),
-        ("items", "Item by item", _item_blocks(ablations, images, problems)),
+        ("items", "Item by item", _item_blocks(ablations, settings, problems)),
+        ("groups", "By generator and prompt", _group_blocks(ablations, settings, problems)),
         ("ranks", "Energy and rank", _rank_blocks(ablations)),
         ("bias", "Choosing the epoch on test", map(bias_table, everything)),
         ("curves", "Training curves", (curves_chart(one, *group) for one in ablations for group in one.groups())),
@@ -119,7 +156,7 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
             (make(one) for one in everything for make in (failures_table, left_out_table)),
         ),
     ]
-    sections = [Section(name, title, [one for one in blocks if one is not None]) for name, title, blocks in parts]
+    sections = [Section(name, title, list(_switched(blocks, settings.show))) for name, title, blocks in parts]
     sections = [section for section in sections if section.blocks]
     provenance = [make(one) for one in everything for make in (stores_table, runs_table)]
     return Content(
@@ -129,15 +166,34 @@ def compose(everything: Sequence[Results], *, images: Path | None, notes: Sequen
             *(sentence for one in ablations for sentence in findings(one)),
             *(sentence for one in transfers for sentence in transfer_findings(one)),
         ],
-        notes=[*notes, *limits(everything)],
+        notes=[*settings.notes, *limits(everything)],
         sections=[
             *sections,
             Section("method", "How the numbers are computed", words=METHOD),
             Section("provenance", "Provenance", provenance),
         ],
-        missing=_missing(sections, ablations, images),
-        problems=problems,
+        missing=_missing(sections, ablations, settings.images),
+        problems=[*problems, *_absent_columns(sections, settings.show)],
+        show=settings.show,
     )
+
+
+def _switched(blocks: Iterable[Block | None], show: frozenset[str]) -> Iterator[Block]:
+    """The blocks that have data, with these columns of their tables switched on."""
+    for block in blocks:
+        if block is not None:
+            yield block.with_switched_on(show) if isinstance(block, Table) else block
+
+
+def _absent_columns(sections: Sequence[Section], show: frozenset[str]) -> list[str]:
+    """A line for each column to show that no table has."""
+    tables = [block for section in sections for block in section.blocks if isinstance(block, Table)]
+    found = {name for table in tables for name in table.switches}
+    why = {"logistic": f" A logistic curve needs {CURVE_ITEMS} validation images in every run of a row."}
+    return [
+        f"the column {SWITCHES[name]} (`--show {name}`): no row has a value for it.{why.get(name, '')}"
+        for name in sorted(show - found)
+    ]
 
 
 def _row_blocks(ablations: Sequence[Results]) -> Blocks:
@@ -168,7 +224,20 @@ def _paper_blocks(ablations: Sequence[Results]) -> Blocks:
             yield radar_chart(one, protocol, store)
 
 
-def _item_blocks(ablations: Sequence[Results], images: Path | None, problems: list[str]) -> Blocks:
+def _group_blocks(ablations: Sequence[Results], settings: ReportSettings, problems: list[str]) -> Blocks:
+    """The tables by group of each label and protocol; a table of groups that has none of the images is a problem."""
+    groupings = {} if settings.groups is None else read_groupings(settings.groups, settings.columns)
+    used: set[str] = set()
+    for one in ablations:
+        for label, protocol in one.groups():
+            tables = group_tables(one, label, protocol, groupings)
+            used |= tables.keys()
+            yield from tables.values()
+    if groupings and used.isdisjoint(groupings):
+        problems.append(f"{settings.groups}: none of its images is among the test images whose predictions are there.")
+
+
+def _item_blocks(ablations: Sequence[Results], settings: ReportSettings, problems: list[str]) -> Blocks:
     """The scatter plots of the best head of each label and protocol, then its best and worst items.
 
     Predictions and images that could not be read are added to `problems`.
@@ -181,9 +250,9 @@ def _item_blocks(ablations: Sequence[Results], images: Path | None, problems: li
                 continue
             title = row_titles(one.of(label, protocol))[found.row.row]
             problems += [one.prefixed(problem) for problem in found.missing]
-            yield scatter_chart(one, found, title)
+            yield scatter_chart(one, found, title, quartic=settings.quartic)
             if protocol != "published" or (label, "grouped") not in one.groups():
-                examples = examples_of(one, found, title, images=images)
+                examples = examples_of(one, found, title, images=settings.images)
                 lists.append(examples)
                 problems += [one.prefixed(examples.problem)] if examples.problem else []
     yield from lists
@@ -215,13 +284,14 @@ def _facts(everything: Sequence[Results]) -> dict[str, str]:
     failed = sum(line.error is not None for line in lines)
     rows = [row for one in everything for row in one.rows]
     kinds = Counter(row.kind for row in rows)
+    data = [found for name, one in stores if (found := one.data or name or one.hint)]
     facts = {
-        "Data": listed(sorted({paper().data_set(data) or data for name, one in stores if (data := one.data or name)})),
-        "Features of": listed(sorted({store.model for _, store in stores if store.model})),
+        "Data": listed(sorted({paper().data_set(name) or name for name in data})),
+        "Model of the features": listed(sorted({store.model for _, store in stores if store.model})),
         "Labels": listed(list(dict.fromkeys(row.label for row in rows))),
         "Protocols": listed(list(dict.fromkeys(protocol_name(row.protocol) for row in rows))),
         "Runs": f"{len(lines) - failed:,} done" + (f", {failed:,} failed" if failed else ""),
-        "Rows": listed([plural(count, kind) for kind, count in sorted(kinds.items(), reverse=True)]),
+        "Compared": listed([plural(count, kind) for kind, count in sorted(kinds.items(), reverse=True)]),
     }
     return {name: value for name, value in facts.items() if value}
 

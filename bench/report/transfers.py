@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from agiqa.bench.recording.records import Row
 from agiqa.bench.report.naming import listed, protocol_name
 from agiqa.bench.report.paper import PaperTransfer, comparable, paper
 from agiqa.bench.report.pictures import MUTED, SMALL, Picture, draw, draw_line, styled, tidy
-from agiqa.bench.report.reading import METRICS, Results, Row
+from agiqa.bench.report.provenance import origin_note
+from agiqa.bench.report.reading import METRICS, Results
 from agiqa.bench.report.tables import Column, Table, difference_columns, make_table, score_column, sd_column
 
 WAYS = {"apply": "w/o TP", "tp": "w/ TP", "within": "on its own data set"}
@@ -90,7 +92,7 @@ def transfer_table(results: Results, label: str, protocol: str) -> Table | None:
             columns += _paper_columns(way, papers)
         if any(row is not None and row.against is not None for row in map(row_of, found)):
             columns += difference_columns("srcc", row_of, WAYS["apply"])
-    notes = [_WAYS_NOTE, *_shared_prompts(results, found)]
+    notes = [_WAYS_NOTE, *_shared_prompts(results, found), origin_note(results, [r for one in found for r in one.rows])]
     notes += [comparable(list(results.about.stores.values()))] if any(papers.values()) else []
     title = f"across data sets, {label}, {protocol_name(protocol)}"
     return make_table(results, ["transfer", label, protocol], title, columns, found, notes)
@@ -154,7 +156,8 @@ def shots_table(results: Results, label: str, protocol: str) -> Table | None:
         *(difference_columns("srcc", _row_of, "fresh") if any(row.against is not None for *_, row in found) else []),
     ]
     title = f"few-shot, {label}, {protocol_name(protocol)}"
-    return make_table(results, ["few-shot", label, protocol], title, columns, found, [_SHOTS_NOTE])
+    notes = [_SHOTS_NOTE, origin_note(results, [row for *_, row in found])]
+    return make_table(results, ["few-shot", label, protocol], title, columns, found, notes)
 
 
 def _row_of(shot: Shot) -> Row:

@@ -9,10 +9,11 @@ from pathlib import Path
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from agiqa.bench.recording.trained_runs import is_run
 from agiqa.bench.report.items import Examples
 from agiqa.bench.report.pictures import Picture
 from agiqa.bench.report.reading import read_all
-from agiqa.bench.report.sections import Content, Missing, Section, compose
+from agiqa.bench.report.sections import Content, Missing, ReportSettings, Section, compose
 from agiqa.bench.report.tables import Table, plain
 from agiqa.errors import DataError
 from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
@@ -20,7 +21,7 @@ from agiqa.version import agiqa_version
 
 PAGE, DOCUMENT, TABLES, PICTURES = "index.html", "report.md", "tables", "pictures"
 _TEMPLATE, _STYLE, _SCRIPT = "page.html.j2", "page.css", "page.js"
-_SUFFIXES = {TABLES: (".md", ".csv"), PICTURES: (".png", ".svg")}
+_SUFFIXES = {TABLES: (".md", ".csv", ".tex"), PICTURES: (".png", ".svg", ".pdf")}
 _KEPT = "the results and the parts of the report written so far are kept"
 _HIGHEST = 5.0
 """The best MOS, at the right end of an item's scale."""
@@ -41,28 +42,21 @@ class Report:
     """What is left out because it could not be read, or because it is newer than the rows."""
 
 
-def write_report(
-    folders: Sequence[Path],
-    to: Path,
-    *,
-    images: Path | None = None,
-    title: str | None = None,
-    notes: Sequence[str] = (),
-    data: str | None = None,
-) -> Report:
-    """Write the report on result folders of `agiqa ablate` and `agiqa transfer` into the folder `to`.
+def write_report(folders: Sequence[Path], to: Path | None = None, settings: ReportSettings | None = None) -> Report:
+    """Write the report on result folders of `agiqa ablate`, `transfer` and `train` into the folder `to`.
 
-    Tables and pictures of an earlier report there are replaced. `images` is the folder of the images by item name;
-    `notes` are sentences on the data for the reader; `data` is the data set of stores that do not name theirs.
-    Raises DataError for a folder without results, or if `to` exists and is no report; disk errors are raised as by
-    `telling_disk_errors`.
+    The default for `to` is the folder `report` in the first folder, or beside it if that is a single run. Tables and
+    pictures of an earlier report there are replaced. Raises DataError for a folder without results, or if `to` exists
+    and is no report; disk errors are raised as by `telling_disk_errors`.
     """
+    settings = settings or ReportSettings()
+    to = to or (folders[0].parent if is_run(folders[0]) else folders[0]) / "report"
     if to.exists() and (not to.is_dir() or (any(to.iterdir()) and not (to / PAGE).is_file())):
         message = f"{to} exists and is no report. Give another --to, or remove it."
         raise DataError(message)
-    everything = read_all(folders, data=data)
-    content = compose(everything, images=images, notes=notes)
-    title = title or " and ".join(one.name for one in everything)
+    everything = read_all(folders, data=settings.data)
+    content = compose(everything, settings)
+    title = settings.title or " and ".join(one.name for one in everything)
     page = render(title, content)
     with telling_disk_errors(f"writing {to / PAGE}", _KEPT):
         to.mkdir(parents=True, exist_ok=True)
@@ -75,9 +69,11 @@ def write_report(
     for block in content.blocks():
         if isinstance(block, Picture):
             with telling_disk_errors(f"writing the picture {block.name} to {to / PICTURES}", _KEPT):
-                pictures += block.write(to / PICTURES)
+                pictures += block.write(to / PICTURES, pdf=settings.pdf)
+        elif isinstance(block, Examples):
+            tables += _write_table(to / TABLES, block.table, latex=False)  # its prompts and descriptions are too long
         else:
-            tables += _write_table(to / TABLES, block.table if isinstance(block, Examples) else block)
+            tables += _write_table(to / TABLES, block, latex=settings.latex)
     return Report(
         page=to / PAGE,
         document=to / DOCUMENT,
@@ -96,12 +92,13 @@ def _clear(folder: Path, suffixes: Sequence[str]) -> None:
             path.unlink()
 
 
-def _write_table(folder: Path, table: Table) -> list[Path]:
-    paths = [folder / f"{table.name}.md", folder / f"{table.name}.csv"]
-    for path, text in zip(paths, (table.markdown(), table.csv()), strict=True):
-        with telling_disk_errors(f"writing {path}", _KEPT):
-            path.write_text(text, encoding="utf-8", newline="")
-    return paths
+def _write_table(folder: Path, table: Table, *, latex: bool) -> list[Path]:
+    texts = {f"{table.name}.md": table.markdown(), f"{table.name}.csv": table.csv()}
+    texts |= {f"{name}.tex": text for name, text in table.latex().items()} if latex else {}
+    for name, text in texts.items():
+        with telling_disk_errors(f"writing {folder / name}", _KEPT):
+            (folder / name).write_text(text, encoding="utf-8", newline="")
+    return [folder / name for name in texts]
 
 
 def render(title: str, content: Content) -> str:
@@ -119,6 +116,7 @@ def render(title: str, content: Content) -> str:
         js=Markup(files[_SCRIPT]),
         version=agiqa_version(),
         csv_uri=_csv_uri,
+        switched_on=content.show,
         code=_code,
         signed=_signed,
         place=lambda value: 100.0 * min(1.0, max(0.0, value / _HIGHEST)),

@@ -12,7 +12,7 @@ from typing import Any
 from agiqa.bench.recording.predictions import read_predictions
 from agiqa.bench.recording.result_folders import ABOUT, RESULTS, Line, LineFile, store_text, write_about
 from agiqa.bench.recording.rows import Row, adjust_by_holm, score_text, scores_over_seeds, summary
-from agiqa.bench.recording.tables import as_table
+from agiqa.bench.recording.tables import TextTable
 from agiqa.bench.transfer.plan import PlannedLine, TransferPlan, completed
 from agiqa.errors import DataError
 from agiqa.heads.evaluation.metrics import SeedScores
@@ -141,21 +141,19 @@ def _against(
     return {"row": reference[0].row, **scored.against(other)}
 
 
-def transfer_text(rows: Sequence[Row]) -> str:
-    """Both tables in markdown, each with a label column where there are several."""
-    return "\n\n".join(
-        [
-            "**Across data sets**: the head of one applied to the other, and retrained on it (w/ TP); means over "
-            "seeds with intervals by prompt.",
-            across(rows),
-            "**Few-shot**: trained on so many items of the other data set, from random weights (fresh) or from the "
-            "head of the first (warm); the last epoch is kept, and no line is fitted (`calibrate`).",
-            few_shot(rows),
-        ]
-    )
+def transfer_parts(rows: Sequence[Row]) -> list[str | TextTable]:
+    """Both tables, each with a label column where there are several."""
+    return [
+        "**Across data sets**: the head of one applied to the other, and retrained on it (w/ TP); means over "
+        "seeds with intervals by prompt.",
+        across(rows),
+        "**Few-shot**: trained on so many items of the other data set, from random weights (fresh) or from the "
+        "head of the first (warm); the last epoch is kept, and no line is fitted (`calibrate`).",
+        few_shot(rows),
+    ]
 
 
-def across(rows: Sequence[Row]) -> str:
+def across(rows: Sequence[Row]) -> TextTable:
     """As in Table VI of the paper: SRCC and PLCC per direction, applied and retrained; then each data set itself."""
     head = ["from -> to", *_label_head(rows), "SRCC", "PLCC", "w/ TP SRCC", "w/ TP PLCC"]
     body = [
@@ -163,10 +161,10 @@ def across(rows: Sequence[Row]) -> str:
         for row in _of_way(rows, "apply")
     ]
     body += [[_direction(row), *_label_cell(rows, row), *_cells(row), "", ""] for row in _of_way(rows, "within")]
-    return as_table(head, body)
+    return TextTable(head=head, rows=body)
 
 
-def few_shot(rows: Sequence[Row]) -> str:
+def few_shot(rows: Sequence[Row]) -> TextTable:
     """SRCC and PLCC per direction and number of training items."""
     columns = [f"{way} {metric.upper()}" for way in ("fresh", "warm") for metric in ("srcc", "plcc")]
     head = ["from -> to", *_label_head(rows), "items", *columns]
@@ -180,7 +178,7 @@ def few_shot(rows: Sequence[Row]) -> str:
         ]
         for row in _of_way(rows, "fresh")
     ]
-    return as_table(head, body)
+    return TextTable(head=head, rows=body)
 
 
 def _of_way(rows: Sequence[Row], way: str) -> list[Row]:

@@ -46,6 +46,7 @@ from agiqa.heads.settings.device import cpu_threads
 from agiqa.heads.settings.labels import by_label, of_each_label
 from agiqa.heads.sweeps.head_jobs import HeadJob, is_there, with_notes
 from agiqa.heads.sweeps.sweeping import Partitions, train_heads
+from agiqa.heads.sweeps.watching import SweepWatch, watching
 from agiqa.progress import say
 from agiqa.store import Store
 from agiqa.version import agiqa_version, this_commit
@@ -166,18 +167,24 @@ class _Work:
 
     def train(self, workers: int | None) -> int:
         """Train the missing heads, sweep by sweep; returns how many were trained now and without an error."""
-        trained, wanted = 0, self._wanted()
+        wanted = self._wanted()
+        with watching("transfer", len(wanted)) as watch:
+            return self._train(wanted, workers, watch)
+
+    def _train(self, wanted: set[str], workers: int | None, watch: SweepWatch) -> int:
+        trained = 0
         for sweep in self._plan.sweeps:
             heads: dict[Path, PlannedHead] = {}
             for head in (head for head in sweep if head.name in wanted):
                 if head.start in self._failed:
+                    watch.ended(head.name, there=True)
                     self._fail(head.name, f"its start {head.start} was not trained: {self._failed[head.start]}")
                 else:
                     heads[self._folder(head.name)] = head
             if not heads:
                 continue
             store, jobs = self._sides[sweep[0].on].store, [self._job(head) for head in heads.values()]
-            with closing(train_heads(store, jobs, workers=workers)) as outcomes:
+            with closing(train_heads(store, jobs, workers=workers, watch=watch)) as outcomes:
                 for ended in outcomes:
                     head = heads[ended.job.run]
                     if ended.error is not None:

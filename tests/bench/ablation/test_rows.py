@@ -8,9 +8,10 @@ import yaml
 from scipy import stats
 
 from agiqa.bench.ablation.grids import read_grid
-from agiqa.bench.ablation.rows import rows_text, table_rows
+from agiqa.bench.ablation.rows import rows_parts, table_rows
 from agiqa.bench.recording.predictions import write_predictions
 from agiqa.bench.recording.rows import validation_summary
+from agiqa.bench.recording.tables import as_markdown
 from agiqa.errors import DataError
 from agiqa.heads.evaluation.metrics import paired
 from agiqa.heads.evaluation.significance import holm
@@ -19,6 +20,10 @@ ITEMS, FOLDS = 60, 3
 PROMPTS = [f"prompt {k // 4}" for k in range(ITEMS)]
 NAMES = [f"{k:02d}.png" for k in range(ITEMS)]
 MOS = np.random.default_rng(0).uniform(0, 5, ITEMS)
+
+
+def shown_as_text(rows):
+    return as_markdown(rows_parts(rows))
 
 
 @pytest.fixture
@@ -134,13 +139,13 @@ def test_a_seed_with_a_failed_fold_does_not_count(tmp_path, plan, told):
     gru, none = table_rows(plan, told, tmp_path)
     assert (gru["failed"], gru["test"]["seeds"], none["test"]["seeds"]) == (1, 1, 2)
     predicted = together(plan, {**told, broken.name: {"predicted": np.zeros(ITEMS)}}, "gru")[0]
-    assert "| encoder=gru | 1 of 2 |" in rows_text([gru])
-    assert "| encoder=none | 2 |" in rows_text([none])
-    assert "| encoder=gru | 2, one a part |" in rows_text([{**gru, "failed": 0}])
+    assert "| encoder=gru | 1 of 2 |" in shown_as_text([gru])
+    assert "| encoder=none | 2 |" in shown_as_text([none])
+    assert "| encoder=gru | 2, one a part |" in shown_as_text([{**gru, "failed": 0}])
     assert gru["test"]["srcc"] == pytest.approx(stats.spearmanr(predicted, MOS).statistic)
     nothing = table_rows(plan, {}, tmp_path)
     assert [(row["test"], row["against"], row["failed"]) for row in nothing] == [(None, None, 6)] * 2
-    assert "| encoder=gru | 0 | - | - | - | - |" in rows_text(nothing)
+    assert "| encoder=gru | 0 | - | - | - | - |" in shown_as_text(nothing)
 
 
 @pytest.mark.parametrize(("end", "said"), [("nan", "x.png has a MOS that is not finite"), ("", "could not convert")])
@@ -199,7 +204,7 @@ def test_baselines_are_compared_with_the_best_head_in_one_family_with_the_others
     assert [row["against"]["p_holm"]["rmse"] for row in (*rows.values(), flat)] == adjusted
     for what in ("difference", "ci", "p", "p_holm"):
         assert flat["against"][what]["srcc"] is None
-    (shown,) = [line for line in rows_text([gru, far]).splitlines() if line.startswith("| far ")]
+    (shown,) = [line for line in shown_as_text([gru, far]).splitlines() if line.startswith("| far ")]
     difference, p = far["against"]["difference"]["srcc"], far["against"]["p_holm"]["srcc"]
     assert shown.endswith(f"| {difference:+.4f} ({p:.3g}) |")
 
@@ -217,7 +222,7 @@ def test_the_table_has_intervals_differences_and_what_is_left_out(tmp_path, plan
     rows = table_rows(plan, told, tmp_path)
     baseline = {**rows[1], "kind": "baseline", "row": "generator", "against": None, "validation": None}
     lost = {"kind": "baseline", "row": "rating word", "protocol": "grouped", "label": "quality", "left_out": "no words"}
-    lines = rows_text([baseline, lost, *rows]).splitlines()
+    lines = shown_as_text([baseline, lost, *rows]).splitlines()
     assert lines[0].startswith("| run | seeds | validation SRCC | test SRCC | test PLCC | SRCC against")
     low, high = rows[0]["test"]["ci"]["srcc"]
     assert lines[2].startswith(

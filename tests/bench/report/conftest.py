@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from agiqa.bench.report.sections import ReportSettings
 from agiqa.bench.report.writing import Report, write_report
 from agiqa.store import Store, basis_from, sketch_store
 from tests.bench.report import made
@@ -45,6 +46,7 @@ def stored(path: Path, data: str, seed: int) -> Store:
         content.items,
         prompts=[SCRIPT if k < 4 else f"a | picture of ${k // 4}$ & more" for k in range(ITEMS)],
         splits=["test" if k % 4 == 3 else "train" for k in range(ITEMS)],
+        generators=[f"generator {k % 3}" for k in range(ITEMS)],
         descriptions=[f"<b>item</b> {k} looks fine" for k in range(ITEMS)],
         labels=labels,
     )
@@ -87,7 +89,7 @@ def report(results: Made, tmp_path_factory: pytest.TempPathFactory) -> Report:
     """A report on all results, with images, a note that is a script, and a title."""
     folders = [results.ablation, results.ranks, results.transfer]
     to = tmp_path_factory.mktemp("page") / "report"
-    return write_report(folders, to, images=results.images, title="A & B", notes=[f"Mind {SCRIPT}"])
+    return write_report(folders, to, ReportSettings(images=results.images, title="A & B", notes=[f"Mind {SCRIPT}"]))
 
 
 @pytest.fixture

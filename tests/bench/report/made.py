@@ -136,6 +136,7 @@ def train_line(out: Path, store: Any, name: str, head: HeadConfig, train: TrainC
         "torch": run.config["torch"],
         "device": run.config["device"],
         "kernels": run.config["kernels"],
+        "trained_at": metrics["trained_at"],
         "seconds": round(sum(metrics["seconds"].values()), 3),
         **{key: metrics[key] for key in ("chosen_epoch", "epochs_run", "split", "warnings", "validation", "test")},
     }

@@ -94,17 +94,44 @@ def test_the_keyboard_sorts_and_only_one_column_says_so(visit):
     assert "sorted by SRCC, descending" in page.locator("#said").inner_text()
 
 
-@pytest.mark.parametrize("width", [320, 360, 768, 1280])
-def test_the_page_is_as_wide_as_its_window_and_tables_scroll_in_their_boxes(visit, width):
-    page = visit(width=width, height=740)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    wide = page.evaluate("[...document.querySelectorAll('.scroll')].map(box => box.scrollWidth - box.clientWidth)")
-    assert width > 400 or max(wide) > 0
-    out = page.evaluate(
-        "[...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll, .unseen, svg')"
-        " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
-    )
-    assert out == []
+CUT = """[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)
+  .map(box => box.closest('section').id)"""
+OUTSIDE = """[...document.querySelectorAll('main *')]
+  .filter(e => !e.closest('.unseen, svg') && e.getBoundingClientRect().right > innerWidth + 1)
+  .map(e => e.outerHTML.slice(0, 80))"""
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280, 1600])
+def test_no_column_is_cut_at_any_width_whatever_is_switched_on(visit, width):
+    page = visit(width=width, height=900)
+    switches = page.locator("#encoders-quality-grouped input[data-switches]")
+    assert switches.count() >= 5
+    for is_on in (False, True):
+        if is_on:
+            page.locator("#encoders-quality-grouped summary").click()
+            for number in range(switches.count()):
+                switches.nth(number).check()
+            page.locator("#encoders-quality-grouped summary").click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(CUT) == []
+        assert page.evaluate(OUTSIDE) == []
+        shown = page.locator("#encoders-quality-grouped tbody tr:first-child [data-switch=krcc]")
+        assert shown.is_visible() == is_on
+        cards = page.evaluate("document.querySelectorAll('table.cards').length")
+        assert (cards > 0) if width < 500 else (cards == 0 or width < 1280)
+
+
+def test_a_switch_shows_a_column_in_all_tables_and_hides_it_again(visit):
+    page = visit()
+    headers = page.locator("th[data-switch=rmse]")
+    box = page.locator("#encoders-quality-grouped input[data-switches=rmse]")
+    assert headers.count() >= 4
+    page.locator("#encoders-quality-grouped summary").click()
+    for is_on in (True, False):
+        box.set_checked(is_on)
+        assert [headers.nth(k).is_visible() for k in range(headers.count())] == [is_on] * headers.count()
+        others = page.locator("input[data-switches=rmse]")
+        assert others.evaluate_all("all => all.map(box => box.checked)") == [is_on] * others.count()
 
 
 def test_printed_tables_fit_the_paper(visit):

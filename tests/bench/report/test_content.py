@@ -14,7 +14,7 @@ from agiqa.bench.report.findings import findings, limits, teacher_findings, tran
 from agiqa.bench.report.items import SHOWN, examples_of, predictions_of, scatter_chart
 from agiqa.bench.report.reading import read_all
 from agiqa.bench.report.row_tables import leak
-from agiqa.bench.report.sections import compose
+from agiqa.bench.report.sections import ReportSettings, compose
 from agiqa.bench.report.transfers import directions, shots_table, transfer_table
 from agiqa.bench.report.writing import write_report
 from tests.bench.report import made
@@ -158,10 +158,16 @@ def test_runs_whose_predictions_are_gone_are_told_and_the_others_used(results, c
     assert "Predictions of 2 runs are missing" in scatter_chart(results_read, found, "a head").caption
 
 
+def test_the_scatter_plot_has_a_logistic_or_the_quartic_of_the_paper(results):
+    found, predictions = leading(results.ablation)
+    assert "and a logistic fit; below" in scatter_chart(found, predictions, "a head").alt
+    assert "and a fit, degree 4; below" in scatter_chart(found, predictions, "a head", quartic=True).alt
+
+
 def test_without_any_run_folder_the_tables_are_there_and_the_rest_is_told_missing(results, copy):
     folder = copy(results.ranks)
     shutil.rmtree(folder / "runs")
-    content = compose(read_all([folder]), images=None, notes=())
+    content = compose(read_all([folder]), ReportSettings())
     assert {"rows", "ranks", "provenance"} <= {section.name for section in content.sections}
     told = {one.what: one.line() for one in content.missing}
     assert {"Scatter, best and worst items", "Training curves"} <= told.keys()
@@ -246,7 +252,7 @@ def test_findings_say_what_the_files_say(results):
     sentence = next(words for words in findings(found) if words.startswith("Quality, grouped by prompt: "))
     assert f"has a test SRCC of {best['test']['srcc']:.3f} ({low:.3f} to {high:.3f})" in sentence
     notes = limits([found])
-    assert any(note.startswith("On the published split 15 of 15 test images") for note in notes)
+    assert any(note.startswith("On the published split, 15 of 15 test images") for note in notes)
     assert any("only 2 seeds" in note for note in notes)
 
 
@@ -257,7 +263,7 @@ def test_without_a_validation_score_no_head_is_said_to_be_chosen(results, copy):
         row["validation"] = None
     made.write_lines(folder / "rows.jsonl", rows)
     (found,) = read_all([folder])
-    content = compose([found], images=None, notes=())
+    content = compose([found], ReportSettings())
     assert content.findings
     assert all("no head could be chosen" in sentence for sentence in content.findings)
     assert "items" not in [section.name for section in content.sections]
@@ -287,24 +293,24 @@ def test_the_stores_of_a_transfer_are_of_the_data_sets_that_it_calls_them_by(res
         store["data"] = {"items": 15}
     (folder / "about.json").write_text(json.dumps(about))
     (found,) = read_all([folder], data="AGIQA-20k")
-    facts = compose([found], images=None, notes=()).facts
+    facts = compose([found], ReportSettings()).facts
     assert facts["Data"] == "agiqa-3k and aigciqa2023"
 
 
 def test_a_folder_without_the_images_is_told_on_the_command_line_too(results, tmp_path):
     (tmp_path / "wrong").mkdir()
-    found = write_report([results.ablation], tmp_path / "report", images=tmp_path / "wrong")
+    found = write_report([results.ablation], tmp_path / "report", ReportSettings(images=tmp_path / "wrong"))
     told = [problem for problem in found.problems if f"could not be read in {tmp_path / 'wrong'}" in problem]
     assert told
     assert all(re.fullmatch(r"(\d+) of \1 images could not .*", problem) for problem in told)
-    assert not write_report([results.ablation], tmp_path / "report", images=results.images).problems
+    assert not write_report([results.ablation], tmp_path / "report", ReportSettings(images=results.images)).problems
 
 
 def test_curves_of_one_epoch_are_none(results, copy):
     folder = copy(results.ablation)
     for path in (folder / "runs").glob("*/curves.csv"):
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
-    content = compose(read_all([folder]), images=None, notes=())
+    content = compose(read_all([folder]), ReportSettings())
     assert "holds the curves of more than one epoch" in next(
         one.line() for one in content.missing if one.what == "Training curves"
     )
@@ -344,7 +350,7 @@ def test_texts_of_a_teacher_are_a_finding_where_the_rating_word_is_read(results,
         assert told[place][0].startswith(said)
     about["stores"][""]["variant"] = "full"
     (folder / "about.json").write_text(json.dumps(about))
-    assert compose(read_all([folder]), images=None, notes=[]).findings[0].startswith(said)
+    assert compose(read_all([folder]), ReportSettings()).findings[0].startswith(said)
     assert teacher_findings(*read_all([results.ablation])) == []
 
 
@@ -361,3 +367,14 @@ def test_a_transfer_reads_the_rating_words_that_its_stores_have(results, copy):
             store["variant"] = variant
         (folder / "about.json").write_text(json.dumps(about))
         assert len(teacher_findings(*read_all([folder]))) == found
+
+
+def test_a_column_that_no_row_can_fill_is_named(results):
+    """These heads have fewer validation images than a logistic curve needs."""
+    read = read_all([results.ablation])
+    problems = compose(read, ReportSettings(show=frozenset({"logistic", "krcc"}))).problems
+    assert [text for text in problems if "--show" in text] == [
+        "the column PLCC (logistic) (`--show logistic`): no row has a value for it. "
+        "A logistic curve needs 100 validation images in every run of a row."
+    ]
+    assert not [text for text in compose(read, ReportSettings()).problems if "--show" in text]

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from agiqa.bench.report.pictures import draw, safe
+from agiqa.bench.report.sections import ReportSettings
 from agiqa.bench.report.writing import write_report
 from agiqa.errors import DataError
 from tests.bench.report import made
@@ -87,7 +88,8 @@ def test_pictures_and_tables_are_files_too(report):
 
 def test_the_same_results_make_the_same_files(results, tmp_path):
     first, again = (
-        write_report([results.ranks], tmp_path / name, images=results.images) for name in ("first", "again")
+        write_report([results.ranks], tmp_path / name, ReportSettings(images=results.images))
+        for name in ("first", "again")
     )
     files = [(one.page, *one.tables, *one.pictures) for one in (first, again)]
     for one, other in zip(*files, strict=True):
@@ -97,7 +99,9 @@ def test_the_same_results_make_the_same_files(results, tmp_path):
 def test_a_report_is_replaced_and_other_folders_are_not_touched(results, copy, tmp_path):
     first = write_report([results.ranks], tmp_path / "out")
     (tmp_path / "out" / "tables" / "mine.txt").write_text("kept")
-    second = write_report([copy(results.ranks).rename(tmp_path / "other")], tmp_path / "out", notes=["new"])
+    second = write_report(
+        [copy(results.ranks).rename(tmp_path / "other")], tmp_path / "out", ReportSettings(notes=["new"])
+    )
     assert {path.name for path in first.tables} == {path.name for path in second.tables}
     lines = [line for line in made.read_lines(tmp_path / "other" / "rows.jsonl") if line["store_name"] == "r2"]
     made.write_lines(tmp_path / "other" / "rows.jsonl", lines)

@@ -3,8 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.optimize import curve_fit
 
-from agiqa.bench.report.pictures import FIT_DEGREE, Panel, scatter
+from agiqa.bench.report.pictures import Curve, Panel, draw, scatter
 from agiqa.errors import DataError
 
 
@@ -66,7 +67,7 @@ def test_vector_formats_say_what_the_picture_says(tmp_path: Path) -> None:
     assert "<!-- perfect -->" in text
     assert "<!-- SRCC 1.000 -->" in text
     assert f"<!-- PLCC {np.corrcoef(true, true**2)[0, 1]:.3f} -->" in text
-    assert f"<!-- fit, degree {FIT_DEGREE} -->" in text
+    assert "<!-- logistic fit -->" in text
 
 
 def test_constant_predictions_are_drawn_and_said_to_have_no_correlation(tmp_path: Path) -> None:
@@ -74,10 +75,52 @@ def test_constant_predictions_are_drawn_and_said_to_have_no_correlation(tmp_path
     assert "<!-- no correlation: constant -->" in (tmp_path / "p.svg").read_text(encoding="utf-8")
 
 
-def test_few_distinct_true_values_lower_the_degree_of_the_fit(tmp_path: Path) -> None:
-    true = np.array([1.0, 1, 2, 2, 3, 3])
-    scatter(tmp_path / "p.svg", [Panel(title="c", true=true, predicted=true + 0.1)], title="t")
-    assert "<!-- fit, degree 2 -->" in (tmp_path / "p.svg").read_text(encoding="utf-8")
+def wave(place: np.ndarray, low: float, rise: float, centre: float, width: float) -> np.ndarray:
+    """The four-parameter logistic of VQEG."""
+    return low + rise / (1 + np.exp(-(place - centre) / width))
+
+
+def test_the_curve_is_the_least_squares_logistic_of_scipy() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.uniform(0, 5, 200)
+    predicted = wave(true, 1.0, 3.0, 2.5, 0.6) + rng.normal(0, 0.2, 200)
+    found = Curve.fit(true, predicted)
+    assert found is not None
+    best, _ = curve_fit(wave, true, predicted, p0=(1, 3, 2.5, 1))
+    assert (found.across[0], found.across[-1]) == (true.min(), true.max())
+    assert found.heights == pytest.approx(wave(found.across, *best), abs=1e-5)
+    assert (np.diff(found.heights) > 0).all()
+
+
+def test_the_logistic_never_falls_where_the_quartic_does() -> None:
+    rng = np.random.default_rng(3)
+    true = rng.beta(0.4, 0.4, 40) * 5
+    predicted = np.clip(2 * true, 0, 4) + rng.normal(0, 0.8, 40)
+    curve, quartic = Curve.fit(true, predicted), Curve.fit(true, predicted, quartic=True)
+    assert curve is not None
+    assert quartic is not None
+    assert (np.diff(curve.heights) >= 0).all()
+    assert (np.diff(quartic.heights) < 0).any()
+    assert quartic.heights == pytest.approx(np.polyval(np.polyfit(true, predicted, 4), quartic.across))
+
+
+def test_few_distinct_true_values_lower_the_degree_of_the_quartic_and_falling_points_have_no_logistic() -> None:
+    true = np.repeat([1.0, 2.0, 3.0], 5)
+    quartic = Curve.fit(true, true + 0.1, quartic=True)
+    assert quartic is not None
+    assert quartic.name == "fit, degree 2"
+    assert Curve.fit(true, -true) is None
+    assert Curve.fit(np.ones(15), true) is None
+    assert Curve.fit(np.ones(15), true, quartic=True) is None
+
+
+def test_a_picture_for_a_paper_is_a_vector_pdf_of_one_column() -> None:
+    picture = draw("p", "t", alt="a", caption="c", height=2.0, paint=lambda figure: figure.add_subplot().plot([0, 1]))
+    content = picture.pdf()
+    assert content == picture.pdf()
+    assert b"/MediaBox [ 0 0 234 " in content  # 3.25 inches of 72 points
+    assert b"/Subtype /Image" not in content
+    assert b"/FontFile2" in content  # TrueType, as publishers ask for
 
 
 @pytest.mark.parametrize(

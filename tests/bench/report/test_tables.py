@@ -1,13 +1,16 @@
 """Tables hold the numbers of rows.jsonl, all their digits in CSV; bold means what the page says that it means."""
 
+import re
 from functools import partial
 
+import numpy as np
 import pytest
 
+from agiqa.bench.recording.records import Against, Row, Scores
 from agiqa.bench.report.charts import interval_chart, rank_table
 from agiqa.bench.report.findings import findings, limits
 from agiqa.bench.report.naming import row_titles
-from agiqa.bench.report.reading import Against, Row, Scores, read_all
+from agiqa.bench.report.reading import read_all
 from agiqa.bench.report.row_tables import bold_rows, main_tables, optimism_tables
 from agiqa.bench.report.tables import Cell, Column, Table
 from tests.bench.report import made
@@ -72,7 +75,7 @@ def row(name, value, *, p=None, difference=0.0, kind="head"):
     if p is not None:
         told = dict.fromkeys(("srcc", "plcc"), difference)
         against = Against(row="best", difference=told, p_holm=dict.fromkeys(told, p), covers="prompts and seeds")
-    test = Scores(n=9, srcc=value, plcc=value)
+    test = Scores(n=9, srcc=value, plcc=value, ci=dict.fromkeys(("srcc", "plcc"), (0.59, 0.81)))
     return Row(kind=kind, row=name, protocol="grouped", label="quality", test=test, against=against)
 
 
@@ -84,6 +87,15 @@ def row(name, value, *, p=None, difference=0.0, kind="head"):
         ([row("a", 0.5, p=0.01, difference=-0.1), row("b", 0.6, p=0.06, difference=0.1)], {"best", "b"}),
         ([row("a", 0.5, p=0.01, difference=-0.1), row("b", 0.8, p=0.04, difference=0.1)], {"b"}),
         ([row("a", 0.5, p=0.01, difference=-0.1), row("b", None)], {"best"}),
+        ([row("a", 0.5, p=0.01, difference=-0.1), row("far", 0.58, p=0.9, difference=-0.12)], {"best"}),
+        (
+            [row("a", 0.5, p=0.01, difference=-0.1), row("far", 0.4, p=0.9, difference=-0.3, kind="baseline")],
+            {"best"},
+        ),
+        (
+            [row("a", 0.5, p=0.01, difference=-0.1), row("near", 0.6, p=0.9, difference=-0.1, kind="baseline")],
+            {"best", "near"},
+        ),
     ],
 )
 def test_bold_is_the_reference_and_what_cannot_be_told_from_it_or_what_beats_it(others, bold):
@@ -237,3 +249,58 @@ def test_leaks_are_counted_letter_by_letter_too(results, copy):
     assert told in " ".join(main_tables(found)[1].notes)
     assert told in " ".join(optimism_tables(found)[0].notes)
     assert told in " ".join(limits([found]))
+
+
+def switchable(*values):
+    """A table of a text, two values that are always shown, and one that is switched on by `krcc`."""
+    columns = [
+        Column("row", "Row", lambda row: row[0], "text"),
+        Column("srcc", "SRCC", lambda row: row[1], interval=True),
+        Column("empty", "Empty", lambda row: row[2]),
+        Column("krcc", "KRCC", lambda row: row[3], switch="krcc"),
+    ]
+    return Table(
+        name="t", title="t", columns=columns, rows=[[column.cell(one) for column in columns] for one in values]
+    )
+
+
+def test_empty_columns_are_dropped_and_switched_ones_appear():
+    table = switchable(("a", 0.5, None, 0.4), ("b", None, None, 0.3))
+    assert table.markdown().splitlines()[2] == "| Row | SRCC |"
+    assert table.switches == {"krcc": "KRCC"}
+    assert table.with_switched_on({"krcc"}).markdown().splitlines()[2] == "| Row | SRCC | KRCC |"
+    assert table.csv().splitlines()[0] == "row,srcc,srcc_low,srcc_high,empty,krcc"
+    assert switchable(("a", 0.5, None, None)).switches == {}
+
+
+def test_krcc_rmse_and_the_logistic_plcc_are_those_of_the_files(results, copy):
+    folder = copy(results.ablation)
+    lines = made.read_lines(folder / "results.jsonl")
+    for number, line in enumerate(lines):
+        for label in ("quality", "correspondence"):
+            line["test"][label]["plcc_logistic4"] = number / 100
+    made.write_lines(folder / "results.jsonl", lines)
+    (found,) = read_all([folder])
+    table = next(table for table in main_tables(found) if table.name == "quality-grouped")
+    assert set(table.switches) >= {"krcc", "rmse", "logistic", "sd"}
+    heads = [line for line in made.read_lines(folder / "rows.jsonl") if line["kind"] == "head"]
+    for row in cells_of(table):
+        head = [one for one in heads if one["label"] == "quality" and one["protocol"] == "grouped"]
+        line = next((one for one in head if str(one["test"]["srcc"]) == row["srcc"]), None)
+        if line is None:
+            assert row["tag"] == "baseline"
+            continue
+        runs = [one for one in lines if (one["row"], one["protocol"]) == (line["row"], "grouped")]
+        assert float(row["krcc"]) == line["test"]["krcc"]
+        assert float(row["rmse"]) == line["test"]["rmse"]
+        mean = np.mean([one["test"]["quality"]["plcc_logistic4"] for one in runs])
+        assert float(row["plcc_logistic"]) == pytest.approx(mean)
+
+
+def test_every_table_of_scores_says_where_its_numbers_come_from(results):
+    (found,) = read_all([results.ablation])
+    for table in main_tables(found):
+        told = table.notes[-1]
+        assert told.startswith(f"Data: agiqa-3k. Model of the features: {found.store('').model} (hidden, width ")
+        assert "Settings of all heads: projection hidden, width 8, " in told
+        assert re.search(r"Trained: \d{4}-\d\d-\d\d( to .*)?\.$", told)
