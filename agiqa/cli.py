@@ -20,6 +20,7 @@ _AGAIN_SECONDS = 0.02
 
 SECTIONS = {
     "Prepare": {
+        "data": "Import published data sets; check a data set before a model runs.",
         "teach": "Let an online model explain the MOS of every image.",
         "tune": "Fine-tune the model on a teacher's conversations, into an adapter.",
         "merge": "Write a model and its adapter as one checkpoint, for other servers.",
@@ -36,13 +37,16 @@ SECTIONS = {
         "score": "Description, rating word and MOS of single images, without a store.",
     },
     "Questions": {
+        "tune-head": "Which settings make the best head? A search on validation items, then a test.",
         "ablate": "Which head is best? A grid of heads, with baselines and paired differences.",
         "transfer": "How good is a head on another data set: unchanged, retrained, or trained on few items?",
+        "runs": "List trained runs: settings that differ, scores, date; paired differences between them.",
         "words": "How well do the model's rating words agree with the MOS?",
-        "report": "Tables, pictures and one page from the results of ablate and transfer.",
+        "report": "Tables, pictures and one page from the results of ablate, transfer and train.",
     },
     "Start": {
         "demo": "All steps in miniature on a CPU: images, features, heads, a comparison.",
+        "parts": "List the encoders, poolings, losses and other parts, your own included.",
         "completion": "Print the script that completes commands, options and names in a shell.",
     },
 }
@@ -65,7 +69,7 @@ class LazyGroup(click.Group):
         """The command called `cmd_name`, or None."""
         if cmd_name not in COMMANDS:
             return None
-        command = import_module(f"agiqa.commands.{cmd_name}").command
+        command = import_module(f"agiqa.commands.{cmd_name.replace('-', '_')}").command
         return command if isinstance(command, click.Command) else None
 
     def resolve_command(

@@ -7,6 +7,7 @@ AgiqaError
 ├── ConfigError (ValueError)          a setting that contradicts another or is out of range
 ├── UnknownName (LookupError)         no such encoder, pooling, label ...; names the nearest known one
 ├── WorkerError (RuntimeError)        a process of this run died, or the device ran out of memory on one item
+├── BrokenLaw (AssertionError)        a registered part that breaks a law of its kind
 ├── HeadError (ValueError)            features that a head cannot read, or no run folder
 └── StoreError
     ├── SchemaError (ValueError)      a format or version that this agiqa does not read
@@ -69,6 +70,10 @@ class UnknownName(AgiqaError, LookupError):
 
 class WorkerError(AgiqaError, RuntimeError):
     """A process of this run died, or the device ran out of memory on one item."""
+
+
+class BrokenLaw(AgiqaError, AssertionError):
+    """A registered part that breaks a law of its kind, such as one that reads padding."""
 
 
 class HeadError(AgiqaError, ValueError):

@@ -1,7 +1,7 @@
 """From an image and its prompt to description, rating word and MOS, by a model and a trained head, without a store."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ import numpy as np
 
 from agiqa.errors import ConfigError, DataError, HeadError, ModelError, WorkerError
 from agiqa.extract import Backbone, Described, Describer, DescriptionSettings, Item
+from agiqa.extract.data.datasets import expanded, items_of_pairs, prompts_of_images
 from agiqa.extract.data.templates import VARIANTS, template_of
 from agiqa.extract.describing.rounds import preset
 from agiqa.extract.filling.live import LiveFeatures
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models.opening import open_checked
 from agiqa.extract.models.provenance import check_model
-from agiqa.heads import Run
+from agiqa.heads import Run, load_run
 from agiqa.heads.evaluation.rating_words import parse_rating_word
 from agiqa.heads.evaluation.scoring import predict_items
 from agiqa.heads.model.head import Head
@@ -24,6 +25,7 @@ from agiqa.heads.settings.device import resolve_device
 from agiqa.heads.settings.labels import by_label
 from agiqa.progress import say
 from agiqa.store import open_store
+from agiqa.store.format.columns import ColumnNames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,21 @@ class ImageScore:
         return asdict(self)
 
 
-Outcome = ImageScore | str
-"""The scores of an item, or one line with the reason why it has none."""
+@dataclass(frozen=True, kw_only=True)
+class NotScored:
+    """An image that could not be scored."""
+
+    image: str
+    prompt: str
+    reason: str
+    """One line."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, ready for JSON."""
+        return asdict(self)
+
+
+Outcome = ImageScore | NotScored
 
 
 def recorded_wording(run: Run, aspect: str | None, variant: str | None) -> tuple[str, str]:
@@ -173,12 +188,26 @@ class ImageScorer:
             describes=describes,
         )
 
-    def scores(self, items: Sequence[Item]) -> Iterator[tuple[Item, Outcome]]:
-        """Each item with its outcome, as soon as its batch is done."""
+    @property
+    def wording(self) -> tuple[str, str]:
+        """The aspect and variant of the conversations."""
+        return self.describer.settings.aspect, self.variant
+
+    def scores(self, items: Sequence[Item | NotScored]) -> Iterator[Outcome]:
+        """The outcome of each item, in their order, as soon as its batch is done."""
         size = self.describer.batch_size
         for start in range(0, len(items), size):
             batch = items[start : start + size]
-            yield from zip(batch, self._outcomes(batch), strict=True)
+            able = [item for item in batch if isinstance(item, Item)]
+            outcomes = iter(self._outcomes(able) if able else [])
+            yield from (item if isinstance(item, NotScored) else next(outcomes) for item in batch)
+
+    def readable(self, items: Sequence[Item | NotScored], model: str) -> list[Item | NotScored]:
+        """`items` as the model reads them: without images, said once, for a model of texts."""
+        if self.describer.backbone.reads_images:
+            return list(items)
+        say(f"warning: {model} reads no images; these scores are of the prompts alone")
+        return [replace(item, image=None) if isinstance(item, Item) else item for item in items]
 
     def _outcomes(self, items: Sequence[Item]) -> list[Outcome]:
         """The outcomes of a batch. If the batch fails because of an item, each item is tried alone."""
@@ -186,7 +215,7 @@ class ImageScorer:
             return self._batch(items)
         except (DataError, ModelError, WorkerError) as error:
             if len(items) == 1:
-                return [str(error)]
+                return [_not_scored(items[0], str(error))]
         return [outcome for item in items for outcome in self._outcomes([item])]
 
     def _batch(self, items: Sequence[Item]) -> list[Outcome]:
@@ -195,12 +224,15 @@ class ImageScorer:
         if self.describes or self.variant != "no_id":
             described = self.describer.describe(items)
         able = [(item, one) for item, one in zip(items, described, strict=True) if not isinstance(one, str)]
-        if not able:
-            return [one for one in described if isinstance(one, str)]
-        self.features.replace([self._read(item, one) for item, one in able])
-        predicted = predict_items(self.head, self.features, np.arange(len(able)), batch_size=len(able)).tolist()
+        predicted: list[list[float]] = []
+        if able:
+            self.features.replace([self._read(item, one) for item, one in able])
+            predicted = predict_items(self.head, self.features, np.arange(len(able)), batch_size=len(able)).tolist()
         scored = iter([self._score(item, one, mos) for (item, one), mos in zip(able, predicted, strict=True)])
-        return [one if isinstance(one, str) else next(scored) for one in described]
+        return [
+            _not_scored(item, one) if isinstance(one, str) else next(scored)
+            for item, one in zip(items, described, strict=True)
+        ]
 
     def _read(self, item: Item, described: Described | None) -> Item:
         """The item with the conversation that the head reads."""
@@ -217,3 +249,105 @@ class ImageScorer:
             rating=parse_rating_word(word),
             mos=by_label(self.run.train.labels, mos),
         )
+
+
+def _not_scored(item: Item, reason: str) -> NotScored:
+    return NotScored(image=item.name, prompt=item.prompt, reason=reason)
+
+
+def items_to_score(
+    images: str | Path | Iterable[str | Path],
+    prompts: str | Iterable[str] | None = None,
+    *,
+    table: str | Path | None = None,
+    columns: ColumnNames | None = None,
+) -> list[Item | NotScored]:
+    """An item per image, in their order, or why it makes none: it has no prompt, or cannot be read.
+
+    `images` are paths, or one path. `prompts` is the prompt of all images, or one for each; or else `table` has the
+    columns `prompt` and `name`, which ends an image's path, and `columns` say which these are. A folder stands for all
+    images below it, unless each image has its own prompt. Raises ConfigError unless one of both is given or for another
+    number of prompts than images, and DataError for a table that cannot be read.
+    """
+    given = [images] if isinstance(images, str | Path) else images
+    paths, file = [Path(image) for image in given], None if table is None else Path(table)
+    if prompts is None or isinstance(prompts, str):
+        paths = list(expanded(paths))
+        texts = prompts_of_images(paths, prompt=prompts, table=file, columns=columns)
+    else:
+        texts = list(prompts)
+        if table is not None or len(texts) != len(paths):
+            message = f"{len(texts)} prompts for {len(paths)} images: give one for each, or one text for all."
+            raise ConfigError(message)
+    pairs = list(zip(paths, texts, strict=True))
+    return [
+        NotScored(image=str(path), prompt=text, reason=one) if isinstance(one, str) else one
+        for (path, text), one in zip(pairs, items_of_pairs(pairs, table=file), strict=True)
+    ]
+
+
+def open_scorer(
+    run: str | Path | Run,
+    model: str | Path,
+    *,
+    adapter: str | None = None,
+    max_slices: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    basis: str | Path | None = None,
+    aspect: str | None = None,
+    variant: str | None = None,
+    describe: bool | None = None,
+    settings: str = "greedy",
+    max_new_tokens: int = 1024,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> ImageScorer:
+    """Open a model and a head that score images: the arguments of `score` but for the images.
+
+    Keep it to score again and again: `scorer.scores(items_to_score(images, prompts))`. Raises as `score`.
+    """
+    head = run if isinstance(run, Run) else load_run(run)
+    target, wording = target_of(head, basis), recorded_wording(head, aspect, variant)
+    backbone = open_model_of(head, str(model), adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
+    return ImageScorer.make(
+        head,
+        backbone,
+        model=str(model),
+        target=target,
+        wording=wording,
+        describe=describe,
+        settings=settings,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+    )
+
+
+def score(
+    images: str | Path | Iterable[str | Path],
+    prompts: str | Iterable[str] | None = None,
+    *,
+    run: str | Path | Run,
+    model: str | Path,
+    table: str | Path | None = None,
+    columns: ColumnNames | None = None,
+    **options: Any,
+) -> Iterator[Outcome]:
+    """Description, rating word and MOS of images, by a model and a trained head, without a store.
+
+    Yields an ImageScore for each image, in their order, as soon as its batch is done, or a NotScored with the reason.
+    The images are checked and the model is opened before this returns. `images`, `prompts`, `table` and `columns` are
+    those of `items_to_score`. `model` must be the one behind the head `run`; `options` are those of `open_scorer`:
+    `adapter`, `dtype`, `device`, `max_slices`, `basis` (a sketch store, for a head on a sketch), `aspect` and `variant`
+    (by default those of the head's store), `describe` (whether to generate descriptions that the head does not read),
+    `settings` (greedy or published), `max_new_tokens`, `seed` and `batch_size` (images).
+
+    Raises HeadError for another model than the head was trained with, ModelError for one that cannot be opened,
+    ConfigError, UnknownName and DataError as `items_to_score`.
+    """
+    items = items_to_score(images, prompts, table=table, columns=columns)
+    if not any(isinstance(item, Item) for item in items):
+        return iter([item for item in items if isinstance(item, NotScored)])
+    scorer = open_scorer(run, model, **options)
+    return scorer.scores(scorer.readable(items, str(model)))

@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from agiqa.errors import AgiqaError, WorkerError
+from agiqa.parts import modules_to_import, with_parts
 from agiqa.progress import say
 
 SECONDS_TO_ANSWER = 300.0
@@ -172,8 +173,7 @@ class _Worker:
 
     def __init__(self, context: BaseContext, begin: Callable[[], Work]) -> None:
         self.pipe, theirs = context.Pipe()
-        start: Any = context  # typed without the class of its processes
-        self.process: BaseProcess = start.Process(target=_serve, args=(theirs, begin), daemon=True)
+        self.process = new_process(context, _serve, (theirs, begin), daemon=True)
         with ctrl_c_kept_away():
             self.process.start()
         theirs.close()  # so that reading fails once the process is gone
@@ -232,6 +232,18 @@ def context_of_processes(modules: Sequence[str], *, on_gpu: bool = False) -> Bas
     """
     forks = None if on_gpu else start_fork_server(modules)
     return forks or multiprocessing.get_context("spawn")
+
+
+def new_process(
+    context: BaseContext, function: Callable[..., Any], arguments: Sequence[Any], **settings: Any
+) -> BaseProcess:
+    """A process that calls `function` once it is started, with the parts of one's own that this process imports.
+
+    `settings` are `name` and `daemon`.
+    """
+    make: Any = context  # typed without the class of its processes
+    process: BaseProcess = make.Process(target=with_parts, args=(modules_to_import(), function, arguments), **settings)
+    return process
 
 
 @contextmanager

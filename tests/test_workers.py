@@ -21,10 +21,10 @@ from agiqa.extract import LengthRule, load_data_set, open_backbone
 from agiqa.extract.data.datasets import items_of_images
 from agiqa.extract.filling import crew
 from agiqa.extract.filling.engines import Here
-from agiqa.extract.filling.plan import plan_store, tokenise
+from agiqa.extract.filling.plan import store_plan, tokenise
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models.preparing import Preparation
-from agiqa.store import verify
+from agiqa.store import create_store, verify
 from agiqa.workers import MODULES_TO_PREPARE_ITEMS, LostAnswer, Workers, context_of_processes
 from tests.extract.jobs import extract, inputs
 from tests.extract.small_sets import write_set, write_talks
@@ -279,7 +279,8 @@ def test_an_item_that_crashes_workers_is_skipped_in_a_plan_and_named_in_a_fill(t
         assert reason in str(caught.value)
         tokenised, target = tokenise(data_set, backbone, rule), Target(encoding="hidden")
         wording = {"variant": "id", "aspect": "quality"}
-        store = plan_store(path, data_set, backbone, tokenised, rule=rule, conversation=wording, target=target)
+        plan = store_plan(data_set, backbone, tokenised, rule=rule, conversation=wording, target=target)
+        store = create_store(path, plan)
         engine = Here(backbone=backbone, preparation=preparation, batch_size=1)
         with pytest.raises(
             WorkerError, match=r"item '000\.png' \(\d+ tokens\): the process that prepared it was ended by SIGSEGV"

@@ -8,7 +8,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from agiqa.commands.options import StoreLocation, output_options, train_workers_option
-from agiqa.commands.output import fail_if_any, print_result
+from agiqa.commands.output import fail_if_any, print_parts
 
 SHIPPED = sorted(
     file.name.removesuffix(".yaml") for file in (resources.files("agiqa.bench.ablation") / "shipped").iterdir()
@@ -103,7 +103,7 @@ def command(
     from agiqa.bench.ablation.ablation import run_ablation
     from agiqa.bench.ablation.grids import find_grid, read_grid
     from agiqa.bench.ablation.protocols import generators_of
-    from agiqa.bench.ablation.rows import rows_text
+    from agiqa.bench.ablation.rows import rows_parts
     from agiqa.bench.recording.result_folders import RESULTS, ROWS
     from agiqa.heads.model.projection import usual_projection
     from agiqa.store import open_store
@@ -129,5 +129,5 @@ def command(
         "failed": [{"name": name, "error": error} for name, error in done.failed.items()],
         "table": done.rows,
     }
-    print_result(result, rows_text(done.rows), as_json=as_json)
+    print_parts(result, rows_parts(done.rows), as_json=as_json)
     fail_if_any(done.failed, total=len(plan), what="runs")

@@ -3,26 +3,21 @@
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
+from agiqa.commands.data_options import data_options, length_rule, load
+from agiqa.commands.data_text import print_summary
 from agiqa.commands.help import SectionedCommand
-from agiqa.commands.models import ASPECT, MODEL_OPTIONS, model_options, prepare_workers_option
-from agiqa.commands.options import Automatic, OneOf, Share, StoreLocation, on_bad_item_option, shared_options
+from agiqa.commands.models import MODEL_OPTIONS, model_options, prepare_workers_option
+from agiqa.commands.options import Automatic, OneOf, Share, StoreLocation, shared_options
 from agiqa.commands.output import print_result, table
-from agiqa.extract.data.templates import VARIANTS, aspects_of
 from agiqa.extract.filling.crew import Crew
 from agiqa.extract.models.checkpoints import hashed_ahead
 from agiqa.extract.models.compiling import COMPILING
 from agiqa.progress import say
 from agiqa.workers import MODULES_TO_PREPARE_ITEMS, start_fork_server
-
-
-def _look_up_variant(variant: str) -> None:
-    _, _, listed = variant.partition(":")
-    aspects_of(variant, listed.partition("+")[0] or "quality")
-
 
 _SIGNS_OF_A_GPU = [Path("/dev") / name for name in ("nvidiactl", "kfd", "dxg")]
 """Files of the drivers of NVIDIA, of AMD, and of Windows for its Linux."""
@@ -34,7 +29,7 @@ SECTIONS = {
     ),
     "Model": MODEL_OPTIONS[2:],
     "What is stored": ("basis", "keep_logits"),
-    "Items": ("max_tokens", "truncate", "on_bad_item"),
+    "Items": ("columns", "prompt", "max_tokens", "truncate", "on_bad_item"),
     "Speed": ("batch_size", "workers", "compile"),
     "Parts and clusters": ("plan_only", "part", "ray"),
 }
@@ -44,25 +39,7 @@ SECTIONS = {
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.argument("store", type=click.Path(path_type=Path))
 @model_options
-@click.option(
-    "--conversations",
-    multiple=True,
-    metavar="[ASPECT:][SPLIT=]FILE",
-    help="M3-AGIQA conversation file; repeatable. ASPECT and SPLIT (train, val, test) override the file's name.",
-)
-@click.option(
-    "--labels", type=click.Path(path_type=Path, exists=True), help="Table (csv) with the MOS of a conversation file."
-)
-@click.option(
-    "--variant",
-    type=OneOf("variant", VARIANTS, look_up=_look_up_variant),
-    default="id",
-    show_default=True,
-    help="What the model reads: one question; a description too; the rating word too; or id:ASPECT+ASPECT "
-    "(full:ASPECT+ASPECT), descriptions of several aspects.",
-)
-@click.option("--aspect", type=ASPECT, default="quality", show_default=True, help="Wording of the questions.")
-@click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
+@data_options
 @click.option(
     "--encoding",
     type=OneOf("encoding", ["hidden", "sketch", "int8", "logits"]),
@@ -77,11 +54,6 @@ SECTIONS = {
 @click.option(
     "--keep-logits", is_flag=True, help="Keep the raw logits beside the hidden states (V/D times their bytes)."
 )
-@click.option(
-    "--max-tokens", type=click.IntRange(min=1), help="Most tokens per conversation.  [default: the model's own limit]"
-)
-@click.option("--truncate", is_flag=True, help="Cut longer conversations, and count them, instead of refusing them.")
-@on_bad_item_option
 @click.option(
     "--batch-size",
     type=Automatic(lowest=1),
@@ -112,15 +84,23 @@ SECTIONS = {
     show_default=True,
     help="Fill only this share of the store, as for one job of a SLURM array.",
 )
-@click.option("--plan-only", is_flag=True, help="Check and tokenise all items, and stop before the model runs.")
+@click.option("--plan-only", is_flag=True, help="Say what would be stored, with its disk and GPU hours, and stop.")
 @shared_options
 def command(data: Path, store: Path, *, as_json: bool, **options: Any) -> None:
     """Run the model once over DATA and store what heads need in STORE. Run it again to resume.
 
-    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels.
+    DATA is a folder with data.csv (and images/), a table (csv, xlsx, json, parquet), a folder of images with --prompt
+    and --variant no_id, or an M3-AGIQA conversation file with --labels. If DATA got more rows, only their items are
+    computed and added to STORE.
     """
-    with _other_processes(options) as crew:
-        result = _extracted(data, store, crew=crew, **options)
+    if options.pop("plan_only"):
+        print_summary(_summarised(data, store, options), as_json=as_json)
+        return
+    options["mos_range"] = options["mos_range"] or "recorded"
+    with _other_processes(options) as crew, hashed_ahead(options["model"]):  # the imports take seconds
+        from agiqa.extract.filling.extraction import extract
+
+        result = extract(data, store, crew=crew, **options).as_dict()
     for line in result["skipped"]:
         say(f"skipped {line}")
     shown = {name: result[name] for name in ("store", "state", "items", "tokens", "units", "truncated")}
@@ -144,61 +124,31 @@ def _other_processes(options: Mapping[str, Any]) -> Generator[Crew | None]:
     if forks or workers:
         start_fork_server(MODULES_TO_PREPARE_ITEMS)
     devices = options["devices"] or 1
-    if devices == 1 or options["ray"] is not None or options["plan_only"]:
+    if devices == 1 or options["ray"] is not None:
         yield None
         return
     with Crew(devices, on_cpu=on_cpu, workers=bool(forks or workers)) as crew:
         yield crew
 
 
-def _extracted(
-    data: Path,
-    store: Path,
-    *,
-    crew: Crew | None,
-    model: str,
-    adapter: str | None,
-    max_slices: int | None,
-    conversations: tuple[str, ...],
-    labels: Path | None,
-    variant: str,
-    aspect: str,
-    mos_range: tuple[float, float],
-    max_tokens: int | None,
-    on_bad_item: Literal["fail", "skip"],
-    dtype: str,
-    **settings: Any,
-) -> dict[str, Any]:
-    """The result in a JSON-able form."""
-    with hashed_ahead(model):  # the imports take seconds
-        from agiqa.extract import DataSet, ExtractionSettings, LengthRule, load_data_set, run_extraction
-        from agiqa.extract.models.opening import opened, opener_of
+def _summarised(data: Path, store: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run would store, JSON-able. Raises what a run raises before it reads DATA."""
+    from agiqa.data_summary import costs_summary, summary_of, tokens_summary
+    from agiqa.extract.filling.extraction import opened_for
+    from agiqa.extract.filling.footprints import ModelShape, footprints
+    from agiqa.extract.filling.job import check_settings
+    from agiqa.extract.filling.settings import ExtractionSettings
+    from agiqa.extract.filling.token_counts import counted
 
-        opener = opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices)
-        # a model that cannot be opened is reported before the images are checked
-        backbone = opened(opener, settings["device"])
-        if not backbone.reads_images:
-            alike = ", the same for all images of one prompt" if variant.startswith("no_id") else ""
-            say(f"note: {model} reads no images; these features are of the text alone{alike}")
-
-        def read() -> DataSet:
-            data_set = load_data_set(
-                data,
-                conversations=conversations,
-                labels=labels,
-                variant=variant,
-                aspect=aspect,
-                images=backbone.reads_images,
-                mos_range=mos_range,
-                on_bad_item=on_bad_item,
-            )
-            for note in (*data_set.notes, *(f"warning: {warning}" for warning in data_set.warnings)):
-                say(note)
-            return data_set
-
-        length = LengthRule(max_tokens=max_tokens, truncate=settings.pop("truncate"), on_bad_item=on_bad_item)
-        wanted = ExtractionSettings(variant=variant, aspect=aspect, length=length, **settings)
-        return run_extraction(read, backbone, store, wanted, opener=opener, crew=crew).as_dict()
+    named = {name: options[name] for name in ("adapter", "dtype", "device", "max_slices", "variant")}
+    opener, backbone = opened_for(options["model"], **named)
+    stored = {name: options[name] for name in ("encoding", "rank", "basis", "keep_logits", "compile")}
+    check_settings(ExtractionSettings(**stored), store, backbone, opener)
+    data_set = load(data, options, images=backbone.reads_images)
+    counts = counted(data_set, backbone, length_rule(options))
+    shape = ModelShape.of(backbone, options["model"])
+    costs = costs_summary(shape, footprints(counts, shape, rank=options["rank"]))
+    return {**summary_of(data_set), "tokens": tokens_summary(counts), "cost": costs}
 
 
 def _rate(filled: Mapping[str, Any]) -> dict[str, str]:

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from agiqa.commands.options import OWN_MODULES
+
 
 class SectionedCommand(click.Command):
     """A command whose help lists its options by section."""
@@ -20,8 +22,9 @@ class SectionedCommand(click.Command):
             parameter.name: parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)
         }
         named = {name for names in self.sections.values() for name in names}
-        rest = [name for name in options if name not in named]
-        for title, names in (*self.sections.items(), ("Output", rest)):
+        rest = [name for name in options if name not in named and name != OWN_MODULES]
+        own = [name for name in (OWN_MODULES,) if name in options]
+        for title, names in (*self.sections.items(), ("Your own parts", own), ("Output", rest)):
             records = [options[name].get_help_record(ctx) for name in names]
             with formatter.section(title):
                 formatter.write_dl([record for record in records if record is not None])

@@ -1,5 +1,6 @@
 """Options and option types that commands share."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -7,8 +8,11 @@ from typing import Any, TypeVar
 import click
 
 from agiqa.errors import ConfigError, UnknownName
+from agiqa.parts import import_parts
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+OWN_MODULES = "own_modules"
+"""The name of the parameter `--import`."""
 
 
 def added(options: Sequence[Callable[[Any], Any]], command: Command) -> Command:
@@ -19,10 +23,29 @@ def added(options: Sequence[Callable[[Any], Any]], command: Command) -> Command:
 
 
 def output_options(command: Command) -> Command:
-    """Add `--json` and `-v/--verbose`; the command receives `as_json`."""
+    """Add `--json`, `-v/--verbose` and `--import`; the command receives `as_json`."""
     as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
     verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, help="Show where an error was raised.")
-    return as_json(verbose(command))
+    return import_option(as_json(verbose(command)))
+
+
+def _import_parts(ctx: click.Context, _parameter: click.Parameter, modules: tuple[str, ...]) -> tuple[str, ...]:
+    if not ctx.resilient_parsing:
+        import_parts(*modules)
+    return modules
+
+
+import_option = click.option(
+    "--import",
+    OWN_MODULES,
+    multiple=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_import_parts,
+    metavar="MODULE",
+    help="Module, or .py file, that registers parts of your own; repeatable. Also: AGIQA_IMPORT=MODULE,MODULE.",
+)
+"""Adds `--import`."""
 
 
 def shared_options(command: Command) -> Command:
@@ -161,6 +184,36 @@ class OneOf(click.Choice):  # type: ignore[type-arg]  # pyright: ignore[reportMi
         return name
 
 
+class Columns(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
+    """Columns of a table by meaning: `MEANING=COLUMN`, several with commas between, as a dict."""
+
+    name = "MEANING=COLUMN,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, str]:
+        """The dict. A comma belongs to a column's name unless `MEANING=` follows it."""
+        if isinstance(value, dict):
+            return {str(meaning): str(column) for meaning, column in value.items()}
+        found: dict[str, str] = {}
+        for part in re.split(r",(?=\s*\w+=)", str(value)):
+            meaning, equals, column = part.partition("=")
+            if not (equals and meaning.strip() and column.strip()):
+                self.fail(f"{part!r} is not MEANING=COLUMN, such as name=filename,mos_quality=score.", param, ctx)
+            if meaning.strip() in found:
+                self.fail(f"{meaning.strip()!r} is given twice.", param, ctx)
+            found[meaning.strip()] = column.strip()
+        return found
+
+
+columns_option = click.option(
+    "--columns",
+    type=Columns(),
+    help="Columns of the table by meaning, such as name=filename,mos_quality=score.  [default: by their names]",
+)
+"""Adds `--columns`, for commands that read a table."""
+prompt_option = click.option(
+    "--prompt", metavar="TEXT", help="Prompt of all images, where the table has none or there is no table."
+)
+"""Adds `--prompt`, for commands that read a data set."""
 on_bad_item_option = click.option(
     "--on-bad-item",
     type=OneOf("choice", ["fail", "skip"]),
@@ -169,8 +222,15 @@ on_bad_item_option = click.option(
     help="Unusable items: stop and list them, or leave them out and name them.",
 )
 """Adds `--on-bad-item`."""
+mos_range_option = click.option(
+    "--mos-range",
+    nargs=2,
+    type=float,
+    help="Lowest and highest MOS.  [default: those that `agiqa data import` recorded, or 0 5]",
+)
+"""Adds `--mos-range`, for commands that read MOS."""
 labels_option = click.option(
-    "--labels", type=click.Path(path_type=Path, exists=True), help="Table (csv) of the items of a conversation file."
+    "--labels", type=click.Path(path_type=Path, exists=True), help="Table of the items of a conversation file."
 )
 """Adds `--labels`, for commands that read no MOS."""
 

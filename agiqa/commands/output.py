@@ -1,17 +1,33 @@
 """How commands print their results: JSON on the output stream for scripts, or text for people."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from agiqa.errors import HeadError
 
+if TYPE_CHECKING:
+    from agiqa.bench.recording.tables import Parts
+
 
 def print_result(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print `text`, or `result` as one JSON object, to the output stream."""
     click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+
+
+def print_parts(result: Mapping[str, Any], parts: "Parts", *, as_json: bool) -> None:
+    """As `print_result`, for text with tables: drawn to the width of a terminal, markdown anywhere else."""
+    from agiqa.bench.recording.tables import as_markdown
+
+    if as_json or not sys.stdout.isatty():
+        print_result(result, as_markdown(parts), as_json=as_json)
+        return
+    from agiqa.commands.terminal_tables import print_drawn
+
+    print_drawn(parts)
 
 
 def table(rows: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ def command(run: Path, store: str | Path, out: Path, device: str, batch_size: in
     trained on.
     """
     from agiqa.errors import DataError
+    from agiqa.extract.data.image_names import images_below
     from agiqa.heads import load_run, predict
     from agiqa.heads.data.scales import scales_record
     from agiqa.heads.settings.labels import column_names
@@ -30,6 +31,12 @@ def command(run: Path, store: str | Path, out: Path, device: str, batch_size: in
 
     if not out.parent.is_dir():
         message = f"{out.parent} is not a folder. Create it, or write to another path."
+        raise DataError(message)
+    if isinstance(store, Path) and not (store / "store.zarr").exists() and store.is_dir() and images_below(store):
+        message = (
+            f"{store} is a folder of images, not a store. `agiqa score {store} --run {run} --model MODEL --prompt "
+            "TEXT` predicts their MOS without a store."
+        )
         raise DataError(message)
     source = open_store(store)
     head = load_run(run)

@@ -1,6 +1,5 @@
 """`agiqa score`: description, rating word and MOS of single images, without a store."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ import click
 
 from agiqa.commands.help import SectionedCommand
 from agiqa.commands.models import ASPECT, MODEL_OPTIONS, generation_options, model_options
-from agiqa.commands.options import OneOf, StoreLocation, shared_options
+from agiqa.commands.options import OneOf, StoreLocation, columns_option, shared_options
 from agiqa.commands.output import print_result
 from agiqa.extract.data.templates import VARIANTS
 
@@ -18,19 +17,21 @@ if TYPE_CHECKING:
 SECTIONS = {
     "Most used": ("prompt", "prompts", "run", "model", "adapter"),
     "Model": MODEL_OPTIONS[2:],
+    "Data": ("columns",),
     "Head": ("basis", "aspect", "variant"),
     "Answers": ("describe", "settings", "seed", "max_new_tokens", "batch_size"),
 }
 
 
 @click.command("score", cls=SectionedCommand, sections=SECTIONS)
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--prompt", help="The text that all these images were generated from.")
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Table (csv) with the columns name (of the image) and prompt.",
+    help="Table with the columns name (of the image) and prompt.",
 )
+@columns_option
 @click.option("--run", required=True, type=click.Path(path_type=Path, exists=True), help="Run folder of the head.")
 @click.option("--basis", type=StoreLocation(), help="Sketch store that has the basis, for a head on a sketch.")
 @model_options
@@ -55,68 +56,46 @@ def command(
     as_json: bool,
     prompt: str | None,
     prompts: Path | None,
+    columns: dict[str, str] | None,
     run: Path,
-    basis: str | Path | None,
     model: str,
     adapter: str | None,
-    max_slices: int | None,
-    dtype: str,
-    device: str,
-    aspect: str | None,
-    variant: str | None,
-    describe: bool | None,
-    settings: str,
-    seed: int,
-    max_new_tokens: int,
-    batch_size: int,
+    **options: Any,
 ) -> None:
-    """Describe each of IMAGES, rate it in one word, and predict its MOS with the head RUN.
+    """Describe each of IMAGES (of a folder: all in it), rate it in one word, and predict its MOS with the head RUN.
 
     --model, --adapter, --aspect and --variant must be those of the head's store; others are refused. Each image is
     printed as soon as it is scored. Images that cannot be scored are listed at the end, and the exit code is 1.
     """
     from agiqa.errors import DataError
-    from agiqa.extract.data.datasets import items_of_images
-    from agiqa.heads import load_run
+    from agiqa.extract import Item
+    from agiqa.extract.data.datasets import expanded
     from agiqa.heads.data.scales import scales_record
-    from agiqa.progress import say, track
-    from agiqa.scoring import ImageScore, ImageScorer, open_model_of, recorded_wording, target_of
+    from agiqa.progress import track
+    from agiqa.scoring import ImageScore, NotScored, items_to_score, open_scorer
 
-    items, failed = items_of_images(images, prompt=prompt, table=prompts)
+    paths = list(dict.fromkeys(expanded(images)))
+    items = items_to_score(paths, prompt, table=prompts, columns=columns)
+    failed = {item.image: item.reason for item in items if isinstance(item, NotScored)}
     where = "the images to score"
-    if not items:
+    if len(failed) == len(items):
         raise DataError.from_problems(where, list(failed.values()))
-    head = load_run(run)
-    target, wording = target_of(head, basis), recorded_wording(head, aspect, variant)
-    backbone = open_model_of(head, model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
-    scorer = ImageScorer.make(
-        head,
-        backbone,
-        model=model,
-        target=target,
-        wording=wording,
-        describe=describe,
-        settings=settings,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    if not backbone.reads_images:
-        say(f"warning: {model} reads no images; these scores are of the prompts alone")
-        items = [replace(item, image=None) for item in items]
+    scorer = open_scorer(run, model, adapter=adapter, **options)
+    able = [item for item in items if isinstance(item, Item)]
     scored: list[dict[str, Any]] = []
-    with track("score", len(items), "images") as advance:
-        for item, outcome in scorer.scores(items):
+    with track("score", len(able), "images") as advance:
+        for outcome in scorer.scores(scorer.readable(able, model)):
             if isinstance(outcome, ImageScore):
                 scored.append(outcome.as_dict())
                 if not as_json:
                     click.echo(_text(outcome, described=scorer.describes))
             else:
-                failed[item.name] = outcome
+                failed[outcome.image] = outcome.reason
             advance(1)
     if as_json:
-        used = {"run": str(run), "model": model, "adapter": adapter, "aspect": wording[0], "variant": wording[1]}
-        scales = scales_record(head.train.labels, head.scales)
+        aspect, variant = scorer.wording
+        used = {"run": str(run), "model": model, "adapter": adapter, "aspect": aspect, "variant": variant}
+        scales = scales_record(scorer.run.train.labels, scorer.run.scales)
         print_result({**used, "mos_ranges": scales, "images": scored, "failed": failed}, "", as_json=True)
     if failed:
         raise DataError.from_problems(where, list(failed.values()))

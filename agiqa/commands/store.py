@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from agiqa.commands.help import write_commands
-from agiqa.commands.options import LocalStore, OneOf, StoreLocation, shared_options
+from agiqa.commands.options import LocalStore, OneOf, StoreLocation, columns_option, shared_options
 from agiqa.commands.output import print_result, table
 from agiqa.commands.store_copies import convert, export_store, import_store, pull_store, push_store, sketch
 from agiqa.errors import listed
@@ -64,6 +64,8 @@ def info(store: str | Path, *, as_json: bool) -> None:
     scales = shown.pop("mos_ranges")
     shown["labels"] = ", ".join(f"{aspect} ({count})" for aspect, count in summary["labels"].items()) or "none"
     shown["MOS from"] = ", ".join(f"{range_text(scale)} ({aspect})" for aspect, scale in scales.items()) or None
+    spreads = ", ".join(f"{aspect} ({count})" for aspect, count in shown.pop("deviations").items())
+    shown["standard deviations"] = spreads or None
     shown["splits"] = ", ".join(f"{split} ({count})" for split, count in summary["splits"].items())
     if summary["text_authors"] is not None:
         shown["text authors"] = "; ".join(_authors(*one) for one in shown.pop("text_authors").items())
@@ -133,10 +135,18 @@ def seal_store(store: Path, *, as_json: bool) -> None:
     "--mos-range",
     nargs=2,
     type=float,
-    help="Lowest and highest MOS in TABLE.csv.  [default: those of the store, or 0 5]",
+    help="Lowest and highest MOS in TABLE.csv.  [default: those that an import recorded, or of the store, or 0 5]",
 )
+@columns_option
 @shared_options
-def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, as_json: bool) -> None:
+def labels(
+    store: Path,
+    table: Path,
+    mos_range: tuple[float, float] | None,
+    columns: dict[str, str] | None,
+    *,
+    as_json: bool,
+) -> None:
     """Set MOS, splits and generators in STORE from TABLE.csv, by item name. Features stay unchanged.
 
     The table has the column `name` and any of mos_quality, mos_correspondence (or mos_align), mos_authenticity, split
@@ -148,7 +158,7 @@ def labels(store: Path, table: Path, mos_range: tuple[float, float] | None, *, a
     from agiqa.store.deriving.labelling import join_labels
     from agiqa.store.format.labels import range_text
 
-    report = join_labels(open_store(store, allow_partial=True), table, mos_range=mos_range)
+    report = join_labels(open_store(store, allow_partial=True), table, mos_range=mos_range, columns=columns)
     for note in report.notes:
         say(note)
     lines = [

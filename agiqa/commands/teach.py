@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 def command(data: Path, out: Path, *, as_json: bool, **options: Any) -> None:
     """Let an online model explain the MOS of every image of DATA. Run it again to resume.
 
-    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels. OUT is a
-    journal of JSON lines, one per image. Beside OUT.jsonl, each run writes OUT.ASPECT.jsonl: conversations that
-    `agiqa tune` and `agiqa extract --conversations` read.
+    DATA is a folder with data.csv (and images/), a table (csv, xlsx, json, parquet), or an M3-AGIQA conversation file
+    with --labels. OUT is a journal of JSON lines, one per image. Beside OUT.jsonl, each run writes OUT.ASPECT.jsonl:
+    conversations that `agiqa tune` and `agiqa extract --conversations` read.
 
     With --batch, OUT.batches.json records what has been sent, so that a run that was stopped or killed pays for
     nothing twice.
@@ -56,7 +56,7 @@ def command(data: Path, out: Path, *, as_json: bool, **options: Any) -> None:
         raise ConfigError(message)
     models = _models(options)  # a missing key is reported before the images are checked
     data_set = _load(data, options)
-    settings, splits = _settings(data_set.items, options), _splits(data_set.items, options)
+    settings, splits = _settings(data_set, options), _splits(data_set.items, options)
     if options["dry_run"]:
         estimate = _estimate(options, data_set, out, models, settings, splits)
         print_result(estimate, _estimate_text(estimate), as_json=as_json)
@@ -150,9 +150,10 @@ def _load(data: Path, options: Mapping[str, Any]) -> Any:
     data_set = load_data_set(
         data,
         labels=options["labels"],
+        columns=options["columns"],
         variant="no_id",
         images=True,
-        mos_range=options["mos_range"],
+        mos_range=options["mos_range"] or "recorded",
         on_bad_item=on_bad_item,
     )
     for note in data_set.notes:
@@ -160,18 +161,19 @@ def _load(data: Path, options: Mapping[str, Any]) -> Any:
     return data_set
 
 
-def _settings(items: "Sequence[Item]", options: Mapping[str, Any]) -> "TeachingSettings":
+def _settings(data_set: "DataSet", options: Mapping[str, Any]) -> "TeachingSettings":
     from agiqa.extract.teaching.client import ClientSettings
     from agiqa.extract.teaching.job import TeachingSettings
     from agiqa.extract.teaching.questions import QuestionSettings
     from agiqa.extract.teaching.wording_and_prices import Wording, read_yaml, shipped_wording
+    from agiqa.store.format.labels import DEFAULT_RANGE
 
-    labelled = tuple(aspect for aspect in ASPECTS if any(aspect in item.labels for item in items))
+    labelled = tuple(aspect for aspect in ASPECTS if any(aspect in item.labels for item in data_set.items))
     wording = shipped_wording() if options["wording"] is None else read_yaml(options["wording"], Wording)
     question = QuestionSettings(
         aspects=options["aspects"] or labelled or ASPECTS,
         blind=options["blind"],
-        mos_range=options["mos_range"],
+        mos_range=data_set.mos_range or DEFAULT_RANGE,
         wording=wording,
         max_tokens=options["max_new_tokens"],
         temperature=options["temperature"],

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import click
 
-from agiqa.commands.options import OneOf, added, on_bad_item_option
+from agiqa.commands.options import OneOf, added, columns_option, mos_range_option, on_bad_item_option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -17,7 +17,7 @@ SECTIONS = {
     "Money": ("budget", "prices", "dry_run"),
     "Batches": ("batch", "wait", "poll", "batch_requests"),
     "Speed and patience": ("jobs", "requests_per_minute", "tokens_per_minute", "timeout", "patience", "retry_failed"),
-    "Data": ("labels", "mos_range", "on_bad_item"),
+    "Data": ("labels", "columns", "mos_range", "on_bad_item"),
     "Splits of the conversations": ("split", "test_share", "val_share", "seed"),
 }
 
@@ -150,10 +150,9 @@ def data_options(command: Command) -> Command:
     """Add the options of the sections Data and Splits."""
     share = click.FloatRange(min=0.0, max=1.0, max_open=True)
     options = [
-        click.option("--labels", type=_FILE, help="Table (csv) of the items of a conversation file."),
-        click.option(
-            "--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS."
-        ),
+        columns_option,
+        click.option("--labels", type=_FILE, help="Table of the items of a conversation file."),
+        mos_range_option,
         on_bad_item_option,
         click.option(
             "--split",

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from agiqa.commands.help import SectionedCommand
 from agiqa.commands.options import OneOf, StoreLocation, output_options
 from agiqa.commands.output import calibration_lines, label_titles, print_result, scores_line
-from agiqa.heads.settings.config import HeadConfig, TrainConfig
+from agiqa.heads.settings.config import OWN_SETTINGS, HeadConfig, TrainConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -19,7 +19,7 @@ SECTIONS = {
     "Settings from elsewhere": ("config", "start"),
     "Head": (
         *("width", "blocks", "num_heads", "layers", "residual", "state_size", "bidirectional", "standardise"),
-        *("dropout", "token_dropout", "regressor_hidden"),
+        *("dropout", "token_dropout", "regressor_hidden", "own_settings"),
     ),
     "Items and splits": (
         *("also", "folds", "fold", "held_out", "test_share", "validation", "split_seed"),
@@ -54,8 +54,29 @@ def setting_options(command: Command) -> Command:
     """Add an option for every setting of HeadConfig and TrainConfig. One that was not given is None."""
     fields = {**HeadConfig.model_fields, **TrainConfig.model_fields}
     for name, field in reversed(fields.items()):
-        command = _setting_option(name, field)(command)
+        command = (own_setting_option if name == OWN_SETTINGS else _setting_option(name, field))(command)
     return command
+
+
+def _own_settings(_ctx: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, str] | None:
+    """The values by name, as texts, which the encoder gives their types. A mapping comes from a file of options."""
+    pairs = [text.partition("=") for text in given]
+    wrong = next((text for text, (name, equals, _) in zip(given, pairs, strict=True) if not (name and equals)), None)
+    if wrong is not None:
+        message = f"{wrong!r} is not NAME=VALUE, such as kernel_size=5."
+        raise click.BadParameter(message)
+    return {name.strip(): value.strip() for name, _, value in pairs} or None
+
+
+own_setting_option = click.option(
+    "--set",
+    OWN_SETTINGS,
+    multiple=True,
+    callback=_own_settings,
+    metavar="NAME=VALUE",
+    help="Setting that an encoder of your own declares; repeatable.",
+)
+"""Adds `--set`; the command receives a dict, or None."""
 
 
 def _setting_option(name: str, field: FieldInfo) -> Callable[[Command], Command]:
@@ -144,42 +165,19 @@ def command(
     Run the same command again after a kill: training resumes from the last saved epoch, and ends with the same
     numbers. The saved state is in .RUN.state beside RUN until RUN is written.
     """
-    from rich.console import Console
-
-    from agiqa.extract.data.templates import aspects_of, label_of
-    from agiqa.heads import load_run, load_settings, train_head, training_progress
-    from agiqa.heads.model.projection import usual_projection
     from agiqa.heads.settings.labels import of_each_label
-    from agiqa.progress import say
-    from agiqa.store import open_store, union
+    from agiqa.training import train
 
-    first = None if start is None else load_run(start)
-    source = union([open_store(one) for one in (store, *also)]) if also else open_store(store)
-    usual, beginning = usual_projection(source), None if first is None else first.head
-    head, train = load_settings(config, overrides, preset=preset, start=beginning, projection=usual)
-    conversation = source.provenance.get("conversation", {})
-    if conversation.get("aspect") is not None:
-        asked = [*map(label_of, aspects_of(conversation["variant"], conversation["aspect"]))]
-        if not {*train.labels} <= {*asked}:
-            learned = " and ".join(train.labels)
-            say(f"warning: the conversations of {store} ask for {' and '.join(asked)}, and the head learns {learned}")
-    progress = training_progress(Console(stderr=True))
-    trained = train_head(
-        source, run, head=head, train=train, progress=progress, preset=preset, restart=restart, start=first
-    )
-    for warning in trained.metrics["warnings"]:
-        say(f"warning: {warning}")
-    for note in trained.metrics["notes"]:
-        say(f"note: {note}")
-    metrics = dict(trained.metrics)
+    trained = train(store, run, also=also, config=config, preset=preset, start=start, restart=restart, **overrides)
+    labels, metrics = trained.train.labels, dict(trained.metrics)
     lines = [f"{run}: epoch {metrics['chosen_epoch']} of {metrics['epochs_run']}, chosen by {metrics['chosen_by']}"]
-    shown = {part: of_each_label(train.labels, metrics[part]) for part in ("validation", "test") if metrics[part]}
+    shown = {part: of_each_label(labels, metrics[part]) for part in ("validation", "test") if metrics[part]}
     if metrics["calibration"]:
-        lines += calibration_lines(train.labels, metrics["calibration"])
-    for number, title in enumerate(label_titles(train.labels)):
+        lines += calibration_lines(labels, metrics["calibration"])
+    for number, title in enumerate(label_titles(labels)):
         lines += [*title, *(scores_line(part, scores[number]) for part, scores in shown.items())]
         lines += [
-            scores_line(f"test, {one['name']}", of_each_label(train.labels, one["test"])[number])
+            scores_line(f"test, {one['name']}", of_each_label(labels, one["test"])[number])
             for one in metrics.get("stores", ())
             if one["test"]
         ]

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from agiqa.commands.options import OneOf, StoreLocation, output_options, train_workers_option
-from agiqa.commands.output import fail_if_any, print_result
+from agiqa.commands.output import fail_if_any, print_parts
 from agiqa.commands.train import preset_option
 
 
@@ -85,7 +85,7 @@ def command(
     """
     from agiqa.bench.recording.result_folders import RESULTS
     from agiqa.bench.transfer.plan import read_transfer_settings
-    from agiqa.bench.transfer.results import transfer_text
+    from agiqa.bench.transfer.results import transfer_parts
     from agiqa.bench.transfer.sides import named
     from agiqa.bench.transfer.transfer import run_transfer
     from agiqa.heads.model.projection import usual_projection
@@ -102,5 +102,5 @@ def command(
         "failed": [{"name": name, "error": error} for name, error in done.failed.items()],
         "rows": done.rows,
     }
-    print_result(result, transfer_text(done.rows), as_json=as_json)
+    print_parts(result, transfer_parts(done.rows), as_json=as_json)
     fail_if_any(done.failed, total=done.lines, what="results")

@@ -8,7 +8,7 @@ import click
 
 from agiqa.commands.help import SectionedCommand
 from agiqa.commands.models import ASPECT, device_option, max_slices_option, prepare_workers_option
-from agiqa.commands.options import OneOf, labels_option, shared_options
+from agiqa.commands.options import OneOf, columns_option, labels_option, shared_options
 from agiqa.commands.output import print_result, table
 from agiqa.extract.data.templates import aspects_of, reads_rating_word
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SECTIONS = {
     "Most used": ("model", "conversations", "recipe", "changes", "steps", "epochs", "devices", "dry_run"),
     "Model": ("max_slices", "dtype", "device"),
-    "Data": ("variant", "aspect", "labels", "val_share", "on_bad_item"),
+    "Data": ("variant", "aspect", "labels", "columns", "val_share", "on_bad_item"),
     "Interruption and logs": ("checkpoint_minutes", "seed", "tensorboard"),
     "Speed": ("workers",),
 }
@@ -83,6 +83,7 @@ def _look_up_variant(variant: str) -> None:
 )
 @click.option("--aspect", type=ASPECT, default="quality", show_default=True, help="Aspect of the conversations.")
 @labels_option
+@columns_option
 @click.option(
     "--val-share",
     type=click.FloatRange(min=0, max=1, max_open=True),
@@ -113,8 +114,9 @@ def _look_up_variant(variant: str) -> None:
 def command(data: Path, adapter: Path, *, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Fine-tune a model on the conversations of DATA and write the folder ADAPTER. Run it again to resume.
 
-    DATA is a folder with data.csv (and images/), a csv, or an M3-AGIQA conversation file with --labels. Items of the
-    split test are never used. `agiqa describe`, `extract` and `score` take the folder as --adapter ADAPTER.
+    DATA is a folder with data.csv (and images/), a table (csv, xlsx, json, parquet), or an M3-AGIQA conversation file
+    with --labels. Items of the split test are never used. `agiqa describe`, `extract` and `score` take the folder as
+    --adapter ADAPTER.
     """
     from agiqa.extract.tuning.folder import refuse_adapter
     from agiqa.extract.tuning.recipes import recipe_of
@@ -146,7 +148,7 @@ def _load(data: Path, options: Mapping[str, Any], *, images: bool) -> "DataSet":
     from agiqa.errors import DataError
     from agiqa.extract.data.datasets import load_data_set
 
-    given = {name: options[name] for name in ("conversations", "labels", "variant", "aspect", "on_bad_item")}
+    given = {name: options[name] for name in ("conversations", "labels", "columns", "variant", "aspect", "on_bad_item")}
     try:
         return load_data_set(data, images=images, mos_range=None, **given)  # the conversations hold the rating words
     except DataError as error:

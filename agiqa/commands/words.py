@@ -6,15 +6,13 @@ from typing import Any
 
 import click
 
-from agiqa.commands.options import OneOf, shared_options
+from agiqa.commands.options import OneOf, columns_option, mos_range_option, shared_options
 from agiqa.commands.output import print_result
 
 
 @click.command("words")
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option(
-    "--labels", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Table (csv) with the MOS."
-)
+@click.option("--labels", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Table with the MOS.")
 @click.option(
     "--label",
     type=OneOf("label", ["quality", "correspondence", "authenticity"]),
@@ -22,9 +20,18 @@ from agiqa.commands.output import print_result
     show_default=True,
     help="MOS to compare the words with.",
 )
-@click.option("--mos-range", nargs=2, type=float, default=(0.0, 5.0), show_default=True, help="Lowest and highest MOS.")
+@mos_range_option
+@columns_option
 @shared_options
-def command(file: Path, labels: Path | None, label: str, mos_range: tuple[float, float], *, as_json: bool) -> None:
+def command(
+    file: Path,
+    labels: Path | None,
+    label: str,
+    mos_range: tuple[float, float] | None,
+    columns: dict[str, str] | None,
+    *,
+    as_json: bool,
+) -> None:
     """Accuracy, rough accuracy, precision and F1 of the rating words in FILE, with intervals over prompts.
 
     FILE is an M3-AGIQA conversation file, such as `agiqa describe` writes; give its MOS by --labels data.csv. Or it is
@@ -35,8 +42,10 @@ def command(file: Path, labels: Path | None, label: str, mos_range: tuple[float,
     from agiqa.heads.evaluation.rating_words import score_words
     from agiqa.progress import say
     from agiqa.rated_items import read_rated_items
+    from agiqa.store.format.labels import scale_of
 
-    rated = read_rated_items(file, labels, label=label, mos_range=mos_range)
+    scale = scale_of(labels or file, mos_range)
+    rated = read_rated_items(file, labels, label=label, mos_range=scale, columns=columns)
     prompts = [one.prompt for one in rated if one.prompt is not None]
     if len(prompts) < len(rated):
         say(f"warning: {file} has no column 'prompt', so the intervals treat every item as a prompt of its own")
@@ -44,7 +53,7 @@ def command(file: Path, labels: Path | None, label: str, mos_range: tuple[float,
         [one.answer for one in rated],
         [one.mos for one in rated],
         prompts if len(prompts) == len(rated) else None,
-        mos_range=mos_range,
+        mos_range=scale,
     )
     print_result({"file": str(file), "label": label, **scores}, _lines(scores), as_json=as_json)
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = {
     "store": ("disk", "format", "reading", "writing", "deriving", "sharing", "care", "hdf5"),
-    "heads": ("settings", "data", "model", "evaluation", "training", "sweeps"),
+    "heads": ("settings", "data", "model", "evaluation", "training", "sweeps", "searching"),
     "extract": ("data", "models", "teaching", "tuning", "describing", "filling"),
     "bench": ("recording", "baselines", "ablation", "transfer", "report", "demo", "measurements"),
 }
@@ -24,7 +24,10 @@ MAY_IMPORT = {
 }
 GROUND = {
     "agiqa",
-    *(f"agiqa.{name}" for name in ("cuda", "errors", "lazy", "progress", "registry", "version", "workers")),
+    *(
+        f"agiqa.{name}"
+        for name in ("cuda", "errors", "lazy", "notebooks", "parts", "progress", "registry", "version", "workers")
+    ),
 }
 
 

@@ -52,7 +52,7 @@ def test_training_on_what_is_not_there(agiqa, example, tmp_path):
     run = tmp_path / "run"
     refuse(agiqa("train", example.store, run, "--label", "authenticity"), "'authenticity'", "Known: quality")
     unfinished = tmp_path / "unfinished.agiqa"
-    assert agiqa(*example.extract(unfinished, "--plan-only")).code == 0
+    assert agiqa(*example.extract(unfinished, "--part", "1/2")).code == 0
     refuse(agiqa("train", unfinished, run), unfinished, "incomplete", "Run the same `agiqa extract` again")
     refuse(agiqa("evaluate", example.run, unfinished), unfinished, "incomplete")
     refuse(agiqa("store", "sketch", unfinished, tmp_path / "sketch", "--rank", 4), unfinished, "incomplete")

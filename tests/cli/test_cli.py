@@ -147,7 +147,7 @@ def test_verbose_shows_where_an_error_was_raised(agiqa, example, tmp_path):
 
 def test_an_unfinished_store_verifies_with_exit_1_and_still_one_object(agiqa, example, tmp_path):
     store = tmp_path / "s.agiqa"
-    assert agiqa(*example.extract(store, "--plan-only", "--json")).json["state"] == "unfinished"
+    assert agiqa(*example.extract(store, "--part", "1/2", "--json")).json["state"] == "unfinished"
     outcome = agiqa("store", "verify", store, "--json")
     assert outcome.code == 1
     assert json.loads(outcome.out)["missing_units"]
@@ -163,7 +163,7 @@ def test_a_config_file_gives_values_and_options_beat_it(agiqa, example, tmp_path
         "max_tokens": 300,
         "batch-size": 3,
         "mos-range": [0, 5],
-        "plan-only": True,
+        "part": "1/2",
     }
     config.write_text(yaml.safe_dump(values))
     store = tmp_path / "s.agiqa"
@@ -205,11 +205,10 @@ def test_a_config_line_without_a_value_leaves_the_default(agiqa, texts, tiny_tex
         tiny_text_checkpoint,
         "--device",
         "cpu",
-        "--plan-only",
         "--options",
         config,
     )
-    assert agiqa("extract", texts, store, *options, "--json").json["state"] == "unfinished"
+    assert agiqa("extract", texts, store, *options, "--json").json["state"] == "complete"
     assert agiqa("store", "info", store, "--json").json["provenance"]["conversation"]["variant"] == "id"
 
 

@@ -78,6 +78,7 @@ def test_the_text_for_people_and_the_settings_file(agiqa, data, model, described
     assert "described  0" in shown.out
     assert f"items      {ITEMS}" in shown.out
     assert "resume: 12 of 12 items are described already" in shown.err
+    assert "describe: 12/12 items in" in shown.err
 
 
 def test_a_conversation_file_as_data_and_another_aspect(agiqa, data, model, described, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.bench.report import made
-from tests.cli.refusals import refuse
+from tests.cli.refusals import misuse, refuse
 
 TEST = {"n": 9, "srcc": 0.5, "plcc": 0.6, "ci": {"srcc": [0.4, 0.6], "plcc": [0.5, 0.7]}}
 ROW = {"kind": "head", "row": "encoder=gru", "settings": {"encoder": "gru"}, "protocol": "grouped", "label": "quality"}
@@ -32,6 +32,20 @@ def test_a_report_is_written_beside_the_results_and_told(agiqa, tmp_path):
     assert spoken.code == 0
     assert str(tmp_path / "elsewhere" / "index.html") in spoken.out
     assert "not in it: Results across data sets, few-shot curve: agiqa transfer" in spoken.out
+
+
+def test_columns_latex_and_pdf_are_there_when_they_are_asked_for(agiqa, tmp_path):
+    out = write(tmp_path / "out", {**ROW, "test": {**TEST, "krcc": 0.4, "rmse": 0.7}})
+    document = out / "report" / "report.md"
+    plain = agiqa("report", out, "--json").json
+    assert "KRCC" not in document.read_text()
+    told = agiqa("report", out, "--show", "krcc", "--show", "rmse", "--latex", "--pdf", "--json").json
+    assert "| Row | SRCC | PLCC | KRCC | RMSE |" in document.read_text()
+    suffixes = [{path.rpartition(".")[2] for path in (*one["tables"], *one["pictures"])} for one in (plain, told)]
+    assert suffixes == [{"md", "csv", "png", "svg"}, {"md", "csv", "tex", "png", "svg", "pdf"}]
+    agiqa("report", out, "--json").json  # noqa: B018  # raises unless it succeeds
+    assert not [path for path in (out / "report").rglob("*") if path.suffix in (".tex", ".pdf")]
+    misuse(agiqa("report", out, "--show", "kcc"), "kcc", "krcc")
 
 
 def test_what_cannot_be_reported_is_refused_by_one_message(agiqa, tmp_path):

@@ -224,7 +224,7 @@ def test_images_and_prompts_that_cannot_be_used(agiqa, way, tmp_path):
     refuse(agiqa("score", broken, *base, "--prompt", "a"), "1 problem", broken)
     table.write_text("name,prompt\na.png,\nc.png,a dog\n")
     refuse(agiqa("score", image, *base, "--prompts", table), image, "has no prompt under this name")
-    table.write_text("name,text\na.png,a dog\n")
+    table.write_text("name,words\na.png,a dog\n")
     refuse(agiqa("score", image, *base, "--prompts", table), "no column 'prompt'")
     misuse(agiqa("score", image, *base, "--prompt", "a", "--aspect", "qualty"), "Did you mean 'quality'?")
     assert agiqa("score", tmp_path / "absent.png", *base, "--prompt", "a").code == 2

@@ -74,7 +74,10 @@ def done(agiqa, folder, stores):
 def lines_of(out):
     """The last line of every name, without what the clock says."""
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    return {line["name"]: {key: value for key, value in line.items() if key != "seconds"} for line in lines}
+    return {
+        line["name"]: {key: value for key, value in line.items() if key not in ("seconds", "trained_at")}
+        for line in lines
+    }
 
 
 def named(source, target, way, items="all"):

@@ -97,6 +97,7 @@ def test_ctrl_c_and_the_same_command_again(agiqa, tune, model, tmp_path):
     refuse(agiqa(*unfinished), "no adapter_config.json", "Its training has not ended: run the same `agiqa tune` again")
     again = agiqa(*tune(*options))
     assert "resume after step" in again.err
+    assert "tune: 12/12 steps in" in again.err
     whole = agiqa(*tune(*options, adapter=tmp_path / "whole")).json
     for name in ("loss", "validation_loss", "best_step"):
         assert again.json[name] == whole[name]

@@ -53,7 +53,9 @@ def test_a_digit_that_is_no_number_is_wrong_usage():
         Automatic(lowest=1).convert("²", None, None)
 
 
-@pytest.mark.parametrize("words", [(), ("extract",), ("store",), ("train",), ("ablate",), ("report",)], ids=str)
+@pytest.mark.parametrize(
+    "words", [(), ("extract",), ("store",), ("data",), ("data", "check"), ("train",), ("ablate",), ("report",)], ids=str
+)
 def test_help_answers_at_once_and_imports_nothing_heavy(words):
     outcome = subprocess.run(
         [sys.executable, "-c", COLD_HELP, *words, "--help"], cwd=REPOSITORY, capture_output=True, text=True, check=False
@@ -82,7 +84,7 @@ def test_sections_of_the_help_name_options_once_and_leave_out_only_the_shared_on
     named = [name for names in command.sections.values() for name in names]
     options = {option.name for option in command.params if isinstance(option, click.Option)}
     assert len(named) == len(set(named))
-    assert options - set(named) <= {"as_json", "verbose", "options_file"}
+    assert options - set(named) <= {"as_json", "verbose", "options_file", "own_modules"}
     assert set(named) <= options
 
 
@@ -138,7 +140,7 @@ def test_every_command_has_help_json_verbose_and_a_file_of_options(agiqa, words,
     outcome = agiqa(*words, "--help")
     assert outcome.code == 0
     assert outcome.err == ""
-    for option in ("--help", "--json", "--verbose"):
+    for option in ("--help", "--json", "--verbose", "--import MODULE"):
         assert option in outcome.out
     # train and transfer have files of head settings, ablate has grids, completion has nothing to set
     settings = {"train": "--config", "transfer": "--config", "ablate": "--grid", "completion": "SHELL"}
