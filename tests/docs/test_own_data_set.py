@@ -2,14 +2,8 @@
 
 import csv
 import json
-import os
 import re
-import socketserver
 import subprocess
-import sys
-import tempfile
-import threading
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,66 +15,14 @@ from agiqa.extract.teaching.wording_and_prices import shipped_prices
 from agiqa.extract.tuning.folder import AdapterFolder
 from agiqa.store import open_store
 from tests.command_line import REPOSITORY
+from tests.docs.pages import blocks, overridden, programs, run_script
 from tests.extract.teaching.providers import KEY, MODEL, explains, says
 from tests.extract.teaching.wire_formats import Gemini, OpenAi
 from tests.extract.tiny_minicpm import write_minicpm_checkpoint
 
-PAGE = (REPOSITORY / "docs" / "own-data-set.md").read_text()
+PATH = REPOSITORY / "docs" / "own-data-set.md"
+PAGE = PATH.read_text()
 IMAGES = 12
-STAND_IN = f"""#!{sys.executable} -IS
-import json, os, socket, sys
-channel = socket.socket(socket.AF_UNIX)
-channel.connect(os.environ["AGIQA_OF_THE_TEST"])
-request = {{"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}}
-channel.sendall(json.dumps(request).encode())
-channel.shutdown(socket.SHUT_WR)
-answer = json.loads(channel.makefile().read())
-sys.stdout.write(answer["out"])
-sys.stderr.write(answer["err"])
-sys.exit(answer["code"])
-"""
-"""The program `agiqa` of the shell: the real one is in a process that has imported its libraries already."""
-
-
-def blocks():
-    """The shell blocks of the page, in order; those in a list are indented."""
-    found = re.findall(r"^( *)```bash\n(.*?)^ *```$", PAGE, re.MULTILINE | re.DOTALL)
-    return ["".join(line.removeprefix(indent) for line in text.splitlines(keepends=True)) for indent, text in found]
-
-
-def overridden(script, values):
-    """The script with other values in its lines `export NAME=...`."""
-    for name, value in values.items():
-        script, count = re.subn(
-            rf"^export {name}=.*$", f"export {name}={json.dumps(value)}", script, flags=re.MULTILINE
-        )
-        assert count == 1, name
-    assert set(re.findall(r"^export (\w+)=", script, re.MULTILINE)) == set(values)
-    return script
-
-
-@contextmanager
-def programs(agiqa, folder):
-    """Environment of a shell whose `agiqa` is the one of the test, and whose `sbatch` runs the job at once."""
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self):
-            request = json.loads(self.rfile.read())
-            agiqa.folder, agiqa.environment = request["folder"], request["environment"]
-            outcome = agiqa(*request["arguments"])
-            self.wfile.write(json.dumps({"code": outcome.code, "out": outcome.out, "err": outcome.err}).encode())
-
-    folder.mkdir()
-    for name, text in {"agiqa": STAND_IN, "sbatch": '#!/bin/bash\nexec bash "$1"\n'}.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    with tempfile.TemporaryDirectory() as short, socketserver.UnixStreamServer(f"{short}/agiqa", Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "AGIQA_OF_THE_TEST": f"{short}/agiqa"}
-        finally:
-            server.shutdown()
-            agiqa.folder, agiqa.environment = REPOSITORY, {}
 
 
 def write_photos(folder):
@@ -129,16 +71,9 @@ def done(agiqa, tmp_path_factory):
             "SERVER": server.base_url,
             "SERVED": MODEL,
         }
-        script = overridden("".join(blocks()), values)
-        shell = subprocess.run(
-            ["bash", "-euxo", "pipefail", "-c", script],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert shell.returncode == 0, shell.stderr[-3000:]
+        script = overridden("".join(blocks(PATH)), values)
+        assert set(re.findall(r"^export (\w+)=", script, re.MULTILINE)) == set(values)
+        shell = run_script(script, folder, environment)
     return folder, prompts, shell
 
 
@@ -221,19 +156,3 @@ def test_what_the_teacher_costs_is_computed_from_the_price_table():
         cost = 3000 * price.cost(sent, received)
         assert float(whole) == pytest.approx(cost, abs=0.051)
         assert float(batch) == pytest.approx(cost / 2, abs=0.051)
-
-
-def test_links_lead_to_files_and_headings():
-    headings = {
-        re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
-        for line in PAGE.splitlines()
-        if line.startswith("#")
-    }
-    links = re.findall(r"\]\(([^)]+)\)", PAGE)
-    assert links
-    for link in links:
-        path, _, heading = link.partition("#")
-        if path == "":
-            assert heading in headings, link
-        elif "://" not in path:
-            assert (REPOSITORY / "docs" / path).exists(), link
