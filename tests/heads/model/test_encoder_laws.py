@@ -213,7 +213,7 @@ class ReadsItsWeights(Encoder):
 def test_sizes_of_ones_own_encoder_are_tried_with_values_where_it_needs_them(monkeypatch):
     monkeypatch.setattr(ENCODERS, "_parts", {**ENCODERS._parts, "own": ReadsItsWeights})
     check_sizes(HeadConfig(encoder="own", width=8, num_heads=2))
-    with pytest.raises(AssertionError, match="embed_dim must be divisible by num_heads"):
+    with pytest.raises(ConfigError, match="embed_dim must be divisible by num_heads"):
         check_sizes(HeadConfig(encoder="own", width=9, num_heads=2))
 
 
