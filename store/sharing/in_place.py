@@ -282,6 +282,9 @@ class RemoteStore(Store):
         self._cache.fetch(ITEM_TABLE)
         return super()._count_items()
 
+    def require_in_place(self) -> None:
+        """Nothing: a folder of the cache is of one store for ever, and what it lost is fetched again."""
+
     def _ensure_here(self, path: Path) -> None:
         name = path.relative_to(self.path).as_posix()
         self._ahead.reads(name)
