@@ -11,11 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from agiqa.errors import BusyStore, DataError
+from agiqa.errors import DataError
 from agiqa.heads.settings.labels import of_each_label, parse_labels
 from agiqa.store import Store
-from agiqa.store.disk.files import append_durably, telling_disk_errors, whole_lines, write_text_atomically
-from agiqa.store.disk.locks import exclusive_lock
+from agiqa.store.disk.files import (
+    append_durably,
+    telling_disk_errors,
+    whole_lines,
+    working_in_folder,
+    write_text_atomically,
+)
 from agiqa.version import agiqa_version
 
 ABOUT = "about.json"
@@ -26,7 +31,6 @@ ROWS = "rows.jsonl"
 """Means, intervals and comparisons, computed from the results at the end."""
 RUNS = "runs"
 """The run folders of the heads."""
-LOCK = "lock"
 KEPT = "the results before are kept"
 """The note on a full disk: what is kept."""
 PARTS = ("validation", "test")
@@ -35,19 +39,13 @@ Line = dict[str, Any]
 
 @contextmanager
 def working_in(out: Path, what: str) -> Generator[None]:
-    """Make the folder `out` and hold its lock inside the block; `what` names the work, such as `ablation`.
+    """Make the folder `out`, with RUNS, and hold its lock inside the block; `what` names the work, such as `ablation`.
 
-    Raises BusyStore where another process holds it. An OSError from inside gets a note as by `telling_disk_errors`.
+    Raises as `working_in_folder`.
     """
-    with telling_disk_errors(f"working in {out}", KEPT):
-        (out / RUNS).mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(out / LOCK) as held:
-            if not held:
-                message = (
-                    f"Another {what} is at work in {out} and holds {out / LOCK}. Wait for it, or choose another OUT."
-                )
-                raise BusyStore(message)
-            yield
+    with working_in_folder(out, what, kept=KEPT):
+        (out / RUNS).mkdir(exist_ok=True)
+        yield
 
 
 def write_about(out: Path, about: Mapping[str, Any]) -> None:

@@ -1,36 +1,19 @@
-"""The folder of a search: its lock, the settings that it belongs to, and settings as files."""
+"""The folder of a search: the settings that it belongs to, and settings as files."""
 
 import json
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
-from agiqa.errors import BusyStore, DataError
+from agiqa.errors import DataError
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.training.experiment import OF_THE_MACHINE, differences
-from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
-from agiqa.store.disk.locks import exclusive_lock
+from agiqa.store.disk.files import FOLDER_LOCK, write_text_atomically
 
-LOCK = "lock"
 KEPT = "the trials before are kept"
 """The note on a full disk: what is kept."""
-
-
-@contextmanager
-def working_in(out: Path) -> Generator[None]:
-    """Hold the lock of `out` inside. Raises BusyStore."""
-    with telling_disk_errors(f"working in {out}", KEPT):
-        out.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(out / LOCK) as held:
-            if not held:
-                message = (
-                    f"Another search is at work in {out} and holds {out / LOCK}. Wait for it, or choose another OUT."
-                )
-                raise BusyStore(message)
-            yield
 
 
 def claim(path: Path, about: Mapping[str, Any]) -> None:
@@ -49,7 +32,7 @@ def claim(path: Path, about: Mapping[str, Any]) -> None:
             lines = "\n".join(f"  {line}" for line in different)
             message = f"{path.parent} holds a search with other settings or data:\n{lines}\nChoose another OUT."
             raise DataError(message)
-    elif any(one.name != LOCK for one in path.parent.iterdir()):
+    elif any(one.name != FOLDER_LOCK for one in path.parent.iterdir()):
         message = f"{path.parent} holds files that are not of a search. Choose another OUT."
         raise DataError(message)
     write_text_atomically(path, json.dumps(about, indent=2, ensure_ascii=False) + "\n")

@@ -29,7 +29,7 @@ from agiqa.heads.data.keeping import PackedFeatures, SharedFeatures, share_featu
 from agiqa.heads.model.encoders import ENCODERS
 from agiqa.heads.model.encoders.base import completed
 from agiqa.heads.model.head import check_sizes
-from agiqa.heads.searching.folder import KEPT, claim, configs_of, settings_yaml, working_in
+from agiqa.heads.searching.folder import KEPT, claim, configs_of, settings_yaml
 from agiqa.heads.searching.space import Choice, Space
 from agiqa.heads.searching.study import Line, Pruner, SearchStudy, check_optuna
 from agiqa.heads.searching.trials import SearchParts, TrialResult, TrialTask
@@ -40,7 +40,7 @@ from agiqa.heads.sweeps.processes import Direct, Orders, Setup, run_tasks
 from agiqa.heads.sweeps.sweeping import default_workers
 from agiqa.heads.sweeps.watching import HeadState, SweepWatch, watching
 from agiqa.progress import Clock, say
-from agiqa.store.disk.files import telling_disk_errors, write_text_atomically
+from agiqa.store.disk.files import telling_disk_errors, working_in_folder, write_text_atomically
 
 ABOUT, STUDY, TRIALS, BEST = "about.json", "study.log", "trials.jsonl", "best.yaml"
 _FAILURES_TO_STOP = 10
@@ -104,7 +104,7 @@ def run_search(
     about = _about(source, parts, settings)
     for line in (*parts.warnings(), *slow_encoders(settings)):
         say(f"warning: {line}")
-    with working_in(out):
+    with working_in_folder(out, "search", kept=KEPT):
         claim(out / ABOUT, about)
         study = SearchStudy(out / STUDY, seed=settings.seed, pruner=settings.pruner, epochs=settings.train.epochs)
         if again := study.propose_again():

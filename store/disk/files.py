@@ -11,9 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import AgiqaError, DamagedStore, DataError
-from agiqa.store.disk.locks import waiting_lock
+from agiqa.errors import AgiqaError, BusyStore, DamagedStore, DataError
+from agiqa.store.disk.locks import exclusive_lock, waiting_lock
 
+FOLDER_LOCK = "lock"
+"""The file that the process holds that works in a folder of results."""
 _BLOCK = 16 << 20
 _REMEDIES = {
     errno.ENOSPC: "Free some space",
@@ -47,6 +49,22 @@ def telling_disk_errors(doing: str, kept: str) -> Generator[None]:
             remedy = _REMEDIES.get(error.errno or 0, "Solve this problem")
             error.add_note(f"while {doing}; {kept}. {remedy} and run the same command again.")
         raise
+
+
+@contextmanager
+def working_in_folder(out: Path, what: str, *, kept: str) -> Generator[None]:
+    """Make the folder `out` and hold its lock inside; `what` names the work, such as `ablation`.
+
+    Raises BusyStore where another process holds it. An OSError from inside gets a note, with what is `kept`.
+    """
+    with telling_disk_errors(f"working in {out}", kept):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = out / FOLDER_LOCK
+        with exclusive_lock(lock) as held:
+            if not held:
+                message = f"Another {what} is at work in {out} and holds {lock}. Wait for it, or choose another OUT."
+                raise BusyStore(message)
+            yield
 
 
 def canonical_json(value: Any) -> str:

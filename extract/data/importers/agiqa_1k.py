@@ -8,8 +8,9 @@ its last number (dreamStudio_8_9_1_.jpg). The set has no split.
 """
 
 import re
+from dataclasses import replace
 
-from agiqa.extract.data.importers.contract import Download, LabelledImage, Labels, PublishedSet, mos_of, rows_of
+from agiqa.extract.data.importers.contract import Download, Labels, PublishedSet, labelled_image, rows_of
 
 _NAME = re.compile(r"(deepai|dreamStudio)_(\d+)_(\d+)_(\d)_(\d?)\.(?:jpg|png)")
 _OBJECTS = ("bird", "cat", "dog", "batman", "snoppy", "teddy bear", "kid", "man", "woman", "alien", "demon", "witch")
@@ -27,19 +28,9 @@ def _read(download: Download) -> Labels:
     table.need("name")
     table.need("mos_quality")
     composed = "prompt" not in table.header
-    found: list[LabelledImage] = []
-    for where, cells in rows_of(table):
-        name = cells.get("name", "").rpartition("/")[2]
-        found.append(
-            LabelledImage(
-                name=name,
-                images=(name,),
-                prompt=_prompt_of(name) if composed else cells.get("prompt", ""),
-                mos=mos_of(cells),
-                generator=name.partition("_")[0] or None,
-                where=where,
-            )
-        )
+    found = [labelled_image(where, cells) for where, cells in rows_of(table)]
+    if composed:
+        found = [replace(one, prompt=_prompt_of(one.name)) for one in found]
     note = (
         f"{table.path.name} has no prompts; they are composed of the numbers in the file names, by the list in the "
         "README of AGIQA-1K. Their wording is not that of AIGC_MOS_Zscore.xlsx."

@@ -7,8 +7,9 @@ AIGC_MOS_Zscore.xlsx, a name under which no copy was found. The set has no split
 """
 
 import re
+from dataclasses import replace
 
-from agiqa.extract.data.importers.contract import Download, LabelledImage, Labels, PublishedSet, mos_of, rows_of, std_of
+from agiqa.extract.data.importers.contract import Download, Labels, PublishedSet, labelled_image, rows_of, std_of
 
 _NAME = re.compile(r"(AttnGAN|DALLE2|glide|midjourney|sd1\.5|xl2\.2)_[a-z]+_\d+\.jpg")
 
@@ -17,21 +18,8 @@ def _read(download: Download) -> Labels:
     table = download.table(download.need("data.csv", "AIGC_MOS_Zscore.xlsx"))
     for meaning in ("name", "prompt", "mos_quality"):
         table.need(meaning)
-    found: list[LabelledImage] = []
-    for where, cells in rows_of(table):
-        name = cells.get("name", "").rpartition("/")[2]
-        found.append(
-            LabelledImage(
-                name=name,
-                images=(name,),
-                prompt=cells.get("prompt", ""),
-                mos=mos_of(cells),
-                std=std_of(cells),
-                generator=name.partition("_")[0] or None,
-                where=where,
-            )
-        )
-    return Labels(images=tuple(found))
+    rows = rows_of(table)
+    return Labels(images=tuple(replace(labelled_image(where, cells), std=std_of(cells)) for where, cells in rows))
 
 
 AGIQA_3K = PublishedSet(

@@ -138,6 +138,19 @@ def rows_of(table: LabelTable) -> Iterator[tuple[str, dict[str, str]]]:
         yield f"{table.path.name}, line {row.number}", cells
 
 
+def labelled_image(where: str, cells: Mapping[str, str]) -> LabelledImage:
+    """The image of a row, whose file name begins with its generator: GENERATOR_REST."""
+    name = cells.get("name", "").rpartition("/")[2]
+    return LabelledImage(
+        name=name,
+        images=(name,),
+        prompt=cells.get("prompt", ""),
+        mos=mos_of(cells),
+        generator=name.partition("_")[0] or None,
+        where=where,
+    )
+
+
 def mos_of(cells: Mapping[str, str]) -> dict[str, str]:
     """The MOS by aspect in the cells of a row that are not empty."""
     return {ASPECT_COLUMNS[column]: cell for column, cell in cells.items() if column in ASPECT_COLUMNS and cell}

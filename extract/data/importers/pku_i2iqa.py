@@ -10,6 +10,7 @@ training; no split is published.
 """
 
 import re
+from dataclasses import replace
 
 from agiqa.errors import DataError
 from agiqa.extract.data.importers.contract import (
@@ -18,7 +19,7 @@ from agiqa.extract.data.importers.contract import (
     LabelledImage,
     Labels,
     PublishedSet,
-    mos_of,
+    labelled_image,
     rows_of,
 )
 from agiqa.store.format.tables import open_table
@@ -46,18 +47,8 @@ def _read(download: Download) -> Labels:
         table.need(meaning)
     found: list[LabelledImage] = []
     for where, cells in rows_of(table):
-        name = cells.get("name", "").rpartition("/")[2]
-        found.append(
-            LabelledImage(
-                name=name,
-                images=(f"All/{name}", name),
-                prompt=cells.get("prompt", ""),
-                mos=mos_of(cells),
-                generator=name.partition("_")[0] or None,
-                reference=cells.get(_GIVEN) or None,
-                where=where,
-            )
-        )
+        one = labelled_image(where, cells)
+        found.append(replace(one, images=(f"All/{one.name}", one.name), reference=cells.get(_GIVEN) or None))
     wrong = next((one for one in found if one.prompt.lower().endswith(IMAGE_SUFFIXES)), None)
     if wrong is not None:
         message = (
