@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from agiqa.bench.recording.result_folders import LOCK
 from agiqa.commands.output import failures
 from agiqa.store import open_store
+from agiqa.store.disk.files import FOLDER_LOCK
 from agiqa.store.disk.locks import exclusive_lock
 from tests.cli.refusals import refuse
 from tests.store.conftest import make_content
@@ -200,7 +200,7 @@ def test_results_of_something_else_are_refused(agiqa, ablate, store, tmp_path):
     refuse(agiqa(*ablate(at=stored(tmp_path, 6), **small)), "seed=0 holds another training", "labels of train are not")
     changed = {**small, "base": {**small["base"], "width": 4}}
     refuse(agiqa(*ablate(**changed)), "had width 8, and this grid has 4")
-    with exclusive_lock(tmp_path / "out" / LOCK) as held:
+    with exclusive_lock(tmp_path / "out" / FOLDER_LOCK) as held:
         assert held
         refuse(agiqa(*ablate(**small)), "Another ablation is at work", tmp_path / "out")
     assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
