@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from agiqa.store.care.verification import Damage as Damage
     from agiqa.store.care.verification import Report as Report
     from agiqa.store.care.verification import verify as verify
+    from agiqa.store.deriving.calibrating import basis_from as basis_from
+    from agiqa.store.deriving.calibrating import layer_bases_from as layer_bases_from
     from agiqa.store.deriving.deriving import SketchResult as SketchResult
-    from agiqa.store.deriving.deriving import basis_from as basis_from
     from agiqa.store.deriving.deriving import convert_store as convert_store
     from agiqa.store.deriving.deriving import sketch_store as sketch_store
     from agiqa.store.deriving.labelling import LabelReport as LabelReport
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from agiqa.store.format.artefacts import Moments as Moments
     from agiqa.store.format.artefacts import Scale as Scale
     from agiqa.store.format.artefacts import make_basis as make_basis
+    from agiqa.store.format.artefacts import make_states_basis as make_states_basis
     from agiqa.store.format.artefacts import moments_of as moments_of
     from agiqa.store.format.artefacts import save_basis as save_basis
     from agiqa.store.format.artefacts import save_scale as save_scale
@@ -36,12 +38,16 @@ if TYPE_CHECKING:
     from agiqa.store.format.layout import ENCODINGS as ENCODINGS
     from agiqa.store.format.layout import ITEM_STATUS as ITEM_STATUS
     from agiqa.store.format.layout import TOKEN_ROLES as TOKEN_ROLES
+    from agiqa.store.format.prefixes import Prefixes as Prefixes
     from agiqa.store.format.tables import TABLE_FORMATS as TABLE_FORMATS
     from agiqa.store.format.tables import table_rows as table_rows
+    from agiqa.store.reading.layers import LayerSource as LayerSource
+    from agiqa.store.reading.prefixes import VariantView as VariantView
+    from agiqa.store.reading.store import AnyStore as AnyStore
     from agiqa.store.reading.store import Store as Store
-    from agiqa.store.reading.store import TokenRows as TokenRows
     from agiqa.store.reading.store import is_planned as is_planned
     from agiqa.store.reading.summary import store_summary as store_summary
+    from agiqa.store.reading.token_rows import TokenRows as TokenRows
     from agiqa.store.reading.union import StoreUnion as StoreUnion
     from agiqa.store.reading.union import union as union
     from agiqa.store.reading.views import VIEWS as VIEWS
@@ -59,7 +65,8 @@ __getattr__, __dir__, __all__ = lazy_names(
         "care.garbage": ["GcReport", "collect_garbage"],
         "care.repairing": ["RepairReport", "repair"],
         "care.verification": ["Damage", "Report", "verify"],
-        "deriving.deriving": ["SketchResult", "basis_from", "convert_store", "sketch_store"],
+        "deriving.calibrating": ["basis_from", "layer_bases_from"],
+        "deriving.deriving": ["SketchResult", "convert_store", "sketch_store"],
         "deriving.labelling": ["LabelReport", "join_labels"],
         "format.arrays": ["create_whole_array", "from_float32", "to_float32"],
         "format.artefacts": [
@@ -68,15 +75,20 @@ __getattr__, __dir__, __all__ = lazy_names(
             "SCALED_DTYPE",
             "Scale",
             "make_basis",
+            "make_states_basis",
             "moments_of",
             "save_basis",
             "save_scale",
         ],
         "format.items": ["Items"],
         "format.layout": ["ENCODINGS", "ITEM_STATUS", "TOKEN_ROLES"],
+        "format.prefixes": ["Prefixes"],
         "format.tables": ["TABLE_FORMATS", "table_rows"],
-        "reading.store": ["Store", "TokenRows", "is_planned"],
+        "reading.layers": ["LayerSource"],
+        "reading.prefixes": ["VariantView"],
+        "reading.store": ["AnyStore", "Store", "is_planned"],
         "reading.summary": ["store_summary"],
+        "reading.token_rows": ["TokenRows"],
         "reading.union": ["StoreUnion", "union"],
         "reading.views": ["VIEWS", "View", "view"],
         "sharing.in_place": ["open_store"],

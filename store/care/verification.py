@@ -4,11 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-
-from agiqa.errors import DamagedStore, StoreError, UnknownName
-from agiqa.store.format.arrays import to_float32
+from agiqa.errors import DamagedStore, UnknownName
+from agiqa.store.care.probing import check_probe
 from agiqa.store.format.manifest import table_problem
 from agiqa.store.reading.store import Store
 from agiqa.store.writing.records import (
@@ -26,10 +23,6 @@ from agiqa.store.writing.records import (
 )
 
 Level = Literal["quick", "full", "numeric"]
-
-_TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.15, "int8": 0.15}
-"""Largest accepted relative error of the probe logits: a forward pass of one item alone against the stored batch. We
-measured up to .05 in bfloat16 over 30 layers; hidden states from before the final norm would give about 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +46,7 @@ class Report:
     missing_units: tuple[int, ...]
     damage: tuple[Damage, ...]
     probe_error: float | None
-    """Largest relative error of a probe row's logits, at level numeric."""
+    """Largest relative error of a probe row's logits, or states of a layer, at level numeric."""
 
     @property
     def sound(self) -> bool:
@@ -66,7 +59,7 @@ class Report:
 
 
 def verify(store: Store, level: str = "quick") -> Report:
-    """Check `store`: `quick` records and sizes, `full` every sha256, `numeric` also the probe logits.
+    """Check `store`: `quick` records and sizes, `full` every sha256, `numeric` also the probe.
 
     Raises UnknownName for another level.
     """
@@ -83,8 +76,8 @@ def verify(store: Store, level: str = "quick") -> Report:
         damage += [Damage(where=path, problem=f"{path} is not in the manifest") for path in strays]
     probe_error = None
     if level == "numeric" and not damage and store.is_sealed:
-        probe_error, problem = _check_probe(store)
-        damage += problem
+        probe_error, problems = check_probe(store)
+        damage += [Damage(where="probe", problem=problem) for problem in problems]
     done = set(store.committed_units())
     return Report(
         level=level,
@@ -127,46 +120,3 @@ def _entries(store: Store, manifest: dict[str, Any] | None) -> Iterable[dict[str
     for owner in owners(store):
         if is_readable(store, owner):
             yield from recorded_objects_of(store, owner) or []
-
-
-def _check_probe(store: Store) -> tuple[float | None, list[Damage]]:
-    attributes, rows, logits = store.array("probe/logits").attrs, store.whole("probe/rows"), store.whole("probe/logits")
-    here = np.isin(rows // store.geometry.unit_rows, store.committed_units())  # some are missing in a pulled part
-    rows = rows[here]
-    expected = to_float32(logits[here], str(attributes["logical_dtype"]))
-    if not len(rows):
-        return None, []
-    rounded = [str(attributes["logical_dtype"]), *_rounded_again(store)]
-    tolerance = max(_TOLERANCE[name] for name in rounded)
-    try:
-        rebuilt, expected = _rebuilt(store, rows, expected)
-    except (StoreError, ValueError, RuntimeError) as failure:
-        return None, [Damage(where="probe", problem=f"the probe rows cannot be rebuilt: {failure}")]
-    error = float((np.linalg.norm(rebuilt - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())
-    if error <= tolerance:
-        return error, []
-    problem = f"logits rebuilt from the features are off by {error:.3g} of their norm (allowed {tolerance:.3g})"
-    return error, [Damage(where="probe", problem=problem)]
-
-
-def _rounded_again(store: Store) -> list[str]:
-    """The dtypes, other than the model's own, in which the store holds what the probe is compared with."""
-    if store.encoding == "int8":
-        return ["int8"]
-    return [store.logical_dtype] if store.encoding == "logits" or store.keeps_logits else []
-
-
-def _rebuilt(
-    store: Store, rows: NDArray[np.int64], logits: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The values of the probe rows in the store, and the values expected from the model's own `logits` (rows, V)."""
-    features = to_float32(np.concatenate([store.rows_at(row, row + 1) for row in rows.tolist()]), store.logical_dtype)
-    if store.encoding == "logits":
-        return features, logits
-    if store.encoding == "sketch":  # the frame is orthonormal, so coordinates are what logits project to at any rank
-        return features, logits @ store.basis().q
-    rebuilt = features @ store.lm_head().T
-    if not store.keeps_logits:
-        return rebuilt, logits
-    kept = [store.rows_at(row, row + 1, array="logits") for row in rows.tolist()]
-    return np.concatenate([rebuilt, to_float32(np.concatenate(kept), store.logical_dtype)]), np.tile(logits, (2, 1))

@@ -4,7 +4,7 @@ A sketch has r coordinates per token, `int8` takes less disk, `logits` are raw l
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,12 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from agiqa.errors import BusyStore, ConfigError, HeadError, SettingsConflict, UnknownName, ViewRefused
+from agiqa.errors import BusyStore, HeadError, SettingsConflict, UnknownName
+from agiqa.store.deriving.calibrating import layer_bases_from, require_hidden, scale_from
 from agiqa.store.format.arrays import create_whole_array, from_float32, to_float32
-from agiqa.store.format.artefacts import (
-    METHODS,
-    SCALED_DTYPE,
-    Basis,
-    Moments,
-    Scale,
-    isotropic_moments,
-    make_basis,
-    moments_of,
-    save_basis,
-    save_scale,
-)
-from agiqa.store.format.layout import ITEM_STATUS
+from agiqa.store.format.artefacts import SCALED_DTYPE, Basis, Scale, save_basis, save_scale
+from agiqa.store.format.layout import ITEM_STATUS, PROBE_LOGITS, PROBE_ROWS
+from agiqa.store.reading.prefixes import stored_prefixes
 from agiqa.store.reading.store import Store
 from agiqa.store.writing.creating import check_writable, create_store
 from agiqa.store.writing.filling import UnitWriter
@@ -36,6 +27,9 @@ from agiqa.store.writing.sealing import seal
 
 Advance = Callable[[int], None]
 """Called with the tokens of every finished unit."""
+
+_Artefacts = Mapping[str, Basis] | Mapping[str, Scale]
+"""By layer."""
 
 _MEASURED_TOKENS = 256
 _MEASURED_OUTPUTS = 64
@@ -49,64 +43,92 @@ class SketchResult:
     energy_kept: float
     """Share of the calibration tokens' squared logits, 0 to 1; for the method `lm_head` of isotropic hidden states."""
     logit_error: float
-    """Measured relative Frobenius error of the logits over 256 tokens spread over all items."""
+    """Measured relative Frobenius error of the logits over 256 tokens spread over all items; of the states without
+    W_lm."""
     projection_error: float
     """The same of `W_proj E` for a random Gaussian W_proj with 64 outputs."""
+    layers: Mapping[str, "LayerSketch"]
+    """How well it keeps the states of every other layer."""
 
 
-def basis_from(store: Store, rank: int, *, method: str = "second-moment") -> Basis:
-    """The rank-`rank` basis of the logits of `store`.
+@dataclass(frozen=True, kw_only=True)
+class LayerSketch:
+    """How well a sketch keeps the states of a layer."""
 
-    `second-moment` is calibrated on the training split, or on all items if there are no splits, and never on test or
-    validation items; `lm_head` uses W_lm alone, as if hidden states were isotropic. Raises ConfigError for a rank
-    outside 1..D or a store whose splits include no training items, UnknownName for another method, and ViewRefused
-    when `store` holds no hidden states.
-    """
-    _require_hidden(store)
-    if method not in METHODS:
-        raise UnknownName.of(kind="basis method", name=method, known=METHODS)
-    if not 1 <= rank <= store.width:
-        message = (
-            f"Sketch rank {rank} is outside 1..{store.width} (the hidden size of {store.path}). Give another --rank."
-        )
-        raise ConfigError(message)
-    isotropic = method == "lm_head"
-    moments, calibration = (isotropic_moments(store.width), "none") if isotropic else _calibration(store)
-    return make_basis(
-        store.lm_head(),
-        moments,
-        rank=rank,
-        method=method,
-        lm_head_sha256=store.lm_head_sha256,
-        calibration=calibration,
-    )
+    rank: int
+    energy_kept: float
+    """Share of the calibration tokens' squared states, 0 to 1."""
+    state_error: float
+    """Measured relative Frobenius error of the states over 256 tokens spread over all items."""
 
 
-def sketch_store(source: Store, out: Path, *, basis: Basis, advance: Advance = lambda _tokens: None) -> SketchResult:
+def sketch_store(
+    source: Store,
+    out: Path,
+    *,
+    basis: Basis,
+    layer_bases: Mapping[str, Basis] | None = None,
+    advance: Advance = lambda _tokens: None,
+) -> SketchResult:
     """Write the sketch of `source` in `basis` to `out`, or finish the one begun there; then seal it.
 
-    Raises HeadError when `basis` belongs to another W_lm, and as `convert_store`.
+    Other layers of `source` are sketched in `layer_bases`, or in bases of the same rank made from `source`. Raises
+    HeadError when `basis` belongs to another W_lm, or a basis to another layer, and as `convert_store`.
     """
-    _require_hidden(source)
+    require_hidden(source)
     if basis.lm_head_sha256 != source.lm_head_sha256:
         message = (
-            f"The basis {basis.id[:12]} belongs to the language-model head {basis.lm_head_sha256[:12]}, {source.path} "
-            f"to {source.lm_head_sha256[:12]}: their logits live in different spaces. Use a basis of the same model."
+            f"The basis {basis.id[:12]} belongs to {_head(basis.lm_head_sha256)}, {source.path} to "
+            f"{_head(source.lm_head_sha256)}: their rows live in different spaces. Use a basis of the same model."
         )
         raise HeadError(message)
+    others = layer_bases_from(source, basis.rank) if layer_bases is None else layer_bases
+    bases = {source.layer_name: basis, **{layer: others[layer] for layer in source.layers[:-1] if layer in others}}
+    for layer in source.layers:
+        _require_fitting(source, layer, bases.get(layer))
     derivation = _Derivation(
         encoding="sketch",
-        logical_dtype=basis.logical_dtype,
-        width=basis.rank,
-        encode=lambda hidden: (from_float32(basis.coordinates(hidden), basis.logical_dtype), None),
-        provenance={"basis": basis.id},
-        write_model=lambda group: save_basis(group, basis),
+        layers={layer: _sketched(one) for layer, one in bases.items()},
+        provenance={"basis": basis.id, **_ids("layer_bases", source, bases)},
+        write_model=lambda group: _save(group, source, bases, save_basis),
     )
     sketch = _derive(source, out, derivation, advance)
     logit_error, projection_error = _measure_errors(source, sketch)
     return SketchResult(
-        store=sketch, energy_kept=basis.energy_kept, logit_error=logit_error, projection_error=projection_error
+        store=sketch,
+        energy_kept=basis.energy_kept,
+        logit_error=logit_error,
+        projection_error=projection_error,
+        layers={
+            layer: LayerSketch(
+                rank=bases[layer].rank,
+                energy_kept=bases[layer].energy_kept,
+                state_error=_relative(*_states(source, sketch, layer)),
+            )
+            for layer in source.layers[:-1]
+        },
     )
+
+
+def _head(sha256: str) -> str:
+    return f"the language-model head {sha256[:12]}" if sha256 else "no language-model head"
+
+
+def _require_fitting(source: Store, layer: str, basis: Basis | None) -> None:
+    """Raise HeadError unless there is a basis for the states of the layer."""
+    width, _ = source.layer_shape(layer)
+    if basis is None:
+        message = (
+            f"{source.path} has the layer {layer}, and the sketch whose basis was given does not. Make its own bases "
+            "with --rank, or give a sketch that has this layer."
+        )
+        raise HeadError(message)
+    if basis.map.shape[1] != width:
+        message = (
+            f"The basis {basis.id[:12]} reads {basis.map.shape[1]} channels, the layer {layer} of {source.path} has "
+            f"{width}. Use a basis of the same model."
+        )
+        raise HeadError(message)
 
 
 def convert_store(source: Store, out: Path, encoding: str, *, advance: Advance = lambda _tokens: None) -> Store:
@@ -115,7 +137,7 @@ def convert_store(source: Store, out: Path, encoding: str, *, advance: Advance =
     The scale of `int8` is calibrated as a basis is, never on test items. Raises UnknownName for another encoding,
     ViewRefused where `source` holds no hidden states, SettingsConflict when `out` is a store made otherwise.
     """
-    _require_hidden(source)
+    require_hidden(source)
     makers = {"int8": _to_int8, "logits": _to_logits}
     if encoding not in makers:
         raise UnknownName.of(kind="encoding to convert to", name=encoding, known=makers)
@@ -163,14 +185,22 @@ def same_tokens(rows: NDArray[np.int64], there: NDArray[np.int64], here: NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Derivation:
-    """How the rows of the new store are made."""
+class _LayerDerivation:
+    """How the rows of a layer of the new store are made."""
 
-    encoding: str
     logical_dtype: str
     width: int
     encode: Callable[[NDArray[np.float32]], tuple[NDArray[Any], NDArray[np.float32] | None]]
     """Hidden states (tokens, D) to rows (tokens, width) and, for `int8`, the scale of each token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Derivation:
+    """How the rows of the new store are made."""
+
+    encoding: str
+    layers: Mapping[str, "_LayerDerivation"]
+    """Of every layer of the source."""
     provenance: dict[str, Any] = field(default_factory=dict[str, Any])
     """Entries to add to the provenance of the source."""
     write_model: Callable[[zarr.Group], None] = lambda _group: None
@@ -179,35 +209,64 @@ class _Derivation:
     """Attributes to add to `probe/logits`."""
 
 
+def _sketched(basis: Basis) -> _LayerDerivation:
+    return _LayerDerivation(
+        logical_dtype=basis.logical_dtype, width=basis.rank, encode=lambda hidden: (basis.encode(hidden), None)
+    )
+
+
 def _to_int8(source: Store) -> _Derivation:
-    moments, calibration = _calibration(source)
-    scale = Scale.of(moments, calibration=calibration)
+    scales = {layer: scale_from(source, layer) for layer in source.layers}
 
     def write_model(group: zarr.Group) -> None:
-        save_scale(group, scale)
-        bits, dtype = source.lm_head_bits()
-        attributes = {"logical_dtype": dtype, "lm_head_sha256": source.lm_head_sha256}
-        create_whole_array(group, "lm_head/weight", bits, attributes=attributes)
+        _save(group, source, scales, save_scale)
+        if source.content_of_rows.has_lm_head:
+            bits, dtype = source.lm_head_bits()
+            attributes = {"logical_dtype": dtype, "lm_head_sha256": source.lm_head_sha256}
+            create_whole_array(group, "lm_head/weight", bits, attributes=attributes)
 
     return _Derivation(
         encoding="int8",
-        logical_dtype=SCALED_DTYPE,
-        width=source.width,
-        encode=scale.encode,
-        provenance={"scale": scale.id},
+        layers={
+            layer: _LayerDerivation(logical_dtype=SCALED_DTYPE, width=source.layer_shape(layer)[0], encode=scale.encode)
+            for layer, scale in scales.items()
+        },
+        provenance={"scale": scales[source.layer_name].id, **_ids("layer_scales", source, scales)},
         write_model=write_model,
     )
 
 
 def _to_logits(source: Store) -> _Derivation:
+    """Logits of the layer `last`; the others stay hidden states, since they have no logits."""
     weight = source.lm_head()
-    return _Derivation(
-        encoding="logits",
+
+    def kept(layer: str) -> _LayerDerivation:
+        width, dtype = source.layer_shape(layer)
+        return _LayerDerivation(
+            logical_dtype=dtype, width=width, encode=lambda hidden: (from_float32(hidden, dtype), None)
+        )
+
+    logits = _LayerDerivation(
         logical_dtype=source.logical_dtype,
         width=len(weight),
         encode=lambda hidden: (from_float32(hidden @ weight.T, source.logical_dtype), None),
+    )
+    return _Derivation(
+        encoding="logits",
+        layers={**{layer: kept(layer) for layer in source.layers[:-1]}, source.layer_name: logits},
         probe_attributes={"lm_head_sha256": source.lm_head_sha256},
     )
+
+
+def _ids(name: str, source: Store, artefacts: _Artefacts) -> dict[str, Any]:
+    """The entry `name` of the provenance: the ids by other layer; none for a store without."""
+    ids = {layer: artefacts[layer].id for layer in source.layers[:-1]}
+    return {name: ids} if ids else {}
+
+
+def _save(group: zarr.Group, source: Store, artefacts: _Artefacts, save: Callable[..., None]) -> None:
+    for layer, artefact in artefacts.items():
+        save(group, artefact, layer=None if layer == source.layer_name else layer)
 
 
 def _derive(source: Store, out: Path, derivation: _Derivation, advance: Advance) -> Store:
@@ -218,31 +277,54 @@ def _derive(source: Store, out: Path, derivation: _Derivation, advance: Advance)
 
     def write_model(group: zarr.Group, made: Store) -> None:
         derivation.write_model(group)
-        rows, logits = source.whole("probe/rows"), source.whole("probe/logits")
-        create_whole_array(group, "probe/rows", same_tokens(rows, source.row_starts, made.row_starts))
-        dtype = source.array("probe/logits").attrs["logical_dtype"]
-        attributes = {"logical_dtype": dtype, **derivation.probe_attributes}
-        create_whole_array(group, "probe/logits", logits, attributes=attributes)
+        if not source.probe_arrays:
+            return
+        rows = same_tokens(source.whole(PROBE_ROWS), source.row_starts, made.row_starts)
+        create_whole_array(group, PROBE_ROWS, rows)
+        for name in source.probe_arrays:
+            attributes = {"logical_dtype": source.array(name).attrs["logical_dtype"]}
+            attributes |= derivation.probe_attributes if name == PROBE_LOGITS else {}
+            create_whole_array(group, name, source.whole(name), attributes=attributes)
 
     def write_unit(writer: UnitWriter, unit: int) -> None:
         started = time.perf_counter()
-        rows, scale = derivation.encode(source.read(writer.store.items_of(unit)).float32())
-        writer.write_unit(unit, rows, scale=scale, seconds=time.perf_counter() - started)
+        items = writer.store.items_of(unit)
+        made = {
+            layer: one.encode(source.read_layer(items, layer).float32()) for layer, one in derivation.layers.items()
+        }
+        rows, scale = made.pop(source.layer_name)
+        scales = {layer: found for layer, (_, found) in made.items() if found is not None}
+        writer.write_unit(
+            unit,
+            rows,
+            scale=scale,
+            layers={layer: found for layer, (found, _) in made.items()},
+            layer_scales=scales or None,
+            seconds=time.perf_counter() - started,
+        )
 
     return write_store(out, _plan(source, derivation), write_model=write_model, write_unit=write_unit, advance=advance)
 
 
 def _plan(source: Store, derivation: _Derivation) -> StorePlan:
+    of_features = derivation.layers[source.layer_name]
     return StorePlan(
         encoding=derivation.encoding,
-        logical_dtype=derivation.logical_dtype,
-        width=derivation.width,
+        logical_dtype=of_features.logical_dtype,
+        width=of_features.width,
+        layers=source.layers,
+        layer_widths={layer: derivation.layers[layer].width for layer in source.layers[:-1]},
+        layer_dtypes={layer: derivation.layers[layer].logical_dtype for layer in source.layers[:-1]},
+        layer_count=source.layer_count,
+        pooled=source.pooled,
+        tap=source.tap,
         provenance={**without_shape(source.provenance), "source": source.id, **derivation.provenance},
         items=source.items,
         token_ids=_per_item(source, "tokens/ids"),
         roles=_per_item(source, "tokens/roles"),
         item_keys=[key.tobytes() for key in source.item_keys],
         truncated=(source.status == ITEM_STATUS["truncated"]).tolist(),
+        prefixes=stored_prefixes(source),
     )
 
 
@@ -255,43 +337,23 @@ def _per_item(source: Store, array: str) -> list[NDArray[Any]]:
     return parts
 
 
-def _require_hidden(store: Store) -> None:
-    """Raise ViewRefused unless `store` holds hidden states in the bits of the model."""
-    if store.encoding != "hidden":
-        message = f"{store.path} holds {store.encoding} features; this needs the store of hidden states they came from."
-        raise ViewRefused(message)
-
-
-def _calibration(store: Store) -> tuple[Moments, str]:
-    """Moments of the hidden states of the training split (all items without splits), and what they were taken over.
-
-    Raises ConfigError where there are splits and no training items.
-    """
-    items = np.arange(len(store.items))
-    if any(store.items.splits):
-        items = np.array(store.items.in_split("train"), np.int64)
-    if not len(items):
-        message = (
-            f"{store.path} has splits but no item in 'train', and sketch and int8 are never calibrated on test items. "
-            "Join a split column with `agiqa store labels`."
-        )
-        raise ConfigError(message)
-
-    def blocks() -> Iterator[NDArray[np.float32]]:
-        for unit in np.unique(store.units[items]).tolist():
-            yield store.read(items[store.units[items] == unit]).float32()
-
-    return moments_of(blocks(), store.width), f"{store.id}:{len(items)} items"
-
-
 def _measure_errors(source: Store, sketch: Store) -> tuple[float, float]:
     """Relative Frobenius errors of the logits, and of a random projection of them, over 256 tokens, both explicit."""
-    items = np.unique(np.linspace(0, len(source.items) - 1, 64).astype(int))
-    hidden, coordinates = source.read(items), sketch.read(items)
-    rows = np.unique(np.linspace(0, len(hidden.rows) - 1, _MEASURED_TOKENS).astype(int))
-    exact = to_float32(hidden.rows[rows], source.logical_dtype) @ source.lm_head().T
-    error = exact - to_float32(coordinates.rows[rows], sketch.logical_dtype) @ sketch.basis().q.T
+    exact, rebuilt = _states(source, sketch, source.layer_name)
     projection = np.random.default_rng(0).standard_normal((exact.shape[1], _MEASURED_OUTPUTS), np.float32)
-    errors = (error, exact), (error @ projection, exact @ projection)
-    logits, projected = (float(np.linalg.norm(wrong) / np.linalg.norm(right)) for wrong, right in errors)
-    return logits, projected
+    return _relative(exact, rebuilt), _relative(exact @ projection, rebuilt @ projection)
+
+
+def _relative(exact: NDArray[np.float32], rebuilt: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(exact - rebuilt) / np.linalg.norm(exact))
+
+
+def _states(source: Store, sketch: Store, layer: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """States of a layer, of the layer before W_lm their logits, of 256 tokens: exactly, and rebuilt from the sketch."""
+    items = np.unique(np.linspace(0, len(source.items) - 1, 64).astype(int))
+    hidden, coordinates = source.read_layer(items, layer), sketch.read_layer(items, layer)
+    rows = np.unique(np.linspace(0, len(hidden.rows) - 1, _MEASURED_TOKENS).astype(int))
+    basis = sketch.layer_basis(layer)
+    exact = to_float32(hidden.rows[rows], hidden.logical_dtype)
+    rebuilt = to_float32(coordinates.rows[rows], coordinates.logical_dtype) @ basis.q.T
+    return (exact if basis.is_of_states else exact @ source.lm_head().T), rebuilt

@@ -10,31 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import DataError
-from agiqa.progress import say
+from agiqa.store.deriving.item_labels import ItemLabels
 from agiqa.store.disk.files import write_text_atomically
-from agiqa.store.format.columns import ColumnNames, LabelTable, open_labels, wrong_width
-from agiqa.store.format.items import DEVIATION_PREFIX, LABEL_PREFIX, Items
+from agiqa.store.format.columns import ColumnNames
+from agiqa.store.format.items import COUNT_PREFIX, DEVIATION_PREFIX, LABEL_PREFIX, Items
 from agiqa.store.format.labels import (
-    ASPECT_COLUMNS,
-    DEFAULT_RANGE,
-    DEVIATION_COLUMNS,
     IMPORT_RECORD,
-    SPLITS,
     MosRange,
-    MosReader,
     convert_deviations,
     convert_mos,
     import_record,
     is_plausible,
     range_text,
-    read_deviation,
     scale_of,
     scale_warning,
-    split_of,
 )
 from agiqa.store.format.manifest import read_recorded_items, replace_recorded_items, settle_labels
-from agiqa.store.format.names import NameIndex
-from agiqa.store.format.tables import TableRow
 from agiqa.store.reading.store import Store, open_local_store
 from agiqa.store.reading.summary import data_card
 from agiqa.store.writing.sealing import require_no_cut_off_pull, seal_lock
@@ -105,7 +96,7 @@ def join_labels(
         finished = layout.manifest.exists()
         settle_labels(layout)
         items = read_recorded_items(layout)
-        joined, report = _joined(items, _Table(table, items, asked, columns))
+        joined, report = _joined(items, ItemLabels(table, items, asked, columns))
         if report.changed:
             replace_recorded_items(layout, joined)
         if report.changed and finished:
@@ -113,152 +104,7 @@ def join_labels(
     return report
 
 
-class _Table:
-    """The values that a table of labels has for the items of a store, by column of items.parquet."""
-
-    def __init__(self, path: Path, items: Items, mos_range: MosRange | None, columns: ColumnNames | None) -> None:
-        """Read it. Raises DataError listing all rows that cannot be used, or when no row names an item."""
-        table = open_labels(path, columns)
-        self._path, self._items, self._header, self._written = path, items, table.header, table.written
-        self._columns = _label_columns(table)
-        read = {*self._columns, "name", "prompt"}
-        self.ignored = tuple(table.written[column] for column in table.header if column not in read)
-        aspects = [name.removeprefix(LABEL_PREFIX) for name in self._columns.values() if name.startswith(LABEL_PREFIX)]
-        self.scales = {aspect: mos_range or items.mos_ranges.get(aspect, DEFAULT_RANGE) for aspect in aspects}
-        """By aspect, the scale of its MOS."""
-        self.mos = {aspect: np.full(len(items), np.nan) for aspect in aspects}
-        """By aspect, (items,), NaN where the table has no value."""
-        spread = [name for name in self._columns.values() if name.startswith(DEVIATION_PREFIX)]
-        self.deviations = {name.removeprefix(DEVIATION_PREFIX): np.full(len(items), np.nan) for name in spread}
-        """By aspect, as `mos`, on the scale of the table's MOS."""
-        self.texts: dict[str, list[str | None]] = {
-            column: [None] * len(items) for column in ("split", "generator") if column in self._columns
-        }
-        """By column, one per item, None where the table has no value."""
-        self.unmatched: dict[str, int] = {}
-        """Lines of the names that no item has."""
-        self.rows = 0
-        self._known = {name: position for position, name in enumerate(items.names)}
-        self._lines = np.zeros(len(items), np.int64)
-        self._names = NameIndex(items.names, other_extensions=False)
-        self._mos_reader = MosReader(path)
-        self._repeats: list[int] = []
-        problems = [problem for row in table.rows if (problem := self._take(row))]
-        self._mos_reader.check()
-        self._names.announce(str(path))
-        if self._repeats:
-            count = len(self._repeats)
-            say(f"note: {path}: rows that repeat an earlier row are left out: {count}, first line {self._repeats[0]}")
-        if problems:
-            raise DataError.from_problems(str(path), problems)
-        if not self.matched:
-            raise self._of_other_items()
-
-    @property
-    def matched(self) -> int:
-        """How many items the table names."""
-        return int(np.count_nonzero(self._lines))
-
-    def _take(self, row: TableRow) -> str | None:
-        """Keep the values of a row; returns its problems in one line, or None."""
-        self.rows += 1
-        cells = dict(zip(self._header, row.cells, strict=False))
-        name, prompt = cells.get("name", ""), cells.get("prompt", "")
-        problems: list[str] = []
-        position = self._position(name, problems)
-        if len(row.cells) != len(self._header):
-            problems.append(wrong_width(row, self._header))
-        if not name.strip():
-            problems.append("the name is empty")
-        before = self.unmatched.get(name) if position is None else int(self._lines[position])
-        kept = None if position is None else self._values_at(position)
-        problems += self._set(cells, position, row.number)
-        if before and not problems and position is not None and kept == self._values_at(position):
-            self._repeats.append(row.number)
-        elif before and name.strip():
-            problems.append(f"duplicate of line {before}")
-        if position is None:
-            self.unmatched.setdefault(name, row.number)
-        else:
-            self._lines[position] = before or row.number
-            there = self._items.prompts[position]
-            if prompt.strip() and prompt != there:
-                problems.append(f"the prompt is {prompt!r}, in the store {there!r}")
-        where = f"line {row.number}, {name!r}" if name.strip() else f"line {row.number}"
-        return f"{where}: {'; '.join(problems)}" if problems else None
-
-    def _position(self, name: str, problems: list[str]) -> int | None:
-        """The item that a row names, even with other folders or case; several are a problem."""
-        if name in self._known or not name.strip():
-            return self._known.get(name)
-        try:
-            found = self._names.find(name)
-        except DataError as error:
-            problems.append(str(error))
-            return None
-        return None if found is None else self._known[found]
-
-    def _values_at(self, position: int) -> list[object]:
-        """The labels that the table gave the item so far; None for a missing MOS."""
-        numbers = [*self.mos.values(), *self.deviations.values()]
-        mos = [None if np.isnan(values[position]) else float(values[position]) for values in numbers]
-        return [*mos, *(values[position] for values in self.texts.values())]
-
-    def _set(self, cells: Mapping[str, str], position: int | None, line: int) -> list[str]:
-        """Keep the labels in `cells` for the item at `position`, if there is one; returns their problems."""
-        problems: list[str] = []
-        for column, meaning in self._columns.items():
-            cell = cells.get(column, "").strip()
-            if not cell:
-                continue
-            if meaning in self.texts:
-                text = split_of(cell) if meaning == "split" else cell
-                if meaning == "split" and text not in SPLITS:
-                    problems.append(f"split {cell!r} is none of {', '.join(SPLITS)}")
-                elif position is not None:
-                    self.texts[meaning][position] = text
-                continue
-            try:
-                column_of, value = self._number(meaning, self._written[column], cell, line)
-            except DataError as error:
-                problems.append(str(error))
-                continue
-            if position is not None:
-                column_of[position] = value
-        return problems
-
-    def _number(self, meaning: str, written: str, cell: str, line: int) -> tuple[NDArray[np.float64], float]:
-        """The column that a number belongs to, and the number. Raises DataError, worded for a list of problems."""
-        if meaning.startswith(DEVIATION_PREFIX):
-            return self.deviations[meaning.removeprefix(DEVIATION_PREFIX)], read_deviation(written, cell)
-        aspect = meaning.removeprefix(LABEL_PREFIX)
-        return self.mos[aspect], self._mos_reader.read(written, cell, self.scales[aspect], line)
-
-    def _of_other_items(self) -> DataError:
-        return DataError(
-            f"{self._path}: none of its {self.rows} rows names an item of the store. The table has "
-            f"{', '.join(list(self.unmatched)[:_NAMES])}; the store has {', '.join(self._items.names[:_NAMES])}. "
-            "Is it the table of another data set?"
-        )
-
-
-def _label_columns(table: LabelTable) -> dict[str, str]:
-    """The label columns of the table, and what each is called in items.parquet. Raises DataError without any."""
-    table.need("name")
-    known = {**{name: LABEL_PREFIX + aspect for name, aspect in ASPECT_COLUMNS.items()}, "split": "split"}
-    known["generator"] = "generator"
-    spread = {name: DEVIATION_PREFIX + aspect for name, aspect in DEVIATION_COLUMNS.items()}
-    labels = {column: name for column in table.header if (name := {**known, **spread}.get(column))}
-    if not labels:
-        message = (
-            f"{table.path}: no label column ({table.shown()}); expected at least one of {', '.join(known)}, or add "
-            "--columns mos_quality=COLUMN."
-        )
-        raise DataError(message)
-    return labels
-
-
-def _joined(items: Items, table: _Table) -> tuple[Items, LabelReport]:
+def _joined(items: Items, table: ItemLabels) -> tuple[Items, LabelReport]:
     """The items with the labels of `table`, and the changes. Raises DataError where scales would be mixed."""
     filled, replaced = Counter[str](), Counter[str]()
     labels, texts = dict(items.labels), {"split": items.splits, "generator": items.generators}
@@ -274,10 +120,8 @@ def _joined(items: Items, table: _Table) -> tuple[Items, LabelReport]:
         notes += [note for note in (scale_warning(aspect, mos, scale), _scale_note(aspect, kept, scale)) if note]
         if kept is not None and kept != scale:
             mos, tables[column] = convert_mos(mos, scale, kept), scale
-        scales[aspect], sets = kept, np.isfinite(mos)
-        filled[column] = int((sets & np.isnan(old)).sum())
-        replaced[column] = int((sets & ~np.isnan(old) & (mos != old)).sum())
-        labels[aspect] = np.where(sets, mos, old)
+        scales[aspect] = kept
+        labels[aspect] = _merged(old, mos, column, filled, replaced)
     for column, new in table.texts.items():
         pairs = list(zip(texts[column], new, strict=True))
         filled[column] = sum(before is None and after is not None for before, after in pairs)
@@ -285,11 +129,12 @@ def _joined(items: Items, table: _Table) -> tuple[Items, LabelReport]:
         texts[column] = [before if after is None else after for before, after in pairs]
     recorded = {aspect: scale for aspect, scale in scales.items() if scale is not None}
     ranges = {**items.mos_ranges, **recorded}
-    deviations = _joined_deviations(items, table, ranges, filled, replaced)
+    deviations = _joined_deviations(items, table, labels, ranges, filled, replaced)
     joined = replace(
         items,
         labels=labels,
         deviations=deviations,
+        counts=_joined_counts(items, table, filled, replaced),
         splits=texts["split"],
         generators=texts["generator"],
         mos_ranges=ranges,
@@ -305,31 +150,64 @@ def _joined(items: Items, table: _Table) -> tuple[Items, LabelReport]:
         mos_ranges={LABEL_PREFIX + aspect: scale for aspect, scale in scales.items()},
         rescaled=tuple(LABEL_PREFIX + one for one, scale in recorded.items() if items.mos_ranges.get(one) != scale),
         converted=tables,
-        notes=tuple(notes),
+        notes=(*notes, *table.ratings.notes()),
     )
 
 
 def _joined_deviations(
-    items: Items, table: _Table, ranges: Mapping[str, MosRange], filled: Counter[str], replaced: Counter[str]
+    items: Items,
+    table: ItemLabels,
+    labels: Mapping[str, NDArray[np.float64]],
+    ranges: Mapping[str, MosRange],
+    filled: Counter[str],
+    replaced: Counter[str],
 ) -> dict[str, NDArray[np.float64]]:
-    """The standard deviations of the items and of `table`, on the scales `ranges` of the MOS; counts the changes."""
+    """The standard deviations of the items and of `table`, on the scales `ranges` of the MOS; counts the changes.
+
+    `labels` are the new MOS. Where they are the old ones on another scale, only the record of the scale was wrong, and
+    the deviations stay.
+    """
     found: dict[str, NDArray[np.float64]] = {}
+    own = {
+        aspect: ranges[aspect] if np.array_equal(items.labels[aspect], labels[aspect], equal_nan=True) else scale
+        for aspect, scale in items.mos_ranges.items()
+        if aspect in items.labels
+    }
     for aspect in sorted({*items.deviations, *table.deviations}):
         missing, target = np.full(len(items), np.nan), ranges.get(aspect)
         columns: list[NDArray[np.float64]] = []
         for values, scale in (
-            (items.deviations.get(aspect, missing), items.mos_ranges.get(aspect)),
+            (items.deviations.get(aspect, missing), own.get(aspect)),
             (table.deviations.get(aspect, missing), table.scales.get(aspect, target)),
         ):
             if scale is not None and target is not None:
                 values = convert_deviations(np.asarray(values, np.float64), scale, target)
             columns.append(np.asarray(values, np.float64))
-        old, new = columns
-        sets, column = np.isfinite(new), DEVIATION_PREFIX + aspect
-        filled[column] = int((sets & np.isnan(old)).sum())
-        replaced[column] = int((sets & ~np.isnan(old) & (new != old)).sum())
-        found[aspect] = np.where(sets, new, old)
+        found[aspect] = _merged(columns[0], columns[1], DEVIATION_PREFIX + aspect, filled, replaced)
     return found
+
+
+def _joined_counts(
+    items: Items, table: ItemLabels, filled: Counter[str], replaced: Counter[str]
+) -> dict[str, NDArray[np.float64]]:
+    """The counts of the items and of `table`; counts the changes."""
+    missing = np.full(len(items), np.nan)
+    return {
+        level: _merged(
+            items.counts.get(level, missing), table.counts.get(level, missing), COUNT_PREFIX + level, filled, replaced
+        )
+        for level in sorted({*items.counts, *table.counts})
+    }
+
+
+def _merged(
+    old: NDArray[np.float64], new: NDArray[np.float64], column: str, filled: Counter[str], replaced: Counter[str]
+) -> NDArray[np.float64]:
+    """`new` where it has a value, else `old`; counts the changes of the column."""
+    sets = np.isfinite(new)
+    filled[column] = int((sets & np.isnan(old)).sum())
+    replaced[column] = int((sets & ~np.isnan(old) & (new != old)).sum())
+    return np.where(sets, new, old)
 
 
 def _scale_with(aspect: str, stays: NDArray[np.float64], own: MosRange | None, scale: MosRange) -> MosRange | None:

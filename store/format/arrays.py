@@ -96,15 +96,15 @@ def chunk_rows_for(*, total_rows: int, row_bytes: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def choose_geometry(*, total_rows: int, longest: int, width: int, itemsize: int) -> Geometry:
+def choose_geometry(*, total_rows: int, longest: int, width: int, itemsize: int, other_bytes: int = 0) -> Geometry:
     """The geometry of a unit for items with `total_rows` tokens in all; `units` is 1 until the items are placed.
 
     A unit is what a killed run loses. It has 64 MiB, or less so that the store has 16 units, and room for the `longest`
-    item.
+    item. `other_bytes` are those that other layers have per row.
     """
     row_bytes = width * itemsize
     chunk = chunk_rows_for(total_rows=total_rows, row_bytes=row_bytes)
-    wanted = max(1, longest, min(SHARD_BYTES // row_bytes, -(-total_rows // FEWEST_UNITS)))
+    wanted = max(1, longest, min(SHARD_BYTES // (row_bytes + other_bytes), -(-total_rows // FEWEST_UNITS)))
     return Geometry(units=1, unit_rows=-(-wanted // chunk) * chunk, chunk_rows=chunk, width=width)
 
 
@@ -114,9 +114,11 @@ def _codecs(itemsize: int, chunk_bytes: int) -> list[Any]:
     return [blosc, Crc32cCodec()]
 
 
-def create_features(group: zarr.Group, geometry: Geometry, *, dtype: np.dtype[Any], logical_dtype: str) -> None:
-    """Create `features`: one shard per unit."""
-    _create_rows(group, "features", geometry, shard_rows=geometry.unit_rows, dtype=dtype, logical_dtype=logical_dtype)
+def create_features(
+    group: zarr.Group, geometry: Geometry, *, dtype: np.dtype[Any], logical_dtype: str, name: str = "features"
+) -> None:
+    """Create `features`, or the array `name` of another layer: one shard per unit."""
+    _create_rows(group, name, geometry, shard_rows=geometry.unit_rows, dtype=dtype, logical_dtype=logical_dtype)
 
 
 def create_kept_logits(group: zarr.Group, geometry: Geometry, *, vocabulary: int, logical_dtype: str) -> None:

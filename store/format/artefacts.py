@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError
 from agiqa.store.disk.files import canonical_json
-from agiqa.store.format.arrays import create_whole_array
+from agiqa.store.format.arrays import create_whole_array, from_float32
+from agiqa.store.format.layers import basis_group, scale_group
 
 METHODS = ("second-moment", "lm_head")
 SCALED_DTYPE = "float16"
@@ -29,6 +30,8 @@ SCALED_DTYPE = "float16"
 _BLOCK_ROWS = 8192
 _LARGEST_FLOAT16 = 65504.0
 _LARGEST_INT8 = 127.0
+_MARGIN, _MARGIN_OF_STATES = 16.0, 256.0
+"""Largest coordinate that is expected, in RMS of the largest one."""
 _RANK_TOLERANCE = 1e-10
 """Eigenvalues of W_lm^T W_lm below this share of the largest one count as zero."""
 
@@ -82,6 +85,7 @@ class Basis:
     method: str
     """One of METHODS: `second-moment` of the data, or `lm_head` alone."""
     lm_head_sha256: str
+    """The language-model head W_lm; `""` for a basis of states, with no W_lm between."""
     calibration: str
     """Hash of the calibration items; `none` for the method `lm_head`."""
     map: NDArray[np.float32]
@@ -99,20 +103,32 @@ class Basis:
         return float(self.energy[: self.rank].sum() / self.energy.sum())
 
     @property
+    def is_of_states(self) -> bool:
+        """Whether it is a basis of the states themselves, with no W_lm between; `q` is the transpose of `map` then."""
+        return not self.lm_head_sha256
+
+    @property
     def logical_dtype(self) -> str:
         """Of the coordinates: float16, or float32 if 16 times the largest RMS would exceed its range.
 
-        After a final norm all hidden states are of like length: on real text the largest coordinate was 2.5 RMS.
-        Without calibration the RMS is unknown, so the dtype is float32.
+        After a final norm all hidden states are of like length: on real text the largest coordinate was 2.5 RMS. In
+        middle layers the first token can be hundreds of times as long as the others (massive activations, Sun et al.,
+        arXiv 2402.17762), so the margin of states is 256. Without calibration the RMS is unknown, so the dtype is
+        float32.
         """
         if self.method == "lm_head":
             return "float32"
-        largest = 16.0 * float(np.sqrt(self.energy[0]))
+        margin = _MARGIN_OF_STATES if self.is_of_states else _MARGIN
+        largest = margin * float(np.sqrt(self.energy[0]))
         return "float16" if largest < _LARGEST_FLOAT16 else "float32"
 
     def coordinates(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Sketch hidden states: (tokens, D) to (tokens, r)."""
         return hidden @ self.map.T
+
+    def encode(self, hidden: NDArray[np.float32]) -> NDArray[Any]:
+        """Hidden states (tokens, D) as rows of a sketch (tokens, r), in the bits of `logical_dtype`."""
+        return from_float32(self.coordinates(hidden), self.logical_dtype)
 
     def lift(self, weight: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
         """The projection of logits (d, V) that equals a projection of coordinates (d, r): `W (Q^T E) = (W Q^T) E`."""
@@ -167,6 +183,34 @@ def make_basis(
     )
 
 
+def make_states_basis(moments: Moments, *, rank: int, calibration: str, eigh: Eigh = np.linalg.eigh) -> Basis:
+    """The rank-`rank` basis of hidden states with these `moments`: the leading eigenvectors of their second moment.
+
+    It is that of logits with the identity as W_lm, and `energy` that of the states. Raises ConfigError unless `rank` is
+    between 1 and D.
+    """
+    width = len(moments.first)
+    if not 1 <= rank <= width:
+        message = f"Sketch rank {rank} is outside 1..{width} (the width of the layer). Give --rank {width} or less."
+        raise ConfigError(message)
+    values, vectors = eigh(moments.second)
+    order = np.argsort(values)[::-1]
+    to_coordinates = vectors[:, order[:rank]].T
+    stated = {"method": METHODS[0], "rank": rank, "lm_head_sha256": "", "calibration": calibration}
+    coordinates = np.ascontiguousarray(to_coordinates, np.float32)
+    return Basis(
+        id=_artefact_id(stated, map=coordinates),
+        rank=rank,
+        method=METHODS[0],
+        lm_head_sha256="",
+        calibration=calibration,
+        map=coordinates,
+        q=coordinates.T,
+        energy=np.maximum(values[order], 0.0),
+        mean=(to_coordinates @ moments.first).astype(np.float32),
+    )
+
+
 def _gram(lm_head: NDArray[np.float32]) -> NDArray[np.float64]:
     total = np.zeros((lm_head.shape[1], lm_head.shape[1]))
     for start in range(0, len(lm_head), _BLOCK_ROWS):
@@ -207,11 +251,20 @@ class Scale:
         return _artefact_id({"calibration": self.calibration}, mean=self.mean, rms=self.rms)
 
     def encode(self, hidden: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """Hidden states (tokens, D) as int8 rows of that shape, and the scale of each token, (tokens,)."""
+        """Hidden states (tokens, D) as int8 rows of that shape, and the scale of each token, (tokens,).
+
+        A token with a value that is NaN, infinite, or would exceed the range of float16 in `decode` has the scale NaN,
+        which no store takes.
+        """
         deviations = (hidden - self.mean) / self.rms
         largest = np.abs(deviations).max(axis=1, initial=0.0)
         scale = np.where(largest > 0.0, largest / _LARGEST_INT8, 1.0).astype(np.float32)
-        return np.rint(deviations / scale[:, None]).astype(np.int8), scale
+        rounding = 0.5 * scale * self.rms.max(initial=0.0)
+        sound = np.abs(hidden).max(axis=1, initial=0.0) + rounding <= _LARGEST_FLOAT16
+        if not sound.all():
+            deviations[~sound], scale[~sound] = 0.0, np.nan
+        np.divide(deviations, scale[:, None], where=sound[:, None], out=deviations)
+        return np.rint(deviations).astype(np.int8), scale
 
     def decode(self, rows: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float16]:
         """Rounded hidden states (tokens, D) of `rows` (tokens, D) and `scale` (tokens,).
@@ -225,19 +278,26 @@ class Scale:
         return values.astype(np.float16)
 
 
-def save_basis(group: zarr.Group, basis: Basis) -> None:
-    """Write `basis` as the arrays `basis/map`, `basis/q`, `basis/energy` and `basis/mean` of `group`."""
-    names = ("id", "rank", "method", "lm_head_sha256", "calibration")
-    create_whole_array(group, "basis/map", basis.map)
-    create_whole_array(group, "basis/energy", basis.energy)
-    create_whole_array(group, "basis/mean", basis.mean)
-    create_whole_array(group, "basis/q", basis.q, attributes={name: getattr(basis, name) for name in names})
+def save_basis(group: zarr.Group, basis: Basis, *, layer: str | None = None) -> None:
+    """Write `basis` as the arrays `basis/map`, `basis/q`, `basis/energy` and `basis/mean` of `group`.
+
+    That of another layer than the last is `layers_basis/8/map` and so on. A basis of states has no `q`, which is the
+    transpose of its `map`.
+    """
+    names, folder = ("id", "rank", "method", "lm_head_sha256", "calibration"), basis_group(layer)
+    attributes = {name: getattr(basis, name) for name in names}
+    create_whole_array(group, f"{folder}/map", basis.map, attributes=attributes if basis.is_of_states else None)
+    create_whole_array(group, f"{folder}/energy", basis.energy)
+    create_whole_array(group, f"{folder}/mean", basis.mean)
+    if not basis.is_of_states:
+        create_whole_array(group, f"{folder}/q", basis.q, attributes=attributes)
 
 
-def save_scale(group: zarr.Group, scale: Scale) -> None:
-    """Write `scale` as the arrays `scale/mean` and `scale/rms` of `group`."""
-    create_whole_array(group, "scale/mean", scale.mean, attributes={"id": scale.id, "calibration": scale.calibration})
-    create_whole_array(group, "scale/rms", scale.rms)
+def save_scale(group: zarr.Group, scale: Scale, *, layer: str | None = None) -> None:
+    """Write `scale` as the arrays `scale/mean` and `scale/rms` of `group`; of another layer in `layers_scale/8`."""
+    folder, attributes = scale_group(layer), {"id": scale.id, "calibration": scale.calibration}
+    create_whole_array(group, f"{folder}/mean", scale.mean, attributes=attributes)
+    create_whole_array(group, f"{folder}/rms", scale.rms)
 
 
 def _artefact_id(stated: dict[str, Any], **arrays: NDArray[Any]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.progress import say
 from agiqa.store.format.labels import ASPECT_COLUMNS, ASPECT_NAMES, DEVIATION_COLUMNS
+from agiqa.store.format.ratings import COUNT_COLUMNS, LEVELS, RATER, RATINGS, rater_columns, widened
 from agiqa.store.format.tables import Table, TableRow, open_table
 
 ColumnNames = Mapping[str, str]
@@ -23,6 +24,8 @@ _OWN: dict[str, tuple[str, ...]] = {
     **{_STD[aspect]: tuple(name for name, of in DEVIATION_COLUMNS.items() if of == aspect) for aspect in _MOS},
     **{name: (name,) for name in ("split", "generator", "description", "rating", "text_author", "answer")},
     **{f"description_{aspect}": (f"description_{aspect}",) for aspect in _MOS},
+    RATER: (RATER,),
+    **{column: (column,) for column in COUNT_COLUMNS},
 }
 """The documented names of columns by meaning. Written exactly so, they come before the others."""
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -39,12 +42,18 @@ _ALIASES: dict[str, tuple[str, ...]] = {
         *("align_score", "alignment_score"),
     ),
     "mos_authenticity": ("authenticity_mos", "authenticity", "authenticity_score"),
-    "std_quality": ("std", "mos_std", "std_mos", "mos_sd", "quality_std", "standard_deviation"),
+    RATER: (
+        *("rater_id", "subject_id", "observer", "observer_id", "annotator", "annotator_id", "participant"),
+        *("participant_id", "worker_id", "user_id"),
+    ),
+    "std_quality": ("std", "sd", "mos_std", "std_mos", "mos_sd", "quality_std", "standard_deviation"),
     "std_correspondence": ("align_std", "alignment_std", "correspondence_std"),
     "std_authenticity": ("authenticity_std",),
     "generator": ("gen_model", "generator_name", "generative_model", "model"),
 }
 """Other names, lower case and with `_`."""
+_FIVE_COUNTS = {f"c{level}": f"count_quality_{level}" for level in range(1, LEVELS + 1)}
+"""Names of counts, as in KonIQ-10k, which mean that only where all five are there."""
 _IMAGE = re.compile(r"\S.*\.(png|jpe?g|webp|bmp|tiff?|gif)", re.IGNORECASE)
 
 
@@ -86,7 +95,9 @@ def open_labels(path: Path, columns: ColumnNames | None = None) -> LabelTable:
     table, given = open_table(path), _plain_meanings(columns or {})
     if _is_headless(table.header):
         return _without_header(table, given)
+    patterns = {meaning: given.pop(meaning) for meaning in [*given] if meaning in RATINGS}
     meanings = _given(table, given)
+    meanings |= _rating_columns(table, patterns, meanings)
     taken, passed_over = set(meanings.values()), dict[str, str]()
     for meaning in _OWN:
         if meaning not in taken:
@@ -97,7 +108,26 @@ def open_labels(path: Path, columns: ColumnNames | None = None) -> LabelTable:
     _refuse_repeats(path, header, table.header)
     written = dict(zip(header, table.header, strict=True))
     _announce(path, written, passed_over)
-    return LabelTable(path=path, header=header, rows=table.rows, written=written)
+    rows: Iterator[TableRow] = table.rows
+    if RATER in header:
+        header, wide = widened(str(path), header, table.rows)
+        rows, written = iter(wide), {column: written.get(column, column) for column in header}
+        say(f"{path}: a rating in each row; {len(wide)} images")
+    return LabelTable(path=path, header=header, rows=rows, written=written)
+
+
+def _rating_columns(table: Table, patterns: ColumnNames, taken: Mapping[int, str]) -> dict[int, str]:
+    """The columns of ratings and of counts `c1` to `c5`, by position. Announces them, and raises as `rater_columns`."""
+    try:
+        found = rater_columns(table.header, _plain, patterns, taken)
+    except DataError as error:
+        message = f"{table.path}: {error}"
+        raise DataError(message) from None
+    for aspect in sorted({called.rpartition("_")[2] for called in found.values()}):
+        columns = [table.header[place] for place, called in found.items() if called.endswith(aspect)]
+        say(f"{table.path}: reading {len(columns)} columns of ratings of {aspect}, {columns[0]!r} to {columns[-1]!r}")
+    counted = {place: name for place, column in enumerate(table.header) if (name := _FIVE_COUNTS.get(_plain(column)))}
+    return found | {place: name for place, name in counted.items() if len(counted) == LEVELS and place not in taken}
 
 
 def wrong_width(row: TableRow, header: Sequence[str]) -> str:
@@ -112,7 +142,7 @@ def wrong_width(row: TableRow, header: Sequence[str]) -> str:
 
 def _plain_meanings(columns: ColumnNames) -> dict[str, str]:
     """`columns` by the meanings that agiqa reads: `quality` is `mos_quality`. Raises UnknownName and ConfigError."""
-    known = {*_OWN, *ASPECT_COLUMNS, *ASPECT_NAMES, *DEVIATION_COLUMNS, *_MOS}
+    known = {*_OWN, *ASPECT_COLUMNS, *ASPECT_NAMES, *DEVIATION_COLUMNS, *_MOS, *RATINGS}
     given: dict[str, str] = {}
     for meaning, column in columns.items():
         if meaning not in known:
@@ -188,7 +218,7 @@ def _called(position: int, column: str, meanings: Mapping[int, str]) -> str:
     meaning = meanings.get(position)
     if meaning is None:
         return f"{column} (not read)" if _is_documented(column) else column or f"column {position}"
-    return column if column in _OWN[meaning] else meaning
+    return column if column in _OWN.get(meaning, ()) else meaning
 
 
 def _refuse_repeats(path: Path, header: Sequence[str], written: Sequence[str]) -> None:

@@ -21,8 +21,8 @@ from agiqa.store.disk.files import sync_file
 from agiqa.store.format.labels import MosRange, range_record, read_range
 from agiqa.store.format.parquet_pages import bytes_of_pages
 
-LABEL_PREFIX, DEVIATION_PREFIX = "mos_", "std_"
-"""Beginnings of column names: MOS, and the standard deviation of the single ratings."""
+LABEL_PREFIX, DEVIATION_PREFIX, COUNT_PREFIX = "mos_", "std_", "count_"
+"""Beginnings of column names: MOS, and of the single ratings their standard deviation and how many each level got."""
 MOS_RANGE = "mos_range"
 """Metadata key of a MOS column: its scale, as `range_record`."""
 _NAMES_PER_BYTE = 16
@@ -58,6 +58,9 @@ class Items:
     deviations: Mapping[str, NDArray[np.float64]] = field(default_factory=dict[str, NDArray[np.float64]])
     """Aspect to the standard deviation of its single ratings per item, (items,), on the scale of the MOS; NaN for
     missing ones."""
+    counts: Mapping[str, NDArray[np.float64]] = field(default_factory=dict[str, NDArray[np.float64]])
+    """Aspect and level, `quality_1` to `quality_5`, to the number of ratings of that level per item, (items,), level 1
+    the lowest; NaN for missing ones. The levels are evenly spaced over the scale of the MOS."""
 
     def __len__(self) -> int:
         """Number of items."""
@@ -90,6 +93,7 @@ class Items:
             text_authors=self.text_authors[:count],
             mos_ranges={aspect: scale for aspect, scale in self.mos_ranges.items() if aspect in labels},
             deviations=numbers(self.deviations),
+            counts=numbers(self.counts),
         )
 
     def same_as(self, other: "Items") -> bool:
@@ -114,6 +118,8 @@ class Items:
             columns[LABEL_PREFIX + aspect] = pa.array(self.labels[aspect], pa.float64(), from_pandas=True)
         for aspect in sorted(self.deviations):
             columns[DEVIATION_PREFIX + aspect] = pa.array(self.deviations[aspect], pa.float64(), from_pandas=True)
+        for level in sorted(self.counts):
+            columns[COUNT_PREFIX + level] = pa.array(self.counts[level], pa.float64(), from_pandas=True)
         scales = {LABEL_PREFIX + aspect: {MOS_RANGE: range_record(scale)} for aspect, scale in self.mos_ranges.items()}
         fields = [pa.field(name, column.type, metadata=scales.get(name)) for name, column in columns.items()]
         return pa.table(columns, schema=pa.schema(fields))
@@ -154,6 +160,7 @@ def read_items(path: Path) -> Items:
             descriptions=columns["description"].to_pylist(),
             labels=_numbers(columns, LABEL_PREFIX),
             deviations=_numbers(columns, DEVIATION_PREFIX),
+            counts=_numbers(columns, COUNT_PREFIX),
             text_authors=columns[TEXT_AUTHOR].to_pylist() if TEXT_AUTHOR in columns else [],
             mos_ranges={
                 column.name.removeprefix(LABEL_PREFIX): read_range(column.metadata[MOS_RANGE.encode()])

@@ -9,15 +9,19 @@ from pathlib import Path
 from agiqa.errors import ConfigError
 
 FORMAT = "agiqa.features"
-VERSION = 1
+VERSIONS = (1, 2)
+"""The versions that this agiqa reads. A store has version 2 only if version 1 cannot hold it, see `layers.py`."""
 ENCODINGS = ("hidden", "sketch", "int8", "logits")
 
-MODEL_GROUPS = ("lm_head", "basis", "scale", "probe")
+MODEL_GROUPS = ("lm_head", "basis", "scale", "probe", "layers_basis", "layers_scale")
 """Groups whose arrays come from the model."""
 
 MANIFEST, CARD, ITEM_TABLE = "MANIFEST.json", "README.md", "items.parquet"
 ROOT_METADATA = "store.zarr/zarr.json"
 """Written last, by the seal, so no commit record lists it."""
+
+PROBE_ROWS, PROBE_LOGITS = "probe/rows", "probe/logits"
+"""Row addresses, and the model's own logits there."""
 
 LM_HEAD_NAMED_IN = {
     "hidden": "lm_head/weight",
@@ -25,7 +29,7 @@ LM_HEAD_NAMED_IN = {
     "sketch": "basis/q",
     "logits": "probe/logits",
 }
-"""By encoding, the array whose attribute `lm_head_sha256` names the language-model head of the features."""
+"""By encoding, the array whose attribute `lm_head_sha256` names the language-model head of the features, if any."""
 
 PULL_RECORD = "PULLING.json"
 """The manifest of the store that a pull is copying to this folder."""
@@ -34,14 +38,13 @@ SEAL_LOCK, PLAN_LOCK, PULL_LOCK, MODEL_LOCK, RECORDS_LOCK = "seal", "plan", "pul
 """Names of lock files; the lock of a unit is its number, see `StoreLayout.unit_lock`."""
 _LOCK = re.compile(r"[0-9]{8,}|model|plan|pull|records|seal")
 
-ROW_ARRAYS = ("features", "logits", "tokens/ids", "tokens/roles", "tokens/scale")
-"""Arrays with one row per token, all with the same row addresses."""
+_ROW_ARRAY = "features|logits|tokens/ids|tokens/roles|tokens/scale|(?:tokens/layers_scale|layers)/[0-9]{1,4}"
 PLANNED_ROW_ARRAYS = ("tokens/ids", "tokens/roles")
 """The row arrays that the plan writes, before any unit is filled."""
 
 _OBJECT_PATH = re.compile(r"store\.zarr(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})+")
 _LONGEST_PATH = 1000
-_ROW_OBJECT = re.compile(rf"store\.zarr/({'|'.join(ROW_ARRAYS)})/c/([0-9]{{1,12}})(?:[./].*)?")
+_ROW_OBJECT = re.compile(rf"store\.zarr/({_ROW_ARRAY})/c/([0-9]{{1,12}})(?:[./].*)?")
 
 TOKEN_ROLES = {"special": 0, "image": 1, "question": 2, "answer": 3}
 ITEM_STATUS = {"whole": 0, "truncated": 1}
@@ -64,6 +67,11 @@ def cache_root() -> Path:
 def is_object_path(text: str) -> bool:
     """Whether `text` is the path of an object by FORMAT.md, so that it leads nowhere else unless through a link."""
     return len(text) <= _LONGEST_PATH and _OBJECT_PATH.fullmatch(text) is not None
+
+
+def is_row_array(name: str) -> bool:
+    """Whether the array `name` has one row per token (or pooling), with the row addresses of `features`."""
+    return re.fullmatch(_ROW_ARRAY, name) is not None
 
 
 def row_object(path: str) -> tuple[str, int] | None:

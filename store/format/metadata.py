@@ -12,7 +12,17 @@ import zarr
 from agiqa.errors import DamagedStore, IncompleteStore, SchemaError
 from agiqa.store.disk.files import canonical_json
 from agiqa.store.format.arrays import STORAGE_DTYPES, Geometry, object_rows, rows_dtype, storage_dtype
-from agiqa.store.format.layout import ENCODINGS, FORMAT, PULL_RECORD, ROW_ARRAYS, VERSION, StoreLayout
+from agiqa.store.format.layers import (
+    RowContent,
+    basis_group,
+    content_problem,
+    layer_array,
+    layer_of_array,
+    probe_array,
+    scale_group,
+    token_scale_array,
+)
+from agiqa.store.format.layout import ENCODINGS, FORMAT, PULL_RECORD, VERSIONS, StoreLayout, is_row_array
 
 LARGEST = 64 << 30
 """Most bytes of an object, of a unit, and of an array that is read whole. More counts as damaged: no item and no W_lm
@@ -81,8 +91,12 @@ def check_version(where: Path | str, found: dict[str, Any]) -> None:
     if found.get("format") != FORMAT:
         message = f"{where} is no feature store: its format is {found.get('format')!r}, expected {FORMAT!r}."
         raise SchemaError(message)
-    if found.get("version") != VERSION:
-        message = f"{where} is {FORMAT} v{found.get('version')}; this agiqa reads {FORMAT} v{VERSION}."
+    if found.get("version") not in VERSIONS or type(found.get("version")) is not int:
+        read = " and ".join(f"v{version}" for version in VERSIONS)
+        message = (
+            f"{where} is {FORMAT} v{found.get('version')}; this agiqa reads {FORMAT} {read}. "
+            "A newer agiqa may read it: pip install -U agiqa."
+        )
         raise SchemaError(message)
 
 
@@ -98,20 +112,33 @@ def _contradiction(attributes: dict[str, Any]) -> str | None:
     for name in ("encoding", "logical_dtype", "width"):
         if attributes["provenance"].get(name) != attributes.get(name):
             return f"its attribute {name} is not that of its provenance"
+    views: Any = attributes["provenance"].get("prefixes", [])
+    if not isinstance(views, list) or not all(isinstance(name, str) for name in views):
+        return f"its provenance has prefixes {views!r}"
+    if views and (attributes.get("pooled") or attributes.get("tap")):
+        return "it records shorter conversations, and its rows are not those of tokens"
     for name in _GEOMETRY:
         value = attributes.get(name)
         if type(value) is not int or value < 1:
             return f"its attribute {name} is {value!r}"
     if attributes["units"] > _MOST_UNITS:
         return f"its attribute units is {attributes['units']}, which is no plausible number"
-    return None
+    return content_problem(attributes, attributes["provenance"]) or _dtype_problem(attributes)
+
+
+def _dtype_problem(attributes: Mapping[str, Any]) -> str | None:
+    dtypes = RowContent.of(attributes).layer_dtypes
+    wrong = sorted(name for name, dtype in dtypes.items() if dtype not in STORAGE_DTYPES)
+    return f"its layer {wrong[0]} has the dtype {dtypes[wrong[0]]!r}" if wrong else None
 
 
 def array_forms(geometry: Geometry, attributes: dict[str, Any], *, items: int | None = None) -> dict[str, Form]:
     """The forms of all arrays that a store with these attributes may have; `items` is the number of its items."""
     (rows, width), encoding = geometry.shape, attributes["encoding"]
     bits, float32 = storage_dtype(attributes["logical_dtype"]), np.dtype(np.float32)
+    views = len(attributes["provenance"].get("prefixes", ()))
     return {
+        **_layer_forms(geometry, attributes),
         "features": ((rows, width), rows_dtype(encoding, attributes["logical_dtype"])),
         "logits": ((rows, attributes["provenance"].get("kept_logits")), bits),
         "tokens/ids": ((rows,), np.dtype(np.int32)),
@@ -122,6 +149,9 @@ def array_forms(geometry: Geometry, attributes: dict[str, Any], *, items: int | 
         "index/unit": ((items,), np.dtype(np.int32)),
         "index/item_key": ((items, 32), np.dtype(np.uint8)),
         "index/status": ((items,), np.dtype(np.uint8)),
+        "index/prefixes": ((items, views), np.dtype(np.int32)),
+        "index/prefix_authors": ((items, views), np.dtype(np.uint8)),
+        "index/prefix_keys": ((items, views * 32), np.dtype(np.uint8)),
         "lm_head/weight": ((None, width), None),
         "basis/map": ((width, None), float32),
         "basis/q": ((None, width), float32),
@@ -132,6 +162,27 @@ def array_forms(geometry: Geometry, attributes: dict[str, Any], *, items: int | 
         "probe/rows": ((None,), np.dtype(np.int64)),
         "probe/logits": ((None, width if encoding == "logits" else None), None),
     }
+
+
+def _layer_forms(geometry: Geometry, attributes: dict[str, Any]) -> dict[str, Form]:
+    """The forms of the arrays of other layers. Those of `logits` hold hidden states: middle layers have no logits."""
+    content, rows = RowContent.of(attributes), geometry.shape[0]
+    encoding, float32 = attributes["encoding"], np.dtype(np.float32)
+    forms: dict[str, Form] = {}
+    for layer in content.others:
+        width = content.layer_widths.get(layer, geometry.width)
+        dtype = rows_dtype(encoding, content.layer_dtypes.get(layer, attributes["logical_dtype"]))
+        scale, basis = scale_group(layer), basis_group(layer)
+        forms |= {
+            layer_array(layer): ((rows, width), dtype),
+            token_scale_array(layer): ((rows,), float32),
+            f"{scale}/mean": ((width,), float32),
+            f"{scale}/rms": ((width,), float32),
+            f"{basis}/map": ((width, None), float32),
+            f"{basis}/energy": ((None,), np.dtype(np.float64)),
+            f"{basis}/mean": ((width,), float32),
+        }
+    return forms | {probe_array(layer): ((None, None), None) for layer in content.layers}
 
 
 def check_array(path: Path, name: str, array: zarr.Array[Any], geometry: Geometry, attributes: dict[str, Any]) -> None:
@@ -147,7 +198,7 @@ def check_array(path: Path, name: str, array: zarr.Array[Any], geometry: Geometr
     size = math.prod(array.shape) * array.dtype.itemsize
     if not _is_cut_well(name, array, geometry, size):
         raise damaged(path, f"{name} is cut into objects of {object_rows(array)} rows and chunks of {array.chunks}")
-    if size // (geometry.units if name in ROW_ARRAYS else 1) > LARGEST:
+    if size // (geometry.units if is_row_array(name) else 1) > LARGEST:
         raise damaged(path, f"{name} has the shape {array.shape}, which is no plausible size")
 
 
@@ -177,9 +228,9 @@ def _is_cut_well(name: str, array: zarr.Array[Any], geometry: Geometry, size: in
         return False
     if name == "logits":
         return geometry.unit_rows % rows == 0
-    if name == "features":
+    if name == "features" or layer_of_array(name) is not None:
         return (rows, array.chunks[0]) == (geometry.unit_rows, geometry.chunk_rows)
-    if name in ROW_ARRAYS:
+    if is_row_array(name):
         return rows == geometry.unit_rows
     return -(-array.shape[0] // rows) <= 1 + size // _LEAST_OBJECT
 

@@ -21,9 +21,9 @@ from agiqa.store.care.verification import verify
 from agiqa.store.disk.files import canonical_json, naming, sync_file, telling_disk_errors
 from agiqa.store.disk.locks import exclusive_lock
 from agiqa.store.format.arrays import object_rows
-from agiqa.store.format.items import DEVIATION_PREFIX, LABEL_PREFIX, MOS_RANGE, Items
+from agiqa.store.format.items import COUNT_PREFIX, DEVIATION_PREFIX, LABEL_PREFIX, MOS_RANGE, Items
 from agiqa.store.format.labels import range_record
-from agiqa.store.format.layout import ROW_ARRAYS
+from agiqa.store.format.layout import is_row_array
 from agiqa.store.hdf5.files import (
     METADATA_SHA256,
     chosen_compression,
@@ -183,15 +183,15 @@ def _write(
             file, name, shape=array.shape, dtype=array.dtype, chunks=array.chunks, compression=compression
         )
         write_attributes(datasets[name], dict(array.attrs))
-        if name not in ROW_ARRAYS:
+        if not is_row_array(name):
             copy(name, 0, len(datasets[name]))
     _write_items(file.create_group("items"), store.items, compression)
     write_attributes(file, {**store.group.attrs, **about})
     file.attrs[METADATA_SHA256] = metadata_sha256(file)
     for unit in range(store.geometry.units):
         first, used = unit * store.geometry.unit_rows, store.rows_used(unit)
-        for name in ROW_ARRAYS:
-            if name in datasets:
+        for name in datasets:
+            if is_row_array(name):
                 copy(name, first, first + used)
         advance(used)
 
@@ -210,7 +210,7 @@ def _write_items(group: h5py.Group, items: Items, compression: str) -> None:
         dataset[...] = values
 
     for name, column in items.table().to_pydict().items():
-        if name.startswith((LABEL_PREFIX, DEVIATION_PREFIX)):
+        if name.startswith((LABEL_PREFIX, DEVIATION_PREFIX, COUNT_PREFIX)):
             write(name, np.array(column, np.float64))  # None becomes NaN
             scale = items.mos_ranges.get(name.removeprefix(LABEL_PREFIX)) if name.startswith(LABEL_PREFIX) else None
             if scale is not None:

@@ -11,6 +11,7 @@ from agiqa.errors import ConfigError, UnknownName
 from agiqa.notebooks import html_table, one_line
 from agiqa.store.format.items import Items
 from agiqa.store.format.labels import range_text
+from agiqa.store.format.layers import LAST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +33,12 @@ class _Readable(Protocol):
     def logical_dtype(self) -> str: ...
     @property
     def width(self) -> int: ...
+    @property
+    def layers(self) -> tuple[str, ...]: ...
+    @property
+    def pooled(self) -> tuple[str, ...]: ...
+    @property
+    def tap(self) -> str | None: ...
     @property
     def items(self) -> Items: ...
     @property
@@ -58,7 +65,8 @@ class ByName:
         """The items as a data frame, one row each, in the order of the store.
 
         The columns are `name`, `prompt`, `split`, `generator`, `description`, `text_author` if known, the MOS as
-        `mos_ASPECT` (NaN where missing), and `tokens`. Raises ConfigError without pandas.
+        `mos_ASPECT`, what is known of single ratings as `std_ASPECT` and `count_ASPECT_LEVEL` (NaN where missing), and
+        `tokens`. Raises ConfigError without pandas.
         """
         try:
             import pandas as pd
@@ -83,10 +91,17 @@ def _shown(store: _Readable) -> Mapping[str, object]:
     items = store.items
     scales = {aspect: items.mos_ranges.get(aspect) for aspect in sorted(items.labels)}
     splits = {split: items.splits.count(split) for split in dict.fromkeys(items.splits)}
+    row = "row" if store.pooled else "token"
+    kinds = {
+        "layers": ", ".join(store.layers) if store.layers != (LAST,) else None,
+        "pooled": ", ".join(store.pooled),
+        "tap": store.tap,
+    }
     return {
         "items": len(items),
         "tokens": int(store.n_tokens.sum()),
-        "features": f"{store.encoding}, {store.width} values per token, {store.logical_dtype}",
+        "features": f"{store.encoding}, {store.width} values per {row}, {store.logical_dtype}",
+        **{name: value for name, value in kinds.items() if value},
         "MOS": "; ".join(f"{aspect}, {range_text(scale)}" for aspect, scale in scales.items()) or "none",
         "splits": ", ".join(f"{split or 'none'} {count}" for split, count in splits.items()),
     }

@@ -1,8 +1,6 @@
 """Reading a store: its items, its rows, and the arrays of the model that give the rows their meaning."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,35 +8,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.errors import DamagedStore, DataError, IncompleteStore, ViewRefused
-from agiqa.store.format.arrays import Geometry, rows_dtype, storage_dtype, to_float32
-from agiqa.store.format.artefacts import Basis, Scale
-from agiqa.store.format.items import Items, count_items
-from agiqa.store.format.layout import LM_HEAD_NAMED_IN, StoreLayout
+from agiqa.errors import IncompleteStore, ViewRefused
+from agiqa.store.format.arrays import rows_dtype, storage_dtype
+from agiqa.store.format.items import Items
+from agiqa.store.format.layers import FEATURES, layer_array, layer_of_array, token_scale_array
+from agiqa.store.format.layout import StoreLayout
 from agiqa.store.format.manifest import content_hash, has_listed_metadata, has_planned_attributes, read_recorded_items
 from agiqa.store.format.metadata import damaged, require_no_pull
 from agiqa.store.reading.by_name import ByName
-from agiqa.store.reading.stored_arrays import StoredArrays, empty_array
+from agiqa.store.reading.layers import LayerSource, layer_of
+from agiqa.store.reading.model_arrays import ModelArrays
+from agiqa.store.reading.prefixes import VariantView, variant_of
+from agiqa.store.reading.stored_arrays import empty_array
+from agiqa.store.reading.token_rows import TokenRows, item_positions
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenRows:
-    """The rows of several items, one item after the other, in the bits of the store."""
-
-    rows: NDArray[Any]
-    """(tokens, width); uint16 for the logical dtype bfloat16."""
-    roles: NDArray[np.uint8]
-    """(tokens,), values of TOKEN_ROLES."""
-    offsets: NDArray[np.int64]
-    """(items + 1,): item k of the request is rows[offsets[k] : offsets[k + 1]]."""
-    logical_dtype: str
-
-    def float32(self) -> NDArray[np.float32]:
-        """The rows as float32, (tokens, width)."""
-        return to_float32(self.rows, self.logical_dtype)
-
-
-class Store(ByName, StoredArrays):
+class Store(ByName, ModelArrays):
     """A feature store in a local folder; `agiqa.store.open_store` opens it."""
 
     def __init__(
@@ -49,8 +34,7 @@ class Store(ByName, StoredArrays):
         self.encoding: str = str(self.attributes["encoding"])
         self.logical_dtype: str = str(self.attributes["logical_dtype"])
         self.dtype = rows_dtype(self.encoding, self.logical_dtype)
-        self._value_dtype = storage_dtype(self.logical_dtype)
-        self.array("features")
+        self.array(FEATURES)
 
     @property
     def width(self) -> int:
@@ -61,6 +45,13 @@ class Store(ByName, StoredArrays):
     def keeps_logits(self) -> bool:
         """Whether raw logits are stored beside the hidden states."""
         return "kept_logits" in self.provenance
+
+    def variant(self, name: str) -> "Store | VariantView":
+        """The store read as the variant `name` of its conversations, such as `id` of `full`; see `variant_of`."""
+        here: Any = self  # pyright sees this class twice: here, and through the link agiqa/store
+        found: Any = variant_of(here, name)
+        read: Store | VariantView = found
+        return read
 
     @property
     def items(self) -> Items:
@@ -76,74 +67,38 @@ class Store(ByName, StoredArrays):
         self.require_in_place()
         return items
 
-    def _count_items(self) -> int:
-        return count_items(self.layout.items)
-
-    @property
-    def n_tokens(self) -> NDArray[np.int32]:
-        """Tokens per item, (items,)."""
-        return self._checked_index["n_tokens"]
-
-    @cached_property
-    def row_starts(self) -> NDArray[np.int64]:
-        """First row of each item, (items,)."""
-        return self._index("row_start")
-
-    @property
-    def row_ends(self) -> NDArray[np.int64]:
-        """One past the last row of each item, (items,)."""
-        return self.row_starts + self.n_tokens
-
-    @cached_property
-    def units(self) -> NDArray[np.int32]:
-        """Unit of each item, (items,)."""
-        return self._index("unit")
-
-    @cached_property
-    def item_keys(self) -> NDArray[np.uint8]:
-        """sha256 of each item's image and conversation, (items, 32)."""
-        return self._index("item_key")
-
-    @cached_property
-    def status(self) -> NDArray[np.uint8]:
-        """Per item, a value of ITEM_STATUS, (items,)."""
-        return self._index("status")
-
-    def _index(self, name: str) -> NDArray[Any]:
-        arrays = self._checked_index
-        return arrays[name] if name in arrays else self.whole(f"index/{name}")
-
-    @cached_property
-    def _checked_index(self) -> dict[str, NDArray[Any]]:
-        """The three arrays with the addresses of items; read only if all arrays of the index have a row per item."""
-        count = self._count_items()
-        for name in ("n_tokens", "row_start", "unit", "item_key", "status"):
-            if self.array(f"index/{name}").shape[:1] != (count,):
-                self.require_in_place()
-                raise damaged(self.path, f"index/{name} does not have one entry for each of {count} items")
-        arrays = {name: self.whole(f"index/{name}") for name in ("n_tokens", "row_start", "unit")}
-        _check_index(self.path, self.geometry, **arrays)
-        return arrays
-
-    def committed_units(self) -> list[int]:
-        """Units whose features are finished, ascending: those with a commit record, or all that a sealed store has."""
-        if self.is_sealed:
-            pulled = self.pulled_units
-            return list(range(self.geometry.units)) if pulled is None else pulled
-        return [unit for unit in range(self.geometry.units) if self.layout.commit(unit).exists()]
-
-    def items_of(self, unit: int) -> NDArray[np.int64]:
-        """Positions of the items in `unit`."""
-        return np.flatnonzero(self.units == unit)
-
-    def rows_used(self, unit: int) -> int:
-        """Number of rows of `unit` that belong to items."""
-        return int(self.n_tokens[self.units == unit].sum())
-
     def read_unit(self, unit: int, array: str = "features") -> NDArray[Any]:
         """The rows of the items of `unit` in `features`, `tokens/ids` or `tokens/roles`, in the bits of the store."""
         first = unit * self.geometry.unit_rows
         return self.stored_rows(array, first, first + self.rows_used(unit))
+
+    @property
+    def layer_name(self) -> str:
+        """The layer that `features` holds, and that the store gives where none is named."""
+        return self.layers[-1]
+
+    @property
+    def layer_count(self) -> int | None:
+        """Number of blocks of the model, where the store records it."""
+        return self.content_of_rows.layer_count
+
+    def layer(self, name: str) -> LayerSource:
+        """A layer, such as `8`, `-1` or `last`, or several with their channels one after the other: `8+16+last`.
+
+        The layer of `features` is the store itself. Raises UnknownName, with the stored layers.
+        """
+        return layer_of(self, name)
+
+    def layer_shape(self, layer: str) -> tuple[int, str]:
+        """Values per row and logical dtype of a stored layer."""
+        if layer == self.layer_name:
+            return self.width, self.logical_dtype
+        content = self.content_of_rows
+        return content.layer_widths.get(layer, self.width), content.layer_dtypes.get(layer, self.logical_dtype)
+
+    def array_of_layer(self, layer: str) -> str:
+        """The name of the array with the rows of a stored layer."""
+        return FEATURES if layer == self.layer_name else layer_array(layer)
 
     def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
         """The rows of `items` (positions), in that order. Decodes only the chunks that hold them, each once.
@@ -151,10 +106,15 @@ class Store(ByName, StoredArrays):
         Raises DataError for invalid positions, IncompleteStore if the unit of an item is not finished, and DamagedStore
         if a checksum does not match.
         """
+        return self.read_layer(items, self.layer_name)
+
+    def read_layer(self, items: Sequence[int] | NDArray[Any], layer: str) -> TokenRows:
+        """As `read`, of a stored layer."""
+        array, (width, logical_dtype) = self.array_of_layer(layer), self.layer_shape(layer)
         wanted = item_positions(items, count=len(self.n_tokens), where=self.location)
         self._require_committed(wanted)
         offsets = np.concatenate([[0], np.cumsum(self.n_tokens[wanted], dtype=np.int64)])
-        rows = empty_array(self.path, f"{len(wanted)} items", (int(offsets[-1]), self.width), self._value_dtype)
+        rows = empty_array(self.path, f"{len(wanted)} items", (int(offsets[-1]), width), storage_dtype(logical_dtype))
         roles = np.empty(int(offsets[-1]), np.uint8)
         ends = self.row_ends
         for places in self._runs(wanted):
@@ -163,16 +123,44 @@ class Store(ByName, StoredArrays):
             run_roles = self.stored_rows("tokens/roles", first, last)
             block = slice(int(offsets[places[0]]), int(offsets[places[-1] + 1]))
             if self.encoding != "int8" and self._are_contiguous(places, items_of_run):
-                self.stored_rows("features", first, last, out=rows[block])
+                self.stored_rows(array, first, last, out=rows[block])
                 roles[block] = run_roles
                 continue
-            run_rows = self.rows_at(first, last)
+            run_rows = self.rows_at(first, last, array=array)
             for place, item in zip(places.tolist(), items_of_run.tolist(), strict=True):
                 source = slice(int(self.row_starts[item]) - first, int(ends[item]) - first)
                 target = slice(int(offsets[place]), int(offsets[place + 1]))
                 rows[target] = run_rows[source]
                 roles[target] = run_roles[source]
-        return TokenRows(rows=rows, roles=roles, offsets=offsets, logical_dtype=self.logical_dtype)
+        return TokenRows(rows=rows, roles=roles, offsets=offsets, logical_dtype=logical_dtype)
+
+    def tokens(self, items: Sequence[int] | NDArray[Any]) -> list[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
+        """The token ids and the roles of each of `items` (positions), without their features.
+
+        Raises as `read`, and ViewRefused where rows are not tokens.
+        """
+        self._require_tokens()
+        wanted = item_positions(items, count=len(self.n_tokens), where=self.location)
+        self._require_committed(wanted)
+        found: dict[int, tuple[NDArray[np.int32], NDArray[np.uint8]]] = {}
+        for places in self._runs(wanted):
+            run = wanted[places]
+            first, last = int(self.row_starts[run[0]]), int(self.row_ends[run].max())
+            ids, roles = (self.stored_rows(f"tokens/{name}", first, last) for name in ("ids", "roles"))
+            for item in run.tolist():
+                rows = slice(int(self.row_starts[item]) - first, int(self.row_ends[item]) - first)
+                found[item] = ids[rows], roles[rows]
+        return [found[item] for item in wanted.tolist()]
+
+    def _require_tokens(self) -> None:
+        if self.tap is None and not self.pooled:
+            return
+        rows = f"those of {self.tap}" if self.tap is not None else f"pooled over tokens ({', '.join(self.pooled)})"
+        message = (
+            f"{self.location} has no token ids: its rows are {rows}. Give a store whose rows are tokens, as "
+            "`agiqa extract` writes it without --pool-tokens and --tap."
+        )
+        raise ViewRefused(message)
 
     def _are_contiguous(self, places: NDArray[np.int64], items: NDArray[np.int64]) -> bool:
         """Whether the rows of `items` follow each other in the store, and in the result, where they have `places`."""
@@ -188,7 +176,7 @@ class Store(ByName, StoredArrays):
         return np.split(order, cuts) if len(order) else []
 
     def rows_of(self, item: int, start: int, stop: int, *, array: str = "features") -> NDArray[Any]:
-        """Tokens `start` to `stop` of `item`, of `features` or `logits`, in the bits of `logical_dtype`.
+        """Tokens `start` to `stop` of `item`, of `features`, `logits` or a layer, in the bits of its logical dtype.
 
         Raises as `read`.
         """
@@ -197,20 +185,16 @@ class Store(ByName, StoredArrays):
         return self.rows_at(first + start, first + stop, array=array)
 
     def rows_at(self, start: int, stop: int, *, array: str = "features") -> NDArray[Any]:
-        """Rows by address, all of one unit, in the bits of `logical_dtype`; rescales those of `int8`.
+        """Rows by address, all of one unit, in the bits of the logical dtype; rescales those of `int8`.
 
         Raises DamagedStore if a checksum does not match.
         """
         rows = self.stored_rows(array, start, stop)
         if self.encoding != "int8":
             return rows
-        return self.scale.decode(rows, self.stored_rows("tokens/scale", start, stop))
-
-    @cached_property
-    def scale(self) -> Scale:
-        """The scale of an `int8` store."""
-        mean, rms = self.whole("scale/mean"), self.whole("scale/rms")
-        return Scale(mean=mean, rms=rms, calibration=str(self._attribute("scale/mean", "calibration")))
+        other = layer_of_array(array)
+        scale = self.scale if other is None else self.layer_scale(other)
+        return scale.decode(rows, self.stored_rows(token_scale_array(other), start, stop))
 
     def _require_committed(self, wanted: NDArray[np.int64]) -> None:
         if self.is_sealed and self.pulled_units is None:
@@ -224,96 +208,20 @@ class Store(ByName, StoredArrays):
                 )
                 raise IncompleteStore(message)
 
-    @cached_property
+    @property
     def content(self) -> str:
         """The `content_hash` of a sealed store; the id of an unfinished one."""
+        return self._content
+
+    @cached_property
+    def _content(self) -> str:
         if not self.is_sealed:
             return self.id
         return content_hash((entry["path"], entry["sha256"]) for entry in self.manifest["objects"])
 
-    @property
-    def lm_head_sha256(self) -> str:
-        """The language-model head of the features: sha256 of its bits in row-major order."""
-        return str(self._attribute(LM_HEAD_NAMED_IN[self.encoding], "lm_head_sha256"))
 
-    def lm_head(self) -> NDArray[np.float32]:
-        """The language-model head W_lm, (V, D) float32. Raises ViewRefused if the store has none."""
-        return to_float32(*self.lm_head_bits())
-
-    def lm_head_bits(self) -> tuple[NDArray[Any], str]:
-        """W_lm (V, D) in the bits of the model, and their logical dtype. Raises ViewRefused if the store has none."""
-        if self.encoding not in ("hidden", "int8"):
-            message = f"{self.path} holds {self.encoding} features without W_lm; read it from the store it came from."
-            raise ViewRefused(message)
-        bits = np.ascontiguousarray(self.whole("lm_head/weight"))
-        if hashlib.sha256(bits.data).hexdigest() != self.lm_head_sha256:
-            message = (
-                f"{self.path}: lm_head/weight does not have the sha256 that the store states. Copy the store again."
-            )
-            raise DamagedStore(message)
-        logical_dtype = str(self._attribute("lm_head/weight", "logical_dtype"))
-        if storage_dtype(logical_dtype) != bits.dtype:
-            raise damaged(self.path, f"lm_head/weight is {bits.dtype}, which cannot be {logical_dtype}")
-        return bits, logical_dtype
-
-    def basis(self) -> Basis:
-        """The basis of a sketch. Raises ViewRefused for other encodings."""
-        if self.encoding != "sketch":
-            message = (
-                f"{self.path} holds {self.encoding}, which has no basis. "
-                "`agiqa store sketch STORE OUT --rank R` makes a sketch of it."
-            )
-            raise ViewRefused(message)
-        parts: dict[str, Any] = {name: self.whole(f"basis/{name}") for name in ("map", "q", "energy", "mean")}
-        if self._attribute("basis/q", "rank") != self.width or parts["map"].shape[1:] != parts["energy"].shape:
-            raise damaged(self.path, "the arrays of its basis do not fit each other")
-        for name in ("id", "method", "lm_head_sha256", "calibration"):
-            parts[name] = str(self._attribute("basis/q", name))
-        return Basis(rank=self.width, **parts)
-
-
-def _check_index(
-    path: Path,
-    geometry: Geometry,
-    *,
-    n_tokens: NDArray[np.int32],
-    row_start: NDArray[np.int64],
-    unit: NDArray[np.int32],
-) -> None:
-    """Raise DamagedStore unless items follow each other in units without gap or overlap; names the first wrong item.
-
-    The three arrays are (items,).
-    """
-    lengths = n_tokens.astype(np.int64)
-    begin = np.clip(unit, 0, geometry.units).astype(np.int64) * geometry.unit_rows
-    inside = (lengths >= 0) & (unit >= 0) & (unit < geometry.units)
-    inside &= (row_start >= begin) & (row_start <= begin + geometry.unit_rows)
-    inside &= lengths <= geometry.unit_rows - (row_start - begin) * inside
-    if not inside.all():
-        item = int(np.argmin(inside))
-        what = f"{lengths[item]} rows from {row_start[item]} in unit {unit[item]}"
-        raise damaged(path, f"its index says that item {item} has {what}, which is outside of that unit")
-    same = np.diff(unit, prepend=-1) == 0
-    expected = np.where(same, np.concatenate([[0], (row_start + lengths)[:-1]]), begin) if len(unit) else begin
-    placed = (expected == row_start) & (np.diff(unit, prepend=0) >= 0)
-    if not placed.all():
-        item = int(np.argmin(placed))
-        what = f"item {item} begins at row {row_start[item]} of unit {unit[item]}, where {expected[item]} was next"
-        raise damaged(path, f"its index says that {what}")
-
-
-def item_positions(items: Sequence[int] | NDArray[Any], *, count: int, where: str) -> NDArray[np.int64]:
-    """`items` as positions in a store at `where` with `count` items, (items,). Raises DataError for invalid ones."""
-    wanted = np.asarray(items)
-    if wanted.size == 0:
-        return np.zeros(0, np.int64)
-    if wanted.ndim != 1 or wanted.dtype.kind not in "iu" or wanted.min() < 0 or wanted.max() >= count:
-        message = (
-            f"{where} has {count} items, read by their positions, whole numbers from 0 to {count - 1}; got "
-            f"{np.array2string(wanted, threshold=5)}. `items.names` of the store has their names, in that order."
-        )
-        raise DataError(message)
-    return wanted.astype(np.int64)
+AnyStore = Store | VariantView
+"""A store, or the view of one as a shorter conversation."""
 
 
 def is_planned(path: Path) -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from agiqa.errors import BusyStore, DamagedStore, IncompleteStore, StoreError
 from agiqa.store.format.arrays import object_rows
-from agiqa.store.format.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, PULL_RECORD, ROW_ARRAYS, StoreLayout
+from agiqa.store.format.layout import MODEL_GROUPS, PLANNED_ROW_ARRAYS, PULL_RECORD, StoreLayout, is_row_array
 from agiqa.store.format.manifest import read_manifest, read_record
 from agiqa.store.format.metadata import (
     UNREADABLE,
@@ -53,6 +53,9 @@ class StoredArrays:
         self._folder = _identity(self.layout.root)
         if self._manifest is not None and self._manifest.get("id") != self.id:
             what = f"it is that of the store {str(self._manifest.get('id'))[:12]}, the metadata of {self.id[:12]}"
+            raise damaged(self.layout.manifest if manifest is None else self.location, what)
+        if self._manifest is not None and self._manifest.get("version") != self.attributes["version"]:
+            what = f"it says version {self._manifest.get('version')}, the metadata {self.attributes['version']}"
             raise damaged(self.layout.manifest if manifest is None else self.location, what)
         self.provenance: dict[str, Any] = self.attributes["provenance"]
 
@@ -167,6 +170,12 @@ class StoredArrays:
         self._arrays[name] = found
         return found
 
+    def has_array(self, name: str) -> bool:
+        """Whether the store has the array `name`, by its listing if it is sealed."""
+        if self.is_sealed:
+            return f"store.zarr/{name}/zarr.json" in self._recorded_bytes
+        return (self.layout.zarr / name / "zarr.json").exists()
+
     def _attribute(self, name: str, key: str) -> Any:
         if key not in self.array(name).attrs:
             raise damaged(self.path, f"{name} has no attribute {key}")
@@ -187,7 +196,7 @@ class StoredArrays:
             position = start // codec.rows
             first, end = position * codec.rows, min(stop, (position + 1) * codec.rows)
             path = self.layout.object_of(name, position, dimensions=1 + len(codec.row_shape))
-            unit = start // self.geometry.unit_rows if name in ROW_ARRAYS else None
+            unit = start // self.geometry.unit_rows if is_row_array(name) else None
             listed = self._listed_bytes(name, path, unit)
             with self._decoding(repr(name) if unit is None else f"unit {unit} of {name!r}"):
                 parts.append(self._read_object(codec, path, listed, start - first, end - first, out))

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from agiqa.errors import UnknownName, ViewRefused
 from agiqa.store.format.arrays import to_float32
+from agiqa.store.format.layers import LAST
+from agiqa.store.reading.layers import known_layer
 from agiqa.store.reading.store import Store
 
 VIEWS = ("hidden", "logits", "sketch")
@@ -52,26 +54,45 @@ class View:
             yield self._rows(item, start, min(start + rows, length))
 
 
-def view(store: Store, name: str) -> View:
-    """The view `name` of `store`: `hidden`, `logits` or `sketch`.
+def view(store: Store, name: str, *, layer: str | None = None) -> View:
+    """The view `name` of `store`: `hidden`, `logits` or `sketch`; of a stored layer, or else of `features`.
 
-    Raises UnknownName for another name, and ViewRefused, with the remedy, if the encoding does not have the view.
+    Raises UnknownName for another name or layer, and ViewRefused, with the remedy, if the encoding, or the layer, does
+    not have the view.
     """
     if name not in VIEWS:
         raise UnknownName.of(kind="view", name=name, known=VIEWS)
-    if name not in _ANSWERS[store.encoding]:
-        message = f"{store.path} holds the encoding {store.encoding!r}, which has no view {name!r}: {_REMEDIES[name]}"
+    chosen = store.layer_name if layer is None else known_layer(store, layer)
+    is_other = chosen != store.layer_name
+    encoding = "hidden" if is_other and store.encoding == "logits" else store.encoding
+    if name == "logits" and "logits" in _ANSWERS[encoding]:
+        _require_logits(store, chosen)
+    if name not in _ANSWERS[encoding]:
+        message = f"{store.path} holds the encoding {encoding!r}, which has no view {name!r}: {_REMEDIES[name]}"
         raise ViewRefused(message)
-    array = "logits" if name == "logits" and store.keeps_logits else "features"
-    width, rows = int(store.array(array).shape[1]), _stored_rows(store, array)
+    array = "logits" if name == "logits" and store.keeps_logits else store.array_of_layer(chosen)
+    width, rows = int(store.array(array).shape[1]), _stored_rows(store, array, store.layer_shape(chosen)[1])
     if name == "logits" and store.encoding in ("hidden", "int8") and not store.keeps_logits:
         width, rows = _logits_of(store, rows)
     return View(store=store, name=name, width=width, exact=store.encoding != "int8", _rows=rows)
 
 
-def _stored_rows(store: Store, array: str) -> Callable[[int, int, int], NDArray[np.float32]]:
+def _require_logits(store: Store, layer: str) -> None:
+    """Raise ViewRefused unless W_lm makes logits of the states of the layer."""
+    if not store.content_of_rows.has_lm_head:
+        message = f"{store.path} has no view 'logits': {store.why_no_lm_head} Take the view 'hidden'."
+        raise ViewRefused(message)
+    if layer != store.layer_name:
+        message = (
+            f"Layer {layer} of {store.path} has no view 'logits': W_lm reads only the layer {LAST!r}. Take the view "
+            "'hidden' of it."
+        )
+        raise ViewRefused(message)
+
+
+def _stored_rows(store: Store, array: str, dtype: str) -> Callable[[int, int, int], NDArray[np.float32]]:
     def rows(item: int, start: int, stop: int) -> NDArray[np.float32]:
-        return to_float32(store.rows_of(item, start, stop, array=array), store.logical_dtype)
+        return to_float32(store.rows_of(item, start, stop, array=array), dtype)
 
     return rows
 

@@ -38,7 +38,8 @@ from agiqa.store.disk.locks import waiting_lock
 from agiqa.store.format.items import Items, read_items
 from agiqa.store.format.layout import ITEM_TABLE, StoreLayout, array_of, cache_root
 from agiqa.store.format.manifest import Manifest, units_of_objects
-from agiqa.store.reading.store import Store, TokenRows, item_positions, open_local_store
+from agiqa.store.reading.store import Store, open_local_store
+from agiqa.store.reading.token_rows import TokenRows, item_positions
 from agiqa.store.sharing.fetching import fetch_manifest, fetch_object
 from agiqa.store.sharing.remotes import LocalFolder, Remote, is_url, remote_at
 from agiqa.store.sharing.transfers import JOBS, Tally, in_parallel
@@ -268,11 +269,11 @@ class RemoteStore(Store):
         """The URL of the store."""
         return self.url
 
-    def read(self, items: Sequence[int] | NDArray[Any]) -> TokenRows:
+    def read_layer(self, items: Sequence[int] | NDArray[Any], layer: str) -> TokenRows:
         """As Store, with the units of `items` fetched ahead. Raises RemoteError too."""
         wanted = item_positions(items, count=len(self.n_tokens), where=self.location)
         self._ahead.announce(np.unique(self.units[wanted]).tolist())
-        return super().read(wanted)
+        return super().read_layer(wanted, layer)
 
     def _read_items(self) -> Items:
         self._cache.fetch(ITEM_TABLE)

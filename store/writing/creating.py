@@ -25,7 +25,7 @@ from zarr.core.sync import sync
 from agiqa.errors import ConfigError, DamagedStore, IncompleteStore, SettingsConflict, listed
 from agiqa.store.disk.files import sha256_of_file, sync_file, telling_disk_errors
 from agiqa.store.disk.locks import abandoned_lock, exclusive_lock, is_held, new_lock
-from agiqa.store.format.items import DEVIATION_PREFIX, LABEL_PREFIX, Items
+from agiqa.store.format.items import COUNT_PREFIX, DEVIATION_PREFIX, LABEL_PREFIX, Items
 from agiqa.store.format.labels import range_text
 from agiqa.store.format.layout import PLAN_LOCK, PULL_LOCK, PULL_RECORD, StoreLayout
 from agiqa.store.format.manifest import check_object, read_record, replace_recorded_items
@@ -330,10 +330,12 @@ def has_items(store: Store, items: Items) -> bool:
 
 
 def _comparable(asked: Items, store: Store) -> Items:
-    """`asked`, without the authors of texts, and the deviations of MOS, if a finished store records none."""
+    """`asked`, without the authors of texts, and deviations and counts of ratings, if a finished store has none."""
     if store.is_sealed and not store.items.text_authors:
         asked = replace(asked, text_authors=[])
-    return replace(asked, deviations={}) if store.is_sealed and not store.items.deviations else asked
+    if store.is_sealed and not store.items.deviations:
+        asked = replace(asked, deviations={})
+    return replace(asked, counts={}) if store.is_sealed and not store.items.counts else asked
 
 
 def _other_labels(store: Store, plan: StorePlan) -> str:
@@ -353,7 +355,7 @@ def _other_labels(store: Store, plan: StorePlan) -> str:
             f"{message} Give the scale of the store by --mos-range. If the other one is right, store all MOS on it "
             f"first: `agiqa store labels {path} TABLE.csv --mos-range LOW HIGH`."
         )
-    prefixes = LABEL_PREFIX, DEVIATION_PREFIX
+    prefixes = LABEL_PREFIX, DEVIATION_PREFIX, COUNT_PREFIX
     labels = all(name in ("split", "generator") or name.startswith(prefixes) for name in different)
     if labels and all(name in here.column_names and _keeps_no_old(there, here, name) for name in different):
         table = plan.label_table or "TABLE.csv"

@@ -3,7 +3,7 @@
 import os
 import shutil
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from agiqa.store.disk.files import (
 )
 from agiqa.store.disk.locks import exclusive_lock, is_held, waiting_lock
 from agiqa.store.format.arrays import WritableArrays, finite_rows, object_rows
+from agiqa.store.format.layers import LAST, layer_array, token_scale_array
 from agiqa.store.format.layout import MODEL_GROUPS, MODEL_LOCK, PULL_RECORD, RECORDS_LOCK
 from agiqa.store.format.manifest import check_inside
 from agiqa.store.format.metadata import open_group
@@ -71,21 +72,33 @@ class UnitWriter:
         seconds: float,
         scale: NDArray[np.float32] | None = None,
         logits: Callable[[int, int], NDArray[Any]] | None = None,
+        layers: Mapping[str, NDArray[Any]] | None = None,
+        layer_scales: Mapping[str, NDArray[np.float32]] | None = None,
     ) -> None:
         """Write the features of `unit` and its commit record.
 
         `rows` is (rows used, width) in the dtype of `features`, the items of the unit one after the other; `seconds` is
         the time of computing them. `scale` (rows used,) belongs to `int8`. `logits(start, stop)` gives the raw logits
-        (stop - start, V) of these rows of the unit, in a store that keeps them. Raises DataError with the first item
-        that has a NaN or infinite value, and DamagedStore if the disk returns other bytes than were written.
+        (stop - start, V) of these rows of the unit, in a store that keeps them. `layers` has the rows of every layer
+        but the last, as `rows`, and is asked for one at a time; `layer_scales` has their scales in `int8`. Raises
+        DataError with the first item that has a NaN or infinite value, and DamagedStore if the disk returns other bytes
+        than were written.
         """
-        self._check(unit, rows)
+        self._check(unit, self.store.layer_name, rows)
+        layers, others = layers or {}, self.store.layers[:-1]
+        if set(layers) != set(others):
+            message = f"unit {unit} has the layers {_told(layers)} besides the last, the plan expects {_told(others)}."
+            raise DataError(message)
         with telling_disk_errors(f"writing unit {unit} of {self.store.path}", _KEPT):
             objects = self._put("features", unit, rows)
             if scale is not None:
-                objects += self._put("tokens/scale", unit, scale)
+                objects += self._put_scale(unit, self.store.layer_name, scale)
             if logits is not None:
                 objects += self._put_logits(unit, len(rows), logits)
+            for layer in others:
+                objects += self._put_layer(unit, layer, layers[layer])
+                if layer_scales is not None:
+                    objects += self._put_scale(unit, layer, layer_scales[layer])
             record = {
                 "unit": unit,
                 "objects": objects,
@@ -152,6 +165,17 @@ class UnitWriter:
             objects += self._put("logits", (first + start) // shard_rows, block)
         return objects
 
+    def _put_layer(self, unit: int, layer: str, rows: NDArray[Any]) -> list[dict[str, Any]]:
+        self._check(unit, layer, rows)
+        return self._put(layer_array(layer), unit, rows)
+
+    def _put_scale(self, unit: int, layer: str, scale: NDArray[np.float32]) -> list[dict[str, Any]]:
+        """Write the scales of a layer in `int8`. One that is NaN marks a row that eight bits cannot hold."""
+        finite = np.isfinite(scale)
+        if not finite.all():
+            raise self._not_finite(unit, int(np.argmin(finite)), layer)
+        return self._put(token_scale_array(None if layer == self.store.layer_name else layer), unit, scale)
+
     def _put(self, name: str, position: int, values: NDArray[Any]) -> list[dict[str, Any]]:
         """Write object number `position` of the array `name`, and read it back; returns its entries, none for zeros."""
         array = self.store.array(name)
@@ -176,28 +200,36 @@ class UnitWriter:
             return (
                 "If the hidden states are finite there, it exceeds the range of the sketch's dtype: store them instead."
             )
+        if self.store.encoding == "int8":
+            return "If it is finite, it exceeds 65504, the largest value of int8 stores: store hidden states instead."
         return "Try --dtype float32, or leave the item out."
 
-    def _check(self, unit: int, rows: NDArray[Any]) -> None:
-        used, width = self.store.rows_used(unit), self.store.width
-        dtype = self.store.array("features").dtype
+    def _check(self, unit: int, layer: str, rows: NDArray[Any]) -> None:
+        used, (width, logical_dtype) = self.store.rows_used(unit), self.store.layer_shape(layer)
+        array = self.store.array_of_layer(layer)
+        dtype = self.store.array(array).dtype
         if rows.shape != (used, width) or rows.dtype != dtype:
             message = (
-                f"unit {unit}: features are {rows.dtype} {rows.shape}, the plan expects {dtype} {(used, width)}. "
+                f"unit {unit}: {array} are {rows.dtype} {rows.shape}, the plan expects {dtype} {(used, width)}. "
                 "The model does not fit this store."
             )
             raise DataError(message)
         if rows.dtype == np.int8:
             return
-        finite = finite_rows(rows, self.store.logical_dtype)
+        finite = finite_rows(rows, logical_dtype)
         if not finite.all():
-            raise self._not_finite(unit, int(np.argmin(finite)))
+            raise self._not_finite(unit, int(np.argmin(finite)), layer)
 
-    def _not_finite(self, unit: int, row_of_unit: int) -> DataError:
+    def _not_finite(self, unit: int, row_of_unit: int, layer: str = LAST) -> DataError:
         row = unit * self.store.geometry.unit_rows + row_of_unit
         items = self.store.items_of(unit)
         item = int(items[np.searchsorted(self.store.row_starts[items], row, side="right") - 1])
         return DataError(
             f"item {self.store.items.names[item]!r} (unit {unit}): the model gave a NaN or infinite value at "
-            f"token {row - int(self.store.row_starts[item])}. {self._remedy()}"
+            f"{'row' if self.store.pooled else 'token'} {row - int(self.store.row_starts[item])}"
+            f"{'' if layer == LAST else f' of layer {layer}'}. {self._remedy()}"
         )
+
+
+def _told(layers: Iterable[str]) -> str:
+    return ", ".join(layers) or "none"

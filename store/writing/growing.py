@@ -20,6 +20,7 @@ from agiqa.errors import AgiqaError, SettingsConflict
 from agiqa.store.disk.files import sync_file, telling_disk_errors
 from agiqa.store.disk.locks import is_held
 from agiqa.store.format.items import Items
+from agiqa.store.format.layers import layer_array, token_scale_array
 from agiqa.store.format.layout import SEAL_LOCK, StoreLayout
 from agiqa.store.format.metadata import store_id
 from agiqa.store.reading.store import Store, is_planned, open_local_store
@@ -85,6 +86,7 @@ def _with_labels_of(old: Items, items: Items) -> Items:
         generators=texts(items.generators, old.generators),
         labels=numbers(items.labels, old.labels),
         deviations=numbers(items.deviations, old.deviations),
+        counts=numbers(items.counts, old.counts),
         mos_ranges={**old.mos_ranges, **items.mos_ranges},
     )
 
@@ -102,14 +104,17 @@ def copy_rows(old: Store, new: Store, advance: Callable[[int], None]) -> None:
         with writer.claim(unit) as mine:
             if mine:
                 runs = _runs(old, items)
-                scale = _rows(old, "tokens/scale", runs) if old.encoding == "int8" else None
+                is_int8, others = old.encoding == "int8", old.layers[:-1]
+                scales = {layer: _rows(old, token_scale_array(layer), runs) for layer in others if is_int8}
                 seconds = time.perf_counter() - started
                 writer.write_unit(
                     unit,
                     _rows(old, "features", runs),
                     seconds=seconds,
-                    scale=scale,
+                    scale=_rows(old, token_scale_array(None), runs) if is_int8 else None,
                     logits=(lambda start, stop: _rows(old, "logits", runs, start, stop)) if old.keeps_logits else None,
+                    layers={layer: _rows(old, layer_array(layer), runs) for layer in others},
+                    layer_scales=scales if is_int8 else None,
                 )
         return len(items)
 

@@ -20,7 +20,7 @@ from agiqa.store.disk.files import (
     write_text_atomically,
 )
 from agiqa.store.disk.locks import is_held, waiting_lock
-from agiqa.store.format.layout import FORMAT, SEAL_LOCK, VERSION, StoreLayout
+from agiqa.store.format.layout import FORMAT, SEAL_LOCK, StoreLayout
 from agiqa.store.format.manifest import read_record, table_problem
 from agiqa.store.format.metadata import require_no_pull
 from agiqa.store.reading.store import Store, open_local_store
@@ -109,7 +109,7 @@ def _seal(store: Store) -> None:
     write_text_atomically(layout.card, data_card(store))
     manifest = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": store.attributes["version"],
         "id": store.id,
         "state": "complete",
         "objects": [*objects, describe_object(store.path, layout.zarr / "zarr.json")],

@@ -13,6 +13,7 @@ import numpy as np
 
 from agiqa.store import (
     Items,
+    Prefixes,
     Store,
     StorePlan,
     UnitWriter,
@@ -35,7 +36,33 @@ SPARSE = ("absent", "unfinished")
 """Kinds whose item 1, alone in its unit with the empty item 2, is all zero, so that no object of that unit is there."""
 READABLE = {"partial": (0, 3, 4), "unfinished": (0, 1, 2)}
 """Items of the units that are there, of kinds that lack some."""
-ALL_KINDS = (*KINDS, "absent", "partial", "unfinished", "deviations")
+VIEW_KINDS = ("views", "view-keys")
+"""Only the second has the item keys of the shorter conversations."""
+ALL_KINDS = (*KINDS, "absent", "partial", "unfinished", "deviations", *VIEW_KINDS, "counts")
+
+
+FULL = {"variant": "full", "aspect": "quality"}
+SHORTER = {"question": (1, 4, 0, 2, 0), "id": (3, 8, 0, 4, 1)}
+"""Rows of each item in the views of the kind `views`."""
+AUTHORS = {"question": (0, 0, 0, 0, 0), "id": (1, 2, 3, 0, 3)}
+
+
+def item_key(item: int, name: str = "") -> bytes:
+    """The key of the item, or of the shorter conversation `name` of it."""
+    return hashlib.sha256(bytes([item]) + name.encode()).digest()
+
+
+def prefixes(kind: str) -> Prefixes | None:
+    """The shorter conversations of a store of this kind."""
+    if kind not in VIEW_KINDS:
+        return None
+    keys = [b"".join(item_key(item, name) for name in SHORTER) for item in range(5)]
+    return Prefixes(
+        names=tuple(SHORTER),
+        rows=np.array([*SHORTER.values()], np.int32).T.copy(),
+        authors=np.array([*AUTHORS.values()], np.uint8).T.copy(),
+        keys=np.array([list(row) for row in keys], np.uint8) if kind == "view-keys" else None,
+    )
 
 
 def readable(kind: str) -> tuple[int, ...]:
@@ -86,7 +113,14 @@ def items(kind: str = "hidden") -> Items:
         labels={"quality": np.array([1.5, 2.0, np.nan, 4.25, 5.0])},
         **(recorded if kind in SPARSE else {}),
         **({"deviations": {"quality": np.array([0.5, np.nan, np.nan, 0.0, 1.25])}} if kind == "deviations" else {}),
+        **({"counts": counts()} if kind == "counts" else {}),
     )
+
+
+def counts() -> dict[str, np.ndarray]:
+    """Ratings of each level of quality; those of item 2 are unknown."""
+    of_items = [[3, 1, 0, 0, 0], [0, 1, 0, 0, 0], [np.nan] * 5, [0, 0, 1, 1, 2], [0, 0, 0, 0, 4]]
+    return {f"quality_{level + 1}": np.array(of_items, np.float64)[:, level] for level in range(5)}
 
 
 def _begin(path: Path, kind: str) -> UnitWriter:
@@ -95,13 +129,14 @@ def _begin(path: Path, kind: str) -> UnitWriter:
         encoding="hidden",
         logical_dtype="bfloat16",
         width=WIDTH,
-        provenance={"model": {"name": "golden"}},
+        provenance={"model": {"name": "golden"}, **({"conversation": FULL} if kind in VIEW_KINDS else {})},
         items=items(kind),
         token_ids=[token_ids(item, kind) for item in range(5)],
         roles=[roles(item, kind) for item in range(5)],
-        item_keys=[hashlib.sha256(bytes([item])).digest() for item in range(5)],
+        item_keys=[item_key(item) for item in range(5)],
         truncated=[bool(cut) for cut in status(kind)],
         kept_logits=VOCABULARY if kind in ("kept-logits", *SPARSE) else None,
+        prefixes=prefixes(kind),
     )
     store = create_store(path, plan)
     writer = UnitWriter(store)
@@ -138,7 +173,7 @@ def _write_hidden(path: Path, kind: str) -> Store:
 
 def write(kind: str, path: Path) -> Store:
     """The golden store of this kind, by today's code."""
-    if kind in ("hidden", "kept-logits", "deviations", *SPARSE):
+    if kind in ("hidden", "kept-logits", "deviations", "counts", *VIEW_KINDS, *SPARSE):
         return _write_hidden(path, kind)
     if kind == "partial":
         whole = write("int8", path.with_name("whole.agiqa"))

@@ -22,7 +22,10 @@ ABSENT = 2**64 - 1
 DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("int8", "uint8", "uint16", "int32", "int64")}
 DTYPES |= {name: np.dtype(name).newbyteorder("<") for name in ("float16", "float32", "float64")}
 STORED_AS = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}
-PLANNED, FILLED = ("tokens/ids", "tokens/roles"), ("features", "logits", "tokens/scale")
+PLANNED = re.compile("tokens/ids|tokens/roles")
+FILLED = re.compile("features|logits|tokens/scale|layers/[0-9]{1,4}|tokens/layers_scale/[0-9]{1,4}")
+OF_MODEL = ("lm_head", "basis", "scale", "layers_basis", "layers_scale", "probe")
+OF_VERSION_2 = ("layers", "layer_widths", "layer_dtypes", "layer_count", "pooled", "tap")
 PATH = re.compile(r"store\.zarr(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,254})+")
 ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 ROOT = "store.zarr/zarr.json"
@@ -180,11 +183,18 @@ class IndependentReader:
         root = json.loads((folder / ROOT).read_bytes())
         self.attributes: dict[str, Any] = root["attributes"]
         found = (self.attributes["format"], self.attributes["version"])
-        require(found == ("agiqa.features", 1), f"it is {found}")
+        require(found in (("agiqa.features", 1), ("agiqa.features", 2)), f"it is {found}")
+        self.version = 2 if {"layers", "pooled", "tap"} & set(self.attributes) else 1
+        require(self.attributes["version"] == self.version, "it has the attributes of the other version")
         provenance = self.attributes["provenance"]
         require(sha256(canonical(provenance)) == self.attributes["id"], "the id is not the hash of the provenance")
         for name in ("encoding", "logical_dtype", "width"):
             require(provenance[name] == self.attributes[name], f"{name} is not that of the provenance")
+        for name in OF_VERSION_2:
+            require(provenance.get(name) == self.attributes.get(name), f"{name} is not that of the provenance")
+        self.layers: list[str] = self.attributes.get("layers", ["last"])
+        self.pooled: list[str] = self.attributes.get("pooled", [])
+        self.has_lm_head = "tap" not in self.attributes and self.layers[-1] == "last"
         manifest = folder / "MANIFEST.json"
         self.manifest = json.loads(manifest.read_bytes()) if manifest.exists() else None
         self.plan = None if self.manifest else json.loads((folder / "commits/plan.json").read_bytes())
@@ -196,7 +206,8 @@ class IndependentReader:
 
     def _open_listed(self) -> None:
         manifest = self.manifest
-        require([manifest[key] for key in ("format", "version")] == ["agiqa.features", 1], "it is no manifest")
+        kind = [manifest[key] for key in ("format", "version")]
+        require(kind == ["agiqa.features", self.version], "it is no manifest of this store")
         require(manifest["id"] == self.attributes["id"], "the manifest is that of another store")
         require((manifest["state"], "units" in manifest) in (("complete", False), ("partial", True)), "a wrong state")
         self.units = set(manifest.get("units", range(self.attributes["units"])))
@@ -264,12 +275,12 @@ class IndependentReader:
         """The listing that says whether a missing object is zero; section 3."""
         unit = number * form.object_rows // self.attributes["unit_rows"]
         if self.manifest is not None:
-            if name in PLANNED + FILLED and unit not in self.units:
+            if (PLANNED.fullmatch(name) or FILLED.fullmatch(name)) and unit not in self.units:
                 raise NotThere
             return self.listed
         group = name.partition("/")[0]
-        record = "model" if group in ("lm_head", "basis", "scale", "probe") else "plan"
-        record = f"{unit:08d}" if name in FILLED else record
+        record = "model" if group in OF_MODEL else "plan"
+        record = f"{unit:08d}" if FILLED.fullmatch(name) else record
         if record not in self.records:
             raise NotThere
         return self.records[record]
@@ -288,6 +299,7 @@ class IndependentReader:
             require(start == (end if unit == before else unit * unit_rows), "an item has another place")
             before, end = unit, start + count
             require(end <= (unit + 1) * unit_rows, "an item crosses a unit")
+            require(not self.pooled or count == len(self.pooled), "an item has another number of poolings")
         return [(start, start + count) for start, count in zip(starts, counts, strict=True)]
 
     def of_item(self, item: int, name: str) -> np.ndarray:
@@ -296,19 +308,48 @@ class IndependentReader:
             raise NotThere  # also where it has no rows
         return self.rows(name, *self.spans[item])
 
+    def prefix(self, item: int, name: str) -> tuple[np.ndarray, str | None]:
+        """Section 6: the rows of the item as the shorter conversation `name`, and the author of its texts."""
+        names, counts = self.attributes["provenance"]["prefixes"], self.whole("index/prefixes")[item]
+        total = int(self.whole("index/n_tokens")[item])
+        require(counts.shape == (len(names),), "there is a column for each shorter conversation")
+        require((np.diff([0, *counts.tolist(), total]) >= 0).all(), "the numbers of rows of an item do not descend")
+        place = names.index(name)
+        author = (None, "teacher", "teacher-blind", "model")[self.whole("index/prefix_authors")[item, place]]
+        return self.features(item)[: counts[place]], author
+
+    def prefix_key(self, item: int, name: str) -> bytes:
+        """Section 6: the item key of the shorter conversation `name`; of the whole one, if the store has no other."""
+        if not (self.folder / "store.zarr/index/prefix_keys/zarr.json").exists():
+            return self.whole("index/item_key")[item].tobytes()
+        place = self.attributes["provenance"]["prefixes"].index(name)
+        return self.whole("index/prefix_keys")[item, 32 * place : 32 * place + 32].tobytes()
+
     def features(self, item: int) -> np.ndarray:
         """The rows of an item in the bits of `logical_dtype`, int8 made hidden states again; section 5."""
-        rows = self.of_item(item, "features")
-        if self.attributes["encoding"] != "int8":
-            require(rows.dtype == STORED_AS[self.attributes["logical_dtype"]], "features have another dtype")
-            return rows
-        require(self.attributes["logical_dtype"] == "float16", "int8 is read as float16")
-        scale = self.of_item(item, "tokens/scale")
-        return hidden_of_int8(rows, scale, mean=self.whole("scale/mean"), rms=self.whole("scale/rms"))
+        return self.layer(item, self.layers[-1])
 
-    def floats(self, bits: np.ndarray) -> np.ndarray:
-        """Values of bits in `logical_dtype`, float32."""
-        if self.attributes["logical_dtype"] == "bfloat16":
+    def layer(self, item: int, name: str) -> np.ndarray:
+        """The rows of an item in a layer, in the bits of its logical dtype; sections 5 and 11."""
+        is_other, dtype = name != self.layers[-1], self.layer_dtype(name)
+        rows = self.of_item(item, f"layers/{name}" if is_other else "features")
+        width = self.attributes.get("layer_widths", {}).get(name, self.attributes["width"])
+        require(rows.shape[1] == width, "a layer has another width")
+        if self.attributes["encoding"] != "int8":
+            require(rows.dtype == STORED_AS[dtype], "features have another dtype")
+            return rows
+        require(dtype == "float16", "int8 is read as float16")
+        scale = self.of_item(item, f"tokens/layers_scale/{name}" if is_other else "tokens/scale")
+        group = f"layers_scale/{name}" if is_other else "scale"
+        return hidden_of_int8(rows, scale, mean=self.whole(f"{group}/mean"), rms=self.whole(f"{group}/rms"))
+
+    def layer_dtype(self, name: str) -> str:
+        """The logical dtype of a layer; section 11."""
+        return self.attributes.get("layer_dtypes", {}).get(name, self.attributes["logical_dtype"])
+
+    def floats(self, bits: np.ndarray, dtype: str | None = None) -> np.ndarray:
+        """Values of bits in the logical dtype `dtype`, or else that of the store, float32."""
+        if (dtype or self.attributes["logical_dtype"]) == "bfloat16":
             return (bits.astype(np.uint32) << 16).view(np.float32)
         return bits.astype(np.float32)
 
@@ -316,13 +357,15 @@ class IndependentReader:
         """sha256 of the bits of W_lm."""
         return sha256(self.whole("lm_head/weight").tobytes())
 
-    def basis_id(self) -> str:
-        """The id of the basis, from its content."""
-        stated = self.form("basis/q").attributes
+    def basis_id(self, layer: str | None = None) -> str:
+        """The id of the basis, from its content; of another layer, if it is given."""
+        group = "basis" if layer is None else f"layers_basis/{layer}"
+        stated = self.form(f"{group}/{'q' if layer is None and self.has_lm_head else 'map'}").attributes
         content = {name: stated[name] for name in ("method", "rank", "lm_head_sha256", "calibration")}
-        return sha256(canonical({**content, "map": sha256(self.whole("basis/map").tobytes())}))
+        return sha256(canonical({**content, "map": sha256(self.whole(f"{group}/map").tobytes())}))
 
-    def scale_id(self) -> str:
-        """The id of the scale, from its content."""
-        vectors = {name: sha256(self.whole(f"scale/{name}").tobytes()) for name in ("mean", "rms")}
-        return sha256(canonical({"calibration": self.form("scale/mean").attributes["calibration"], **vectors}))
+    def scale_id(self, layer: str | None = None) -> str:
+        """The id of the scale, from its content; of another layer, if it is given."""
+        group = "scale" if layer is None else f"layers_scale/{layer}"
+        vectors = {name: sha256(self.whole(f"{group}/{name}").tobytes()) for name in ("mean", "rms")}
+        return sha256(canonical({"calibration": self.form(f"{group}/mean").attributes["calibration"], **vectors}))

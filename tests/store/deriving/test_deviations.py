@@ -55,6 +55,23 @@ def test_they_follow_the_scale_of_the_mos(content, tmp_path):
     np.testing.assert_array_equal(open_store(store.path).items.deviations["quality"], [10.0, 20.0, np.nan, 20.0])
 
 
+def test_a_table_of_them_alone_may_be_on_a_scale_of_its_own(content, tmp_path):
+    store = make_store(tmp_path / "s.agiqa", with_deviations(content, [np.nan] * 4, (0.0, 5.0)))
+    join_labels(store, table(tmp_path / "t.csv", "name,std_quality", "image_0.png,20"), mos_range=(0.0, 100.0))
+    items = open_store(store.path).items
+    np.testing.assert_array_equal(items.deviations["quality"], [1.0, np.nan, np.nan, np.nan])
+    assert items.mos_ranges == {"quality": (0.0, 5.0)}
+
+
+def test_they_stay_where_only_the_record_of_the_scale_was_wrong(content, tmp_path):
+    store = make_store(tmp_path / "s.agiqa", with_deviations(content, [0.5, 1.0, np.nan, 0.0], (0.0, 5.0)))
+    same = [f"image_{item}.png,{item + 1}" for item in range(COUNT)]
+    join_labels(store, table(tmp_path / "t.csv", "name,mos_quality", *same), mos_range=(1.0, 5.0))
+    items = open_store(store.path).items
+    assert items.mos_ranges == {"quality": (1.0, 5.0)}
+    np.testing.assert_array_equal(items.deviations["quality"], [0.5, 1.0, np.nan, 0.0])
+
+
 def test_hdf5_and_unions_hold_them(content, tmp_path):
     store = make_store(tmp_path / "s.agiqa", with_deviations(content, [0.5, 1.0, np.nan, 0.0], (0.0, 5.0)))
     exported = export_hdf5(store, tmp_path / "s.h5", compression="none").path

@@ -22,11 +22,14 @@ from tests.store import golden, independent_reader
 from tests.store.conftest import make_content, make_store
 from tests.store.independent_reader import FormatError, IndependentReader, NotThere
 
-ARCHIVES = sorted(golden.FOLDER.glob("*.tar.gz"))
+ARCHIVES = sorted(golden.FOLDER.glob("v1-*.tar.gz"))
 FORMAT = Path(__file__).resolve().parents[3] / "store" / "FORMAT.md"
 ROW_ARRAYS = ("tokens/ids", "tokens/roles", "tokens/scale", "logits")
 OTHER_ARRAYS = (
-    *(f"index/{name}" for name in ("row_start", "n_tokens", "unit", "item_key", "status")),
+    *(
+        f"index/{name}"
+        for name in ("row_start", "n_tokens", "unit", "item_key", "status", "prefixes", "prefix_authors", "prefix_keys")
+    ),
     *("lm_head/weight", "basis/map", "basis/q", "basis/energy", "basis/mean", "scale/mean", "scale/rms"),
     *("probe/rows", "probe/logits"),
 )
@@ -68,6 +71,24 @@ def test_agiqa_reads_it(unpacked):
         close = {"hidden": 1e-5, "int8": 0.03, "partial": 0.03}
         atol = close.get(kind, 2**-7 * np.abs(explicit).max(initial=1.0))
         np.testing.assert_allclose(view(store, "logits").item(item), explicit, atol=atol)
+
+
+@pytest.mark.parametrize("kind", golden.VIEW_KINDS)
+def test_both_read_shorter_conversations_alike(kind, tmp_path):
+    with tarfile.open(golden.FOLDER / f"v1-{kind}.tar.gz") as file:
+        file.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    store, other = open_store(tmp_path / f"{kind}.agiqa"), IndependentReader(tmp_path / f"{kind}.agiqa")
+    for name, rows in golden.SHORTER.items():
+        view = store.variant(name)
+        assert view.n_tokens.tolist() == list(rows)
+        assert view.id == hashlib.sha256(canonical_json([store.id, f"variant:{name}"]).encode()).hexdigest()
+        for item in range(5):
+            found, author = other.prefix(item, name)
+            assert in_bits(found) == in_bits(view.read([item]).rows)
+            np.testing.assert_array_equal(other.floats(found), golden.hidden_of(item)[: rows[item]])
+            assert author == (view.items.text_authors[item] if view.items.text_authors else None)
+            expected = golden.item_key(item, name) if kind == "view-keys" else golden.item_key(item)
+            assert other.prefix_key(item, name) == view.item_keys[item].tobytes() == expected
 
 
 def assert_read_alike(other, store):

@@ -114,7 +114,7 @@ MANIFESTS = {
         lambda found: found.update(objects=[e for e in found["objects"] if e["path"] != "store.zarr/zarr.json"]),
         "zarr.json is damaged: it is not what MANIFEST.json lists",
     ),
-    "another version": (lambda found: found.update(version=2), "MANIFEST.json is agiqa.features v2"),
+    "another version": (lambda found: found.update(version=3), "MANIFEST.json is agiqa.features v3"),
 }
 
 
