@@ -19,7 +19,14 @@ from typing import Any, cast
 
 from agiqa.errors import ConfigError, DataError, UnknownName
 from agiqa.extract.data.items import Message
-from agiqa.extract.data.templates import aspect_asked, label_of, reads_rating_word, template_of
+from agiqa.extract.data.templates import (
+    aspect_asked,
+    ended,
+    label_of,
+    reads_description,
+    reads_rating_word,
+    template_of,
+)
 from agiqa.store.disk.files import read_text
 from agiqa.store.format.items import MODEL, TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, author_of
 from agiqa.store.format.labels import ASPECT_NAMES, SPLITS
@@ -90,12 +97,19 @@ class Conversation:
     """Conversations on further aspects of the same image, whose descriptions follow this one's."""
 
     def text_author(self, variant: str) -> str | None:
-        """Who wrote the texts that the model reads under `variant`, see `author_of`."""
-        writers = [one.description_author for one in (self, *self.more)]
+        """Who wrote the texts that the model reads under `variant`, see `author_of`; None if it reads none."""
+        if not reads_description(variant):
+            return None
+        described = 1 + variant.partition(":")[2].count("+")
+        writers = [one.description_author for one in (self, *self.more)[:described]]
         return author_of([*writers, self.rating_author] if reads_rating_word(variant) else writers)
 
     def messages(self, variant: str) -> tuple[Message, ...]:
-        """What the model reads under `variant`: `id` ends with the rating question, `full` with the rating word."""
+        """What the model reads under `variant`, with the descriptions of all aspects that this conversation holds.
+
+        `question` ends with the describing question, `described` with the description, `id` with the rating question,
+        and `full` with the rating word.
+        """
         turns: list[Message] = []
         for one in (self, *self.more):
             turns.append(Message(role="user", content=one.describe))
@@ -103,7 +117,7 @@ class Conversation:
         turns.append(Message(role="user", content=self.rate))
         if reads_rating_word(variant) and self.rating is not None:
             turns.append(Message(role="assistant", content=self.rating))
-        return tuple(turns)
+        return tuple(ended(turns, variant))
 
 
 def asked_otherwise(conversations: Iterable[Conversation], aspect: str) -> Counter[str]:

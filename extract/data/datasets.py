@@ -18,7 +18,15 @@ from agiqa.extract.data.items import DataSet, Item, Message
 from agiqa.extract.data.labels import Rows, read_rows, rows_of_images
 from agiqa.extract.data.matching import Joined, Pair, join, join_aspects, row_name
 from agiqa.extract.data.sources import Sources, find_sources
-from agiqa.extract.data.templates import aspects_of, fill, reads_rating_word, template_of
+from agiqa.extract.data.templates import (
+    aspects_of,
+    ended,
+    fill,
+    prefixes_of,
+    reads_description,
+    reads_rating_word,
+    template_of,
+)
 from agiqa.progress import say, track
 from agiqa.store.format.columns import ColumnNames, open_labels
 from agiqa.store.format.items import TEACHER, TEXT_AUTHOR, TEXT_AUTHORS, teacher_warning
@@ -113,7 +121,7 @@ def _join(sources: Sources, table: Rows, aspects: Sequence[str], variant: str) -
     found: dict[str, list[Conversation]] = {aspect: [] for aspect in aspects}
     for file in sources.conversations:
         found[file.aspect_among(aspects)].extend(read_conversations(file.path, file.split))
-    if variant != "no_id" and not sources.conversations:
+    if reads_description(variant) and not sources.conversations:
         _check_descriptions(sources, table, aspects, variant)
     if len(aspects) > 1 and sources.conversations:
         joined = join_aspects(sources.table, table.rows, found)
@@ -172,9 +180,7 @@ class _Builder:
         if problems:
             label = row.name if row.name.strip() else "a row without a name"
             return f"{label} ({self.sources.table.name}, line {row.number}): {'; '.join(problems)}"
-        turns, author = self._messages(pair), None
-        if self.variant != "no_id":
-            author = row.text_author if conversation is None else conversation.text_author(self.variant)
+        turns = self._messages(pair)
         return Item(
             name=row.name,
             prompt=row.prompt,
@@ -182,19 +188,28 @@ class _Builder:
             image=image,
             labels=dict(row.labels),
             deviations=dict(row.deviations),
+            counts=dict(row.counts),
             split=conversation.split if conversation is not None and conversation.split is not None else row.split,
             generator=row.generator,
             description=turns[1].content if len(turns) > 1 else None,
             image_sha256=None if checked is None else checked.sha256,
             image_size=None if checked is None else checked.size,
-            text_author=author,
+            text_author=self._author(pair, self.variant),
+            prefix_authors={name: self._author(pair, name) for name in prefixes_of(self.variant, self.aspects[0])},
         )
+
+    def _author(self, pair: Pair, variant: str) -> str | None:
+        """Who wrote the texts that the model reads of `pair` under `variant`."""
+        row, conversation = pair
+        if not reads_description(variant):
+            return None
+        return row.text_author if conversation is None else conversation.text_author(variant)
 
     def _missing_words(self, pair: Pair) -> list[str]:
         row, conversation = pair
         problems: list[str] = []
         lacking = [aspect for aspect in self.aspects if aspect not in row.descriptions]
-        if self.variant != "no_id" and conversation is None and lacking:
+        if reads_description(self.variant) and conversation is None and lacking:
             which = f" of {' and '.join(lacking)}" if len(self.aspects) > 1 else ""
             problems.append(f"no description{which}; give --conversations or use --variant no_id")
         if reads_rating_word(self.variant) and (row.rating if conversation is None else conversation.rating) is None:
@@ -213,11 +228,11 @@ class _Builder:
         turns: list[Message] = []
         for aspect in self.aspects:
             turns.append(Message(role="user", content=fill(template_of(aspect).describe, row.prompt)))
-            turns.append(Message(role="assistant", content=row.descriptions[aspect]))
+            turns.append(Message(role="assistant", content=row.descriptions.get(aspect, "")))
         turns.append(Message(role="user", content=rated.rate))
         if reads_rating_word(self.variant):
             turns.append(Message(role="assistant", content=row.rating or ""))
-        return tuple(turns)
+        return tuple(ended(turns, self.variant))
 
 
 def _build(builder: _Builder, pairs: Sequence[Pair]) -> list[Item | str]:

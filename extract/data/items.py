@@ -40,6 +40,8 @@ class Item:
     """MOS by aspect (quality, correspondence, authenticity); an absent aspect has no label."""
     deviations: Mapping[str, float] = field(default_factory=dict[str, float])
     """Standard deviation of the single ratings by aspect, on the scale of the MOS."""
+    counts: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Ratings of each level by aspect and level, `quality_1` to `quality_5`."""
     split: str | None = None
     """train, val, test or None."""
     generator: str | None = None
@@ -52,6 +54,8 @@ class Item:
     """(width, height) of the decoded image with the hash `image_sha256`; None if it was not decoded yet."""
     text_author: str | None = None
     """Who wrote the descriptions and the rating word in the conversation, one of TEXT_AUTHORS; None if unknown."""
+    prefix_authors: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
+    """The same of the beginnings of the conversation that are variants themselves, by variant."""
 
     @property
     def checked_size(self) -> tuple[int, int] | None:
@@ -121,14 +125,14 @@ def read_image(item: Item) -> ImageFile | None:
     return file
 
 
-def item_key(item: Item, image: ImageFile | None = None) -> bytes:
-    """SHA-256 (32 bytes) of what the model reads of `item`: its conversation and image file.
+def item_key(item: Item, image: ImageFile | None = None, *, messages: int | None = None) -> bytes:
+    """SHA-256 (32 bytes) of what the model reads of `item`: its conversation, or its first `messages`, and image file.
 
     Items with equal keys have the same features. The conversation is hashed as canonical JSON after its length, so
     that no text can pass for image bytes. `image` is the file as it was decoded; by default the item's file is read
     now. Raises DataError when that file cannot be read.
     """
-    turns = [[message.role, message.content] for message in item.conversation]
+    turns = [[message.role, message.content] for message in item.conversation[:messages]]
     text = json.dumps(turns, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     digest = hashlib.sha256(len(text).to_bytes(8, "big") + text)
     if item.image is not None:

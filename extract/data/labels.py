@@ -21,6 +21,7 @@ from agiqa.store.format.labels import (
     read_deviation,
     split_of,
 )
+from agiqa.store.format.ratings import RatingReader, count_columns
 from agiqa.store.format.tables import TableRow
 
 _TEXT_COLUMNS = ("name", "prompt", "split", "generator", "description", "rating", TEXT_AUTHOR)
@@ -40,6 +41,8 @@ class Row:
     labels: Mapping[str, float]
     deviations: Mapping[str, float]
     """Standard deviation of the single ratings by aspect, on the scale of the MOS."""
+    counts: Mapping[str, float]
+    """Ratings of each level by aspect and level, `quality_1` to `quality_5`."""
     split: str | None
     generator: str | None
     descriptions: Mapping[str, str]
@@ -97,7 +100,8 @@ def read_rows(
     rows = [reader.read(row) for row in found]
     reader.mos.check()
     reader.announce()
-    rows, notes = _without_repeats(path, rows)
+    rows, notes = _without_repeats(path, [reader.with_fitting_counts(row) for row in rows])
+    notes += reader.ratings.notes()
     labelled = any(row.labels for row in rows) or any(reader.has_mark.values())
     if labelled:
         rows = [_complete(row, hidden=not reader.has_mark[row.number]) for row in rows]
@@ -158,7 +162,7 @@ def rows_of_images(folder: Path, names: Sequence[str], prompt: str | None) -> Ro
         raise ConfigError(message)
     about: dict[str, Any] = {
         **dict.fromkeys(("split", "generator", "rating", TEXT_AUTHOR)),
-        **{column: {} for column in ("labels", "deviations", "descriptions")},
+        **{column: {} for column in ("labels", "deviations", "counts", "descriptions")},
         "problems": (),
     }
     rows = tuple(Row(number=number, name=name, prompt=prompt, **about) for number, name in enumerate(names, start=1))
@@ -188,6 +192,7 @@ class _RowReader:
         self._marks = [] if mos_range is None else [one for one in table.header if one in ASPECT_COLUMNS]
         self._spreads = [] if mos_range is None else [one for one in table.header if one in DEVIATION_COLUMNS]
         self._described = _description_columns(aspect)
+        self.ratings = RatingReader(table)
         self.mos = MosReader(table.path)
         self.has_mark: dict[int, bool] = {}
         """By line, whether the row has a value in a column of MOS."""
@@ -209,6 +214,8 @@ class _RowReader:
         optional = {column: text[column].strip() or None for column in ("split", "generator", "rating", TEXT_AUTHOR)}
         labels, problems = self._labels(columns, row.number)
         deviations = self._deviations(columns, problems)
+        counts = self._add_ratings(columns, labels, deviations, problems)
+        self.has_mark[row.number] |= bool(labels)
         if len(row.cells) != len(self._table.header):
             problems.insert(0, wrong_width(row, self._table.header))
         name = self._name(text["name"], problems)
@@ -219,7 +226,8 @@ class _RowReader:
         if optional[TEXT_AUTHOR] not in (None, *TEXT_AUTHORS):
             problems.append(f"{TEXT_AUTHOR} {optional[TEXT_AUTHOR]!r} is none of {', '.join(TEXT_AUTHORS)}")
         descriptions = {of: columns[one] for one, of in self._described.items() if columns.get(one, "").strip()}
-        about: dict[str, Any] = {"labels": labels, "deviations": deviations, "descriptions": descriptions, **optional}
+        about: dict[str, Any] = {"labels": labels, "deviations": deviations, "counts": counts}
+        about |= {"descriptions": descriptions, **optional}
         return Row(number=row.number, name=name, prompt=prompt, problems=tuple(problems), **about)
 
     def _split(self, cell: str | None, problems: list[str]) -> str | None:
@@ -270,6 +278,32 @@ class _RowReader:
                 except DataError as error:
                     problems.append(str(error))
         return found
+
+    def _add_ratings(
+        self, columns: Mapping[str, str], labels: dict[str, float], deviations: dict[str, float], problems: list[str]
+    ) -> dict[str, float]:
+        """The counts of single ratings; adds MOS and deviations where there are none, and what is wrong."""
+        counts: dict[str, float] = {}
+        for aspect in self.ratings.aspects if self._range is not None else ():
+            assert self._range is not None
+            try:
+                found = self.ratings.read(columns, aspect, self._range)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            if found is None:
+                continue
+            problems += self.ratings.contradictions(columns, found, aspect)
+            labels.setdefault(aspect, found.mos)
+            if found.std is not None:
+                deviations.setdefault(aspect, found.std)
+            counts |= count_columns(aspect, found.counts)
+        return counts
+
+    def with_fitting_counts(self, row: Row) -> Row:
+        """The row, without counts of aspects of which some ratings of the table are between the levels."""
+        kept = {name: value for name, value in row.counts.items() if self.ratings.fitting(name.rpartition("_")[0])}
+        return replace(row, counts=kept)
 
 
 def _name_problems(name: str) -> Iterator[str]:

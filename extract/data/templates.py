@@ -1,21 +1,30 @@
 """The questions to the model, by aspect and conversation variant (`templates.yaml` beside this module)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import yaml
 
 from agiqa.errors import ConfigError, UnknownName
 
-VARIANTS = ("no_id", "id", "full")
-"""What the forward pass reads: one question; question, description, question; the same and the rating word.
+Turn = TypeVar("Turn")
 
-For variants with descriptions of several aspects see `aspects_of`.
+VARIANTS = ("no_id", "question", "described", "id", "full")
+"""What the forward pass reads.
+
+`no_id` is the one-round question. The others are one conversation that ends sooner or later: after the describing
+question, after the description, after the rating question, after the rating word. For variants with descriptions of
+several aspects see `aspects_of`.
 """
 
 PROMPT = "{prompt}"
 """Placeholder in a wording for the text that the image was generated from."""
+
+_OF_SEVERAL = ("described", "id", "full")
+"""Variants that may list aspects."""
 
 _OLDER = {"agiqa3k_quality_v0": "quality"}
 """The label of templates that are not called by it."""
@@ -61,16 +70,17 @@ def aspects_of(variant: str, aspect: str) -> tuple[str, ...]:
     """The aspects whose descriptions a conversation of `variant` holds; the first, `aspect`, is rated.
 
     `variant` is one of VARIANTS, or `id:ASPECT+ASPECT[+ASPECT]`: questions and descriptions of these aspects, in
-    this order, then the rating question of the first; `full:ASPECT+ASPECT[+ASPECT]` adds its rating word. Raises
-    UnknownName for a variant or aspect, ConfigError for a list that repeats an aspect, has only one, or does not begin
-    with `aspect`.
+    this order, then the rating question of the first; `full:ASPECT+ASPECT[+ASPECT]` adds its rating word, and
+    `described:ASPECT+ASPECT[+ASPECT]` ends before that question. Raises UnknownName for a variant or aspect,
+    ConfigError for a list that repeats an aspect, has only one, or does not begin with `aspect`.
     """
     template_of(aspect)
     if variant in VARIANTS:
         return (aspect,)
     kind, _, listed = variant.partition(":")
-    if kind not in ("id", "full") or not listed:
-        unknown = UnknownName.of("conversation variant", variant, [*VARIANTS, "id:ASPECT+ASPECT", "full:ASPECT+ASPECT"])
+    if kind not in _OF_SEVERAL or not listed:
+        several = [f"{kind}:ASPECT+ASPECT" for kind in _OF_SEVERAL]
+        unknown = UnknownName.of("conversation variant", variant, [*VARIANTS, *several])
         raise unknown
     aspects = tuple(listed.split("+"))
     for name in aspects:
@@ -90,6 +100,35 @@ def aspects_of(variant: str, aspect: str) -> tuple[str, ...]:
 def reads_rating_word(variant: str) -> bool:
     """Whether a conversation of `variant` ends with the rating word: `full`, also with several aspects."""
     return variant.partition(":")[0] == "full"
+
+
+def reads_description(variant: str) -> bool:
+    """Whether a conversation of `variant` holds descriptions: all but `no_id` and `question` do."""
+    return variant not in ("no_id", "question")
+
+
+def prefixes_of(variant: str, aspect: str) -> dict[str, int]:
+    """The shorter variants with which every conversation of `variant` begins, and how many messages each has.
+
+    The shortest comes first. `no_id` has other words and is no such beginning. Nor is `id` of a conversation with
+    several aspects, in which the description of the second follows that of the first. Raises as `aspects_of`.
+    """
+    aspects = aspects_of(variant, aspect)
+    if not reads_description(variant):
+        return {}
+    found = {"question": 1, "described": 2}
+    for count in range(2, len(aspects) + 1):
+        found[f"described:{'+'.join(aspects[:count])}"] = 2 * count
+    found["id" if len(aspects) == 1 else f"id:{'+'.join(aspects)}"] = 2 * len(aspects) + 1
+    return {name: count for name, count in found.items() if count < found.get(variant, len(aspects) * 2 + 2)}
+
+
+def ended(turns: Sequence[Turn], variant: str) -> Sequence[Turn]:
+    """`turns` up to the rating question, or the rating word, as far as `variant` goes."""
+    if variant == "question":
+        return turns[:1]
+    without_question = variant.partition(":")[0] == "described"
+    return turns[:-1] if without_question else turns
 
 
 def fill(question: str, prompt: str) -> str:

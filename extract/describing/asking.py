@@ -10,7 +10,7 @@ import torch
 
 from agiqa.errors import DataError, ModelError, UnknownName
 from agiqa.extract.data.items import Item, Message
-from agiqa.extract.data.templates import VARIANTS, fill
+from agiqa.extract.data.templates import VARIANTS, ended, fill, reads_description
 from agiqa.extract.describing.continuous import GROUP, Conversations
 from agiqa.extract.describing.rounds import (
     Described,
@@ -77,10 +77,10 @@ class Describer(Interview):
         """Items that `batches` should get together."""
         return self.batch_size if self.conversations is None else GROUP
 
-    def undescribed(self, item: Item) -> Item:
-        """The item as heads of the variant no_id read it, without any answer of the model."""
-        message = Message(role="user", content=fill(self.wording.one_round, item.prompt))
-        return replace(item, conversation=(message,))
+    def undescribed(self, item: Item, variant: str = "no_id") -> Item:
+        """The item as heads of the variant `no_id` or `question` read it, without any answer of the model."""
+        asked = self.wording.describe if variant == "question" else self.wording.one_round
+        return replace(item, conversation=(Message(role="user", content=fill(asked, item.prompt)),))
 
     def item(self, described: Described, variant: str) -> Item:
         """The item with the conversation of `variant`, worded as by `agiqa extract`.
@@ -89,9 +89,9 @@ class Describer(Interview):
         """
         if variant not in VARIANTS:
             raise UnknownName.of(kind="conversation variant", name=variant, known=VARIANTS)
-        item, turns = described.item, described.conversation
-        if variant == "no_id":
-            return self.undescribed(item)
+        item, turns = described.item, ended(described.conversation, variant)
+        if not reads_description(variant):
+            return self.undescribed(item, variant)
         if variant == "full" and not described.answer:
             message = f"{item.name}: the model answered no rating word, which the variant full needs; use id."
             raise DataError(message)

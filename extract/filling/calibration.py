@@ -1,7 +1,8 @@
 """The basis of a sketch and the scale of `int8`, calibrated on training items before a store is planned."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,41 +13,58 @@ from numpy.typing import NDArray
 from agiqa.errors import ConfigError
 from agiqa.extract.filling.plan import PlannedItem, TokenisedItems, prepared_groups
 from agiqa.extract.filling.staging import Transfers
-from agiqa.extract.filling.targets import Target, lm_head_of
+from agiqa.extract.filling.targets import Target, lm_head_of, rows_of
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.batches import BatchRunner, first_batch_size
 from agiqa.extract.models.preparing import Preparation
 from agiqa.progress import say
-from agiqa.store import Moments, Scale, is_planned, make_basis, moments_of, open_store, to_float32
+from agiqa.store import (
+    Basis,
+    Moments,
+    Scale,
+    is_planned,
+    make_basis,
+    make_states_basis,
+    open_store,
+    to_float32,
+)
+from agiqa.store.format.artefacts import Eigh
+from agiqa.store.format.layers import LAST
 
 CALIBRATION_ITEMS = 256
 _BLOCK_ROWS = 8192
 
 
-def stored_target(path: Path, tokenised: TokenisedItems, *, rank: int | None, finished: bool = False) -> Target | None:
-    """The target of the store at `path`, if `calibrated` would make its basis or scale from the same items.
+def stored_target(
+    path: Path, tokenised: TokenisedItems, wanted: Target, *, rank: int | None, finished: bool = False
+) -> Target | None:
+    """The target of the store at `path`, if `calibrated` would make its bases or scales from the same items.
 
-    Splits may have changed since, by `agiqa store labels`. A `finished` store of `int8` with these items keeps its
-    scale then. A sketch may have the basis of another store, so the user has to name it: announces how.
+    `wanted` has the layers and poolings of the store, and no constants. Splits may have changed since, by `agiqa store
+    labels`. A `finished` store of `int8` with these items keeps its scale then. A sketch may have the basis of another
+    store, so the user has to name it: announces how.
     """
     if not is_planned(path):
         return None
     store = open_store(path, allow_partial=True)
-    wanted = calibration_id(tokenised)
+    asked = calibration_id(tokenised)
     if not store.layout.model_commit.exists():
         return None
     if rank is None:
         scale = store.scale if store.encoding == "int8" else None
-        known = scale is not None and (finished or scale.calibration == wanted)
-        return Target(encoding="int8", scale=scale) if known else None
+        if scale is None or not (finished or scale.calibration == asked):
+            return None
+        scales = {layer: store.layer_scale(layer) for layer in wanted.layers[:-1]}
+        return replace(wanted, scale=scale, scales=scales)
     basis = store.basis() if store.encoding == "sketch" else None
-    same = basis is not None and (basis.rank, basis.calibration) == (rank, wanted)
-    if finished and not same and basis is not None and basis.rank == rank:
+    if basis is not None and (basis.rank, basis.calibration) == (rank, asked):
+        return replace(wanted, basis=basis, bases=store.layer_bases())
+    if finished and basis is not None and basis.rank == rank:
         say(
             f"{path} was calibrated on other items than those of the split train now. If only the splits were changed "
             f"since, give --basis {path} in place of --rank {rank}: it keeps its basis"
         )
-    return Target(encoding="sketch", basis=basis) if same else None
+    return None
 
 
 def calibration_id(tokenised: TokenisedItems) -> str:
@@ -59,57 +77,78 @@ def calibration_id(tokenised: TokenisedItems) -> str:
 def calibrated(
     backbone: Backbone,
     tokenised: TokenisedItems,
+    wanted: Target,
     *,
     rank: int | None,
     batch_size: int | None = None,
     advance: Callable[[int], None] = lambda _items: None,
     preparation: Preparation[Backbone] | None = None,
 ) -> Target:
-    """A sketch of `rank`, or `int8` without a rank, by the moments of up to CALIBRATION_ITEMS training items.
+    """`wanted` with a basis of `rank`, or without a rank with a scale of `int8`, for each of its layers.
 
-    Without splits, all items count as training items. Raises ConfigError for a rank outside 1..D, and for splits
-    without a training part.
+    They are made of the moments of what up to CALIBRATION_ITEMS training items store. Without splits, all items count
+    as training items. Raises ConfigError for a rank outside 1..D, and for splits without a training part.
     """
     if rank is not None:
-        check_rank(rank, backbone)
+        check_rank(rank, backbone, wanted.layers)
     chosen = [
         tokenised.tokenised[position] for position in calibration_positions([item.split for item in tokenised.items])
     ]
-    items = [one.planned for one in chosen]
-    weight = backbone.lm_head()  # first: a model whose logits are not linear is refused before any work
-    blocks = _hidden_states(backbone, items, batch_size, advance, preparation or Preparation(backbone))
-    moments, calibration = _moments(blocks, backbone), calibration_id(tokenised)
+    items, calibration = [one.planned for one in chosen], calibration_id(tokenised)
+    weight = backbone.lm_head() if wanted.has_lm_head else None  # first: it refuses logits that are not linear
+    sums = {layer: _Sums(backbone.layer_width(layer), backbone.device) for layer in wanted.layers}
+    for rows in _stored_states(backbone, items, wanted, batch_size, advance, preparation or Preparation(backbone)):
+        for layer, states in rows.items():
+            sums[layer].add(states)
+    moments = {layer: found.moments() for layer, found in sums.items()}
+    *others, last = wanted.layers
     if rank is None:
-        return Target(encoding="int8", scale=Scale.of(moments, calibration=calibration))
+        scales = {layer: Scale.of(found, calibration=calibration) for layer, found in moments.items()}
+        return replace(wanted, scale=scales[last], scales={layer: scales[layer] for layer in others})
+    eigh = np.linalg.eigh if backbone.device.type == "cpu" else partial(_eigh_on_device, device=backbone.device)
+    of_states = partial(make_states_basis, rank=rank, calibration=calibration, eigh=eigh)
+    bases = {layer: of_states(moments[layer]) for layer in (others if weight is not None else wanted.layers)}
+    if weight is not None:
+        bases[last] = _logit_basis(backbone, weight, moments[last], rank=rank, calibration=calibration, eigh=eigh)
+    return replace(wanted, basis=bases[last], bases={layer: bases[layer] for layer in others})
+
+
+def _logit_basis(
+    backbone: Backbone, weight: torch.Tensor, moments: Moments, *, rank: int, calibration: str, eigh: Eigh
+) -> Basis:
+    """The basis of logits by `weight`, which is W_lm on the device."""
     head, on_gpu = lm_head_of(backbone), backbone.device.type == "cuda"
-    basis = make_basis(
+    return make_basis(
         to_float32(head.bits, head.dtype),
         moments,
         rank=rank,
         lm_head_sha256=head.sha256,
         calibration=calibration,
         gram=_gram_on_device(weight) if on_gpu else None,
-        eigh=partial(_eigh_on_device, device=backbone.device) if on_gpu else np.linalg.eigh,
+        eigh=eigh,
     )
-    return Target(encoding="sketch", basis=basis)
 
 
-def _hidden_states(
+def _stored_states(
     backbone: Backbone,
     items: Sequence[PlannedItem],
+    wanted: Target,
     batch_size: int | None,
     advance: Callable[[int], None],
     preparation: Preparation[Backbone],
-) -> Iterator[torch.Tensor]:
-    """Hidden states (tokens, D) of each item, on the device."""
+) -> Iterator[dict[str, torch.Tensor]]:
+    """What each item stores, (rows, D) on the device by layer."""
     transfers = Transfers(backbone.device)
-    runner = BatchRunner(batch_size or first_batch_size(backbone, max(item.length for item in items)))
+    first = first_batch_size(backbone, max(item.length for item in items), layers=len(wanted.layers))
+    runner = BatchRunner(batch_size or first)
     groups = [items[first : first + runner.size] for first in range(0, len(items), runner.size)]
     for planned, prepared in prepared_groups(preparation, zip(groups, groups, strict=True)):
-        found: list[torch.Tensor] = []
+        found: list[dict[str, torch.Tensor]] = []
 
-        def compute(batch: Sequence[tuple[PlannedItem, Prepared]], found: list[torch.Tensor] = found) -> None:
-            found.extend(backbone.hidden_states(transfers.upload([item for _, item in batch])))
+        def compute(
+            batch: Sequence[tuple[PlannedItem, Prepared]], found: list[dict[str, torch.Tensor]] = found
+        ) -> None:
+            found.extend(list(rows_of(backbone, wanted, transfers.upload([item for _, item in batch]))))
 
         with transfers.on_device():
             runner.run(compute, list(zip(planned, prepared, strict=True)), name=lambda pair: str(pair[0]))
@@ -117,12 +156,11 @@ def _hidden_states(
         advance(len(prepared))
 
 
-def check_rank(rank: int, backbone: Backbone) -> None:
-    """Raise ConfigError for a rank outside 1..D."""
-    if not 1 <= rank <= backbone.hidden_size:
-        message = (
-            f"Sketch rank {rank} is outside 1..{backbone.hidden_size}, the model's hidden size. Give another --rank."
-        )
+def check_rank(rank: int, backbone: Backbone, layers: Sequence[str] = (LAST,)) -> None:
+    """Raise ConfigError for a rank outside 1..D, where D is the width of the narrowest of `layers`."""
+    width = min(backbone.layer_width(layer) for layer in layers)
+    if not 1 <= rank <= width:
+        message = f"Sketch rank {rank} is outside 1..{width}, the model's hidden size. Give another --rank."
         raise ConfigError(message)
 
 
@@ -139,19 +177,29 @@ def calibration_positions(splits: Sequence[str | None]) -> list[int]:
     return [training[index] for index in np.linspace(0, len(training) - 1, count).astype(int).tolist()]
 
 
-def _moments(blocks: Iterable[torch.Tensor], backbone: Backbone) -> Moments:
-    """`moments_of` hidden states (tokens, D): by NumPy, or in float64 on a GPU. Raises ConfigError without any."""
-    width, device = backbone.hidden_size, backbone.device
-    if device.type != "cuda":
-        return moments_of((rows.float().cpu().numpy() for rows in blocks), width)
-    second = torch.zeros(width, width, dtype=torch.float64, device=device)
-    first, tokens = torch.zeros(width, dtype=torch.float64, device=device), 0
-    for block in blocks:
-        wide = block.double()
-        second.addmm_(wide.T, wide)
-        first += wide.sum(dim=0)
-        tokens += len(block)
-    return Moments.of_sums(tokens, second.cpu().numpy(), first.cpu().numpy())
+class _Sums:
+    """Sums over rows of hidden states: by NumPy, or in float64 on a GPU."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._second = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._first = torch.zeros(width, dtype=torch.float64, device=device)
+        self._rows = 0
+
+    def add(self, states: torch.Tensor) -> None:
+        """Add `states` (rows, D)."""
+        wide = states.double()
+        if self._on_gpu:
+            self._second.addmm_(wide.T, wide)
+        else:  # half the time, and the rounding of `moments_of`
+            single = states.float()
+            self._second += single.T @ single
+        self._first += wide.sum(dim=0)
+        self._rows += len(states)
+
+    def moments(self) -> Moments:
+        """Raises ConfigError without any row."""
+        return Moments.of_sums(self._rows, self._second.cpu().numpy(), self._first.cpu().numpy())
 
 
 def _gram_on_device(weight: torch.Tensor) -> NDArray[np.float64]:

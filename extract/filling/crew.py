@@ -35,8 +35,8 @@ from agiqa.workers import (
 )
 
 if TYPE_CHECKING:
-    from agiqa.extract.data.items import Item
     from agiqa.extract.filling.fill import FillReport
+    from agiqa.extract.filling.plan import PlannedItem
     from agiqa.extract.filling.targets import Target
 
 _SECONDS_BETWEEN_SIGNS = 5.0
@@ -128,6 +128,7 @@ class Crew:
                 if kind == "answer":
                     return value
                 if kind == "error":
+                    value.add_note(f"in {member.name}")
                     raise value
             if attempt < _ATTEMPTS:
                 say(f"{self.died.pop()}; another one tries")
@@ -138,7 +139,7 @@ class Crew:
     def fill(
         self,
         path: Path,
-        items: "Sequence[Item]",
+        items: "Sequence[PlannedItem]",
         target: "Target",
         units: Sequence[Sequence[int]],
         advance: Advance,

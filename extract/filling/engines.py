@@ -17,12 +17,12 @@ from agiqa.extract.filling.calibration import calibrated
 from agiqa.extract.filling.crew import Crew
 from agiqa.extract.filling.fill import Filler, FillReport, merged
 from agiqa.extract.filling.plan import PlannedItem, TokenisedItems, prepare_planned
-from agiqa.extract.filling.targets import Target, check_basis, lm_head_of
+from agiqa.extract.filling.targets import Target, check_bases
 from agiqa.extract.models import Backbone
 from agiqa.extract.models.ahead import Ahead
 from agiqa.extract.models.preparing import Opener, Preparation, default_workers
 from agiqa.progress import Advance
-from agiqa.store import Basis, Store, UnitWriter, open_store
+from agiqa.store import Store, UnitWriter, open_store
 
 
 class Engine(Protocol):
@@ -44,7 +44,7 @@ class Engine(Protocol):
         ...
 
     def fill(
-        self, store: Store, items: Sequence[Item], target: Target, *, part: tuple[int, int], advance: Advance
+        self, store: Store, items: Sequence[PlannedItem], target: Target, *, part: tuple[int, int], advance: Advance
     ) -> FillReport:
         """Store what `target` needs of the model, then fill the pending units of share `part`."""
         ...
@@ -83,7 +83,7 @@ class Here:
     def fill(
         self,
         store: Store,
-        items: Sequence[Item],
+        items: Sequence[PlannedItem],
         target: Target,
         *,
         part: tuple[int, int] = (1, 1),
@@ -102,23 +102,26 @@ class Here:
 Task = Callable[[Here, Advance], Any]
 
 
-def compare_basis(here: Here, _advance: Advance, *, basis: Basis) -> None:
-    """A task that raises HeadError unless `basis` was made for the model."""
-    check_basis(basis, lm_head_of(here.backbone))
+def compare_bases(here: Here, _advance: Advance, *, target: Target) -> None:
+    """A task that raises HeadError unless the bases of `target` were made for the model."""
+    check_bases(target, here.backbone)
 
 
-def try_layers(here: Here, _advance: Advance, *, items: Sequence[PlannedItem]) -> None:
-    """A task that runs the model on the first of `items`, and on all; raises CompilerError as `hidden_states`."""
+def try_layers(here: Here, _advance: Advance, *, items: Sequence[PlannedItem], layers: Sequence[str]) -> None:
+    """A task that runs the model on the first of `items`, and on all; raises CompilerError as `layer_states`."""
     prepared = [prepare_planned(here.backbone, one) for one in items]
     for batch in (prepared, prepared[:1]):
-        here.backbone.hidden_states(batch)
+        here.backbone.layer_states(batch, layers)
 
 
-def calibrate_target(here: Here, advance: Advance, *, tokenised: TokenisedItems, rank: int | None) -> Target:
+def calibrate_target(
+    here: Here, advance: Advance, *, tokenised: TokenisedItems, wanted: Target, rank: int | None
+) -> Target:
     """The task `calibrated`."""
     return calibrated(
         here.backbone,
         tokenised,
+        wanted,
         rank=rank,
         batch_size=here.batch_size,
         advance=advance,
@@ -158,14 +161,14 @@ class ModelProcess:
             return here.run(task, items=items, advance=lambda _items: None)
 
     def fill(
-        self, path: Path, items: Sequence[Item], target: Target, *, units: Iterable[int], advance: Advance
+        self, path: Path, items: Sequence[PlannedItem], target: Target, *, units: Iterable[int], advance: Advance
     ) -> FillReport:
         """Fill those `units` of the store at `path` that no other run is filling."""
-        with self.opened(to_prepare(items) // self.processes) as here:
+        with self.opened(to_prepare(one.item for one in items) // self.processes) as here:
             return here.fill(open_store(path, allow_partial=True), items, target, units=units, advance=advance)
 
 
-def to_prepare(items: Sequence[Item]) -> int:
+def to_prepare(items: Iterable[Item]) -> int:
     """How many `items` a fill prepares: the plan has all that the model reads of those without an image."""
     return sum(item.image is not None for item in items)
 
@@ -203,7 +206,7 @@ class OnDevices:
         """See `Engine`; does nothing."""
 
     def fill(
-        self, store: Store, items: Sequence[Item], target: Target, *, part: tuple[int, int], advance: Advance
+        self, store: Store, items: Sequence[PlannedItem], target: Target, *, part: tuple[int, int], advance: Advance
     ) -> FillReport:
         """See `Engine`. The others finish the units of a process that died.
 
@@ -211,7 +214,7 @@ class OnDevices:
         """
         pending, count = UnitWriter(store).pending(part=part), len(self.devices)
         shares = [striped(pending, index, count) for index in range(count)]
-        with self._working(to_prepare(items) // count, self.devices) as crew:
+        with self._working(to_prepare(one.item for one in items) // count, self.devices) as crew:
             reports = crew.fill(store.path, items, target, shares, advance)
         left = [unit for unit in UnitWriter(store).pending(part=part) if unit in set(pending)]
         if crew.died and left:

@@ -6,7 +6,7 @@ encode, compress and write finished units. A unit counts once its record exists,
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from agiqa.extract.data.items import Item
-from agiqa.extract.filling.plan import PlannedItem, planned_item, prepare_planned, prepared_groups
-from agiqa.extract.filling.staging import Staging, Transfers, staging_of
-from agiqa.extract.filling.targets import Target, model_arrays_written, tensor_bits, tensor_of
+from agiqa.extract.filling.plan import PlannedItem, prepare_planned, prepared_groups
+from agiqa.extract.filling.staging import Staging, Transfers, stagings_of
+from agiqa.extract.filling.targets import Target, model_arrays_written, rows_of, tensor_bits, tensor_of
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.batches import BatchRunner, even_batches, first_batch_size
 from agiqa.extract.models.preparing import Preparation
@@ -38,6 +37,7 @@ class FillReport:
     units: int
     items: int
     tokens: int
+    """That the model read; a store of pooled rows has other numbers of rows."""
     started: float
     """When the first batch was prepared, in seconds since the epoch."""
     seconds: float
@@ -85,7 +85,8 @@ class _OpenUnit:
     left: int
     """Items that are not computed yet."""
     started: float = field(default_factory=time.perf_counter)
-    buffer: torch.Tensor | None = None
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    """By layer, (rows, width) on the host; none until the first batch."""
 
 
 _Batch = tuple[_OpenUnit, list[int]]
@@ -101,7 +102,7 @@ class Filler:
         self,
         store: Store,
         backbone: Backbone,
-        items: Sequence[Item],
+        items: Sequence[PlannedItem],
         *,
         target: Target,
         batch_size: int | None = None,
@@ -124,7 +125,7 @@ class Filler:
     def model_arrays_written(self) -> Generator[None]:
         """Store what the target needs of the model, while the block fills, see `targets.model_arrays_written`."""
         arguments = self.writer, self.backbone, self.target
-        with model_arrays_written(*arguments, lambda at: prepare_planned(self.backbone, self._planned(at))) as target:
+        with model_arrays_written(*arguments, lambda at: prepare_planned(self.backbone, self.items[at])) as target:
             self.target = target
             yield
 
@@ -140,25 +141,28 @@ class Filler:
         `units` is read as late as possible; units that other runs hold or have finished are passed over.
         """
         self.backbone.load()
-        size = self._batch_size or first_batch_size(self.backbone, int(self.store.n_tokens.max(initial=0)))
+        longest, layers = max(item.length for item in self.items), len(self.target.layers)
+        size = self._batch_size or first_batch_size(self.backbone, longest, layers=layers)
         runner = BatchRunner(size)
         pending = self.writer.pending(part=part) if units is None else units
         started, began = time.perf_counter(), time.time()
         try:
             with self._transfers.on_device(), _Writes() as writes:
-                staging = staging_of(self.target, self.backbone, self._transfers)
+                stagings = stagings_of(self.target, self.backbone, self._transfers)
                 groups = prepared_groups(self._preparation, self._batches(pending, runner))
                 for number, ((unit, indices), prepared) in enumerate(self._awaited(self._transfers.sent(groups))):
                     if number == 0:
                         started, began, self._waited_for_items = time.perf_counter(), time.time(), 0.0
-                    if unit.buffer is None:
+                    if not unit.buffers:
                         self._waited_for_writers += writes.wait_for_room()
                         rows = self.store.rows_used(unit.unit)
-                        unit.buffer = self._transfers.buffer(rows, staging.width, staging.dtype)
-                    self._compute(runner, unit, indices, prepared, staging)
+                        unit.buffers = {
+                            layer: self._transfers.buffer(rows, one.width, one.dtype) for layer, one in stagings.items()
+                        }
+                    self._compute(runner, unit, indices, prepared, stagings)
                     unit.left -= len(indices)
                     if unit.left == 0:
-                        writes.submit(self._writer_of(unit, staging, self._transfers.mark()))
+                        writes.submit(self._writer_of(unit, stagings, self._transfers.mark()))
                     advance(len(indices))
         finally:
             for unit in self._open.values():
@@ -174,10 +178,6 @@ class Filler:
             busy_units=self._busy,
             batch_size=runner.size,
         )
-
-    def _planned(self, position: int) -> PlannedItem:
-        """The item at `position` of the store."""
-        return planned_item(self.store, self.items, position)
 
     def _awaited(self, groups: Iterator[_Group]) -> Iterator[_Group]:
         """`groups`, counting the time that the device waits for each."""
@@ -199,54 +199,66 @@ class Filler:
                 continue
             positions = self.store.items_of(number).tolist()
             starts = (self.store.row_starts[positions] - number * self.store.geometry.unit_rows).tolist()
-            lengths = self.store.n_tokens[positions].tolist()
-            bounds = [(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+            rows = self.store.n_tokens[positions].tolist()
+            bounds = [(start, start + count) for start, count in zip(starts, rows, strict=True)]
             unit = _OpenUnit(unit=number, positions=positions, bounds=bounds, claim=claim, left=len(positions))
             self._open[number] = unit
-            ids, roles = self.store.read_unit(number, "tokens/ids"), self.store.read_unit(number, "tokens/roles")
-            planned = [
-                PlannedItem(item=self.items[position], token_ids=ids[start:stop], roles=roles[start:stop])
-                for position, (start, stop) in zip(positions, bounds, strict=True)
-            ]
-            for indices in even_batches(lengths, runner.size):
+            planned = [self.items[position] for position in positions]
+            for indices in even_batches([item.length for item in planned], runner.size):
                 yield (unit, indices), [planned[index] for index in indices]
 
     def _compute(
-        self, runner: BatchRunner, unit: _OpenUnit, indices: list[int], prepared: list[Prepared], staging: Staging
+        self,
+        runner: BatchRunner,
+        unit: _OpenUnit,
+        indices: list[int],
+        prepared: list[Prepared],
+        stagings: Mapping[str, Staging],
     ) -> None:
-        """Compute one batch, and start copying its rows into the unit's buffer."""
-        buffer = unit.buffer
-        assert buffer is not None  # fill made it
+        """Compute one batch, and start copying its rows into the unit's buffers."""
 
         def compute(batch: Sequence[tuple[int, Prepared]]) -> None:
             uploaded = self._transfers.upload([item for _, item in batch])
-            for (index, _), states in zip(batch, self.backbone.hidden_states(uploaded), strict=True):
+            for (index, _), rows in zip(batch, rows_of(self.backbone, self.target, uploaded), strict=True):
                 start, stop = unit.bounds[index]
-                staging.put(states, buffer[start:stop])
+                for layer, staging in stagings.items():
+                    staging.put(rows[layer], unit.buffers[layer][start:stop])
 
         def name(item: tuple[int, Prepared]) -> str:
-            return str(self._planned(unit.positions[item[0]]))
+            return str(self.items[unit.positions[item[0]]])
 
         runner.run(compute, list(zip(indices, prepared, strict=True)), name=name)
 
-    def _writer_of(self, unit: _OpenUnit, staging: Staging, computed: "torch.cuda.Event | None") -> Callable[[], None]:
+    def _writer_of(
+        self, unit: _OpenUnit, stagings: Mapping[str, Staging], computed: "torch.cuda.Event | None"
+    ) -> Callable[[], None]:
         """The job of a writing thread, which first waits for the event `computed` of the device."""
+        *others, last = stagings
 
         def write() -> None:
             with unit.claim:
                 del self._open[unit.unit]
                 if computed is not None:
                     computed.synchronize()
-                buffer, unit.buffer = unit.buffer, None
-                assert buffer is not None  # fill made it
-                rows, scale = staging.finish(tensor_bits(buffer)[0], unit.bounds)
+                buffers, unit.buffers = unit.buffers, {}
+                found = {
+                    layer: one.finish(tensor_bits(buffers[layer])[0], unit.bounds) for layer, one in stagings.items()
+                }
+                rows, scale = found[last]
                 kept = self._kept_logits(rows) if self.target.keep_logits else None
-                seconds = time.perf_counter() - unit.started
-                self.writer.write_unit(unit.unit, rows, seconds=seconds, scale=scale, logits=kept)
+                self.writer.write_unit(
+                    unit.unit,
+                    rows,
+                    seconds=time.perf_counter() - unit.started,
+                    scale=scale,
+                    logits=kept,
+                    layers={layer: found[layer][0] for layer in others},
+                    layer_scales={layer: values for layer in others if (values := found[layer][1]) is not None} or None,
+                )
 
         self._units += 1
         self._written_items += len(unit.positions)
-        self._tokens += self.store.rows_used(unit.unit)
+        self._tokens += sum(self.items[position].length for position in unit.positions)
         return write
 
     def _kept_logits(self, rows: NDArray[Any]) -> Callable[[int, int], NDArray[Any]]:

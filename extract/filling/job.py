@@ -1,13 +1,14 @@
 """All of phase 1: plan a store, fill it, seal it. Run it again to resume."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import AgiqaError
+from agiqa.errors import AgiqaError, SettingsConflict
+from agiqa.extract.data.items import DataSet
 from agiqa.extract.filling.calibration import calibration_positions, check_rank, stored_target
 from agiqa.extract.filling.compiled import check_choice, compiles, pays
 from agiqa.extract.filling.crew import Crew
@@ -15,7 +16,7 @@ from agiqa.extract.filling.engines import (
     Engine,
     Here,
     calibrate_target,
-    compare_basis,
+    compare_bases,
     try_layers,
 )
 from agiqa.extract.filling.fill import FillReport
@@ -24,13 +25,12 @@ from agiqa.extract.filling.plan import TokenisedItems, store_plan, tokenise
 from agiqa.extract.filling.settings import ExtractionSettings
 from agiqa.extract.filling.starting import Phases, Source, Starter
 from agiqa.extract.filling.targets import Target
+from agiqa.extract.filling.views import chosen_prefixes, possible_views
 from agiqa.extract.models import Backbone
 from agiqa.extract.models.ahead import Ahead
 from agiqa.extract.models.compiling import check_compiler
-from agiqa.extract.models.preparing import (
-    Opener,
-    require_opener,
-)
+from agiqa.extract.models.preparing import Opener, Preparation, require_opener
+from agiqa.extract.models.rating_tokens import RATING_TOKENS
 from agiqa.progress import say, track
 from agiqa.store import Store, StorePlan, UnitWriter, create_store, is_planned, open_store, seal
 from agiqa.store.writing.creating import check_writable
@@ -55,6 +55,8 @@ class ExtractionResult:
             "id": self.store.id,
             "state": "complete" if self.store.is_sealed else "unfinished",
             "items": len(self.store.items),
+            "layers": list(self.store.layers),
+            "pooled": list(self.store.pooled),
             "tokens": int(self.store.n_tokens.sum()),
             "units": self.store.geometry.units,
             "skipped": list(self.skipped),
@@ -91,27 +93,26 @@ def run_extraction(
     processes die. Finished units are kept.
     """
     recover_growth(path)
-    check_settings(settings, path, backbone, opener)
-    phases = Phases()
+    wanted, phases = check_settings(settings, path, backbone, opener), Phases()
     with ExitStack() as stack:
         provenance = stack.enter_context(Ahead(backbone.provenance))  # which hashes the files of the model
         starter = Starter(stack=stack, backbone=backbone, path=path, settings=settings, opener=opener, crew=crew)
         data_set, engine, preparation = starter.start(source, phases)
-        with phases.timed("plan"), track("plan", len(data_set.items), "items") as advance:
-            tokenised = tokenise(data_set, backbone, settings.length, advance=advance, preparation=preparation)
-        alignment = aligned(path, tokenised)
+        alignment = aligned(path, _tokenised(data_set, preparation, settings, wanted, phases))
         if not isinstance(engine, Here):
             preparation.close()  # the other processes have their own workers
-        compiled = _compiles(engine, backbone, alignment.tokenised, path, settings, phases)
+        compiled = _compiles(engine, backbone, alignment.tokenised, path, settings, wanted, phases)
         engine = engine.compiling() if compiled else engine
-        target = _choose_target(engine, alignment, path, settings, phases)
+        target = _choose_target(engine, alignment, path, settings, wanted, phases)
+        prefixes = chosen_prefixes(engine, alignment.tokenised, path, settings, wanted, phases)
         with phases.timed("plan"):
             provenance.result()
             about = {"variant": settings.variant, "aspect": settings.aspect}
             plan = partial(
                 store_plan, data_set, backbone, alignment.tokenised, rule=settings.length, conversation=about
             )
-            store = _planned(path, plan(target=target, compiled=compiled, grown=alignment.grown), alignment)
+            made = plan(target=target, compiled=compiled, grown=alignment.grown, prefixes=prefixes)
+            store = _planned(path, made, alignment)
         store, report = _filled(store, path, engine, alignment, target, settings, phases)
     return ExtractionResult(
         store=store,
@@ -122,8 +123,35 @@ def run_extraction(
     )
 
 
+def _tokenised(
+    data_set: DataSet,
+    preparation: Preparation[Backbone],
+    settings: ExtractionSettings,
+    wanted: Target,
+    phases: Phases,
+) -> TokenisedItems:
+    """The tokens of all items, and how many of them belong to shorter conversations."""
+    with phases.timed("plan"), track("plan", len(data_set.items), "items") as advance:
+        return tokenise(
+            data_set,
+            preparation.backbone,
+            settings.length,
+            poolings=wanted.poolings,
+            ends=possible_views(settings, wanted),
+            advance=advance,
+            preparation=preparation,
+        )
+
+
 def _planned(path: Path, plan: StorePlan, alignment: Alignment) -> Store:
-    """The store at `path`, or the larger one that will replace it, planned or resumed."""
+    """The store at `path`, or the larger one that will replace it, planned or resumed.
+
+    An older agiqa recorded no tokens of rating words: its stores go on without them.
+    """
+    before = alignment.old or (open_store(path, allow_partial=True) if is_planned(path) else None)
+    if before is not None and RATING_TOKENS not in before.provenance:
+        kept = {name: value for name, value in plan.provenance.items() if name != RATING_TOKENS}
+        plan = replace(plan, provenance=kept)
     if alignment.old is None:
         return create_store(path, plan)
     store = begin_growth(alignment.old, plan)
@@ -167,6 +195,7 @@ def _compiles(
     tokenised: TokenisedItems,
     path: Path,
     settings: ExtractionSettings,
+    wanted: Target,
     phases: Phases,
 ) -> bool:
     """Whether layers are compiled for the store at `path`.
@@ -187,44 +216,67 @@ def _compiles(
             engine.load()
         items = [one.planned for one in tokenised.tokenised[:2]]
         with phases.timed("compile"):
-            engine.compiling().run(partial(try_layers, items=items), items=0, advance=lambda _items: None)
+            task = partial(try_layers, items=items, layers=wanted.layers)
+            engine.compiling().run(task, items=0, advance=lambda _items: None)
 
     return compiles(settings.compile, path, worth=pays(backbone, tokens), try_out=try_out)
 
 
-def check_settings(settings: ExtractionSettings, path: Path, backbone: Backbone, opener: Opener | None) -> None:
-    """Raise what `run_extraction` raises before anything is read."""
+def check_settings(settings: ExtractionSettings, path: Path, backbone: Backbone, opener: Opener | None) -> Target:
+    """What is to be stored, without its constants. Raises what `run_extraction` raises before anything is read."""
     settings.check_encoding()
     check_choice(settings.compile)
     check_writable(path)
     backbone.check_tensors()
+    wanted = settings.target(backbone)
+    _check_rows(path, wanted)
     if settings.rank is not None:
-        check_rank(settings.rank, backbone)
+        check_rank(settings.rank, backbone, wanted.layers)
     require_opener(opener, "Several devices", needed=settings.elsewhere)
     require_opener(opener, "Worker processes", needed=bool(settings.workers))
+    return wanted
+
+
+def _check_rows(path: Path, wanted: Target) -> None:
+    """Raise SettingsConflict if the store at `path` has other layers or poolings, before a model is calibrated."""
+    if not is_planned(path):
+        return
+    store = open_store(path, allow_partial=True)
+    asked = {"--layers": wanted.layers, "--pool-tokens": tuple(map(str, wanted.poolings))}
+    for (option, mine), there in zip(asked.items(), (store.layers, store.pooled), strict=True):
+        if mine != there:
+            message = (
+                f"{path} was made with {option} {_shown(there)}, and you asked for {_shown(mine)}. Give the same, or "
+                "another path: all items of a store have the same rows."
+            )
+            raise SettingsConflict(message)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ",".join(names) or "none (one row per token)"
 
 
 def _choose_target(
-    engine: Engine, alignment: Alignment, path: Path, settings: ExtractionSettings, phases: Phases
+    engine: Engine, alignment: Alignment, path: Path, settings: ExtractionSettings, wanted: Target, phases: Phases
 ) -> Target:
-    """What to store, with constants from another sketch, from the store that is being resumed, or calibrated now."""
+    """`wanted` with its constants: from another sketch, from the store that is being resumed, or calibrated now."""
     if settings.basis is not None:
-        basis = open_store(settings.basis).basis()
+        sketch = wanted.with_bases_of(open_store(settings.basis))
         if not is_planned(path):  # before there is a store; an existing store names its own model
             with phases.timed("load"):
-                engine.run(partial(compare_basis, basis=basis), items=0, advance=lambda _items: None)
-        return Target(encoding="sketch", basis=basis)
+                engine.run(partial(compare_bases, target=sketch), items=0, advance=lambda _items: None)
+        return sketch
     if settings.encoding in ("hidden", "logits"):
-        return Target(encoding=settings.encoding, keep_logits=settings.keep_logits)
+        return wanted
     tokenised = alignment.original
-    stored = stored_target(path, tokenised, rank=settings.rank, finished=alignment.finished)
+    stored = stored_target(path, tokenised, wanted, rank=settings.rank, finished=alignment.finished)
     if stored is not None:
         return stored
     chosen = calibration_positions([item.split for item in tokenised.items])
     with phases.timed("load"):
         engine.load()
     with phases.timed("calibrate"), track("calibrate", len(chosen), "items") as advance:
-        task = partial(calibrate_target, tokenised=tokenised, rank=settings.rank)
+        task = partial(calibrate_target, tokenised=tokenised, wanted=wanted, rank=settings.rank)
         target: Target = engine.run(task, items=len(tokenised.tokenised), advance=advance)
     return target
 
@@ -249,7 +301,7 @@ def _fill_and_seal(
     of_part = [unit for unit in committed if unit % shares == share - 1]
     left, done = (sum(len(store.items_of(unit)) for unit in units) for units in (pending, of_part))
     with phases.timed("fill"), track("extract", left + done, "items", done=done) as advance:
-        report = engine.fill(store, tokenised.items, target, part=settings.part, advance=advance)
+        report = engine.fill(store, tokenised.planned, target, part=settings.part, advance=advance)
     units_left = len(UnitWriter(store).pending())
     if units_left:
         say(f"{units_left} units are left to other runs; the run that completes the last one seals the store")

@@ -1,10 +1,11 @@
 """Plan: tokenise every item, check lengths, and write the whole store except the features. Needs no weights."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,10 +14,13 @@ from numpy.typing import NDArray
 from agiqa.errors import DataError
 from agiqa.extract.data.items import DataSet, Item, OnBadItem, item_key, read_image
 from agiqa.extract.filling.compiled import KEY
-from agiqa.extract.filling.targets import Target
+from agiqa.extract.filling.pooling import Pooling, lacking
+from agiqa.extract.filling.prefixes import rows_of_beginnings
+from agiqa.extract.filling.targets import Target, stored_roles
 from agiqa.extract.models import Backbone, Prepared
 from agiqa.extract.models.preparing import Preparation
-from agiqa.store import TOKEN_ROLES, Items, Store, StorePlan
+from agiqa.extract.models.rating_tokens import RATING_TOKENS, rating_tokens
+from agiqa.store import TOKEN_ROLES, Items, Prefixes, StorePlan
 from agiqa.store.format.labels import MosRange
 from agiqa.version import agiqa_version
 
@@ -50,6 +54,10 @@ class TokenisedItem:
     key: bytes
     """See `item_key`."""
     truncated: bool
+    beginnings: tuple[int, ...] = ()
+    """See `rows_of_beginnings`."""
+    beginning_keys: tuple[bytes, ...] = ()
+    """The key of each of these shorter conversations."""
 
     @property
     def planned(self) -> "PlannedItem":
@@ -68,6 +76,11 @@ class TokenisedItems:
     def items(self) -> list[Item]:
         """The items alone."""
         return [one.item for one in self.tokenised]
+
+    @property
+    def planned(self) -> "list[PlannedItem]":
+        """The items, as a store plans them."""
+        return [one.planned for one in self.tokenised]
 
     @property
     def truncated(self) -> int:
@@ -100,18 +113,21 @@ def tokenise(
     backbone: Backbone,
     rule: LengthRule,
     *,
+    poolings: Sequence[Pooling] = (),
+    ends: Mapping[str, int] = MappingProxyType({}),
     advance: Callable[[int], None] = lambda _items: None,
     preparation: Preparation[Backbone] | None = None,
 ) -> TokenisedItems:
     """The tokens of every item of `data_set` for `backbone`, made in the workers of `preparation`.
 
-    An image that was not checked when its item was made is decoded. Raises DataError with all items that are too long
-    or cannot be prepared, unless `rule` skips or truncates.
+    `ends` has the number of messages of shorter conversations, whose rows are counted, see `rows_of_beginnings`. An
+    image that was not checked when its item was made is decoded. Raises DataError with all items that are too long,
+    cannot be prepared, or have no tokens for one of `poolings`, unless `rule` skips or truncates.
     """
     limit = min(position_limit(backbone), rule.max_tokens or _NO_LIMIT)
     found = TokenisedItems(tokenised=[], skipped=[])
     preparation = preparation or Preparation(backbone)
-    tokenise_one = partial(_tokenise_one, limit=limit, truncate=rule.truncate)
+    tokenise_one = partial(_tokenise_one, limit=limit, truncate=rule.truncate, poolings=poolings, ends=dict(ends))
     answers = preparation.each(
         tokenise_one, data_set.items, lost=lambda _item, reason: reason, is_safe=lambda item: item.is_checked
     )
@@ -131,18 +147,30 @@ def position_limit(backbone: Backbone) -> int:
     return _NO_LIMIT if backbone.max_positions is None else backbone.max_positions
 
 
-def _tokenise_one(backbone: Backbone, item: Item, *, limit: int, truncate: bool) -> TokenisedItem | str:
+def _tokenise_one(
+    backbone: Backbone,
+    item: Item,
+    *,
+    limit: int,
+    truncate: bool,
+    poolings: Sequence[Pooling],
+    ends: Mapping[str, int],
+) -> TokenisedItem | str:
     """The tokens of `item`, or why it cannot be used."""
     try:
         image = read_image(item)
         prepared = backbone.outline(item.conversation, image, size=item.checked_size)
         cut = fit(prepared, limit, truncate=truncate)
+        if (reason := lacking(poolings, cut.roles)) is not None:
+            return reason
         return TokenisedItem(
             item=item,
             token_ids=cut.token_ids,
             roles=cut.roles,
             key=item_key(item, image),
             truncated=len(cut.token_ids) < len(prepared.token_ids),
+            beginnings=rows_of_beginnings(backbone, item, image, cut, limit=limit, ends=ends),
+            beginning_keys=tuple(item_key(item, image, messages=count) for count in ends.values()),
         )
     except DataError as error:
         return str(error)
@@ -159,13 +187,6 @@ def prepare_planned(backbone: Backbone, planned: PlannedItem) -> Prepared:
         )
         raise DataError(message)
     return prepared
-
-
-def planned_item(store: Store, items: Sequence[Item], position: int) -> PlannedItem:
-    """The item at `position` of `store`, whose items are `items`, with its tokens there."""
-    rows = slice(int(store.row_starts[position]), int(store.row_ends[position]))
-    ids, roles = np.asarray(store.array("tokens/ids")[rows]), np.asarray(store.array("tokens/roles")[rows])
-    return PlannedItem(item=items[position], token_ids=ids, roles=roles)
 
 
 def prepared_groups(
@@ -221,12 +242,15 @@ def store_plan(
     target: Target,
     compiled: bool = False,
     grown: Sequence[int] = (),
+    prefixes: Prefixes | None = None,
 ) -> StorePlan:
     """The plan of a store.
 
     Into the provenance go `conversation`, the variant and aspect of the wording; `compiled`, whether the model's layers
-    are compiled; and `grown`, how many items the store had each time when it got more.
+    are compiled; `grown`, how many items the store had each time when it got more; and the names of `prefixes`, the
+    shorter conversations as which it can be read.
     """
+    words = rating_tokens(backbone)
     provenance: dict[str, Any] = {
         "agiqa": agiqa_version(),
         "model": backbone.provenance(),
@@ -240,28 +264,46 @@ def store_plan(
         "tokens": {"max_tokens": rule.max_tokens, "truncated": tokenised.truncated},
         **target.provenance(),
         **({KEY: True} if compiled else {}),
+        **({} if words is None else {RATING_TOKENS: words}),
     }
+    others = {layer: target.of(layer) for layer in target.layers[:-1]}
+    rows = [stored_roles(backbone, target, one.roles) for one in tokenised.tokenised]
+    has_tokens = target.tap is None and not target.poolings
     return StorePlan(
         encoding=target.encoding,
         logical_dtype=target.logical_dtype(backbone),
         width=target.width(backbone),
+        layers=target.layers,
+        layer_widths={layer: one.width(backbone) for layer, one in others.items()},
+        layer_dtypes={layer: one.logical_dtype(backbone) for layer, one in others.items()},
+        layer_count=backbone.layer_count,
+        pooled=[str(pooling) for pooling in target.poolings],
+        tap=target.tap,
         kept_logits=backbone.vocab_size if target.keep_logits else None,
         provenance=provenance,
         items=item_table(tokenised.items, mos_range=data_set.mos_range),
-        token_ids=[one.token_ids for one in tokenised.tokenised],
-        roles=[one.roles for one in tokenised.tokenised],
+        token_ids=[
+            one.token_ids if has_tokens else np.zeros(len(roles), np.int32)
+            for one, roles in zip(tokenised.tokenised, rows, strict=True)
+        ],
+        roles=rows,
         item_keys=[one.key for one in tokenised.tokenised],
         truncated=[one.truncated for one in tokenised.tokenised],
         label_table=data_set.table,
         breaks=grown,
+        prefixes=prefixes,
     )
 
 
 def item_table(items: Sequence[Item], *, mos_range: MosRange | None = None) -> Items:
     """The store's item table, its MOS on the scale `mos_range`; an aspect without any MOS gets no column."""
-    aspects, spread = (
+    aspects, spread, levels = (
         sorted({*chain.from_iterable(found)})
-        for found in ((item.labels for item in items), (item.deviations for item in items))
+        for found in (
+            (item.labels for item in items),
+            (item.deviations for item in items),
+            (item.counts for item in items),
+        )
     )
     return Items(
         names=[item.name for item in items],
@@ -273,6 +315,7 @@ def item_table(items: Sequence[Item], *, mos_range: MosRange | None = None) -> I
         text_authors=[item.text_author for item in items],
         mos_ranges={} if mos_range is None else dict.fromkeys(aspects, mos_range),
         deviations={aspect: np.array([item.deviations.get(aspect, np.nan) for item in items]) for aspect in spread},
+        counts={level: np.array([item.counts.get(level, np.nan) for item in items]) for level in levels},
     )
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from agiqa.errors import ConfigError, WorkerError, first_line
-from agiqa.extract.data.items import Item
 from agiqa.extract.filling.engines import ModelProcess, Task, striped
 from agiqa.extract.filling.fill import FillReport, merged
+from agiqa.extract.filling.plan import PlannedItem
 from agiqa.extract.filling.targets import Target
 from agiqa.parts import expect_parts, modules_to_import
 from agiqa.progress import Advance, said_to, say
@@ -68,7 +68,13 @@ class Worker:
         return process.run(task, items=items)
 
     def fill(
-        self, process: ModelProcess, path: Path, items: Sequence[Item], target: Target, news: Any, units: Sequence[int]
+        self,
+        process: ModelProcess,
+        path: Path,
+        items: Sequence[PlannedItem],
+        target: Target,
+        news: Any,
+        units: Sequence[int],
     ) -> FillReport:
         """Fill those `units` that nobody else is filling, reporting to `news`."""
         with said_to(lambda text: news.say.remote(f"{self._name}: {text}")):
@@ -109,7 +115,7 @@ class OnRay:
         """See `Engine`; does nothing, as every actor loads the weights itself."""
 
     def fill(
-        self, store: Store, items: Sequence[Item], target: Target, *, part: tuple[int, int], advance: Advance
+        self, store: Store, items: Sequence[PlannedItem], target: Target, *, part: tuple[int, int], advance: Advance
     ) -> FillReport:
         """See `Engine`. Raises the error of any actor, and WorkerError when actors keep dying."""
         with self._connected() as ray:
@@ -197,7 +203,7 @@ class _Fill:
         self._died: list[str] = []
         self._left = len(self._pending())
 
-    def run(self, items: Sequence[Item], target: Target, advance: Advance) -> FillReport:
+    def run(self, items: Sequence[PlannedItem], target: Target, advance: Advance) -> FillReport:
         """Run actors until the pending units are done."""
         ray, reports, shown = self._ray, list[FillReport](), 0
         total = sum(len(self._store.items_of(unit)) for unit in self._pending())

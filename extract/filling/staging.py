@@ -126,7 +126,7 @@ class Staging:
 
 
 def staging_of(target: Target, backbone: Backbone, transfers: Transfers) -> Staging:
-    """How the hidden states of `backbone`, which is loaded, become rows of `target`.
+    """How the states of one layer of `backbone`, which is loaded, become the `features` of `target`, see `Target.of`.
 
     The device computes the coordinates of a sketch: a GPU by `coordinates_on_device`, so that only coordinates are
     copied; a CPU with the rounding of `Basis.coordinates`, item by item.
@@ -150,7 +150,13 @@ def staging_of(target: Target, backbone: Backbone, transfers: Transfers) -> Stag
 
         return Staging(dtype=wanted, width=target.basis.rank, put=put_coordinates, finish=_as_they_are)
     finish = _as_they_are if target.basis is None and target.scale is None else _encoder(target, backbone.logical_dtype)
-    return Staging(dtype=dtype, width=backbone.hidden_size, put=transfers.download, finish=finish)
+    width = backbone.layer_width(target.layers[-1])
+    return Staging(dtype=dtype, width=width, put=transfers.download, finish=finish)
+
+
+def stagings_of(target: Target, backbone: Backbone, transfers: Transfers) -> dict[str, Staging]:
+    """`staging_of` each layer of `target`, by name."""
+    return {layer: staging_of(target.of(layer), backbone, transfers) for layer in target.layers}
 
 
 def coordinates_on_device(states: torch.Tensor, to_coordinates: torch.Tensor) -> torch.Tensor:

@@ -174,13 +174,16 @@ def _even_cuts(count: int, most: int) -> list[tuple[int, int]]:
     return [(count * piece // pieces, count * (piece + 1) // pieces) for piece in range(pieces)]
 
 
-def first_batch_size(backbone: Backbone, longest: int) -> int:
-    """A first batch size for items of up to `longest` tokens; the weights of `backbone` are on its device."""
+def first_batch_size(backbone: Backbone, longest: int, *, layers: int = 1) -> int:
+    """A first batch size for items of up to `longest` tokens, of which the hidden states of `layers` layers are kept.
+
+    The weights of `backbone` are on its device.
+    """
     if backbone.device.type != "cuda":
         return CPU_BATCH
     free, _total = torch.cuda.mem_get_info(backbone.device)
     itemsize = torch.finfo(getattr(torch, backbone.logical_dtype)).bits // 8
-    per_item = max(1, longest) * _HIDDEN_VECTORS * backbone.hidden_size * itemsize
+    per_item = max(1, longest) * (_HIDDEN_VECTORS + 2 * (layers - 1)) * backbone.hidden_size * itemsize
     return max(1, min(LARGEST_BATCH, int(min(_MEMORY, 0.8 * free)) // per_item))
 
 

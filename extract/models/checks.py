@@ -90,7 +90,7 @@ def refuse_batch_dependence(name: str, model: Any, tokens: Sequence[int], *, pad
         raise ModelError(message)
     beside = _states_of_first_row(model, [[*row, *padding], list(first)])
     beside_others = _states_of_first_row(model, [list(tokens[:LONG]), list(second)])
-    error = max(_error(beside, alone), _error(beside_others, alone))
+    error = max(relative_error(beside, alone), relative_error(beside_others, alone))
     tolerance = BATCH_TOLERANCE[dtype]
     if not error <= tolerance:  # nor if it is not a number
         message = (
@@ -167,7 +167,7 @@ def find_logit_map(name: str, model: Any, token_ids: torch.Tensor) -> LogitMap:
         hidden = final_states(model, {"input_ids": token_ids})
         seen, logits = _large_logits(name, model, head, token_ids)
         tolerance = LOGIT_TOLERANCE[hidden.dtype]
-        if seen[0].shape != hidden.shape or _error(seen[0], hidden) > tolerance:
+        if seen[0].shape != hidden.shape or relative_error(seen[0], hidden) > tolerance:
             raise _unexplained(name, "its lm_head does not read what the final norm gives")
         bias = getattr(head, "bias", None)
         linear = seen[1].double() @ head.weight.double().T + (0 if bias is None else bias.double())
@@ -175,9 +175,9 @@ def find_logit_map(name: str, model: Any, token_ids: torch.Tensor) -> LogitMap:
             raise _unexplained(name, f"its logits have the shape {tuple(logits.shape)}, expected {tuple(linear.shape)}")
         for chosen in _candidates(model.config.get_text_config(), bias=bias is not None):
             expected = chosen(linear)
-            if _error(logits, expected) <= tolerance and _scale_error(logits, expected) <= SCALE_TOLERANCE:
+            if relative_error(logits, expected) <= tolerance and _scale_error(logits, expected) <= SCALE_TOLERANCE:
                 return chosen
-    error = _error(logits, linear)
+    error = relative_error(logits, linear)
     raise _unexplained(name, f"its logits are not those of its lm_head (relative error {error:.2g})")
 
 
@@ -216,7 +216,7 @@ def _large_logits(
     return seen[0], logits
 
 
-def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative difference in the Frobenius norm."""
     wide = expected.double()
     return float((found.double() - wide).norm() / wide.norm().clamp(min=1e-12))

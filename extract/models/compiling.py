@@ -24,12 +24,15 @@ def layers_of(model: "nn.Module") -> "Iterator[tuple[str, nn.Module]]":
 
 
 def compile_each(layers: "Sequence[nn.Module]") -> None:
-    """Compile each of `layers` in place, at its first use; layers of one kind share a compilation."""
+    """Compile each of `layers` in place, at its first use; layers of one kind share a compilation.
+
+    The method `forward` is compiled, not the call, so that hooks of a layer run as they do without compiling.
+    """
     import torch
 
     torch.compiler.reset()  # it compiles eight variants of a function at most, and earlier models count
     for layer in layers:
-        layer.compile(dynamic=True)
+        layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def compile_layers(model: "nn.Module") -> None:

@@ -164,6 +164,16 @@ class Backbone(AnsweringModel, Protocol):
     """The dtype of hidden states: bfloat16, float16 or float32."""
     device: "torch.device"
     """The device to which `load` brings the weights."""
+    layer_count: int
+    """N decoder blocks. The layers are "0", the embeddings, "1" to "N-1", and "last", after the final norm."""
+    first_layer: int
+    """0; or 1 for an image encoder whose embeddings are no layer."""
+    tap: str | None
+    """Where the states come from, as stores record it: None for a language model; `timm`, `vision:12`, `projector`.
+
+    With a tap there is no `W_lm`: `lm_head`, `logits` and `project` raise ViewRefused, and `vocab_size` is 0."""
+    reads_conversations: bool
+    """False for an image encoder, whose states are the same whatever is asked."""
 
     def check_tensors(self) -> None:
         """Raise the ModelErrors of `load` that the headers of the weight files are enough for. Reads no tensor.
@@ -192,8 +202,28 @@ class Backbone(AnsweringModel, Protocol):
         """
         ...
 
+    def layer_width(self, layer: str) -> int:
+        """Values per token of `layer`; `hidden_size` for every layer of a language model."""
+        ...
+
+    def fixed_roles(self, layer: str) -> NDArray[np.uint8] | None:
+        """The roles of the rows of `layer` (n,), the same for every item; None where the rows are an item's tokens."""
+        ...
+
     def hidden_states(self, batch: Sequence[Prepared]) -> "list[torch.Tensor]":
-        """Each item's (n, D) final hidden states, the input of the output embedding, in `logical_dtype`."""
+        """Each item's (n, D) final hidden states, the input of the output embedding, in `logical_dtype`.
+
+        They are the layer "last" of `layer_states`, bit for bit.
+        """
+        ...
+
+    def layer_states(self, batch: Sequence[Prepared], layers: Sequence[str]) -> "list[dict[str, torch.Tensor]]":
+        """Each item's hidden states of `layers` by name, (n, D) each, in `logical_dtype`, from one forward pass.
+
+        `layers` are names of `agiqa.extract.models.layers`, one or more. No other layer is kept, and blocks after the
+        highest of them do not run. The states are those of transformers' `output_hidden_states`. Raises ModelError for
+        a model whose single layers cannot be read.
+        """
         ...
 
     def logits(self, item: Prepared) -> "torch.Tensor":

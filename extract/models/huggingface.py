@@ -1,7 +1,6 @@
 """What the backbones share, a transformers model run up to its final norm; and the backbone `text`."""
 
 import hashlib
-import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,28 +13,25 @@ import transformers
 from numpy.typing import NDArray
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from agiqa.errors import ConfigError, DataError, ModelError, UnknownName, listed
+from agiqa.errors import DataError, ModelError, listed
 from agiqa.extract.data.images import ImageSource
 from agiqa.extract.data.items import Message
 from agiqa.extract.models.adapters import Adapter, apply_adapter, check_adapter
 from agiqa.extract.models.batches import alike, collate, room_for_weights
 from agiqa.extract.models.checkpoints import Checkpoint
-from agiqa.extract.models.checks import (
-    TOKENS_NEEDED,
-    LogitMap,
-    final_states,
-    find_logit_map,
-    refuse_batch_dependence,
-)
+from agiqa.extract.models.checks import TOKENS_NEEDED, LogitMap, find_logit_map, refuse_batch_dependence
 from agiqa.extract.models.compiling import compile_layers, compiler_errors
 from agiqa.extract.models.contract import GenerationSettings, Prepared
 from agiqa.extract.models.decoding.slot_model import LoadedModel
+from agiqa.extract.models.devices import DTYPES, checked_dtype, device_named
 from agiqa.extract.models.generation import generate
 from agiqa.extract.models.loading import check_vocabulary_rows, failures_of, load_model, load_tokenizer
+from agiqa.extract.models.provenance import versions_of
 from agiqa.extract.models.rendering import TEMPLATE_DATE, Renderer, main_template
+from agiqa.extract.models.tapping import find_blocks, states_of_layers
 from agiqa.parts import OwnPart
+from agiqa.store.format.layers import LAST
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SAVED_BY_COMPILING = 4.8e-11
 """Seconds per token, layer and channel on one H100: 14.75 - 11.76 ms for 479 tokens, 32 layers and 4,096 channels."""
 PROBE_TOKENS = 8
@@ -51,6 +47,9 @@ class HuggingFaceBackbone(ABC):
     """The transformers auto class that loads the model."""
     classes: Any
     """transformers' mapping from configuration to model class."""
+    first_layer: int = 0
+    tap: str | None = None
+    reads_conversations: bool = True
     packages: tuple[str, ...] = ("torch", "transformers", "tokenizers")
     """Libraries whose version may change a result."""
 
@@ -68,12 +67,14 @@ class HuggingFaceBackbone(ABC):
         self.checkpoint = checkpoint
         self.adapter = adapter
         self.config = config
-        self.device = _device(device)
+        self.device = device_named(device)
         self.logical_dtype = _dtype_name(checkpoint, config, dtype)
         self.hidden_size: int = text_config.hidden_size
         self.vocab_size: int = text_config.vocab_size
+        self.layer_count: int = text_config.num_hidden_layers
         self.max_positions: int | None = getattr(text_config, "max_position_embeddings", None)
         self.model_class: Any = self.classes[type(config)]
+        self._torch_dtype = DTYPES[self.logical_dtype]
         self.attention = "sdpa" if getattr(self.model_class, "_supports_sdpa", False) else "eager"
         self.renderer = self._make_renderer()
         self._check_tokenizer()
@@ -126,7 +127,7 @@ class HuggingFaceBackbone(ABC):
             },
             "dtype": self.logical_dtype,
             "attention": self.attention,
-            "versions": _versions(self.packages),
+            "versions": versions_of(self.packages),
             **({} if adapter is None else {"adapter": adapter}),
             **({} if own is None else {"own_part": own.as_dict()}),
         }
@@ -158,9 +159,8 @@ class HuggingFaceBackbone(ABC):
     def empty_model(self) -> torch.nn.Module:
         """The model without weights, on the device `meta`."""
         with failures_of(self.checkpoint, "build the model"), torch.device("meta"):
-            model: torch.nn.Module = self.auto_class.from_config(
-                self.config, dtype=DTYPES[self.logical_dtype], attn_implementation=self.attention
-            )
+            about = {"dtype": self._torch_dtype, "attn_implementation": self.attention}
+            model: torch.nn.Module = self.auto_class.from_config(self.config, **about)
         return model
 
     @cached_property
@@ -214,22 +214,20 @@ class HuggingFaceBackbone(ABC):
         if found != expected:
             message = f"{self.checkpoint.name}: lm_head has shape {found}, expected {expected} by the configuration."
             raise ModelError(message)
-        tokens, dtype = self._ordinary_tokens(TOKENS_NEEDED), DTYPES[self.logical_dtype]
-        refuse_batch_dependence(self.checkpoint.name, language_model, tokens, pad_id=self._pad_id(), dtype=dtype)
+        tokens, pad = self._ordinary_tokens(TOKENS_NEEDED), self._pad_id()
+        refuse_batch_dependence(self.checkpoint.name, language_model, tokens, pad_id=pad, dtype=self._torch_dtype)
         self._model = model
 
     def _load_model(self) -> Any:
         """The model with its weights, without the adapter, on the device."""
         merges = self.adapter is not None
-        dtype = DTYPES[self.logical_dtype]
-        return load_model(self.checkpoint, self.auto_class, dtype, self.attention, to_merge=merges).to(self.device)
+        found = load_model(self.checkpoint, self.auto_class, self._torch_dtype, self.attention, to_merge=merges)
+        return found.to(self.device)
 
     @property
     def saved_by_compiling(self) -> float:
         """See `Backbone.saved_by_compiling`; by the decoder's layers and their width."""
-        text = self.config.get_text_config()
-        saved: float = _SAVED_BY_COMPILING * text.num_hidden_layers * text.hidden_size
-        return saved
+        return _SAVED_BY_COMPILING * self.layer_count * self.hidden_size
 
     def compile_layers(self) -> None:
         """See `Backbone.compile_layers`."""
@@ -244,21 +242,45 @@ class HuggingFaceBackbone(ABC):
         """Around a forward pass: its compiler's errors become CompilerError."""
         return compiler_errors(self.checkpoint.name) if self._compiled else nullcontext()
 
+    def layer_width(self, layer: str) -> int:
+        """See `Backbone.layer_width`."""
+        del layer
+        return self.hidden_size
+
+    def fixed_roles(self, layer: str) -> NDArray[np.uint8] | None:
+        """See `Backbone.fixed_roles`."""
+        del layer
+        return None
+
     def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
         """See `Backbone.hidden_states`."""
+        return [states[LAST] for states in self.layer_states(batch, (LAST,))]
+
+    def layer_states(self, batch: Sequence[Prepared], layers: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """See `Backbone.layer_states`."""
         with torch.inference_mode(), self._compiling():
-            return self.states(batch)
+            return self._states_of(batch, layers)
 
     def states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
-        """As `hidden_states`, with gradients. Items that are not `alike` run in separate forward passes."""
-        model = self._loaded()
-        rows: dict[int, torch.Tensor] = {}
+        """As `hidden_states`, with gradients."""
+        return [states[LAST] for states in self._states_of(batch, (LAST,))]
+
+    def _states_of(self, batch: Sequence[Prepared], layers: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """As `layer_states`, with gradients. Items that are not `alike` run in separate forward passes."""
+        model, blocks = self._loaded(), () if tuple(layers) == (LAST,) else self._blocks
+        rows: dict[int, dict[str, torch.Tensor]] = {}
         for group in alike(batch):
-            items = [batch[position] for position in group]
-            states = final_states(model, self._collate(items))
+            found = states_of_layers(model, self._collate([batch[position] for position in group]), blocks, layers)
             for row, position in enumerate(group):
-                rows[position] = states[row, : len(batch[position].token_ids)].to(DTYPES[self.logical_dtype])
+                own = slice(len(batch[position].token_ids))
+                rows[position] = {name: kept[row, own].to(self._torch_dtype) for name, kept in found.items()}
         return [rows[position] for position in range(len(batch))]
+
+    @cached_property
+    def _blocks(self) -> Sequence[torch.nn.Module]:
+        """The decoder blocks, once they are known to give the states that transformers reports."""
+        probe = torch.tensor([self._ordinary_tokens(PROBE_TOKENS)], device=self.device)
+        return find_blocks(self.checkpoint.name, self._language_model(), self.layer_count, probe)
 
     def logits(self, item: Prepared) -> torch.Tensor:
         """See `Backbone.logits`."""
@@ -323,7 +345,7 @@ class HuggingFaceBackbone(ABC):
         return self._model
 
     def _collate(self, items: Sequence[Prepared]) -> dict[str, torch.Tensor]:
-        return collate(items, pad_id=self._pad_id(), dtype=DTYPES[self.logical_dtype], device=self.device)
+        return collate(items, pad_id=self._pad_id(), dtype=self._torch_dtype, device=self.device)
 
     def _pad_id(self) -> int:
         pad: int | None = self.renderer.tokenizer.pad_token_id
@@ -357,25 +379,9 @@ class TextBackbone(HuggingFaceBackbone):
         return Renderer(name=name, tokenizer=tokenizer, template=main_template(name, tokenizer.chat_template))
 
 
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        message = f"No device is called {device!r}; use auto, cpu, cuda or cuda:N."
-        raise ConfigError(message) from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        message = f"The device {device!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA devices."
-        raise ConfigError(message)
-    return chosen
-
-
 def _dtype_name(checkpoint: Checkpoint, config: Any, dtype: str) -> str:
     if dtype != "auto":
-        if dtype not in DTYPES:
-            raise UnknownName.of(kind="dtype", name=dtype, known=["auto", *DTYPES])
-        return dtype
+        return checked_dtype(dtype)
     if checkpoint.gguf is not None:
         return "bfloat16"
     stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
@@ -384,13 +390,3 @@ def _dtype_name(checkpoint: Checkpoint, config: Any, dtype: str) -> str:
         message = f"{checkpoint.name}: the dtype {name!r} is none of {', '.join(DTYPES)}; choose one with --dtype."
         raise ModelError(message)
     return str(name)
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found

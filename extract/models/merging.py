@@ -107,7 +107,7 @@ def merge_adapter(model: str, adapter: str, out: Path) -> MergeResult:
 
 def _open(model: str, adapter: str | None) -> HuggingFaceBackbone:
     backbone = open_backbone(model, adapter=adapter, device="cpu")
-    assert isinstance(backbone, HuggingFaceBackbone)  # all that `open_backbone` opens
+    assert isinstance(backbone, HuggingFaceBackbone)  # an image encoder has no files of a checkpoint
     return backbone
 
 

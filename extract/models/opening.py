@@ -1,7 +1,9 @@
 """Opens the backbone of a model by name: the kinds of backbones, and the choice among them."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from agiqa.extract.models.loading import load_config
 from agiqa.extract.models.minicpm.backbone import MiniCPMBackbone
 from agiqa.extract.models.minicpm.model import MODEL_TYPE, read_config
 from agiqa.extract.models.preparing import Opener
+from agiqa.extract.models.taps import TappedBackbone
+from agiqa.extract.models.timm_backbone import TimmBackbone
+from agiqa.extract.models.timm_models import TIMM, find_timm_model
 from agiqa.extract.models.vision import VisionBackbone
 from agiqa.parts import Origin
 from agiqa.progress import say
@@ -36,10 +41,16 @@ def open_backbone(
     dtype: str = "auto",
     device: str = "auto",
     max_slices: int | None = None,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    tap: str | None = None,
 ) -> Backbone:
     """The backbone of `model`, ready to prepare items; `load` reads its weights.
 
-    `model` is a folder, a .gguf file, `pkg:PACKAGE[/FILE]` or a hub id (see `agiqa.extract.models.checkpoints`).
+    `model` is a folder, a .gguf file, `pkg:PACKAGE[/FILE]` or a hub id (see `agiqa.extract.models.checkpoints`), or an
+    image encoder `timm:NAME` (see `agiqa.extract.models.timm_models`), with `weights` of a file and an `image_size` in
+    pixels in place of timm's. `tap` reads the image part of a vision-language model alone (see
+    `agiqa.extract.models.taps`).
     `adapter` is the folder or hub id of a LoRA adapter (see `agiqa.extract.models.adapters`), merged on `load`.
     `kind` is text, vision, minicpm, or auto: minicpm for MiniCPM-Llama3-V-2.5, vision for image-text-to-text models
     with a processor, else text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own, bfloat16 for
@@ -49,6 +60,13 @@ def open_backbone(
     """
     if kind not in ("auto", *BACKBONES):
         raise UnknownName.of(kind="backbone", name=kind, known=["auto", *BACKBONES])
+    if model.startswith(TIMM):
+        given = {"--adapter": adapter, "--max-slices": max_slices, "--tap": tap}
+        _refuse_options(given, f"{model} is an image encoder of timm")
+        file = None if weights is None else Path(weights)
+        encoder = find_timm_model(model, weights=file, image_size=image_size)
+        return TimmBackbone(encoder, dtype=dtype, device=device)
+    _refuse_options({"--weights": weights, "--image-size": image_size}, f"{model} is no image encoder timm:NAME")
     checkpoint = resolve_checkpoint(model)
     resolved = None if adapter is None else resolve_adapter(adapter)
     if resolved is not None:
@@ -58,7 +76,42 @@ def open_backbone(
     if type(config) not in BACKBONES.get(chosen).classes:
         message = f"{model}: the model type {config.model_type!r} cannot serve as the backbone {chosen!r}."
         raise ModelError(message)
-    return BACKBONES.get(chosen)(checkpoint, config, adapter=resolved, dtype=dtype, device=device)
+    _check_states(BACKBONES.get(chosen))
+    backbone = BACKBONES.get(chosen)(checkpoint, config, adapter=resolved, dtype=dtype, device=device)
+    return backbone if tap is None else TappedBackbone(backbone, tap)
+
+
+def _refuse_options(given: Mapping[str, object], why: str) -> None:
+    """Raise ConfigError if any of the options is `given`."""
+    wrong = [option for option, value in given.items() if value is not None]
+    if wrong:
+        message = f"{why}: leave out {' and '.join(wrong)}."
+        raise ConfigError(message)
+
+
+def check_writes_text(model: str) -> None:
+    """Raise ConfigError for an image encoder, before its weights are downloaded."""
+    if model.startswith(TIMM):
+        message = (
+            f"{model} is an image encoder, which writes no text. Give a language model or a vision-language model."
+        )
+        raise ConfigError(message)
+
+
+def _check_states(kind: type[HuggingFaceBackbone]) -> None:
+    """Raise ConfigError for a class of one's own whose hidden states no store would get: `layer_states` makes them."""
+    order = [vars(one).keys() for one in kind.__mro__]
+
+    def first(*names: str) -> int:
+        return next(place for place, defined in enumerate(order) if not defined.isdisjoint(names))
+
+    if first("hidden_states", "states") < first("layer_states", "_states_of"):
+        message = (
+            f"The backbone {kind.kind!r} ({kind.__module__}.{kind.__name__}) defines `hidden_states` or `states`, "
+            "which extract no longer calls. Define `layer_states` instead: it gives each item's states by layer, such "
+            "as {'last': states}."
+        )
+        raise ConfigError(message)
 
 
 def _refuse_merged(checkpoint: Checkpoint, adapter: Adapter) -> None:
@@ -75,9 +128,9 @@ def _refuse_merged(checkpoint: Checkpoint, adapter: Adapter) -> None:
         raise ModelError(message)
 
 
-def opener_of(model: str, *, adapter: str | None, dtype: str, max_slices: int | None) -> Opener:
+def opener_of(model: str, *, adapter: str | None, dtype: str, max_slices: int | None, **image_options: Any) -> Opener:
     """A picklable function that opens the model: `opener(device=DEVICE)`, as `open_backbone`."""
-    return partial(open_backbone, model, adapter=adapter, dtype=dtype, max_slices=max_slices)
+    return partial(open_backbone, model, adapter=adapter, dtype=dtype, max_slices=max_slices, **image_options)
 
 
 def opened(opener: Opener, device: str) -> Backbone:
@@ -89,9 +142,11 @@ def opened(opener: Opener, device: str) -> Backbone:
     return backbone
 
 
-def open_checked(model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None) -> Backbone:
+def open_checked(
+    model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None, **image_options: Any
+) -> Backbone:
     """As `open_backbone`, with the checks of `opened`."""
-    return opened(opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices), device)
+    return opened(opener_of(model, adapter=adapter, dtype=dtype, max_slices=max_slices, **image_options), device)
 
 
 def devices_of_host(device: torch.device, count: int) -> list[str]:

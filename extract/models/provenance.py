@@ -1,13 +1,14 @@
 """Whether a model is the one with which a head was trained, by the provenance of both."""
 
 import hashlib
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from agiqa.errors import HeadError, listed
 
-_WEIGHTS = (".safetensors", ".bin", ".gguf")
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pth", ".pt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _SHOWN = 12
 """Digits of a hash in a message."""
@@ -36,6 +37,7 @@ def check_model(recorded: Provenance, found: Provenance, *, head: str) -> list[s
         ("tokenizer", _tokenizer),
         ("chat template", _template),
         ("image slices", _slicing),
+        ("preparation of images", _preparation),
         ("dtype", _dtype),
     ):
         was, now = part(recorded), part(found)
@@ -92,10 +94,19 @@ def _template(model: Provenance) -> _Part | None:
 
 def _slicing(model: Provenance) -> _Part | None:
     image = model.get("image")
-    if not image:
+    if not image or "slices" not in image:
         return None
     shown = f"at most {image.get('slices')} slices of {image.get('resolution')} pixels per image (--max-slices)"
     return _Part(image, shown)
+
+
+def _preparation(model: Provenance) -> _Part | None:
+    """Size, crop and normalisation of an image encoder of timm."""
+    image = model.get("image")
+    if not image or "input_size" not in image:
+        return None
+    shown = ", ".join(f"{name} {value}" for name, value in image.items())
+    return _Part(image, f"images prepared with {shown}")
 
 
 def _dtype(model: Provenance) -> _Part | None:
@@ -115,3 +126,14 @@ def _digest(hashes: Sequence[str]) -> str:
     """The beginning of the hash of one file, or of the hashes of several."""
     whole = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     return whole[:_SHOWN]
+
+
+def versions_of(packages: Sequence[str]) -> dict[str, str | None]:
+    """The installed version of each of `packages`; None for one that is missing."""
+    found: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from agiqa.errors import ModelError
 from agiqa.extract.models.compiling import layers_of
-from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
+from agiqa.extract.models.devices import DTYPES
+from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.tuning.parts import find_parts, modules_of
 from agiqa.extract.tuning.recipes import Recipe
 

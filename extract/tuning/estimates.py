@@ -13,7 +13,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from agiqa.errors import ModelError
-from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
+from agiqa.extract.models.devices import DTYPES
+from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.tuning.losses import LABELS_AT_ONCE
 from agiqa.extract.tuning.parts import find_parts, modules_of
 from agiqa.extract.tuning.recipes import Recipe, recipe_of, summaries

@@ -105,6 +105,13 @@ class BackboneContract:
             assert states.dtype == getattr(torch, backbone.logical_dtype)
             assert self.close(states, expected)
 
+    def test_the_last_layer_is_that_of_the_hidden_states(self, backbone, batch, together):
+        layers = ("1", "last")
+        for item, states, found in zip(batch, together, backbone.layer_states(batch, layers), strict=True):
+            assert torch.equal(found["last"], states)
+            assert found["1"].shape == (len(item.token_ids), backbone.layer_width("1"))
+            assert found["1"].dtype == states.dtype
+
     def test_padding_is_invisible_in_any_order(self, backbone, batch, alone):
         for states, expected in zip(backbone.hidden_states(batch[::-1]), alone[::-1], strict=True):
             assert self.close(states, expected)
@@ -200,6 +207,10 @@ class VisionContract(LocalContract):
             with torch.inference_mode():
                 output = model(**inputs, output_hidden_states=True)
             assert self.close(backbone.hidden_states([item])[0], output.hidden_states[-1][0])
+            layers = [*map(str, range(backbone.layer_count)), "last"]
+            found = backbone.layer_states([item], layers)[0]
+            for layer, expected in zip(layers, output.hidden_states, strict=True):
+                assert self.close(found[layer], expected[0])
             assert self.close(backbone.logits(item), output.logits[0])
 
     def test_the_image_is_seen(self, backbone, pictures, tmp_path):

@@ -34,6 +34,8 @@ TEXT_TEMPLATE = (
 )
 """Writes BOS itself, a system prompt, and trimmed contents."""
 
+DEEP_BLOCKS = 5
+
 PARTS_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}</s>\n{% endfor %}"
@@ -106,6 +108,14 @@ def write_text_checkpoint(
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     return save(folder, LlamaForCausalLM, LlamaConfig(**widths(len(tokenizer))), tokenizer, seed=seed, dtype=dtype)
+
+
+def write_deep_checkpoint(folder: Path) -> Path:
+    """A Llama of DEEP_BLOCKS blocks, so that it has layers to choose from."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEXT_TEMPLATE
+    config = LlamaConfig(**{**widths(len(tokenizer)), "num_hidden_layers": DEEP_BLOCKS})
+    return save(folder, LlamaForCausalLM, config, tokenizer)
 
 
 def roomy(folder: Path) -> Path:

@@ -20,12 +20,14 @@ from agiqa.extract.data.items import Message
 from agiqa.extract.models.batches import uploaded
 from agiqa.extract.models.checkpoints import Checkpoint, tensor_shapes
 from agiqa.extract.models.contract import Prepared
-from agiqa.extract.models.huggingface import DTYPES, HuggingFaceBackbone
+from agiqa.extract.models.devices import DTYPES
+from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.loading import failures_of, load_tokenizer
 from agiqa.extract.models.minicpm.model import MiniCPMConfig, MiniCPMV
 from agiqa.extract.models.minicpm.packed import PackedMiniCPM
 from agiqa.extract.models.minicpm.slicing import Slicing, cut, patches_of, slicing_of
 from agiqa.extract.models.rendering import Renderer, main_template, refuse_marks
+from agiqa.extract.models.tapping import states_of_layers
 from agiqa.store import TOKEN_ROLES
 
 _ANSWER = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
@@ -112,24 +114,28 @@ class MiniCPMBackbone(HuggingFaceBackbone):
     def language_model_of(self, model: MiniCPMV) -> Any:
         return model.llm
 
-    def states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
-        """See `HuggingFaceBackbone.states`. Padding is on the right, where no token of a causal model sees it."""
+    def _states_of(self, batch: Sequence[Prepared], layers: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """See `HuggingFaceBackbone._states_of`. Padding is on the right, where no token of a causal model sees it."""
         llm = self._language_model()
-        states = llm.model(inputs_embeds=self._embedded(batch), use_cache=False).last_hidden_state
-        return [states[row, : len(item.token_ids)] for row, item in enumerate(batch)]
+        found = states_of_layers(llm, {"inputs_embeds": self._embedded(batch)}, llm.model.layers, layers)
+        return [
+            {layer: states[row, : len(item.token_ids)] for layer, states in found.items()}
+            for row, item in enumerate(batch)
+        ]
 
-    def hidden_states(self, batch: Sequence[Prepared]) -> list[torch.Tensor]:
-        """See `Backbone.hidden_states`."""
+    def layer_states(self, batch: Sequence[Prepared], layers: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """See `Backbone.layer_states`."""
         if self._in_training:
-            return super().hidden_states(batch)
+            return super().layer_states(batch, layers)
         packed = self._packed_model()
         lengths = np.array([len(item.token_ids) for item in batch])
         ids = np.concatenate([item.token_ids for item in batch]).astype(np.int64)
         seen = np.concatenate([item.roles for item in batch]) == TOKEN_ROLES["image"]
         with torch.inference_mode(), self._compiling():
             images = self._image_tokens(batch, packed.image_tokens)
-            embedded = self._loaded().embed(ids, seen, images)
-            return list(packed.states(embedded, lengths).split(lengths.tolist()))
+            found = packed.states(self._loaded().embed(ids, seen, images), lengths, layers)
+            apart = {layer: states.split(lengths.tolist()) for layer, states in found.items()}
+        return [{layer: states[row] for layer, states in apart.items()} for row in range(len(batch))]
 
     def loaded(self) -> Any:
         """See `HuggingFaceBackbone.loaded`. Later hidden states come from its own layers, which a training changes."""

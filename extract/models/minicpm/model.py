@@ -143,10 +143,10 @@ class MiniCPMV(nn.Module):
         found = torch.empty(len(sizes), len(self.resampler.query), width, dtype=self._dtype, device=patches.device)
         for chosen in _in_chunks(attended):
             pieces = [patches[starts[place] : starts[place + 1]] for place in chosen]
-            found[uploaded(chosen, patches.device)] = self._chunk_tokens(pieces, sizes[chosen], attended[chosen])
+            found[uploaded(chosen, patches.device)] = self.chunk_tokens(pieces, sizes[chosen], attended[chosen])
         return found
 
-    def _chunk_tokens(self, pieces: list[Tensor], sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Tensor:
+    def chunk_tokens(self, pieces: list[Tensor], sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Tensor:
         values = self.normalised(torch.cat(pieces)).split([len(piece) for piece in pieces])
         padded = nn.utils.rnn.pad_sequence(list(values), batch_first=True)
         longest = int(attended.max())

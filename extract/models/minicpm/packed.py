@@ -19,6 +19,7 @@ from agiqa.extract.models.batches import uploaded
 from agiqa.extract.models.compiling import compile_each
 from agiqa.extract.models.minicpm.model import MiniCPMV, Resampler, line_positions, position_table
 from agiqa.extract.models.minicpm.passes import added, gated, linear_gelu, rotated, signed
+from agiqa.store.format.layers import LAST
 
 _PATCHES_AT_ONCE = 1 << 16
 """Bounds the memory of one pass of the vision tower: about 64 slices."""
@@ -51,17 +52,26 @@ class PackedMiniCPM:
         """See `compile_each`: those of the Llama. Compiled layers of the vision tower are slower than these."""
         compile_each(self.decoder_layers)
 
-    def states(self, embedded: Tensor, lengths: NDArray[np.int64]) -> Tensor:
-        """Final hidden states (tokens, D) of sequences of `lengths`, from the embeddings (tokens, D) of all."""
+    def states(
+        self, embedded: Tensor, lengths: NDArray[np.int64], layers: Sequence[str] = (LAST,)
+    ) -> dict[str, Tensor]:
+        """Hidden states (tokens, D) of `layers` of sequences of `lengths`, from the embeddings (tokens, D) of all."""
         decoder = self._model.llm.model
         bounds = Bounds.of(lengths, embedded.device)
         places = uploaded(np.concatenate([np.arange(length) for length in lengths.tolist()]), embedded.device)
         cos, sin = decoder.rotary_emb(embedded, position_ids=places[None])
         cos, sin = cos[0, :, None], signed(sin[0, :, None])
+        found = {"0": embedded} if "0" in layers else {}
         states = embedded.clone()  # layers may overwrite their input
-        for layer in self.decoder_layers:
+        for number, layer in enumerate(self.decoder_layers, start=1):
+            if len(found) == len(layers):
+                return found
             states = layer(states, cos, sin, bounds.host, bounds.device)
-        return _rms_norm(states, decoder.norm)
+            if str(number) in layers:
+                found[str(number)] = states.clone()
+        if LAST in layers:
+            found[LAST] = _rms_norm(states, decoder.norm)
+        return found
 
     def image_tokens(self, patches: Tensor, sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Tensor:
         """See `MiniCPMV.image_tokens`."""

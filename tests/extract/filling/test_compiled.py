@@ -1,6 +1,6 @@
 """Stores that are filled with compiled layers: the choice, its record, and the rows."""
 
-from functools import partialmethod
+from functools import partial
 
 import numpy as np
 import pytest
@@ -30,8 +30,7 @@ def texts(tmp_path):
 @pytest.fixture
 def traced(monkeypatch):
     """Layers are traced for the compiler, but run by torch's own operations: code for a CPU takes long to make."""
-    compiled = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compiled, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 def broken():
@@ -97,7 +96,7 @@ def test_an_unknown_choice_is_refused_before_anything_is_read(texts, tiny_text_c
 
 def test_long_jobs_on_a_gpu_are_worth_compiling(tiny_text_checkpoint, tmp_path):
     backbone = open_backbone(str(tiny_text_checkpoint), device="cpu")
-    backbone.config.num_hidden_layers, backbone.config.hidden_size = 32, 4096
+    backbone.layer_count, backbone.hidden_size = 32, 4096
     assert not pays(backbone, 10**9)
     backbone.device = torch.device("cuda")
     assert not pays(backbone, 3_000 * 479)

@@ -225,7 +225,7 @@ def test_runs_that_calibrate_side_by_side_store_in_one_basis(texts, tiny_text_ch
     """The sign of an eigenvector is arbitrary: another machine may compute the same basis with other signs."""
     data_set, backbone = inputs(texts, tiny_text_checkpoint)
     tokenised = tokenise(data_set, backbone, LengthRule())
-    target = calibrated(backbone, tokenised, rank=4, batch_size=8)
+    target = calibrated(backbone, tokenised, Target(encoding="sketch"), rank=4, batch_size=8)
     basis = target.basis
     assert basis is not None
     turned = replace(basis, id="turned", map=-basis.map, q=-basis.q, mean=-basis.mean)
@@ -233,7 +233,7 @@ def test_runs_that_calibrate_side_by_side_store_in_one_basis(texts, tiny_text_ch
         conversation = {"variant": "id", "aspect": "quality"}
         plan = store_plan(data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation, target=mine)
         store = create_store(tmp_path / "s.agiqa", plan)
-        filler = Filler(store, backbone, tokenised.items, target=mine, batch_size=8)
+        filler = Filler(store, backbone, tokenised.planned, target=mine, batch_size=8)
         with filler.model_arrays_written():
             pass
         filler.fill(part=(share, 2))
@@ -252,7 +252,7 @@ def test_an_image_that_vanishes_midway_is_named_and_the_rest_is_kept(tiny_vision
     target = Target(encoding="hidden")
     plan = store_plan(data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation, target=target)
     store = create_store(path, plan)
-    filler = Filler(store, backbone, tokenised.items, target=target, batch_size=4)
+    filler = Filler(store, backbone, tokenised.planned, target=target, batch_size=4)
     with filler.model_arrays_written():
         pass
     missing = folder / "images" / "003.png"

@@ -3,14 +3,24 @@
 import numpy as np
 import pytest
 
-from agiqa.extract import Item, LengthRule, Message
-from agiqa.extract.filling.footprints import PUBLISHED, ModelShape, footprints
+from agiqa.extract import (
+    ExtractionSettings,
+    Item,
+    LengthRule,
+    Message,
+    load_data_set,
+    open_backbone,
+    run_extraction,
+)
+from agiqa.extract.filling.footprints import PUBLISHED, ModelShape, RowsOfItems, footprints
+from agiqa.extract.filling.pooling import parse_poolings
 from agiqa.extract.filling.token_counts import counted
 from agiqa.extract.filling.token_estimates import TokenCounts, estimated
 from agiqa.store import TOKEN_ROLES, open_store
 from tests.extract.jobs import extract, inputs
 from tests.extract.small_sets import write_set
 from tests.extract.tiny_minicpm import QUERIES, write_minicpm_checkpoint
+from tests.extract.tiny_timm import needs_timm, write_weights
 
 
 def item(size, text="x" * 470):
@@ -75,6 +85,25 @@ def test_bytes_per_token_are_those_of_the_arrays(encoding, tiny_text_checkpoint,
     found = {one.encoding: one for one in footprints(counts, ModelShape.of(backbone, "tiny"), rank=4)}
     assert found[encoding].bytes_per_token == stored
     assert found[encoding].gpu_hours is None
+
+
+@needs_timm
+@pytest.mark.parametrize(("layers", "poolings"), [("2", ""), ("1,3,last", "mean,max")])
+def test_rows_of_an_image_encoder_are_those_of_its_layers(layers, poolings, tmp_path):
+    weights = write_weights(tmp_path, "resnet10t")
+    backbone = open_backbone("timm:resnet10t", weights=weights, image_size=64, device="cpu")
+    data_set = load_data_set(write_set(tmp_path / "set", 3, images=True), variant="no_id", images=True)
+    settings = ExtractionSettings(variant="no_id", layers=layers, pool_tokens=poolings)
+    store = run_extraction(data_set, backbone, tmp_path / "s.agiqa", settings).store
+    content = RowsOfItems(layers=store.layers, poolings=parse_poolings(poolings))
+    counts = counted(data_set, backbone, LengthRule(), layers=store.layers)
+    found = footprints(counts, ModelShape.of(backbone, "resnet10t", store.layers), rank=100, content=content)
+    by_encoding = {one.encoding: one for one in found}
+    assert [*by_encoding] == ["hidden", "sketch", "int8"]  # no W_lm, so no logits
+    assert by_encoding["hidden"].rows == store.n_tokens.sum()
+    widths = [store.layer(layer).width for layer in store.layers]
+    assert by_encoding["hidden"].bytes_per_token == 4 * sum(widths) + 5
+    assert by_encoding["sketch"].bytes_per_token == 2 * sum(min(width, 100) for width in widths) + 5
 
 
 def test_gpu_time_is_the_measured_rate():

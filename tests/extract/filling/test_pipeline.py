@@ -19,7 +19,7 @@ from agiqa.errors import ConfigError, DataError, WorkerError
 from agiqa.extract import ExtractionSettings, LengthRule, open_backbone, run_extraction
 from agiqa.extract.filling import crew
 from agiqa.extract.filling.engines import ModelProcess, OnDevices, striped
-from agiqa.extract.filling.plan import PlannedItem, prepare_planned, tokenise
+from agiqa.extract.filling.plan import prepare_planned, tokenise
 from agiqa.extract.filling.staging import coordinates_on_device
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models import preparing
@@ -70,9 +70,7 @@ def test_devices_and_workers_change_no_byte(pictures, tiny_vision_checkpoint, tm
 def planned_items(folder, checkpoint):
     data_set, backbone = inputs(folder, checkpoint)
     tokenised = tokenise(data_set, backbone, LengthRule())
-    return backbone, [
-        PlannedItem(item=one.item, token_ids=one.token_ids, roles=one.roles) for one in tokenised.tokenised
-    ]
+    return backbone, tokenised.planned
 
 
 def opener_of(checkpoint):
@@ -110,9 +108,8 @@ def test_devices_name_an_item_that_fails_and_keep_what_is_finished(tiny_vision_c
     picture.unlink()
     process = ModelProcess(opener=opener_of(tiny_vision_checkpoint), device="cpu", workers=0, processes=2, batch_size=1)
     engine = OnDevices(process=process, devices=["cpu", "cpu"])
-    items = [wanted.item for wanted in planned]
     with pytest.raises(DataError, match=r"005\.png: no such image") as caught:
-        engine.fill(store, items, Target(encoding="hidden"), part=(1, 1), advance=lambda _items: None)
+        engine.fill(store, planned, Target(encoding="hidden"), part=(1, 1), advance=lambda _items: None)
     assert caught.value.__notes__[0] == "while reading item '005.png'"
     assert "on cpu" in caught.value.__notes__[-1]
     picture.write_bytes(content)
@@ -145,7 +142,7 @@ def test_a_process_that_is_slow_to_start_keeps_no_other_from_starting(tiny_visio
     extract(folder, tiny_vision_checkpoint, path, plan_only=True)
     _, planned = planned_items(folder, tiny_vision_checkpoint)
     larger_than_a_pipe = "x" * (1 << 20)
-    items = [replace(wanted.item, description=larger_than_a_pipe) for wanted in planned]
+    items = [replace(one, item=replace(one.item, description=larger_than_a_pipe)) for one in planned]
     opener = OpenerThatMeets(meeting, tiny_vision_checkpoint)
     process = ModelProcess(opener=opener, device="cpu", workers=0, processes=2, batch_size=1)
     engine = OnDevices(process=process, devices=["cpu", "cpu"])
@@ -214,9 +211,10 @@ def test_workers_without_an_opener_are_refused(pictures, tiny_vision_checkpoint)
         Preparation(backbone, workers=2)
 
 
-def test_a_write_that_fails_stops_the_run_and_costs_no_other_unit(pictures, plain, tiny_vision_checkpoint, tmp_path):
-    path = tmp_path / "s.agiqa"
-    extract(pictures, tiny_vision_checkpoint, path, plan_only=True)
+def test_a_write_that_fails_stops_the_run_and_costs_no_other_unit(pictures, tiny_vision_checkpoint, tmp_path):
+    path, plain = tmp_path / "s.agiqa", tmp_path / "plain.agiqa"
+    for planned in (path, plain):
+        extract(pictures, tiny_vision_checkpoint, planned, plan_only=True)
     store = open_store(path, allow_partial=True)
     blocked = store.layout.features_object(4).parent
     blocked.parent.mkdir(parents=True, exist_ok=True)
@@ -228,8 +226,9 @@ def test_a_write_that_fails_stops_the_run_and_costs_no_other_unit(pictures, plai
     assert set(range(4)) <= set(finished)
     assert 4 not in finished
     blocked.unlink()
-    again = extract(pictures, tiny_vision_checkpoint, path)
-    assert objects_of(again.store.path) == objects_of(plain.path)
+    for planned in (path, plain):
+        extract(pictures, tiny_vision_checkpoint, planned)
+    assert objects_of(path) == objects_of(plain)
 
 
 class SmallDevice(TextBackbone):
@@ -238,12 +237,12 @@ class SmallDevice(TextBackbone):
     most = 2
     seen: list[int]
 
-    def hidden_states(self, batch):
+    def layer_states(self, batch, layers):
         self.seen.append(len(batch))
         if len(batch) > self.most:
             message = "tried to allocate 1 TiB"
             raise torch.OutOfMemoryError(message)
-        return super().hidden_states(batch)
+        return super().layer_states(batch, layers)
 
 
 def small_device(checkpoint, most):

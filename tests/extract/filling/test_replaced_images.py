@@ -44,7 +44,7 @@ def planned(folder, checkpoint, path):
     conversation, target = {"variant": "id", "aspect": "quality"}, Target(encoding="hidden")
     plan = store_plan(data_set, backbone, tokenised, rule=LengthRule(), conversation=conversation, target=target)
     store = create_store(path, plan)
-    return store, backbone, tokenised.items, target
+    return store, backbone, tokenised.planned, target
 
 
 def engine_of(name, backbone, checkpoint):

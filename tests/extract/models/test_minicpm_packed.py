@@ -54,6 +54,31 @@ def test_packed_items_have_the_states_of_padded_ones(backbone, batch):
         assert largest_error(backbone.hidden_states(batch[chosen]), expected[chosen]) < TOLERANCE
 
 
+def test_packed_layers_are_those_that_transformers_reports(backbone, batch):
+    """The Llama reads the same embeddings by transformers, padded; only the layers asked for are computed."""
+    layers = [*map(str, range(backbone.layer_count)), "last"]
+    found = backbone.layer_states(batch, layers)
+    with torch.no_grad():
+        output = backbone.loaded().llm.model(inputs_embeds=backbone._embedded(batch), output_hidden_states=True)
+    for layer, expected in zip(layers, output.hidden_states, strict=True):
+        own = [states[: len(item.token_ids)] for states, item in zip(expected, batch, strict=True)]
+        assert largest_error([states[layer] for states in found], own) < TOLERANCE
+    backbone._in_training = False
+    for asked in (["0"], ["1"], ["0", "last"]):
+        for some, whole in zip(backbone.layer_states(batch, asked), found, strict=True):
+            assert list(some) == asked
+            assert all(torch.equal(some[layer], whole[layer]) for layer in asked)
+
+
+def test_a_model_in_training_has_the_same_layers(backbone, batch):
+    layers = ("0", "1", "last")
+    packed = backbone.layer_states(batch, layers)
+    backbone.loaded()
+    for layer in layers:
+        plain = [states[layer] for states in backbone.layer_states(batch, layers)]
+        assert largest_error(plain, [states[layer] for states in packed]) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     "form", [PackedForm(head_width=16), PackedForm(mlp_multiple=48), PackedForm(fused_gelu=False, mlp_multiple=1)]
 )
