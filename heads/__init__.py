@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from agiqa.heads.data.features import FeatureSource as FeatureSource
     from agiqa.heads.data.splits import Partition as Partition
     from agiqa.heads.data.splits import make_partition as make_partition
+    from agiqa.heads.evaluation.intervals import PredictedIntervals as PredictedIntervals
+    from agiqa.heads.evaluation.intervals import predict_intervals as predict_intervals
     from agiqa.heads.evaluation.metrics import evaluate_scores as evaluate_scores
     from agiqa.heads.evaluation.metrics import paired as paired
     from agiqa.heads.evaluation.metrics import seeds_score as seeds_score
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from agiqa.heads.training.progress import LineProgress as LineProgress
     from agiqa.heads.training.progress import TrainingProgress as TrainingProgress
     from agiqa.heads.training.progress import training_progress as training_progress
+    from agiqa.heads.training.stacking import stack_runs as stack_runs
     from agiqa.heads.training.training import train_head as train_head
 
 __getattr__, __dir__, __all__ = lazy_names(
@@ -56,6 +59,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "data.batches": ["FeatureBatches"],
         "data.features": ["FeatureSource"],
         "data.splits": ["Partition", "make_partition"],
+        "evaluation.intervals": ["PredictedIntervals", "predict_intervals"],
         "evaluation.metrics": ["evaluate_scores", "paired", "seeds_score"],
         "evaluation.rating_words": ["score_words"],
         "evaluation.runs": ["Run", "load_run"],
@@ -74,6 +78,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "sweeps.sweeping": ["train_heads"],
         "sweeps.watching": ["SweepWatch", "watching"],
         "training.progress": ["LineProgress", "TrainingProgress", "training_progress"],
+        "training.stacking": ["stack_runs"],
         "training.training": ["train_head"],
     },
 )

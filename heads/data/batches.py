@@ -11,10 +11,9 @@ Its batches and their order are the same for any number of workers, forked or sp
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,19 +24,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from agiqa.errors import ConfigError, HeadError
+from agiqa.errors import ConfigError
 from agiqa.heads.data.features import (
     FeatureSet,
     FeatureSource,
     ItemRows,
-    items_identity,
-    location_of,
     read_checked,
     read_labels,
     token_offsets,
 )
-from agiqa.store import Store, StoreUnion, open_store, union
-from agiqa.store.sharing.remotes import is_url
+from agiqa.heads.data.reopening import SourceAddress
 
 BATCHES_AHEAD = 2
 """Batches whose rows are read from the store while an earlier one is in use."""
@@ -218,8 +214,23 @@ def batches_per_epoch(items: int, batch_size: int, *, smallest: int = 1) -> int:
 def collate(features: FeatureSet, positions: NDArray[np.int64], targets: Tensor | None = None) -> Batch:
     """The batch of these items, made on the device of their rows; `targets` are their labels (items, labels)."""
     if features.rows.device.type == "cpu":
+        if not features.is_streamed and int(features.lengths[positions].max()) == 1:
+            return _of_single_rows(features, positions, targets)
         return pad(features.take(positions), positions=positions, targets=targets)
     return gather(features, positions, targets)
+
+
+def _of_single_rows(features: FeatureSet, positions: NDArray[np.int64], targets: Tensor | None) -> Batch:
+    """As `pad`, for items of one row each: one gather takes a tenth of the time of copies of single rows."""
+    rows = features.rows.index_select(0, torch.from_numpy(features.starts[positions])).float()
+    return Batch(
+        features=rows[:, None],
+        mask=torch.ones((len(positions), 1), dtype=torch.bool),
+        roles=features.roles[features.offsets[torch.from_numpy(positions)]][:, None],
+        lengths=torch.ones(len(positions), dtype=torch.int64),
+        targets=None if targets is None else targets.float(),
+        positions=torch.from_numpy(positions),
+    )
 
 
 def pad(items: Sequence[ItemRows], *, positions: NDArray[np.int64], targets: Tensor | None) -> Batch:
@@ -326,46 +337,3 @@ class FeatureBatches(Dataset[Batch]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open the store again. Raises HeadError when another store has taken its place."""
         self.__dict__.update(state | {"_source": state["_source"].open()})
-
-
-def _opener(source: FeatureSource) -> Callable[[], FeatureSource]:
-    """A function that opens `source` again in another process; a source that is no store is pickled itself."""
-    if isinstance(source, StoreUnion):
-        return partial(_open_union, [_opener(store) for store in source.stores])
-    if isinstance(source, Store):
-        place = source.location if is_url(source.location) else source.path.absolute()
-        return partial(open_store, place, allow_partial=not source.is_sealed)
-    return partial(_as_it_is, source)
-
-
-def _open_union(openers: Sequence[Callable[[], Any]]) -> Any:
-    return union([reopen() for reopen in openers])
-
-
-def _as_it_is(source: FeatureSource) -> FeatureSource:
-    return source
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceAddress:
-    """How another process opens a source again; it can be pickled."""
-
-    items: NDArray[np.int64]
-    """The items that the other process needs."""
-    identity: str
-    """Their `items_identity`."""
-    reopen: Callable[[], FeatureSource]
-
-    @classmethod
-    def of(cls, source: FeatureSource, items: NDArray[np.int64] | None = None) -> "SourceAddress":
-        """The address of `source`, for some items or all."""
-        wanted = np.arange(len(source.n_tokens)) if items is None else items
-        return cls(items=wanted, identity=items_identity(source, wanted), reopen=_opener(source))
-
-    def open(self) -> FeatureSource:
-        """The source. Raises HeadError when another store has taken its place, and what opening a store raises."""
-        source = self.reopen()
-        if len(source.n_tokens) <= self.items.max() or items_identity(source, self.items) != self.identity:
-            message = f"The store {location_of(source)} has other items than before: it was replaced meanwhile."
-            raise HeadError(message)
-        return source

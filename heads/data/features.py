@@ -67,6 +67,16 @@ class SketchBasis(Protocol):
 
 
 @runtime_checkable
+class ItemSource(Protocol):
+    """Items with labels, which a split can be drawn from: a store, or images without features."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def items(self) -> ItemColumns: ...
+
+
+@runtime_checkable
 class FeatureSource(Protocol):
     """What can be trained from: items with labels, and a row of features per token."""
 
@@ -91,13 +101,13 @@ class FeatureSource(Protocol):
 
 @runtime_checkable
 class Located(Protocol):
-    """A FeatureSource that has a path or a URL, as stores have."""
+    """A source that has a path or a URL, as stores have."""
 
     @property
     def location(self) -> str: ...
 
 
-def location_of(source: FeatureSource) -> str:
+def location_of(source: ItemSource) -> str:
     """The name of `source` in messages: path or URL of a store, of each of several read as one; else the id."""
     return source.location if isinstance(source, Located) else source.id
 
@@ -368,7 +378,8 @@ def _read(source: FeatureSource, items: NDArray[np.int64]) -> list[ItemRows]:
 def read_labels(source: FeatureSource, items: NDArray[np.int64], *, label: str) -> NDArray[np.float64]:
     """The labels of each item, (items, labels); `label` is one name, or several as in `quality+correspondence`.
 
-    Raises UnknownName or DataError with the labels that the store has, and ConfigError as `parse_labels`.
+    Of several labels an item may lack some, which are NaN, but not all. Raises UnknownName or DataError with the labels
+    that the store has, and ConfigError as `parse_labels`.
     """
     labels, wanted = source.items.labels, parse_labels(label)
     for name in wanted:
@@ -376,11 +387,12 @@ def read_labels(source: FeatureSource, items: NDArray[np.int64], *, label: str) 
             kind = f"label of {location_of(source)}"
             raise UnknownName.of(kind, name, labels)
     values = np.stack([np.asarray(labels[name], dtype=np.float64)[items] for name in wanted], axis=1)
-    missing = np.argwhere(~np.isfinite(values)).tolist()
+    absent = ~np.isfinite(values)
+    values[absent] = np.nan
+    missing = np.argwhere(absent & absent.all(axis=1, keepdims=True)).tolist()
     if missing:
-        counts = ", ".join(
-            f"{name} on {np.isfinite(column).sum()} of {len(column)} items" for name, column in labels.items()
-        )
+        of_columns = ((name, int(np.isfinite(column).sum()), len(column)) for name, column in labels.items())
+        counts = ", ".join(f"{name} on {known} of {items_in_all} items" for name, known, items_in_all in of_columns)
         problems = [f"{source.items.names[items[row]]!r} has no {wanted[column]} MOS" for row, column in missing]
         error = DataError.from_problems(location_of(source), problems)
         error.add_note(f"Labels of this store: {counts}. Join more with `agiqa store labels`.")

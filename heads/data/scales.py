@@ -75,6 +75,11 @@ def conversions(labels: Sequence[str], sources: Scales, targets: Scales) -> list
     ]
 
 
+def on_another_scale(mos: NDArray[np.float64], learned: MosRange | None, recorded: MosRange | None) -> bool:
+    """Whether `mos`, whose scale is not `recorded`, cannot be on the scale that a head has `learned`."""
+    return recorded is None and learned is not None and not is_plausible(mos, learned)
+
+
 def unknown_scales(
     head: str, learned: Scales, source: FeatureSource, labels: Sequence[str], values: NDArray[np.float64]
 ) -> list[str]:
@@ -93,7 +98,7 @@ def unknown_scales(
         warning = f"The scale of the {label} MOS of {head if ours is None else where} is not recorded"
         if known is None:
             warning += f", nor is that of {where}; errors such as RMSE hold if both are the same"
-        elif ours is None or is_plausible(mos, known):
+        elif not on_another_scale(mos, ours, theirs):
             warning += f"; it is taken to be {range_text(known)}"
         else:
             warning += (

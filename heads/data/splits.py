@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError, UnknownName, listed
-from agiqa.heads.data.features import FeatureSource, location_of
+from agiqa.heads.data.features import ItemSource, location_of
 from agiqa.heads.data.prompt_groups import KnownPrompts, PromptOverlap, prompt_groups
 from agiqa.heads.settings.config import TrainConfig
 
@@ -27,7 +27,7 @@ PARTITION_SETTINGS = (
 FEWEST_TO_CHOOSE_BY = 30
 """With fewer validation items, none chooses the epoch and nothing is fitted to them: the rank correlation of 10 items
 without any relation exceeds 0.55 once in ten times."""
-_TEST_STREAM, _VALIDATION_STREAM, _TRAINING_STREAM = 0, 1, 2
+_TEST_STREAM, _VALIDATION_STREAM, _TRAINING_STREAM, _CALIBRATION_STREAM = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Partition:
         return found
 
 
-def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
+def make_partition(source: ItemSource, config: TrainConfig) -> Partition:
     """The parts that `config` describes; the same store and config give the same parts.
 
     Raises DataError when the store has no such split, too few prompts or items, or `training_items` leaves none to
@@ -119,7 +119,7 @@ def make_partition(source: FeatureSource, config: TrainConfig) -> Partition:
     )
 
 
-def _drawn(source: FeatureSource, config: TrainConfig) -> tuple[Items, Items, Items]:
+def _drawn(source: ItemSource, config: TrainConfig) -> tuple[Items, Items, Items]:
     """Train, val and test before anything is left out; val is empty unless the data set brings its own."""
     if config.split == "published":
         return published_items(source)
@@ -132,6 +132,19 @@ def _drawn(source: FeatureSource, config: TrainConfig) -> tuple[Items, Items, It
         remedy = "Use the split 'published', or a store of more prompts."
         test = hold_out(source.items.prompts, everything, config.test_share, seed, remedy=remedy)
     return np.setdiff1d(everything, test), everything[:0], test
+
+
+def calibration_mask(source: ItemSource, validation: Items, config: TrainConfig) -> NDArray[np.bool_]:
+    """Which of the `validation` items only make intervals: whole prompts, about `config.calibration_share` of them.
+
+    Raises DataError for fewer than two prompts.
+    """
+    if config.calibration_share == 0.0 or not len(validation):
+        return np.zeros(len(validation), dtype=bool)
+    remedy = "Set `calibration_share` to 0, or raise `validation`."
+    seed = [config.split_seed, _CALIBRATION_STREAM]
+    held = hold_out(source.items.prompts, validation, config.calibration_share, seed, remedy=remedy)
+    return np.isin(validation, held)
 
 
 def _first(count: int, train: Items, validation: Items, seed: Sequence[int]) -> tuple[Items, Items]:
@@ -150,7 +163,7 @@ def _first(count: int, train: Items, validation: Items, seed: Sequence[int]) -> 
     return np.intersect1d(train, chosen), np.intersect1d(validation, chosen)
 
 
-def split_items(source: FeatureSource, part: str) -> Items:
+def split_items(source: ItemSource, part: str) -> Items:
     """The items that the store's own split column calls `train`, `val` or `test`; `all` is every item.
 
     Raises DataError when there are none, with the splits that the store has.
@@ -168,7 +181,7 @@ def split_items(source: FeatureSource, part: str) -> Items:
     return chosen
 
 
-def published_items(source: FeatureSource) -> tuple[Items, Items, Items]:
+def published_items(source: ItemSource) -> tuple[Items, Items, Items]:
     """Train, val and test of the split column; val may be empty. Raises DataError without train or test."""
     splits = source.items.splits
     if not {"train", "test"} <= set(splits):
@@ -201,7 +214,7 @@ def hold_out(prompts: list[str], pool: Items, share: float, seed: Sequence[int],
     return pool[np.isin(groups, order[:taken])]
 
 
-def fold_items(source: FeatureSource, folds: int, fold: int, seed: Sequence[int]) -> Items:
+def fold_items(source: ItemSource, folds: int, fold: int, seed: Sequence[int]) -> Items:
     """The items of one of `folds` parts, which together are all items and have no normalised prompt in common.
 
     Prompts are dealt in order of their number of items, the largest first and equal ones in random order, each to the
@@ -224,7 +237,7 @@ def fold_items(source: FeatureSource, folds: int, fold: int, seed: Sequence[int]
     return np.flatnonzero(part_of[groups] == fold)
 
 
-def generator_items(source: FeatureSource, generator: str | None) -> Items:
+def generator_items(source: ItemSource, generator: str | None) -> Items:
     """The items whose image `generator` made.
 
     Raises ConfigError for None and UnknownName for no such generator, both with those that the store has, and

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from agiqa.heads.data.scales import Line
 from agiqa.heads.data.splits import FEWEST_TO_CHOOSE_BY
-from agiqa.heads.settings.labels import Array, by_label, columns
+from agiqa.heads.settings.labels import Array, by_label, labelled_pairs
 
 RIGHT_SLOPES = (0.8, 1.2)
 """Validation slopes without a warning."""
@@ -49,8 +49,8 @@ class Calibration:
     """(1, 0) for a label without a fitted line."""
     refused: tuple[str | None, ...]
     """Why a label has no fitted line."""
-    items: int
-    """Validation items."""
+    items: tuple[int, ...]
+    """The number of validation items that have each label."""
 
     @classmethod
     def fit(cls, predicted: Array, labels: Array) -> "Calibration":
@@ -58,8 +58,10 @@ class Calibration:
 
         A label gets no line for fewer than FEWEST_TO_CHOOSE_BY items, and for a slope that is not above 0.
         """
-        found = [_fit(*pair) for pair in zip(columns(predicted), columns(labels), strict=True)]
-        return cls(lines=tuple(line for line, _ in found), refused=tuple(why for _, why in found), items=len(labels))
+        pairs = labelled_pairs(predicted, labels)
+        found = [_fit(*pair) for pair in pairs]
+        lines, refused = tuple(line for line, _ in found), tuple(why for _, why in found)
+        return cls(lines=lines, refused=refused, items=tuple(len(mos) for _, mos in pairs))
 
     def applied(self, predicted: Array) -> Array:
         """Predictions (items, labels) mapped by the lines."""
@@ -70,10 +72,10 @@ class Calibration:
     def record(self, names: Sequence[str], *, refit: bool) -> dict[str, Any]:
         """The entry of metrics.json, `by_label`; `refit` says whether the line was applied to a refit head."""
         entries = [
-            {"slope": slope, "intercept": intercept, "n": self.items, "applied_to_refit": refit}
+            {"slope": slope, "intercept": intercept, "n": count, "applied_to_refit": refit}
             if why is None
-            else {"slope": None, "intercept": None, "n": self.items, "not_fitted": why}
-            for (slope, intercept), why in zip(self.lines, self.refused, strict=True)
+            else {"slope": None, "intercept": None, "n": count, "not_fitted": why}
+            for (slope, intercept), why, count in zip(self.lines, self.refused, self.items, strict=True)
         ]
         found: dict[str, Any] = by_label(names, entries)
         return found
@@ -100,10 +102,8 @@ def calibration_warnings(
 
     `calibrate` is the setting: where it is on, it is not advised.
     """
-    if len(labels) < FEWEST_TO_CHOOSE_BY:
-        return []
     found: list[str] = []
-    for name, guesses, mos in zip(names, columns(predicted), columns(labels), strict=True):
+    for name, (guesses, mos) in zip(names, labelled_pairs(predicted, labels), strict=True):
         found += _warnings(name, guesses, mos, calibrate=calibrate)
     return found
 
@@ -121,6 +121,8 @@ def _fit(predicted: NDArray[np.float64], labels: NDArray[np.float64]) -> tuple[L
 
 def _warnings(name: str, predicted: NDArray[np.float64], labels: NDArray[np.float64], *, calibrate: bool) -> list[str]:
     found: list[str] = []
+    if len(labels) < FEWEST_TO_CHOOSE_BY:
+        return found
     slope, _ = calibration_line(predicted, labels)
     remedy = "Train with other settings."
     if slope > 0.0 and not calibrate:

@@ -6,7 +6,7 @@ from typing import Any
 
 from agiqa.heads.model.encoders import ENCODERS
 from agiqa.heads.model.losses import LOSSES, names_in_loss
-from agiqa.heads.model.pooling import POOLINGS, PoolingName
+from agiqa.heads.model.pooling import POOLINGS, PoolingName, pooling_names
 from agiqa.heads.model.projection import PROJECTIONS
 from agiqa.heads.settings.config import HeadConfig
 from agiqa.parts import OwnPart
@@ -22,8 +22,8 @@ CODE = "code of"
 def own_parts(head: HeadConfig, loss: str | None = None) -> list[OwnPart]:
     """The parts of one's own among encoder, pooling, projection and those of `loss`. Raises UnknownName."""
     used: list[tuple[Registry[Any], str]] = [
-        (ENCODERS, head.encoder),
-        (POOLINGS, PoolingName.parse(head.pooling).pooling),
+        *([] if head.is_closed else [(ENCODERS, head.encoder)]),
+        *((POOLINGS, PoolingName.parse(name).pooling) for name in pooling_names(head)),
         (PROJECTIONS, head.projection),
         *((LOSSES, name) for name in ([] if loss is None else names_in_loss(loss))),
     ]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agiqa.heads.data.features import FeatureSource, Joined
+from agiqa.heads.data.features import FeatureSource
+from agiqa.heads.data.layers import base_of, joined_stores
 
 PART_NAMES = ("train", "validation", "test")
 _NUMBERS, _STORE = "items", "store"
@@ -81,9 +82,10 @@ def record_parts(source: FeatureSource, parts: Mapping[str, NDArray[np.int64]]) 
 
 def _stores_of(source: FeatureSource) -> list[tuple[str, NDArray[np.int64]]]:
     """The id of each store in `source`, and the positions of its items there, which are consecutive."""
-    if isinstance(source, Joined):
-        return [(store.id, positions) for store, positions in source.parts]
-    return [(source.id, np.arange(len(source.items.names)))]
+    joined = joined_stores(source)
+    if joined is not None:
+        return [(store.id, positions) for store, positions in joined.parts]
+    return [(base_of(source).id, np.arange(len(source.items.names)))]
 
 
 def _whole(number: Any) -> int:

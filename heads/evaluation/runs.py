@@ -7,44 +7,49 @@ config.json       head and training settings, the store and its location, its ki
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split, the authors of the texts of
                   its parts (`text_authors`), warnings and notes, when the training ended (`trained_at`, UTC); for
                   several stores read as one also the metrics of each, and what was converted
-predictions.csv   name, prompt, split, item, mos, predicted of the validation and test items; `item` is its number in
-                  the store, or in the concatenation of several stores
+predictions.csv   name, prompt, split, item, mos, predicted and, if the head has one, spread of the validation (and
+                  calibration) and test items; `item` is its number in the store, or in several stores joined
+members           of a stack of runs: the run folder of each, 0, 1, ...
 curves.csv        a row per epoch; with `paper_compatible` also its test scores
 parts.json        name and prompt of every training, validation and test item, and under `items` the id of each store
                   with their numbers in it
 tensorboard       event files of the stages `train` and `refit`, if the setting `tensorboard` is on
 
 For a head with several labels, `validation`, `test` and `logistic` of metrics.json hold an entry per label,
-predictions.csv has the columns mos_LABEL and predicted_LABEL of each, and curves.csv has means over the labels.
+predictions.csv has the columns mos_LABEL and predicted_LABEL (and spread_LABEL) of each, and curves.csv has means over
+the labels.
 """
 
-import csv
-import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from agiqa.errors import ConfigError, HeadError, UnknownName
+from agiqa.heads.closed.choosing import load_closed
+from agiqa.heads.closed.combined import AnyHead, Member, MixedHead, ResidualHead
+from agiqa.heads.closed.heads import ClosedHead, below
 from agiqa.heads.data.features import FeatureSource, location_of
+from agiqa.heads.data.layers import LAST, provenance_of
 from agiqa.heads.data.scales import Scales, read_scales
 from agiqa.heads.evaluation.own_parts import remedies, warn_of_other_code
 from agiqa.heads.evaluation.recorded_parts import RecordedParts
+from agiqa.heads.evaluation.run_files import read_csv, read_json, read_tensors, write_csv, write_json, write_weights
 from agiqa.heads.model.encoders.base import encoder_settings
 from agiqa.heads.model.head import Head, build_head, check_parts
 from agiqa.heads.model.projection import FeatureSpec
+from agiqa.heads.model.reading import features_for, mismatch, other_model
+from agiqa.heads.model.readouts import VALUE, check_readout
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.labels import of_each_label
 from agiqa.notebooks import html_table, one_line
 from agiqa.store import open_store
-from agiqa.store.disk.files import safetensors_errors, telling_disk_errors
+from agiqa.store.disk.files import telling_disk_errors
 from agiqa.version import agiqa_version
 
 FORMAT = "agiqa.head"
@@ -52,9 +57,10 @@ FORMAT_VERSION = 1
 WEIGHTS, CONFIG, METRICS = "head.safetensors", "config.json", "metrics.json"
 PREDICTIONS, CURVES, PARTS = "predictions.csv", "curves.csv", "parts.json"
 EVENTS = "tensorboard"
-_TEXTS = ("name", "prompt", "split", "stage")
-"""Columns of predictions.csv and curves.csv with texts; `_WHOLE` are those with whole numbers."""
-_WHOLE = ("item", "epoch")
+MEMBERS = "members"
+"""The folder of a stack of runs with copies of their folders."""
+CLOSED = "closed"
+"""The entry of config.json with the facts of a closed form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,16 @@ class Run:
         return origin
 
     @property
+    def readout(self) -> str:
+        """What the outputs of the head mean (readouts.py); `value` in old runs, which had no other."""
+        return str(self.config.get("readout", VALUE))
+
+    @property
+    def predicts_spread(self) -> bool:
+        """Whether the head predicts a spread beside each MOS."""
+        return self.readout != VALUE
+
+    @property
     def scales(self) -> Scales:
         """The scale of each label and of its predictions, in the order of `train.labels`. Raises HeadError.
 
@@ -98,7 +114,7 @@ class Run:
         Both are on the scale of the head. With several labels, `mos_LABEL` and `predicted_LABEL` of each.
         `pandas.DataFrame` makes a table of them. Raises HeadError for a missing or damaged file.
         """
-        return _read_csv(self.path / PREDICTIONS)
+        return read_csv(self.path / PREDICTIONS)
 
     @property
     def curves(self) -> list[dict[str, Any]]:
@@ -106,13 +122,14 @@ class Run:
 
         Raises HeadError for a missing or damaged file.
         """
-        return _read_csv(self.path / CURVES)
+        return read_csv(self.path / CURVES)
 
     def predict(
         self,
         store: "str | Path | FeatureSource",
         items: Sequence[int] | NDArray[Any] | None = None,
         *,
+        variant: str | None = None,
         device: str = "auto",
         batch_size: int = 32,
     ) -> NDArray[np.float64]:
@@ -123,16 +140,22 @@ class Run:
         from agiqa.heads.evaluation.scoring import predict  # it imports this module
 
         run: Any = self  # pyright sees this class twice: here, and through the link agiqa/heads
-        return predict(run, _opened(store), items, device=device, batch_size=batch_size)
+        return predict(run, _opened(store), items, variant=variant, device=device, batch_size=batch_size)
 
     def evaluate(
-        self, store: "str | Path | FeatureSource", part: str = "test", *, device: str = "auto", batch_size: int = 32
+        self,
+        store: "str | Path | FeatureSource",
+        part: str = "test",
+        *,
+        variant: str | None = None,
+        device: str = "auto",
+        batch_size: int = 32,
     ) -> dict[str, Any]:
         """Metrics with intervals on one part of a store, as `agiqa.heads.evaluate`."""
         from agiqa.heads.evaluation.scoring import evaluate
 
         run: Any = self
-        return evaluate(run, _opened(store), part, device=device, batch_size=batch_size)
+        return evaluate(run, _opened(store), part, variant=variant, device=device, batch_size=batch_size)
 
     def __repr__(self) -> str:
         """What the run is, in one line."""
@@ -157,7 +180,7 @@ class Run:
 
     def parts(self) -> RecordedParts:
         """The training, validation and test items. Raises HeadError."""
-        recorded = _read_json(self.path, PARTS)
+        recorded = read_json(self.path, PARTS)
         try:
             return RecordedParts.from_record(recorded)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -165,32 +188,71 @@ class Run:
             message = f"{self.path / PARTS} is not what a training writes ({what}). Bring the file back from a copy."
             raise HeadError(message) from error
 
+    def features_of(self, source: FeatureSource) -> FeatureSource:
+        """What this head reads of a store: its layer, and its pooled row of a store of pooled rows.
+
+        Raises UnknownName for a layer that the store lacks, and HeadError for such a pooled row.
+        """
+        try:
+            return features_for(source, self.head, self.spec.layer)
+        except (UnknownName, HeadError) as error:
+            error.add_note(f"The head {self.path} reads layer {self.spec.layer}.")
+            raise
+
     def check(self, source: FeatureSource) -> FeatureSpec:
-        """The spec of `source`. Raises HeadError where this head cannot read its features."""
-        found = FeatureSpec.of(source)
-        problem = _mismatch(self.spec, found)
+        """The spec of what this head reads of `source`. Raises HeadError where it cannot, and as `features_of`."""
+        read = self.features_of(source)
+        found = FeatureSpec.of(read)
+        problem = mismatch(self.head, self.spec, found) or other_model(self.spec, self.origin.get("model") or {}, read)
         if problem is not None:
             message = f"The head {self.path} cannot read the store {location_of(source)}: {problem}"
             raise HeadError(message)
         return found
 
-    def load_head(self, source: FeatureSource, *, device: torch.device) -> Head:
+    def load_head(self, source: FeatureSource, *, device: torch.device) -> AnyHead:
         """The head in evaluation mode; W_lm comes from `source`. Raises HeadError."""
         spec = self.check(source)
+        if (self.path / MEMBERS).is_dir():
+            return self._load_mixed(source, device)
+        if self.head.is_closed:
+            return self._load_closed("").to(device).eval()
         with torch.inference_mode(mode=False):  # weights made in inference mode cannot be trained or cached
             with torch.random.fork_rng(devices=[]):
-                head = build_head(self.head, spec, labels=len(self.train.labels))
+                head = build_head(self.head, spec, labels=len(self.train.labels), readout=self.readout)
             warn_of_other_code(self.path, self.config, self.head)
             self.give_weights(head)
+            if self.head.init is not None:
+                return ResidualHead(self._load_closed("closed."), head).to(device).eval()
             return head.to(device).eval()
+
+    def _load_mixed(self, source: FeatureSource, device: torch.device) -> MixedHead:
+        """The stack of the runs in MEMBERS. Raises HeadError."""
+        tensors = read_tensors(self.path / WEIGHTS)
+        try:
+            facts = dict(self.config[CLOSED])
+            runs = [load_run(self.path / MEMBERS / f"{number}") for number in range(len(facts["members"]))]
+            members = [Member(head=run.load_head(source, device=device), reads=run.features_of) for run in runs]
+            return MixedHead(members, tensors, facts).eval()
+        except (KeyError, TypeError) as error:
+            message = f"{self.path / CONFIG} does not describe a stack of runs ({error!r}). Make the stack anew."
+            raise HeadError(message) from error
+
+    def _load_closed(self, prefix: str) -> ClosedHead:
+        """The closed form whose tensors have names with this prefix. Raises HeadError for files without one."""
+        tensors = read_tensors(self.path / WEIGHTS)
+        try:
+            return load_closed(below(tensors, prefix), self.config[CLOSED])
+        except (KeyError, TypeError, ValueError) as error:
+            message = f"{self.path / WEIGHTS} does not hold the closed form that {CONFIG} describes: {error!r}"
+            raise HeadError(message) from error
 
     def give_weights(self, head: Head) -> None:
         """Load the weights and constants of this run into `head`. Raises HeadError for other shapes or a bad file."""
-        path = self.path / WEIGHTS
+        tensors = read_tensors(self.path / WEIGHTS)
         try:
-            head.load_state_dict(load_file(path))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            message = f"{path} does not hold the weights that {self.path / CONFIG} describes: {error}"
+            head.load_state_dict(tensors if self.head.init is None else below(tensors, "network."))
+        except RuntimeError as error:
+            message = f"{self.path / WEIGHTS} does not hold the weights that {self.path / CONFIG} describes: {error}"
             raise HeadError(message) from error
 
 
@@ -201,7 +263,7 @@ def load_run(path: str | Path) -> Run:
     with other content than a training writes.
     """
     path = Path(path)
-    config = _read_json(path, CONFIG)
+    config = read_json(path, CONFIG)
     found = (config.get("format"), config.get("version"))
     if found != (FORMAT, FORMAT_VERSION):
         message = f"{path / CONFIG} is {found[0]} v{found[1]}; this agiqa reads {FORMAT} v{FORMAT_VERSION}."
@@ -210,6 +272,7 @@ def load_run(path: str | Path) -> Run:
         features = config["features"]
         head = HeadConfig(**complete_settings(config["head"]))
         check_parts(head)
+        check_readout(config.get("readout", VALUE))
         return Run(
             path=path,
             head=head,
@@ -220,9 +283,12 @@ def load_run(path: str | Path) -> Run:
                 width=features["width"],
                 lm_head_sha256=features["lm_head_sha256"],
                 basis_id=features["basis_id"],
+                layer=features.get("layer", LAST),
+                pooled=tuple(features.get("pooled", ())),
+                tap=features.get("tap"),
             ),
             config=config,
-            metrics=_read_json(path, METRICS),
+            metrics=read_json(path, METRICS),
         )
     except (UnknownName, ConfigError) as error:
         missing = remedies(config)
@@ -254,7 +320,7 @@ def complete_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def origin_of(source: FeatureSource) -> dict[str, Any]:
     """The entries `model` and `conversation` of a store's provenance, if it has them."""
-    provenance: Mapping[str, Any] = getattr(source, "provenance", {})
+    provenance = provenance_of(source)
     return {key: provenance[key] for key in ("model", "conversation") if key in provenance}
 
 
@@ -268,7 +334,7 @@ def refuse_taken(path: Path) -> None:
 def write_run(
     path: Path,
     *,
-    head: Head,
+    head: AnyHead,
     config: Mapping[str, Any],
     metrics: Mapping[str, Any],
     predictions: Sequence[Mapping[str, Any]],
@@ -276,24 +342,28 @@ def write_run(
     parts: Mapping[str, Any],
     partial: Path,
     events: Path | None = None,
+    members: Sequence[Path] = (),
 ) -> None:
     """Write the folder at `partial`, then rename it to `path`, so that a killed process leaves no incomplete run.
 
     `parts` comes from `record_parts`. `partial` is on the same file system; leftovers of a killed process there are
-    replaced. `events` is a folder of TensorBoard event files to copy. Raises OSError as `telling_disk_errors`.
+    replaced. `events` is a folder of TensorBoard event files to copy, `members` are the run folders of the heads that a
+    stack adds up; they become MEMBERS/0, MEMBERS/1 and so on. Raises OSError as `telling_disk_errors`.
     """
     with telling_disk_errors(f"writing {path}", "the epochs that were saved are kept"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            _write_weights(partial / WEIGHTS, head)
-            _write_csv(partial / PREDICTIONS, predictions)
-            _write_csv(partial / CURVES, curves)
-            _write_json(partial / PARTS, parts)
-            _write_json(partial / METRICS, metrics)
+            write_weights(partial / WEIGHTS, head)
+            write_csv(partial / PREDICTIONS, predictions)
+            write_csv(partial / CURVES, curves)
+            write_json(partial / PARTS, parts)
+            write_json(partial / METRICS, metrics)
             if events is not None:
                 shutil.copytree(events, partial / EVENTS)
-            _write_json(partial / CONFIG, {"format": FORMAT, "version": FORMAT_VERSION, **config})
+            for number, member in enumerate(members):
+                shutil.copytree(member, partial / MEMBERS / f"{number}", ignore=shutil.ignore_patterns(EVENTS))
+            write_json(partial / CONFIG, {"format": FORMAT, "version": FORMAT_VERSION, **config})
             refuse_taken(path)
             if path.exists():
                 path.rmdir()
@@ -301,41 +371,6 @@ def write_run(
         except BaseException:
             shutil.rmtree(partial)
             raise
-
-
-def _mismatch(expected: FeatureSpec, found: FeatureSpec) -> str | None:
-    """Why a head for features `expected` cannot read features `found`; None where it can."""
-    if found.encoding != expected.encoding:
-        return (
-            f"it reads {expected.encoding!r} features, and the store holds {found.encoding!r}. "
-            f"A sketch of hidden states is made with `agiqa store sketch STORE OUT --basis TRAINED_STORE`."
-        )
-    if found.basis_id != expected.basis_id:
-        return (
-            f"it was trained on the sketch basis {expected.basis_id}, and the store has {found.basis_id}. Sketch "
-            f"the hidden store anew in the same basis: `agiqa store sketch STORE OUT --basis TRAINED_STORE`."
-        )
-    if found.lm_head_sha256 != expected.lm_head_sha256:
-        return (
-            f"it was trained with the language-model head {expected.lm_head_sha256}, and the store has "
-            f"{found.lm_head_sha256}. Extract with the same model, or train a head on this store."
-        )
-    if found.width != expected.width:
-        return f"features have width {found.width}, expected {expected.width}."
-    return None
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a run folder. Raises HeadError."""
-    try:
-        content: Any = json.loads((path / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        message = f"{path} is no run folder of a trained head: {name} cannot be read ({error})."
-        raise HeadError(message) from error
-    if not isinstance(content, dict):
-        message = f"{path} is no run folder of a trained head: {name} holds no JSON object."
-        raise HeadError(message)
-    return cast("dict[str, Any]", content)
 
 
 def _opened(store: "str | Path | FeatureSource") -> FeatureSource:
@@ -347,41 +382,3 @@ def _scores_text(scores: Mapping[str, Any]) -> str:
     values = {metric.upper(): scores[metric] for metric in ("srcc", "plcc")}
     shown = [f"{name} {'undefined' if value is None else f'{value:.4f}'}" for name, value in values.items()]
     return f"{', '.join(shown)} (n {scores['n']})"
-
-
-def _read_csv(path: Path) -> list[dict[str, Any]]:
-    """The rows of a csv that `write_run` wrote, numbers as numbers. Raises HeadError."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return [
-                {name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file, strict=True)
-            ]
-    except (OSError, TypeError, ValueError, csv.Error) as error:
-        message = f"{path} cannot be read as a table of a training ({error}). Bring the file back from a copy."
-        raise HeadError(message) from error
-
-
-def _value(column: str, cell: str) -> str | int | float | None:
-    if column in _TEXTS:
-        return cell
-    return None if not cell else int(cell) if column in _WHOLE else float(cell)
-
-
-def _write_weights(path: Path, head: Head) -> None:
-    """The weights as safetensors. Raises OSError for errors of the disk."""
-    with safetensors_errors(path):
-        save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, path)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON. Raises ValueError for NaN."""
-    path.write_text(json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the columns of the first; None becomes an empty cell."""
-    write_table: Callable[..., Any] = csv.DictWriter
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = write_table(file, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)

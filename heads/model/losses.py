@@ -1,13 +1,25 @@
-"""Losses by name, on predictions and labels scaled to mean 0 and variance 1, and weighted sums such as `mse+0.5*plcc`.
+"""Losses by name, and weighted sums such as `mse+0.5*plcc`.
+
+Most compare predictions with labels, both scaled to mean 0 and variance 1:
 
 mse, mae, huber            compare each prediction with its own label
 plcc                       compares order and spacing within a batch: 1 minus Pearson's correlation
 fidelity, margin, ranknet  compare the items of a batch in pairs
 
-The last four do not determine the level of the predictions (plcc, fidelity and ranknet nor their scale). Alone they
-train for correlation, and the level drifts, since AdamW scales the rounding noise in the gradient of the output bias up
-to full steps. In a sum with `mse`, `mae` or `huber` they train for RMSE too. They need two items: `check_loss` refuses
-a batch size of 1, the batch plan joins a single left-over item to its neighbour, and the loss of one item is 0.
+Three need a head that predicts a distribution (readouts.py), and decide which one it has:
+
+kl       the shares of the ratings on five levels, against the probabilities of a softmax
+ordinal  the same shares, against those of a graded-response model
+nll      the MOS, against a Gaussian with a predicted variance
+
+In a sum with one of these, the other losses read the mean of the distribution. Two of them cannot be summed, as their
+heads differ.
+
+plcc, fidelity, margin and ranknet do not determine the level of the predictions (plcc, fidelity and ranknet nor their
+scale). Alone they train for correlation, and the level drifts, since AdamW scales the rounding noise in the gradient of
+the output bias up to full steps. In a sum with a loss that compares single items they train for RMSE too. They need two
+items: `check_loss` refuses a batch size of 1, the batch plan joins a single left-over item to its neighbour, and the
+loss of one item is 0.
 """
 
 import math
@@ -21,11 +33,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from agiqa.errors import ConfigError
+from agiqa.heads.model.readouts import GAUSSIAN, GRADED, SOFTMAX, VALUE
 from agiqa.heads.settings.config import TrainConfig
 from agiqa.registry import Registry
 
 LossFormula = Callable[[Tensor, Tensor], Tensor]
 Values = Float[Tensor, " batch"]
+Shares = Float[Tensor, "batch 5"]
 Scalar = Float[Tensor, ""]
 
 _LEAST_VARIANCE = 1e-8
@@ -40,13 +54,19 @@ class LossTerm:
     """From predictions and labels of at least `smallest_batch` items, (batch,) each, to a scalar."""
     smallest_batch: int = 1
     """Items that the formula needs: 2 where it compares items."""
+    readout: str = VALUE
+    """The readout of the head that it trains (readouts.py). With `levels` or `graded` the formula gets log
+    probabilities and shares of ratings, (batch, 5) each; with `gaussian` mean and log variance, (batch, 2), and labels
+    (batch,)."""
+    each: LossFormula | None = None
+    """The loss of each item (batch,), whose mean is `formula`; None where items are compared, without weights."""
 
     @property
     def __wrapped__(self) -> LossFormula:
         """The formula, as the code that the loss comes from."""
         return self.formula
 
-    def __call__(self, predicted: Values, labels: Values) -> Scalar:
+    def __call__(self, predicted: Tensor, labels: Tensor) -> Scalar:
         """The loss; 0, with gradients of 0, for too small a batch. Raises ConfigError where no scalar comes out."""
         if len(predicted) < self.smallest_batch:
             return (predicted * 0.0).sum()
@@ -73,17 +93,80 @@ class Loss:
         """Items that every batch should have, so that every term can compare items."""
         return max(term.smallest_batch for _, term in self.terms)
 
-    def __call__(self, predicted: Values, labels: Values) -> Scalar:
-        """The sum, in float32 (float64 for float64 inputs), under autocast too."""
+    @property
+    def readout(self) -> str:
+        """The readout of the head that it trains."""
+        return next((term.readout for _, term in self.terms if term.readout != VALUE), VALUE)
+
+    @property
+    def reads_levels(self) -> bool:
+        """Whether it needs the shares of the ratings on five levels."""
+        return self.readout in (SOFTMAX, GRADED)
+
+    def __call__(
+        self, predicted: Values, labels: Values, *, distribution: Tensor | None = None, shares: Shares | None = None
+    ) -> Scalar:
+        """The sum, in float32 (float64 for float64 inputs), under autocast too.
+
+        `distribution` and `shares` are what the terms of another readout than a value read; see `LossTerm.readout`.
+        Raises ConfigError where such a term gets none.
+        """
         with torch.autocast(device_type=predicted.device.type, enabled=False):
             predicted, labels = _precise(predicted), _precise(labels)
-            values = [weight * term(predicted, labels) for weight, term in self.terms]
+            values = [
+                weight * term(*self._inputs(term, predicted, labels, distribution, shares))
+                for weight, term in self.terms
+            ]
         return torch.stack(values).sum()
 
-    def over_labels(self, predicted: Float[Tensor, "batch label"], labels: Float[Tensor, "batch label"]) -> Scalar:
-        """The mean over the labels of the loss of each."""
-        values = [self(column, truth) for column, truth in zip(predicted.unbind(1), labels.unbind(1), strict=True)]
-        return torch.stack(values).mean()
+    def _inputs(
+        self, term: LossTerm, predicted: Values, labels: Values, distribution: Tensor | None, shares: Shares | None
+    ) -> tuple[Tensor, Tensor]:
+        """What a term reads."""
+        if term.readout == VALUE:
+            return predicted, labels
+        truth = labels if term.readout == GAUSSIAN else shares
+        if distribution is None or truth is None:
+            message = f"A loss of the readout {term.readout!r} needs the predicted distribution, and got the MOS alone."
+            raise ConfigError(message)
+        return _precise(distribution), _precise(truth)
+
+    def over_labels(
+        self,
+        predicted: Float[Tensor, "batch label"],
+        labels: Float[Tensor, "batch label"],
+        *,
+        distribution: Float[Tensor, "batch label number"] | None = None,
+        shares: Float[Tensor, "batch label 5"] | None = None,
+        weights: Float[Tensor, "batch label"] | None = None,
+        gaps: bool = False,
+    ) -> Scalar:
+        """The mean over the labels of the loss of each.
+
+        With `gaps`, NaN stands for a label that an item lacks: the item does not count for it. `weights` of the items
+        are for terms with a loss of `each` item, see `check_loss`.
+        """
+        found: list[Tensor] = []
+        for number, (column, truth) in enumerate(zip(predicted.unbind(1), labels.unbind(1), strict=True)):
+            has = ~truth.isnan() if gaps else slice(None)
+            column, truth = column[has], truth[has]
+            if not len(truth):
+                found.append((predicted[:, number] * 0.0).sum())
+            elif weights is None:
+                read = (None if values is None else values[:, number][has] for values in (distribution, shares))
+                found.append(self(column, truth, **dict(zip(("distribution", "shares"), read, strict=True))))
+            else:
+                found.append(self.weighted(column, truth, weights[:, number][has]))
+        return torch.stack(found).mean()
+
+    def weighted(self, predicted: Values, labels: Values, weights: Values) -> Scalar:
+        """The sum of the terms, each the mean of weight times the loss of an item."""
+        with torch.autocast(device_type=predicted.device.type, enabled=False):
+            predicted, labels = _precise(predicted), _precise(labels)
+            values = [
+                share * (weights * term.each(predicted, labels)).mean() for share, term in self.terms if term.each
+            ]
+        return torch.stack(values).sum()
 
 
 class LossRegistry(Registry[LossTerm]):
@@ -106,10 +189,24 @@ LOSSES = LossRegistry("loss")
 def get_loss(name: str) -> Loss:
     """The loss called `name`: a registered name, or a weighted sum of them, such as `0.3*mae+ranknet`.
 
-    Raises UnknownName for a loss that is not registered, and ConfigError for any other text or a weight that is not
-    positive.
+    Raises UnknownName for a loss that is not registered, and ConfigError for any other text, a weight that is not
+    positive, and losses that need different heads.
     """
-    return Loss(terms=tuple(_parse_term(name, part.strip()) for part in name.split("+")))
+    loss = Loss(terms=tuple(_parse_term(name, part.strip()) for part in name.split("+")))
+    readouts = dict(zip((term.readout for _, term in loss.terms), names_in_loss(name), strict=True))
+    readouts.pop(VALUE, None)
+    if len(readouts) > 1:
+        message = (
+            f"The loss {name!r} sums {' and '.join(readouts.values())}, whose heads have different outputs. Keep one "
+            "of them; mse, mae, huber, plcc, fidelity, margin and ranknet can be added to any."
+        )
+        raise ConfigError(message)
+    return loss
+
+
+def readout_of(config: TrainConfig) -> str:
+    """The readout of the head that the loss trains. Raises as `get_loss`."""
+    return get_loss(config.loss).readout
 
 
 def names_in_loss(name: str) -> list[str]:
@@ -124,6 +221,16 @@ def check_loss(config: TrainConfig) -> None:
         message = (
             f"The loss {config.loss!r} compares items within a batch, and batch_size is {config.batch_size}. "
             f"Set batch_size to {smallest} or more, or choose mse, mae or huber."
+        )
+        raise ConfigError(message)
+
+
+def check_weights(config: TrainConfig) -> None:
+    """Raise ConfigError where items are weighted and the loss compares items."""
+    if config.weights != "equal" and any(term.each is None for _, term in get_loss(config.loss).terms):
+        message = (
+            f"The loss {config.loss!r} has no loss of a single item that `weights` could multiply. Use mse, mae or "
+            "huber, or set `weights` to equal."
         )
         raise ConfigError(message)
 
@@ -189,10 +296,32 @@ def ranknet(predicted: Values, labels: Values) -> Scalar:
     return functional.binary_cross_entropy_with_logits(difference, preferred)
 
 
-for _formula in (mse, mae, huber):
-    LOSSES.add(_formula.__name__, _formula)
+def divergence(log_probabilities: Shares, shares: Shares) -> Scalar:
+    """Mean over the items of the Kullback-Leibler divergence of the predicted from the known shares of five levels."""
+    return functional.kl_div(log_probabilities, shares, reduction="batchmean")
+
+
+def nll(distribution: Float[Tensor, "batch 2"], labels: Values) -> Scalar:
+    """Mean Gaussian negative log likelihood, without its constant, of the labels given mean and log variance.
+
+    A spread that training items do not confirm costs as much as an error, so it is that of the MOS around its
+    prediction, not that of single ratings (Nix and Weigend 1994).
+    """
+    mean, variance = distribution.unbind(1)
+    return 0.5 * (variance + (labels - mean).square() * (-variance).exp()).mean()
+
+
+for _formula, _each in (
+    (mse, lambda predicted, labels: (predicted - labels).square()),
+    (mae, lambda predicted, labels: (predicted - labels).abs()),
+    (huber, lambda predicted, labels: functional.huber_loss(predicted, labels, delta=_HUBER_DELTA, reduction="none")),
+):
+    LOSSES.add(_formula.__name__, LossTerm(formula=_formula, each=_each))
 for _formula in (plcc, fidelity, margin, ranknet):
     LOSSES.add(_formula.__name__, LossTerm(formula=_formula, smallest_batch=2))
+LOSSES.add("kl", LossTerm(formula=divergence, readout=SOFTMAX))
+LOSSES.add("ordinal", LossTerm(formula=divergence, readout=GRADED))
+LOSSES.add("nll", LossTerm(formula=nll, readout=GAUSSIAN))
 
 
 def _pairs(predicted: Values, labels: Values) -> tuple[Float[Tensor, " pairs"], Float[Tensor, " pairs"]]:

@@ -22,6 +22,8 @@ from agiqa.heads.settings.config import HeadConfig
 from agiqa.registry import Registry
 from agiqa.store.format.layout import TOKEN_ROLES
 
+AUTO = "auto"
+"""The pooling of closed forms that depends on the roles of the tokens; see heads/closed/pooled.py."""
 _ITEMS_PER_READ = 256
 
 Tokens = Float[Tensor, "batch token width"]
@@ -151,6 +153,13 @@ class PoolingName:
             error.add_note(f"in the pooling {text!r}")
             raise error
         return cls(pooling=pooling, role=role if at else None)
+
+
+def pooling_names(config: HeadConfig) -> list[str]:
+    """The poolings that a head computes: one, or those that a closed form joins by `+`; none for its `auto`."""
+    if not config.is_closed:
+        return [config.pooling]
+    return [] if config.pooling == AUTO else [name.strip() for name in config.pooling.split("+")]
 
 
 def select_role(mask: Mask, roles: UInt8[Tensor, "batch token"] | None, role: str) -> Mask:

@@ -6,7 +6,7 @@ constants are buffers of the checkpoint. So encoders without a norm of their own
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from agiqa.errors import HeadError
 from agiqa.heads.data.features import FeatureSource, TokenStatistics
+from agiqa.heads.data.layers import JOINER, LAST, layer_of, pooled_rows, tap_of
 from agiqa.heads.settings.config import HeadConfig
 from agiqa.registry import Registry
 
 _STD_FLOOR = 1e-4
+_MIX_FACTOR = 10.0
 _USUAL_HIDDEN_SIZE = 4096
 _WHITENING_FLOOR = 1e-3
 """As a share of the largest deviation. Directions of hidden states below it are near the rounding of bfloat16."""
@@ -39,20 +41,40 @@ class FeatureSpec:
     lm_head_sha256: str
     basis_id: str | None
     """Of a sketch only."""
+    layer: str = LAST
+    """Name of the layer, or of several joined, as in `8+16+last`."""
+    widths: tuple[int, ...] = ()
+    """Channels of each of the layers that are joined; empty for one layer."""
+    pooled: tuple[str, ...] = ()
+    """Poolings of the rows of each item; empty where rows are tokens."""
+    tap: str | None = None
+    """Where in the model the features were taken; None for states of the language model."""
     lm_head: Callable[[], NDArray[np.float32]] | None = None
     """Reads W_lm (V, D), float32; None where no projection needs it."""
 
     @classmethod
     def of(cls, source: FeatureSource) -> "FeatureSpec":
         """The spec of a store; `int8` rows count as hidden states. W_lm is read when a projection needs it."""
-        sketch = source.encoding == "sketch"
+        sketch, layer, tap = source.encoding == "sketch", layer_of(source), tap_of(source)
+        joined = layer.split(JOINER)
+        equal = (source.width // len(joined),) * len(joined)
+        widths: Sequence[int] = getattr(source, "widths", equal) if len(joined) > 1 else ()
         return cls(
             encoding="hidden" if source.encoding == "int8" else source.encoding,
             width=source.width,
             lm_head_sha256=source.lm_head_sha256,
             basis_id=source.basis().id if sketch else None,
-            lm_head=None if sketch else source.lm_head,
+            layer=layer,
+            widths=tuple(widths),
+            pooled=pooled_rows(source),
+            tap=tap,
+            lm_head=None if sketch or layer != LAST or tap is not None else source.lm_head,
         )
+
+    @property
+    def lacks_lm_head(self) -> bool:
+        """Whether they are hidden states that no W_lm follows: of another layer than the last, or of no LLM."""
+        return self.encoding == "hidden" and (self.layer != LAST or self.tap is not None)
 
 
 class Projection(nn.Module, ABC):
@@ -64,16 +86,23 @@ class Projection(nn.Module, ABC):
     """The projection's learning rate as a factor of that of the rest of the head."""
 
     def __init__(self, spec: FeatureSpec) -> None:
-        """Raises HeadError where the encoding of `spec` is not the one that this projection reads."""
+        """Raises HeadError where the features of `spec` are not those that this projection reads."""
         super().__init__()
-        self.check_encoding(spec.encoding)
+        self.check_features(spec)
 
     @classmethod
-    def check_encoding(cls, encoding: str) -> None:
-        """Raise HeadError, with the remedy, unless this projection reads `encoding`."""
-        if encoding != cls.reads:
-            message = f"This projection reads {cls.reads!r} features, but the store holds {encoding!r}. {cls.remedy}"
+    def check_features(cls, spec: FeatureSpec) -> None:
+        """Raise HeadError, with the remedy, unless this projection reads features of `spec`."""
+        if spec.encoding != cls.reads:
+            message = (
+                f"This projection reads {cls.reads!r} features, but the store holds {spec.encoding!r}. {cls.remedy}"
+            )
             raise HeadError(message)
+
+    @property
+    def layer_weights(self) -> dict[str, float] | None:
+        """The share of each layer in a learned mix, by name; None without a mix."""
+        return None
 
     @abstractmethod
     def standardise(self, statistics: TokenStatistics) -> None:
@@ -91,16 +120,18 @@ def check_encoding(source: FeatureSource, projection: str) -> None:
     """Raise HeadError where the projection of this name cannot read `source`, before any feature is decoded."""
     part = PROJECTIONS.get(projection)
     if isinstance(part, type) and issubclass(part, Projection):
-        part.check_encoding(FeatureSpec.of(source).encoding)
+        part.check_features(FeatureSpec.of(source))
 
 
 def usual_projection(*sources: FeatureSource) -> str | None:
     """The default projection for heads that read all of `sources`; None where no projection reads all.
 
-    It is `vocabulary`, as in the paper, for hidden states (also int8), `sketch` for sketches, and `logits` for logits.
+    It is `vocabulary`, as in the paper, for final hidden states (also int8), `hidden` for those of other layers and
+    without W_lm, `sketch` for sketches, and `logits` for logits.
     """
-    encodings = {"hidden" if source.encoding == "int8" else source.encoding for source in sources}
-    return _USUAL_PROJECTION.get(encodings.pop()) if len(encodings) == 1 else None
+    specs = [FeatureSpec.of(source) for source in sources]
+    usual = {"hidden" if spec.lacks_lm_head else _USUAL_PROJECTION.get(spec.encoding) for spec in specs}
+    return usual.pop() if len(usual) == 1 else None
 
 
 @PROJECTIONS.register("vocabulary")
@@ -118,6 +149,18 @@ class VocabularyProjection(Projection):
 
     reads = "hidden"
     remedy = "Give the store of hidden states that it came from, or the projection 'sketch' for a sketch."
+
+    @classmethod
+    def check_features(cls, spec: FeatureSpec) -> None:
+        """As every projection; also raises HeadError for hidden states that no W_lm follows."""
+        super().check_features(spec)
+        if spec.lacks_lm_head:
+            what = f"those of the tap {spec.tap}" if spec.tap is not None else f"those of layer {spec.layer}"
+            message = (
+                f"The projection 'vocabulary' multiplies final hidden states by W_lm, and the features are {what}, "
+                "which W_lm does not read. Take the projection 'hidden'."
+            )
+            raise HeadError(message)
 
     def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
         """Reads W_lm. Raises HeadError where its width is not that of the features."""
@@ -219,13 +262,20 @@ class ChannelProjection(Projection):
     """Linear(channels, d) with bias, on channels that are each standardised over the training tokens.
 
     Standard deviations differ by orders of magnitude, so AdamW on raw channels would learn from the largest few only.
-    Those below 1e-4 of the largest are rounding noise and set to that.
+    Those below 1e-4 of the largest of their layer are rounding noise and set to that.
+
+    With the setting `layer_mix` softmax, the standardised layers are summed first, with weights softmax(10 mix), which
+    begin equal. A step of AdamW moves a parameter by about the learning rate, hence the factor.
     """
 
     def __init__(self, config: HeadConfig, spec: FeatureSpec) -> None:
         """Xavier initialisation, zero bias."""
         super().__init__(spec)
-        self.linear = nn.Linear(spec.width, config.width)
+        self._layers = tuple(spec.layer.split(JOINER))
+        self._widths = spec.widths or (spec.width,)
+        mixed = config.layer_mix == "softmax" and len(self._layers) > 1
+        self.mix = nn.Parameter(torch.zeros(len(self._layers))) if mixed else None
+        self.linear = nn.Linear(self._widths[0] if mixed else spec.width, config.width)
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
         self.mean: Tensor
@@ -239,14 +289,29 @@ class ChannelProjection(Projection):
         """Take mean and standard deviation of every coordinate."""
         if not self._is_standardised:
             return
-        largest = statistics.std.max()
         self.mean.copy_(statistics.mean)
-        self.std.copy_(statistics.std.clamp_min(largest * _STD_FLOOR) if largest > 0 else torch.ones(()))
+        self.std.copy_(torch.cat([_floored(std) for std in statistics.std.split(self._widths)]))
+
+    @property
+    def layer_weights(self) -> dict[str, float] | None:
+        """softmax(10 mix), by the name of the layer."""
+        if self.mix is None:
+            return None
+        return dict(zip(self._layers, (_MIX_FACTOR * self.mix.detach().double()).softmax(0).tolist(), strict=True))
 
     def forward(self, features: Float[Tensor, "batch token channel"]) -> Float[Tensor, "batch token width"]:
         """W (x - mean) / std + bias."""
-        outputs: Tensor = self.linear((features - self.mean) / self.std)
+        scaled = (features - self.mean) / self.std
+        if self.mix is not None:
+            scaled = (_MIX_FACTOR * self.mix).softmax(0) @ scaled.unflatten(-1, (len(self._layers), -1))
+        outputs: Tensor = self.linear(scaled)
         return outputs
+
+
+def _floored(std: Tensor) -> Tensor:
+    """Standard deviations of one layer, the smallest raised to a share of the largest; 1 where all are 0."""
+    largest = std.max()
+    return std.clamp_min(largest * _STD_FLOOR) if largest > 0 else torch.ones_like(std)
 
 
 @PROJECTIONS.register("sketch")

@@ -9,7 +9,9 @@ import numpy as np
 
 from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.features import FeatureSet, FeatureSource
+from agiqa.heads.data.variants import as_variant
 from agiqa.heads.model.projection import FeatureSpec
+from agiqa.heads.model.reading import features_for
 from agiqa.heads.searching.folder import configs_of
 from agiqa.heads.searching.search import SearchSettings, slow_encoders
 from agiqa.heads.searching.space import Choice
@@ -49,6 +51,7 @@ class Estimate:
 
 def estimate_search(source: FeatureSource, settings: SearchSettings, *, clock: Clock = time.perf_counter) -> Estimate:
     """Time some steps of each encoder on training items. Writes nothing; raises as `SearchParts.draw`."""
+    source = features_for(as_variant(source, settings.train.variant), settings.head, settings.train.layer)
     parts = SearchParts.draw(source, settings.train)
     train = parts.partition.train
     wanted = min(len(train), _STEPS[-1] * settings.train.batch_size)

@@ -23,17 +23,20 @@ from typing import Any
 import torch
 
 from agiqa.errors import ConfigError, HeadError
-from agiqa.heads.data.batches import SourceAddress
 from agiqa.heads.data.features import FeatureSource, location_of
 from agiqa.heads.data.keeping import PackedFeatures, SharedFeatures, share_features
+from agiqa.heads.data.layers import base_of
+from agiqa.heads.data.reopening import SourceAddress
+from agiqa.heads.data.variants import as_variant
 from agiqa.heads.model.encoders import ENCODERS
 from agiqa.heads.model.encoders.base import completed
 from agiqa.heads.model.head import check_sizes
+from agiqa.heads.model.reading import features_for
 from agiqa.heads.searching.folder import KEPT, claim, configs_of, settings_yaml
 from agiqa.heads.searching.space import Choice, Space
 from agiqa.heads.searching.study import Line, Pruner, SearchStudy, check_optuna
 from agiqa.heads.searching.trials import SearchParts, TrialResult, TrialTask
-from agiqa.heads.settings.config import HeadConfig, TrainConfig
+from agiqa.heads.settings.config import CLOSED_FORMS, HeadConfig, TrainConfig
 from agiqa.heads.settings.device import check_precision, resolve_device
 from agiqa.heads.sweeps.head_jobs import HeadJob
 from agiqa.heads.sweeps.processes import Direct, Orders, Setup, run_tasks
@@ -100,6 +103,7 @@ def run_search(
     DataError for a search of other settings, space, items or labels, and HeadError where every trial failed.
     """
     _check(settings)
+    source = features_for(as_variant(source, settings.train.variant), settings.head, settings.train.layer)
     parts = SearchParts.draw(source, settings.train)
     about = _about(source, parts, settings)
     for line in (*parts.warnings(), *slow_encoders(settings)):
@@ -135,6 +139,9 @@ def slow_encoders(settings: SearchSettings) -> list[str]:
     varied, device = settings.space.settings.get("encoder"), resolve_device(settings.train.device)
     names = varied.values if isinstance(varied, Choice) else (settings.head.encoder,)
     slow: list[str] = []
+    for name in (name for name in names if name in CLOSED_FORMS):
+        message = f"A search trains networks, and {name!r} is a closed form, which chooses its own settings: train it."
+        raise ConfigError(message)
     for name in names:
         with torch.random.fork_rng(devices=[]):
             kernels = ENCODERS.get(name)(completed(HeadConfig(encoder=name))).to(device).kernels
@@ -327,7 +334,7 @@ def _environments(devices: int) -> Sequence[Mapping[str, str]]:
 def _about(source: FeatureSource, parts: SearchParts, settings: SearchSettings) -> dict[str, Any]:
     return {
         "kind": "search",
-        "store": {"id": source.id, "path": location_of(source)},
+        "store": {"id": source.id, "path": location_of(base_of(source))},
         "head": settings.head.model_dump(mode="json"),
         "train": settings.train.model_dump(mode="json"),
         "space": {f"space of {name}": values for name, values in settings.space.record().items()},

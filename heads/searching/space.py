@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 from agiqa.errors import AgiqaError, ConfigError, HeadError, UnknownName
 from agiqa.heads.data.features import FeatureSource
+from agiqa.heads.data.layers import pooled_rows
 from agiqa.heads.data.splits import PARTITION_SETTINGS
 from agiqa.heads.model.encoders.base import encoder_settings
 from agiqa.heads.model.head import check_parts
@@ -19,9 +20,9 @@ from agiqa.heads.settings.config import HeadConfig, TrainConfig, read_yaml
 SHIPPED = Path(__file__).with_name("space.yaml")
 _FIXED = (
     *("label", "seed", "device", "keep", "memory", "threads", "refit", "calibrate", "paper_compatible"),
-    *("save_seconds", "tensorboard", *PARTITION_SETTINGS),
+    *("save_seconds", "tensorboard", "layer", *PARTITION_SETTINGS),
 )
-"""Settings that a search does not vary: the items and labels, the machine, and what happens after the search."""
+"""Settings that a search does not vary: items, labels and layer, the machine, and what happens after the search."""
 _ENCODER_SETTINGS = ("blocks", "num_heads", "layers", "state_size", "residual", "dropout")
 """Settings that only the encoder may read."""
 _LOSS = "loss."
@@ -276,7 +277,12 @@ def _is_number(value: Any, *, whole: bool, optional: bool) -> bool:
 
 
 def _readable(settings: Mapping[str, Choice | Range], source: FeatureSource) -> dict[str, Choice | Range]:
-    """`settings` without projections that cannot read `source`; the last error where none can."""
+    """`settings` without projections that cannot read `source`; the last error where none can.
+
+    Of a store of pooled rows, `source` is what the encoder and pooling of the fixed settings read: they do not vary.
+    """
+    if pooled_rows(source):
+        settings = {name: values for name, values in settings.items() if name not in ("encoder", "pooling")}
     varied = settings.get("projection")
     if not isinstance(varied, Choice):
         return {**settings}

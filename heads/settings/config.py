@@ -6,7 +6,7 @@ help of its option, its `examples` are the built-in names. Precedence, highest f
 the head that a training starts from, preset, default.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -16,12 +16,17 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.settings.presets import preset_values
 
+CLOSED_FORMS = ("ridge", "krr", "tfidf", "stack", "rating-words")
+"""Encoders that are fitted in closed form, without epochs; see heads/closed/."""
 Setting = bool | int | float | str
 """The value of a setting that an encoder of one's own declares."""
 OWN_SETTINGS = "own_settings"
+Usual = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Gets the settings that were given, flat, and returns values for settings that were not, such as the projection that
+reads a store."""
 
 
-class _Settings(BaseModel):
+class FrozenSettings(BaseModel):
     """A frozen, keyword-only config whose every fault is a ConfigError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -38,14 +43,19 @@ class _Settings(BaseModel):
                 raise ConfigError(_faults(error)) from None
 
 
-class HeadConfig(_Settings):
+class HeadConfig(FrozenSettings):
     """The parts of a head, by registered name, and their sizes."""
 
     projection: str = Field(default="vocabulary", examples=["vocabulary", "hidden", "sketch", "logits"])
     """How features enter the encoder. `vocabulary` is W_proj on the logits, computed from hidden states; `hidden`,
     `sketch` and `logits` read the features of that encoding unchanged."""
-    encoder: str = Field(default="xlstm", examples=["xlstm", "lstm", "gru", "mamba2", "transformer", "none"])
-    """Sequence encoder."""
+    encoder: str = Field(
+        default="xlstm", examples=["xlstm", "lstm", "gru", "mamba2", "transformer", "none", *CLOSED_FORMS]
+    )
+    """Sequence encoder, or a closed form, which is fitted in seconds. `ridge` and `krr` (kernel ridge) read pooled
+    states, `tfidf` the n-grams of the stored token ids (where there are none, of the words of prompts and
+    descriptions), `stack` all of them. `rating-words` is the expected MOS under the model's probabilities of its five
+    rating words, without training."""
     pooling: str = Field(default="mean", examples=["mean", "max", "first", "last", "first-last-mean", "attention"])
     """How the tokens become one vector; `mean@answer` pools the answer's tokens only. The roles after `@` are
     `special`, `image`, `question` and `answer`."""
@@ -78,18 +88,52 @@ class HeadConfig(_Settings):
     """Channels between the regressor's two linear layers; 0 for one layer."""
     own_settings: Mapping[str, Setting] = Field(default_factory=dict)
     """Settings that an encoder of your own declares, by name. Those left out have its default values."""
+    layer_mix: Literal["concat", "softmax"] = "concat"
+    """How several layers are joined. `concat` puts their channels side by side; `softmax` scales each layer on its own,
+    and sums them with weights that are the softmax of learned numbers. It has no effect on one layer."""
+
+    kernel: Literal["rbf", "linear"] = "rbf"
+    """Kernel of `krr`: Gaussian, or linear, which is the ridge regression."""
+    kernel_width: float | None = Field(default=None, gt=0.0)
+    """Width of the Gaussian kernel, as a multiple of the median distance between training items. Inner folds choose it
+    if absent."""
+    strength: float | None = Field(default=None, gt=0.0)
+    """Strength of the penalty of `ridge`, `krr` and `tfidf`; inner folds choose it if absent. That of the Gaussian
+    kernel is a multiple of the spread of the kernel."""
+    ngrams: int = Field(default=2, ge=1, le=3)
+    """Tokens of the longest n-gram that `tfidf` counts."""
+    members: str = "auto"
+    """Closed forms of a `stack`, joined by `+`; auto is ridge+krr+tfidf."""
+    rating_tokens: str | None = None
+    """Token ids of the five rating words, from bad to excellent, with commas between; the store's own if absent."""
+    init: str | None = Field(default=None, examples=["ridge", "krr", "tfidf", "stack"])
+    """Closed form whose residual the network learns: both are added. The network starts at 0, and the closed form alone
+    is epoch 0, which is kept where no epoch has a higher validation SRCC."""
+    init_pooling: str = "auto"
+    """Pooled states that `init` reads, as `pooling` of a closed form; auto is mean@answer where there is an answer."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the head is a closed form."""
+        return self.encoder in CLOSED_FORMS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pooling_of_closed_forms(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Closed forms pool the answer where there is one, unless told otherwise."""
+        return {"pooling": "auto", **values} if values.get("encoder") in CLOSED_FORMS else values
 
     def __hash__(self) -> int:
         """Of all values."""
         return hash(self.model_dump_json())
 
 
-class TrainConfig(_Settings):
+class TrainConfig(FrozenSettings):
     """How a head is trained, on which labels, and which items are held out."""
 
     label: str = "quality"
-    """Aspect whose MOS is learned, or several, as in quality+correspondence. One head then predicts them all, and every
-    item of the split needs all of them."""
+    """Aspect whose MOS is learned, or several, as in quality+correspondence. One head then predicts them all, and
+    learns each from the items that have it."""
     split: Literal["published", "grouped", "folds", "generator"] = "published"
     """Protocol: the store's own split, whole prompts, one fold of prompts, or one generator. `grouped` draws whole
     prompts by `split_seed`. `folds` deals whole prompts into parts that together hold all items, and tests on one.
@@ -113,9 +157,14 @@ class TrainConfig(_Settings):
     split_seed: int = Field(default=0, ge=0)
     """Seed that draws the test, validation and training parts. `seed` draws none of them, so runs with other seeds
     compare."""
-    loss: str = Field(default="mse", examples=["mse", "mae", "huber", "plcc", "fidelity", "margin", "ranknet"])
+    loss: str = Field(
+        default="mse",
+        examples=["mse", "mae", "huber", "plcc", "fidelity", "margin", "ranknet", "kl", "ordinal", "nll"],
+    )
     """Loss on standardised labels, or a weighted sum such as mse+0.5*plcc. `plcc`, `fidelity`, `margin` and `ranknet`
-    compare the items of a batch. With several labels, the loss is the mean over them."""
+    compare the items of a batch. With several labels, the loss is the mean over them. `kl`, `ordinal` and `nll` train
+    heads that also predict a spread: `kl` and `ordinal` that of the single ratings, for which they need their standard
+    deviation (see `soft_labels`), `nll` that of the MOS around its prediction."""
     epochs: int = Field(default=20, ge=1)
     """Passes over the training items. The schedule has this length."""
     batch_size: int = Field(default=32, ge=1)
@@ -173,6 +222,27 @@ class TrainConfig(_Settings):
     from the last save."""
     tensorboard: bool = False
     """Write event files for TensorBoard to RUN/tensorboard; needs `agiqa[tensorboard]`."""
+    layer: str | None = None
+    """Layer of the store that is read, such as 16, or several, as in 8+16+last. `0` is the embeddings, `8` the output
+    of block 8, `last` or -1 the states after the final norm. If absent: the last one that the store has."""
+    variant: str | None = None
+    """Conversation to read the store as, such as id of a store of full; its own if absent. The store's conversations
+    must begin with it: `question` ends with the describing question, `described` with the description, `id` with the
+    rating question."""
+    soft_labels: Literal["gaussian", "counts"] = "gaussian"
+    """Shares of the ratings on five levels that `kl` and `ordinal` learn. `gaussian` takes those of a Gaussian with the
+    MOS and the standard deviation of an image; `counts` those that were counted."""
+    label_std: float | None = Field(default=None, gt=0.0)
+    """Standard deviation of the ratings, on the MOS scale, of images that have none in the store. Without it, `kl` and
+    `ordinal` refuse them."""
+    calibration_share: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the validation items (whole prompts) that make conformal intervals only, and do not choose the epoch.
+    With 0, all validation items do both, which costs about one point of coverage with 100 validation items."""
+    weights: Literal["equal", "deviation"] = "equal"
+    """Weights of the training items: equal, or 1 / (std^2 + s^2) with the standard deviation of the ratings of each
+    item and its median s. The store needs the column std_LABEL."""
+    inner_folds: int = Field(default=5, ge=2)
+    """Folds of whole prompts, within the training items, that choose the settings of closed forms."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -187,6 +257,13 @@ class TrainConfig(_Settings):
         from agiqa.heads.settings.labels import parse_labels
 
         return "+".join(parse_labels(label))
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _layers_as_text(cls, layer: object) -> object:
+        """YAML reads `layer: 8` as a number."""
+        whole = isinstance(layer, int) and not isinstance(layer, bool)
+        return str(layer) if whole else "".join(layer.split()) if isinstance(layer, str) else layer
 
     @model_validator(mode="after")
     def _nothing_for_another_split(self) -> "TrainConfig":
@@ -208,13 +285,13 @@ def load_settings(
     *,
     preset: str | None = None,
     start: HeadConfig | None = None,
-    projection: str | None = None,
+    usual: Usual | None = None,
 ) -> tuple[HeadConfig, TrainConfig]:
     """Both configs: `overrides` (flat; None: not given), then the sections of `file`, the head of `start`, `preset`.
 
-    The first that gives a setting decides; without any, the default holds. `projection` is the default projection, such
-    as `usual_projection` of the store. Raises ConfigError for a file that
-    is no such YAML, an unknown key or a value out of range, and UnknownName for the preset.
+    The first that gives a setting decides; without any, `usual` does, such as `usual_settings` of the store, and then
+    the default of the class. Raises ConfigError for a file that is no such YAML, an unknown key or a value out of
+    range, and UnknownName for the preset; and as `usual`.
     """
     sections = _read_sections(file) if file is not None else {"head": {}, "train": {}}
     for name, value in (overrides or {}).items():
@@ -229,8 +306,9 @@ def load_settings(
         chosen = {**sections["head"], **sections["train"]}
         for name, value in preset_values(preset, chosen).items():
             sections[_section_of(name)].setdefault(name, value)
-    if projection is not None:
-        sections["head"].setdefault("projection", projection)
+    if usual is not None:
+        for name, value in usual({**sections["head"], **sections["train"]}).items():
+            sections[_section_of(name)].setdefault(name, value)
     try:
         return HeadConfig(**sections["head"]), TrainConfig(**sections["train"])
     except ConfigError as error:

@@ -4,6 +4,7 @@ Arrays of items have a column per label, in that order, even for one label. Resu
 one label, and keyed by name for several.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,12 @@ def columns(values: Array) -> list[Array]:
     return list(np.ascontiguousarray(values.T))
 
 
+def labelled_pairs(values: Array, labels: Array) -> list[tuple[Array, Array]]:
+    """For each label its columns of `values` and `labels`, both (items, labels), without the items that lack it."""
+    pairs = list(zip(columns(values), columns(labels), strict=True))
+    return [(of_label[has], mos[has]) for of_label, mos in pairs for has in (~np.isnan(mos),)]
+
+
 def without_label_axis(values: Array) -> Array:
     """Values (items, labels) for the caller: (items,) for one label."""
     return values[:, 0] if values.shape[1] == 1 else values
@@ -52,8 +59,15 @@ def column_names(labels: Sequence[str], what: str) -> list[str]:
     return [what] if len(labels) == 1 else [f"{what}_{label}" for label in labels]
 
 
-def side_by_side(labels: Sequence[str], mos: Array, predicted: Array) -> tuple[list[str], list[list[float]]]:
-    """Column names and rows of a table of true and predicted MOS (items, labels): two columns per label."""
-    pairs = zip(*(column_names(labels, what) for what in ("mos", "predicted")), strict=True)
-    titles = [title for pair in pairs for title in pair]
-    return titles, np.stack([mos, predicted], axis=2).reshape(len(mos), len(titles)).tolist()
+def side_by_side(
+    labels: Sequence[str], mos: Array, predicted: Array, spread: Array | None = None
+) -> tuple[list[str], list[list[float | None]]]:
+    """Column names and rows of a table of true and predicted MOS and of spreads (items, labels), label by label.
+
+    NaN becomes None, an empty cell: an item lacks this label.
+    """
+    values = {"mos": mos, "predicted": predicted, **({} if spread is None else {"spread": spread})}
+    groups = zip(*(column_names(labels, what) for what in values), strict=True)
+    titles = [title for group in groups for title in group]
+    rows = np.stack([*values.values()], axis=2).reshape(len(mos), len(titles)).tolist()
+    return titles, [[None if math.isnan(value) else value for value in row] for row in rows]

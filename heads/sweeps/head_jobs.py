@@ -9,12 +9,14 @@ from agiqa.errors import AgiqaError, HeadError
 from agiqa.heads.data.features import FeatureSource
 from agiqa.heads.data.keeping import SharedFeatures
 from agiqa.heads.data.splits import Partition
+from agiqa.heads.data.variants import as_variant
 from agiqa.heads.evaluation.own_parts import code_of, recorded_parts
 from agiqa.heads.evaluation.runs import Run, load_run
+from agiqa.heads.model.reading import features_for
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.sweeps.processes import Channel
 from agiqa.heads.sweeps.watching import StateProgress
-from agiqa.heads.training.experiment import OF_THE_MACHINE, Experiment, differences
+from agiqa.heads.training.experiment import OF_THE_MACHINE, Experiment, differences, layer_to_read
 from agiqa.heads.training.training import train_head
 from agiqa.progress import said_to
 
@@ -30,9 +32,15 @@ class HeadJob:
     start: Path | None = None
     """The run folder of the head to start from, of the settings `head`; it must exist when the job begins."""
 
-    def experiment(self, source: FeatureSource, *, drawn: Partition) -> Experiment:
-        """The job on `source`, with its partition. Raises HeadError where `start` is no run."""
+    def features_of(self, store: FeatureSource) -> FeatureSource:
+        """What the head reads of `store`. Raises as `features_for`, and HeadError where `start` is no run."""
         start = None if self.start is None else load_run(self.start)
+        return features_for(as_variant(store, self.train.variant), self.head, layer_to_read(self.train, start))
+
+    def experiment(self, store: FeatureSource, *, drawn: Partition) -> Experiment:
+        """The job on `store`, with its partition. Raises as `features_of`."""
+        start = None if self.start is None else load_run(self.start)
+        source = self.features_of(store)
         return Experiment(
             source=source, run=self.run, head=self.head, train=self.train, preset=self.preset, start=start, drawn=drawn
         )
@@ -131,6 +139,7 @@ def is_there(source: FeatureSource, job: HeadJob, partition: Partition) -> bool:
 def _differences(run: Run, wanted: Experiment) -> list[str]:
     """What differs between a run and the experiment, a line each; data only where the settings are the same."""
     there = Experiment(source=wanted.source, run=run.path, head=run.head, train=run.train).settings()
+    there["train"] |= {"layer": run.spec.layer}
     there |= {"store": run.store_id, "start": (run.config.get("start") or {}).get("sha256")}
     there |= code_of(recorded_parts(run.config))
     settings = {"preset": wanted.preset, **wanted.settings()}

@@ -16,9 +16,9 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import torch
 
 from agiqa.errors import AgiqaError, HeadError
-from agiqa.heads.data.batches import SourceAddress
 from agiqa.heads.data.features import FeatureSource
 from agiqa.heads.data.keeping import PackedFeatures, SharedFeatures
+from agiqa.heads.data.reopening import SourceAddress
 from agiqa.workers import context_of_processes, ctrl_c_kept_away, end_with_parent, new_process
 
 _SECONDS_TO_END = 15.0

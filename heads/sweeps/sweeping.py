@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from agiqa.errors import AgiqaError, ConfigError
-from agiqa.heads.data.batches import SourceAddress
 from agiqa.heads.data.features import FeatureSource, item_bytes, location_of
 from agiqa.heads.data.keeping import (
     PackedFeatures,
@@ -18,6 +17,7 @@ from agiqa.heads.data.keeping import (
     available_memory,
     share_features,
 )
+from agiqa.heads.data.reopening import SourceAddress
 from agiqa.heads.data.splits import PARTITION_SETTINGS, Partition, make_partition
 from agiqa.heads.settings.config import TrainConfig
 from agiqa.heads.settings.device import resolve_device
@@ -40,12 +40,13 @@ def train_heads(
     progress: Callable[[HeadJob, str], None] | None = None,
     watch: SweepWatch | None = None,
 ) -> Generator[JobOutcome]:
-    """Train a head for every job on `source`; yields the outcome of each, as they end.
+    """Train a head for every job on `source`, a store; yields the outcome of each, as they end.
 
     Each run folder has the weights, predictions and metrics that `train_head` alone gives on this device, for any
     number of `workers`; `features` and `seconds` in metrics.json are those of the sweep. Jobs may differ in everything
     but `device`, `keep` and `memory`. Their features are decoded once (see data/keeping.py), and `memory` is for all of
-    them together. A job whose folder holds its head already is not trained again; an interrupted one resumes.
+    them together. Jobs that read another layer, pooled row or variant are trained in turn, in the order of the first
+    job on each. A job whose folder holds its head already is not trained again; an interrupted one resumes.
 
     `workers` are processes that train one head each at a time; 1 trains in this process. None is, on a CPU, the number
     of cores divided by the largest `threads` of the jobs; on a GPU one for every two cores and every 16 GiB that the
@@ -112,9 +113,11 @@ def _train_heads(
             yield from _train_heads(source, jobs, workers, on_line, own)
         return
     partitions = Partitions(source)
-    todo: list[HeadJob] = []
+    todo: dict[str, list[HeadJob]] = {}
+    read: dict[str, FeatureSource] = {}
     for job in jobs:
         try:
+            reads = job.features_of(source)
             there = is_there(source, job, partitions.of(job.train))
         except AgiqaError as error:
             watch.ended(job.run.name, there=True)
@@ -124,9 +127,21 @@ def _train_heads(
             watch.ended(job.run.name, there=True)
             yield JobOutcome(job=job, status="there")
         else:
-            todo.append(job)
-    if not todo:
-        return
+            read.setdefault(reads.id, reads)
+            todo.setdefault(reads.id, []).append(job)
+    for name, alike in todo.items():
+        yield from _train_alike(read[name], alike, partitions, workers, on_line, watch)
+
+
+def _train_alike(
+    source: FeatureSource,
+    todo: Sequence[HeadJob],
+    partitions: Partitions,
+    workers: int | None,
+    on_line: Callable[[HeadJob, str], None],
+    watch: SweepWatch,
+) -> Generator[JobOutcome]:
+    """Train heads that read the same features, those of `source`."""
     parts, config = [partitions.of(job.train) for job in todo], todo[0].train
     count = min(workers or default_workers(todo, features=int(item_bytes(source, all_items(parts)).sum())), len(todo))
     say(f"{len(todo)} head{'s' * (len(todo) > 1)} to train on {location_of(source)}, {count} at a time")

@@ -14,13 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from agiqa.heads.closed.combined import AnyHead
 from agiqa.heads.data.features import FeatureSet, FeatureSource, read_labels
 from agiqa.heads.data.splits import FEWEST_TO_CHOOSE_BY
 from agiqa.heads.evaluation.metrics import score
 from agiqa.heads.evaluation.scoring import predict_items
-from agiqa.heads.model.head import Head
 from agiqa.heads.settings.config import TrainConfig
-from agiqa.heads.settings.labels import by_label, column_names, columns, of_each_label, parse_labels, without_label_axis
+from agiqa.heads.settings.labels import (
+    by_label,
+    column_names,
+    labelled_pairs,
+    of_each_label,
+    parse_labels,
+    without_label_axis,
+)
 
 STILL_RISING = 0.02
 """A larger gain of validation SRCC over the last quarter of a training brings the advice to train for more epochs."""
@@ -69,11 +76,13 @@ class Outcome:
 
     curves: list[Epoch]
     epoch: int
-    """The chosen epoch, from 1."""
+    """The chosen epoch, from 1; 0 for the closed form of `init` alone."""
     choice: str
     """How it was chosen, in words."""
     validation_predictions: NDArray[np.float64]
     """(items, labels)."""
+    validation_spreads: NDArray[np.float64] | None = None
+    """Of these predictions, (items, labels); None for a head that predicts no spread."""
 
     def record(self) -> dict[str, Any]:
         """The outcome in tensors and plain values, for a checkpoint; predictions of one label are (items,)."""
@@ -82,23 +91,31 @@ class Outcome:
             "epoch": self.epoch,
             "choice": self.choice,
             "validation_predictions": torch.from_numpy(without_label_axis(self.validation_predictions)),
+            "validation_spreads": None
+            if self.validation_spreads is None
+            else torch.from_numpy(self.validation_spreads),
         }
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Outcome":
         """The outcome that `record` returned."""
-        predictions = record["validation_predictions"].numpy().copy()
+        predictions, spreads = record["validation_predictions"].numpy().copy(), record.get("validation_spreads")
         return cls(
             curves=[Epoch(**row) for row in record["curves"]],
             epoch=record["epoch"],
             choice=record["choice"],
             validation_predictions=predictions[:, None] if predictions.ndim == 1 else predictions,
+            validation_spreads=None if spreads is None else spreads.numpy().copy(),
         )
 
 
-def epoch_warnings(outcome: Outcome, config: TrainConfig) -> list[str]:
-    """Warnings about the choice of the epoch: too few items, the first epoch, or a validation SRCC that still rose."""
-    items, scores = len(outcome.validation_predictions), [row.validation_srcc for row in outcome.curves]
+def epoch_warnings(outcome: Outcome, config: TrainConfig, *, calibration: int = 0) -> list[str]:
+    """Warnings about the choice of the epoch: too few items, the first epoch, or a validation SRCC that still rose.
+
+    `calibration` is the number of validation items that did not choose.
+    """
+    items = len(outcome.validation_predictions) - calibration
+    scores = [row.validation_srcc for row in outcome.curves]
     if not items:
         return []
     if items < FEWEST_TO_CHOOSE_BY:
@@ -108,6 +125,11 @@ def epoch_warnings(outcome: Outcome, config: TrainConfig) -> list[str]:
             "Raise `validation`, or set it to 0 to train on them."
         ]
     epochs = len(scores)
+    if outcome.epoch == 0:
+        return [
+            f"None of {epochs} epochs has a higher validation SRCC than the closed form of `init` alone, which was kept"
+            ". Lower `lr`, or use the closed form as the encoder."
+        ]
     if outcome.epoch == 1 and epochs > 1:
         return [
             f"The first of {epochs} epochs was kept: validation SRCC was never higher later. Lower `lr`; or raise "
@@ -145,7 +167,7 @@ class TestScorer:
         self._batch_size = batch_size
         self._kept = kept
 
-    def __call__(self, head: Head) -> dict[str, float]:
+    def __call__(self, head: AnyHead) -> dict[str, float]:
         """The columns that an epoch adds to curves.csv: `test_srcc` and `test_plcc`, or both of each of several labels.
 
         NaN where undefined. `head` and the random state stay as they are.
@@ -158,7 +180,7 @@ class TestScorer:
                 predicted = predict_items(head, self._source, self._items, batch_size=self._batch_size, kept=self._kept)
         finally:
             head.train(was_training)
-        scores = [score(*pair) for pair in zip(columns(predicted), columns(self._labels), strict=True)]
+        scores = [score(*pair) for pair in labelled_pairs(predicted, self._labels)]
         return {
             column: scores[number][metric]
             for metric in _FOLLOWED

@@ -17,17 +17,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agiqa.errors import HeadError
-from agiqa.heads.data.features import FeatureSource, items_identity, read_labels
+from agiqa.errors import ConfigError, DataError, HeadError
+from agiqa.heads.closed.choosing import check_form
+from agiqa.heads.data.features import FeatureSource, items_identity, location_of, read_labels
+from agiqa.heads.data.layers import base_of, layer_of
 from agiqa.heads.data.scales import conversions, scales_of, unknown_scales
+from agiqa.heads.data.soft_labels import counted_levels, label_deviations
 from agiqa.heads.data.splits import Partition, make_partition
 from agiqa.heads.evaluation.leaks import count_known
 from agiqa.heads.evaluation.own_parts import CODE, code_of, own_parts
 from agiqa.heads.evaluation.runs import WEIGHTS, Run, refuse_taken
 from agiqa.heads.model.encoders.base import completed
 from agiqa.heads.model.head import check_sizes
-from agiqa.heads.model.losses import check_loss
+from agiqa.heads.model.losses import check_loss, check_weights, get_loss, readout_of
 from agiqa.heads.model.projection import check_encoding
+from agiqa.heads.model.reading import check_mix
+from agiqa.heads.model.readouts import VALUE
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import check_precision, resolve_device
 from agiqa.heads.training.progress import check_tensorboard
@@ -46,6 +51,7 @@ class Experiment:
     """One head to train."""
 
     source: FeatureSource
+    """What the head reads, from `features_for`."""
     run: Path
     """The run folder to write."""
     head: HeadConfig
@@ -92,7 +98,7 @@ class Experiment:
         return {"run": self.start.path.absolute().name, "store": self.start.store_id, "sha256": digest}
 
     def check(self) -> None:
-        """Raise every error that shows before features are read: HeadError, ConfigError or UnknownName."""
+        """Raise every error that shows before features are read: HeadError, ConfigError, UnknownName or DataError."""
         refuse_taken(self.run)
         check_settings(self.source, self.head, self.train)
         check_precision(self.train)
@@ -100,14 +106,18 @@ class Experiment:
             check_tensorboard()
         if self.start is not None:
             check_start(self.start, self)
+        for part, items in self.partition.parts().items():
+            _check_labelled(self.source, part, items, self.train)
+        if get_loss(self.train.loss).reads_levels:
+            check_soft_labels(self.source, self.partition.train, self.train)
 
     def settings(self) -> dict[str, Any]:
         """Settings of head and training, the store and the beginning, ready for JSON. Raises as `start_record`."""
         return {
             "head": self.recorded_head,
-            "train": self.train.model_dump(mode="json"),
+            "train": {**self.train.model_dump(mode="json"), "layer": layer_of(self.source)},
             "start": None if self.start_record is None else self.start_record["sha256"],
-            "store": self.source.id,
+            "store": base_of(self.source).id,
             **code_of(self.own_parts),
         }
 
@@ -129,14 +139,50 @@ class Experiment:
         return {**settings, **self.data, "on": on}
 
 
+def layer_to_read(train: TrainConfig, start: Run | None) -> str | None:
+    """The layer that the settings name, or else that of the head that the training starts from."""
+    return start.spec.layer if train.layer is None and start is not None else train.layer
+
+
+def _check_labelled(source: FeatureSource, part: str, items: NDArray[np.int64], config: TrainConfig) -> None:
+    """Raise DataError if no item of a part has one of several labels, or as `read_labels`."""
+    lacks: NDArray[np.bool_] = np.isnan(read_labels(source, items, label=config.label))
+    for name in (name for name, column in zip(config.labels, lacks.T, strict=True) if len(items) and column.all()):
+        message = (
+            f"{location_of(source)}: none of {len(items)} {part} items has a {name} MOS. Change the split, or leave "
+            "the label out."
+        )
+        raise DataError(message)
+
+
 def check_settings(source: FeatureSource, head: HeadConfig, train: TrainConfig) -> None:
     """Raise what is wrong with settings for `source` on any machine: UnknownName, ConfigError or HeadError.
 
-    As `check_sizes`, `check_encoding` and `check_loss`.
+    `source` is from `features_for`. As `check_sizes`, `check_form`, `check_encoding`, `check_mix` and `check_loss`. A
+    closed form reads any encoding.
     """
     check_sizes(head)
-    check_encoding(source, head.projection)
+    check_form(head)
+    if not head.is_closed:
+        check_encoding(source, head.projection)
+        check_mix(source, head)
     check_loss(train)
+    check_weights(train)
+    if head.init is not None and readout_of(train) != VALUE:
+        message = (
+            f"The loss {train.loss!r} predicts a spread, and `init` {head.init!r} predicts the MOS alone: they cannot "
+            "be added. Use mse, mae, huber or a loss that compares items, or leave `init` out."
+        )
+        raise ConfigError(message)
+
+
+def check_soft_labels(source: FeatureSource, items: NDArray[np.int64], train: TrainConfig) -> None:
+    """Raise DataError where these items have no soft labels."""
+    if train.soft_labels == "gaussian":
+        label_deviations(source, items, train)
+        return
+    for name in train.labels:
+        counted_levels(source, items, name)
 
 
 def differences(
@@ -170,15 +216,22 @@ def _flat(key: Mapping[str, Any]) -> dict[str, Any]:
 def check_start(start: Run, experiment: Experiment) -> None:
     """Raise HeadError unless the experiment can begin with the head of `start`.
 
-    Head settings and the meaning of the features must be the same. A head of one label may learn another label;
-    several labels must be the same in the same order.
+    Head settings, the readout and the meaning of the features must be the same. A head of one label may learn another
+    label; several labels must be the same in the same order.
     """
+    if experiment.head.is_closed or experiment.head.init is not None:
+        message = f"{experiment.run}: closed forms, also as `init`, are fitted anew. Leave out the start {start.path}."
+        raise HeadError(message)
     start.check(experiment.source)
     ours, theirs = experiment.recorded_head, completed(start.head).model_dump(mode="json")
     different = [f"{name}: {theirs[name]!r} there, {ours[name]!r} here" for name in ours if ours[name] != theirs[name]]
     labels, learned = experiment.train.labels, start.train.labels
     if labels != learned and not len(labels) == len(learned) == 1:
         different.append(f"label: {start.train.label!r} there, {experiment.train.label!r} here")
+    readout = readout_of(experiment.train)
+    if readout != start.readout:
+        losses = f"loss: {start.train.loss!r} there, {experiment.train.loss!r} here"
+        different.append(f"{losses}, whose heads have other outputs ({start.readout} and {readout})")
     if different:
         lines = "\n".join(f"  {line}" for line in different)
         message = (

@@ -9,20 +9,26 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from numpy.typing import NDArray
 
-from agiqa.errors import DataError
+from agiqa.errors import DataError, HeadError
+from agiqa.heads.closed.combined import AnyHead, ResidualHead
 from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.features import FeatureSet, location_of
 from agiqa.heads.data.scales import lines_between, scales_of
+from agiqa.heads.data.soft_labels import grouping_variance, level_values, soft_labels
 from agiqa.heads.evaluation.runs import Run
 from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.head import Head, build_head
+from agiqa.heads.model.losses import readout_of
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import LIGHTNING_PRECISIONS, cpu_threads, random_state, resolve_device
+from agiqa.heads.training.closed_base import ClosedBase, fit_base
 from agiqa.heads.training.curves import Outcome
 from agiqa.heads.training.learner import Learner, steps_per_epoch
 from agiqa.heads.training.progress import TrainingProgress
@@ -34,7 +40,7 @@ from agiqa.progress import say
 class Fit(Outcome):
     """A trained head, with the weights of the chosen epoch, on the device that trained it, in evaluation mode."""
 
-    head: Head
+    head: AnyHead
 
 
 def fit_head(
@@ -50,7 +56,7 @@ def fit_head(
     progress: TrainingProgress,
     state: TrainingState | None = None,
     start: Run | None = None,
-    test_scorer: Callable[[Head], Mapping[str, float]] | None = None,
+    test_scorer: Callable[[AnyHead], Mapping[str, float]] | None = None,
 ) -> Fit:
     """Train a head on the items `train` for `epochs`; the schedule is that of `config.epochs`.
 
@@ -60,15 +66,13 @@ def fit_head(
     as it was. Raises HeadError when training diverges, DataError when all items have the same value of a label, and as
     `build_head`.
     """
-    device = resolve_device(config.device)
+    device, base = resolve_device(config.device), None
     check_labels(features, train, config)
+    if head_config.init is not None:
+        base = fit_base(features, head_config, config, train=train, validation=validation, device=device)
     with random_state(config.seed, device), cpu_threads(config.threads):
-        head = build_head(head_config, spec, labels=len(config.labels)).to(device)
-        if start is None:
-            head.standardise(features.statistics(train.positions, device=device), train.labels)
-        else:
-            start.give_weights(head)
-            head.regressor.rescale(lines_between(start.scales, scales_of(features.source, config.labels)))
+        head = build_head(head_config, spec, labels=len(config.labels), readout=readout_of(config)).to(device)
+        _prepare(head, features, train, config, start, device, at_zero=base is not None)
         kept = None if state is None else state.begin(stage)
         per_epoch = steps_per_epoch(len(train), config)
         done = 0 if kept is None else len(kept["curves"])
@@ -86,11 +90,13 @@ def fit_head(
                 stage=stage,
                 progress=progress,
                 events=events,
-                test_scorer=test_scorer,
+                test_scorer=test_scorer if test_scorer is None or base is None else _adding(base, test_scorer),
+                shares=begin_levels(head, features, train, config, fresh=start is None),
+                base=base,
             )
             if kept is not None and kept["finished"]:
                 learner.restore(kept)
-            else:
+            elif epochs:
                 say(f"{head_config.encoder} on {device.type}: {training_kernels(head.encoder, config, device)}")
                 progress.begin(stage, epochs=epochs, steps=per_epoch, done=done)
                 try:
@@ -100,7 +106,65 @@ def fit_head(
                     progress.end()
     trained = copy.deepcopy(head) if config.compile else head  # a copy is as it was before torch.compile
     trained.load_state_dict(learner.best_weights)
-    return Fit(head=trained.to(device).eval(), **vars(learner.outcome))
+    found: AnyHead = trained if base is None else ResidualHead(base.closed, trained)
+    return Fit(head=found.to(device).eval(), **vars(learner.outcome))
+
+
+def _prepare(
+    head: Head,
+    features: FeatureSet,
+    train: LabelledItems,
+    config: TrainConfig,
+    start: Run | None,
+    device: torch.device,
+    *,
+    at_zero: bool,
+) -> None:
+    """Give a new head its constants, or the weights of `start`; `at_zero` for one that learns a residual."""
+    if start is not None:
+        start.give_weights(head)
+        head.regressor.rescale(lines_between(start.scales, scales_of(features.source, config.labels)))
+        return
+    head.standardise(features.statistics(train.positions, device=device), train.labels)
+    if at_zero:
+        head.regressor.start_at_zero()
+
+
+def network_of(fit: Fit) -> Head:
+    """The network of a fit without a closed form. Raises HeadError for another head."""
+    if not isinstance(fit.head, Head):
+        message = f"A {type(fit.head).__name__} is no single network."
+        raise HeadError(message)
+    return fit.head
+
+
+def _adding(
+    base: ClosedBase, scorer: Callable[[AnyHead], Mapping[str, float]]
+) -> Callable[[Head], Mapping[str, float]]:
+    """`scorer` of a network and the closed form whose residual it learns."""
+    return lambda network: scorer(ResidualHead(base.closed, network))
+
+
+def begin_levels(
+    head: Head, features: FeatureSet, train: LabelledItems, config: TrainConfig, *, fresh: bool
+) -> NDArray[np.float64] | None:
+    """The soft labels of the items `train`, (items, labels, 5); None for a head without levels.
+
+    A `fresh` head takes its levels from the scale of the labels, and begins at their shares. Raises as `soft_labels`.
+    """
+    readout = head.regressor.levels
+    if readout is None:
+        return None
+    items, labels = features.items[train.positions], train.labels.numpy()
+    levels = readout.levels.double().cpu().numpy()
+    if fresh:
+        levels = level_values(scales_of(features.source, config.labels), labels)
+    shares = soft_labels(features.source, items, labels, config, levels)
+    if fresh:
+        rounded = config.soft_labels == "gaussian"
+        grouping = grouping_variance(levels) if rounded else np.zeros(len(levels))
+        readout.begin(*(torch.from_numpy(values) for values in (levels, grouping, shares.mean(axis=0))))
+    return shares
 
 
 def _run(
@@ -159,11 +223,15 @@ def check_labels(features: FeatureSet, train: LabelledItems, config: TrainConfig
             "or `training_items`."
         )
         raise DataError(message)
-    for name, column in zip(names, train.labels.unbind(1), strict=True):
+    for name, values in zip(names, train.labels.unbind(1), strict=True):
+        column = values[~values.isnan()]
+        if not len(column):
+            message = f"{where}: none of {len(train)} training items has a {name} MOS. Leave the label out."
+            raise DataError(message)
         if column.max() == column.min():
             which = "label" if len(names) == 1 else f"{name} label"
             message = (
-                f"{where}: all {len(train)} training items have the {which} {float(column[0])}: there is nothing to "
+                f"{where}: all {len(column)} training items have the {which} {float(column[0])}: there is nothing to "
                 "learn. Change the split, train on more items, or another label."
             )
             raise DataError(message)

@@ -19,13 +19,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from agiqa.errors import HeadError
 from agiqa.heads.data.batches import Batch, BatchLoader, LabelledItems, batches_per_epoch
 from agiqa.heads.data.features import FeatureSet
-from agiqa.heads.data.splits import FEWEST_TO_CHOOSE_BY
+from agiqa.heads.data.splits import FEWEST_TO_CHOOSE_BY, calibration_mask
+from agiqa.heads.data.weights import item_weights
 from agiqa.heads.evaluation.metrics import score
 from agiqa.heads.model.encoders.kernels.cuda_graphs import training_pass
 from agiqa.heads.model.head import Head
 from agiqa.heads.model.losses import check_loss, get_loss
 from agiqa.heads.settings.config import TrainConfig
-from agiqa.heads.settings.labels import columns
+from agiqa.heads.settings.labels import labelled_pairs
+from agiqa.heads.training.closed_base import ClosedBase
 from agiqa.heads.training.curves import Epoch, Outcome
 from agiqa.heads.training.progress import EventLog, TrainingProgress
 
@@ -50,12 +52,16 @@ class Learner(pl.LightningModule):
         progress: TrainingProgress,
         events: EventLog | None = None,
         test_scorer: Callable[[Head], Mapping[str, float]] | None = None,
+        shares: NDArray[np.float64] | None = None,
+        base: ClosedBase | None = None,
     ) -> None:
         """`validation` may be empty: without FEWEST_TO_CHOOSE_BY validation items the last epoch is the best.
 
+        The head learns the residual of `base`, if there is one. `base` alone is then epoch 0, one of those to choose.
         `test_scorer` scores the head after every epoch; its scores go into the curves and are not used for selection.
+        `shares` are the soft labels of `items`, (items, labels, 5), for a loss that reads them.
 
-        Raises UnknownName or ConfigError for the loss, as `check_loss`.
+        Raises UnknownName or ConfigError for the loss, as `check_loss`, and DataError as `item_weights`.
         """
         super().__init__()
         check_loss(config)
@@ -65,17 +71,21 @@ class Learner(pl.LightningModule):
         self.best_weights: dict[str, Tensor] = {}
         labels = len(config.labels)
         self.best_predictions: NDArray[np.float64] = np.full((len(validation), labels), math.nan)
+        self.best_spreads: NDArray[np.float64] | None = None
         self.finished = False
         self._best_srcc = math.nan
         self._features = features
         self._items = items
         self._config = config
         self._validation = validation
+        self._choosing = ~calibration_mask(features.source, features.items[validation.positions], config)
         self._stage = stage
         self._progress = progress
         self._loss = get_loss(config.loss)
         self._losses: list[Tensor] = []
         self._predicted: NDArray[np.float64] = np.full((len(features), labels), math.nan)
+        self._spreads: NDArray[np.float64] | None = None
+        self._shares = None if shares is None else _by_position(features, items, shares)
         self._average: AveragedModel | None = None
         if config.ema is not None:
             self._average = AveragedModel(head)
@@ -86,6 +96,15 @@ class Learner(pl.LightningModule):
         self._random: Mapping[str, Tensor] = {}
         self._lr = 0.0
         self._started = 0.0
+        self._gaps = bool(items.labels.isnan().any())
+        self._weights: Tensor | None = None
+        if config.weights != "equal":
+            weights = item_weights(features.source, features.items[items.positions], items.labels.numpy(), config)
+            self._weights = _by_position(features, items, weights)
+        self._base = base
+        if base is not None:
+            self._predicted[:] = base.offsets.numpy()
+            self._keep(0, self._validation_metrics().get("srcc"))
 
     @property
     def validates(self) -> bool:
@@ -95,7 +114,7 @@ class Learner(pl.LightningModule):
     @property
     def chooses(self) -> bool:
         """Whether there are enough validation items to choose an epoch by."""
-        return len(self._validation) >= FEWEST_TO_CHOOSE_BY
+        return int(self._choosing.sum()) >= FEWEST_TO_CHOOSE_BY
 
     def train_dataloader(self) -> BatchLoader:
         """The batches of the present epoch, as large as the loss needs them; Lightning asks anew every epoch."""
@@ -156,9 +175,18 @@ class Learner(pl.LightningModule):
         if batch.targets is None:
             message = "Training needs batches with labels."
             raise HeadError(message)
-        scaled = self.head.regressor.scaled
-        predicted = scaled(self.head(*batch.inputs, encode=self._encode))
-        loss = self._loss.over_labels(predicted, scaled(batch.targets))
+        regressor = self.head.regressor
+        outputs = regressor.outputs(self.head.pooled(*batch.inputs, encode=self._encode))
+        predicted, _ = regressor.moments(outputs)
+        predicted = predicted if self._base is None else predicted + self._base.at(batch.positions)
+        loss = self._loss.over_labels(
+            regressor.scaled(predicted),
+            regressor.scaled(batch.targets),
+            distribution=regressor.distribution(outputs),
+            shares=None if self._shares is None else self._shares[batch.positions],
+            weights=None if self._weights is None else self._weights[batch.positions],
+            gaps=self._gaps,
+        )
         self._losses.append(loss.detach())
         self._lr = float(self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
@@ -166,6 +194,8 @@ class Learner(pl.LightningModule):
     def on_train_start(self) -> None:
         """Choose the kernels of the encoder's steps, and restore the random state of a resumed training."""
         self._encode = training_pass(self.head.encoder, self._config, self.device)
+        self._shares = None if self._shares is None else self._shares.to(self.device)
+        self._weights = None if self._weights is None else self._weights.to(self.device)
         if self._average is not None:
             # read at every step, which must not wait for the GPU
             self._average.n_averaged = self._average.n_averaged.cpu()
@@ -202,6 +232,7 @@ class Learner(pl.LightningModule):
         self.curves = outcome.curves
         self.best_epoch = outcome.epoch
         self.best_predictions = outcome.validation_predictions
+        self.best_spreads = outcome.validation_spreads
         self._best_srcc = record["best_srcc"]
         self.best_weights = {name: value.clone() for name, value in record["best_weights"].items()}
         self.finished = record["finished"]
@@ -233,8 +264,13 @@ class Learner(pl.LightningModule):
         del batch_idx
         # compiling the head once more, without gradients, never pays
         with torch.compiler.set_stance("force_eager"):
-            predicted = self._kept(*batch.inputs).double().cpu().numpy()
-        self._predicted[batch.positions.cpu().numpy()] = predicted
+            predicted, spreads = self._kept.moments(*batch.inputs)
+        positions, values = batch.positions.cpu().numpy(), predicted.double().cpu().numpy()
+        self._predicted[positions] = values if self._base is None else values + self._base.offsets.numpy()[positions]
+        if spreads is not None:
+            if self._spreads is None:
+                self._spreads = np.full_like(self._predicted, math.nan)
+            self._spreads[positions] = spreads.double().cpu().numpy()
         self._progress.validated()
 
     def on_train_epoch_end(self) -> None:
@@ -278,6 +314,7 @@ class Learner(pl.LightningModule):
             epoch=self.best_epoch,
             choice=self.choice,
             validation_predictions=self.best_predictions,
+            validation_spreads=self.best_spreads,
         )
 
     @property
@@ -286,7 +323,7 @@ class Learner(pl.LightningModule):
         if not self.validates:
             return "last epoch, as there are no validation items"
         if not self.chooses:
-            return f"last epoch, as {len(self._validation)} validation items are too few to choose by"
+            return f"last epoch, as {self._choosing.sum()} validation items are too few to choose by"
         labels = self._config.labels
         what = "validation SRCC" if len(labels) == 1 else f"mean validation SRCC of {', '.join(labels)}"
         if math.isnan(self._best_srcc):
@@ -297,8 +334,9 @@ class Learner(pl.LightningModule):
         """The metrics of this epoch's validation predictions, means over labels; none without validation items."""
         if not self.validates:
             return {}
-        predicted, labels = self._predicted[self._validation.positions], self._validation.labels.numpy()
-        scores = [score(*pair) for pair in zip(columns(predicted), columns(labels), strict=True)]
+        predicted = self._predicted[self._validation.positions][self._choosing]
+        labels = self._validation.labels.numpy()[self._choosing]
+        scores = [score(*pair) for pair in labelled_pairs(predicted, labels)]
         return {name: float(np.mean([one[name] for one in scores])) for name in scores[0]}
 
     def _keep_best(self, number: int, srcc: float | None) -> None:
@@ -310,12 +348,23 @@ class Learner(pl.LightningModule):
             better = number == self.trainer.max_epochs
         else:
             better = math.isnan(self._best_srcc) or srcc > self._best_srcc
-        if not better:
-            return
+        if better:
+            self._keep(number, srcc)
+
+    def _keep(self, number: int, srcc: float | None) -> None:
+        """Copy weights and predictions of epoch `number`, whose validation SRCC is `srcc`."""
         self._best_srcc = math.nan if srcc is None or not self.chooses else srcc
         self.best_epoch = number
         self.best_predictions = self._predicted[self._validation.positions].copy()
+        self.best_spreads = None if self._spreads is None else self._spreads[self._validation.positions].copy()
         self.best_weights = {name: value.detach().cpu().clone() for name, value in self._kept.state_dict().items()}
+
+
+def _by_position(features: FeatureSet, items: LabelledItems, values: NDArray[np.float64]) -> Tensor:
+    """The soft labels or weights of `items` at their positions in `features`, NaN elsewhere, float32."""
+    found = torch.full((len(features), *values.shape[1:]), math.nan)
+    found[torch.from_numpy(items.positions)] = torch.from_numpy(values).float()
+    return found
 
 
 def steps_per_epoch(items: int, config: TrainConfig) -> int:

@@ -5,36 +5,42 @@ choice is made, and with `paper_compatible` also after every epoch, for a number
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from agiqa.heads.closed.choosing import closed_notes
+from agiqa.heads.closed.combined import MixedHead, ResidualHead, network_of
+from agiqa.heads.closed.heads import ClosedHead
 from agiqa.heads.data.batches import LabelledItems
-from agiqa.heads.data.features import FeatureSet, FeatureSource, Joined, location_of, read_labels
+from agiqa.heads.data.features import FeatureSet, FeatureSource, location_of
 from agiqa.heads.data.keeping import KeptFeatures, SharedFeatures, keep_features
+from agiqa.heads.data.layers import base_of, joined_stores, layer_of
 from agiqa.heads.data.scales import scales_of, scales_record
-from agiqa.heads.evaluation.calibration import Calibration, calibration_warnings
+from agiqa.heads.data.splits import calibration_mask
+from agiqa.heads.data.variants import as_variant
 from agiqa.heads.evaluation.leaks import author_notes, author_warnings, authors_by_part
-from agiqa.heads.evaluation.mos_mappings import Mappings, fit_mappings
 from agiqa.heads.evaluation.recorded_parts import record_parts
-from agiqa.heads.evaluation.runs import EVENTS, Run, load_run, origin_of, write_run
-from agiqa.heads.evaluation.scoring import predict_items, scores_of_labels
+from agiqa.heads.evaluation.runs import CLOSED, EVENTS, Run, load_run, origin_of, write_run
+from agiqa.heads.evaluation.scoring import Moments, predict_moments
 from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.pooling import check_item_roles, check_roles
-from agiqa.heads.model.projection import FeatureSpec, usual_projection
+from agiqa.heads.model.projection import FeatureSpec
+from agiqa.heads.model.reading import features_for, reading_notes, usual_settings
+from agiqa.heads.model.readouts import VALUE
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import cpu_threads
-from agiqa.heads.settings.labels import Array, by_label, columns, of_each_label, side_by_side
+from agiqa.heads.training.closed_fitting import fit_closed
 from agiqa.heads.training.curves import Outcome, TestScorer, best_on_test, bias_warnings, epoch_warnings
-from agiqa.heads.training.experiment import Experiment, start_warnings
+from agiqa.heads.training.experiment import Experiment, layer_to_read, start_warnings
 from agiqa.heads.training.fitting import Fit, fit_head
+from agiqa.heads.training.predicted_parts import PredictedPart, calibrate, scores_by_store, scores_of_parts
 from agiqa.heads.training.progress import LineProgress, TrainingProgress
 from agiqa.heads.training.resuming import TrainingState, training_state
 from agiqa.progress import say
@@ -58,27 +64,33 @@ def train_head(
     An interrupted training resumes from the last epoch that was saved beside `run` (see resuming.py), and
     `restart` discards them. `preset` is the name of the settings in config.json. `shared` are features that were
     decoded before, for several trainings (see data/keeping.py); the numbers are the same.
-    Without `head` and `start` it is the default head, with the projection that reads the encoding of `source`.
+    Without `head` and `start` it is the default head, with the `usual_settings` of `source`. The layer and the pooled
+    row that the settings name are read; without `layer` that of `start`, or the last one that `source` has.
     `start` is a run whose head is the beginning, with its weights, constants of the features and scale of the labels;
     without `head` this head has its settings. A refit begins there too.
+    With `variant` in `train`, `source` is read as that conversation, and the run belongs to it.
     Several labels, as in `quality+correspondence`, are learned by one head; an item without one of them is an error.
     Raises HeadError for a taken folder, another training kept beside it, features that the projection cannot read,
     a `start` that does not fit, or training that diverges; DataError for missing labels, no such split, NaN features;
     UnknownName and ConfigError for settings.
     """
+    train = train or TrainConfig()
+    source, layer = as_variant(source, train.variant), layer_to_read(train, start)
+    head = head or (_usual_head(source, layer) if start is None else start.head)
+    source = features_for(source, head, layer)
     experiment = Experiment(
         source=source,
         run=Path(run),
-        head=head or (_usual_head(source) if start is None else start.head),
-        train=train or TrainConfig(),
+        head=head,
+        train=train,
         preset=preset,
         start=start,
     )
     experiment.check()
     shared, test = shared or SharedFeatures(), experiment.partition.test
-    if shared.kept is None or not shared.kept.has(test):
+    if not experiment.head.is_closed and (shared.kept is None or not shared.kept.has(test)):
         check_item_roles(source, test, experiment.head.pooling)
-    for note in _store_notes(source):
+    for note in [*_store_notes(source), *reading_notes(source, experiment.head)]:
         say(f"note: {note}")
     saved = training_state(
         experiment.run, experiment.key(), save_seconds=experiment.train.save_seconds, restart=restart
@@ -88,10 +100,9 @@ def train_head(
     return load_run(run)
 
 
-def _usual_head(source: FeatureSource) -> HeadConfig:
-    """The default head, with the projection that reads `source`."""
-    usual = usual_projection(source)
-    return HeadConfig() if usual is None else HeadConfig(projection=usual)
+def _usual_head(source: FeatureSource, layer: str | None) -> HeadConfig:
+    """The default head on `layer` of `source`."""
+    return HeadConfig(**usual_settings(source)({"layer": layer}))
 
 
 def _train(experiment: Experiment, shared: SharedFeatures, progress: TrainingProgress, state: TrainingState) -> None:
@@ -100,30 +111,72 @@ def _train(experiment: Experiment, shared: SharedFeatures, progress: TrainingPro
     source, config, partition = experiment.source, experiment.train, experiment.partition
     rows = _keep_rows(experiment, shared)
     test = partition.test
-    kept = (rows.features, rows.features.positions_of(test)) if rows.has(test) else None
+    kept = (rows.features, rows.features.positions_of(test)) if rows is not None and rows.has(test) else None
     scorer = None
     if config.paper_compatible:
         scorer = TestScorer(source, test, label=config.label, batch_size=config.batch_size, kept=kept)
-    selection, final = _fit(experiment, rows.features, progress, state, scorer)
-    refitted = final is not selection
-    validation, calibration, of_scale = _calibrate(experiment, selection, final)
+    if rows is None or experiment.head.is_closed:
+        selection, final = fit_closed(experiment, rows, progress, scorer)
+    else:
+        selection, final = _fit(experiment, rows.features, progress, state, scorer)
+    finish_run(
+        experiment,
+        selection,
+        final,
+        predict=lambda: predict_moments(final.head, source, test, batch_size=config.batch_size, kept=kept),
+        started=started,
+        partial=state.folder / "run",
+        rows=rows,
+        events=state.folder / EVENTS if config.tensorboard and not experiment.head.is_closed else None,
+    )
+
+
+def finish_run(
+    experiment: Experiment,
+    selection: Outcome,
+    final: Fit,
+    *,
+    predict: Callable[[], Moments],
+    started: float,
+    partial: Path,
+    rows: KeptFeatures | None = None,
+    events: Path | None = None,
+    members: Sequence[Run] = (),
+) -> None:
+    """Score a trained head and write its run folder, which is made at `partial`.
+
+    `selection` chose the epoch and has the validation predictions, `final` is the head to keep. `predict` gives the
+    predictions of the test items, on the scale of the labels. `started` is the value of `time.perf_counter` at the
+    beginning; `members` are the runs of a stack.
+    """
+    source, config, partition = experiment.source, experiment.train, experiment.partition
+    refitted, fits = final is not selection, [selection]
+    if final.curves is not selection.curves:  # those of a closed form have no epochs
+        fits.append(final)
+    held_back = calibration_mask(source, partition.validation, config)
+    of_validation, calibration, of_scale = calibrate(experiment, selection, final, ~held_back)
     trained = time.perf_counter()
-    predicted = predict_items(final.head, source, test, batch_size=config.batch_size, kept=kept)
-    parts = {"validation": validation, "test": _Predicted.of(experiment, test, predicted)}
+    parts = {"validation": of_validation.subset(~held_back)}
+    parts |= {"calibration": of_validation.subset(held_back)} if held_back.any() else {}
+    parts["test"] = PredictedPart.of(experiment, partition.test, predict())
     metrics: dict[str, Any] = {
-        **_scores(parts, calibration, refitted=refitted),
+        **scores_of_parts(parts, calibration, refitted=refitted),
         "label": config.label,
         "chosen_epoch": selection.epoch,
         "chosen_by": selection.choice,
         "epochs_run": len(selection.curves),
-        "refit": config.refit,
+        "refit": config.refit or refitted,
         "split": {"name": config.split, **partition.record()},
-        **_remarks(experiment, [*epoch_warnings(selection, config), *of_scale]),
-        "features": rows.record(),
+        "warnings": [*_warnings(experiment, selection, held_back), *of_scale],
+        "notes": _notes(experiment, members),
+        "text_authors": authors_by_part(source, partition.parts()),
+        **_layer_facts(experiment, final),
+        "features": None if rows is None else rows.record(),
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
         "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    metrics |= {"stores": _scores_by_store(source, parts)} if isinstance(source, Joined) else {}
+    joined = joined_stores(source)
+    metrics |= {} if joined is None else {"stores": scores_by_store(joined, parts)}
     if config.paper_compatible:
         best = best_on_test(selection.curves, metrics["test"], config.label)
         metrics["warnings"] += bias_warnings(best, metrics["test"], config.label)
@@ -134,37 +187,56 @@ def _train(experiment: Experiment, shared: SharedFeatures, progress: TrainingPro
         config=_record(experiment, final),
         metrics=metrics,
         predictions=[row for name, part in parts.items() for row in part.rows(name)],
-        curves=[epoch.row() for fit in ([selection, final] if refitted else [selection]) for epoch in fit.curves],
+        curves=[epoch.row() for fit in fits for epoch in fit.curves],
         parts=record_parts(source, partition.parts()),
-        partial=state.folder / "run",
-        events=state.folder / EVENTS if config.tensorboard else None,
+        partial=partial,
+        events=events,
+        members=[run.path for run in members],
     )
 
 
 def _store_notes(source: FeatureSource) -> list[str]:
     """Notes on several stores that are read as one."""
-    return [*source.notes, *source.scale_notes] if isinstance(source, Joined) else []
+    joined = joined_stores(source)
+    return [] if joined is None else [*joined.notes, *joined.scale_notes]
 
 
-def _remarks(experiment: Experiment, of_fit: Sequence[str]) -> dict[str, Any]:
-    """Notes and warnings about the split, the texts of its parts, the stores, and the head at the start.
+def _layer_facts(experiment: Experiment, fit: Fit) -> dict[str, Any]:
+    """The layer, or layers, that the head read, and the learned weight of each where it sums them."""
+    network = network_of(fit.head)
+    weights = None if network is None else network.layer_weights
+    return {"layer": layer_of(experiment.source)} | ({} if weights is None else {"layer_weights": weights})
 
-    `of_fit` are warnings about how the head was trained.
+
+def _warnings(experiment: Experiment, selection: Outcome, held_back: NDArray[np.bool_]) -> list[str]:
+    """Warnings about the split, the texts of its parts, the head at the start, and the choice of the epoch.
+
+    `held_back` are validation items (items,) that did not choose it. A closed form has no epochs to choose from.
     """
-    source, partition = experiment.source, experiment.partition
-    parts, of_start = partition.parts(), start_warnings(experiment, partition.test)
-    return {
-        "warnings": [*partition.warnings(), *author_warnings(source, parts), *of_start, *of_fit],
-        "notes": [*author_notes(source, parts), *_store_notes(source)],
-        "text_authors": authors_by_part(source, parts),
-    }
+    partition = experiment.partition
+    found = [*partition.warnings(), *author_warnings(experiment.source, partition.parts())]
+    found += start_warnings(experiment, partition.test)
+    if not experiment.head.is_closed:
+        found += epoch_warnings(selection, experiment.train, calibration=int(held_back.sum()))
+    return found
 
 
-def _keep_rows(experiment: Experiment, shared: SharedFeatures) -> KeptFeatures:
+def _notes(experiment: Experiment, members: Sequence[Run]) -> list[str]:
+    """Notes on the texts of the parts, the stores, and what the head, or each of `members`, reads."""
+    source, head = experiment.source, experiment.head
+    found = [*author_notes(source, experiment.partition.parts()), *_store_notes(source), *reading_notes(source, head)]
+    found += [note for run in members for note in run.metrics["notes"]] if members else closed_notes(head, source)
+    return list(dict.fromkeys(found))
+
+
+def _keep_rows(experiment: Experiment, shared: SharedFeatures) -> KeptFeatures | None:
     """The features, kept as the settings say or shared with other trainings, with the roles that the pooling needs.
 
-    The test part is among them where the shared ones have it, and where every epoch needs it.
+    The test part is among them where the shared ones have it, and where every epoch needs it. A closed form reads each
+    item once, so that none are kept for it.
     """
+    if experiment.head.is_closed:
+        return shared.kept
     source, config, parts = experiment.source, experiment.train, experiment.partition.parts()
     if shared.kept is not None:
         kept = shared.kept
@@ -203,122 +275,42 @@ def _fit(
     return state.selection, refit
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Predicted:
-    """Items of one part with their labels and predictions."""
-
-    source: FeatureSource
-    names: Sequence[str]
-    """Of the labels."""
-    items: NDArray[np.int64]
-    labels: Array
-    """(items, labels), as are the predictions."""
-    predictions: Array
-
-    @classmethod
-    def of(cls, experiment: Experiment, items: NDArray[np.int64], predictions: Array) -> "_Predicted":
-        """`predictions` with the labels of `items`."""
-        labels = read_labels(experiment.source, items, label=experiment.train.label)
-        names = experiment.train.labels
-        return cls(source=experiment.source, names=names, items=items, labels=labels, predictions=predictions)
-
-    def metrics(
-        self, *, among: NDArray[np.int64] | None = None, mappings: Sequence[Mappings] | None = None
-    ) -> dict[str, Any] | None:
-        """The metrics, `by_label`, on the items that are also in `among`, with the `mappings`; None without items."""
-        chosen = slice(None) if among is None else np.isin(self.items, among)
-        items = self.items[chosen]
-        if not len(items):
-            return None
-        pair = self.labels[chosen], self.predictions[chosen]
-        scores: dict[str, Any] = by_label(self.names, scores_of_labels(self.source, items, *pair, mappings=mappings))
-        return scores
-
-    def rows(self, part: str) -> list[dict[str, Any]]:
-        """The rows of predictions.csv, label and prediction side by side."""
-        names, prompts = self.source.items.names, self.source.items.prompts
-        titles, rows = side_by_side(self.names, self.labels, self.predictions)
-        return [
-            {"name": names[item], "prompt": prompts[item], "split": part, "item": item}
-            | dict(zip(titles, row, strict=True))
-            for item, row in zip(self.items.tolist(), rows, strict=True)
-        ]
-
-
-def _calibrate(
-    experiment: Experiment, selection: Outcome, final: Fit
-) -> tuple[_Predicted, Calibration | None, list[str]]:
-    """The validation predictions, the line of each label where wanted, and warnings about their scale.
-
-    The lines are put into the head of `final`. They are fitted to the validation predictions of the fit that chose the
-    epoch, also where another fit is kept.
-    """
-    names, validation = experiment.train.labels, experiment.partition.validation
-    predicted = _Predicted.of(experiment, validation, selection.validation_predictions)
-    if not experiment.train.calibrate:
-        return predicted, None, calibration_warnings(names, predicted.predictions, predicted.labels)
-    calibration = Calibration.fit(predicted.predictions, predicted.labels)
-    final.head.regressor.rescale(calibration.lines)
-    mapped = calibration.applied(predicted.predictions)
-    of_scale = calibration_warnings(names, mapped, predicted.labels, calibrate=True)
-    return replace(predicted, predictions=mapped), calibration, [*calibration.warnings(names), *of_scale]
-
-
-def _scores(parts: dict[str, _Predicted], calibration: Calibration | None, *, refitted: bool) -> dict[str, Any]:
-    """The metrics of both parts, and what was fitted to the validation part once the epoch was chosen."""
-    fitted_to, names = parts["validation"], parts["validation"].names
-    pairs = zip(columns(fitted_to.predictions), columns(fitted_to.labels), strict=True)
-    mappings = [fit_mappings(*pair) for pair in pairs]
-    validation = fitted_to.metrics()
-    if calibration is not None and validation is not None:
-        calibration.mark(of_each_label(names, validation))
-    return {
-        "validation": validation,
-        "test": parts["test"].metrics(mappings=mappings),
-        "logistic": by_label(names, [each.record() for each in mappings]),
-        "calibration": None if calibration is None else calibration.record(names, refit=refitted),
-    }
-
-
-def _scores_by_store(joined: Joined, parts: dict[str, _Predicted]) -> list[dict[str, Any]]:
-    """The metrics of every part on the items of each of several stores that are read as one.
-
-    The metrics on all stores together also reward a head that only tells the stores apart.
-    """
-    return [
-        {"store": store.id, "name": PurePosixPath(location_of(store)).name}
-        | {name: part.metrics(among=items) for name, part in parts.items()}
-        for store, items in joined.parts
-    ]
-
-
 def _record(experiment: Experiment, fit: Fit) -> dict[str, Any]:
     """config.json: everything to repeat the run, and to know which features the head can read."""
     source, train, spec = experiment.source, experiment.train, FeatureSpec.of(experiment.source)
-    device = next(fit.head.parameters()).device
+    device, head = experiment.device, fit.head
+    closed = (
+        head.closed if isinstance(head, ResidualHead) else head if isinstance(head, ClosedHead | MixedHead) else None
+    )
+    network = network_of(head)
     return {
         "preset": experiment.preset,
         "head": experiment.recorded_head,
         "train": train.model_dump(),
         "features": {
-            "store": source.id,
+            "store": base_of(source).id,
             "encoding": spec.encoding,
             "width": spec.width,
             "logical_dtype": source.logical_dtype,
             "lm_head_sha256": spec.lm_head_sha256,
             "basis_id": spec.basis_id,
+            "layer": spec.layer,
+            "pooled": list(spec.pooled),
+            "tap": spec.tap,
         },
-        "location": location_of(source),
+        "location": location_of(base_of(source)),
         "origin": origin_of(source),
+        "readout": VALUE if network is None else network.regressor.readout,
         "label": train.label,
         "labels": list(train.labels),
         "mos_ranges": scales_record(train.labels, scales_of(source, train.labels)),
         "seed": train.seed,
-        "kernels": training_kernels(fit.head.encoder, train, device),
+        "kernels": "closed form" if network is None else training_kernels(network.encoder, train, device),
         "device": str(device),
         "agiqa": agiqa_version(),
         "torch": torch.__version__,
         "start": experiment.start_record,
         "data": experiment.data,
+        **({} if closed is None else {CLOSED: closed.facts}),
         **({"own_parts": [part.as_dict() for part in experiment.own_parts]} if experiment.own_parts else {}),
     }

@@ -45,6 +45,8 @@ class MemoryStore:
     basis_id: str = "basis-a"
     roles: list[NDArray[np.uint8]] | None = None
     """Per item; None is the answer throughout."""
+    ids: list[NDArray[np.int32]] | None = None
+    """Token ids per item; None is 0 throughout."""
     weights: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     @property
@@ -74,6 +76,10 @@ class MemoryStore:
 
     def item_roles(self, item: int) -> NDArray[np.uint8]:
         return np.full(len(self.features[item]), 3, dtype=np.uint8) if self.roles is None else self.roles[item]
+
+    def tokens(self, items: Sequence[int] | NDArray[Any]) -> list[tuple[NDArray[np.int32], NDArray[np.uint8]]]:
+        ids = self.ids or [np.zeros(len(rows), np.int32) for rows in self.features]
+        return [(ids[int(item)], self.item_roles(int(item))) for item in items]
 
     def lm_head(self) -> NDArray[np.float32]:
         return self.weights

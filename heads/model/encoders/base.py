@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from agiqa.errors import ConfigError, UnknownName
-from agiqa.heads.settings.config import HeadConfig, Setting
+from agiqa.heads.settings.config import CLOSED_FORMS, HeadConfig, Setting
 from agiqa.registry import Registry
 
 Tokens = Float[Tensor, "batch token width"]
@@ -66,7 +66,7 @@ class Encoder(nn.Module, ABC):
         """Encode; the outputs at padding are zero."""
 
 
-ENCODERS: Registry[Callable[[HeadConfig], Encoder]] = Registry("encoder")
+ENCODERS: Registry[Callable[[HeadConfig], Encoder]] = Registry("encoder", beside=CLOSED_FORMS)
 
 
 def completed(config: HeadConfig) -> HeadConfig:
@@ -75,7 +75,8 @@ def completed(config: HeadConfig) -> HeadConfig:
     Raises UnknownName for an encoder that is not registered, and ConfigError for a setting that the encoder does not
     declare, or a value of another type than the default has.
     """
-    declared: Mapping[str, Setting] = getattr(ENCODERS.get(config.encoder), "own_settings", NO_SETTINGS)
+    encoder = None if config.is_closed else ENCODERS.get(config.encoder)
+    declared: Mapping[str, Setting] = getattr(encoder, "own_settings", NO_SETTINGS)
     for name in config.own_settings:
         if name not in declared:
             unknown = UnknownName.of("setting of its own", name, declared)
@@ -108,6 +109,8 @@ def _of_type(default: Setting, value: Setting, name: str) -> Setting:
 
 def encoder_settings(name: str) -> frozenset[str] | None:
     """`Encoder.settings` of the encoder called `name`; None for one that is not registered."""
+    if name in CLOSED_FORMS:
+        return frozenset()
     return getattr(ENCODERS.get(name), "settings", None) if name in ENCODERS else None
 
 

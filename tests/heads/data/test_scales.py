@@ -104,7 +104,8 @@ def test_a_scale_that_is_not_known_is_warned_of_once(make_store, trained):
     (line,) = far["warnings"]
     assert f"while the head {run.path} is on 0 to 5: errors such as RMSE mean nothing" in line
     silent = replace(run, config={**run.config, "mos_ranges": {"quality": None}})
-    (line,) = evaluate(silent, on(other, HUNDRED))["warnings"]
+    line, coverage = evaluate(silent, on(other, HUNDRED))["warnings"]
+    assert coverage.startswith("90 % intervals of quality hold only")
     assert line.startswith(
         f"The scale of the quality MOS of the head {run.path} is not recorded; it is taken to be 0 to 1"
     )

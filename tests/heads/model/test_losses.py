@@ -17,8 +17,11 @@ from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.features import FeatureSet
 from agiqa.heads.model.losses import LOSSES, check_loss, get_loss
 from agiqa.heads.model.projection import FeatureSpec
+from agiqa.heads.model.readouts import VALUE
 from agiqa.heads.training.fitting import fit_head
 
+VALUE_LOSSES = [name for name in LOSSES.names() if LOSSES.get(name).readout == VALUE]
+"""Those that compare predictions with labels; test_distributions.py has the others."""
 PAIRED = ("fidelity", "margin", "plcc", "ranknet")
 MIXES = ("mse+0.5*plcc", "0.3*mae+ranknet", "huber+margin+0.1*fidelity")
 NONE_HEAD = HeadConfig(projection="sketch", encoder="none", width=8)
@@ -82,20 +85,20 @@ def gradient(name, predicted, labels):
 
 
 def test_every_loss_has_an_oracle_and_says_what_it_compares():
-    assert sorted(ORACLES) == LOSSES.names()
-    assert tuple(name for name in LOSSES if get_loss(name).smallest_batch == 2) == PAIRED
+    assert sorted(ORACLES) == VALUE_LOSSES
+    assert tuple(name for name in VALUE_LOSSES if get_loss(name).smallest_batch == 2) == PAIRED
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("n", [2, 3, 12])
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_a_loss_is_its_formula(name, n, seed):
     predicted, labels = sample(12, seed)
     predicted, labels = predicted[-n:], labels[-n:]
     assert value(name, predicted, labels) == pytest.approx(ORACLES[name](predicted, labels), rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_a_gradient_is_that_of_the_formula(name):
     predicted, labels = sample(8)
     _, found = gradient(name, torch.from_numpy(predicted), torch.from_numpy(labels))
@@ -103,14 +106,14 @@ def test_a_gradient_is_that_of_the_formula(name):
     assert found.numpy() == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_the_order_of_a_batch_is_no_matter(name):
     predicted, labels = sample()
     order = np.random.default_rng(1).permutation(len(labels))
     assert value(name, predicted[order], labels[order]) == pytest.approx(value(name, predicted, labels))
 
 
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_perfect_predictions_cost_nothing_but_for_the_losses_that_want_them_further_apart(name):
     _, labels = sample()
     cost = value(name, labels, labels)
@@ -120,7 +123,7 @@ def test_perfect_predictions_cost_nothing_but_for_the_losses_that_want_them_furt
         assert cost == pytest.approx(0.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_reversed_predictions_cost_more(name):
     _, labels = sample()
     assert value(name, -labels, labels) > value(name, labels, labels) + 0.1
@@ -142,7 +145,7 @@ def test_correlation_ignores_scale_and_ranks_ignore_that_of_the_labels():
 
 @given(
     st.lists(st.tuples(st.floats(-5, 5, width=32), st.floats(-5, 5, width=32)), min_size=2, max_size=9),
-    st.sampled_from(LOSSES.names()),
+    st.sampled_from(VALUE_LOSSES),
 )
 def test_losses_and_gradients_are_finite(pairs, name):
     predicted, labels = (torch.tensor(column, dtype=torch.float32) for column in zip(*pairs, strict=True))
@@ -154,7 +157,7 @@ def test_losses_and_gradients_are_finite(pairs, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("constant", ["predicted", "labels", "both"])
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_constant_inputs_are_finite(name, constant, dtype):
     varied = torch.linspace(-1, 1, 7, dtype=dtype)
     same = torch.full_like(varied, 0.1)
@@ -169,7 +172,7 @@ def test_constant_inputs_are_finite(name, constant, dtype):
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e6])
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_predictions_far_off_are_finite(name, size):
     labels = torch.tensor([-1.0, 0.0, 0.0, 1.0])
     for sign in (size, -size):
@@ -178,7 +181,7 @@ def test_predictions_far_off_are_finite(name, size):
         assert slope.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [*LOSSES.names(), *MIXES])
+@pytest.mark.parametrize("name", [*VALUE_LOSSES, *MIXES])
 def test_a_batch_of_one_is_finite_and_still_differentiable(name):
     loss, slope = gradient(name, torch.tensor([0.7]), torch.tensor([0.2]))
     assert loss.isfinite()
@@ -192,7 +195,7 @@ def test_in_a_sum_a_batch_of_one_feels_the_terms_that_need_no_other():
     assert value("mse+0.5*plcc", *one) == value("mse", *one) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("name", [*LOSSES.names(), "mse+0.5*plcc"])
+@pytest.mark.parametrize("name", [*VALUE_LOSSES, "mse+0.5*plcc"])
 def test_low_precision_is_computed_in_float32(name):
     predicted, labels = (torch.from_numpy(column).bfloat16() for column in sample())
     expected = get_loss(name)(predicted.float(), labels.float())
@@ -261,7 +264,7 @@ def fitted(store, loss, **settings):
 
 
 @pytest.mark.parametrize("batch_size", [2, 8])
-@pytest.mark.parametrize("name", [*LOSSES.names(), *MIXES])
+@pytest.mark.parametrize("name", [*VALUE_LOSSES, *MIXES])
 def test_every_loss_trains_with_an_item_left_over(make_store, name, batch_size):
     fit = fitted(make_store(41), name, batch_size=batch_size)
     assert math.isfinite(fit.curves[0].train_loss)
@@ -269,7 +272,7 @@ def test_every_loss_trains_with_an_item_left_over(make_store, name, batch_size):
     assert all(weights.isfinite().all() for weights in fit.head.state_dict().values())
 
 
-@pytest.mark.parametrize("name", [*LOSSES.names(), *MIXES])
+@pytest.mark.parametrize("name", [*VALUE_LOSSES, *MIXES])
 def test_training_does_not_depend_on_the_unit_of_the_labels(make_store, name):
     fits = []
     for scale in (1.0, 20.0):
@@ -286,7 +289,7 @@ def test_training_does_not_depend_on_the_unit_of_the_labels(make_store, name):
     assert fits[1].curves[0].train_loss == pytest.approx(fits[0].curves[0].train_loss, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_every_loss_learns_the_order(make_store, name):
     store = make_store(300, width=2)
     for rows, k in zip(store.features, range(300), strict=True):
@@ -301,7 +304,7 @@ def test_mixed_precision_trains_with_a_loss(make_store, name):
     assert math.isfinite(fitted(make_store(41), name, precision="bf16").curves[0].train_loss)
 
 
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_every_loss_goes_from_the_store_to_a_run_folder(make_store, tmp_path, name):
     config = TrainConfig(split="grouped", epochs=1, batch_size=8, loss=name)
     run = train_head(make_store(41), tmp_path / "run", head=NONE_HEAD, train=config)

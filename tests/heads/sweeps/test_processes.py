@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from agiqa.errors import HeadError
-from agiqa.heads.data.batches import SourceAddress
 from agiqa.heads.data.keeping import PackedFeatures, SharedFeatures
+from agiqa.heads.data.reopening import SourceAddress
 from agiqa.heads.sweeps.processes import Orders, Setup, run_tasks
 
 

@@ -16,8 +16,9 @@ import torch
 from agiqa.errors import ConfigError, DataError, HeadError
 from agiqa.heads import HeadConfig, HeadJob, TrainConfig, load_run, train_head, train_heads
 from agiqa.heads.data import keeping
-from agiqa.heads.data.batches import LabelledItems, SourceAddress
+from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.keeping import PackedFeatures, share_features
+from agiqa.heads.data.reopening import SourceAddress
 from agiqa.heads.data.splits import make_partition
 from agiqa.heads.sweeps.sweeping import default_workers
 from tests.store.conftest import make_content

@@ -43,7 +43,7 @@ def test_a_head_learns_both_labels_and_its_metrics_are_those_of_its_table(make_s
             assert truth.tolist() == [store.items.labels[label][numbers_of[row["name"]]] for row in table]
             fits = Mappings.from_record(run.metrics["logistic"][label]).fitted if part == "test" else {}
             prompts = [row["prompt"] for row in table]
-            told = run.metrics[part][label]
+            told = {name: value for name, value in run.metrics[part][label].items() if name != "intervals"}
             scores = evaluate_scores(guesses, truth, prompts, mappings=fits)
             slope, intercept = np.polyfit(guesses, truth, 1)
             assert told == {**scores, "slope": pytest.approx(slope), "intercept": pytest.approx(intercept)}
@@ -139,7 +139,13 @@ def test_a_store_without_one_of_the_labels_is_predicted_and_not_evaluated(traine
     other.items.labels["correspondence"] = np.arange(25.0)
     assert evaluate(run, other)["correspondence"]["n"] == 5
     other.items.labels["correspondence"][10] = np.nan
-    with pytest.raises(DataError, match=r"'0010.png' has no correspondence MOS"):
+    scores = evaluate(run, other)
+    assert (scores["quality"]["n"], scores["correspondence"]["n"]) == (5, 4)
+    other.items.labels["quality"][10] = np.nan
+    with pytest.raises(DataError, match=r"'0010.png' has no quality MOS\n.*has no correspondence MOS"):
+        evaluate(run, other)
+    other.items.labels["correspondence"][:] = np.nan
+    with pytest.raises(DataError, match="has no correspondence MOS"):
         evaluate(run, other)
 
 

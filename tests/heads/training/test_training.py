@@ -112,6 +112,9 @@ def test_the_run_folder_holds_what_it_says(make_store, tmp_path: Path):
         "logical_dtype": "float32",
         "lm_head_sha256": store.lm_head_sha256,
         "basis_id": "basis-a",
+        "layer": "last",
+        "pooled": [],
+        "tap": None,
     }
     assert config["kernels"] == "torch"
     assert config["train"]["epochs"] == 3

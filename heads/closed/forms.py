@@ -1,0 +1,236 @@
+"""How heads in closed form are fitted: ridge and kernel ridge on pooled states, and ridge on TF-IDF.
+
+A form reads one input per item, fits each label on the items that have it, and gives a ClosedHead. The settings of its
+regression are chosen by folds of whole prompts within the items that it is fitted to (see regressions.py).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from agiqa.errors import DataError
+from agiqa.heads.closed.heads import (
+    Array,
+    BagHead,
+    ClosedHead,
+    Facts,
+    Inputs,
+    Items,
+    KernelHead,
+    LinearHead,
+    Tensors,
+    read_text,
+)
+from agiqa.heads.closed.pooled import Kept, pooled_vectors
+from agiqa.heads.closed.regressions import (
+    INNER_FOLDS,
+    MOST_TO_CHOOSE_BY,
+    STRENGTHS,
+    Kernel,
+    Linear,
+    Regression,
+    best_kernel_ridge,
+    best_ridge,
+    inner_folds,
+    some_groups,
+)
+from agiqa.heads.closed.token_bags import Vocabulary, has_token_ids
+from agiqa.heads.data.features import FeatureSource
+from agiqa.heads.settings.config import HeadConfig
+from agiqa.registry import Registry
+
+TRIED_STRENGTHS: Array = np.logspace(-2.5, 1.0, 8)
+TRIED_WIDTHS = (0.5, 1.0, 2.0, 4.0)
+"""Settings of a Gaussian kernel that heads try: more than baselines do, whose numbers are published."""
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """The items that a form is fitted to."""
+
+    labels: Array
+    """(items, labels); NaN where an item lacks one."""
+    groups: Items
+    """A number for each prompt."""
+    weights: Array
+    """(items, labels), positive."""
+
+    def of(self, places: Items) -> "Known":
+        """Some of the items."""
+        return replace(self, labels=self.labels[places], groups=self.groups[places], weights=self.weights[places])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form(ABC):
+    """How a head in closed form is fitted, from the settings of `config`."""
+
+    config: HeadConfig
+    pooling: str
+    """As `pooled_vectors` reads it."""
+    label: str = "quality"
+    """The labels, joined by `+`."""
+    folds: int = INNER_FOLDS
+    device: torch.device = _CPU
+
+    @abstractmethod
+    def read(self, source: FeatureSource, items: Items, kept: Kept | None) -> Inputs:
+        """The inputs of `items`. Raises DataError for items that lack something."""
+
+    @abstractmethod
+    def fit(self, inputs: Inputs, known: Known) -> ClosedHead:
+        """The head fitted to all items. Raises DataError and ConfigError as the regressions."""
+
+    def out_of_fold(self, inputs: Inputs, known: Known) -> Array:
+        """Predictions (items, labels) for each item by a fit to the items of other prompts. Raises as `fit`."""
+        found = np.empty_like(known.labels)
+        for kept, held in inner_folds(known.groups, self.folds):
+            found[held] = self.fit(inputs.of(kept), known.of(kept)).scores(inputs.of(held))
+        return found
+
+    def fit_and_fold(self, inputs: Inputs, known: Known) -> tuple[ClosedHead, Array]:
+        """`fit` and `out_of_fold`."""
+        return self.fit(inputs, known), self.out_of_fold(inputs, known)
+
+    @property
+    def strengths(self) -> Array | None:
+        """The only strength to try, if it is set."""
+        return None if self.config.strength is None else np.array([self.config.strength])
+
+    def regressions(self, known: Known, fit: Callable[[Items, Array, Array], tuple[Regression, Any]]) -> list[Any]:
+        """What `fit` makes of the items, MOS and weights of each label; it gets their places."""
+        found: list[Any] = []
+        for labels, weights in zip(known.labels.T, known.weights.T, strict=True):
+            places = np.flatnonzero(np.isfinite(labels))
+            if len(places) < 2:
+                message = f"A closed form needs two training items with a MOS or more, and there are {len(places)}."
+                raise DataError(message)
+            found.append(fit(places, labels[places], weights[places]))
+        return found
+
+
+FORMS: Registry[type[Form]] = Registry("closed form")
+
+
+class _VectorForm(Form):
+    """Base of forms on pooled vectors."""
+
+    def read(self, source: FeatureSource, items: Items, kept: Kept | None) -> Inputs:
+        """Pooled vectors, as they are."""
+        values, pooling = pooled_vectors(source, items, self.pooling, kept=kept)
+        return Inputs(values=values, facts={"pooling": pooling})
+
+    def fit(self, inputs: Inputs, known: Known) -> ClosedHead:
+        """Standardise each channel on the items, choose the settings for each label, and fit."""
+        scaler = StandardScaler()
+        rows: Array = np.asarray(scaler.fit_transform(inputs.values), dtype=np.float64)
+        constants = {"mean": torch.from_numpy(scaler.mean_), "std": torch.from_numpy(scaler.scale_)}
+
+        def fit(places: Items, mos: Array, weights: Array) -> tuple[Regression, Any]:
+            groups = known.groups[places]
+            some = some_groups(groups, MOST_TO_CHOOSE_BY) if self.by_kernel(rows) else np.arange(len(places))
+            chosen = self.choose(rows[places[some]], mos[some], groups[some], weights[some])
+            return chosen, (places, chosen.fit(rows[places], mos, weights=weights, device=self.device))
+
+        fitted = self.regressions(known, fit)
+        facts = {**inputs.facts, "fits": [chosen.record() for chosen, _ in fitted]}
+        return self.head(constants, rows, [found for _, found in fitted], facts)
+
+    def by_kernel(self, rows: Array) -> bool:
+        """Whether a matrix of items x items is solved."""
+        return bool(len(rows) <= rows.shape[1])
+
+    def choose(self, rows: Array, mos: Array, groups: Items, weights: Array) -> Regression:
+        """A ridge."""
+        tried = STRENGTHS if self.strengths is None else self.strengths
+        return best_ridge(rows, mos, groups, weights=weights, folds=self.folds, device=self.device, strengths=tried)
+
+    def head(self, constants: Tensors, rows: Array, fitted: Sequence[tuple[Items, Any]], facts: Facts) -> ClosedHead:
+        """A linear head."""
+        del rows
+        return LinearHead({**constants, **_linear_tensors([found for _, found in fitted])}, facts)
+
+
+@FORMS.register("ridge")
+class RidgeForm(_VectorForm):
+    """Ridge regression."""
+
+
+@FORMS.register("krr")
+class KernelForm(_VectorForm):
+    """Kernel ridge regression; with the linear kernel the ridge regression."""
+
+    @property
+    def _is_linear(self) -> bool:
+        return self.config.kernel == "linear"
+
+    def by_kernel(self, rows: Array) -> bool:
+        """Always, but for the linear kernel on more items than channels."""
+        return not self._is_linear or super().by_kernel(rows)
+
+    def choose(self, rows: Array, mos: Array, groups: Items, weights: Array) -> Regression:
+        """A kernel ridge."""
+        if self._is_linear:
+            return super().choose(rows, mos, groups, weights)
+        tried = TRIED_STRENGTHS if self.strengths is None else self.strengths
+        widths = TRIED_WIDTHS if self.config.kernel_width is None else (self.config.kernel_width,)
+        how: dict[str, Any] = {"weights": weights, "folds": self.folds, "device": self.device}
+        return best_kernel_ridge(rows, mos, groups, **how, strengths=tried, widths=widths)
+
+    def head(self, constants: Tensors, rows: Array, fitted: Sequence[tuple[Items, Any]], facts: Facts) -> ClosedHead:
+        """A kernel head on the vectors of all items in float32; those without a label have the coefficient 0."""
+        if self._is_linear:
+            return super().head(constants, rows, fitted, facts)
+        kernels: list[Kernel] = [found for _, found in fitted]
+        dual = torch.zeros((len(fitted), len(rows)), dtype=torch.float64)
+        for of_label, (places, found) in zip(dual, fitted, strict=True):
+            of_label[torch.from_numpy(places)] = torch.from_numpy(found.dual)
+        tensors = {
+            "known": torch.from_numpy(rows).float(),
+            "dual": dual,
+            "scale": torch.tensor([found.scale for found in kernels], dtype=torch.float64),
+            "centre": torch.tensor([found.mean for found in kernels], dtype=torch.float64),
+        }
+        return KernelHead({**constants, **tensors}, facts)
+
+
+@FORMS.register("tfidf")
+class BagForm(Form):
+    """Ridge regression on TF-IDF of token ids or, where `source` has none, of the words of its texts."""
+
+    def read(self, source: FeatureSource, items: Items, kept: Kept | None) -> Inputs:
+        """The n-grams of each item."""
+        del kept
+        return read_text(source, items, self.pooling, self.config.ngrams, words=not has_token_ids(source))
+
+    def fit(self, inputs: Inputs, known: Known) -> ClosedHead:
+        """Take the vocabulary of the items, choose the strength for each label, and fit."""
+        words = Vocabulary.of(list(inputs.values))
+        rows = words.vectors(list(inputs.values))
+        tried = STRENGTHS if self.strengths is None else self.strengths
+
+        def fit(places: Items, mos: Array, weights: Array) -> tuple[Regression, Any]:
+            here, groups = rows[places], known.groups[places]
+            chosen = best_ridge(here, mos, groups, weights=weights, folds=self.folds, strengths=tried)
+            return chosen, chosen.fit(here, mos, weights=weights)
+
+        fitted = self.regressions(known, fit)
+        tensors = {
+            "keys": torch.from_numpy(words.keys),
+            "idf": torch.from_numpy(words.idf),
+            **_linear_tensors([found for _, found in fitted]),
+        }
+        return BagHead(tensors, {**inputs.facts, "fits": [chosen.record() for chosen, _ in fitted]})
+
+
+def _linear_tensors(fitted: Sequence[Linear]) -> dict[str, Tensor]:
+    return {
+        "weights": torch.from_numpy(np.stack([found.weights for found in fitted])),
+        "intercept": torch.tensor([found.intercept for found in fitted], dtype=torch.float64),
+    }
