@@ -1,0 +1,1 @@
+"""Image networks that are fine-tuned end to end, on the same splits as heads: Table II of the paper."""
