@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from agiqa.bench.ablation.grids import PlannedRun
 from agiqa.bench.ablation.rows import table_rows
-from agiqa.bench.baselines.baselines import run_baselines
-from agiqa.bench.baselines.evidence import MeanFeatures, RatingWords
+from agiqa.bench.ablation.sources import Key, fit_baselines, key_of, mean_features, sketch_notes, sources_of
+from agiqa.bench.baselines.evidence import RatingWords
 from agiqa.bench.recording.result_folders import (
     ABOUT,
     RESULTS,
@@ -40,22 +39,20 @@ from agiqa.bench.recording.result_folders import (
     write_rows,
 )
 from agiqa.errors import AgiqaError, DataError, UnknownName
-from agiqa.heads.data.features import read_labels
-from agiqa.heads.data.splits import PARTITION_SETTINGS
+from agiqa.heads.data.features import FeatureSource, read_labels
 from agiqa.heads.evaluation.leaks import author_warnings
 from agiqa.heads.evaluation.runs import complete_settings
-from agiqa.heads.settings.config import TrainConfig, default_settings, read_yaml
+from agiqa.heads.model.reading import features_for
+from agiqa.heads.settings.config import default_settings, read_yaml
 from agiqa.heads.sweeps.head_jobs import HeadJob, JobOutcome, is_there
 from agiqa.heads.sweeps.sweeping import Partitions, train_heads
 from agiqa.heads.sweeps.watching import SweepWatch, watching
 from agiqa.heads.training.experiment import OF_THE_MACHINE, check_settings
 from agiqa.progress import say
-from agiqa.store import Store
+from agiqa.store import AnyStore
 from agiqa.version import this_commit
 
-BASELINES = "baselines.jsonl"
-_DRAWING_SETTINGS = tuple(name for name in PARTITION_SETTINGS if name not in ("fold", "held_out", "validation"))
-"""Runs that differ in these settings need separate baselines. Baselines are fitted on validation items too."""
+BASELINE_LINES = "baselines.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +68,13 @@ class Ablation:
 
 
 def run_ablation(
-    stores: Mapping[str, Store],
+    stores: Mapping[str, AnyStore],
     plan: Sequence[PlannedRun],
     out: Path,
     *,
     grid: Path,
     words: Sequence[Path] = (),
-    baseline_store: Store | None = None,
+    baseline_store: AnyStore | None = None,
     workers: int | None = None,
     tell: Callable[[str], None] = say,
 ) -> Ablation:
@@ -94,21 +91,22 @@ def run_ablation(
     `stores`, UnknownName for a label or generator that a store lacks, and the first run's error where all have one.
     """
     rating_words, commit = RatingWords(words), this_commit()  # unreadable words are refused before anything is trained
-    means = _mean_features(stores, baseline_store)
-    _refuse_hopeless(stores, plan, started=(out / RESULTS).exists())
-    at_first = [*_author_warnings(stores, plan), *_sketch_notes(means)]
+    sources = sources_of(stores, plan)
+    means = mean_features(sources, plan, baseline_store)
+    _refuse_hopeless(sources, plan, started=(out / RESULTS).exists())
+    at_first = [*_author_warnings(sources, plan), *sketch_notes(means)]
     for line in at_first:
         tell(line)
     with working_in(out, "ablation"):
         facts = {name: store_facts(store) for name, store in stores.items()}
         results = open_results(out / RESULTS, plan, stores=facts)
         done = [run for run in plan if results.is_done(run.name) and _job(run, out).run.exists()]
-        for name, store in stores.items():
-            partitions = Partitions(store)
+        for key, source in sources.items():
+            partitions = Partitions(source)
             for run in done:
-                if run.store == name:
+                if key_of(run) == key:
                     # A store that is labelled anew keeps its id.
-                    is_there(store, _job(run, out), partitions.of(run.train))
+                    is_there(source, _job(run, out), partitions.of(run.train))
         names = [run.name for run in plan]
         about = {"kind": "ablation", "stores": facts, "grid": read_yaml(grid), "runs": names}
         write_about(out, about if baseline_store is None else {**about, "baseline_store": store_facts(baseline_store)})
@@ -119,13 +117,13 @@ def run_ablation(
         trained = 0
         with watching("ablation", len(plan), "runs", done=len(done)) as watch:
             training = _Training(out, results, workers, watch, tell, commit=commit, done=len(done), total=len(plan))
-            for name, store in stores.items():
-                missing = [run for run in plan if run.store == name and run not in done]
-                trained += training.train(store, missing) if missing else 0
+            for key, source in sources.items():
+                missing = [run for run in plan if key_of(run) == key and run not in done]
+                trained += training.train(source, missing, store=facts[key[0]]["id"]) if missing else 0
         for line in warning_lines((results.lines[name] for name in names), printed=at_first):
             tell(line)
-        rows = table_rows(plan, results.lines, out, _baselines(stores, plan, out, rating_words, means))
-        write_rows(out / BASELINES, [row for row in rows if row["kind"] == "baseline"])
+        rows = table_rows(plan, results.lines, out, fit_baselines(sources, plan, out, rating_words, means))
+        write_rows(out / BASELINE_LINES, [row for row in rows if row["kind"] == "baseline"])
         write_rows(out / ROWS, rows)
     return Ablation(rows=rows, failed=results.failed(names), trained=trained)
 
@@ -160,74 +158,21 @@ def open_results(path: Path, plan: Sequence[PlannedRun], *, stores: Mapping[str,
     return LineFile(path, kind="an ablation", keys=keys, kept=kept, planned=runs, check=check)
 
 
-def _mean_features(stores: Mapping[str, Store], baseline_store: Store | None) -> dict[str, MeanFeatures]:
-    """What the baseline of each store reads. Raises DataError for a `baseline_store` that does not fit one of them."""
-    if baseline_store is None:
-        return {name: MeanFeatures(store) for name, store in stores.items()}
-    shared = MeanFeatures(baseline_store)
-    shared.refuse_logits()
-    for store in stores.values():
-        shared.places_of(store)
-    return dict.fromkeys(stores, shared)
-
-
-def _sketch_notes(means: Mapping[str, MeanFeatures]) -> Iterator[str]:
-    """A note where the baseline of some stores reads a sketch."""
-    names = [name for name, found in means.items() if found.source.encoding == "sketch"]
-    if names:
-        where = f" of {', '.join(name for name in names if name)}" if any(names) else ""
-        yield (
-            f"note: the baseline on mean features{where} reads a sketch only, which holds less than the hidden states "
-            "that it was made from: heads look better beside it. --baseline-store names hidden states to read."
-        )
-
-
-def _baselines(
-    stores: Mapping[str, Store],
-    plan: Sequence[PlannedRun],
-    out: Path,
-    words: RatingWords,
-    means: Mapping[str, MeanFeatures],
-) -> list[Line]:
-    """The baselines of every store, protocol and drawing of items in the plan."""
-    found: list[Line] = []
-    for name, store in stores.items():
-        by_protocol: dict[str, dict[tuple[Any, ...], list[TrainConfig]]] = {}
-        for run in plan:
-            if run.store == name:
-                how = tuple(getattr(run.train, setting) for setting in _DRAWING_SETTINGS)
-                by_protocol.setdefault(run.protocol, {}).setdefault(how, []).append(run.train)
-        for protocol, drawn in by_protocol.items():
-            varied = [k for k in range(len(_DRAWING_SETTINGS)) if len({how[k] for how in drawn}) > 1]
-            for how, trained in drawn.items():
-                shown = {_DRAWING_SETTINGS[k]: how[k] for k in varied}
-                found += run_baselines(
-                    store,
-                    trained,
-                    protocol=protocol,
-                    out=out,
-                    words=words,
-                    store_name=name,
-                    means=means[name],
-                    shown=shown,
-                )
-    return found
-
-
-def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun], *, started: bool) -> None:
+def _refuse_hopeless(sources: Mapping[Key, FeatureSource], plan: Sequence[PlannedRun], *, started: bool) -> None:
     """Raise the errors that can be found before anything is trained.
 
     Raises UnknownName if a run names a label or generator that its store lacks. If the ablation has not `started`
     before, also raises if no run can be trained, or no run of one protocol on one store, such as for too many folds:
     the error of the first such run.
     """
-    partitions = {name: Partitions(store) for name, store in stores.items()}
+    partitions = {key: Partitions(source) for key, source in sources.items()}
     errors: list[AgiqaError] = []
     for run in plan:
         try:
-            check_settings(stores[run.store], run.head, run.train)
-            for items in partitions[run.store].of(run.train).parts().values():
-                read_labels(stores[run.store], items, label=run.train.label)
+            source = sources[key_of(run)]
+            check_settings(features_for(source, run.head, run.train.layer), run.head, run.train)
+            for items in partitions[key_of(run)].of(run.train).parts().values():
+                read_labels(source, items, label=run.train.label)
         except UnknownName as error:
             error.add_note(f"in {run.name}, a run of this grid; nothing was trained")
             raise
@@ -243,17 +188,18 @@ def _refuse_hopeless(stores: Mapping[str, Store], plan: Sequence[PlannedRun], *,
         raise errors[0]
 
 
-def _refuse_undrawable(plan: Sequence[PlannedRun], partitions: Mapping[str, Partitions]) -> None:
+def _refuse_undrawable(plan: Sequence[PlannedRun], partitions: Mapping[Key, Partitions]) -> None:
     """Raise the first error of a protocol if none of its splits can be drawn from a store."""
-    groups: dict[tuple[str, str], list[PlannedRun]] = {}
+    groups: dict[tuple[Key, str], list[PlannedRun]] = {}
     for run in plan:
         if run.asked:
-            groups.setdefault((run.store, run.protocol), []).append(run)
-    for (store, protocol), runs in groups.items():
+            groups.setdefault((key_of(run), run.protocol), []).append(run)
+    for (key, protocol), runs in groups.items():
+        store, _ = key
         error: AgiqaError | None = None
         for run in runs:
             try:
-                partitions[run.store].of(run.train)
+                partitions[key_of(run)].of(run.train)
             except AgiqaError as found:
                 error = error or found
             else:
@@ -268,19 +214,19 @@ def _refuse_undrawable(plan: Sequence[PlannedRun], partitions: Mapping[str, Part
             raise error
 
 
-def _author_warnings(stores: Mapping[str, Store], plan: Sequence[PlannedRun]) -> Iterator[str]:
-    """A line for each store and part whose items, of any run, read a teacher's rating words; see `author_warnings`."""
-    for name, store in stores.items():
-        drawn, items = Partitions(store), {"validation": [np.arange(0)], "test": [np.arange(0)]}
+def _author_warnings(sources: Mapping[Key, FeatureSource], plan: Sequence[PlannedRun]) -> Iterator[str]:
+    """A line for each source and part whose items, of any run, read a teacher's rating words; see `author_warnings`."""
+    for key, source in sources.items():
+        drawn, items = Partitions(source), {"validation": [np.arange(0)], "test": [np.arange(0)]}
         for run in plan:
-            if run.store == name:
+            if key_of(run) == key:
                 with suppress(AgiqaError):  # training a run that cannot be drawn reports why
                     partition = drawn.of(run.train)
                     items["validation"].append(partition.validation)
                     items["test"].append(partition.test)
-        where = f"{name}: " if name else ""
+        where = f"{key[0]}: " if key[0] else ""
         parts = {part: np.unique(np.concatenate(of_runs)) for part, of_runs in items.items()}
-        yield from (f"warning: {where}{line}" for line in author_warnings(store, parts))
+        yield from (f"warning: {where}{line}" for line in author_warnings(source, parts))
 
 
 class _Training:
@@ -301,14 +247,17 @@ class _Training:
         self._out, self._results, self._workers, self._watch, self._tell = out, results, workers, watch, tell
         self._commit, self._done, self._total = commit, done, total
 
-    def train(self, store: Store, missing: Sequence[PlannedRun]) -> int:
-        """Train the missing runs of a store; returns how many were trained now and without an error."""
+    def train(self, source: FeatureSource, missing: Sequence[PlannedRun], *, store: str) -> int:
+        """Train the missing runs on `source`, a view of the store with the id `store`, or that store itself.
+
+        Returns how many were trained now and without an error.
+        """
         jobs = [_job(run, self._out) for run in missing]
         by_folder = {job.run: run for job, run in zip(jobs, missing, strict=True)}
         trained = 0
-        with closing(train_heads(store, jobs, workers=self._workers, watch=self._watch)) as outcomes:
+        with closing(train_heads(source, jobs, workers=self._workers, watch=self._watch)) as outcomes:
             for ended in outcomes:
-                line = result_line(by_folder[ended.job.run], store.id, ended, commit=self._commit)
+                line = result_line(by_folder[ended.job.run], store, ended, commit=self._commit)
                 self._results.append(line)
                 self._done += 1
                 place = f"[{self._done}/{self._total}] {line['name']}"

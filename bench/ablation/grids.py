@@ -10,11 +10,10 @@ runs:                                                    # single runs beside th
 seeds: [0, 1, 2]                                         # every one of these, with each seed
 protocols: [published, grouped]                          # what each is trained and tested on (protocols.py)
 
-`store` is a setting too: the name of one of several stores, which the command line says where to find.
+`store` is a setting too: the name of one of several stores, which the command line says where to find. In `grid`,
+`layer: all` stands for every layer of the store.
 """
 
-import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -24,19 +23,22 @@ from typing import Any, cast
 
 import torch
 
+from agiqa.bench.ablation.form_settings import unread_by_forms
 from agiqa.bench.ablation.protocols import PART_SETTINGS, SPLIT_SETTINGS, Protocol, Split, protocol_of, read_protocols
+from agiqa.bench.ablation.run_names import file_name, spell, told_apart
 from agiqa.errors import AgiqaError, ConfigError, UnknownName, listed
+from agiqa.heads.data.layers import JOINER
 from agiqa.heads.model.encoders.base import encoder_settings
 from agiqa.heads.model.head import check_sizes
 from agiqa.heads.model.losses import get_loss
-from agiqa.heads.settings.config import HeadConfig, TrainConfig, read_yaml
+from agiqa.heads.settings.config import HeadConfig, TrainConfig, Usual, read_yaml
 from agiqa.heads.settings.presets import preset_values
 
 _SECTIONS = ("base", "grid", "runs", "seeds", "protocols")
 _SHIPPED = Path(__file__).parent / "shipped"
 _NOT_OF_A_HEAD = ("preset", "store")
 _MAIN = "main"
-_LONGEST_NAME = 120
+_LAYER, _ALL = "layer", "all"
 _ENCODER_SETTINGS = ("blocks", "num_heads", "layers", "state_size", "residual", "dropout")
 """Settings that only the encoder may read."""
 Settings = dict[str, Any]
@@ -77,24 +79,31 @@ def read_grid(
     file: Path,
     *,
     stores: Sequence[str] = ("",),
-    projections: Mapping[str, str | None] = MappingProxyType({}),
+    usual: Mapping[str, Usual] = MappingProxyType({}),
     generators: Callable[[], Sequence[str]] = lambda: (),
+    layers: Callable[[], Sequence[str]] = lambda: (),
+    variant: str | None = None,
 ) -> list[PlannedRun]:
     """The runs of the grid `file`, in its order.
 
     `stores` are the names that the setting `store` may have; the first is the default, and each must be used by a run.
-    `projections` has, by store, the projection of runs that set none. `generators` gives those of the data. On a CPU,
-    `threads` is 1 unless set, so that as many runs train at once as there are cores. Raises ConfigError or UnknownName,
-    naming the file, for a file of another form, a setting that is unknown, out of range or set in two places, no runs,
-    and runs that are the same or differ only in settings that they do not read.
+    `usual` has, by store, its `usual_settings`. `generators` gives those of the data, and `layers` those that
+    `layer: all` stands for. `variant` is that of runs that set none. On a CPU, `threads` is 1 unless set, so that as
+    many runs train at once as there are cores. Raises ConfigError or UnknownName, naming the file, for a file of
+    another form, a setting that is unknown, out of range or set in two places, no runs, and runs that are the same or
+    differ only in settings that they do not read.
     """
     try:
-        sections = _sections(file)
+        sections = _sections(file, layers)
         named = sections["protocols"]
         protocols = None if named is None else read_protocols(named, generators)
         if not any(stores):
             _refuse_stores(sections)
-        runs = _told_apart(list(_planned(sections, protocols, stores, projections)))
+        if variant is not None and "variant" not in sections["grid"]:
+            sections["base"].setdefault("variant", variant)
+        planned = list(_planned(sections, protocols, stores, usual))
+        names = told_apart([(run.name, run.spelled) for run in planned])
+        runs = [replace(run, name=name) for run, name in zip(planned, names, strict=True)]
         _refuse_repeated(runs)
         _refuse_unused(stores, runs)
     except AgiqaError as error:
@@ -124,14 +133,17 @@ def as_mapping(where: str, value: object) -> Settings:
     return {str(key): item for key, item in cast("dict[object, Any]", value).items()}
 
 
-def _sections(file: Path) -> Settings:
+def _sections(file: Path, layers: Callable[[], Sequence[str]]) -> Settings:
     """The sections of the file, each checked for its type."""
     content = as_mapping("the file", read_yaml(file))
     for name in content:
         if name not in _SECTIONS:
             kind = "section"
             raise UnknownName.of(kind, name, _SECTIONS)
-    grid = {key: _different(key, value) for key, value in as_mapping("grid", content.get("grid")).items()}
+    given = as_mapping("grid", content.get("grid"))
+    if given.get(_LAYER) == _ALL:
+        given[_LAYER] = list(layers())
+    grid = {key: _different(key, value) for key, value in given.items()}
     entries = _values("runs", content["runs"]) if "runs" in content else []
     runs = [as_mapping("an entry of runs", one) for one in entries]
     base, protocols = as_mapping("base", content.get("base")), content.get("protocols")
@@ -145,7 +157,7 @@ def _planned(
     sections: Settings,
     protocols: Sequence[Protocol] | None,
     stores: Sequence[str],
-    projections: Mapping[str, str | None],
+    usual: Mapping[str, Usual],
 ) -> Iterator[PlannedRun]:
     seeds = sections["seeds"]
     _refuse_twice(sections, protocols)
@@ -154,18 +166,7 @@ def _planned(
             given = {} if seed is None else {"seed": seed}
             settings = {**sections["base"], **chosen, **given}
             for protocol, split in _splits(protocols, number, len(seeds or [None])):
-                yield _plan(settings, shown, stores, projections, protocol, split, given=given, name=name)
-
-
-def _told_apart(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Add a hash to names that are equal but for case and mean different things, such as `sd 1.5` and `sd_1.5`."""
-    meant: dict[str, set[str]] = {}
-    for run in runs:
-        meant.setdefault(run.name.casefold(), set()).add(run.spelled)
-    return [
-        replace(run, name=_with_hash(run.name, run.spelled)) if len(meant[run.name.casefold()]) > 1 else run
-        for run in runs
-    ]
+                yield _plan(settings, shown, stores, usual, protocol, split, given=given, name=name)
 
 
 def _entries(sections: Settings) -> Iterator[tuple[Settings, Settings, Any]]:
@@ -253,7 +254,7 @@ def _plan(
     settings: Settings,
     shown: Mapping[str, Any],
     stores: Sequence[str],
-    projections: Mapping[str, str | None],
+    usual: Mapping[str, Usual],
     protocol: Protocol | None,
     split: Split,
     *,
@@ -266,19 +267,19 @@ def _plan(
         kind, known = "store given by --store", [one for one in stores if one]
         raise UnknownName.of(kind, str(store), known)
     chosen = {**{key: value for key, value in settings.items() if key != "store"}, **split.settings}
-    head, train, preset = _configs(chosen, projections.get(store))
-    if name is not None and (not isinstance(name, str) or _file_name(name) != name or name.startswith(".")):
+    head, train, preset = _configs(chosen, usual.get(store))
+    if name is not None and (not isinstance(name, str) or file_name(name) != name or name.startswith(".")):
         message = (
             f"{name!r} is no name of a run: use letters, digits and any of . _ - = + @ , (not at the start a dot)."
         )
         raise ConfigError(message)
     kept = {key: value for key, value in shown.items() if key not in ("seed", *PART_SETTINGS)}
     added = {**given, **({} if protocol is None else {"protocol": protocol.name}), **split.shown}
-    full = ",".join(part for part in (name or _spell(shown), _spell(added)) if part)
+    full = ",".join(part for part in (name or spell(shown), spell(added)) if part)
     return PlannedRun(
-        name=_file_name(full) or "base",
+        name=file_name(full) or "base",
         spelled=full,
-        row=name or _spell(kept) or "base",
+        row=name or spell(kept) or "base",
         settings=kept,
         head=head,
         train=train,
@@ -290,7 +291,7 @@ def _plan(
     )
 
 
-def _configs(settings: Settings, projection: str | None) -> tuple[HeadConfig, TrainConfig, str | None]:
+def _configs(settings: Settings, usual: Usual | None) -> tuple[HeadConfig, TrainConfig, str | None]:
     """Both configs of flat settings, and their preset.
 
     An explicit null is a value here. Raises UnknownName for an unknown setting, part of the head or loss, and
@@ -302,7 +303,7 @@ def _configs(settings: Settings, projection: str | None) -> tuple[HeadConfig, Tr
     for name in (name for name in chosen if name not in known):
         kind = "setting"
         raise UnknownName.of(kind, name, (*known, *_NOT_OF_A_HEAD))
-    values = with_defaults(chosen, None if preset is None else str(preset), projection)
+    values = with_defaults(chosen, None if preset is None else str(preset), usual)
     head = HeadConfig(**{name: value for name, value in values.items() if name in HeadConfig.model_fields})
     train = TrainConfig(**{name: value for name, value in values.items() if name in TrainConfig.model_fields})
     check_sizes(head)
@@ -310,22 +311,25 @@ def _configs(settings: Settings, projection: str | None) -> tuple[HeadConfig, Tr
     return head, train, None if preset is None else str(preset)
 
 
-def with_defaults(chosen: Mapping[str, Any], preset: str | None, projection: str | None) -> Settings:
-    """The flat settings `chosen`, completed by those of `preset`, then `projection`, and on a CPU one thread."""
+def with_defaults(chosen: Mapping[str, Any], preset: str | None, usual: Usual | None) -> Settings:
+    """The flat settings `chosen`, completed by those of `preset`, then `usual`, and on a CPU one thread."""
     values = {**({} if preset is None else preset_values(preset, chosen)), **chosen}
     if values.get("device") == "cpu" or not torch.cuda.is_available():
         values.setdefault("threads", 1)
-    if projection is not None:
-        values.setdefault("projection", projection)
-    return values
+    return values if usual is None else {**usual(values), **values}
 
 
 def unread_settings(head: HeadConfig, train: TrainConfig) -> dict[str, str]:
     """The settings without effect in these configs, each with the part that ignores it (`the encoder 'none'`)."""
     read = encoder_settings(head.encoder)
     unread = {} if read is None else {n: f"the encoder {head.encoder!r}" for n in _ENCODER_SETTINGS if n not in read}
+    unread |= unread_by_forms(head)
     split = f"the split {train.split!r}"
     unread |= {name: split for name, of in (("folds", "folds"), ("test_share", "grouped")) if train.split != of}
+    if JOINER not in (train.layer or ""):
+        unread["layer_mix"] = "a head of one layer"
+    if not get_loss(train.loss).reads_levels:
+        unread |= dict.fromkeys(("soft_labels", "label_std"), f"the loss {train.loss!r}")
     if train.training_items is None:
         unread["training_seed"] = "a training without `training_items`"
     return unread
@@ -359,26 +363,6 @@ def _alike(first: PlannedRun, second: PlannedRun, unread: Mapping[str, str]) -> 
     return f"The runs {first.name!r} and {second.name!r} have the same settings: keep one of them."
 
 
-def _spell(settings: Mapping[str, Any]) -> str:
-    """`key=value,key=value`."""
-    words = {True: "true", False: "false", None: "none"}
-    return ",".join(
-        f"{name}={words[value] if value is None or isinstance(value, bool) else value}"
-        for name, value in settings.items()
-    )
-
-
-def _file_name(text: str) -> str:
-    """`text` as the name of a folder; a hash replaces the end of a long one."""
-    safe = re.sub(r"[^\w.,=+@-]+", "_", text)
-    return safe if len(safe) <= _LONGEST_NAME else _with_hash(safe, text)
-
-
-def _with_hash(name: str, text: str) -> str:
-    """`name`, cut to the longest length, with a hash of `text` at its end."""
-    return f"{name[: _LONGEST_NAME - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
 def _values(name: str, value: object) -> list[Any]:
     """`value`, which must be a list with a value."""
     if not isinstance(value, list) or not value:
@@ -392,7 +376,7 @@ def _different(name: str, value: object) -> list[Any]:
     values, seen = _values(name, value), set[str]()
     for one in values:
         if repr(one) in seen:
-            message = f"`{name}` has the value {_spell({'': one})[1:]} twice: keep it once."
+            message = f"`{name}` has the value {spell({'': one})[1:]} twice: keep it once."
             raise ConfigError(message)
         seen.add(repr(one))
     return values

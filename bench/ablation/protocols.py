@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from agiqa.errors import ConfigError, UnknownName, listed
-from agiqa.heads.data.features import FeatureSource, location_of
+from agiqa.heads.data.features import FeatureSource, ItemSource, location_of
+from agiqa.heads.data.layers import stored_layers
 from agiqa.heads.settings.config import TrainConfig
 
 PUBLISHED, GROUPED, GENERATORS = "published", "grouped", "leave-one-generator-out"
@@ -128,7 +129,7 @@ def _at_least_two(generators: Sequence[str]) -> Sequence[str]:
     return generators
 
 
-def generators_of(*sources: FeatureSource) -> list[str]:
+def generators_of(*sources: ItemSource) -> list[str]:
     """The generators of the images, sorted. Raises ConfigError if they differ between the stores."""
     first, *others = ({name for name in source.items.generators if name is not None} for source in sources)
     for source, found in zip(sources[1:], others, strict=True):
@@ -140,3 +141,16 @@ def generators_of(*sources: FeatureSource) -> list[str]:
             )
             raise ConfigError(message)
     return sorted(first)
+
+
+def layers_of(*sources: FeatureSource) -> list[str]:
+    """The layers of the stores, ascending. Raises ConfigError if they differ between the stores."""
+    first, *others = (stored_layers(source) for source in sources)
+    for source, found in zip(sources[1:], others, strict=True):
+        if found != first:
+            message = (
+                f"{location_of(source)} has the layers {listed(found)}, and {location_of(sources[0])} has "
+                f"{listed(first)}: `layer: all` needs the same ones. List the layers that both have."
+            )
+            raise ConfigError(message)
+    return list(first)

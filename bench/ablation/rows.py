@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from agiqa.bench.ablation.grids import PlannedRun
 from agiqa.bench.ablation.protocols import GROUPED, PART_SETTINGS, PUBLISHED
 from agiqa.bench.recording.predictions import Predictions, read_predictions
 from agiqa.bench.recording.result_folders import RUNS, Line
@@ -37,13 +37,33 @@ _Question = tuple[str, str, tuple[tuple[str, str, float], ...]]
 """What rows must share to be compared: protocol, label, and name, prompt and MOS of each test item."""
 
 
+@runtime_checkable
+class TableRun(Protocol):
+    """A planned run as its table sees it: that of a head, or of an image network."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def row(self) -> str: ...
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def store(self) -> str: ...
+    @property
+    def protocol(self) -> str: ...
+    @property
+    def answer(self) -> int: ...
+
+
 @dataclass(kw_only=True)
 class _Group:
     """The runs of one row."""
 
-    first: PlannedRun
+    first: TableRun
     label: str
-    runs: list[PlannedRun] = field(default_factory=list[PlannedRun])
+    runs: list[TableRun] = field(default_factory=list[TableRun])
     done: list[Line] = field(default_factory=list[Line])
     answers: dict[str, Predictions] = field(default_factory=dict[str, Predictions])
     """By the name of its first run, the predictions of each seed for which all splits have a result."""
@@ -57,13 +77,16 @@ class _Group:
 
 
 def table_rows(
-    plan: Sequence[PlannedRun],
+    plan: Sequence[TableRun],
     lines: Mapping[str, Line],
     out: Path,
     baselines: Sequence[Line] = (),
+    *,
+    kind: str = "head",
 ) -> list[Line]:
     """The lines of `rows.jsonl`: a row per head, store, protocol and label of `plan`, in its order, then `baselines`.
 
+    `kind` is that of the rows of `plan`.
     `lines` are the result lines by name; `out` holds the runs and the baselines' predictions. `test` covers the seeds
     for which all splits have a result; None without such a seed. `against` compares a row with the reference of its
     label and protocol: the head of the best mean validation SRCC among those on the same test items. It is None for the
@@ -83,7 +106,7 @@ def table_rows(
         for row in pool.map(lambda line: _baseline_row(line, references, out), baselines):
             of_baselines.append(row)
             advance(1)
-        rows = [(group.question, _row(group, references.get(group.question))) for group in groups] + of_baselines
+        rows = [(group.question, _row(group, references.get(group.question), kind)) for group in groups] + of_baselines
         pairs = [*_pairs_of_heads(groups, rows), *_pairs_of_baselines(baselines, rows[len(groups) :], out)]
         for pair, same in zip(pairs, pool.map(_same_items, pairs), strict=True):
             pair.row.update({} if same is None else {"beside_grouped": same})
@@ -92,12 +115,12 @@ def table_rows(
     return [row for _, row in rows]
 
 
-def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Group]:
+def _groups(plan: Sequence[TableRun], lines: Mapping[str, Line]) -> list[_Group]:
     """The rows of the plan, in its order, one per label."""
     found: dict[tuple[str, str, str, str], _Group] = {}
     for run in plan:
         same = {name: value for name, value in run.config.items() if name not in ("seed", *PART_SETTINGS)}
-        for label in parse_labels(run.train.label):
+        for label in parse_labels(str(run.config["label"])):
             key = (run.store, run.protocol, str(same), label)
             group = found.setdefault(key, _Group(first=run, label=label))
             group.runs.append(run)
@@ -109,7 +132,7 @@ def _groups(plan: Sequence[PlannedRun], lines: Mapping[str, Line]) -> list[_Grou
 
 def _score(group: _Group, lines: Mapping[str, Line], runs: Path) -> None:
     """Join the predictions of each seed, and score them."""
-    answers: dict[int, list[PlannedRun]] = {}
+    answers: dict[int, list[TableRun]] = {}
     for run in group.runs:
         answers.setdefault(run.answer, []).append(run)
     whole = [ran for ran in answers.values() if all("error" not in lines.get(run.name, {"error": ""}) for run in ran)]
@@ -120,9 +143,12 @@ def _score(group: _Group, lines: Mapping[str, Line], runs: Path) -> None:
     group.scores = scores_over_seeds(group.answers)
 
 
-def _together(ran: Sequence[PlannedRun], label: str, runs: Path) -> Predictions:
+def _together(ran: Sequence[TableRun], label: str, runs: Path) -> Predictions:
     """The predictions of all these runs, by name. Raises DataError for an item that two of them tested."""
-    parts = [read_predictions(runs / run.name / PREDICTIONS, parse_labels(run.train.label), label=label) for run in ran]
+    parts = [
+        read_predictions(runs / run.name / PREDICTIONS, parse_labels(str(run.config["label"])), label=label)
+        for run in ran
+    ]
     joined = _in_order(parts)
     if len(set(_known_by(joined))) < len(joined.names):
         message = f"The runs of {ran[0].row!r}, {ran[0].protocol}, tested an item twice; their splits must not overlap."
@@ -168,13 +194,13 @@ def _references(groups: Sequence[_Group]) -> dict[_Question, _Group]:
     return {question: group for question, (_, group) in best.items()}
 
 
-def _row(group: _Group, reference: _Group | None) -> Line:
+def _row(group: _Group, reference: _Group | None, kind: str) -> Line:
     run, scores = group.first, group.scores
     against = None
     if reference is not None and reference is not group and scores is not None:
         against = _against(scores, reference)
     return {
-        "kind": "head",
+        "kind": kind,
         "row": run.row,
         "settings": dict(run.settings),
         "store_name": run.store,
@@ -282,7 +308,7 @@ def rows_parts(rows: Sequence[Row]) -> list[str | TextTable]:
     """
     shown = [row for row in rows if "left_out" not in row]
     order = {protocol: number for number, protocol in enumerate(dict.fromkeys(row["protocol"] for row in shown))}
-    shown.sort(key=lambda row: (order[row["protocol"]], row["kind"] != "head"))
+    shown.sort(key=lambda row: (order[row["protocol"]], row["kind"] == "baseline"))
     columns = _columns(shown)
     table = TextTable(head=[title for title, _ in columns], rows=[[cell(row) for _, cell in columns] for row in shown])
     left_out = [
@@ -310,7 +336,7 @@ def _columns(rows: Sequence[Row]) -> list[tuple[str, Callable[[Row], str]]]:
 
 def _seeds_text(row: Row) -> str:
     """The number of seeds that the means are over, and the number of all seeds where it differs."""
-    if row["kind"] != "head":
+    if row["kind"] == "baseline":
         return "-"
     seeds = row["seeds"]
     averaged = seeds if row["test"] is None else row["test"]["seeds"]

@@ -16,14 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.bench.baselines.evidence import Array, Evidence, MeanFeatures, RatingWords
-from agiqa.bench.baselines.predictors import BASELINES, Guess, features_title
+from agiqa.bench.baselines.predictors import BASELINES, WORD_PROBABILITIES, Guess, features_title
 from agiqa.bench.recording.predictions import write_predictions
 from agiqa.bench.recording.result_folders import Line
 from agiqa.errors import ConfigError, DataError, UnknownName
+from agiqa.heads.closed.words import RATING_TOKENS
 from agiqa.heads.data.features import FeatureSource, read_labels
 from agiqa.heads.data.splits import Partition
 from agiqa.heads.evaluation.metrics import evaluate_scores
 from agiqa.heads.settings.config import TrainConfig
+from agiqa.heads.settings.device import resolve_device
 from agiqa.heads.settings.labels import column_names
 from agiqa.heads.sweeps.sweeping import Partitions
 from agiqa.progress import say
@@ -60,15 +62,20 @@ def run_baselines(
     store_name: str = "",
     means: MeanFeatures | None = None,
     shown: Mapping[str, Any] | None = None,
+    names: Sequence[str] = tuple(BASELINES),
+    no_kernel: str | None = None,
 ) -> list[Line]:
-    """A line for every baseline and every label of `configs`; their predictions are written below `out`.
+    """A line for every baseline of `names` and every label of `configs`; their predictions are written below `out`.
+
+    There is none for word probabilities where the store does not record their tokens.
 
     `configs` are the training settings of the heads of one protocol. Each label is predicted once per distinct split,
     from its training and validation items, and all test parts are scored together. The csv of a baseline,
     `baselines/[STORE_NAME/]PROTOCOL/NAME.csv` (for several labels `NAME_LABEL.csv`), has the columns name, prompt,
     item, mos and predicted. `means` reads mean features of `source` or of another store of the same items, and keeps
     them for the next call. `shown` are the settings by which this call differs from others for the same protocol; they
-    become part of the names: `text, training_items=10`.
+    become part of the names: `text, training_items=10`. Regressions on features are solved on the device of the heads;
+    `no_kernel` is why none of them has a kernel, and becomes a note.
 
     A line has `left_out` with a reason, or `test` as in `evaluate_scores`. Its correlations are null, with a reason in
     `undefined`, if the predictions are constant within every part. Its RMSE is null if they are on another scale.
@@ -77,9 +84,11 @@ def run_baselines(
     rows of an ablation compare baselines with heads. Raises ConfigError for splits whose test parts overlap, and
     DataError if `means` lacks an item of `source`.
     """
-    rating_words, features, partitions = words or RatingWords(()), means or MeanFeatures(source), Partitions(source)
+    rating_words, features = words or RatingWords(()), means or MeanFeatures(source)
+    names = _without_idle(names, features)
+    partitions = Partitions(source)
     labels = list(dict.fromkeys(label for config in configs for label in config.labels))
-    settings = dict(shown or {})
+    settings, device = dict(shown or {}), resolve_device(configs[0].device)
     folder, lines = out / FOLDER / store_name / protocol / _spell(settings), list[Line]()
     for label, column in zip(labels, column_names(labels, ""), strict=True):
         where = {"store_name": store_name, "protocol": protocol, "label": label, "store": source.id}
@@ -88,15 +97,23 @@ def run_baselines(
             parts = _parts([config for config in configs if label in config.labels], partitions)
             mos = _mos(source, label, parts)
         except (ConfigError, DataError, UnknownName) as error:
-            lines += [_left_out(name, shared, error) for name in BASELINES]
+            lines += [_left_out(name, shared, error) for name in names]
             continue
         task = _Task(label=label, parts=parts, mos=mos)
         _refuse_overlap(task)
-        evidence = Evidence(source, label, task.mos, words=rating_words, means=features)
-        for name in BASELINES:
+        evidence = Evidence(
+            source, label, task.mos, words=rating_words, means=features, device=device, no_kernel=no_kernel
+        )
+        for name in names:
             path = folder / f"{name.replace(' + ', '+').replace(' ', '-')}{column}.csv"
             lines.append(_line(name, evidence, source, task, shared, path, out, features))
     return lines
+
+
+def _without_idle(names: Sequence[str], means: MeanFeatures) -> list[str]:
+    """`names` without word probabilities where the store does not record their tokens."""
+    recorded = RATING_TOKENS in getattr(means.source, "provenance", {})
+    return [name for name in names if recorded or name != WORD_PROBABILITIES]
 
 
 def _parts(configs: Sequence[TrainConfig], partitions: Partitions) -> list[Partition]:

@@ -4,13 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from agiqa.errors import DataError
+from agiqa.errors import DataError, ViewRefused
 from agiqa.extract.data.conversations import Conversation, aspects_in_name, read_conversations
 from agiqa.extract.data.matching import Match, prompt_faults, row_name
 from agiqa.extract.describing.describing import images_without_answer
+from agiqa.heads.closed.words import expected_mos, word_notes
 from agiqa.heads.data.features import FeatureSource, ItemRows, location_of, read_checked
+from agiqa.heads.data.layers import JOINER, LAST, base_of, layer_of, pooled_rows
 from agiqa.heads.data.prompt_groups import normalise_prompt, prompt_groups
 from agiqa.heads.evaluation.rating_words import parse_rating_word
 from agiqa.store import TOKEN_ROLES
@@ -93,14 +96,17 @@ def _aspect_of(path: Path) -> str | None:
 
 
 class MeanFeatures:
-    """The mean feature rows of items, over all tokens and over the answer's tokens. Each item is read once."""
+    """The feature rows that represent an item: the mean over all tokens and over the answer's tokens, or pooled rows.
+
+    Each item is read once, until `forget`.
+    """
 
     def __init__(self, source: FeatureSource) -> None:
-        """Nothing is read yet. An item takes up to 16 bytes per channel."""
+        """Nothing is read yet. An item takes up to 16 bytes per channel, or 4 for each of its pooled rows."""
         self.source = source
-        self._all: dict[int, Array] = {}
-        self._answer: dict[int, Array] = {}
-        """Only the items that have tokens of an answer."""
+        self._pooled = pooled_rows(source)
+        self._rows: dict[int, dict[str, NDArray[np.floating]]] = {}
+        """By item and kind of tokens; only items that have tokens of an answer have a row of these."""
         self._has_others: set[int] = set()
         """The items with tokens that are not of an answer."""
 
@@ -108,7 +114,18 @@ class MeanFeatures:
     def reads(self) -> str:
         """The kind of features in words."""
         names = {"hidden": "hidden states", "int8": "hidden states in int8"}
-        return names.get(self.source.encoding, f"{self.source.encoding} of rank {self.source.width}")
+        kind, layer = names.get(self.source.encoding, f"{self.source.encoding} of rank {self.source.width}"), self.layer
+        return kind if layer == LAST else f"{kind} of layer{'s' * (JOINER in layer)} {layer}"
+
+    @property
+    def layer(self) -> str:
+        """The layer, or the layers joined, that are read."""
+        return layer_of(self.source)
+
+    def forget(self) -> None:
+        """Free the rows; they are read again when they are asked for."""
+        self._rows.clear()
+        self._has_others.clear()
 
     def refuse_logits(self) -> None:
         """Raise DataError if the rows are raw logits."""
@@ -120,25 +137,25 @@ class MeanFeatures:
             raise DataError(message)
 
     def of(self, items: Positions) -> dict[str, Array]:
-        """Mean rows (items, width) float64, under ALL and, if every item has an answer, under ANSWER.
+        """Rows (items, width) float64, under ALL and, if every item has an answer, under ANSWER.
 
-        ANSWER is omitted if no item has other tokens. Raises DataError for raw logits, and for items
-        without tokens or with NaN.
+        ANSWER is omitted if no item has other tokens. Of a store of pooled rows, one entry for each of them, under its
+        name, such as `mean@answer`. Raises DataError for raw logits, and for items without tokens or with NaN.
         """
         self.refuse_logits()
         self._read(items)
         places = items.tolist()
-        found = {ALL: np.stack([self._all[item] for item in places])}
-        if all(item in self._answer for item in places) and not self._has_others.isdisjoint(places):
-            found[ANSWER] = np.stack([self._answer[item] for item in places])
-        return found
+        names = [name for name in self._rows[places[0]] if all(name in self._rows[item] for item in places)]
+        if self._has_others.isdisjoint(places):
+            names = [name for name in names if name != ANSWER]
+        return {name: np.stack([self._rows[item][name] for item in places]).astype(np.float64) for name in names}
 
     def places_of(self, other: FeatureSource) -> Positions:
         """The position in this store of each item of `other`, found by name and prompt.
 
         Raises DataError for an item that this store lacks or holds more than once.
         """
-        if other is self.source:
+        if base_of(other) is base_of(self.source):
             return np.arange(len(other.items.names))
         there: dict[tuple[str, str], list[int]] = {}
         for place, known_by in enumerate(zip(self.source.items.names, self.source.items.prompts, strict=True)):
@@ -156,39 +173,53 @@ class MeanFeatures:
 
     def _read(self, items: Positions) -> None:
         """Read the items that were not read before."""
-        missing = np.array([item for item in np.unique(items).tolist() if item not in self._all], dtype=np.int64)
+        missing = np.array([item for item in np.unique(items).tolist() if item not in self._rows], dtype=np.int64)
         empty = missing[np.asarray(self.source.n_tokens)[missing] == 0]
         if len(empty):
             message = f"{self.source.items.names[empty[0]]!r} has no tokens"
             raise DataError(message)
-        means = {int(missing[place]): _means(tokens) for place, tokens in read_checked(self.source, missing)}
-        for item, (over_all, over_answer, has_others) in means.items():
-            self._all[item] = over_all
-            if over_answer is not None:
-                self._answer[item] = over_answer
-            if has_others:
-                self._has_others.add(item)
+        found: dict[int, dict[str, NDArray[np.floating]]] = {}
+        others: set[int] = set()
+        for place, tokens in read_checked(self.source, missing):
+            item = int(missing[place])
+            if self._pooled:
+                found[item] = dict(zip(self._pooled, tokens.rows.float().numpy(), strict=True))
+                continue
+            found[item], has_others = _means(tokens)
+            others |= {item} if has_others else set()
+        self._rows |= found
+        self._has_others |= others
 
 
-def _means(item: ItemRows) -> tuple[Array, Array | None, bool]:
-    """The mean of all rows, the mean of the answer's rows (None without any), and whether there are other rows."""
+def _means(item: ItemRows) -> tuple[dict[str, NDArray[np.floating]], bool]:
+    """The mean of all rows and, where there are any, of the answer's rows, and whether there are other rows."""
     rows, chosen = item.rows.double(), item.roles == TOKEN_ROLES[ANSWER]
     count = int(chosen.sum())
-    answer = rows[chosen].mean(0).numpy() if count else None
-    return rows.mean(0).numpy(), answer, count < len(rows)
+    answer = {ANSWER: rows[chosen].mean(0).numpy()} if count else {}
+    return {ALL: rows.mean(0).numpy(), **answer}, count < len(rows)
 
 
 class Evidence:
     """All that the baselines of one label may read; items are positions in the store."""
 
     def __init__(
-        self, source: FeatureSource, label: str, mos: Array, *, words: RatingWords, means: MeanFeatures
+        self,
+        source: FeatureSource,
+        label: str,
+        mos: Array,
+        *,
+        words: RatingWords,
+        means: MeanFeatures,
+        device: torch.device,
+        no_kernel: str | None,
     ) -> None:
         """`mos` has shape (items of the store,); predictors read it for training items only.
 
-        `means` reads `source`, or another store of the same items. Raises DataError if that store lacks an item.
+        `means` reads `source`, or another store of the same items. Dense regressions are solved on `device`.
+        `no_kernel` is why no kernel ridge is tried on features; None where one is. Raises DataError if the store of
+        `means` lacks an item.
         """
-        self.label, self.mos = label, mos
+        self.label, self.mos, self.device, self.no_kernel = label, mos, device, no_kernel
         self._source, self._words, self._means = source, words, means
         self._places = means.places_of(source)
 
@@ -220,9 +251,20 @@ class Evidence:
         return [found[names[item]] for item in items]
 
     def features(self, train: Positions, test: Positions) -> dict[str, tuple[Array, Array]]:
-        """The mean feature rows of both parts, by kind of tokens; raises as `MeanFeatures.of`."""
+        """The feature rows of both parts, by kind of tokens or name of the row; raises as `MeanFeatures.of`."""
         found = self._means.of(self._places[np.concatenate([train, test])])
         return {tokens: (rows[: len(train)], rows[len(train) :]) for tokens, rows in found.items()}
+
+    def expected_mos(self, items: Positions) -> tuple[Array, list[str]]:
+        """The MOS that the model's probabilities of the rating words give, and notes on how the store answers.
+
+        Raises DataError for a store without W_lm, token ids of the words, or a scale of the MOS.
+        """
+        source = self._means.source
+        try:
+            return expected_mos(source, self._places[items], self.label), word_notes(source)
+        except ViewRefused as error:  # of layers other than the last, and of image encoders
+            raise DataError(str(error)) from error
 
     @property
     def scale(self) -> MosRange | None:

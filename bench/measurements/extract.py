@@ -48,7 +48,7 @@ from agiqa.extract import (
 )
 from agiqa.extract.data.images import read_image_file
 from agiqa.extract.data.templates import templates
-from agiqa.extract.filling.plan import planned_item, prepare_planned
+from agiqa.extract.filling.plan import LengthRule, prepare_planned, tokenise
 from agiqa.extract.filling.staging import Transfers
 from agiqa.extract.models.batches import even_batches
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
@@ -159,6 +159,8 @@ def measured_line(
     settings = ExtractionSettings(
         encoding=encoding,
         rank=options["rank"] if encoding == "sketch" else None,
+        layers=options["layers"],
+        pool_tokens=options["pool_tokens"] or (),
         batch_size=options["batch_size"],
         workers=options["workers"],
     )
@@ -174,15 +176,16 @@ def measured_line(
     bare, forward = forward_rates(data, backbone, opener, result, report.batch_size, options)
     size = sum(file.stat().st_size for file in result.store.path.rglob("*") if file.is_file())
     disk = {"disk_mb_per_second": disk_rate(folder, size)} if encoding == "logits" else {}
-    rows = result.store.array("features")
-    items = report.items
+    items, store = report.items, result.store
+    rows = [store.array(store.array_of_layer(layer)) for layer in store.layers]
+    stored = int(store.n_tokens.sum()) * sum(one.dtype.itemsize * one.shape[1] for one in rows)
     measured = {
         "images_per_second": items / report.seconds,
         "bare_images_per_second": bare,
         "ratio": items / report.seconds / bare,
         _OWN_RATE: forward,
         "whole_images_per_second": items / (sum(seconds.values()) - seconds["load"]),
-        "row_mb_per_second": report.tokens * rows.dtype.itemsize * result.store.width / report.seconds / 1e6,
+        "row_mb_per_second": stored / report.seconds / 1e6,
         "peak_gb": (peak - weights) / 1e9,
         "store_gb": size / 1e9,
         **disk,
@@ -191,9 +194,11 @@ def measured_line(
     config = {
         "items": items,
         "tokens": round(report.tokens / items, 1),
+        "layers": ",".join(store.layers),
+        "pooled": ",".join(store.pooled),
         "batch_size": report.batch_size,
         "weights_gb": round(weights / 1e9, 2),
-        "width": result.store.width,
+        "width": store.width,
     }
     return {"stage": "extract", "name": encoding, "config": config, "measured": measured}
 
@@ -225,7 +230,8 @@ def forward_rates(
     """
     assert isinstance(backbone, HuggingFaceBackbone)  # as all shapes are
     store, transfers, images = result.store, Transfers(backbone.device), 0
-    lengths = store.n_tokens.tolist()
+    planned = tokenise(data, backbone, LengthRule()).planned
+    lengths = [one.length for one in planned]
     groups = [
         [int(positions[place]) for place in places]
         for positions in (store.items_of(unit) for unit in range(store.geometry.units))
@@ -233,7 +239,7 @@ def forward_rates(
     ]
     counts = accumulate(len(group) for group in groups)
     groups = groups[: next((n for n, count in enumerate(counts, 1) if count >= options["bare_items"]), None)]
-    wanted = ((None, [planned_item(store, data.items, position) for position in group]) for group in groups)
+    wanted = ((None, [planned[position] for position in group]) for group in groups)
     workers = options["workers"]
     workers = default_workers(backbone.device, len(lengths)) if workers is None else workers
     seconds = [0.0, 0.0]
@@ -324,6 +330,8 @@ def _goal_rows(lines: Sequence[Line]) -> Iterator[list[str]]:
 @click.option("--bare-items", default=512, show_default=True, help="Images of the forward passes, at least.")
 @click.option("--encodings", default=",".join(ENCODINGS), show_default=True, help="Separated by commas.")
 @click.option("--rank", default=512, show_default=True, help="Rank of the sketch.")
+@click.option("--layers", default="last", show_default=True, help="Layers to store, as `agiqa extract` reads them.")
+@click.option("--pool-tokens", help="Pooled rows in place of tokens, as `agiqa extract` reads them.")
 @click.option("--batch-size", type=int, help="Items per forward pass [default: what the memory allows].")
 @click.option("--workers", type=int, help="Processes that prepare items [default: by the cores].")
 @result_options

@@ -36,7 +36,7 @@ from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import resolve_device
 from agiqa.heads.training.curves import Epoch
-from agiqa.heads.training.fitting import fit_head
+from agiqa.heads.training.fitting import fit_head, network_of
 
 ENCODERS = ("xlstm", "mamba2", "transformer")
 _COLD_ITEMS = 128
@@ -152,7 +152,7 @@ def _of_head(name: str, features: FeatureSet, train: TrainConfig, *, epochs: int
     steady = durations[1] if epochs > 1 else 0.0
     return {
         "name": name,
-        "ways": training_kernels(fit.head.encoder, train, resolve_device(train.device)),
+        "ways": training_kernels(network_of(fit).encoder, train, resolve_device(train.device)),
         "seconds": dict(seconds),
         "ms_per_image": steady / len(features) * 1e3,
         **progress.found,

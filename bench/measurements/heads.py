@@ -36,7 +36,7 @@ from agiqa.heads.model.head import build_head
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import resolve_device
-from agiqa.heads.training.fitting import fit_head
+from agiqa.heads.training.fitting import fit_head, network_of
 from agiqa.heads.training.progress import LineProgress
 from agiqa.store import Items, open_store
 
@@ -179,7 +179,7 @@ def timed_head(
             "batch_size": batch_size,
             "projection": config.projection,
             "precision": train.precision,
-            "kernels": training_kernels(fit.head.encoder, train, device),
+            "kernels": training_kernels(network_of(fit).encoder, train, device),
             "parameters": sum(parameter.numel() for parameter in fit.head.parameters()),
         },
         "measured": measured,

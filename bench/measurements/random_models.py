@@ -11,7 +11,7 @@ import torch
 from agiqa.bench.demo.model import END, START, build_tokenizer
 from agiqa.extract import Backbone
 from agiqa.extract.models.checkpoints import Checkpoint
-from agiqa.extract.models.huggingface import DTYPES
+from agiqa.extract.models.devices import DTYPES
 from agiqa.extract.models.loading import quiet_transformers
 from agiqa.extract.models.minicpm.backbone import MiniCPMBackbone
 from agiqa.extract.models.minicpm.model import MiniCPMV, read_config

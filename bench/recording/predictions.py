@@ -37,13 +37,14 @@ def write_predictions(
     predicted: Array,
     *,
     items: Iterable[int] | None = None,
+    spread: Array | None = None,
 ) -> None:
     """Write a csv with the columns name, prompt, item, mos and predicted; of several labels mos_LABEL, predicted_LABEL.
 
-    `mos` and `predicted` have shape (items, labels). `items` are the numbers in the store; without them, the column is
-    left out.
+    `mos`, `predicted` and `spread`, which makes a column of that name, have shape (items, labels). `items` are the
+    numbers in the store; without them, the column is left out.
     """
-    titles, values = side_by_side(labels, mos, predicted)
+    titles, values = side_by_side(labels, mos, predicted, spread)
     columns = {"name": names, "prompt": prompts} | ({} if items is None else {"item": items})
     with telling_disk_errors(f"writing {path}", KEPT):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +68,8 @@ def read_predictions(path: Path, labels: Sequence[str], label: str) -> Predictio
         column = {title: place for place, title in enumerate(titles)}
         if "split" in column:
             rows = [row for row in rows if row[column["split"]] == "test"]
+        if len(labels) > 1:  # an item may lack one of several labels
+            rows = [row for row in rows if row[column[mos]]]
         found = Predictions(
             names=[row[column["name"]] for row in rows],
             prompts=[row[column["prompt"]] for row in rows],

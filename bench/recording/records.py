@@ -57,9 +57,9 @@ class Against(Record):
 
 
 class Row(Record):
-    """A line of rows.jsonl: a head or a baseline under one protocol, on one store, for one label."""
+    """A line of rows.jsonl: a head, network or baseline under one protocol, on one store, for one label."""
 
-    kind: Literal["head", "baseline"]
+    kind: Literal["head", "network", "baseline"]
     row: str
     settings: dict[str, Any] = Field(default_factory=dict)
     store_name: str = ""
@@ -78,6 +78,11 @@ class Row(Record):
     """Runs whose predictions were calibrated by a line that was fitted on validation items."""
     notes: tuple[str, ...] = ()
     """Notes on the scores of a baseline."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a head or a network, with seeds and a choice of the epoch."""
+        return self.kind != "baseline"
 
     def value(self, metric: str) -> float | None:
         """The mean of a test metric; None where it is not defined."""
@@ -199,8 +204,8 @@ class AboutStore(Record):
 class About(Record):
     """The file about.json."""
 
-    kind: Literal["ablation", "transfer", "runs"]
-    """`runs` are single trainings, which have no about.json."""
+    kind: Literal["ablation", "transfer", "networks", "runs"]
+    """`networks` are those of `agiqa baseline`; `runs` are single trainings, which have no about.json."""
     stores: dict[str, AboutStore] = Field(default_factory=dict)
     runs: list[str] | None = None
     """The runs of the last command; lines of other runs are ignored. None in older folders."""
@@ -210,7 +215,8 @@ class About(Record):
     @property
     def command(self) -> str:
         """The agiqa command that writes such results."""
-        return {"ablation": "ablate", "transfer": "transfer", "runs": "train"}[self.kind]
+        commands = {"ablation": "ablate", "transfer": "transfer", "networks": "baseline", "runs": "train"}
+        return commands[self.kind]
 
 
 def spelled(settings: Mapping[str, Any]) -> str:

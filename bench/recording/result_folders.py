@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from agiqa.errors import DataError
+from agiqa.heads.data.layers import stored_layers
 from agiqa.heads.settings.labels import of_each_label, parse_labels
-from agiqa.store import Store
+from agiqa.store import AnyStore
 from agiqa.store.disk.files import (
     append_durably,
     telling_disk_errors,
@@ -63,7 +64,7 @@ def _write_whole(path: Path, text: str) -> None:
         write_text_atomically(path, text)
 
 
-def store_facts(store: Store) -> Line:
+def store_facts(store: AnyStore) -> Line:
     """Identity, location, data, model and conversation of a store for about.json.
 
     `energy` of a sketch holds the eigenvalues of its basis, descending; a rank keeps their cumulative share.
@@ -79,6 +80,7 @@ def store_facts(store: Store) -> Line:
         "mos_ranges": {aspect: store.items.mos_ranges.get(aspect) for aspect in store.items.labels},
         "model": store.provenance.get("model", {}).get("name"),
         "variant": store.provenance.get("conversation", {}).get("variant"),
+        "layers": list(stored_layers(store)),
     }
     if store.encoding == "sketch":
         facts["energy"] = [float(value) for value in store.basis().energy]
@@ -191,7 +193,7 @@ def outcome_facts(run: Recorded) -> Line:
     """
     seconds = round(sum(run.metrics["seconds"].values()), 3)
     facts = {"seconds": seconds, **{name: run.metrics[name] for name in ("split", "warnings", *PARTS)}}
-    for name in ("calibration", "text_authors"):
+    for name in ("calibration", "text_authors", "layer_weights"):
         if run.metrics.get(name):
             facts[name] = run.metrics[name]
     biased = run.metrics.get("paper_compatible")
@@ -212,8 +214,8 @@ def scores_by_label(line: Line, part: str) -> dict[str, Mapping[str, Any]]:
     return dict(zip(labels, of_each_label(labels, scores), strict=True)) if scores else {}
 
 
-def warning_lines(lines: Iterable[Line], *, printed: Iterable[str] = ()) -> list[str]:
-    """Each kind of warning of the heads of `lines`, once: how many heads have it, and the name of the first.
+def warning_lines(lines: Iterable[Line], *, printed: Iterable[str] = (), what: str = "heads") -> list[str]:
+    """Each kind of warning of the heads (`what`) of `lines`, once: how many have it, and the name of the first.
 
     Warnings are of one kind where they differ in numbers alone. Those that a line of `printed` ends with are left out.
     """
@@ -226,7 +228,7 @@ def warning_lines(lines: Iterable[Line], *, printed: Iterable[str] = ()) -> list
             if not any(one.endswith(kind) for one in kinds):
                 found.setdefault(kind, {}).setdefault(line["name"], text)
     return [
-        f"warning: {len(texts)} of {len(heads)} heads ({name}{', ...' if len(texts) > 1 else ''}): {text}"
+        f"warning: {len(texts)} of {len(heads)} {what} ({name}{', ...' if len(texts) > 1 else ''}): {text}"
         for texts in found.values()
         for name, text in list(texts.items())[:1]
     ]

@@ -60,7 +60,7 @@ def interval_chart(results: Results, label: str, stores: Sequence[str]) -> Pictu
     order = sorted(rows, key=lambda key: rows[key].kind == "baseline")
     titles = identity_titles(row for keyed in by_protocol.values() for row in keyed.values())
     names = [on_store(titles[name], store if len(stores) > 1 else "") for name, store in order]
-    heads = sum(rows[key].kind == "head" for key in order)
+    heads = sum(rows[key].is_trained for key in order)
     least = _axis_start([_srcc(row) for keyed in by_protocol.values() for row in keyed.values()])
 
     def paint(figure: Figure) -> None:
@@ -113,7 +113,7 @@ def _draw_dots(
             continue
         if interval is not None:
             axes.plot(interval, [height] * 2, color=colour, linewidth=1.5, solid_capstyle="round", zorder=2)
-        face = colour if row.kind == "head" else PAPER
+        face = colour if row.is_trained else PAPER
         dot: Any = {"linestyle": "none", "markerfacecolor": face, "markersize": 5, "zorder": 3}
         axes.plot(value, height, **style, **dot, **legend)
         legend = {}
@@ -123,7 +123,7 @@ def _describe_intervals(by_protocol: Mapping[str, Keyed], titles: Mapping[str, s
     parts = [f"Dots with whiskers of the test SRCC of {plural(max(map(len, by_protocol.values())), 'row')}."]
     for protocol, rows in by_protocol.items():
         low, high = (pick(rows.values(), key=_srcc) for pick in (min, max))
-        chosen = max((row for row in rows.values() if row.kind == "head"), key=lambda row: row.rank_by, default=None)
+        chosen = max((row for row in rows.values() if row.is_trained), key=lambda row: row.rank_by, default=None)
         ends = " to ".join(f"{_srcc(row):.3f} ({titles[row.identity]})" for row in (low, high))
         best = f"; chosen by validation: {titles[chosen.identity]}, {_srcc(chosen):.3f}" if chosen is not None else ""
         parts.append(f"{protocol_name(protocol).capitalize()}: from {ends}{best}.")
@@ -137,8 +137,8 @@ def _srcc(row: Row) -> float:
 
 def curves_chart(results: Results, label: str, protocol: str) -> Picture | None:
     """The validation SRCC by epoch, means over the runs of a row, of the rows with the best validation SRCC."""
-    heads = [row for row in results.of(label, protocol) if row.kind == "head"]
-    curves = [(row, curve) for row in heads[:_CURVES] if len(curve := _curve(results, row)) > 1]
+    trained = [row for row in results.of(label, protocol) if row.is_trained]
+    curves = [(row, curve) for row in trained[:_CURVES] if len(curve := _curve(results, row)) > 1]
     if not curves:
         return None
     titles = row_titles(row for row, _ in curves)
@@ -155,11 +155,12 @@ def curves_chart(results: Results, label: str, protocol: str) -> Picture | None:
         figure.legend(loc="outside lower center", ncols=2, fontsize=SMALL)
 
     best, values = curves[0]
-    more = f" {len(heads) - len(curves)} further heads are left out." if len(heads) > len(curves) else ""
+    left_out, noun = len(trained) - len(curves), results.trained_noun
+    more = f" Left out: {plural(left_out, f'further {noun}')}." if left_out else ""
     return draw(
         results.anchor("curves", label, protocol),
         results.heading(f"validation SRCC by epoch, {label}, {protocol_name(protocol)}"),
-        alt=f"Lines of the validation SRCC by epoch for {plural(len(curves), 'head')}; {titles[best.row]} goes from "
+        alt=f"Lines of the validation SRCC by epoch for {plural(len(curves), noun)}; {titles[best.row]} goes from "
         f"{values[0]:.3f} to {values[-1]:.3f}.",
         caption="Means over the runs of a row, up to the last epoch that all of them reached; the best by validation "
         f"first.{more}",

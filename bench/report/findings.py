@@ -177,7 +177,8 @@ def _may_read_rating_words(results: Results, line: RunLine) -> bool:
 
     Lines of a transfer name no store; there either store counts.
     """
-    variants = [store.variant for name, store in results.about.stores.items() if line.store_name in (name, "")]
+    read = line.config.get("variant")
+    variants = [read or store.variant for name, store in results.about.stores.items() if line.store_name in (name, "")]
     return not variants or None in variants or any(str(variant).startswith("full") for variant in variants)
 
 
@@ -193,7 +194,7 @@ def limits(results: Sequence[Results]) -> list[str]:
         for one in results
         if (read := _teacher_texts(one, "test", rating_words=False))
     ]
-    seeds = [row.test.seeds for one in results for row in one.rows if row.kind == "head" and row.test is not None]
+    seeds = [row.test.seeds for one in results for row in one.rows if row.is_trained and row.test is not None]
     if seeds and min(seeds) < _FEW_SEEDS:
         found.append(
             f"Some rows have only {plural(min(seeds), 'seed')} for each test image: too few to show how much seeds "
@@ -208,7 +209,7 @@ def limits(results: Sequence[Results]) -> list[str]:
     found.append(
         "Intervals cover prompts like these. They do not cover other seeds, another data set or another split of it."
         if seeds and max(seeds) == 1
-        else "Intervals and p-values cover prompts like these and, where a head has several, seeds like these. They do "
+        else "Intervals and p-values cover prompts like these and, where a row has several, seeds like these. They do "
         "not cover another data set or another split of it."
     )
     return list(dict.fromkeys(found))

@@ -43,6 +43,18 @@ class PaperRow(_Fact):
     plcc: float
 
 
+class PaperCited(_Fact):
+    """A row of Table II by another method."""
+
+    name: str
+    networks: list[str] = Field(default_factory=list)
+    """The models of `agiqa baseline` that it is; empty for a method without code here."""
+    copied: bool = False
+    """Whether the paper took the numbers from that of the method, whose split may be another."""
+    scores: dict[str, dict[str, tuple[float, float]]]
+    """SRCC and PLCC by data set and label."""
+
+
 class PaperWords(_Fact):
     """A row of Table V: the rating word as a class."""
 
@@ -75,6 +87,7 @@ class Paper(_Fact):
     models: list[str]
     reads_logits: list[str]
     rows: list[PaperRow]
+    cited: list[PaperCited]
     words: list[PaperWords]
     transfers: list[PaperTransfer]
 
@@ -190,10 +203,11 @@ def _matches(results: Results, row: Row, fact: PaperRow) -> bool:
     """Whether a row of ours has the settings of a row of the paper."""
     if fact.settings is None:
         return False
-    if fact.variant is not None and results.store(row.store_name).variant not in fact.variant:
-        return False
     line = next(iter(results.runs_of(row)), None)
     settings: dict[str, Any] = {**(line.config if line else {}), **row.settings}
+    variant = settings.get("variant") or results.store(row.store_name).variant
+    if fact.variant is not None and variant not in fact.variant:
+        return False
     projection, wanted = settings.get("projection", "vocabulary"), fact.settings.get("projection")
     if projection != wanted if wanted else projection not in paper().reads_logits:
         return False

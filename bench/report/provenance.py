@@ -18,6 +18,8 @@ _LINES = 4
 """The most lines of an error that are shown."""
 _ELSEWHERE = ("label", "split", "fold", "held_out", "seed", *OF_THE_MACHINE)
 """Settings that are shown in rows, headings and `Seeds`, or that say where a run was trained."""
+NETWORK = "network"
+"""The setting that only the runs of image networks have."""
 _ROUNDED = 0.0005
 """The largest rounding error of a row's mean seconds."""
 
@@ -62,10 +64,10 @@ def runs_table(results: Results) -> Table:
 
 
 def origin_note(results: Results, rows: Iterable[Row]) -> str:
-    """Data set, model, settings and date of the heads among some rows of a table, for its note."""
-    heads = [row for row in rows if row.kind == "head"]
-    stores = [results.store(name) for name in dict.fromkeys(row.store_name for row in heads)]
-    names = {run.name for row in heads for run in results.runs_of(row)}
+    """Data set, model, settings and date of the heads or networks among some rows of a table, for its note."""
+    trained = [row for row in rows if row.is_trained]
+    stores = [results.store(name) for name in dict.fromkeys(row.store_name for row in trained)]
+    names = {run.name for row in trained for run in results.runs_of(row)}
     lines = [line for line in results.lines if line.name in names]
     data = [*dict.fromkeys(store.hint for store in stores if store.hint)]
     models = [*dict.fromkeys(store.model for store in stores if store.model)]
@@ -73,7 +75,7 @@ def origin_note(results: Results, rows: Iterable[Row]) -> str:
     parts = {
         "Data": listed(data),
         "Model of the features": listed(models) + (f" ({encodings})" if models and encodings else ""),
-        "Settings of all heads": _shared(_settings(lines)),
+        f"Settings of all {results.trained_noun}s": _shared(_settings(lines)),
         "Trained": _days(lines),
     }
     return " ".join(f"{name}: {value}." for name, value in parts.items() if value)
@@ -105,7 +107,7 @@ def _settings(lines: Sequence[RunLine]) -> dict[str, list[object]]:
     usual = default_settings()
     found: dict[str, list[object]] = {}
     for config in (line.config for line in lines if line.config):
-        for name, value in {**usual, **complete_settings(config)}.items():
+        for name, value in (config if NETWORK in config else {**usual, **complete_settings(config)}).items():
             if name not in _ELSEWHERE and value not in found.setdefault(name, []):
                 found[name].append(value)
     return found
@@ -113,10 +115,10 @@ def _settings(lines: Sequence[RunLine]) -> dict[str, list[object]]:
 
 def _shared(settings: Mapping[str, Sequence[object]]) -> str | None:
     """The settings of all runs that differ from the defaults of `agiqa train`; None without any settings."""
-    usual = default_settings()
+    usual = {} if NETWORK in settings else default_settings()
     shared = {name: values[0] for name, values in settings.items() if len(values) == 1}
     parts = [f"{name} {_as_yaml(value)}" for name, value in shared.items() if value != usual.get(name)]
-    return ", ".join([*parts, "others by default"]) if settings else None
+    return ", ".join([*parts, *(["others by default"] if usual else [])]) if settings else None
 
 
 def _as_yaml(value: object) -> str:
@@ -187,7 +189,7 @@ def outdated(results: Results) -> str | None:
     Each row records the number of its runs and their mean seconds, which no two trainings share. None also where
     lines lack either, or some could not be read.
     """
-    heads = [row for row in (*results.rows, *results.left_out) if row.kind == "head"]
+    heads = [row for row in (*results.rows, *results.left_out) if row.is_trained]
     comparable = all(line.protocol and line.seconds is not None and all(line.labels) for line in results.done)
     if not results.lines or results.problems or not comparable or not all(row.runs for row in heads):
         return None

@@ -1,4 +1,4 @@
-"""The result folders of `agiqa ablate` and `agiqa transfer`, and runs of `agiqa train`, as a report reads them.
+"""The result folders of `agiqa ablate`, `transfer` and `baseline`, and runs of `agiqa train`, as a report reads them.
 
 A damaged line is skipped and reported as a problem. A folder without any result is refused.
 """
@@ -83,6 +83,11 @@ class Results:
         known = [value for value in values if value is not None]
         return fmean(known) if known and len(known) == len(values) else None
 
+    @property
+    def trained_noun(self) -> str:
+        """What its trained rows are: `network` or `head`."""
+        return "network" if self.about.kind == "networks" else "head"
+
     def groups(self) -> list[tuple[str, str]]:
         """The labels and protocols of the rows, label by label, the published split last."""
         found = dict.fromkeys((row.label, row.protocol) for row in self.rows)
@@ -90,9 +95,9 @@ class Results:
         return sorted(found, key=lambda one: (labels.index(one[0]), one[1] == "published"))
 
     def of(self, label: str, protocol: str) -> list[Row]:
-        """The rows of a label and protocol: heads by validation SRCC, then baselines in the order of the file."""
+        """The rows of a label and protocol: heads and networks by validation SRCC, then baselines as in the file."""
         rows = [row for row in self.rows if (row.label, row.protocol) == (label, protocol)]
-        heads = sorted((row for row in rows if row.kind == "head"), key=lambda row: -row.rank_by)
+        heads = sorted((row for row in rows if row.is_trained), key=lambda row: -row.rank_by)
         return heads + [row for row in rows if row.kind == "baseline"]
 
     def references(self, label: str, protocol: str) -> list[tuple[Row, list[Row]]]:
@@ -105,7 +110,7 @@ class Results:
         for row in rows:
             if row.reference is not None:
                 compared.setdefault(row.reference, []).append(row)
-        heads = {(row.row, row.store_name): row for row in rows if row.kind == "head"}
+        heads = {(row.row, row.store_name): row for row in rows if row.is_trained}
         return [(heads[name], others) for name, others in compared.items() if name in heads]
 
 
@@ -220,8 +225,8 @@ def _read_about(folder: Path, data: str | None) -> About:
     path = folder / ABOUT
     if not path.is_file():
         message = (
-            f"{folder} is no folder of results: it has no {ABOUT} and holds no run. Give the OUT of `agiqa ablate` or "
-            "`agiqa transfer`, or runs of `agiqa train`."
+            f"{folder} is no folder of results: it has no {ABOUT} and holds no run. Give the OUT of `agiqa ablate`, "
+            "`agiqa transfer` or `agiqa baseline`, or runs of `agiqa train`."
         )
         raise DataError(message)
     try:

@@ -34,7 +34,7 @@ from agiqa.bench.report.tables import (
 
 BASELINE, REFERENCE = "baseline", "reference"
 _GENERATORS_NOTE = (
-    "Each image is scored by a head that saw no image of its generator. The images of all generators are then ranked "
+    "Each image is scored by a {head} that saw no image of its generator. The images of all generators are then ranked "
     "together, so differences between generators count. The intervals cover other prompts, not other generators: they "
     "do not say what a further generator would change."
 )
@@ -139,7 +139,7 @@ def _main_table(results: Results, label: str, protocol: str) -> Table:
         Column("validation_slope", "Slope", lambda row: row.validated("slope"), switch="slope"),
         *(column for metric in METRICS for column in difference_columns(metric, _itself)),
         Column("validation_srcc", "Validation SRCC", lambda row: row.validated("srcc")),
-        Column("runs", "Runs", lambda row: row.runs if row.kind == "head" else None, "count", switch="runs"),
+        Column("runs", "Runs", lambda row: row.runs if row.is_trained else None, "count", switch="runs"),
         Column("seconds", "Seconds a run", lambda row: row.seconds, "seconds", switch="seconds"),
     ]
     notes = [*_notes(results, label, protocol), *([_BOLD_NOTE] if any(bold.values()) else [])]
@@ -174,16 +174,16 @@ def bold_rows(reference: Row, others: Sequence[Row], metric: str) -> list[Row]:
 
 def _notes(results: Results, label: str, protocol: str) -> list[str]:
     rows = results.of(label, protocol)
-    heads = [row for row in rows if row.kind == "head"]
+    trained, noun = [row for row in rows if row.is_trained], results.trained_noun
     failed = sum(row.failed for row in rows)
     parts = [
         f"{counts((row.test.n for row in rows if row.test is not None), 'test image')}.",
-        *_seeds(heads),
+        *_seeds(trained, noun),
         f"{plural(failed, 'run')} failed and {'is' if failed == 1 else 'are'} not in these means." if failed else "",
         _READING_NOTE,
-        *_calibrated(heads),
+        *_calibrated(trained, noun),
     ]
-    meaning = _GENERATORS_NOTE if protocol == GENERATORS else None
+    meaning = _GENERATORS_NOTE.format(head=noun) if protocol == GENERATORS else None
     found = [meaning, _leak_note(results, protocol), " ".join(part for part in parts if part), *_cautions(rows)]
     return [note for note in found if note]
 
@@ -198,26 +198,26 @@ def _leak_note(results: Results, protocol: str) -> str | None:
     return f"This protocol leaks prompts: {found.sentence()}. Its numbers describe {images} for known prompts."
 
 
-def _calibrated(heads: Sequence[Row]) -> list[str]:
+def _calibrated(trained: Sequence[Row], noun: str) -> list[str]:
     """How calibration changes Slope and RMSE."""
-    count = sum(row.calibrated > 0 for row in heads)
+    count = sum(row.calibrated > 0 for row in trained)
     if not count:
         return []
-    which = "All heads" if count == len(heads) else f"{count:,} of {plural(len(heads), 'head')}"
-    were = "was" if count == 1 < len(heads) else "were"
+    which = f"All {noun}s" if count == len(trained) else f"{count:,} of {plural(len(trained), noun)}"
+    were = "was" if count == 1 < len(trained) else "were"
     return [
         f"{which} {were} calibrated by a line that was fitted on validation images: their Slope is that of this line, "
         "and their RMSE is that of the calibrated predictions."
     ]
 
 
-def _seeds(heads: Sequence[Row]) -> list[str]:
-    """The seeds over which the numbers of heads are means."""
-    tested = [(row, row.test.seeds) for row in heads if row.test is not None]
+def _seeds(trained: Sequence[Row], noun: str) -> list[str]:
+    """The seeds over which the numbers of heads or networks are means."""
+    tested = [(row, row.test.seeds) for row in trained if row.test is not None]
     shared = [row.seeds for row, seeds in tested if seeds == 1 < row.seeds and not row.failed]
     means = [seeds for row, seeds in tested if not (seeds == 1 < row.seeds and not row.failed)]
-    found = [f"Heads are means over {counts(means, 'seed')}."] if max(means, default=0) > 1 else []
-    found += ["Heads are of 1 seed."] if means and not found else []
+    found = [f"{capitalized(noun)}s are means over {counts(means, 'seed')}."] if max(means, default=0) > 1 else []
+    found += [f"{capitalized(noun)}s are of 1 seed."] if means and not found else []
     if shared:
         seeds = counts(shared, "seed")
         found.append(f"Each part of the split has a seed of its own ({seeds} in all), so there is no sd.")
@@ -240,7 +240,19 @@ def _cautions(rows: Sequence[Row]) -> list[str]:
             "Their p-values ignore seeds too, so they are not shown. The command that made the results computes the "
             "rows anew."
         )
-    return [*found, *(f"{row.row}: {'; '.join(row.notes).removesuffix('.')}." for row in rows if row.notes)]
+    return [*found, *_notes_of_rows(rows)]
+
+
+def _notes_of_rows(rows: Sequence[Row]) -> list[str]:
+    """The notes on the scores of baselines; those that several rows share are said once."""
+    by_note: dict[str, list[str]] = {}
+    for row in rows:
+        if row.notes:
+            by_note.setdefault("; ".join(row.notes).removesuffix("."), []).append(row.row)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {note}."
+        for note, names in by_note.items()
+    ]
 
 
 def optimism_tables(results: Results) -> list[Table]:
@@ -276,8 +288,8 @@ def _optimism_table(results: Results, label: str) -> Table:
     leaked = leak(results, "published")
     notes = [
         "The two protocols test on different images, which is one reason why their numbers differ. Δ compares them on "
-        "the test images of the published split: heads of the published split minus heads grouped by prompt."
-        + (f" There {leaked.sentence()}." if leaked else "")
+        f"the test images of the published split: {results.trained_noun}s of the published split minus "
+        f"{results.trained_noun}s grouped by prompt." + (f" There {leaked.sentence()}." if leaked else "")
     ]
     if all(published.beside_grouped is None for _, published in pairs):
         notes.append("Rows of an older agiqa lack Δ: the command that made these results computes it.")

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agiqa.bench.report.charts import curves_chart, interval_chart, rank_chart, rank_table
+from agiqa.bench.report.coverage import coverage_table
 from agiqa.bench.report.findings import METHOD, findings, limits, teacher_findings, transfer_findings
 from agiqa.bench.report.group_tables import group_tables, read_groupings
 from agiqa.bench.report.items import Examples, Predictions, examples_of, predictions_of, scatter_chart
+from agiqa.bench.report.layers import layer_chart, layer_table
 from agiqa.bench.report.naming import listed, plural, protocol_name, row_titles
+from agiqa.bench.report.networks import NETWORKS, cited_tables, compared_tables
 from agiqa.bench.report.paper import paper, paper_tables, radar_chart
 from agiqa.bench.report.pictures import Picture
 from agiqa.bench.report.provenance import failures_table, left_out_table, outdated, runs_table, stores_table
@@ -137,19 +140,24 @@ class ReportSettings:
 
 def compose(everything: Sequence[Results], settings: ReportSettings) -> Content:
     """The content of a report on these results. Raises as `read_groupings`."""
-    ablations = [one for one in everything if one.about.kind != "transfer"]
+    ablations = [one for one in everything if one.about.kind not in ("transfer", NETWORKS)]
+    networks = [one for one in everything if one.about.kind == NETWORKS]
     transfers = [one for one in everything if one.about.kind == "transfer"]
+    trained = [*ablations, *networks]
     problems = [one.prefixed(text) for one in everything for text in (outdated(one), *one.problems) if text is not None]
     parts: list[tuple[str, str, Iterable[Block | None]]] = [
         ("rows", "Heads and baselines", _row_blocks(ablations)),
+        ("networks", "Image networks", _network_blocks(everything, networks, problems)),
         ("transfer", "Across data sets", _transfer_blocks(transfers)),
-        ("optimism", "What the published split adds", (one for each in ablations for one in optimism_tables(each))),
+        ("optimism", "What the published split adds", (one for each in trained for one in optimism_tables(each))),
         ("paper", "Beside the paper", _paper_blocks(ablations)),
         ("items", "Item by item", _item_blocks(ablations, settings, problems)),
         ("groups", "By generator and prompt", _group_blocks(ablations, settings, problems)),
+        ("layers", "Layer by layer", _layer_blocks(ablations)),
+        ("coverage", "Intervals", (coverage_table(one, *group) for one in ablations for group in one.groups())),
         ("ranks", "Energy and rank", _rank_blocks(ablations)),
         ("bias", "Choosing the epoch on test", map(bias_table, everything)),
-        ("curves", "Training curves", (curves_chart(one, *group) for one in ablations for group in one.groups())),
+        ("curves", "Training curves", (curves_chart(one, *group) for one in trained for group in one.groups())),
         (
             "failed",
             "Failed and left out",
@@ -208,6 +216,13 @@ def _row_blocks(ablations: Sequence[Results]) -> Blocks:
             yield from (table for table, (of, _) in zip(tables, one.groups(), strict=True) if of == label)
 
 
+def _network_blocks(everything: Sequence[Results], networks: Sequence[Results], problems: list[str]) -> Blocks:
+    """Networks beside the best head, Table II beside ours, then their own tables."""
+    yield from compared_tables(everything, problems)
+    yield from cited_tables(networks)
+    yield from _row_blocks(networks)
+
+
 def _transfer_blocks(transfers: Sequence[Results]) -> Blocks:
     for one in transfers:
         for label, protocol in one.groups():
@@ -262,6 +277,13 @@ def _best_predictions(one: Results, label: str, protocol: str) -> Predictions | 
     """The predictions of the head with the best validation SRCC; None without such a head or its predictions."""
     best = next(iter(one.of(label, protocol)), None)
     return None if best is None or best.validated("srcc") is None else predictions_of(one, best)
+
+
+def _layer_blocks(ablations: Sequence[Results]) -> Blocks:
+    for one in ablations:
+        for label, protocol in one.groups():
+            yield layer_chart(one, label, protocol)
+            yield layer_table(one, label, protocol)
 
 
 def _rank_blocks(ablations: Sequence[Results]) -> Blocks:

@@ -21,7 +21,7 @@ from agiqa.bench.ablation.grids import as_mapping, with_defaults
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.heads.data.splits import PARTITION_SETTINGS
 from agiqa.heads.evaluation.runs import complete_settings
-from agiqa.heads.settings.config import HeadConfig, TrainConfig, read_yaml
+from agiqa.heads.settings.config import HeadConfig, TrainConfig, Usual, read_yaml
 from agiqa.heads.training.experiment import OF_THE_MACHINE
 
 Way = Literal["within", "apply", "tp", "fresh", "warm"]
@@ -121,18 +121,18 @@ def read_transfer_settings(
     overrides: Mapping[str, Any] | None = None,
     *,
     preset: str | None = None,
-    projection: str | None = None,
+    usual: Usual | None = None,
 ) -> TransferSettings:
     """The settings of `file`; `overrides` (of `train`, flat; None: not given) come before it, `preset` after it.
 
-    `projection` is the default of heads. On a CPU, `threads` is 1 unless set, so that as many heads train at once as
-    there are cores. Raises ConfigError or UnknownName, naming the file, for a file of another form, and for settings
+    `usual` is `usual_settings` of both stores. On a CPU, `threads` is 1 unless set, so that as many heads train at once
+    as there are cores. Raises ConfigError or UnknownName, naming the file, for a file of another form, and for settings
     that a transfer sets itself.
     """
     try:
         sections = _read_sections(file)
         sections["train"] |= {name: value for name, value in (overrides or {}).items() if value is not None}
-        return _settings(sections, preset, projection)
+        return _settings(sections, preset, usual)
     except (ConfigError, UnknownName) as error:
         if file is not None:
             error.add_note(f"while reading {file} and the options given")
@@ -165,7 +165,7 @@ def plan_transfer(
     own = {name: tuple(_own(name, settings, step) for step in steps) for name in names}
     few = {
         (a, b): tuple(
-            _few(a, b, settings, step, count, way) for way in ("fresh", "warm") for count in counts for step in steps
+            _few(a, b, settings, step, count, way) for way in _few_ways(settings) for count in counts for step in steps
         )
         for a, b in ((first, second), (second, first))
     }
@@ -181,7 +181,7 @@ def _lines(
     a: str, b: str, settings: TransferSettings, steps: Sequence[int], counts: Sequence[int | None]
 ) -> Iterator[PlannedLine]:
     """The lines of one direction, way by way."""
-    for way in WAYS:
+    for way in _ways(settings):
         for count in counts if way in ("fresh", "warm") else (None,):
             for step in steps:
                 seed = settings.train.seed + step
@@ -191,6 +191,17 @@ def _lines(
                     head = _own(b if way == "tp" else a, settings, step).name
                 target = a if way == "within" else b
                 yield PlannedLine(source=a, target=target, way=way, items=count, seed=seed, head=head)
+
+
+def _ways(settings: TransferSettings) -> tuple[Way, ...]:
+    """The ways of these heads: closed forms, also as `init`, are fitted anew, so that none starts from another head."""
+    fitted_anew = settings.head.is_closed or settings.head.init is not None
+    return tuple(way for way in WAYS if not (fitted_anew and way == "warm"))
+
+
+def _few_ways(settings: TransferSettings) -> list[Literal["fresh", "warm"]]:
+    """The ways that train on few items."""
+    return ["fresh", "warm"] if "warm" in _ways(settings) else ["fresh"]
 
 
 def _own(name: str, settings: TransferSettings, step: int) -> PlannedHead:
@@ -227,9 +238,9 @@ def _read_sections(file: Path | None) -> dict[str, dict[str, Any]]:
     return {name: as_mapping(f"section {name!r}", content.get(name)) for name in _SECTIONS}
 
 
-def _settings(sections: Mapping[str, dict[str, Any]], preset: str | None, projection: str | None) -> TransferSettings:
+def _settings(sections: Mapping[str, dict[str, Any]], preset: str | None, usual: Usual | None) -> TransferSettings:
     """The settings of `sections`, completed by `with_defaults`."""
-    below = with_defaults({**sections["head"], **sections["train"]}, preset, projection)
+    below = with_defaults({**sections["head"], **sections["train"]}, preset, usual)
     known = {"head": HeadConfig.model_fields, "train": TrainConfig.model_fields}
     head, train = ({**{k: v for k, v in below.items() if k in known[name]}, **sections[name]} for name in known)
     whole = TrainConfig(**train)
@@ -248,7 +259,7 @@ def _check(train: TrainConfig, few_shot: Mapping[str, Any]) -> None:
     if train.training_items is not None:
         message = "`training_items` of a transfer are given by --shots; leave the setting out."
         raise ConfigError(message)
-    fixed = {"seed", "label", *PARTITION_SETTINGS, "device", "keep", "memory"} - _NO_VALIDATION.keys()
+    fixed = {"seed", "label", "layer", *PARTITION_SETTINGS, "device", "keep", "memory"} - _NO_VALIDATION.keys()
     for name in few_shot:
         if name in fixed or (name in _NO_VALIDATION and few_shot[name] != _NO_VALIDATION[name]):
             message = (

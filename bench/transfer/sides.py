@@ -9,14 +9,16 @@ import numpy as np
 from agiqa.bench.recording.result_folders import store_facts
 from agiqa.bench.transfer.plan import SHOTS, TransferSettings
 from agiqa.errors import AgiqaError, ConfigError, HeadError
-from agiqa.heads.data.features import read_labels
+from agiqa.heads.data.features import FeatureSource, location_of, read_labels
 from agiqa.heads.data.prompt_groups import KnownPrompts
 from agiqa.heads.data.scales import conversions, scales_of, unknown_scales
 from agiqa.heads.data.splits import Partition, make_partition
 from agiqa.heads.model.head import check_sizes
 from agiqa.heads.model.losses import check_loss
 from agiqa.heads.model.projection import FeatureSpec, check_encoding
-from agiqa.store import Store
+from agiqa.heads.model.reading import check_mix, features_for, rows_are_alike, rows_text
+from agiqa.heads.settings.config import HeadConfig
+from agiqa.store import AnyStore
 from agiqa.store.format.metadata import differing
 
 _MAKING = ("model", "conversation")
@@ -27,7 +29,7 @@ class Side:
     """One data set of a transfer."""
 
     name: str
-    store: Store
+    store: AnyStore
     partition: Partition
     """The parts for heads on all items; few-shot trainings share its test part."""
 
@@ -36,7 +38,7 @@ class Side:
         return {**store_facts(self.store), "split": self.partition.record()}
 
 
-def named(source: Store, target: Store, names: str | None) -> dict[str, Store]:
+def named(source: AnyStore, target: AnyStore, names: str | None) -> dict[str, AnyStore]:
     """Both stores by the names of their data sets: `names` (`A,B`), else those of the provenance or the folders.
 
     Raises ConfigError unless there are two different names.
@@ -48,13 +50,13 @@ def named(source: Store, target: Store, names: str | None) -> dict[str, Store]:
     return dict(zip(given, (source, target), strict=True))
 
 
-def _name_of(store: Store) -> str:
+def _name_of(store: AnyStore) -> str:
     recorded = store.provenance.get("data_set", {}).get("name")
     return str(recorded or store.path.stem)
 
 
-def open_sides(stores: Mapping[str, Store], settings: TransferSettings) -> dict[str, Side]:
-    """Both sides, checked before anything is trained.
+def open_sides(stores: Mapping[str, AnyStore], settings: TransferSettings) -> dict[str, Side]:
+    """Both sides, read as the `variant` of the settings and checked before anything is trained.
 
     Raises HeadError where one head cannot read both, ConfigError for one store given twice, and, naming the data set,
     what `make_partition` and `read_labels` raise.
@@ -62,15 +64,19 @@ def open_sides(stores: Mapping[str, Store], settings: TransferSettings) -> dict[
     check_sizes(settings.head)
     for config in (settings.train, settings.few_shot):
         check_loss(config)
+    stores = {name: _as_variant(store, settings.train.variant) for name, store in stores.items()}
     (first, a), (second, b) = stores.items()
     if a.id == b.id:
         message = f"{first} and {second} are the same store, {a.location}. A transfer goes from one to another."
         raise ConfigError(message)
-    _check_meaning(a, b)
+    layer = settings.train.layer
+    _check_meaning(settings.head, *(features_for(store, settings.head, layer) for store in (a, b)))
     sides: dict[str, Side] = {}
     for name, store in stores.items():
         try:
-            check_encoding(store, settings.head.projection)
+            source = features_for(store, settings.head, layer)
+            check_encoding(source, settings.head.projection)
+            check_mix(source, settings.head)
             partition = make_partition(store, settings.train)
             for items in partition.parts().values():
                 read_labels(store, items, label=settings.train.label)
@@ -79,6 +85,10 @@ def open_sides(stores: Mapping[str, Store], settings: TransferSettings) -> dict[
             raise
         sides[name] = Side(name=name, store=store, partition=partition)
     return sides
+
+
+def _as_variant(store: AnyStore, name: str | None) -> AnyStore:
+    return store if name is None else store.variant(name)
 
 
 def chosen_shots(
@@ -100,7 +110,7 @@ def chosen_shots(
     return tuple(shots), None
 
 
-def making_differs(a: Store, b: Store) -> list[str]:
+def making_differs(a: AnyStore, b: AnyStore) -> list[str]:
     """Where two stores differ in the model and the conversation behind their features, as dotted names.
 
     Heads can read both all the same: adapters of one model, for example, share one W_lm.
@@ -138,29 +148,35 @@ def shared(source: Side, target: Side) -> dict[str, Any]:
     }
 
 
-def _check_meaning(a: Store, b: Store) -> None:
-    """Raise HeadError, with a remedy, where features of the two stores mean different things."""
-    here, there = FeatureSpec.of(a), FeatureSpec.of(b)
-    if here.lm_head_sha256 != there.lm_head_sha256:
+def _check_meaning(head: HeadConfig, first: FeatureSource, second: FeatureSource) -> None:
+    """Raise HeadError, with a remedy, where features of the two stores mean different things to `head`."""
+    here, there = FeatureSpec.of(first), FeatureSpec.of(second)
+    a, b = location_of(first), location_of(second)
+    if (here.tap, here.layer) != (there.tap, there.layer):
+        layers = [f"layer {spec.layer}{f' of the tap {spec.tap}' if spec.tap else ''}" for spec in (here, there)]
+        problem = f"of {a} it reads {layers[0]}, of {b} {layers[1]}. Extract both alike."
+    elif not rows_are_alike(head, here, there):
+        problem = f"of {a} it reads {rows_text(here)}, of {b} {rows_text(there)}. Extract both alike."
+    elif "" not in (here.lm_head_sha256, there.lm_head_sha256) and here.lm_head_sha256 != there.lm_head_sha256:
         problem = (
-            f"{a.location} belongs to the language-model head {here.lm_head_sha256[:12]}, {b.location} to "
+            f"{a} belongs to the language-model head {here.lm_head_sha256[:12]}, {b} to "
             f"{there.lm_head_sha256[:12]}. Extract both with the same model."
         )
     elif here.encoding != there.encoding and "sketch" in (here.encoding, there.encoding):
-        sketch, other = (a, b) if here.encoding == "sketch" else (b, a)
+        sketch, other, held = (a, b, there.encoding) if here.encoding == "sketch" else (b, a, here.encoding)
         problem = (
-            f"{sketch.location} is a sketch, and {other.location} holds {other.encoding!r} features. Sketch its hidden "
-            f"states in the same basis: `agiqa store sketch {other.location} OUT --basis {sketch.location}`."
+            f"{sketch} is a sketch, and {other} holds {held!r} features. Sketch its hidden "
+            f"states in the same basis: `agiqa store sketch {other} OUT --basis {sketch}`."
         )
     elif here.basis_id != there.basis_id:
         problem = (
-            f"{a.location} is a sketch in the basis {str(here.basis_id)[:12]}, {b.location} in "
+            f"{a} is a sketch in the basis {str(here.basis_id)[:12]}, {b} in "
             f"{str(there.basis_id)[:12]}. Make the second anew, from the store of hidden states that it came from: "
-            f"`agiqa store sketch STORE OUT --basis {a.location}`."
+            f"`agiqa store sketch STORE OUT --basis {a}`."
         )
     elif (here.encoding, here.width) != (there.encoding, there.width):
         problem = (
-            f"{a.location} holds {here.encoding!r} features of width {here.width}, {b.location} {there.encoding!r} of "
+            f"{a} holds {here.encoding!r} features of width {here.width}, {b} {there.encoding!r} of "
             f"{there.width}. Extract or convert one of them with the settings of the other."
         )
     else:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from agiqa.bench.recording.predictions import write_predictions
 from agiqa.bench.recording.result_folders import (
     ROWS,
@@ -38,17 +41,18 @@ from agiqa.heads.data.scales import (
     scales_record,
     unknown_scales,
 )
+from agiqa.heads.evaluation.conformal import interval_records, recorded_errors
 from agiqa.heads.evaluation.leaks import author_warnings, authors_by_part
 from agiqa.heads.evaluation.mos_mappings import Mappings
 from agiqa.heads.evaluation.runs import PREDICTIONS, Run, load_run
-from agiqa.heads.evaluation.scoring import predict, scores_of_labels
+from agiqa.heads.evaluation.scoring import Moments, run_moments, scores_of_labels
 from agiqa.heads.settings.device import cpu_threads
 from agiqa.heads.settings.labels import by_label, of_each_label
 from agiqa.heads.sweeps.head_jobs import HeadJob, is_there, with_notes
 from agiqa.heads.sweeps.sweeping import Partitions, train_heads
 from agiqa.heads.sweeps.watching import SweepWatch, watching
 from agiqa.progress import say
-from agiqa.store import Store
+from agiqa.store import AnyStore
 from agiqa.version import agiqa_version, this_commit
 
 APPLIED = "predictions"
@@ -74,7 +78,7 @@ class Transfer:
 
 
 def run_transfer(
-    stores: Mapping[str, Store],
+    stores: Mapping[str, AnyStore],
     settings: TransferSettings,
     out: Path,
     *,
@@ -258,20 +262,17 @@ class _Work:
         target, labels = self._sides[line.target], run.train.labels
         items = target.partition.test
         with cpu_threads(run.train.threads):
-            guesses = predict(
+            learned = run_moments(
                 run, target.store, items, device=self._settings.train.device, batch_size=run.train.batch_size
-            ).reshape(len(items), len(labels))
+            )
         mos = read_labels(target.store, items, label=run.train.label)
         scales = run.scales, scales_of(target.store, labels)
-        guesses, lines = convert_columns(guesses, *scales), lines_between(*scales)
-        fitted = [Mappings.from_record(one) for one in of_each_label(labels, run.metrics["logistic"])]
-        mappings = [one.rescaled(*line) for one, line in zip(fitted, lines, strict=True)]
-        scores = scores_of_labels(target.store, items, mos, guesses, mappings=mappings)
+        guesses, scores = _scored(run, target.store, items, mos, learned)
         path = self._out / APPLIED / f"{line.name}.csv"
         names, prompts = (
             [column[k] for k in items] for column in (target.store.items.names, target.store.items.prompts)
         )
-        write_predictions(path, labels, names, prompts, mos, guesses, items=items.tolist())
+        write_predictions(path, labels, names, prompts, mos, guesses.mos, items=items.tolist(), spread=guesses.spread)
         return {
             **self._facts(line, run),
             "seconds": round(time.perf_counter() - started, 3),
@@ -313,3 +314,24 @@ class _Work:
         done = sum(one.name in self.results.lines for one in self._plan.lines)
         what = f"failed ({facts['error'].splitlines()[0]})" if "error" in facts else f"{facts['seconds']:.1f} s"
         self._tell(f"[{done}/{total}] {line.name}: {what}")
+
+
+def _scored(
+    run: Run, store: AnyStore, items: NDArray[np.int64], mos: NDArray[np.float64], learned: Moments
+) -> tuple[Moments, list[Line]]:
+    """Predictions on the scale of `store`, and the metrics of each label; those given are on the scale of the run.
+
+    The coverage of intervals is computed on the scale of the run.
+    """
+    labels = run.train.labels
+    there, here = run.scales, scales_of(store, labels)
+    lines = lines_between(there, here)
+    spread = None if learned.spread is None else learned.spread * np.array([slope for slope, _ in lines])
+    guesses = Moments(mos=convert_columns(learned.mos, there, here), spread=spread)
+    fitted = [Mappings.from_record(one) for one in of_each_label(labels, run.metrics["logistic"])]
+    mappings = [one.rescaled(*line) for one, line in zip(fitted, lines, strict=True)]
+    scores = scores_of_labels(store, items, mos, guesses, mappings=mappings, names=labels, scales=here)
+    generators = [store.items.generators[k] for k in items]
+    truth = convert_columns(mos, here, there)
+    records = interval_records(recorded_errors(run), learned.mos, learned.spread, truth, generators)
+    return guesses, [{**score, "intervals": record} for score, record in zip(scores, records, strict=True)]

@@ -188,3 +188,16 @@ def test_a_grid_with_sizes_that_an_encoder_cannot_have_is_refused_as_a_whole(gri
     with pytest.raises(ConfigError, match="width 18 cannot have 4 heads") as refused:
         grid(base={"encoder": "transformer", "width": 18}, grid={"num_heads": [3, 4]})
     assert any("while reading the grid" in note for note in refused.value.__notes__)
+
+
+def test_settings_that_a_closed_form_does_not_read_make_no_runs(grid):
+    plan = grid(
+        base={"device": "cpu"}, grid={"encoder": ["ridge", "krr"], "pooling": ["mean@answer", "mean+max@answer"]}
+    )
+    assert [run.head.pooling for run in plan] == ["mean@answer", "mean+max@answer"] * 2
+    for unread in ({"lr": [0.1, 0.2]}, {"kernel": ["rbf", "linear"]}, {"init_pooling": ["mean", "auto"]}):
+        with pytest.raises(ConfigError, match=r"which (the closed form 'ridge'|a head without `init`) does not read"):
+            grid(base={"device": "cpu", "encoder": "ridge"}, grid=unread)
+    with pytest.raises(ConfigError, match="which a head without `init` does not read"):
+        grid(base={"device": "cpu", "encoder": "gru"}, grid={"strength": [1.0, 2.0]})
+    assert len(grid(base={"device": "cpu", "encoder": "gru", "init": "ridge"}, grid={"strength": [1.0, 2.0]})) == 2

@@ -142,13 +142,18 @@ def test_leaving_a_generator_out_needs_two(grid):
         grid(generators=["glide"], grid={"encoder": ["gru"]}, protocols=["leave-one-generator-out"])
 
 
-SHIPPED = {"quick": 12, "heads": 720, "table-iv": 300, "table-iii": 120, "losses": 270, "roles": 150, "ranks": 150}
-STORES = {"table-iii": ("main", "one", "two", "three"), "ranks": ("main", "r16", "r32", "r64", "r128")}
+SHIPPED = {"quick": 12, "heads": 720, "table-iv": 300, "table-iii": 150, "losses": 270, "roles": 150, "ranks": 150}
+SHIPPED |= {"table-iii-stores": 120, "table-iv-conversations": 180, "labels": 240, "layers": 60}
+STORES = {
+    "table-iii-stores": ("main", "one", "two", "three"),
+    "table-iv-conversations": ("main", "untuned"),
+    "ranks": ("main", "r16", "r32", "r64", "r128"),
+}
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_grid_that_is_brought_can_be_read(name):
-    plan = read_grid(find_grid(name), stores=STORES.get(name, ("",)))
+    plan = read_grid(find_grid(name), stores=STORES.get(name, ("",)), layers=lambda: ["8", "last"])
     assert len(plan) == SHIPPED[name]
     assert all(run.train.calibrate for run in plan)
     assert {run.protocol for run in plan} == {"published", "grouped"}

@@ -13,9 +13,9 @@ from sklearn.model_selection import GroupKFold
 
 from agiqa.bench.baselines.baselines import run_baselines
 from agiqa.bench.baselines.evidence import RatingWords
-from agiqa.bench.baselines.predictors import STRENGTHS
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads import TrainConfig
+from agiqa.heads.closed.regressions import STRENGTHS
 from agiqa.heads.data.splits import make_partition
 from agiqa.heads.evaluation.metrics import evaluate_scores
 from tests.store.conftest import make_content, make_store

@@ -16,9 +16,10 @@ from sklearn.model_selection import GroupKFold
 
 from agiqa.bench.baselines.baselines import run_baselines
 from agiqa.bench.baselines.evidence import MeanFeatures
-from agiqa.bench.baselines.predictors import KERNEL_STRENGTHS, STRENGTHS, WIDTHS, features_title
+from agiqa.bench.baselines.predictors import features_title
 from agiqa.errors import DataError
 from agiqa.heads import TrainConfig
+from agiqa.heads.closed.regressions import KERNEL_STRENGTHS, STRENGTHS, WIDTHS
 from agiqa.heads.data.splits import make_partition
 from agiqa.store import StoreUnion, basis_from, sketch_store
 from tests.store.conftest import Content, make_content, make_store
@@ -200,6 +201,17 @@ def test_mean_features_are_computed_once(tmp_path):
     assert counting.read_items == COUNT
     run_baselines(counting, [TrainConfig(split="grouped")], protocol="grouped", out=tmp_path, means=means)
     assert counting.read_items == COUNT
+    before = means.of(np.array([3]))
+    means.forget()
+    np.testing.assert_array_equal(means.of(np.array([3]))["all"], before["all"])
+    assert counting.read_items == COUNT + 1
+
+
+def test_a_kernel_matrix_that_memory_cannot_hold_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("agiqa.heads.closed.regressions.available_memory", lambda device: 1000)
+    line = run(spoken(tmp_path), tmp_path / "out")
+    assert {one["regression"] for one in line["fits"][0]["candidates"]} == {"ridge"}
+    assert any("kernel ridge on 45 training items needs" in note for note in line["notes"])
 
 
 def test_raw_logits_are_too_wide(tmp_path):

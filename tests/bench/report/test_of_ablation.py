@@ -1,6 +1,7 @@
 """The report of what `run_ablation` itself leaves: several stores, every protocol, and the bias of choosing on test."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from agiqa.bench.ablation.grids import read_grid
 from agiqa.bench.ablation.protocols import generators_of
 from agiqa.bench.report.findings import METHOD, findings, limits
 from agiqa.bench.report.reading import read_all
-from agiqa.bench.report.row_tables import bias_table, leak, main_tables
+from agiqa.bench.report.row_tables import bias_table, leak, main_tables, optimism_tables
 from agiqa.bench.report.writing import write_report
 from agiqa.store import basis_from, sketch_store
 from tests.bench.report import made
@@ -140,6 +141,16 @@ def test_the_bias_of_choosing_on_test_is_in_the_result_lines_and_needs_no_run_fo
     }
     page = write_report([bare], tmp_path / "page").page.read_text()
     assert "best epoch on test beside the honest number" in page.casefold()
+
+
+def test_tables_of_networks_speak_of_networks(out):
+    (heads,) = read_all([out])
+    networks = replace(heads, about=heads.about.model_copy(update={"kind": "networks"}))
+    tables = [*main_tables(networks), *optimism_tables(networks)]
+    notes = " ".join(note for table in tables for note in table.notes)
+    assert "Networks are means over 2 seeds." in notes
+    assert "scored by a network that saw no image of its generator" in notes
+    assert re.search(r"\b[Hh]eads?\b", notes) is None
 
 
 def test_one_seed_is_one_seed(results):

@@ -152,3 +152,10 @@ def test_few_items_are_drawn_by_the_seed_and_the_test_part_is_not(settings, spli
 def test_plans_without_sense_are_refused(settings, names, shots, said):
     with pytest.raises(ConfigError, match=said):
         plan_transfer(names, settings(), seeds=1, shots=shots)
+
+
+@pytest.mark.parametrize("head", [{"encoder": "ridge"}, {"encoder": "gru", "init": "ridge"}])
+def test_closed_forms_are_fitted_anew_and_start_from_no_other_head(settings, head):
+    plan = plan_transfer(("a", "b"), settings(head=head, train={"device": "cpu"}), seeds=1, shots=[10])
+    assert {line.way for line in plan.lines} == {"within", "apply", "tp", "fresh"}
+    assert all(one.start is None for sweep in plan.sweeps for one in sweep)
