@@ -32,6 +32,7 @@ SECTIONS = {
     },
     "Heads": {
         "train": "Train a head from a store.",
+        "stack": "Add up trained heads, with weights from validation items.",
         "evaluate": "SRCC, PLCC, KRCC and RMSE of a head on a store, with intervals.",
         "predict": "Scores of a head for every item of a store, as a csv.",
         "score": "Description, rating word and MOS of single images, without a store.",
@@ -39,9 +40,11 @@ SECTIONS = {
     "Questions": {
         "tune-head": "Which settings make the best head? A search on validation items, then a test.",
         "ablate": "Which head is best? A grid of heads, with baselines and paired differences.",
+        "baseline": "How good are image networks, fine-tuned on the same splits? Table II.",
         "transfer": "How good is a head on another data set: unchanged, retrained, or trained on few items?",
         "runs": "List trained runs: settings that differ, scores, date; paired differences between them.",
         "words": "How well do the model's rating words agree with the MOS?",
+        "reproduce": "The tables of the M3-AGIQA paper, from published data and checkpoints.",
         "report": "Tables, pictures and one page from the results of ablate, transfer and train.",
     },
     "Start": {

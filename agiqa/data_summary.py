@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from agiqa.extract.data.items import DataSet, Item
-from agiqa.extract.filling.footprints import RATE_SOURCE, Footprint, ModelShape
+from agiqa.extract.filling.footprints import RATE_SOURCE, Footprint, ModelShape, RowsOfItems
 from agiqa.extract.filling.token_estimates import TokenCounts
 from agiqa.heads.data.prompt_groups import KnownPrompts, normalise_prompt
 from agiqa.store.format.labels import SPLITS, MosRange
@@ -55,11 +55,12 @@ def tokens_summary(counts: TokenCounts) -> dict[str, Any]:
     return {**about, "truncated": counts.truncated, "skipped": list(counts.skipped)}
 
 
-def costs_summary(shape: ModelShape, found: Sequence[Footprint]) -> dict[str, Any]:
-    """Disk and GPU hours by encoding, JSON-able."""
+def costs_summary(shape: ModelShape, found: Sequence[Footprint], content: RowsOfItems) -> dict[str, Any]:
+    """Disk and GPU hours by encoding, for stores of `content`, JSON-able."""
     encodings = {one.encoding: one.as_dict() for one in found}
     rate = RATE_SOURCE if shape.is_measured else None
-    return {"model": shape.name, "width": shape.width, "vocabulary": shape.vocabulary, "rate": rate, **encodings}
+    about = {"model": shape.name, "width": shape.width, "vocabulary": shape.vocabulary, "rate": rate}
+    return {**about, **content.as_dict(), **encodings}
 
 
 def _counts(values: Sequence[str], order: Sequence[str] = ()) -> dict[str, int]:

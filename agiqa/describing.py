@@ -9,7 +9,7 @@ from agiqa.errors import ConfigError
 from agiqa.extract import DataSet, DescriptionResult, DescriptionSettings, load_data_set, run_descriptions
 from agiqa.extract.describing.rounds import preset
 from agiqa.extract.describing.served import run_served_descriptions, sent
-from agiqa.extract.models.opening import opened, opener_of
+from agiqa.extract.models.opening import check_writes_text, opened, opener_of
 from agiqa.extract.models.preparing import Opener
 from agiqa.heads.evaluation.rating_words import parse_rating_word
 from agiqa.progress import say
@@ -72,6 +72,7 @@ def describe(
     )
     if server is not None:
         return _on_server(load, path, chosen, server=server, model=str(model), variable=key_env, jobs=jobs)
+    check_writes_text(str(model))
     opener = opener_of(str(model), adapter=adapter, dtype=dtype, max_slices=max_slices)
     return _here(load, path, chosen, opener, device=device, workers=workers)
 

@@ -3,7 +3,7 @@
 Parts of your own are registered by modules that `agiqa.parts` imports before the first look-up.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar, cast
 
 from agiqa.errors import ConfigError, UnknownName
@@ -16,9 +16,13 @@ Member = TypeVar("Member")
 class Registry(Generic[Part]):
     """Parts of one kind by name. Each name is unique."""
 
-    def __init__(self, kind: str) -> None:
-        """`kind` is the noun of error messages, such as `encoder`."""
+    def __init__(self, kind: str, *, beside: Sequence[str] = ()) -> None:
+        """`kind` is the noun of error messages, such as `encoder`. No part may have a name of `beside`.
+
+        Those names mean something else in the same setting, and messages list them too.
+        """
         self.kind = kind
+        self._beside = tuple(beside)
         self._parts: dict[str, Part] = {}
 
     def add(self, name: str, part: Part) -> None:
@@ -28,6 +32,9 @@ class Registry(Generic[Part]):
         reloaded. Raises ConfigError if another one has the name.
         """
         taken = self._parts.get(name)
+        if name in self._beside:
+            message = f"The {self.kind} {name!r} is built in; choose another name."
+            raise ConfigError(message)
         if taken is not None:
             there, here = Origin.of(taken), Origin.of(part)
             if (there.module, there.name) != (here.module, here.name):
@@ -53,7 +60,7 @@ class Registry(Generic[Part]):
         try:
             return parts[name]
         except KeyError:
-            unknown = UnknownName.of(self.kind, name, parts)
+            unknown = UnknownName.of(self.kind, name, [*parts, *self._beside])
             message = f"{unknown} A module of your own that registers it: --import MODULE."
             raise UnknownName(message) from None
 

@@ -2,29 +2,28 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agiqa.errors import ConfigError, DataError, HeadError, ModelError, WorkerError
+from agiqa.errors import ConfigError, DataError, ModelError, WorkerError
 from agiqa.extract import Backbone, Described, Describer, DescriptionSettings, Item
 from agiqa.extract.data.datasets import expanded, items_of_pairs, prompts_of_images
-from agiqa.extract.data.templates import VARIANTS, template_of
+from agiqa.extract.data.templates import reads_description
 from agiqa.extract.describing.rounds import preset
 from agiqa.extract.filling.live import LiveFeatures
 from agiqa.extract.filling.targets import Target
-from agiqa.extract.models.opening import open_checked
-from agiqa.extract.models.provenance import check_model
 from agiqa.heads import Run, load_run
+from agiqa.heads.closed.combined import AnyHead
+from agiqa.heads.evaluation.conformal import ConformalScores
+from agiqa.heads.evaluation.intervals import conformal_scores
 from agiqa.heads.evaluation.rating_words import parse_rating_word
-from agiqa.heads.evaluation.scoring import predict_items
-from agiqa.heads.model.head import Head
+from agiqa.heads.evaluation.scoring import Moments, predict_moments
 from agiqa.heads.settings.device import resolve_device
 from agiqa.heads.settings.labels import by_label
 from agiqa.progress import say
-from agiqa.store import open_store
+from agiqa.recorded_inputs import open_model_of, recorded_wording, target_of
 from agiqa.store.format.columns import ColumnNames
 
 
@@ -43,6 +42,10 @@ class ImageScore:
     """The rating word in that answer; None if it is not clear."""
     mos: Any
     """A number; for a head with several labels, a dict of numbers by label."""
+    spread: Any = None
+    """The predicted standard deviation, as `mos`; None for a head that predicts none."""
+    interval: Any = None
+    """[lowest, highest] MOS, or a dict of them by label; None if no intervals were requested."""
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -66,78 +69,6 @@ class NotScored:
 Outcome = ImageScore | NotScored
 
 
-def recorded_wording(run: Run, aspect: str | None, variant: str | None) -> tuple[str, str]:
-    """The aspect and variant of the conversations that the head was trained on.
-
-    If the run has no record of them, the given ones, or else `quality` and `id`. Raises UnknownName for an unknown
-    aspect, and HeadError if a given one differs from the record.
-    """
-    if aspect is not None:
-        template_of(aspect)
-    recorded = run.origin.get("conversation", {})
-    for option, given in (("aspect", aspect), ("variant", variant)):
-        stated = recorded.get(option, given)
-        if given is not None and given != stated:
-            message = (
-                f"The head {run.path} was trained on conversations of the {option} {stated}, and --{option} is "
-                f"{given}. Leave --{option} out, or give a head that was trained on {given}."
-            )
-            raise HeadError(message)
-    used = aspect or recorded.get("aspect", "quality"), variant or recorded.get("variant", "id")
-    if used[1] not in VARIANTS:
-        message = (
-            f"The head {run.path} reads descriptions of several aspects ({used[1]}), and score writes those of one. "
-            "Use `agiqa describe` for each aspect, then `agiqa extract` and `agiqa predict`."
-        )
-        raise HeadError(message)
-    return used
-
-
-def open_model_of(
-    run: Run, model: str, *, adapter: str | None, dtype: str, device: str, max_slices: int | None
-) -> Backbone:
-    """Open `model` if it is the model of the head. `dtype` auto and `max_slices` None stand for the recorded values.
-
-    Raises HeadError if the models differ (see `check_model`), and what `open_backbone` raises.
-    """
-    recorded = run.origin.get("model", {})
-    if not recorded:
-        say(
-            f"warning: {run.path} does not record which model made its store, so only the language-model head is "
-            "compared. Make sure that model, adapter, aspect and variant are those of that store"
-        )
-        return open_checked(model, adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
-    dtype = recorded.get("dtype", dtype) if dtype == "auto" else dtype
-    opened = partial(open_checked, model, adapter=adapter, dtype=dtype, device=device)
-    backbone = opened(max_slices=max_slices)
-    found, slices = backbone.provenance(), recorded.get("image", {}).get("slices")
-    if max_slices is None and slices is not None and found.get("image", {}).get("slices", slices) != slices:
-        backbone = opened(max_slices=slices)
-        found = {**found, "image": {**found["image"], "slices": slices}}
-    for line in check_model(recorded, found, head=f"The head {run.path}"):
-        say(f"warning: {line}")
-    return backbone
-
-
-def target_of(run: Run, basis: str | Path | None) -> Target:
-    """The encoding that the head reads; `basis` is a sketch store for a head on a sketch.
-
-    Raises HeadError or ConfigError if the basis does not fit the head.
-    """
-    if run.spec.basis_id is None:
-        if basis is not None:
-            message = f"--basis belongs to a head on a sketch; {run.path} reads {run.spec.encoding!r} features."
-            raise ConfigError(message)
-        return Target(encoding=run.spec.encoding)
-    if basis is None:
-        message = (
-            f"The head {run.path} reads a sketch in the basis {run.spec.basis_id}. Name a sketch store that has it, "
-            "such as the one that it was trained on: --basis STORE."
-        )
-        raise HeadError(message)
-    return Target(encoding="sketch", basis=open_store(basis).basis())
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageScorer:
     """Scores images, a batch at a time."""
@@ -145,11 +76,15 @@ class ImageScorer:
     describer: Describer
     features: LiveFeatures
     run: Run
-    head: Head
+    head: AnyHead
     variant: str
     """The variant of the conversation that the head reads."""
     describes: bool
     """Whether to generate descriptions and rating words even if the head does not read them."""
+    level: float | None = None
+    """The level of the intervals (see heads/evaluation/conformal.py); None for no intervals."""
+    errors: ConformalScores | None = None
+    """What the intervals are made from."""
 
     @classmethod
     def make(
@@ -165,14 +100,22 @@ class ImageScorer:
         max_new_tokens: int = 1024,
         seed: int = 0,
         batch_size: int = 8,
+        level: float | None = None,
     ) -> "ImageScorer":
         """A scorer of the head `run` over `backbone`, whose weights it loads.
 
         `wording` is from `recorded_wording`, `target` from `target_of`. If `describe` is None, it describes for all
-        variants but `no_id`. Raises HeadError if the head cannot read the model's features.
+        variants whose conversations hold a description. Raises HeadError if the head cannot read the model's features,
+        and ConfigError if the run has too few validation items for intervals of the `level`.
         """
+        errors = None if level is None else conformal_scores(run)
+        if errors is not None and level is not None:
+            errors.quantiles(level)
         aspect, variant = wording
-        describes = variant != "no_id" if describe is None else describe
+        describes = reads_description(variant) if describe is None else describe
+        if describe and target.tap is not None:
+            message = f"{run.path} reads {target.tap!r} of {model} alone, which writes no text. Leave --describe out."
+            raise ConfigError(message)
         first, second = preset(settings, max_new_tokens=max_new_tokens, seed=seed)
         rate = second if describes or variant == "full" else None
         asked = DescriptionSettings(aspect=aspect, describe=first, rate=rate, batch_size=batch_size)
@@ -186,6 +129,8 @@ class ImageScorer:
             head=run.load_head(features, device=device),
             variant=variant,
             describes=describes,
+            level=level,
+            errors=errors,
         )
 
     @property
@@ -221,14 +166,15 @@ class ImageScorer:
     def _batch(self, items: Sequence[Item]) -> list[Outcome]:
         """Raises DataError, ModelError or WorkerError if the model cannot read an item."""
         described: Sequence[Described | str | None] = [None] * len(items)
-        if self.describes or self.variant != "no_id":
+        if self.describes or reads_description(self.variant):
             described = self.describer.describe(items)
         able = [(item, one) for item, one in zip(items, described, strict=True) if not isinstance(one, str)]
-        predicted: list[list[float]] = []
+        scored: Iterator[ImageScore] = iter(())
         if able:
             self.features.replace([self._read(item, one) for item, one in able])
-            predicted = predict_items(self.head, self.features, np.arange(len(able)), batch_size=len(able)).tolist()
-        scored = iter([self._score(item, one, mos) for (item, one), mos in zip(able, predicted, strict=True)])
+            read = self.run.features_of(self.features)
+            found = predict_moments(self.head, read, np.arange(len(able)), batch_size=len(able))
+            scored = iter(self._scores(able, found))
         return [
             _not_scored(item, one) if isinstance(one, str) else next(scored)
             for item, one in zip(items, described, strict=True)
@@ -236,19 +182,33 @@ class ImageScorer:
 
     def _read(self, item: Item, described: Described | None) -> Item:
         """The item with the conversation that the head reads."""
-        return self.describer.undescribed(item) if described is None else self.describer.item(described, self.variant)
+        if described is None:
+            return self.describer.undescribed(item, self.variant)
+        return self.describer.item(described, self.variant)
 
-    def _score(self, item: Item, described: Described | None, mos: list[float]) -> ImageScore:
-        word = described.rating_word if described is not None else ""
-        return ImageScore(
-            image=item.name,
-            prompt=item.prompt,
-            description=None if described is None else described.description,
-            cut=None if described is None else described.cut,
-            rating_word=word or None,
-            rating=parse_rating_word(word),
-            mos=by_label(self.run.train.labels, mos),
-        )
+    def _scores(self, able: Sequence[tuple[Item, Described | None]], found: Moments) -> list[ImageScore]:
+        """The outcomes of items whose scores are `found`."""
+        ends = None
+        if self.errors is not None and self.level is not None:
+            low, high = self.errors.intervals(found.mos, found.spread, level=self.level, scales=self.run.scales)
+            ends = np.stack([low, high], axis=2)
+        labels, scores = self.run.train.labels, list[ImageScore]()
+        for row, (item, described) in enumerate(able):
+            word = described.rating_word if described is not None else ""
+            scores.append(
+                ImageScore(
+                    image=item.name,
+                    prompt=item.prompt,
+                    description=None if described is None else described.description,
+                    cut=None if described is None else described.cut,
+                    rating_word=word or None,
+                    rating=parse_rating_word(word),
+                    mos=by_label(labels, found.mos[row].tolist()),
+                    spread=None if found.spread is None else by_label(labels, found.spread[row].tolist()),
+                    interval=None if ends is None else by_label(labels, ends[row].tolist()),
+                )
+            )
+        return scores
 
 
 def _not_scored(item: Item, reason: str) -> NotScored:
@@ -292,6 +252,7 @@ def open_scorer(
     *,
     adapter: str | None = None,
     max_slices: int | None = None,
+    weights: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
     basis: str | Path | None = None,
@@ -302,6 +263,7 @@ def open_scorer(
     max_new_tokens: int = 1024,
     seed: int = 0,
     batch_size: int = 8,
+    interval: float | None = None,
 ) -> ImageScorer:
     """Open a model and a head that score images: the arguments of `score` but for the images.
 
@@ -309,7 +271,9 @@ def open_scorer(
     """
     head = run if isinstance(run, Run) else load_run(run)
     target, wording = target_of(head, basis), recorded_wording(head, aspect, variant)
-    backbone = open_model_of(head, str(model), adapter=adapter, dtype=dtype, device=device, max_slices=max_slices)
+    backbone = open_model_of(
+        head, str(model), adapter=adapter, dtype=dtype, device=device, max_slices=max_slices, weights=weights
+    )
     return ImageScorer.make(
         head,
         backbone,
@@ -321,6 +285,7 @@ def open_scorer(
         max_new_tokens=max_new_tokens,
         seed=seed,
         batch_size=batch_size,
+        level=interval,
     )
 
 
@@ -339,9 +304,10 @@ def score(
     Yields an ImageScore for each image, in their order, as soon as its batch is done, or a NotScored with the reason.
     The images are checked and the model is opened before this returns. `images`, `prompts`, `table` and `columns` are
     those of `items_to_score`. `model` must be the one behind the head `run`; `options` are those of `open_scorer`:
-    `adapter`, `dtype`, `device`, `max_slices`, `basis` (a sketch store, for a head on a sketch), `aspect` and `variant`
-    (by default those of the head's store), `describe` (whether to generate descriptions that the head does not read),
-    `settings` (greedy or published), `max_new_tokens`, `seed` and `batch_size` (images).
+    `adapter`, `dtype`, `device`, `max_slices`, `weights` (of `timm:NAME`), `basis` (a sketch store, for a head on a
+    sketch), `aspect` and `variant` (by default those of the head's store), `describe` (whether to generate descriptions
+    that the head does not read), `settings` (greedy or published), `max_new_tokens`, `seed`, `batch_size` (images) and
+    `interval` (the share of MOS that intervals shall hold, such as .9).
 
     Raises HeadError for another model than the head was trained with, ModelError for one that cannot be opened,
     ConfigError, UnknownName and DataError as `items_to_score`.

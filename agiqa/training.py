@@ -1,6 +1,6 @@
 """Phase 2 in one call: from a store to a trained and evaluated head."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from agiqa.heads import (
     training_progress,
 )
 from agiqa.heads.data.features import location_of
-from agiqa.heads.model.projection import usual_projection
+from agiqa.heads.data.variants import as_variant
+from agiqa.heads.model.reading import usual_settings
 from agiqa.progress import say
-from agiqa.store import Store, open_store, union
+from agiqa.store import AnyStore, Store, open_store, union
 
 
 def train(
@@ -38,7 +39,7 @@ def train(
     """Train a head on `store` and write the folder `run`: weights, config, metrics, predictions and curves.
 
     `store` is a path, a URL or an open store; `also` is a further one to train on, or several. `settings` are those of
-    `agiqa.heads.HeadConfig` and `agiqa.heads.TrainConfig`, such as `encoder="gru"` and `epochs=30`; `config` is a YAML
+    `agiqa.heads.HeadConfig` and `agiqa.heads.TrainConfig`, such as `encoder="gru"` and `layer="16"`; `config` is a YAML
     file with the sections `head` and `train`, and `preset` is `paper` or `published`. `start` is a run to start from,
     with its settings and weights. The first of settings, `config`, `start` and `preset` that gives a setting decides.
     An interrupted training resumes; `restart` discards its saved state. `progress` shows the training, by default on
@@ -57,8 +58,9 @@ def train(
         settings,
         preset=preset,
         start=None if first is None else first.head,
-        projection=usual_projection(source),
+        usual=usual_settings(source) if first is None else lambda given: _of_start(source, first, given),
     )
+    source = as_variant(source, training.variant)
     _warn_of_other_questions(source, training)
     trained = train_head(
         source,
@@ -81,10 +83,16 @@ def _opened(store: str | Path | FeatureSource) -> FeatureSource:
     return open_store(store) if isinstance(store, str | Path) else store
 
 
-def _store(store: str | Path | FeatureSource) -> Store:
+def _of_start(source: FeatureSource, start: Run, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `usual_settings` of a training that starts from a run, whose layer it reads."""
+    of_start = {"layer": start.spec.layer}
+    return {**usual_settings(source)({**of_start, **given}), **of_start}
+
+
+def _store(store: str | Path | FeatureSource) -> AnyStore:
     """A store to be read as one with others. Raises TypeError for another source of features."""
     source = _opened(store)
-    if not isinstance(source, Store):
+    if not isinstance(source, AnyStore):
         message = f"`also` joins stores, and {location_of(source)} is a {type(source).__name__}."
         raise TypeError(message)
     return source

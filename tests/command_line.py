@@ -26,6 +26,7 @@ _SERVER = """
 import gc, json, os, signal, sys, traceback
 import lightning.pytorch, pyarrow.parquet, sklearn.feature_extraction.text, torch, transformers, xlstm, zarr
 import agiqa.bench.ablation.ablation, agiqa.bench.report.writing, agiqa.bench.transfer.transfer
+import agiqa.bench.networks.networks, timm
 import agiqa.extract.filling.job, agiqa.extract.teaching.batches
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from agiqa.cli import main

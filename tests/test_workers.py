@@ -285,7 +285,7 @@ def test_an_item_that_crashes_workers_is_skipped_in_a_plan_and_named_in_a_fill(t
         with pytest.raises(
             WorkerError, match=r"item '000\.png' \(\d+ tokens\): the process that prepared it was ended by SIGSEGV"
         ):
-            engine.fill(store, tokenised.items, target, part=(1, 1), advance=lambda _items: None)
+            engine.fill(store, tokenised.planned, target, part=(1, 1), advance=lambda _items: None)
     assert verify(extract(folder, tiny_vision_checkpoint, path).store, "numeric").sound
 
 

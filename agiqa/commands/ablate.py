@@ -7,7 +7,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from agiqa.commands.options import StoreLocation, output_options, train_workers_option
+from agiqa.commands.options import StoreLocation, output_options, train_workers_option, variant_option
 from agiqa.commands.output import fail_if_any, print_parts
 
 SHIPPED = sorted(
@@ -49,7 +49,7 @@ class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[
     "--grid",
     required=True,
     type=Grid(),
-    help=f"Built-in grid ({', '.join(SHIPPED)}), or a YAML file with the keys above.",
+    help=f"Built-in ({', '.join(SHIPPED)}), or a YAML file as above.",
 )
 @click.option(
     "--store",
@@ -72,6 +72,7 @@ class NamedStore(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[
     help="Store of the same items for the closed-form baselines, such as the hidden states behind a sketch.  "
     "[default: the store of the heads]",
 )
+@variant_option
 @train_workers_option
 @output_options
 def command(
@@ -81,6 +82,7 @@ def command(
     named: tuple[tuple[str, str | Path], ...],
     words: tuple[Path, ...],
     baseline_store: str | Path | None,
+    variant: str | None,
     *,
     workers: int | None,
     as_json: bool,
@@ -89,23 +91,23 @@ def command(
 
     It writes OUT/results.jsonl (a line per run), OUT/rows.jsonl (a line per row of the table) and OUT/runs. The table
     has means over seeds, intervals over prompts and seeds, the paired difference to the head with the best
-    validation SRCC, and baselines without a head. Test results are never used for selection. `agiqa report OUT` makes a
-    page with pictures.
+    validation SRCC, and baselines without a head. `agiqa report OUT` makes a page. Test results choose nothing.
 
     \b
     A grid file has the keys
       base       settings of all runs (flat), and `preset`
-      grid       settings and lists of values; every combination is a run
+      grid       settings and lists of values; every combination is a run;
+                 `layer: all` is every layer of STORE
       runs       a list of settings, added to the grid
       seeds      seeds of every run
       protocols  published, grouped, leave-one-generator-out
     """
     from agiqa.bench.ablation.ablation import run_ablation
     from agiqa.bench.ablation.grids import find_grid, read_grid
-    from agiqa.bench.ablation.protocols import generators_of
+    from agiqa.bench.ablation.protocols import generators_of, layers_of
     from agiqa.bench.ablation.rows import rows_parts
     from agiqa.bench.recording.result_folders import RESULTS, ROWS
-    from agiqa.heads.model.projection import usual_projection
+    from agiqa.heads.model.reading import usual_settings
     from agiqa.store import open_store
 
     stores = {"main" if named else "": open_store(store)}
@@ -115,9 +117,13 @@ def command(
             raise click.UsageError(message)
         stores[name] = open_store(location)
     file = find_grid(grid)
-    projections = {name: usual_projection(source) for name, source in stores.items()}
     plan = read_grid(
-        file, stores=list(stores), projections=projections, generators=lambda: generators_of(*stores.values())
+        file,
+        stores=list(stores),
+        usual={name: usual_settings(source) for name, source in stores.items()},
+        generators=lambda: generators_of(*stores.values()),
+        layers=lambda: layers_of(*stores.values()),
+        variant=variant,
     )
     beside = None if baseline_store is None else open_store(baseline_store)
     done = run_ablation(stores, plan, out, grid=file, words=words, baseline_store=beside, workers=workers)

@@ -11,7 +11,14 @@ from agiqa.commands.data_options import DATA_OPTIONS, data_options, length_rule,
 from agiqa.commands.data_text import print_summary, problems_of
 from agiqa.commands.help import SectionedCommand, write_commands
 from agiqa.commands.models import max_slices_option
-from agiqa.commands.options import OneOf, columns_option, on_bad_item_option, shared_options
+from agiqa.commands.options import (
+    OneOf,
+    columns_option,
+    layers_option,
+    on_bad_item_option,
+    pool_tokens_option,
+    shared_options,
+)
 from agiqa.commands.output import print_result, table
 
 PUBLISHED_SETS = ("agiqa-1k", "agiqa-3k", "aigciqa2023", "aigiqa-20k", "evalmi-50k", "pku-i2iqa", "q-eval-100k")
@@ -106,7 +113,7 @@ def _import_text(result: Mapping[str, Any]) -> str:
 @command.command(
     "check",
     cls=SectionedCommand,
-    sections={"Model": ("model", "max_slices", "rank"), "Data": DATA_OPTIONS},
+    sections={"Model": ("model", "max_slices", "layers", "pool_tokens", "rank"), "Data": DATA_OPTIONS},
 )
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.option(
@@ -114,6 +121,8 @@ def _import_text(result: Mapping[str, Any]) -> str:
     help="Model that counts the tokens; its weights are not read.  [default: estimates for MiniCPM-Llama3-V-2.5]",
 )
 @max_slices_option
+@layers_option
+@pool_tokens_option
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of the sketch.  [default: 512]")
 @data_options
 @shared_options
@@ -138,22 +147,29 @@ def check(data: Path, *, as_json: bool, **options: Any) -> None:
 def _checked(data: Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """The summary of DATA, with what a store of it would take."""
     from agiqa.data_summary import costs_summary, summary_of, tokens_summary
-    from agiqa.extract.filling.footprints import PUBLISHED, ModelShape, footprints
+    from agiqa.extract.filling.footprints import PUBLISHED, ModelShape, RowsOfItems, footprints
+    from agiqa.extract.filling.pooling import parse_poolings
     from agiqa.extract.filling.token_estimates import estimated
+    from agiqa.extract.models.layers import parse_layers
 
-    model, slices = options["model"], options["max_slices"]
+    model, slices, poolings = options["model"], options["max_slices"], parse_poolings(options["pool_tokens"] or ())
     changes = {"variant": _variant(data, options), "on_bad_item": "skip"}
     if model is None:
-        data_set, shape = load(data, options, images=True, **changes), PUBLISHED
+        layers, shape = parse_layers(options["layers"], PUBLISHED.blocks, model=PUBLISHED.name), PUBLISHED
+        data_set = load(data, options, images=True, **changes)
         counts = estimated(data_set.items, max_slices=slices)
     else:
         from agiqa.extract.filling.token_counts import counted
         from agiqa.extract.models.opening import open_backbone
 
         backbone = open_backbone(model, device="cpu", max_slices=slices)
-        data_set, shape = load(data, options, images=backbone.reads_images, **changes), ModelShape.of(backbone, model)
-        counts = counted(data_set, backbone, length_rule(options, on_bad_item="skip"))
-    costs = costs_summary(shape, footprints(counts, shape, rank=options["rank"]))
+        layers = parse_layers(options["layers"], backbone.layer_count, model=model, first=backbone.first_layer)
+        shape = ModelShape.of(backbone, model, layers)
+        data_set = load(data, options, images=backbone.reads_images, **changes)
+        rule = length_rule(options, on_bad_item="skip")
+        counts = counted(data_set, backbone, rule, poolings=poolings, layers=layers)
+    content = RowsOfItems(layers=layers, poolings=poolings)
+    costs = costs_summary(shape, footprints(counts, shape, rank=options["rank"], content=content), content)
     return {**summary_of(data_set), "tokens": tokens_summary(counts), "cost": costs}
 
 

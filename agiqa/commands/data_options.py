@@ -49,8 +49,8 @@ def data_options(command: Command) -> Command:
             type=OneOf("variant", VARIANTS, look_up=_look_up_variant),
             default="id",
             show_default=True,
-            help="What the model reads: one question; a description too; the rating word too; or id:ASPECT+ASPECT "
-            "(full:ASPECT+ASPECT), descriptions of several aspects.",
+            help="What the model reads: one question (no_id), or a conversation that ends at one of its parts; "
+            "id:ASPECT+ASPECT holds several descriptions.",
         ),
         click.option("--aspect", type=ASPECT, default="quality", show_default=True, help="Wording of the questions."),
         mos_range_option,

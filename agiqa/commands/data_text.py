@@ -37,7 +37,7 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield from _histogram(aspect, mos)
     yield ""
     cost, tokens = summary["cost"], summary["tokens"]
-    yield from _token_lines(tokens, cost["model"])
+    yield from _token_lines(tokens, cost)
     yield ""
     yield from _cost_lines(cost, exact=tokens["exact"])
     problems = problems_of(summary)
@@ -96,9 +96,12 @@ def _histogram(aspect: str, mos: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {low:>{width}} to {high:<{width}}  {bar} {count:,}"
 
 
-def _token_lines(tokens: Mapping[str, Any], model: str) -> Iterator[str]:
+def _token_lines(tokens: Mapping[str, Any], cost: Mapping[str, Any]) -> Iterator[str]:
     how = "counted by its tokenizer" if tokens["exact"] else "estimated; --model counts them"
-    yield f"Tokens of {model}, {how}"
+    if cost["vocabulary"]:
+        yield f"Tokens of {cost['model']}, {how}"
+    else:
+        yield f"Positions of images in {cost['model']}"
     rows = {
         "in all": f"{tokens['total']:,}",
         "per item": _spread(tokens["per_item"]),
@@ -116,13 +119,17 @@ def _spread(spread: Mapping[str, float]) -> str:
 
 
 def _cost_lines(cost: Mapping[str, Any], *, exact: bool) -> Iterator[str]:
-    yield "A store of each encoding" + ("" if exact else ", by the estimated tokens")
-    for encoding in ("hidden", "sketch", "int8", "logits"):
+    layers, pooled = ", ".join(cost["layers"]), ", ".join(cost["pooled"])
+    rows = f", {pooled} of every item" if pooled else ""
+    several = "" if layers == "last" else f" of layer{'s' if ',' in layers else ''} {layers}"
+    yield f"A store of each encoding{several}{rows}" + ("" if exact else ", by the estimated tokens")
+    unit = "row" if pooled else "token"
+    for encoding in (name for name in ("hidden", "sketch", "int8", "logits") if name in cost):
         one = cost[encoding]
         hours = one["gpu_hours"]
         time = "GPU time not measured for this model" if hours is None else _hours(hours)
         yield (
-            f"  {encoding:<7} {one['bytes_per_token']:>7,} bytes per token, {_size(one['raw_bytes'])} raw, "
+            f"  {encoding:<7} {one['bytes_per_token']:>7,} bytes per {unit}, {_size(one['raw_bytes'])} raw, "
             f"about {_size(one['disk_bytes'])} on disk, {time}"
         )
     if cost["rate"] is not None:

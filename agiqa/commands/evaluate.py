@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from agiqa.commands.options import OneOf, StoreLocation, prediction_options, shared_options
-from agiqa.commands.output import label_titles, print_result, scores_line
+from agiqa.commands.options import OneOf, StoreLocation, prediction_options, run_variant_option, shared_options
+from agiqa.commands.output import interval_lines, label_titles, print_result, scores_line, spread_lines
 
 
 @click.command("evaluate")
@@ -21,9 +21,28 @@ from agiqa.commands.output import label_titles, print_result, scores_line
     show_default=True,
     help="Items to evaluate.",
 )
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+    metavar="LEVEL",
+    default=0.9,
+    show_default=True,
+    help="Level of the intervals whose coverage is measured.",
+)
+@run_variant_option
 @prediction_options
 @shared_options
-def command(run: Path, store: str | Path, part: str, device: str, batch_size: int, *, as_json: bool) -> None:
+def command(
+    run: Path,
+    store: str | Path,
+    part: str,
+    variant: str | None,
+    device: str,
+    batch_size: int,
+    *,
+    interval: float,
+    as_json: bool,
+) -> None:
     """SRCC, PLCC, KRCC and RMSE of the head RUN on STORE, with intervals over prompts.
 
     On its training store, --on names the parts of its training. On another store of the same model (or basis) it names
@@ -31,6 +50,9 @@ def command(run: Path, store: str | Path, part: str, device: str, batch_size: in
     to its validation part (a line if that has fewer than 100 items). MOS on another scale are converted to the
     scale of the head, which is also that of RMSE. A head with several labels is scored on each of them; STORE must have
     them all.
+
+    Coverage is the share of true MOS inside the intervals of `agiqa predict --interval`, of all items and by generator.
+    Intervals hold for images like the validation items of the run, not for other generators or prompts.
     """
     from agiqa.heads import evaluate, load_run
     from agiqa.heads.settings.labels import of_each_label
@@ -38,13 +60,15 @@ def command(run: Path, store: str | Path, part: str, device: str, batch_size: in
     from agiqa.store import open_store
 
     head = load_run(run)
-    scores = evaluate(head, open_store(store), part, device=device, batch_size=batch_size)
+    source = open_store(store)
+    scores = evaluate(head, source, part, variant=variant, interval=interval, device=device, batch_size=batch_size)
     for warning in scores["warnings"]:
         say(f"warning: {warning}")
     labels = head.train.labels
     lines: list[str] = []
     for title, of_label in zip(label_titles(labels), of_each_label(labels, scores), strict=True):
-        lines += [*title, scores_line(part, of_label), *_mapped_lines(of_label)]
+        lines += [*title, scores_line(part, of_label), *_mapped_lines(of_label), *spread_lines(of_label)]
+        lines += interval_lines(of_label["intervals"])
     print_result(scores, "\n".join(lines), as_json=as_json)
 
 

@@ -10,8 +10,22 @@ import click
 from agiqa.commands.data_options import data_options, length_rule, load
 from agiqa.commands.data_text import print_summary
 from agiqa.commands.help import SectionedCommand
-from agiqa.commands.models import MODEL_OPTIONS, model_options, prepare_workers_option
-from agiqa.commands.options import Automatic, OneOf, Share, StoreLocation, shared_options
+from agiqa.commands.models import (
+    IMAGE_ENCODER_OPTIONS,
+    MODEL_OPTIONS,
+    image_encoder_options,
+    model_or_encoder_options,
+    prepare_workers_option,
+)
+from agiqa.commands.options import (
+    Automatic,
+    OneOf,
+    Share,
+    StoreLocation,
+    layers_option,
+    pool_tokens_option,
+    shared_options,
+)
 from agiqa.commands.output import print_result, table
 from agiqa.extract.filling.crew import Crew
 from agiqa.extract.models.checkpoints import hashed_ahead
@@ -27,8 +41,8 @@ SECTIONS = {
         *("model", "adapter", "conversations", "variant", "aspect", "labels", "mos_range", "encoding", "rank"),
         "devices",
     ),
-    "Model": MODEL_OPTIONS[2:],
-    "What is stored": ("basis", "keep_logits"),
+    "Model": (*MODEL_OPTIONS[2:], *IMAGE_ENCODER_OPTIONS),
+    "What is stored": ("layers", "pool_tokens", "basis", "keep_logits"),
     "Items": ("columns", "prompt", "max_tokens", "truncate", "on_bad_item"),
     "Speed": ("batch_size", "workers", "compile"),
     "Parts and clusters": ("plan_only", "part", "ray"),
@@ -38,7 +52,8 @@ SECTIONS = {
 @click.command("extract", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.argument("store", type=click.Path(path_type=Path))
-@model_options
+@model_or_encoder_options
+@image_encoder_options
 @data_options
 @click.option(
     "--encoding",
@@ -47,6 +62,8 @@ SECTIONS = {
     show_default=True,
     help="What to store: hidden states, a sketch of rank R, hidden states in 8 bits, or raw logits.",
 )
+@layers_option
+@pool_tokens_option
 @click.option(
     "--rank", type=click.IntRange(min=1), help="Rank of the sketch, whose basis is calibrated on training items."
 )
@@ -91,8 +108,10 @@ def command(data: Path, store: Path, *, as_json: bool, **options: Any) -> None:
 
     DATA is a folder with data.csv (and images/), a table (csv, xlsx, json, parquet), a folder of images with --prompt
     and --variant no_id, or an M3-AGIQA conversation file with --labels. If DATA got more rows, only their items are
-    computed and added to STORE.
+    computed and added to STORE. A store of a longer conversation is also read as the shorter ones with which it
+    begins, by --variant of train, evaluate, ablate and the others: extract full rather than id.
     """
+    options["pool_tokens"] = options["pool_tokens"] or ()
     if options.pop("plan_only"):
         print_summary(_summarised(data, store, options), as_json=as_json)
         return
@@ -103,7 +122,10 @@ def command(data: Path, store: Path, *, as_json: bool, **options: Any) -> None:
         result = extract(data, store, crew=crew, **options).as_dict()
     for line in result["skipped"]:
         say(f"skipped {line}")
-    shown = {name: result[name] for name in ("store", "state", "items", "tokens", "units", "truncated")}
+    names = ("store", "state", "items", "layers", "tokens", "units", "truncated")
+    shown = {name: ", ".join(found) if isinstance(found := result[name], list) else found for name in names}
+    if result["pooled"]:
+        shown["tokens"] = f"pooled into {', '.join(result['pooled'])}"
     shown["skipped"] = len(result["skipped"])
     if result["filled"] is not None:
         shown["batch size"] = result["filled"]["batch_size"]
@@ -135,19 +157,24 @@ def _summarised(data: Path, store: Path, options: Mapping[str, Any]) -> dict[str
     """What a run would store, JSON-able. Raises what a run raises before it reads DATA."""
     from agiqa.data_summary import costs_summary, summary_of, tokens_summary
     from agiqa.extract.filling.extraction import opened_for
-    from agiqa.extract.filling.footprints import ModelShape, footprints
+    from agiqa.extract.filling.footprints import ModelShape, RowsOfItems, footprints
     from agiqa.extract.filling.job import check_settings
     from agiqa.extract.filling.settings import ExtractionSettings
     from agiqa.extract.filling.token_counts import counted
 
-    named = {name: options[name] for name in ("adapter", "dtype", "device", "max_slices", "variant")}
+    named = {
+        name: options[name] for name in ("adapter", "dtype", "device", "max_slices", "variant", *IMAGE_ENCODER_OPTIONS)
+    }
     opener, backbone = opened_for(options["model"], **named)
-    stored = {name: options[name] for name in ("encoding", "rank", "basis", "keep_logits", "compile")}
-    check_settings(ExtractionSettings(**stored), store, backbone, opener)
-    data_set = load(data, options, images=backbone.reads_images)
-    counts = counted(data_set, backbone, length_rule(options))
-    shape = ModelShape.of(backbone, options["model"])
-    costs = costs_summary(shape, footprints(counts, shape, rank=options["rank"]))
+    names = ("encoding", "rank", "basis", "keep_logits", "compile", "layers", "pool_tokens")
+    settings = ExtractionSettings(**{name: options[name] for name in names})
+    wanted = check_settings(settings, store, backbone, opener)
+    variant = options["variant"] if backbone.reads_conversations else "no_id"
+    data_set = load(data, {**options, "variant": variant}, images=backbone.reads_images)
+    counts = counted(data_set, backbone, length_rule(options), poolings=wanted.poolings, layers=wanted.layers)
+    shape = ModelShape.of(backbone, options["model"], wanted.layers)
+    content = RowsOfItems(layers=wanted.layers, poolings=wanted.poolings)
+    costs = costs_summary(shape, footprints(counts, shape, rank=options["rank"], content=content), content)
     return {**summary_of(data_set), "tokens": tokens_summary(counts), "cost": costs}
 
 

@@ -1,6 +1,7 @@
 """Options of the commands that run a model."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -13,6 +14,10 @@ ASPECT = OneOf("aspect", list(templates()))
 """The type of `--aspect`: a wording of the questions in extract/data/templates.yaml."""
 MODEL_OPTIONS = ("model", "adapter", "max_slices", "dtype", "device")
 """What `model_options` adds, for the sections of the help."""
+IMAGE_ENCODER_OPTIONS = ("tap", "weights", "image_size")
+"""What `image_encoder_options` adds."""
+
+_MODELS = "Hub id OWNER/NAME[@REVISION], checkpoint folder, .gguf file, pkg:PACKAGE[/FILE]"
 
 max_slices_option = click.option(
     "--max-slices",
@@ -24,14 +29,10 @@ device_option = click.option(
 )
 
 
-def model_options(command: Command) -> Command:
-    """Add `--model`, `--adapter`, `--max-slices`, `--dtype` and `--device` to a command."""
+def model_options(command: Command, *, models: str = f"{_MODELS}.") -> Command:
+    """Add `--model`, `--adapter`, `--max-slices`, `--dtype` and `--device` to a command: `models` says which."""
     options = [
-        click.option(
-            "--model",
-            required=True,
-            help="Hub id OWNER/NAME[@REVISION], checkpoint folder, .gguf file, or pkg:PACKAGE[/FILE].",
-        ),
+        click.option("--model", required=True, help=models),
         click.option(
             "--adapter", help="LoRA adapter to merge into the model: a PEFT folder, or OWNER/NAME[@REVISION]."
         ),
@@ -44,6 +45,36 @@ def model_options(command: Command) -> Command:
             help="Dtype of the weights; auto is the checkpoint's own.",
         ),
         device_option,
+    ]
+    return added(options, command)
+
+
+def model_or_encoder_options(command: Command) -> Command:
+    """As `model_options`, for a command that reads image encoders, too."""
+    return model_options(command, models=f"{_MODELS}, or timm:NAME.")
+
+
+weights_option = click.option(
+    "--weights",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Weights of timm:NAME, a .safetensors or .pth file.  [default: those that timm names]",
+)
+
+
+def image_encoder_options(command: Command) -> Command:
+    """Add `--tap`, `--weights` and `--image-size` to a command."""
+    options = [
+        click.option(
+            "--tap",
+            metavar="vision[:BLOCK]|projector",
+            help="Read a vision-language model's vision tower, or what its language model reads of the image.",
+        ),
+        weights_option,
+        click.option(
+            "--image-size",
+            type=click.IntRange(min=1),
+            help="Side in pixels of the images that timm:NAME reads.  [default: that of the weights]",
+        ),
     ]
     return added(options, command)
 

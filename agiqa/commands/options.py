@@ -109,6 +109,33 @@ def prediction_options(command: Command) -> Command:
     return device(size(command))
 
 
+variant_option = click.option(
+    "--variant",
+    metavar="VARIANT",
+    help="Conversation to read stores as, with which their own must begin, such as id of full.  [default: their own]",
+)
+"""Adds `--variant`, for commands that read stores."""
+
+
+run_variant_option = click.option(
+    "--variant",
+    metavar="VARIANT",
+    help="Conversation to read STORE as, such as id of full.  [default: the setting of the run]",
+)
+"""Adds `--variant`, for commands that apply a head."""
+
+
+def interval_option(command: Command) -> Command:
+    """Add `--interval`, for commands that predict; the command receives `interval`, or None."""
+    option = click.option(
+        "--interval",
+        type=click.FloatRange(0.0, 1.0, min_open=True, max_open=True),
+        metavar="LEVEL",
+        help="Share of MOS that an interval around each prediction shall hold, such as .9.  [default: no intervals]",
+    )
+    return option(command)
+
+
 def train_workers_option(command: Command) -> Command:
     """Add `--train-workers`; the command receives `workers`."""
     option = click.option(
@@ -118,6 +145,14 @@ def train_workers_option(command: Command) -> Command:
         help="Heads to train at the same time.  [default: one per CPU core, up to 3 on a GPU]",
     )
     return option(command)
+
+
+layer_option = click.option(
+    "--layer",
+    metavar="LAYER",
+    help="Layer of the store that heads read, such as 16, or several, as in 8+16+last.  [default: the last one stored]",
+)
+"""Adds `--layer`, for commands that train heads; those of `agiqa train` come from its settings."""
 
 
 class Share(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[reportMissingTypeArgument]  # newer click
@@ -233,6 +268,21 @@ labels_option = click.option(
     "--labels", type=click.Path(path_type=Path, exists=True), help="Table of the items of a conversation file."
 )
 """Adds `--labels`, for commands that read no MOS."""
+
+layers_option = click.option(
+    "--layers",
+    default="last",
+    show_default=True,
+    metavar="LIST",
+    help="Layers to store: numbers (0 embeddings, -1 last), last, `every N`, all; with commas between.",
+)
+"""Adds `--layers`, for commands that store hidden states."""
+pool_tokens_option = click.option(
+    "--pool-tokens",
+    metavar="LIST",
+    help="Pooled rows instead of one per token: mean, max, first or last, of all or @ROLE; with commas between.",
+)
+"""Adds `--pool-tokens`, for commands that store hidden states; None without."""
 
 
 class LocalStore(click.Path):

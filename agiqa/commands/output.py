@@ -81,3 +81,31 @@ def scores_line(name: str, scores: Mapping[str, Any]) -> str:
         around = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval and metric in ("srcc", "plcc") else ""
         parts.append(f"{metric.upper()} {shown}{around}")
     return "  ".join([*parts, *([f"({scores['caution']})"] if "caution" in scores else [])])
+
+
+def spread_lines(scores: Mapping[str, Any]) -> list[str]:
+    """A line on the predicted spreads, where there are any."""
+    found = scores.get("spread")
+    if found is None:
+        return []
+    parts = [f"{'spread':<10} mean {found['mean']:.3f}", f"NLL {found['nll']:.3f}"]
+    if found["n_std"]:
+        parts.append(f"NLL of ratings {found['rating_nll']:.3f}")
+        srcc = found["srcc"]
+        parts.append(f"SRCC with the known std {'undefined' if srcc is None else f'{srcc:.3f}'} (n {found['n_std']})")
+    return ["  ".join(parts)]
+
+
+def interval_lines(record: Mapping[str, Any]) -> list[str]:
+    """The coverage of the intervals, of all items and of each generator, or why there are none."""
+    if "absent" in record:
+        return [f"{'intervals':<10} none: {record['absent']}"]
+    level = 100 * record["level"]
+    head = f"{'intervals':<10} {level:.4g} % from {record['validation_items']} validation items, mean width "
+    lines = [f"{head}{record['mean_width']:.3f}; they hold {_coverage_text(record['coverage'])}"]
+    return lines + [f"{'':<10} {name}: {_coverage_text(own)}" for name, own in record["generators"].items()]
+
+
+def _coverage_text(own: Mapping[str, Any]) -> str:
+    low, high = own["ci"]
+    return f"{100 * own['share']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {own['n']}"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 REGISTRIES = (
     "agiqa.heads.model.encoders:ENCODERS",
+    "agiqa.heads.closed.choosing:FORMS",
     "agiqa.heads.model.pooling:POOLINGS",
     "agiqa.heads.model.projection:PROJECTIONS",
     "agiqa.heads.model.losses:LOSSES",

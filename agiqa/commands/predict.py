@@ -2,10 +2,17 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import click
 
-from agiqa.commands.options import StoreLocation, prediction_options, shared_options
+from agiqa.commands.options import (
+    StoreLocation,
+    interval_option,
+    prediction_options,
+    run_variant_option,
+    shared_options,
+)
 from agiqa.commands.output import print_result
 
 
@@ -13,19 +20,35 @@ from agiqa.commands.output import print_result
 @click.argument("run", type=click.Path(path_type=Path, exists=True))
 @click.argument("store", type=StoreLocation())
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
+@interval_option
+@run_variant_option
 @prediction_options
 @shared_options
-def command(run: Path, store: str | Path, out: Path, device: str, batch_size: int, *, as_json: bool) -> None:
+def command(
+    run: Path,
+    store: str | Path,
+    out: Path,
+    variant: str | None,
+    device: str,
+    batch_size: int,
+    *,
+    interval: float | None,
+    as_json: bool,
+) -> None:
     """Write the scores of the head RUN for every item of STORE to the csv OUT (name, prompt, predicted).
 
     A head with several labels writes a column predicted_LABEL for each. Scores are on the MOS scale that the head was
-    trained on.
+    trained on. A head that predicts a spread (losses kl, ordinal and nll) writes it, a standard deviation on that
+    scale. --interval .9 writes low and high: they hold the true MOS of 90 % of images that are like the validation
+    items of the run. For other generators, prompts or data sets nothing is promised; `agiqa evaluate` measures it.
     """
     from agiqa.errors import DataError
     from agiqa.extract.data.image_names import images_below
-    from agiqa.heads import load_run, predict
+    from agiqa.heads import load_run
     from agiqa.heads.data.scales import scales_record
-    from agiqa.heads.settings.labels import column_names
+    from agiqa.heads.data.variants import as_variant
+    from agiqa.heads.evaluation.intervals import UNLIKE, conformal_scores, predicted_columns
+    from agiqa.progress import say
     from agiqa.store import open_store
     from agiqa.store.format.labels import range_text
 
@@ -38,19 +61,27 @@ def command(run: Path, store: str | Path, out: Path, device: str, batch_size: in
             "TEXT` predicts their MOS without a store."
         )
         raise DataError(message)
-    source = open_store(store)
     head = load_run(run)
-    columns = column_names(head.train.labels, "predicted")
-    scores = predict(head, source, device=device, batch_size=batch_size).reshape(-1, len(columns))
+    source = as_variant(open_store(store), variant or head.train.variant)
+    columns = predicted_columns(head, source, level=interval, device=device, batch_size=batch_size)
+    if interval is not None and source.id != head.store_id:
+        say(f"warning: {UNLIKE}")
     temporary = out.with_name(f".{out.name}.new")
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "prompt", *columns])
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         writer.writerows(
-            [name, prompt, *(f"{score:.6f}" for score in row)]
-            for name, prompt, row in zip(source.items.names, source.items.prompts, scores.tolist(), strict=True)
+            [name, prompt, *(f"{value:.6f}" for value in row)]
+            for name, prompt, row in zip(source.items.names, source.items.prompts, rows, strict=True)
         )
     temporary.replace(out)
-    result = {"out": str(out), "items": len(scores), "mos_ranges": scales_record(head.train.labels, head.scales)}
-    scales = dict.fromkeys(range_text(scale) for scale in head.scales)
-    print_result(result, f"{out}: {len(scores)} scores, on {' and '.join(scales)}", as_json=as_json)
+    count, scales = len(source.items.names), dict.fromkeys(range_text(scale) for scale in head.scales)
+    result: dict[str, Any] = {"out": str(out), "items": count}
+    result["mos_ranges"] = scales_record(head.train.labels, head.scales)
+    text = f"{out}: {count} scores, on {' and '.join(scales)}"
+    if interval is not None:
+        errors = len(conformal_scores(head, source).errors)
+        result |= {"interval": interval, "validation_items": errors}
+        text += f", with {100 * interval:.4g} % intervals from {errors} validation items"
+    print_result(result, text, as_json=as_json)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agiqa.commands.help import SectionedCommand
-from agiqa.commands.models import ASPECT, MODEL_OPTIONS, generation_options, model_options
-from agiqa.commands.options import OneOf, StoreLocation, columns_option, shared_options
+from agiqa.commands.models import ASPECT, MODEL_OPTIONS, generation_options, model_or_encoder_options, weights_option
+from agiqa.commands.options import OneOf, StoreLocation, columns_option, interval_option, shared_options
 from agiqa.commands.output import print_result
 from agiqa.extract.data.templates import VARIANTS
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 SECTIONS = {
     "Most used": ("prompt", "prompts", "run", "model", "adapter"),
-    "Model": MODEL_OPTIONS[2:],
+    "Model": (*MODEL_OPTIONS[2:], "weights"),
     "Data": ("columns",),
-    "Head": ("basis", "aspect", "variant"),
+    "Head": ("basis", "aspect", "variant", "interval"),
     "Answers": ("describe", "settings", "seed", "max_new_tokens", "batch_size"),
 }
 
@@ -34,7 +34,8 @@ SECTIONS = {
 @columns_option
 @click.option("--run", required=True, type=click.Path(path_type=Path, exists=True), help="Run folder of the head.")
 @click.option("--basis", type=StoreLocation(), help="Sketch store that has the basis, for a head on a sketch.")
-@model_options
+@model_or_encoder_options
+@weights_option
 @click.option("--aspect", type=ASPECT, help="Wording of the questions.  [default: that of the head's store]")
 @click.option(
     "--variant",
@@ -47,6 +48,7 @@ SECTIONS = {
     help="Generate descriptions and rating words even if the head does not read them.  [default: for the variants id "
     "and full]",
 )
+@interval_option
 @generation_options
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images per batch.")
 @shared_options
@@ -64,23 +66,31 @@ def command(
 ) -> None:
     """Describe each of IMAGES (of a folder: all in it), rate it in one word, and predict its MOS with the head RUN.
 
-    --model, --adapter, --aspect and --variant must be those of the head's store; others are refused. Each image is
-    printed as soon as it is scored. Images that cannot be scored are listed at the end, and the exit code is 1.
+    --model, --adapter, --aspect and --variant must be those of the head's store; others are refused. A head on an image
+    encoder needs no prompt. Each image is printed as soon as it is scored. Images that cannot be scored are listed at
+    the end, and the exit code is 1.
+
+    --interval .9 adds an interval that holds the true MOS of 90 % of images that are like the validation items of the
+    run. For images of other generators or prompts nothing is promised.
     """
     from agiqa.errors import DataError
     from agiqa.extract import Item
     from agiqa.extract.data.datasets import expanded
+    from agiqa.heads import load_run
     from agiqa.heads.data.scales import scales_record
     from agiqa.progress import track
     from agiqa.scoring import ImageScore, NotScored, items_to_score, open_scorer
 
+    head = load_run(run)
+    if head.spec.tap is not None and prompt is None and prompts is None:
+        prompt = "(not read)"  # by an image encoder
     paths = list(dict.fromkeys(expanded(images)))
     items = items_to_score(paths, prompt, table=prompts, columns=columns)
     failed = {item.image: item.reason for item in items if isinstance(item, NotScored)}
     where = "the images to score"
     if len(failed) == len(items):
         raise DataError.from_problems(where, list(failed.values()))
-    scorer = open_scorer(run, model, adapter=adapter, **options)
+    scorer = open_scorer(head, model, adapter=adapter, **options)
     able = [item for item in items if isinstance(item, Item)]
     scored: list[dict[str, Any]] = []
     with track("score", len(able), "images") as advance:
@@ -103,9 +113,19 @@ def command(
 
 def _text(one: "ImageScore", *, described: bool) -> str:
     """The scores of an image and, if `described`, its rating word and description."""
-    mos = one.mos if isinstance(one.mos, dict) else {"MOS": one.mos}
-    scores = f"{one.image}: " + ", ".join(f"{name} {value:.4f}" for name, value in mos.items())
+    mos, spread, interval = (
+        value if isinstance(value, dict) else {"MOS": value} for value in (one.mos, one.spread, one.interval)
+    )
+    scores = f"{one.image}: " + ", ".join(
+        f"{name} {value:.4f}{_around(spread.get(name), interval.get(name))}" for name, value in mos.items()
+    )
     if not described:
         return scores
     cut = " (cut off; see --max-new-tokens)" if one.cut else ""
     return f"{scores}, rating word: {one.rating_word or 'none'}\n{one.description}{cut}\n"
+
+
+def _around(spread: float | None, interval: list[float] | None) -> str:
+    """Spread and interval of a MOS, as far as there are any."""
+    shown = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
+    return shown if spread is None else f"{shown} (spread {spread:.2f})"

@@ -66,7 +66,10 @@ def info(store: str | Path, *, as_json: bool) -> None:
     shown["MOS from"] = ", ".join(f"{range_text(scale)} ({aspect})" for aspect, scale in scales.items()) or None
     spreads = ", ".join(f"{aspect} ({count})" for aspect, count in shown.pop("deviations").items())
     shown["standard deviations"] = spreads or None
+    counts = ", ".join(f"{aspect} ({count})" for aspect, count in shown.pop("counts").items())
+    shown["counts of ratings"] = counts or None
     shown["splits"] = ", ".join(f"{split} ({count})" for split, count in summary["splits"].items())
+    shown |= {name: ", ".join(summary[name]) for name in ("views", "layers", "pooled") if name in summary}
     if summary["text_authors"] is not None:
         shown["text authors"] = "; ".join(_authors(*one) for one in shown.pop("text_authors").items())
     made = summary["provenance"]
@@ -83,7 +86,7 @@ def info(store: str | Path, *, as_json: bool) -> None:
     type=OneOf("verification level", ["quick", "full", "numeric"]),
     default="quick",
     show_default=True,
-    help="What to check: sizes, also every sha256, or also the logits of some tokens.",
+    help="What to check: sizes, also every sha256, or also logits and states of some rows.",
 )
 @shared_options
 def check(store: Path, level: str, *, as_json: bool) -> None:
@@ -99,7 +102,7 @@ def check(store: Path, level: str, *, as_json: bool) -> None:
         unit = "" if damage.unit is None else f" (unit {damage.unit})"
         lines.append(f"  {damage.problem}{unit}{_named(damage.items)}")
     if report.probe_error is not None:
-        lines.append(f"  probe logits: relative error {report.probe_error:.2e}")
+        lines.append(f"  probe: relative error {report.probe_error:.2e}")
     lines.append("sound" if report.sound else "NOT sound")
     print_result(report.as_dict(), "\n".join(lines), as_json=as_json)
     if not report.sound:

@@ -1,5 +1,6 @@
 """`agiqa store sketch | convert | export | import | push | pull`: a store in another encoding, format or place."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from agiqa.commands.options import LocalStore, OneOf, StoreLocation, shared_opti
 from agiqa.commands.output import print_result, table
 
 if TYPE_CHECKING:
+    from agiqa.store.deriving.deriving import LayerSketch
     from agiqa.store.sharing.transfers import Transfer
 
 _ANYWHERE = click.argument("store", type=StoreLocation())
@@ -57,11 +59,13 @@ def sketch(
     """Write a rank-R sketch of STORE to OUT, and print the energy that it keeps and its logit error.
 
     The basis is calibrated on the training split, or on all items of a store without splits. A head reads all stores
-    that are sketched in its basis. To sketch a second store in the same basis, give --basis the first sketch.
+    that are sketched in its basis. To sketch a second store in the same basis, give --basis the first sketch. Every
+    other layer of STORE gets a basis of its own, made from its states.
     """
     from agiqa.errors import ConfigError
     from agiqa.progress import track
     from agiqa.store import basis_from, open_store, sketch_store
+    from agiqa.store.deriving.calibrating import bases_of
     from agiqa.store.writing.creating import check_writable
 
     if (rank is None) == (basis is None):
@@ -72,10 +76,14 @@ def sketch(
         raise ConfigError(message)
     source = open_store(store)
     check_writable(out)
-    made = None if rank is None else basis_from(source, rank, method=method or "second-moment")
-    chosen = made or open_store(basis or store).basis()
+    if rank is not None:
+        chosen, found = basis_from(source, rank, method=method or "second-moment"), None
+    else:
+        found = bases_of(open_store(basis or store), source.layers, tap=source.tap)
+        chosen = found[source.layer_name]
     with track("sketch", int(source.n_tokens.sum()), "tokens") as advance:
-        result = sketch_store(source, out, basis=chosen, advance=advance)
+        result = sketch_store(source, out, basis=chosen, layer_bases=found, advance=advance)
+    measured = "of the states, since this store has no W_lm" if chosen.is_of_states else "of this store"
     report: dict[str, Any] = {
         "store": str(out),
         "rank": chosen.rank,
@@ -84,13 +92,20 @@ def sketch(
         "logit_error": result.logit_error,
         "projection_error": result.projection_error,
     }
+    if result.layers:
+        report["layers"] = {layer: asdict(kept) for layer, kept in result.layers.items()}
     shown = {
-        **report,
+        **{name: value for name, value in report.items() if name != "layers"},
         "energy_kept": f"{result.energy_kept:.5f} ({_ENERGY_OF[chosen.method]})",
-        "logit_error": f"{result.logit_error:.5f} (of this store, measured over 256 tokens)",
+        "logit_error": f"{result.logit_error:.5f} ({measured}, measured over 256 tokens)",
         "projection_error": f"{result.projection_error:.5f} (of a random W_proj on them)",
+        **{f"layer {layer}": _kept(kept) for layer, kept in result.layers.items()},
     }
     print_result(report, table(shown), as_json=as_json)
+
+
+def _kept(kept: "LayerSketch") -> str:
+    return f"rank {kept.rank}, energy kept {kept.energy_kept:.5f}, error of the states {kept.state_error:.5f}"
 
 
 @click.command("export")
@@ -132,8 +147,9 @@ def import_store(source: Path, out: Path, *, as_json: bool) -> None:
     Run the same command again to resume a killed import.
     """
     from agiqa.progress import track
+    from agiqa.store.hdf5.checking import check_store_file
     from agiqa.store.hdf5.files import open_hdf5
-    from agiqa.store.hdf5.importing import check_store_file, import_checked
+    from agiqa.store.hdf5.importing import import_checked
 
     with open_hdf5(source) as file:
         checked = check_store_file(source, file)

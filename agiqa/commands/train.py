@@ -2,32 +2,59 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
 
 from agiqa.commands.help import SectionedCommand
 from agiqa.commands.options import OneOf, StoreLocation, output_options
-from agiqa.commands.output import calibration_lines, label_titles, print_result, scores_line
+from agiqa.commands.output import calibration_lines, label_titles, print_result, scores_line, spread_lines
 from agiqa.heads.settings.config import OWN_SETTINGS, HeadConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from agiqa.heads import Run
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 SECTIONS = {
-    "Most used": ("preset", "encoder", "pooling", "projection", "label", "split", "loss", "epochs", "lr", "seed"),
+    "Most used": (
+        "preset",
+        "encoder",
+        "pooling",
+        "projection",
+        "layer",
+        "label",
+        "split",
+        "loss",
+        "epochs",
+        "lr",
+        "seed",
+    ),
     "Settings from elsewhere": ("config", "start"),
     "Head": (
         *("width", "blocks", "num_heads", "layers", "residual", "state_size", "bidirectional", "standardise"),
-        *("dropout", "token_dropout", "regressor_hidden", "own_settings"),
+        *("dropout", "token_dropout", "regressor_hidden", "layer_mix", "own_settings"),
+    ),
+    "Closed forms": (
+        "init",
+        "init_pooling",
+        "kernel",
+        "kernel_width",
+        "strength",
+        "ngrams",
+        "members",
+        "inner_folds",
+        "rating_tokens",
     ),
     "Items and splits": (
-        *("also", "folds", "fold", "held_out", "test_share", "validation", "split_seed"),
+        *("variant", "also", "folds", "fold", "held_out", "test_share", "validation", "split_seed"),
         *("training_items", "training_seed"),
     ),
     "Optimisation": (
         *("batch_size", "projection_lr", "weight_decay", "schedule", "warmup", "gradient_clip", "ema"),
-        *("patience", "refit", "calibrate", "paper_compatible"),
+        *("patience", "refit", "calibrate", "weights", "paper_compatible"),
+        *("soft_labels", "label_std", "calibration_share"),
     ),
     "Device and memory": ("device", "precision", "threads", "cuda_graphs", "compile", "keep", "memory"),
     "Interruption and logs": ("save_seconds", "restart", "tensorboard"),
@@ -91,7 +118,11 @@ def _option_help(name: str, field: FieldInfo) -> str:
     """The first sentence of the field's docstring, and the default where it is a value."""
     said = " ".join((field.description or "").split()).split(". ")[0].rstrip(".") + "."
     if name == "projection":
-        default = "the one that reads STORE, vocabulary for hidden states"
+        default = "the one that reads STORE, vocabulary for final hidden states"
+    elif name == "layer":
+        default = "the last one of STORE, or that of --start"
+    elif name in ("encoder", "pooling"):
+        default = f"{field.default}; see above for stores of pooled rows"
     else:
         default = {True: "yes", False: "no"}[field.default] if field.annotation is bool else field.default
     return said if default is None else f"{said}  [default: {default}]"
@@ -162,6 +193,9 @@ def command(
     The epoch is chosen on the data set's own `val` part, or else on held-out prompts of the training part.
     The test part is read once, at the end.
 
+    If STORE holds pooled rows instead of tokens, the head reads the row that `--pooling` names. The defaults are then
+    `--encoder none` and `--pooling mean@answer`, or else `mean`, or else the first row of STORE.
+
     Run the same command again after a kill: training resumes from the last saved epoch, and ends with the same
     numbers. The saved state is in .RUN.state beside RUN until RUN is written.
     """
@@ -170,15 +204,27 @@ def command(
 
     trained = train(store, run, also=also, config=config, preset=preset, start=start, restart=restart, **overrides)
     labels, metrics = trained.train.labels, dict(trained.metrics)
-    lines = [f"{run}: epoch {metrics['chosen_epoch']} of {metrics['epochs_run']}, chosen by {metrics['chosen_by']}"]
+    lines = [f"{run}: {_choice(trained)}"]
     shown = {part: of_each_label(labels, metrics[part]) for part in ("validation", "test") if metrics[part]}
+    if "layer_weights" in metrics:
+        shares = ", ".join(f"{name} {share:.3f}" for name, share in metrics["layer_weights"].items())
+        lines.append(f"weights of the layers: {shares}")
     if metrics["calibration"]:
         lines += calibration_lines(labels, metrics["calibration"])
     for number, title in enumerate(label_titles(labels)):
         lines += [*title, *(scores_line(part, scores[number]) for part, scores in shown.items())]
+        lines += spread_lines(shown["test"][number])
         lines += [
             scores_line(f"test, {one['name']}", of_each_label(labels, one["test"])[number])
             for one in metrics.get("stores", ())
             if one["test"]
         ]
     print_result({"run": str(run), **metrics}, "\n".join(lines), as_json=as_json)
+
+
+def _choice(run: "Run") -> str:
+    """What was kept, and how it was chosen."""
+    metrics, chosen = run.metrics, f"chosen by {run.metrics['chosen_by']}"
+    if run.head.encoder == "rating-words":
+        return "nothing is fitted"
+    return chosen if run.head.is_closed else f"epoch {metrics['chosen_epoch']} of {metrics['epochs_run']}, {chosen}"

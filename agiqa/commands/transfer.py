@@ -5,7 +5,14 @@ from typing import Any
 
 import click
 
-from agiqa.commands.options import OneOf, StoreLocation, output_options, train_workers_option
+from agiqa.commands.options import (
+    OneOf,
+    StoreLocation,
+    layer_option,
+    output_options,
+    train_workers_option,
+    variant_option,
+)
 from agiqa.commands.output import fail_if_any, print_parts
 from agiqa.commands.train import preset_option
 
@@ -42,6 +49,8 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[repo
     type=OneOf("split", ["published", "grouped"]),
     help="Protocol: the stores' own splits, or whole prompts.  [default: published]",
 )
+@variant_option
+@layer_option
 @click.option("--names", help="Names of SOURCE and TARGET, as in 3k,2023.  [default: from their provenance]")
 @click.option(
     "--seeds",
@@ -67,6 +76,8 @@ def command(
     preset: str | None,
     label: str | None,
     split: str | None,
+    variant: str | None,
+    layer: str | None,
     names: str | None,
     seeds: int,
     shots: tuple[int, ...] | None,
@@ -88,12 +99,13 @@ def command(
     from agiqa.bench.transfer.results import transfer_parts
     from agiqa.bench.transfer.sides import named
     from agiqa.bench.transfer.transfer import run_transfer
-    from agiqa.heads.model.projection import usual_projection
+    from agiqa.heads.model.reading import usual_settings
     from agiqa.store import open_store
 
     stores = named(open_store(source), open_store(target), names)
-    usual = usual_projection(*stores.values())
-    settings = read_transfer_settings(config, {"label": label, "split": split}, preset=preset, projection=usual)
+    usual = usual_settings(*stores.values())
+    given = {"label": label, "split": split, "layer": layer, "variant": variant}
+    settings = read_transfer_settings(config, given, preset=preset, usual=usual)
     done = run_transfer(stores, settings, out, seeds=seeds, shots=shots, one_way=one_way, workers=workers)
     result = {
         "results": str(out / RESULTS),

@@ -182,10 +182,11 @@ def _changes(options: Mapping[str, Any]) -> dict[str, Any]:
 def _opened(options: Mapping[str, Any]) -> "tuple[Opener, HuggingFaceBackbone]":
     """The model, in bfloat16 where the checkpoint is in float16."""
     from agiqa.extract.models.huggingface import HuggingFaceBackbone
-    from agiqa.extract.models.opening import opened, opener_of
+    from agiqa.extract.models.opening import check_writes_text, opened, opener_of
     from agiqa.progress import say
 
     given: dict[str, Any] = {"adapter": None, "max_slices": options["max_slices"]}
+    check_writes_text(options["model"])
     opener = opener_of(options["model"], dtype=options["dtype"], **given)
     backbone = opened(opener, options["device"])
     if backbone.logical_dtype == "float16":

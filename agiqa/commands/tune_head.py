@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from agiqa.commands.help import SectionedCommand
-from agiqa.commands.options import OneOf, StoreLocation, shared_options
+from agiqa.commands.options import OneOf, StoreLocation, layer_option, shared_options, variant_option
 from agiqa.commands.output import fail_if_any, print_parts, print_result, table
 from agiqa.commands.train import preset_option
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 _SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 SECTIONS = {
     "Most used": ("trials", "timeout", "space", "workers", "dry_run"),
-    "Settings of all trials": ("config", "preset", "label", "split", "validation", "epochs", "device"),
+    "Settings of all trials": (
+        *("config", "preset", "label", "split", "layer", "variant"),
+        *("validation", "epochs", "device"),
+    ),
     "Search": ("pruner", "seed", "devices"),
     "Final heads": ("seeds",),
 }
@@ -64,12 +67,14 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[re
     help="Settings that the space does not vary, in sections `head` and `train`.",
 )
 @preset_option
+@layer_option
 @click.option("--label", help="Aspect whose MOS is learned.  [default: quality]")
 @click.option(
     "--split",
     type=OneOf("split", ["grouped", "published"]),
     help="Items that are never read: whole prompts, or the store's own test part.  [default: grouped]",
 )
+@variant_option
 @click.option(
     "--validation",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -121,23 +126,26 @@ def command(store: str | Path, out: Path, *, seeds: int, dry_run: bool, as_json:
 
 def _settings(store: "Store", options: dict[str, Any]) -> "SearchSettings":
     """The settings of the search. Those on the command line beat the file, which beats the preset."""
-    from agiqa.heads.model.projection import usual_projection
+    from agiqa.heads.data.variants import as_variant
+    from agiqa.heads.model.reading import features_for, usual_settings
     from agiqa.heads.searching.search import SearchSettings
     from agiqa.heads.searching.space import SHIPPED, read_space
     from agiqa.heads.settings.config import load_settings
     from agiqa.heads.settings.device import resolve_device
 
-    named = {name: options[name] for name in ("label", "split", "validation", "epochs", "device")}
+    shared = ("label", "split", "layer", "variant", "validation", "epochs", "device")
+    named = {name: options[name] for name in shared}
     file, preset = options["config"], options["preset"]
-    head, train = load_settings(file, named, preset=preset, projection=usual_projection(store))
+    head, train = load_settings(file, named, preset=preset, usual=usual_settings(store))
     if options["split"] is None and "split" not in train.model_fields_set:
         train = train.model_copy(update={"split": "grouped"})
     if train.threads is None and resolve_device(train.device).type == "cpu":
         train = train.model_copy(update={"threads": 1})  # as many heads at once as there are cores
+    read = features_for(as_variant(store, train.variant), head, train.layer)
     return SearchSettings(
         head=head,
         train=train,
-        space=read_space(options["space"] or SHIPPED, store, head, train),
+        space=read_space(options["space"] or SHIPPED, read, head, train),
         **{name: options[name] for name in ("trials", "timeout", "seed", "pruner", "workers", "devices")},
     )
 

@@ -10,9 +10,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ORDER = {
     "store": ("disk", "format", "reading", "writing", "deriving", "sharing", "care", "hdf5"),
-    "heads": ("settings", "data", "model", "evaluation", "training", "sweeps", "searching"),
+    "heads": ("settings", "data", "model", "closed", "evaluation", "training", "sweeps", "searching"),
     "extract": ("data", "models", "teaching", "tuning", "describing", "filling"),
-    "bench": ("recording", "baselines", "ablation", "transfer", "report", "demo", "measurements"),
+    "bench": (
+        "recording",
+        "baselines",
+        "ablation",
+        "networks",
+        "transfer",
+        "report",
+        "reproducing",
+        "demo",
+        "measurements",
+    ),
 }
 """By room its sub-rooms from the ground up: a module imports from its own sub-room and from those before it."""
 ROOMS = tuple(ORDER)
@@ -26,7 +36,17 @@ GROUND = {
     "agiqa",
     *(
         f"agiqa.{name}"
-        for name in ("cuda", "errors", "lazy", "notebooks", "parts", "progress", "registry", "version", "workers")
+        for name in (
+            "cuda",
+            "errors",
+            "lazy",
+            "notebooks",
+            "parts",
+            "progress",
+            "registry",
+            "version",
+            "workers",
+        )
     ),
 }
 

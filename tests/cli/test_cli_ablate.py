@@ -250,7 +250,7 @@ def test_the_closed_form_reads_the_store_that_is_named_for_it(agiqa, ablate, sto
 
 def test_stores_that_a_grid_compares_must_be_given(agiqa, store, tmp_path):
     said = "This grid compares the stores main, one, two, three: STORE is main, give the others by --store NAME=STORE."
-    refuse(agiqa("ablate", store, tmp_path / "out", "--grid", "table-iii"), said)
+    refuse(agiqa("ablate", store, tmp_path / "out", "--grid", "table-iii-stores"), said)
     idle = agiqa("ablate", store, tmp_path / "out", "--grid", "heads", "--store", f"r16={store}")
     refuse(idle, "No run of this grid uses the store 'r16' given by --store")
     assert not (tmp_path / "out").exists()

@@ -121,6 +121,8 @@ def test_what_is_refused(agiqa, data, model, described, tmp_path):
     refuse(agiqa("describe", data, out, "--model", other, *SHORT), out, "made with other settings", "model.name")
     refuse(agiqa("describe", data, out, "--model", model, *SHORT, "--settings", "published"), "describe.sample")
     assert agiqa("describe", data, out, "--model", model, *SHORT, "--seed", 3).json["described"] == 0  # draws nothing
+    refuse(agiqa("describe", data, out, "--model", "timm:resnet18", *SHORT), "timm:resnet18 is an image encoder")
+    assert "timm:" not in agiqa("describe", "--help").out
     misuse(agiqa("describe", data, out, "--model", model, *SHORT, "--aspect", "qualty"), "Did you mean 'quality'?")
     assert out.read_bytes() == before
     refuse(agiqa("describe", data, tmp_path / "out.csv", "--model", model, *SHORT), "ends in .jsonl")

@@ -14,7 +14,8 @@ def test_a_run_with_too_few_validation_items_says_why_there_is_no_mapping(agiqa,
     assert "validation items, and there are" in scores["logistic"]["logistic4"]["absent"]
     assert scores["logistic"] == json.loads((example.run / "metrics.json").read_text())["logistic"]
     shown = agiqa("evaluate", example.run, example.store).out.splitlines()
-    assert [line.split()[0] for line in shown] == ["test", "logistic"]
+    assert [line.split()[0] for line in shown] == ["test", "logistic", "intervals"]
+    assert "needs 9 validation items or more" in shown[2]
     assert "none: a line needs 10 validation items" in shown[1]
 
 
@@ -33,5 +34,5 @@ def test_a_mapping_of_the_validation_part_is_applied_to_the_test_part(agiqa, exa
     assert f"PLCC {scores['plcc_linear']:.4f} [" in shown[1]
     assert shown[2].startswith("logistic4  none: a curve needs 100 validation items")
     inside = agiqa("evaluate", run, example.store, "--on", "validation").out.splitlines()
-    assert [line.split(maxsplit=1)[0] for line in inside] == ["validation", "logistic"]
+    assert [line.split(maxsplit=1)[0] for line in inside] == ["validation", "logistic", "intervals"]
     assert "which the mappings were fitted to" in inside[1]

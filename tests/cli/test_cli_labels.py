@@ -91,7 +91,7 @@ def test_labels_that_cannot_be_learned(agiqa, example, tmp_path):
         ("quality+", "'quality+' has an empty part", "'quality+correspondence'"),
         ("quality+quality", "'quality+quality' has a name twice"),
         ("quality+corespondence", "'corespondence'", "Did you mean 'correspondence'?"),
-        ("quality+correspondence", f"{ITEMS - 1:03d}.png", "has no correspondence MOS", "agiqa store labels"),
+        ("correspondence", f"{ITEMS - 1:03d}.png", "has no correspondence MOS", "agiqa store labels"),
         ("quality,correspondence", "'quality,correspondence'", "Known: correspondence, quality"),
     ]:
         refuse(agiqa("train", store, run, *SMALL_HEAD, "--label", label), *mentions)
@@ -99,3 +99,5 @@ def test_labels_that_cannot_be_learned(agiqa, example, tmp_path):
     config.write_text("train:\n  label: [quality, correspondence]\n")
     refuse(agiqa("train", store, run, "--config", config), "label", "valid string", config)
     assert not run.exists()
+    both = agiqa("train", store, run, *SMALL_HEAD, *BOTH, "--json").json  # each label from the items that have it
+    assert [both["test"][label]["n"] for label in LABELS] == [10, 9]

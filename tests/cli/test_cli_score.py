@@ -229,3 +229,17 @@ def test_images_and_prompts_that_cannot_be_used(agiqa, way, tmp_path):
     misuse(agiqa("score", image, *base, "--prompt", "a", "--aspect", "qualty"), "Did you mean 'quality'?")
     assert agiqa("score", tmp_path / "absent.png", *base, "--prompt", "a").code == 2
     assert agiqa("score", *base, "--prompt", "a").code == 2
+
+
+def test_intervals_are_those_of_predict(agiqa, way, tmp_path):
+    told = agiqa(*way.score("no_id", "--mos-only", "--interval", 0.3)).json
+    assert agiqa("predict", way.runs["no_id"], way.stores["no_id"], tmp_path / "s.csv", "--interval", 0.3).code == 0
+    with (tmp_path / "s.csv").open(newline="") as file:
+        ends = {row["name"]: (float(row["low"]), float(row["high"])) for row in csv.DictReader(file)}
+    for one in told["images"]:
+        name = next(name for name in ends if one["image"].endswith(name))
+        assert one["interval"] == pytest.approx(ends[name], abs=1e-4)
+        assert one["spread"] is None
+    shown = agiqa(*[word for word in way.score("no_id", "--mos-only", "--interval", 0.3) if word != "--json"]).out
+    assert shown.count(" [") == len(told["images"])
+    refuse(agiqa(*way.score("no_id", "--interval", 0.99)), "needs 99 validation items or more")

@@ -132,6 +132,7 @@ def test_wrong_usage(agiqa, tune, tmp_path):
     (tmp_path / "thesis" / "thesis.tex").write_text("")
     refuse(agiqa(*tune("--dry-run", adapter=tmp_path / "thesis")), "holds other files")
     refuse(agiqa(*tune("--recipe", "publishd")), "Did you mean 'published'")
+    refuse(agiqa(*tune("--model", "timm:resnet18")), "timm:resnet18 is an image encoder, which writes no text")
     (tmp_path / "mine.yaml").write_text("base: light\nranc: 3\n")
     refuse(agiqa(*tune("--recipe", tmp_path / "mine.yaml")), "Did you mean 'rank'")
 

@@ -117,10 +117,12 @@ def test_the_completion_script_is_one_that_the_shell_reads(agiqa, shell):
 
 def test_names_offered_for_settings_are_those_registered():
     from agiqa.heads import ENCODERS, LOSSES, POOLINGS, PROJECTIONS, HeadConfig, TrainConfig
+    from agiqa.heads.closed.choosing import FORMS
 
     fields = {**HeadConfig.model_fields, **TrainConfig.model_fields}
+    assert sorted(fields["encoder"].examples) == sorted([*ENCODERS, *FORMS])
+    assert {*fields["init"].examples} == {*FORMS} - {"rating-words"}
     for name, registry in (
-        ("encoder", ENCODERS),
         ("pooling", POOLINGS),
         ("projection", PROJECTIONS),
         ("loss", LOSSES),

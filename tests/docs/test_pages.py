@@ -70,14 +70,16 @@ def test_extract_features(shell, small, tmp_path):
     assert (tmp_path / "int8.agiqa" / "MANIFEST.json").is_file()
 
 
-def test_train_one_head(shell, tmp_path):
-    shell(DOCS / "how-to" / "train-one-head.md", SMALL="--width 8 --epochs 1")
+def test_train_one_head(shell, small, tmp_path):
+    shell(DOCS / "how-to" / "train-one-head.md", SMALL="--width 8 --epochs 1", DATA=small)
+    assert json.loads((tmp_path / "runs" / "layer1" / "metrics.json").read_text())["layer"] == "1"
     assert set(scores(tmp_path / "runs" / "both")) == {"quality", "correspondence"}
 
 
-def test_ablation(shell, tmp_path):
+def test_ablation(shell, small, tmp_path):
     (tmp_path / "small.yaml").write_text(SMALL_GRID)
-    shell(DOCS / "how-to" / "ablation.md", GRID="small.yaml")
+    shell(DOCS / "how-to" / "ablation.md", GRID="small.yaml", DATA=small)
+    assert (tmp_path / "by-layer" / "report" / "pictures" / "layers-quality-published.png").is_file()
     assert (tmp_path / "heads" / "report" / "index.html").is_file()
     protocols = {json.loads(line)["protocol"] for line in (tmp_path / "mine" / "rows.jsonl").read_text().splitlines()}
     assert protocols == {"published", "grouped"}
@@ -108,6 +110,16 @@ def test_from_python(shell, small):
     assert re.search(r"^<Run runs/gru: encoder gru", printed, re.MULTILINE)
     assert re.search(r"^ImageScore\(image='set/images/oldgan_0000.jpg'", printed, re.MULTILINE)
     assert re.search(r"^\(\d+, \d+\) float32$", printed, re.MULTILINE)
+
+
+def test_table_ii(shell, small, tmp_path):
+    network = "--model test_resnet --image-size 32 --no-pretrained --epochs 1"
+    printed = shell(DOCS / "how-to" / "table-ii.md", DATA=small, NETWORKS=network, SEEDS="2")
+    assert "| my-tool | published |" in printed.stdout
+    (table,) = (tmp_path / "heads" / "report" / "tables").glob("networks-networks-quality-published.csv")
+    head, *others = (line.split(",")[0] for line in table.read_text().splitlines()[1:])
+    assert head.startswith("no encoder")
+    assert others == ["test_resnet", "my-tool"]
 
 
 def test_transfer(shell, tmp_path):
