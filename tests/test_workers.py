@@ -318,5 +318,6 @@ def test_a_stopped_device_process_is_killed_and_told(tiny_text_checkpoint, tmp_p
     monkeypatch.setattr(crew, "_begin", stop_at_once)
     monkeypatch.setattr(crew, "_SECONDS_BETWEEN_SIGNS", 0.01)
     with pytest.raises(WorkerError, match=r"process 0 on cpu was killed by signal 9.* units are left"):
-        extract(folder, tiny_text_checkpoint, tmp_path / "s.agiqa", devices=2)
+        # without views, which would be tried on the model before the store is filled
+        extract(folder, tiny_text_checkpoint, tmp_path / "s.agiqa", devices=2, variant="no_id")
     assert "process 1 on cpu gave no sign of life for 0.6 s: it is killed" in capsys.readouterr().err
