@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 from agiqa.bench.measurements.heads import HEADS, MadeUpSource, made_up_features
 from agiqa.bench.measurements.measuring import device_name, digits
 from agiqa.bench.recording.tables import as_table
+from agiqa.heads.closed.combined import network_of
 from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.features import FeatureSet
 from agiqa.heads.model.encoders import mamba2, mlstm
@@ -36,7 +37,7 @@ from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import resolve_device
 from agiqa.heads.training.curves import Epoch
-from agiqa.heads.training.fitting import fit_head, network_of
+from agiqa.heads.training.fitting import fit_head
 
 ENCODERS = ("xlstm", "mamba2", "transformer")
 _COLD_ITEMS = 128
@@ -150,9 +151,11 @@ def _of_head(name: str, features: FeatureSet, train: TrainConfig, *, epochs: int
     seconds["set-up and end"] = time.perf_counter() - started - sum(durations)
     seconds["first epoch"] = durations[0]
     steady = durations[1] if epochs > 1 else 0.0
+    network = network_of(fit.head)
+    assert network is not None  # only networks are fitted by epochs
     return {
         "name": name,
-        "ways": training_kernels(network_of(fit).encoder, train, resolve_device(train.device)),
+        "ways": training_kernels(network.encoder, train, resolve_device(train.device)),
         "seconds": dict(seconds),
         "ms_per_image": steady / len(features) * 1e3,
         **progress.found,

@@ -29,6 +29,7 @@ from agiqa.bench.measurements.measuring import (
     print_tables,
     result_options,
 )
+from agiqa.heads.closed.combined import network_of
 from agiqa.heads.data.batches import LabelledItems, collate
 from agiqa.heads.data.features import FeatureSet, RowBlock
 from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
@@ -36,7 +37,7 @@ from agiqa.heads.model.head import build_head
 from agiqa.heads.model.projection import FeatureSpec
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import resolve_device
-from agiqa.heads.training.fitting import fit_head, network_of
+from agiqa.heads.training.fitting import fit_head
 from agiqa.heads.training.progress import LineProgress
 from agiqa.store import Items, open_store
 
@@ -172,6 +173,8 @@ def timed_head(
         "first_epoch_seconds": epochs[0],
         "peak_gb": (_allocated(device, peak=True) - held) / 1e9,
     }
+    network = network_of(fit.head)
+    assert network is not None  # only networks are fitted by epochs
     return {
         "stage": "heads",
         "name": f"{name}, compiled" if train.compile else name,
@@ -179,7 +182,7 @@ def timed_head(
             "batch_size": batch_size,
             "projection": config.projection,
             "precision": train.precision,
-            "kernels": training_kernels(network_of(fit).encoder, train, device),
+            "kernels": training_kernels(network.encoder, train, device),
             "parameters": sum(parameter.numel() for parameter in fit.head.parameters()),
         },
         "measured": measured,

@@ -9,7 +9,7 @@ from agiqa.bench.networks.architectures.dbcnn import DBCNN
 from agiqa.bench.networks.architectures.encoders import check_name, timm_network
 from agiqa.bench.networks.architectures.hyperiqa import HyperIQA
 from agiqa.bench.networks.architectures.stairiqa import StairIQA
-from agiqa.bench.networks.architectures.vil import ViL
+from agiqa.bench.networks.architectures.vil import vil_network
 from agiqa.bench.networks.config import OWN, NetworkConfig
 from agiqa.bench.networks.weights import State, file_weights, give_weights, holds_distortions, timm_weights
 from agiqa.errors import ModelError
@@ -33,7 +33,7 @@ def random_network(config: NetworkConfig) -> Network:
         return _WHOLE[name]()
     if name in OWN:
         size = "vil_base" if name == _VIL else name  # as large as the ViT beside it in Table II
-        return ViL(size, image_size=config.image_size, hidden=config.regressor_hidden)
+        return vil_network(size, image_size=config.image_size, hidden=config.regressor_hidden)
     return timm_network(name, image_size=config.image_size, hidden=config.regressor_hidden)
 
 

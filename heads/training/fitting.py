@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from numpy.typing import NDArray
 
-from agiqa.errors import DataError, HeadError
+from agiqa.errors import DataError
 from agiqa.heads.closed.combined import AnyHead, ResidualHead
 from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.features import FeatureSet, location_of
@@ -128,14 +128,6 @@ def _prepare(
     head.standardise(features.statistics(train.positions, device=device), train.labels)
     if at_zero:
         head.regressor.start_at_zero()
-
-
-def network_of(fit: Fit) -> Head:
-    """The network of a fit without a closed form. Raises HeadError for another head."""
-    if not isinstance(fit.head, Head):
-        message = f"A {type(fit.head).__name__} is no single network."
-        raise HeadError(message)
-    return fit.head
 
 
 def _adding(

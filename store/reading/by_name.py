@@ -1,55 +1,37 @@
 """What people ask of a store: the features of an item by its name, all items as a table, and what the store is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.notebooks import html_table, one_line
-from agiqa.store.format.items import Items
 from agiqa.store.format.labels import range_text
 from agiqa.store.format.layers import LAST
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from agiqa.store.reading.layers import LayerSource
+
+    class _Readable(LayerSource, Protocol):
+        """A store, several read as one, or layers of one of them."""
+
+        @property
+        def layers(self) -> tuple[str, ...]: ...
+
+
 _LISTED = 20
 """Names of a message."""
-
-
-class _Rows(Protocol):
-    def float32(self) -> NDArray[np.float32]: ...
-
-
-class _Readable(Protocol):
-    @property
-    def location(self) -> str: ...
-    @property
-    def encoding(self) -> str: ...
-    @property
-    def logical_dtype(self) -> str: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def layers(self) -> tuple[str, ...]: ...
-    @property
-    def pooled(self) -> tuple[str, ...]: ...
-    @property
-    def tap(self) -> str | None: ...
-    @property
-    def items(self) -> Items: ...
-    @property
-    def n_tokens(self) -> NDArray[np.int32]: ...
-    def read(self, items: Sequence[int] | NDArray[Any], /) -> _Rows: ...
 
 
 class ByName:
     """Methods that a store, and several stores read as one, have in common."""
 
-    def features(self: _Readable, name: str) -> NDArray[np.float32]:
+    def features(self: "_Readable", name: str) -> NDArray[np.float32]:
         """The features of the item called `name`, (tokens, width) float32.
 
         They are hidden states, coordinates of a sketch, or logits, as `encoding` says. Raises UnknownName, with the
@@ -61,7 +43,7 @@ class ByName:
             raise UnknownName.of(kind="item", name=name, known=names if len(names) <= _LISTED else near)
         return self.read([names.index(name)]).float32()
 
-    def to_pandas(self: _Readable) -> "pd.DataFrame":
+    def to_pandas(self: "_Readable") -> "pd.DataFrame":
         """The items as a data frame, one row each, in the order of the store.
 
         The columns are `name`, `prompt`, `split`, `generator`, `description`, `text_author` if known, the MOS as
@@ -78,16 +60,16 @@ class ByName:
         marks = {f"mos_{aspect}": labels[aspect] for aspect in sorted(labels)}
         return pd.DataFrame({**texts, **marks, "tokens": self.n_tokens})
 
-    def __repr__(self: _Readable) -> str:
+    def __repr__(self: "_Readable") -> str:
         """What the store is, in one line."""
         return one_line(f"{type(self).__name__} {self.location}", _shown(self))
 
-    def _repr_html_(self: _Readable) -> str:
+    def _repr_html_(self: "_Readable") -> str:
         """What the store is, for notebooks."""
         return html_table(f"{type(self).__name__} {self.location}", _shown(self))
 
 
-def _shown(store: _Readable) -> Mapping[str, object]:
+def _shown(store: "_Readable") -> Mapping[str, object]:
     items = store.items
     scales = {aspect: items.mos_ranges.get(aspect) for aspect in sorted(items.labels)}
     splits = {split: items.splits.count(split) for split in dict.fromkeys(items.splits)}

@@ -83,6 +83,14 @@ def timm_model(name: str, *, image_size: int | None = None) -> Any:
         raise ConfigError(message) from error
 
 
+def resnet_stages(resnet: Any, pixels: Pixels) -> list[Tensor]:
+    """What timm's ResNet hands to each of its four stages, and what the last of them gives: five feature maps."""
+    found: list[Tensor] = [resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(pixels))))]
+    for stage in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
+        found.append(stage(found[-1]))
+    return found
+
+
 def check_name(name: str, known: Sequence[str] = ()) -> None:
     """Raise UnknownName, with the nearest of timm's names and `known`, if timm has no model `name`."""
     timm = import_timm()

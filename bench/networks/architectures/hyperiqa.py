@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from agiqa.bench.networks.architectures.contract import Network, Pixels, Scores
-from agiqa.bench.networks.architectures.encoders import timm_model
+from agiqa.bench.networks.architectures.encoders import resnet_stages, timm_model
 
 TARGET = (224, 112, 56, 28, 14, 1)
 """Channels of the target network."""
@@ -108,12 +108,7 @@ class HyperIQA(Network):
 
     def forward(self, pixels: Pixels) -> Scores:
         """The scores. Patches of other sizes than 224 pixels are pooled to the same 7 x 7 features."""
-        resnet = self.resnet
-        features = resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(pixels))))
-        stages: list[Tensor] = []
-        for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
-            features = layer(features)
-            stages.append(features)
+        _, *stages = resnet_stages(self.resnet, pixels)
         vectors = [module(stage) for module, stage in zip(self.local, stages[:3], strict=True)]
         values = torch.cat([*vectors, self.whole(stages[3])], dim=1)
         written: Tensor = functional.adaptive_avg_pool2d(self.hyper(stages[3]), _GRID)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from agiqa.bench.networks.architectures.contract import Network, Pixels, Scores
-from agiqa.bench.networks.architectures.encoders import timm_model
+from agiqa.bench.networks.architectures.encoders import resnet_stages, timm_model
 
 WIDTHS = (64, 256, 512, 1024, 2048)
 """Channels before the first stage of a ResNet50, and after each stage."""
@@ -61,13 +61,11 @@ class StairIQA(Network):
 
     def forward(self, pixels: Pixels) -> Scores:
         """The scores."""
-        resnet = self.resnet
-        features = resnet.maxpool(resnet.act1(resnet.bn1(resnet.conv1(pixels))))
+        *before, last = resnet_stages(self.resnet, pixels)
         climbing: list[Tensor] = []
-        for stage, layer in enumerate((resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)):
+        for stage, features in enumerate(before):
             starts = [climbed + features for climbed in climbing] + [features]
             climbing = [self.stairs[first][stage - first](start) for first, start in enumerate(starts)]  # type: ignore[index]
-            features = layer(features)
-        pooled = (features + sum(climbing)).mean(dim=(2, 3))
+        pooled = (last + sum(climbing)).mean(dim=(2, 3))
         scores: Scores = self.regressor(pooled).squeeze(-1)
         return scores

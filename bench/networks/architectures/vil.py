@@ -12,14 +12,14 @@ classes (Table 1): ViL-T 6 M, ViL-S 23 M, ViL-B 89 M.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from agiqa.bench.networks.architectures.contract import Network, Pixels, Scores, regressor
+from agiqa.bench.networks.architectures.contract import Pixels
+from agiqa.bench.networks.architectures.encoders import EncoderNetwork
 from agiqa.errors import ConfigError
 from agiqa.heads.model.encoders.mlstm import mlstm
 
@@ -126,26 +126,6 @@ class ViLEncoder(nn.Module):
         return torch.cat([tokens[:, 0], tokens[:, -1]], dim=1)
 
 
-class ViL(Network):
-    """The encoder and a regressor."""
-
-    def __init__(self, name: str, *, image_size: int, hidden: int) -> None:
-        """`name` is one of WIDTHS."""
-        super().__init__()
-        self.encoder = ViLEncoder(WIDTHS[name], image_size=image_size)
-        self.regressor = regressor(2 * WIDTHS[name], hidden)
-
-    @property
-    def body(self) -> nn.Module:
-        """The encoder."""
-        return self.encoder
-
-    @property
-    def new_layers(self) -> Sequence[nn.Module]:
-        """The regressor."""
-        return [self.regressor]
-
-    def forward(self, pixels: Pixels) -> Scores:
-        """The scores."""
-        scores: Scores = self.regressor(self.encoder(pixels)).squeeze(-1)
-        return scores
+def vil_network(name: str, *, image_size: int, hidden: int) -> EncoderNetwork:
+    """The encoder `name`, one of WIDTHS, with random weights and a regressor, for images of `image_size` pixels."""
+    return EncoderNetwork(ViLEncoder(WIDTHS[name], image_size=image_size), 2 * WIDTHS[name], hidden=hidden)

@@ -15,7 +15,7 @@ from agiqa.bench.networks.architectures.dbcnn import DBCNN
 from agiqa.bench.networks.architectures.encoders import MeanOfConvolutions, timm_model, timm_network
 from agiqa.bench.networks.architectures.hyperiqa import HyperIQA
 from agiqa.bench.networks.architectures.stairiqa import WIDTHS, StairIQA
-from agiqa.bench.networks.architectures.vil import ViL, ViLBlock, ViLEncoder
+from agiqa.bench.networks.architectures.vil import ViLBlock, ViLEncoder, vil_network
 from agiqa.bench.networks.building import random_network
 from agiqa.bench.networks.config import TABLE_II, network_config
 from agiqa.errors import ConfigError, UnknownName
@@ -49,7 +49,7 @@ def test_vgg16_is_read_after_its_last_convolution(meta):
 
 @pytest.mark.parametrize(("name", "published"), [("vil_tiny", 6), ("vil_small", 23), ("vil_base", 89)])
 def test_vil_has_the_published_parameters(meta, name, published):
-    network = ViL(name, image_size=224, hidden=0)
+    network = vil_network(name, image_size=224, hidden=0)
     features = network.regressor[0].in_features
     classifier = (features + 1) * 1000
     assert round(millions(network.encoder) + classifier / 1e6) == published
@@ -226,7 +226,7 @@ def test_vil_reads_the_image_from_both_ends():
 
 def test_vil_refuses_images_that_patches_do_not_fill():
     with pytest.raises(ConfigError, match="patches of 16 pixels, and 40 is no multiple"):
-        ViL("vil_tiny", image_size=40, hidden=8)
+        vil_network("vil_tiny", image_size=40, hidden=8)
 
 
 def test_an_unknown_name_is_answered_with_the_nearest_one_of_timm():
