@@ -8,7 +8,7 @@ kernel ridge  y = mean + K a with (K + strength W^-1) a = y - mean; Saunders et 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,17 @@ class Regression:
         facts = {"regression": self.kind, "strength": self.strength, **width, "inner_rmse": rmse}
         return {**facts, "at_edge": list(self.at_edge)}
 
+    @classmethod
+    def of_record(cls, facts: Mapping[str, Any]) -> "Regression":
+        """The regression whose `record` is `facts`."""
+        return cls(
+            kind=facts["regression"],
+            strength=facts["strength"],
+            width=facts.get("width"),
+            inner_rmse=math.nan if facts["inner_rmse"] is None else facts["inner_rmse"],
+            at_edge=tuple(facts["at_edge"]),
+        )
+
     def fit(
         self, known: Any, mos: Array, *, weights: Array | None = None, device: torch.device = _CPU
     ) -> Linear | Kernel:
@@ -176,18 +187,51 @@ def best_kernel_ridge(
         message = "kernel ridge is not tried: half of all pairs of training items, or more, have equal features"
         raise DataError(message)
     parts, rows = inner_folds(groups, folds), _tensor(known, device)
-    squares, errors = squared_distances(rows, rows), np.zeros((len(widths), len(strengths)))
-    for of_width, width in zip(errors, widths, strict=True):
-        kernel = gaussian(squares, width * median)
-        of_width += _kernel_errors(kernel, mos, weighing, parts, strengths * (1 - float(kernel.mean())), centre=False)
-    width, strength = (int(place) for place in np.unravel_index(errors.argmin(), errors.shape))
+    squares = squared_distances(rows, rows)
+    kernels: dict[int, Tensor] = {}  # the latest one only: it may take gigabytes
+
+    def errors(width: int, strength: int) -> float:
+        if width not in kernels:
+            kernels.clear()
+            kernels[width] = gaussian(squares, widths[width] * median)
+        scaled = strengths[[strength]] * (1 - float(kernels[width].mean()))
+        return float(_kernel_errors(kernels[width], mos, weighing, parts, scaled, centre=False)[0])
+
+    (width, strength), least = lowest(errors, (len(widths), len(strengths)))
     return Regression(
         kind=KERNEL_RIDGE,
         strength=float(strengths[strength]),
         width=widths[width],
-        inner_rmse=math.sqrt(errors[width, strength] / weighing.sum()),
+        inner_rmse=math.sqrt(least / weighing.sum()),
         at_edge=_edges(strength=(strength, len(strengths)), width=(width, len(widths))),
     )
+
+
+def lowest(errors: Callable[[int, int], float], shape: tuple[int, int]) -> tuple[tuple[int, int], float]:
+    """The place of the lowest of `errors` on a grid, and its value, by walking downhill from the middle.
+
+    A step goes to a neighbour in one direction. Errors of a kernel ridge rise on both sides of their minimum, and a
+    walk meets a third of the grid.
+    """
+    known: dict[tuple[int, int], float] = {}
+
+    def at(place: tuple[int, int]) -> float:
+        if place not in known:
+            known[place] = errors(*place)
+        return known[place]
+
+    here = (shape[0] // 2, shape[1] // 2)
+    while True:
+        rows, columns = ([k - 1, k + 1] for k in here)
+        along = [(here[0], column) for column in columns if 0 <= column < shape[1]]
+        across = [(row, here[1]) for row in rows if 0 <= row < shape[0]]
+        for beside in (along, across):  # strengths first: another width needs another kernel
+            best = min([here, *beside], key=at)
+            if best != here:
+                here = best
+                break
+        else:
+            return here, at(here)
 
 
 def inner_folds(groups: Positions, folds: int = INNER_FOLDS) -> Folds:
