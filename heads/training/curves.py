@@ -119,9 +119,10 @@ def epoch_warnings(outcome: Outcome, config: TrainConfig, *, calibration: int = 
     if not items:
         return []
     if items < FEWEST_TO_CHOOSE_BY:
+        kept = "the last epoch" if outcome.epoch else "the closed form of `init` alone"
         return [
             f"There {'is only 1 validation item' if items == 1 else f'are only {items} validation items'}: too few to "
-            f"choose an epoch by ({FEWEST_TO_CHOOSE_BY} needed), so the last epoch was kept. Their scores say little. "
+            f"choose an epoch by ({FEWEST_TO_CHOOSE_BY} needed), so {kept} was kept. Their scores say little. "
             "Raise `validation`, or set it to 0 to train on them."
         ]
     epochs = len(scores)

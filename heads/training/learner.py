@@ -57,7 +57,8 @@ class Learner(pl.LightningModule):
     ) -> None:
         """`validation` may be empty: without FEWEST_TO_CHOOSE_BY validation items the last epoch is the best.
 
-        The head learns the residual of `base`, if there is one. `base` alone is then epoch 0, one of those to choose.
+        The head learns the residual of `base`, if there is one. `base` alone is then epoch 0, one of those to choose,
+        and the best where there are too few validation items to choose by.
         `test_scorer` scores the head after every epoch; its scores go into the curves and are not used for selection.
         `shares` are the soft labels of `items`, (items, labels, 5), for a loss that reads them.
 
@@ -322,12 +323,13 @@ class Learner(pl.LightningModule):
         """How the kept epoch was chosen, for people."""
         if not self.validates:
             return "last epoch, as there are no validation items"
+        kept = "last epoch" if self._base is None else "closed form of `init` alone"
         if not self.chooses:
-            return f"last epoch, as {self._choosing.sum()} validation items are too few to choose by"
+            return f"{kept}, as {self._choosing.sum()} validation items are too few to choose by"
         labels = self._config.labels
         what = "validation SRCC" if len(labels) == 1 else f"mean validation SRCC of {', '.join(labels)}"
         if math.isnan(self._best_srcc):
-            return f"last epoch, as the {what} was never defined"
+            return f"{kept}, as the {what} was never defined"
         return f"highest {what}"
 
     def _validation_metrics(self) -> dict[str, float]:
@@ -342,10 +344,10 @@ class Learner(pl.LightningModule):
     def _keep_best(self, number: int, srcc: float | None) -> None:
         """Copy weights and predictions of an epoch better than the kept one; any epoch beats an undefined SRCC.
 
-        Where there are too few validation items to choose by, the last epoch is kept.
+        Where there are too few validation items to choose by, the last epoch is kept, or `base` alone.
         """
         if srcc is None or not self.chooses:
-            better = number == self.trainer.max_epochs
+            better = number == self.trainer.max_epochs and (self._base is None or not self.validates)
         else:
             better = math.isnan(self._best_srcc) or srcc > self._best_srcc
         if better:

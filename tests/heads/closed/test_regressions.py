@@ -1,5 +1,6 @@
 """Regressions in closed form: the fits and the choices of a cross-validation, each against a computation by hand."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -13,12 +14,14 @@ from sklearn.model_selection import GroupKFold
 
 from agiqa.errors import ConfigError, DataError
 from agiqa.heads.closed import regressions
+from agiqa.heads.closed.forms import TRIED_STRENGTHS, TRIED_WIDTHS
 from agiqa.heads.closed.regressions import (
     KERNEL_STRENGTHS,
     STRENGTHS,
     WIDTHS,
     best_kernel_ridge,
     best_ridge,
+    lowest,
     some_groups,
 )
 
@@ -166,3 +169,34 @@ def test_large_choices_are_made_on_whole_groups():
     assert 60 < len(some) <= 90
     assert not set(groups[some]) & set(np.delete(groups, some))
     assert (some_groups(groups, 200) == np.arange(200)).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_walk_finds_the_lowest_error_of_a_slanting_valley(seed):
+    random = np.random.default_rng(seed)
+    slope, centre = random.uniform(-1.2, 0), random.uniform([0, 0], [3, 7])
+    across, along = np.stack(np.meshgrid(np.arange(4), np.arange(8), indexing="ij")) - centre[:, None, None]
+    errors = np.square(along - slope * across) + np.square(across)
+    met = set()
+
+    def error(*place):
+        met.add(place)
+        return float(errors[place])
+
+    place, least = lowest(error, errors.shape)
+    assert least == errors[place] == errors.min()
+    assert len(met) < 24
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_kernel_ridge_found_by_a_walk_is_as_good_as_that_of_the_whole_grid(seed):
+    random = np.random.default_rng(seed)
+    rows, groups = random.normal(size=(80, 6)), np.arange(80) // 4
+    mos = np.tanh(rows[:, 0] * rows[:, 1]) + rows[:, 2] + (0.1, 0.5, 1.0, 2.0)[seed] * random.normal(size=80)
+    found = best_kernel_ridge(rows, mos, groups, strengths=TRIED_STRENGTHS, widths=TRIED_WIDTHS)
+    scale, errors = np.median(pdist(rows)), {}
+    for setting in itertools.product(TRIED_WIDTHS, TRIED_STRENGTHS):
+        predict = functools.partial(kernel_ridge, strength=setting[1], scale=setting[0] * scale, everything=rows)
+        errors[setting] = inner_rmse(predict, rows, mos, groups)
+    assert found.inner_rmse == pytest.approx(errors[found.width, found.strength])
+    assert found.inner_rmse <= min(errors.values()) * 1.001

@@ -38,24 +38,31 @@ def test_weights_are_the_bounded_least_squares_of_scipy():
     assert (hopeless.weights.tolist(), hopeless.intercept) == ([0.5, 0.5], 0.0)
 
 
+def chosen(run):
+    """The settings of the only fit of a closed form."""
+    fit = run.config["closed"]["fits"][0]
+    return {"strength": fit["strength"], "kernel_width": fit.get("width")}
+
+
 def test_a_stack_is_the_sum_of_its_members_weighted_by_unknown_prompts(store, tmp_path):
     heads = {name: HeadConfig(encoder=name) for name in ("ridge", "krr", "tfidf")}
     config = GROUPED.model_copy(update={"validation": 0.0})
     stack = train_head(store, tmp_path / "stack", head=HeadConfig(encoder="stack"), train=config)
     train = make_partition(store, config).train
     groups, mos = prompt_groups([store.items.prompts[k] for k in train]), store.items.labels["quality"][train]
+    members = {name: train_head(store, tmp_path / name, head=head, train=config) for name, head in heads.items()}
+    settled = {name: head.model_copy(update=chosen(members[name])) for name, head in heads.items()}
     folded = np.empty((len(train), 3))
     for number, (kept, held) in enumerate(GroupKFold(3).split(train, groups=groups)):
         splits = np.full(90, "none", dtype=object)
         splits[train[kept]], splits[train[held]] = "train", "test"
         part = replace(store, items=replace(store.items, splits=splits.tolist()), id=f"fold {number}")
         published = config.model_copy(update={"split": "published"})
-        for column, (name, head) in enumerate(heads.items()):
+        for column, (name, head) in enumerate(settled.items()):
             member = train_head(part, tmp_path / f"{name} {number}", head=head, train=published)
             folded[held, column] = member.predict(store, train[held])
     mixture = Mixture.fit(folded, mos)
     assert list(stack.config["closed"]["fits"][0]["weights"].values()) == pytest.approx(mixture.weights, abs=1e-6)
-    members = {name: train_head(store, tmp_path / name, head=head, train=config) for name, head in heads.items()}
     expected = mixture.of(np.stack([member.predict(store) for member in members.values()], axis=1))
     assert load_run(stack.path).predict(store) == pytest.approx(expected, abs=1e-6)
 

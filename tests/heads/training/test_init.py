@@ -62,9 +62,23 @@ def test_a_network_that_learns_nothing_leaves_the_closed_form(make_store, tmp_pa
     assert scores(refit, "test") == pytest.approx(scores(ridge, "test"), abs=1e-5)
 
 
+def test_too_few_validation_items_keep_the_closed_form(make_store, tmp_path):
+    store = make_store(100, prompts=40)
+    few = QUICK.model_copy(update={"validation": 0.1, "lr": 1e-1})
+    run = train_head(store, tmp_path / "init", head=GRU, train=few)
+    alone = HeadConfig(encoder="ridge", strength=10.0, pooling="mean")
+    ridge = train_head(store, tmp_path / "ridge", head=alone, train=few)
+    assert run.metrics["chosen_epoch"] == 0
+    assert run.metrics["chosen_by"].startswith("closed form of `init` alone, as ")
+    assert any("so the closed form of `init` alone was kept" in line for line in run.metrics["warnings"])
+    assert scores(run, "validation") == pytest.approx(scores(ridge, "validation"), abs=1e-5)
+    none = train_head(store, tmp_path / "none", head=GRU, train=few.model_copy(update={"validation": 0.0}))
+    assert none.metrics["chosen_epoch"] == few.epochs
+
+
 def test_a_residual_is_learned_and_the_sum_is_read_back(make_store, tmp_path):
     store = make_store(300)
-    config = QUICK.model_copy(update={"epochs": 8, "validation": 0.1})
+    config = QUICK.model_copy(update={"epochs": 8, "validation": 0.2})
     run = train_head(store, tmp_path / "init", head=GRU, train=config)
     ridge = train_head(store, tmp_path / "ridge", head=HeadConfig(encoder="ridge", strength=10.0), train=config)
     assert run.metrics["test"]["srcc"] > ridge.metrics["test"]["srcc"] + 0.03
