@@ -19,7 +19,7 @@ from agiqa.heads import (
 )
 from agiqa.heads.data.features import location_of
 from agiqa.heads.data.variants import as_variant
-from agiqa.heads.model.reading import usual_settings
+from agiqa.heads.model.reading import default_settings_of, usual_settings
 from agiqa.progress import say
 from agiqa.store import AnyStore, Store, open_store, union
 
@@ -58,7 +58,7 @@ def train(
         settings,
         preset=preset,
         start=None if first is None else first.head,
-        usual=usual_settings(source) if first is None else lambda given: _of_start(source, first, given),
+        usual=default_settings_of(source) if first is None else lambda given: _of_start(source, first, given),
     )
     source = as_variant(source, training.variant)
     _warn_of_other_questions(source, training)

@@ -23,7 +23,6 @@ from typing import Any, cast
 
 import torch
 
-from agiqa.bench.ablation.form_settings import unread_by_forms
 from agiqa.bench.ablation.protocols import PART_SETTINGS, SPLIT_SETTINGS, Protocol, Split, protocol_of, read_protocols
 from agiqa.bench.ablation.run_names import file_name, spell, told_apart
 from agiqa.errors import AgiqaError, ConfigError, UnknownName, listed
@@ -32,6 +31,7 @@ from agiqa.heads.model.encoders.base import encoder_settings
 from agiqa.heads.model.head import check_sizes
 from agiqa.heads.model.losses import get_loss
 from agiqa.heads.settings.config import HeadConfig, TrainConfig, Usual, read_yaml
+from agiqa.heads.settings.form_settings import unread_by_forms
 from agiqa.heads.settings.presets import preset_values
 
 _SECTIONS = ("base", "grid", "runs", "seeds", "protocols")

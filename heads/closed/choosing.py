@@ -6,7 +6,7 @@ from agiqa.errors import ConfigError
 from agiqa.heads.closed.forms import FORMS, Form
 from agiqa.heads.closed.heads import ClosedHead, Facts, Tensors, head_of
 from agiqa.heads.closed.pooled import check_pooled
-from agiqa.heads.closed.stack import STACK, TFIDF, member_names
+from agiqa.heads.closed.stack import LEFT_OUT, STACK, TFIDF, member_names
 from agiqa.heads.closed.token_bags import has_token_ids
 from agiqa.heads.closed.words import WORDS, word_notes
 from agiqa.heads.data.features import FeatureSource, location_of
@@ -41,12 +41,12 @@ def load_closed(tensors: Tensors, facts: Facts) -> ClosedHead:
     return head_of(tensors, facts)
 
 
-def closed_notes(config: HeadConfig, source: FeatureSource) -> list[str]:
-    """What a reader of the scores must know about what the closed form of a head reads of `source`."""
+def closed_notes(config: HeadConfig, source: FeatureSource, facts: Facts) -> list[str]:
+    """What a reader of the scores must know about what a closed form with these `facts` reads of `source`."""
     name = config.encoder if config.is_closed else config.init
     if name == WORDS:
         return word_notes(source)
-    counts_text = name == TFIDF or (name == STACK and TFIDF in member_names(config))
-    if not counts_text or has_token_ids(source):
-        return []
-    return [f"tfidf counts the words of prompts and descriptions, as {location_of(source)} has no token ids"]
+    found = [f"the stack does without {member}: {reason}" for member, reason in facts.get(LEFT_OUT, {}).items()]
+    if TFIDF in facts.get("names", [name]) and not has_token_ids(source):
+        found.append(f"tfidf counts the words of prompts and descriptions, as {location_of(source)} has no token ids")
+    return found

@@ -257,20 +257,23 @@ def some_groups(groups: Positions, most: int, seed: int = 0) -> Positions:
 
 def check_kernel_size(items: int, device: torch.device) -> None:
     """Raise ConfigError where the kernel matrix of so many items is too large, or does not fit into the memory."""
+    too_large = kernel_too_large(items, device)
+    if too_large is not None:
+        message = (
+            f"A kernel ridge cannot be fitted: {too_large}. Use the encoder 'ridge', or draw fewer by `training_items`."
+        )
+        raise ConfigError(message)
+
+
+def kernel_too_large(items: int, device: torch.device) -> str | None:
+    """Why a kernel ridge cannot be fitted to so many items; None where it can."""
     needed, free = 2 * 8 * items * items, available_memory(device)
     if items > MOST_ITEMS:
-        message = (
-            f"A kernel ridge holds the kernel matrix of at most {MOST_ITEMS:,} training items, and there are {items:,}"
-            ". Use the encoder 'ridge', or draw fewer by `training_items`."
-        )
-    elif needed > free:
-        message = (
-            f"A kernel ridge on {items:,} training items needs {needed / 1e9:.1f} GB of {device}, and "
-            f"{free / 1e9:.1f} GB are free. Use the encoder 'ridge', or draw fewer by `training_items`."
-        )
-    else:
-        return
-    raise ConfigError(message)
+        return f"its kernel matrix holds at most {MOST_ITEMS:,} training items, and there are {items:,}"
+    if needed > free:
+        matrix = f"its kernel matrix of {items:,} training items"
+        return f"{matrix} needs {needed / 1e9:.1f} GB of {device}, and {free / 1e9:.1f} GB are free"
+    return None
 
 
 def squared_distances(rows: Float[Tensor, "a channel"], others: Float[Tensor, "b channel"]) -> Float[Tensor, "a b"]:

@@ -18,11 +18,15 @@ from agiqa.errors import ConfigError
 from agiqa.heads.closed.forms import FORMS, Form, Known
 from agiqa.heads.closed.heads import HEADS, Array, ClosedHead, Facts, Inputs, Items, Tensors, below, head_of
 from agiqa.heads.closed.pooled import Kept
-from agiqa.heads.data.features import FeatureSource
+from agiqa.heads.closed.regressions import kernel_too_large
+from agiqa.heads.closed.token_bags import has_texts, has_token_ids
+from agiqa.heads.data.features import FeatureSource, location_of
 from agiqa.heads.settings.config import HeadConfig
 
 STACK, TFIDF, AUTO = "stack", "tfidf", "auto"
 _ON_VECTORS = ("ridge", "krr")
+LEFT_OUT = "left_out"
+"""The fact of a stack with the members that could not be fitted, each with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,11 +133,12 @@ class StackForm(Form):
 
     def read(self, source: FeatureSource, items: Items, kept: Kept | None) -> StackInputs:
         """The inputs of every member; forms on pooled vectors share them."""
-        found = dict[str, Inputs]()
-        for name in member_names(self.config):
+        found, names = dict[str, Inputs](), member_names(self.config)
+        left_out = members_left_out(source, len(items), self.device) if self.config.members == AUTO else {}
+        for name in (name for name in names if name not in left_out):
             same = next((other for other in found if other in _ON_VECTORS and name in _ON_VECTORS), None)
             found[name] = self._form(name).read(source, items, kept) if same is None else found[same]
-        return StackInputs(values=None, facts={"names": list(found)}, parts=tuple(found.values()))
+        return StackInputs(values=None, facts={"names": list(found), LEFT_OUT: left_out}, parts=tuple(found.values()))
 
     def fit(self, inputs: Inputs, known: Known) -> ClosedHead:
         """Fit the members to all items, and the weights to out-of-fold predictions."""
@@ -159,6 +164,7 @@ class StackForm(Form):
         mixed = np.stack([one.of(predicted[:, :, k].T) for k, one in enumerate(mixing)], axis=1)
         fits = [_fit_record(names, one, mixed[:, k], known, k) for k, one in enumerate(mixing)]
         facts = {"names": names, "members": [member.facts for member, _ in fitted], "fits": fits}
+        facts |= {LEFT_OUT: inputs.facts[LEFT_OUT]} if inputs.facts[LEFT_OUT] else {}
         return StackHead(tensors, facts), mixed
 
     def _form(self, name: str) -> Form:
@@ -166,6 +172,17 @@ class StackForm(Form):
         return FORMS.get(name)(
             config=self.config, pooling=pooling, label=self.label, folds=self.folds, device=self.device
         )
+
+
+def members_left_out(source: FeatureSource, items: int, device: torch.device) -> dict[str, str]:
+    """The members of an `auto` stack that cannot be fitted to so many items of `source`, with the reason."""
+    found = dict[str, str]()
+    too_large = kernel_too_large(items, device)
+    if too_large is not None:
+        found["krr"] = too_large
+    if not has_token_ids(source) and not has_texts(source):
+        found[TFIDF] = f"{location_of(source)} has neither token ids nor texts"
+    return found
 
 
 def member_names(config: HeadConfig) -> list[str]:

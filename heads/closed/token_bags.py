@@ -47,6 +47,11 @@ def has_token_ids(source: FeatureSource) -> bool:
     return isinstance(source, HasTokenIds) and not getattr(source, "pooled", ()) and not getattr(source, "tap", None)
 
 
+def has_texts(source: FeatureSource) -> bool:
+    """Whether an item of `source` has a prompt or a description."""
+    return any(source.items.prompts) or any(_descriptions(source))
+
+
 def read_bags(source: FeatureSource, items: NDArray[np.int64], counted: str, *, ngrams: int) -> list[Keys]:
     """The n-grams of each item, of 1 to `ngrams` tokens that follow each other.
 
@@ -76,7 +81,7 @@ def read_word_bags(source: FeatureSource, items: NDArray[np.int64], counted: str
         )
         raise DataError(message)
     prompts, descriptions = source.items.prompts, _descriptions(source)
-    if not (any(prompts) or any(descriptions)):
+    if not has_texts(source):
         message = f"{location_of(source)} has neither prompts nor descriptions, whose words this tfidf counts."
         raise DataError(message)
     return [_word_ngrams(f"{prompts[item]}\n{descriptions[item] or ''}", ngrams) for item in items.tolist()]

@@ -18,6 +18,8 @@ from agiqa.store.disk.files import canonical_json
 
 LAST = "last"
 JOINER = "+"
+MOST_SIDE_BY_SIDE = 5
+"""Layers that a closed form reads by default."""
 
 
 @runtime_checkable
@@ -63,6 +65,16 @@ def layer_of(source: FeatureSource) -> str:
 def stored_layers(source: FeatureSource) -> tuple[str, ...]:
     """The names of all layers that `source` has, ascending."""
     return source.layers if isinstance(source, Layered) else (layer_of(source),)
+
+
+def spread_layers(*sources: FeatureSource) -> str:
+    """Up to MOST_SIDE_BY_SIDE layers that all `sources` have, evenly spaced up to their last one, as in `8+16+last`."""
+    shared = [name for name in stored_layers(sources[0]) if all(name in stored_layers(one) for one in sources)]
+    count = min(MOST_SIDE_BY_SIDE, len(shared))
+    places = (
+        [round((len(shared) - 1) * k / count) for k in range(1, count + 1)] if len(shared) > count else range(count)
+    )
+    return JOINER.join(shared[place] for place in places)
 
 
 def tap_of(source: FeatureSource) -> str | None:

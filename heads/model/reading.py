@@ -5,12 +5,27 @@ from typing import Any
 
 from agiqa.errors import ConfigError, HeadError, UnknownName
 from agiqa.heads.data.features import FeatureSource, location_of
-from agiqa.heads.data.layers import PooledRow, layer_of, pooled_rows, provenance_of, read_layer
+from agiqa.heads.data.layers import (
+    JOINER,
+    PooledRow,
+    base_of,
+    layer_of,
+    pooled_rows,
+    provenance_of,
+    read_layer,
+    spread_layers,
+)
 from agiqa.heads.model.encoders import ENCODERS
 from agiqa.heads.model.pooling import PoolingName
 from agiqa.heads.model.projection import FeatureSpec, usual_projection
 from agiqa.heads.settings.config import HeadConfig, Usual
+from agiqa.heads.settings.form_settings import asks_for_network
 
+_DEFAULT = "stack"
+"""The encoder of `agiqa train` by default; bench/LOG.md has the comparison ("Which head by default")."""
+_ON_LAYERS = ("ridge", "krr", _DEFAULT)
+"""Closed forms that predict better from several layers side by side than from the last one."""
+_LOGITS = "logits"
 _ONE_ROW = "none"
 """The encoder of stores of pooled rows by default."""
 _OF_SEQUENCES = "attention"
@@ -34,13 +49,16 @@ def usual_settings(*sources: FeatureSource) -> Usual:
     """The settings by default of heads that read all of `sources`, which depend on the layer and the encoder given.
 
     The projection is `usual_projection`. Heads on pooled rows have the encoder `none` and `usual_pooling`; with another
-    encoder the pooling is `attention`, over all rows.
+    encoder the pooling is `attention`, over all rows. Closed forms read the `spread_layers`.
     """
 
     def usual(given: Mapping[str, Any]) -> dict[str, Any]:
-        layer = given.get("layer")
+        layer, found = given.get("layer"), dict[str, Any]()
+        if layer is None and given.get("encoder") in _ON_LAYERS:
+            spread = spread_layers(*map(base_of, sources))
+            if JOINER in spread:
+                layer = found["layer"] = spread
         read = [read_layer(source, None if layer is None else str(layer)) for source in sources]
-        found: dict[str, Any] = {}
         projection = usual_projection(*read)
         if projection is not None:
             found["projection"] = projection
@@ -54,6 +72,21 @@ def usual_settings(*sources: FeatureSource) -> Usual:
         return found
 
     return usual
+
+
+def default_settings_of(source: FeatureSource) -> Usual:
+    """The settings of `agiqa train` by default: a stack of closed forms, as `usual_settings` gives it.
+
+    A network is trained where the settings given ask for one, and on stored logits, whose vectors are long.
+    """
+    usual = usual_settings(source)
+
+    def of(given: Mapping[str, Any]) -> dict[str, Any]:
+        if given.get("encoder") is not None or source.encoding == _LOGITS or asks_for_network(given):
+            return {**usual(given)}
+        return {"encoder": _DEFAULT, **usual({**given, "encoder": _DEFAULT})}
+
+    return of
 
 
 def features_for(source: FeatureSource, head: HeadConfig, layer: str | None) -> FeatureSource:

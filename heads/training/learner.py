@@ -55,10 +55,9 @@ class Learner(pl.LightningModule):
         shares: NDArray[np.float64] | None = None,
         base: ClosedBase | None = None,
     ) -> None:
-        """`validation` may be empty: without FEWEST_TO_CHOOSE_BY validation items the last epoch is the best.
+        """Without FEWEST_TO_CHOOSE_BY validation items the last epoch is the best, or `base` alone if there are some.
 
-        The head learns the residual of `base`, if there is one. `base` alone is then epoch 0, one of those to choose,
-        and the best where there are too few validation items to choose by.
+        The head learns the residual of `base`, if there is one. `base` alone is then epoch 0, one of those to choose.
         `test_scorer` scores the head after every epoch; its scores go into the curves and are not used for selection.
         `shares` are the soft labels of `items`, (items, labels, 5), for a loss that reads them.
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from agiqa.heads.closed.choosing import closed_notes
-from agiqa.heads.closed.combined import MixedHead, ResidualHead, network_of
+from agiqa.heads.closed.combined import AnyHead, MixedHead, ResidualHead, network_of
 from agiqa.heads.closed.heads import ClosedHead
 from agiqa.heads.data.batches import LabelledItems
 from agiqa.heads.data.features import FeatureSet, FeatureSource, location_of
@@ -32,7 +32,7 @@ from agiqa.heads.evaluation.scoring import Moments, predict_moments
 from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.pooling import check_item_roles, check_roles
 from agiqa.heads.model.projection import FeatureSpec
-from agiqa.heads.model.reading import features_for, reading_notes, usual_settings
+from agiqa.heads.model.reading import default_settings_of, features_for, reading_notes
 from agiqa.heads.model.readouts import VALUE
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 from agiqa.heads.settings.device import cpu_threads
@@ -64,8 +64,8 @@ def train_head(
     An interrupted training resumes from the last epoch that was saved beside `run` (see resuming.py), and
     `restart` discards them. `preset` is the name of the settings in config.json. `shared` are features that were
     decoded before, for several trainings (see data/keeping.py); the numbers are the same.
-    Without `head` and `start` it is the default head, with the `usual_settings` of `source`. The layer and the pooled
-    row that the settings name are read; without `layer` that of `start`, or the last one that `source` has.
+    Without `head` and `start` it is the default head, by `default_settings_of` the source. The layer and the pooled row
+    that the settings name are read; without `layer` that of `start`, or the last one that `source` has.
     `start` is a run whose head is the beginning, with its weights, constants of the features and scale of the labels;
     without `head` this head has its settings. A refit begins there too.
     With `variant` in `train`, `source` is read as that conversation, and the run belongs to it.
@@ -75,9 +75,10 @@ def train_head(
     UnknownName and ConfigError for settings.
     """
     train = train or TrainConfig()
-    source, layer = as_variant(source, train.variant), layer_to_read(train, start)
-    head = head or (_usual_head(source, layer) if start is None else start.head)
-    source = features_for(source, head, layer)
+    source = as_variant(source, train.variant)
+    if head is None:
+        head, train = _default_head(source, train) if start is None else (start.head, train)
+    source = features_for(source, head, layer_to_read(train, start))
     experiment = Experiment(
         source=source,
         run=Path(run),
@@ -100,9 +101,12 @@ def train_head(
     return load_run(run)
 
 
-def _usual_head(source: FeatureSource, layer: str | None) -> HeadConfig:
-    """The default head on `layer` of `source`."""
-    return HeadConfig(**usual_settings(source)({"layer": layer}))
+def _default_head(source: FeatureSource, train: TrainConfig) -> tuple[HeadConfig, TrainConfig]:
+    """The default head on `source`, and `train` with the layer that it reads."""
+    given = {name: getattr(train, name) for name in train.model_fields_set}
+    found = {**default_settings_of(source)(given)}
+    layer = found.pop("layer", train.layer)
+    return HeadConfig(**found), train.model_copy(update={"layer": layer})
 
 
 def _train(experiment: Experiment, shared: SharedFeatures, progress: TrainingProgress, state: TrainingState) -> None:
@@ -168,7 +172,7 @@ def finish_run(
         "refit": config.refit or refitted,
         "split": {"name": config.split, **partition.record()},
         "warnings": [*_warnings(experiment, selection, held_back), *of_scale],
-        "notes": _notes(experiment, members),
+        "notes": _notes(experiment, final.head, members),
         "text_authors": authors_by_part(source, partition.parts()),
         **_layer_facts(experiment, final),
         "features": None if rows is None else rows.record(),
@@ -221,11 +225,14 @@ def _warnings(experiment: Experiment, selection: Outcome, held_back: NDArray[np.
     return found
 
 
-def _notes(experiment: Experiment, members: Sequence[Run]) -> list[str]:
+def _notes(experiment: Experiment, head: AnyHead, members: Sequence[Run]) -> list[str]:
     """Notes on the texts of the parts, the stores, and what the head, or each of `members`, reads."""
-    source, head = experiment.source, experiment.head
-    found = [*author_notes(source, experiment.partition.parts()), *_store_notes(source), *reading_notes(source, head)]
-    found += [note for run in members for note in run.metrics["notes"]] if members else closed_notes(head, source)
+    source, parts = experiment.source, experiment.partition.parts()
+    found = [*author_notes(source, parts), *_store_notes(source), *reading_notes(source, experiment.head)]
+    closed = head.closed if isinstance(head, ResidualHead) else head
+    if isinstance(closed, ClosedHead):
+        found += closed_notes(experiment.head, source, closed.facts)
+    found += [note for run in members for note in run.metrics["notes"]]
     return list(dict.fromkeys(found))
 
 

@@ -1,4 +1,9 @@
-"""Which settings closed forms read, so that a grid has no two runs with equal results."""
+"""Which settings networks read, and which closed forms: a grid has no two runs with equal results, and settings of
+networks alone ask for a network.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 from agiqa.heads.settings.config import HeadConfig
 
@@ -18,6 +23,14 @@ _FORM_SETTINGS = {
     "rating_tokens": {"rating-words"},
 }
 """Settings that only these closed forms read."""
+_OF_FORMS = frozenset({*_FORM_SETTINGS, "layer_mix"})
+"""Settings of a HeadConfig that ask for no network."""
+
+
+def asks_for_network(given: Mapping[str, Any]) -> bool:
+    """Whether flat settings without an encoder name one that asks for a network, such as `width` or `epochs`."""
+    of_heads = HeadConfig.model_fields.keys() - _OF_FORMS
+    return any(name in of_heads or name in _NETWORK_SETTINGS for name, value in given.items() if value is not None)
 
 
 def unread_by_forms(head: HeadConfig) -> dict[str, str]:
