@@ -29,6 +29,14 @@ def tiny_vision_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_vision_checkpoint(tmp_path_factory.mktemp("tiny-vision"))
 
 
+@pytest.fixture
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions on a GPU keep all bits of float32; by default they round their inputs to TF32."""
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(scope="session")
 def agiqa():
     """Calls the command line in processes of its own: `agiqa("store", "info", path)`."""

@@ -25,6 +25,10 @@ as many again for the image patches behind an image token."""
 _REDUCE = "Cut it with --max-tokens and --truncate, leave it out, or use a device with more memory."
 """What to do about an item that does not fit on its own."""
 
+PATCHES_AT_ONCE = 1 << 15
+"""Bounds the memory of one pass of an image encoder, in patches of 16 x 16 pixels: 167 images of 224 x 224."""
+_PATCH_VALUES = 3 * 16 * 16
+
 JOINED = frozenset(
     {
         "pixel_values",  # images, tiles or patches; Idefics and SmolVLM: one row of tiles per item
@@ -161,6 +165,27 @@ def _per_token(item: Prepared, key: str, length: int) -> torch.Tensor:
     longer = value.new_zeros((1, length, *value.shape[2:]))
     longer[:, : value.shape[1]] = value
     return longer
+
+
+def image_groups(batch: Sequence[Prepared]) -> list[list[int]]:
+    """Positions of items that are `alike`, whose images have about PATCHES_AT_ONCE patches at most, or are alone."""
+    found: list[list[int]] = []
+    for group in alike(batch):
+        patches, piece = 0, list[int]()
+        for position in group:
+            own = _patches_in(batch[position])
+            if piece and patches + own > PATCHES_AT_ONCE:
+                found.append(piece)
+                patches, piece = 0, []
+            piece.append(position)
+            patches += own
+        found.append(piece)
+    return found
+
+
+def _patches_in(item: Prepared) -> int:
+    pixels = [item.inputs[name].numel() for name in ("pixel_values", "patches") if name in item.inputs]
+    return sum(pixels) // _PATCH_VALUES
 
 
 def even_batches(lengths: Sequence[int], most: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ them. The language model does not run, and the conversation plays no part.
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import nn
 from agiqa.errors import ConfigError, DataError, ModelError, UnknownName
 from agiqa.extract.data.images import ImageSource
 from agiqa.extract.data.items import Message
-from agiqa.extract.models.batches import uploaded
+from agiqa.extract.models.batches import image_groups, uploaded
 from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.huggingface import HuggingFaceBackbone
 from agiqa.extract.models.image_features import ImageFeatures, roles_of
+from agiqa.extract.models.minicpm.backbone import MiniCPMBackbone
 from agiqa.extract.models.minicpm.model import MiniCPMV
 from agiqa.store import TOKEN_ROLES
 from agiqa.store.format.layers import LAST
@@ -38,9 +39,14 @@ _CLASS_TOKENS = ("class_embedding", "cls_token", "class_token")
 
 @dataclass(frozen=True, kw_only=True)
 class TappedItem(Prepared):
-    """The rows of a tap, and the item as the whole model reads it."""
+    """The rows of a tap, and the inputs of the whole model, which reads them beside `whole`."""
 
     whole: Prepared
+    """The item as the whole model reads it, without its inputs."""
+
+    def read(self) -> Prepared:
+        """The item as the whole model reads it."""
+        return replace(self.whole, inputs=self.inputs)
 
 
 class TappedBackbone(ImageFeatures):
@@ -140,7 +146,8 @@ class TappedBackbone(ImageFeatures):
             raise ModelError(message)
         seen = int((whole.roles == TOKEN_ROLES["image"]).sum())
         roles = roles_of((0, seen, 0)) if self._is_projector else self._empty_tower.roles_in(whole)
-        return TappedItem(token_ids=np.zeros(len(roles), np.int32), roles=roles, whole=whole)
+        bare = replace(whole, inputs={})
+        return TappedItem(token_ids=np.zeros(len(roles), np.int32), roles=roles, inputs=whole.inputs, whole=bare)
 
     def check_tensors(self) -> None:
         """See `Backbone.check_tensors`."""
@@ -151,56 +158,55 @@ class TappedBackbone(ImageFeatures):
         self._whole.load()
 
     def layer_states(self, batch: Sequence[Prepared], layers: Sequence[str]) -> list[dict[str, torch.Tensor]]:
-        """See `Backbone.layer_states`. Items run one by one."""
+        """See `Backbone.layer_states`. Images that are `alike` pass through the tower together."""
+        items: list[Prepared] = []
+        for item in batch:
+            assert isinstance(item, TappedItem)  # made by `prepare`
+            items.append(item.read())
+        found: dict[int, dict[str, torch.Tensor]] = {}
         with torch.inference_mode():
-            return [self._states(item, layers) for item in batch]
+            for group in image_groups(items):
+                together = [items[position] for position in group]
+                counts = [len(batch[position].roles) for position in group]
+                states = self._projected(together) if self._is_projector else self._towered(together, counts, layers)
+                found |= dict(zip(group, states, strict=True))
+        return [found[position] for position in range(len(batch))]
 
-    def _states(self, item: Prepared, layers: Sequence[str]) -> dict[str, torch.Tensor]:
-        assert isinstance(item, TappedItem)  # made by `prepare`
-        if self._is_projector:
-            (read,) = self._whole.layer_states([item.whole], ("0",))
-            return {LAST: read["0"][uploaded(item.whole.roles == TOKEN_ROLES["image"], read["0"].device)]}
-        wanted = {layer: self._block or layer for layer in layers}
-        found = self._tower_states(item.whole, list(wanted.values()))
-        for states in found.values():
-            if states.shape != (len(item.roles), self.hidden_size):
-                message = (
-                    f"{self.name}: its vision tower made states {tuple(states.shape)} of an image, and "
-                    f"{(len(item.roles), self.hidden_size)} were expected. Use --tap {PROJECTOR} for this model."
-                )
-                raise ModelError(message)
-        return {layer: found[name] for layer, name in wanted.items()}
+    def _projected(self, items: Sequence[Prepared]) -> list[dict[str, torch.Tensor]]:
+        """What the language model reads at the image's tokens of each item."""
+        read = [states["0"] for states in self._whole.layer_states(items, ("0",))]
+        seen = [uploaded(item.roles == TOKEN_ROLES["image"], self.device) for item in items]
+        return [{LAST: states[places]} for states, places in zip(read, seen, strict=True)]
 
-    def _tower_states(self, whole: Prepared, layers: Sequence[str]) -> dict[str, torch.Tensor]:
-        """The states (n, C) of the tower's `layers`, by name."""
-        model: Any = self._whole.loaded()
-        tower = _Tower.of(model, self.name)
-        with tower.kept(layers) as kept:
-            if isinstance(model, MiniCPMV):
-                _run_slices(model, whole, self.device)
-            else:
-                self._whole.layer_states([whole], ("0",))
-        found = {layer: tower.in_reading_order(states, whole) for layer, states in kept.items()}
-        return {layer: states.to(getattr(torch, self.logical_dtype)) for layer, states in found.items()}
+    def _towered(
+        self, items: Sequence[Prepared], counts: Sequence[int], layers: Sequence[str]
+    ) -> list[dict[str, torch.Tensor]]:
+        """The states (rows, C) of the tower's `layers`; `counts` are the rows of each item."""
+        names = [self._block or layer for layer in layers]
+        if isinstance(self._whole, MiniCPMBackbone):
+            found = self._whole.tower_states(items, names)
+            return [{layer: one[name] for layer, name in zip(layers, names, strict=True)} for one in found]
+        tower = _Tower.of(self._whole.loaded(), self.name)
+        with tower.kept(names) as kept:
+            self._whole.layer_states(items, ("0",))
+        apart = [self._apart(tower.in_reading_order(kept[name]), counts) for name in names]
+        return [dict(zip(layers, rows, strict=True)) for rows in zip(*apart, strict=True)]
 
-
-def _run_slices(model: MiniCPMV, whole: Prepared, device: torch.device) -> None:
-    """Run the tower over the slices of an image one by one, each with the blank patches that the model attends to."""
-    assert whole.layout is not None  # items of MiniCPM with an image have one
-    sizes = whole.layout
-    attended = np.array([sizes.prod(axis=1).max()])
-    starts = np.concatenate([[0], np.cumsum(sizes.prod(axis=1))])
-    patches = uploaded(whole.inputs["patches"], device)
-    for place in range(len(sizes)):
-        model.chunk_tokens([patches[starts[place] : starts[place + 1]]], sizes[place : place + 1], attended)
+    def _apart(self, states: torch.Tensor, counts: Sequence[int]) -> Sequence[torch.Tensor]:
+        """`states` of all items, by item. Raises ModelError for another number of rows, or another width."""
+        if states.shape != (sum(counts), self.hidden_size):
+            message = (
+                f"{self.name}: its vision tower made states {tuple(states.shape)} of {len(counts)} images, and "
+                f"{(sum(counts), self.hidden_size)} were expected. Use --tap {PROJECTOR} for this model."
+            )
+            raise ModelError(message)
+        return states.to(getattr(torch, self.logical_dtype)).split(list(counts))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Tower:
     """The vision tower of a model."""
 
-    output: nn.Module
-    """The module whose output is the tower's."""
     blocks: nn.ModuleList
     width: int
     class_tokens: int
@@ -222,7 +228,6 @@ class _Tower:
         norms = [value for key, value in blocks[-1].named_parameters() if "norm" in key and value.dim() == 1]
         size: Any = module.config.patch_size
         return cls(
-            output=module.post_layernorm if isinstance(model, MiniCPMV) else module,
             blocks=blocks,
             width=len(norms[0]),
             class_tokens=sum(key.endswith(_CLASS_TOKENS) for key, _ in module.named_parameters()),
@@ -262,7 +267,7 @@ class _Tower:
 
             setattr(self.module, _WINDOWED, record)
         for layer in layers:
-            module = self.output if layer == LAST else self.blocks[int(layer) - 1]
+            module = self.module if layer == LAST else self.blocks[int(layer) - 1]
 
             def keep(_module: nn.Module, _inputs: Any, output: Any, layer: str = layer) -> None:
                 states = getattr(output, "last_hidden_state", output)
@@ -278,11 +283,8 @@ class _Tower:
             if permute is not None:
                 delattr(self.module, _WINDOWED)  # the method of its class is left
 
-    def in_reading_order(self, passes: Sequence[torch.Tensor], whole: Prepared) -> torch.Tensor:
-        """The states (n, C) of all passes, without the blank patches of slices, and not by windows."""
-        if whole.layout is not None:
-            counts = whole.layout.prod(axis=1).tolist()
-            return torch.cat([states[:count] for states, count in zip(passes, counts, strict=True)])
+    def in_reading_order(self, passes: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The states (n, C) of all passes, and not by windows."""
         states = torch.cat(list(passes))
         for order in self.windows:
             groups = states.unflatten(0, (len(order), -1))

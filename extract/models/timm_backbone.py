@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from agiqa.errors import ConfigError, DataError, ModelError, first_line
 from agiqa.extract.data.images import ImageSource, open_image
 from agiqa.extract.data.items import Message
-from agiqa.extract.models.batches import room_for_weights
+from agiqa.extract.models.batches import image_groups, room_for_weights
 from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.devices import DTYPES, checked_dtype, device_named
 from agiqa.extract.models.image_features import ImageFeatures, Shape, joined, roles_of
@@ -147,10 +147,14 @@ class TimmBackbone(ImageFeatures):
     def layer_states(self, batch: Sequence[Prepared], layers: Sequence[str]) -> list[dict[str, torch.Tensor]]:
         """See `Backbone.layer_states`."""
         self.load()
-        pixels = joined(batch, self.device, DTYPES[self.logical_dtype])["pixel_values"]
-        with torch.inference_mode():
-            found = self._pass(self._model, pixels, layers)
-        return [{layer: states[row] for layer, states in found.items()} for row in range(len(batch))]
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        for group in image_groups(batch):
+            pixels = joined([batch[position] for position in group], self.device, DTYPES[self.logical_dtype])
+            with torch.inference_mode():
+                states = self._pass(self._model, pixels["pixel_values"], layers)
+            for row, position in enumerate(group):
+                found[position] = {layer: rows[row] for layer, rows in states.items()}
+        return [found[position] for position in range(len(batch))]
 
     def _pass(self, model: Any, pixels: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
         """The rows (batch, n, C) of `layers`."""

@@ -178,12 +178,24 @@ class MiniCPMBackbone(HuggingFaceBackbone):
         compute: Callable[[torch.Tensor, NDArray[np.int64], NDArray[np.int64]], torch.Tensor],
     ) -> torch.Tensor | None:
         """What `compute` (as `MiniCPMV.image_tokens`) makes of the slices of all items; None without images."""
-        seeing = [(item.inputs["patches"], item.layout) for item in batch if item.layout is not None]
-        if not seeing:
-            return None
-        patches = torch.cat([uploaded(patches, self.device) for patches, _ in seeing])
-        attended = [np.full(len(sizes), sizes.prod(axis=1).max()) for _, sizes in seeing]
-        return compute(patches, np.concatenate([sizes for _, sizes in seeing]), np.concatenate(attended))
+        seeing = [item for item in batch if item.layout is not None]
+        return compute(*self._slices(seeing)) if seeing else None
+
+    def tower_states(self, batch: Sequence[Prepared], layers: Sequence[str]) -> list[dict[str, torch.Tensor]]:
+        """Each item's states (patches, C) of the vision tower's `layers` by name, slice by slice. All have images."""
+        with torch.inference_mode():
+            patches, sizes, attended = self._slices(batch)
+            found = self._packed_model().tower_states(patches, sizes, attended, layers)
+        counts = [len(item.inputs["patches"]) for item in batch]
+        apart = {layer: states.split(counts) for layer, states in found.items()}
+        return [{layer: states[row] for layer, states in apart.items()} for row in range(len(batch))]
+
+    def _slices(self, batch: Sequence[Prepared]) -> tuple[torch.Tensor, NDArray[np.int64], NDArray[np.int64]]:
+        """The patches, sizes and attended patches of all slices, as `MiniCPMV.image_tokens` takes them."""
+        patches = torch.cat([uploaded(item.inputs["patches"], self.device) for item in batch])
+        sizes = [item.layout for item in batch if item.layout is not None]
+        attended = [np.full(len(one), one.prod(axis=1).max()) for one in sizes]
+        return patches, np.concatenate(sizes), np.concatenate(attended)
 
     def _stand_in(self, grid: tuple[int, int] | None) -> NDArray[np.int32]:
         """The tokens that replace the image's mark: the overview, and a line for each row of slices."""

@@ -76,45 +76,74 @@ class PackedMiniCPM:
     def image_tokens(self, patches: Tensor, sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Tensor:
         """See `MiniCPMV.image_tokens`."""
         resampler: Resampler = self._model.resampler
-        starts = np.concatenate([[0], np.cumsum(sizes.prod(axis=1))])
         width = resampler.proj.shape[0]
         found = torch.empty(len(sizes), len(resampler.query), width, dtype=resampler.proj.dtype, device=patches.device)
-        for chosen in _in_chunks(sizes, attended):
-            states, own = self._tower(patches, starts, sizes[chosen].prod(axis=1), attended[chosen], chosen)
-            if len(own) < len(states):
-                states = states[uploaded(own, states.device)]
-            found[uploaded(chosen, patches.device)] = _resampled(resampler, states, sizes[chosen])
+        for chunk in _chunks(sizes, attended):
+            states = self._tower(patches, chunk, (LAST,))[LAST]
+            found[uploaded(chunk.slices, patches.device)] = _resampled(resampler, states, sizes[chunk.slices])
         return found
 
-    def _tower(
-        self,
-        patches: Tensor,
-        starts: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        attended: NDArray[np.int64],
-        chosen: NDArray[np.int64],
-    ) -> tuple[Tensor, NDArray[np.int64]]:
-        """Normed states (rows, C) of the chosen slices, and which rows are their own patches, not blank ones.
+    def tower_states(
+        self, patches: Tensor, sizes: NDArray[np.int64], attended: NDArray[np.int64], layers: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The states (patches, C) of the vision tower's `layers`; the arguments are those of `image_tokens`."""
+        chunks = _chunks(sizes, attended)
+        found = [self._tower(patches, chunk, layers) for chunk in chunks]
+        order = uploaded(np.argsort(np.concatenate([chunk.source for chunk in chunks])), patches.device)
+        return {layer: torch.cat([states[layer] for states in found])[order] for layer in layers}
 
-        Slice i of the chosen has `counts[i]` patches of its own, and attends to `attended[i]` rows.
-        """
+    def _tower(self, patches: Tensor, chunk: "_Chunk", layers: Sequence[str]) -> dict[str, Tensor]:
+        """The states (rows, C) of `layers`, of the patches `chunk.source`; `last` comes after the final norm."""
         vision, device = self._model.vpm, patches.device
-        firsts = np.concatenate([[0], np.cumsum(attended)])
-        spans = list(zip(counts.tolist(), firsts.tolist(), starts[chosen].tolist(), strict=False))
-        source = np.concatenate([np.arange(start, start + count) for count, _, start in spans])
-        own = np.concatenate([np.arange(first, first + count) for count, first, _ in spans])
-        values = self._model.normalised(patches[uploaded(source, device)])
-        if len(own) < firsts[-1]:
-            blank = values.new_zeros(int(firsts[-1]), values.shape[1])
-            values = blank.index_copy_(0, uploaded(own, device), values)
-        places = np.concatenate([line_positions(count, self._model.per_side) for count in attended.tolist()])
+        rows = int(chunk.attended.sum())
+        own = uploaded(chunk.own, device) if len(chunk.own) < rows else None
+        values = self._model.normalised(patches[uploaded(chunk.source, device)])
+        if own is not None:
+            values = values.new_zeros(rows, values.shape[1]).index_copy_(0, own, values)
+        places = np.concatenate([line_positions(count, self._model.per_side) for count in chunk.attended.tolist()])
         kernel = vision.embeddings.patch_embedding
         states = linear(values, kernel.weight.flatten(1), kernel.bias)
         states = states + vision.embeddings.position_embedding(uploaded(places, device))
-        bounds = Bounds.of(attended, device)
-        for layer in self.tower_layers:
+        bounds, found = Bounds.of(chunk.attended, device), dict[str, Tensor]()
+        for number, layer in enumerate(self.tower_layers, start=1):
+            if len(found) == len(layers):
+                return found
             states = layer(states, bounds.host, bounds.device)
-        return vision.post_layernorm(states), own
+            if str(number) in layers:
+                found[str(number)] = states if own is None else states[own]
+        if LAST in layers:
+            normed = vision.post_layernorm(states)
+            found[LAST] = normed if own is None else normed[own]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """Slices that pass through the vision tower together."""
+
+    slices: NDArray[np.int64]
+    """Their numbers."""
+    attended: NDArray[np.int64]
+    """The rows that each attends to, its own patches and blank ones."""
+    source: NDArray[np.int64]
+    """Their patches, among those of all slices."""
+    own: NDArray[np.int64]
+    """The rows of these patches."""
+
+
+def _chunks(sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> list[_Chunk]:
+    """All slices, those of one size beside each other, in even groups of about _PATCHES_AT_ONCE patches."""
+    counts = sizes.prod(axis=1)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    order = np.lexsort((sizes[:, 1], sizes[:, 0], attended))
+    found: list[_Chunk] = []
+    for slices in np.array_split(order, max(1, -(-int(attended.sum()) // _PATCHES_AT_ONCE))):
+        firsts = np.concatenate([[0], np.cumsum(attended[slices])])
+        spans = list(zip(counts[slices].tolist(), firsts.tolist(), starts[slices].tolist(), strict=False))
+        source = np.concatenate([np.arange(start, start + count) for count, _, start in spans])
+        own = np.concatenate([np.arange(first, first + count) for count, first, _ in spans])
+        found.append(_Chunk(slices=slices, attended=attended[slices], source=source, own=own))
+    return found
 
 
 class DecoderLayer(nn.Module):
@@ -267,9 +296,3 @@ def _rms_norm(states: Tensor, norm: Any) -> Tensor:
 
 def _layer_norm(states: Tensor, norm: nn.LayerNorm) -> Tensor:
     return layer_norm(states, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
-def _in_chunks(sizes: NDArray[np.int64], attended: NDArray[np.int64]) -> Sequence[NDArray[np.int64]]:
-    """Positions of slices, those of one size beside each other, in even groups of about _PATCHES_AT_ONCE patches."""
-    order = np.lexsort((sizes[:, 1], sizes[:, 0], attended))
-    return np.array_split(order, max(1, -(-int(attended.sum()) // _PATCHES_AT_ONCE)))

@@ -6,7 +6,8 @@ import torch
 
 from agiqa.errors import ConfigError, DataError, ModelError, UnknownName, ViewRefused
 from agiqa.extract.data.items import Message
-from agiqa.extract.models import open_backbone
+from agiqa.extract.models import batches, open_backbone
+from agiqa.extract.models.batches import alike
 from agiqa.store import TOKEN_ROLES
 from tests.extract import tiny_vision_models
 from tests.extract.tiny_minicpm import write_minicpm_checkpoint
@@ -82,6 +83,46 @@ def test_the_tower_s_blocks_and_output_are_stored(checkpoint, pictures):
     assert torch.equal(one, states["1"])
     if (hidden := getattr(seen, "hidden_states", None)) is not None:
         torch.testing.assert_close(states["1"], hidden[1].flatten(0, -2), rtol=1e-4, atol=1e-5)
+
+
+def passes_through(module):
+    """A list that gets an entry at every pass through `module`."""
+    found = []
+    module.register_forward_hook(lambda *_passed: found.append(1))
+    return found
+
+
+@pytest.mark.parametrize("tap", ["vision", "projector"])
+def test_images_of_one_shape_pass_through_the_tower_together(checkpoint, tap, pictures, monkeypatch):
+    """Whatever the batch and its order, an image has the states that it has alone."""
+    tapped = open_backbone(checkpoint, device="cpu", tap=tap)
+    layers = ("1", "last") if tap == "vision" else ("last",)
+    batch = [tapped.prepare(ASKED, pictures[index]) for index in (2, 0, 1, 0)]
+    alone = [tapped.layer_states([item], layers)[0] for item in batch]
+    passes = passes_through(tapped._whole.loaded().get_encoder(modality="image"))
+    together = tapped.layer_states(batch, layers)
+    assert len(passes) == len(alike([item.read() for item in batch])) < len(batch)
+    passes.clear()
+    monkeypatch.setattr(batches, "PATCHES_AT_ONCE", 1)
+    for found in (together, tapped.layer_states(batch, layers)):
+        for states, expected in zip(found, alone, strict=True):
+            assert list(states) == list(layers)
+            for layer in layers:
+                torch.testing.assert_close(states[layer], expected[layer], rtol=1e-4, atol=1e-5)
+    assert len(passes) == len(batch)
+
+
+@pytest.mark.parametrize("tap", ["vision", "vision:1", "projector"])
+def test_slices_of_minicpm_pass_through_its_tower_together(minicpm, tap, pictures):
+    tapped = open_backbone(minicpm, device="cpu", tap=tap)
+    layers = ("1", "last") if tap == "vision" else ("last",)
+    batch = [tapped.prepare(ASKED, pictures[index]) for index in (2, 0, 1, 0)]
+    alone = [tapped.layer_states([item], layers)[0] for item in batch]
+    passes = passes_through(tapped._whole._loaded().vpm.post_layernorm)
+    for states, expected in zip(tapped.layer_states(batch, layers), alone, strict=True):
+        for layer in layers:
+            torch.testing.assert_close(states[layer], expected[layer], rtol=1e-4, atol=1e-5)
+    assert len(passes) == (tap != "vision:1")
 
 
 def test_patches_of_windows_are_in_the_order_of_the_language_model(tmp_path, pictures):

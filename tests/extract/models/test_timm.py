@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from agiqa.errors import ConfigError, DataError, ModelError, UnknownName, ViewRefused
 from agiqa.extract.data.items import Message
-from agiqa.extract.models import open_backbone
+from agiqa.extract.models import batches, open_backbone
 from agiqa.extract.models.contract import GenerationSettings
 from agiqa.store import TOKEN_ROLES
 from tests.extract.tiny_timm import needs_timm, random_encoder, write_pictures, write_weights
@@ -75,6 +75,20 @@ def test_layers_are_the_outputs_of_timm_s_modules(folder, pictures, name):
     for layer in (layers[1], "last"):
         (alone,) = backbone.layer_states(batch[1:2], [layer])
         torch.testing.assert_close(alone[layer], expected[1][layer], rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_is_cut_where_its_patches_are_too_many(folder, pictures, monkeypatch):
+    """Images of 64 x 64 pixels have 16 patches of 16 x 16 each: three pass two by two."""
+    backbone = opened(folder, "resnet10t")
+    batch = [backbone.prepare((), picture) for picture in pictures]
+    expected = backbone.layer_states(batch, ("2", "last"))
+    passes = []
+    backbone._model.conv1.register_forward_pre_hook(lambda _module, given: passes.append(len(given[0])))
+    monkeypatch.setattr(batches, "PATCHES_AT_ONCE", 2 * 16)
+    for found, wanted in zip(backbone.layer_states(batch, ("2", "last")), expected, strict=True):
+        for layer, states in wanted.items():
+            torch.testing.assert_close(found[layer], states, rtol=1e-4, atol=1e-5)
+    assert passes == [2, 1]
 
 
 def test_class_tokens_are_special_and_patches_image(weights, pictures):
