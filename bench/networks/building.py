@@ -68,4 +68,4 @@ def pretrained_weights(config: NetworkConfig, files: Sequence[Path]) -> list[Pre
         )
         raise ModelError(message)
     name = config.pretrained or config.network
-    return [Pretrained(state=timm_weights(name), where=name), *found]
+    return [Pretrained(state=timm_weights(name, image_size=config.image_size), where=name), *found]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from agiqa.bench.networks.architectures.contract import Network
 from agiqa.bench.networks.architectures.dbcnn import DBCNN, S_CNN
-from agiqa.bench.networks.architectures.encoders import MeanOfConvolutions
+from agiqa.bench.networks.architectures.encoders import MeanOfConvolutions, size_of
 from agiqa.bench.networks.architectures.vil import ViLEncoder
 from agiqa.bench.networks.vil_names import renamed
 from agiqa.errors import ModelError, first_line, listed
@@ -23,13 +23,13 @@ State = dict[str, Tensor]
 _NESTED = ("state_dict", "model", "model_state_dict", "params")
 """Where checkpoints of training scripts keep the weights."""
 _PREFIXES = ("module.", "model.", "encoder.", "backbone.")
-_CLASSIFIERS = ("fc.", "head.", "classifier.", "pre_logits.", "legacy_norm.", "projection.", "head_drop.")
-"""Layers of classifiers, which are left out."""
 _DISTORTIONS = "S-CNN"
 
 
-def timm_weights(name: str) -> State:
+def timm_weights(name: str, *, image_size: int) -> State:
     """timm's pretrained weights `name`, downloaded unless they are cached, without the classifier.
+
+    They are those for images of `image_size` pixels where the shapes of a network depend on it.
 
     Raises ModelError where timm has none of this name, or they cannot be downloaded.
     """
@@ -39,7 +39,7 @@ def timm_weights(name: str) -> State:
         message = f"timm has no pretrained weights {name!r}. {remedy}"
         raise ModelError(message)
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        model = timm.create_model(name, pretrained=True, num_classes=0, **size_of(name, image_size))
     except (OSError, RuntimeError, ValueError) as error:
         message = f"The pretrained weights {name!r} of timm cannot be loaded ({first_line(error)}). {remedy}"
         raise ModelError(message) from error
@@ -79,8 +79,8 @@ def file_sha256(path: Path) -> str:
 def give_weights(network: Network, state: State, *, name: str, where: str) -> str:
     """Load `state`, from the file or weights `where`, into the network `name`; says into which of its layers.
 
-    They are for the whole network, for its body, or (DBCNN) for S-CNN. Raises ModelError, naming both sides, where
-    tensors are missing or have other shapes.
+    They are for the whole network, for its body, or (DBCNN) for S-CNN; other tensors, such as those of a classifier,
+    are left out. Raises ModelError, naming both sides, where tensors are missing or have other shapes.
     """
     whole = f"all of {name}"
     parts: dict[str, nn.Module] = {whole: network, f"the body of {name}": network.body}
@@ -105,7 +105,7 @@ def give_weights(network: Network, state: State, *, name: str, where: str) -> st
         if key in state and state[key].shape != value.shape:
             message = (
                 f"{where} has {key!r} of shape {tuple(state[key].shape)}, and {name} expects {tuple(value.shape)}. "
-                "Give weights of the same network."
+                "Give weights of the same network, for images of the same size."
             )
             raise ModelError(message)
     part.load_state_dict({key: value for key, value in state.items() if key in wanted}, strict=False)
@@ -121,14 +121,13 @@ def holds_distortions(state: State) -> bool:
 
 
 def _cleaned(state: State, network: Network) -> State:
-    """`state` without prefixes of wrappers and without a classifier; published names of ViL become ours."""
+    """`state` without prefixes of wrappers, and published names of ViL become ours."""
     own = network.state_dict().keys()
     if state.keys() >= {key for key in own if not key.endswith("num_batches_tracked")}:
         return state
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    state = {key: value for key, value in state.items() if not key.startswith(_CLASSIFIERS)}
     if isinstance(network.body, ViLEncoder):
         state = renamed(state)
     if isinstance(network, DBCNN) or isinstance(network.body, MeanOfConvolutions):

@@ -1,6 +1,7 @@
 """What each step takes before anything runs: GPU hours, disk and downloads, from measured rates (rates.yaml)."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from agiqa.extract.filling.footprints import PUBLISHED, footprints
 from agiqa.extract.filling.token_estimates import estimated
 from agiqa.heads.settings.config import HeadConfig, TrainConfig
 
+RATES = Path(__file__).with_name("rates.yaml")
 _TRAIN_SHARE = 0.8
 """Of the items, in estimates."""
 _BYTES = 4
@@ -42,7 +44,7 @@ class Rates(BaseModel):
     vocabulary: int
     width: int
     networks: dict[str, float | None]
-    """Images per second, by network."""
+    """Training crops per second, by network."""
     download_gigabytes: dict[str, float]
     """By hub name; `adapter` is any adapter."""
     network_gigabytes: dict[str, float]
@@ -52,8 +54,15 @@ class Rates(BaseModel):
 @cache
 def rates() -> Rates:
     """The shipped rates."""
-    file = Path(__file__).with_name("rates.yaml")
-    return Rates.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    return Rates.model_validate(yaml.safe_load(RATES.read_text(encoding="utf-8")))
+
+
+def with_network_rates(text: str, measured: Mapping[str, float]) -> str:
+    """The content of rates.yaml with these crops per second of networks, whole numbers; its comments stay."""
+    known = yaml.safe_load(text)["networks"]
+    values = {name: round(measured[name]) if name in measured else old for name, old in known.items()}
+    shown = ", ".join(f"{name}: {'null' if value is None else value}" for name, value in values.items())
+    return re.sub(r"^networks: .*$", f"networks: {{{shown}}}", text, count=1, flags=re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +194,7 @@ def _of_network(plan: Plan, name: str, model: str) -> Cost:
     parts = sum(int(given.get("folds", 5)) if protocol == "grouped" else 1 for protocol in protocols)
     runs = len(one.labels) * int(given.get("seeds", 5)) * parts
     rate, size = rates().networks.get(model), rates().network_gigabytes.get(model)
-    crops = data.images * _TRAIN_SHARE * config.epochs * config.train_crops * runs
+    crops = data.images * _TRAIN_SHARE * config.all_epochs * config.train_crops * runs
     return Cost(
         gpu_hours=None if rate is None else crops / rate / 3600,
         disk_bytes=0.0 if config.resize in before else data.images * 3 * config.resize**2,

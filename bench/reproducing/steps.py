@@ -20,7 +20,7 @@ from agiqa.store.disk.files import canonical_json
 
 KINDS = ("fetch", "data", "describe", "words", "extract", "ablate", "transfer", "baseline")
 """Of steps, in their order."""
-_WEIGHTS = (".safetensors", ".pth", ".pt")
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".th", ".pkl", ".bin")
 
 
 @dataclass(frozen=True, kw_only=True)

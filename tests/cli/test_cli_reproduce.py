@@ -141,11 +141,38 @@ def test_what_is_done_is_left_alone_and_the_dry_run_says_so(whole, reproduce):
     assert "agiqa extract" not in again.err
 
 
-def test_parts_of_an_array_fill_a_store_and_the_next_call_goes_on(whole, reproduce):
-    out, _, _ = whole
-    store, record = out / "stores" / "untuned.agiqa", out / "steps" / "extract,untuned.json"
+def forget(out, name):
+    """Remove a store and the record of its step; where they were."""
+    store, record = out / "stores" / f"{name}.agiqa", out / "steps" / f"extract,{name}.json"
     shutil.rmtree(store)
     record.unlink()
+    return store, record
+
+
+def hashes_of(store):
+    manifest = json.loads((store / "MANIFEST.json").read_text())
+    return {entry["path"]: entry["sha256"] for entry in manifest["objects"]}
+
+
+@pytest.mark.parametrize("machine", [("--devices", 2), ("--ray",)])
+def test_processes_of_a_host_or_a_ray_cluster_fill_the_same_store(whole, reproduce, offline, machine):
+    out, _, _ = whole
+    if "--ray" in machine:
+        pytest.importorskip("ray", reason="needs the extra ray")
+    before = hashes_of(out / "stores" / "untuned.agiqa")
+    store, record = forget(out, "untuned")
+    offline.environment = {"RAY_ADDRESS": "local"}  # not a cluster that happens to run on this machine
+    found = reproduce("all", out, *machine, "--json").json
+    offline.environment = {}
+    assert (found["failed"], found["blocked"]) == ({}, {})
+    assert hashes_of(store) == before
+    given = json.loads(record.read_text())["arguments"]
+    assert given[-2:] == [str(word) for word in (*machine, "auto")][:2]
+
+
+def test_parts_of_an_array_fill_a_store_and_the_next_call_goes_on(whole, reproduce):
+    out, _, _ = whole
+    store, record = forget(out, "untuned")
     for part in ("1/2", "2/2"):
         filled = reproduce("all", out, "--part", part)
         assert filled.code == 0, filled.err

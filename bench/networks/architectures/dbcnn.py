@@ -4,9 +4,11 @@ S-CNN, nine convolutions of 3 x 3 that were trained to tell synthetic distortion
 convolution. The products of all pairs of their channels (128 x 512), averaged over the image, go through a signed
 square root and are divided by their length; one linear layer reads them.
 
-The code is written here. Layer shapes and initial values are those of the paper (Figs. 1 to 3, Section III) and of the
-authors' code (github.com/zwx8981/DBCNN-PyTorch), which was read for them. Their shapes make 15.31 million parameters
-without the classifier of S-CNN; this number is computed, not published.
+The code is written here. Compared with the authors' code (github.com/zwx8981/DBCNN-PyTorch, SCNN.py and DBCNN.py),
+which was read for numbers: channels, strides and normalisation of S-CNN, the last layer of VGG16, the pooling with its
+1e-8, and the initial values of the linear layer. The shapes make 15.31 million parameters without the classifier of
+S-CNN, or 58.4 MiB; an ONNX file that others made of it has 59 MB (huggingface.co/86Cao/IQA-ONNX-Models). It was not
+compared with the figures of the paper.
 
 S-CNN's published weights come as a file (`pretrained_scnn` of the same repository); without them it starts with random
 weights, and VGG16 with those of ImageNet.

@@ -75,9 +75,8 @@ def timm_model(name: str, *, image_size: int | None = None) -> Any:
     """
     timm = import_timm()
     check_name(name)
-    sized = {} if image_size is None or not _has_a_fixed_size(name) else {"img_size": image_size}
     try:
-        return timm.create_model(name, pretrained=False, num_classes=0, **sized)
+        return timm.create_model(name, pretrained=False, num_classes=0, **size_of(name, image_size))
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         message = f"timm cannot build {name!r} for images of {image_size} pixels ({error}). Change --image-size."
         raise ConfigError(message) from error
@@ -103,8 +102,9 @@ def check_name(name: str, known: Sequence[str] = ()) -> None:
     raise error
 
 
-def _has_a_fixed_size(name: str) -> bool:
-    """Whether timm builds the model for images of one size, as transformers of patches are."""
+def size_of(name: str, image_size: int | None) -> dict[str, int]:
+    """timm's option for images of `image_size` pixels, if it builds the model for one size, as those of patches."""
     timm = import_timm()
     config = timm.get_pretrained_cfg(name)
-    return bool(config is not None and config.fixed_input_size)
+    is_fixed = config is not None and config.fixed_input_size
+    return {"img_size": image_size} if is_fixed and image_size is not None else {}

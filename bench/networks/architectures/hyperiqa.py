@@ -4,9 +4,11 @@ A ResNet50; local distortion aware modules on its first three stages; three 1 x 
 from these, one branch for the weights and one for the biases of each layer of the target network, whose fully connected
 layers have 224, 112, 56, 28, 14 and 1 channels.
 
-The code is written here. Layer shapes and initial values are those of the paper (Fig. 2, Section 3) and of the authors'
-code (github.com/SSL92/hyperIQA), which was read for them. Their shapes make 27.38 million parameters for patches of 224
-pixels; this number is computed, not published.
+The code is written here. Compared with the authors' code (github.com/SSL92/hyperIQA, models.py), which was read for
+numbers: the widths 16, 112, 224, 112, 56, 28 and 14, kernels, biases and tiles of every layer, where sigmoids are, and
+which layers begin with He's normal values. The shapes make 27.38 million parameters for patches of 224 pixels, which
+others measured on the authors' code too (github.com/cny123222/Perceptual-IQA-CS3324). It was not compared with the
+figures of the paper.
 """
 
 from collections.abc import Sequence
@@ -43,7 +45,7 @@ class LocalDistortions(nn.Module):
     def __init__(self, channels: int, narrow: int, tiles: int, out: int) -> None:
         """`tiles` are the rows and columns of tiles; `narrow` is the width of the convolution, 0 for none."""
         super().__init__()
-        self.narrow = nn.Conv2d(channels, narrow, 1) if narrow else nn.Identity()
+        self.narrow = nn.Conv2d(channels, narrow, 1, bias=False) if narrow else nn.Identity()
         self.tiles = nn.AdaptiveAvgPool2d(tiles)
         self.linear = nn.Linear((narrow or channels) * tiles * tiles, out)
 
@@ -91,7 +93,7 @@ class HyperIQA(Network):
             *(nn.Conv2d(512, HYPER, 1), nn.ReLU()),
         )
         self.target = nn.ModuleList(TargetLayer(a, b) for a, b in pairwise(TARGET))
-        for module in (*self.local.modules(), *self.whole.modules(), *self.hyper.modules(), *self.target.modules()):
+        for module in (*self.local.modules(), *self.whole.modules(), *self.target.modules()):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
 

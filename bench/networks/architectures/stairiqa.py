@@ -5,9 +5,10 @@ activation (1 x 1 down to a quarter of the channels, 3 x 3, 1 x 1 up), which giv
 the next stage, to which they are added before the next step. The ends of all four staircases are added to the last
 stage, pooled, and read by two linear layers, of 128 channels and 1.
 
-The code is written here. Layer shapes are those of the paper (Section III-A) and of the authors' code
-(github.com/sunwei925/StairIQA), which was read for them. They make 30.49 million parameters; this number is computed,
-not published.
+The code is written here. Compared with the authors' code (github.com/sunwei925/StairIQA, models/stairIQA_resnet.py),
+which was read for numbers: channels, kernels, strides and missing biases of all ten steps, what they are added to, and
+the two linear layers of 128 and 1. The shapes make 30.49 million parameters; we found no published number. It
+was not compared with the figures of the paper.
 """
 
 from collections.abc import Sequence

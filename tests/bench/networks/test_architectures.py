@@ -1,6 +1,7 @@
 """The networks against their papers: layer shapes, parameter counts, and what their special layers compute.
 
-Only ViL's and timm's parameter counts are published; the others follow from the layer shapes and guard them.
+The parameter counts of timm's encoders, ViL and HyperIQA are published; those of DBCNN and StairIQA follow from the
+layer shapes and guard them.
 """
 
 import math
@@ -67,6 +68,21 @@ def test_hyperiqa_has_the_published_target_network(meta):
         *((512, 112, 3, 3), (128, 112, 3, 3), (32, 112, 3, 3), (8, 112, 3, 3), (14, 112)),
     ]
     assert sum(module.linear.out_features for module in (*network.local, network.whole)) == 224
+    assert [[*map(tuple, (p.shape for p in module.parameters()))] for module in network.local] == [
+        [(16, 256, 1, 1), (16, 1024), (16,)],  # 8 x 8 tiles, and no bias before them
+        [(32, 512, 1, 1), (16, 512), (16,)],
+        [(64, 1024, 1, 1), (16, 256), (16,)],
+    ]
+
+
+def test_hyperiqa_begins_with_the_authors_values():
+    """He's normal values everywhere but in the ResNet50 and the three 1 x 1 convolutions after it, which are torch's."""
+    torch.manual_seed(6)
+    network = HyperIQA()
+    for layer in (network.target[0].weights, network.whole.linear, network.local[2].linear):
+        fan_in = layer.weight[0].numel()
+        assert float(layer.weight.detach().std()) == pytest.approx(math.sqrt(2 / fan_in), rel=0.05)
+    assert float(network.hyper[0].weight.detach().abs().max()) <= 1 / math.sqrt(2048)  # uniform
 
 
 def test_dbcnn_has_the_published_layers(meta):

@@ -1,5 +1,6 @@
-"""Pretrained weights of files: which layers they are for, published names, and shapes that do not fit."""
+"""Pretrained weights of files and of timm: which layers they are for, published names, and shapes that do not fit."""
 
+import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -34,6 +35,65 @@ def test_a_checkpoint_of_a_classifier_becomes_the_body(tmp_path, wrap):
     assert weights.give(network, config()) == "the body of test_resnet"
     for key, value in body_of(network).items():
         assert torch.equal(value, classifier.state_dict()[key])
+
+
+def published(name):
+    """The tensors of a file of timm: those of the whole classifier of 1,000 classes."""
+    torch.manual_seed(4)
+    state = import_timm().create_model(name, num_classes=1000).state_dict()
+    return {key: torch.rand_like(value) if value.is_floating_point() else value for key, value in state.items()}
+
+
+def read_by_timm(name, path):
+    """What timm's own documented way to a local file makes of it, for pictures of 32 pixels."""
+    sized = {"img_size": 32} if name == "test_vit" else {}
+    model = import_timm().create_model(
+        name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, num_classes=0, **sized
+    )
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout"])
+@pytest.mark.parametrize("layout", ["model.safetensors", "pytorch_model.bin", "checkpoint.pth"])
+def test_files_as_timm_publishes_them_are_read_as_timm_reads_them(tmp_path, name, layout):
+    """safetensors, and checkpoints of torch with the tensors bare or under `state_dict`."""
+    state, path = published(name), tmp_path / layout
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"epoch": 3, "state_dict": state} if path.suffix == ".pth" else state, path)
+    network = random_network(config(name))
+    (weights,) = pretrained_weights(config(name), [path])
+    assert weights.give(network, config(name)) == f"the body of {name}"
+    wanted = read_by_timm(name, path)
+    assert network.body.state_dict().keys() == wanted.keys()
+    for key, value in network.body.state_dict().items():
+        torch.testing.assert_close(value, wanted[key], rtol=0, atol=1e-5, msg=key)
+
+
+def test_weights_by_a_name_of_timm_come_from_the_cache_of_the_hub(tmp_path, monkeypatch):
+    """timm/NAME on the hub, as a download leaves it; the network is for smaller pictures than these weights."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--timm--test_vit.r160_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    file = repository / "snapshots" / commit / "model.safetensors"
+    file.parent.mkdir(parents=True)
+    save_file(published("test_vit"), file)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    settings = config("test_vit", pretrained="test_vit.r160_in1k")
+    (weights,) = pretrained_weights(settings, [])
+    network = random_network(settings)
+    assert weights.give(network, settings) == "the body of test_vit"
+    wanted = read_by_timm("test_vit", file)
+    for key, value in network.body.state_dict().items():
+        assert torch.equal(value, wanted[key]), key
+    absent = config("test_resnet", pretrained="test_resnet.r160_in1k")
+    with pytest.raises(
+        ModelError, match=r"'test_resnet\.r160_in1k' of timm cannot be loaded .* Give a file by --weights"
+    ):
+        pretrained_weights(absent, [])
 
 
 def test_weights_that_a_run_kept_are_those_of_the_whole_network(tmp_path):
