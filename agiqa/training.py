@@ -42,6 +42,7 @@ def train(
     `agiqa.heads.HeadConfig` and `agiqa.heads.TrainConfig`, such as `encoder="gru"` and `layer="16"`; `config` is a YAML
     file with the sections `head` and `train`, and `preset` is `paper` or `published`. `start` is a run to start from,
     with its settings and weights. The first of settings, `config`, `start` and `preset` that gives a setting decides.
+    Without a setting that asks for a network, such as `epochs`, the head is a `stack` of closed forms.
     An interrupted training resumes; `restart` discards its saved state. `progress` shows the training, by default on
     the error stream or below the cell of a notebook.
 

@@ -120,8 +120,10 @@ def _option_help(name: str, field: FieldInfo) -> str:
     if name == "projection":
         default = "the one that reads STORE, vocabulary for final hidden states"
     elif name == "layer":
-        default = "the last one of STORE, or that of --start"
-    elif name in ("encoder", "pooling"):
+        default = "the last one of STORE (closed forms: up to five), or that of --start"
+    elif name == "encoder":
+        default = "see above"
+    elif name == "pooling":
         default = f"{field.default}; see above for stores of pooled rows"
     else:
         default = {True: "yes", False: "no"}[field.default] if field.annotation is bool else field.default
@@ -190,10 +192,13 @@ def command(
 ) -> None:
     """Train a head on STORE and write RUN: weights, config, metrics, predictions and curves.
 
-    The epoch is chosen on the data set's own `val` part, or else on held-out prompts of the training part.
+    By default the head is `--encoder stack`, a sum of closed forms on up to five layers of STORE. A setting that only
+    networks have, such as `--epochs` or `--preset`, makes the default `--encoder xlstm`; so do stored logits.
+
+    The epoch of a network is chosen on the data set's own `val` part, or else on held-out prompts of the training part.
     The test part is read once, at the end.
 
-    If STORE holds pooled rows instead of tokens, the head reads the row that `--pooling` names. The defaults are then
+    If STORE holds pooled rows instead of tokens, a network reads the row that `--pooling` names. Its defaults are then
     `--encoder none` and `--pooling mean@answer`, or else `mean`, or else the first row of STORE.
 
     Run the same command again after a kill: training resumes from the last saved epoch, and ends with the same

@@ -67,9 +67,9 @@ def stored_layers(source: FeatureSource) -> tuple[str, ...]:
     return source.layers if isinstance(source, Layered) else (layer_of(source),)
 
 
-def spread_layers(*sources: FeatureSource) -> str:
-    """Up to MOST_SIDE_BY_SIDE layers that all `sources` have, evenly spaced up to their last one, as in `8+16+last`."""
-    shared = [name for name in stored_layers(sources[0]) if all(name in stored_layers(one) for one in sources)]
+def spread_layers(*stored: Sequence[str]) -> str:
+    """Up to MOST_SIDE_BY_SIDE layers that are in all `stored`, evenly spaced up to the last one, as in `8+16+last`."""
+    shared = [name for name in stored[0] if all(name in names for names in stored)]
     count = min(MOST_SIDE_BY_SIDE, len(shared))
     places = (
         [round((len(shared) - 1) * k / count) for k in range(1, count + 1)] if len(shared) > count else range(count)

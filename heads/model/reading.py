@@ -14,6 +14,7 @@ from agiqa.heads.data.layers import (
     provenance_of,
     read_layer,
     spread_layers,
+    stored_layers,
 )
 from agiqa.heads.model.encoders import ENCODERS
 from agiqa.heads.model.pooling import PoolingName
@@ -55,7 +56,7 @@ def usual_settings(*sources: FeatureSource) -> Usual:
     def usual(given: Mapping[str, Any]) -> dict[str, Any]:
         layer, found = given.get("layer"), dict[str, Any]()
         if layer is None and given.get("encoder") in _ON_LAYERS:
-            spread = spread_layers(*map(base_of, sources))
+            spread = spread_layers(*(stored_layers(base_of(source)) for source in sources))
             if JOINER in spread:
                 layer = found["layer"] = spread
         read = [read_layer(source, None if layer is None else str(layer)) for source in sources]

@@ -52,10 +52,11 @@ class HeadConfig(FrozenSettings):
     encoder: str = Field(
         default="xlstm", examples=["xlstm", "lstm", "gru", "mamba2", "transformer", "none", *CLOSED_FORMS]
     )
-    """Sequence encoder, or a closed form, which is fitted in seconds. `ridge` and `krr` (kernel ridge) read pooled
-    states, `tfidf` the n-grams of the stored token ids (where there are none, of the words of prompts and
-    descriptions), `stack` all of them. `rating-words` is the expected MOS under the model's probabilities of its five
-    rating words, without training."""
+    """Sequence encoder, or a closed form, which is fitted in seconds. `agiqa train` takes `stack` by default, and
+    `xlstm` where the other settings ask for a network. `ridge` and `krr` (kernel ridge) read pooled states, `tfidf` the
+    n-grams of the stored token ids (where there are none, of the words of prompts and descriptions), `stack` all of
+    them. `rating-words` is the expected MOS under the model's probabilities of its five rating words, without training.
+    """
     pooling: str = Field(default="mean", examples=["mean", "max", "first", "last", "first-last-mean", "attention"])
     """How the tokens become one vector; `mean@answer` pools the answer's tokens only. The roles after `@` are
     `special`, `image`, `question` and `answer`."""
@@ -103,12 +104,14 @@ class HeadConfig(FrozenSettings):
     ngrams: int = Field(default=2, ge=1, le=3)
     """Tokens of the longest n-gram that `tfidf` counts."""
     members: str = "auto"
-    """Closed forms of a `stack`, joined by `+`; auto is ridge+krr+tfidf."""
+    """Closed forms of a `stack`, joined by `+`; auto is ridge+krr+tfidf, without those that cannot be fitted to the
+    items."""
     rating_tokens: str | None = None
     """Token ids of the five rating words, from bad to excellent, with commas between; the store's own if absent."""
     init: str | None = Field(default=None, examples=["ridge", "krr", "tfidf", "stack"])
     """Closed form whose residual the network learns: both are added. The network starts at 0, and the closed form alone
-    is epoch 0, which is kept where no epoch has a higher validation SRCC."""
+    is epoch 0, which is kept where no epoch has a higher validation SRCC, or where fewer than 30 validation items
+    choose."""
     init_pooling: str = "auto"
     """Pooled states that `init` reads, as `pooling` of a closed form; auto is mean@answer where there is an answer."""
 
@@ -148,7 +151,7 @@ class TrainConfig(FrozenSettings):
     """Share of the items that the split `grouped` tests on."""
     validation: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of training (whole prompts) that chooses the epoch. With 0, or fewer than 30 items, the last epoch is
-    kept: so few items are too few to choose by."""
+    kept (with `init`, the closed form): so few items are too few to choose by."""
     training_items: int | None = Field(default=None, ge=1)
     """Number of training and validation items to use; all if absent. `training_seed` draws them, and smaller subsets
     are nested in larger ones."""
@@ -224,7 +227,8 @@ class TrainConfig(FrozenSettings):
     """Write event files for TensorBoard to RUN/tensorboard; needs `agiqa[tensorboard]`."""
     layer: str | None = None
     """Layer of the store that is read, such as 16, or several, as in 8+16+last. `0` is the embeddings, `8` the output
-    of block 8, `last` or -1 the states after the final norm. If absent: the last one that the store has."""
+    of block 8, `last` or -1 the states after the final norm. If absent: the last one that the store has; `agiqa train`
+    gives closed forms up to five layers."""
     variant: str | None = None
     """Conversation to read the store as, such as id of a store of full; its own if absent. The store's conversations
     must begin with it: `question` ends with the describing question, `described` with the description, `id` with the

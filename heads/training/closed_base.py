@@ -67,9 +67,14 @@ def fit_base(
 
 
 def known_items(source: FeatureSource, items: Positions, labels: Array, config: TrainConfig) -> Known:
-    """The prompts and weights of `items` beside their `labels`. Raises as `item_weights`."""
+    """The prompts and weights of `items` beside their `labels`. Raises as `item_weights`.
+
+    Where all items have one prompt, or none, each is a group of its own: there are no other prompts to predict.
+    """
     prompts = source.items.prompts
     groups = prompt_groups([prompts[item] for item in items])
+    if len(np.unique(groups)) == 1:
+        groups = np.arange(len(items))
     return Known(labels=labels, groups=groups, weights=item_weights(source, items, labels, config))
 
 
