@@ -1,6 +1,6 @@
 """The head that is trained where no settings of a network are given."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from agiqa.heads import HeadConfig, TrainConfig, load_settings, train_head
 from agiqa.heads.closed import regressions
 from agiqa.heads.data.layers import spread_layers
 from agiqa.heads.model.reading import default_settings_of, usual_settings
+from tests.heads.conftest import MemoryStore
 from tests.heads.layered_stores import made_states, mos_of, pooled_states, write_store
 
 ROWS = ("mean@question", "mean@answer")
@@ -117,9 +118,16 @@ def test_members_that_the_data_do_not_allow_are_left_out(make_store, tmp_path, m
         train_head(silent, tmp_path / "named", head=named, train=GROUPED)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfImages(MemoryStore):
+    """Features of a vision tower."""
+
+    tap: str = "vision"
+
+
 def test_a_store_without_ids_and_texts_does_without_tfidf(make_store, tmp_path):
     made = make_store(60, published=True)
-    silent = replace(made, items=replace(made.items, prompts=[""] * 60))
+    silent = OfImages(**{**vars(made), "items": replace(made.items, prompts=[""] * 60)})
     published = TrainConfig(device="cpu", inner_folds=3, validation=0.0)
     run = train_head(silent, tmp_path / "run", train=published)
     assert list(run.config["closed"]["fits"][0]["weights"]) == ["ridge", "krr"]
