@@ -99,7 +99,8 @@ def _hold_the_same_items(a: AnyStore, b: AnyStore) -> bool:
     """
     if a.id == b.id:
         return True
-    return np.array_equal(*(np.unique(store.item_keys, axis=0) for store in (a, b)))
+    here, there = (np.unique(store.item_keys, axis=0) for store in (a, b))
+    return np.array_equal(here, there)
 
 
 def chosen_shots(

@@ -148,6 +148,7 @@ def test_another_layer_than_the_last_is_refused_before_anything_is_read(tmp_path
         with pytest.raises(HeadError, match=rf"would read layer .*{remedy}"):
             train_head(store, tmp_path / "run", head=given, train=config)
     assert not [path.name for path in tmp_path.iterdir() if "run" in path.name]
-    tapped = write_store(tmp_path / "tap.agiqa", states, mos_of(states["8"]), tap="projector")
+    states = made_states(layers=("last",))
+    tapped = write_store(tmp_path / "tap.agiqa", states, mos_of(states["last"]), tap="projector")
     with pytest.raises(HeadError, match="a model without W_lm"):
         train_head(tapped, tmp_path / "run", head=given, train=TrainConfig(device="cpu"))
