@@ -25,9 +25,10 @@ from agiqa.heads.data.layers import base_of, joined_stores, layer_of
 from agiqa.heads.data.scales import scales_of, scales_record
 from agiqa.heads.data.splits import calibration_mask
 from agiqa.heads.data.variants import as_variant
+from agiqa.heads.evaluation.conformal import kind_of_readout
 from agiqa.heads.evaluation.leaks import author_notes, author_warnings, authors_by_part
 from agiqa.heads.evaluation.recorded_parts import record_parts
-from agiqa.heads.evaluation.runs import CLOSED, EVENTS, Run, load_run, origin_of, write_run
+from agiqa.heads.evaluation.runs import CLOSED, EVENTS, SCORE_KIND, Run, load_run, origin_of, write_run
 from agiqa.heads.evaluation.scoring import Moments, predict_moments
 from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.pooling import check_item_roles, check_roles
@@ -283,6 +284,7 @@ def _record(experiment: Experiment, fit: Fit) -> dict[str, Any]:
         head.closed if isinstance(head, ResidualHead) else head if isinstance(head, ClosedHead | MixedHead) else None
     )
     network = network_of(head)
+    readout = VALUE if network is None else network.regressor.readout
     return {
         "preset": experiment.preset,
         "head": experiment.recorded_head,
@@ -300,7 +302,8 @@ def _record(experiment: Experiment, fit: Fit) -> dict[str, Any]:
         },
         "location": location_of(base_of(source)),
         "origin": origin_of(source),
-        "readout": VALUE if network is None else network.regressor.readout,
+        "readout": readout,
+        SCORE_KIND: kind_of_readout(readout),
         "label": train.label,
         "labels": list(train.labels),
         "mos_ranges": scales_record(train.labels, scales_of(source, train.labels)),
