@@ -102,13 +102,7 @@ def run_ablation(
     with working_in(out, "ablation"):
         facts = {name: store_facts(store) for name, store in stores.items()}
         results = open_results(out / RESULTS, plan, stores=facts)
-        done = [run for run in plan if results.is_done(run.name) and _job(run, out).run.exists()]
-        for key, source in sources.items():
-            partitions = Partitions(source)
-            for run in done:
-                if key_of(run) == key:
-                    # A store that is labelled anew keeps its id.
-                    is_there(source, _job(run, out), partitions.of(run.train))
+        done = _done(plan, results, sources, out)
         names = [run.name for run in plan]
         about = {"kind": "ablation", "stores": facts, "grid": read_yaml(grid), "runs": names}
         write_about(out, about if baseline_store is None else {**about, "baseline_store": store_facts(baseline_store)})
@@ -126,12 +120,25 @@ def run_ablation(
             tell(line)
         recorded = RecordedBaselines(out / BASELINE_LINES)
         baselines = fit_baselines(sources, plan, out, rating_words, means, recorded)
-        if recorded.reused:
-            tell(f"{recorded.reused} of {len(baselines)} baselines exist already")
+        for line in recorded.notes(len(baselines)):
+            tell(line)
         rows = table_rows(plan, results.lines, out, baselines)
         write_rows(out / BASELINE_LINES, [row for row in rows if row["kind"] == "baseline"])
         write_rows(out / ROWS, rows)
     return Ablation(rows=rows, failed=results.failed(names), trained=trained)
+
+
+def _done(
+    plan: Sequence[PlannedRun], results: LineFile, sources: Mapping[Key, FeatureSource], out: Path
+) -> list[PlannedRun]:
+    """The runs with a result and a folder. Raises HeadError where items or labels changed: the store keeps its id."""
+    done = [run for run in plan if results.is_done(run.name) and _job(run, out).run.exists()]
+    for key, source in sources.items():
+        partitions = Partitions(source)
+        for run in done:
+            if key_of(run) == key:
+                is_there(source, _job(run, out), partitions.of(run.train))
+    return done
 
 
 def open_results(path: Path, plan: Sequence[PlannedRun], *, stores: Mapping[str, Line]) -> LineFile:

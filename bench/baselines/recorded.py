@@ -33,8 +33,7 @@ class RecordedBaselines:
         """Read the file, which may be absent. A line of another form is passed over, and so fitted again."""
         self._path = path
         self._lines: dict[str, Line] = {}
-        self.reused = 0
-        """How many lines were found."""
+        self._reused = 0
         for text in whole_lines(path).splitlines():
             try:
                 line = json.loads(text)
@@ -47,7 +46,7 @@ class RecordedBaselines:
         line = self._lines.get(key)
         if line is None or line[FITTED].get("predictions_sha256") != self._hash(line):
             return None
-        self.reused += 1
+        self._reused += 1
         return {name: None if name == "against" else value for name, value in line.items() if name != "beside_grouped"}
 
     def add(self, line: Line, key: str) -> Line:
@@ -57,6 +56,10 @@ class RecordedBaselines:
         with telling_disk_errors(f"writing {self._path}", KEPT):
             append_durably(self._path, text.encode())
         return made
+
+    def notes(self, count: int) -> list[str]:
+        """A line to print where some of `count` baselines were found."""
+        return [f"{self._reused} of {count} baselines exist already"] if self._reused else []
 
     def _hash(self, line: Line) -> str | None:
         """The sha256 of the csv of `line`; None where it cannot be read."""

@@ -97,6 +97,11 @@ class PredictedPart:
             spreads=spreads,
         )
 
+    def divided(self, held_back: NDArray[np.bool_]) -> "dict[str, PredictedPart]":
+        """The validation items, without those that are `held_back` (items,) to make intervals, and these, by part."""
+        parts = {"validation": self.subset(~held_back)}
+        return {**parts, "calibration": self.subset(held_back)} if held_back.any() else parts
+
     def rows(self, part: str) -> list[dict[str, Any]]:
         """The rows of predictions.csv, label and prediction side by side."""
         names, prompts = self.source.items.names, self.source.items.prompts

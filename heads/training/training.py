@@ -157,16 +157,11 @@ def finish_run(
     held_back = calibration_mask(source, partition.validation, config)
     of_validation, calibration, of_scale = calibrate(experiment, selection, final, ~held_back)
     trained = time.perf_counter()
-    parts = {"validation": of_validation.subset(~held_back)}
-    parts |= {"calibration": of_validation.subset(held_back)} if held_back.any() else {}
+    parts = of_validation.divided(held_back)
     parts["test"] = PredictedPart.of(experiment, partition.test, predict())
     metrics: dict[str, Any] = {
         **scores_of_parts(parts, calibration, refitted=refitted),
-        "label": config.label,
-        "chosen_epoch": selection.epoch,
-        "chosen_by": selection.choice,
-        "epochs_run": len(selection.curves),
-        "refit": config.refit or refitted,
+        **_choice(config, selection, refitted=refitted),
         "split": {"name": config.split, **partition.record()},
         "warnings": [*_warnings(experiment, selection, held_back), *of_scale],
         "notes": _notes(experiment, members),
@@ -176,8 +171,7 @@ def finish_run(
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
         "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    joined = joined_stores(source)
-    metrics |= {} if joined is None else {"stores": scores_by_store(joined, parts)}
+    metrics |= _of_stores(source, parts)
     if config.paper_compatible:
         best = best_on_test(selection.curves, metrics["test"], config.label)
         metrics["warnings"] += bias_warnings(best, metrics["test"], config.label)
@@ -194,6 +188,23 @@ def finish_run(
         events=events,
         members=[run.path for run in members],
     )
+
+
+def _choice(config: TrainConfig, selection: Outcome, *, refitted: bool) -> dict[str, Any]:
+    """What was learned, and how the epoch was chosen."""
+    return {
+        "label": config.label,
+        "chosen_epoch": selection.epoch,
+        "chosen_by": selection.choice,
+        "epochs_run": len(selection.curves),
+        "refit": config.refit or refitted,
+    }
+
+
+def _of_stores(source: FeatureSource, parts: dict[str, PredictedPart]) -> dict[str, Any]:
+    """The metrics of each of several stores that are read as one; none for a single store."""
+    joined = joined_stores(source)
+    return {} if joined is None else {"stores": scores_by_store(joined, parts)}
 
 
 def _store_notes(source: FeatureSource) -> list[str]:
