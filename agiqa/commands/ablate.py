@@ -13,7 +13,7 @@ from agiqa.commands.output import fail_if_any, print_parts
 
 if TYPE_CHECKING:
     from agiqa.bench.ablation.ablation import Ablation
-    from agiqa.store import AnyStore
+    from agiqa.store import Store
 
 SHIPPED = sorted(
     file.name.removesuffix(".yaml") for file in (resources.files("agiqa.bench.ablation") / "shipped").iterdir()
@@ -129,7 +129,7 @@ def command(
     fail_if_any(done.failed, total=len(plan), what="runs")
 
 
-def _opened(store: str | Path, named: Sequence[tuple[str, str | Path]]) -> "dict[str, AnyStore]":
+def _opened(store: str | Path, named: Sequence[tuple[str, str | Path]]) -> "dict[str, Store]":
     """All stores by name. Raises click.UsageError for a name given twice."""
     from agiqa.store import open_store
 

@@ -165,15 +165,16 @@ class TextFeatures:
     def of(cls, name: str, items: Items) -> "TextFeatures":
         """Of the texts of `items`; the vectors are those of all texts, which takes no label."""
         texts = [f"{prompt} {text or ''}" for prompt, text in zip(items.prompts, items.descriptions, strict=True)]
-        found = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True).fit_transform(texts)
-        width = min(_WIDTH, found.shape[1])
+        vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=3, sublinear_tf=True)
+        found = vectorizer.fit_transform(texts)
+        width = min(_WIDTH, len(vectorizer.get_feature_names_out()))
         values = TruncatedSVD(width, random_state=0).fit_transform(found) * np.sqrt(width)
         return cls(id=name, items=items, values=np.asarray(values, np.float32))
 
     @property
     def width(self) -> int:
         """Channels."""
-        return self.values.shape[1]
+        return int(self.values.shape[1])
 
     @property
     def n_tokens(self) -> NDArray[np.int32]:
