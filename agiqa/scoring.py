@@ -110,7 +110,7 @@ class ImageScorer:
         """
         errors = None if level is None else conformal_scores(run)
         if errors is not None and level is not None:
-            errors.quantiles(level)
+            errors.check(level)
         aspect, variant = wording
         describes = reads_description(variant) if describe is None else describe
         if describe and target.tap is not None:

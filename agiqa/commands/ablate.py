@@ -1,14 +1,19 @@
 """`agiqa ablate`: a grid of heads over one store."""
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from agiqa.commands.options import StoreLocation, output_options, train_workers_option, variant_option
 from agiqa.commands.output import fail_if_any, print_parts
+
+if TYPE_CHECKING:
+    from agiqa.bench.ablation.ablation import Ablation
+    from agiqa.store import Store
 
 SHIPPED = sorted(
     file.name.removesuffix(".yaml") for file in (resources.files("agiqa.bench.ablation") / "shipped").iterdir()
@@ -106,17 +111,10 @@ def command(
     from agiqa.bench.ablation.grids import find_grid, read_grid
     from agiqa.bench.ablation.protocols import generators_of, layers_of
     from agiqa.bench.ablation.rows import rows_parts
-    from agiqa.bench.recording.result_folders import RESULTS, ROWS
     from agiqa.heads.model.reading import usual_settings
     from agiqa.store import open_store
 
-    stores = {"main" if named else "": open_store(store)}
-    for name, location in named:
-        if name in stores:
-            message = f"Two stores are called {name!r}."
-            raise click.UsageError(message)
-        stores[name] = open_store(location)
-    file = find_grid(grid)
+    stores, file = _opened(store, named), find_grid(grid)
     plan = read_grid(
         file,
         stores=list(stores),
@@ -127,13 +125,32 @@ def command(
     )
     beside = None if baseline_store is None else open_store(baseline_store)
     done = run_ablation(stores, plan, out, grid=file, words=words, baseline_store=beside, workers=workers)
-    result = {
+    print_parts(_result(out, len(plan), done), rows_parts(done.rows), as_json=as_json)
+    fail_if_any(done.failed, total=len(plan), what="runs")
+
+
+def _opened(store: str | Path, named: Sequence[tuple[str, str | Path]]) -> "dict[str, Store]":
+    """All stores by name. Raises click.UsageError for a name given twice."""
+    from agiqa.store import open_store
+
+    stores = {"main" if named else "": open_store(store)}
+    for name, location in named:
+        if name in stores:
+            message = f"Two stores are called {name!r}."
+            raise click.UsageError(message)
+        stores[name] = open_store(location)
+    return stores
+
+
+def _result(out: Path, runs: int, done: "Ablation") -> dict[str, Any]:
+    """What the command prints with `--json`."""
+    from agiqa.bench.recording.result_folders import RESULTS, ROWS
+
+    return {
         "results": str(out / RESULTS),
         "rows": str(out / ROWS),
-        "runs": len(plan),
+        "runs": runs,
         "trained": done.trained,
         "failed": [{"name": name, "error": error} for name, error in done.failed.items()],
         "table": done.rows,
     }
-    print_parts(result, rows_parts(done.rows), as_json=as_json)
-    fail_if_any(done.failed, total=len(plan), what="runs")

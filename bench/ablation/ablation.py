@@ -19,6 +19,7 @@ from agiqa.bench.ablation.grids import PlannedRun
 from agiqa.bench.ablation.rows import table_rows
 from agiqa.bench.ablation.sources import Key, fit_baselines, key_of, mean_features, sketch_notes, sources_of
 from agiqa.bench.baselines.evidence import RatingWords
+from agiqa.bench.baselines.recorded import RecordedBaselines
 from agiqa.bench.recording.result_folders import (
     ABOUT,
     RESULTS,
@@ -82,7 +83,8 @@ def run_ablation(
 
     `stores` maps the names in `plan` to stores. `words` are conversation files for the baseline `rating word`. The
     baseline `features` reads `baseline_store` if it is given, such as the hidden states from which the stores were
-    sketched. Runs that failed, or whose folders were removed, are trained again. Results of runs outside `plan` stay
+    sketched. Runs that failed, or whose folders were removed, are trained again, and so are baselines whose csv is not
+    what it was, or that depend on something else now (see recorded.py). Results of runs outside `plan` stay
     in the file and are ignored. `tell` gets a line per run that ends, and then each kind of warning of the heads.
 
     Raises BusyStore where another process is at work in `out`, DataError for results of another store or of the same
@@ -100,13 +102,7 @@ def run_ablation(
     with working_in(out, "ablation"):
         facts = {name: store_facts(store) for name, store in stores.items()}
         results = open_results(out / RESULTS, plan, stores=facts)
-        done = [run for run in plan if results.is_done(run.name) and _job(run, out).run.exists()]
-        for key, source in sources.items():
-            partitions = Partitions(source)
-            for run in done:
-                if key_of(run) == key:
-                    # A store that is labelled anew keeps its id.
-                    is_there(source, _job(run, out), partitions.of(run.train))
+        done = _done(plan, results, sources, out)
         names = [run.name for run in plan]
         about = {"kind": "ablation", "stores": facts, "grid": read_yaml(grid), "runs": names}
         write_about(out, about if baseline_store is None else {**about, "baseline_store": store_facts(baseline_store)})
@@ -122,10 +118,27 @@ def run_ablation(
                 trained += training.train(source, missing, store=facts[key[0]]["id"]) if missing else 0
         for line in warning_lines((results.lines[name] for name in names), printed=at_first):
             tell(line)
-        rows = table_rows(plan, results.lines, out, fit_baselines(sources, plan, out, rating_words, means))
+        recorded = RecordedBaselines(out / BASELINE_LINES)
+        baselines = fit_baselines(sources, plan, out, rating_words, means, recorded)
+        for line in recorded.notes(len(baselines)):
+            tell(line)
+        rows = table_rows(plan, results.lines, out, baselines)
         write_rows(out / BASELINE_LINES, [row for row in rows if row["kind"] == "baseline"])
         write_rows(out / ROWS, rows)
     return Ablation(rows=rows, failed=results.failed(names), trained=trained)
+
+
+def _done(
+    plan: Sequence[PlannedRun], results: LineFile, sources: Mapping[Key, FeatureSource], out: Path
+) -> list[PlannedRun]:
+    """The runs with a result and a folder. Raises HeadError where items or labels changed: the store keeps its id."""
+    done = [run for run in plan if results.is_done(run.name) and _job(run, out).run.exists()]
+    for key, source in sources.items():
+        partitions = Partitions(source)
+        for run in done:
+            if key_of(run) == key:
+                is_there(source, _job(run, out), partitions.of(run.train))
+    return done
 
 
 def open_results(path: Path, plan: Sequence[PlannedRun], *, stores: Mapping[str, Line]) -> LineFile:

@@ -11,6 +11,7 @@ from agiqa.bench.ablation.grids import PlannedRun
 from agiqa.bench.baselines.baselines import FEATURES, run_baselines
 from agiqa.bench.baselines.evidence import MeanFeatures, RatingWords
 from agiqa.bench.baselines.predictors import BASELINES
+from agiqa.bench.baselines.recorded import RecordedBaselines
 from agiqa.bench.recording.result_folders import Line
 from agiqa.errors import AgiqaError
 from agiqa.heads.data.features import FeatureSource
@@ -101,8 +102,12 @@ def fit_baselines(
     out: Path,
     words: RatingWords,
     means: Mapping[Key, Mapping[str, MeanFeatures]],
+    recorded: RecordedBaselines,
 ) -> list[Line]:
-    """The baselines of every store, variant, protocol and drawing of items; `features` for every layer."""
+    """The baselines of every store, variant, protocol and drawing of items; `features` for every layer.
+
+    Those that are `recorded` are not fitted again.
+    """
     found: list[Line] = []
     for key, source in sources.items():
         several = len({other for store, other in sources if store == key[0]}) > 1
@@ -117,7 +122,7 @@ def fit_baselines(
             for how, trained in drawn.items():
                 shown = {**({"variant": key[1]} if several else {}), **{_DRAWING_SETTINGS[k]: how[k] for k in varied}}
                 fit = partial(run_baselines, source, trained, protocol=protocol, out=out, words=words)
-                fits.append((partial(fit, store_name=key[0]), shown))
+                fits.append((partial(fit, store_name=key[0], recorded=recorded), shown))
         found += _of_layers(fits, means[key], resolve_device(plan[0].train.device))
     return found
 

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agiqa.bench.baselines.evidence import Array, Evidence, MeanFeatures, RatingWords
-from agiqa.bench.baselines.predictors import BASELINES, WORD_PROBABILITIES, Guess, features_title
+from agiqa.bench.baselines.predictors import BASELINES, RATING_WORD, WORD_PROBABILITIES, Guess, features_title
+from agiqa.bench.baselines.recorded import RecordedBaselines, key_of
 from agiqa.bench.recording.predictions import write_predictions
 from agiqa.bench.recording.result_folders import Line
 from agiqa.errors import ConfigError, DataError, UnknownName
@@ -64,6 +65,7 @@ def run_baselines(
     shown: Mapping[str, Any] | None = None,
     names: Sequence[str] = tuple(BASELINES),
     no_kernel: str | None = None,
+    recorded: RecordedBaselines | None = None,
 ) -> list[Line]:
     """A line for every baseline of `names` and every label of `configs`; their predictions are written below `out`.
 
@@ -75,7 +77,7 @@ def run_baselines(
     item, mos and predicted. `means` reads mean features of `source` or of another store of the same items, and keeps
     them for the next call. `shown` are the settings by which this call differs from others for the same protocol; they
     become part of the names: `text, training_items=10`. Regressions on features are solved on the device of the heads;
-    `no_kernel` is why none of them has a kernel, and becomes a note.
+    `no_kernel` is why none of them has a kernel, and becomes a note. What is `recorded` already is not fitted again.
 
     A line has `left_out` with a reason, or `test` as in `evaluate_scores`. Its correlations are null, with a reason in
     `undefined`, if the predictions are constant within every part. Its RMSE is null if they are on another scale.
@@ -101,12 +103,11 @@ def run_baselines(
             continue
         task = _Task(label=label, parts=parts, mos=mos)
         _refuse_overlap(task)
-        evidence = Evidence(
-            source, label, task.mos, words=rating_words, means=features, device=device, no_kernel=no_kernel
+        evidence = Evidence(source, label, mos, words=rating_words, means=features, device=device, no_kernel=no_kernel)
+        fitter = _Fitter(
+            source=source, task=task, evidence=evidence, means=features, shared=shared, out=out, recorded=recorded
         )
-        for name in names:
-            path = folder / f"{name.replace(' + ', '+').replace(' ', '-')}{column}.csv"
-            lines.append(_line(name, evidence, source, task, shared, path, out, features))
+        lines += [fitter.line(name, folder / f"{_file_name(name)}{column}.csv") for name in names]
     return lines
 
 
@@ -138,49 +139,84 @@ def _refuse_overlap(task: _Task) -> None:
         raise ConfigError(message)
 
 
-def _line(
-    name: str,
-    evidence: Evidence,
-    source: FeatureSource,
-    task: _Task,
-    shared: Mapping[str, Any],
-    path: Path,
-    out: Path,
-    means: MeanFeatures,
-) -> Line:
-    """Predict, write the csv, and score."""
-    started, predict = time.perf_counter(), BASELINES[name].predict
-    try:
-        guesses = [predict(evidence, np.concatenate([part.train, part.validation]), part.test) for part in task.parts]
-    except DataError as error:
-        return _left_out(name, shared, error)
-    predicted, tested = np.concatenate([guess.predicted for guess in guesses]), task.tested
-    prompts = [source.items.prompts[item] for item in tested]
-    test = evaluate_scores(predicted, task.mos[tested], prompts)
-    if all(np.ptp(guess.predicted) == 0 for guess in guesses):
-        test = _without_correlations(test)
-    if not all(guess.on_scale for guess in guesses):
-        test = {**test, "rmse": None, "ci": {**test["ci"], "rmse": None}}
-    seconds = (time.perf_counter() - started) / len(task.parts)
-    names = [source.items.names[item] for item in tested]
-    write_predictions(
-        path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None], items=tested.tolist()
-    )
-    line: Line = {
-        **_identity(name, shared),
-        **_fit_facts(name, guesses, means, shared),
-        "runs": len(task.parts),
-        "seeds": 1,
-        "failed": 0,
-        "seconds": round(seconds, 3),
-        "validation": None,
-        "test": test,
-        "against": None,
-        "predictions": path.relative_to(out).as_posix(),
-    }
-    notes = "".join(f"; {note}" for note in line["notes"])
-    say(f"baseline {line['row']}, {shared['protocol']}, {task.label}: {_scores_text(test)}{notes}")
-    return line
+@dataclass(frozen=True, kw_only=True)
+class _Fitter:
+    """Makes the lines of a task."""
+
+    source: FeatureSource
+    task: _Task
+    evidence: Evidence
+    means: MeanFeatures
+    shared: Mapping[str, Any]
+    """What the lines of the task have in common."""
+    out: Path
+    recorded: RecordedBaselines | None
+
+    def line(self, name: str, path: Path) -> Line:
+        """The recorded line of a baseline, or the one that is fitted now; its predictions are in `path`."""
+        if self.recorded is None:
+            return self._fitted(name, path)
+        key = self._key(name)
+        line = self.recorded.find(key)
+        if line is None:
+            line = self._fitted(name, path)
+            line = line if "left_out" in line else self.recorded.add(line, key)
+        return line
+
+    def _key(self, name: str) -> str:
+        """The hash of all that the line depends on."""
+        reads = {"of_words": name == RATING_WORD, "of_features": name in (FEATURES, WORD_PROBABILITIES)}
+        parts = [
+            [
+                self.evidence.facts(items, **reads)
+                for items in (np.concatenate([part.train, part.validation]), part.test)
+            ]
+            for part in self.task.parts
+        ]
+        return key_of({**_identity(name, self.shared), "parts": parts})
+
+    def _fitted(self, name: str, path: Path) -> Line:
+        """Predict, write the csv, and score."""
+        started, task, shared = time.perf_counter(), self.task, self.shared
+        predict = BASELINES[name].predict
+        try:
+            guesses = [
+                predict(self.evidence, np.concatenate([part.train, part.validation]), part.test) for part in task.parts
+            ]
+        except DataError as error:
+            return _left_out(name, shared, error)
+        predicted, tested = np.concatenate([guess.predicted for guess in guesses]), task.tested
+        prompts = [self.source.items.prompts[item] for item in tested]
+        test = evaluate_scores(predicted, task.mos[tested], prompts)
+        if all(np.ptp(guess.predicted) == 0 for guess in guesses):
+            test = _without_correlations(test)
+        if not all(guess.on_scale for guess in guesses):
+            test = {**test, "rmse": None, "ci": {**test["ci"], "rmse": None}}
+        seconds = (time.perf_counter() - started) / len(task.parts)
+        names = [self.source.items.names[item] for item in tested]
+        write_predictions(
+            path, [task.label], names, prompts, task.mos[tested][:, None], predicted[:, None], items=tested.tolist()
+        )
+        line: Line = {
+            **_identity(name, shared),
+            **_fit_facts(name, guesses, self.means, shared),
+            "runs": len(task.parts),
+            "seeds": 1,
+            "failed": 0,
+            "seconds": round(seconds, 3),
+            "validation": None,
+            "test": test,
+            "against": None,
+            "predictions": path.relative_to(self.out).as_posix(),
+        }
+        notes = "".join(f"; {note}" for note in line["notes"])
+        say(f"baseline {line['row']}, {shared['protocol']}, {task.label}: {_scores_text(test)}{notes}")
+        return line
+
+
+def _file_name(name: str) -> str:
+    """The name of a baseline as part of a file's."""
+    return name.replace(" + ", "+").replace(" ", "-")
 
 
 def _fit_facts(name: str, guesses: Sequence[Guess], means: MeanFeatures, shared: Mapping[str, Any]) -> Line:

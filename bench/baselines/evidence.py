@@ -1,7 +1,9 @@
 """What baselines read from the items of a store: columns, the model's rating words, and mean feature rows."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +14,27 @@ from agiqa.extract.data.conversations import Conversation, aspects_in_name, read
 from agiqa.extract.data.matching import Match, prompt_faults, row_name
 from agiqa.extract.describing.describing import images_without_answer
 from agiqa.heads.closed.words import expected_mos, word_notes
-from agiqa.heads.data.features import FeatureSource, ItemRows, location_of, read_checked
+from agiqa.heads.data.features import (
+    FeatureSource,
+    ItemRows,
+    content_of,
+    items_identity,
+    location_of,
+    read_checked,
+)
 from agiqa.heads.data.layers import JOINER, LAST, base_of, layer_of, pooled_rows
 from agiqa.heads.data.prompt_groups import normalise_prompt, prompt_groups
 from agiqa.heads.evaluation.rating_words import parse_rating_word
 from agiqa.store import TOKEN_ROLES
+from agiqa.store.disk.files import canonical_json
 from agiqa.store.format.items import MODEL, TEACHER
 from agiqa.store.format.labels import RATING_WORDS, MosRange
 
 Array = NDArray[np.float64]
 Positions = NDArray[np.int64]
 
+_COLUMNS = ("descriptions", "generators", "text_authors")
+"""Of the item table, beside names, prompts and labels."""
 ALL, ANSWER = "all", "answer"
 """The tokens that are averaged into a feature row: all tokens, or those of the answer."""
 
@@ -39,6 +51,8 @@ class RatingWords:
         self._files = [
             (_aspect_of(path), images_without_answer(path), read_conversations(path, None)) for path in files
         ]
+        self.digest = hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
+        """Of the bytes of the files."""
         talks = [talk for _, _, talks in self._files for talk in talks]
         problems = [f"{talk.where}: {'; '.join(talk.problems)}" for talk in talks if talk.problems]
         if problems:
@@ -222,6 +236,27 @@ class Evidence:
         self.label, self.mos, self.device, self.no_kernel = label, mos, device, no_kernel
         self._source, self._words, self._means = source, words, means
         self._places = means.places_of(source)
+
+    def facts(self, items: Positions, *, of_words: bool, of_features: bool) -> dict[str, Any]:
+        """What all that predictors may read of `items` depends on, ready for JSON.
+
+        `of_words` includes the conversation files, `of_features` the store of the features, device and kernel.
+        """
+        table = self._source.items
+        columns = {name: getattr(table, name, None) or [None] * len(table.names) for name in _COLUMNS}
+        texts = [[values[item] for item in items.tolist()] for values in columns.values()]
+        facts: dict[str, Any] = {
+            "items": items_identity(self._source, items),
+            "texts": hashlib.sha256(canonical_json(texts).encode()).hexdigest(),
+            "mos": hashlib.sha256(self.mos[items].tobytes()).hexdigest(),
+            "scale": self.scale,
+        }
+        if of_words:
+            facts["words"] = self._words.digest
+        if of_features:
+            read = self._means.source
+            facts["features"] = [read.id, content_of(read), self.device.type, self.no_kernel]
+        return facts
 
     def prompts(self, items: Positions) -> list[str]:
         """The normalised prompts."""

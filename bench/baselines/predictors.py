@@ -18,6 +18,8 @@ from agiqa.errors import ConfigError, DataError
 from agiqa.heads.closed.regressions import Regression, best_kernel_ridge, best_ridge
 from agiqa.store.format.labels import RATING_WORDS
 
+RATING_WORD = "rating word"
+"""The baseline that reads conversation files."""
 WORD_PROBABILITIES = "word probabilities"
 """The baseline that has a line only where the store that it reads records the tokens of the rating words."""
 KERNEL_ITEMS = 5_000
@@ -154,7 +156,7 @@ BASELINES = {
         predict=by_generator_and_prompt, title="generator + prompt", reads="generator and prompt"
     ),
     "text": Baseline(predict=by_text, title="ridge (TF-IDF of prompt and description)", reads="prompt and description"),
-    "rating word": Baseline(predict=by_rating_word, title="rating word", reads="the model's rating word"),
+    RATING_WORD: Baseline(predict=by_rating_word, title="rating word", reads="the model's rating word"),
     WORD_PROBABILITIES: Baseline(
         predict=by_word_probabilities, title="rating words (expected MOS)", reads="probabilities of the rating words"
     ),

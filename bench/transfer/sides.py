@@ -13,6 +13,7 @@ from agiqa.heads.data.features import FeatureSource, location_of, read_labels
 from agiqa.heads.data.prompt_groups import KnownPrompts
 from agiqa.heads.data.scales import conversions, scales_of, unknown_scales
 from agiqa.heads.data.splits import Partition, make_partition
+from agiqa.heads.data.variants import as_variant
 from agiqa.heads.model.head import check_sizes
 from agiqa.heads.model.losses import check_loss
 from agiqa.heads.model.projection import FeatureSpec, check_encoding
@@ -58,16 +59,20 @@ def _name_of(store: AnyStore) -> str:
 def open_sides(stores: Mapping[str, AnyStore], settings: TransferSettings) -> dict[str, Side]:
     """Both sides, read as the `variant` of the settings and checked before anything is trained.
 
-    Raises HeadError where one head cannot read both, ConfigError for one store given twice, and, naming the data set,
-    what `make_partition` and `read_labels` raise.
+    Raises HeadError where one head cannot read both, ConfigError for two stores of the same items, and, naming the data
+    set, what `make_partition` and `read_labels` raise.
     """
     check_sizes(settings.head)
     for config in (settings.train, settings.few_shot):
         check_loss(config)
-    stores = {name: _as_variant(store, settings.train.variant) for name, store in stores.items()}
+    stores = {name: as_variant(store, settings.train.variant) for name, store in stores.items()}
     (first, a), (second, b) = stores.items()
-    if a.id == b.id:
-        message = f"{first} and {second} are the same store, {a.location}. A transfer goes from one to another."
+    if _hold_the_same_items(a, b):
+        where = a.location if a.location == b.location else f"{a.location} and {b.location}"
+        message = (
+            f"{first} and {second} have the same {len(a.item_keys)} images and conversations ({where}). A transfer "
+            "goes from one data set to another: give a store of other images."
+        )
         raise ConfigError(message)
     layer = settings.train.layer
     _check_meaning(settings.head, *(features_for(store, settings.head, layer) for store in (a, b)))
@@ -87,8 +92,15 @@ def open_sides(stores: Mapping[str, AnyStore], settings: TransferSettings) -> di
     return sides
 
 
-def _as_variant(store: AnyStore, name: str | None) -> AnyStore:
-    return store if name is None else store.variant(name)
+def _hold_the_same_items(a: AnyStore, b: AnyStore) -> bool:
+    """Whether both have the same images and conversations, in any order: copies, other encodings, views of variants.
+
+    The keys of items tell, which cover image and conversation. A view of an early store has those of its store.
+    """
+    if a.id == b.id:
+        return True
+    here, there = (np.unique(store.item_keys, axis=0) for store in (a, b))
+    return np.array_equal(here, there)
 
 
 def chosen_shots(

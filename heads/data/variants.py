@@ -1,9 +1,10 @@
 """A source of features read as a shorter conversation."""
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, overload, runtime_checkable
 
 from agiqa.errors import ConfigError
 from agiqa.heads.data.features import FeatureSource, location_of
+from agiqa.store import AnyStore
 
 
 @runtime_checkable
@@ -13,6 +14,10 @@ class Varied(Protocol):
     def variant(self, name: str, /) -> FeatureSource: ...
 
 
+@overload
+def as_variant(source: AnyStore, name: str | None) -> AnyStore: ...
+@overload
+def as_variant(source: FeatureSource, name: str | None) -> FeatureSource: ...
 def as_variant(source: FeatureSource, name: str | None) -> FeatureSource:
     """`source` read as the variant `name` of its conversations; unchanged for None.
 

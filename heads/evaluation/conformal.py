@@ -1,11 +1,18 @@
 """Conformal intervals: around each prediction, as wide as the errors on validation items, which were not trained on.
 
-Split conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018): of n validation items take the errors, and of
-them the number ceil((n + 1) level) in ascending order. An interval of that half width holds the true MOS of a new item
-with a probability of `level` or more, if the new item and the validation items are exchangeable. Where the head
-predicts a spread, errors are divided by it, and the half width is proportional to the spread of each item (the
-normalised scores of Papadopoulos et al. 2008; as conformalised quantile regression, arXiv 1905.03222, intervals adapt
-to the item).
+Split conformal prediction (Papadopoulos et al. 2002; Lei et al. 2018): each of n validation items gets a score, and of
+the scores the number ceil((n + 1) level) in ascending order is taken. An interval with that score at its ends holds the
+true MOS of a new item with a probability of `level` or more, if the new item and the validation items are exchangeable.
+There are three scores of the error e of an item:
+
+absolute  |e|, of heads that predict no spread: all intervals have one width
+scaled    |e| / spread (Papadopoulos et al. 2008), of heads whose spread is that of ratings (`kl`, `ordinal`): it says
+          which images are uncertain, and not by how much, so that a factor makes it fit
+quantile  max(lower - MOS, MOS - upper), how far the MOS is outside the quantiles that the head predicts: conformalised
+          quantile regression (CQR; Romano, Patterson and Candes 2019, arXiv 1905.03222), of heads whose spread is that
+          of the MOS around its prediction (`nll`). Their quantiles are Gaussian, and get one addend
+
+bench/LOG.md compares them (`python -m agiqa.bench.measurements.intervals`).
 
 Exchangeable means: drawn in the same way. Images of other generators, of other prompts than the validation prompts
 represent, or of another data set are not, and nothing is promised for them. `coverage` measures what holds.
@@ -19,18 +26,20 @@ simulation (tests/heads/evaluation/test_conformal.py: 20 epochs, whose own error
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from agiqa.errors import ConfigError
+from agiqa.errors import ConfigError, HeadError
 from agiqa.heads.data.scales import Scales
-from agiqa.heads.evaluation.runs import Run
+from agiqa.heads.evaluation.runs import CONFIG, SCORE_KIND, Run
+from agiqa.heads.model.readouts import GAUSSIAN, VALUE
 from agiqa.heads.settings.labels import column_names
 
 Array = NDArray[np.float64]
+ScoreKind = Literal["absolute", "scaled", "quantile"]
 
 USUAL_LEVEL = 0.9
 """The level of the coverage that training and evaluation report."""
@@ -51,37 +60,79 @@ def fewest_items(level: float) -> int:
     return math.ceil(level / (1.0 - level) - _ROUNDING)
 
 
+def kind_of_readout(readout: str) -> ScoreKind:
+    """The scores that suit what a head predicts (see readouts.py)."""
+    return "absolute" if readout == VALUE else "quantile" if readout == GAUSSIAN else "scaled"
+
+
+def kind_of_run(run: Run) -> ScoreKind:
+    """The scores that a run records. Older runs record none, and those with a spread are scaled. Raises HeadError."""
+    older: ScoreKind = "scaled" if run.predicts_spread else "absolute"
+    kind: ScoreKind = run.config.get(SCORE_KIND, older)
+    if kind not in get_args(ScoreKind):
+        message = (
+            f"{run.path / CONFIG}: `{SCORE_KIND}` is {kind!r}, and this agiqa knows {', '.join(get_args(ScoreKind))}."
+        )
+        raise HeadError(message)
+    return kind
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConformalScores:
-    """The errors on the validation items of a run."""
+    """What the validation items of a run say about its errors."""
 
+    kind: ScoreKind
     errors: Array
-    """(items, labels): absolute, or as multiples of the predicted spread; NaN where an item lacks the label."""
-    scaled: bool
-    """Whether they are multiples of the spread."""
+    """(items, labels): absolute errors; NaN where an item lacks the label."""
+    spreads: Array | None
+    """(items, labels): predicted spreads; None for absolute scores."""
 
     @classmethod
-    def of(cls, predicted: Array, labels: Array, spreads: Array | None) -> "ConformalScores":
-        """From predictions, MOS and spreads of validation items, (items, labels) each."""
-        errors = np.abs(predicted - labels)
-        return cls(errors=errors if spreads is None else errors / spreads, scaled=spreads is not None)
+    def of(cls, kind: ScoreKind, predicted: Array, labels: Array, spreads: Array | None) -> "ConformalScores":
+        """From predictions, MOS and spreads of validation items, (items, labels) each; absolute without spreads."""
+        return cls(kind="absolute" if spreads is None else kind, errors=np.abs(predicted - labels), spreads=spreads)
 
-    def quantiles(self, level: float) -> Array:
-        """The half width for each label, (labels,), in units of the spread where `scaled`.
+    def quantile(self, label: int, level: float) -> tuple[float, int]:
+        """The score at the ends of intervals for the label of this number, and how many items gave it.
 
-        Raises ConfigError for a `level` outside 0 to 1, and for too few validation items.
+        On the scale of the MOS; where the scores are scaled, in spreads. Raises ConfigError for a `level` outside 0 to
+        1, and for too few validation items.
         """
         check_level(level)
-        return np.array([_quantile(column[np.isfinite(column)], level) for column in self.errors.T])
+        scores = self.errors[:, label]
+        if self.spreads is not None and self.kind != "absolute":
+            spread = self.spreads[:, label]
+            scores = scores / spread if self.kind == "scaled" else scores - _gaussian(level) * spread
+        scores = scores[np.isfinite(scores)]
+        return _quantile(scores, level), len(scores)
+
+    def check(self, level: float) -> None:
+        """Raise as `quantile` of any label."""
+        for label in range(self.errors.shape[1]):
+            self.quantile(label, level)
+
+    def half_widths(self, quantile: float, spread: Array | None, level: float, *, items: int) -> Array:
+        """Half the width of the intervals of `items` with the predicted `spread` (items,), from `quantile`; 0 or more.
+
+        Where CQR's ends would cross, the interval is the prediction alone.
+        """
+        if self.kind == "absolute" or spread is None:
+            return np.full(items, quantile)
+        if self.kind == "scaled":
+            return np.asarray(quantile * spread)
+        return np.maximum(_gaussian(level) * spread + quantile, 0.0)
 
     def intervals(
         self, predicted: Array, spreads: Array | None, *, level: float, scales: Scales
     ) -> tuple[Array, Array]:
         """Lowest and highest MOS for each prediction (items, labels), cut at the ends of known `scales`.
 
-        Raises as `quantiles`.
+        Raises as `quantile`.
         """
-        half = self.quantiles(level) * (np.ones_like(predicted) if spreads is None else spreads)
+        half = np.empty_like(predicted)
+        for label in range(predicted.shape[1]):
+            spread = None if spreads is None else spreads[:, label]
+            half[:, label] = self.half_widths(self.quantile(label, level)[0], spread, level, items=len(predicted))
         low, high = predicted - half, predicted + half
         for label, scale in enumerate(scales):
             if scale is not None:
@@ -89,20 +140,27 @@ class ConformalScores:
         return low, high
 
 
-def _quantile(errors: Array, level: float) -> float:
-    """The error number ceil((n + 1) level) of n, in ascending order. Raises ConfigError for too few."""
-    count, needed = len(errors), fewest_items(level)
+def _gaussian(level: float) -> float:
+    """Deviations from the mean to the quantiles of a Gaussian between which it has the probability `level`."""
+    return float(stats.norm.ppf(0.5 + level / 2.0))
+
+
+def _quantile(scores: Array, level: float) -> float:
+    """The score number ceil((n + 1) level) of n, in ascending order. Raises ConfigError for too few."""
+    count, needed = len(scores), fewest_items(level)
     if count < needed:
         message = (
             f"An interval of {level:.4g} needs {needed} validation items or more (1 / (1 - level) - 1), and this "
             f"run has {count}. Lower the level, or train with more: raise `validation`, or train on more items."
         )
         raise ConfigError(message)
-    return float(np.sort(errors)[math.ceil((count + 1) * level - _ROUNDING) - 1])
+    return float(np.sort(scores)[math.ceil((count + 1) * level - _ROUNDING) - 1])
 
 
 def recorded_errors(run: Run) -> ConformalScores:
-    """The errors on the validation items of a run, from its predictions.csv. Raises HeadError as `Run.predictions`.
+    """The errors on the validation items of a run, from its predictions.csv.
+
+    Raises HeadError as `Run.predictions` and `kind_of_run`.
 
     With the setting `calibration_share` they are those of the items that did not choose the epoch.
     Of a refit head they are those of the head that chose the epoch, which had not learned the items.
@@ -115,7 +173,8 @@ def recorded_errors(run: Run) -> ConformalScores:
         titles = column_names(names, what)
         return np.array([[row[title] for title in titles] for row in rows], np.float64).reshape(-1, len(names))
 
-    return ConformalScores.of(values("predicted"), values("mos"), values("spread") if run.predicts_spread else None)
+    spreads = values("spread") if run.predicts_spread else None
+    return ConformalScores.of(kind_of_run(run), values("predicted"), values("mos"), spreads)
 
 
 def interval_records(
@@ -156,24 +215,23 @@ def _record(
 ) -> dict[str, Any]:
     """The entry `intervals` of the metrics of one label, from values (items,), ready for JSON.
 
-    `{"level", "validation_items", "scaled_by_spread", "quantile", "mean_width", "coverage", "generators"}`: the last
-    two as of `coverage`, the last by generator. `{"level", "absent": reason}` where there are too few validation items.
-    Items whose MOS is NaN do not count.
+    `{"level", "validation_items", "scores", "quantile", "mean_width", "coverage", "generators"}`: `scores` is their
+    kind, and the last two are as of `coverage`, the last by generator. `{"level", "absent": reason}` where there are
+    too few validation items. Items whose MOS is NaN do not count.
     """
-    errors, has = scores.errors[:, label], np.isfinite(mos)
-    errors = errors[np.isfinite(errors)]
+    has = np.isfinite(mos)
     try:
-        quantile = _quantile(errors, check_level(level))
+        quantile, items = scores.quantile(label, level)
     except ConfigError as error:
         return {"level": level, "absent": str(error)}
-    half = quantile * (np.ones_like(predicted) if spread is None else spread)[has]
+    half = scores.half_widths(quantile, spread, level, items=len(predicted))[has]
     inside = np.abs(predicted - mos)[has] <= half
     of_items = np.array([name or "" for name in generators], dtype=object)[has]
     names = sorted({name for name in of_items.tolist() if name})
     return {
         "level": level,
-        "validation_items": len(errors),
-        "scaled_by_spread": scores.scaled,
+        "validation_items": items,
+        "scores": scores.kind,
         "quantile": quantile,
         "mean_width": float(2.0 * half.mean()),
         "coverage": coverage(inside),

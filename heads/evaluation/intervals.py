@@ -12,7 +12,7 @@ from agiqa.heads.data.features import FeatureSource, read_labels
 from agiqa.heads.data.layers import base_of
 from agiqa.heads.data.splits import calibration_mask
 from agiqa.heads.data.variants import as_variant
-from agiqa.heads.evaluation.conformal import USUAL_LEVEL, ConformalScores, recorded_errors
+from agiqa.heads.evaluation.conformal import USUAL_LEVEL, ConformalScores, kind_of_run, recorded_errors
 from agiqa.heads.evaluation.runs import PREDICTIONS, Run
 from agiqa.heads.evaluation.scoring import Moments, positions_of, run_moments
 from agiqa.heads.settings.labels import column_names, without_label_axis
@@ -101,7 +101,7 @@ def _with_intervals(
 ) -> tuple[Moments, tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Predictions of `items`, and their lowest and highest MOS."""
     scores = conformal_scores(run, source, device=device, batch_size=batch_size)
-    scores.quantiles(level)  # too few items are said before the features are read
+    scores.check(level)  # too few items are said before the features are read
     found = run_moments(run, source, items, device=device, batch_size=batch_size)
     return found, scores.intervals(found.mos, found.spread, level=level, scales=run.scales)
 
@@ -129,4 +129,5 @@ def conformal_scores(
     held_back = calibration_mask(source, items, run.train)
     items = items[held_back] if held_back.any() else items
     found = run_moments(run, source, items, device=device, batch_size=batch_size)
-    return ConformalScores.of(found.mos, read_labels(source, items, label=run.train.label), found.spread)
+    labels = read_labels(source, items, label=run.train.label)
+    return ConformalScores.of(kind_of_run(run), found.mos, labels, found.spread)

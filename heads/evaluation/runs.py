@@ -2,8 +2,8 @@
 
 head.safetensors  weights and constants of the head, without W_lm
 config.json       head and training settings, the store and its location, its kind of features and what made them
-                  (model, adapter, conversation), the identity of items and labels, the scale of the labels, versions,
-                  kernels
+                  (model, adapter, conversation), the identity of items and labels, the scale of the labels, the kind
+                  of the scores that make intervals, versions, kernels
 metrics.json      validation and test metrics with intervals, the chosen epoch, the split, the authors of the texts of
                   its parts (`text_authors`), warnings and notes, when the training ended (`trained_at`, UTC); for
                   several stores read as one also the metrics of each, and what was converted
@@ -59,6 +59,8 @@ PREDICTIONS, CURVES, PARTS = "predictions.csv", "curves.csv", "parts.json"
 EVENTS = "tensorboard"
 MEMBERS = "members"
 """The folder of a stack of runs with copies of their folders."""
+SCORE_KIND = "interval_scores"
+"""The entry of config.json with the scores that make conformal intervals (see conformal.py); old runs have none."""
 CLOSED = "closed"
 """The entry of config.json with the facts of a closed form."""
 

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from agiqa.errors import ConfigError, DataError, HeadError
 from agiqa.heads.closed.choosing import check_form
+from agiqa.heads.closed.words import WORDS
 from agiqa.heads.data.features import FeatureSource, items_identity, location_of, read_labels
-from agiqa.heads.data.layers import base_of, layer_of
+from agiqa.heads.data.layers import LAST, base_of, layer_of, stored_layers
 from agiqa.heads.data.scales import conversions, scales_of, unknown_scales
 from agiqa.heads.data.soft_labels import counted_levels, label_deviations
 from agiqa.heads.data.splits import Partition, make_partition
@@ -158,11 +159,13 @@ def _check_labelled(source: FeatureSource, part: str, items: NDArray[np.int64], 
 def check_settings(source: FeatureSource, head: HeadConfig, train: TrainConfig) -> None:
     """Raise what is wrong with settings for `source` on any machine: UnknownName, ConfigError or HeadError.
 
-    `source` is from `features_for`. As `check_sizes`, `check_form`, `check_encoding`, `check_mix` and `check_loss`. A
-    closed form reads any encoding.
+    `source` is from `features_for`. As `check_sizes`, `check_form`, `check_answers`, `check_encoding`, `check_mix` and
+    `check_loss`. A closed form reads any encoding.
     """
     check_sizes(head)
     check_form(head)
+    if head.encoder == WORDS:
+        check_answers(source)
     if not head.is_closed:
         check_encoding(source, head.projection)
         check_mix(source, head)
@@ -174,6 +177,24 @@ def check_settings(source: FeatureSource, head: HeadConfig, train: TrainConfig) 
             "be added. Use mse, mae, huber or a loss that compares items, or leave `init` out."
         )
         raise ConfigError(message)
+
+
+def check_answers(source: FeatureSource) -> None:
+    """Raise HeadError where `rating-words` cannot compute logits of `source`, which is not the output of the model."""
+    location, layer, stored = location_of(source), layer_of(source), stored_layers(base_of(source))
+    if layer != LAST:
+        remedy = "leave `layer` out" if LAST in stored else f"extract with `--layers {','.join([*stored, LAST])}`"
+        message = (
+            f"{WORDS!r} reads the logits of the rating words, which W_lm computes from the layer {LAST!r} alone, and "
+            f"here it would read layer {layer} of {location}: {remedy}."
+        )
+        raise HeadError(message)
+    if source.encoding != "logits" and not source.lm_head_sha256:
+        message = (
+            f"{WORDS!r} reads the logits of the rating words, and {location} holds states of a model without W_lm. "
+            "Extract the states of a language model, without `--tap`."
+        )
+        raise HeadError(message)
 
 
 def check_soft_labels(source: FeatureSource, items: NDArray[np.int64], train: TrainConfig) -> None:

@@ -5,7 +5,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import lightning.pytorch as pl
@@ -31,7 +31,7 @@ from agiqa.heads.settings.device import LIGHTNING_PRECISIONS, cpu_threads, rando
 from agiqa.heads.training.closed_base import ClosedBase, fit_base
 from agiqa.heads.training.curves import Outcome
 from agiqa.heads.training.learner import Learner, steps_per_epoch
-from agiqa.heads.training.progress import TrainingProgress
+from agiqa.heads.training.progress import EventLog, TrainingProgress
 from agiqa.heads.training.resuming import StateFile, TrainingState
 from agiqa.progress import say
 
@@ -76,11 +76,7 @@ def fit_head(
         kept = None if state is None else state.begin(stage)
         per_epoch = steps_per_epoch(len(train), config)
         done = 0 if kept is None else len(kept["curves"])
-        with ExitStack() as stack:
-            events = None
-            if state is not None and config.tensorboard:
-                after = None if kept is None else done * per_epoch
-                events = stack.enter_context(closing(state.events(stage, after=after)))
+        with _events(state, config, stage, after=None if kept is None else done * per_epoch) as events:
             learner = Learner(
                 head,
                 features,
@@ -104,9 +100,14 @@ def fit_head(
                 finally:
                     learner.drop_graphs()
                     progress.end()
-    trained = copy.deepcopy(head) if config.compile else head  # a copy is as it was before torch.compile
-    trained.load_state_dict(learner.best_weights)
-    found: AnyHead = trained if base is None else ResidualHead(base.closed, trained)
+    return _best(learner, config, base, device)
+
+
+def _best(learner: Learner, config: TrainConfig, base: ClosedBase | None, device: torch.device) -> Fit:
+    """The head with the weights of the kept epoch; with `base` it adds the residual to that."""
+    head = copy.deepcopy(learner.head) if config.compile else learner.head  # a copy is as before torch.compile
+    head.load_state_dict(learner.best.weights)
+    found: AnyHead = head if base is None else ResidualHead(base.closed, head)
     return Fit(head=found.to(device).eval(), **vars(learner.outcome))
 
 
@@ -128,6 +129,15 @@ def _prepare(
     head.standardise(features.statistics(train.positions, device=device), train.labels)
     if at_zero:
         head.regressor.start_at_zero()
+
+
+def _events(
+    state: TrainingState | None, config: TrainConfig, stage: str, *, after: int | None
+) -> AbstractContextManager[EventLog | None]:
+    """The event log of a stage, continued `after` a step; None where there is none to write."""
+    if state is None or not config.tensorboard:
+        return nullcontext()
+    return closing(state.events(stage, after=after))
 
 
 def _adding(

@@ -6,6 +6,7 @@ With several labels, loss and validation SRCC are means over them; a mean is und
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -30,11 +31,23 @@ from agiqa.heads.settings.labels import labelled_pairs
 from agiqa.heads.training.closed_base import ClosedBase
 from agiqa.heads.training.curves import Epoch, Outcome
 from agiqa.heads.training.progress import EventLog, TrainingProgress
+from agiqa.heads.training.schedule import ema_decay, lr_factor, newest_share
 
 LEARNER = "agiqa"
 """The key of the learner's own record in a checkpoint of Lightning."""
-EMA_WINDOW = 0.1
-"""The longest window of an average of weights, 1 / (1 - decay) steps, as a share of all steps of a training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestEpoch:
+    """What is kept of the best epoch so far."""
+
+    epoch: int = 0
+    srcc: float = math.nan
+    """Of the validation items, or NaN where it is undefined or they are too few to choose by."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    predictions: NDArray[np.float64]
+    """Of the validation items, (items, labels), and so are the spreads."""
+    spreads: NDArray[np.float64] | None = None
 
 
 class Learner(pl.LightningModule):
@@ -67,13 +80,9 @@ class Learner(pl.LightningModule):
         check_loss(config)
         self.head = head
         self.curves: list[Epoch] = []
-        self.best_epoch = 0
-        self.best_weights: dict[str, Tensor] = {}
         labels = len(config.labels)
-        self.best_predictions: NDArray[np.float64] = np.full((len(validation), labels), math.nan)
-        self.best_spreads: NDArray[np.float64] | None = None
+        self.best = BestEpoch(predictions=np.full((len(validation), labels), math.nan))
         self.finished = False
-        self._best_srcc = math.nan
         self._features = features
         self._items = items
         self._config = config
@@ -97,10 +106,7 @@ class Learner(pl.LightningModule):
         self._lr = 0.0
         self._started = 0.0
         self._gaps = bool(items.labels.isnan().any())
-        self._weights: Tensor | None = None
-        if config.weights != "equal":
-            weights = item_weights(features.source, features.items[items.positions], items.labels.numpy(), config)
-            self._weights = _by_position(features, items, weights)
+        self._weights = _weights_by_position(features, items, config)
         self._base = base
         if base is not None:
             self._predicted[:] = base.offsets.numpy()
@@ -216,8 +222,8 @@ class Learner(pl.LightningModule):
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         checkpoint[LEARNER] = {
             **self.outcome.record(),
-            "best_srcc": self._best_srcc,
-            "best_weights": self.best_weights,
+            "best_srcc": self.best.srcc,
+            "best_weights": self.best.weights,
             "random": random,
             "finished": self.finished,
         }
@@ -230,11 +236,13 @@ class Learner(pl.LightningModule):
         """Continue from the record that `on_save_checkpoint` added."""
         outcome = Outcome.from_record(record)
         self.curves = outcome.curves
-        self.best_epoch = outcome.epoch
-        self.best_predictions = outcome.validation_predictions
-        self.best_spreads = outcome.validation_spreads
-        self._best_srcc = record["best_srcc"]
-        self.best_weights = {name: value.clone() for name, value in record["best_weights"].items()}
+        self.best = BestEpoch(
+            epoch=outcome.epoch,
+            srcc=record["best_srcc"],
+            weights={name: value.clone() for name, value in record["best_weights"].items()},
+            predictions=outcome.validation_predictions,
+            spreads=outcome.validation_spreads,
+        )
         self.finished = record["finished"]
         self._random = record["random"]
 
@@ -302,7 +310,7 @@ class Learner(pl.LightningModule):
             self._events.epoch(self.trainer.global_step, epoch)
         self._keep_best(number, srcc)
         patience = self._config.patience
-        if patience is not None and self.chooses and number - self.best_epoch >= patience:
+        if patience is not None and self.chooses and number - self.best.epoch >= patience:
             self.trainer.should_stop = True
         self.finished = self.trainer.should_stop or number == self.trainer.max_epochs
 
@@ -311,10 +319,10 @@ class Learner(pl.LightningModule):
         """The epochs so far, and the best of them."""
         return Outcome(
             curves=self.curves,
-            epoch=self.best_epoch,
+            epoch=self.best.epoch,
             choice=self.choice,
-            validation_predictions=self.best_predictions,
-            validation_spreads=self.best_spreads,
+            validation_predictions=self.best.predictions,
+            validation_spreads=self.best.spreads,
         )
 
     @property
@@ -327,7 +335,7 @@ class Learner(pl.LightningModule):
             return f"{kept}, as {self._choosing.sum()} validation items are too few to choose by"
         labels = self._config.labels
         what = "validation SRCC" if len(labels) == 1 else f"mean validation SRCC of {', '.join(labels)}"
-        if math.isnan(self._best_srcc):
+        if math.isnan(self.best.srcc):
             return f"{kept}, as the {what} was never defined"
         return f"highest {what}"
 
@@ -348,17 +356,20 @@ class Learner(pl.LightningModule):
         if srcc is None or not self.chooses:
             better = number == self.trainer.max_epochs and (self._base is None or not self.validates)
         else:
-            better = math.isnan(self._best_srcc) or srcc > self._best_srcc
+            better = math.isnan(self.best.srcc) or srcc > self.best.srcc
         if better:
             self._keep(number, srcc)
 
     def _keep(self, number: int, srcc: float | None) -> None:
         """Copy weights and predictions of epoch `number`, whose validation SRCC is `srcc`."""
-        self._best_srcc = math.nan if srcc is None or not self.chooses else srcc
-        self.best_epoch = number
-        self.best_predictions = self._predicted[self._validation.positions].copy()
-        self.best_spreads = None if self._spreads is None else self._spreads[self._validation.positions].copy()
-        self.best_weights = {name: value.detach().cpu().clone() for name, value in self._kept.state_dict().items()}
+        positions = self._validation.positions
+        self.best = BestEpoch(
+            epoch=number,
+            srcc=math.nan if srcc is None or not self.chooses else srcc,
+            weights={name: value.detach().cpu().clone() for name, value in self._kept.state_dict().items()},
+            predictions=self._predicted[positions].copy(),
+            spreads=None if self._spreads is None else self._spreads[positions].copy(),
+        )
 
 
 def _by_position(features: FeatureSet, items: LabelledItems, values: NDArray[np.float64]) -> Tensor:
@@ -368,30 +379,14 @@ def _by_position(features: FeatureSet, items: LabelledItems, values: NDArray[np.
     return found
 
 
+def _weights_by_position(features: FeatureSet, items: LabelledItems, config: TrainConfig) -> Tensor | None:
+    """The weights of `items` at their positions in `features`; None for equal ones. Raises as `item_weights`."""
+    if config.weights == "equal":
+        return None
+    weights = item_weights(features.source, features.items[items.positions], items.labels.numpy(), config)
+    return _by_position(features, items, weights)
+
+
 def steps_per_epoch(items: int, config: TrainConfig) -> int:
     """Optimiser steps of one pass over so many training items."""
     return batches_per_epoch(items, config.batch_size, smallest=get_loss(config.loss).smallest_batch)
-
-
-def ema_decay(decay: float, steps: int) -> float:
-    """The decay per step of a training of `steps` steps: `decay`, or less where its window would be too long."""
-    return min(decay, 1.0 - 1.0 / max(1.0, EMA_WINDOW * steps))
-
-
-def newest_share(decay: float, step: int) -> float:
-    """How far the average moves to the weights after step number `step`, from 1.
-
-    The average is then the mean of all weights so far, each weighted by `decay` to the power of its age in steps: the
-    moving average that starts at 0 with the bias correction of Adam (Kingma & Ba 2015, arXiv 1412.6980, section 3).
-    """
-    return (1.0 - decay) / (1.0 - decay**step)
-
-
-def lr_factor(step: int, steps: int, config: TrainConfig) -> float:
-    """The learning rate of a step as a share of its peak: linear warm-up, then cosine to 0 or constant."""
-    rise = math.ceil(config.warmup * steps)
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    if config.schedule == "constant":
-        return 1.0
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))

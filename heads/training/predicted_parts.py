@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from agiqa.heads.data.features import FeatureSource, Joined, location_of, read_labels
 from agiqa.heads.data.scales import scales_of
 from agiqa.heads.evaluation.calibration import Calibration, calibration_warnings
-from agiqa.heads.evaluation.conformal import ConformalScores, interval_records
+from agiqa.heads.evaluation.conformal import ConformalScores, ScoreKind, interval_records, kind_of_readout
 from agiqa.heads.evaluation.mos_mappings import Mappings, fit_mappings
 from agiqa.heads.evaluation.scoring import Moments, scores_of_labels
+from agiqa.heads.model.losses import readout_of
 from agiqa.heads.settings.labels import Array, by_label, labelled_pairs, of_each_label, side_by_side
 from agiqa.heads.training.curves import Outcome
 from agiqa.heads.training.experiment import Experiment
@@ -33,14 +34,23 @@ class PredictedPart:
     predictions: Array
     spreads: Array | None
     """Of the predictions; None for a head that predicts none."""
+    scores: ScoreKind
+    """What makes the intervals of the head."""
 
     @classmethod
     def of(cls, experiment: Experiment, items: NDArray[np.int64], predictions: Moments) -> "PredictedPart":
         """`predictions` with the labels of `items`."""
         labels = read_labels(experiment.source, items, label=experiment.train.label)
         names = experiment.train.labels
-        mos, spreads = predictions.mos, predictions.spread
-        return cls(source=experiment.source, names=names, items=items, labels=labels, predictions=mos, spreads=spreads)
+        return cls(
+            source=experiment.source,
+            names=names,
+            items=items,
+            labels=labels,
+            predictions=predictions.mos,
+            spreads=predictions.spread,
+            scores=kind_of_readout(readout_of(experiment.train)),
+        )
 
     def metrics(
         self,
@@ -69,7 +79,7 @@ class PredictedPart:
             scales=scales_of(self.source, self.names),
         )
         if errors_of is not None:
-            errors = ConformalScores.of(errors_of.predictions, errors_of.labels, errors_of.spreads)
+            errors = ConformalScores.of(self.scores, errors_of.predictions, errors_of.labels, errors_of.spreads)
             generators = [self.source.items.generators[k] for k in items]
             records = interval_records(errors, predicted.mos, spreads, self.labels[chosen], generators)
             found = [{**score, "intervals": record} for score, record in zip(found, records, strict=True)]
@@ -86,6 +96,11 @@ class PredictedPart:
             predictions=self.predictions[chosen],
             spreads=spreads,
         )
+
+    def divided(self, held_back: NDArray[np.bool_]) -> "dict[str, PredictedPart]":
+        """The validation items, without those that are `held_back` (items,) to make intervals, and these, by part."""
+        parts = {"validation": self.subset(~held_back)}
+        return {**parts, "calibration": self.subset(held_back)} if held_back.any() else parts
 
     def rows(self, part: str) -> list[dict[str, Any]]:
         """The rows of predictions.csv, label and prediction side by side."""

@@ -25,9 +25,10 @@ from agiqa.heads.data.layers import base_of, joined_stores, layer_of
 from agiqa.heads.data.scales import scales_of, scales_record
 from agiqa.heads.data.splits import calibration_mask
 from agiqa.heads.data.variants import as_variant
+from agiqa.heads.evaluation.conformal import kind_of_readout
 from agiqa.heads.evaluation.leaks import author_notes, author_warnings, authors_by_part
 from agiqa.heads.evaluation.recorded_parts import record_parts
-from agiqa.heads.evaluation.runs import CLOSED, EVENTS, Run, load_run, origin_of, write_run
+from agiqa.heads.evaluation.runs import CLOSED, EVENTS, SCORE_KIND, Run, load_run, origin_of, write_run
 from agiqa.heads.evaluation.scoring import Moments, predict_moments
 from agiqa.heads.model.encoders.kernels.cuda_graphs import training_kernels
 from agiqa.heads.model.pooling import check_item_roles, check_roles
@@ -160,16 +161,11 @@ def finish_run(
     held_back = calibration_mask(source, partition.validation, config)
     of_validation, calibration, of_scale = calibrate(experiment, selection, final, ~held_back)
     trained = time.perf_counter()
-    parts = {"validation": of_validation.subset(~held_back)}
-    parts |= {"calibration": of_validation.subset(held_back)} if held_back.any() else {}
+    parts = of_validation.divided(held_back)
     parts["test"] = PredictedPart.of(experiment, partition.test, predict())
     metrics: dict[str, Any] = {
         **scores_of_parts(parts, calibration, refitted=refitted),
-        "label": config.label,
-        "chosen_epoch": selection.epoch,
-        "chosen_by": selection.choice,
-        "epochs_run": len(selection.curves),
-        "refit": config.refit or refitted,
+        **_choice(config, selection, refitted=refitted),
         "split": {"name": config.split, **partition.record()},
         "warnings": [*_warnings(experiment, selection, held_back), *of_scale],
         "notes": _notes(experiment, final.head, members),
@@ -179,8 +175,7 @@ def finish_run(
         "seconds": {"train": trained - started, "test": time.perf_counter() - trained},
         "trained_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    joined = joined_stores(source)
-    metrics |= {} if joined is None else {"stores": scores_by_store(joined, parts)}
+    metrics |= _of_stores(source, parts)
     if config.paper_compatible:
         best = best_on_test(selection.curves, metrics["test"], config.label)
         metrics["warnings"] += bias_warnings(best, metrics["test"], config.label)
@@ -197,6 +192,23 @@ def finish_run(
         events=events,
         members=[run.path for run in members],
     )
+
+
+def _choice(config: TrainConfig, selection: Outcome, *, refitted: bool) -> dict[str, Any]:
+    """What was learned, and how the epoch was chosen."""
+    return {
+        "label": config.label,
+        "chosen_epoch": selection.epoch,
+        "chosen_by": selection.choice,
+        "epochs_run": len(selection.curves),
+        "refit": config.refit or refitted,
+    }
+
+
+def _of_stores(source: FeatureSource, parts: dict[str, PredictedPart]) -> dict[str, Any]:
+    """The metrics of each of several stores that are read as one; none for a single store."""
+    joined = joined_stores(source)
+    return {} if joined is None else {"stores": scores_by_store(joined, parts)}
 
 
 def _store_notes(source: FeatureSource) -> list[str]:
@@ -290,6 +302,7 @@ def _record(experiment: Experiment, fit: Fit) -> dict[str, Any]:
         head.closed if isinstance(head, ResidualHead) else head if isinstance(head, ClosedHead | MixedHead) else None
     )
     network = network_of(head)
+    readout = VALUE if network is None else network.regressor.readout
     return {
         "preset": experiment.preset,
         "head": experiment.recorded_head,
@@ -307,7 +320,8 @@ def _record(experiment: Experiment, fit: Fit) -> dict[str, Any]:
         },
         "location": location_of(base_of(source)),
         "origin": origin_of(source),
-        "readout": VALUE if network is None else network.regressor.readout,
+        "readout": readout,
+        SCORE_KIND: kind_of_readout(readout),
         "label": train.label,
         "labels": list(train.labels),
         "mos_ranges": scales_record(train.labels, scales_of(source, train.labels)),

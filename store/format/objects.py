@@ -31,6 +31,11 @@ _SLACK = 64
 """Most bytes of a compressed chunk beyond those of its values: zstd copies what it cannot compress."""
 _Answer = TypeVar("_Answer")
 
+# numcodecs makes its semaphore when it is first used. If that is in a worker process, the system keeps the semaphore
+# until the worker ends by itself: of a worker that Ctrl-C ends, Python then reports a leaked semaphore. This import is
+# earlier, in the main process or in the server that forks workers, and there the system keeps nothing.
+blosc.get_mutex()
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectCodec:

@@ -2,12 +2,14 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from tests.cli.conftest import SMALL_HEAD
+from tests.cli.conftest import ITEMS, SMALL_HEAD
 from tests.cli.refusals import refuse
+from tests.extract.small_sets import write_set, write_talks
 
 LINEAR = ("--width", 8, "--epochs", 2, "--batch-size", 8, "--device", "cpu")
 
@@ -107,8 +109,9 @@ def test_a_grid_of_all_layers_makes_a_picture(agiqa, pooled, tmp_path):
 def test_a_transfer_reads_the_layer_of_both_stores(agiqa, example, pooled, tmp_path):
     other = tmp_path / "other.agiqa"
     options = ("--layers", "0,1", "--pool-tokens", "mean@answer,last")
-    refuse(agiqa("transfer", pooled, pooled, tmp_path / "out", "--names", "a,b", "--layer", 1), "the same store")
-    assert agiqa(*example.extract(other, *options)).code == 0
+    refuse(agiqa("transfer", pooled, pooled, tmp_path / "out", "--names", "a,b", "--layer", 1), "the same 40 images")
+    data = write_set(tmp_path / "set", ITEMS, seed=1)
+    assert agiqa(*replace(example, data=data, talks=write_talks(data)).extract(other, *options)).code == 0
     given = ("--names", "a,b", "--layer", 1, "--seeds", 1, "--shots", "", "--one-way")
     config = tmp_path / "few.yaml"
     config.write_text(yaml.safe_dump({"head": {"width": 4}, "train": {"epochs": 1, "device": "cpu"}}))

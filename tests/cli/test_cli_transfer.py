@@ -33,6 +33,7 @@ def stored(path, seed, *, vocabulary=40, **labels):
     quality = np.array([2.5 + rows[:, 0].mean() for rows in content.hidden])
     items = replace(
         content.items,
+        names=[f"{seed}/{name}" for name in content.items.names],
         prompts=[f"prompt {(k + seed) % 15}" for k in range(COUNT)],
         labels={"quality": quality, **labels},
     )
@@ -269,7 +270,7 @@ def test_stores_that_no_head_can_read_both_are_refused(agiqa, transfer, stores, 
     refuse(agiqa(*transfer(at=(sketches[0], there))), f"agiqa store sketch {there} OUT --basis {sketches[0]}")
     other = stored(tmp_path / "other.agiqa", 3, vocabulary=41)
     refuse(agiqa(*transfer(at=(here, other))), "Extract both with the same model")
-    refuse(agiqa(*transfer("--names", "a,b", at=(here, here))), "are the same store")
+    refuse(agiqa(*transfer("--names", "a,b", at=(here, here))), "a and b have the same 60 images")
     refuse(agiqa(*transfer(head={"projection": "sketch"})), "reads 'sketch' features", "data set 'here'")
     assert not (tmp_path / "out").exists()
 
@@ -321,7 +322,7 @@ def test_results_of_something_else_are_refused(agiqa, transfer, stores, done, tm
     )
     refuse(agiqa(*transfer(*FEW, train={**SETTINGS["train"], "epochs": 1})), "settings.train.epochs: stored 2, asked 1")
     shutil.copytree(stores[1], tmp_path / "there.agiqa")
-    (tmp_path / "mos.csv").write_text("name,mos_quality\nimage_3.png,4.5\n")
+    (tmp_path / "mos.csv").write_text("name,mos_quality\n2/image_3.png,4.5\n")
     assert agiqa("store", "labels", tmp_path / "there.agiqa", tmp_path / "mos.csv", "--mos-range", -10, 10).code == 0
     labelled = transfer(*FEW, at=(stores[0], tmp_path / "there.agiqa"))
     refuse(agiqa(*labelled), "there,own,seed=0 holds another training", "labels of train are not")

@@ -1,14 +1,16 @@
 """Stores read as shorter conversations by every command that trains or applies heads."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
 
 from agiqa.store import open_store
-from tests.cli.conftest import SMALL_HEAD
+from tests.cli.conftest import ITEMS, SMALL_HEAD
 from tests.cli.refusals import misuse, refuse
+from tests.extract.small_sets import write_set, write_talks
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +66,26 @@ def test_a_grid_compares_variants_of_one_store(agiqa, full, tmp_path):
     assert {line["name"]: line["config"]["variant"] for line in lines} == {"one": "id", "two": "question"}
 
 
+def test_a_view_and_a_store_of_the_same_images_make_no_transfer(agiqa, example, full, tmp_path):
+    """The view has another id than the separate extraction, and the same items."""
+    view, separate = open_store(full).variant("id"), open_store(example.store)
+    assert view.id != separate.id
+    np.testing.assert_array_equal(view.item_keys, separate.item_keys)
+    asked = ("transfer", full, example.store, tmp_path / "out", "--names", "a,b", "--variant", "id")
+    refuse(agiqa(*asked), "a and b have the same 40 images and conversations", str(full), str(example.store))
+    refuse(agiqa("transfer", example.sketch, example.store, *asked[3:]), "have the same 40 images and conversations")
+    assert not (tmp_path / "out").exists()
+
+
 def test_transfers_and_searches_read_views(agiqa, example, full, tmp_path):
+    data = write_set(tmp_path / "other", ITEMS, seed=1)
+    other, there = replace(example, data=data, talks=write_talks(data)), tmp_path / "there.agiqa"
+    assert agiqa(*other.extract(there)).code == 0
     file = tmp_path / "transfer.yaml"
     small = {"epochs": 1, "batch_size": 8, "device": "cpu"}
     file.write_text(yaml.safe_dump({"head": {"encoder": "none", "width": 4, "projection": "hidden"}, "train": small}))
     given = ("--config", file, "--seeds", 1, "--shots", "4", "--train-workers", 1, "--names", "a,b", "--one-way")
-    done = agiqa("transfer", full, example.store, tmp_path / "out", *given, "--variant", "described", "--json")
+    done = agiqa("transfer", full, there, tmp_path / "out", *given, "--variant", "described", "--json")
     assert done.code == 0, done.err
     about = json.loads((tmp_path / "out" / "about.json").read_text())
     assert {one["variant"] for one in about["stores"].values()} == {"described"}

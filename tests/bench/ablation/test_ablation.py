@@ -119,6 +119,26 @@ def test_baselines_are_compared_with_the_best_head(ablate, tmp_path):
     assert written == [row for row in done.rows if row["kind"] == "baseline"]
 
 
+def test_baselines_that_exist_are_not_fitted_again(ablate, store, tmp_path):
+    """With more heads beside them: the files keep their times, and the lines all but the comparison."""
+    first = ablate(grid={"pooling": ["mean"]})
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "baselines").rglob("*.csv")}
+    again = ablate(grid={"pooling": ["mean", "max"]})
+    assert times
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert (first.trained, again.trained) == (1, 1)
+    kept = [
+        [
+            {name: value for name, value in row.items() if name != "against"}
+            for row in done.rows
+            if row["kind"] == "baseline"
+        ]
+        for done in (first, again)
+    ]
+    assert kept[0] == kept[1]
+    assert all(row["seconds"] > 0 for row in kept[0] if "test" in row)
+
+
 def test_a_teachers_words_in_any_test_part_are_told_once(store, tmp_path):
     """Of 48 items 12 are tested on; each of two folds tests on half of all of them."""
     items = replace(store.items, text_authors=["teacher"] * 12 + ["model"] * 36)

@@ -1,5 +1,6 @@
 """The expected MOS under the model's probabilities of the rating words, against a softmax by hand in float64."""
 
+import shutil
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -7,11 +8,12 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from agiqa.errors import ConfigError, DataError
+from agiqa.errors import ConfigError, DataError, HeadError
 from agiqa.heads import HeadConfig, TrainConfig, train_head
 from agiqa.heads.closed.words import answer_place
 from tests.heads.conftest import MemoryBasis, MemoryItems, MemoryStore
 from tests.heads.label_stores import BOTH, with_correspondence
+from tests.heads.layered_stores import made_states, mos_of, write_store
 
 TOKENS = [7, 3, 30, 12, 21]
 HEAD = HeadConfig(encoder="rating-words")
@@ -128,3 +130,25 @@ def test_what_rating_words_lack_is_said(store, make_store, tmp_path):
     pooled = type("Pooled", (WordStore,), {"pooled": ("mean@answer",)})(**vars(store))
     with pytest.raises(DataError, match="extract with `--pool-tokens mean@answer,last`"):
         train(pooled)
+
+
+def test_another_layer_than_the_last_is_refused_before_anything_is_read(tmp_path):
+    """The chunks of the store are gone, and it is not what the error is about."""
+    given = HeadConfig(encoder="rating-words", rating_tokens="1,2,3,4,5")
+    for layers, layer, remedy in (
+        (("8", "last"), "8", "leave `layer` out"),
+        (("8", "last"), "8+last", "leave `layer` out"),
+        (("8", "16"), None, r"extract with `--layers 8,16,last`"),
+    ):
+        states = made_states(layers=layers)
+        store = write_store(tmp_path / f"{len(list(tmp_path.iterdir()))}.agiqa", states, mos_of(states["8"]))
+        for chunks in [path for path in (store.path / "store.zarr").rglob("c") if "index" not in path.parts]:
+            shutil.rmtree(chunks, ignore_errors=True)
+        config = TrainConfig(device="cpu", layer=layer)
+        with pytest.raises(HeadError, match=rf"would read layer .*{remedy}"):
+            train_head(store, tmp_path / "run", head=given, train=config)
+    assert not [path.name for path in tmp_path.iterdir() if "run" in path.name]
+    states = made_states(layers=("last",))
+    tapped = write_store(tmp_path / "tap.agiqa", states, mos_of(states["last"]), tap="projector")
+    with pytest.raises(HeadError, match="a model without W_lm"):
+        train_head(tapped, tmp_path / "run", head=given, train=TrainConfig(device="cpu"))

@@ -1,6 +1,9 @@
 """Tasks in worker processes: what they tell and ask, which environment they have, and tasks that come one by one."""
 
 import os
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +14,42 @@ from agiqa.errors import HeadError
 from agiqa.heads.data.keeping import PackedFeatures, SharedFeatures
 from agiqa.heads.data.reopening import SourceAddress
 from agiqa.heads.sweeps.processes import Orders, Setup, run_tasks
+from tests.heads.layered_stores import made_states, mos_of, write_store
+
+AT_WORK = """
+import sys, time
+from dataclasses import dataclass
+from agiqa.heads.data.keeping import PackedFeatures, SharedFeatures
+from agiqa.heads.data.reopening import SourceAddress
+from agiqa.heads.sweeps.processes import Orders, Setup, run_tasks
+from agiqa.store import open_store
+
+@dataclass(frozen=True)
+class Wait:
+    number: int
+
+    def run(self, source, shared, channel, /):
+        source.read([0])
+        channel.tell("at work")
+        time.sleep(600)
+
+    def lost(self, reason, /):
+        return reason
+
+    def spoils(self, answer, /):
+        return False
+
+if __name__ == "__main__":
+    left = [Wait(0), Wait(1)]
+    orders = Orders(
+        next_task=lambda: left.pop() if left else None,
+        on_message=lambda task, message: print(message, flush=True),
+        on_question=lambda task, question: None,
+    )
+    features, store = [PackedFeatures.of(SharedFeatures())], SourceAddress.of(open_store(sys.argv[1]))
+    list(run_tasks(Setup(source=store, features=features, threads=1, on_gpu=False), orders, workers=2))
+"""
+"""A script whose two workers have read from a store, and wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +125,24 @@ def test_a_store_that_was_replaced_starts_no_worker(make_store, tmp_path):
     )
     with pytest.raises(HeadError, match=r"cannot be started: .* it was replaced meanwhile"):
         list(run_tasks(other, orders, workers=1))
+
+
+def test_workers_that_ctrl_c_ends_leave_no_semaphore(tmp_path):
+    """Python's resource tracker reports what is left; numcodecs makes a semaphore when a store is read."""
+    states = made_states()
+    store, script = write_store(tmp_path / "s.agiqa", states, mos_of(states["8"])), tmp_path / "at_work.py"
+    script.write_text(AT_WORK)
+    run = subprocess.Popen(
+        [sys.executable, script, store.path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert run.stdout is not None
+    assert [run.stdout.readline().strip() for _ in range(2)] == ["at work"] * 2
+    os.killpg(run.pid, signal.SIGINT)
+    _, error = run.communicate(timeout=120)
+    assert "KeyboardInterrupt" in error
+    assert "leaked" not in error

@@ -1,6 +1,7 @@
 """Heads that predict a spread: they learn it, and it is kept in every file, command and conversion."""
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,19 +85,18 @@ def test_nll_learns_the_error_of_the_mos(make_store, tmp_path):
     assert "rating_nll" not in run.metrics["test"]["spread"]
 
 
-@pytest.mark.parametrize("loss", ["mse", "kl"])
-def test_evaluation_and_prediction_of_the_folder_are_those_of_the_training(make_store, runs, loss):
+@pytest.mark.parametrize(("loss", "kind"), [("mse", "absolute"), ("kl", "scaled"), ("nll", "quantile")])
+def test_evaluation_and_prediction_of_the_folder_are_those_of_the_training(make_store, runs, loss, kind):
     store, run = runs(make_store, loss)
     scores = evaluate(run, store, "test")
     for name, value in run.metrics["test"].items():
         assert scores[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
     record = scores["intervals"]
-    assert record["scaled_by_spread"] == (loss != "mse")
+    assert record["scores"] == run.config["interval_scores"] == kind
     table = rows_of(run.path / "predictions.csv")
+    validation = [row for row in table if row["split"] == "validation"]
     errors = [
-        abs(float(row["mos"]) - float(row["predicted"])) / (float(row["spread"]) if loss != "mse" else 1.0)
-        for row in table
-        if row["split"] == "validation"
+        score_of(*(float(row.get(name, 1.0)) for name in ("mos", "predicted", "spread")), kind) for row in validation
     ]
     rank = int(np.ceil((len(errors) + 1) * 0.9))
     assert record["quantile"] == pytest.approx(sorted(errors)[rank - 1])
@@ -109,6 +109,33 @@ def test_evaluation_and_prediction_of_the_folder_are_those_of_the_training(make_
     assert (found.spread is None) == (loss == "mse")
     assert found.low.min() >= 0.0
     assert found.high.max() <= 5.0
+
+
+def score_of(mos: float, predicted: float, spread: float, kind: str) -> float:
+    lower, upper = stats.norm.ppf([0.05, 0.95], predicted, spread)
+    scores = {"absolute": abs(mos - predicted), "scaled": abs(mos - predicted) / spread}
+    return {**scores, "quantile": max(lower - mos, mos - upper)}[kind]
+
+
+def test_a_run_of_an_older_agiqa_keeps_its_scores(make_store, tmp_path):
+    """It records no kind: the intervals of a head with a spread were of scaled scores."""
+    store = spread_store(make_store)
+    run = train_head(store, tmp_path / "run", head=HEAD, train=TRAIN.model_copy(update={"loss": "nll", "epochs": 3}))
+    now = predict_intervals(run, store)
+    config = json.loads((run.path / "config.json").read_text())
+    del config["interval_scores"]
+    (run.path / "config.json").write_text(json.dumps(config))
+    older = load_run(run.path)
+    rows = [row for row in rows_of(run.path / "predictions.csv") if row["split"] == "validation"]
+    errors = sorted(abs(float(row["mos"]) - float(row["predicted"])) / float(row["spread"]) for row in rows)
+    half = errors[int(np.ceil((len(errors) + 1) * 0.9)) - 1] * now.spread
+    found = predict_intervals(older, store)
+    assert found.high == pytest.approx(np.clip(now.mos + half, 0.0, 5.0))
+    assert evaluate(older, store)["intervals"]["scores"] == "scaled"
+    assert np.abs(found.high - now.high).max() > 0.01
+    (run.path / "config.json").write_text(json.dumps({**config, "interval_scores": "guessed"}))
+    with pytest.raises(HeadError, match=r"config.json: `interval_scores` is 'guessed', and this agiqa knows absolute"):
+        predict_intervals(load_run(run.path), store)
 
 
 def test_training_and_validation_items_have_no_coverage(make_store, runs):

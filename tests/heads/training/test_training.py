@@ -13,7 +13,7 @@ from scipy import stats
 
 from agiqa.errors import ConfigError, DataError, HeadError, UnknownName
 from agiqa.heads import HeadConfig, LineProgress, TrainConfig, train_head
-from agiqa.heads.training.learner import lr_factor
+from agiqa.heads.training.schedule import lr_factor
 from tests.heads.fits import fit_everything
 
 GRU = HeadConfig(projection="sketch", encoder="gru", width=16)
