@@ -11,6 +11,7 @@ from agiqa.extract.filling.pooling import parse_poolings
 from agiqa.extract.filling.targets import Target
 from agiqa.extract.models.opening import open_checked
 from agiqa.extract.models.provenance import check_model
+from agiqa.extract.models.timm_backbone import BLOCKS, TAPPED_BLOCKS
 from agiqa.heads import Run
 from agiqa.progress import say
 from agiqa.store import open_store
@@ -62,8 +63,8 @@ def open_model_of(
     recorded = run.origin.get("model", {})
     part: dict[str, Any] = {} if weights is None else {"weights": weights}
     if run.spec.tap not in (None, "timm"):
-        part["tap"] = run.spec.tap
-    elif recorded.get("kind") == "timm":
+        part["tap"] = BLOCKS if run.spec.tap == TAPPED_BLOCKS else run.spec.tap
+    if recorded.get("kind") == "timm":
         part["image_size"] = recorded["image"]["input_size"][-1]
     if not recorded:
         say(

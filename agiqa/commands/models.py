@@ -66,8 +66,8 @@ def image_encoder_options(command: Command) -> Command:
     options = [
         click.option(
             "--tap",
-            metavar="vision[:BLOCK]|projector",
-            help="Read a vision-language model's vision tower, or what its language model reads of the image.",
+            metavar="vision[:BLOCK]|projector|blocks",
+            help="Read a model's vision tower, what its language model reads of the image, or blocks of timm's CNNs.",
         ),
         weights_option,
         click.option(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +73,16 @@ def calibration_id(tokenised: TokenisedItems) -> str:
     chosen = calibration_positions([item.split for item in tokenised.items])
     keys = b"".join(tokenised.tokenised[position].key for position in chosen)
     return f"{hashlib.sha256(keys).hexdigest()}:{len(chosen)} items"
+
+
+def calibration_record(tokenised: TokenisedItems, *, rank: int | None) -> dict[str, Any]:
+    """The `Target.provenance` of what `calibrated` would make of these items, without making it."""
+    calibration = calibration_id(tokenised)
+    return (
+        {"int8": {"calibration": calibration}}
+        if rank is None
+        else {"sketch": {"rank": rank, "calibration": calibration}}
+    )
 
 
 def calibrated(

@@ -103,6 +103,6 @@ def opened_for(model: str, *, device: str, variant: str, **options: Any) -> tupl
         alike = ", the same for all images of one prompt" if not reads_description(variant) else ""
         say(f"note: {model} reads no images; these features are of the text alone{alike}")
     if not backbone.reads_conversations:
-        what = model if backbone.tap == "timm" else f"{model} with --tap {backbone.tap}"
+        what = model if str(backbone.tap).startswith("timm") else f"{model} with --tap {backbone.tap}"
         say(f"note: {what} reads images only; these features are the same for every prompt and conversation")
     return opener, backbone

@@ -1,6 +1,6 @@
 """All of phase 1: plan a store, fill it, seal it. Run it again to resume."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -9,7 +9,12 @@ from typing import Any
 
 from agiqa.errors import AgiqaError, SettingsConflict
 from agiqa.extract.data.items import DataSet
-from agiqa.extract.filling.calibration import calibration_positions, check_rank, stored_target
+from agiqa.extract.filling.calibration import (
+    calibration_positions,
+    calibration_record,
+    check_rank,
+    stored_target,
+)
 from agiqa.extract.filling.compiled import check_choice, compiles, pays
 from agiqa.extract.filling.crew import Crew
 from agiqa.extract.filling.engines import (
@@ -33,8 +38,13 @@ from agiqa.extract.models.preparing import Opener, Preparation, require_opener
 from agiqa.extract.models.rating_tokens import RATING_TOKENS
 from agiqa.progress import say, track
 from agiqa.store import Store, StorePlan, UnitWriter, create_store, is_planned, open_store, seal
+from agiqa.store.format.prefixes import PREFIXES, Prefixes
+from agiqa.store.writing.conflicts import require_same_settings
 from agiqa.store.writing.creating import check_writable
 from agiqa.store.writing.growing import begin_growth, copy_rows, install_growth, installed, recover_growth
+
+_KNOWN_LATER = ("logical_dtype", "width", "layer_widths", "layer_dtypes", PREFIXES, RATING_TOKENS)
+"""Entries of a store's provenance that depend on its constants, on trying out prefixes, or on the age of the store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,16 +113,18 @@ def run_extraction(
             preparation.close()  # the other processes have their own workers
         compiled = _compiles(engine, backbone, alignment.tokenised, path, settings, wanted, phases)
         engine = engine.compiling() if compiled else engine
-        target = _choose_target(engine, alignment, path, settings, wanted, phases)
-        prefixes = chosen_prefixes(engine, alignment.tokenised, path, settings, wanted, phases)
-        with phases.timed("plan"):
+
+        def plan(target: Target, prefixes: Prefixes | None = None) -> StorePlan:
             provenance.result()
             about = {"variant": settings.variant, "aspect": settings.aspect}
-            plan = partial(
-                store_plan, data_set, backbone, alignment.tokenised, rule=settings.length, conversation=about
-            )
-            made = plan(target=target, compiled=compiled, grown=alignment.grown, prefixes=prefixes)
-            store = _planned(path, made, alignment)
+            how: dict[str, Any] = {"rule": settings.length, "conversation": about, "grown": alignment.grown}
+            found = alignment.tokenised
+            return store_plan(data_set, backbone, found, target=target, compiled=compiled, prefixes=prefixes, **how)
+
+        target = _choose_target(engine, alignment, path, settings, wanted, phases, plan)
+        prefixes = chosen_prefixes(engine, alignment.tokenised, path, settings, wanted, phases)
+        with phases.timed("plan"):
+            store = _planned(path, plan(target, prefixes), alignment)
         store, report = _filled(store, path, engine, alignment, target, settings, phases)
     return ExtractionResult(
         store=store,
@@ -257,9 +269,19 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def _choose_target(
-    engine: Engine, alignment: Alignment, path: Path, settings: ExtractionSettings, wanted: Target, phases: Phases
+    engine: Engine,
+    alignment: Alignment,
+    path: Path,
+    settings: ExtractionSettings,
+    wanted: Target,
+    phases: Phases,
+    plan: Callable[[Target], StorePlan],
 ) -> Target:
-    """`wanted` with its constants: from another sketch, from the store that is being resumed, or calibrated now."""
+    """`wanted` with its constants: from another sketch, from the store that is being resumed, or calibrated now.
+
+    `plan` makes the plan of the store. Before it calibrates, raises SettingsConflict for a store of other
+    settings.
+    """
     if settings.basis is not None:
         sketch = wanted.with_bases_of(open_store(settings.basis))
         if not is_planned(path):  # before there is a store; an existing store names its own model
@@ -272,6 +294,8 @@ def _choose_target(
     stored = stored_target(path, tokenised, wanted, rank=settings.rank, finished=alignment.finished)
     if stored is not None:
         return stored
+    if is_planned(path):
+        _refuse_other_settings(path, plan(wanted), alignment, settings)
     chosen = calibration_positions([item.split for item in tokenised.items])
     with phases.timed("load"):
         engine.load()
@@ -279,6 +303,14 @@ def _choose_target(
         task = partial(calibrate_target, tokenised=tokenised, wanted=wanted, rank=settings.rank)
         target: Target = engine.run(task, items=len(tokenised.tokenised), advance=advance)
     return target
+
+
+def _refuse_other_settings(path: Path, plan: StorePlan, alignment: Alignment, settings: ExtractionSettings) -> None:
+    """Raise SettingsConflict if the store at `path` has other settings than `plan`, which has no constants yet."""
+    constants = calibration_record(alignment.original, rank=settings.rank)
+    asked = replace(plan, provenance={**plan.provenance, **constants})
+    store = open_store(path, allow_partial=True)
+    require_same_settings(store, asked, unknown=_KNOWN_LATER, extends=alignment.old is not None)
 
 
 def _tell_resumed(store: Store) -> None:

@@ -169,7 +169,8 @@ class Backbone(AnsweringModel, Protocol):
     first_layer: int
     """0; or 1 for an image encoder whose embeddings are no layer."""
     tap: str | None
-    """Where the states come from, as stores record it: None for a language model; `timm`, `vision:12`, `projector`.
+    """Where the states come from, as stores record it: None for a language model; `timm`, `timm:blocks`, `vision:12`,
+    `projector`.
 
     With a tap there is no `W_lm`: `lm_head`, `logits` and `project` raise ViewRefused, and `vocab_size` is 0."""
     reads_conversations: bool

@@ -50,7 +50,7 @@ def open_backbone(
     `model` is a folder, a .gguf file, `pkg:PACKAGE[/FILE]` or a hub id (see `agiqa.extract.models.checkpoints`), or an
     image encoder `timm:NAME` (see `agiqa.extract.models.timm_models`), with `weights` of a file and an `image_size` in
     pixels in place of timm's. `tap` reads the image part of a vision-language model alone (see
-    `agiqa.extract.models.taps`).
+    `agiqa.extract.models.taps`); `blocks` reads the blocks of a convolutional network of timm in place of its stages.
     `adapter` is the folder or hub id of a LoRA adapter (see `agiqa.extract.models.adapters`), merged on `load`.
     `kind` is text, vision, minicpm, or auto: minicpm for MiniCPM-Llama3-V-2.5, vision for image-text-to-text models
     with a processor, else text. `dtype` is bfloat16, float16, float32, or auto: the checkpoint's own, bfloat16 for
@@ -61,11 +61,11 @@ def open_backbone(
     if kind not in ("auto", *BACKBONES):
         raise UnknownName.of(kind="backbone", name=kind, known=["auto", *BACKBONES])
     if model.startswith(TIMM):
-        given = {"--adapter": adapter, "--max-slices": max_slices, "--tap": tap}
+        given = {"--adapter": adapter, "--max-slices": max_slices}
         _refuse_options(given, f"{model} is an image encoder of timm")
         file = None if weights is None else Path(weights)
         encoder = find_timm_model(model, weights=file, image_size=image_size)
-        return TimmBackbone(encoder, dtype=dtype, device=device)
+        return TimmBackbone(encoder, dtype=dtype, device=device, tap=tap)
     _refuse_options({"--weights": weights, "--image-size": image_size}, f"{model} is no image encoder timm:NAME")
     checkpoint = resolve_checkpoint(model)
     resolved = None if adapter is None else resolve_adapter(adapter)

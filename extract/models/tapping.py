@@ -46,7 +46,7 @@ def _states_that_ran(
     if tuple(layers) == (LAST,):
         return {LAST: final_states(model, inputs)}
     found: dict[str, torch.Tensor] = {}
-    with _kept(blocks, [layer for layer in layers if layer != LAST], found, stops=LAST not in layers):
+    with kept_states(blocks, [layer for layer in layers if layer != LAST], found, stops=LAST not in layers):
         last = final_states(model, inputs)
         if LAST in layers:
             found[LAST] = last
@@ -54,10 +54,13 @@ def _states_that_ran(
 
 
 @contextmanager
-def _kept(
+def kept_states(
     blocks: Sequence[nn.Module], layers: Sequence[str], found: dict[str, torch.Tensor], *, stops: bool
 ) -> Generator[None]:
-    """Keep the states of `layers` in `found` while the block runs the model; with `stops` end it at the highest."""
+    """Keep the states of `layers` in `found` while the block runs the model; with `stops` end it at the highest.
+
+    Layer k is what `blocks[k - 1]` returns, and "0" what the first of them reads.
+    """
 
     def keep(layer: str, states: Any) -> None:
         found[layer] = states[0] if isinstance(states, tuple | list) else states

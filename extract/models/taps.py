@@ -200,7 +200,8 @@ class TappedBackbone(ImageFeatures):
                 f"{(sum(counts), self.hidden_size)} were expected. Use --tap {PROJECTOR} for this model."
             )
             raise ModelError(message)
-        return states.to(getattr(torch, self.logical_dtype)).split(list(counts))
+        apart: Sequence[torch.Tensor] = states.to(getattr(torch, self.logical_dtype)).split(list(counts))
+        return apart
 
 
 @dataclass(frozen=True, kw_only=True)

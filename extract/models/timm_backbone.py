@@ -1,22 +1,24 @@
 """The backbone `timm`: patch or stage features of an image encoder of timm. It reads no conversation.
 
 Layer k is the k-th output of timm's `forward_intermediates`: of a transformer the output of block k, of a convolutional
-network that of its k-th stage as `feature_info` lists them. `last` is the output of `forward_features`, after the final
-norm or convolution. Rows are positions, line by line; class tokens and registers come before them, with the role
-special. Layers of a convolutional network have different numbers of rows and values per row.
+network that of its k-th stage as `feature_info` lists them. With the tap `blocks` it is the output of the k-th block of
+a convolutional network, kept by forward hooks: those of timm know the modules of `feature_info` alone. `last` is the
+output of `forward_features`, after the final norm or convolution. Rows are positions, line by line; class tokens and
+registers come before them, with the role special. Layers of a convolutional network have different numbers of rows and
+values per row.
 """
 
 import inspect
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agiqa.errors import ConfigError, DataError, ModelError, first_line
+from agiqa.errors import ConfigError, DataError, ModelError, UnknownName, first_line
 from agiqa.extract.data.images import ImageSource, open_image
 from agiqa.extract.data.items import Message
 from agiqa.extract.models.batches import image_groups, room_for_weights
@@ -24,21 +26,35 @@ from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.devices import DTYPES, checked_dtype, device_named
 from agiqa.extract.models.image_features import ImageFeatures, Shape, joined, roles_of
 from agiqa.extract.models.provenance import versions_of
+from agiqa.extract.models.tapping import kept_states
+from agiqa.extract.models.timm_blocks import blocks_of
 from agiqa.extract.models.timm_models import TIMM, TimmModel
 from agiqa.store.format.layers import LAST
+
+BLOCKS, TAPPED_BLOCKS = "blocks", "timm:blocks"
+"""The tap by which users ask for the blocks of a convolutional network, and its name in stores."""
 
 
 class TimmBackbone(ImageFeatures):
     """A `Backbone` over an image encoder of timm."""
 
     kind = "timm"
-    tap: str | None = "timm"
     first_layer: int = 1
 
-    def __init__(self, encoder: TimmModel, *, dtype: str, device: str) -> None:
-        """`dtype` is auto (float32) or one of DTYPES, `device` auto or a torch device."""
+    def __init__(self, encoder: TimmModel, *, dtype: str, device: str, tap: str | None = None) -> None:
+        """`dtype` is auto (float32) or one of DTYPES, `device` auto or a torch device, `tap` BLOCKS or None.
+
+        Raises UnknownName for another tap, and ConfigError for `blocks` of an encoder without stages of blocks.
+        """
         self.encoder = encoder
         self.name = f"{TIMM}{encoder.name}"
+        self.tap: str | None = "timm"
+        if tap is not None:
+            if tap != BLOCKS:
+                raise UnknownName.of(kind=f"tap of {self.name}", name=tap, known=[BLOCKS])
+            self.tap = TAPPED_BLOCKS
+            if not self._modules:
+                self._refuse_blocks("stages that are sequences of blocks")
         self.device = device_named(device)
         self.logical_dtype = "float32" if dtype == "auto" else checked_dtype(dtype)
         self._model: Any = None
@@ -58,12 +74,28 @@ class TimmBackbone(ImageFeatures):
         """By layer, `last` at the end; found by a pass without weights and pixels."""
         model = self._empty
         pixels = torch.zeros(1, *self.encoder.data_settings["input_size"], device="meta")
-        inner = [str(number) for number, _ in enumerate(_modules(model), start=1)]
+        inner = [str(number) for number, _ in enumerate(self._modules, start=1)]
         with torch.inference_mode(), self._refusals():
             found = self._pass(model, pixels, [*inner, LAST])
         before = getattr(model, "num_prefix_tokens", 0)
-        prefix = {layer: before if layer == LAST or _splits(model) else 0 for layer in found}
+        splits = _splits(model) and self.tap != TAPPED_BLOCKS
+        prefix = {layer: before if layer == LAST or splits else 0 for layer in found}
         return {layer: (prefix[layer], rows.shape[1] - prefix[layer], rows.shape[2]) for layer, rows in found.items()}
+
+    @cached_property
+    def _modules(self) -> list[str]:
+        """The names of the modules whose outputs are the layers 1, 2, ...; none where timm gives only the last."""
+        model = self._empty
+        if self.tap == TAPPED_BLOCKS:
+            return blocks_of(model)
+        return [str(info["module"]) for info in model.feature_info] if hasattr(model, "forward_intermediates") else []
+
+    def _refuse_blocks(self, lacking: str) -> NoReturn:
+        message = (
+            f"--tap {BLOCKS}: {self.name} has no {lacking}. Leave --tap out: --layers then names its stages, or the "
+            "blocks of a transformer."
+        )
+        raise ConfigError(message)
 
     @contextmanager
     def _refusals(self) -> Generator[None]:
@@ -99,7 +131,7 @@ class TimmBackbone(ImageFeatures):
             "files": self._hashes,
             "dtype": self.logical_dtype,
             "image": {name: _plain(settings[name]) for name in kept if name in settings},
-            "layers": {str(number): module for number, module in enumerate(_modules(self._empty), start=1)},
+            "layers": {str(number): module for number, module in enumerate(self._modules, start=1)},
             "versions": versions_of(("torch", "timm", "torchvision", "pillow")),
         }
 
@@ -160,6 +192,8 @@ class TimmBackbone(ImageFeatures):
         """The rows (batch, n, C) of `layers`."""
         if tuple(layers) == (LAST,):
             return {LAST: self._last(model, pixels)}
+        if self.tap == TAPPED_BLOCKS:
+            return self._pass_of_blocks(model, pixels, layers)
         asked: dict[str, Any] = {"indices": [int(layer) - 1 for layer in layers if layer != LAST]}
         if _splits(model):
             asked["return_prefix_tokens"] = True
@@ -168,6 +202,17 @@ class TimmBackbone(ImageFeatures):
         final, inner = (None, found) if ends else found
         states = dict(zip([layer for layer in layers if layer != LAST], map(_rows, inner), strict=True))
         return states if ends else {**states, LAST: self._final(model, final)}
+
+    def _pass_of_blocks(self, model: Any, pixels: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
+        """As `_pass`, of the outputs of `_modules`."""
+        blocks, inner = [model.get_submodule(name) for name in self._modules], [one for one in layers if one != LAST]
+        maps: dict[str, Any] = {}
+        with kept_states(blocks, inner, maps, stops=LAST not in layers):
+            final = model.forward_features(pixels)
+            maps |= {LAST: final} if LAST in layers else {}
+        if any(maps[layer].dim() != 4 for layer in inner):
+            self._refuse_blocks("blocks that return maps of positions")
+        return {layer: self._final(model, maps[layer]) for layer in layers}
 
     def _last(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
         return self._final(model, model.forward_features(pixels))
@@ -195,11 +240,6 @@ def _rows(found: Any) -> torch.Tensor:
 def _splits(model: Any) -> bool:
     """Whether `forward_intermediates` can give class tokens and registers apart from the patches."""
     return "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
-
-
-def _modules(model: Any) -> list[str]:
-    """The names of the modules whose outputs are the layers 1, 2, ...; none where timm gives only the last."""
-    return [str(info["module"]) for info in model.feature_info] if hasattr(model, "forward_intermediates") else []
 
 
 def _plain(value: Any) -> Any:

@@ -29,8 +29,9 @@ from agiqa.store.format.items import COUNT_PREFIX, DEVIATION_PREFIX, LABEL_PREFI
 from agiqa.store.format.labels import range_text
 from agiqa.store.format.layout import PLAN_LOCK, PULL_LOCK, PULL_RECORD, StoreLayout
 from agiqa.store.format.manifest import check_object, read_record, replace_recorded_items
-from agiqa.store.format.metadata import differences, differing, store_id
+from agiqa.store.format.metadata import store_id
 from agiqa.store.reading.store import Store, is_planned, open_local_store
+from agiqa.store.writing.conflicts import other_settings, require_same_settings
 from agiqa.store.writing.planning import StorePlan, write_plan
 from agiqa.store.writing.records import size_problem
 from agiqa.store.writing.sealing import seal_lock
@@ -226,9 +227,7 @@ def require_extended(store: Store, plan: StorePlan) -> None:
     `require_whole`.
     """
     require_whole(store)
-    names = [name for name, _, _ in differing(store.provenance, plan.full_provenance())]
-    if any(not name.startswith("data_set.") and name != "tokens.truncated" for name in names):
-        _resume(store.path, plan)
+    require_same_settings(store, plan, extends=True)
     asked = replace(plan, items=plan.items.first(len(store.items)))
     if not has_items(store, asked.items):
         raise SettingsConflict(_other_labels(store, asked))
@@ -237,15 +236,8 @@ def require_extended(store: Store, plan: StorePlan) -> None:
 def _resume(path: Path, plan: StorePlan) -> Store:
     _require_planned(path)
     store = open_local_store(path, allow_partial=True)
-    asked = plan.full_provenance()
-    if store_id(asked) != store.id:
-        found = [*differences(store.provenance, asked), *_changed_items(store, plan)]
-        lines = "\n".join(f"  {line}" for line in found)
-        message = (
-            f"{path} exists and was made with other settings:\n{lines}\n"
-            "Give the settings that it was made with, or another path."
-        )
-        raise SettingsConflict(message)
+    if store_id(plan.full_provenance()) != store.id:
+        raise other_settings(store, plan, store.provenance, plan.full_provenance())
     if not has_items(store, plan.items):
         if store.is_sealed:
             raise SettingsConflict(_other_labels(store, plan))
@@ -376,15 +368,3 @@ def _keeps_no_old(there: pa.Table, here: pa.Table, name: str) -> bool:
         new is None and old is not None
         for old, new in zip(there.column(name).to_pylist(), here.column(name).to_pylist(), strict=True)
     )
-
-
-def _changed_items(store: Store, plan: StorePlan) -> list[str]:
-    """The items that differ in image, conversation or presence, five of each kind by name."""
-    there = {name: key.tobytes() for name, key in zip(store.items.names, store.item_keys, strict=True)}
-    here = dict(zip(plan.items.names, plan.item_keys, strict=True))
-    kinds = {
-        "changed items": [name for name in here if name in there and here[name] != there[name]],
-        "items only asked": [name for name in here if name not in there],
-        "items only stored": [name for name in there if name not in here],
-    }
-    return [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]

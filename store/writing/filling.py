@@ -81,14 +81,16 @@ class UnitWriter:
         the time of computing them. `scale` (rows used,) belongs to `int8`. `logits(start, stop)` gives the raw logits
         (stop - start, V) of these rows of the unit, in a store that keeps them. `layers` has the rows of every layer
         but the last, as `rows`, and is asked for one at a time; `layer_scales` has their scales in `int8`. Raises
-        DataError with the first item that has a NaN or infinite value, and DamagedStore if the disk returns other bytes
-        than were written.
+        DataError for rows, layers or scales that do not fit the plan, and with the first item that has a NaN or
+        infinite value; and DamagedStore if the disk returns other bytes than were written.
         """
         self._check(unit, self.store.layer_name, rows)
         layers, others = layers or {}, self.store.layers[:-1]
         if set(layers) != set(others):
             message = f"unit {unit} has the layers {_told(layers)} besides the last, the plan expects {_told(others)}."
             raise DataError(message)
+        own = {} if scale is None else {self.store.layer_name: scale}
+        self._check_scales(unit, {**(layer_scales or {}), **own})
         with telling_disk_errors(f"writing unit {unit} of {self.store.path}", _KEPT):
             objects = self._put("features", unit, rows)
             if scale is not None:
@@ -219,6 +221,23 @@ class UnitWriter:
         finite = finite_rows(rows, logical_dtype)
         if not finite.all():
             raise self._not_finite(unit, int(np.argmin(finite)), layer)
+
+    def _check_scales(self, unit: int, scales: Mapping[str, NDArray[np.float32]]) -> None:
+        """Rows in eight bits mean nothing without their scales, and a reader would take missing ones for zeros."""
+        used, expected = self.store.rows_used(unit), self.store.layers if self.store.encoding == "int8" else ()
+        if set(scales) != set(expected):
+            message = (
+                f"unit {unit} has scales of the layers {_told(scales)}, and a store of {self.store.encoding} has those "
+                f"of {_told(expected)}. Give a scale for each row of int8, and none for rows of another encoding."
+            )
+            raise DataError(message)
+        for layer, scale in scales.items():
+            if scale.shape != (used,) or scale.dtype != np.float32:
+                message = (
+                    f"unit {unit}: the scales of layer {layer} are {scale.dtype} {scale.shape}, the plan expects "
+                    f"float32 {(used,)}: one for each row."
+                )
+                raise DataError(message)
 
     def _not_finite(self, unit: int, row_of_unit: int, layer: str = LAST) -> DataError:
         row = unit * self.store.geometry.unit_rows + row_of_unit

@@ -66,10 +66,12 @@ def test_stages_of_different_sizes_are_refused_together_and_stored_alone(data, w
 
 
 @needs_timm
-def test_scores_are_those_of_the_stored_features(agiqa, data, weights, tmp_path):
+@pytest.mark.parametrize(("tap", "recorded"), [((), "timm"), (("--tap", "blocks"), "timm:blocks")])
+def test_scores_are_those_of_the_stored_features(agiqa, data, weights, tmp_path, tap, recorded):
     options = ("--model", "timm:resnet10t", "--weights", weights)
     layers = ("--layers", "2,last", "--pool-tokens", "mean")
-    said = agiqa("extract", data, tmp_path / "s.agiqa", *options, *layers, "--image-size", 64).err
+    said = agiqa("extract", data, tmp_path / "s.agiqa", *options, *tap, *layers, "--image-size", 64).err
+    assert open_store(tmp_path / "s.agiqa").tap == recorded
     assert said.count("these features are the same for every prompt and conversation") == 1
     training = ("--split", "grouped", "--epochs", 1, "--encoder", "none", "--layer", "2+last")
     agiqa("train", tmp_path / "s.agiqa", tmp_path / "run", *training)
@@ -80,7 +82,7 @@ def test_scores_are_those_of_the_stored_features(agiqa, data, weights, tmp_path)
     assert {one["image"].rpartition("/")[2]: one["mos"] for one in found["images"]} == pytest.approx(stored, abs=1e-4)
     refuse(
         agiqa("score", images[0], "--run", tmp_path / "run", *options, "--describe"),
-        "reads 'timm' of timm:resnet10t alone, which writes no text. Leave --describe out",
+        f"reads '{recorded}' of timm:resnet10t alone, which writes no text. Leave --describe out",
     )
 
 

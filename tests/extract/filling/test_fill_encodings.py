@@ -1,11 +1,12 @@
 """Encodings filled by the model itself, against transformers run item by item."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from agiqa.errors import ConfigError
+from agiqa.errors import ConfigError, SettingsConflict
 from agiqa.extract import ExtractionSettings, LengthRule, run_extraction
 from agiqa.store import open_store, verify, view
 from tests.extract.jobs import extract, inputs
@@ -58,6 +59,42 @@ def test_eight_bits_are_scaled_by_training_items_and_resume_with_their_scale(tex
     own = all_hidden(tiny_text_checkpoint, data_set.items)
     found = store.read(range(24)).float32()
     assert np.linalg.norm(found - own) / np.linalg.norm(own) < 0.01
+    assert verify(store, "numeric").sound
+
+
+CALIBRATED = pytest.mark.parametrize("settings", [{"encoding": "int8"}, {"encoding": "sketch", "rank": 4}])
+
+
+@CALIBRATED
+def test_a_store_of_other_settings_is_refused_before_the_model_calibrates(
+    settings, texts, tiny_text_checkpoint, tmp_path, capsys
+):
+    path = tmp_path / "s.agiqa"
+    extract(texts, tiny_text_checkpoint, path, **settings)
+    assert "calibrate:" in capsys.readouterr().err
+    others = [
+        ({"variant": "no_id"}, "conversation.variant: stored 'id', asked 'no_id'"),
+        ({"length": LengthRule(max_tokens=40, truncate=True)}, "tokens.max_tokens: stored None, asked 40"),
+    ]
+    if "rank" in settings:
+        others.append(({"rank": 5}, "sketch.rank: stored 4, asked 5"))
+    for changes, said in others:
+        with pytest.raises(SettingsConflict, match=re.escape(said)):
+            extract(texts, tiny_text_checkpoint, path, **{**settings, **changes})
+        assert "calibrate:" not in capsys.readouterr().err
+
+
+@CALIBRATED
+def test_a_store_whose_run_was_killed_before_its_constants_were_written_is_calibrated_again(
+    settings, texts, tiny_text_checkpoint, tmp_path, capsys
+):
+    path = tmp_path / "s.agiqa"
+    begun = extract(texts, tiny_text_checkpoint, path, part=(1, 2), **settings).store
+    begun.layout.model_commit.unlink()
+    capsys.readouterr()
+    store = extract(texts, tiny_text_checkpoint, path, **settings).store
+    assert "calibrate:" in capsys.readouterr().err
+    assert store.id == begun.id
     assert verify(store, "numeric").sound
 
 

@@ -85,6 +85,13 @@ def test_layers_of_timm_are_those_of_the_cpu(encoder, dtype, pictures):
     compare(encoder, pictures, ("1", str(count - 1), "last"), dtype)
 
 
+@needs_timm
+def test_blocks_of_timm_are_those_of_the_cpu(encoder, pictures):
+    if encoder.args == ("timm:test_vit",):
+        pytest.skip("its layers are its blocks")
+    compare(partial(encoder, tap="blocks"), pictures, ("2", "4", "last"), "float32")
+
+
 def stores_agree(opener, data_set, layers, tmp_path, **settings):
     """Fill a store on each device, and compare their rows."""
     stores = []

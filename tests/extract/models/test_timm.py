@@ -77,6 +77,70 @@ def test_layers_are_the_outputs_of_timm_s_modules(folder, pictures, name):
         torch.testing.assert_close(alone[layer], expected[1][layer], rtol=1e-4, atol=1e-5)
 
 
+def by_hand(model, pixels):
+    """The output of each block of one image, as (n, C): the stem and the blocks are called one after the other."""
+    if hasattr(model, "conv_stem"):
+        states = model.bn1(model.conv_stem(pixels))
+        stages = [(None, stage) for stage in model.blocks]
+    elif hasattr(model, "layer1"):
+        states = model.maxpool(model.act1(model.bn1(model.conv1(pixels))))
+        stages = [(None, stage) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    else:
+        states, stages = model.stem(pixels), [(stage.downsample, stage.blocks) for stage in model.stages]
+    found = []
+    for downsample, blocks in stages:
+        states = states if downsample is None else downsample(states)
+        for block in blocks:
+            states = block(states)
+            found.append(states[0].flatten(1).T.clone())
+    return found
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("efficientnet_lite0", 16), ("resnet10t", 4), ("test_convnext", 9)])
+def test_blocks_of_convolutional_networks_are_layers_too(folder, pictures, name, blocks):
+    weights = write_weights(folder, name)
+    options = {"weights": weights, "image_size": SIDES[name], "device": "cpu"}
+    backbone = open_backbone(f"timm:{name}", tap="blocks", **options)
+    assert (backbone.layer_count, backbone.tap) == (blocks + 1, "timm:blocks")
+    batch = [backbone.prepare((), picture) for picture in pictures]
+    model, numbers = random_encoder(name), range(1, blocks + 1)
+    with torch.inference_mode():
+        expected = [by_hand(model, item.inputs["pixel_values"]) for item in batch]
+    stages = open_backbone(f"timm:{name}", **options).hidden_states(batch)
+    for layers in ([*map(str, numbers), "last"], ["1", "3"], ["last"]):
+        for found, wanted, last in zip(backbone.layer_states(batch, layers), expected, stages, strict=True):
+            assert list(found) == layers
+            for layer, states in found.items():
+                assert states.shape == (len(backbone.fixed_roles(layer)), backbone.layer_width(layer))
+                own = last if layer == "last" else wanted[int(layer) - 1]
+                torch.testing.assert_close(states, own, rtol=1e-4, atol=1e-5)
+    assert not any(module._forward_hooks for module in backbone._model.modules())
+
+
+def test_block_6_of_efficientnet_lite0_is_within_a_stage(folder):
+    weights = write_weights(folder, "efficientnet_lite0")
+    backbone = open_backbone("timm:efficientnet_lite0", tap="blocks", weights=weights, device="cpu")
+    modules = backbone.provenance()["layers"]
+    assert [modules[number] for number in ("1", "3", "6", "11", "16")] == [
+        *("blocks.0.0", "blocks.1.1", "blocks.3.0", "blocks.4.2", "blocks.6.0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "tap", "error", "message"),
+    [
+        ("test_vit", "blocks", ConfigError, "--tap blocks: timm:test_vit has no stages that are sequences of blocks"),
+        ("vgg11", "blocks", ConfigError, "has no stages that are sequences of blocks. Leave --tap out"),
+        ("pit_ti_224", "blocks", ConfigError, "has no blocks that return maps of positions"),
+        ("resnet10t", "block", UnknownName, "No tap of timm:resnet10t is called 'block'. Did you mean 'blocks'"),
+        ("resnet10t", "vision", UnknownName, "No tap of timm:resnet10t is called 'vision'"),
+    ],
+)
+def test_encoders_without_such_blocks_and_other_taps_are_refused(name, tap, error, message):
+    with pytest.raises(error, match=message):
+        open_backbone(f"timm:{name}", tap=tap, device="cpu")
+
+
 def test_a_batch_is_cut_where_its_patches_are_too_many(folder, pictures, monkeypatch):
     """Images of 64 x 64 pixels have 16 patches of 16 x 16 each: three pass two by two."""
     backbone = opened(folder, "resnet10t")

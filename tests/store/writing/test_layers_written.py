@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from agiqa.errors import ConfigError, DataError, SettingsConflict
-from agiqa.store import convert_store, create_store, seal, verify
+from agiqa.store import UnitWriter, convert_store, create_store, seal, verify
 from agiqa.store.format.arrays import choose_geometry
 from agiqa.store.writing.growing import begin_growth, copy_rows, install_growth
 from tests.store.damage import contents
@@ -77,6 +77,35 @@ def test_wrong_layers_are_refused_and_leave_no_unit(tmp_path, content, layers, s
     last = rows.pop("last")
     with pytest.raises(DataError, match=says):
         writer.write_unit(0, last, layers=layers(rows), seconds=0.0)
+    assert 0 in writer.pending()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "change", "says"),
+    [
+        ("int8", {"scale": None}, "unit 0 has scales of the layers 0, 3, and a store of int8 has those of 0, 3, last"),
+        ("int8", {"layer_scales": None}, "has scales of the layers last, and a store of int8 has those of 0, 3, last"),
+        (
+            "int8",
+            {"scale": np.ones(2, np.float32)},
+            r"the scales of layer last are float32 \(2,\), .* float32 \(\d+,\)",
+        ),
+        ("int8", {"scale": np.ones(3)}, r"the scales of layer last are float64 \(3,\)"),
+        ("hidden", {}, "has scales of the layers 0, 3, last, and a store of hidden has those of none"),
+    ],
+)
+def test_rows_of_int8_need_a_scale_each_and_others_have_none(tmp_path, content, encoding, change, says):
+    scaled = {"logical_dtype": "float16", "layer_dtypes": {}} if encoding == "int8" else {}
+    writer = UnitWriter(create_store(tmp_path / "s.agiqa", replace(content.plan(), encoding=encoding, **scaled)))
+    used, store = writer.store.rows_used(0), writer.store
+    rows = {
+        layer: np.ones((used, store.layer_shape(layer)[0]), store.array(store.array_of_layer(layer)).dtype)
+        for layer in content.layers
+    }
+    last, scales = rows.pop("last"), {layer: np.ones(used, np.float32) for layer in content.layers}
+    given = {"scale": scales.pop("last"), "layer_scales": scales, **change}
+    with pytest.raises(DataError, match=says):
+        writer.write_unit(0, last, layers=rows, seconds=0.0, **given)
     assert 0 in writer.pending()
 
 
