@@ -222,6 +222,8 @@ def test_table_ii_of_the_paper_stands_beside_ours(agiqa, done, tmp_path):
     assert float(rows["ResNet50"]["srcc_published"]) == pytest.approx(ours["test"]["srcc"])
     assert (rows["MGQA"]["paper_srcc"], rows["MGQA"]["srcc_published"]) == ("0.8283", "")
     text = (out / "report" / "report.md").read_text()
+    assert "which were not compared" in text
+    assert "AMFF-Net (its paper, arXiv 2404.15163)" in text
     assert "Cited only, since agiqa cannot train them: MGQA, AMFF-Net, MA-AGIQA, IPCE and SF-IQA." in text
 
 
