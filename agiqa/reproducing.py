@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TextIO
 
 from agiqa.bench.reproducing.plan import Plan
 from agiqa.bench.reproducing.sets import missing_set, prepare_set
-from agiqa.bench.reproducing.steps import Step, described, digests, record_path
+from agiqa.bench.reproducing.steps import Step, described, digests, missing_weights, record_path
 from agiqa.errors import AgiqaError
 from agiqa.progress import say
 from agiqa.store.disk.files import working_in_folder, write_text_atomically
@@ -249,9 +249,10 @@ def _record(out: Path, step: Step) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def missing_sets(plan: Plan, steps: Sequence[Step], root: Path) -> dict[str, str]:
-    """By step `data/NAME`, why its data set cannot be used."""
+def missing_inputs(plan: Plan, steps: Sequence[Step], root: Path) -> dict[str, str]:
+    """By step, why its data set cannot be used, or its network lacks pretrained weights."""
     found = {step.name: missing_set(plan, step.entry, root) for step in steps if step.kind == "data"}
+    found |= {step.name: missing_weights(step, root) for step in steps if step.kind == "baseline"}
     return {name: message for name, message in found.items() if message is not None}
 
 
