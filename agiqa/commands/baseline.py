@@ -214,8 +214,7 @@ def command(
     chosen = _chosen(models, predictions, options)
     weights = _weights(chosen, options)
     configs = [_config(name, weights.get(name, []), options) for name in chosen]
-    device = resolve_device(options["device"])
-    source = _source(data, options)
+    device, source = resolve_device(options["device"]), _source(data, options)
     wanted = Wanted(
         networks=configs,
         weights=weights,
