@@ -116,8 +116,8 @@ def run_networks(
         planned = {run.name: run for run in plan}
         results = _open_results(out / RESULTS, planned, {*recorded, *planned}, source)
         missing = [run for run in plan if not (results.is_done(run.name) and (out / RUNS / run.name).is_dir())]
-        rows = {run.row for run in missing}
-        to_train = [network for network in wanted.networks if network.network in rows]
+        named = {run.row for run in missing}
+        to_train = [network for network in wanted.networks if network.network in named]
         for network in to_train:
             check_weights(network, wanted.weights.get(network.network, ()))
         for network in to_train:
