@@ -47,6 +47,11 @@ class CellBar:
         self._bar = f"<progress{ends} style='width:20em'></progress> {html.escape(text)}"
         self._update()
 
+    def clear(self) -> None:
+        """Take the bar away; the lines stay."""
+        self._bar = ""
+        self._update()
+
     def line(self, text: str) -> None:
         """Show a line above the bar."""
         self._lines.append(text)

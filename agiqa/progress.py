@@ -169,15 +169,15 @@ def track(
     """Show the progress of `total` `unit`s (a plural noun) of the job `label`; yields a function that adds to it.
 
     `done` units were done by an earlier run: the bar starts there, and the rate leaves them out. `note` says what else
-    to show, each time. A `brief` job writes no line if it ends before the first is due. `console` is where a bar is
-    drawn, the error stream by default.
+    to show, each time. A `brief` job writes no line if it ends before the first is due, and leaves no bar. `console`
+    is where a bar is drawn, the error stream by default.
     """
     global _bars
     meter = Meter(total, done=done, clock=clock)
     listened = _listener.get() is not _print or _bars > 0
     display: _Display
     if not listened and in_notebook():
-        display = _Cell(label, meter, unit, note)
+        display = _Cell(label, meter, unit, note, brief=brief)
     elif not listened and (sys.stderr.isatty() if console is None else console.is_terminal):
         display = _Bar(label, meter, unit, note, console, brief=brief)
     else:
@@ -255,8 +255,8 @@ class _Bar:
 class _Cell:
     """A bar below the cell of a notebook."""
 
-    def __init__(self, label: str, meter: Meter, unit: str, note: Note) -> None:
-        self._label, self._meter, self._unit, self._note = label, meter, unit, note
+    def __init__(self, label: str, meter: Meter, unit: str, note: Note, *, brief: bool) -> None:
+        self._label, self._meter, self._unit, self._note, self._brief = label, meter, unit, note, brief
         self._bar = CellBar()
         self._shown = meter.clock()
         self._show(meter.text(unit, note()))
@@ -271,8 +271,11 @@ class _Cell:
         self._bar.line(text)
 
     def close(self, *, failed: bool) -> None:
-        """Leave the bar as it stands, with the whole time."""
+        """Leave the bar as it stands, with the whole time; a brief job leaves nothing."""
         meter = self._meter
+        if self._brief and not failed:
+            self._bar.clear()
+            return
         ended = f"{meter.count} {self._unit} in {duration_text(meter.seconds)}"
         self._show(meter.text(self._unit, self._note()) if failed else ended)
 

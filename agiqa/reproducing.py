@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TextIO
 
 from agiqa.bench.reproducing.plan import Plan
 from agiqa.bench.reproducing.sets import missing_set, prepare_set
-from agiqa.bench.reproducing.steps import Step, described, digests, record_path
+from agiqa.bench.reproducing.steps import Step, described, digests, missing_weights, record_path
 from agiqa.errors import AgiqaError
 from agiqa.progress import say
 from agiqa.store.disk.files import working_in_folder, write_text_atomically
@@ -44,6 +44,10 @@ class Machine:
         """Options of `agiqa extract`."""
         given = {"--devices": self.devices, "--ray": self.ray, "--part": self.part}
         return [word for name, value in given.items() if value is not None for word in (name, str(value))]
+
+    def own(self, path: Path) -> Path:
+        """`path`, with the part in its name: jobs of an array work at the same time."""
+        return path if self.part is None else path.with_stem(f"{path.stem},{self.part.replace('/', '-of-')}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,10 @@ def run_steps(
     names = {step.name for step in wanted}
     locked = nullcontext() if machine.part else working_in_folder(out, "reproduction", kept=_KEPT)
     with locked:
+        for step in steps:  # also of steps that people run by hand
+            for made in (record_path(out, step.name), step.out):
+                if made is not None:
+                    made.parent.mkdir(parents=True, exist_ok=True)
         for step in steps:
             if is_done(step, digest[step.name], out):
                 found.done.append(step.name)
@@ -97,9 +105,7 @@ def _run_one(plan: Plan, step: Step, digest: str, root: Path, out: Path, machine
     say(f"{step.name}: {shlex.join(['agiqa', *arguments]) if arguments else 'begins'}")
     started = time.monotonic()
     path = record_path(out, step.name)
-    for made in (path, step.out or path):
-        made.parent.mkdir(parents=True, exist_ok=True)
-    printed, log = path.with_suffix(".out"), path.with_suffix(".log")
+    printed, log = (machine.own(path.with_suffix(suffix)) for suffix in (".out", ".log"))
     code = _forked(lambda: _work(plan, step, arguments, root, out), printed, log)
     seconds = time.monotonic() - started
     if code != 0:
@@ -107,12 +113,12 @@ def _run_one(plan: Plan, step: Step, digest: str, root: Path, out: Path, machine
         say(f"{step.name}: failed after {seconds:.0f} s, see {log}")
         return
     say(f"{step.name}: done in {seconds:.0f} s")
+    text = printed.read_text(encoding="utf-8").strip()
+    printed.unlink()
     if machine.part:
         return
-    text = printed.read_text(encoding="utf-8").strip()
     content = {"step": step.name, "arguments": arguments, "seconds": seconds, "digest": digest}
     write_text_atomically(path, json.dumps({**content, "result": json.loads(text) if text else None}, indent=1))
-    printed.unlink()
     found.done.append(step.name)
 
 
@@ -243,9 +249,10 @@ def _record(out: Path, step: Step) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def missing_sets(plan: Plan, steps: Sequence[Step], root: Path) -> dict[str, str]:
-    """By step `data/NAME`, why its data set cannot be used."""
+def missing_inputs(plan: Plan, steps: Sequence[Step], root: Path) -> dict[str, str]:
+    """By step, why its data set cannot be used, or its network lacks pretrained weights."""
     found = {step.name: missing_set(plan, step.entry, root) for step in steps if step.kind == "data"}
+    found |= {step.name: missing_weights(step, root) for step in steps if step.kind == "baseline"}
     return {name: message for name, message in found.items() if message is not None}
 
 

@@ -1,6 +1,6 @@
 """`agiqa baseline`: Table II, image networks fine-tuned end to end on the splits of the heads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,18 @@ class NamedFile(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[r
         return name, found
 
 
+class WeightsFile(NamedFile):
+    """`FILE` or `NETWORK=FILE` as (network or None, path)."""
+
+    name = "[NETWORK=]FILE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A value that is a file has no name."""
+        if isinstance(value, str) and ("=" not in value or Path(value).is_file()):
+            return None, click.Path(path_type=Path, exists=True, dir_okay=False).convert(value, param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command("baseline", cls=SectionedCommand, sections=SECTIONS)
 @click.argument("data", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
@@ -109,11 +121,10 @@ class NamedFile(click.ParamType):  # type: ignore[type-arg]  # pyright: ignore[r
 )
 @click.option(
     "--weights",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=WeightsFile(),
     multiple=True,
-    metavar="FILE",
-    help="Pretrained weights of the one network (safetensors, or a state dict of torch); repeatable for dbcnn.  "
-    "[default: timm's, downloaded]",
+    help="Pretrained weights (safetensors, or a state dict of torch), such as vil=FILE; repeatable. The name may be "
+    "left out with one --model.  [default: timm's, downloaded]",
 )
 @click.option("--no-pretrained", is_flag=True, help="Begin with random weights.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Epochs in which all layers are trained.")
@@ -201,12 +212,12 @@ def command(
     from agiqa.heads.training.progress import training_progress
 
     chosen = _chosen(models, predictions, options)
-    configs = [_config(name, options) for name in chosen]
-    device = resolve_device(options["device"])
-    source = _source(data, options)
+    weights = _weights(chosen, options)
+    configs = [_config(name, weights.get(name, []), options) for name in chosen]
+    device, source = resolve_device(options["device"]), _source(data, options)
     wanted = Wanted(
         networks=configs,
-        weights={name: options["weights"] for name in chosen if options["weights"]},
+        weights=weights,
         predictions=[read_predicted(name, path, source) for name, path in predictions],
         protocols=Protocols(
             labels=list(dict.fromkeys(options["label"])) or ["quality"],
@@ -245,8 +256,6 @@ def _chosen(
         message = f"There is nothing to do: give --model NAME ({', '.join(NETWORKS)}, ...) or --predictions NAME=FILE."
     elif repeated is not None:
         message = f"Two rows are called {repeated!r}: give --predictions another NAME."
-    elif options["weights"] and len(chosen) != 1:
-        message = f"--weights are those of one network, and there are {len(chosen)}: give one --model."
     elif options["weights"] and options["no_pretrained"]:
         message = "--weights and --no-pretrained contradict each other: give one of them."
     if message is not None:
@@ -254,7 +263,21 @@ def _chosen(
     return chosen
 
 
-def _config(name: str, options: Mapping[str, Any]) -> "NetworkConfig":
+def _weights(chosen: Sequence[str], options: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """The files of weights by network. A file of no network, or of one that is not trained, is wrong usage."""
+    found: dict[str, list[Path]] = {}
+    for name, path in options["weights"]:
+        network = chosen[0] if name is None and len(chosen) == 1 else name
+        if network is None or network not in chosen:
+            trained = ", ".join(chosen) or "none"
+            whose = "its network" if name is None else f"one of the networks, not {name!r}"
+            message = f"--weights {path} must name {whose}, as in --weights {(*chosen, 'vil')[0]}=FILE ({trained})."
+            raise click.UsageError(message)
+        found.setdefault(network, []).append(path)
+    return found
+
+
+def _config(name: str, weights: Sequence[Path], options: Mapping[str, Any]) -> "NetworkConfig":
     """The settings of a network: its recipe, the file of --config, the options."""
     from agiqa.bench.networks.building import RANDOM, check_network
     from agiqa.bench.networks.config import network_config, read_changes
@@ -262,9 +285,9 @@ def _config(name: str, options: Mapping[str, Any]) -> "NetworkConfig":
     from agiqa.heads.model.losses import get_loss
 
     check_network(name)
-    weights = ",".join(map(file_sha256, options["weights"])) or None
+    hashes = ",".join(map(file_sha256, weights)) or None
     changes = {**read_changes(options["config"]), **{key: options[key] for key in _CHANGES if options[key] is not None}}
-    config = network_config(name, {**changes, "weights": RANDOM if options["no_pretrained"] else weights})
+    config = network_config(name, {**changes, "weights": RANDOM if options["no_pretrained"] else hashes})
     get_loss(config.loss)
     return config
 

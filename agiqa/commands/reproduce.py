@@ -105,9 +105,9 @@ def _planned(plan: "Plan", steps: "Sequence[Step]", wanted: "Sequence[Step]", ro
     """The wanted steps with their costs and states, JSON-able."""
     from agiqa.bench.reproducing.costs import cost_of, rates, total_of
     from agiqa.bench.reproducing.steps import digests
-    from agiqa.reproducing import is_done, missing_sets
+    from agiqa.reproducing import is_done, missing_inputs
 
-    digest, missing = digests(steps), missing_sets(plan, wanted, root)
+    digest, missing = digests(steps), missing_inputs(plan, wanted, root)
     costs = [(step.name, cost_of(plan, step)) for step in wanted]
     done = {step.name for step in wanted if is_done(step, digest[step.name], out)}
     rows = [
@@ -139,7 +139,7 @@ def _planned_parts(result: Mapping[str, Any]) -> "Parts":
     notes = [f"Rates: {result['rates']}. An estimate for one GPU, of images of the usual size."]
     if left["unknown"]:
         notes.append(f"? was not measured, and is not in the sum: something of {len(left['unknown'])} steps.")
-    return [TextTable(head=head, rows=rows), "\n".join([*notes, *result["missing"].values()])]
+    return [TextTable(head=head, rows=rows), "\n".join([*notes, *dict.fromkeys(result["missing"].values())])]
 
 
 def _found(plan: "Plan", tables: Sequence[str], out: Path) -> "tuple[dict[str, Any], Parts]":

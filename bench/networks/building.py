@@ -10,7 +10,7 @@ from agiqa.bench.networks.architectures.encoders import check_name, timm_network
 from agiqa.bench.networks.architectures.hyperiqa import HyperIQA
 from agiqa.bench.networks.architectures.stairiqa import StairIQA
 from agiqa.bench.networks.architectures.vil import vil_network
-from agiqa.bench.networks.config import OWN, NetworkConfig
+from agiqa.bench.networks.config import OWN, VIL_WEIGHTS, NetworkConfig
 from agiqa.bench.networks.weights import State, file_weights, give_weights, holds_distortions, timm_weights
 from agiqa.errors import ModelError
 
@@ -50,22 +50,27 @@ class Pretrained:
         return give_weights(network, self.state, name=config.network, where=self.where)
 
 
+def check_weights(config: NetworkConfig, files: Sequence[Path]) -> None:
+    """Raise ModelError where a network needs a file of weights, before those of others are downloaded."""
+    if config.needs_file and config.weights != RANDOM and not files:
+        message = (
+            f"timm has no pretrained weights of {config.network}. Give their file by --weights {config.network}=FILE "
+            f"(the authors' are at {VIL_WEIGHTS}), or train from random weights by --no-pretrained."
+        )
+        raise ModelError(message)
+
+
 def pretrained_weights(config: NetworkConfig, files: Sequence[Path]) -> list[Pretrained]:
     """The weights in `files`, or timm's; none for random ones.
 
     A file with S-CNN alone leaves VGG16's to timm. Raises ModelError where weights cannot be read or downloaded, and
-    where none are known for the network.
+    where none are known for the network (`check_weights`).
     """
     if config.weights == RANDOM:
         return []
     found = [Pretrained(state=file_weights(file), where=str(file)) for file in files]
     if found and not (config.network == "dbcnn" and all(holds_distortions(one.state) for one in found)):
         return found
-    if config.pretrained is None and config.network in OWN:
-        message = (
-            f"timm has no pretrained weights of {config.network}. Give their file by --weights (the authors' are at "
-            "https://ml.jku.at/research/vision_lstm/download/), or train from random weights by --no-pretrained."
-        )
-        raise ModelError(message)
+    check_weights(config, files)
     name = config.pretrained or config.network
     return [Pretrained(state=timm_weights(name, image_size=config.image_size), where=name), *found]

@@ -15,6 +15,8 @@ TABLE_II = ("vgg16", "resnet50", "vit_base_patch16_224", "vil", "hyperiqa", "dbc
 """The networks of Table II that can be trained here."""
 OWN = ("vil", "vil_tiny", "vil_small", "vil_base", "hyperiqa", "dbcnn", "stairiqa")
 """Those that are written in this room; timm has the others."""
+VIL_WEIGHTS = "https://ml.jku.at/research/vision_lstm/download/"
+"""Where the authors of ViL publish pretrained weights."""
 CENTRE_AND_CORNERS = 5
 
 
@@ -82,6 +84,11 @@ class NetworkConfig(FrozenSettings):
         else:
             return self
         raise ConfigError(message)
+
+    @property
+    def needs_file(self) -> bool:
+        """Whether pretrained weights come from a file alone, since timm has none."""
+        return self.pretrained is None and self.network in OWN
 
     @property
     def all_epochs(self) -> int:

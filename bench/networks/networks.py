@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from agiqa.bench.ablation.rows import table_rows
-from agiqa.bench.networks.building import Pretrained, check_network, pretrained_weights
+from agiqa.bench.networks.building import Pretrained, check_network, check_weights, pretrained_weights
 from agiqa.bench.networks.config import NetworkConfig
 from agiqa.bench.networks.images import ImageSource
 from agiqa.bench.networks.pictures import Squares, open_squares
@@ -116,9 +116,12 @@ def run_networks(
         planned = {run.name: run for run in plan}
         results = _open_results(out / RESULTS, planned, {*recorded, *planned}, source)
         missing = [run for run in plan if not (results.is_done(run.name) and (out / RUNS / run.name).is_dir())]
-        for network in wanted.networks:
-            if any(run.row == network.network for run in missing):
-                _try(network, wanted)
+        named = {run.row for run in missing}
+        to_train = [network for network in wanted.networks if network.network in named]
+        for network in to_train:
+            check_weights(network, wanted.weights.get(network.network, ()))
+        for network in to_train:
+            _try(network, wanted)
         names = list(dict.fromkeys([*recorded, *planned]))
         write_about(out, {"kind": _NETWORKS, "stores": {"": _data_facts(source)}, "runs": names})
         if len(missing) < len(plan):

@@ -172,11 +172,13 @@ def _cited(one: Results, data: str, label: str, rows: Sequence[Row], cited: Sequ
                 for metric in METRICS
             ]
     without = [row.name for row in cited if not row.networks]
-    copied = [row.name for row in cited if row.copied]
+    unconfirmed = [f"{row.name} ({paper().sources[name]})" for row in cited for name in row.unconfirmed]
+    confirmed = dict.fromkeys(paper().sources[name] for row in cited for name in row.confirmed)
     notes = [
         _CITED_NOTE,
         f"Cited only, since agiqa cannot train them: {listed(without)}. `agiqa baseline --predictions NAME=FILE` reads "
         "the predictions of their own code.",
-        f"The paper copied the numbers of {listed(copied)} from the papers of these methods.",
+        f"The numbers of the paper agree with {listed(list(confirmed))}. It copied some from other papers, which were "
+        f"not compared, and may be about other splits: those of {listed(unconfirmed)}.",
     ]
     return make_table(one, ["table-ii", data, label], f"Table II, {data}, {label}", columns, cited, notes)

@@ -49,8 +49,10 @@ class PaperCited(_Fact):
     name: str
     networks: list[str] = Field(default_factory=list)
     """The models of `agiqa baseline` that it is; empty for a method without code here."""
-    copied: bool = False
-    """Whether the paper took the numbers from that of the method, whose split may be another."""
+    confirmed: list[str] = Field(min_length=1)
+    """The sources that have every number of the row."""
+    unconfirmed: list[str] = Field(default_factory=list)
+    """Sources that the paper copied the numbers from, whose splits may be others, and that were not compared."""
     scores: dict[str, dict[str, tuple[float, float]]]
     """SRCC and PLCC by data set and label."""
 
@@ -87,6 +89,8 @@ class Paper(_Fact):
     models: list[str]
     reads_logits: list[str]
     rows: list[PaperRow]
+    sources: dict[str, str]
+    """What numbers of other methods were compared with, or should be, by the names in `cited`."""
     cited: list[PaperCited]
     words: list[PaperWords]
     transfers: list[PaperTransfer]

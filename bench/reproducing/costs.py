@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from agiqa.bench.ablation.grids import PlannedRun, read_grid, with_defaults
-from agiqa.bench.networks.config import network_config
+from agiqa.bench.networks.config import NetworkConfig, network_config
 from agiqa.bench.reproducing.grids import merged_grid
 from agiqa.bench.reproducing.plan import Plan
 from agiqa.bench.reproducing.steps import Step
@@ -182,14 +182,18 @@ def _of_runs(runs: Sequence[tuple[HeadConfig, TrainConfig, float]]) -> Cost:
 
 
 def _of_network(plan: Plan, name: str, model: str) -> Cost:
-    """All runs of a network, and its cache of resized images unless a network before it has one of that size."""
+    """All runs of a network, and its cache of resized images unless a network before it has one of that size.
+
+    Epochs of the new layers alone count as whole ones.
+    """
     one, given = plan.networks[name], plan.options.get("baseline", {})
     data = plan.data[one.data]
-    changes = {key.replace("-", "_"): given.get(key) for key in ("epochs", "resize", "image-size")}
+    named = {key.replace("-", "_"): value for key, value in given.items()}
+    changes = {key: value for key, value in named.items() if key in NetworkConfig.model_fields}
     config = network_config(model, changes)
     before = {network_config(other, changes).resize for other in one.models[: one.models.index(model)]}
     earlier = [*plan.networks][: [*plan.networks].index(name)]
-    is_there = any(model in plan.networks[other].models for other in earlier)
+    is_there = "no-pretrained" in given or any(model in plan.networks[other].models for other in earlier)
     protocols = given.get("protocol", ["published"])
     parts = sum(int(given.get("folds", 5)) if protocol == "grouped" else 1 for protocol in protocols)
     runs = len(one.labels) * int(given.get("seeds", 5)) * parts

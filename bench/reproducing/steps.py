@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from agiqa.bench.networks.config import VIL_WEIGHTS, network_config
 from agiqa.bench.reproducing.plan import Options, Plan
 from agiqa.errors import UnknownName
 from agiqa.extract.data.templates import label_of
@@ -254,6 +255,17 @@ def described(out: Path, name: str) -> Path:
 def store_path(out: Path, name: str) -> Path:
     """The store of the entry `name`."""
     return out / "stores" / f"{name}.agiqa"
+
+
+def missing_weights(step: Step, root: Path) -> str | None:
+    """Why the network of a step `baseline` lacks pretrained weights, and what to do; None if it does not."""
+    model = step.name.rpartition("/")[2]
+    if {"--weights", "--no-pretrained"} & {*step.arguments} or not network_config(model, {}).needs_file:
+        return None
+    return (
+        f"{root / 'weights' / model}.*: no such file. timm has no pretrained weights of {model}. Put the authors' file "
+        f"({VIL_WEIGHTS}) there, as {model}.th, or set the option no-pretrained of baseline in a plan of your own."
+    )
 
 
 def as_arguments(options: Options) -> list[str]:

@@ -46,6 +46,7 @@ def test_training_shows_a_bar_with_its_epochs_and_the_run_as_a_table(outputs):
     pages = texts(outputs[1], "text/html")
     assert any("<progress" in page and "epoch 2/2: loss" in page and "epochs" in page for page in pages)
     assert "<b>Run first</b><table>" in pages[-1]
+    assert not any("read: " in page for page in pages)  # a brief job leaves no bar
     printed = "".join(output.text for output in outputs[1] if output.output_type == "stream")
     assert "epoch 1/2: loss" not in printed
 

@@ -222,6 +222,8 @@ def test_table_ii_of_the_paper_stands_beside_ours(agiqa, done, tmp_path):
     assert float(rows["ResNet50"]["srcc_published"]) == pytest.approx(ours["test"]["srcc"])
     assert (rows["MGQA"]["paper_srcc"], rows["MGQA"]["srcc_published"]) == ("0.8283", "")
     text = (out / "report" / "report.md").read_text()
+    assert "which were not compared" in text
+    assert "AMFF-Net (its paper, arXiv 2404.15163)" in text
     assert "Cited only, since agiqa cannot train them: MGQA, AMFF-Net, MA-AGIQA, IPCE and SF-IQA." in text
 
 
@@ -233,7 +235,7 @@ def test_wrong_networks_weights_and_settings_are_told_before_anything_is_trained
         agiqa("baseline", data, out, "--model", "test_resnet", "--weights", tmp_path / "weights.pth"),
         "weights.pth lacks tensors of the body of test_resnet",
     )
-    refuse(agiqa("baseline", data, out, "--model", "vil", "--image-size", 32), "Give their file by --weights")
+    refuse(agiqa("baseline", data, out, "--model", "vil", "--image-size", 32), "Give their file by --weights vil=FILE")
     refuse(agiqa("baseline", data, out, *SMALL, "--label", "qualty"), "Did you mean 'quality'")
     refuse(agiqa("baseline", data, out, *SMALL, "--loss", "mze"), "Did you mean 'mse'")
     refuse(agiqa("baseline", data, out, "--model", "vil_tiny", "--no-pretrained", "--image-size", 40), "no multiple")
@@ -241,6 +243,16 @@ def test_wrong_networks_weights_and_settings_are_told_before_anything_is_trained
     assert not (out / "results.jsonl").exists()
     misuse(agiqa("baseline", data, out), "There is nothing to do: give --model NAME")
     misuse(agiqa("baseline", data, out, *SMALL, "--weights", tmp_path / "weights.pth"), "contradict each other")
+    given, two = ("--weights", tmp_path / "weights.pth"), ("--model", "test_resnet", "--model", "vil_tiny")
+    misuse(
+        agiqa("baseline", data, out, *two, *given), "weights.pth must name its network, as in --weights test_resnet="
+    )
+    other = ("--weights", f"vil={tmp_path / 'weights.pth'}")
+    misuse(agiqa("baseline", data, out, *two, *other), "must name one of the networks, not 'vil'")
+    refuse(
+        agiqa("baseline", data, out, *two, "--weights", f"test_resnet={tmp_path / 'weights.pth'}", "--image-size", 32),
+        "timm has no pretrained weights of vil_tiny",  # told before the weights of others are read or downloaded
+    )
     other = agiqa("baseline", data, done[0], *SMALL, "--seeds", 1, "--epochs", 3)
     refuse(other, "had epochs 2, and this command has 3. Choose another OUT")
 

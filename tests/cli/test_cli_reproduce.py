@@ -170,6 +170,17 @@ def test_processes_of_a_host_or_a_ray_cluster_fill_the_same_store(whole, reprodu
     assert given[-2:] == [str(word) for word in (*machine, "auto")][:2]
 
 
+def test_the_command_of_a_step_can_be_run_by_hand_and_the_next_call_takes_what_it_made(reproduce, offline, tmp_path):
+    """So several GPUs describe at the same time: `agiqa describe` uses one."""
+    out = tmp_path / "out"
+    assert reproduce("table-v", out, "--only", "fetch", "--only", "data").code == 0
+    planned = {row["step"]: row for row in reproduce("table-v", out, "--dry-run", "--json").json["steps"]}
+    assert offline(*planned["describe/tuned"]["command"][1:]).code == 0
+    before = (out / "described" / "tuned.jsonl").read_bytes()
+    assert reproduce("table-v", out, "--json").json["failed"] == {}
+    assert (out / "described" / "tuned.jsonl").read_bytes() == before
+
+
 def test_parts_of_an_array_fill_a_store_and_the_next_call_goes_on(whole, reproduce):
     out, _, _ = whole
     store, record = forget(out, "untuned")
@@ -178,6 +189,8 @@ def test_parts_of_an_array_fill_a_store_and_the_next_call_goes_on(whole, reprodu
         assert filled.code == 0, filled.err
         assert filled.err.count("agiqa extract") == 1
         assert not record.exists()
+        assert (out / "steps" / f"extract,untuned,{part.replace('/', '-of-')}.log").is_file()  # jobs do not share it
+        assert [*(out / "steps").glob("*.out")] == []
     assert len(open_store(store).n_tokens) == 24
     assert reproduce("all", out, "--json").json["blocked"] == {}
     assert record.exists()

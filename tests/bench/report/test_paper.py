@@ -29,6 +29,16 @@ def test_the_file_names_parts_that_there_are_and_numbers_in_range():
     assert counted == {"II": 6, "III": 4, "IV": 14}  # the full model is that of Table II
 
 
+def test_every_cited_row_says_what_its_numbers_were_compared_with():
+    """The paper marks the five methods whose numbers it copied from other papers; nobody here has read those."""
+    used = [name for row in paper().cited for name in (*row.confirmed, *row.unconfirmed)]
+    assert {*used} == {*paper().sources}
+    for row in paper().cited:
+        assert row.confirmed == ["table-ii"]
+    unconfirmed = {row.name for row in paper().cited if row.unconfirmed}
+    assert unconfirmed == {"DBCNN", "AMFF-Net", "MA-AGIQA", "IPCE", "SF-IQA"}
+
+
 @pytest.mark.parametrize(
     ("name", "known"),
     [

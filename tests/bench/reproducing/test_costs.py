@@ -65,6 +65,18 @@ def test_networks_share_caches_of_one_size_and_downloads():
     assert cost("baseline/aigciqa2023/vgg16").download_bytes == 0.0
 
 
+def test_networks_take_all_crops_of_their_epochs_labels_seeds_and_folds():
+    rate, runs = rates().networks["resnet50"], 2 * 5 * (1 + 5)
+    crops = 0.8 * 2982 * 20 * runs
+    assert cost("baseline/agiqa-3k/resnet50").gpu_hours == pytest.approx(crops / rate / 3600)
+    options = {"epochs": 2, "alone-epochs": 1, "train-crops": 4, "seeds": 1, "no-pretrained": True, "image-size": 112}
+    changed = PLAN.model_copy(update={"options": {"baseline": options}})
+    found = cost_of(changed, STEPS["baseline/agiqa-3k/resnet50"])
+    assert found.gpu_hours == pytest.approx(0.8 * 2982 * 3 * 4 * 2 / rate / 3600)
+    assert found.download_bytes == 0.0
+    assert cost_of(changed, STEPS["baseline/agiqa-3k/vgg16"]).disk_bytes == pytest.approx(2982 * 3 * 128**2)
+
+
 def test_a_sum_leaves_out_what_is_unknown_and_names_the_steps():
     found = total_of(
         [("a", Cost(gpu_hours=1.0)), ("b", Cost(gpu_hours=None, disk_bytes=5.0)), ("c", Cost(disk_bytes=2.0))]

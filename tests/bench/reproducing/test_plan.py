@@ -14,6 +14,7 @@ from agiqa.bench.reproducing.plan import SHIPPED, read_plan
 from agiqa.bench.reproducing.steps import KINDS, chosen, digests, plan_steps
 from agiqa.errors import ConfigError, UnknownName
 from agiqa.extract.data.templates import prefixes_of
+from agiqa.reproducing import missing_inputs
 
 ROOT = Path(__file__).resolve().parents[3]
 PLAN = read_plan()
@@ -117,6 +118,21 @@ def test_weights_in_the_root_are_given_to_their_network(tmp_path):
         str(tmp_path / "weights" / "vil.pth")
     ]
     assert "--weights" not in found["baseline/agiqa-3k/vgg16"]
+
+
+def test_vil_needs_a_file_of_weights_unless_the_plan_says_otherwise(tmp_path):
+    missing = missing_inputs(PLAN, steps("table-ii"), tmp_path)
+    networks = {name for name in missing if name.startswith("baseline/")}
+    assert networks == {f"baseline/{data}/vil" for data in ("agiqa-3k", "aigciqa2023", "aigciqa-20k")}
+    assert f"{tmp_path}/weights/vil.*: no such file" in missing["baseline/agiqa-3k/vil"]
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "vil.th").touch()
+    assert "baseline/agiqa-3k/vil" not in missing_inputs(
+        PLAN, plan_steps(PLAN, ["table-ii"], tmp_path, Path("out")), tmp_path
+    )
+    random = PLAN.model_copy(update={"options": {"baseline": {"no-pretrained": True}}})
+    found = plan_steps(random, ["table-ii"], Path("root"), Path("out"))
+    assert {name for name in missing_inputs(random, found, Path("root")) if name.startswith("baseline/")} == set()
 
 
 def test_a_step_changes_its_digest_with_what_it_needs(tmp_path):
