@@ -16,7 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Collection makes a million objects that stay: looking through them for garbage, then and in every test, finds none.
 gc.disable()
 
-FIRST = ("test_workers.py", "test_cli_reproduce.py", "test_kill.py", "test_overlapping.py", "test_search.py")
+FIRST = (
+    *("test_pages.py", "test_kill.py", "test_cli_reproduce.py", "test_pipeline.py", "test_search.py"),
+    *("test_cli_ablate.py", "test_overlapping.py", "test_workers.py"),
+)
 """Files that take long: the run ends with short ones, so that no process is left with a long one at the end."""
 
 
@@ -25,8 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in FIRST)
 
 
-def pytest_collection_finish() -> None:
-    """Leave what there is out of all searches for garbage."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Leave what there is out of all searches for garbage, which begin again, also where others run the tests."""
     gc.freeze()
     gc.enable()
 
