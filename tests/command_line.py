@@ -30,6 +30,7 @@ import agiqa.bench.networks.networks, timm
 import agiqa.extract.filling.job, agiqa.extract.teaching.batches
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from agiqa.cli import main
+from tests.warm_forks import keep_one_ready
 gc.freeze()
 print("ready", flush=True)
 for line in sys.stdin:
@@ -43,6 +44,7 @@ for line in sys.stdin:
         os.environ.update(request["environment"])
         torch.set_num_threads(request["threads"])
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        keep_one_ready()
         code = 0
         try:
             main(request["arguments"])

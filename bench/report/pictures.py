@@ -4,6 +4,7 @@ import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -71,6 +72,8 @@ _STYLE: Any = {
     "ytick.color": MUTED,
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
+    "figure.autolayout": False,  # these two: a user's settings must not bring an engine back
+    "figure.constrained_layout.use": False,
     "figure.facecolor": PAPER,
     "legend.labelcolor": INK,
     "legend.frameon": False,
@@ -87,14 +90,34 @@ class Picture:
     alt: str
     """A description for readers who cannot see it."""
     caption: str
-    svg: str
-    png: bytes
     height: float
-    """Inches."""
+    """Inches; it is 4.6 inches wide."""
     paint: Callable[[Figure], None] = field(repr=False, compare=False)
     """Draws it on an empty figure."""
     is_wide: bool = False
     """Whether it takes a whole line of the page."""
+
+    @cached_property
+    def _drawn(self) -> tuple[str, bytes]:
+        """The SVG file and the PNG file, drawn when the first of them is needed: both are cut from one figure."""
+        with mpl.rc_context({**_STYLE, "svg.hashsalt": self.name}):
+            figure = _figure(_WIDTH, self.height, _DPI, h_pad=0.06, w_pad=0.06)
+            self.paint(figure)
+            _arrange(figure)
+            png, svg = io.BytesIO(), io.StringIO()
+            figure.savefig(png, format="png")
+            figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Title": safe(self.title)})
+        return svg.getvalue(), png.getvalue()
+
+    @property
+    def svg(self) -> str:
+        """The SVG file."""
+        return self._drawn[0]
+
+    @property
+    def png(self) -> bytes:
+        """The PNG file."""
+        return self._drawn[1]
 
     @property
     def inline(self) -> str:
@@ -112,8 +135,7 @@ class Picture:
         with mpl.rc_context(_STYLE):
             figure = _figure(_COLUMN_WIDTH, _LOWER * self.height, _DPI, h_pad=0.04, w_pad=0.04)
             self.paint(figure)
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
+            _arrange(figure)
             figure.savefig(content, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
         return content.getvalue()
 
@@ -135,25 +157,9 @@ def draw(
     paint: Callable[[Figure], None],
     is_wide: bool = False,
 ) -> Picture:
-    """The picture that `paint` makes of an empty figure of 4.6 x `height` inches."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = _figure(_WIDTH, height, _DPI, h_pad=0.06, w_pad=0.06)
-        paint(figure)
-        figure.draw_without_rendering()  # one layout serves both files
-        figure.set_layout_engine("none")
-        png, svg = io.BytesIO(), io.StringIO()
-        figure.savefig(png, format="png")
-        figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None, "Title": safe(title)})
+    """The picture that `paint` makes of an empty figure of 4.6 x `height` inches, when it is needed."""
     return Picture(
-        name=name,
-        title=title,
-        alt=f"{title}. {alt}",
-        caption=caption,
-        svg=svg.getvalue(),
-        png=png.getvalue(),
-        height=height,
-        paint=paint,
-        is_wide=is_wide,
+        name=name, title=title, alt=f"{title}. {alt}", caption=caption, height=height, paint=paint, is_wide=is_wide
     )
 
 
@@ -162,6 +168,12 @@ def _figure(width: float, height: float, dpi: int, *, h_pad: float, w_pad: float
     figure = Figure(figsize=(width, height), dpi=dpi, layout=ConstrainedLayoutEngine(h_pad=h_pad, w_pad=w_pad))
     FigureCanvasAgg(figure)
     return figure
+
+
+def _arrange(figure: Figure) -> None:
+    """Lay the figure out, once for all its files: an engine that stays would draw it once more before each of them."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)
 
 
 def styled(shown: Mapping[str, Shown]) -> Iterable[tuple[str, Shown, dict[str, Any]]]:

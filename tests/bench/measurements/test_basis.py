@@ -2,22 +2,24 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
+from click.testing import CliRunner
+
+from agiqa.bench.measurements.basis import main
 
 SMALL = ("--vocabulary", "600", "--width", "64", "--items", "3", "--rank", "8")
 
 
 def run(*options):
-    command = [sys.executable, "-m", "agiqa.bench.measurements.basis", *SMALL, *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    """The command in this process; each measurement is in a process of its own, as always."""
+    return CliRunner().invoke(main, [*SMALL, *options])
 
 
 def test_both_methods_are_measured(tmp_path):
     out = tmp_path / "lines.jsonl"
     outcome = run("--out", str(out))
-    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.exit_code == 0, outcome.output
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["name"] for line in lines] == ["basis second-moment", "basis lm_head"]
     for line in lines:
@@ -28,4 +30,6 @@ def test_both_methods_are_measured(tmp_path):
 
 
 def test_too_little_memory_fails():
-    assert run("--limit-gb", "0.05").returncode != 0
+    outcome = run("--limit-gb", "0.05")
+    assert isinstance(outcome.exception, subprocess.CalledProcessError)
+    assert "--measure" in outcome.exception.cmd

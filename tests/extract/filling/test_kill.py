@@ -127,17 +127,20 @@ def test_kills_at_blind_moments_never_cost_a_finished_unit(agiqa, folder, tiny_t
 
 
 def descendants(process):
-    """The process ids of the children of `process`, their children and so on, each with its command line."""
+    """The process ids of the children of `process`, their children and so on, each with its name and command line."""
     parents = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            parents.setdefault(parent, {})[int(entry.name)] = (entry / "cmdline").read_text()
+            name, line = (entry / "comm").read_text(), (entry / "cmdline").read_text()
         except OSError:  # it has ended meanwhile
             continue
-    found = dict(parents.get(process, {}))
-    for child in list(found):
-        found |= descendants(child)
+        parents.setdefault(parent, {})[int(entry.name)] = name + line
+    found, left = {}, [process]
+    while left:
+        children = parents.get(left.pop(), {})
+        found |= children
+        left += children
     return found
 
 
@@ -150,7 +153,7 @@ def is_there(process):
 
 
 class StopsOne:
-    """True once it has found and stopped a descendant of the command whose own command line holds `kind`."""
+    """True once it has found and stopped a descendant of the command whose own name or command line holds `kind`."""
 
     def __init__(self, agiqa, kind, when):
         self._server, self._kind, self._when = agiqa.server_id, kind, when

@@ -39,6 +39,14 @@ DIRECTIONS = {False: "causal", True: "bidirectional"}
 ENCODINGS = {"vocabulary": "hidden", "hidden": "hidden", "sketch": "sketch", "logits": "logits"}
 """What each projection reads."""
 IDS = [f"{name}-{DIRECTIONS[both]}" for name, both in VARIANTS]
+HEADS = [
+    (projection, name, both, pooling)
+    for projection in ENCODINGS
+    for name, both in VARIANTS
+    for pooling in POOLINGS.names()
+    if (projection == "sketch") + (name == "none") + (pooling == "mean") >= 1
+]
+"""Every two of the parts of a head meet: the third is then the sketch's projection, no encoder, or the mean."""
 
 
 @pytest.mark.parametrize("law", ENCODER_LAWS, ids=lambda law: law.__name__)
@@ -114,15 +122,13 @@ def gradients_of(outputs, parameters):
     return [torch.zeros(()) if one is None else one for one in found]
 
 
-@pytest.mark.parametrize("pooling", POOLINGS.names())
-@pytest.mark.parametrize(("encoder_name", "bidirectional"), VARIANTS, ids=IDS)
-@pytest.mark.parametrize(("projection", "encoding"), ENCODINGS.items())
-def test_a_whole_head_obeys_the_laws(make_store, mask, projection, encoding, encoder_name, bidirectional, pooling):
+@pytest.mark.parametrize(("projection", "encoder_name", "bidirectional", "pooling"), HEADS)
+def test_a_whole_head_obeys_the_laws(make_store, mask, projection, encoder_name, bidirectional, pooling):
     torch.manual_seed(0)
     config = HeadConfig(
         projection=projection, encoder=encoder_name, bidirectional=bidirectional, pooling=pooling, **SIZES
     )
-    head = build_head(config, FeatureSpec.of(make_store(3, encoding=encoding))).double()
+    head = build_head(config, FeatureSpec.of(make_store(3, encoding=ENCODINGS[projection]))).double()
     features = torch.randn(len(LENGTHS), max(LENGTHS), 4, dtype=torch.float64)
     clean = head(features, mask)
     dirty = head(features.masked_fill(~mask[..., None], 1e3), mask)

@@ -69,7 +69,7 @@ def numbers(run: Path) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("head", "changes"),
     [
-        (GRU, {"refit": True, "ema": 0.9}),
+        (GRU, {"refit": True, "ema": 0.9, "epochs": 3}),
         (GRU, {"validation": 0.0, "precision": "bf16"}),
         (GRU, CHOOSING | {"patience": 1, "epochs": 20, "lr": 1e-9, "schedule": "constant"}),
         (GRU, CHOOSING | {"calibrate": True, "ema": 0.9, "epochs": 5}),
