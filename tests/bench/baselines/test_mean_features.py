@@ -211,7 +211,7 @@ def test_a_kernel_matrix_that_memory_cannot_hold_is_left_out(tmp_path, monkeypat
     monkeypatch.setattr("agiqa.heads.closed.regressions.available_memory", lambda device: 1000)
     line = run(spoken(tmp_path), tmp_path / "out")
     assert {one["regression"] for one in line["fits"][0]["candidates"]} == {"ridge"}
-    assert any("kernel ridge on 45 training items needs" in note for note in line["notes"])
+    assert any("kernel matrix of 45 training items needs" in note for note in line["notes"])
 
 
 def test_raw_logits_are_too_wide(tmp_path):
