@@ -9,6 +9,7 @@ from typing import Any
 
 from agiqa.errors import AgiqaError, SettingsConflict
 from agiqa.extract.data.items import DataSet
+from agiqa.extract.describing.spool import Spool
 from agiqa.extract.filling.calibration import calibration_positions, check_rank, stored_target
 from agiqa.extract.filling.compiled import check_choice, compiles, pays
 from agiqa.extract.filling.crew import Crew
@@ -21,6 +22,7 @@ from agiqa.extract.filling.engines import (
 )
 from agiqa.extract.filling.fill import FillReport
 from agiqa.extract.filling.growing import Alignment, aligned
+from agiqa.extract.filling.kept import takes_kept_rows
 from agiqa.extract.filling.plan import TokenisedItems, store_plan, tokenise
 from agiqa.extract.filling.settings import ExtractionSettings
 from agiqa.extract.filling.starting import Phases, Source, Starter
@@ -74,6 +76,7 @@ def run_extraction(
     *,
     opener: Opener | None = None,
     crew: Crew | None = None,
+    spool: Spool | None = None,
 ) -> ExtractionResult:
     """Plan, fill and seal the store at `path`; what an earlier run finished is kept.
 
@@ -83,7 +86,8 @@ def run_extraction(
     The weights load, and their files are hashed, while the items are planned, and for a new store before that, while
     `source`, if it is a function, reads the data set and checks its images. With `plan_only` nothing is computed;
     with a `part` the run that completes the store seals it. `opener` opens `backbone` anew in other processes, which
-    `workers`, `devices` and `ray` need; `crew` holds the processes of `devices`, if they were started before.
+    `workers`, `devices` and `ray` need; `crew` holds the processes of `devices`, if they were started before. Rows that
+    a `spool` has are not computed, unless the model runs in other processes or the store was begun without a spool.
 
     Raises, before anything is read: UnknownName for the encoding, ConfigError for settings that contradict each other
     or need an `opener`, the errors of `check_writable` for `path`, and ModelError for a checkpoint without its tensors.
@@ -103,6 +107,9 @@ def run_extraction(
             preparation.close()  # the other processes have their own workers
         compiled = _compiles(engine, backbone, alignment.tokenised, path, settings, wanted, phases)
         engine = engine.compiling() if compiled else engine
+        kept = takes_kept_rows(path, offered=spool is not None)
+        if isinstance(engine, Here) and kept:
+            engine = replace(engine, spool=spool)
         target = _choose_target(engine, alignment, path, settings, wanted, phases)
         prefixes = chosen_prefixes(engine, alignment.tokenised, path, settings, wanted, phases)
         with phases.timed("plan"):
@@ -111,7 +118,7 @@ def run_extraction(
             plan = partial(
                 store_plan, data_set, backbone, alignment.tokenised, rule=settings.length, conversation=about
             )
-            made = plan(target=target, compiled=compiled, grown=alignment.grown, prefixes=prefixes)
+            made = plan(target=target, compiled=compiled, kept=kept, grown=alignment.grown, prefixes=prefixes)
             store = _planned(path, made, alignment)
         store, report = _filled(store, path, engine, alignment, target, settings, phases)
     return ExtractionResult(
