@@ -1,6 +1,7 @@
 """Stage 2 in one call: a model, here or on a server, describes every image of a data set and rates it in one word."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,11 @@ from agiqa.extract import (
     ExtractionSettings,
     load_data_set,
     run_descriptions,
+    run_stored_descriptions,
 )
 from agiqa.extract.describing.rounds import preset
 from agiqa.extract.describing.served import run_served_descriptions, sent
-from agiqa.extract.filling.one_pass import check_one_pass, run_stored_descriptions
+from agiqa.extract.filling.one_pass import check_one_pass
 from agiqa.extract.models.opening import check_writes_text, opened, opener_of
 from agiqa.extract.models.preparing import Opener
 from agiqa.heads.evaluation.rating_words import parse_rating_word
@@ -115,7 +117,11 @@ def _here(
 
 
 def _check_store(store: str | Path | None, server: str | None, stored: Mapping[str, Any]) -> None:
-    """Raise ConfigError for settings of a store without one, and for a store with a server."""
+    """Raise ConfigError for settings of a store without one, and for a store with a server; TypeError for others."""
+    unknown = stored.keys() - {field.name for field in fields(ExtractionSettings)}
+    if unknown:
+        message = f"describe() got an unexpected keyword argument {sorted(unknown)[0]!r}"
+        raise TypeError(message)
     if store is None and stored:
         message = f"{', '.join(stored)}: settings of a store, and there is none. Give `store` too, or leave them out."
         raise ConfigError(message)

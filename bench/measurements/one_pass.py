@@ -37,10 +37,10 @@ from agiqa.extract import (
     GenerationSettings,
     run_descriptions,
     run_extraction,
+    run_stored_descriptions,
 )
 from agiqa.extract.data.images import checked_image
 from agiqa.extract.describing.items import described_items
-from agiqa.extract.filling.one_pass import run_stored_descriptions
 from agiqa.extract.models.preparing import default_workers
 from agiqa.store import Store, open_store
 

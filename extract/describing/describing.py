@@ -74,6 +74,7 @@ def run_descriptions(
     rating_of: RatingOf,
     workers: int | None = 0,
     opener: Opener | None = None,
+    preparation: Preparation[Backbone] | None = None,
     spool: Spool | None = None,
 ) -> DescriptionResult:
     """Describe the items of `data_set` into the file `out`, keeping the lines of earlier runs.
@@ -82,15 +83,16 @@ def run_descriptions(
     while the weights load. Models that answer in batches prepare an item a second time for the rating. Groups are
     the same in every run, and an item's draws have a seed of their own, so a run that was killed and resumed gives
     the same answers (but for rounding, if the last bits of a GPU's results differ with the other rows).
-    `workers` processes, each with a backbone by `opener`, prepare items ahead of the model; None chooses how many. A
-    `spool` gets the hidden states of the conversations; ModelError for a model that hands out none.
-    Raises DataError that lists the items without an answer (`on_bad_item="skip"` leaves them out), and as
-    DescriptionFile.
+    `workers` processes, each with a backbone by `opener`, prepare items ahead of the model; None chooses how many. With
+    a `preparation` its workers do, and stay for the caller. A `spool` gets the hidden states of the conversations.
+    Raises DataError that lists the items without an answer (`on_bad_item="skip"` leaves them out), ModelError for a
+    `spool` and a model that hands out no states, and as DescriptionFile.
     """
     backbone.check_tensors()
-    count = chosen_workers(workers, backbone, len(data_set.items), opener=opener)
     with ExitStack() as stack:
-        preparation = stack.enter_context(Preparation(backbone, workers=count, opener=opener))
+        if preparation is None:
+            count = chosen_workers(workers, backbone, len(data_set.items), opener=opener)
+            preparation = stack.enter_context(Preparation(backbone, workers=count, opener=opener))
         preparation.start()
         # without a file there is something to do: the weights load while they are hashed and items are planned
         loading = None if out.exists() else stack.enter_context(Ahead(backbone.load))

@@ -32,7 +32,7 @@ def _faults(conversation: Conversation, variant: str) -> list[str]:
     """Why `conversation` cannot be read as `variant`."""
     faults = list(conversation.problems)
     if reads_rating_word(variant) and conversation.rating is None:
-        faults.append("no rating word, which the variant full needs; use --variant id")
+        faults.append("no rating word, which the variant full needs; give --on-bad-item skip, or use --variant id")
     return faults
 
 

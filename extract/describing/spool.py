@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from agiqa.extract.data.items import Item
 from agiqa.extract.models import Backbone
-from agiqa.store.disk.files import canonical_json, removed_on_failure, telling_disk_errors
+from agiqa.store.disk.files import canonical_json, removed_on_failure, sha256_of_file, telling_disk_errors
 
 _WRITERS = 2
 _WAITING = 32
@@ -72,7 +72,9 @@ class Spool:
         on_gpu = states.device.type == "cuda"
         host = torch.empty(states.shape, dtype=self._dtype, pin_memory=on_gpu)
         host.copy_(states, non_blocking=True)
-        computed = torch.cuda.current_stream(states.device).record_event() if on_gpu else None
+        computed = torch.cuda.Event() if on_gpu else None
+        if computed is not None:
+            computed.record(torch.cuda.current_stream(states.device))
         if self._pool is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="agiqa-spool")
@@ -90,7 +92,7 @@ class Spool:
         if len(content) != shape[0] * shape[1] * self._dtype.itemsize + _CHECKSUM:
             return None
         rows, checksum = content[:-_CHECKSUM], content[-_CHECKSUM:]
-        if zlib.crc32(rows) != int.from_bytes(checksum.tobytes(), "little"):
+        if zlib.crc32(rows.data) != int.from_bytes(checksum.tobytes(), "little"):
             return None
         return torch.from_numpy(rows).view(self._dtype).reshape(shape)
 
@@ -99,7 +101,10 @@ class Spool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, item: Item, token_ids: NDArray[np.int32]) -> Path:
-        parts: list[Any] = [self._model, item.image_sha256, token_ids.tolist()]
+        image = item.image_sha256
+        if image is None and item.image is not None:  # an item that was not made by `load_data_set`
+            image = sha256_of_file(item.image)
+        parts: list[Any] = [self._model, image, token_ids.tolist()]
         return self.folder / f"{hashlib.sha256(canonical_json(parts).encode()).hexdigest()}.rows"
 
     @cached_property
@@ -116,5 +121,5 @@ class Spool:
         with telling_disk_errors(doing, "the descriptions before are kept"), removed_on_failure(temporary, of=path):
             with temporary.open("wb") as file:
                 file.write(rows.data)
-                file.write(zlib.crc32(rows).to_bytes(_CHECKSUM, "little"))
+                file.write(zlib.crc32(rows.data).to_bytes(_CHECKSUM, "little"))
             temporary.replace(path)

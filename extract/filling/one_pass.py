@@ -19,9 +19,10 @@ from agiqa.extract.filling.job import ExtractionResult, check_settings, run_extr
 from agiqa.extract.filling.settings import ExtractionSettings
 from agiqa.extract.models import Backbone
 from agiqa.extract.models.devices import DTYPES
-from agiqa.extract.models.preparing import Opener
+from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers
 from agiqa.progress import say
 from agiqa.store.format.layers import LAST
+from agiqa.store.format.layout import StoreLayout
 
 ONE_PASS = ("question", "described", "id", "full")
 """Conversations that are parts of what the model reads and says while it describes."""
@@ -61,13 +62,15 @@ def run_stored_descriptions(
     """
     check_one_pass(extraction, path, backbone, opener)
     spool = Spool(path, backbone, extraction.variant)
-    say(_estimate(len(data_set.items), backbone, spool))
-    found = run_descriptions(
-        data_set, backbone, out, settings, rating_of=rating_of, workers=extraction.workers, opener=opener, spool=spool
-    )
-    about: Any = {"variant": extraction.variant, "aspect": extraction.aspect, "on_bad_item": settings.on_bad_item}
-    items = described_items(data_set, out, **about)
-    filled = run_extraction(items, backbone, path, extraction, opener=opener, spool=spool)
+    if not StoreLayout(path).manifest.exists():
+        say(_estimate(len(data_set.items), backbone, spool))
+    count = chosen_workers(extraction.workers, backbone, len(data_set.items), opener=opener)
+    with Preparation(backbone, workers=count, opener=opener) as preparation:
+        ready: Any = {"preparation": preparation, "spool": spool}
+        found = run_descriptions(data_set, backbone, out, settings, rating_of=rating_of, **ready)
+        about: Any = {"variant": extraction.variant, "aspect": extraction.aspect, "on_bad_item": settings.on_bad_item}
+        items = described_items(data_set, out, **about)
+        filled = run_extraction(items, backbone, path, extraction, opener=opener, **ready)
     if filled.store.is_sealed:
         spool.remove()
     return StoredDescriptions(**{one.name: getattr(found, one.name) for one in fields(found)}, extraction=filled)

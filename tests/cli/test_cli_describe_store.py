@@ -7,7 +7,7 @@ import pytest
 
 from agiqa.store import open_store
 from tests.cli.refusals import misuse, refuse
-from tests.extract.small_sets import write_set
+from tests.extract.small_sets import write_set, write_talks
 from tests.extract.tiny_models import roomy, write_text_checkpoint, write_vision_checkpoint
 
 ITEMS = 24
@@ -115,12 +115,14 @@ def test_bad_labels_are_told_before_the_model_runs(agiqa, model, tmp_path):
     assert agiqa("describe", data, out, "--model", model, *SHORT).code == 0  # which needs no MOS
 
 
-def test_a_sketch_of_a_text_model(agiqa, data, tmp_path):
+def test_a_sketch_of_a_text_model_about_the_items_of_a_conversation_file(agiqa, data, tmp_path):
     model = roomy(write_text_checkpoint(tmp_path / "text"))
     options = ("--encoding", "sketch", "--rank", 6, "--variant", "full", "--on-bad-item", "skip", "--json")
-    usual = ("describe", data, tmp_path / "out.jsonl", "--model", model, *SHORT)
+    labels = ("--labels", data / "data.csv")
+    usual = ("describe", write_talks(data), tmp_path / "out.jsonl", *labels, "--model", model, *SHORT)
     printed = agiqa(*usual, "--store", tmp_path / "s.agiqa", *options).json
     store = open_store(tmp_path / "s.agiqa")
     assert printed["extraction"]["filled"]["reused"] == len(store.items)
     assert (store.encoding, store.width) == ("sketch", 6)
+    assert "mos_quality" in (tmp_path / "s.agiqa" / "items.parquet").read_bytes().decode("latin-1")
     assert store.provenance["prefixes"] == ["question", "described", "id"]

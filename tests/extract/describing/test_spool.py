@@ -53,6 +53,17 @@ def test_another_conversation_image_or_model_has_no_rows(backbone, tmp_path):
     assert Spool(tmp_path / "s.agiqa", other, "id").read(ITEM, IDS) is None
 
 
+def test_images_that_were_not_hashed_before_are_told_apart(backbone, tmp_path):
+    images = [tmp_path / "a.png", tmp_path / "b.png"]
+    for image in images:
+        image.write_bytes(image.name.encode())
+    one, other = (replace(ITEM, image=image, image_sha256=None) for image in images)
+    with Spool(tmp_path / "s.agiqa", backbone, "id") as spool:
+        spool.keep(one, IDS, states_for(backbone))
+    assert spool.read(one, IDS) is not None
+    assert spool.read(other, IDS) is None
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
 def test_damaged_rows_are_none(backbone, tmp_path, damage):
     spool = Spool(tmp_path / "s.agiqa", backbone, "id")

@@ -19,11 +19,11 @@ from agiqa.extract import (
     open_backbone,
     run_descriptions,
     run_extraction,
+    run_stored_descriptions,
 )
 from agiqa.extract.describing.items import described_items
 from agiqa.extract.describing.spool import Spool
 from agiqa.extract.filling.kept import KEPT
-from agiqa.extract.filling.one_pass import run_stored_descriptions
 from agiqa.heads.evaluation.rating_words import parse_rating_word
 from agiqa.progress import said_to
 from agiqa.store import open_store, verify
@@ -274,3 +274,10 @@ def test_a_model_that_answers_in_batches_is_refused(folder, tmp_path):
     with pytest.raises(ModelError, match="cannot hand out its hidden states while it describes: it cannot answer in"):
         in_one_pass(folder, model, tmp_path / "o.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_worker_processes_serve_both_parts(folder, tmp_path):
+    model = roomy(write_vision_checkpoint(tmp_path / "model"))
+    result, store, _ = in_one_pass(folder, model, tmp_path / "o.jsonl", workers=2)
+    assert result.extraction.fill.reused == len(store.items)
+    compare(store, apart(folder, model, tmp_path / "o.jsonl", tmp_path / "two.agiqa"), tolerance=1e-5)
