@@ -13,6 +13,7 @@ from agiqa.extract import (
     DescriptionResult,
     DescriptionSettings,
     ExtractionSettings,
+    LengthRule,
     load_data_set,
     run_descriptions,
     run_stored_descriptions,
@@ -97,6 +98,7 @@ def describe(
     backbone = opened(opener, device)  # a model that cannot be opened is reported before the images are checked
     if store is None:
         return _here(load, path, chosen, backbone, opener, workers=workers)
+    stored = {"length": LengthRule(on_bad_item=on_bad_item), **stored}
     extraction = ExtractionSettings(variant=variant, aspect=aspect, device=device, workers=workers, **stored)
     return _into_store(load, path, Path(store), chosen, extraction, backbone, opener)
 

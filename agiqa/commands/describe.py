@@ -16,6 +16,7 @@ from agiqa.commands.models import (
     prepare_workers_option,
 )
 from agiqa.commands.options import (
+    OneOf,
     columns_option,
     labels_option,
     mos_range_option,
@@ -24,7 +25,8 @@ from agiqa.commands.options import (
     shared_options,
 )
 from agiqa.commands.output import print_result, table
-from agiqa.commands.stored import STORED_OPTIONS, conversation_option, stored_options
+from agiqa.commands.stored import STORED_OPTIONS, look_up_variant, stored_options
+from agiqa.extract.data.templates import DESCRIBING
 
 _OF_A_STORE = ("variant", "mos_range", *STORED_OPTIONS)
 SECTIONS = {
@@ -71,7 +73,13 @@ _OF_A_MODEL_HERE = ("adapter", "max_slices", "dtype", "device", "batch_size", "w
     type=click.Path(path_type=Path),
     help="Store to fill in the same pass with the conversations, as `agiqa extract --conversations OUT.jsonl` does.",
 )
-@conversation_option
+@click.option(
+    "--variant",
+    type=OneOf("variant", DESCRIBING, look_up=look_up_variant),
+    default="id",
+    show_default=True,
+    help="Part of the conversation with which the store ends: the rating question (id), the rating word (full), ...",
+)
 @mos_range_option
 @stored_options
 @click.option(

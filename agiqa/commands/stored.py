@@ -13,14 +13,15 @@ STORED_OPTIONS = ("layers", "pool_tokens", "encoding", "rank", "basis", "keep_lo
 """What `stored_options` adds."""
 
 
-def _look_up_variant(variant: str) -> None:
+def look_up_variant(variant: str) -> None:
+    """Raise UnknownName or ConfigError for a variant that does not exist."""
     _, _, listed = variant.partition(":")
     aspects_of(variant, listed.partition("+")[0] or "quality")
 
 
 conversation_option = click.option(
     "--variant",
-    type=OneOf("variant", VARIANTS, look_up=_look_up_variant),
+    type=OneOf("variant", VARIANTS, look_up=look_up_variant),
     default="id",
     show_default=True,
     help="What the model reads: one question (no_id), or a conversation that ends at one of its parts; "

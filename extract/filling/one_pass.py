@@ -4,12 +4,13 @@ While the model describes, the final hidden states of prompts and generated toke
 extraction of the conversations takes its rows from there, and runs the model for those that are missing.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from agiqa.errors import ConfigError
 from agiqa.extract.data.items import DataSet
+from agiqa.extract.data.templates import DESCRIBING
 from agiqa.extract.describing.describing import DescriptionResult, RatingOf, run_descriptions
 from agiqa.extract.describing.items import described_items
 from agiqa.extract.describing.rounds import DescriptionSettings
@@ -24,8 +25,6 @@ from agiqa.progress import say
 from agiqa.store.format.layers import LAST
 from agiqa.store.format.layout import StoreLayout
 
-ONE_PASS = ("question", "described", "id", "full")
-"""Conversations that are parts of what the model reads and says while it describes."""
 _SECONDS_TO_DESCRIBE, _SECONDS_TO_EXTRACT = 1 / 20.8, 1 / 55.7
 """Per image: bench/LOG.md, MiniCPM-Llama3-V-2.5 on one H100, descriptions of 128 tokens."""
 _TOKENS = 550
@@ -61,6 +60,8 @@ def run_stored_descriptions(
     lines and hidden states of earlier runs are used. Raises as both, and as `check_one_pass`.
     """
     check_one_pass(extraction, path, backbone, opener)
+    if extraction.compile == "auto":
+        extraction = replace(extraction, compile="never")  # few rows, if any, are left to compute
     spool = Spool(path, backbone, extraction.variant)
     if not StoreLayout(path).manifest.exists():
         say(_estimate(len(data_set.items), backbone, spool))
@@ -78,10 +79,10 @@ def run_stored_descriptions(
 
 def check_one_pass(settings: ExtractionSettings, path: Path, backbone: Backbone, opener: Opener | None) -> None:
     """Raise ConfigError for a store that a describing pass cannot fill, and as `check_settings`."""
-    if settings.variant not in ONE_PASS:
+    if settings.variant not in DESCRIBING:
         message = (
             f"--store keeps what the model reads and says while it describes one aspect, and --variant "
-            f"{settings.variant} is another conversation; {', '.join(ONE_PASS)} are not. {_APART} --variant "
+            f"{settings.variant} is another conversation; {', '.join(DESCRIBING)} are not. {_APART} --variant "
             f"{settings.variant}."
         )
         raise ConfigError(message)
