@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from agiqa.extract.filling.extraction import extract as extract
     from agiqa.extract.filling.job import ExtractionResult as ExtractionResult
     from agiqa.extract.filling.job import run_extraction as run_extraction
+    from agiqa.extract.filling.one_pass import StoredDescriptions as StoredDescriptions
+    from agiqa.extract.filling.one_pass import run_stored_descriptions as run_stored_descriptions
     from agiqa.extract.filling.plan import LengthRule as LengthRule
     from agiqa.extract.filling.settings import ExtractionSettings as ExtractionSettings
     from agiqa.extract.models.contract import Backbone as Backbone
@@ -71,6 +73,7 @@ __getattr__, __dir__, __all__ = lazy_names(
         "describing.served": ["run_served_descriptions"],
         "filling.extraction": ["extract"],
         "filling.job": ["ExtractionResult", "run_extraction"],
+        "filling.one_pass": ["StoredDescriptions", "run_stored_descriptions"],
         "filling.plan": ["LengthRule"],
         "filling.settings": ["ExtractionSettings"],
         "models.contract": ["Backbone", "GenerationSettings", "Prepared"],

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from agiqa.commands.models import ASPECT
-from agiqa.commands.options import OneOf, added, columns_option, mos_range_option, on_bad_item_option, prompt_option
-from agiqa.extract.data.templates import VARIANTS, aspects_of
+from agiqa.commands.options import added, columns_option, mos_range_option, on_bad_item_option, prompt_option
+from agiqa.commands.stored import conversation_option
 from agiqa.progress import say
 
 if TYPE_CHECKING:
@@ -20,11 +20,6 @@ DATA_OPTIONS = (
     *("max_tokens", "truncate", "on_bad_item"),
 )
 """What `data_options` adds, for the sections of the help."""
-
-
-def _look_up_variant(variant: str) -> None:
-    _, _, listed = variant.partition(":")
-    aspects_of(variant, listed.partition("+")[0] or "quality")
 
 
 def data_options(command: Command) -> Command:
@@ -44,14 +39,7 @@ def data_options(command: Command) -> Command:
         ),
         columns_option,
         prompt_option,
-        click.option(
-            "--variant",
-            type=OneOf("variant", VARIANTS, look_up=_look_up_variant),
-            default="id",
-            show_default=True,
-            help="What the model reads: one question (no_id), or a conversation that ends at one of its parts; "
-            "id:ASPECT+ASPECT holds several descriptions.",
-        ),
+        conversation_option,
         click.option("--aspect", type=ASPECT, default="quality", show_default=True, help="Wording of the questions."),
         mos_range_option,
         click.option(

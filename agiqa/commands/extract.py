@@ -21,12 +21,10 @@ from agiqa.commands.options import (
     Automatic,
     OneOf,
     Share,
-    StoreLocation,
-    layers_option,
-    pool_tokens_option,
     shared_options,
 )
 from agiqa.commands.output import print_result, table
+from agiqa.commands.stored import stored_options
 from agiqa.extract.filling.crew import Crew
 from agiqa.extract.models.checkpoints import hashed_ahead
 from agiqa.extract.models.compiling import COMPILING
@@ -55,22 +53,7 @@ SECTIONS = {
 @model_or_encoder_options
 @image_encoder_options
 @data_options
-@click.option(
-    "--encoding",
-    type=OneOf("encoding", ["hidden", "sketch", "int8", "logits"]),
-    default="hidden",
-    show_default=True,
-    help="What to store: hidden states, a sketch of rank R, hidden states in 8 bits, or raw logits.",
-)
-@layers_option
-@pool_tokens_option
-@click.option(
-    "--rank", type=click.IntRange(min=1), help="Rank of the sketch, whose basis is calibrated on training items."
-)
-@click.option("--basis", type=StoreLocation(), help="Sketch store whose basis to use instead.")
-@click.option(
-    "--keep-logits", is_flag=True, help="Keep the raw logits beside the hidden states (V/D times their bytes)."
-)
+@stored_options
 @click.option(
     "--batch-size",
     type=Automatic(lowest=1),

@@ -20,6 +20,9 @@ question, after the description, after the rating question, after the rating wor
 several aspects see `aspects_of`.
 """
 
+DESCRIBING = tuple(variant for variant in VARIANTS if variant != "no_id")
+"""What a model reads and says while it describes an image and rates it, up to one of the parts."""
+
 PROMPT = "{prompt}"
 """Placeholder in a wording for the text that the image was generated from."""
 

@@ -2,15 +2,13 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 
-from agiqa.errors import DataError, ModelError, UnknownName
-from agiqa.extract.data.items import Item, Message
-from agiqa.extract.data.templates import VARIANTS, ended, fill, reads_description
+from agiqa.errors import ModelError
+from agiqa.extract.data.items import Item
 from agiqa.extract.describing.continuous import GROUP, Conversations
 from agiqa.extract.describing.rounds import (
     Described,
@@ -25,6 +23,7 @@ from agiqa.extract.describing.rounds import (
     seed_of,
     unprepared,
 )
+from agiqa.extract.describing.spool import Spool
 from agiqa.extract.describing.talks import Talks
 from agiqa.extract.models import AnsweringModel, GenerationSettings, Prepared
 from agiqa.extract.models.batches import is_out_of_memory
@@ -53,50 +52,49 @@ class Describer(Interview):
         settings: DescriptionSettings,
         *,
         preparation: Preparation[AnsweringModel] | None = None,
+        spool: Spool | None = None,
     ) -> None:
-        """As Interview."""
+        """As Interview. With a `spool`, the hidden states of conversations are kept there."""
         super().__init__(backbone, settings, preparation=preparation)
+        self.spool = spool
         on_gpu = getattr(getattr(backbone, "device", None), "type", "cpu") == "cuda"
         self.batch_size = settings.batch_size or (LARGEST_BATCH if on_gpu else BATCH)
 
     @cached_property
     def conversations(self) -> Conversations | None:
-        """The decoder in slots, for a model that it fits. The first use loads the model."""
+        """The decoder in slots, for a model that it fits. The first use loads the model.
+
+        Raises ModelError for another model whose states a spool shall get.
+        """
         if not isinstance(self.backbone, HuggingFaceBackbone):
+            if self.spool is not None:
+                raise _no_states(type(self.backbone).__name__, "agiqa does not decode its answers")
             return None
         loaded = self.backbone.answering_parts()
         try:
-            shapes = slot_shapes(loaded)
+            shapes = slot_shapes(loaded, keeps=self.spool is not None)
         except Unfit as reason:
+            if self.spool is not None:
+                raise _no_states(loaded.name, f"it cannot answer in slots: {reason}") from reason
             say(f"note: {loaded.name} cannot answer in slots, so it answers in batches: {reason}")
             return None
-        return Conversations(Talks(self, loaded, shapes))
+        return Conversations(Talks(self, loaded, shapes, spool=self.spool))
+
+    def check_spooling(self) -> None:
+        """Load the model, and raise the ModelError of `conversations` before anything is asked."""
+        assert self.conversations is not None or self.spool is None  # the property raises
+
+    def release(self) -> None:
+        """Give the memory of the decoder back."""
+        if "conversations" in self.__dict__ and self.conversations is not None:
+            self.conversations.talks.decoder = None
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
     @property
     def group_size(self) -> int:
         """Items that `batches` should get together."""
         return self.batch_size if self.conversations is None else GROUP
-
-    def undescribed(self, item: Item, variant: str = "no_id") -> Item:
-        """The item as heads of the variant `no_id` or `question` read it, without any answer of the model."""
-        asked = self.wording.describe if variant == "question" else self.wording.one_round
-        return replace(item, conversation=(Message(role="user", content=fill(asked, item.prompt)),))
-
-    def item(self, described: Described, variant: str) -> Item:
-        """The item with the conversation of `variant`, worded as by `agiqa extract`.
-
-        Raises UnknownName for the variant, and DataError for `full` without a rating.
-        """
-        if variant not in VARIANTS:
-            raise UnknownName.of(kind="conversation variant", name=variant, known=VARIANTS)
-        item, turns = described.item, ended(described.conversation, variant)
-        if not reads_description(variant):
-            return self.undescribed(item, variant)
-        if variant == "full" and not described.answer:
-            message = f"{item.name}: the model answered no rating word, which the variant full needs; use id."
-            raise DataError(message)
-        ending = [Message(role="assistant", content=described.answer)] if variant == "full" else []
-        return replace(item, conversation=(*turns, *ending), description=described.description)
 
     def batches(self, batches: Sequence[Sequence[Item]]) -> Iterator[list[Described | str]]:
         """The outcomes of each batch in turn, while workers prepare the images of the next ones."""
@@ -177,3 +175,10 @@ class Describer(Interview):
         share = (time.perf_counter() - started) / len(ready)
         replies = (reply_of(len(one.token_ids), answer, share) for (_, one), answer in zip(ready, answers, strict=True))
         return [one if isinstance(one, str) else next(replies) for one in prepared]
+
+
+def _no_states(name: str, why: str) -> ModelError:
+    return ModelError(
+        f"{name} cannot hand out its hidden states while it describes: {why}. Describe without --store, then run "
+        "`agiqa extract DATA STORE --conversations OUT.jsonl`."
+    )

@@ -161,6 +161,7 @@ class _Run:
         """Finish conversations, or ask their second question. `ended` is from the decoder."""
         asked: list[tuple[Suffix, Ask]] = []
         unread: dict[int, Talk] = {}
+        over: dict[int, Described | str] = {}
         for row, ids in ended.items():
             talk = self._active[row]
             outcome = self._outcome(talk, ids)
@@ -173,7 +174,10 @@ class _Run:
                 else:
                     outcome = found
             if outcome is not None:
-                self._release(row, outcome)
+                over[row] = outcome
+        self._talks.keep({row: (self._active[row], one) for row, one in over.items() if isinstance(one, Described)})
+        for row, outcome in over.items():
+            self._release(row, outcome)
         if asked:
             suffixes, asks = zip(*asked, strict=True)
             decoder.go_on(suffixes, asks)

@@ -18,6 +18,7 @@ from agiqa.extract.data.items import DataSet, Item, item_key, read_image
 from agiqa.extract.data.journals import ITEM, Journal, Line
 from agiqa.extract.describing.asking import Describer
 from agiqa.extract.describing.rounds import Described, DescriptionSettings, Question, full_prompt, is_safe, unprepared
+from agiqa.extract.describing.spool import Spool
 from agiqa.extract.models import AnsweringModel, Backbone
 from agiqa.extract.models.ahead import Ahead
 from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers
@@ -73,6 +74,8 @@ def run_descriptions(
     rating_of: RatingOf,
     workers: int | None = 0,
     opener: Opener | None = None,
+    preparation: Preparation[Backbone] | None = None,
+    spool: Spool | None = None,
 ) -> DescriptionResult:
     """Describe the items of `data_set` into the file `out`, keeping the lines of earlier runs.
 
@@ -80,18 +83,23 @@ def run_descriptions(
     while the weights load. Models that answer in batches prepare an item a second time for the rating. Groups are
     the same in every run, and an item's draws have a seed of their own, so a run that was killed and resumed gives
     the same answers (but for rounding, if the last bits of a GPU's results differ with the other rows).
-    `workers` processes, each with a backbone by `opener`, prepare items ahead of the model; None chooses how many.
-    Raises DataError that lists the items without an answer (`on_bad_item="skip"` leaves them out), and as
-    DescriptionFile.
+    `workers` processes, each with a backbone by `opener`, prepare items ahead of the model; None chooses how many. With
+    a `preparation` its workers do, and stay for the caller. A `spool` gets the hidden states of the conversations.
+    Raises DataError that lists the items without an answer (`on_bad_item="skip"` leaves them out), ModelError for a
+    `spool` and a model that hands out no states, and as DescriptionFile.
     """
     backbone.check_tensors()
-    count = chosen_workers(workers, backbone, len(data_set.items), opener=opener)
     with ExitStack() as stack:
-        preparation = stack.enter_context(Preparation(backbone, workers=count, opener=opener))
+        if preparation is None:
+            count = chosen_workers(workers, backbone, len(data_set.items), opener=opener)
+            preparation = stack.enter_context(Preparation(backbone, workers=count, opener=opener))
         preparation.start()
         # without a file there is something to do: the weights load while they are hashed and items are planned
         loading = None if out.exists() else stack.enter_context(Ahead(backbone.load))
-        describer = Describer(backbone, settings, preparation=preparation)
+        if spool is not None:
+            stack.enter_context(spool)
+        describer = Describer(backbone, settings, preparation=preparation, spool=spool)
+        stack.callback(describer.release)
         return write_descriptions(data_set, describer, out, rating_of=rating_of, loading=loading)
 
 
@@ -109,6 +117,10 @@ def write_descriptions(
         raise DataError.from_problems(data_set.name, problems)
     if loading is not None:
         loading.result()
+    if describer.spool is not None and any(
+        one.problem is None and name not in file.lines for name, one in plan.items()
+    ):
+        describer.check_spooling()
     described, failed = _describe(data_set, describer, file, plan, rating_of)
     if failed and not file.lines:
         raise DataError.from_problems(data_set.name, failed)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from agiqa.errors import DataError, UnknownName
 from agiqa.extract.data.items import Item, Message, OnBadItem, read_image
 from agiqa.extract.data.seeds import derived_seed
-from agiqa.extract.data.templates import fill, template_of
+from agiqa.extract.data.templates import VARIANTS, ended, fill, reads_description, template_of
 from agiqa.extract.models import Answer, AnsweringModel, GenerationSettings, Prepared
 from agiqa.extract.models.preparing import Preparation
 
@@ -202,6 +202,27 @@ class Interview:
     def second(self) -> Message:
         """The second question."""
         return Message(role="user", content=self.wording.rate)
+
+    def undescribed(self, item: Item, variant: str = "no_id") -> Item:
+        """The item as heads of the variant `no_id` or `question` read it, without any answer of the model."""
+        asked = self.wording.describe if variant == "question" else self.wording.one_round
+        return replace(item, conversation=(Message(role="user", content=fill(asked, item.prompt)),))
+
+    def item(self, described: Described, variant: str) -> Item:
+        """The item with the conversation of `variant`, worded as by `agiqa extract`.
+
+        Raises UnknownName for the variant, and DataError for `full` without a rating.
+        """
+        if variant not in VARIANTS:
+            raise UnknownName.of(kind="conversation variant", name=variant, known=VARIANTS)
+        item, turns = described.item, ended(described.conversation, variant)
+        if not reads_description(variant):
+            return self.undescribed(item, variant)
+        if variant == "full" and not described.answer:
+            message = f"{item.name}: the model answered no rating word, which the variant full needs; use id."
+            raise DataError(message)
+        ending = [Message(role="assistant", content=described.answer)] if variant == "full" else []
+        return replace(item, conversation=(*turns, *ending), description=described.description)
 
     def prepare(self, questions: Sequence[Question]) -> list[Prepared | str]:
         """The tokens and pixels of each of `questions`, or the line that says why the model cannot answer."""

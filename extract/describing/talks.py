@@ -1,7 +1,7 @@
 """Conversations about items in slots: what they are asked, how long they may become, and what their answers say."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agiqa.errors import ModelError
+from agiqa.errors import DataError, ModelError
 from agiqa.extract.data.items import Item, Message
 from agiqa.extract.describing.rounds import (
     Described,
@@ -21,6 +21,7 @@ from agiqa.extract.describing.rounds import (
     reply_of,
     seed_of,
 )
+from agiqa.extract.describing.spool import Spool
 from agiqa.extract.models import GenerationSettings, Prepared
 from agiqa.extract.models.decoding.cache import LayerShape
 from agiqa.extract.models.decoding.choosing import Policy
@@ -65,11 +66,13 @@ class Talk:
 class Talks:
     """What conversations in slots need: an interview, a model that `slot_shapes` finds fit, and its decoder."""
 
-    def __init__(self, interview: Interview, loaded: LoadedModel, shapes: Sequence[LayerShape]) -> None:
-        """Makes no decoder yet."""
+    def __init__(
+        self, interview: Interview, loaded: LoadedModel, shapes: Sequence[LayerShape], *, spool: Spool | None = None
+    ) -> None:
+        """Makes no decoder yet. A `spool` gets the hidden states of whole conversations."""
         self.interview = interview
         self.decoder: Decoder | None = None
-        self._loaded, self._shapes = loaded, shapes
+        self._loaded, self._shapes, self._spool = loaded, shapes, spool
         self._stops = stop_tokens(loaded.model, loaded.renderer)
         self._slots = interview.settings.batch_size
         """Slots that were asked for, or that are left after memory ran out."""
@@ -138,6 +141,43 @@ class Talks:
         if kept < found.seen:
             return None
         return Suffix(row=row, start=kept, ids=found.ids[kept:].tolist()), self.ask(talk, found.ids)
+
+    def keep(self, ended: Mapping[int, tuple[Talk, Described]]) -> None:
+        """Give the spool, if there is one, the states of conversations that ended in these slots.
+
+        They are those of the tokens that an extraction reads. What their slots do not hold of them, such as the token
+        that ends an answer, is computed behind what they hold. Left out are conversations whose tokens are not known
+        here, or do not fit into a slot.
+        """
+        if self._spool is None or self.decoder is None:
+            return
+        whole = {
+            row: ids for row, one in ended.items() if (ids := self._extracted(*one, self._spool.variant)) is not None
+        }
+        rest: list[Suffix] = []
+        for row, ids in whole.items():
+            held = common_beginning(np.array(ended[row][0].held, np.int32), ids)
+            if held < len(ids):
+                rest.append(Suffix(row=row, start=held, ids=ids[held:].tolist()))
+        self.decoder.put_behind(rest)
+        for row, ids in whole.items():
+            self._spool.keep(ended[row][0].item, ids, self.decoder.states(row, len(ids)))
+
+    def _extracted(self, talk: Talk, described: Described, variant: str) -> NDArray[np.int32] | None:
+        """The token ids (n,) of the conversation as extracted; None if they are not known, or do not fit a slot."""
+        if self._derives is False or (variant == "full" and not described.answer):
+            return None
+        before = self.interview.first(talk.item).conversation
+        turns = self.interview.item(described, variant).conversation
+        try:
+            found = next_prompt(self._loaded.renderer, talk.prepared, before, turns, answer=False)
+        except DataError:  # extraction refuses the text, too, and says so
+            return None
+        assert self.decoder is not None  # the conversation was in one of its slots
+        if found is None or len(found.ids) > self.decoder.length:
+            return None
+        held = common_beginning(np.array(talk.held, np.int32), found.ids)
+        return None if held < found.seen else found.ids
 
     def too_long(self, talk: Talk, prompt: NDArray[np.int32]) -> Described | str | None:
         """The outcome if the second `prompt` (n,) leaves the model no position, or exceeds a slot with its answer.
@@ -222,6 +262,7 @@ class Talks:
             policies=policies,
             limit=max(limits),
             stops=self._stops,
+            keeps=self._spool is not None,
         )
 
     def _slots_for(self, length: int, count: int) -> int:
@@ -237,7 +278,10 @@ class Talks:
             return self._slots
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        slot = length * sum(shape.token_bytes for shape in self._shapes)
+        token = sum(shape.token_bytes for shape in self._shapes)
+        if self._spool is not None:
+            token += self._loaded.model.get_output_embeddings().weight.shape[1] * self._shapes[0].dtype.itemsize
+        slot = length * token
         return max(1, min(MOST_SLOTS, (free - _RESERVED) // slot))
 
 

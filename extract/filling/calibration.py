@@ -153,7 +153,8 @@ def _stored_states(
     first = first_batch_size(backbone, max(item.length for item in items), layers=len(wanted.layers))
     runner = BatchRunner(batch_size or first)
     groups = [items[first : first + runner.size] for first in range(0, len(items), runner.size)]
-    for planned, prepared in prepared_groups(preparation, zip(groups, groups, strict=True)):
+    images = any(item.item.image is not None for item in items)
+    for planned, prepared in prepared_groups(preparation, zip(groups, groups, strict=True), images=images):
         found: list[dict[str, torch.Tensor]] = []
 
         def compute(

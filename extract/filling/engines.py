@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from agiqa.errors import WorkerError
 from agiqa.extract.data.items import Item
+from agiqa.extract.describing.spool import Spool
 from agiqa.extract.filling.calibration import calibrated
 from agiqa.extract.filling.crew import Crew
 from agiqa.extract.filling.fill import Filler, FillReport, merged
@@ -61,6 +62,8 @@ class Here:
     """A thread that loads the model already."""
     compiled: bool = False
     """Whether the model's layers are compiled."""
+    spool: Spool | None = None
+    """Has rows that need not be computed."""
 
     def compiling(self) -> "Here":
         """See `Engine`."""
@@ -92,7 +95,13 @@ class Here:
     ) -> FillReport:
         """See `Engine`; `units`, if given, are filled instead of `part`."""
         filler = Filler(
-            store, self.backbone, items, target=target, batch_size=self.batch_size, preparation=self.preparation
+            store,
+            self.backbone,
+            items,
+            target=target,
+            batch_size=self.batch_size,
+            preparation=self.preparation,
+            spool=self.spool,
         )
         self.load()
         with filler.model_arrays_written():

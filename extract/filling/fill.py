@@ -16,16 +16,27 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from agiqa.extract.describing.spool import Spool
 from agiqa.extract.filling.plan import PlannedItem, prepare_planned, prepared_groups
 from agiqa.extract.filling.staging import Staging, Transfers, stagings_of
-from agiqa.extract.filling.targets import Target, model_arrays_written, rows_of, tensor_bits, tensor_of
+from agiqa.extract.filling.targets import (
+    Target,
+    model_arrays_written,
+    rows_of,
+    stored_of,
+    tensor_bits,
+    tensor_of,
+)
 from agiqa.extract.models import Backbone, Prepared
-from agiqa.extract.models.batches import BatchRunner, even_batches, first_batch_size
+from agiqa.extract.models.batches import BatchRunner, even_batches, first_batch_size, uploaded
 from agiqa.extract.models.preparing import Preparation
 from agiqa.store import Store, UnitWriter
+from agiqa.store.format.layers import LAST
 
 WRITERS = 4
 """Threads that write units; one compresses, writes and checks 400 MB of hidden states per second on two cores."""
+_READERS = 4
+"""Threads that read the rows of a unit that were kept while the model described."""
 _WAITING = 2
 """Finished units, each in memory, that may wait for a thread."""
 
@@ -50,6 +61,8 @@ class FillReport:
     """Units of this run's share that another run was filling."""
     batch_size: int
     """Most items per batch, at the end."""
+    reused: int = 0
+    """Items whose rows were kept while they were described."""
 
 
 def merged(reports: Sequence[FillReport], *, busy_units: int) -> FillReport:
@@ -69,6 +82,7 @@ def merged(reports: Sequence[FillReport], *, busy_units: int) -> FillReport:
         waited_for_writers=sum(report.waited_for_writers for report in reports),
         busy_units=busy_units,
         batch_size=min((report.batch_size for report in reports), default=0),
+        reused=sum(report.reused for report in reports),
     )
 
 
@@ -82,8 +96,10 @@ class _OpenUnit:
     """Rows of each item within the unit."""
     claim: ExitStack
     """Held until the unit is written."""
+    kept: dict[int, torch.Tensor]
+    """Hidden states (n, D) on the host of the items, by index, that the model does not have to compute."""
     left: int
-    """Items that are not computed yet."""
+    """Other items that are not computed yet."""
     started: float = field(default_factory=time.perf_counter)
     buffers: dict[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     """By layer, (rows, width) on the host; none until the first batch."""
@@ -107,8 +123,12 @@ class Filler:
         target: Target,
         batch_size: int | None = None,
         preparation: Preparation[Backbone] | None = None,
+        spool: Spool | None = None,
     ) -> None:
-        """`items` are those of the store, in its order; without a `batch_size` (items) the device's memory decides."""
+        """`items` are those of the store, in its order; without a `batch_size` (items) the device's memory decides.
+
+        Rows that `spool` kept of the last layer are taken from there, in place of running the model.
+        """
         self.store = store
         self.backbone = backbone
         self.items = items
@@ -116,9 +136,10 @@ class Filler:
         self.writer = UnitWriter(store)
         self._batch_size = batch_size
         self._preparation = preparation or Preparation(backbone)
+        self._spool = spool if target.layers == (LAST,) and target.tap is None else None
         self._transfers = Transfers(backbone.device)
         self._open: dict[int, _OpenUnit] = {}
-        self._units = self._written_items = self._tokens = self._busy = 0
+        self._units = self._written_items = self._tokens = self._busy = self._reused = 0
         self._waited_for_items = self._waited_for_writers = 0.0
 
     @contextmanager
@@ -149,7 +170,8 @@ class Filler:
         try:
             with self._transfers.on_device(), _Writes() as writes:
                 stagings = stagings_of(self.target, self.backbone, self._transfers)
-                groups = prepared_groups(self._preparation, self._batches(pending, runner))
+                images = any(item.item.image is not None for item in self.items)
+                groups = prepared_groups(self._preparation, self._batches(pending, runner), images=images)
                 for number, ((unit, indices), prepared) in enumerate(self._awaited(self._transfers.sent(groups))):
                     if number == 0:
                         started, began, self._waited_for_items = time.perf_counter(), time.time(), 0.0
@@ -159,6 +181,7 @@ class Filler:
                         unit.buffers = {
                             layer: self._transfers.buffer(rows, one.width, one.dtype) for layer, one in stagings.items()
                         }
+                        advance(self._take_kept(unit, stagings))
                     self._compute(runner, unit, indices, prepared, stagings)
                     unit.left -= len(indices)
                     if unit.left == 0:
@@ -177,6 +200,7 @@ class Filler:
             waited_for_writers=self._waited_for_writers,
             busy_units=self._busy,
             batch_size=runner.size,
+            reused=self._reused,
         )
 
     def _awaited(self, groups: Iterator[_Group]) -> Iterator[_Group]:
@@ -190,7 +214,10 @@ class Filler:
             yield group
 
     def _batches(self, units: Iterable[int], runner: BatchRunner) -> Iterator[tuple[_Batch, list[PlannedItem]]]:
-        """Batches of the units that this run can claim; a unit has the same batches in every run."""
+        """Batches of the units that this run can claim; a unit has the same batches in every run.
+
+        A unit of which all rows were kept has one batch, without items.
+        """
         for number in units:
             claim = ExitStack()
             if not claim.enter_context(self.writer.claim(number)):
@@ -201,11 +228,35 @@ class Filler:
             starts = (self.store.row_starts[positions] - number * self.store.geometry.unit_rows).tolist()
             rows = self.store.n_tokens[positions].tolist()
             bounds = [(start, start + count) for start, count in zip(starts, rows, strict=True)]
-            unit = _OpenUnit(unit=number, positions=positions, bounds=bounds, claim=claim, left=len(positions))
-            self._open[number] = unit
             planned = [self.items[position] for position in positions]
-            for indices in even_batches([item.length for item in planned], runner.size):
+            kept = self._kept_states(planned)
+            others = [index for index in range(len(planned)) if index not in kept]
+            unit = _OpenUnit(unit=number, positions=positions, bounds=bounds, claim=claim, kept=kept, left=len(others))
+            self._open[number] = unit
+            for batch in even_batches([planned[index].length for index in others], runner.size) or [[]]:
+                indices = [others[place] for place in batch]
                 yield (unit, indices), [planned[index] for index in indices]
+
+    def _kept_states(self, planned: Sequence[PlannedItem]) -> dict[int, torch.Tensor]:
+        """Of the items of a unit whose states were kept, those states (n, D), by index."""
+        if self._spool is None:
+            return {}
+        with ThreadPoolExecutor(_READERS) as pool:
+            found = list(pool.map(self._spool.read, [one.item for one in planned], [one.token_ids for one in planned]))
+        return {index: states for index, states in enumerate(found) if states is not None}
+
+    def _take_kept(self, unit: _OpenUnit, stagings: Mapping[str, Staging]) -> int:
+        """Start copying the rows that were kept into the unit's buffers; of how many items."""
+        kept, unit.kept = unit.kept, {}
+        for index, states in kept.items():
+            if stagings[LAST].copies and not self.target.poolings:  # the device has nothing to do
+                unit.buffers[LAST][slice(*unit.bounds[index])] = states
+                continue
+            roles = self.items[unit.positions[index]].roles
+            rows = stored_of(self.backbone, self.target, {LAST: uploaded(states, self.backbone.device)}, roles)
+            self._stage(rows, unit, index, stagings)
+        self._reused += len(kept)
+        return len(kept)
 
     def _compute(
         self,
@@ -218,16 +269,23 @@ class Filler:
         """Compute one batch, and start copying its rows into the unit's buffers."""
 
         def compute(batch: Sequence[tuple[int, Prepared]]) -> None:
-            uploaded = self._transfers.upload([item for _, item in batch])
-            for (index, _), rows in zip(batch, rows_of(self.backbone, self.target, uploaded), strict=True):
-                start, stop = unit.bounds[index]
-                for layer, staging in stagings.items():
-                    staging.put(rows[layer], unit.buffers[layer][start:stop])
+            inputs = self._transfers.upload([item for _, item in batch])
+            for (index, _), rows in zip(batch, rows_of(self.backbone, self.target, inputs), strict=True):
+                self._stage(rows, unit, index, stagings)
 
         def name(item: tuple[int, Prepared]) -> str:
             return str(self.items[unit.positions[item[0]]])
 
         runner.run(compute, list(zip(indices, prepared, strict=True)), name=name)
+        self._tokens += sum(len(item.token_ids) for item in prepared)
+
+    def _stage(
+        self, rows: Mapping[str, torch.Tensor], unit: _OpenUnit, index: int, stagings: Mapping[str, Staging]
+    ) -> None:
+        """Start copying the rows of one item, by layer, into the unit's buffers."""
+        start, stop = unit.bounds[index]
+        for layer, staging in stagings.items():
+            staging.put(rows[layer], unit.buffers[layer][start:stop])
 
     def _writer_of(
         self, unit: _OpenUnit, stagings: Mapping[str, Staging], computed: "torch.cuda.Event | None"
@@ -258,7 +316,6 @@ class Filler:
 
         self._units += 1
         self._written_items += len(unit.positions)
-        self._tokens += sum(self.items[position].length for position in unit.positions)
         return write
 
     def _kept_logits(self, rows: NDArray[Any]) -> Callable[[int, int], NDArray[Any]]:

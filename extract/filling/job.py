@@ -9,6 +9,7 @@ from typing import Any
 
 from agiqa.errors import AgiqaError, SettingsConflict
 from agiqa.extract.data.items import DataSet
+from agiqa.extract.describing.spool import Spool
 from agiqa.extract.filling.calibration import (
     calibration_positions,
     calibration_record,
@@ -26,6 +27,7 @@ from agiqa.extract.filling.engines import (
 )
 from agiqa.extract.filling.fill import FillReport
 from agiqa.extract.filling.growing import Alignment, aligned
+from agiqa.extract.filling.kept import takes_kept_rows
 from agiqa.extract.filling.plan import TokenisedItems, store_plan, tokenise
 from agiqa.extract.filling.settings import ExtractionSettings
 from agiqa.extract.filling.starting import Phases, Source, Starter
@@ -84,6 +86,8 @@ def run_extraction(
     *,
     opener: Opener | None = None,
     crew: Crew | None = None,
+    preparation: Preparation[Backbone] | None = None,
+    spool: Spool | None = None,
 ) -> ExtractionResult:
     """Plan, fill and seal the store at `path`; what an earlier run finished is kept.
 
@@ -93,7 +97,9 @@ def run_extraction(
     The weights load, and their files are hashed, while the items are planned, and for a new store before that, while
     `source`, if it is a function, reads the data set and checks its images. With `plan_only` nothing is computed;
     with a `part` the run that completes the store seals it. `opener` opens `backbone` anew in other processes, which
-    `workers`, `devices` and `ray` need; `crew` holds the processes of `devices`, if they were started before.
+    `workers`, `devices` and `ray` need; `crew` holds the processes of `devices`, and `preparation` the workers of this
+    process, if they were started before. Rows that a `spool` has are not computed, unless the model runs in other
+    processes or the store was begun without a spool.
 
     Raises, before anything is read: UnknownName for the encoding, ConfigError for settings that contradict each other
     or need an `opener`, the errors of `check_writable` for `path`, and ModelError for a checkpoint without its tensors.
@@ -107,19 +113,18 @@ def run_extraction(
     with ExitStack() as stack:
         provenance = stack.enter_context(Ahead(backbone.provenance))  # which hashes the files of the model
         starter = Starter(stack=stack, backbone=backbone, path=path, settings=settings, opener=opener, crew=crew)
-        data_set, engine, preparation = starter.start(source, phases)
+        data_set, engine, preparation = starter.start(source, phases, preparation)
         alignment = aligned(path, _tokenised(data_set, preparation, settings, wanted, phases))
         if not isinstance(engine, Here):
             preparation.close()  # the other processes have their own workers
         compiled = _compiles(engine, backbone, alignment.tokenised, path, settings, wanted, phases)
-        engine = engine.compiling() if compiled else engine
+        engine, kept = _with_kept_rows(engine.compiling() if compiled else engine, path, spool)
+        how: dict[str, Any] = {"rule": settings.length, "grown": alignment.grown, "compiled": compiled, "kept": kept}
+        how["conversation"] = {"variant": settings.variant, "aspect": settings.aspect}
 
         def plan(target: Target, prefixes: Prefixes | None = None) -> StorePlan:
             provenance.result()
-            about = {"variant": settings.variant, "aspect": settings.aspect}
-            how: dict[str, Any] = {"rule": settings.length, "conversation": about, "grown": alignment.grown}
-            found = alignment.tokenised
-            return store_plan(data_set, backbone, found, target=target, compiled=compiled, prefixes=prefixes, **how)
+            return store_plan(data_set, backbone, alignment.tokenised, target=target, prefixes=prefixes, **how)
 
         target = _choose_target(engine, alignment, path, settings, wanted, phases, plan)
         prefixes = chosen_prefixes(engine, alignment.tokenised, path, settings, wanted, phases)
@@ -133,6 +138,12 @@ def run_extraction(
         fill=report,
         seconds=phases.seconds,
     )
+
+
+def _with_kept_rows(engine: Engine, path: Path, spool: Spool | None) -> tuple[Engine, bool]:
+    """The engine with the rows of `spool`, and whether the store at `path` takes such rows, from this run or others."""
+    kept = takes_kept_rows(path, offered=spool is not None)
+    return (replace(engine, spool=spool) if kept and isinstance(engine, Here) else engine), kept
 
 
 def _tokenised(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from agiqa.errors import DataError
 from agiqa.extract.data.items import DataSet, Item, OnBadItem, item_key, read_image
 from agiqa.extract.filling.compiled import KEY
+from agiqa.extract.filling.kept import KEPT
 from agiqa.extract.filling.pooling import Pooling, lacking
 from agiqa.extract.filling.prefixes import rows_of_beginnings
 from agiqa.extract.filling.targets import Target, stored_roles
@@ -190,15 +191,10 @@ def prepare_planned(backbone: Backbone, planned: PlannedItem) -> Prepared:
 
 
 def prepared_groups(
-    preparation: Preparation[Backbone], groups: Iterable[tuple[_Tag, Sequence[PlannedItem]]]
+    preparation: Preparation[Backbone], groups: Iterable[tuple[_Tag, Sequence[PlannedItem]]], *, images: bool
 ) -> Iterator[tuple[_Tag, list[Prepared]]]:
-    """`groups` of items, with a tag each, as the model reads them; without images, the plan has all of it already."""
-    ahead = iter(groups)
-    first = next(ahead, None)
-    if first is None:
-        return
-    groups = chain([first], ahead)
-    if any(planned.item.image is not None for planned in first[1]):
+    """`groups` of items, with a tag each, as the model reads them; without `images`, the plan has all of it already."""
+    if images:
         yield from preparation.groups(prepare_planned, groups, is_safe=lambda planned: planned.item.is_checked)
         return
     for tag, items in groups:
@@ -241,14 +237,15 @@ def store_plan(
     conversation: dict[str, str],
     target: Target,
     compiled: bool = False,
+    kept: bool = False,
     grown: Sequence[int] = (),
     prefixes: Prefixes | None = None,
 ) -> StorePlan:
     """The plan of a store.
 
     Into the provenance go `conversation`, the variant and aspect of the wording; `compiled`, whether the model's layers
-    are compiled; `grown`, how many items the store had each time when it got more; and the names of `prefixes`, the
-    shorter conversations as which it can be read.
+    are compiled; `kept`, whether rows may have been kept while the model described; `grown`, how many items the store
+    had each time when it got more; and the names of `prefixes`, the shorter conversations as which it can be read.
     """
     words = rating_tokens(backbone)
     provenance: dict[str, Any] = {
@@ -264,6 +261,7 @@ def store_plan(
         "tokens": {"max_tokens": rule.max_tokens, "truncated": tokenised.truncated},
         **target.provenance(),
         **({KEY: True} if compiled else {}),
+        **({KEPT: True} if kept else {}),
         **({} if words is None else {RATING_TOKENS: words}),
     }
     others = {layer: target.of(layer) for layer in target.layers[:-1]}

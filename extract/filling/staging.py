@@ -123,6 +123,8 @@ class Staging:
     put: Callable[[torch.Tensor, torch.Tensor], None]
     """`put(states, out)`: hidden states (n, D) on the device into rows (n, width) of a host buffer, without waiting."""
     finish: Finish
+    copies: bool = False
+    """Whether `put` copies the states as they are."""
 
 
 def staging_of(target: Target, backbone: Backbone, transfers: Transfers) -> Staging:
@@ -151,7 +153,7 @@ def staging_of(target: Target, backbone: Backbone, transfers: Transfers) -> Stag
         return Staging(dtype=wanted, width=target.basis.rank, put=put_coordinates, finish=_as_they_are)
     finish = _as_they_are if target.basis is None and target.scale is None else _encoder(target, backbone.logical_dtype)
     width = backbone.layer_width(target.layers[-1])
-    return Staging(dtype=dtype, width=width, put=transfers.download, finish=finish)
+    return Staging(dtype=dtype, width=width, put=transfers.download, finish=finish, copies=True)
 
 
 def stagings_of(target: Target, backbone: Backbone, transfers: Transfers) -> dict[str, Staging]:

@@ -50,8 +50,10 @@ class Starter:
     opener: Opener | None
     crew: Crew | None
 
-    def start(self, source: Source, phases: Phases) -> tuple[DataSet, Engine, Preparation[Backbone]]:
-        """The data set, where the model runs, and what prepares the items.
+    def start(
+        self, source: Source, phases: Phases, preparation: Preparation[Backbone] | None = None
+    ) -> tuple[DataSet, Engine, Preparation[Backbone]]:
+        """The data set, where the model runs, and what prepares the items: the given one, which stays for the caller.
 
         The model of a new store loads while the data set is read. Where there is a finished store, the items decide
         whether anything is computed.
@@ -65,10 +67,11 @@ class Starter:
         if engine is None:
             engine = self._engine(images, loads=not self.settings.plan_only and lacks_items(self.path, source.items))
         fewest = FEWEST_ITEMS if images else FEWEST_TEXTS
-        workers = chosen_workers(
-            self.settings.workers, self.backbone, len(source.items), opener=self.opener, fewest=fewest
-        )
-        preparation = self.stack.enter_context(Preparation(self.backbone, workers=workers, opener=self.opener))
+        if preparation is None:
+            workers = chosen_workers(
+                self.settings.workers, self.backbone, len(source.items), opener=self.opener, fewest=fewest
+            )
+            preparation = self.stack.enter_context(Preparation(self.backbone, workers=workers, opener=self.opener))
         if isinstance(engine, Here):
             engine = replace(engine, preparation=preparation)
         return source, engine, preparation

@@ -318,10 +318,16 @@ class _Probe:
 def rows_of(backbone: Backbone, target: Target, batch: Sequence[Prepared]) -> Iterator[dict[str, torch.Tensor]]:
     """What each item of `batch` stores, (rows, D) on the device by layer: the states of its tokens, or pooled ones."""
     for item, states in zip(batch, backbone.layer_states(batch, target.layers), strict=True):
-        if target.poolings:
-            yield pooled(target.poolings, states, roles_by_layer(backbone, target.layers, item.roles))
-        else:
-            yield states
+        yield stored_of(backbone, target, states, item.roles)
+
+
+def stored_of(
+    backbone: Backbone, target: Target, states: dict[str, torch.Tensor], roles: NDArray[np.uint8]
+) -> dict[str, torch.Tensor]:
+    """What an item stores, (rows, D) by layer, whose tokens have these `roles` (n,) and hidden `states` (n, D)."""
+    if not target.poolings:
+        return states
+    return pooled(target.poolings, states, roles_by_layer(backbone, target.layers, roles))
 
 
 def _own_logits(backbone: Backbone, target: Target, item: Prepared) -> torch.Tensor:

@@ -140,6 +140,16 @@ def test_things_say_what_they_are(store, run, way):
     assert len(repr(way.described)) < 500
 
 
+def test_describe_fills_a_store_in_the_same_pass(way, tmp_path):
+    given = {"model": way.model, "device": "cpu", "max_new_tokens": 6}
+    result = agiqa.describe(way.data, tmp_path / "out.jsonl", store=tmp_path / "store", pool_tokens="mean", **given)
+    assert [line["description"] for line in result.lines] == [line["description"] for line in way.described.lines]
+    assert result.extraction.store.pooled == ("mean",)
+    assert result.extraction.fill.reused == 12
+    assert result.as_dict()["extraction"]["pooled"] == ["mean"]
+    assert len(repr(result)) < 500
+
+
 def test_scores_are_those_of_the_store(way):
     outcomes = list(agiqa.score(way.images, [f"a picture {k // 2}" for k in range(12)], **way.options))
     assert [type(one) for one in outcomes] == [agiqa.ImageScore] * 12
@@ -187,6 +197,12 @@ def test_the_table_of_the_data_set_has_the_prompts(way):
 def test_bad_arguments_are_refused_before_the_model_runs(way, tmp_path):
     with pytest.raises(ConfigError, match=r"out\.csv: descriptions are JSON lines"):
         agiqa.describe(way.data, tmp_path / "out.csv", model=way.model)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cake'"):
+        agiqa.describe(way.data, tmp_path / "out.jsonl", model=way.model, cake=1)
+    with pytest.raises(ConfigError, match="encoding, variant: settings of a store"):
+        agiqa.describe(way.data, tmp_path / "out.jsonl", model=way.model, variant="full", encoding="int8")
+    with pytest.raises(ConfigError, match="A server hands out no hidden states"):
+        agiqa.describe(way.data, tmp_path / "out.jsonl", model="m", server="http://localhost:9", store=tmp_path / "s")
     with pytest.raises(DataError, match="absent"):
         agiqa.extract(tmp_path / "absent", tmp_path / "store", model=way.model, device="cpu")
     with pytest.raises(TypeError, match="model"):

@@ -96,6 +96,31 @@ class SlotLayer(CacheLayerMixin):
         return self.get_max_length()
 
 
+class SlotStates:
+    """The final hidden states (slots, length, D) of the tokens that slots hold, in the places of their keys and values.
+
+    They take `D` values per token, where the keys and values of an 8B model take 16 times as many.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, cache: "SlotCache", device: torch.device) -> None:
+        """All zeros."""
+        self._stored = torch.zeros(cache.slots, cache.length, width, dtype=dtype, device=device)
+        self._window = cache.window
+
+    def put(self, states: torch.Tensor) -> None:
+        """Keep the states (n, q, D) of a forward pass, at the window's places."""
+        window = self._window
+        self._stored[window.rows, window.places] = states.to(self._stored.dtype)
+
+    def fill(self, rows: torch.Tensor, states: torch.Tensor) -> None:
+        """Copy states (n, length, D) into the slots `rows` (n,)."""
+        self._stored[rows, : states.shape[1]] = states.to(self._stored.dtype)
+
+    def of(self, row: int, count: int) -> torch.Tensor:
+        """(count, D): a copy of those of the first tokens of the slot `row`."""
+        return self._stored[row, :count].clone()
+
+
 class SlotCache(Cache):
     """The cache of all layers. Call `look` before each forward pass."""
 
@@ -103,15 +128,15 @@ class SlotCache(Cache):
         """`slots` of `length` tokens."""
         self.slots, self.length = slots, length
         nothing = torch.zeros(0, 1, dtype=torch.int64, device=device)
-        self._window = Window(rows=nothing, places=nothing, read=None, count=0, reach=0)
-        self._slot_layers = [SlotLayer(shape, slots, length, device, self._window) for shape in shapes]
+        self.window = Window(rows=nothing, places=nothing, read=None, count=0, reach=0)
+        self._slot_layers = [SlotLayer(shape, slots, length, device, self.window) for shape in shapes]
         super().__init__(layers=[*self._slot_layers])
 
     def look(
         self, *, rows: torch.Tensor, places: torch.Tensor, read: torch.Tensor | None, count: int, reach: int
     ) -> None:
         """Change the window; see Window for the values."""
-        window = self._window
+        window = self.window
         window.rows, window.places, window.read, window.count, window.reach = rows, places, read, count, reach
 
     def fill(self, rows: torch.Tensor, source: Sequence[Sequence[torch.Tensor]]) -> None:

@@ -23,15 +23,20 @@ class NextPrompt:
 
 
 def next_prompt(
-    renderer: Renderer, prepared: Prepared, before: Sequence[Message], after: Sequence[Message]
+    renderer: Renderer,
+    prepared: Prepared,
+    before: Sequence[Message],
+    after: Sequence[Message],
+    *,
+    answer: bool = True,
 ) -> NextPrompt | None:
     """The prompt for an answer to `after`, which begins with `before`, whose prompt is `prepared`.
 
-    What stands for the image in the text of `before` became other tokens in `prepared`; they stand for it in `after`
-    too. None if the texts differ before the end of those tokens.
+    Without `answer`, the tokens of `after` alone. What stands for the image in the text of `before` became other tokens
+    in `prepared`; they stand for it in `after` too. None if the texts differ before the end of those tokens.
     """
     image = bool(prepared.inputs)
-    now = renderer.tokenize(renderer.render(after, image=image, answer=True))[0]
+    now = renderer.tokenize(renderer.render(after, image=image, answer=answer))[0]
     if not image:
         return NextPrompt(ids=now, seen=0)
     was, ids = renderer.tokenize(renderer.render(before, image=True, answer=True))[0], prepared.token_ids

@@ -5,7 +5,7 @@ depend on how many are in use. On a GPU the step is replayed from a CUDA graph f
 since the CPU takes longer to queue its thousand kernels than the GPU to compute them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -49,10 +49,11 @@ class Decoder:
         limit: int,
         stops: Sequence[int],
         graphs: bool = True,
+        keeps: bool = False,
     ) -> None:
         """`length` is the most tokens that a slot holds, answers included, and `limit` the longest answer.
 
-        Answers end with one of `stops`. With `graphs`, steps on a GPU are replayed.
+        Answers end with one of `stops`. With `graphs`, steps on a GPU are replayed. With `keeps`, `states` are kept.
         """
         self.slots, self.length, self.limit = slots, length, limit
         self._device = loaded.device
@@ -62,7 +63,7 @@ class Decoder:
         self._at: dict[int, int] = {}
         """By row in use, at least the tokens that it holds."""
         with torch.inference_mode():
-            self._model = SlotModel(loaded, shapes, slots=slots, length=length)
+            self._model = SlotModel(loaded, shapes, slots=slots, length=length, keeps=keeps)
             vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
             self._tokens, self._lengths, self._made, self._limits, self._seeds, self._which = (
                 torch.zeros(slots, dtype=torch.int64, device=self._device) for _ in range(6)
@@ -85,8 +86,26 @@ class Decoder:
     @torch.inference_mode()
     def go_on(self, suffixes: Sequence[Suffix], asks: Sequence[Ask]) -> None:
         """Put `suffixes` behind what their slots hold, and choose the first token of each answer."""
-        most = min(SUFFIX_ROWS, self.slots)
         asked = {suffix.row: ask for suffix, ask in zip(suffixes, asks, strict=True)}
+        for ending, logits in self._read_on(suffixes):
+            lengths = [one.start + len(one.ids) for one in ending]
+            self._choose_first([one.row for one in ending], logits, lengths, [asked[one.row] for one in ending])
+
+    @torch.inference_mode()
+    def put_behind(self, suffixes: Sequence[Suffix]) -> None:
+        """Compute `suffixes` behind what their slots hold, for their `states`; the next step may overwrite them."""
+        for _ in self._read_on(suffixes):
+            pass
+
+    @torch.inference_mode()
+    def states(self, row: int, count: int) -> torch.Tensor:
+        """(count, D): the final hidden states of the first tokens that the slot `row` holds, as queued until now."""
+        assert self._model.states is not None  # they are kept
+        return self._model.states.of(row, count)
+
+    def _read_on(self, suffixes: Sequence[Suffix]) -> Iterator[tuple[list[Suffix], torch.Tensor]]:
+        """Pass by pass: those of `suffixes` that it ends, with their last part of ids, and logits (n, V) after them."""
+        most = min(SUFFIX_ROWS, self.slots)
         for start in range(0, len(suffixes), most):
             left = list(suffixes[start : start + most])
             while left:
@@ -97,10 +116,7 @@ class Decoder:
                 logits = self._model.read_on(now, self._offsets, rows=rows, width=width)
                 ends = [place for place, one in enumerate(left) if len(one.ids) <= SUFFIX_WIDTH]
                 if ends:
-                    ending = [left[place] for place in ends]
-                    lengths = [one.start + len(one.ids) for one in ending]
-                    chosen = logits[indices(ends, self._device)]
-                    self._choose_first([one.row for one in ending], chosen, lengths, [asked[one.row] for one in ending])
+                    yield [left[place] for place in ends], logits[indices(ends, self._device)]
                 left = [
                     Suffix(row=one.row, start=one.start + SUFFIX_WIDTH, ids=one.ids[SUFFIX_WIDTH:])
                     for one in left

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from agiqa.errors import first_line
-from agiqa.extract.models.checks import BATCH_TOLERANCE
+from agiqa.extract.models.checks import BATCH_TOLERANCE, final_states, relative_error
 from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.decoding.cache import LayerShape
 from agiqa.extract.models.decoding.slot_model import LoadedModel, SlotModel, Suffix, read_prompts
@@ -27,23 +27,24 @@ class Unfit(Exception):
     """The reason why a model cannot answer from slots."""
 
 
-def slot_shapes(loaded: LoadedModel) -> list[LayerShape]:
+def slot_shapes(loaded: LoadedModel, *, keeps: bool = False) -> list[LayerShape]:
     """The sizes of the cache's layers, for a model that can answer from slots. Raises Unfit for another.
 
     Two prompts of some tokens are read; one goes on with more tokens, then both with one token per step. All logits
-    must be those of whole passes over the same tokens.
+    must be those of whole passes over the same tokens; with `keeps`, the kept hidden states too.
     """
     _refuse_by_structure(loaded)
     try:
         with torch.inference_mode():
             shapes = _shapes(loaded)
-            error = _try_out(loaded, shapes)
+            errors = _try_out(loaded, shapes, keeps=keeps)
     except _FAILURES as failure:
         message = f"trying it raised {type(failure).__name__}: {first_line(failure)}"
         raise Unfit(message) from failure
-    if not error <= BATCH_TOLERANCE[shapes[0].dtype]:  # nor if it is not a number
-        message = f"its logits differ from those of whole passes by {error:.2g} of their norm"
-        raise Unfit(message)
+    for what, error in errors.items():
+        if not error <= BATCH_TOLERANCE[shapes[0].dtype]:  # nor if it is not a number
+            message = f"its {what} differ from those of whole passes by {error:.2g} of their norm"
+            raise Unfit(message)
     return shapes
 
 
@@ -82,10 +83,10 @@ def _shapes(loaded: LoadedModel) -> list[LayerShape]:
     ]
 
 
-def _try_out(loaded: LoadedModel, shapes: Sequence[LayerShape]) -> float:
-    """The largest relative error of logits in the Frobenius norm."""
+def _try_out(loaded: LoadedModel, shapes: Sequence[LayerShape], *, keeps: bool) -> dict[str, float]:
+    """The largest relative error of logits, and with `keeps` of hidden states, in the Frobenius norm."""
     items, tokens = _prompts(loaded), loaded.ordinary(_SHORT + _LONG + _MORE + 2 * _STEPS)
-    model = SlotModel(loaded, shapes, slots=2, length=_LENGTH)
+    model = SlotModel(loaded, shapes, slots=2, length=_LENGTH, keeps=keeps)
     logits, offsets = model.read([1, 0], items)
     rows = {1: items[0].token_ids.tolist(), 0: items[1].token_ids.tolist()}
     errors = [_error(loaded, rows[1], logits[0]), _error(loaded, rows[0], logits[1])]
@@ -104,15 +105,29 @@ def _try_out(loaded: LoadedModel, shapes: Sequence[LayerShape]) -> float:
         for row in rows:
             rows[row].append(new[row])
             errors.append(_error(loaded, rows[row], logits[row]))
-    return max(errors, key=lambda error: error if error == error else float("inf"))  # not a number counts as the worst
+    found = {"logits": _largest(errors)}
+    if model.states is not None:
+        kept = {row: model.states.of(row, len(ids)) for row, ids in rows.items()}
+        found["hidden states"] = _largest([_state_error(loaded, ids, kept[row]) for row, ids in rows.items()])
+    return found
+
+
+def _largest(errors: Sequence[float]) -> float:
+    """The largest of `errors`, of which one that is not a number counts as the worst."""
+    return max(errors, key=lambda error: error if error == error else float("inf"))
 
 
 def _error(loaded: LoadedModel, ids: list[int], logits: torch.Tensor) -> float:
     """How far `logits` (V,) are from those of a pass over all `ids`."""
     item = _item(loaded, ids)
     with torch.inference_mode():
-        cache_free = loaded.model(**loaded.collate([item]), use_cache=False).logits[0, -1].double()
-    return float((logits.double() - cache_free).norm() / cache_free.norm().clamp(min=1e-12))
+        cache_free = loaded.model(**loaded.collate([item]), use_cache=False).logits[0, -1]
+    return relative_error(logits, cache_free)
+
+
+def _state_error(loaded: LoadedModel, ids: list[int], states: torch.Tensor) -> float:
+    """How far `states` (n, D) are from those of a pass over all `ids`, as they are extracted."""
+    return relative_error(states, final_states(loaded.model, loaded.collate([_item(loaded, ids)]))[0])
 
 
 def _prompts(loaded: LoadedModel) -> list[Prepared]:

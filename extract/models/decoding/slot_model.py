@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from transformers import DynamicCache
 from agiqa.extract.models.batches import indices, uploaded
 from agiqa.extract.models.contract import Prepared
 from agiqa.extract.models.decoding.attention import configs_of, slot_attention, visible_bias
-from agiqa.extract.models.decoding.cache import LayerShape, SlotCache
+from agiqa.extract.models.decoding.cache import LayerShape, SlotCache, SlotStates
 from agiqa.extract.models.rendering import Renderer
 
 REACH_STEP = 128
 """Attention reads the cache up to a multiple of this many places."""
 
 Inputs = dict[str, torch.Tensor]
+Keep = Callable[[torch.Tensor], None]
+"""Gets final hidden states (n, q, D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +59,22 @@ def reach_of(length: int, most: int) -> int:
 class SlotModel:
     """Computes logits (rows, V) in float32. All calls must be in inference mode."""
 
-    def __init__(self, loaded: LoadedModel, shapes: Sequence[LayerShape], *, slots: int, length: int) -> None:
-        """Allocates `slots` of `length` tokens, and one more that padding is written to."""
+    def __init__(
+        self, loaded: LoadedModel, shapes: Sequence[LayerShape], *, slots: int, length: int, keeps: bool = False
+    ) -> None:
+        """Allocates `slots` of `length` tokens, and one more that padding is written to.
+
+        With `keeps`, the final hidden states of all tokens are kept too.
+        """
         self.loaded, self.slots, self.length = loaded, slots, length
         self.device = loaded.device
         self.cache = SlotCache(shapes, slots + 1, length, self.device)
         self._dtype = shapes[0].dtype
+        self.states: SlotStates | None = None
+        """Of the tokens that the slots hold, if they are kept."""
+        if keeps:
+            width = loaded.model.get_output_embeddings().weight.shape[1]
+            self.states = SlotStates(width, self._dtype, self.cache, self.device)
         self._counting: Any = next((part for part in loaded.model.modules() if hasattr(part, "rope_deltas")), None)
         """The part of the model that knows the positions after an image, where they are not the places."""
         self._configs = configs_of(loaded.model)
@@ -92,9 +105,10 @@ class SlotModel:
         return logits, self._counting.rope_deltas.reshape(-1)
 
     def _read(self, rows: Sequence[int], items: Sequence[Prepared]) -> torch.Tensor:
-        last = indices([len(item.token_ids) - 1 for item in items], self.device)
-        found, logits = read_prompts(self.loaded.model, self.loaded.collate(items), last)
-        self.cache.fill(indices(rows, self.device), [(layer.keys, layer.values) for layer in found.layers])
+        last, into = indices([len(item.token_ids) - 1 for item in items], self.device), indices(rows, self.device)
+        keep = None if self.states is None else partial(self.states.fill, into)
+        found, logits = read_prompts(self.loaded.model, self.loaded.collate(items), last, keep=keep)
+        self.cache.fill(into, [(layer.keys, layer.values) for layer in found.layers])
         return logits
 
     def read_on(self, suffixes: Sequence[Suffix], offsets: torch.Tensor, *, rows: int, width: int) -> torch.Tensor:
@@ -115,10 +129,8 @@ class SlotModel:
         reach = reach_of(int(places.max()) + 1, self.length)
         ids, places, into, last, read = (uploaded(value, self.device) for value in (ids, places, into, last, read))
         self.cache.look(rows=into, places=places, read=read, count=rows, reach=reach)
-        with last_states_alone(self.loaded.model, last):
-            bias = visible_bias(places + 1, reach, self._dtype)
-            logits = self._forward(ids, places + offsets[read][:, None], bias)
-        return logits[: len(suffixes)]
+        bias = visible_bias(places + 1, reach, self._dtype)
+        return self._forward(ids, places + offsets[read][:, None], bias, last=last)[: len(suffixes)]
 
     def next_logits(
         self, tokens: torch.Tensor, lengths: torch.Tensor, offsets: torch.Tensor, reach: int
@@ -132,8 +144,12 @@ class SlotModel:
         positions = (lengths + offsets[: self.slots])[:, None]
         return self._forward(tokens[:, None], positions, visible_bias(places + 1, reach, self._dtype))
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        with slot_attention(self._configs):
+    def _forward(
+        self, ids: torch.Tensor, positions: torch.Tensor, bias: torch.Tensor, *, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (n, V) of the last token of each row, or of those at the places `last` (n,)."""
+        keep = None if self.states is None else self.states.put
+        with slot_attention(self._configs), before_the_head(self.loaded.model, last=last, keep=keep):
             found = self.loaded.model(
                 input_ids=ids, position_ids=positions, attention_mask=bias, past_key_values=self.cache, use_cache=True
             )
@@ -141,22 +157,34 @@ class SlotModel:
         return logits
 
 
-def read_prompts(model: Any, inputs: Mapping[str, torch.Tensor], last: torch.Tensor) -> tuple[Any, torch.Tensor]:
+def read_prompts(
+    model: Any, inputs: Mapping[str, torch.Tensor], last: torch.Tensor, *, keep: Keep | None = None
+) -> tuple[Any, torch.Tensor]:
     """The cache of transformers after `inputs`, padded on the right, and the logits (n, V) at the places `last`."""
     cache = DynamicCache(config=model.config)
-    with last_states_alone(model, last):
+    with before_the_head(model, last=last, keep=keep):
         found = model(**inputs, past_key_values=cache, use_cache=True)
     return found.past_key_values, found.logits[:, -1].float()
 
 
 @contextmanager
-def last_states_alone(model: Any, last: torch.Tensor) -> Generator[None]:
-    """Let `model` make logits of the places `last` (n,) alone: those of a whole prompt would be 128,256 per token."""
+def before_the_head(model: Any, *, last: torch.Tensor | None, keep: Keep | None) -> Generator[None]:
+    """Give `keep` the states that `model` makes logits of; with `last` (n,), let it make those of these places alone.
+
+    The logits of a whole prompt would be 128,256 per token.
+    """
 
     def choose(_module: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         states = given[0]
+        if keep is not None:
+            keep(states)
+        if last is None:
+            return given
         rows = torch.arange(len(last), device=last.device)
         return (states[rows, last][:, None], *given[1:])
 
+    if last is None and keep is None:
+        yield
+        return
     with model.get_output_embeddings().register_forward_pre_hook(choose):
         yield

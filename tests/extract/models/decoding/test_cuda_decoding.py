@@ -1,5 +1,7 @@
 """Decoding on a GPU: replayed steps against steps one kernel after the other, and against `generate`."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from agiqa.extract.data.items import Message
 from agiqa.extract.models import GenerationSettings, open_backbone
 from agiqa.extract.models.batches import alike
+from agiqa.extract.models.checks import BATCH_TOLERANCE, relative_error
 from agiqa.extract.models.decoding.choosing import Policy
 from agiqa.extract.models.decoding.decoder import Ask, Decoder
 from agiqa.extract.models.decoding.eligibility import slot_shapes
@@ -73,6 +76,25 @@ def test_replayed_steps_are_the_steps_themselves(backbone, items):
     assert answers(backbone, items, graphs=True) == answers(backbone, items, graphs=False)
     drawn = GenerationSettings.published(max_new_tokens=NEW)
     assert answers(backbone, items, drawn, graphs=True) == answers(backbone, items, drawn, graphs=False)
+
+
+def test_states_that_replayed_steps_keep_are_those_of_whole_passes(backbone, items):
+    loaded = backbone.answering_parts()
+    shapes = slot_shapes(loaded, keeps=True)
+    decoder = Decoder(
+        loaded, shapes, slots=4, length=768, policies=[Policy.of(SETTINGS)], limit=NEW, stops=[], keeps=True
+    )
+    for place, item in enumerate(items):
+        decoder.begin([place], [item], [Ask(limit=NEW, policy=Policy.of(SETTINGS))])
+    decoder.step(NEW)
+    for row, answer in decoder.ended().items():
+        item, ids = items[row], [*items[row].token_ids.tolist(), *answer[:-1]]
+        roles = np.zeros(len(ids), np.uint8)
+        roles[: len(item.roles)] = item.roles
+        (expected,) = backbone.hidden_states([replace(item, token_ids=np.array(ids, np.int32), roles=roles)])
+        found = decoder.states(row, len(ids))
+        assert relative_error(found, expected) < BATCH_TOLERANCE[expected.dtype]
+        assert relative_error(found[-1], expected[-1]) < BATCH_TOLERANCE[expected.dtype]
 
 
 def test_answers_are_those_of_generate(backbone, items):

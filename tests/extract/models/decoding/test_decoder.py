@@ -1,5 +1,7 @@
 """Answers in slots, against `generate` for one item alone: tiny models in float32 give the same tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -61,11 +63,12 @@ def items(backbone, pictures):
     ]
 
 
-def decoder_of(backbone, *, slots, limit, stops=None, length=LENGTH, policies=(GREEDY,)):
+def decoder_of(backbone, *, slots, limit, stops=None, length=LENGTH, policies=(GREEDY,), keeps=False):
     loaded = backbone.answering_parts()
     stops = stop_tokens(loaded.model, loaded.renderer) if stops is None else stops
-    shapes = slot_shapes(loaded)
-    return Decoder(loaded, shapes, slots=slots, length=length, policies=policies, limit=limit, stops=stops)
+    shapes = slot_shapes(loaded, keeps=keeps)
+    options = {"slots": slots, "length": length, "policies": policies, "limit": limit, "stops": stops}
+    return Decoder(loaded, shapes, keeps=keeps, **options)
 
 
 def alone(backbone, item, limit, stops=None):
@@ -154,6 +157,36 @@ def test_a_second_question_goes_on_from_what_the_slot_holds(backbone, items, pic
     assert [found[row] for row in again] == [
         alone(backbone, item, 4 + number) for number, item in enumerate(again.values())
     ]
+
+
+def longer(item, ids):
+    """The item with these token ids; what follows its own is no image."""
+    roles = np.zeros(len(ids), np.uint8)
+    roles[: len(item.roles)] = item.roles
+    return replace(item, token_ids=np.array(ids, np.int32), roles=roles)
+
+
+def test_kept_states_are_those_of_whole_passes(backbone, items):
+    """Of prompts, of generated tokens while other rows begin and end, and of tokens that are put behind them."""
+    decoder, limits, waiting, working = (
+        decoder_of(backbone, slots=2, limit=9, keeps=True),
+        [9, 3, 7, 5],
+        [*range(4)],
+        {},
+    )
+    while waiting or working:
+        for row in {0, 1} - set(working):
+            if waiting:
+                working[row] = waiting.pop(0)
+                begin(decoder, [row], [items[working[row]]], [limits[working[row]]])
+        decoder.step(2)
+        ended = {row: (items[working.pop(row)], answer) for row, answer in decoder.ended().items()}
+        held = {row: [*item.token_ids.tolist(), *answer[:-1], 20, 21, 22] for row, (item, answer) in ended.items()}
+        decoder.put_behind([Suffix(row=row, start=len(ids) - 3, ids=ids[-3:]) for row, ids in held.items()])
+        for row, ids in held.items():
+            (expected,) = backbone.hidden_states([longer(ended[row][0], ids)])
+            error = (decoder.states(row, len(ids)) - expected).norm(dim=-1) / expected.norm(dim=-1)
+            assert error.max() < 1e-5
 
 
 def test_up_to_the_last_place_of_a_slot(backbone, items):
