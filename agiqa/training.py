@@ -9,6 +9,7 @@ from rich.console import Console
 from agiqa.extract.data.templates import aspects_of, label_of
 from agiqa.heads import (
     FeatureSource,
+    HeadConfig,
     Run,
     TrainConfig,
     TrainingProgress,
@@ -20,6 +21,7 @@ from agiqa.heads import (
 from agiqa.heads.data.features import location_of
 from agiqa.heads.data.variants import as_variant
 from agiqa.heads.model.reading import default_settings_of, usual_settings
+from agiqa.heads.settings.form_settings import unread_by_forms
 from agiqa.progress import say
 from agiqa.store import AnyStore, Store, open_store, union
 
@@ -61,6 +63,7 @@ def train(
         start=None if first is None else first.head,
         usual=default_settings_of(source) if first is None else lambda given: _of_start(source, first, given),
     )
+    _say_unread(settings, head)
     source = as_variant(source, training.variant)
     _warn_of_other_questions(source, training)
     trained = train_head(
@@ -97,6 +100,13 @@ def _store(store: str | Path | FeatureSource) -> AnyStore:
         message = f"`also` joins stores, and {location_of(source)} is a {type(source).__name__}."
         raise TypeError(message)
     return source
+
+
+def _say_unread(settings: Mapping[str, Any], head: HeadConfig) -> None:
+    """Name the settings given without effect: a network reads none of closed forms alone, and the reverse."""
+    unread = unread_by_forms(head)
+    for name in (name for name, value in settings.items() if value is not None and name in unread):
+        say(f"note: {unread[name]} does not read `{name}`, which has no effect")
 
 
 def _warn_of_other_questions(source: FeatureSource, training: TrainConfig) -> None:

@@ -32,6 +32,7 @@ from agiqa.heads.closed.regressions import (
     INNER_FOLDS,
     MOST_TO_CHOOSE_BY,
     STRENGTHS,
+    Folds,
     Kernel,
     Linear,
     Regression,
@@ -66,6 +67,29 @@ class Known:
         """Some of the items."""
         return replace(self, labels=self.labels[places], groups=self.groups[places], weights=self.weights[places])
 
+    def folds(self, count: int) -> Folds:
+        """The kept and the held items of each fold of whole prompts.
+
+        The folds are of single items where whole prompts would leave fewer than two items with a MOS to fit a label to.
+        Raises DataError where single items do too.
+        """
+        for groups in (fold_groups(self.groups), np.arange(len(self.groups))):
+            folds = inner_folds(groups, count) if len(groups) > 1 else []
+            if folds and all((np.isfinite(self.labels[kept]).sum(axis=0) > 1).all() for kept, _ in folds):
+                return folds
+        fewest = int(np.isfinite(self.labels).sum(axis=0).min())
+        message = (
+            "A stack, and `init`, predict each fold by a fit to the other items, which needs two of them with a MOS, "
+            f"and {fewest} of {len(self.labels)} training items have one. Use more items or the encoder 'ridge', or "
+            "leave out a label that few items have."
+        )
+        raise DataError(message)
+
+
+def fold_groups(groups: Items) -> Items:
+    """`groups`; where they are one, each item is a group of its own: there are no other prompts to predict."""
+    return np.arange(len(groups)) if len(np.unique(groups)) == 1 else groups
+
 
 @dataclass(frozen=True, kw_only=True)
 class Form(ABC):
@@ -92,7 +116,7 @@ class Form(ABC):
     def out_of_fold(self, inputs: Inputs, known: Known) -> Array:
         """Predictions (items, labels) for each item by a fit to the items of other prompts. Raises as `fit`."""
         found = np.empty_like(known.labels)
-        for kept, held in inner_folds(known.groups, self.folds):
+        for kept, held in known.folds(self.folds):
             found[held] = self.fit(inputs.of(kept), known.of(kept)).scores(inputs.of(held))
         return found
 
@@ -151,7 +175,7 @@ class _VectorForm(Form):
         constants = {"mean": torch.from_numpy(scaler.mean_), "std": torch.from_numpy(scaler.scale_)}
 
         def choose(places: Items, mos: Array, weights: Array) -> Regression:
-            groups = known.groups[places]
+            groups = fold_groups(known.groups[places])
             some = some_groups(groups, MOST_TO_CHOOSE_BY) if self.by_kernel(rows) else np.arange(len(places))
             return self.choose(rows[places[some]], mos[some], groups[some], weights[some])
 
@@ -236,7 +260,7 @@ class BagForm(Form):
         tried = STRENGTHS if self.strengths is None else self.strengths
 
         def choose(places: Items, mos: Array, weights: Array) -> Regression:
-            groups = known.groups[places]
+            groups = fold_groups(known.groups[places])
             return best_ridge(rows[places], mos, groups, weights=weights, folds=self.folds, strengths=tried)
 
         def fit(chosen: Regression, places: Items, mos: Array, weights: Array) -> Any:

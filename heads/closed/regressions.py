@@ -115,7 +115,7 @@ class Regression:
     def fit(
         self, known: Any, mos: Array, *, weights: Array | None = None, device: torch.device = _CPU
     ) -> Linear | Kernel:
-        """The function fitted to all rows of `known`. Raises ConfigError for more items than a kernel matrix holds."""
+        """The function fitted to all rows of `known`. Raises as `median_distance` and `check_kernel_size`."""
         if issparse(known):
             unequal = None if weights is None or (weights == 1).all() else weights
             model = Ridge(alpha=_alpha(self.strength)).fit(known, mos, sample_weight=unequal)
@@ -185,9 +185,6 @@ def best_kernel_ridge(
     """
     check_kernel_size(len(known), device)
     median, weighing = median_distance(known), np.ones(len(mos)) if weights is None else weights
-    if median == 0:
-        message = "kernel ridge is not tried: half of all pairs of training items, or more, have equal features"
-        raise DataError(message)
     parts, rows = inner_folds(groups, folds), _tensor(known, device)
     squares = squared_distances(rows, rows)
     kernels: dict[int, Tensor] = {}  # the latest one only: it may take gigabytes
@@ -291,10 +288,17 @@ def gaussian(squares: Float[Tensor, "a b"], scale: float) -> Float[Tensor, "a b"
 
 
 def median_distance(known: Array) -> float:
-    """The median distance between two different rows; of the first rows and some in between where there are many."""
+    """The median distance between two different rows; of the first rows and some in between where there are many.
+
+    Raises DataError where it is zero, which is no width of a kernel.
+    """
     rows = _tensor(known[:: -(-len(known) // MOST_TO_CHOOSE_BY)])
     squares = squared_distances(rows, rows).numpy()
-    return math.sqrt(float(np.median(squares[np.triu_indices(len(squares), 1)])))
+    median = math.sqrt(float(np.median(squares[np.triu_indices(len(squares), 1)])))
+    if median == 0:
+        message = "kernel ridge is not tried: half of all pairs of training items, or more, have equal features"
+        raise DataError(message)
+    return median
 
 
 def _fit_ridge(rows: Tensor, values: Tensor, weights: Tensor, strength: float) -> Linear:

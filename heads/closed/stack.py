@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor, nn
 
-from agiqa.errors import ConfigError
+from agiqa.errors import ConfigError, DataError
 from agiqa.heads.closed.forms import FORMS, Form, Known
 from agiqa.heads.closed.heads import HEADS, Array, ClosedHead, Facts, Inputs, Items, Tensors, below, head_of
 from agiqa.heads.closed.pooled import Kept
@@ -25,6 +25,7 @@ from agiqa.heads.settings.config import HeadConfig
 
 STACK, TFIDF, AUTO = "stack", "tfidf", "auto"
 _ON_VECTORS = ("ridge", "krr")
+_LEFT_OUT_IF_UNFIT = ("krr", TFIDF)
 LEFT_OUT = "left_out"
 """The fact of a stack with the members that could not be fitted, each with the reason."""
 
@@ -113,10 +114,11 @@ class StackHead(ClosedHead):
         return StackInputs(values=None, facts=self.facts, parts=tuple(parts))
 
     def scores(self, inputs: Inputs) -> Array:
-        """The weighted sum."""
+        """The weighted sum; `inputs` may have parts of further members."""
         assert isinstance(inputs, StackInputs)
-        pairs = zip(self._closed(), inputs.parts, strict=True)
-        predicted = np.stack([member.scores(part) for member, part in pairs], axis=2)
+        parts = dict(zip(inputs.facts["names"], inputs.parts, strict=True))
+        pairs = zip(self.facts["names"], self._closed(), strict=True)
+        predicted = np.stack([member.scores(parts[name]) for name, member in pairs], axis=2)
         found: Array = (predicted * self._numpy("mixing")).sum(axis=2) + self._numpy("intercept")
         return found
 
@@ -151,8 +153,8 @@ class StackForm(Form):
     def fit_and_fold(self, inputs: Inputs, known: Known) -> tuple[ClosedHead, Array]:
         """The head, and the mixture of its members' out-of-fold predictions by the weights that all of them gave."""
         assert isinstance(inputs, StackInputs)
-        names = inputs.facts["names"]
-        fitted = [self._form(name).fit_and_fold(part, known) for name, part in zip(names, inputs.parts, strict=True)]
+        members, left_out = self._members(inputs, known)
+        names, fitted = [*members], [*members.values()]
         predicted = np.stack([folded for _, folded in fitted])
         mixing = mixtures(predicted, known)
         tensors: dict[str, Tensor] = {
@@ -164,8 +166,24 @@ class StackForm(Form):
         mixed = np.stack([one.of(predicted[:, :, k].T) for k, one in enumerate(mixing)], axis=1)
         fits = [_fit_record(names, one, mixed[:, k], known, k) for k, one in enumerate(mixing)]
         facts = {"names": names, "members": [member.facts for member, _ in fitted], "fits": fits}
-        facts |= {LEFT_OUT: inputs.facts[LEFT_OUT]} if inputs.facts[LEFT_OUT] else {}
+        facts |= {LEFT_OUT: left_out} if left_out else {}
         return StackHead(tensors, facts), mixed
+
+    def _members(self, inputs: StackInputs, known: Known) -> tuple[dict[str, tuple[ClosedHead, Array]], dict[str, str]]:
+        """Each member with its out-of-fold predictions, and those of an `auto` stack that are left out, with reasons.
+
+        Whether the kernel has a width, and whether there is a word to count, is known only when they are fitted. All
+        items allow a ridge that allow any form.
+        """
+        found, left_out = dict[str, tuple[ClosedHead, Array]](), dict(inputs.facts[LEFT_OUT])
+        for name, part in zip(inputs.facts["names"], inputs.parts, strict=True):
+            try:
+                found[name] = self._form(name).fit_and_fold(part, known)
+            except (DataError, ConfigError) as error:
+                if self.config.members != AUTO or name not in _LEFT_OUT_IF_UNFIT:
+                    raise
+                left_out[name] = str(error).rstrip(".")
+        return found, left_out
 
     def _form(self, name: str) -> Form:
         pooling = AUTO if name == TFIDF else self.pooling

@@ -104,7 +104,7 @@ def make_partition(source: ItemSource, config: TrainConfig) -> Partition:
             raise DataError(message)
     if config.validation > 0.0 and not len(validation):
         seed = [config.split_seed, _VALIDATION_STREAM]
-        remedy = "Set `validation` to 0 to hold out none and keep the last epoch."
+        remedy = "Set `validation` to 0 to hold out none. A network then keeps its last epoch."
         validation = hold_out(prompts, train, config.validation, seed, remedy=remedy)
         train = np.setdiff1d(train, validation)
     trained = KnownPrompts(prompts[k] for k in train)

@@ -150,8 +150,8 @@ class TrainConfig(FrozenSettings):
     test_share: float = Field(default=0.2, gt=0.0, lt=1.0)
     """Share of the items that the split `grouped` tests on."""
     validation: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of training (whole prompts) that chooses the epoch. With 0, or fewer than 30 items, the last epoch is
-    kept (with `init`, the closed form): so few items are too few to choose by."""
+    """Share of training (whole prompts) that chooses the epoch. With 0 the last epoch is kept. With fewer than 30
+    items, too few to choose by, it is kept too, or with `init` the closed form alone."""
     training_items: int | None = Field(default=None, ge=1)
     """Number of training and validation items to use; all if absent. `training_seed` draws them, and smaller subsets
     are nested in larger ones."""

@@ -10,7 +10,7 @@ from agiqa.heads.settings.config import HeadConfig
 _NETWORK_SETTINGS = (
     *("projection", "width", "standardise", "bidirectional", "token_dropout", "regressor_hidden", "loss", "epochs"),
     *("batch_size", "lr", "projection_lr", "weight_decay", "schedule", "warmup", "gradient_clip", "ema", "patience"),
-    *("refit", "precision", "cuda_graphs", "compile"),
+    *("refit", "precision", "cuda_graphs", "compile", "layer_mix", "tensorboard"),
 )
 """Settings that closed forms do not read."""
 _FORM_SETTINGS = {
@@ -23,14 +23,15 @@ _FORM_SETTINGS = {
     "rating_tokens": {"rating-words"},
 }
 """Settings that only these closed forms read."""
-_OF_FORMS = frozenset({*_FORM_SETTINGS, "layer_mix"})
-"""Settings of a HeadConfig that ask for no network."""
+_IF_TRUE = ("paper_compatible", "tensorboard")
+"""Settings that ask for a network where they are true: they report on its epochs."""
 
 
 def asks_for_network(given: Mapping[str, Any]) -> bool:
     """Whether flat settings without an encoder name one that asks for a network, such as `width` or `epochs`."""
-    of_heads = HeadConfig.model_fields.keys() - _OF_FORMS
-    return any(name in of_heads or name in _NETWORK_SETTINGS for name, value in given.items() if value is not None)
+    of_heads = HeadConfig.model_fields.keys() - _FORM_SETTINGS.keys()
+    asking = {*of_heads, *_NETWORK_SETTINGS} - {*_IF_TRUE}
+    return any(given.get(name) is not None for name in asking) or any(given.get(name) for name in _IF_TRUE)
 
 
 def unread_by_forms(head: HeadConfig) -> dict[str, str]:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from agiqa.heads.closed.choosing import form_of
-from agiqa.heads.closed.forms import Known
+from agiqa.heads.closed.forms import Known, fold_groups
 from agiqa.heads.closed.heads import ClosedHead
 from agiqa.heads.closed.pooled import Kept
 from agiqa.heads.closed.regressions import Array, Positions
@@ -67,14 +67,9 @@ def fit_base(
 
 
 def known_items(source: FeatureSource, items: Positions, labels: Array, config: TrainConfig) -> Known:
-    """The prompts and weights of `items` beside their `labels`. Raises as `item_weights`.
-
-    Where all items have one prompt, or none, each is a group of its own: there are no other prompts to predict.
-    """
+    """The prompts, as `fold_groups`, and weights of `items` beside their `labels`. Raises as `item_weights`."""
     prompts = source.items.prompts
-    groups = prompt_groups([prompts[item] for item in items])
-    if len(np.unique(groups)) == 1:
-        groups = np.arange(len(items))
+    groups = fold_groups(prompt_groups([prompts[item] for item in items]))
     return Known(labels=labels, groups=groups, weights=item_weights(source, items, labels, config))
 
 

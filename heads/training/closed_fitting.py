@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch
 
 from agiqa.heads.closed.choosing import form_of
 from agiqa.heads.closed.forms import Known
 from agiqa.heads.closed.heads import ClosedHead, Inputs
 from agiqa.heads.closed.pooled import Kept
+from agiqa.heads.closed.words import WORDS
 from agiqa.heads.data.features import read_labels
 from agiqa.heads.data.keeping import KeptFeatures
 from agiqa.heads.evaluation.metrics import score
@@ -22,7 +24,7 @@ from agiqa.heads.settings.labels import labelled_pairs
 from agiqa.heads.training.closed_base import fit_line, known_items
 from agiqa.heads.training.curves import Epoch, Outcome
 from agiqa.heads.training.experiment import Experiment
-from agiqa.heads.training.fitting import Fit
+from agiqa.heads.training.fitting import Fit, check_labels
 from agiqa.heads.training.progress import TrainingProgress
 from agiqa.progress import say
 
@@ -36,7 +38,7 @@ def fit_closed(
     """The fit to the training items, with its validation predictions, and the fit to keep.
 
     `rows` are features in memory, if some are; `scorer` as that of `Learner`. Raises DataError for items that lack what
-    the form reads, and ConfigError for more items than it can hold.
+    the form reads and as `check_labels`, and ConfigError for more items than it can hold.
     """
     started, partition, head = time.perf_counter(), experiment.partition, experiment.head
     form = form_of(head, label=experiment.train.label, folds=experiment.train.inner_folds, device=experiment.device)
@@ -46,6 +48,8 @@ def fit_closed(
         items = np.concatenate([partition.train, partition.validation])
         inputs = form.read(experiment.source, items, None if rows is None else Kept(features=rows.features))
         labels = read_labels(experiment.source, items, label=experiment.train.label)
+        if head.encoder != WORDS:
+            check_labels(experiment.source, torch.from_numpy(labels[: len(partition.train)]), experiment.train)
         known, first = known_items(experiment.source, items, labels, experiment.train), np.arange(len(partition.train))
         chosen = form.fit(inputs.of(first), known.of(first))
         final = form.fit(inputs, known) if len(partition.validation) else chosen

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from jaxtyping import Float
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from numpy.typing import NDArray
+from torch import Tensor
 
 from agiqa.errors import DataError
 from agiqa.heads.closed.combined import AnyHead, ResidualHead
 from agiqa.heads.data.batches import LabelledItems
-from agiqa.heads.data.features import FeatureSet, location_of
+from agiqa.heads.data.features import FeatureSet, FeatureSource, location_of
 from agiqa.heads.data.scales import lines_between, scales_of
 from agiqa.heads.data.soft_labels import grouping_variance, level_values, soft_labels
 from agiqa.heads.evaluation.runs import Run
@@ -67,7 +69,7 @@ def fit_head(
     `build_head`.
     """
     device, base = resolve_device(config.device), None
-    check_labels(features, train, config)
+    check_labels(features.source, train.labels, config)
     if head_config.init is not None:
         base = fit_base(features, head_config, config, train=train, validation=validation, device=device)
     with random_state(config.seed, device), cpu_threads(config.threads):
@@ -211,24 +213,22 @@ def _trainer(
     )
 
 
-def check_labels(features: FeatureSet, train: LabelledItems, config: TrainConfig) -> None:
-    """Raise DataError when nothing can be learned from the labels of these items."""
-    names, where = config.labels, location_of(features.source)
-    if train.labels.shape[1] != len(names):
-        message = (
-            f"Training on the label {config.label!r} needs {len(names)} per item, and has {train.labels.shape[1]}."
-        )
+def check_labels(source: FeatureSource, labels: Float[Tensor, "items label"], config: TrainConfig) -> None:
+    """Raise DataError when nothing can be learned from these labels of training items of `source`."""
+    names, where = config.labels, location_of(source)
+    if labels.shape[1] != len(names):
+        message = f"Training on the label {config.label!r} needs {len(names)} per item, and has {labels.shape[1]}."
         raise DataError(message)
-    if len(train) == 1:
+    if len(labels) == 1:
         message = (
             f"{where}: the training part is a single item: there is nothing to learn. Change the split, `validation` "
             "or `training_items`."
         )
         raise DataError(message)
-    for name, values in zip(names, train.labels.unbind(1), strict=True):
+    for name, values in zip(names, labels.unbind(1), strict=True):
         column = values[~values.isnan()]
         if not len(column):
-            message = f"{where}: none of {len(train)} training items has a {name} MOS. Leave the label out."
+            message = f"{where}: none of {len(labels)} training items has a {name} MOS. Leave the label out."
             raise DataError(message)
         if column.max() == column.min():
             which = "label" if len(names) == 1 else f"{name} label"

@@ -8,7 +8,9 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
-from agiqa.heads import HeadConfig, TrainConfig, load_settings, train_head
+import agiqa
+from agiqa.errors import DataError
+from agiqa.heads import HeadConfig, TrainConfig, load_run, load_settings, train_head
 from agiqa.heads.closed import regressions
 from agiqa.heads.data.layers import spread_layers
 from agiqa.heads.model.reading import default_settings_of, usual_settings
@@ -148,3 +150,110 @@ def test_items_of_one_prompt_are_folded_one_by_one(make_store, tmp_path):
         held = cross_val_predict(Ridge(alpha=strength), rows, mos, cv=GroupKFold(5), groups=np.arange(48))
         errors[strength] = np.square(held - mos).mean()
     assert ridge.config["closed"]["fits"][0]["strength"] == min(errors, key=errors.get)
+
+
+def weights_of(run):
+    return [list(fit["weights"]) for fit in run.config["closed"]["fits"]]
+
+
+def with_columns(store, **columns):
+    return replace(store, items=replace(store.items, **columns))
+
+
+@pytest.mark.parametrize("init", [None, "stack"])
+def test_members_that_cannot_be_fitted_are_left_out_with_the_reason(make_store, tmp_path, init):
+    made = make_store(60, published=True)
+    alike = replace(made, features=[made.features[0] if k % 4 else rows for k, rows in enumerate(made.features)])
+    head = None if init is None else HeadConfig(projection="sketch", encoder="none", init=init, width=4)
+    epochs = {} if init is None else {"epochs": 1}
+    run = train_head(alike, tmp_path / "alike", head=head, train=TrainConfig(device="cpu", **epochs))
+    assert weights_of(run) == [["ridge", "tfidf"]]
+    assert [note for note in run.metrics["notes"] if "without krr" in note and "equal features" in note]
+    assert run.predict(alike) == pytest.approx(load_run(run.path).predict(alike))
+    named = HeadConfig(encoder="stack", members="ridge+krr")
+    with pytest.raises(DataError, match="equal features"):
+        train_head(alike, tmp_path / "named", head=named, train=TrainConfig(device="cpu"))
+
+
+def test_the_kernel_may_have_no_width_in_one_fold_only(make_store, tmp_path):
+    """All items allow a kernel ridge, and those of some fold do not: a third of the pairs are equal, then more."""
+    made = make_store(40, published=True)
+    train = [k for k in range(40) if k % 5]
+    alike = set(train[:22])
+    prompts = [f"alike {k % 7}" if k in alike else "others" if k in train[22:28] else f"own {k}" for k in range(40)]
+    features = [made.features[0] if k in alike else rows for k, rows in enumerate(made.features)]
+    store = replace(with_columns(made, prompts=prompts), features=features)
+    run = train_head(store, tmp_path / "run", train=TrainConfig(device="cpu", validation=0.0, inner_folds=4))
+    assert weights_of(run) == [["ridge", "tfidf"]]
+    ridge = train_head(store, tmp_path / "krr", head=HeadConfig(encoder="krr"), train=run.train)
+    assert np.isfinite(ridge.predict(store)).all()
+
+
+def test_tfidf_without_a_token_to_count_is_left_out(make_store, tmp_path):
+    made = make_store(60, published=True)
+    images = replace(made, roles=[np.ones(len(rows), np.uint8) for rows in made.features])
+    run = train_head(images, tmp_path / "run", train=TrainConfig(device="cpu"))
+    assert weights_of(run) == [["ridge", "krr"]]
+    assert [note for note in run.metrics["notes"] if "without tfidf" in note and "nothing to count" in note]
+
+
+@pytest.mark.parametrize("encoder", ["ridge", "stack"])
+def test_one_prompt_is_enough_beside_that_of_the_validation_items(make_store, tmp_path, encoder):
+    made = make_store(60, prompts=2, published=True)
+    head = HeadConfig(encoder=encoder, pooling="mean")
+    assert train_head(made, tmp_path / "two", head=head, train=TrainConfig(device="cpu")).metrics["test"]["srcc"]
+    train = np.array([k for k in range(60) if k % 5])
+    ones = made.items.labels["quality"].copy()
+    ones[train[24:]] = np.nan
+    prompts = ["a cat" if k in train[:24] else f"Prompt {k}" for k in range(60)]
+    gaps = with_columns(made, prompts=prompts, labels={**made.items.labels, "correspondence": ones})
+    both = TrainConfig(device="cpu", validation=0.0, label="quality+correspondence")
+    assert len(train_head(gaps, tmp_path / "gaps", head=head, train=both).config["closed"]["fits"]) == 2
+
+
+def test_three_items_are_enough_and_two_are_refused_by_their_number(make_store, tmp_path):
+    made = make_store(5)
+    config = TrainConfig(device="cpu", validation=0.0)
+    parts = {"splits": ["train", "train", "train", "test", "test"], "prompts": ["a", "a", "b", "c", "d"]}
+    three = with_columns(made, **parts)
+    assert weights_of(train_head(three, tmp_path / "three", train=config)) == [["ridge", "krr", "tfidf"]]
+    two = with_columns(made, **{**parts, "splits": ["train", None, "train", "test", "test"]})
+    with pytest.raises(DataError, match="2 of 2 training items have one"):
+        train_head(two, tmp_path / "two", train=config)
+    assert train_head(two, tmp_path / "ridge", head=HeadConfig(encoder="ridge"), train=config).predict(two).size
+
+
+@pytest.mark.parametrize("encoder", ["ridge", "krr", "tfidf", "stack"])
+def test_equal_labels_are_refused_as_for_networks(make_store, tmp_path, encoder):
+    made = with_columns(make_store(60, published=True), labels={"quality": np.full(60, 3.0)})
+    with pytest.raises(DataError, match=r"48 training items have the label 3\.0: there is nothing to learn"):
+        train_head(
+            made,
+            tmp_path / "run",
+            head=HeadConfig(encoder=encoder),
+            train=TrainConfig(device="cpu", validation=0.0),
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "encoder"),
+    [
+        ({"layer_mix": "softmax"}, "xlstm"),
+        ({"tensorboard": True}, "xlstm"),
+        ({"paper_compatible": True}, "xlstm"),
+        ({"tensorboard": False, "paper_compatible": False}, "stack"),
+    ],
+)
+def test_what_only_networks_have_asks_for_one(store, given, encoder):
+    head, _ = load_settings(None, given, usual=default_settings_of(store))
+    assert head.encoder == encoder
+
+
+def test_settings_without_effect_are_named(make_store, tmp_path, capsys):
+    made = make_store(60, published=True)
+    agiqa.train(made, tmp_path / "stack", encoder="stack", epochs=5, device="cpu")
+    assert "note: the closed form 'stack' does not read `epochs`, which has no effect" in capsys.readouterr().err
+    agiqa.train(made, tmp_path / "gru", encoder="gru", width=8, epochs=1, members="ridge+krr", device="cpu")
+    assert "does not read `members`" in capsys.readouterr().err
+    agiqa.train(made, tmp_path / "plain", device="cpu", strength=1.0)
+    assert "no effect" not in capsys.readouterr().err
