@@ -32,6 +32,7 @@ def keep_one_ready() -> None:
         ours.close()
         _wait_and_serve(theirs)
     theirs.close()
+    parent = os.getpid()
     start: Any = util.spawnv_passfds
 
     def spawnv_passfds(path: bytes, arguments: Sequence[str], descriptors: Sequence[int]) -> int:
@@ -39,6 +40,8 @@ def keep_one_ready() -> None:
         if not (isinstance(program, str) and program.startswith(_PROGRAM)):
             return start(path, arguments, descriptors)
         if ours.fileno() < 0:  # the first one died, and multiprocessing asks for another
+            return start(path, arguments, descriptors)
+        if os.getpid() != parent:  # a fork of the command, which cannot wait for a child of the command
             return start(path, arguments, descriptors)
         blocked = "".join(f"{number:d}," for number in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         numbers = ",".join(map(str, descriptors))
