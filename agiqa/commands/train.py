@@ -124,7 +124,7 @@ def _option_help(name: str, field: FieldInfo) -> str:
     elif name == "encoder":
         default = "see above"
     elif name == "pooling":
-        default = f"{field.default}; see above for stores of pooled rows"
+        default = f"{field.default}; auto for closed forms; see above for stores of pooled rows"
     else:
         default = {True: "yes", False: "no"}[field.default] if field.annotation is bool else field.default
     return said if default is None else f"{said}  [default: {default}]"
@@ -192,8 +192,9 @@ def command(
 ) -> None:
     """Train a head on STORE and write RUN: weights, config, metrics, predictions and curves.
 
-    By default the head is `--encoder stack`, a sum of closed forms on up to five layers of STORE. A setting that only
-    networks have, such as `--epochs` or `--preset`, makes the default `--encoder xlstm`; so do stored logits.
+    By default the head is `--encoder stack`, a sum of closed forms on up to five layers of STORE. `--pooling`, or a
+    setting that only networks have, such as `--epochs` or `--preset`, makes the default `--encoder xlstm`; so do stored
+    logits.
 
     The epoch of a network is chosen on the data set's own `val` part, or else on held-out prompts of the training part.
     The test part is read once, at the end.

@@ -124,7 +124,7 @@ class Form(ABC):
         """`fit`, and `out_of_fold` with the settings that the same folds chose.
 
         The two or three settings of a regression were then chosen on the items that it predicts, which the error of
-        thousands of out-of-fold predictions hardly shows; a choice within each fold takes six times as long.
+        thousands of out-of-fold predictions hardly shows; a choice within each fold takes two to three times as long.
         """
         head = self.fit(inputs, known)
         settled = replace(self, chosen=tuple(Regression.of_record(fit) for fit in head.facts["fits"]))
