@@ -116,6 +116,9 @@ def _refuse_other_store(path: Path, backbone: Backbone, settings: ExtractionSett
         "conversation": {"variant": settings.variant, "aspect": settings.aspect},
         "encoding": settings.encoding,
     }
+    if settings.rank is not None:
+        rank = recorded.get("sketch", {}).get("rank")
+        recorded, asked = {**recorded, "rank": rank}, {**asked, "rank": settings.rank}
     different = list(differences({name: recorded.get(name) for name in asked}, asked))
     if different:
         lines = "".join(f"  {line}\n" for line in different)

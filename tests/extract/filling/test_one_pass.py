@@ -266,6 +266,7 @@ def test_a_store_of_other_settings_is_refused_before_anything_is_described(folde
     for model, options, words in (
         (text_model, {"variant": "full"}, "conversation.variant: stored 'id', asked 'full'"),
         (text_model, {"encoding": "logits"}, "encoding: stored 'hidden', asked 'logits'"),
+        (text_model, {"encoding": "sketch", "rank": 4}, "rank: stored None, asked 4"),
         (other, {}, "model.files"),
     ):
         with pytest.raises(SettingsConflict, match=f"(?s)o.agiqa exists and was made with .*{words}.*Nothing was desc"):
