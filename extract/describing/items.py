@@ -15,7 +15,8 @@ def described_items(
     """The items of `data_set` that the file `path` of `agiqa describe` has lines about, as conversations of `variant`.
 
     Neither the table nor an image is read again. Raises DataError that lists the items whose line makes no such
-    conversation; with `on_bad_item="skip"` they are left out, unless no item would be left.
+    conversation; with `on_bad_item="skip"` they are left out, unless no item would be left. Only those are `skipped`
+    then: a store counts them, and `agiqa extract` meets no other bad items.
     """
     found = {one.image: one for one in read_conversations(path, parse_source(str(path)).split)}
     pairs = [(item, found[item.name]) for item in data_set.items if item.name in found]
@@ -25,7 +26,7 @@ def described_items(
     if problems and (on_bad_item == "fail" or len(problems) == len(pairs)):
         raise DataError.from_problems(str(path), problems)
     items = tuple(_item(item, one, variant, aspect) for item, one in pairs if not _faults(one, variant))
-    return replace(data_set, items=items, skipped=(*data_set.skipped, *problems), notes=())
+    return replace(data_set, items=items, skipped=tuple(problems), notes=())
 
 
 def _faults(conversation: Conversation, variant: str) -> list[str]:

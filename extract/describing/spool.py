@@ -6,11 +6,12 @@ leaves is used by the next run, and what is missing or damaged is computed by th
 """
 
 import hashlib
-import shutil
+import os
 import uuid
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +21,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from agiqa.errors import ConfigError
 from agiqa.extract.data.items import Item
 from agiqa.extract.models import Backbone
+from agiqa.progress import say
 from agiqa.store.disk.files import canonical_json, removed_on_failure, sha256_of_file, telling_disk_errors
 
 _WRITERS = 2
@@ -29,6 +32,8 @@ _WAITING = 32
 """States that may wait for a writer, in memory: about 130 MB of an 8B model."""
 _CHECKSUM = 4
 """Bytes of the crc32 behind the rows."""
+_ROWS, _PARTIAL = ".rows", ".partial"
+"""Endings of the names of files, and of those that are being written."""
 
 
 class Spool:
@@ -37,9 +42,13 @@ class Spool:
     def __init__(self, store: Path, backbone: Backbone, variant: str) -> None:
         """For conversations that end as those of `variant`, of which `backbone` computes the states.
 
-        Makes no folder before there is something to keep. Use it as a context manager to keep states.
+        Makes no folder before there is something to keep. Use it as a context manager to keep states. Raises
+        ConfigError where something else has the folder's name.
         """
-        self.folder = store.with_name(f"{store.name}.spool")
+        beside = Path(os.path.abspath(store))  # noqa: PTH100 - `.` gets a name, and a link keeps its own
+        self.folder = beside.with_name(f"{beside.name}.spool")
+        if self.folder.is_symlink() or self.folder.exists():
+            self._require_folder()
         self.variant = variant
         self._backbone = backbone
         self._dtype: torch.dtype = getattr(torch, backbone.logical_dtype)
@@ -76,7 +85,6 @@ class Spool:
         if computed is not None:
             computed.record(torch.cuda.current_stream(states.device))
         if self._pool is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self._pool = ThreadPoolExecutor(_WRITERS, thread_name_prefix="agiqa-spool")
         while len(self._running) >= _WAITING or (self._running and self._running[0].done()):
             self._running.popleft().result()
@@ -84,9 +92,10 @@ class Spool:
 
     def read(self, item: Item, token_ids: NDArray[np.int32]) -> torch.Tensor | None:
         """The states (n, D) that were kept of this conversation, on the host; None if there are none, or damaged."""
+        path = self._path(item, token_ids)
         try:
-            content = np.fromfile(self._path(item, token_ids), np.uint8)
-        except FileNotFoundError:
+            content = np.fromfile(path, np.uint8)
+        except OSError:
             return None
         shape = len(token_ids), self._backbone.hidden_size
         if len(content) != shape[0] * shape[1] * self._dtype.itemsize + _CHECKSUM:
@@ -97,15 +106,33 @@ class Spool:
         return torch.from_numpy(rows).view(self._dtype).reshape(shape)
 
     def remove(self) -> None:
-        """Remove all that is kept, once the store has it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove all that is kept, once the store has it. What others put into the folder stays."""
+        with suppress(OSError):
+            for pattern in (f"*{_ROWS}", f"*{_ROWS}.*{_PARTIAL}"):
+                for path in self.folder.glob(pattern):
+                    path.unlink(missing_ok=True)
+            self.folder.rmdir()
+        if left := len(self):
+            say(f"warning: {left} files could not be removed from {self.folder}, and nothing reads them any more")
+
+    def __len__(self) -> int:
+        """Conversations of which states are kept."""
+        return sum(1 for _ in self.folder.glob(f"*{_ROWS}"))
+
+    def _require_folder(self) -> None:
+        if not self.folder.is_dir():
+            message = (
+                f"{self.folder} exists and is no folder. Rows wait there until the store is full: move it away, or "
+                "give another STORE."
+            )
+            raise ConfigError(message)
 
     def _path(self, item: Item, token_ids: NDArray[np.int32]) -> Path:
         image = item.image_sha256
         if image is None and item.image is not None:  # an item that was not made by `load_data_set`
             image = sha256_of_file(item.image)
         parts: list[Any] = [self._model, image, token_ids.tolist()]
-        return self.folder / f"{hashlib.sha256(canonical_json(parts).encode()).hexdigest()}.rows"
+        return self.folder / f"{hashlib.sha256(canonical_json(parts).encode()).hexdigest()}{_ROWS}"
 
     @cached_property
     def _model(self) -> str:
@@ -116,10 +143,12 @@ class Spool:
         if computed is not None:
             computed.synchronize()
         rows = states.view(torch.uint8).numpy().reshape(-1)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # items may have equal conversations
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")  # items may have equal conversations
         doing = f"keeping hidden states in {self.folder}"
         with telling_disk_errors(doing, "the descriptions before are kept"), removed_on_failure(temporary, of=path):
+            self.folder.mkdir(parents=True, exist_ok=True)  # another run may have filled the store, and removed it
             with temporary.open("wb") as file:
                 file.write(rows.data)
                 file.write(zlib.crc32(rows.data).to_bytes(_CHECKSUM, "little"))
-            temporary.replace(path)
+            with suppress(FileNotFoundError):  # removed by such a run: the model computes these rows again
+                temporary.replace(path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from agiqa.errors import ConfigError
+from agiqa.errors import ConfigError, SettingsConflict
 from agiqa.extract.data.items import DataSet
 from agiqa.extract.data.templates import DESCRIBING
 from agiqa.extract.describing.describing import DescriptionResult, RatingOf, run_descriptions
@@ -17,13 +17,16 @@ from agiqa.extract.describing.rounds import DescriptionSettings
 from agiqa.extract.describing.spool import Spool
 from agiqa.extract.filling.footprints import ModelShape
 from agiqa.extract.filling.job import ExtractionResult, check_settings, run_extraction
+from agiqa.extract.filling.kept import takes_kept_rows
 from agiqa.extract.filling.settings import ExtractionSettings
 from agiqa.extract.models import Backbone
 from agiqa.extract.models.devices import DTYPES
 from agiqa.extract.models.preparing import Opener, Preparation, chosen_workers
 from agiqa.progress import say
+from agiqa.store import is_planned, open_store
 from agiqa.store.format.layers import LAST
 from agiqa.store.format.layout import StoreLayout
+from agiqa.store.format.metadata import differences
 
 _SECONDS_TO_DESCRIBE, _SECONDS_TO_EXTRACT = 1 / 20.8, 1 / 55.7
 """Per image: bench/LOG.md, MiniCPM-Llama3-V-2.5 on one H100, descriptions of 128 tokens."""
@@ -57,14 +60,19 @@ def run_stored_descriptions(
     """Describe the items of `data_set` into the file `out`, as `run_descriptions`, and fill the store at `path`.
 
     The store holds what `run_extraction` of `extraction` would hold, but for rounding. Run it again to resume: both
-    lines and hidden states of earlier runs are used. Raises as both, and as `check_one_pass`.
+    lines and hidden states of earlier runs are used. A store that `run_extraction` began is finished by it, and nothing
+    is kept. Raises as both, and as `check_one_pass`; and SettingsConflict, before it describes, for a store of another
+    model, conversation or encoding.
     """
     check_one_pass(extraction, path, backbone, opener)
+    _refuse_other_store(path, backbone, extraction)
     if extraction.compile == "auto":
         extraction = replace(extraction, compile="never")  # few rows, if any, are left to compute
-    spool = Spool(path, backbone, extraction.variant)
-    if not StoreLayout(path).manifest.exists():
-        say(_estimate(len(data_set.items), backbone, spool))
+    left_over = Spool(path, backbone, extraction.variant)
+    spool = left_over if takes_kept_rows(path, offered=True) else None
+    unread = _unread(len(data_set.items), out, left_over)
+    if spool is not None and unread and not StoreLayout(path).manifest.exists():
+        say(_estimate(unread, backbone, spool))
     count = chosen_workers(extraction.workers, backbone, len(data_set.items), opener=opener)
     with Preparation(backbone, workers=count, opener=opener) as preparation:
         ready: Any = {"preparation": preparation, "spool": spool}
@@ -73,7 +81,7 @@ def run_stored_descriptions(
         items = described_items(data_set, out, **about)
         filled = run_extraction(items, backbone, path, extraction, opener=opener, **ready)
     if filled.store.is_sealed:
-        spool.remove()
+        left_over.remove()
     return StoredDescriptions(**{one.name: getattr(found, one.name) for one in fields(found)}, extraction=filled)
 
 
@@ -96,6 +104,35 @@ def check_one_pass(settings: ExtractionSettings, path: Path, backbone: Backbone,
     if settings.elsewhere or settings.part != (1, 1) or settings.plan_only:
         message = f"--store is filled by the process that describes, on one device. {_APART}, which takes several."
         raise ConfigError(message)
+
+
+def _refuse_other_store(path: Path, backbone: Backbone, settings: ExtractionSettings) -> None:
+    """Raise SettingsConflict if there is a store at `path` that these settings cannot fill, whatever the model says."""
+    if not is_planned(path):
+        return
+    recorded = open_store(path, allow_partial=True).provenance
+    asked: dict[str, Any] = {
+        "model": backbone.provenance(),
+        "conversation": {"variant": settings.variant, "aspect": settings.aspect},
+        "encoding": settings.encoding,
+    }
+    if settings.rank is not None:
+        rank = recorded.get("sketch", {}).get("rank")
+        recorded, asked = {**recorded, "rank": rank}, {**asked, "rank": settings.rank}
+    different = list(differences({name: recorded.get(name) for name in asked}, asked))
+    if different:
+        lines = "".join(f"  {line}\n" for line in different)
+        message = (
+            f"{path} exists and was made with other settings:\n{lines}Nothing was described. Give the settings that it "
+            "was made with, or another path."
+        )
+        raise SettingsConflict(message)
+
+
+def _unread(items: int, out: Path, spool: Spool) -> int:
+    """About how many of `items` the model need not read again: those not described yet, and those that are kept."""
+    described = out.read_bytes().count(b"\n") if out.is_file() else 0
+    return min(items, max(0, items - described) + len(spool))
 
 
 def _estimate(items: int, backbone: Backbone, spool: Spool) -> str:

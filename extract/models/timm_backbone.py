@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agiqa.errors import ConfigError, DataError, ModelError, UnknownName, first_line
+from agiqa.errors import AgiqaError, ConfigError, DataError, ModelError, UnknownName, first_line
 from agiqa.extract.data.images import ImageSource, open_image
 from agiqa.extract.data.items import Message
 from agiqa.extract.models.batches import image_groups, room_for_weights
@@ -103,7 +103,7 @@ class TimmBackbone(ImageFeatures):
         try:
             yield
         except (AssertionError, RuntimeError, ValueError) as error:
-            if isinstance(error, ModelError):
+            if isinstance(error, AgiqaError):
                 raise
             size = self.encoder.data_settings["input_size"][-1]
             message = (
@@ -212,6 +212,8 @@ class TimmBackbone(ImageFeatures):
             maps |= {LAST: final} if LAST in layers else {}
         if any(maps[layer].dim() != 4 for layer in inner):
             self._refuse_blocks("blocks that return maps of positions")
+        if pixels.is_meta and any(_is_turned(maps[layer], channels_last=_channels_last(model)) for layer in inner):
+            self._refuse_blocks("blocks with the axes of its stages")
         return {layer: self._final(model, maps[layer]) for layer in layers}
 
     def _last(self, model: Any, pixels: torch.Tensor) -> torch.Tensor:
@@ -226,8 +228,7 @@ class TimmBackbone(ImageFeatures):
             return final[:, None]
         if final.dim() == 3:
             return final
-        last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
-        return final.flatten(1, 2) if last else final.flatten(2).transpose(1, 2)
+        return final.flatten(1, 2) if _channels_last(model) else final.flatten(2).transpose(1, 2)
 
 
 def _rows(found: Any) -> torch.Tensor:
@@ -235,6 +236,20 @@ def _rows(found: Any) -> torch.Tensor:
     map_, prefix = found if isinstance(found, tuple) else (found, None)
     rows: torch.Tensor = map_.flatten(2).transpose(1, 2) if map_.dim() == 4 else map_
     return rows if prefix is None else torch.cat([prefix, rows], dim=1)
+
+
+def _channels_last(model: Any) -> bool:
+    """Whether the maps of `model` are (batch, height, width, C)."""
+    return str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
+
+
+def _is_turned(found: torch.Tensor, *, channels_last: bool) -> bool:
+    """Whether a map of a square image has its channels on the other side than `channels_last` says.
+
+    Some networks (TinyViT, VOLO) turn maps for the blocks of a stage, and back after them.
+    """
+    _, first, middle, last = found.shape
+    return middle == last != first if channels_last else first == middle != last
 
 
 def _splits(model: Any) -> bool:

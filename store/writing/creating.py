@@ -7,6 +7,7 @@ import asyncio
 import errno
 import glob
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -40,6 +41,8 @@ _SECONDS_TO_LOCK = 5.0
 """Far longer than a run takes between the folder of a plan and its lock file."""
 _LONGEST_NAME, _TOKEN_BYTES = 255, 4
 """Most bytes of a file name on nearly all file systems, and bytes of the random part of a plan's name (in hex)."""
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/")
+"""How a path begins that was a URL: it has lost a slash."""
 
 
 def _target_folder(path: Path) -> Path:
@@ -56,6 +59,12 @@ def _target_folder(path: Path) -> Path:
     with suppress(OSError):  # the name is too long for the file system
         if _is_taken(target):
             return target
+    if _URL.match(str(path)) and not Path(path.parts[0]).exists():
+        message = (
+            f"{path} looks like a URL, and stores are made in folders. Give a path; `agiqa store push PATH URL` copies "
+            "the finished store."
+        )
+        raise ConfigError(message)
     spare = len(_plan_prefix(Path())) + 2 * _TOKEN_BYTES
     if len(os.fsencode(target.name)) > _LONGEST_NAME - spare:
         message = (

@@ -1,11 +1,14 @@
 """The spool: what was kept comes back bit by bit, and what is damaged, torn or of another conversation does not."""
 
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from agiqa.errors import ConfigError
 from agiqa.extract import Item, open_backbone
 from agiqa.extract.describing.spool import Spool
 from tests.extract.tiny_models import write_text_checkpoint
@@ -74,6 +77,53 @@ def test_damaged_rows_are_none(backbone, tmp_path, damage):
     assert spool.read(ITEM, IDS) is None
     kept(spool, states_for(backbone, seed=1))
     assert torch.equal(spool.read(ITEM, IDS), states_for(backbone, seed=1))
+
+
+def test_what_others_put_into_the_folder_stays(backbone, tmp_path):
+    spool = Spool(tmp_path / "s.agiqa", backbone, "id")
+    row = kept(spool, states_for(backbone))
+    torn, own = row.with_name(f"{row.name}.5.partial"), row.with_name("notes.txt")  # by a kill, and by a user
+    torn.touch()
+    own.write_text("mine")
+    assert len(spool) == 1
+    spool.remove()
+    assert list(spool.folder.iterdir()) == [own]
+    own.unlink()
+    spool.remove()
+    assert not spool.folder.exists()
+    spool.remove()
+
+
+def test_a_folder_on_another_disk_and_a_store_without_a_name(backbone, tmp_path, monkeypatch):
+    far, store = tmp_path / "far", tmp_path / "s.agiqa"
+    far.mkdir()
+    (tmp_path / "s.agiqa.spool").symlink_to(far)
+    spool = Spool(store, backbone, "id")
+    kept(spool, states_for(backbone))
+    assert spool.read(ITEM, IDS) is not None
+    spool.remove()
+    assert not list(far.iterdir())
+    store.mkdir()
+    monkeypatch.chdir(store)
+    assert Spool(Path(), backbone, "id").folder == tmp_path / "s.agiqa.spool"
+
+
+def test_a_file_in_place_of_the_folder_is_told_before_anything_is_kept(backbone, tmp_path):
+    (tmp_path / "s.agiqa.spool").write_text("mine")
+    with pytest.raises(ConfigError, match=r"s\.agiqa\.spool exists and is no folder"):
+        Spool(tmp_path / "s.agiqa", backbone, "id")
+
+
+def test_a_run_that_is_done_removes_the_rows_of_another_one(backbone, tmp_path):
+    done = Spool(tmp_path / "s.agiqa", backbone, "id")
+    with Spool(tmp_path / "s.agiqa", backbone, "id") as other:
+        other.keep(ITEM, IDS, states_for(backbone))
+        while other.read(ITEM, IDS) is None:
+            time.sleep(0.01)
+        done.remove()
+        other.keep(ITEM, IDS[:-1], states_for(backbone)[:-1])
+    assert other.read(ITEM, IDS) is None
+    assert torch.equal(other.read(ITEM, IDS[:-1]), states_for(backbone)[:-1])
 
 
 def test_many_equal_conversations_at_once(backbone, tmp_path):

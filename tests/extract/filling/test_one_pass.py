@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 import zarr
 
-from agiqa.errors import ConfigError, DataError, ModelError
+from agiqa.errors import ConfigError, DataError, ModelError, SettingsConflict
 from agiqa.extract import (
     DescriptionSettings,
     ExtractionSettings,
@@ -64,7 +65,7 @@ def text_model(tmp_path_factory):
 
 
 def data_of(folder, backbone):
-    return load_data_set(folder, variant="no_id", images=backbone.reads_images)
+    return load_data_set(folder, variant="no_id", images=backbone.reads_images, on_bad_item="skip")
 
 
 def in_one_pass(folder, model, out, *, settings=SETTINGS, variant="id", backbone=None, **options):
@@ -220,7 +221,7 @@ def test_descriptions_of_an_earlier_run_are_read_by_the_model(folder, text_model
     compare(store, apart(folder, text_model, out, tmp_path / "two.agiqa"), tolerance=0.0)
 
 
-def test_a_store_that_extract_began_stays_one(folder, text_model, tmp_path):
+def test_a_store_that_extract_began_stays_one(folder, text_model, tmp_path, monkeypatch):
     out = tmp_path / "o.jsonl"
     in_one_pass(folder, text_model, out)
     first = open_store(out.with_suffix(".agiqa"))
@@ -229,10 +230,13 @@ def test_a_store_that_extract_began_stays_one(folder, text_model, tmp_path):
     (two.path / "MANIFEST.json").unlink()
     for record in list((two.path / "commits").glob("0*.json"))[:3]:
         record.unlink()
+    for name in (out.name, "o.provenance.json"):
+        out.with_name(name).unlink()
+    monkeypatch.setattr(Spool, "keep", None)  # nothing is kept that will not be read
     result, store, said = in_one_pass(folder, text_model, out)
-    assert KEPT not in store.provenance
-    assert result.extraction.fill.reused == 0
+    assert (result.described, KEPT in store.provenance, result.extraction.fill.reused) == (7, False, 0)
     assert [line for line in said if "was begun by `agiqa extract`, and is finished so" in line]
+    assert not [line for line in said if line.startswith("one pass")]
 
 
 def test_extract_finishes_what_describing_began_and_data_sets_grow(text_model, tmp_path):
@@ -251,6 +255,56 @@ def test_extract_finishes_what_describing_began_and_data_sets_grow(text_model, t
     assert grown.provenance["data_set"]["grown"] == [5]
     rows = apart(folder, text_model, out, tmp_path / "two.agiqa").read(range(8)).float32()
     np.testing.assert_allclose(grown.read(range(8)).float32(), rows, rtol=0, atol=1e-4)
+
+
+def test_a_store_of_other_settings_is_refused_before_anything_is_described(folder, text_model, tmp_path):
+    out = tmp_path / "o.jsonl"
+    in_one_pass(folder, text_model, out)
+    for name in (out.name, "o.provenance.json"):
+        out.with_name(name).unlink()
+    other = roomy(write_text_checkpoint(tmp_path / "other", seed=12))
+    for model, options, words in (
+        (text_model, {"variant": "full"}, "conversation.variant: stored 'id', asked 'full'"),
+        (text_model, {"encoding": "logits"}, "encoding: stored 'hidden', asked 'logits'"),
+        (text_model, {"encoding": "sketch", "rank": 4}, "rank: stored None, asked 4"),
+        (other, {}, "model.files"),
+    ):
+        with pytest.raises(SettingsConflict, match=f"(?s)o.agiqa exists and was made with .*{words}.*Nothing was desc"):
+            in_one_pass(folder, model, out, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["o.agiqa", "other"]
+
+
+@pytest.mark.parametrize("left_out", ["image", "rating"])
+def test_extract_also_finishes_a_store_without_the_bad_items(left_out, tmp_path):
+    folder, out, variant = write_set(tmp_path / "set", 6, images=True), tmp_path / "o.jsonl", "id"
+    model = roomy(write_vision_checkpoint(tmp_path / "model"))
+    if left_out == "image":
+        (folder / "images" / "002.png").write_bytes(b"no image")
+    else:
+        in_one_pass(folder, model, out)
+        shutil.rmtree(out.with_suffix(".agiqa"))
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        lines[2] |= {"answer": "", "response_1": None}
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        variant = "full"
+    _, store, _ = in_one_pass(folder, model, out, variant=variant, length=LengthRule(on_bad_item="skip"))
+    assert len(store.items) == 5
+    (store.path / "MANIFEST.json").unlink()
+    next((store.path / "commits").glob("0*.json")).unlink()
+    again = apart(folder, model, out, store.path, variant=variant, length=LengthRule(on_bad_item="skip"))
+    assert (again.is_sealed, again.id) == (True, store.id)
+
+
+@pytest.mark.parametrize("before", [3, 7])
+def test_the_estimate_leaves_out_what_is_described_already(before, folder, text_model, tmp_path):
+    backbone, out = open_backbone(str(text_model), device="cpu"), tmp_path / "o.jsonl"
+    data_set = data_of(folder, backbone)
+    items = replace(data_set, items=data_set.items[:before])
+    run_descriptions(items, backbone, out, SETTINGS, rating_of=parse_rating_word)
+    result, _, said = in_one_pass(folder, text_model, out)
+    assert result.described == 7 - before
+    told = [line.partition(" are not read again")[0] for line in said if line.startswith("one pass")]
+    assert told == (["one pass: 4 conversations"] if before == 3 else [])
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,9 @@ def test_block_6_of_efficientnet_lite0_is_within_a_stage(folder):
     [
         ("test_vit", "blocks", ConfigError, "--tap blocks: timm:test_vit has no stages that are sequences of blocks"),
         ("vgg11", "blocks", ConfigError, "has no stages that are sequences of blocks. Leave --tap out"),
-        ("pit_ti_224", "blocks", ConfigError, "has no blocks that return maps of positions"),
+        ("pit_ti_224", "blocks", ConfigError, "^--tap blocks: timm:pit_ti_224 has no blocks that return maps of posi"),
+        ("tiny_vit_5m_224", "blocks", ConfigError, "^--tap blocks: timm:tiny_vit_5m_224 has no blocks with the axes"),
+        ("volo_d1_224", "blocks", ConfigError, "^--tap blocks: timm:volo_d1_224 has no blocks with the axes of its"),
         ("resnet10t", "block", UnknownName, "No tap of timm:resnet10t is called 'block'. Did you mean 'blocks'"),
         ("resnet10t", "vision", UnknownName, "No tap of timm:resnet10t is called 'vision'"),
     ],

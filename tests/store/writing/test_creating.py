@@ -132,6 +132,16 @@ def test_names_are_refused_before_any_work_or_work_to_the_end(tmp_path):
     assert sorted(len(os.fsencode(left.name)) for left in tmp_path.iterdir()) == [4, 240, 255]
 
 
+def test_a_url_is_no_path_of_a_new_store(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for url in ("s3://bucket/s.agiqa", "https://host/s.agiqa"):
+        with pytest.raises(ConfigError, match=r"looks like a URL.*`agiqa store push PATH URL` copies"):
+            check_writable(Path(url))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run:").mkdir()
+    check_writable(Path("run:/s.agiqa"))  # an odd folder that is there
+
+
 def test_what_is_there_and_no_store_is_told_before_any_work(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.tex").touch()
