@@ -10,7 +10,7 @@ from typing import Any
 
 from agiqa.errors import ConfigError, SettingsConflict
 from agiqa.extract.data.items import DataSet
-from agiqa.extract.data.templates import DESCRIBING
+from agiqa.extract.data.templates import DESCRIBING, aspects_of
 from agiqa.extract.describing.describing import DescriptionResult, RatingOf, run_descriptions
 from agiqa.extract.describing.items import described_items
 from agiqa.extract.describing.rounds import DescriptionSettings
@@ -32,7 +32,8 @@ _SECONDS_TO_DESCRIBE, _SECONDS_TO_EXTRACT = 1 / 20.8, 1 / 55.7
 """Per image: bench/LOG.md, MiniCPM-Llama3-V-2.5 on one H100, descriptions of 128 tokens."""
 _TOKENS = 550
 """Of such a conversation, for the size of the spool."""
-_APART = "Describe without --store, then run `agiqa extract DATA STORE --conversations OUT.jsonl`"
+_APART = "Describe without --store, then run `agiqa extract DATA STORE --conversations OUT.jsonl{}`"
+"""With room for more options."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -86,23 +87,27 @@ def run_stored_descriptions(
 
 
 def check_one_pass(settings: ExtractionSettings, path: Path, backbone: Backbone, opener: Opener | None) -> None:
-    """Raise ConfigError for a store that a describing pass cannot fill, and as `check_settings`."""
+    """Raise ConfigError for a store that a describing pass cannot fill, UnknownName, and as `check_settings`."""
     if settings.variant not in DESCRIBING:
+        aspects_of(settings.variant, settings.aspect)  # which names the nearest variant
         message = (
             f"--store keeps what the model reads and says while it describes one aspect, and --variant "
-            f"{settings.variant} is another conversation; {', '.join(DESCRIBING)} are not. {_APART} --variant "
-            f"{settings.variant}."
+            f"{settings.variant} is another conversation; {', '.join(DESCRIBING)} are not. "
+            f"{_APART.format(f' --variant {settings.variant}')}."
         )
         raise ConfigError(message)
     wanted = check_settings(settings, path, backbone, opener)
     if wanted.layers != (LAST,):
+        layers = ",".join(wanted.layers)
         message = (
             f"--store keeps the hidden states of the last layer while the model describes, and --layers names "
-            f"{','.join(wanted.layers)}. {_APART} --layers {','.join(wanted.layers)}."
+            f"{layers}. {_APART.format(f' --layers {layers}')}."
         )
         raise ConfigError(message)
     if settings.elsewhere or settings.part != (1, 1) or settings.plan_only:
-        message = f"--store is filled by the process that describes, on one device. {_APART}, which takes several."
+        message = (
+            f"--store is filled by the process that describes, on one device. {_APART.format('')}, which takes several."
+        )
         raise ConfigError(message)
 
 

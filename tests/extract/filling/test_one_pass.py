@@ -10,7 +10,7 @@ import pytest
 import torch
 import zarr
 
-from agiqa.errors import ConfigError, DataError, ModelError, SettingsConflict
+from agiqa.errors import ConfigError, DataError, ModelError, SettingsConflict, UnknownName
 from agiqa.extract import (
     DescriptionSettings,
     ExtractionSettings,
@@ -311,14 +311,15 @@ def test_the_estimate_leaves_out_what_is_described_already(before, folder, text_
     ("options", "words"),
     [
         ({"variant": "no_id"}, "--variant no_id is another conversation"),
-        ({"variant": "id:quality+correspondence"}, "run `agiqa extract DATA STORE --conversations OUT.jsonl`"),
+        ({"variant": "id:quality+correspondence"}, "conversations OUT.jsonl --variant id:quality\\+correspondence`"),
+        ({"variant": "fulll"}, "No conversation variant is called 'fulll'. Did you mean 'full'"),
         ({"layers": "1,last"}, "--layers names 1,last"),
         ({"devices": 2}, "on one device"),
         ({"rank": 4}, "--rank and --basis belong to --encoding sketch"),
     ],
 )
 def test_what_needs_a_second_pass_is_refused(options, words, folder, text_model, tmp_path):
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises((ConfigError, UnknownName), match=words):
         in_one_pass(folder, text_model, tmp_path / "o.jsonl", **options)
     assert not list(tmp_path.iterdir())
 
